@@ -1,0 +1,207 @@
+"""Checkpoints that are whole or not there: written aside, summed, moved into place; the newest sound one resumes.
+
+checkpoints/
+    step_00001000/      DeepSpeed's files, one set a rank, and manifest.json: every file's size and CRC-32
+    latest              the newest one's name
+    unfinished/         a save in progress, or what a killed one left
+"""
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from pretrain.config import CheckpointConfig
+from pretrain.launch import World
+
+_CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
+_MANIFEST = "manifest.json"
+
+
+@dataclass
+class TrainState:
+    """Where a run is: small, plain, and the same on every rank."""
+
+    step: int = 0  # global batches consumed
+    updates: int = 0  # of them, those that moved the weights
+    nonfinite_in_row: int = 0
+    samples: int = 0
+    fingerprint: str = ""  # of the shards' index
+    world_size: int = 1
+    zero_stage: int = 0
+    trained_function: dict[str, Any] = field(default_factory=dict)  # Config.trained_function()
+
+
+class GuardedFiles(TorchCheckpointEngine):
+    """How DeepSpeed writes and reads its files.
+
+    A failed write must not leave this rank while the others wait in DeepSpeed's barriers: it is kept for
+    `Checkpoints.save` to agree on. Nothing but tensors, plain values and three of DeepSpeed's types is unpickled.
+    """
+
+    failure: Exception | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self.failure = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method but `names` is called by all ranks together."""
+
+    def __init__(self, folder: Path, world: World, config: CheckpointConfig):
+        self.folder, self.world, self.config = folder, world, config
+
+    def names(self) -> list[str]:
+        """The finished checkpoints, newest first."""
+        return sorted((p.name for p in self.folder.glob("step_*")), reverse=True)
+
+    def save(self, engine: Any, state: TrainState) -> str | None:
+        """Writes a checkpoint; what went wrong, in words, where the disk did not take it. Older ones stay then."""
+        name = f"step_{state.step:08d}"
+        aside = self.folder / "unfinished"
+        engine.checkpoint_engine = files = GuardedFiles(engine._config)
+        if self.world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
+        engine.save_checkpoint(str(aside), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False)
+        problem = self._first_problem(str(files.failure) if files.failure else None)
+        if problem is None:
+            problem = self._publish(aside / name, state)
+        if self.world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        return problem and f"checkpoint {name} could not be written to {self.folder}: {problem}"
+
+    def _publish(self, written: Path, state: TrainState) -> str | None:
+        sums = _gather({p.name: _size_and_sum(p) for p in self._share(written)})
+        problem = None
+        if self.world.is_main:
+            try:
+                _write_durably(written / _MANIFEST, json.dumps({"state": asdict(state), "files": sums}, indent=1))
+                if (self.folder / written.name).exists():  # the same step again, after a fallback to an older one
+                    shutil.rmtree(self.folder / written.name)
+                os.replace(written, self.folder / written.name)
+                _write_durably(self.folder / "latest", written.name)
+                self._delete_old()
+            except OSError as error:
+                problem = str(error)
+        return self._first_problem(problem)
+
+    def _delete_old(self) -> None:
+        keep_every = self.config.keep_every
+        for name in self.names()[self.config.keep_last :]:
+            if not (keep_every and int(name.removeprefix("step_")) % keep_every == 0):
+                shutil.rmtree(self.folder / name)
+
+    def newest_sound(self) -> tuple[str, TrainState] | None:
+        """The newest checkpoint whose files are all as they were written; None where there is none at all.
+
+        Raises:
+            ValueError: there are checkpoints, and all of them are damaged.
+        """
+        names = self.names()
+        for name in names:
+            problem = self._first_problem(self._damage(self.folder / name))
+            if problem is None:
+                manifest = json.loads((self.folder / name / _MANIFEST).read_text())
+                return name, TrainState(**manifest["state"])
+            if self.world.is_main:
+                print(f"checkpoint {name} is damaged and left aside: {problem}", flush=True)
+        if names:
+            raise ValueError(f"no sound checkpoint in {self.folder}: restore one, or move it away to start anew")
+        return None
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        try:
+            files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError):
+            return f"{_MANIFEST} is missing or unreadable"
+        for name in sorted(files)[self.world.rank :: self.world.size]:
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if _size_and_sum(path) != files[name]:
+                return f"{name} is not what was written"
+        return None
+
+    def load(self, engine: Any, name: str) -> None:
+        """Weights and optimiser of a sound checkpoint into the engine."""
+        engine.checkpoint_engine = GuardedFiles(engine._config)
+        path, _ = engine.load_checkpoint(str(self.folder), tag=name)
+        assert path is not None, f"DeepSpeed did not load {self.folder / name}"
+
+    def _share(self, folder: Path) -> list[Path]:
+        return sorted(folder.iterdir())[self.world.rank :: self.world.size]
+
+    def _first_problem(self, mine: str | None) -> str | None:
+        """The same answer on all ranks: the first rank's problem, if any has one."""
+        problems = [None] * self.world.size
+        dist.all_gather_object(problems, mine)
+        return next((p for p in problems if p), None)
+
+
+def check_continues(state: TrainState, now: TrainState) -> None:
+    """Raises ValueError, naming every difference, where a checkpoint was trained as something else."""
+    before, after = _flatten(state.trained_function), _flatten(now.trained_function)
+    differences = [
+        f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if state.fingerprint != now.fingerprint:
+        differences.append("data.shards holds other samples (their index has another fingerprint)")
+    if differences:
+        raise ValueError(
+            "the run's checkpoint is of another training:\n  "
+            + "\n  ".join(differences)
+            + "\nstart a new run with another name=, or set these back"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _gather(mine: dict[str, Any]) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _size_and_sum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32."""
+    size = total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            total = zlib.crc32(block, total)
+    return [size, total]
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """Replaces a file's content at once: a reader, or a crash, sees the old or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

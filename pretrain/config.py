@@ -1,0 +1,156 @@
+"""Everything a run is made of: `load` turns a recipe and its overrides into one frozen, checked `Config`."""
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from pretrain.methods import METHODS
+from pretrain.schema import Section, explain, merge, nearest, parse_overrides, read_recipe
+
+MethodConfig = TypeVar("MethodConfig", bound=Section)
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Section):
+    """The encoder."""
+
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"
+    patch: int = Field(16, ge=1, description="side of a patch in pixels")
+    position: Literal["relative", "sincos"] = "relative"
+    checkpoint_blocks: bool = Field(False, description="activation checkpointing: recompute blocks in the backward")
+
+
+class DataConfig(Section):
+    """Shards and what is cut out of their images."""
+
+    shards: str = Field(description="a folder of tar shards, one tar, or a brace pattern")
+    size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
+    crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="area of the random resized crop")
+    flip: Share = Field(0.5, description="probability of a horizontal flip")
+    workers: int = Field(8, ge=0, description="loader processes of each rank")
+    max_skipped: int = Field(1000, ge=0, description="images that a rank may fail to decode before the run stops")
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up, then cosine to `min_lr`."""
+
+    base_lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch / 256")
+    min_lr: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(40, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip_grad: float = Field(0.0, ge=0, description="largest gradient norm; 0 does not clip")
+
+
+class TrainConfig(Section):
+    """How long, how many at once, on which engine."""
+
+    epochs: int = Field(400, ge=1)
+    batch: int = Field(4096, ge=1, description="images of one optimiser step, over all ranks and accumulation")
+    accumulation: int = Field(1, ge=1, description="micro-batches of one optimiser step")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    ds_config: str = Field("ds_configs/zero1.json", description="engine keys of DeepSpeed")
+    max_nonfinite: int = Field(10, ge=1, description="steps in a row with a non-finite gradient before the run stops")
+
+
+class CheckpointConfig(Section):
+    """In optimiser steps; a signal and the end of training save as well."""
+
+    every: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0, description="never delete checkpoints of these steps; 0 has no such keepers")
+
+
+class LogConfig(Section):
+    """In optimiser steps."""
+
+    every: int = Field(20, ge=1)
+    panel_images: int = Field(8, ge=1, description="rows of reconstructions.png")
+
+
+class Config(Section, Generic[MethodConfig]):
+    """A whole run. `name` is its folder under `runs`."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    runs: str = "runs"
+    seed: int = Field(0, ge=0)
+    method: MethodConfig
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        height, width = self.data.height_width
+        return height // self.model.patch, width // self.model.patch
+
+    @property
+    def peak_lr(self) -> float:
+        """base_lr * batch / 256: the linear scaling rule."""
+        return self.optim.base_lr * self.train.batch / 256
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config[MethodConfig]":
+        patch = self.model.patch
+        for side in self.data.height_width:
+            if side < patch or side % patch:
+                near = max(side // patch, 1) * patch
+                raise ValueError(
+                    f"data.size={self.data.size}: {side} pixels are no multiple of model.patch={patch}; "
+                    f"the nearest are {near} and {near + patch}"
+                )
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs:g} leaves nothing of train.epochs={self.train.epochs}: "
+                f"set it lower"
+            )
+        if self.data.crop_scale[0] > self.data.crop_scale[1]:
+            raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: write the smaller area first")
+        self.method.check(self.grid)  # type: ignore[attr-defined]
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; `load` reads it back to an equal configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def trained_function(self) -> dict[str, Any]:
+        """The keys on which the weights depend: a checkpoint continues only where they are equal."""
+        return self.model_dump(
+            mode="json",
+            include={
+                "seed": True,
+                "method": True,
+                "model": {"arch", "patch", "position"},
+                "data": {"size", "crop_scale", "flip"},
+                "optim": True,
+                "train": {"epochs", "batch", "precision"},
+            },
+        )
+
+
+def load(recipe: str, overrides: list[str]) -> Config[Any]:
+    """The configuration of a recipe (a path, or the name of a shipped one) under `section.key=value` overrides.
+
+    Raises:
+        ValueError: an unknown recipe, key or name, a wrong type, or values that do not fit together; the message
+            names the key to change.
+    """
+    raw = merge(read_recipe(recipe), parse_overrides(overrides))
+    method = raw.get("method") or {}
+    name = method.get("name") if isinstance(method, dict) else method
+    if name not in METHODS:
+        raise ValueError(f"unknown method.name={name!r}: {nearest(str(name), list(METHODS))}")
+    schema: type[Config[Any]] = Config.__class_getitem__(METHODS[name].Config)  # type: ignore[assignment]
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(explain(error, schema)) from None

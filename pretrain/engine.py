@@ -1,0 +1,114 @@
+"""DeepSpeed: ds_configs + recipe -> engine, and what the engine really uses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrain.config import Config
+from pretrain.optim import GuardedAdamW, parameter_groups
+
+_ROOT = Path(__file__).parent.parent
+
+# Keys of DeepSpeed that the recipe owns: set in both places, one would silently win.
+OWNED = {
+    "train_batch_size": "train.batch",
+    "train_micro_batch_size_per_gpu": "train.batch and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "optim.clip_grad",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "activation_checkpointing": "model.checkpoint_blocks",
+}
+
+
+def read_ds_config(name: str) -> dict[str, Any]:
+    """The engine keys of a file, given as a path from here or from the project's root.
+
+    Raises:
+        ValueError: no such file, not JSON, or a key that the recipe owns.
+    """
+    path = next((p for p in (Path(name), _ROOT / name) if p.is_file()), None)
+    if path is None:
+        shipped = ", ".join(sorted(f"ds_configs/{p.name}" for p in (_ROOT / "ds_configs").glob("*.json")))
+        raise ValueError(f"train.ds_config={name!r} is no file; shipped: {shipped}")
+    try:
+        keys: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    for key in keys:
+        if key in OWNED:
+            raise ValueError(f"{path} sets {key}, which the recipe owns: delete it there and set {OWNED[key]}")
+    return keys
+
+
+def ds_settings(config: Config[Any], world_size: int) -> dict[str, Any]:
+    """All of DeepSpeed's keys for a run; those with silent defaults are written out.
+
+    Raises:
+        ValueError: as `read_ds_config`, or a batch that ranks and accumulation do not divide.
+    """
+    train = config.train
+    micro_batches = world_size * train.accumulation
+    if train.batch % micro_batches:
+        near = max(train.batch // micro_batches, 1) * micro_batches
+        raise ValueError(
+            f"train.batch={train.batch} is not divided by {world_size} ranks x train.accumulation="
+            f"{train.accumulation}; the nearest batches are {near} and {near + micro_batches}"
+        )
+    return {
+        "train_batch_size": train.batch,
+        "train_micro_batch_size_per_gpu": train.batch // micro_batches,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optim.clip_grad,  # DeepSpeed's default is 1.0
+        # Autocast rather than DeepSpeed's bf16 mode: parameters, norms and their gradients stay fp32 in every stage.
+        "torch_autocast": {
+            "enabled": train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # gradients are summed over ranks and micro-batches in fp32
+        },
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        **read_ds_config(train.ds_config),
+    }
+
+
+def build_engine(method: nn.Module, config: Config[Any], settings: dict[str, Any]) -> Any:
+    """The DeepSpeed engine around a method, with AdamW on our parameter groups."""
+    import deepspeed
+
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    optimizer = (torch.optim.AdamW if stage else GuardedAdamW)(
+        parameter_groups(method, config.optim.weight_decay), lr=config.peak_lr, betas=config.optim.betas
+    )
+    engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=settings)
+    return engine
+
+
+def effective_settings(engine: Any) -> dict[str, Any]:
+    """What DeepSpeed made of the settings, read back from the engine."""
+    model_dtype, accumulation_dtype = engine.get_data_types()
+    return {
+        "zero_stage": engine.zero_optimization_stage(),
+        "train_batch_size": engine.train_batch_size(),
+        "micro_batch_per_rank": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "gradient_clipping": engine.gradient_clipping(),
+        "autocast": str(engine.torch_autocast_dtype()) if engine.torch_autocast_enabled() else "off",
+        "parameter_dtype": str(model_dtype),
+        "gradient_accumulation_dtype": str(accumulation_dtype),
+        "optimizer": type(engine.optimizer).__name__,
+        "basic_optimizer": type(engine.basic_optimizer).__name__,
+        "offload_optimizer": str(engine.zero_offload_optimizer()),
+        "overlap_comm": engine.zero_overlap_comm(),
+    }

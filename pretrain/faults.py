@@ -1,0 +1,58 @@
+"""What interrupts a run: signals, and gradients that are not finite."""
+
+import json
+import signal
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.launch import World
+
+# Slurm's warning before the time limit (--signal), a scheduler's or launcher's end, and Ctrl-C.
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal ended the run at a step boundary; everything is saved."""
+
+
+class Diverged(RuntimeError):  # noqa: N818
+    """Too many steps in a row had no finite gradient."""
+
+
+class StopRequest:
+    """Remembers a signal until the step boundary, where all ranks agree on it."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        # On the CPU, so that agreeing never waits for the device.
+        self._group = dist.new_group(backend="gloo")
+        for number in _SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    def agreed(self) -> str | None:
+        """The signal that any rank has received, the same answer on all of them."""
+        number = torch.tensor(self._received or 0)
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return signal.Signals(int(number)).name if number else None
+
+
+def poison_nonfinite(loss: Tensor) -> Tensor:
+    """The loss, with a gradient of NaN where it is not finite: then the optimiser refuses the step on every rank."""
+    return loss * (loss * 0 + 1).detach()
+
+
+def log_nonfinite(path: Path, step: int, keys: list[str], world: World) -> None:
+    """Writes down which samples were in a step that the optimiser refused; called by all ranks, each with its keys."""
+    parts: list[list[str]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(parts, keys)
+    if world.is_main:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "samples": [key for part in parts for key in part]}) + "\n")

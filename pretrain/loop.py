@@ -1,0 +1,167 @@
+"""The one step loop, for every method."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from data.loader import Batch, Loader
+from pretrain.checkpoint import Checkpoints, TrainState
+from pretrain.config import Config
+from pretrain.faults import Diverged, Stopped, StopRequest, log_nonfinite, poison_nonfinite
+from pretrain.launch import World
+from pretrain.metrics import Meter, Reporter
+from pretrain.optim import learning_rate, set_learning_rate
+from pretrain.runfolder import RunFolder
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """What the loop works on."""
+
+    config: Config[Any]
+    world: World
+    device: torch.device
+    folder: RunFolder
+    loader: Loader
+    engine: Any
+    checkpoints: Checkpoints
+    state: TrainState
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.loader.steps_per_epoch
+
+
+def train(run: Run) -> None:
+    """Trains from `run.state` to the end, and saves there.
+
+    Raises:
+        Stopped: a signal came, and the step it came in is saved.
+        Diverged: `train.max_nonfinite` steps in a row did not move the weights.
+        ValueError: more images than `data.max_skipped` could not be decoded.
+        OSError: the last checkpoint, at the end or on a signal, could not be written.
+    """
+    state, total, every = run.state, run.total_steps, run.config.log.every
+    stop, meter, saved = StopRequest(), Meter(run.device), state.step
+    reporter = None
+    if run.world.is_main:
+        reporter = Reporter(run.folder.metrics, run.folder.tensorboard, state.step, total, run.config.name)
+    say: Callable[[str], None] = reporter.say if reporter else lambda message: None
+    try:
+        for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
+            rate = _step(run, micro_batches, meter)
+            meter.add_step(run.config.train.batch, waited, _note_skipped(run, micro_batches))
+            if meter.all_skipped > run.config.data.max_skipped:
+                raise ValueError(
+                    f"{meter.all_skipped} images could not be decoded, more than data.max_skipped="
+                    f"{run.config.data.max_skipped}; they are listed in {run.folder.skipped_images}"
+                )
+            _account(run, micro_batches, say)
+            signal = stop.agreed()
+            if reporter:
+                reporter.step()
+            if state.step % every == 0 or state.step == total or signal:
+                values = _values(run, meter, rate)
+                if reporter:
+                    reporter.report(values)
+                meter.reset()
+            if state.step % run.config.checkpoint.every == 0 or state.step == total or signal:
+                saved = _save(run, saved, must=bool(signal) or state.step == total, say=say)
+            if signal and state.step < total:
+                raise Stopped(
+                    f"{signal}: stopped after step {state.step} of {total}, saved; the same command continues"
+                )
+    finally:
+        if reporter:
+            reporter.close()
+
+
+def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
+    """One optimiser step; returns its learning rate."""
+    config, engine = run.config, run.engine
+    rate = learning_rate(
+        run.state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
+    )
+    set_learning_rate(engine.optimizer.param_groups, rate)
+    for batch in micro_batches:
+        images = batch.images.to(run.device, non_blocking=True)
+        view = {name: index.to(run.device, non_blocking=True) for name, index in batch.view.items()}
+        loss = engine(images, view)["loss"]
+        meter.add_loss(loss)
+        engine.backward(poison_nonfinite(loss))
+        engine.step()
+    return rate
+
+
+def _note_skipped(run: Run, micro_batches: list[Batch]) -> int:
+    """Lists the images that could not be decoded, and were replaced, in the run's folder."""
+    skipped = [reason for batch in micro_batches for reason in batch.skipped]
+    if skipped:
+        with run.folder.skipped_images.open("a") as file:
+            file.writelines(f"{reason}\n" for reason in skipped)
+    return len(skipped)
+
+
+def _account(run: Run, micro_batches: list[Batch], say: Callable[[str], None]) -> None:
+    """Counts the step and, where the optimiser refused it, names its samples."""
+    state, train = run.state, run.config.train
+    state.step += 1
+    state.samples += train.batch
+    if run.engine.was_step_applied():
+        state.updates += 1
+        state.nonfinite_in_row = 0
+        return
+    state.nonfinite_in_row += 1
+    keys = [key for batch in micro_batches for key in batch.keys]
+    log_nonfinite(run.folder.nonfinite, state.step, keys, run.world)
+    say(f"step {state.step}: the gradient is not finite; the weights did not move ({state.nonfinite_in_row} in a row)")
+    if state.nonfinite_in_row >= train.max_nonfinite:
+        raise Diverged(
+            f"{state.nonfinite_in_row} steps in a row had no finite gradient (train.max_nonfinite); their samples are "
+            f"in {run.folder.nonfinite}: look at those images, lower optim.base_lr, or set train.precision=fp32"
+        )
+
+
+def _values(run: Run, meter: Meter, rate: float) -> dict[str, Any]:
+    state = run.state
+    return {
+        "step": state.step,
+        "epoch": state.step / run.loader.steps_per_epoch,
+        **meter.read(),
+        "lr": rate,
+        "grad_norm": float(run.engine.get_global_grad_norm()),
+        "refused_steps": state.step - state.updates,
+    }
+
+
+def _save(run: Run, saved: int, must: bool, say: Callable[[str], None]) -> int:
+    """Saves unless this step is already saved; returns the newest saved step.
+
+    A periodic save that the disk refuses is said and tried again at the next: going on loses nothing that stopping
+    would keep.
+    """
+    if saved == run.state.step:
+        return saved
+    problem = run.checkpoints.save(run.engine, run.state)
+    if problem is None:
+        return run.state.step
+    if must:
+        raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")
+    say(f"{problem}; training goes on and tries again in {run.config.checkpoint.every} steps")
+    return saved
+
+
+def _timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds that were spent waiting for it."""
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - start

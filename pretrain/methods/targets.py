@@ -1,0 +1,62 @@
+"""Pixels <-> patches, and what is predicted of them.
+
+Shapes: B images or windows, H x W pixels, N patches of p x p pixels, P = p*p*3 values of a patch, channels last.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# ImageNet's mean and standard deviation of RGB in 0..1.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """(B, H, W, 3) images of any dtype -> (B, N, P) patches in raster order."""
+    B, H, W, C = images.shape
+    x = images.view(B, H // patch, patch, W // patch, patch, C)
+    return x.transpose(2, 3).reshape(B, -1, patch * patch * C)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, P) patches of a grid -> (B, H, W, 3); the inverse of `patchify`."""
+    B, _, P = patches.shape
+    patch = round((P // 3) ** 0.5)
+    x = patches.view(B, *grid, patch, patch, 3)
+    return x.transpose(2, 3).reshape(B, grid[0] * patch, grid[1] * patch, 3)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, L, D) at index (B, K) -> (B, K, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+@lru_cache  # a copy to the device each step would make the host wait for it
+def _pixel_statistics(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).repeat(length // 3) for values in (_MEAN, _STD))
+    return mean, std
+
+
+def normalize_pixels(patches: Tensor) -> Tensor:
+    """(..., P) uint8 patches -> float32, each channel standardised by ImageNet's statistics."""
+    mean, std = _pixel_statistics(patches.shape[-1], patches.device)
+    return (patches.float() / 255 - mean) / std
+
+
+def to_pixels(patches: Tensor) -> Tensor:
+    """The inverse of `normalize_pixels`, rounded and clamped to uint8."""
+    mean, std = _pixel_statistics(patches.shape[-1], patches.device)
+    return ((patches * std + mean) * 255).round().clamp(0, 255).byte()
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (unbiased, 1e-6 inside the root) of each patch: (..., P) -> (..., 1) twice."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (var + 1e-6).sqrt()
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Each (..., P) fp32 patch by its own statistics: MAE's and LoMaR's "normalised pixels" target."""
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std

@@ -1,0 +1,120 @@
+"""What a run says of itself while it trains: progress bar, metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Meter:
+    """Sums over the steps since the last report. The loss stays on the device until then: no step waits for it."""
+
+    def __init__(self, device: torch.device):
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.all_skipped = 0  # images of this rank that could not be decoded, since the run started
+        self.reset()
+
+    def reset(self) -> None:
+        self._loss.zero_()
+        self._micro_batches = self._steps = self._images = self._skipped = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def add_loss(self, loss: Tensor) -> None:
+        """The loss of one micro-batch of this rank."""
+        self._loss += loss.detach()
+        self._micro_batches += 1
+
+    def add_step(self, images: int, waited: float, skipped: int) -> None:
+        """One optimiser step: its global batch, the seconds this rank waited for data and the images it replaced."""
+        self._steps += 1
+        self._images += images
+        self._waited += waited
+        self._skipped += skipped
+        self.all_skipped += skipped
+
+    def read(self) -> dict[str, float]:
+        """Over all ranks since the last reset: means, and the number of skipped images; called by all together."""
+        seconds = time.perf_counter() - self._since
+        mine = self._loss.new_tensor([self._waited / seconds, self._skipped])
+        totals = torch.cat([(self._loss / self._micro_batches)[None], mine])
+        dist.all_reduce(totals)
+        loss, wait, skipped = totals.tolist()
+        world = dist.get_world_size()
+        return {
+            "loss": loss / world,
+            "images_per_s": self._images / seconds,
+            "step_s": seconds / self._steps,
+            "data_wait": wait / world,
+            "skipped_images": int(skipped),
+        }
+
+
+class Reporter:
+    """Writes one object a logged step; the main rank's only. JSON has no NaN: what is not finite is null."""
+
+    def __init__(self, metrics: Path, tensorboard: Path, start: int, total: int, name: str):
+        _drop_after(metrics, start)
+        self._jsonl = metrics.open("a")
+        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=start + 1)
+        self._bar = tqdm(
+            total=total, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+        self._total = total
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def report(self, values: dict[str, Any]) -> None:
+        finite = {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in values.items()}
+        self._jsonl.write(json.dumps(finite) + "\n")
+        self._jsonl.flush()
+        for key, value in finite.items():
+            if value is not None and key != "step":
+                self._tensorboard.add_scalar(key, value, values["step"])
+        line = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.1f} img/s  "
+            f"wait {values['data_wait']:.0%}"
+        )
+        self._bar.set_postfix_str(line)
+        if self._bar.disable:
+            left = (self._total - values["step"]) * values["step_s"]
+            print(f"step {values['step']}/{self._total}  {line}  {tqdm.format_interval(left)} left", flush=True)
+
+    def say(self, message: str) -> None:
+        """A line that does not break the bar."""
+        self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._tensorboard.close()
+        self._jsonl.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that a kill has cut is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their lines would stand twice."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)

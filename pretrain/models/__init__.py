@@ -1,0 +1,1 @@
+"""Vision Transformers that know nothing of masking: a method decides what enters them."""

@@ -1,0 +1,103 @@
+"""Self-attention with contextual relative position (iRPE "product" on keys), as LoMaR uses it.
+
+Shapes: B sequences, H heads, L tokens, C channels of a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# iRPE's piecewise index function with the LoMaR authors' constants: an axis has 2 * 3 + 1 = 7 buckets.
+_ALPHA, _BETA, _GAMMA = 1.9, 3.8, 15.2
+_REACH = 3
+_AXIS = 2 * _REACH + 1
+CLASS_BUCKET = _AXIS * _AXIS
+NUM_BUCKETS = CLASS_BUCKET + 1
+
+
+def _axis_bucket(offset: int) -> int:
+    """The bucket, -3..3, of an offset in patches along one axis: near offsets exactly, far ones by their logarithm."""
+    distance = abs(offset)
+    if distance <= _ALPHA:
+        return offset
+    log_distance = _ALPHA + math.log(distance / _ALPHA) / math.log(_GAMMA / _ALPHA) * (_BETA - _ALPHA)
+    return int(math.copysign(min(round(log_distance), int(_BETA)), offset))
+
+
+def product_buckets(rows: Tensor, cols: Tensor) -> Tensor:
+    """The bucket of every (query, key) pair of patches; `methods.md`'s "product" rule.
+
+    Args:
+        rows, cols: (..., L) integer grid positions of the patches, in patches.
+
+    Returns:
+        (..., L, L) int64 ids in 0..48; the offset is query minus key.
+    """
+    span = int(max(rows.max() - rows.min(), cols.max() - cols.min()))
+    table = torch.tensor([_axis_bucket(d) for d in range(-span, span + 1)], device=rows.device)
+    row_bucket = table[rows[..., :, None] - rows[..., None, :] + span]
+    col_bucket = table[cols[..., :, None] - cols[..., None, :] + span]
+    return (row_bucket + _REACH) * _AXIS + col_bucket + _REACH
+
+
+def grid_buckets(height: int, width: int) -> Tensor:
+    """(1 + height*width) squared int64 bucket ids of a class token followed by a grid in raster order."""
+    rows = torch.arange(height).repeat_interleave(width)
+    cols = torch.arange(width).repeat(height)
+    return F.pad(product_buckets(rows, cols), (1, 0, 1, 0), value=CLASS_BUCKET)
+
+
+class RelativeKey(nn.Module):
+    """A learned vector per bucket, shared by the heads of a layer; the query meets it *unscaled*, as in iRPE's code."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.lookup_table_weight = nn.Parameter(torch.zeros(1, head_dim, NUM_BUCKETS))
+
+    def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
+        """Bias of the logits: q_i . r[bucket(i, j)].
+
+        One matrix product per query position instead of a gather over all logits: as fast, and deterministic in
+        its backward on a GPU, where gather's is not.
+
+        Args:
+            q: (B, H, L, C) queries.
+            buckets: (L, L) int64, the same for all sequences, or (B, L, L).
+
+        Returns:
+            (B, H, L, L)
+        """
+        r = F.embedding(buckets, self.lookup_table_weight[0].T)
+        return torch.einsum("bhic,ijc->bhij" if buckets.ndim == 2 else "bhic,bijc->bhij", q, r)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(C) + bias) v for (B, H, L, C) tensors and an optional (B, H, L, L) bias."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # torch's fused CPU kernel has no backward for a bias and is slower in bf16 at the lengths of windows.
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (logits if bias is None else logits + bias).softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with timm's parameter names, plus `rpe_k` where position is relative."""
+
+    def __init__(self, dim: int, heads: int, relative: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rpe_k = RelativeKey(dim // heads) if relative else None
+
+    def forward(self, x: Tensor, buckets: Tensor | None) -> Tensor:
+        """(B, L, D) -> (B, L, D); `buckets` as in `RelativeKey.forward`, None where position is absolute."""
+        B, L, D = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = None
+        if self.rpe_k is not None:
+            assert buckets is not None, "relative attention needs the buckets of its tokens"
+            bias = self.rpe_k(q, buckets)
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, L, D))

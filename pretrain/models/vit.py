@@ -1,0 +1,135 @@
+"""Plain pre-norm Vision Transformers, Ti to H, with timm's parameter names.
+
+A method calls the parts in turn: `patch_embed` (patches -> tokens), `pos_embed` where position is absolute, and the
+encoder itself (class token + tokens -> blocks -> norm). Which tokens enter is the method's business.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.models.attention import Attention
+
+
+class Arch(NamedTuple):
+    """Width, number of blocks and number of heads."""
+
+    dim: int
+    depth: int
+    heads: int
+
+
+ARCHS = {
+    "vit_tiny": Arch(192, 12, 3),
+    "vit_small": Arch(384, 12, 6),
+    "vit_base": Arch(768, 12, 12),
+    "vit_large": Arch(1024, 24, 16),
+    "vit_huge": Arch(1280, 32, 16),
+}
+
+
+def sincos_positions(dim: int, height: int, width: int) -> Tensor:
+    """MAE's fixed 2-D positions: half of the channels encode the column, half the row.
+
+    Returns:
+        (height*width, dim) float32, in raster order.
+    """
+    assert dim % 4 == 0, dim
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    cols = torch.arange(width, dtype=torch.float64).repeat(height)[:, None] * frequency
+    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)[:, None] * frequency
+    return torch.cat([cols.sin(), cols.cos(), rows.sin(), rows.cos()], dim=1).float()
+
+
+class _PatchProjection(nn.Conv2d):
+    """timm's `patch_embed.proj` applied to patches that are already cut: a matrix product, on just those given."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """(..., p*p*3) float patches, channels last within a patch -> (..., D) tokens."""
+
+    def __init__(self, patch: int, dim: int):
+        super().__init__()
+        self.proj = _PatchProjection(3, dim, patch, patch)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, arch: Arch, relative: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(arch.dim, eps=1e-6)
+        self.attn = Attention(arch.dim, arch.heads, relative)
+        self.norm2 = nn.LayerNorm(arch.dim, eps=1e-6)
+        self.mlp = Mlp(arch.dim, 4 * arch.dim)
+
+    def forward(self, x: Tensor, buckets: Tensor | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), buckets)
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """The encoder.
+
+    Args:
+        arch: a name of `ARCHS`.
+        patch: side of a patch in pixels.
+        grid: rows and columns of the image's patches; only absolute positions depend on it.
+        relative: contextual relative position in every block instead of fixed sin-cos positions.
+        checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self, arch: str, patch: int, grid: tuple[int, int], relative: bool = True, checkpoint_blocks: bool = False
+    ):
+        super().__init__()
+        self.arch, self.patch, self.grid, self.relative = ARCHS[arch], patch, grid, relative
+        self.checkpoint_blocks = checkpoint_blocks
+        dim = self.arch.dim
+        self.patch_embed = PatchEmbed(patch, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if not relative:  # a buffer: a frozen parameter would be missing from the optimiser's shards
+            self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
+        self.blocks = nn.ModuleList(Block(self.arch, relative) for _ in range(self.arch.depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, tokens: Tensor, buckets: Tensor | None = None) -> Tensor:
+        """Puts the class token in front and encodes.
+
+        Args:
+            tokens: (B, L, D) patch tokens, positions already added where they are absolute.
+            buckets: the relative position of every pair of the 1 + L tokens, (1+L, 1+L) or (B, 1+L, 1+L).
+
+        Returns:
+            (B, 1+L, D) after the last norm; the class token is first.
+        """
+        # The residual stream stays in fp32 under autocast, as in the authors' code.
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens.float()], dim=1)
+        for block in self.blocks:
+            if self.checkpoint_blocks and self.training:
+                x = checkpoint(block, x, buckets, use_reentrant=False)
+            else:
+                x = block(x, buckets)
+        return self.norm(x)
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier-uniform matrices (the patch projection seen as one), zero biases, unit norms."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim == 4 else module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
