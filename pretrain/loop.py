@@ -74,7 +74,7 @@ def train(run: Run) -> None:
                 saved = _save(run, saved, must=bool(signal) or state.step == total, say=say)
             if signal and state.step < total:
                 raise Stopped(
-                    f"{signal}: stopped after step {state.step} of {total}, saved; the same command continues"
+                    f"{signal}: saved and stopped after step {state.step} of {total}; the same command continues"
                 )
     finally:
         if reporter:

@@ -7,8 +7,9 @@ is given again.
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pretrain/run.py` starts us as a script
 
@@ -107,9 +108,18 @@ def main() -> int:
         if world.is_main:
             print(stopped, flush=True)
     except (ValueError, Diverged, OSError) as error:
-        print(f"error on rank {world.rank}: {error}", file=sys.stderr, flush=True)
-        return 1
+        _give_up(f"error on rank {world.rank}: {error}\n")
+    except Exception:
+        _give_up(traceback.format_exc())
     return 0
+
+
+def _give_up(reason: str) -> NoReturn:
+    """Ends this rank at once: a clean exit would first wait for ranks that may never come."""
+    sys.stdout.flush()
+    sys.stderr.write(reason)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Real runs of `pretrain/run.py`: real shards of real JPEGs, real DeepSpeed engines in real processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+RUN = str(ROOT / "pretrain" / "run.py")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards with 80 JPEGs of coloured gradients and discs, packed by our own command."""
+    folder, out = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    rows, cols = np.mgrid[0:96, 0:112]
+    for number in range(80):
+        centre, radius, colours = rng.uniform(20, 80, 2), rng.uniform(10, 40), rng.integers(0, 256, (2, 3))
+        disc = ((rows - centre[0]) ** 2 + (cols - centre[1]) ** 2 < radius**2)[..., None]
+        shade = (rows * rng.uniform(0.3, 1) + cols * rng.uniform(0.3, 1))[..., None] / 200
+        pixels = np.where(disc, colours[0], colours[1]) * shade.clip(0, 1)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
+    command = [sys.executable, "-m", "data.pack", str(folder), str(out), "--samples-per-shard", "30"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def recipe(shards: Path, tmp_path: Path) -> Path:
+    """Ten steps of a small LoMaR on images that are not square; two processes train it in a few seconds."""
+    keys = {
+        "name": "tiny",
+        "runs": str(tmp_path / "runs"),
+        "method": {"name": "lomar", "windows": 2, "window": 3},
+        "model": {"arch": "vit_tiny"},
+        "data": {"shards": str(shards), "size": [64, 80], "workers": 1},
+        "optim": {"warmup_epochs": 0.3, "base_lr": 1e-2},
+        "train": {"epochs": 1, "batch": 8, "precision": "fp32"},
+        "checkpoint": {"every": 5},
+        "log": {"every": 1, "panel_images": 2},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+class Processes:
+    """The ranks of one run, started as a launcher would, without a launcher's seconds."""
+
+    def __init__(self, script: str, arguments: list[str], count: int, cwd: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.all = [
+            subprocess.Popen(
+                [sys.executable, script, *arguments],
+                cwd=cwd,
+                env={
+                    **os.environ,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(count),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONPATH": str(ROOT),
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            for rank in range(count)
+        ]
+
+    def kill(self) -> None:
+        """SIGKILL to every rank and its loader's workers."""
+        for process in self.all:
+            os.killpg(process.pid, signal.SIGKILL)
+        self.outputs()
+
+    def outputs(self, timeout: float = 120) -> list[str]:
+        return [process.communicate(timeout=timeout)[0] for process in self.all]
+
+    def finish(self) -> str:
+        """Waits; the main rank's output. Fails the test, with the output, unless every rank ended well."""
+        outputs = self.outputs()
+        for process, output in zip(self.all, outputs, strict=True):
+            assert process.returncode == 0, output
+        return outputs[0]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
+    """start(recipe, 'key=value', ...) -> Processes of run.py; what a test leaves running is killed."""
+    started: list[Processes] = []
+
+    def _start(*arguments: Path | str, processes: int = 2, script: str = RUN) -> Processes:
+        started.append(Processes(script, [str(argument) for argument in arguments], processes, tmp_path))
+        return started[-1]
+
+    yield _start
+    for run in started:
+        for process in run.all:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

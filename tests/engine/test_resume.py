@@ -1,0 +1,145 @@
+"""A run that is killed, stopped or damaged ends with the same bits as one that was not."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.metrics import read_metrics
+
+pytestmark = pytest.mark.engine
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+
+
+def wait_for(path: Path, processes: Any, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        assert all(p.poll() is None for p in processes.all), processes.outputs()
+        time.sleep(0.002)
+
+
+def assert_same_bits(first: Any, second: Any) -> None:
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same_bits(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_same_bits(a, b)
+    elif not hasattr(first, "__dict__"):
+        assert first == second
+
+
+def assert_same_run(whole: Path, other: Path) -> None:
+    """Losses, gradient norms, encoder and the whole optimiser state, bit for bit."""
+    keys = ("step", "epoch", "loss", "lr", "grad_norm")
+    assert [[row[k] for k in keys] for row in read_metrics(whole / "metrics.jsonl")] == [
+        [row[k] for k in keys] for row in read_metrics(other / "metrics.jsonl")
+    ]
+    encoders = [load_file(folder / "encoder.safetensors") for folder in (whole, other)]
+    assert_same_bits(*encoders)
+    last = Path("checkpoints") / (whole / "checkpoints" / "latest").read_text()
+    names = sorted(p.name for p in (whole / last).glob("*.pt"))
+    assert names == sorted(p.name for p in (other / last).glob("*.pt"))
+    for name in names:  # our own files
+        assert_same_bits(*(torch.load(folder / last / name, weights_only=False) for folder in (whole, other)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_steps_equal_five_then_kill_then_five(stage: str, recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    engine = f"train.ds_config=ds_configs/{stage}.json"
+    precision = "train.precision=bf16" if stage in ("zero1", "zero3") else "train.precision=fp32"
+    start(recipe, engine, precision, "name=whole").finish()
+    broken = tmp_path / "runs" / "broken"
+    killed = start(recipe, engine, precision, "name=broken")
+    wait_for(broken / "checkpoints" / "step_00000005" / "manifest.json", killed)
+    killed.kill()
+    assert not (broken / "encoder.safetensors").exists(), "the run ended before it was killed"
+    output = start(recipe, engine, precision, "name=broken").finish()
+    assert "continues from step_00000005" in output
+    assert_same_run(tmp_path / "runs" / "whole", broken)
+
+
+def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
+    recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    start(recipe, "name=whole", "train.accumulation=2").finish()
+    run = start(recipe, "name=stopped", "train.accumulation=2", "checkpoint.every=1000")
+    wait_for(tmp_path / "runs" / "stopped" / "metrics.jsonl", run)
+    while not read_metrics(tmp_path / "runs" / "stopped" / "metrics.jsonl"):
+        time.sleep(0.002)
+    run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: they agree
+    output = run.finish()
+    assert "SIGUSR1: saved and stopped after step" in output
+    start(recipe, "name=stopped", "train.accumulation=2", "checkpoint.every=1000").finish()
+    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped")
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_continues(
+    recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    start(recipe, "name=whole").finish()
+    checkpoints = tmp_path / "runs" / "whole" / "checkpoints"
+    before = load_file(tmp_path / "runs" / "whole" / "encoder.safetensors")
+    victim = next((checkpoints / "step_00000010").glob("*optim_states.pt"))
+    damaged = bytearray(victim.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    victim.write_bytes(damaged)
+    (checkpoints / "unfinished" / "step_00000015").mkdir(parents=True)  # a save that was killed
+    output = start(recipe, "name=whole").finish()
+    assert f"step_00000010 is damaged and left aside: {victim.name} is not what was written" in output
+    assert "continues from step_00000005" in output
+    assert_same_bits(before, load_file(tmp_path / "runs" / "whole" / "encoder.safetensors"))
+
+    for name in ("step_00000005", "step_00000010"):
+        (checkpoints / name / "manifest.json").unlink()
+    run = start(recipe, "name=whole")
+    assert "no sound checkpoint" in "".join(run.outputs())
+    assert all(p.returncode == 1 for p in run.all)
+
+
+def test_retention_and_a_complete_run_started_again(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    keep = ("checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4")
+    start(recipe, *keep).finish()
+    folder = tmp_path / "runs" / "tiny"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "latest",
+        *(f"step_{step:08d}" for step in (4, 8, 9, 10)),
+    ]
+    (folder / "loss.png").unlink()
+    assert "continues from step_00000010" in start(recipe, *keep).finish()
+    assert (folder / "loss.png").exists()
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 11))
+
+
+def test_another_training_is_refused_with_the_difference(recipe: Path, start: Callable[..., Any]):
+    start(recipe).finish()
+    run = start(recipe, "optim.base_lr=0.5", "method.windows=3")
+    output = "".join(run.outputs())
+    assert "method.windows was 2 and is 3" in output
+    assert "optim.base_lr was 0.01 and is 0.5" in output
+    assert "another name=" in output
+    assert all(p.returncode == 1 for p in run.all)
+
+
+def test_state_is_small_plain_and_written_in_the_manifest(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    start(recipe).finish()
+    manifest = json.loads((tmp_path / "runs" / "tiny" / "checkpoints" / "step_00000010" / "manifest.json").read_text())
+    assert {k: manifest["state"][k] for k in ("step", "updates", "samples", "world_size", "zero_stage")} == {
+        "step": 10,
+        "updates": 10,
+        "samples": 80,
+        "world_size": 2,
+        "zero_stage": 1,
+    }
