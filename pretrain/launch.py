@@ -86,3 +86,8 @@ def start(world: World) -> torch.device:
         torch.cuda.set_device(world.local_rank)
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def leave() -> None:
+    """Leaves the process group; an exit without it may abort in gloo's threads."""
+    torch.distributed.destroy_process_group()

@@ -19,7 +19,7 @@ from data.index import Index, load_index
 from data.loader import Loader
 from pretrain.config import Config, load
 from pretrain.faults import Diverged, Stopped
-from pretrain.launch import World, find_world, start
+from pretrain.launch import World, find_world, leave, start
 from pretrain.runfolder import RunFolder
 
 
@@ -111,6 +111,7 @@ def main() -> int:
         _give_up(f"error on rank {world.rank}: {error}\n")
     except Exception:
         _give_up(traceback.format_exc())
+    leave()
     return 0
 
 

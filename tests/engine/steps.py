@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.build import build_method
 from pretrain.config import Config, load
 from pretrain.faults import poison_nonfinite
-from pretrain.launch import find_world, start
+from pretrain.launch import find_world, leave, start
 from pretrain.models import vit
 from pretrain.optim import parameter_groups
 
@@ -78,6 +78,7 @@ def main() -> None:
         results.append((mean.item() / world.size, float(engine.get_global_grad_norm()), engine.was_step_applied()))
     if world.is_main:
         Path(out).write_text(json.dumps({"steps": results, "effective": effective_settings(engine)}))
+    leave()
 
 
 if __name__ == "__main__":
