@@ -88,9 +88,13 @@ def build_engine(method: nn.Module, config: Config[Any], settings: dict[str, Any
     import deepspeed
 
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    optimizer = (torch.optim.AdamW if stage else GuardedAdamW)(
-        parameter_groups(method, config.optim.weight_decay), lr=config.peak_lr, betas=config.optim.betas
-    )
+    groups = parameter_groups(method, config.optim.weight_decay)
+    options: dict[str, Any] = {"lr": config.peak_lr, "betas": config.optim.betas}
+    if stage:
+        optimizer = torch.optim.AdamW(groups, **options)
+    else:
+        optimizer = GuardedAdamW(groups, clip_grad=config.optim.clip_grad, **options)
+        settings = {**settings, "gradient_clipping": 0.0}  # or DeepSpeed would clip before the norm is known
     engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=settings)
     return engine
 
@@ -103,7 +107,7 @@ def effective_settings(engine: Any) -> dict[str, Any]:
         "train_batch_size": engine.train_batch_size(),
         "micro_batch_per_rank": engine.train_micro_batch_size_per_gpu(),
         "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
-        "gradient_clipping": engine.gradient_clipping(),
+        "gradient_clipping": getattr(engine.basic_optimizer, "clip_grad", engine.gradient_clipping()),
         "autocast": str(engine.torch_autocast_dtype()) if engine.torch_autocast_enabled() else "off",
         "parameter_dtype": str(model_dtype),
         "gradient_accumulation_dtype": str(accumulation_dtype),

@@ -39,19 +39,25 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that leaves the weights alone where the gradient is not finite, as DeepSpeed's ZeRO optimisers do.
+    """AdamW that does what DeepSpeed's ZeRO optimisers do, and DeepSpeed without ZeRO (stage 0) does not.
 
-    DeepSpeed has no such check without ZeRO (stage 0); it reads these two attributes after `step`.
+    It leaves the weights alone where the gradient is not finite, and knows the gradient's norm before clipping.
+    DeepSpeed reads `overflow` and `_global_grad_norm` after `step`.
     """
 
     overflow = False
     _global_grad_norm = 0.0
 
+    def __init__(self, groups: list[dict[str, Any]], clip_grad: float = 0.0, **options: Any):
+        super().__init__(groups, **options)
+        self.clip_grad = clip_grad
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._global_grad_norm = torch.nn.utils.get_total_norm(gradients).item()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
+        self._global_grad_norm = norm.item()
         self.overflow = not math.isfinite(self._global_grad_norm)
         if not self.overflow:
             super().step()
