@@ -93,7 +93,7 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
         conclude(folder, checkpoints.names()[0])
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise."""
     try:
         world = find_world()
@@ -101,27 +101,20 @@ def main() -> int:
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # the same on every rank
             print(f"error: {error}", file=sys.stderr)
-        return 1
+        leave(1)
     try:
         pretrain(config, world)
     except Stopped as stopped:
         if world.is_main:
-            print(stopped, flush=True)
+            print(stopped)
     except (ValueError, Diverged, OSError) as error:
-        _give_up(f"error on rank {world.rank}: {error}\n")
+        print(f"error on rank {world.rank}: {error}", file=sys.stderr)
+        leave(1)
     except Exception:
-        _give_up(traceback.format_exc())
-    leave()
-    return 0
-
-
-def _give_up(reason: str) -> NoReturn:
-    """Ends this rank at once: a clean exit would first wait for ranks that may never come."""
-    sys.stdout.flush()
-    sys.stderr.write(reason)
-    sys.stderr.flush()
-    os._exit(1)
+        traceback.print_exc()
+        leave(1)
+    leave(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -78,7 +78,7 @@ def main() -> None:
         results.append((mean.item() / world.size, float(engine.get_global_grad_norm()), engine.was_step_applied()))
     if world.is_main:
         Path(out).write_text(json.dumps({"steps": results, "effective": effective_settings(engine)}))
-    leave()
+    leave(0)
 
 
 if __name__ == "__main__":
