@@ -1,0 +1,33 @@
+# The quick start and the tests, in a virtual environment of the project's own. Cluster users: README.md, "Install".
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# With GPUs DeepSpeed starts a process for each; without, it would start just one.
+PROCESSES = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_accelerators 2')")
+
+.PHONY: pretrain test lint install clean
+
+pretrain: install  ## the quick start: LoMaR on photographs, a few minutes on two cores
+	python -m data.samples shards/samples
+	deepspeed $(PROCESSES) pretrain/run.py pretrain/recipes/quickstart.yaml
+
+test: lint  ## everything that must pass
+	python -m pytest
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs shards
