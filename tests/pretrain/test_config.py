@@ -1,0 +1,203 @@
+"""Recipes and overrides: what is wrong is refused with a message that names the key to change."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.build import build_method
+from pretrain.config import load
+from pretrain.schema import RECIPES
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "name: small\nmethod: {name: lomar, windows: 2}\ndata: {shards: /nowhere}\noptim: {warmup_epochs: 5}\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimizer.base_lr=1", ["unknown key optimizer", "did you mean optim?"]),
+        ("optim.base_lrr=1", ["unknown key optim.base_lrr", "did you mean base_lr?"]),
+        ("method.windw=3", ["unknown key method.windw", "did you mean window?"]),
+        ("train.qqqq=3", ["unknown key train.qqqq", "valid: ", "epochs", "precision"]),
+        ("method.name=lomr", ["method.name='lomr'", "did you mean lomar?"]),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(recipe: str, override: str, says: list[str]):
+    with pytest.raises(ValueError, match="unknown") as error:
+        load(recipe, [override])
+    assert all(words in str(error.value) for words in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.epochs=abc", "train.epochs='abc'"),
+        ("train.epochs=1.5", "train.epochs=1.5"),
+        ("train.epochs=0", "train.epochs=0"),
+        ("train=5", "train=5"),
+        ("data.size=abc", "data.size"),
+        ("data.flip=1.5", "data.flip=1.5"),
+        ("data.shards=", "data.shards=None"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("optim.base_lr=nan", "optim.base_lr='nan'"),
+        ("model.patch=0", "model.patch=0"),
+        ("model.arch=vit_bas", "'vit_base'"),
+        ("train.precision=fp16", "'bf16' or 'fp32'"),
+        ("method.mask_ratio=1.0", "method.mask_ratio=1.0"),
+        ("name=a/b", "name='a/b'"),
+    ],
+)
+def test_a_wrong_value_names_its_key(recipe: str, override: str, says: str):
+    with pytest.raises(ValueError, match="^" + override.split("=")[0]) as error:
+        load(recipe, [override])
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.size=225"], ["data.size=225", "model.patch=16", "224 and 240"]),
+        (["data.size=[224,230]"], ["data.size=", "230", "224 and 240"]),
+        (["data.size=16"], ["method.window=7", "1x1", "at most 1"]),
+        (["method.window=15"], ["method.window=15", "14x14", "at most 14"]),
+        (["data.size=[112,240]"], ["method.windows=10", "9 positions", "7x15", "at most 9"]),
+        (["method.mask_ratio=0.01"], ["method.mask_ratio=0.01", "masks 0"]),
+        (["method.window=2", "method.mask_ratio=0.2"], ["method.mask_ratio=0.2", "masks 0 of a window's 4"]),
+        (["train.epochs=5"], ["optim.warmup_epochs=5", "train.epochs=5"]),
+        (["data.crop_scale=[1,0.2]"], ["data.crop_scale", "smaller area first"]),
+    ],
+)
+def test_values_that_do_not_fit_together_name_the_keys_to_change(recipe: str, overrides: list[str], says: list[str]):
+    with pytest.raises(ValueError, match=r"\w+\.\w+=") as error:
+        load(recipe, ["method.windows=10", *overrides])
+    assert all(words in str(error.value) for words in says), error.value
+
+
+def test_all_that_is_wrong_is_said_at_once(recipe: str):
+    with pytest.raises(ValueError, match="epochs") as error:
+        load(recipe, ["train.epochs=abc", "optim.base_lrr=1"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("argument", ["train.epochs", "=3", "--epochs=3", ""])
+def test_an_override_without_key_or_value_is_refused(recipe: str, argument: str):
+    with pytest.raises(ValueError, match=r"is not an override: write section.key=value"):
+        load(recipe, [argument])
+
+
+def test_what_must_be_set_is_asked_for(tmp_path: Path):
+    path = tmp_path / "bare.yaml"
+    path.write_text("method: {name: lomar}\n")
+    with pytest.raises(ValueError, match="name is not set") as error:
+        load(str(path), [])
+    assert "data is not set" in str(error.value)
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no recipe 'quickstrat'.*did you mean quickstart"):
+        load("quickstrat", [])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
+def test_a_recipe_without_sections_is_refused(tmp_path: Path, text: str):
+    path = tmp_path / "empty.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"empty\.yaml holds no keys"):
+        load(str(path), [])
+
+
+def test_a_recipe_that_is_no_yaml_is_refused(tmp_path: Path):
+    path = tmp_path / "torn.yaml"
+    path.write_text("name: [\n")
+    with pytest.raises(ValueError, match=r"torn\.yaml is not YAML"):
+        load(str(path), [])
+
+
+def test_a_missing_base_is_named(tmp_path: Path):
+    path = tmp_path / "child.yaml"
+    path.write_text("extends: parent.yaml\n")
+    with pytest.raises(ValueError, match=r"no recipe .*parent\.yaml"):
+        load(str(path), [])
+
+
+def test_overrides_win_key_by_key_and_later_ones_over_earlier(recipe: str):
+    config = load(recipe, ["method.mask_ratio=0.5", "optim.base_lr=1e-3", "optim.base_lr=2e-3", "data.size=[160, 224]"])
+    assert config.method.mask_ratio == 0.5
+    assert config.method.windows == 2, "its neighbours stay"
+    assert config.optim.base_lr == 2e-3
+    assert config.data.shards == "/nowhere"
+    assert config.grid == (10, 14)
+    assert config.peak_lr == pytest.approx(2e-3 * 4096 / 256)
+
+
+def test_a_recipe_extends_another_and_wins_key_by_key(recipe: str, tmp_path: Path):
+    (tmp_path / "nested").mkdir()
+    child, grandchild = tmp_path / "child.yaml", tmp_path / "nested" / "grandchild.yaml"
+    child.write_text("extends: small.yaml\nname: child\nmethod: {mask_ratio: 0.6}\n")
+    grandchild.write_text("extends: ../child.yaml\ntrain: {epochs: 50}\n")
+    config = load(str(grandchild), [])
+    assert (config.name, config.method.windows, config.method.mask_ratio) == ("child", 2, 0.6)
+    assert config.train.epochs == 50
+    assert config.optim.warmup_epochs == 5
+    assert load(recipe, []).method.mask_ratio == 0.8, "the base is as it was"
+
+
+def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path):
+    config = load(recipe, ["data.size=[160, 224]", "optim.base_lr=1e-4", "method.norm_pix=false"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load(str(resolved), []) == config
+    assert yaml.safe_load(config.to_yaml())["optim"]["betas"] == [0.9, 0.95], "defaults are written out"
+
+
+def test_a_configuration_is_frozen(recipe: str):
+    config = load(recipe, [])
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.epochs = 3
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_read_back(name: str, tmp_path: Path):
+    config = load(name, ["data.shards=/nowhere"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load(str(resolved), []) == config
+    assert config.optim.weight_decay == 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "patch", "windows", "warmup"),
+    [
+        ("lomar_vitb16_224_1600e", 224, 16, 4, 40),
+        ("lomar_vitb16_224_800e", 224, 16, 4, 20),
+        ("lomar_vitb16_224_400e", 224, 16, 4, 10),
+        ("lomar_vitb16_384_300e", 384, 16, 6, None),
+        ("lomar_vitb16_448_300e", 448, 16, 9, None),
+        ("lomar_vitb8_224_400e", 224, 8, 4, 10),
+    ],
+)
+def test_shipped_recipes_are_those_of_the_paper(name: str, size: int, patch: int, windows: int, warmup: int | None):
+    config = load(name, ["data.shards=/nowhere"])
+    assert config.train.epochs == int(name.split("_")[-1][:-1])
+    assert (config.data.size, config.model.patch, config.method.windows) == (size, patch, windows)
+    assert (config.method.window, config.method.mask_ratio, config.method.norm_pix) == (7, 0.8, True)
+    assert (config.train.batch, config.optim.base_lr, config.optim.betas) == (4096, 1.5e-4, (0.9, 0.95))
+    assert (config.optim.min_lr, config.data.crop_scale, config.data.flip) == (0, (0.2, 1.0), 0.5)
+    if warmup is not None:
+        assert config.optim.warmup_epochs == warmup
+
+
+def test_weights_follow_the_seed_alone(recipe: str):
+    small = ["model.arch=vit_tiny", "data.size=128"]
+    first, again, other = (build_method(load(recipe, [*small, f"seed={seed}"])).state_dict() for seed in (0, 0, 1))
+    assert all((first[name] == again[name]).all() for name in first)
+    assert (first["head.weight"] != other["head.weight"]).any()

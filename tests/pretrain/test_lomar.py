@@ -1,0 +1,225 @@
+"""The method against the naive reference, and what may and may not depend on what."""
+
+import pytest
+import reference
+import torch
+from tiny import TINY, everything_float64, random_images, random_view, randomize, tiny_lomar
+from torch import Tensor
+
+from pretrain.methods.lomar import LoMaR
+from pretrain.methods.targets import normalize_patches, normalize_pixels, take
+from pretrain.optim import parameter_groups
+
+CASES = [
+    pytest.param({"norm_pix": True}, id="relative-norm_pix"),
+    pytest.param({"norm_pix": False}, id="relative-pixels"),
+    pytest.param({"relative": False}, id="absolute"),
+    # A window of 5 reaches the shared buckets (offsets 2-3 and 4) and, on this grid, overlaps its neighbour.
+    pytest.param({"window": 5, "windows": 2, "grid": (5, 7), "mask_ratio": 0.8}, id="wide"),
+]
+
+
+def loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(images, view)["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def naive_loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]):
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    loss = reference.lomar_loss(images, view, weights, TINY.heads, model.config.norm_pix)
+    loss.backward()
+    return loss.detach(), {name: weight.grad for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_lomar(**case)
+    randomize(model)
+    images, view = random_images(model), random_view(model)
+    expected, gradients = naive_loss_and_gradients(model, images, view)
+    single, single_gradients = loss_and_gradients(model, images, view)
+    with everything_float64(monkeypatch):
+        exact_model = tiny_lomar(**case)
+        # Not the buffers: the float64 model computes its own positions.
+        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
+        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
+
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=0)
+    assert gradients.keys() == exact_gradients.keys() == single_gradients.keys()
+    for name, gradient in gradients.items():
+        largest = gradient.abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(exact_gradients[name], gradient, rtol=0, atol=1e-10 * largest, msg=name)
+        torch.testing.assert_close(single_gradients[name].double(), gradient, rtol=0, atol=1e-4 * largest, msg=name)
+
+
+def predictions(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> Tensor:
+    """(B, W, M, P)"""
+    with torch.no_grad():
+        patches, place, visible, masked = model._windows(images, view)
+        seen = normalize_pixels(take(patches, visible))
+        return model._predict(seen, place, visible, masked).view(*view["masked"].shape, -1)
+
+
+def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -> Tensor:
+    """A copy with one byte of one patch changed."""
+    changed = images.clone()
+    changed[image, row * model.encoder.patch, col * model.encoder.patch, 1] ^= 128
+    return changed
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_nothing_else(relative: bool):
+    model = tiny_lomar(relative=relative)
+    randomize(model)
+    images, view = random_images(model), random_view(model)
+    before = predictions(model, images, view)
+    rows, cols = model.encoder.grid
+    tried = {True: 0, False: 0}
+    for image in range(len(images)):
+        for patch in range(rows * cols):
+            after = predictions(model, change_patch(model, images, image, *divmod(patch, cols)), view)
+            for b in range(len(images)):
+                for w in range(model.config.windows):
+                    seen = view["window"][b, w][view["visible"][b, w]].tolist()
+                    expected = b == image and patch in seen
+                    tried[expected] += 1
+                    # Every masked token of the window sees the change, or none does.
+                    changed = (after[b, w] != before[b, w]).any(-1)
+                    assert changed.all() if expected else not changed.any(), (image, patch, b, w)
+    assert tried[True] == view["visible"].numel()
+
+
+def test_the_target_is_the_masked_patches_alone():
+    model = tiny_lomar(norm_pix=False)
+    randomize(model)
+    with torch.no_grad():
+        model.encoder.patch_embed.proj.weight.zero_()  # blind: the pixels act through the target only
+    images, view = random_images(model), random_view(model)
+    before = model(images, view)["loss"]
+    rows, cols = model.encoder.grid
+    hidden = view["window"].gather(2, view["masked"])
+    outcomes = set()
+    for patch in range(rows * cols):
+        after = model(change_patch(model, images, 0, *divmod(patch, cols)), view)["loss"]
+        is_target = bool((hidden[0] == patch).any())
+        outcomes.add(is_target)
+        assert (after != before) == is_target, patch
+    assert outcomes == {True, False}
+
+
+def test_loss_is_the_same_whatever_the_order_of_windows_and_images():
+    model = tiny_lomar()
+    randomize(model)
+    images, view = random_images(model, 3), random_view(model, 3)
+    loss = model(images, view)["loss"]
+    turned = {name: index.flip(0, 1) for name, index in view.items()}
+    torch.testing.assert_close(model(images.flip(0), turned)["loss"], loss, rtol=1e-6, atol=0)
+    mismatched = {name: index.flip(0) for name, index in view.items()}
+    assert (model(images, mismatched)["loss"] - loss).abs() > 1e-4
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_every_parameter_learns_from_the_start_and_has_one_optimiser_group(relative: bool):
+    model = tiny_lomar(relative=relative)
+    _, gradients = loss_and_gradients(model, random_images(model), random_view(model))
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad, name
+        assert gradients[name].isfinite().all(), name
+        assert gradients[name].any(), name
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay = {}
+    for group in parameter_groups(model, 0.05):
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in decay, "in two groups"
+            decay[names[id(parameter)]] = group["weight_decay"]
+    assert decay.keys() == set(names.values())
+    assert decay["mask_token"] == decay["encoder.cls_token"] == decay["encoder.patch_embed.proj.weight"] == 0.05
+    for name, value in decay.items():
+        vector = name.endswith(".bias") or ("norm" in name and name.endswith(".weight"))
+        assert value == (0.0 if vector else 0.05), name
+
+
+def test_relative_tables_learn_exactly_the_buckets_of_the_window():
+    model = tiny_lomar()
+    randomize(model)
+    _, gradients = loss_and_gradients(model, random_images(model), random_view(model))
+    offsets = range(-2, 3)
+    used = {reference.bucket((dy, dx), (0, 0)) for dy in offsets for dx in offsets} | {reference.CLASS_BUCKET}
+    table = gradients["encoder.blocks.0.attn.rpe_k.lookup_table_weight"]
+    assert table.shape == (1, TINY.dim // TINY.heads, 50)
+    assert set(table[0].any(0).nonzero().flatten().tolist()) == used
+
+
+def test_activation_checkpointing_changes_nothing():
+    plain, recomputing = tiny_lomar(), tiny_lomar(checkpoint_blocks=True)
+    randomize(plain)
+    recomputing.load_state_dict(plain.state_dict())
+    images, view = random_images(plain), random_view(plain)
+    calls = []
+    recomputing.encoder.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    loss, gradients = loss_and_gradients(plain, images, view)
+    same_loss, same_gradients = loss_and_gradients(recomputing, images, view)
+    assert len(calls) == 2, "the block runs again in the backward pass"
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
+
+
+def test_bf16_autocast_is_close_to_fp32_with_an_fp32_loss():
+    model = tiny_lomar(arch=TINY._replace(dim=32))
+    images, view = random_images(model, 4), random_view(model, 4)
+    loss, gradients = loss_and_gradients(model, images, view)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_loss, rounded = loss_and_gradients(model, images, view)
+    assert rounded_loss.dtype == torch.float32
+    assert rounded_loss != loss, "autocast did nothing"
+    torch.testing.assert_close(rounded_loss, loss, rtol=5e-3, atol=0)
+    for name, gradient in gradients.items():
+        assert torch.cosine_similarity(rounded[name].flatten(), gradient.flatten(), dim=0) > 0.99, name
+
+
+def test_overfits_one_batch():
+    model = tiny_lomar(side=4, arch=TINY._replace(dim=64))
+    images, view = random_images(model), random_view(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
+    losses = []
+    for _ in range(200):
+        loss, _ = loss_and_gradients(model, images, view)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.9, "normalised targets have variance one"
+    assert losses[-1] < 0.25 * losses[0]
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: bool, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_lomar(side=4, norm_pix=norm_pix)
+    images, view = random_images(model), random_view(model)
+    honest = model.reconstruct(images, view)
+
+    def predict_the_truth(pixels: Tensor, place: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        patches, *_ = model._windows(images, {name: index[:, :1] for name, index in view.items()})
+        target = normalize_pixels(take(patches, masked))
+        return normalize_patches(target) if norm_pix else target
+
+    monkeypatch.setattr(model, "_predict", predict_the_truth)
+    perfect = model.reconstruct(images, view)
+    assert torch.equal(perfect["original"], images)
+    assert all(picture.dtype == torch.uint8 for picture in honest.values())
+    side, size, columns = model.encoder.patch, model.config.window, model.encoder.grid[1]
+    for b in range(len(images)):
+        top, left = divmod(view["window"][b, 0, 0].item(), columns)
+        cut = images[b, top * side : (top + size) * side, left * side : (left + size) * side]
+        assert torch.equal(perfect["window"][b], cut)
+        assert torch.equal(perfect["reconstruction"][b], cut), "un-normalising gives the pixels back"
+        for i in range(size * size):
+            row, col = (n * side for n in divmod(i, size))
+            at = (b, slice(row, row + side), slice(col, col + side))
+            hidden = i in view["masked"][b, 0]
+            assert (perfect["masked"][at] == 128).all() if hidden else torch.equal(perfect["masked"][at], cut[at[1:]])
+            assert torch.equal(honest["reconstruction"][at], cut[at[1:]]) != hidden

@@ -1,0 +1,113 @@
+"""What is drawn for a sample: windows and masks."""
+
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from tiny import random_view, tiny_lomar
+
+from pretrain.methods.lomar import LoMaR, view
+from pretrain.methods.masking import positions, random_masked, random_windows
+
+# Table 4 of the paper: side of the window, windows per image.
+ABLATION = [(5, 8), (7, 4), (9, 3), (11, 2), (14, 1)]
+
+
+def z_scores(counts: np.ndarray, trials: int, probability: float) -> np.ndarray:
+    """Deviations of binomial counts in standard deviations."""
+    return (counts - trials * probability) / np.sqrt(trials * probability * (1 - probability))
+
+
+@pytest.mark.parametrize("ratio", ["0.3", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8", "0.9"])
+@pytest.mark.parametrize(("window", "windows"), ABLATION)
+def test_masks_exactly_the_share_of_each_window(window: int, windows: int, ratio: str):
+    config = LoMaR.Config(windows=windows, window=window, mask_ratio=float(ratio))
+    config.check((14, 14))
+    expected = int(window * window * Fraction(ratio))
+    drawn = view(np.random.default_rng(0), grid=(14, 14), windows=windows, size=window, masked=config.num_masked)
+    assert drawn["masked"].shape == (windows, expected)
+    assert drawn["visible"].shape == (windows, window * window - expected)
+    both = np.sort(np.concatenate([drawn["visible"], drawn["masked"]], axis=1))
+    assert (both == np.arange(window * window)).all(), "visible and masked are all patches, each once"
+    assert all((np.diff(drawn[name]) > 0).all() for name in ("visible", "masked"))
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (9, 16), (16, 9), (7, 7), (7, 8)])
+def test_windows_are_distinct_squares_of_the_grid_in_raster_order(grid: tuple[int, int]):
+    count = min(4, (grid[0] - 6) * (grid[1] - 6))
+    for seed in range(50):
+        windows = random_windows(np.random.default_rng(seed), count, 7, grid)
+        assert windows.shape == (count, 49)
+        assert windows.dtype == np.int64
+        corners = {divmod(int(window[0]), grid[1]) for window in windows}
+        assert len(corners) == count, "distinct"
+        for window in windows:
+            top, left = divmod(int(window[0]), grid[1])
+            assert 0 <= top <= grid[0] - 7
+            assert 0 <= left <= grid[1] - 7, "no window runs over the edge into the next row"
+            expected = [(top + dy) * grid[1] + left + dx for dy in range(7) for dx in range(7)]
+            assert window.tolist() == expected
+
+
+def test_all_windows_of_a_grid_can_be_asked_for_but_no_more():
+    windows = random_windows(np.random.default_rng(0), 6, 7, (8, 9))
+    assert len({int(window[0]) for window in windows}) == 6
+    with pytest.raises(ValueError, match="larger sample"):
+        random_windows(np.random.default_rng(0), 7, 7, (8, 9))
+
+
+def test_windows_are_uniform_over_positions_and_reach_every_patch():
+    images, count, size, grid = 3000, 4, 7, (12, 16)
+    drawn = np.stack([random_windows(np.random.default_rng((5, i)), count, size, grid) for i in range(images)])
+    places = (grid[0] - size + 1) * (grid[1] - size + 1)
+    rows, cols = np.divmod(drawn[:, :, 0], grid[1])
+    counts = np.bincount((rows * (grid[1] - size + 1) + cols).ravel(), minlength=places)
+    assert len(counts) == places
+    expected = images * count / places
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    freedom = places - 1
+    assert freedom - 5 * np.sqrt(2 * freedom) < chi_square < freedom + 5 * np.sqrt(2 * freedom)
+    assert set(drawn.ravel().tolist()) == set(range(grid[0] * grid[1]))
+
+
+def test_images_draw_their_own_windows_and_masks():
+    # The authors' code gives all images of a batch the same windows.
+    model = tiny_lomar(grid=(14, 14), window=7, windows=4, mask_ratio=0.8)
+    drawn = random_view(model, 64)
+    assert len({tuple(sorted(windows[:, 0].tolist())) for windows in drawn["window"]}) > 60
+    masks = drawn["masked"].flatten(0, 1)
+    assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
+
+
+def test_masks_are_uniform_singly_and_in_pairs():
+    rows, length, count = 20000, 12, 7
+    masked = random_masked(np.random.default_rng(0), rows, length, count)
+    assert (masked.sum(1) == count).all()
+    assert np.abs(z_scores(masked.sum(0), rows, count / length)).max() < 5
+    together = masked.T.astype(int) @ masked.astype(int)
+    pairs = together[np.triu_indices(length, 1)]
+    assert np.abs(z_scores(pairs, rows, count * (count - 1) / (length * (length - 1)))).max() < 5
+
+
+def test_positions_are_the_two_sides_of_a_mask():
+    masked = np.array([[True, False, False, True], [False, True, True, False]])
+    visible, hidden = positions(masked)
+    assert visible.tolist() == [[1, 2], [0, 3]]
+    assert hidden.tolist() == [[0, 3], [1, 2]]
+
+
+def test_view_is_a_function_of_its_generator_alone():
+    draw = tiny_lomar().view()
+    first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert any(not np.array_equal(first[name], other[name]) for name in first)
+    assert all(index.dtype == np.int64 for index in first.values())
+
+
+def test_view_travels_to_worker_processes():
+    draw = tiny_lomar().view()
+    pickled = pickle.dumps(draw)
+    assert len(pickled) < 1000, "no weights go along"
+    there, here = pickle.loads(pickled)(np.random.default_rng(1)), draw(np.random.default_rng(1))
+    assert all(np.array_equal(there[name], here[name]) for name in here)
