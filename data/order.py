@@ -1,0 +1,75 @@
+"""Which samples a step trains on: a pure function of (seed, step, global batch). No I/O, no state."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """What a sample's random numbers are for: one more draw for one purpose does not move the others."""
+
+    CROP = 0
+    VIEW = 1
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """A uniform shuffle of all samples, int64 (num_samples,).
+
+    Sorts raw 64-bit words instead of calling ``permutation``: NumPy promises the words of a bit generator for ever,
+    but not what its distributions make of them.
+    """
+    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+def steps_per_epoch(num_samples: int, batch: int) -> int:
+    """Optimizer steps in an epoch; the last incomplete global batch is dropped.
+
+    Raises:
+        ValueError: fewer samples than one global batch.
+    """
+    if num_samples < batch:
+        raise ValueError(
+            f"{num_samples} samples are fewer than one global batch of {batch}: lower batch to at most "
+            f"{num_samples} or add shards"
+        )
+    return num_samples // batch
+
+
+def check_batch(batch: int, world: int, accumulation: int) -> None:
+    """Refuses a global batch that ranks and accumulation do not divide.
+
+    Raises:
+        ValueError: names the nearest global batches that work.
+    """
+    unit = world * accumulation
+    if min(batch, world, accumulation) < 1:
+        raise ValueError(f"batch {batch}, ranks {world} and accumulation {accumulation} must all be at least 1")
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"batch {batch} is not a multiple of {world} ranks x {accumulation} accumulation = {unit}: set batch to "
+            f"{nearest}"
+        )
+
+
+def micro_batches(order: np.ndarray, step: int, batch: int, accumulation: int, rank: int, world: int) -> np.ndarray:
+    """The samples that one rank takes in a step, int64 (accumulation, batch / (accumulation * world)).
+
+    The global batch is a fixed slice of the epoch's order, cut into micro-batches, each cut over the ranks; so ranks
+    and accumulation decide who takes a sample and never which samples a step has.
+
+    Args:
+        order: what ``epoch_order`` returned for the epoch.
+        step: step within the epoch.
+        batch: global batch, divisible by ``accumulation * world``.
+    """
+    assert 0 <= rank < world
+    assert (step + 1) * batch <= len(order)
+    return order[step * batch : (step + 1) * batch].reshape(accumulation, world, -1)[:, rank]
+
+
+def sample_rng(seed: int, epoch: int, sample: int, stream: Stream) -> np.random.Generator:
+    """The generator of everything random about one sample in one epoch, for one purpose."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, sample, stream])))

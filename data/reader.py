@@ -1,0 +1,91 @@
+"""The bytes of one sample, straight from its place in the shard."""
+
+import errno
+import os
+import time
+from collections import OrderedDict
+from typing import Any
+
+from data.index import HOW_TO_REINDEX, Index
+
+MAX_OPEN_SHARDS = 256  # well under the usual limit of 1024 descriptors a process
+RETRY_AFTER = (0.1, 1.0, 5.0)  # seconds
+# What a network file system says when a server restarts or a cached handle has gone stale; the next try often works.
+TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN})
+
+HEADER = 512
+_MAGICS = (b"ustar", b"\0" * 5)  # POSIX and GNU; tars from before POSIX have none
+
+
+class ShardReader:
+    """Reads samples by ``os.pread``, which has no file position: a forked worker may share its parent's descriptors.
+
+    Descriptors are opened when first needed, kept in a small LRU, and stay behind when a reader is pickled.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, the least recently used first
+
+    def read(self, sample: int) -> bytes:
+        """The image file's bytes of a sample.
+
+        Raises:
+            ValueError: what lies there is not what the index says; nothing after it could be trusted, so it is not
+                counted as a bad image.
+            OSError: the file system failed, several times if the error may pass.
+        """
+        index = self.index
+        shard, offset, length = int(index.shard[sample]), int(index.offset[sample]), int(index.length[sample])
+        # One read for the image and the tar header before it, which costs nothing and proves that the index is right.
+        block = self._pread(shard, offset - HEADER, HEADER + length)
+        if len(block) != HEADER + length or not _header_matches(block[:HEADER], length):
+            raise ValueError(
+                f"{index.root / index.shards[shard]}: the index does not match this shard at byte {offset} (sample "
+                f"'{index.keys[sample]}'): {HOW_TO_REINDEX}"
+            )
+        return block[HEADER:]
+
+    def close(self) -> None:
+        """Closes every descriptor; the reader may be used again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _pread(self, shard: int, offset: int, count: int) -> bytes:
+        for pause in (*RETRY_AFTER, None):
+            try:
+                return os.pread(self._descriptor(shard), count, offset)
+            except FileNotFoundError as error:
+                raise ValueError(f"{error.filename}: the shard has gone since the run began: put it back") from error
+            except OSError as error:
+                if pause is None or error.errno not in TRANSIENT:
+                    raise OSError(error.errno, f"{error.strerror} at byte {offset}", self._path(shard)) from error
+                self._forget(shard)  # a stale handle stays stale: open the file again
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= MAX_OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1])
+        descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = descriptor
+        return descriptor
+
+    def _forget(self, shard: int) -> None:
+        descriptor = self._open.pop(shard, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _path(self, shard: int) -> str:
+        return os.path.join(self.index.root, self.index.shards[shard])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "_open": OrderedDict()}
+
+
+def _header_matches(header: bytes, length: int) -> bool:
+    size = header[124:136].strip(b" \0")
+    return header[257:262] in _MAGICS and set(size) <= set(b"01234567") and int(size or b"0", 8) == length

@@ -1,0 +1,46 @@
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from shard_tools import jpeg, write_tar
+
+from data.index import Index, load_index
+
+SECONDS = 120
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A test that hangs fails instead."""
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"still running after {SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """53 samples in three shards of different sizes, pictures of different shapes."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    start = 0
+    for number, count in enumerate((30, 16, 7)):
+        members = []
+        for sample in range(start, start + count):
+            members.append((f"class{sample % 3}/img{sample:03d}.jpg", jpeg(sample, 40 + sample, 90 - sample)))
+            members.append((f"class{sample % 3}/img{sample:03d}.cls", str(sample % 3).encode()))
+        write_tar(folder / f"train-{number:06d}.tar", members)
+        start += count
+    return folder
+
+
+@pytest.fixture
+def index(shards: Path) -> Index:
+    return load_index(shards)

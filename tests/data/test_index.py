@@ -1,0 +1,246 @@
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from shard_tools import encode, jpeg, picture, write_tar
+from webdataset.tariterators import base_plus_ext
+
+import data.index
+from data.index import Index, index_paths, load_index
+from data.reader import ShardReader
+from data.scan import split_name
+
+FORK = multiprocessing.get_context("fork")
+
+
+def test_what_webdataset_reads_is_what_the_index_says(shards: Path, index: Index) -> None:
+    reader = ShardReader(index)
+    urls = [str(shards / name) for name in index.shards]
+    samples = list(wds.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == list(index.keys)
+    assert [sample["jpg"] for sample in samples] == [reader.read(number) for number in range(len(index))]
+    assert [int(sample["cls"]) for sample in samples] == index.label.tolist()
+    assert index.shard_sizes.tolist() == [30, 16, 7]
+    assert index.shard.tolist() == [0] * 30 + [1] * 16 + [2] * 7
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "x/a.b.JPG", "x.y/a.png", "x.y/a", ".a.jpg", "x/._a.jpg", "./a.cls", "a", "a.", "x/a.json"]
+)
+def test_names_are_split_as_webdataset_does(name: str) -> None:
+    key, suffix = base_plus_ext(name)
+    assert split_name(name) == (None if key is None else (key, suffix.lower()))
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_foreign_shards_are_indexed_on_first_use(tmp_path: Path, format: int) -> None:
+    """Long names, other members, upper case, metadata, text labels; no index file and none of our tools."""
+    long = "folder/" + "long" * 20 + "/" + "name" * 20
+    pictures = [jpeg(0), encode(picture(1, 30, 30), "PNG"), encode(picture(2, 30, 30), "WEBP"), jpeg(3)]
+    members = [
+        ("__index__.json", b"{}"),
+        ("README.md", b"about"),
+        ("a.JPEG", pictures[0]),
+        ("a.json", b'{"caption": 1}'),
+        ("a.seg.png", pictures[1]),
+        ("sub/b.txt", b"caption"),
+        ("sub/b.PNG", pictures[1]),
+        ("sub/b.cls", b"7\n"),
+        ("c.cls", b"tabby cat"),
+        ("c.webp", pictures[2]),
+        (long + ".jpg", pictures[3]),
+    ]
+    write_tar(tmp_path / "x.tar", members, format)
+    index = load_index(tmp_path)
+    assert list(index.keys) == ["a", "sub/b", "c", long]
+    assert index.label.tolist() == [-1, 7, -1, -1]
+    assert [ShardReader(index).read(number) for number in range(4)] == pictures
+
+
+def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.index, "scan_shard", lambda path: pytest.fail("scanned again"))
+    again = load_index(shards)
+    for name in ("shard", "offset", "length", "label", "shard_sizes", "shard_bytes"):
+        assert np.array_equal(getattr(again, name), getattr(index, name)), name
+        assert getattr(again, name).dtype == getattr(index, name).dtype, name
+    assert list(again.keys) == list(index.keys)
+    assert again.keys[-1] == list(index.keys)[-1]
+    assert (again.fingerprint, again.shards, again.root) == (index.fingerprint, index.shards, index.root)
+
+
+def test_fingerprint_knows_content_and_not_place(shards: Path, index: Index, tmp_path: Path) -> None:
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    assert load_index(moved).fingerprint == index.fingerprint
+    (moved / "index.npz").unlink()
+    (moved / "train-000001.tar").unlink()
+    assert load_index(moved).fingerprint != index.fingerprint
+
+
+def test_brace_pattern_and_single_tar_have_an_index_of_their_own(shards: Path, index: Index) -> None:
+    part = load_index(f"{shards}/train-{{000000..000001}}.tar")
+    assert (part.shards, len(part)) == (index.shards[:2], 46)
+    assert len(load_index(shards / "train-000002.tar")) == 7
+    assert len(load_index(shards)) == 53
+    with pytest.raises(ValueError, match=r"train-000003.tar: no such shard \(2 of 5 missing\)"):
+        load_index(f"{shards}/train-{{000000..000004}}.tar")
+
+
+def _load_and_count(shards: Path, log: Path, barrier: "multiprocessing.synchronize.Barrier") -> None:
+    scan = data.index._scan
+
+    def counted(root: Path, names: tuple[str, ...]) -> Index:
+        with open(log, "a") as file:
+            file.write("scanned\n")
+        time.sleep(0.3)
+        return scan(root, names)
+
+    data.index._scan = counted
+    barrier.wait(30)
+    assert len(load_index(shards)) == 53
+
+
+def test_processes_that_start_together_build_once(shards: Path, tmp_path: Path) -> None:
+    barrier = FORK.Barrier(4)
+    processes = [FORK.Process(target=_load_and_count, args=(shards, tmp_path / "log", barrier)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert (tmp_path / "log").read_text() == "scanned\n"
+    assert sorted(path.name for path in shards.iterdir() if path.suffix != ".tar") == ["index.npz"]
+
+
+def _hang_while_building(shards: Path, building: Path) -> None:
+    def hang(root: Path, names: tuple[str, ...]) -> Index:
+        building.touch()
+        time.sleep(1000)
+        raise AssertionError
+
+    data.index._scan = hang
+    load_index(shards)
+
+
+def test_builder_that_was_killed_holds_nobody_up(shards: Path, tmp_path: Path) -> None:
+    process = FORK.Process(target=_hang_while_building, args=(shards, tmp_path / "building"))
+    process.start()
+    while not (tmp_path / "building").exists():
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert len(load_index(shards)) == 53
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that a user other than root can reach, unlike tmp_path."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def _load_as_another_user(shards: Path) -> None:
+    if os.getuid() == 0:  # root may write everywhere
+        os.setgid(65534)
+        os.setuid(65534)
+    for _ in range(2):
+        assert len(load_index(shards)) == 53
+    assert index_paths(shards)[1].exists()
+
+
+def test_read_only_folder(shards: Path, open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = open_folder / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    read_only = shutil.copytree(shards, open_folder / "shards")
+    read_only.chmod(0o555)
+    process = FORK.Process(target=_load_as_another_user, args=(read_only,))
+    process.start()
+    process.join(60)
+    read_only.chmod(0o755)
+    assert process.exitcode == 0
+    assert all(path.suffix == ".tar" for path in read_only.iterdir())
+
+
+def test_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no shards .*python -m data.pack"):
+        load_index(tmp_path)
+    with pytest.raises(ValueError, match="no such shard"):
+        load_index(tmp_path / "nowhere")
+
+
+def _cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+BROKEN = {
+    "empty file": (lambda path: _cut(path, 0), "an empty file"),
+    "empty tar": (lambda path: write_tar(path, []), "an empty shard"),
+    "in a picture": (lambda path: _cut(path, 700), r"truncated, 'class\d/img\d+.jpg' at byte \d+"),
+    "in the end mark": (lambda path: _cut(path, os.path.getsize(path) // 10240 * 10240 - 10240), "truncated"),
+    "not a tar": (lambda path: path.write_bytes(b"x" * 20480), "no readable tar header"),
+    "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08" + b"x" * 20480), "uncompressed tars"),
+    "no image": (lambda path: write_tar(path, [("a.jpg", jpeg(0)), ("b.cls", b"1")]), "sample 'b' at byte .* no image"),
+    "two images": (lambda path: write_tar(path, [("a.jpg", jpeg(0)), ("a.png", b"1")]), "more than one image"),
+    "same name": (lambda path: write_tar(path, [("a.jpg", b"1"), ("a.JPG", b"2")]), "duplicate key 'a'"),
+    "same key": (
+        lambda path: write_tar(path, [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3")]),
+        "duplicate key 'a'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_shards_are_refused_by_name(shards: Path, name: str) -> None:
+    damage, message = BROKEN[name]
+    path = shards / "train-000001.tar"
+    damage(path)
+    with pytest.raises(ValueError, match=rf"train-000001.tar: .*{message}"):
+        load_index(shards)
+    assert not (shards / "index.npz").exists()
+
+
+def test_broken_header_in_mid_file_is_not_taken_for_the_end(shards: Path, index: Index) -> None:
+    path = shards / "train-000001.tar"
+    header = int(index.offset[35]) - 512
+    with open(path, "r+b") as file:
+        file.seek(header + 120)
+        file.write(b"garbage!")
+    (shards / "index.npz").unlink()
+    with pytest.raises(ValueError, match=rf"train-000001.tar: no readable tar header .* at byte {header}"):
+        load_index(shards)
+
+
+def test_index_that_does_not_match_its_shards(shards: Path, index: Index) -> None:
+    with open(shards / "train-000001.tar", "ab") as file:
+        file.write(b"\0" * 512)
+    with pytest.raises(ValueError, match=r"train-000001.tar: \d+ bytes, but the index .* --reindex"):
+        load_index(shards)
+    (shards / "train-000001.tar").rename(shards / "new.tar")
+    with pytest.raises(ValueError, match=r"new.tar: the shard is not in the index .* --reindex"):
+        load_index(shards)
+    (shards / "new.tar").unlink()
+    with pytest.raises(ValueError, match=r"train-000001.tar: the shard is in the index but gone"):
+        load_index(shards)
+
+
+def test_damaged_index_file(shards: Path, index: Index) -> None:
+    _cut(shards / "index.npz", 700)
+    with pytest.raises(ValueError, match=r"index.npz: not a readable index .* delete it"):
+        load_index(shards)
+
+
+def test_pickled_objects_in_an_index_file_are_not_loaded(shards: Path, index: Index) -> None:
+    np.savez(shards / "index.npz", format=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="not a readable index"):
+        load_index(shards)

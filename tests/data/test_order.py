@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
+
+
+def test_an_epoch_is_a_complete_permutation() -> None:
+    order = epoch_order(1000, seed=3, epoch=7)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(1000))
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    same = epoch_order(1000, seed=3, epoch=7)
+    assert np.array_equal(same, epoch_order(1000, seed=3, epoch=7))
+    assert not np.array_equal(same, epoch_order(1000, seed=3, epoch=8))
+    assert not np.array_equal(same, epoch_order(1000, seed=4, epoch=7))
+
+
+def test_order_is_the_same_in_every_release() -> None:
+    """A changed order would silently break the resuming of old runs."""
+    assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+
+
+def test_shuffle_is_uniform() -> None:
+    """Every sample is as likely at every place: 4000 epochs of 6 samples, 36 cells of mean 667, sd 24."""
+    counts = np.zeros((6, 6))
+    for epoch in range(4000):
+        counts[np.arange(6), epoch_order(6, seed=1, epoch=epoch)] += 1
+    assert abs(counts - 4000 / 6).max() < 5 * 24
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_ranks_are_disjoint_and_together_the_step(world: int, accumulation: int) -> None:
+    order = epoch_order(101, seed=0, epoch=0)
+    for step in range(steps_per_epoch(101, 24)):
+        parts = [micro_batches(order, step, 24, accumulation, rank, world) for rank in range(world)]
+        assert all(part.shape == (accumulation, 24 // world // accumulation) for part in parts)
+        in_sequence = np.stack(parts, axis=1).reshape(-1)  # micro-batch by micro-batch, rank by rank
+        assert np.array_equal(in_sequence, order[step * 24 : (step + 1) * 24])
+
+
+def test_last_incomplete_batch_is_dropped() -> None:
+    assert steps_per_epoch(48, 24) == 2
+    assert steps_per_epoch(71, 24) == 2
+
+
+def test_fewer_samples_than_a_batch() -> None:
+    with pytest.raises(ValueError, match=r"23 samples are fewer .* 24: lower batch to at most 23"):
+        steps_per_epoch(23, 24)
+
+
+def test_batch_that_ranks_and_accumulation_do_not_divide() -> None:
+    check_batch(24, 4, 2)
+    with pytest.raises(ValueError, match=r"batch 20 .* 4 ranks x 2 accumulation = 8: set batch to 16 or 24"):
+        check_batch(20, 4, 2)
+    with pytest.raises(ValueError, match=r"set batch to 8$"):
+        check_batch(5, 4, 2)
+
+
+def test_streams_of_a_sample_are_independent() -> None:
+    def draws(*place: int, stream: Stream) -> list[float]:
+        return sample_rng(*place, stream).random(4).tolist()
+
+    crop = draws(0, 1, 2, stream=Stream.CROP)
+    assert crop == draws(0, 1, 2, stream=Stream.CROP)
+    others = [draws(0, 1, 2, stream=Stream.VIEW), draws(1, 1, 2, stream=Stream.CROP)]
+    others += [draws(0, 2, 2, stream=Stream.CROP), draws(0, 1, 3, stream=Stream.CROP)]
+    assert all(not set(crop) & set(other) for other in others)

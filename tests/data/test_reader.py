@@ -1,0 +1,72 @@
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+import data.reader
+from data.index import Index
+from data.reader import ShardReader
+
+
+def test_other_bytes_of_the_same_size_stop_the_run(shards: Path, index: Index) -> None:
+    """The shard was written again with its samples in another order: sizes agree, places do not."""
+    path = shards / index.shards[1]
+    size = path.stat().st_size
+    moved = path.read_bytes()[512:] + b"\0" * 512
+    path.write_bytes(moved)
+    assert path.stat().st_size == size
+    with pytest.raises(ValueError, match=r"train-000001.tar: the index does not match this shard at byte .* --reindex"):
+        ShardReader(index).read(30)
+
+
+def test_shard_cut_or_gone_after_the_start(shards: Path, index: Index) -> None:
+    os.truncate(shards / index.shards[1], 1000)
+    with pytest.raises(ValueError, match="does not match"):
+        ShardReader(index).read(40)
+    (shards / index.shards[2]).unlink()
+    with pytest.raises(ValueError, match=r"train-000002.tar: the shard has gone"):
+        ShardReader(index).read(50)
+
+
+def test_few_descriptors_are_open_at_once(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.reader, "MAX_OPEN_SHARDS", 2)
+    reader = ShardReader(index)
+    before = len(os.listdir("/proc/self/fd"))
+    for sample in (0, 31, 50, 1, 51, 32):
+        assert reader.read(sample)[:2] == b"\xff\xd8"
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert reader.read(0)[:2] == b"\xff\xd8"
+
+
+def test_descriptors_stay_behind_when_pickled(index: Index) -> None:
+    reader = ShardReader(index)
+    data = reader.read(5)
+    copy = pickle.loads(pickle.dumps(reader))
+    reader.close()
+    assert copy.read(5) == data
+
+
+def test_passing_errors_are_tried_again(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.reader, "RETRY_AFTER", (0.0, 0.0))
+    expected = ShardReader(index).read(3)
+    pread, failures = os.pread, [errno.ESTALE, errno.EIO]
+
+    def flaky(descriptor: int, count: int, offset: int) -> bytes:
+        if failures:
+            raise OSError(failures.pop(), "flaky")
+        return pread(descriptor, count, offset)
+
+    monkeypatch.setattr(os, "pread", flaky)
+    assert ShardReader(index).read(3) == expected
+    failures[:] = [errno.EIO] * 3
+    with pytest.raises(OSError, match=r"flaky at byte .*train-000000.tar") as caught:
+        ShardReader(index).read(3)
+    assert caught.value.errno == errno.EIO
+    failures[:] = [errno.EPERM]  # will not pass: not tried again
+    with pytest.raises(PermissionError):
+        ShardReader(index).read(3)
+    assert not failures
