@@ -1,0 +1,115 @@
+"""Bytes of a JPEG, PNG or WebP file -> uint8 RGB pixels of one crop, decoding no more than needed."""
+
+import warnings
+from collections.abc import Callable
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data.transforms import Box
+
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 8
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+# Pillow warns from 89 megapixels on; our own limit refuses the picture instead of printing a line a worker.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadImage(Exception):  # noqa: N818  # a state of the data, not of the program
+    """Bytes that are no usable picture; the text is the reason."""
+
+
+def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, int]) -> np.ndarray:
+    """Decodes one crop, resized once (bicubic, antialiased).
+
+    Where no reduced JPEG decoding applies, the pixels are those of torchvision's ``resized_crop`` on the whole
+    picture, but for the two source pixels next to an inner edge of the box: the filter sees the true neighbours beyond
+    it. EXIF orientation is ignored and transparency dropped, as torchvision's ImageFolder does.
+
+    Args:
+        data: the file's bytes.
+        choose_box: (width, height) of the picture -> box in its pixels. Called once, before the pixels are decoded.
+        size: (H, W) of the result.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        BadImage: truncated, not a picture, over 100 megapixels or under 8 pixels a side. Nothing else, whatever the
+        bytes.
+    """
+    image = _open(data)
+    box = choose_box(image.width, image.height)
+    try:
+        return _render(image, box, size)
+    except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
+        raise BadImage(_reason(error)) from error
+
+
+def check_image(data: bytes) -> str:
+    """Decodes the whole picture and returns its format by content: 'JPEG', 'PNG' or 'WEBP'.
+
+    Raises:
+        BadImage: as ``decode``.
+    """
+    image = _open(data)
+    try:
+        image.load()
+        _to_rgb(image)
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
+    name = image.format
+    return "JPEG" if name == "MPO" else str(name)  # MPO: a JPEG with further pictures behind the first
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header only."""
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} is over {MAX_PIXELS // 1_000_000} megapixels")
+    if min(width, height) < MIN_SIDE:
+        raise BadImage(f"{width} x {height} is under {MIN_SIDE} pixels a side")
+    return image
+
+
+def _render(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
+    height, width = size
+    left, top, right, bottom = box
+    full = image.size
+    spare = int(min((right - left) / width, (bottom - top) / height))
+    if spare >= 2:
+        # A crop at least twice the target: libjpeg decodes at 1/2, 1/4 or 1/8 for a fraction of the work (JPEG only,
+        # `draft` does nothing for other formats). It rounds the reduced size up, hence the scale from what it returned.
+        drafted = image.draft(None, (full[0] // spare, full[1] // spare))
+        if drafted is not None:
+            scale = full[0] / drafted[1][2]
+            reduced = image.size
+            left, top = left / scale, top / scale
+            right, bottom = min(right / scale, reduced[0]), min(bottom / scale, reduced[1])
+    pixels = image if image.mode in ("RGB", "L") else _to_rgb(image)
+    pixels = pixels.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16-bit grey: Pillow's own conversion would clip everything above 255 to white.
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")  # CMYK and YCCK included: Pillow already undid Adobe's inversion
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a JPEG, PNG or WebP picture"  # Pillow's own text has a memory address in it
+    if isinstance(error, Image.DecompressionBombError):
+        return f"over {MAX_PIXELS // 1_000_000} megapixels"
+    return f"{error}" or type(error).__name__

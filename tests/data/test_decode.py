@@ -1,0 +1,183 @@
+import io
+
+import numpy as np
+import pytest
+import torchvision.transforms.functional as F
+from PIL import Image
+from shard_tools import encode, jpeg, picture
+from torchvision.transforms import InterpolationMode
+
+from data.decode import BadImage, check_image, decode
+from data.transforms import Box
+
+
+def whole(width: int, height: int) -> Box:
+    return 0, 0, width, height
+
+
+def reference(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+    """The usual way: decode everything, cut, resize."""
+    left, top, right, bottom = box
+    crop = F.resized_crop(
+        image.convert("RGB"),
+        top,
+        left,
+        bottom - top,
+        right - left,
+        list(size),
+        InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    return np.asarray(crop).astype(int)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_whole_picture_equals_torchvision(format: str) -> None:
+    data = encode(picture(0, 150, 110), format)
+    from_file = Image.open(io.BytesIO(data))
+    ours = decode(data, whole, (64, 96))
+    assert ours.dtype == np.uint8
+    assert ours.shape == (64, 96, 3)
+    assert np.array_equal(ours, reference(from_file, (0, 0, 150, 110), (64, 96)))
+
+
+def test_inner_crop_equals_torchvision_but_for_its_edge() -> None:
+    box = (31, 17, 131, 97)
+    ours = decode(encode(picture(1, 150, 110), "PNG"), lambda w, h: box, (64, 80)).astype(int)
+    theirs = reference(picture(1, 150, 110), box, (64, 80))
+    assert np.array_equal(ours[4:-4, 4:-4], theirs[4:-4, 4:-4])
+    assert abs(ours - theirs).max() <= 4
+
+
+@pytest.mark.parametrize("spare", [2, 3, 4.4, 9])
+def test_reduced_decoding_shows_the_same_pixels(spare: float) -> None:
+    """Large crops are decoded at a fraction of their size: the same picture at the same place."""
+    image = picture(2, 1003, 701)
+    size = (round(500 / spare), round(600 / spare))
+    box = (301, 103, 301 + 600, 103 + 500)
+    data = encode(image, "JPEG", quality=95)
+    ours = decode(data, lambda w, h: box, size).astype(int)
+    theirs = reference(image, box, size)
+    assert abs(ours - theirs).max() <= 6
+    error = abs(ours - theirs).mean()
+    assert error < 1.5
+    for shift in (-1, 1):  # half a pixel off would show
+        assert abs(ours[:, 1:-1] - np.roll(theirs, shift, axis=1)[:, 1:-1]).mean() > error
+        assert abs(ours[1:-1] - np.roll(theirs, shift, axis=0)[1:-1]).mean() > error
+
+
+def test_reduced_decoding_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg(0, 800, 600)
+    loaded = []
+    load = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: loaded.append(self.size) or load(self, *a, **k))
+    decode(data, whole, (100, 100))
+    decode(data, whole, (301, 300))
+    assert loaded == [(200, 150), (800, 600)]
+
+
+def test_the_box_is_asked_for_once_with_the_pictures_size() -> None:
+    asked = []
+    decode(jpeg(0, 90, 70), lambda w, h: asked.append((w, h)) or (0, 0, w, h), (16, 16))
+    assert asked == [(90, 70)]
+
+
+def test_errors_of_the_box_are_not_taken_for_bad_images() -> None:
+    with pytest.raises(ZeroDivisionError):
+        decode(jpeg(0), lambda w, h: 1 / 0, (16, 16))
+
+
+def colours(image: Image.Image, format: str, **options: object) -> np.ndarray:
+    return decode(encode(image, format, **options), whole, (32, 32)).reshape(-1, 3).astype(int)
+
+
+def test_greyscale() -> None:
+    pixels = colours(Image.new("L", (64, 64), 77), "JPEG")
+    assert abs(pixels - 77).max() <= 1
+
+
+def test_cmyk_with_adobes_inversion() -> None:
+    pixels = colours(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95)
+    assert abs(pixels - [255, 0, 0]).max() <= 4
+
+
+def test_16_bit_greyscale_is_scaled_not_clipped() -> None:
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    ours = decode(encode(Image.fromarray(ramp), "PNG"), whole, (64, 64))
+    assert abs(ours[..., 0] - ramp / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "1"])
+def test_other_modes_keep_their_colours(mode: str) -> None:
+    image = Image.new("RGB", (64, 64), (255, 255, 255)).convert(mode)
+    assert (colours(image, "PNG") == 255).all()
+
+
+def test_palette_with_transparency() -> None:
+    image = Image.new("P", (64, 64), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    assert (colours(image, "PNG", transparency=bytes([0, 128])) == [200, 100, 50]).all()
+
+
+def test_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, turned = encode(picture(0, 80, 40), "JPEG"), encode(picture(0, 80, 40), "JPEG", exif=exif)
+    assert np.array_equal(decode(plain, whole, (20, 40)), decode(turned, whole, (20, 40)))
+
+
+BAD = {
+    "empty": (b"", "not a JPEG"),
+    "text": (b"<html>404</html>" * 50, "not a JPEG"),
+    "gif": (encode(picture(0, 64, 64), "GIF"), "not a JPEG"),
+    "truncated jpeg": (jpeg(0, 300, 200)[:1500], "truncated"),
+    "header only": (jpeg(0)[:100], "not a JPEG|Truncated File Read"),
+    "truncated png": (encode(picture(0, 200, 200), "PNG")[:3000], "truncated|broken"),
+    "truncated webp": (encode(picture(0, 200, 200), "WEBP")[:300], "decode|truncated|broken|not a JPEG"),
+    "1x1": (encode(picture(0, 1, 1), "PNG"), "1 x 1 is under 8 pixels"),
+    "thin": (encode(picture(0, 300, 7), "PNG"), "under 8 pixels"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_bytes(name: str) -> None:
+    data, reason = BAD[name]
+    for attempt in (lambda: decode(data, whole, (32, 32)), lambda: check_image(data)):
+        with pytest.raises(BadImage, match=reason) as caught:
+            attempt()
+        assert "0x" not in str(caught.value)  # a reason is the same in every process
+
+
+def test_200_megapixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.new("L", (20_000, 10_000), 128), "JPEG", quality=10)
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match="megapixels"):
+        decode(data, whole, (32, 32))
+    monkeypatch.undo()
+    just_over = encode(Image.new("L", (10_001, 10_000), 128), "JPEG", quality=10)
+    with pytest.raises(BadImage, match="10001 x 10000 is over 100 megapixels"):
+        decode(just_over, whole, (32, 32))
+
+
+def test_any_damage_gives_a_picture_or_bad_image() -> None:
+    rng = np.random.default_rng(0)
+    files = [encode(picture(0, 60, 50), format) for format in ("JPEG", "PNG", "WEBP")]
+    refused = 0
+    for data in files * 60:
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 5):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            assert decode(bytes(damaged), whole, (16, 16)).shape == (16, 16, 3)
+        except BadImage:
+            refused += 1
+    assert refused > 20
+
+
+def test_check_image_names_the_format() -> None:
+    assert [check_image(encode(picture(0, 64, 64), format)) for format in ("JPEG", "PNG", "WEBP")] == [
+        "JPEG",
+        "PNG",
+        "WEBP",
+    ]
