@@ -1,0 +1,277 @@
+"""Batches for one rank, made by worker processes; what they hold depends on (seed, step, global batch) alone."""
+
+import atexit
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.decode import BadImage, decode
+from data.index import Index
+from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
+from data.reader import ShardReader
+from data.transforms import flip_decision, random_resized_crop
+
+View = Callable[[np.random.Generator], dict[str, np.ndarray]]
+
+MAX_REPLACEMENTS = 100
+WORKER_SILENCE = 900.0  # seconds for one micro-batch; only storage that has stopped answering takes that long
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank; B samples."""
+
+    images: Tensor  # uint8 (B, H, W, 3), RGB
+    view: dict[str, Tensor]  # what the view function returned for each sample, stacked: (B, ...)
+    samples: Tensor  # int64 (B,), number in the index of the picture that is in `images`
+    keys: tuple[str, ...]  # their keys
+    skipped: tuple[str, ...]  # 'key: reason' of each sample that could not be decoded and was replaced
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory; DataLoader's pinning thread calls it."""
+        view = {name: tensor.pin_memory() for name, tensor in self.view.items()}
+        return replace(self, images=self.images.pin_memory(), view=view, samples=self.samples.pin_memory())
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A worker's ValueError on its way to the main process, without the traceback that DataLoader would wrap it in."""
+
+    message: str
+
+
+_Request = tuple[int, np.ndarray]  # epoch, int64 samples of one micro-batch
+
+
+class Loader:
+    """Global steps of micro-batches, in an order that no rank, worker or accumulation setting changes.
+
+    Attributes:
+        steps_per_epoch: optimizer steps in an epoch; from the index alone, so equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        size: tuple[int, int],
+        batch: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int,
+        view: View | None = None,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        flip: float = 0.5,
+        workers: int = 0,
+    ) -> None:
+        """Checks the settings; starts nothing.
+
+        Args:
+            index: the samples.
+            size: (H, W) of the pictures.
+            batch: global batch, over all ranks and micro-batches of an optimizer step.
+            accumulation: micro-batches per optimizer step.
+            rank, world: this process and how many there are.
+            seed: of everything random, at least 0.
+            view: what a method draws for one sample from its generator, such as masks; arrays of the same shape for
+                every sample. Must be picklable if workers are not forked.
+            crop_scale: share of the picture's area that a crop takes, lowest and highest.
+            flip: probability of mirroring.
+            workers: processes that decode; 0 decodes in this one.
+
+        Raises:
+            ValueError: settings that cannot work, with the one to change.
+        """
+        check_batch(batch, world, accumulation)
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale {crop_scale} must be 0 < lowest <= highest <= 1")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip {flip} is a probability: set it between 0 and 1")
+        if min(size) < 1 or seed < 0 or workers < 0:
+            raise ValueError(
+                f"size {size}, seed {seed} and workers {workers}: size must be positive, the others at least 0"
+            )
+        assert 0 <= rank < world
+        self.steps_per_epoch = steps_per_epoch(len(index), batch)
+        self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
+        self._rank, self._world, self._workers = rank, world, workers
+        self._decoder = _MicroBatches(index, size, seed, view, crop_scale, flip)
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
+        """For each global step from ``start_step`` up to ``end_step``, this rank's ``accumulation`` micro-batches.
+
+        Global step s is step ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``. One set of workers serves the
+        whole range; leaving the loop early stops them.
+
+        Raises:
+            ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
+            RuntimeError: a worker died or its storage stopped answering.
+        """
+        loader = DataLoader(
+            self._decoder,
+            sampler=_Requests(self._requests(start_step, end_step)),
+            batch_size=None,  # one request is one micro-batch, decoded by one worker into one array
+            collate_fn=_unchanged,
+            num_workers=self._workers,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+            timeout=WORKER_SILENCE if self._workers else 0,
+            generator=torch.Generator(),  # the default is the global one, whose state the model's numbers come from
+        )
+        decoded: Any = iter(loader)
+        workers = list(decoded._workers) if self._workers else []
+        _RUNNING.update(workers)
+        try:
+            for _ in range(start_step, end_step):
+                step = list(islice(decoded, self._accumulation))
+                for item in step:
+                    if isinstance(item, _Refusal):
+                        raise ValueError(item.message)
+                yield step
+        finally:
+            if workers:
+                decoded._shutdown_workers()  # now, and not when the last traceback that holds the iterator is freed
+            _kill(workers)
+
+    def position(self, step: int) -> dict[str, int | str]:
+        """Where global step ``step`` begins, in plain numbers: all that a checkpoint has to hold about the data."""
+        return {
+            "epoch": step // self.steps_per_epoch,
+            "step_in_epoch": step % self.steps_per_epoch,
+            "samples": step * self._batch,
+            "fingerprint": self._index.fingerprint,
+        }
+
+    def _requests(self, start_step: int, end_step: int) -> Iterator[_Request]:
+        order, order_epoch = np.empty(0, np.int64), -1
+        for global_step in range(start_step, end_step):
+            epoch, step = divmod(global_step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(len(self._index), self._seed, epoch), epoch
+            for samples in micro_batches(order, step, self._batch, self._accumulation, self._rank, self._world):
+                yield epoch, samples
+
+
+class _Requests(Sampler[_Request]):
+    def __init__(self, requests: Iterator[_Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[_Request]:
+        return self._requests
+
+
+class _MicroBatches(Dataset[Batch | _Refusal]):
+    """Decodes a micro-batch; lives in the workers."""
+
+    def __init__(
+        self,
+        index: Index,
+        size: tuple[int, int],
+        seed: int,
+        view: View | None,
+        crop_scale: tuple[float, float],
+        flip: float,
+    ) -> None:
+        self._index, self._size, self._seed, self._view = index, size, seed, view
+        self._crop_scale, self._flip = crop_scale, flip
+        self._reader = ShardReader(index)
+
+    def __getitem__(self, request: _Request) -> Batch | _Refusal:
+        try:
+            return self._decode(*request)
+        except ValueError as error:
+            return _Refusal(str(error))
+
+    def _decode(self, epoch: int, samples: np.ndarray) -> Batch:
+        images = torch.empty((len(samples), *self._size, 3), dtype=torch.uint8)
+        pixels = images.numpy()
+        shown, skipped = samples.copy(), []
+        for row, sample in enumerate(samples.tolist()):
+            shown[row], reason = self._decode_or_replace(epoch, sample, pixels[row])
+            if reason:
+                skipped.append(f"{self._index.keys[sample]}: {reason}")
+        return Batch(
+            images=images,
+            view=self._views(epoch, samples),
+            samples=torch.from_numpy(shown),
+            keys=tuple(self._index.keys[sample] for sample in shown.tolist()),
+            skipped=tuple(skipped),
+        )
+
+    def _decode_or_replace(self, epoch: int, sample: int, out: np.ndarray) -> tuple[int, str]:
+        """Writes the sample's crop, or that of the next sample in the index that decodes, into ``out`` (H, W, 3).
+
+        Returns:
+            The sample that was decoded, and why the one asked for was not ('' if it was).
+        """
+        reason = ""
+        for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
+            shown %= len(self._index)
+            try:
+                self._crop(epoch, sample, shown, out)
+                return shown, reason
+            except BadImage as error:
+                reason = reason or str(error)
+        raise ValueError(
+            f"sample '{self._index.keys[sample]}' and the {MAX_REPLACEMENTS} after it cannot be decoded (the first: "
+            f"{reason}): find them with `python -m data.verify SHARDS --decode`"
+        )
+
+    def _crop(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
+        """A replacement is cut with the numbers of the sample that it stands for."""
+        height, width = self._size
+        rng = sample_rng(self._seed, epoch, sample, Stream.CROP)
+        flipped = flip_decision(rng, self._flip)  # drawn before the crop, which draws as often as it needs to
+        data = self._reader.read(shown)
+        pixels = decode(
+            data, lambda w, h: random_resized_crop(rng, w, h, self._crop_scale, aspect=width / height), self._size
+        )
+        out[:] = pixels[:, ::-1] if flipped else pixels
+
+    def _views(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
+        if self._view is None:
+            return {}
+        views = [self._view(sample_rng(self._seed, epoch, sample, Stream.VIEW)) for sample in samples.tolist()]
+        return {name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]}
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+_RUNNING: set[BaseProcess] = set()
+
+
+def _kill(workers: Iterable[BaseProcess]) -> None:
+    """Ends what did not end when asked to: workers ignore the SIGTERM that DataLoader would send."""
+    for worker in list(workers):
+        worker.kill()
+        worker.join()
+        _RUNNING.discard(worker)
+
+
+@atexit.register
+def _kill_at_exit() -> None:
+    """Python waits at exit for every child: one left by an unfinished loop would hold a dying rank for ever."""
+    if _RUNNING:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report the kill as an error
+        _kill(_RUNNING)
+
+
+def _start_worker(worker: int) -> None:
+    """Leaves signals to the main process: a scheduler sends them to the whole job, and the step under way must end.
+
+    A worker still ends when the main process says so or has gone, and is killed if it does not. DataLoader has limited
+    it to one thread.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,237 @@
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_tools import encode, jpeg, picture, write_tar
+
+from data.index import Index, load_index
+from data.loader import Batch, Loader
+
+SIZE = (16, 24)
+BATCH = 24  # of 53 samples: two steps an epoch, divisible by every (ranks, accumulation) below
+KEYS = tuple[int, ...]
+
+
+def view(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"masked": rng.random((4, 6)) < 0.5, "windows": rng.integers(0, 100, 3)}
+
+
+def loader(index: Index, **settings: object) -> Loader:
+    return Loader(index, **{"size": SIZE, "batch": BATCH, "seed": 5, "view": view} | settings)  # type: ignore[arg-type]
+
+
+def stream(index: Index, start: int, end: int, world: int = 1, **settings: object) -> list[list[Batch]]:
+    """For each step the micro-batches of all ranks in the order of the global batch."""
+    ranks = [list(loader(index, rank=rank, world=world, **settings).batches(start, end)) for rank in range(world)]
+    assert all(len(steps) == end - start for steps in ranks)
+    return [list(chain(*zip(*(steps[step] for steps in ranks), strict=True))) for step in range(end - start)]
+
+
+def assert_same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert [key for batch in a for key in batch.keys] == [key for batch in b for key in batch.keys]
+        assert sorted(chain(*(batch.skipped for batch in a))) == sorted(chain(*(batch.skipped for batch in b)))
+        assert torch.equal(torch.cat([batch.samples for batch in a]), torch.cat([batch.samples for batch in b]))
+        assert torch.equal(torch.cat([batch.images for batch in a]), torch.cat([batch.images for batch in b]))
+        for name in ("masked", "windows"):
+            assert torch.equal(torch.cat([x.view[name] for x in a]), torch.cat([x.view[name] for x in b]))
+
+
+def test_what_a_batch_is(index: Index) -> None:
+    (step,) = loader(index, accumulation=2, world=3, rank=1).batches(0, 1)
+    assert len(step) == 2
+    for batch in step:
+        assert batch.images.shape == (4, *SIZE, 3)
+        assert batch.images.dtype == torch.uint8
+        assert batch.samples.dtype == torch.int64
+        assert batch.keys == tuple(index.keys[sample] for sample in batch.samples.tolist())
+        assert batch.view["masked"].shape == (4, 4, 6)
+        assert batch.view["masked"].dtype == torch.bool
+        assert batch.skipped == ()
+
+
+def test_an_epoch_has_every_sample_once(index: Index) -> None:
+    for epoch in range(2):
+        steps = stream(index, 53 * epoch, 53 * (epoch + 1), batch=1)
+        assert sorted(int(step[0].samples[0]) for step in steps) == list(range(53))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_do_not_depend_on_ranks_workers_or_accumulation(
+    index: Index, workers: int, world: int, accumulation: int
+) -> None:
+    """Pixels, views and keys of three steps across an epoch boundary."""
+    assert_same(stream(index, 0, 3, world, workers=workers, accumulation=accumulation), stream(index, 0, 3))
+
+
+def test_other_seed_and_other_epoch_give_other_crops(index: Index) -> None:
+    (first,), (other,) = stream(index, 0, 1, batch=53), stream(index, 0, 1, batch=53, seed=6)
+    (next_epoch,) = stream(index, 1, 2, batch=53)
+    for batches in (other, next_epoch):
+        ours, theirs = first[0].samples.argsort(), batches[0].samples.argsort()
+        same = (first[0].images[ours] == batches[0].images[theirs]).flatten(1).all(1)
+        assert same.sum() < 3
+        assert not torch.equal(first[0].view["masked"][ours], batches[0].view["masked"][theirs])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("resume", [1, 2, 3, 5])
+def test_resumed_equals_uninterrupted(index: Index, resume: int, workers: int) -> None:
+    """In mid-epoch, at its end, with other ranks: the rest of the stream is the same."""
+    assert_same(stream(index, resume, 6, world=2, workers=workers), stream(index, 0, 6)[resume:])
+
+
+def test_position_is_plain_numbers(index: Index) -> None:
+    assert loader(index).steps_per_epoch == 2
+    expected = {"epoch": 2, "step_in_epoch": 1, "samples": 120, "fingerprint": index.fingerprint}
+    assert loader(index).position(5) == expected
+    assert all(type(value) in (int, str) for value in loader(index).position(5).values())
+
+
+def test_flip_and_crop_scale(index: Index) -> None:
+    """Whole pictures, never or always flipped, against the files themselves."""
+    plain = next(loader(index, crop_scale=(1.0, 1.0), flip=0.0, size=(10, 10)).batches(0, 1))[0]
+    flipped = next(loader(index, crop_scale=(1.0, 1.0), flip=1.0, size=(10, 10)).batches(0, 1))[0]
+    assert torch.equal(plain.images.flip(2), flipped.images)
+    square = plain.samples.tolist().index(25) if 25 in plain.samples.tolist() else None
+    sample = int(plain.samples[0]) if square is None else 25
+    row = plain.samples.tolist().index(sample)
+    data = Image.open(io.BytesIO(jpeg(sample, 40 + sample, 90 - sample)))
+    if data.width * 3 < data.height * 4 and data.height * 3 < data.width * 4:
+        whole = np.asarray(data.resize((10, 10), Image.Resampling.BICUBIC)).astype(int)
+        assert abs(plain.images[row].numpy().astype(int) - whole).mean() < 6
+
+
+def test_the_global_generator_is_left_alone(index: Index) -> None:
+    before = torch.get_rng_state()
+    list(loader(index, workers=1).batches(0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def bad_shards(tmp_path: Path) -> Path:
+    """20 samples; 4, 5 and 19 cannot be decoded."""
+    members = [(f"img{sample:02d}.jpg", jpeg(sample)) for sample in range(20)]
+    members[4] = ("img04.jpg", jpeg(4, 200, 200)[:900])
+    members[5] = ("img05.jpg", b"<html>")
+    members[19] = ("img19.png", encode(picture(0, 1, 1), "PNG"))
+    write_tar(tmp_path / "bad.tar", members)
+    return tmp_path
+
+
+def test_bad_images_are_replaced_and_reported(bad_shards: Path) -> None:
+    index = load_index(bad_shards)
+    (step,) = stream(index, 0, 1, batch=20, accumulation=4)
+    reports = sorted(chain(*(batch.skipped for batch in step)))
+    assert [report.split(": ")[0] for report in reports] == ["img04", "img05", "img19"]
+    assert "truncated" in reports[0]
+    assert "not a JPEG" in reports[1]
+    assert "1 x 1" in reports[2]
+    shown = sorted(torch.cat([batch.samples for batch in step]).tolist())
+    assert shown == sorted({*range(20)} - {4, 5, 19})[0:1] + shown[1:]
+    assert [shown.count(sample) for sample in (0, 4, 5, 6, 19)] == [2, 0, 0, 3, 0]
+    assert_same(stream(index, 0, 3, world=2, batch=20, workers=1), stream(index, 0, 3, batch=20))
+
+
+def test_nothing_but_bad_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "bad.tar", [(f"img{sample:03d}.jpg", b"bad") for sample in range(120)])
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"the 100 after it cannot be decoded .*data.verify SHARDS --decode"):
+            list(loader(load_index(tmp_path), workers=workers).batches(0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_shard_stops_the_run_with_one_clear_error(shards: Path, index: Index, workers: int) -> None:
+    path = shards / index.shards[0]
+    path.write_bytes(path.read_bytes()[512:] + b"\0" * 512)
+    with pytest.raises(ValueError, match=r"train-000000.tar: the index does not match") as caught:
+        list(loader(index, workers=workers).batches(0, 1))
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch": 25, "world": 4, "accumulation": 2}, "set batch to 24 or 32"),
+        ({"batch": 54}, "53 samples are fewer than one global batch of 54"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
+        ({"flip": 1.5}, "flip"),
+        ({"seed": -1}, "seed"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_settings_that_cannot_work(index: Index, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loader(index, **settings)
+
+
+def _die(rng: np.random.Generator, parent: int) -> dict[str, np.ndarray]:
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_killed_worker_is_an_error_not_a_hang(index: Index) -> None:
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited unexpectedly)"):
+        list(loader(index, workers=2, view=partial(_die, parent=os.getpid())).batches(0, 4))
+    assert time.monotonic() - start < 30
+
+
+def test_signals_to_the_whole_job_leave_workers_alone(index: Index) -> None:
+    """As a scheduler sends them; here to the workers only."""
+    steps = loader(index, workers=2).batches(0, 8)
+    ours = [next(steps)]
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid or 0, number)
+    ours += steps
+    assert_same(ours, stream(index, 0, 8))
+
+
+def test_leaving_early_ends_the_workers(index: Index) -> None:
+    steps = loader(index, workers=2).batches(0, 100)
+    next(steps)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    steps.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_crash_with_workers_still_running_ends(shards: Path, index: Index) -> None:
+    """Python joins its children at exit; ours ignore SIGTERM."""
+    program = (
+        "import sys; from data.index import load_index; from data.loader import Loader\n"
+        "steps = Loader(load_index(sys.argv[1]), size=(8, 8), batch=4, seed=0, workers=2).batches(0, 10**6)\n"
+        "next(steps)\n"
+        "raise KeyError('crash')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(shards)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("KeyError: 'crash'")
+
+
+def test_spawned_workers(index: Index) -> None:
+    """Everything that goes to a worker can be pickled."""
+    previous = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        ours = stream(index, 0, 3, workers=1)
+    finally:
+        multiprocessing.set_start_method(previous, force=True)
+    assert_same(ours, stream(index, 0, 3))
