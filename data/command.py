@@ -1,0 +1,65 @@
+"""What the command lines of this package share: processes with a progress bar, and errors in one line."""
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def default_workers() -> int:
+    """The CPU cores that this process may use, which under a scheduler are fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def report_errors(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit code; what a user can mend is one line on stderr and code 1."""
+    try:
+        return command()
+    except BrokenProcessPool:
+        print("error: a worker process was killed, perhaps for lack of memory: use fewer --workers", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def run_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int, description: str, unit: str
+) -> Iterator[Result]:
+    """Yields ``function(item)`` for every item in any order; with one worker in this process. Raises what it raises."""
+    workers = min(workers, len(items))
+    with tqdm(desc=description, total=len(items), unit=unit, disable=None) as bar:
+        if workers <= 1:
+            for item in items:
+                yield function(item)
+                bar.update()
+            return
+        # "spawn": forked children would inherit the locks that this process holds, and hold them after it was killed.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
+            try:
+                for future in as_completed([pool.submit(function, item) for item in items]):
+                    yield future.result()
+                    bar.update()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Pool workers wait for ever for a parent that was killed; this ends them."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

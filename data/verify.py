@@ -1,0 +1,140 @@
+"""Reads shards back and compares them with their index: ``python -m data.verify SHARDS``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from data.command import default_workers, report_errors, run_parallel
+from data.decode import BadImage, check_image
+from data.index import HOW_TO_REINDEX, Index, find_shards, index_paths, load_index, read_index
+from data.scan import NO_LABEL, ShardContent, scan_shard
+
+SHOWN_PROBLEMS = 50
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard and what the index says about it."""
+
+    path: Path
+    size: int
+    recorded: ShardContent
+    decode: bool
+
+
+def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> list[str]:
+    """Everything that is wrong with the shards of an index, one line each with shard, key and byte.
+
+    Args:
+        index: as read, possibly out of date.
+        decode: also decode every picture.
+        workers: processes.
+    """
+    ends = np.cumsum(index.shard_sizes)
+    tasks = []
+    for number, (name, end) in enumerate(zip(index.shards, ends.tolist(), strict=True)):
+        part = slice(end - int(index.shard_sizes[number]), end)
+        keys = tuple(index.keys[sample] for sample in range(part.start, part.stop))
+        recorded = ShardContent(keys, index.offset[part], index.length[part], index.label[part])
+        tasks.append(_Task(index.root / name, int(index.shard_bytes[number]), recorded, decode))
+    results = dict(run_parallel(_check_shard, tasks, workers, "verifying", "shard"))
+    return [problem for task in tasks for problem in results[task.path]]
+
+
+def _check_shard(task: _Task) -> tuple[Path, list[str]]:
+    try:
+        found = scan_shard(task.path)
+    except (ValueError, OSError) as error:
+        return task.path, [str(error)]
+    problems = list(_differences(task, found))
+    if task.decode:
+        problems += _undecodable(task.path, found)
+    return task.path, problems
+
+
+def _differences(task: _Task, found: ShardContent) -> list[str]:
+    problems, recorded = [], task.recorded
+    size = task.path.stat().st_size
+    if size != task.size:
+        problems.append(f"{task.path}: {size} bytes, the index says {task.size}")
+    if len(found.keys) != len(recorded.keys):
+        problems.append(f"{task.path}: {len(found.keys)} samples, the index says {len(recorded.keys)}")
+    for row, (key, expected) in enumerate(zip(found.keys, recorded.keys, strict=False)):
+        there = (key, int(found.offset[row]), int(found.length[row]), int(found.label[row]))
+        said = (expected, int(recorded.offset[row]), int(recorded.length[row]), int(recorded.label[row]))
+        if there != said:
+            problems.append(
+                f"{task.path}: (key, byte, length, label) of sample {row} is {there}, the index says {said}"
+            )
+            break  # everything behind it has moved too
+    return problems
+
+
+def _undecodable(path: Path, content: ShardContent) -> list[str]:
+    problems = []
+    with open(path, "rb") as file:
+        for key, offset, length in zip(content.keys, content.offset.tolist(), content.length.tolist(), strict=True):
+            file.seek(offset)
+            try:
+                check_image(file.read(length))
+            except BadImage as error:
+                problems.append(f"{path}: '{key}' at byte {offset} cannot be decoded: {error}")
+    return problems
+
+
+def _read_or_build(shards: str, reindex: bool) -> Index:
+    """The index as it is, unlike ``load_index`` which stops at the first shard that has changed."""
+    root, names = find_shards(shards)
+    paths = index_paths(shards)
+    if reindex:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    for path in paths:
+        if path.exists():
+            index = read_index(path, root)
+            for name in sorted(set(names) ^ set(index.shards)):
+                raise ValueError(f"{root / name}: only in the folder or only in the index: {HOW_TO_REINDEX}")
+            return index
+    return load_index(shards)
+
+
+def _summary(index: Index) -> str:
+    labelled = index.label[index.label != NO_LABEL]
+    labels = f"{labelled.min()} to {labelled.max()}" if len(labelled) else "none"
+    return (
+        f"{len(index)} samples in {len(index.shards)} shards, {index.shard_bytes.sum() / 1e9:.3f} GB; "
+        f"mean image {index.length.mean() / 1e3:.1f} kB; labels {labels}, {len(index) - len(labelled)} without, "
+        f"{len(index.classes)} class names; fingerprint {index.fingerprint}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__.split(":")[0])
+    parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern")
+    parser.add_argument("--decode", action="store_true", help="also decode every picture")
+    parser.add_argument("--reindex", action="store_true", help="throw the index away and build it again first")
+    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N")
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        index = _read_or_build(args.shards, args.reindex)
+        problems = check_shards(index, decode=args.decode, workers=args.workers)
+        print(_summary(index))
+        for problem in islice(problems, SHOWN_PROBLEMS):
+            print(f"wrong: {problem}", file=sys.stderr)
+        if len(problems) > SHOWN_PROBLEMS:
+            print(f"... and {len(problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
+        print(f"{len(problems)} problems" if problems else "sound")
+        return 1 if problems else 0
+
+    return report_errors(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from shard_tools import encode, jpeg, picture
+
+from data import pack as pack_module
+from data.index import load_index
+from data.pack import main
+from data.reader import ShardReader
+from data.sources import list_source, make_key
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Three classes of seven pictures, one a PNG with the wrong extension, and a file that is none."""
+    root = tmp_path / "images"
+    for name in ("tench", "cat", "dog house"):
+        (root / name).mkdir(parents=True)
+        for number in range(7):
+            (root / name / f"img.{number} x.JPEG").write_bytes(jpeg(number + len(name)))
+    (root / "cat" / "img.3 x.JPEG").write_bytes(encode(picture(0, 40, 40), "PNG"))
+    (root / "cat" / "notes.txt").write_text("not a picture")
+    return root
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def test_class_folders(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shards"
+    assert main([str(classes), str(out), "--samples-per-shard", "8", "--workers", "2"]) == 0
+    output = capsys.readouterr()
+    assert "21 samples of 3 classes in 3 shards" in output.out
+    assert "1 .txt" in output.err
+    index = load_index(out)
+    assert index.classes == ("cat", "dog house", "tench")
+    assert index.label.tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    assert index.shard_sizes.tolist() == [8, 8, 5]
+    assert index.keys[7] == "dog_house/img_0_x"
+    files = sorted(classes.glob("*/*.JPEG"))
+    reader = ShardReader(index)
+    assert [reader.read(number) for number in range(21)] == [path.read_bytes() for path in files]
+    with tarfile.open(out / "train-000000.tar") as tar:
+        names = tar.getnames()
+        assert {(member.mtime, member.uid, member.uname) for member in tar.getmembers()} == {(0, 0, "")}
+    assert names[:2] == ["cat/img_0_x.jpg", "cat/img_0_x.cls"]
+    assert "cat/img_3_x.png" in names
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".tar") == [
+        "classes.txt",
+        "index.npz",
+        "pack.json",
+    ]
+
+
+def test_flat_folder_and_list(tmp_path: Path) -> None:
+    folder = tmp_path / "flat"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.jpg", "a.jpg", "sub/c.jpg"):
+        (folder / name).write_bytes(jpeg(0))
+    assert main([str(folder), str(tmp_path / "from_folder"), "--workers", "1"]) == 0
+    index = load_index(tmp_path / "from_folder")
+    assert (list(index.keys), index.label.tolist(), index.classes) == (["a", "b", "sub/c"], [-1] * 3, ())
+
+    (folder / "list.txt").write_text("sub/c.jpg\t5\nb.jpg\t2\n\n")
+    assert main([str(folder / "list.txt"), str(tmp_path / "from_list"), "--workers", "1", "--prefix", "val"]) == 0
+    index = load_index(tmp_path / "from_list")
+    assert (list(index.keys), index.label.tolist()) == (["b", "sub/c"], [2, 5])
+    assert index.shards == ("val-000000.tar",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a.jpg\n../gone.jpg\n", "line 2: '../gone.jpg': No such file"), ("a.jpg\tcat\n", "label 'cat' is not a number")],
+)
+def test_list_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list_source(tmp_path / "list.txt")
+
+
+def test_keys_are_safe_and_collisions_name_both_files(tmp_path: Path) -> None:
+    assert make_key("a b/c.d é.JPEG") == "a_b/c_d_é"
+    assert make_key("__x__/y.jpg") == "_x__/y"  # WebDataset skips what begins with __x__
+    assert make_key(".hidden.jpg") == "_hidden"
+    for name in ("a.b.jpg", "a_b.png"):
+        (tmp_path / name).write_bytes(jpeg(0))
+    with pytest.raises(ValueError, match=r"'a.b.jpg' and 'a_b.png' would both get the key 'a_b'"):
+        list_source(tmp_path)
+
+
+def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.txt").write_text("")
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "no images" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_circle_of_links_ends(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "cat" / "again").symlink_to(tmp_path)
+    assert [file.name for file in list_source(tmp_path).files] == ["cat/a.jpg"]
+
+
+def test_unreadable_pictures(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shards"
+    (classes / "cat" / "img.1 x.JPEG").write_bytes(jpeg(0, 300, 200)[:2000])
+    (classes / "tench" / "img.5 x.JPEG").write_bytes(b"<html>")
+    command = [str(classes), str(out), "--samples-per-shard", "8", "--workers", "1"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "2 of 21 files are not readable" in error
+    assert "cat/img.1 x.JPEG: " in error
+    assert "tench/img.5 x.JPEG: not a JPEG" in error
+    assert "Traceback" not in error
+    assert not list(out.glob("*.tar"))
+
+    assert main([*command, "--bad", "skip"]) == 0
+    index = load_index(out)
+    assert len(index) == 19
+    assert "cat/img_1_x" not in list(index.keys)
+    assert [line.split("\t")[0] for line in (out / "rejected.txt").read_text().splitlines()] == [
+        "cat/img.1 x.JPEG",
+        "tench/img.5 x.JPEG",
+    ]
+
+
+def test_nothing_but_unreadable_pictures(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert main([str(tmp_path), str(tmp_path / "out"), "--bad", "skip", "--workers", "1"]) == 1
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_packing_again(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shards"
+    command = [str(classes), str(out), "--workers", "1"]
+    assert main(command) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert main(command) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert main([*command, "--samples-per-shard", "5"]) == 1
+    assert "holds another pack" in capsys.readouterr().err
+    (classes / "cat" / "img.0 x.JPEG").write_bytes(jpeg(99))
+    assert main(command) == 1
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "x.tar").write_bytes(b"")
+    assert main([str(classes), str(tmp_path / "foreign")]) == 1
+    assert "not packed here" in capsys.readouterr().err
+
+
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    """kill -9 while shards are made: nothing published, no process left; then the same bytes as without."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(60):
+        (images / f"{number:03d}.png").write_bytes(encode(picture(number, 500, 500), "PNG", compress_level=1))
+    out, staging = tmp_path / "out", tmp_path / "out" / ".pack"
+    command = [str(images), str(out), "--samples-per-shard", "1", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "data.pack", *command])
+    while len(list(staging.glob("*.tar"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.002)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert children
+    while any(os.path.exists(f"/proc/{child}") for child in children):
+        time.sleep(0.05)
+    finished = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.tar")}
+    assert 3 <= len(finished) < 60
+    assert not list(out.glob("*.tar"))
+    (staging / "train-000059.tar.1.tmp").write_bytes(b"left over")
+
+    assert main(command) == 0
+    assert not staging.exists()
+    kept = {name: (out / name).stat().st_mtime_ns for name in finished}
+    assert kept == finished
+    assert main([*command[:1], str(tmp_path / "other"), *command[2:4], "--workers", "1"]) == 0
+    assert shard_bytes(out) == shard_bytes(tmp_path / "other")
+    assert len(load_index(out)) == 60
+
+
+def test_killed_while_publishing(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    command = [str(classes), str(out), "--samples-per-shard", "8", "--workers", "1"]
+    replace, published = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).parent == out:
+            published.append(target)
+            if len(published) == 2:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    assert len(list(out.glob("*.tar"))) == 1
+    assert len(load_index(out)) == 8  # somebody looks too early
+    assert main(command) == 0
+    assert len(load_index(out)) == 21
+
+
+def test_two_packers_in_one_folder(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pack_module._plan(out, {}):
+        assert main([str(classes), str(out)]) == 1
+    assert "another process is packing" in capsys.readouterr().err
