@@ -77,6 +77,7 @@ class Checkpoints:
         name = f"step_{state.step:08d}"
         aside = self.folder / "unfinished"
         engine.checkpoint_engine = files = GuardedFiles(engine._config)
+        engine._copy_recovery_script = lambda folder: None  # on a full disk it would raise on one rank alone
         if self.world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
@@ -166,6 +167,11 @@ def check_continues(state: TrainState, now: TrainState) -> None:
     ]
     if state.fingerprint != now.fingerprint:
         differences.append("data.shards holds other samples (their index has another fingerprint)")
+    for place, what in (("world_size", "ranks"), ("zero_stage", "ZeRO stage (train.ds_config)")):
+        if getattr(state, place) != getattr(now, place):
+            differences.append(
+                f"{what}: it was written with {getattr(state, place)}, this run has {getattr(now, place)}"
+            )
     if differences:
         raise ValueError(
             "the run's checkpoint is of another training:\n  "

@@ -37,7 +37,7 @@ class RunFolder:
         self.encoder = root / "encoder.safetensors"
 
     @contextlib.contextmanager
-    def owned(self, patience: float = 60) -> Iterator[None]:
+    def owned(self, patience: float = 10) -> Iterator[None]:
         """Makes the folder and holds it: the kernel frees the lock when this process ends, however it does.
 
         Waits a little, since a requeued job may start while the old one's processes are still dying.

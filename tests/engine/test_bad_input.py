@@ -1,0 +1,139 @@
+"""What a user can do wrong, tried on the real command: one clear line, exit code 1, nothing lost, nothing hangs."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RUN
+from PIL import Image
+
+from pretrain.metrics import read_metrics
+
+pytestmark = pytest.mark.engine
+
+
+def refused(run: Any) -> str:
+    """The output of a run of which every rank must have refused, without a traceback."""
+    output = "".join(run.outputs())
+    assert all(process.returncode == 1 for process in run.all), output
+    assert "Traceback" not in output, output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.size=225", "225 pixels are no multiple of model.patch=16; the nearest are 224 and 240"),
+        ("method.window=5", "method.window=5 is larger than the image's grid of 4x5 patches"),
+        ("method.windows=7", "has only 6 positions on a grid of 4x5: set method.windows to at most 6"),
+        ("train.accumulation=3", "train.batch=8 is not divided by 1 ranks x train.accumulation=3; the nearest batches"),
+        ("train.batch=88", "80 samples"),
+        ("data.shards=/nowhere", "/nowhere"),
+        ("train.ds_config=zero9.json", "train.ds_config='zero9.json' is no file; shipped: ds_configs/zero0.json"),
+        ("mehtod.windows=3", "unknown key mehtod: did you mean method?"),
+    ],
+)
+def test_settings_that_cannot_work(override: str, message: str, recipe: Path, start: Callable[..., Any]):
+    assert message in refused(start(recipe, override, processes=1))
+
+
+def test_a_key_set_in_both_places_is_refused(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    engine = tmp_path / "engine.json"
+    engine.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
+    output = refused(start(recipe, f"train.ds_config={engine}", processes=1))
+    assert "sets gradient_clipping, which the recipe owns: delete it there and set optim.clip_grad" in output
+
+
+def test_unknown_recipe_names_the_nearest(start: Callable[..., Any]):
+    assert "did you mean lomar_vitb16_224_1600e?" in refused(start("lomar_vitb16_224_1600", processes=1))
+
+
+def test_a_gpu_that_is_not_there(recipe: Path, tmp_path: Path):
+    run = subprocess.run(
+        [sys.executable, RUN, str(recipe)],
+        env={**os.environ, "DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "finds no usable GPU: check nvidia-smi" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_two_runs_writing_one_folder(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    first = start(recipe, "train.epochs=40", processes=1)
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    while not read_metrics(metrics):
+        assert first.all[0].poll() is None, first.outputs()
+    second = start(recipe, "train.epochs=40", processes=1)
+    output = "".join(second.outputs())
+    assert second.all[0].returncode == 1
+    assert f"another run (process {first.all[0].pid} on" in output
+    assert "give this one another name=" in output
+    first.kill()
+
+
+def test_weights_that_explode_are_never_written_and_the_samples_are_named(
+    recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    run = start(recipe, "optim.base_lr=1e30", "train.max_nonfinite=3")
+    output = "".join(run.outputs())
+    assert all(process.returncode == 1 for process in run.all), output
+    assert "3 steps in a row had no finite gradient (train.max_nonfinite)" in output
+    named = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "nonfinite.jsonl").read_text().splitlines()]
+    assert len(named) == 3
+    assert all(len(set(row["samples"])) == 8 for row in named)
+
+
+def test_unreadable_images_are_replaced_counted_and_capped(
+    recipe: Path, start: Callable[..., Any], tmp_path: Path, shards: Path
+):
+    folder = tmp_path / "with_bad"
+    folder.mkdir()
+    for shard in shards.glob("*.tar"):
+        (folder / shard.name).write_bytes(shard.read_bytes())
+    tiny = BytesIO()
+    Image.new("RGB", (1, 1)).save(tiny, "JPEG")
+    with tarfile.open(folder / "train-000099.tar", "w") as tar:  # a shard made by others, without our index
+        for name, content in {"words.jpg": b"not an image", "dot.jpg": tiny.getvalue()}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, BytesIO(content))
+    arguments = (recipe, f"data.shards={folder}", "train.epochs=2", "data.workers=2")
+    start(*arguments).finish()
+    run = tmp_path / "runs" / "tiny"
+    assert sum(row["skipped_images"] for row in read_metrics(run / "metrics.jsonl")) >= 2
+    listed = (run / "skipped_images.txt").read_text()
+    assert "words: " in listed
+    assert "dot: " in listed
+    capped = "".join(start(*arguments, "data.max_skipped=0", "name=capped").outputs())
+    assert "more than data.max_skipped=0" in capped
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+    try:
+        run = start(recipe, "checkpoint.every=4")  # a checkpoint takes about 90 MB
+        output = "".join(run.outputs())
+        assert all(process.returncode == 1 for process in run.all), output
+        assert "checkpoint step_00000008 could not be written" in output
+        assert "training goes on and tries again in 4 steps" in output
+        assert "make room and start the same command: it continues from step 4" in output
+        assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000004"]
+        subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)
+        assert "continues from step_00000004" in start(recipe, "checkpoint.every=4").finish()
+        assert (disk / "tiny" / "checkpoints" / "latest").read_text() == "step_00000010"
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,50 @@
+"""The same recipe under each launcher, as a user types it; srun is tried in tests/slurm."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.engine
+BIN = Path(sys.executable).parent
+
+LAUNCHERS = {
+    "deepspeed": ([str(BIN / "deepspeed"), "--num_accelerators", "2"], 2),
+    "torchrun": ([str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29641"], 2),
+    "python": ([sys.executable], 1),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher(launcher: str, recipe: Path, tmp_path: Path):
+    command, world_size = LAUNCHERS[launcher]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run(
+        [*command, "pretrain/run.py", str(recipe), "train.accumulation=4"], cwd=ROOT, env=environment, check=True
+    )
+    folder = tmp_path / "runs" / "tiny"
+    written = json.loads((folder / "environment.json").read_text())
+    assert written["world_size"] == world_size
+    assert written["deepspeed"]["gradient_accumulation_steps"] == 4
+    assert {p.name for p in folder.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "encoder.safetensors",
+        "environment.json",
+        "loss.png",
+        "metrics.jsonl",
+        "reconstructions.png",
+        "tensorboard",
+    }
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "data_wait"} <= json.loads(line).keys()
+    encoder = load_file(folder / "encoder.safetensors")
+    assert {"patch_embed.proj.weight", "cls_token", "blocks.0.attn.rpe_k.lookup_table_weight", "norm.weight"} <= set(
+        encoder
+    )
