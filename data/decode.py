@@ -21,7 +21,7 @@ class BadImage(Exception):  # noqa: N818  # a state of the data, not of the prog
     """Bytes that are no usable picture; the text is the reason."""
 
 
-def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, int]) -> np.ndarray:
+def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, int], flip: bool = False) -> np.ndarray:
     """Decodes one crop, resized once (bicubic, antialiased).
 
     Where no reduced JPEG decoding applies, the pixels are those of torchvision's ``resized_crop`` on the whole
@@ -32,6 +32,7 @@ def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, 
         data: the file's bytes.
         choose_box: (width, height) of the picture -> box in its pixels. Called once, before the pixels are decoded.
         size: (H, W) of the result.
+        flip: mirror left to right.
 
     Returns:
         uint8 (H, W, 3).
@@ -43,7 +44,7 @@ def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, 
     image = _open(data)
     box = choose_box(image.width, image.height)
     try:
-        return _render(image, box, size)
+        return _render(image, box, size, flip)
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
         raise BadImage(_reason(error)) from error
 
@@ -78,7 +79,7 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _render(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
+def _render(image: Image.Image, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
     height, width = size
     left, top, right, bottom = box
     full = image.size
@@ -94,6 +95,8 @@ def _render(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
             right, bottom = min(right / scale, reduced[0]), min(bottom / scale, reduced[1])
     pixels = image if image.mode in ("RGB", "L") else _to_rgb(image)
     pixels = pixels.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    if flip:  # here and not on the array: NumPy is slow at reversing pixels of three bytes
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))
 
 

@@ -231,11 +231,12 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
         height, width = self._size
         rng = sample_rng(self._seed, epoch, sample, Stream.CROP)
         flipped = flip_decision(rng, self._flip)  # drawn before the crop, which draws as often as it needs to
-        data = self._reader.read(shown)
-        pixels = decode(
-            data, lambda w, h: random_resized_crop(rng, w, h, self._crop_scale, aspect=width / height), self._size
+        out[:] = decode(
+            self._reader.read(shown),
+            lambda w, h: random_resized_crop(rng, w, h, self._crop_scale, aspect=width / height),
+            self._size,
+            flipped,
         )
-        out[:] = pixels[:, ::-1] if flipped else pixels
 
     def _views(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
         if self._view is None:

@@ -20,7 +20,6 @@ from data.loader import Batch, Loader
 
 SIZE = (16, 24)
 BATCH = 24  # of 53 samples: two steps an epoch, divisible by every (ranks, accumulation) below
-KEYS = tuple[int, ...]
 
 
 def view(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -104,16 +103,15 @@ def test_position_is_plain_numbers(index: Index) -> None:
 
 def test_flip_and_crop_scale(index: Index) -> None:
     """Whole pictures, never or always flipped, against the files themselves."""
-    plain = next(loader(index, crop_scale=(1.0, 1.0), flip=0.0, size=(10, 10)).batches(0, 1))[0]
-    flipped = next(loader(index, crop_scale=(1.0, 1.0), flip=1.0, size=(10, 10)).batches(0, 1))[0]
+    plain = next(loader(index, crop_scale=(1.0, 1.0), flip=0.0, size=(50, 50)).batches(0, 1))[0]
+    flipped = next(loader(index, crop_scale=(1.0, 1.0), flip=1.0, size=(50, 50)).batches(0, 1))[0]
     assert torch.equal(plain.images.flip(2), flipped.images)
-    square = plain.samples.tolist().index(25) if 25 in plain.samples.tolist() else None
-    sample = int(plain.samples[0]) if square is None else 25
-    row = plain.samples.tolist().index(sample)
-    data = Image.open(io.BytesIO(jpeg(sample, 40 + sample, 90 - sample)))
-    if data.width * 3 < data.height * 4 and data.height * 3 < data.width * 4:
-        whole = np.asarray(data.resize((10, 10), Image.Resampling.BICUBIC)).astype(int)
-        assert abs(plain.images[row].numpy().astype(int) - whole).mean() < 6
+    close = 0
+    for image, sample in zip(plain.images.numpy().astype(int), plain.samples.tolist(), strict=True):
+        file = Image.open(io.BytesIO(jpeg(sample, 40 + sample, 90 - sample)))
+        whole = np.asarray(file.resize((50, 50), Image.Resampling.BICUBIC)).astype(int)
+        close += int(abs(image - whole).max() <= 1)
+    assert close >= 5  # the pictures whose shape a crop of the whole may have
 
 
 def test_the_global_generator_is_left_alone(index: Index) -> None:
@@ -142,7 +140,6 @@ def test_bad_images_are_replaced_and_reported(bad_shards: Path) -> None:
     assert "not a JPEG" in reports[1]
     assert "1 x 1" in reports[2]
     shown = sorted(torch.cat([batch.samples for batch in step]).tolist())
-    assert shown == sorted({*range(20)} - {4, 5, 19})[0:1] + shown[1:]
     assert [shown.count(sample) for sample in (0, 4, 5, 6, 19)] == [2, 0, 0, 3, 0]
     assert_same(stream(index, 0, 3, world=2, batch=20, workers=1), stream(index, 0, 3, batch=20))
 
