@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RUN
 from PIL import Image
+from runs import RUN
 
 from pretrain.metrics import read_metrics
 
