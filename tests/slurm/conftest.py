@@ -1,0 +1,117 @@
+"""A real Slurm of two nodes, and a place to submit the project's scripts from."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from slurm_cluster import NAMESPACES, Cluster
+
+ROOT = Path(__file__).parents[2]
+_PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "iproute2"]
+
+
+def _install() -> str | None:
+    """Why there is no Slurm to test with; None when there is."""
+    if os.geteuid() != 0:
+        return "needs root: the nodes are network namespaces"
+    if subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True).returncode:
+        return "needs the right to make namespaces (CAP_SYS_ADMIN)"
+    programs = ("slurmctld", "slurmd", "munged", "sbatch", "ip")
+    if all(shutil.which(program) for program in programs):
+        return None
+    if not shutil.which("apt-get"):
+        return f"needs {', '.join(programs)}, and there is no apt-get to install them"
+    install = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {' '.join(_PACKAGES)}"
+    done = subprocess.run(
+        install, shell=True, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}, capture_output=True, text=True
+    )
+    return f"Slurm could not be installed: {done.stderr.strip()}" if done.returncode else None
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This project in another folder, so that jobs leave their logs there."""
+    project = tmp_path_factory.mktemp("project")
+    for name in ("data", "pretrain", "ds_configs"):
+        (project / name).symlink_to(ROOT / name)
+    (project / "slurm").mkdir()
+    for script in (ROOT / "slurm").glob("*.sh"):
+        (project / "slurm" / script.name).symlink_to(script)
+    python = project / ".venv" / "bin" / "python"  # on no PATH before the job activates it
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    python.with_name("activate").write_text(f"PATH={python.parent}:$PATH\n")
+    return project
+
+
+@pytest.fixture(scope="session")
+def slurm(project: Path) -> Iterator[Cluster]:
+    """The cluster; one for all tests."""
+    missing = _install()
+    if missing:
+        pytest.skip(missing)
+    folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # short: it holds unix sockets
+    script = Path(__file__).with_name("cluster.sh")
+    command = ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", str(script), str(folder)]
+    with (
+        (folder / "cluster.log").open("w") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as cluster,
+    ):
+        assert cluster.stdin is not None
+        assert cluster.stdout is not None
+        try:
+            first = cluster.stdout.readline()
+            assert first == "ready\n", (folder / "cluster.log").read_text()
+            shell = int(Path(f"/proc/{cluster.pid}/task/{cluster.pid}/children").read_text())
+            yield Cluster(shell, folder, project)
+        finally:
+            cluster.stdin.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def cluster(slurm: Cluster) -> Iterator[Cluster]:
+    """The cluster without jobs, before and after."""
+    yield slurm
+    slurm.ask("scancel", "--user=root")
+    deadline = time.monotonic() + 30
+    while slurm.ask("squeue", "--noheader"):
+        assert time.monotonic() < deadline, slurm.ask("squeue")
+        time.sleep(0.25)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
+    """A small LoMaR on 60 pictures, packed by our own command; two ranks train it in a few seconds."""
+    pictures, shards = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((112, 96)).save(pictures / f"{number:02d}.jpg")
+    subprocess.run(
+        [sys.executable, "-m", "data.pack", str(pictures), str(shards)], cwd=ROOT, check=True, capture_output=True
+    )
+    keys = {
+        "name": "tiny",
+        "runs": str(project / "runs"),
+        "method": {"name": "lomar", "windows": 2, "window": 3},
+        "model": {"arch": "vit_tiny"},
+        "data": {"shards": str(shards), "workers": 1},
+        "optim": {"warmup_epochs": 1, "base_lr": 1e-2},
+        "train": {"epochs": 12, "batch": 8, "precision": "fp32"},
+        "checkpoint": {"every": 10},
+        "log": {"every": 1, "panel_images": 2},
+    }
+    path = project / "tiny.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return path

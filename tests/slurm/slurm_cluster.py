@@ -1,0 +1,74 @@
+"""A running Slurm and its jobs, as the tests use them."""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+NAMESPACES = ["--mount", "--uts", "--net", "--pid"]
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+
+
+class Cluster:
+    """A running Slurm, seen from a project's folder in which jobs are submitted."""
+
+    def __init__(self, shell: int, folder: Path, project: Path):
+        self.folder, self.project = folder, project
+        # env -C: a working directory does not survive the change of the mount namespace.
+        self._enter = ["nsenter", f"--target={shell}", *NAMESPACES, "env", "-C", str(project)]
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        self._environment["SLURM_CONF"] = str(folder / "slurm.conf")
+        self._environment["CUDA_VISIBLE_DEVICES"] = ""  # two nodes on one machine must not share its GPU
+
+    def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """A command on the login node; its exit code is for the caller to judge."""
+        place = ["env", "-C", str(cwd)] if cwd else []
+        return subprocess.run(
+            [*self._enter, *place, *command], env=self._environment, capture_output=True, text=True, timeout=60
+        )
+
+    def ask(self, *command: str) -> str:
+        """The output of a command that must succeed."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, *options: str) -> "Job":
+        """`sbatch OPTIONS`."""
+        return Job(self, self.ask("sbatch", "--parsable", *options))
+
+
+class Job:
+    """A submitted job."""
+
+    def __init__(self, cluster: Cluster, number: str):
+        self.cluster, self.number = cluster, number
+
+    def show(self) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        words = self.cluster.ask("scontrol", "show", "job", "--oneliner", self.number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = 300) -> None:
+        """Polls; when it does not happen in time, or the job ends without it, the test fails with all logs."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            state = self.show()["JobState"]
+            over = state in _OVER
+            if (over and not happened()) or time.monotonic() > deadline:
+                pytest.fail(f"job {self.number} is {state}, and not: {what}\n{self.logs()}")
+            time.sleep(0.25)
+
+    def wait_end(self, seconds: float = 300) -> dict[str, str]:
+        """Waits until the job is over for good; returns its last `show`."""
+        self.wait_for("at its end", lambda: self.show()["JobState"] in _OVER, seconds)
+        return self.show()
+
+    def logs(self) -> str:
+        """Everything that the job has written, each file under its name."""
+        project = self.cluster.project
+        files = [*project.glob(f"*-{self.number}.out"), *sorted(project.glob(f"slurm/logs/*-{self.number}/*"))]
+        return "\n".join(f"--- {path.relative_to(project)}\n{path.read_text()}" for path in files)

@@ -1,0 +1,126 @@
+"""Jobs on two nodes that train, are interrupted in every way Slurm knows, and come to the same end."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from slurm_cluster import Cluster, Job
+
+pytestmark = pytest.mark.slurm
+STEPS = 12 * 7
+ODD = "data.size=[64, 80]"  # a space and brackets must reach the trainer as one argument
+
+
+def submit(cluster: Cluster, recipe: Path, *overrides: str, ranks: int = 1) -> Job:
+    """Two nodes without GPUs."""
+    shape = ["--nodes=2", f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "--cpus-per-task=1"]
+    return cluster.submit(*shape, f"--export=ALL,RECIPE={recipe}", "slurm/pretrain_vitb.sh", ODD, *overrides)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, without a line that is just being written."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def wait_step(job: Job, folder: Path, step: int) -> None:
+    def reached() -> bool:
+        return any(row["step"] >= step for row in rows(folder))
+
+    job.wait_for(f"step {step} in {folder}", reached)
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(slurm: Cluster, recipe: Path) -> Path:
+    """The folder of a run that nothing interrupted."""
+    job = submit(slurm, recipe, "name=whole")
+    end = job.wait_end()
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "0", "0:0"), job.logs()
+    return slurm.project / "runs" / "whole"
+
+
+def check_same_end(job: Job, folder: Path, whole: Path, restarts: int) -> None:
+    end = job.wait_end()
+    assert (end["JobState"], int(end["Restarts"])) == ("COMPLETED", restarts), job.logs()
+    assert losses(folder) == losses(whole)
+    weights, expected = (load_file(run / "encoder.safetensors") for run in (folder, whole))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_two_nodes_train_to_the_end(whole: Path) -> None:
+    assert [row["step"] for row in rows(whole)] == list(range(1, STEPS + 1))
+    environment = json.loads((whole / "environment.json").read_text())
+    assert (environment["world_size"], environment["host"], ODD in environment["command"]) == (2, "node1", True)
+    for name in ("config.yaml", "encoder.safetensors", "loss.png", "reconstructions.png", "checkpoints/latest"):
+        assert (whole / name).is_file()
+
+
+def test_usr1_saves_requeues_and_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    """What --signal does before the time limit, without waiting for it."""
+    job, folder = submit(cluster, recipe, "name=warned"), cluster.project / "runs" / "warned"
+    wait_step(job, folder, 12)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    check_same_end(job, folder, whole, restarts=1)
+    assert "stopped by a signal, and requeued" in job.logs()
+
+
+def test_preempted_job_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    job, folder = submit(cluster, recipe, "name=preempted"), cluster.project / "runs" / "preempted"
+    wait_step(job, folder, 12)
+    cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
+    check_same_end(job, folder, whole, restarts=1)
+
+
+def test_lost_node_costs_the_steps_since_the_checkpoint(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    job, folder = submit(cluster, recipe, "name=lost"), cluster.project / "runs" / "lost"
+    wait_step(job, folder, 12)
+    cluster.ask("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    job.wait_for("requeued", lambda: job.show()["Restarts"] == "1")
+    cluster.ask("scontrol", "update", "nodename=node2", "state=resume")
+    check_same_end(job, folder, whole, restarts=1)
+
+
+def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    job, folder = submit(cluster, recipe, "name=killed"), cluster.project / "runs" / "killed"
+    wait_step(job, folder, 12)
+    os.kill(rank_process(1, "name=killed"), signal.SIGKILL)
+    end = job.wait_end(seconds=60)
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "137:0"), job.logs()
+    assert "a rank ended with exit code 137" in job.logs()
+    check_same_end(submit(cluster, recipe, "name=killed"), folder, whole, restarts=0)
+
+
+def rank_process(rank: int, argument: str) -> int:
+    """The process of a rank; its loader's workers are its children and have its command line too."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        command = (process / "cmdline").read_text().split("\0")
+        is_rank = "pretrain/run.py" in command and argument in command and not command[0].endswith("srun")
+        if is_rank and f"SLURM_PROCID={rank}" in (process / "environ").read_text().split("\0"):
+            found.append(int(process.name))
+    return min(found)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.bach=8", "error: unknown key train.bach: did you mean batch?"),
+        ("data.shards=/nowhere/shards", "/nowhere/shards"),
+    ],
+)
+def test_failure_is_said_and_not_requeued(cluster: Cluster, recipe: Path, override: str, message: str) -> None:
+    job = submit(cluster, recipe, "name=wrong", override, ranks=2)
+    end = job.wait_end()
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "1:0"), job.logs()
+    assert message in (cluster.project / f"lomar_vitb-{job.number}.out").read_text(), job.logs()

@@ -1,0 +1,66 @@
+"""The scripts themselves: one shape, no hyper-parameters."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster
+
+from pretrain.schema import RECIPES
+
+FOLDER = Path(__file__).parents[2] / "slurm"
+SCRIPTS = sorted(FOLDER.glob("pretrain_*.sh"))
+# What a script may choose: its name, its nodes and its recipe.
+CHOICES = [
+    r"^#SBATCH --job-name=\w+$",
+    r"^#SBATCH --nodes=\d+$",
+    r"^RECIPE=\$\{RECIPE:-(\w+)\}$",
+    r"^# Pretrains a ViT-\w",
+    r"pretrain_vit\w",
+]
+
+
+def test_scripts_have_one_shape() -> None:
+    assert [script.stem for script in SCRIPTS] == ["pretrain_vitb", "pretrain_vith", "pretrain_vitl"]
+    shapes = set()
+    for script in SCRIPTS:
+        shape = script.read_text()
+        for choice in CHOICES:
+            shape, count = re.subn(choice, "CHOICE", shape, flags=re.MULTILINE)
+            assert count == 1, f"{script.name} has {count} lines {choice}"
+        shapes.add(shape)
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_recipe_exists(script: Path) -> None:
+    (recipe,) = re.findall(CHOICES[2], script.read_text(), flags=re.MULTILINE)
+    assert (RECIPES / f"{recipe}.yaml").is_file()
+
+
+def test_scripts_set_no_hyper_parameter() -> None:
+    for script in FOLDER.glob("*.sh"):
+        assert not re.findall(r"\b(?:train|optim|model|method|data)\.\w+=(?!/data/in1k)", script.read_text()), script
+
+
+@pytest.mark.parametrize("script", sorted(FOLDER.glob("*.sh")), ids=lambda script: script.stem)
+def test_bash_reads_script(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_slurm_takes_options(cluster: Cluster, script: Path) -> None:
+    nodes = ["--nodes=2"] if script.stem == "pretrain_vith" else []  # as many as there are
+    done = cluster.run("sbatch", "--test-only", *nodes, f"slurm/{script.name}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slurm
+def test_elsewhere_says_where_to_submit(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.run("sbatch", "--parsable", "--wait", "--gpus-per-node=0", str(SCRIPTS[0]), cwd=tmp_path)
+    assert done.returncode == 1
+    (log,) = tmp_path.glob("*.out")
+    assert "is not the project's root: cd there and submit again" in log.read_text()
