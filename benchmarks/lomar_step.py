@@ -53,7 +53,7 @@ class Case:
 def cases(quick: bool, device: str) -> list[Case]:
     """A CPU gets a batch that it can finish; `quick` a smaller encoder as well."""
     arch = "vit_small" if quick else "vit_base"
-    batch = {224: 128, 448: 64} if device == "cuda" else {224: 4, 448: 2} if quick else {224: 8, 448: 4}
+    batch = {224: 128, 448: 64} if device == "cuda" else {224: 2, 448: 1} if quick else {224: 8, 448: 4}
     repetitions = 3 if quick else 20 if device == "cuda" else 6
     return [Case(arch, size, kind, batch[size], repetitions) for kind in ("bf16", "fp32") for size in (224, 448)]
 
