@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from pretrain.config import CheckpointConfig
+from pretrain.elastic import convert, load_universal
 from pretrain.launch import World
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
@@ -141,11 +142,34 @@ class Checkpoints:
                 return f"{name} is not what was written"
         return None
 
-    def load(self, engine: Any, name: str) -> None:
-        """Weights and optimiser of a sound checkpoint into the engine."""
+    def load(self, engine: Any, name: str, state: TrainState) -> None:
+        """Weights and optimiser of a sound checkpoint into the engine, which may have another number of ranks.
+
+        Raises:
+            ValueError: it could not be converted for this number of ranks.
+        """
         engine.checkpoint_engine = GuardedFiles(engine._config)
+        if state.zero_stage and state.world_size != self.world.size:
+            self._load_converted(engine, name)
+            return
         path, _ = engine.load_checkpoint(str(self.folder), tag=name)
         assert path is not None, f"DeepSpeed did not load {self.folder / name}"
+
+    def _load_converted(self, engine: Any, name: str) -> None:
+        converted = self.folder / "converted"
+        problem = None
+        if self.world.is_main:
+            shutil.rmtree(converted, ignore_errors=True)
+            for path in (self.folder / name).glob("*.pt"):  # the converter unpickles what it is given
+                GuardedFiles().load(str(path))
+            problem = convert(self.folder / name, converted / name)
+        problem = self._first_problem(problem)
+        if problem:
+            raise ValueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
+        load_universal(engine, converted, name)
+        dist.barrier()
+        if self.world.is_main:
+            shutil.rmtree(converted)
 
     def _share(self, folder: Path) -> list[Path]:
         return sorted(folder.iterdir())[self.world.rank :: self.world.size]
@@ -167,11 +191,11 @@ def check_continues(state: TrainState, now: TrainState) -> None:
     ]
     if state.fingerprint != now.fingerprint:
         differences.append("data.shards holds other samples (their index has another fingerprint)")
-    for place, what in (("world_size", "ranks"), ("zero_stage", "ZeRO stage (train.ds_config)")):
-        if getattr(state, place) != getattr(now, place):
-            differences.append(
-                f"{what}: it was written with {getattr(state, place)}, this run has {getattr(now, place)}"
-            )
+    if state.zero_stage != now.zero_stage:
+        differences.append(f"train.ds_config was of ZeRO stage {state.zero_stage} and is of stage {now.zero_stage}")
+    elif state.zero_stage == 3 and state.world_size != now.world_size:
+        # DeepSpeed 0.19.8 converts it without a complaint, and the optimiser goes on with another state.
+        differences.append(f"there were {state.world_size} ranks and are {now.world_size}, which ZeRO-3 cannot change")
     if differences:
         raise ValueError(
             "the run's checkpoint is of another training:\n  "

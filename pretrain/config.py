@@ -76,7 +76,7 @@ class LogConfig(Section):
 class Config(Section, Generic[MethodConfig]):
     """A whole run. `name` is its folder under `runs`."""
 
-    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")
+    name: str = Field(coerce_numbers_to_str=True, pattern=r"^[\w-][\w.-]*$")
     runs: str = "runs"
     seed: int = Field(0, ge=0)
     method: MethodConfig
@@ -113,8 +113,8 @@ class Config(Section, Generic[MethodConfig]):
                 f"optim.warmup_epochs={self.optim.warmup_epochs:g} leaves nothing of train.epochs={self.train.epochs}: "
                 f"set it lower"
             )
-        if self.data.crop_scale[0] > self.data.crop_scale[1]:
-            raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: write the smaller area first")
+        if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
+            raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first")
         self.method.check(self.grid)  # type: ignore[attr-defined]
         return self
 
@@ -147,7 +147,7 @@ def load(recipe: str, overrides: list[str]) -> Config[Any]:
     raw = merge(read_recipe(recipe), parse_overrides(overrides))
     method = raw.get("method") or {}
     name = method.get("name") if isinstance(method, dict) else method
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"unknown method.name={name!r}: {nearest(str(name), list(METHODS))}")
     schema: type[Config[Any]] = Config.__class_getitem__(METHODS[name].Config)  # type: ignore[assignment]
     try:

@@ -79,6 +79,9 @@ def start(world: World) -> torch.device:
     import deepspeed  # after DS_ACCELERATOR is decided
 
     deepspeed.logger.setLevel("WARNING")
+    # An inference kernel for CPUs that training never calls. torch guards its build with a lock file that outlives a
+    # killed process: from then on every start would wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(

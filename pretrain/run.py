@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,8 +80,8 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
     found = checkpoints.newest_sound()
     if found:
         check_continues(found[1], state)
-        checkpoints.load(engine, found[0])
-        state = found[1]
+        checkpoints.load(engine, *found)
+        state = replace(found[1], world_size=world.size)
     run = Run(config, world, device, folder, loader, engine, checkpoints, state)
     if world.is_main:
         effective = effective_settings(engine)

@@ -13,7 +13,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class Section(BaseModel):
     """A frozen part of the configuration: unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -23,12 +23,17 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe by path, or by the name of a shipped one; `extends: other.yaml` is merged under it.
+    """A recipe by path, or by the name of a shipped one, with what it `extends` merged under it.
 
     Raises:
-        ValueError: no such recipe, or not a YAML mapping.
+        ValueError: no such recipe, not a YAML mapping, or recipes that extend each other in a circle.
     """
-    path = _find_recipe(name)
+    return _read_extended(_find_recipe(name), ())
+
+
+def _read_extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ValueError(f"{path} extends itself: {' -> '.join(p.name for p in (*above, path))}")
     try:
         recipe = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -36,7 +41,12 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds no keys: a recipe is a YAML mapping of sections")
     base = recipe.pop("extends", None)
-    return merge(read_recipe(path.parent / base), recipe) if base else recipe
+    if base is None:
+        return recipe
+    beside = path.parent / str(base)
+    return merge(
+        _read_extended(_find_recipe(beside if beside.is_file() else str(base)), (*above, path.resolve())), recipe
+    )
 
 
 def _find_recipe(name: str | Path) -> Path:
@@ -67,7 +77,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         key, equals, value = argument.partition("=")
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"{argument!r} is not an override: write section.key=value, for example train.epochs=100")
-        nested: Any = yaml.safe_load(value)
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{argument!r}: {value!r} is not a YAML value; are brackets or quotes closed?") from None
         for part in reversed(key.split(".")):
             nested = {part: nested}
         overrides = merge(overrides, nested)
@@ -78,23 +91,30 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """One line for each thing wrong, naming the dotted key and, for an unknown one, the nearest valid name."""
     lines = []
     for problem in error.errors(include_url=False):
-        place = [str(part) for part in problem["loc"]]
-        key = ".".join(place)
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key}: {nearest(place[-1], list(_section_at(schema, place[:-1]).model_fields))}")
-        elif problem["type"] == "value_error":
+        section, place = _locate(problem["loc"], schema)
+        key, kind = ".".join(place), problem["type"]
+        if kind == "extra_forbidden":
+            unknown = str(problem["loc"][-1])
+            lines.append(f"unknown key {'.'.join([*place, unknown])}: {nearest(unknown, list(section.model_fields))}")
+        elif kind == "value_error":
             lines.append(str(problem["ctx"]["error"]))
-        elif problem["type"] == "missing":
+        elif kind == "missing" and len(place) == len(problem["loc"]):
             lines.append(f"{key} is not set: write it in the recipe or give {key}=value")
         else:
-            lines.append(f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+            said = "a value is missing" if kind == "missing" else problem["msg"][0].lower() + problem["msg"][1:]
+            lines.append(f"{key}={problem['input']!r}: {said}")
     return "\n".join(lines)
 
 
-def _section_at(schema: type[BaseModel], place: list[str]) -> type[BaseModel]:
-    for part in place:
+def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[type[BaseModel], list[str]]:
+    """The section and the key of a problem; what follows the key is a list's position or one of several types."""
+    place: list[str] = []
+    for part in map(str, location):
+        if part not in schema.model_fields:
+            break
+        place.append(part)
         inner = schema.model_fields[part].annotation
-        assert isinstance(inner, type), "only sections have keys"
-        assert issubclass(inner, BaseModel), "only sections have keys"
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
         schema = inner
-    return schema
+    return schema, place

@@ -71,8 +71,8 @@ class LoMaR(nn.Module):
             places = (grid[0] - self.window + 1) * (grid[1] - self.window + 1)
             if self.windows > places:
                 raise ValueError(
-                    f"method.windows={self.windows}, but a window of {self.window}x{self.window} patches has only "
-                    f"{places} positions on a grid of {grid[0]}x{grid[1]}: set method.windows to at most {places}"
+                    f"method.windows={self.windows}, but a window of {self.window}x{self.window} patches fits in only "
+                    f"{places} places on a grid of {grid[0]}x{grid[1]}: set method.windows to at most {places}"
                 )
             if not 0 < self.num_masked < self.window**2:
                 raise ValueError(

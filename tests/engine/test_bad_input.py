@@ -32,7 +32,7 @@ def refused(run: Any) -> str:
     [
         ("data.size=225", "225 pixels are no multiple of model.patch=16; the nearest are 224 and 240"),
         ("method.window=5", "method.window=5 is larger than the image's grid of 4x5 patches"),
-        ("method.windows=7", "has only 6 positions on a grid of 4x5: set method.windows to at most 6"),
+        ("method.windows=7", "fits in only 6 places on a grid of 4x5: set method.windows to at most 6"),
         ("train.accumulation=3", "train.batch=8 is not divided by 1 ranks x train.accumulation=3; the nearest batches"),
         ("train.batch=88", "80 samples"),
         ("data.shards=/nowhere", "/nowhere"),

@@ -1,6 +1,7 @@
 """A run that is killed, stopped or damaged ends with the same bits as one that was not."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -69,6 +70,30 @@ def test_ten_steps_equal_five_then_kill_then_five(stage: str, recipe: Path, star
     output = start(recipe, engine, precision, "name=broken").finish()
     assert "continues from step_00000005" in output
     assert_same_run(tmp_path / "runs" / "whole", broken)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("zero0", 4), ("zero1", 4), ("zero2", 1)])
+def test_another_number_of_ranks_continues(
+    stage: str, ranks: int, recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    engine = f"train.ds_config=ds_configs/{stage}.json"
+    start(recipe, engine, "name=whole").finish()
+    moved = tmp_path / "runs" / "moved"
+    shutil.copytree(tmp_path / "runs" / "whole", moved)
+    shutil.rmtree(moved / "checkpoints" / "step_00000010")
+    assert "continues from step_00000005" in start(recipe, engine, "name=moved", processes=ranks).finish()
+    whole, other = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "moved"))
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in whole], rel=1e-6)
+    assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in whole], rel=1e-4)
+    assert "continues from step_00000010" in start(recipe, engine, "name=moved", processes=ranks).finish()
+
+
+def test_zero3_refuses_another_number_of_ranks(recipe: Path, start: Callable[..., Any]):
+    engine = "train.ds_config=ds_configs/zero3.json"
+    start(recipe, engine).finish()
+    assert "there were 2 ranks and are 1, which ZeRO-3 cannot change" in "".join(
+        start(recipe, engine, processes=1).outputs()
+    )
 
 
 def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(

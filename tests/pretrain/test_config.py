@@ -69,11 +69,15 @@ def test_a_wrong_value_names_its_key(recipe: str, override: str, says: str):
         (["data.size=[224,230]"], ["data.size=", "230", "224 and 240"]),
         (["data.size=16"], ["method.window=7", "1x1", "at most 1"]),
         (["method.window=15"], ["method.window=15", "14x14", "at most 14"]),
-        (["data.size=[112,240]"], ["method.windows=10", "9 positions", "7x15", "at most 9"]),
+        (["data.size=[112,240]"], ["method.windows=10", "9 places", "7x15", "at most 9"]),
         (["method.mask_ratio=0.01"], ["method.mask_ratio=0.01", "masks 0"]),
         (["method.window=2", "method.mask_ratio=0.2"], ["method.mask_ratio=0.2", "masks 0 of a window's 4"]),
         (["train.epochs=5"], ["optim.warmup_epochs=5", "train.epochs=5"]),
-        (["data.crop_scale=[1,0.2]"], ["data.crop_scale", "smaller area first"]),
+        (["data.crop_scale=[1,0.2]"], ["data.crop_scale", "the smaller first"]),
+        (["data.crop_scale=[0,0]"], ["data.crop_scale", "above 0"]),
+        (["data.crop_scale=[0.1]"], ["data.crop_scale=[0.1]: a value is missing"]),
+        (["data.size=[1,b]"], ["data.size=[1, 'b']"]),
+        (["optim.weight_decay=.inf"], ["optim.weight_decay=inf", "finite"]),
     ],
 )
 def test_values_that_do_not_fit_together_name_the_keys_to_change(recipe: str, overrides: list[str], says: list[str]):
@@ -119,6 +123,20 @@ def test_a_recipe_that_is_no_yaml_is_refused(tmp_path: Path):
     path = tmp_path / "torn.yaml"
     path.write_text("name: [\n")
     with pytest.raises(ValueError, match=r"torn\.yaml is not YAML"):
+        load(str(path), [])
+
+
+def test_a_value_that_is_no_yaml_is_refused(recipe: str):
+    with pytest.raises(ValueError, match="are brackets or quotes closed"):
+        load(recipe, ["data.size=[224"])
+
+
+def test_a_recipe_may_extend_a_shipped_one_by_name_and_never_itself(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: quickstart\nname: 2024\n")
+    assert load(str(path), []).name == "2024"
+    path.write_text("extends: mine.yaml\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml extends itself"):
         load(str(path), [])
 
 
