@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,10 +83,7 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
     """The cluster without jobs, before and after."""
     yield slurm
     slurm.ask("scancel", "--user=root")
-    deadline = time.monotonic() + 30
-    while slurm.ask("squeue", "--noheader"):
-        assert time.monotonic() < deadline, slurm.ask("squeue")
-        time.sleep(0.25)
+    slurm.wait_empty()
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,13 @@ class Cluster:
         """`sbatch OPTIONS`."""
         return Job(self, self.ask("sbatch", "--parsable", *options))
 
+    def wait_empty(self, seconds: float = 30) -> None:
+        """Waits until no process of any job is left."""
+        deadline = time.monotonic() + seconds
+        while queue := self.ask("squeue", "--noheader"):
+            assert time.monotonic() < deadline, queue
+            time.sleep(0.25)
+
 
 class Job:
     """A submitted job."""

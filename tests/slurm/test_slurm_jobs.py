@@ -80,6 +80,17 @@ def test_preempted_job_continues(cluster: Cluster, recipe: Path, whole: Path) ->
     wait_step(job, folder, 12)
     cluster.submit("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
     check_same_end(job, folder, whole, restarts=1)
+    assert "SIGTERM: saved and stopped after step" in job.logs()
+
+
+def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, recipe: Path) -> None:
+    job, folder = submit(cluster, recipe, "name=cancelled"), cluster.project / "runs" / "cancelled"
+    wait_step(job, folder, 12)
+    cluster.ask("scancel", job.number)
+    assert job.wait_end()["JobState"] == "CANCELLED"
+    cluster.wait_empty()
+    assert "SIGTERM: saved and stopped after step" in job.logs()
+    assert job.show()["Restarts"] == "0"
 
 
 def test_lost_node_costs_the_steps_since_the_checkpoint(cluster: Cluster, recipe: Path, whole: Path) -> None:
