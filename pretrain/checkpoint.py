@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +142,27 @@ class Checkpoints:
                 return f"{name} is not what was written"
         return None
 
-    def load(self, engine: Any, name: str, state: TrainState) -> None:
-        """Weights and optimiser of a sound checkpoint into the engine, which may have another number of ranks.
+    def resume(self, engine: Any, fresh: TrainState) -> tuple[TrainState, str | None]:
+        """Loads the newest sound checkpoint into the engine, which may have another number of ranks.
+
+        Returns:
+            Where the run stands, and the checkpoint's name; `fresh` and None where there is none.
 
         Raises:
-            ValueError: it could not be converted for this number of ranks.
+            ValueError: all checkpoints are damaged, of another training, or not to be had for this number of ranks.
         """
+        found = self.newest_sound()
+        if found is None:
+            return fresh, None
+        name, state = found
+        check_continues(state, fresh)
         engine.checkpoint_engine = GuardedFiles(engine._config)
         if state.zero_stage and state.world_size != self.world.size:
             self._load_converted(engine, name)
-            return
-        path, _ = engine.load_checkpoint(str(self.folder), tag=name)
-        assert path is not None, f"DeepSpeed did not load {self.folder / name}"
+        else:
+            path, _ = engine.load_checkpoint(str(self.folder), tag=name)
+            assert path is not None, f"DeepSpeed did not load {self.folder / name}"
+        return replace(state, world_size=self.world.size), name
 
     def _load_converted(self, engine: Any, name: str) -> None:
         converted = self.folder / "converted"

@@ -23,23 +23,30 @@ class Diverged(RuntimeError):  # noqa: N818
     """Too many steps in a row had no finite gradient."""
 
 
+_received: list[int] = []
+
+
+def watch_signals() -> None:
+    """Remembers signals from now on, instead of dying of them; `StopRequest` acts on them at a step boundary."""
+    for number in _SIGNALS:
+        signal.signal(number, _remember)
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+
 class StopRequest:
-    """Remembers a signal until the step boundary, where all ranks agree on it."""
+    """Whether any rank was told to stop."""
 
     def __init__(self) -> None:
-        self._received: int | None = None
         # On the CPU, so that agreeing never waits for the device.
         self._group = dist.new_group(backend="gloo")
-        for number in _SIGNALS:
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def agreed(self) -> str | None:
         """The signal that any rank has received, the same answer on all of them."""
-        number = torch.tensor(self._received or 0)
+        number = torch.tensor(_received[0] if _received else 0)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return signal.Signals(int(number)).name if number else None
 

@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +18,7 @@ import torch
 from data.index import Index, load_index
 from data.loader import Loader
 from pretrain.config import Config, load
-from pretrain.faults import Diverged, Stopped
+from pretrain.faults import Diverged, Stopped, watch_signals
 from pretrain.launch import World, find_world, leave, start
 from pretrain.runfolder import RunFolder
 
@@ -48,7 +47,7 @@ def pretrain(config: Config[Any], world: World) -> None:
 
 def _train(config: Config[Any], world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     from pretrain.build import build_method  # these import DeepSpeed, which looks for its accelerator at once
-    from pretrain.checkpoint import Checkpoints, TrainState, check_continues
+    from pretrain.checkpoint import Checkpoints, TrainState
     from pretrain.engine import build_engine, ds_settings, effective_settings
     from pretrain.finish import finish
     from pretrain.loop import Run, train
@@ -70,32 +69,30 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
         workers=config.data.workers,
     )
     engine = build_engine(method, config, settings)
-    state = TrainState(
+    fresh = TrainState(
         fingerprint=index.fingerprint,
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),
         trained_function=config.trained_function(),
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    found = checkpoints.newest_sound()
-    if found:
-        check_continues(found[1], state)
-        checkpoints.load(engine, *found)
-        state = replace(found[1], world_size=world.size)
+    state, resumed = checkpoints.resume(engine, fresh)
     run = Run(config, world, device, folder, loader, engine, checkpoints, state)
     if world.is_main:
         effective = effective_settings(engine)
         folder.config.write_text(config.to_yaml())
         folder.write_environment(deepspeed=effective, world_size=world.size, samples=len(index))
-        introduce(run, effective, len(index), found and found[0])
+        introduce(run, effective, len(index), resumed)
     train(run)
     finish(engine, config, index, folder, world, device)
     if world.is_main:
         conclude(folder, checkpoints.names()[0])
+    torch.distributed.barrier()  # a launcher may end the ranks that outlive the first to leave
 
 
 def main() -> NoReturn:
     """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise."""
+    watch_signals()
     try:
         world = find_world()
         config = parse(sys.argv[1:])
