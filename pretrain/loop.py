@@ -1,7 +1,8 @@
 """The one step loop, for every method."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from pretrain.checkpoint import Checkpoints, TrainState
 from pretrain.config import Config
 from pretrain.faults import Diverged, Stopped, StopRequest, log_nonfinite, poison_nonfinite
 from pretrain.launch import World
-from pretrain.metrics import Meter, Reporter
+from pretrain.metrics import Meter, NoReporter, Reporter
 from pretrain.optim import learning_rate, set_learning_rate
 from pretrain.runfolder import RunFolder
 
@@ -31,6 +32,7 @@ class Run:
     engine: Any
     checkpoints: Checkpoints
     state: TrainState
+    skipped_images: int = 0  # on this rank, since it started
 
     @property
     def total_steps(self) -> int:
@@ -46,39 +48,30 @@ def train(run: Run) -> None:
         ValueError: more images than `data.max_skipped` could not be decoded.
         OSError: the last checkpoint, at the end or on a signal, could not be written.
     """
-    state, total, every = run.state, run.total_steps, run.config.log.every
+    config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(run.device), state.step
-    reporter = None
-    if run.world.is_main:
-        reporter = Reporter(run.folder.metrics, run.folder.tensorboard, state.step, total, run.config.name)
-    say: Callable[[str], None] = reporter.say if reporter else lambda message: None
-    try:
+    reporter = (
+        Reporter(run.folder.metrics, run.folder.tensorboard, state.step, total, config.name)
+        if run.world.is_main
+        else NoReporter()
+    )
+    with contextlib.closing(reporter):
         for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
             rate = _step(run, micro_batches, meter)
-            meter.add_step(run.config.train.batch, waited, _note_skipped(run, micro_batches))
-            if meter.all_skipped > run.config.data.max_skipped:
-                raise ValueError(
-                    f"{meter.all_skipped} images could not be decoded, more than data.max_skipped="
-                    f"{run.config.data.max_skipped}; they are listed in {run.folder.skipped_images}"
-                )
-            _account(run, micro_batches, say)
+            meter.add_step(config.train.batch, waited, _note_skipped(run, micro_batches))
+            _account(run, micro_batches, reporter)
+            reporter.step()
             signal = stop.agreed()
-            if reporter:
-                reporter.step()
-            if state.step % every == 0 or state.step == total or signal:
-                values = _values(run, meter, rate)
-                if reporter:
-                    reporter.report(values)
+            last = bool(signal) or state.step == total
+            if last or state.step % config.log.every == 0:
+                reporter.report(_values(run, meter, rate))
                 meter.reset()
-            if state.step % run.config.checkpoint.every == 0 or state.step == total or signal:
-                saved = _save(run, saved, must=bool(signal) or state.step == total, say=say)
+            if last or state.step % config.checkpoint.every == 0:
+                saved = _save(run, saved, must=last, reporter=reporter)
             if signal and state.step < total:
                 raise Stopped(
-                    f"{signal}: saved and stopped after step {state.step} of {total}; the same command continues"
+                    f"{signal}: saved, stopped after step {state.step} of {total}; the same command continues"
                 )
-    finally:
-        if reporter:
-            reporter.close()
 
 
 def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
@@ -99,15 +92,21 @@ def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
 
 
 def _note_skipped(run: Run, micro_batches: list[Batch]) -> int:
-    """Lists the images that could not be decoded, and were replaced, in the run's folder."""
+    """Lists the images that could not be decoded and were replaced; returns how many, or raises as `train` does."""
     skipped = [reason for batch in micro_batches for reason in batch.skipped]
     if skipped:
         with run.folder.skipped_images.open("a") as file:
             file.writelines(f"{reason}\n" for reason in skipped)
+    run.skipped_images += len(skipped)
+    if run.skipped_images > run.config.data.max_skipped:
+        raise ValueError(
+            f"{run.skipped_images} images could not be decoded, more than data.max_skipped="
+            f"{run.config.data.max_skipped}; they are listed in {run.folder.skipped_images}"
+        )
     return len(skipped)
 
 
-def _account(run: Run, micro_batches: list[Batch], say: Callable[[str], None]) -> None:
+def _account(run: Run, micro_batches: list[Batch], reporter: Reporter | NoReporter) -> None:
     """Counts the step and, where the optimiser refused it, names its samples."""
     state, train = run.state, run.config.train
     state.step += 1
@@ -119,10 +118,12 @@ def _account(run: Run, micro_batches: list[Batch], say: Callable[[str], None]) -
     state.nonfinite_in_row += 1
     keys = [key for batch in micro_batches for key in batch.keys]
     log_nonfinite(run.folder.nonfinite, state.step, keys, run.world)
-    say(f"step {state.step}: the gradient is not finite; the weights did not move ({state.nonfinite_in_row} in a row)")
-    if state.nonfinite_in_row >= train.max_nonfinite:
+    reporter.say(
+        f"step {state.step}: the gradient is not finite; the weights did not move ({state.nonfinite_in_row} in a row)"
+    )
+    if in_row >= train.max_nonfinite:
         raise Diverged(
-            f"{state.nonfinite_in_row} steps in a row had no finite gradient (train.max_nonfinite); their samples are "
+            f"{in_row} steps in a row had no finite gradient (train.max_nonfinite); their samples are "
             f"in {run.folder.nonfinite}: look at those images, lower optim.base_lr, or set train.precision=fp32"
         )
 
@@ -139,7 +140,7 @@ def _values(run: Run, meter: Meter, rate: float) -> dict[str, Any]:
     }
 
 
-def _save(run: Run, saved: int, must: bool, say: Callable[[str], None]) -> int:
+def _save(run: Run, saved: int, must: bool, reporter: Reporter | NoReporter) -> int:
     """Saves unless this step is already saved; returns the newest saved step.
 
     A periodic save that the disk refuses is said and tried again at the next: going on loses nothing that stopping
@@ -152,7 +153,7 @@ def _save(run: Run, saved: int, must: bool, say: Callable[[str], None]) -> int:
         return run.state.step
     if must:
         raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")
-    say(f"{problem}; training goes on and tries again in {run.config.checkpoint.every} steps")
+    reporter.say(f"{problem}; training goes on and tries again in {run.config.checkpoint.every} steps")
     return saved
 
 

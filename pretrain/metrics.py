@@ -19,7 +19,6 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.all_skipped = 0  # images of this rank that could not be decoded, since the run started
         self.reset()
 
     def reset(self) -> None:
@@ -39,7 +38,6 @@ class Meter:
         self._images += images
         self._waited += waited
         self._skipped += skipped
-        self.all_skipped += skipped
 
     def read(self) -> dict[str, float]:
         """Over all ranks since the last reset: means, and the number of skipped images; called by all together."""
@@ -97,6 +95,18 @@ class Reporter:
         self._bar.close()
         self._tensorboard.close()
         self._jsonl.close()
+
+
+class NoReporter:
+    """What the other ranks have."""
+
+    def step(self) -> None: ...
+
+    def report(self, values: dict[str, Any]) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
