@@ -69,9 +69,8 @@ def train(run: Run) -> None:
             if last or state.step % config.checkpoint.every == 0:
                 saved = _save(run, saved, must=last, reporter=reporter)
             if signal and state.step < total:
-                raise Stopped(
-                    f"{signal}: saved, stopped after step {state.step} of {total}; the same command continues"
-                )
+                # slurm/_train.sh looks for these words
+                raise Stopped(f"{signal}: saved and stopped after step {state.step} of {total}; run it again to go on")
 
 
 def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
@@ -118,9 +117,8 @@ def _account(run: Run, micro_batches: list[Batch], reporter: Reporter | NoReport
     state.nonfinite_in_row += 1
     keys = [key for batch in micro_batches for key in batch.keys]
     log_nonfinite(run.folder.nonfinite, state.step, keys, run.world)
-    reporter.say(
-        f"step {state.step}: the gradient is not finite; the weights did not move ({state.nonfinite_in_row} in a row)"
-    )
+    in_row = state.nonfinite_in_row
+    reporter.say(f"step {state.step}: the gradient is not finite; the weights did not move ({in_row} in a row)")
     if in_row >= train.max_nonfinite:
         raise Diverged(
             f"{in_row} steps in a row had no finite gradient (train.max_nonfinite); their samples are "
