@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from pretrain.loop import Run
-from pretrain.runfolder import RunFolder, git_state
+from pretrain.runfolder import RunFolder, git_state, versions
 
 
 def introduce(run: Run, effective: dict[str, Any], samples: int, resumed: str | None) -> None:
@@ -21,6 +21,7 @@ def introduce(run: Run, effective: dict[str, Any], samples: int, resumed: str | 
         f"{samples} samples, {run.loader.steps_per_epoch} steps an epoch, {train.epochs} epochs, "
         f"{run.total_steps} steps\n"
         f"DeepSpeed uses {json.dumps(effective)}\n"
+        f"versions {json.dumps(versions())}\n"
         f"{f'continues from {resumed}' if resumed else 'starts'}; everything goes to {run.folder.root}/",
         flush=True,
     )

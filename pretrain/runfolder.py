@@ -64,16 +64,21 @@ class RunFolder:
 
     def write_environment(self, **facts: Any) -> None:
         """Versions, git state and machine, beside what the caller adds."""
-        versions = {name: _version(name) for name in _PACKAGES}
         environment = {
             **facts,
-            "versions": {"python": platform.python_version(), **versions, "cuda": torch.version.cuda},
+            "versions": versions(),
             "git": git_state(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
             "host": socket.gethostname(),
             "command": sys.argv,
         }
         self.environment.write_text(json.dumps(environment, indent=2, default=str) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, CUDA and the packages that matter."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
 
 def git_state() -> str:
