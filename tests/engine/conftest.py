@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from runs import ROOT, RUN, Processes
+from processes import ROOT, RUN, Processes
 
 
 @pytest.fixture(scope="session")

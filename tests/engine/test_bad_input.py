@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from runs import RUN
+from processes import RUN
 
 from pretrain.metrics import read_metrics
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from processes import ROOT
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.engine
