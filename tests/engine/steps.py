@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,8 +24,13 @@ STEPS, POISONED, BATCH = 4, 2, 16
 
 
 def configure(recipe: str, overrides: list[str]) -> Config[Any]:
-    vit.ARCHS["vit_tiny"] = vit.Arch(32, 2, 2)
     return load(recipe, [f"train.batch={BATCH}", *overrides])
+
+
+def build_small(config: Config[Any]) -> Any:
+    """The method around an encoder of two narrow blocks."""
+    with patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2)):
+        return build_method(config)
 
 
 def batch(step: int, view: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,7 +42,7 @@ def batch(step: int, view: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 def plain_steps(config: Config[Any]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of one process without DeepSpeed; the poisoned step is left out."""
-    method = build_method(config)
+    method = build_small(config)
     groups = parameter_groups(method, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas)
     results = []
@@ -58,7 +64,7 @@ def main() -> None:
     world = find_world()
     start(world)
     config = configure(recipe, overrides)
-    method = build_method(config)
+    method = build_small(config)
     view = method.view()
     engine = build_engine(method, config, ds_settings(config, world.size))
     micro = BATCH // (world.size * config.train.accumulation)
