@@ -90,7 +90,7 @@ def assert_equal_models(models: dict[str, nn.Module], batch: Batch, case: Case) 
         loss = forward(model, batch, case)
         loss.backward()
         losses[name] = loss.item()
-        gradients[name] = {key: p.grad for key, p in model.named_parameters()}
+        gradients[name] = {key.removeprefix("predictor."): p.grad for key, p in model.named_parameters()}
         model.zero_grad()
     tolerance, least = (1e-5, 0.9999) if case.precision == "fp32" else (5e-3, 0.98)
     difference = abs(losses["ours"] - losses["naive"]) / losses["naive"]

@@ -93,7 +93,7 @@ class NaiveLoMaR(nn.Module):
         """The same function with the same weights."""
         encoder, config = ours.encoder, ours.config
         naive = cls(encoder.arch, encoder.patch, config.window, config.norm_pix)
-        naive.load_state_dict(ours.state_dict())
+        naive.load_state_dict({name.removeprefix("predictor."): value for name, value in ours.state_dict().items()})
         return naive
 
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,4 +14,4 @@ def build_method(config: Config[Any]) -> Any:
     torch.manual_seed(config.seed)
     model = config.model
     encoder = ViT(model.arch, model.patch, config.grid, model.position == "relative", model.checkpoint_blocks)
-    return METHODS[config.method.name](config.method, encoder)
+    return METHODS[config.method.name](config.method, encoder, config.partial)

@@ -6,6 +6,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pretrain.methods import METHODS
+from pretrain.methods.partial import Partial
 from pretrain.schema import Section, explain, merge, nearest, parse_overrides, read_recipe
 
 MethodConfig = TypeVar("MethodConfig", bound=Section)
@@ -80,6 +81,7 @@ class Config(Section, Generic[MethodConfig]):
     runs: str = "runs"
     seed: int = Field(0, ge=0)
     method: MethodConfig
+    partial: Partial | None = None
     model: ModelConfig = ModelConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
@@ -115,7 +117,12 @@ class Config(Section, Generic[MethodConfig]):
             )
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
             raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first")
-        self.method.check(self.grid)  # type: ignore[attr-defined]
+        method: Any = self.method
+        method.check(self.grid, self.model)
+        if self.partial:
+            if not hasattr(method, "count"):
+                raise ValueError(f"partial is defined for lomar, mae and simmim, not for {method.name}: leave it out")
+            self.partial.num_kept(*method.count(self.grid, self.model))
         return self
 
     def to_yaml(self) -> str:
@@ -129,6 +136,7 @@ class Config(Section, Generic[MethodConfig]):
             include={
                 "seed": True,
                 "method": True,
+                "partial": True,
                 "model": {"arch", "patch", "position"},
                 "data": {"size", "crop_scale", "flip"},
                 "optim": True,

@@ -3,5 +3,7 @@
 from typing import Any
 
 from pretrain.methods.lomar import LoMaR
+from pretrain.methods.mae import MAE
+from pretrain.methods.simmim import SimMIM
 
-METHODS: dict[str, Any] = {"lomar": LoMaR}
+METHODS: dict[str, Any] = {"lomar": LoMaR, "mae": MAE, "simmim": SimMIM}

@@ -7,41 +7,47 @@ windows (the authors' code draws windows once a batch, and pairs them so that an
 Shapes: B images, G windows in all (B*W), L = K*K patches of a window, D width, P = p*p*3.
 """
 
-from functools import partial
-from typing import Literal
+import functools
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.masking import positions, random_masked, random_windows
+from pretrain.methods.masking import Grid, positions, random_masked, random_windows
+from pretrain.methods.partial import Partial, choose_kept
+from pretrain.methods.predictor import Predictor, check_join
 from pretrain.methods.targets import (
-    normalize_patches,
     normalize_pixels,
-    patch_statistics,
     patchify,
+    pictures,
+    pixel_target,
+    predicted_pixels,
     take,
-    to_pixels,
     unpatchify,
 )
-from pretrain.models.attention import grid_buckets
-from pretrain.models.vit import ViT, init_weights
+from pretrain.models.vit import ViT
 from pretrain.schema import Section
+
+if TYPE_CHECKING:
+    from pretrain.config import ModelConfig
 
 
 def view(
-    rng: np.random.Generator, *, grid: tuple[int, int], windows: int, size: int, masked: int
+    rng: np.random.Generator, *, grid: Grid, config: "LoMaR.Config", partial: Partial | None
 ) -> dict[str, np.ndarray]:
     """What is random about one sample of LoMaR.
 
     Returns:
-        `window` (W, L): the grid position of each patch of each window; `visible` (W, L-M) and `masked` (W, M):
-        positions within the window, ascending. All int64.
+        `window` (W, L): the grid position of each patch of each window; `visible` (W, L-M), `masked` (W, M) and of
+        those `kept` (W, K): positions within the window, ascending. All int64.
     """
-    window = random_windows(rng, windows, size, grid)
-    visible, hidden = positions(random_masked(rng, windows, size * size, masked))
-    return {"window": window, "visible": visible, "masked": hidden}
+    side, patches = config.window, config.window**2
+    window = random_windows(rng, config.windows, side, grid)
+    visible, masked = positions(random_masked(rng, config.windows, patches, config.num_masked))
+    kept = choose_kept(rng, masked, partial, patches, side) if partial else masked
+    return {"window": window, "visible": visible, "masked": masked, "kept": kept}
 
 
 class LoMaR(nn.Module):
@@ -55,13 +61,18 @@ class LoMaR(nn.Module):
         window: int = Field(7, ge=2, description="side of a window in patches, K")
         mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
         norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and variance")
+        join: int = Field(0, ge=0, description="block at which mask tokens enter; before it, visible patches are alone")
 
         @property
         def num_masked(self) -> int:
             """floor(K*K*ratio), M."""
             return int(self.window**2 * self.mask_ratio)
 
-        def check(self, grid: tuple[int, int]) -> None:
+        def count(self, grid: Grid, model: "ModelConfig") -> tuple[int, int]:
+            """Patches of a window, and how many of them are masked."""
+            return self.window**2, self.num_masked
+
+        def check(self, grid: Grid, model: "ModelConfig") -> None:
             """Raises ValueError where a grid of patches cannot hold these windows."""
             if self.window > min(grid):
                 raise ValueError(
@@ -79,51 +90,34 @@ class LoMaR(nn.Module):
                     f"method.mask_ratio={self.mask_ratio} masks {self.num_masked} of a window's {self.window**2} "
                     f"patches: at least one must be masked and one visible"
                 )
+            check_join(self.join, model)
 
-    def __init__(self, config: Config, encoder: ViT):
+    def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
-        self.config, self.encoder = config, encoder
-        dim = encoder.arch.dim
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.head = nn.Linear(dim, encoder.patch**2 * 3)
-        self.register_buffer("buckets", grid_buckets(config.window, config.window), persistent=False)
-        init_weights(self.head)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.config, self.encoder, self.partial = config, encoder, partial
+        self.predictor = Predictor(encoder, (config.window, config.window), config.join, partial)
 
-    def view(self) -> partial[dict[str, np.ndarray]]:
+    def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""
-        config = self.config
-        return partial(
-            view, grid=self.encoder.grid, windows=config.windows, size=config.window, masked=config.num_masked
-        )
+        return functools.partial(view, grid=self.encoder.grid, config=self.config, partial=self.partial)
 
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
-        patches, place, visible, masked = self._windows(images, view)
-        prediction = self._predict(normalize_pixels(take(patches, visible)), place, visible, masked)
-        target = normalize_pixels(take(patches, masked))
-        if self.config.norm_pix:
-            target = normalize_patches(target)
+        patches, index = self._windows(images, view)
+        prediction = self._predict(patches, index)
+        target = pixel_target(take(patches, index["masked"]), self.config.norm_pix)
         return {"loss": (prediction.float() - target).square().mean()}
 
-    def _windows(self, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _windows(self, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cuts the windows out of the images: patches (G, L, P), and the view's indices as (G, ...)."""
         patches = take(patchify(images, self.encoder.patch), view["window"].flatten(1))
-        place, visible, masked = (view[name].flatten(0, 1) for name in ("window", "visible", "masked"))
-        return patches.view(*place.shape, -1), place, visible, masked
+        index = {name: array.flatten(0, 1) for name, array in view.items()}
+        return patches.view(*index["window"].shape, -1), index
 
-    def _predict(self, pixels: Tensor, place: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Visible pixels (G, L-M, P) -> the masked patches' prediction (G, M, P).
-
-        Only visible patches are embedded and only masked ones go through the head: the rest is never looked at.
-        """
-        seen = self.encoder.patch_embed(pixels)
-        tokens = self.mask_token.to(seen.dtype).expand(*place.shape, -1)
-        tokens = tokens.scatter(1, visible.unsqueeze(-1).expand_as(seen), seen)
-        if not self.encoder.relative:
-            tokens = tokens + self.encoder.pos_embed[0, 1 + place]
-        encoded = self.encoder(tokens, self.buckets if self.encoder.relative else None)
-        return self.head(take(encoded[:, 1:], masked))
+    def _predict(self, patches: Tensor, index: dict[str, Tensor]) -> Tensor:
+        """(G, L, P) uint8 patches -> the masked ones' prediction (G, M, P)."""
+        pixels = normalize_pixels(take(patches, index["visible"]))
+        return self.predictor(self.encoder, pixels, index["window"], index["visible"], index["masked"], index["kept"])
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,16 +127,12 @@ class LoMaR(nn.Module):
             `original` (B, H, W, 3), and of the window `window`, `masked` and `reconstruction` (B, K*p, K*p, 3); uint8.
         """
         first = {name: index[:, :1] for name, index in view.items()}
-        patches, place, visible, masked = self._windows(images, first)
-        prediction = self._predict(normalize_pixels(take(patches, visible)), place, visible, masked).float()
-        if self.config.norm_pix:
-            mean, std = patch_statistics(normalize_pixels(take(patches, masked)))
-            prediction = prediction * std + mean
-        where = masked.unsqueeze(-1).expand_as(prediction)
+        patches, index = self._windows(images, first)
+        masked = index["masked"]
+        predicted = predicted_pixels(self._predict(patches, index), take(patches, masked), self.config.norm_pix)
         grid = (self.config.window, self.config.window)
         return {
             "original": images,
             "window": unpatchify(patches, grid),
-            "masked": unpatchify(patches.scatter(1, where, 128), grid),
-            "reconstruction": unpatchify(patches.scatter(1, where, to_pixels(prediction)), grid),
+            **pictures(patches, masked, predicted, grid),
         }

@@ -1,9 +1,13 @@
 """Which patches are predicted: pure NumPy, drawn in the data workers.
 
-`masked == True` means predicted, everywhere.
+`masked == True` means predicted, everywhere. Grids are (rows, columns) of patches.
 """
 
+import math
+
 import numpy as np
+
+Grid = tuple[int, int]
 
 
 def random_masked(rng: np.random.Generator, rows: int, length: int, count: int) -> np.ndarray:
@@ -18,7 +22,52 @@ def random_masked(rng: np.random.Generator, rows: int, length: int, count: int) 
     return masked
 
 
-def random_windows(rng: np.random.Generator, count: int, size: int, grid: tuple[int, int]) -> np.ndarray:
+def block_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray:
+    """BEiT's blocks: rectangles of at least 16 patches and an aspect ratio of 0.3 to 1/0.3, until `count` are masked.
+
+    The last block is thinned at random to hit `count` exactly, so that every image masks the same number.
+
+    Returns:
+        (N,) bool in raster order.
+    """
+    height, width = grid
+    masked = np.zeros(grid, dtype=bool)
+    while (missing := count - int(masked.sum())) > 0:
+        area = rng.uniform(min(16, missing), missing) if missing > 1 else 1.0
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        h = min(max(round(math.sqrt(area * aspect)), 1), height)
+        w = min(max(round(math.sqrt(area / aspect)), 1), width)
+        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        block = masked[top : top + h, left : left + w]
+        fresh = rng.permutation(np.argwhere(~block))[:missing]
+        block[fresh[:, 0], fresh[:, 1]] = True
+    return masked.reshape(-1)
+
+
+def grid_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray:
+    """MAE's regular grid: of every 2 x 2 patches the same one is visible, and three are predicted.
+
+    Returns:
+        (N,) bool in raster order.
+    """
+    masked = np.ones(grid, dtype=bool)
+    masked[::2, ::2] = False
+    assert masked.sum() == count, "a grid masks three quarters"
+    return masked.reshape(-1)
+
+
+def cell_masked(rng: np.random.Generator, grid: Grid, cell: int, ratio: float) -> np.ndarray:
+    """SimMIM's cells of `cell` x `cell` patches: ceil(cells * ratio) of them masked, uniformly.
+
+    Returns:
+        (N,) bool in raster order.
+    """
+    rows, cols = grid[0] // cell, grid[1] // cell
+    cells = random_masked(rng, 1, rows * cols, math.ceil(rows * cols * ratio)).reshape(rows, cols)
+    return cells.repeat(cell, axis=0).repeat(cell, axis=1).reshape(-1)
+
+
+def random_windows(rng: np.random.Generator, count: int, size: int, grid: Grid) -> np.ndarray:
     """`count` distinct square windows of a grid, uniformly.
 
     Returns:

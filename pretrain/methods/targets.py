@@ -60,3 +60,37 @@ def normalize_patches(patches: Tensor) -> Tensor:
     """Each (..., P) fp32 patch by its own statistics: MAE's and LoMaR's "normalised pixels" target."""
     mean, std = patch_statistics(patches)
     return (patches - mean) / std
+
+
+def pixel_target(patches: Tensor, norm_pix: bool) -> Tensor:
+    """What is predicted of (..., P) uint8 patches: standardised pixels, by the patch's own statistics if `norm_pix`."""
+    pixels = normalize_pixels(patches)
+    return normalize_patches(pixels) if norm_pix else pixels
+
+
+def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> Tensor:
+    """A prediction of `pixel_target` as uint8 pixels; `norm_pix` needs the true patches' statistics."""
+    prediction = prediction.float()
+    if norm_pix:
+        mean, std = patch_statistics(normalize_pixels(patches))
+        prediction = prediction * std + mean
+    return to_pixels(prediction)
+
+
+def pictures(patches: Tensor, masked: Tensor, predicted: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What the model saw, and what it made of it.
+
+    Args:
+        patches: (B, N, P) uint8, all patches of a grid.
+        masked: (B, M) positions of the masked ones.
+        predicted: (B, M, P) uint8, their prediction.
+        grid: rows and columns.
+
+    Returns:
+        `masked`, with grey where nothing was seen, and `reconstruction`: (B, H, W, 3) uint8.
+    """
+    where = masked.unsqueeze(-1).expand_as(predicted)
+    return {
+        "masked": unpatchify(patches.scatter(1, where, 128), grid),
+        "reconstruction": unpatchify(patches.scatter(1, where, predicted), grid),
+    }

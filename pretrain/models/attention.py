@@ -49,6 +49,22 @@ def grid_buckets(height: int, width: int) -> Tensor:
     return F.pad(product_buckets(rows, cols), (1, 0, 1, 0), value=CLASS_BUCKET)
 
 
+def pair_buckets(buckets: Tensor, index: Tensor) -> Tensor:
+    """The buckets of some of a grid's tokens, which differ from sequence to sequence.
+
+    Args:
+        buckets: (1+N, 1+N) int64 of `grid_buckets`.
+        index: (B, T) grid positions; the class token comes in front of them.
+
+    Returns:
+        (B, 1+T, 1+T, NUM_BUCKETS) one-hot: a matrix product with it is deterministic on a GPU, a gather's gradient not.
+    """
+    at = F.pad(1 + index, (1, 0))
+    dtype = torch.get_autocast_dtype(index.device.type) if torch.is_autocast_enabled(index.device.type) else None
+    ids = buckets[at.unsqueeze(2), at.unsqueeze(1)]
+    return F.one_hot(ids, NUM_BUCKETS).to(dtype or torch.get_default_dtype())
+
+
 class RelativeKey(nn.Module):
     """A learned vector per bucket, shared by the heads of a layer; the query meets it *unscaled*, as in iRPE's code."""
 
@@ -64,13 +80,15 @@ class RelativeKey(nn.Module):
 
         Args:
             q: (B, H, L, C) queries.
-            buckets: (L, L) int64, the same for all sequences, or (B, L, L).
+            buckets: (L, L) int64, the same for all sequences, or one-hot of each as from `pair_buckets`.
 
         Returns:
             (B, H, L, L)
         """
-        r = F.embedding(buckets, self.lookup_table_weight[0].T)
-        return torch.einsum("bhic,ijc->bhij" if buckets.ndim == 2 else "bhic,bijc->bhij", q, r)
+        table = self.lookup_table_weight[0]
+        if buckets.ndim == 2:
+            return torch.einsum("bhic,ijc->bhij", q, F.embedding(buckets, table.T))
+        return torch.einsum("bhik,bijk->bhij", q @ table, buckets)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -107,24 +107,28 @@ class ViT(nn.Module):
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
 
-    def forward(self, tokens: Tensor, buckets: Tensor | None = None) -> Tensor:
-        """Puts the class token in front and encodes.
+    def forward(self, tokens: Tensor, buckets: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Puts the class token in front and encodes, all at once or in two parts, between which tokens may join.
 
         Args:
-            tokens: (B, L, D) patch tokens, positions already added where they are absolute.
-            buckets: the relative position of every pair of the 1 + L tokens, (1+L, 1+L) or (B, 1+L, 1+L).
+            tokens: (B, L, D) patch tokens, positions already added where they are absolute; from a `start` on, the
+                class token is already in front of them.
+            buckets: the relative position of every pair of the 1 + L tokens: `grid_buckets` or `pair_buckets`.
+            start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
 
         Returns:
-            (B, 1+L, D) after the last norm; the class token is first.
+            (B, 1+L, D), the class token first.
         """
         # The residual stream stays in fp32 under autocast, as in the authors' code.
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens.float()], dim=1)
-        for block in self.blocks:
+        x = tokens.float()
+        if start == 0:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks[start:stop]:
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, buckets, use_reentrant=False)
             else:
                 x = block(x, buckets)
-        return self.norm(x)
+        return self.norm(x) if stop is None else x
 
 
 def init_weights(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from pretrain.models import vit
 from pretrain.optim import parameter_groups
 
 STEPS, POISONED, BATCH = 4, 2, 16
+SCRIPT = __file__
 
 
 def configure(recipe: str, overrides: list[str]) -> Config[Any]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from steps import POISONED, configure, plain_steps
+from steps import POISONED, SCRIPT, configure, plain_steps
 
 pytestmark = pytest.mark.engine
-STEPS = str(Path(__file__).with_name("steps.py"))
 
 
 @pytest.mark.parametrize(("accumulation", "clip"), [(1, 0.0), (4, 0.0), (2, 0.1)])
@@ -24,7 +23,7 @@ def test_engine_equals_plain_torch(
         f"optim.clip_grad={clip}",
     ]
     out = tmp_path / "steps.json"
-    start(out, str(recipe), *overrides, script=STEPS).finish()
+    start(out, str(recipe), *overrides, script=SCRIPT).finish()
     result = json.loads(out.read_text())
     expected = plain_steps(configure(str(recipe), overrides))
     for step, ((loss, norm, applied), (plain_loss, plain_norm)) in enumerate(

@@ -1,7 +1,7 @@
-"""LoMaR spelled out: loops over images, windows, queries and keys, in float64, in the paper's order.
+"""The methods spelled out: loops over images, windows, queries and keys, in float64, in the papers' order.
 
 It shares no code with `pretrain`: only the names of the weights and the view arrays that say what was drawn. It is
-slow and meant to be read beside section 3.2 of the paper; `test_lomar.py` holds the real model against it.
+slow and meant to be read beside the papers; `test_lomar.py` and `test_methods.py` hold the real models against it.
 """
 
 import math
@@ -110,31 +110,82 @@ def block(tokens: list[Tensor], buckets: list[list[int]] | None, weights: Weight
     return result
 
 
-def encode_window(image: Tensor, places: list[tuple[int, int]], masked: set[int], weights: Weights, heads: int):
-    """One window: class token and all patches in raster order, a mask token where a patch is masked.
+def relative_buckets(places: list[tuple[int, int]]) -> list[list[int]]:
+    """Of a class token and patches at these places."""
+    inner = [[CLASS_BUCKET] + [bucket(query, key) for key in places] for query in places]
+    return [[CLASS_BUCKET] * (1 + len(places)), *inner]
+
+
+def encode_sequence(
+    image: Tensor, places: list[tuple[int, int]], masked: list[int], kept: list[int], join: int, weights: Weights,
+    heads: int,
+) -> dict[int, Tensor]:  # fmt: skip
+    """One window or image: class token, visible patches, and from block `join` on mask tokens at the kept places.
 
     Args:
         image: (H, W, 3) uint8.
-        places: (row, column) of the window's patches in the image's grid, in raster order.
+        places: (row, column) of the sequence's patches in the image's grid, in raster order.
         masked: which of them are masked.
+        kept: which of the masked ones enter the encoder.
 
     Returns:
-        The encoded patches, without the class token.
+        The encoded patches that entered, by their number in the sequence.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
+
+    def with_position(token: Tensor, i: int) -> Tensor:
+        return token if relative else token + position(*places[i], len(token))
+
+    entered = [i for i in range(len(places)) if i not in masked]
     tokens = [weights["encoder.cls_token"][0, 0]]
-    for i, (row, col) in enumerate(places):
-        token = weights["mask_token"][0, 0] if i in masked else embed(cut_patch(image, row, col, patch), weights)
-        tokens.append(token if relative else token + position(row, col, len(token)))
-    buckets = None
-    if relative:
-        buckets = [[CLASS_BUCKET] * len(tokens)]
-        buckets += [[CLASS_BUCKET] + [bucket(query, key) for key in places] for query in places]
-    depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")})
-    for n in range(depth):
+    tokens += [with_position(embed(cut_patch(image, *places[i], patch), weights), i) for i in entered]
+    buckets = relative_buckets([places[i] for i in entered]) if relative else None
+    for n in range(join):
         tokens = block(tokens, buckets, weights, f"encoder.blocks.{n}", heads)
-    return [layer_norm(x, weights, "encoder.norm") for x in tokens[1:]]
+    by_place = dict(zip(entered, tokens[1:], strict=True))
+    by_place |= {i: with_position(weights["predictor.mask_token"][0, 0], i) for i in kept}
+    entered = sorted(by_place)
+    tokens = [tokens[0], *(by_place[i] for i in entered)]
+    buckets = relative_buckets([places[i] for i in entered]) if relative else None
+    encoded = transformer(tokens, buckets, weights, "encoder", heads, join)
+    return dict(zip(entered, encoded[1:], strict=True))
+
+
+def fill(tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str) -> dict[int, Tensor]:
+    """PR-MIM's spatial aggregation: a thrown token is made out of the tokens around it, channel by channel."""
+    kernel, bias = weights[f"{name}.conv.weight"], weights[f"{name}.conv.bias"]
+    reach = kernel.shape[-1] // 2
+    filled = dict(tokens)
+    for i in range(rows * columns):
+        if i in tokens:
+            continue
+        row, col = divmod(i, columns)
+        total = bias
+        for y in range(max(row - reach, 0), min(row + reach + 1, rows)):
+            for x in range(max(col - reach, 0), min(col + reach + 1, columns)):
+                if y * columns + x in tokens:
+                    total = total + kernel[:, 0, y - row + reach, x - col + reach] * tokens[y * columns + x]
+        filled[i] = total
+    return filled
+
+
+def predict(encoded: dict[int, Tensor], columns: int, rows: int, weights: Weights) -> dict[int, Tensor]:
+    """The head on every token of a sequence, thrown ones included."""
+    if "predictor.norm.weight" not in weights:
+        return {i: linear(token, weights, "predictor.head") for i, token in encoded.items()}
+    filled = fill(encoded, columns, rows, weights, "predictor.fill")
+    return {i: linear(layer_norm(x, weights, "predictor.norm"), weights, "predictor.head") for i, x in filled.items()}
+
+
+def transformer(
+    tokens: list[Tensor], buckets: list[list[int]] | None, weights: Weights, name: str, heads: int, start: int = 0
+):
+    """The blocks of an encoder or decoder from `start` on, then its last norm."""
+    depth = len({key.split(".")[2] for key in weights if key.startswith(f"{name}.blocks.")})
+    for n in range(start, depth):
+        tokens = block(tokens, buckets, weights, f"{name}.blocks.{n}", heads)
+    return [layer_norm(x, weights, f"{name}.norm") for x in tokens]
 
 
 def target_of(pixels: Tensor, norm_pix: bool) -> Tensor:
@@ -146,22 +197,82 @@ def target_of(pixels: Tensor, norm_pix: bool) -> Tensor:
     return (pixels - mean) / torch.sqrt(variance + 1e-6)
 
 
-def lomar_loss(images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, norm_pix: bool) -> Tensor:
+def lomar_loss(
+    images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, norm_pix: bool, join: int = 0
+) -> Tensor:
     """Mean squared error over all masked patches of all windows of all images.
 
     Args:
         images: (B, H, W, 3) uint8.
-        view: `window` (B, W, K*K) grid positions, `masked` (B, W, M) positions within the window.
+        view: `window` (B, W, K*K) grid positions, `masked` (B, W, M) and `kept` (B, W, K) positions within the window.
         weights: the state dict of `LoMaR`, in float64.
+        join: the block at which mask tokens enter.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = images.shape[2] // patch
+    side = math.isqrt(view["window"].shape[-1])
     errors = []
-    for image, windows, masks in zip(images, view["window"].tolist(), view["masked"].tolist(), strict=True):
-        for window, masked in zip(windows, masks, strict=True):
-            places = [divmod(position, columns) for position in window]
-            encoded = encode_window(image, places, set(masked), weights, heads)
+    for b, image in enumerate(images):
+        for w, window in enumerate(view["window"][b].tolist()):
+            masked, kept = view["masked"][b, w].tolist(), view["kept"][b, w].tolist()
+            places = [divmod(place, columns) for place in window]
+            encoded = encode_sequence(image, places, masked, kept, join, weights, heads)
+            predicted = predict(encoded, side, side, weights)
             for i in masked:
                 target = target_of(cut_patch(image, *places[i], patch), norm_pix)
-                errors.append(((linear(encoded[i], weights, "head") - target) ** 2).sum() / len(target))
+                errors.append(((predicted[i] - target) ** 2).sum() / len(target))
+    return sum(errors) / len(errors)
+
+
+def simmim_loss(images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int) -> Tensor:
+    """One window that is the whole image; mean absolute error of the masked patches' pixels."""
+    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
+    rows, columns = images.shape[1] // patch, images.shape[2] // patch
+    places = [divmod(i, columns) for i in range(rows * columns)]
+    errors = []
+    for image, masked, kept in zip(images, view["masked"].tolist(), view["kept"].tolist(), strict=True):
+        encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
+        predicted = predict(encoded, columns, rows, weights)
+        for i in masked:
+            target = cut_patch(image, *places[i], patch)
+            errors.append((predicted[i] - target).abs().sum() / len(target))
+    return sum(errors) / len(errors)
+
+
+def mae_loss(
+    images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, decoder_heads: int, norm_pix: bool
+) -> Tensor:
+    """The visible patches are encoded; the decoder gets them and mask tokens back in raster order.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        view: `masked` (B, M) and `kept` (B, K) grid positions.
+        weights: the state dict of `MAE`, in float64.
+    """
+    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
+    rows, columns = images.shape[1] // patch, images.shape[2] // patch
+    errors = []
+    for image, masked, kept in zip(images, view["masked"].tolist(), view["kept"].tolist(), strict=True):
+        visible = [i for i in range(rows * columns) if i not in masked]
+        tokens = [weights["encoder.cls_token"][0, 0]]
+        for i in visible:
+            token = embed(cut_patch(image, *divmod(i, columns), patch), weights)
+            tokens.append(token + position(*divmod(i, columns), len(token)))
+        narrow = [linear(x, weights, "decoder.embed") for x in transformer(tokens, None, weights, "encoder", heads)]
+        by_place = dict(zip(visible, narrow[1:], strict=True)) | dict.fromkeys(
+            kept, weights["decoder.mask_token"][0, 0]
+        )
+        entered = sorted(by_place)
+        tokens = [narrow[0]]
+        tokens += [by_place[i] + position(*divmod(i, columns), len(by_place[i])) for i in entered]
+        depth = len({key.split(".")[2] for key in weights if key.startswith("decoder.blocks.")})
+        for n in range(depth):
+            tokens = block(tokens, None, weights, f"decoder.blocks.{n}", decoder_heads)
+        decoded = dict(zip(entered, tokens[1:], strict=True))
+        if "decoder.fill.conv.weight" in weights:
+            decoded = fill(decoded, columns, rows, weights, "decoder.fill")
+        for i in masked:
+            predicted = linear(layer_norm(decoded[i], weights, "decoder.norm"), weights, "decoder.pred")
+            target = target_of(cut_patch(image, *divmod(i, columns), patch), norm_pix)
+            errors.append(((predicted - target) ** 2).sum() / len(target))
     return sum(errors) / len(errors)

@@ -7,6 +7,7 @@ from tiny import TINY, everything_float64, random_images, random_view, randomize
 from torch import Tensor
 
 from pretrain.methods.lomar import LoMaR
+from pretrain.methods.partial import Partial
 from pretrain.methods.targets import normalize_patches, normalize_pixels, take
 from pretrain.optim import parameter_groups
 
@@ -16,6 +17,11 @@ CASES = [
     pytest.param({"relative": False}, id="absolute"),
     # A window of 5 reaches the shared buckets (offsets 2-3 and 4) and, on this grid, overlaps its neighbour.
     pytest.param({"window": 5, "windows": 2, "grid": (5, 7), "mask_ratio": 0.8}, id="wide"),
+    pytest.param({"join": 1}, id="late"),
+    pytest.param({"join": 1, "relative": False}, id="late-absolute"),
+    pytest.param({"partial": Partial(throw=0.4, kernel=3)}, id="partial"),
+    pytest.param({"partial": Partial(throw=0.4, kernel=5), "relative": False}, id="partial-absolute"),
+    pytest.param({"partial": Partial(throw=0.3, kernel=3, sampling="random"), "join": 1}, id="partial-late"),
 ]
 
 
@@ -28,7 +34,7 @@ def loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]) ->
 
 def naive_loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]):
     weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    loss = reference.lomar_loss(images, view, weights, TINY.heads, model.config.norm_pix)
+    loss = reference.lomar_loss(images, view, weights, TINY.heads, model.config.norm_pix, model.config.join)
     loss.backward()
     return loss.detach(), {name: weight.grad for name, weight in weights.items()}
 
@@ -60,9 +66,7 @@ def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytes
 def predictions(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> Tensor:
     """(B, W, M, P)"""
     with torch.no_grad():
-        patches, place, visible, masked = model._windows(images, view)
-        seen = normalize_pixels(take(patches, visible))
-        return model._predict(seen, place, visible, masked).view(*view["masked"].shape, -1)
+        return model._predict(*model._windows(images, view)).view(*view["masked"].shape, -1)
 
 
 def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -> Tensor:
@@ -139,7 +143,9 @@ def test_every_parameter_learns_from_the_start_and_has_one_optimiser_group(relat
             assert names[id(parameter)] not in decay, "in two groups"
             decay[names[id(parameter)]] = group["weight_decay"]
     assert decay.keys() == set(names.values())
-    assert decay["mask_token"] == decay["encoder.cls_token"] == decay["encoder.patch_embed.proj.weight"] == 0.05
+    assert (
+        decay["predictor.mask_token"] == decay["encoder.cls_token"] == decay["encoder.patch_embed.proj.weight"] == 0.05
+    )
     for name, value in decay.items():
         vector = name.endswith(".bias") or ("norm" in name and name.endswith(".weight"))
         assert value == (0.0 if vector else 0.05), name
@@ -202,9 +208,8 @@ def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: boo
     images, view = random_images(model), random_view(model)
     honest = model.reconstruct(images, view)
 
-    def predict_the_truth(pixels: Tensor, place: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        patches, *_ = model._windows(images, {name: index[:, :1] for name, index in view.items()})
-        target = normalize_pixels(take(patches, masked))
+    def predict_the_truth(patches: Tensor, index: dict[str, Tensor]) -> Tensor:
+        target = normalize_pixels(take(patches, index["masked"]))
         return normalize_patches(target) if norm_pix else target
 
     monkeypatch.setattr(model, "_predict", predict_the_truth)

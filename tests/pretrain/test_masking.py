@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny import random_view, tiny_lomar
 
+from pretrain.config import ModelConfig
 from pretrain.methods.lomar import LoMaR, view
 from pretrain.methods.masking import positions, random_masked, random_windows
 
@@ -23,9 +24,9 @@ def z_scores(counts: np.ndarray, trials: int, probability: float) -> np.ndarray:
 @pytest.mark.parametrize(("window", "windows"), ABLATION)
 def test_masks_exactly_the_share_of_each_window(window: int, windows: int, ratio: str):
     config = LoMaR.Config(windows=windows, window=window, mask_ratio=float(ratio))
-    config.check((14, 14))
+    config.check((14, 14), ModelConfig())
     expected = int(window * window * Fraction(ratio))
-    drawn = view(np.random.default_rng(0), grid=(14, 14), windows=windows, size=window, masked=config.num_masked)
+    drawn = view(np.random.default_rng(0), grid=(14, 14), config=config, partial=None)
     assert drawn["masked"].shape == (windows, expected)
     assert drawn["visible"].shape == (windows, window * window - expected)
     both = np.sort(np.concatenate([drawn["visible"], drawn["masked"]], axis=1))

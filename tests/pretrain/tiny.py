@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pretrain.methods import targets
 from pretrain.methods.lomar import LoMaR
+from pretrain.methods.partial import Partial
 from pretrain.models import vit
 
 TINY = vit.Arch(dim=16, depth=2, heads=2)
@@ -30,12 +31,13 @@ def tiny_lomar(
     relative: bool = True,
     checkpoint_blocks: bool = False,
     arch: vit.Arch = TINY,
+    partial: Partial | None = None,
     **config: Any,
 ) -> LoMaR:
     """Freshly initialised; `config` over three windows of 3x3 patches, five of them masked."""
     torch.manual_seed(0)
     keys = {"windows": 3, "window": 3, "mask_ratio": 0.6} | config
-    return LoMaR(LoMaR.Config(**keys), tiny_vit(side, grid, relative, checkpoint_blocks, arch))
+    return LoMaR(LoMaR.Config(**keys), tiny_vit(side, grid, relative, checkpoint_blocks, arch), partial)
 
 
 def randomize(model: torch.nn.Module) -> None:

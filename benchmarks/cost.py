@@ -1,0 +1,108 @@
+"""What a training step of each method costs: multiply-adds counted, and what is kept for the backward pass.
+
+    python benchmarks/cost.py [--quick]
+
+Nothing is timed. The forward pass is counted; the backward pass of matrix products costs twice as much, so a step's
+ratios are the same (torch's counter takes the backward of a depth-wise convolution for a full one). Both are relative
+to the method without the add-on, beside PR-MIM's own figures (its Tables 2 and 4).
+`--quick` counts a smaller encoder. The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.build import build_method
+from pretrain.config import load
+
+BATCH = 2
+MAE, SIMMIM, LOMAR = "mae_vitb16_224_1600e", "simmim_vitb16_224_800e", "lomar_vitb16_224_400e"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: a recipe with overrides, the row it is compared with, and the paper's FLOPs and memory beside that row."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    base: str = ""
+    paper: tuple[float, float] | None = None
+
+
+CASES = [
+    Case("MAE", MAE, base="MAE"),
+    Case("MAE + PR 25 %", MAE, ("partial.throw=0.25",), "MAE", (0.85, 0.81)),
+    Case("MAE + PR 50 %", MAE, ("partial.throw=0.5",), "MAE", (0.72, 0.64)),
+    Case("MAE + PR 65 %", MAE, ("partial.throw=0.65",), "MAE", (0.64, 0.55)),
+    Case("SimMIM", SIMMIM, base="SimMIM"),
+    Case("SimMIM + PR 30 %", SIMMIM, ("partial.throw=0.3",), "SimMIM", (0.50, 0.61)),
+    Case("LoMaR", LOMAR, base="LoMaR"),
+    Case("LoMaR + PR 50 %", LOMAR, ("partial.throw=0.5",), "LoMaR"),
+    Case("LoMaR, late (block 8)", LOMAR, ("method.join=8",), "LoMaR"),
+    Case("LoMaR, late + PR 50 %", LOMAR, ("method.join=8", "partial.throw=0.5"), "LoMaR"),
+]
+
+
+def batch_of(method: nn.Module, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    images = torch.randint(0, 256, (BATCH, size, size, 3), dtype=torch.uint8)
+    samples = [method.view()(np.random.default_rng(i)) for i in range(BATCH)]
+    return images, {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+
+
+def count(case: Case, arch: str) -> dict[str, float]:
+    """G multiply-adds of an image's forward pass, and MiB that it keeps for the backward."""
+    overrides = ["data.shards=none", f"model.arch={arch}", *case.overrides]
+    config = load(case.recipe, overrides)
+    method = build_method(config)
+    images, view = batch_of(method, config.data.height_width[0])
+    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = method(images, view)["loss"]
+    assert torch.isfinite(loss)
+    return {
+        "forward_gmacs": forward.get_total_flops() / 2e9 / BATCH,
+        "saved_mib": sum(storages.values()) / 2**20 / BATCH,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    arch = "vit_tiny" if parser.parse_args().quick else "vit_base"
+    print(f"{'':24}{'forward':>9}{'kept':>9}{'forward':>9}{'kept':>8}{'paper':>15}")
+    print(f"{arch + '/16, 224 px':24}{'G MAC':>9}{'MiB':>9}{'ratio':>9}{'ratio':>8}{'FLOPs  memory':>15}")
+    results: dict[str, dict] = {}
+    for case in CASES:
+        counted = count(case, arch)
+        base = results.get(case.base, counted)
+        counted |= {f"{key}_ratio": counted[key] / base[key] for key in ("forward_gmacs", "saved_mib")}
+        results[case.name] = {**asdict(case), **counted}
+        paper = f"{case.paper[0]:.2f}    {case.paper[1]:.2f}" if case.paper else ""
+        print(
+            f"{case.name:24}{counted['forward_gmacs']:9.2f}{counted['saved_mib']:9.1f}"
+            f"{counted['forward_gmacs_ratio']:9.2f}{counted['saved_mib_ratio']:8.2f}{paper:>15}",
+            flush=True,
+        )
+    print(json.dumps({"arch": arch, "batch": BATCH, "cases": list(results.values())}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Mask tokens in the encoder, and a linear head on what becomes of them: what LoMaR and SimMIM share.
+
+Three settings meet here: which masked tokens enter the encoder (all, or PR-MIM's kept ones), at which block they join
+the visible ones (0, or later), and what makes the tokens that never entered (PR-MIM's convolution).
+
+Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.methods.masking import Grid
+from pretrain.methods.partial import Fill, Partial
+from pretrain.methods.targets import take
+from pretrain.models.attention import grid_buckets, pair_buckets
+from pretrain.models.vit import ARCHS, ViT, init_weights
+
+if TYPE_CHECKING:
+    from pretrain.config import ModelConfig
+
+
+def check_join(join: int, model: "ModelConfig") -> None:
+    """Raises ValueError where mask tokens would join behind the last block."""
+    depth = ARCHS[model.arch].depth
+    if join >= depth:
+        raise ValueError(f"method.join={join}, but {model.arch} has {depth} blocks: set it to at most {depth - 1}")
+
+
+class Predictor(nn.Module):
+    """Predicts the masked patches of a sequence from its visible ones, through an encoder that it does not own.
+
+    Args:
+        encoder: whose width, patch and kind of position it fits.
+        grid: rows and columns of a sequence: a window's, or the image's.
+        join: the block of the encoder at which mask tokens join.
+        partial: PR-MIM's settings.
+    """
+
+    buckets: Tensor
+
+    def __init__(self, encoder: ViT, grid: Grid, join: int, partial: Partial | None):
+        super().__init__()
+        dim = encoder.arch.dim
+        self.join, self.length = join, grid[0] * grid[1]
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.fill = Fill(dim, grid, partial.kernel) if partial else None
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if partial else nn.Identity()
+        self.head = nn.Linear(dim, encoder.patch**2 * 3)
+        self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, encoder: ViT, pixels: Tensor, place: Tensor, visible: Tensor, masked: Tensor, kept: Tensor
+    ) -> Tensor:
+        """Only visible patches are embedded and only masked ones go through the head: the rest is never looked at.
+
+        Args:
+            encoder: the one it was made for.
+            pixels: (G, V, P) the visible patches, standardised.
+            place: (G, L) the image's grid position of each patch of a sequence.
+            visible, masked, kept: (G, V), (G, M) and (G, K) positions within the sequence.
+
+        Returns:
+            (G, M, P)
+        """
+        seen = encoder.patch_embed(pixels) + self._positions(encoder, place, visible)
+        if self.join:
+            seen = encoder(seen, self._buckets(encoder, visible), stop=self.join)
+        if visible.shape[1] + kept.shape[1] == self.length:  # in raster order the buckets are the same for all
+            entered = torch.arange(self.length, device=place.device).expand_as(place)
+            tokens = self._fill_in(encoder, seen, place, visible)
+            buckets = self.buckets if encoder.relative else None
+        else:
+            entered = torch.cat([visible, kept], dim=1)
+            tokens = torch.cat([seen, self._mask_tokens(encoder, place, kept).to(seen.dtype)], dim=1)
+            buckets = self._buckets(encoder, entered)
+        encoded = encoder(tokens, buckets, start=self.join)[:, 1:]
+        hidden = self.fill(encoded, entered, masked) if self.fill else take(encoded, masked)
+        return self.head(self.norm(hidden))
+
+    def _fill_in(self, encoder: ViT, seen: Tensor, place: Tensor, visible: Tensor) -> Tensor:
+        """Visible tokens (behind a class token, if late) among mask tokens everywhere else, in raster order."""
+        first, seen = (seen[:, :1], seen[:, 1:]) if self.join else (seen[:, :0], seen)
+        everywhere = torch.arange(self.length, device=place.device).expand_as(place)
+        tokens = self._mask_tokens(encoder, place, everywhere).to(seen.dtype)
+        return torch.cat([first, tokens.scatter(1, visible.unsqueeze(-1).expand_as(seen), seen)], dim=1)
+
+    def _mask_tokens(self, encoder: ViT, place: Tensor, index: Tensor) -> Tensor:
+        return self.mask_token.expand(*index.shape, -1) + self._positions(encoder, place, index)
+
+    def _positions(self, encoder: ViT, place: Tensor, index: Tensor) -> Tensor | float:
+        return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + place.gather(1, index)]
+
+    def _buckets(self, encoder: ViT, index: Tensor) -> Tensor | None:
+        return pair_buckets(self.buckets, index) if encoder.relative else None
