@@ -121,7 +121,13 @@ class Config(Section, Generic[MethodConfig]):
         method.check(self.grid, self.model)
         if self.partial:
             if not hasattr(method, "count"):
-                raise ValueError(f"partial is defined for lomar, mae and simmim, not for {method.name}: leave it out")
+                raise ValueError(
+                    f"partial is defined for lomar, mae, lc_mae and simmim, not for {method.name}: leave it out"
+                )
+            if getattr(method, "decoder", "transformer") != "transformer":
+                raise ValueError(
+                    f"partial throws tokens of a transformer; method.decoder={method.decoder} has none: leave it out"
+                )
             self.partial.num_kept(*method.count(self.grid, self.model))
         return self
 

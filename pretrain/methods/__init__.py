@@ -2,8 +2,16 @@
 
 from typing import Any
 
+from pretrain.methods.ae import AutoEncoder
+from pretrain.methods.lc_mae import LCMAE
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.mae import MAE
 from pretrain.methods.simmim import SimMIM
 
-METHODS: dict[str, Any] = {"lomar": LoMaR, "mae": MAE, "simmim": SimMIM}
+METHODS: dict[str, Any] = {
+    "ae": AutoEncoder,
+    "lc_mae": LCMAE,
+    "lomar": LoMaR,
+    "mae": MAE,
+    "simmim": SimMIM,
+}

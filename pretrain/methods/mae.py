@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.methods.masking import Grid, block_masked, grid_masked, positions, random_masked
 from pretrain.methods.partial import Fill, Partial, choose_kept
 from pretrain.methods.targets import normalize_pixels, patchify, pictures, pixel_target, predicted_pixels, take
-from pretrain.models.decoder import Decoder
+from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder
 from pretrain.models.vit import Arch, ViT
 from pretrain.schema import Section
 
@@ -46,6 +46,9 @@ class MAE(nn.Module):
         mask: Literal["random", "block", "grid"] = Field("random", description="how the masked patches lie")
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
         norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and variance")
+        decoder: Literal["transformer", "average", "conv"] = Field(
+            "transformer", description="LC-MAE's Table 2; decoder_dim, _depth and _heads are the transformer's"
+        )
         decoder_dim: int = Field(512, ge=4, multiple_of=4)
         decoder_depth: int = Field(8, ge=1)
         decoder_heads: int = Field(16, ge=1)
@@ -58,7 +61,7 @@ class MAE(nn.Module):
         def check(self, grid: Grid, model: "ModelConfig") -> None:
             """Raises ValueError where masks, decoder or position do not fit."""
             if model.position != "sincos":
-                raise ValueError("method mae adds fixed positions to its tokens: set model.position=sincos")
+                raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
             patches, masked = self.count(grid)
             if not 0 < masked < patches:
                 raise ValueError(
@@ -78,9 +81,14 @@ class MAE(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
-        arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
-        fill = Fill(arch.dim, encoder.grid, partial.kernel) if partial else None
-        self.decoder = Decoder(encoder.arch.dim, arch, encoder.grid, encoder.patch**2 * 3, fill)
+        dim, outputs = encoder.arch.dim, encoder.patch**2 * 3
+        if config.decoder == "transformer":
+            arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
+            fill = Fill(arch.dim, encoder.grid, partial.kernel) if partial else None
+            self.decoder: nn.Module = Decoder(dim, arch, encoder.grid, outputs, fill)
+        else:
+            local = {"average": AverageDecoder, "conv": ConvDecoder}[config.decoder]
+            self.decoder = local(dim, encoder.grid, outputs)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""

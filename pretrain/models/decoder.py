@@ -1,7 +1,11 @@
-"""MAE's decoder: a narrow transformer over the encoded visible tokens and a mask token at every place to predict."""
+"""MAE's decoder, a narrow transformer over the encoded visible tokens and mask tokens, and two that only look nearby.
+
+Shapes: B images, N patches of an image, V of them visible, M masked, D the encoder's width.
+"""
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from pretrain.models.vit import Arch, Block, init_weights, sincos_positions
@@ -16,26 +20,36 @@ class Decoder(nn.Module):
         grid: rows and columns of the image's patches.
         outputs: values predicted for each patch.
         fill: makes the masked tokens that did not go through the blocks (`methods/partial.py`).
+        masks: False for an auto-encoder: there are no mask tokens, and the visible patches are predicted.
     """
 
     pos_embed: Tensor
 
     def __init__(
-        self, encoder_dim: int, arch: Arch, grid: tuple[int, int], outputs: int, fill: nn.Module | None = None
+        self,
+        encoder_dim: int,
+        arch: Arch,
+        grid: tuple[int, int],
+        outputs: int,
+        fill: nn.Module | None = None,
+        masks: bool = True,
     ):
         super().__init__()
         self.embed = nn.Linear(encoder_dim, arch.dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.dim)) if masks else None
         self.register_buffer("pos_embed", F.pad(sincos_positions(arch.dim, *grid), (0, 0, 1, 0)), persistent=False)
         self.blocks = nn.ModuleList(Block(arch, relative=False) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.dim, eps=1e-6)
         self.pred = nn.Linear(arch.dim, outputs)
         self.fill = fill
         self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """Predicts the masked patches.
+    def forward(
+        self, encoded: Tensor, visible: Tensor, masked: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """Predicts the masked patches, or the visible ones where nothing is masked.
 
         Args:
             encoded: (B, 1+V, D) class token and visible tokens.
@@ -43,16 +57,85 @@ class Decoder(nn.Module):
             kept: (B, K) those of the masked ones that get a mask token; all of them unless there is a `fill`.
 
         Returns:
-            (B, M, outputs)
+            (B, M, outputs), or (B, V, outputs) without `masked`.
         """
         x = self.embed(encoded).float()
         x = x + self.pos_embed[F.pad(1 + visible, (1, 0))]
-        hidden = self.mask_token + self.pos_embed[1 + kept]
-        x = torch.cat([x, hidden], dim=1)
+        entered = visible
+        if self.mask_token is not None and kept is not None:
+            x = torch.cat([x, self.mask_token + self.pos_embed[1 + kept]], dim=1)
+            entered = torch.cat([visible, kept], dim=1)
         for block in self.blocks:
             x = block(x, None)
-        if self.fill is None:
+        if masked is None:
+            x = x[:, 1:]
+        elif self.fill is None:
             x = x[:, -masked.shape[1] :]
         else:
-            x = self.fill(x[:, 1:], torch.cat([visible, kept], dim=1), masked)
+            x = self.fill(x[:, 1:], entered, masked)
         return self.pred(self.norm(x))
+
+
+class _FilledGrid(nn.Module):
+    """The encoded image: visible tokens at their places, a mask token at the others, sin-cos positions on all."""
+
+    pos_embed: Tensor
+
+    def __init__(self, dim: int, grid: tuple[int, int]):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", sincos_positions(dim, *grid), persistent=False)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, encoded: Tensor, visible: Tensor) -> Tensor:
+        """(B, 1+V, D) with the class token, which is dropped, and (B, V) positions -> (B, N, D) in raster order."""
+        seen = encoded[:, 1:].float()
+        tokens = self.mask_token.expand(len(seen), len(self.pos_embed), -1)
+        return tokens.scatter(1, visible.unsqueeze(-1).expand_as(seen), seen) + self.pos_embed
+
+
+class AverageDecoder(nn.Module):
+    """LC-MAE's "weighted average" (Table 2): a fixed 5x5 Gaussian, sigma 1, over the filled grid, then an MLP.
+
+    The Gaussian's weights sum to one over the patches that are there, so the grid's border does not fade. Called as
+    `Decoder`.
+    """
+
+    average: Tensor
+
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], outputs: int):
+        super().__init__()
+        self.restore = _FilledGrid(encoder_dim, grid)
+        self.register_buffer("average", gaussian_average(*grid), persistent=False)
+        self.norm = nn.LayerNorm(encoder_dim, eps=1e-6)
+        self.mlp = Mlp(encoder_dim, 4 * encoder_dim, outputs)
+        self.mlp.apply(init_weights)
+
+    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
+        averaged = self.average @ self.restore(encoded, visible)
+        return self.mlp(self.norm(averaged.take_along_dim(masked.unsqueeze(-1), 1)))
+
+
+class ConvDecoder(nn.Module):
+    """LC-MAE's "conv layer" (Table 2): one 5x5 convolution of the filled grid, zeros around it. Called as `Decoder`."""
+
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], outputs: int):
+        super().__init__()
+        self.grid = grid
+        self.restore = _FilledGrid(encoder_dim, grid)
+        self.conv = nn.Conv2d(encoder_dim, outputs, kernel_size=5, padding=2)
+        self.conv.apply(init_weights)
+
+    def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
+        image = self.restore(encoded, visible).transpose(1, 2).unflatten(2, self.grid)
+        return self.conv(image).flatten(2).transpose(1, 2).take_along_dim(masked.unsqueeze(-1), 1)
+
+
+def gaussian_average(height: int, width: int, sigma: float = 1.0, reach: int = 2) -> Tensor:
+    """(N, N) weights of every patch's neighbours up to `reach` rows and columns away; each row sums to one."""
+    rows = torch.arange(height).repeat_interleave(width)
+    cols = torch.arange(width).repeat(height)
+    down, right = rows[:, None] - rows, cols[:, None] - cols
+    near = (down.abs() <= reach) & (right.abs() <= reach)
+    weights = torch.exp(-(down**2 + right**2) / (2 * sigma**2)) * near
+    return weights / weights.sum(1, keepdim=True)

@@ -22,6 +22,9 @@ CELLS = {"name": "simmim", "cell": 16}
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"method": MAE, "model": SINCOS},
     "mae-partial": {"method": MAE, "model": SINCOS, "partial": PARTIAL},
+    "lc_mae": {"method": MAE | {"name": "lc_mae", "proj_dim": 16}, "model": SINCOS},
+    "lc_mae-conv": {"method": MAE | {"name": "lc_mae", "decoder": "conv"}, "model": SINCOS},
+    "ae": {"method": MAE | {"name": "ae", "block": 24}, "model": SINCOS},
     "simmim": {"method": CELLS, "model": SINCOS},
     "simmim-partial": {"method": CELLS, "model": RELATIVE, "partial": PARTIAL},
     "lomar-partial": {"method": LOMAR, "model": RELATIVE, "partial": PARTIAL},

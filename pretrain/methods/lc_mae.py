@@ -1,0 +1,145 @@
+"""LC-MAE (Yue et al.): MAE's reconstruction with its implicit contrastive terms made explicit.
+
+Two masks of one image pass through the same MAE. Beside the reconstruction, the predictions of a patch that is masked
+twice should agree (cross-view), and those of two patches should be as similar as the patches themselves (in-view).
+
+Shapes: B images, N patches of an image, M of them masked, V visible, P = p*p*3, E width of the projected vectors v.
+"""
+
+import functools
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pretrain.methods import mae
+from pretrain.methods.mae import MAE
+from pretrain.methods.masking import Grid
+from pretrain.methods.partial import Partial
+from pretrain.methods.targets import normalize_pixels, patchify, pixel_target, take
+from pretrain.models.vit import ViT, init_weights
+
+if TYPE_CHECKING:
+    from pretrain.config import ModelConfig
+
+
+def view(rng: np.random.Generator, **keys: Any) -> dict[str, np.ndarray]:
+    """`mae.view` twice, for m1 and m2: `visible` (2, V), `masked` (2, M) and `kept` (2, K)."""
+    views = [mae.view(rng, **keys) for _ in range(2)]
+    return {name: np.stack([drawn[name] for drawn in views]) for name in views[0]}
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """(B, M, E) and (B, K, E) -> (B, M, K): the cosine of every pair of vectors of an image."""
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
+
+
+def cross_view_loss(v1: Tensor, v2: Tensor, masked1: Tensor, masked2: Tensor) -> Tensor:
+    """Eq. 5: 1 - cos(v_i^m1, v_i^m2), averaged over the patches that both masks hide, then over images.
+
+    Each image counts the same, however many patches its masks share, so a batch may be split in any way. An image
+    whose masks share none (impossible when more than half is masked) adds zero.
+
+    Args:
+        v1, v2: (B, M, E) fp32.
+        masked1, masked2: (B, M) grid positions.
+    """
+    same = masked1.unsqueeze(2) == masked2.unsqueeze(1)
+    distance = ((1 - cosines(v1, v2)) * same).sum((1, 2))
+    return (distance / same.sum((1, 2)).clamp(min=1)).mean()
+
+
+def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
+    """Eq. 6: |cos(v_i, v_j) - cos(x_i, x_j)|, averaged over pairs i != j of masked patches of one view.
+
+    Args:
+        v: (B, M, E) fp32.
+        x: (B, M, P) fp32, the pixels as the encoder would get them, not normalised by patch.
+    """
+    pairs = v.shape[1] * (v.shape[1] - 1) / 2
+    difference = (cosines(v, v) - cosines(x, x)).abs().triu(1)  # i < j: the matrix is symmetric
+    return difference.sum((1, 2)).mean() / pairs
+
+
+class LCMAE(MAE):
+    """w_mae * L_MAE + w_cross * L_cross + w_in * L_in; the first and the last are averaged over the two views."""
+
+    class Config(MAE.Config):
+        """MAE's keys with a decoder of two blocks, the weights of the three losses, and the projector.
+
+        Table 1's settings are `w_mae`, `w_cross`, `w_in` = (a) 1 1 1, (b) 1 0 0, (c) 0 1 0, (d) 0 0 1, (e) 1 1 0,
+        (f) 1 0 1, (g) 0 1 1. All see two masks of an image. Table 2's decoders are values of `decoder`.
+        """
+
+        name: Literal["lc_mae"] = "lc_mae"  # type: ignore[assignment]
+        decoder_depth: int = Field(2, ge=1)
+        w_mae: float = Field(1.0, ge=0, description="weight of the reconstruction loss")
+        w_cross: float = Field(1.0, ge=0, description="weight of the cross-view loss")
+        w_in: float = Field(1.0, ge=0, description="weight of the in-view loss")
+        proj_dim: int = Field(1024, ge=1, description="width of the vectors that the last two losses compare")
+
+        def check(self, grid: Grid, model: "ModelConfig") -> None:
+            """Raises ValueError where masks, decoder, position or losses do not fit."""
+            super().check(grid, model)
+            if not self.w_mae + self.w_cross + self.w_in:
+                raise ValueError("method.w_mae, method.w_cross and method.w_in are all 0: nothing is learned")
+            if self.w_in and self.count(grid)[1] < 2:
+                raise ValueError(
+                    f"method.w_in={self.w_in:g} compares pairs of masked patches, and there is one: "
+                    f"raise method.mask_ratio={self.mask_ratio}"
+                )
+            if self.w_cross and self.mask == "grid":
+                raise ValueError(
+                    f"method.w_cross={self.w_cross:g} compares two masks of an image, and those of "
+                    f"method.mask=grid are equal: set method.mask=random"
+                )
+
+    config: Config
+
+    def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
+        super().__init__(config, encoder, partial)
+        self.proj = None
+        if config.w_cross or config.w_in:
+            self.proj = nn.Linear(encoder.patch**2 * 3, config.proj_dim)
+            init_weights(self.proj)
+
+    def view(self) -> functools.partial[dict[str, np.ndarray]]:
+        """The function that the data workers call with a sample's generator."""
+        return functools.partial(view, **super().view().keywords)
+
+    def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss of a batch, and those of its terms that count, detached and not weighted: `mae`, `cross`, `in`.
+
+        Args:
+            images: (B, H, W, 3) uint8.
+            view: as from `view()`, stacked over images: (B, 2, V), (B, 2, M) and (B, 2, K).
+        """
+        patches = patchify(images, self.encoder.patch).repeat_interleave(2, dim=0)  # both views of an image in turn
+        views = {name: positions.flatten(0, 1) for name, positions in view.items()}
+        masked = views["masked"]
+        prediction = self._predict(patches, **views)  # (2B, M, P)
+        hidden = take(patches, masked)
+        v = None if self.proj is None else self.proj(prediction).float()  # eq. 5 and 6: v = p(h(x, m))
+        with torch.autocast(images.device.type, enabled=False):  # cosines are matrix products: bf16 would round them
+            terms = self._losses(prediction.float(), v, hidden, masked)
+        loss = sum(getattr(self.config, f"w_{name}") * term for name, term in terms.items())
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    def _losses(self, prediction: Tensor, v: Tensor | None, hidden: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """The terms whose weight is not zero; the two views of an image follow each other."""
+        config, terms = self.config, {}
+        if config.w_mae:
+            terms["mae"] = (prediction - pixel_target(hidden, config.norm_pix)).square().mean()
+        if v is not None and config.w_cross:
+            terms["cross"] = cross_view_loss(v[::2], v[1::2], masked[::2], masked[1::2])
+        if v is not None and config.w_in:
+            terms["in"] = in_view_loss(v, normalize_pixels(hidden))
+        return terms
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`original`, `masked` and `reconstruction` of each image under m1, (B, H, W, 3) uint8."""
+        return super().reconstruct(images, {name: positions[:, 0] for name, positions in view.items()})

@@ -1,0 +1,284 @@
+"""LC-MAE and AE(k) against the loops of `reference_lc_mae.py`, and what the paper says of their settings."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import reference_lc_mae as naive
+import torch
+from tiny import TINY, everything_float64, random_images, random_view, randomize, tiny_vit
+from torch import Tensor, nn
+
+from pretrain.config import ModelConfig, load
+from pretrain.methods import METHODS
+from pretrain.methods.ae import centred_blocks
+from pretrain.methods.partial import Partial
+from pretrain.methods.targets import patchify, pixel_target
+from pretrain.optim import parameter_groups
+
+GRID, SIDE = (3, 4), 2
+SMALL = {"decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
+LC_MAE = {"name": "lc_mae", "proj_dim": 10, **SMALL}
+AE = {"name": "ae", "block": 2, **SMALL}
+SETTINGS = {
+    "a": (1.0, 1.0, 1.0), "b": (1.0, 0.0, 0.0), "c": (0.0, 1.0, 0.0), "d": (0.0, 0.0, 1.0),
+    "e": (1.0, 1.0, 0.0), "f": (1.0, 0.0, 1.0), "g": (0.0, 1.0, 1.0),
+}  # fmt: skip
+
+
+def setting(name: str, **keys: Any) -> dict[str, Any]:
+    return LC_MAE | dict(zip(("w_mae", "w_cross", "w_in"), SETTINGS[name], strict=True)) | keys
+
+
+CASES = [
+    *(pytest.param(setting(name), id=name) for name in SETTINGS),
+    pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "norm_pix": False}, id="weighted-pixels"),
+    pytest.param(LC_MAE | {"mask_ratio": 0.4}, id="few-shared"),
+    pytest.param(LC_MAE | {"partial": Partial(throw=0.3, kernel=3)}, id="partial"),
+    pytest.param(LC_MAE | {"decoder": "average"}, id="average"),
+    pytest.param(LC_MAE | {"decoder": "conv"}, id="conv"),
+    *(pytest.param(AE | {"block": block}, id=f"ae-{block}") for block in (2, 4, 8)),
+    pytest.param(AE | {"block": 6, "norm_pix": False}, id="ae-6-pixels"),
+]
+
+
+def build(keys: dict[str, Any], grid: tuple[int, int] = GRID) -> Any:
+    torch.manual_seed(0)
+    method, partial = METHODS[keys["name"]], keys.get("partial")
+    config = method.Config(**{name: value for name, value in keys.items() if name != "partial"})
+    config.check(grid, ModelConfig(patch=SIDE, position="sincos"))
+    return method(config, tiny_vit(SIDE, grid, relative=False), partial)
+
+
+def naive_loss(model: Any, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    c = model.config
+    if c.name == "ae":
+        return naive.ae_loss(images, weights, TINY.heads, c.decoder_heads, c.block, c.norm_pix)
+    factors = (c.w_mae, c.w_cross, c.w_in)
+    return naive.lc_mae_loss(images, view, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.norm_pix)
+
+
+def loss_and_gradients(model: nn.Module, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = model(images, view)["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("keys", CASES)
+def test_equals_the_reference_in_float64_and_fp32(keys: dict, monkeypatch: pytest.MonkeyPatch):
+    model = build(keys)
+    randomize(model)
+    images, view = random_images(model), random_view(model)
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    expected = naive_loss(model, images, view, weights)
+    expected.backward()
+    single, single_gradients = loss_and_gradients(model, images, view)
+    with everything_float64(monkeypatch):
+        exact_model = build(keys)
+        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
+        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
+    torch.testing.assert_close(exact, expected.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=0)
+    assert weights.keys() == exact_gradients.keys() == single_gradients.keys(), "every parameter has a gradient"
+    for name, weight in weights.items():
+        largest = weight.grad.abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(exact_gradients[name], weight.grad, rtol=0, atol=1e-10 * largest, msg=name)
+        torch.testing.assert_close(single_gradients[name].double(), weight.grad, rtol=0, atol=1e-4 * largest, msg=name)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_term_is_reported_and_weighted(name: str):
+    model = build(setting(name))
+    result = model(random_images(model), random_view(model))
+    terms = {key: value for key, value in result.items() if key != "loss"}
+    expected = {key for key, factor in zip(("mae", "cross", "in"), SETTINGS[name], strict=True) if factor}
+    assert terms.keys() == expected
+    assert not any(term.requires_grad for term in terms.values())
+    torch.testing.assert_close(sum(terms.values()), result["loss"].detach())
+    assert (model.proj is None) == (name == "b")
+
+
+def test_the_losses_are_fp32_under_autocast():
+    model = build(LC_MAE)
+    images, view = random_images(model), random_view(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model(images, view)
+    assert {value.dtype for value in result.values()} == {torch.float32}
+    for name, value in model(images, view).items():
+        torch.testing.assert_close(result[name], value, rtol=0.02, atol=0.005)
+
+
+def test_the_losses_do_not_depend_on_what_both_views_see(monkeypatch: pytest.MonkeyPatch):
+    model = build(LC_MAE | {"mask_ratio": 0.5})
+    images, view = random_images(model, 1), random_view(model, 1)
+    seen = set(view["visible"][0, 0].tolist()) & set(view["visible"][0, 1].tolist())
+    hidden = set(range(GRID[0] * GRID[1])) - seen
+    assert seen
+    assert hidden
+    prediction = torch.randn(2, view["masked"].shape[2], SIDE * SIDE * 3)
+    monkeypatch.setattr(model, "_predict", lambda *_, **__: prediction)
+    before = model(images, view)
+
+    def after_changing(places: set[int]) -> dict[str, Tensor]:
+        changed = images.clone()
+        for row, col in (divmod(i, GRID[1]) for i in places):
+            noise = torch.randint(0, 256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(row * 9 + col))
+            changed[0, row * SIDE : (row + 1) * SIDE, col * SIDE : (col + 1) * SIDE] = noise.byte()
+        return model(changed, view)
+
+    assert after_changing(seen) == before
+    other = after_changing(hidden)
+    assert other["mae"] != before["mae"]
+    assert other["in"] != before["in"]
+
+
+@pytest.mark.parametrize("decoder", ["transformer", "average", "conv"])
+def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
+    model = build(LC_MAE | {"decoder": decoder, "norm_pix": False})
+    randomize(model)
+    images, view = random_images(model), random_view(model)
+    before = model.reconstruct(images, view)
+    assert (before["masked"] != images).any()
+    torch.testing.assert_close(
+        model.reconstruct(before["masked"], view)["reconstruction"], before["reconstruction"], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
+def test_view_is_two_exact_masks_deterministic_and_picklable(ratio: float):
+    grid = (4, 6)
+    draw = pickle.loads(pickle.dumps(build(LC_MAE | {"mask_ratio": ratio}, grid).view()))
+    first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    masked = 24 - int(24 * (1 - ratio))
+    assert first["masked"].shape == (2, masked)
+    assert first["visible"].shape == (2, 24 - masked)
+    for seen, hidden in zip(first["visible"], first["masked"], strict=True):
+        assert sorted([*seen, *hidden]) == list(range(24))
+    assert (first["masked"][0] != first["masked"][1]).any(), "the two masks are drawn independently"
+    assert all((first[name] == again[name]).all() for name in first)
+    assert (first["masked"] != other["masked"]).any()
+
+
+def test_the_two_masks_share_as_many_patches_as_independent_ones():
+    draw = build(LC_MAE, (4, 6)).view()
+    views = [draw(np.random.default_rng(seed))["masked"] for seed in range(200)]
+    shared = [len(set(first) & set(second)) for first, second in views]
+    assert abs(np.mean(shared) - 24 * 0.75**2) < 0.25
+    assert min(shared) >= 12, "more than half masked: never none in common"
+
+
+def test_forward_is_deterministic():
+    model = build(LC_MAE)
+    images, view = random_images(model), random_view(model)
+    first, second = (loss_and_gradients(model, images, view)[0] for _ in range(2))
+    assert first == second
+
+
+def train(model: nn.Module, images: Tensor, view: dict[str, Tensor] | None, steps: int) -> list[float]:
+    """The loss of every step on one batch; without `view` the masks of every step are new."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
+    losses = []
+    for step in range(steps):
+        drawn = random_view(model, len(images), 1000 + step) if view is None else view
+        loss = model(images, drawn)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [setting("a"), setting("b", decoder="average"), setting("b", decoder="conv"), setting("g"), AE | {"block": 6}],
+    ids=["a", "average", "conv", "g", "ae"],
+)
+def test_learns_one_batch_by_heart(keys: dict):
+    model = build(keys)
+    losses = train(model, random_images(model, 1), random_view(model, 1), 200)
+    assert losses[-1] < 0.25 * losses[0]
+
+
+def test_the_cross_view_loss_alone_collapses_and_the_in_view_loss_prevents_it():
+    """Table 1, settings (g) and (c): what (g) has spread out, the cross-view loss alone draws together again."""
+    g, c = build(setting("g")), build(setting("c"))
+    images, unseen = random_images(g), random_view(g)
+    train(g, images, None, 80)
+    similarity, variance = _spread(g, images, unseen)
+    assert similarity < 0.5
+    c.load_state_dict(g.state_dict())
+    error = _pixel_error(c, images, unseen)
+    train(c, images, None, 120)
+    collapsed_similarity, collapsed_variance = _spread(c, images, unseen)
+    assert collapsed_similarity > 0.95, "all patches of all images have one vector"
+    assert collapsed_variance < 0.1 * variance
+    assert c(images, unseen)["cross"] < 1e-3
+    assert _pixel_error(c, images, unseen) > 0.95 * error, "and nothing is reconstructed"
+
+
+def _spread(model: Any, images: Tensor, view: dict[str, Tensor]) -> tuple[float, float]:
+    """Mean cosine over all pairs of a batch's projected vectors, and the variance of their directions."""
+    with torch.no_grad():
+        patches = patchify(images, SIDE).repeat_interleave(2, dim=0)
+        prediction = model._predict(patches, **{name: positions.flatten(0, 1) for name, positions in view.items()})
+        directions = nn.functional.normalize(model.proj(prediction), dim=-1).flatten(0, 1)
+    return (directions @ directions.T).mean().item(), directions.var(0).sum().item()
+
+
+def _pixel_error(model: Any, images: Tensor, view: dict[str, Tensor]) -> float:
+    pictures = model.reconstruct(images, view)
+    return (pictures["reconstruction"].float() - images.float()).square().mean().item()
+
+
+def test_ae_shows_the_centres_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
+    model = build(AE | {"block": 6, "norm_pix": True})
+    images, view = random_images(model), random_view(model)
+    assert view == {}
+    monkeypatch.setattr(model, "_predict", lambda images: pixel_target(centred_blocks(images, SIDE, 6), True))
+    assert (model.reconstruct(images, view)["reconstruction"] == images).all()
+
+
+@pytest.mark.parametrize(
+    ("keys", "model", "says"),
+    [
+        (LC_MAE, {"position": "relative"}, "method lc_mae .* set model.position=sincos"),
+        (LC_MAE | {"w_mae": 0, "w_cross": 0, "w_in": 0}, {}, "nothing is learned"),
+        (LC_MAE | {"mask_ratio": 0.01}, {}, "raise method.mask_ratio=0.01"),
+        (LC_MAE | {"mask_ratio": 0.01, "w_in": 0}, {}, None),
+        (LC_MAE | {"mask": "grid"}, {}, "set method.mask=random"),
+        (LC_MAE | {"mask_ratio": 0.99}, {}, "at least one must be masked and one visible"),
+        (AE, {"position": "relative"}, "method ae .* set model.position=sincos"),
+        (AE | {"block": 15}, {"patch": 16}, "method.block=15 must be model.patch=16 plus an even number"),
+        (AE | {"block": 49}, {"patch": 16}, "method.block=49 must be model.patch=16 plus an even number"),
+        (AE | {"block": 144}, {"patch": 16}, "an image of 64x96 has to mirror: lower it"),
+        (AE | {"block": 142}, {"patch": 16}, None),
+        (AE | {"decoder_heads": 5}, {"patch": 2}, "is not divided by method.decoder_heads=5"),
+    ],
+)
+def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None):
+    config = METHODS[keys["name"]].Config(**keys)
+    arguments = (4, 6), ModelConfig(**{"position": "sincos"} | model)
+    if says is None:
+        config.check(*arguments)
+        return
+    with pytest.raises(ValueError, match=says):
+        config.check(*arguments)
+
+
+def test_the_recipes_are_the_papers():
+    lc_mae, ae = load("lc_mae_vitb16_224_100e", []), load("ae_vitb16_224_100e", [])
+    assert (lc_mae.optim.base_lr, lc_mae.train.batch, lc_mae.train.epochs) == (6e-4, 1024, 100)
+    assert (lc_mae.optim.warmup_epochs, lc_mae.method.decoder_depth, lc_mae.method.proj_dim) == (20, 2, 1024)
+    assert ae.method.block == 112
+    for block in (16, 48, 80):
+        load("ae_vitb16_224_100e", [f"method.block={block}"])
+
+
+def test_partial_needs_masks_and_a_transformer():
+    assert load("lc_mae_vitb16_224_100e", ["partial.throw=0.5"]).partial.throw == 0.5
+    with pytest.raises(ValueError, match=r"method\.decoder=conv has none: leave it out"):
+        load("lc_mae_vitb16_224_100e", ["partial.throw=0.5", "method.decoder=conv"])
+    with pytest.raises(ValueError, match=r"not for ae: leave it out"):
+        load("ae_vitb16_224_100e", ["partial.throw=0.5"])
