@@ -122,7 +122,7 @@ class Config(Section, Generic[MethodConfig]):
         if self.partial:
             if not hasattr(method, "count"):
                 raise ValueError(
-                    f"partial is defined for lomar, mae, lc_mae and simmim, not for {method.name}: leave it out"
+                    f"partial is defined for lomar, mae, lc_mae, simmim and beit, not for {method.name}: leave it out"
                 )
             if getattr(method, "decoder", "transformer") != "transformer":
                 raise ValueError(
@@ -148,6 +148,7 @@ class Config(Section, Generic[MethodConfig]):
                 "optim": True,
                 "train": {"epochs", "batch", "precision"},
             },
+            exclude={"method": {"tokenizer": {"weights"}}},  # named by its sha256, wherever it lies
         )
 
 

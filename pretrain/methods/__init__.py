@@ -3,6 +3,7 @@
 from typing import Any
 
 from pretrain.methods.ae import AutoEncoder
+from pretrain.methods.beit import BEiT
 from pretrain.methods.lc_mae import LCMAE
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.mae import MAE
@@ -10,6 +11,7 @@ from pretrain.methods.simmim import SimMIM
 
 METHODS: dict[str, Any] = {
     "ae": AutoEncoder,
+    "beit": BEiT,
     "lc_mae": LCMAE,
     "lomar": LoMaR,
     "mae": MAE,

@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.masking import Grid, positions, random_masked, random_windows
+from pretrain.methods.masking import Grid, check_masked, check_windows, positions, random_masked, random_windows
 from pretrain.methods.partial import Partial, choose_kept
 from pretrain.methods.predictor import Predictor, check_join
 from pretrain.methods.targets import (
+    cut_windows,
     normalize_pixels,
-    patchify,
     pictures,
     pixel_target,
     predicted_pixels,
@@ -74,28 +74,15 @@ class LoMaR(nn.Module):
 
         def check(self, grid: Grid, model: "ModelConfig") -> None:
             """Raises ValueError where a grid of patches cannot hold these windows."""
-            if self.window > min(grid):
-                raise ValueError(
-                    f"method.window={self.window} is larger than the image's grid of {grid[0]}x{grid[1]} patches: "
-                    f"set method.window to at most {min(grid)}, or data.size larger"
-                )
-            places = (grid[0] - self.window + 1) * (grid[1] - self.window + 1)
-            if self.windows > places:
-                raise ValueError(
-                    f"method.windows={self.windows}, but a window of {self.window}x{self.window} patches fits in only "
-                    f"{places} places on a grid of {grid[0]}x{grid[1]}: set method.windows to at most {places}"
-                )
-            if not 0 < self.num_masked < self.window**2:
-                raise ValueError(
-                    f"method.mask_ratio={self.mask_ratio} masks {self.num_masked} of a window's {self.window**2} "
-                    f"patches: at least one must be masked and one visible"
-                )
+            check_windows(self.windows, self.window, grid)
+            check_masked(self.mask_ratio, self.num_masked, self.window**2, "a window's")
             check_join(self.join, model)
 
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
-        self.predictor = Predictor(encoder, (config.window, config.window), config.join, partial)
+        grid = (config.window, config.window)
+        self.predictor = Predictor(encoder, grid, encoder.patch**2 * 3, config.join, partial)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""
@@ -103,16 +90,10 @@ class LoMaR(nn.Module):
 
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
-        patches, index = self._windows(images, view)
+        patches, index = cut_windows(images, view, self.encoder.patch)
         prediction = self._predict(patches, index)
         target = pixel_target(take(patches, index["masked"]), self.config.norm_pix)
         return {"loss": (prediction.float() - target).square().mean()}
-
-    def _windows(self, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cuts the windows out of the images: patches (G, L, P), and the view's indices as (G, ...)."""
-        patches = take(patchify(images, self.encoder.patch), view["window"].flatten(1))
-        index = {name: array.flatten(0, 1) for name, array in view.items()}
-        return patches.view(*index["window"].shape, -1), index
 
     def _predict(self, patches: Tensor, index: dict[str, Tensor]) -> Tensor:
         """(G, L, P) uint8 patches -> the masked ones' prediction (G, M, P)."""
@@ -127,7 +108,7 @@ class LoMaR(nn.Module):
             `original` (B, H, W, 3), and of the window `window`, `masked` and `reconstruction` (B, K*p, K*p, 3); uint8.
         """
         first = {name: index[:, :1] for name, index in view.items()}
-        patches, index = self._windows(images, first)
+        patches, index = cut_windows(images, first, self.encoder.patch)
         masked = index["masked"]
         predicted = predicted_pixels(self._predict(patches, index), take(patches, masked), self.config.norm_pix)
         grid = (self.config.window, self.config.window)

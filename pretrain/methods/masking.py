@@ -88,3 +88,27 @@ def positions(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     rows = len(masked)
     return (~masked).nonzero()[1].reshape(rows, -1), masked.nonzero()[1].reshape(rows, -1)
+
+
+def check_windows(count: int, size: int, grid: Grid) -> None:
+    """Raises ValueError where a grid cannot hold `count` distinct windows of `size` x `size` patches."""
+    if size > min(grid):
+        raise ValueError(
+            f"method.window={size} is larger than the image's grid of {grid[0]}x{grid[1]} patches: "
+            f"set method.window to at most {min(grid)}, or data.size larger"
+        )
+    places = (grid[0] - size + 1) * (grid[1] - size + 1)
+    if count > places:
+        raise ValueError(
+            f"method.windows={count}, but a window of {size}x{size} patches fits in only "
+            f"{places} places on a grid of {grid[0]}x{grid[1]}: set method.windows to at most {places}"
+        )
+
+
+def check_masked(ratio: float, masked: int, patches: int, whose: str) -> None:
+    """Raises ValueError where a ratio masks none or all of the patches of a window or an image."""
+    if not 0 < masked < patches:
+        raise ValueError(
+            f"method.mask_ratio={ratio} masks {masked} of {whose} {patches} patches: "
+            f"at least one must be masked and one visible"
+        )

@@ -1,4 +1,4 @@
-"""Mask tokens in the encoder, and a linear head on what becomes of them: what LoMaR and SimMIM share.
+"""Mask tokens in the encoder, and a linear head on what becomes of them: what LoMaR, SimMIM and BEiT share.
 
 Three settings meet here: which masked tokens enter the encoder (all, or PR-MIM's kept ones), at which block they join
 the visible ones (0, or later), and what makes the tokens that never entered (PR-MIM's convolution).
@@ -34,20 +34,21 @@ class Predictor(nn.Module):
     Args:
         encoder: whose width, patch and kind of position it fits.
         grid: rows and columns of a sequence: a window's, or the image's.
+        outputs: values predicted for each masked patch.
         join: the block of the encoder at which mask tokens join.
         partial: PR-MIM's settings.
     """
 
     buckets: Tensor
 
-    def __init__(self, encoder: ViT, grid: Grid, join: int, partial: Partial | None):
+    def __init__(self, encoder: ViT, grid: Grid, outputs: int, join: int, partial: Partial | None):
         super().__init__()
         dim = encoder.arch.dim
         self.join, self.length = join, grid[0] * grid[1]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.fill = Fill(dim, grid, partial.kernel) if partial else None
         self.norm = nn.LayerNorm(dim, eps=1e-6) if partial else nn.Identity()
-        self.head = nn.Linear(dim, encoder.patch**2 * 3)
+        self.head = nn.Linear(dim, outputs)
         self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -64,7 +65,7 @@ class Predictor(nn.Module):
             visible, masked, kept: (G, V), (G, M) and (G, K) positions within the sequence.
 
         Returns:
-            (G, M, P)
+            (G, M, outputs)
         """
         seen = encoder.patch_embed(pixels) + self._positions(encoder, place, visible)
         if self.join:

@@ -64,7 +64,7 @@ class SimMIM(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
-        self.predictor = Predictor(encoder, encoder.grid, 0, partial)
+        self.predictor = Predictor(encoder, encoder.grid, encoder.patch**2 * 3, 0, partial)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""

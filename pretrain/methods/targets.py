@@ -32,6 +32,22 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def cut_windows(images: Tensor, view: dict[str, Tensor], patch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cuts each image's windows out of it.
+
+    Args:
+        images: (B, H, W, 3).
+        view: `window` (B, W, L), the grid position of each patch of each window, and other indices (B, W, ...).
+        patch: side of a patch.
+
+    Returns:
+        Patches (B*W, L, P), and the view's indices as (B*W, ...).
+    """
+    patches = take(patchify(images, patch), view["window"].flatten(1))
+    index = {name: array.flatten(0, 1) for name, array in view.items()}
+    return patches.view(*index["window"].shape, -1), index
+
+
 @lru_cache  # a copy to the device each step would make the host wait for it
 def _pixel_statistics(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(values, device=device).repeat(length // 3) for values in (_MEAN, _STD))

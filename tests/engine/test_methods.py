@@ -18,6 +18,7 @@ SINCOS = {"arch": "vit_tiny", "position": "sincos"}
 RELATIVE = {"arch": "vit_tiny"}
 PARTIAL = {"throw": 0.3, "kernel": 3}
 CELLS = {"name": "simmim", "cell": 16}
+BEIT = {"name": "beit", "tokenizer": {"name": "random_projection", "codes": 32}}
 
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"method": MAE, "model": SINCOS},
@@ -27,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ae": {"method": MAE | {"name": "ae", "block": 24}, "model": SINCOS},
     "simmim": {"method": CELLS, "model": SINCOS},
     "simmim-partial": {"method": CELLS, "model": RELATIVE, "partial": PARTIAL},
+    "beit": {"method": BEIT, "model": RELATIVE},
+    "lomar-beit": {"method": {**BEIT, "windows": 2, "window": 3}, "model": SINCOS},
     "lomar-partial": {"method": LOMAR, "model": RELATIVE, "partial": PARTIAL},
     "lomar-late": {"method": {**LOMAR, "join": 1}, "model": RELATIVE},
     "lomar-late-partial": {"method": {**LOMAR, "join": 1}, "model": RELATIVE, "partial": PARTIAL},

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.partial import Partial
-from pretrain.methods.targets import normalize_patches, normalize_pixels, take
+from pretrain.methods.targets import cut_windows, normalize_patches, normalize_pixels, take
 from pretrain.optim import parameter_groups
 
 CASES = [
@@ -66,7 +66,7 @@ def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytes
 def predictions(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> Tensor:
     """(B, W, M, P)"""
     with torch.no_grad():
-        return model._predict(*model._windows(images, view)).view(*view["masked"].shape, -1)
+        return model._predict(*cut_windows(images, view, model.encoder.patch)).view(*view["masked"].shape, -1)
 
 
 def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -> Tensor:
