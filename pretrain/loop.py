@@ -49,7 +49,7 @@ def train(run: Run) -> None:
         OSError: the last checkpoint, at the end or on a signal, could not be written.
     """
     config, state, total = run.config, run.state, run.total_steps
-    stop, meter, saved = StopRequest(), Meter(run.device), state.step
+    stop, meter, saved = StopRequest(), Meter(), state.step
     reporter = (
         Reporter(run.folder.metrics, run.folder.tensorboard, state.step, total, config.name)
         if run.world.is_main
@@ -83,9 +83,9 @@ def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
     for batch in micro_batches:
         images = batch.images.to(run.device, non_blocking=True)
         view = {name: index.to(run.device, non_blocking=True) for name, index in batch.view.items()}
-        loss = engine(images, view)["loss"]
-        meter.add_loss(loss)
-        engine.backward(poison_nonfinite(loss))
+        losses = engine(images, view)
+        meter.add_losses(losses)
+        engine.backward(poison_nonfinite(losses["loss"]))
         engine.step()
     return rate
 

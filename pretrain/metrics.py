@@ -15,21 +15,22 @@ from tqdm import tqdm
 
 
 class Meter:
-    """Sums over the steps since the last report. The loss stays on the device until then: no step waits for it."""
+    """Sums over the steps since the last report. Losses stay on the device until then: no step waits for them."""
 
-    def __init__(self, device: torch.device):
-        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self._loss.zero_()
+        self._losses: dict[str, Tensor] = {}
         self._micro_batches = self._steps = self._images = self._skipped = 0
         self._waited = 0.0
         self._since = time.perf_counter()
 
-    def add_loss(self, loss: Tensor) -> None:
-        """The loss of one micro-batch of this rank."""
-        self._loss += loss.detach()
+    def add_losses(self, losses: dict[str, Tensor]) -> None:
+        """What a method returned for one micro-batch of this rank: `loss`, and its terms where it has several."""
+        for name, value in losses.items():
+            value = value.detach().double()
+            self._losses[name] = self._losses[name] + value if name in self._losses else value
         self._micro_batches += 1
 
     def add_step(self, images: int, waited: float, skipped: int) -> None:
@@ -42,13 +43,15 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Over all ranks since the last reset: means, and the number of skipped images; called by all together."""
         seconds = time.perf_counter() - self._since
-        mine = self._loss.new_tensor([self._waited / seconds, self._skipped])
-        totals = torch.cat([(self._loss / self._micro_batches)[None], mine])
+        losses = torch.stack(list(self._losses.values())) / self._micro_batches
+        totals = torch.cat([losses, losses.new_tensor([self._waited / seconds, self._skipped])])
         dist.all_reduce(totals)
-        loss, wait, skipped = totals.tolist()
+        *means, wait, skipped = totals.tolist()
         world = dist.get_world_size()
+        named = {name: mean / world for name, mean in zip(self._losses, means, strict=True)}
         return {
-            "loss": loss / world,
+            "loss": named.pop("loss"),
+            **{f"loss_{name}": mean for name, mean in named.items()},
             "images_per_s": self._images / seconds,
             "step_s": seconds / self._steps,
             "data_wait": wait / world,

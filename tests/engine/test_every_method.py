@@ -10,6 +10,8 @@ import yaml
 from checks import assert_same_run, wait_for
 from steps import POISONED, SCRIPT, configure, plain_steps
 
+from pretrain.metrics import read_metrics
+
 pytestmark = pytest.mark.engine
 
 MAE = {"name": "mae", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
@@ -66,3 +68,10 @@ def test_ten_steps_equal_five_then_kill_then_five(of_method: Path, start: Callab
     assert not (broken / "encoder.safetensors").exists(), "the run ended before it was killed"
     assert "continues from step_00000005" in start(of_method, *keys, "name=broken").finish()
     assert_same_run(tmp_path / "runs" / "whole", broken)
+
+
+@pytest.mark.parametrize("of_method", ["lc_mae"], indirect=True)
+def test_the_terms_of_a_loss_are_logged(of_method: Path, start: Callable[..., Any], tmp_path: Path):
+    start(of_method).finish()
+    for row in read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl"):
+        assert row["loss"] == pytest.approx(row["loss_mae"] + row["loss_cross"] + row["loss_in"], rel=1e-5)
