@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.saved import saved_storages
 from pretrain.build import build_method
 from pretrain.config import load
 
@@ -65,21 +66,12 @@ def count(case: Case, arch: str) -> dict[str, float]:
     config = load(case.recipe, overrides)
     method = build_method(config)
     images, view = batch_of(method, config.data.height_width[0])
-    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with FlopCounterMode(display=False) as forward, saved_storages(method) as saved:
         loss = method(images, view)["loss"]
     assert torch.isfinite(loss)
     return {
         "forward_gmacs": forward.get_total_flops() / 2e9 / BATCH,
-        "saved_mib": sum(storages.values()) / 2**20 / BATCH,
+        "saved_mib": sum(saved.values()) / 2**20 / BATCH,
     }
 
 

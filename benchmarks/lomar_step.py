@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.naive_lomar import NaiveLoMaR
+from benchmarks.saved import saved_storages
 from pretrain.methods.lomar import LoMaR
 from pretrain.models.vit import ViT
 from pretrain.optim import parameter_groups
@@ -102,20 +103,11 @@ def assert_equal_models(models: dict[str, nn.Module], batch: Batch, case: Case) 
 
 
 def saved_mib(model: nn.Module, batch: Batch, case: Case) -> float:
-    """What a forward pass keeps for the backward pass, without the weights: the same on every device."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    """What a forward pass keeps for the backward pass, without the weights."""
+    with saved_storages(model) as saved:
         loss = forward(model, batch, case)
     del loss
-    return sum(storages.values()) / 2**20
+    return sum(saved.values()) / 2**20
 
 
 def synchronize(device: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pretrain.methods.masking import Grid
 from pretrain.methods.partial import Partial
 from pretrain.methods.targets import normalize_pixels, patchify, pixel_target, predicted_pixels, unpatchify
-from pretrain.models.decoder import Decoder
+from pretrain.models.decoder import Decoder, check_heads
 from pretrain.models.vit import Arch, ViT
 from pretrain.schema import Section
 
@@ -75,10 +75,7 @@ class AutoEncoder(nn.Module):
                     f"method.block={self.block} reaches {margin} pixels beyond a border, more than an image of "
                     f"{grid[0] * model.patch}x{grid[1] * model.patch} has to mirror: lower it"
                 )
-            if self.decoder_dim % self.decoder_heads:
-                raise ValueError(
-                    f"method.decoder_dim={self.decoder_dim} is not divided by method.decoder_heads={self.decoder_heads}"
-                )
+            check_heads(self.decoder_dim, self.decoder_heads)
 
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         assert partial is None, "the configuration refuses it: nothing is masked"

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.masking import Grid, block_masked, grid_masked, positions, random_masked
+from pretrain.methods.masking import Grid, block_masked, check_masked, grid_masked, positions, random_masked
 from pretrain.methods.partial import Fill, Partial, choose_kept
 from pretrain.methods.targets import normalize_pixels, patchify, pictures, pixel_target, predicted_pixels, take
-from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder
+from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder, check_heads
 from pretrain.models.vit import Arch, ViT
 from pretrain.schema import Section
 
@@ -63,20 +63,13 @@ class MAE(nn.Module):
             if model.position != "sincos":
                 raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
             patches, masked = self.count(grid)
-            if not 0 < masked < patches:
-                raise ValueError(
-                    f"method.mask_ratio={self.mask_ratio} masks {masked} of {patches} patches: at least one must be "
-                    f"masked and one visible"
-                )
+            check_masked(self.mask_ratio, masked, patches, "the image's")
             if self.mask == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):
                 raise ValueError(
                     f"method.mask=grid masks three of every 2x2 patches: it needs method.mask_ratio=0.75 and an even "
                     f"grid, not {self.mask_ratio} on {grid[0]}x{grid[1]}"
                 )
-            if self.decoder_dim % self.decoder_heads:
-                raise ValueError(
-                    f"method.decoder_dim={self.decoder_dim} is not divided by method.decoder_heads={self.decoder_heads}"
-                )
+            check_heads(self.decoder_dim, self.decoder_heads)
 
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()

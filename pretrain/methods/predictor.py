@@ -72,7 +72,7 @@ class Predictor(nn.Module):
             seen = encoder(seen, self._buckets(encoder, visible), stop=self.join)
         if visible.shape[1] + kept.shape[1] == self.length:  # in raster order the buckets are the same for all
             entered = torch.arange(self.length, device=place.device).expand_as(place)
-            tokens = self._fill_in(encoder, seen, place, visible)
+            tokens = self._fill_in(encoder, seen, place, visible, entered)
             buckets = self.buckets if encoder.relative else None
         else:
             entered = torch.cat([visible, kept], dim=1)
@@ -82,10 +82,9 @@ class Predictor(nn.Module):
         hidden = self.fill(encoded, entered, masked) if self.fill else take(encoded, masked)
         return self.head(self.norm(hidden))
 
-    def _fill_in(self, encoder: ViT, seen: Tensor, place: Tensor, visible: Tensor) -> Tensor:
+    def _fill_in(self, encoder: ViT, seen: Tensor, place: Tensor, visible: Tensor, everywhere: Tensor) -> Tensor:
         """Visible tokens (behind a class token, if late) among mask tokens everywhere else, in raster order."""
         first, seen = (seen[:, :1], seen[:, 1:]) if self.join else (seen[:, :0], seen)
-        everywhere = torch.arange(self.length, device=place.device).expand_as(place)
         tokens = self._mask_tokens(encoder, place, everywhere).to(seen.dtype)
         return torch.cat([first, tokens.scatter(1, visible.unsqueeze(-1).expand_as(seen), seen)], dim=1)
 

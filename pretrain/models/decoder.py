@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from pretrain.models.vit import Arch, Block, init_weights, sincos_positions
 
 
+def check_heads(dim: int, heads: int) -> None:
+    """Raises ValueError where a decoder's width cannot be cut into its heads."""
+    if dim % heads:
+        raise ValueError(f"method.decoder_dim={dim} is not divided by method.decoder_heads={heads}")
+
+
 class Decoder(nn.Module):
     """Tokens carry fixed sin-cos positions, so their order does not matter and nothing is put back in raster order.
 
