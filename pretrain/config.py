@@ -120,10 +120,7 @@ class Config(Section, Generic[MethodConfig]):
         method: Any = self.method
         method.check(self.grid, self.model)
         if self.partial:
-            if not hasattr(method, "count"):
-                raise ValueError(
-                    f"partial is defined for lomar, mae, lc_mae, simmim and beit, not for {method.name}: leave it out"
-                )
+            check_addon("partial", method.name)
             if getattr(method, "decoder", "transformer") != "transformer":
                 raise ValueError(
                     f"partial throws tokens of a transformer; method.decoder={method.decoder} has none: leave it out"
@@ -150,6 +147,13 @@ class Config(Section, Generic[MethodConfig]):
             },
             exclude={"method": {"tokenizer": {"weights"}}},  # named by its sha256, wherever it lies
         )
+
+
+def check_addon(addon: str, method: str) -> None:
+    """Raises ValueError where an add-on is not defined for a method."""
+    if addon not in METHODS[method].addons:
+        defined = [name for name in METHODS if addon in METHODS[name].addons]
+        raise ValueError(f"{addon} is defined for {', '.join(defined)}, not for {method}: leave it out")
 
 
 def load(recipe: str, overrides: list[str]) -> Config[Any]:

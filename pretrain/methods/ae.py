@@ -50,6 +50,8 @@ def centred_blocks(images: Tensor, patch: int, block: int) -> Tensor:
 class AutoEncoder(nn.Module):
     """Encoder on all patches, transformer decoder without mask tokens, MSE on the block around every patch."""
 
+    addons: frozenset[str] = frozenset()  # nothing is masked
+
     class Config(Section):
         """The auto-encoder's own keys; Table 3's k is `block`, 16, 48, 80 or 112 at `model.patch=16`."""
 

@@ -22,11 +22,10 @@ from pretrain.methods.masking import (
     block_masked,
     check_masked,
     check_windows,
-    positions,
     random_masked,
     random_windows,
 )
-from pretrain.methods.partial import Partial, choose_kept
+from pretrain.methods.partial import Partial, describe
 from pretrain.methods.predictor import Predictor
 from pretrain.methods.targets import cut_windows, normalize_pixels, pictures, take
 from pretrain.methods.tokenizers import TokenizerConfig, build_tokenizer
@@ -53,9 +52,7 @@ def view(
         hidden = np.stack([block_masked(rng, area, count) for _ in window])
     else:
         hidden = random_masked(rng, len(window), patches, count)
-    visible, masked = positions(hidden)
-    kept = choose_kept(rng, masked, partial, patches, area[1]) if partial else masked
-    return {"window": window, "visible": visible, "masked": masked, "kept": kept}
+    return {"window": window, **describe(rng, hidden, partial, area[1])}
 
 
 def false_colours(codes: Tensor, values: int) -> Tensor:
@@ -67,6 +64,8 @@ def false_colours(codes: Tensor, values: int) -> Tensor:
 
 class BEiT(nn.Module):
     """Encoder on windows or on the image, with mask tokens; linear head; cross-entropy on the masked patches' codes."""
+
+    addons = frozenset({"partial"})
 
     class Config(Section):
         """BEiT's own keys."""
@@ -107,12 +106,12 @@ class BEiT(nn.Module):
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
         patches, index = cut_windows(images, view, self.encoder.patch)
-        prediction = self._predict(patches, index)
+        prediction, _ = self._predict(patches, index)
         target = self._codes(images, view)
         return {"loss": F.cross_entropy(prediction.float().flatten(0, 1), target.flatten())}
 
-    def _predict(self, patches: Tensor, index: dict[str, Tensor]) -> Tensor:
-        """(G, L, P) uint8 patches -> the masked ones' logits (G, M, V)."""
+    def _predict(self, patches: Tensor, index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(G, L, P) uint8 patches -> as `Predictor`; its outputs are logits (G, M, V)."""
         pixels = normalize_pixels(take(patches, index["visible"]))
         return self.predictor(self.encoder, pixels, index["window"], index["visible"], index["masked"], index["kept"])
 
@@ -131,7 +130,7 @@ class BEiT(nn.Module):
         """
         first = {name: index[:, :1] for name, index in view.items()}
         patches, index = cut_windows(images, first, self.encoder.patch)
-        shown = {"codes": self._codes(images, first), "predicted codes": self._predict(patches, index).argmax(-1)}
+        shown = {"codes": self._codes(images, first), "predicted codes": self._predict(patches, index)[0].argmax(-1)}
         area = self.config.area(self.encoder.grid)
         drawn = {
             name: pictures(patches, index["masked"], false_colours(codes, patches.shape[-1]), area)

@@ -67,6 +67,8 @@ def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
 class LCMAE(MAE):
     """w_mae * L_MAE + w_cross * L_cross + w_in * L_in; the first and the last are averaged over the two views."""
 
+    addons = frozenset({"partial"})
+
     class Config(MAE.Config):
         """MAE's keys with a decoder of two blocks, the weights of the three losses, and the projector.
 

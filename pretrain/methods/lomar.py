@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.masking import Grid, check_masked, check_windows, positions, random_masked, random_windows
-from pretrain.methods.partial import Partial, choose_kept
+from pretrain.methods.context import Learned
+from pretrain.methods.masking import Grid, check_masked, check_windows, random_masked, random_windows
+from pretrain.methods.partial import Partial, describe
 from pretrain.methods.predictor import Predictor, check_join
 from pretrain.methods.targets import (
     cut_windows,
@@ -43,15 +44,15 @@ def view(
         `window` (W, L): the grid position of each patch of each window; `visible` (W, L-M), `masked` (W, M) and of
         those `kept` (W, K): positions within the window, ascending. All int64.
     """
-    side, patches = config.window, config.window**2
-    window = random_windows(rng, config.windows, side, grid)
-    visible, masked = positions(random_masked(rng, config.windows, patches, config.num_masked))
-    kept = choose_kept(rng, masked, partial, patches, side) if partial else masked
-    return {"window": window, "visible": visible, "masked": masked, "kept": kept}
+    window = random_windows(rng, config.windows, config.window, grid)
+    masked = random_masked(rng, config.windows, config.window**2, config.num_masked)
+    return {"window": window, **describe(rng, masked, partial, config.window)}
 
 
 class LoMaR(nn.Module):
     """Encoder on windows with mask tokens, one linear head, MSE on the masked patches."""
+
+    addons = frozenset({"partial", "context"})
 
     class Config(Section):
         """LoMaR's own keys."""
@@ -90,15 +91,27 @@ class LoMaR(nn.Module):
 
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
-        patches, index = cut_windows(images, view, self.encoder.patch)
-        prediction = self._predict(patches, index)
-        target = pixel_target(take(patches, index["masked"]), self.config.norm_pix)
-        return {"loss": (prediction.float() - target).square().mean()}
+        return {"loss": self.learn(images, view).loss}
 
-    def _predict(self, patches: Tensor, index: dict[str, Tensor]) -> Tensor:
-        """(G, L, P) uint8 patches -> the masked ones' prediction (G, M, P)."""
+    def learn(self, images: Tensor, view: dict[str, Tensor], supervised: int | None = None) -> Learned:
+        """The loss of the first `supervised` images, of all unless it is given, and all encoded visible tokens."""
+        patches, index = cut_windows(images, view, self.encoder.patch)
+        windows = None if supervised is None else supervised * self.config.windows
+        prediction, seen = self._predict(patches, index, windows)
+        target = pixel_target(take(patches[:windows], index["masked"][:windows]), self.config.norm_pix)
+        place = index["window"].gather(1, index["visible"])
+        B = len(images)
+        loss = (prediction.float() - target).square().mean()
+        return Learned(loss, seen.reshape(B, -1, seen.shape[-1]), place.view(B, -1))
+
+    def _predict(
+        self, patches: Tensor, index: dict[str, Tensor], supervised: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(G, L, P) uint8 patches -> as `Predictor`."""
         pixels = normalize_pixels(take(patches, index["visible"]))
-        return self.predictor(self.encoder, pixels, index["window"], index["visible"], index["masked"], index["kept"])
+        return self.predictor(
+            self.encoder, pixels, index["window"], index["visible"], index["masked"], index["kept"], supervised
+        )
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,7 +123,8 @@ class LoMaR(nn.Module):
         first = {name: index[:, :1] for name, index in view.items()}
         patches, index = cut_windows(images, first, self.encoder.patch)
         masked = index["masked"]
-        predicted = predicted_pixels(self._predict(patches, index), take(patches, masked), self.config.norm_pix)
+        prediction, _ = self._predict(patches, index)
+        predicted = predicted_pixels(prediction, take(patches, masked), self.config.norm_pix)
         grid = (self.config.window, self.config.window)
         return {
             "original": images,

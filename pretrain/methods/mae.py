@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.masking import Grid, block_masked, check_masked, grid_masked, positions, random_masked
-from pretrain.methods.partial import Fill, Partial, choose_kept
+from pretrain.methods.context import Learned
+from pretrain.methods.masking import Grid, block_masked, check_masked, grid_masked, random_masked
+from pretrain.methods.partial import Fill, Partial, describe
 from pretrain.methods.targets import normalize_pixels, patchify, pictures, pixel_target, predicted_pixels, take
 from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder, check_heads
 from pretrain.models.vit import Arch, ViT
@@ -31,13 +32,13 @@ def view(
         masked = random_masked(rng, 1, grid[0] * grid[1], count)
     else:
         masked = {"block": block_masked, "grid": grid_masked}[mask](rng, grid, count)[None]
-    visible, hidden = positions(masked)
-    kept = choose_kept(rng, hidden, partial, grid[0] * grid[1], grid[1]) if partial else hidden
-    return {"visible": visible[0], "masked": hidden[0], "kept": kept[0]}
+    return {name: row[0] for name, row in describe(rng, masked, partial, grid[1]).items()}
 
 
 class MAE(nn.Module):
     """Encoder on the visible patches, transformer decoder, MSE on the masked patches."""
+
+    addons = frozenset({"partial", "context"})
 
     class Config(Section):
         """MAE's own keys; the ablations of its talk are values of these."""
@@ -91,16 +92,24 @@ class MAE(nn.Module):
 
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
+        return {"loss": self.learn(images, view).loss}
+
+    def learn(self, images: Tensor, view: dict[str, Tensor], supervised: int | None = None) -> Learned:
+        """The loss of the first `supervised` images, of all unless it is given, and all encoded visible tokens."""
         patches = patchify(images, self.encoder.patch)
-        prediction = self._predict(patches, **view)
-        target = pixel_target(take(patches, view["masked"]), self.config.norm_pix)
-        return {"loss": (prediction.float() - target).square().mean()}
+        encoded = self._encode(patches, view["visible"])
+        prediction = self.decoder(encoded[:supervised], **{name: index[:supervised] for name, index in view.items()})
+        target = pixel_target(take(patches[:supervised], view["masked"][:supervised]), self.config.norm_pix)
+        return Learned((prediction.float() - target).square().mean(), encoded[:, 1:], view["visible"])
+
+    def _encode(self, patches: Tensor, visible: Tensor) -> Tensor:
+        """(B, N, P) uint8 patches -> the class token and the visible ones, encoded, (B, 1+V, D)."""
+        tokens = self.encoder.patch_embed(normalize_pixels(take(patches, visible)))
+        return self.encoder(tokens + self.encoder.pos_embed[0, 1 + visible])
 
     def _predict(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """(B, N, P) uint8 patches -> the masked ones' prediction (B, M, P)."""
-        tokens = self.encoder.patch_embed(normalize_pixels(take(patches, visible)))
-        encoded = self.encoder(tokens + self.encoder.pos_embed[0, 1 + visible])
-        return self.decoder(encoded, visible, masked, kept)
+        return self.decoder(self._encode(patches, visible), visible, masked, kept)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:

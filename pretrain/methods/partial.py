@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.masking import Grid
+from pretrain.methods.masking import Grid, positions
 from pretrain.schema import Section
 
 
@@ -56,6 +56,25 @@ def furthest(rng: np.random.Generator, masked: np.ndarray, count: int, width: in
         chosen.append(int(nearest.argmax()))
         np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1), out=nearest)
     return np.sort(masked[chosen])
+
+
+def describe(
+    rng: np.random.Generator, masked: np.ndarray, partial: Partial | None, width: int
+) -> dict[str, np.ndarray]:
+    """The indices that a method works with.
+
+    Args:
+        rng: of the choice of kept ones, if any are thrown.
+        masked: (R, N) bool, the same number in each row.
+        partial: throws some of them.
+        width: columns of the grid.
+
+    Returns:
+        `visible` (R, V), `masked` (R, M) and of those `kept` (R, K): positions, ascending, int64.
+    """
+    visible, hidden = positions(masked)
+    kept = choose_kept(rng, hidden, partial, masked.shape[1], width) if partial else hidden
+    return {"visible": visible, "masked": hidden, "kept": kept}
 
 
 def choose_kept(rng: np.random.Generator, masked: np.ndarray, partial: Partial, patches: int, width: int) -> np.ndarray:

@@ -54,8 +54,15 @@ class Predictor(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, encoder: ViT, pixels: Tensor, place: Tensor, visible: Tensor, masked: Tensor, kept: Tensor
-    ) -> Tensor:
+        self,
+        encoder: ViT,
+        pixels: Tensor,
+        place: Tensor,
+        visible: Tensor,
+        masked: Tensor,
+        kept: Tensor,
+        supervised: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Only visible patches are embedded and only masked ones go through the head: the rest is never looked at.
 
         Args:
@@ -63,24 +70,28 @@ class Predictor(nn.Module):
             pixels: (G, V, P) the visible patches, standardised.
             place: (G, L) the image's grid position of each patch of a sequence.
             visible, masked, kept: (G, V), (G, M) and (G, K) positions within the sequence.
+            supervised: only so many of the first sequences are predicted, S; all of them unless it is given.
 
         Returns:
-            (G, M, outputs)
+            The masked patches' (S, M, outputs), and the encoded visible tokens (G, V, D).
         """
         seen = encoder.patch_embed(pixels) + self._positions(encoder, place, visible)
         if self.join:
             seen = encoder(seen, self._buckets(encoder, visible), stop=self.join)
         if visible.shape[1] + kept.shape[1] == self.length:  # in raster order the buckets are the same for all
             entered = torch.arange(self.length, device=place.device).expand_as(place)
+            visible_at = visible
             tokens = self._fill_in(encoder, seen, place, visible, entered)
             buckets = self.buckets if encoder.relative else None
         else:
             entered = torch.cat([visible, kept], dim=1)
+            visible_at = torch.arange(visible.shape[1], device=place.device).expand_as(visible)
             tokens = torch.cat([seen, self._mask_tokens(encoder, place, kept).to(seen.dtype)], dim=1)
             buckets = self._buckets(encoder, entered)
         encoded = encoder(tokens, buckets, start=self.join)[:, 1:]
-        hidden = self.fill(encoded, entered, masked) if self.fill else take(encoded, masked)
-        return self.head(self.norm(hidden))
+        first, masked = encoded[:supervised], masked[:supervised]
+        hidden = self.fill(first, entered[:supervised], masked) if self.fill else take(first, masked)
+        return self.head(self.norm(hidden)), take(encoded, visible_at)
 
     def _fill_in(self, encoder: ViT, seen: Tensor, place: Tensor, visible: Tensor, everywhere: Tensor) -> Tensor:
         """Visible tokens (behind a class token, if late) among mask tokens everywhere else, in raster order."""

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.masking import Grid, cell_masked, positions
-from pretrain.methods.partial import Partial, choose_kept
+from pretrain.methods.context import Learned
+from pretrain.methods.masking import Grid, cell_masked
+from pretrain.methods.partial import Partial, describe
 from pretrain.methods.predictor import Predictor
 from pretrain.methods.targets import normalize_pixels, patchify, pictures, pixel_target, predicted_pixels, take
 from pretrain.models.vit import ViT
@@ -27,13 +28,14 @@ def view(
     rng: np.random.Generator, *, grid: Grid, cell: int, ratio: float, partial: Partial | None
 ) -> dict[str, np.ndarray]:
     """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
-    visible, masked = positions(cell_masked(rng, grid, cell, ratio)[None])
-    kept = choose_kept(rng, masked, partial, grid[0] * grid[1], grid[1]) if partial else masked
-    return {"visible": visible[0], "masked": masked[0], "kept": kept[0]}
+    index = describe(rng, cell_masked(rng, grid, cell, ratio)[None], partial, grid[1])
+    return {name: row[0] for name, row in index.items()}
 
 
 class SimMIM(nn.Module):
     """Encoder on everything, linear head, L1 on the pixels of the masked patches, which are not normalised."""
+
+    addons = frozenset({"partial", "context"})
 
     class Config(Section):
         """SimMIM's own keys."""
@@ -74,20 +76,27 @@ class SimMIM(nn.Module):
 
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
-        patches = patchify(images, self.encoder.patch)
-        prediction = self._predict(patches, **view)
-        target = pixel_target(take(patches, view["masked"]), norm_pix=False)
-        return {"loss": (prediction.float() - target).abs().mean()}
+        return {"loss": self.learn(images, view).loss}
 
-    def _predict(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> the masked ones' prediction (B, M, P)."""
+    def learn(self, images: Tensor, view: dict[str, Tensor], supervised: int | None = None) -> Learned:
+        """The loss of the first `supervised` images, of all unless it is given, and all encoded visible tokens."""
+        patches = patchify(images, self.encoder.patch)
+        prediction, seen = self._predict(patches, view, supervised)
+        target = pixel_target(take(patches[:supervised], view["masked"][:supervised]), norm_pix=False)
+        return Learned((prediction.float() - target).abs().mean(), seen, view["visible"])
+
+    def _predict(
+        self, patches: Tensor, view: dict[str, Tensor], supervised: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, P) uint8 patches -> as `Predictor`."""
         place = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
-        pixels = normalize_pixels(take(patches, visible))
-        return self.predictor(self.encoder, pixels, place, visible, masked, kept)
+        pixels = normalize_pixels(take(patches, view["visible"]))
+        return self.predictor(self.encoder, pixels, place, **view, supervised=supervised)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """`original`, `masked` and `reconstruction` of each image, (B, H, W, 3) uint8."""
         patches, masked = patchify(images, self.encoder.patch), view["masked"]
-        predicted = predicted_pixels(self._predict(patches, **view), take(patches, masked), norm_pix=False)
+        prediction, _ = self._predict(patches, view)
+        predicted = predicted_pixels(prediction, take(patches, masked), norm_pix=False)
         return {"original": images, **pictures(patches, masked, predicted, self.encoder.grid)}

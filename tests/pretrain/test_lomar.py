@@ -66,7 +66,8 @@ def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytes
 def predictions(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> Tensor:
     """(B, W, M, P)"""
     with torch.no_grad():
-        return model._predict(*cut_windows(images, view, model.encoder.patch)).view(*view["masked"].shape, -1)
+        prediction, _ = model._predict(*cut_windows(images, view, model.encoder.patch))
+        return prediction.view(*view["masked"].shape, -1)
 
 
 def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -> Tensor:
@@ -208,9 +209,9 @@ def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: boo
     images, view = random_images(model), random_view(model)
     honest = model.reconstruct(images, view)
 
-    def predict_the_truth(patches: Tensor, index: dict[str, Tensor]) -> Tensor:
+    def predict_the_truth(patches: Tensor, index: dict[str, Tensor]) -> tuple[Tensor, None]:
         target = normalize_pixels(take(patches, index["masked"]))
-        return normalize_patches(target) if norm_pix else target
+        return normalize_patches(target) if norm_pix else target, None
 
     monkeypatch.setattr(model, "_predict", predict_the_truth)
     perfect = model.reconstruct(images, view)
