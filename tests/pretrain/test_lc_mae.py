@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import reference_lc_mae as naive
 import torch
-from tiny import TINY, everything_float64, random_images, random_view, randomize, tiny_vit
+from tiny import (
+    TINY,
+    assert_equals_reference,
+    loss_and_gradients,
+    random_images,
+    random_view,
+    randomize,
+    tiny_vit,
+    train,
+)
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig, load
@@ -15,7 +24,6 @@ from pretrain.methods import METHODS
 from pretrain.methods.ae import centred_blocks
 from pretrain.methods.partial import Partial
 from pretrain.methods.targets import patchify, pixel_target
-from pretrain.optim import parameter_groups
 
 GRID, SIDE = (3, 4), 2
 SMALL = {"decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
@@ -59,33 +67,9 @@ def naive_loss(model: Any, images: Tensor, view: dict[str, Tensor], weights: dic
     return naive.lc_mae_loss(images, view, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.norm_pix)
 
 
-def loss_and_gradients(model: nn.Module, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = model(images, view)["loss"]
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("keys", CASES)
 def test_equals_the_reference_in_float64_and_fp32(keys: dict, monkeypatch: pytest.MonkeyPatch):
-    model = build(keys)
-    randomize(model)
-    images, view = random_images(model), random_view(model)
-    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    expected = naive_loss(model, images, view, weights)
-    expected.backward()
-    single, single_gradients = loss_and_gradients(model, images, view)
-    with everything_float64(monkeypatch):
-        exact_model = build(keys)
-        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
-        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
-    torch.testing.assert_close(exact, expected.detach(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=0)
-    assert weights.keys() == exact_gradients.keys() == single_gradients.keys(), "every parameter has a gradient"
-    for name, weight in weights.items():
-        largest = weight.grad.abs().max().item()
-        assert largest > 0, name
-        torch.testing.assert_close(exact_gradients[name], weight.grad, rtol=0, atol=1e-10 * largest, msg=name)
-        torch.testing.assert_close(single_gradients[name].double(), weight.grad, rtol=0, atol=1e-4 * largest, msg=name)
+    assert_equals_reference(lambda: build(keys), naive_loss, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -174,20 +158,6 @@ def test_forward_is_deterministic():
     images, view = random_images(model), random_view(model)
     first, second = (loss_and_gradients(model, images, view)[0] for _ in range(2))
     assert first == second
-
-
-def train(model: nn.Module, images: Tensor, view: dict[str, Tensor] | None, steps: int) -> list[float]:
-    """The loss of every step on one batch; without `view` the masks of every step are new."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
-    losses = []
-    for step in range(steps):
-        drawn = random_view(model, len(images), 1000 + step) if view is None else view
-        loss = model(images, drawn)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,16 @@
 import pytest
 import reference
 import torch
-from tiny import TINY, everything_float64, random_images, random_view, randomize, tiny_lomar
+from tiny import (
+    TINY,
+    assert_equals_reference,
+    loss_and_gradients,
+    random_images,
+    random_view,
+    randomize,
+    tiny_lomar,
+    train,
+)
 from torch import Tensor
 
 from pretrain.methods.lomar import LoMaR
@@ -25,42 +34,13 @@ CASES = [
 ]
 
 
-def loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(images, view)["loss"]
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def naive_loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]):
-    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    loss = reference.lomar_loss(images, view, weights, TINY.heads, model.config.norm_pix, model.config.join)
-    loss.backward()
-    return loss.detach(), {name: weight.grad for name, weight in weights.items()}
+def naive_loss(model: LoMaR, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    return reference.lomar_loss(images, view, weights, TINY.heads, model.config.norm_pix, model.config.join)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytest.MonkeyPatch):
-    model = tiny_lomar(**case)
-    randomize(model)
-    images, view = random_images(model), random_view(model)
-    expected, gradients = naive_loss_and_gradients(model, images, view)
-    single, single_gradients = loss_and_gradients(model, images, view)
-    with everything_float64(monkeypatch):
-        exact_model = tiny_lomar(**case)
-        # Not the buffers: the float64 model computes its own positions.
-        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
-        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
-
-    assert exact.dtype == torch.float64
-    torch.testing.assert_close(exact, expected, rtol=1e-10, atol=0)
-    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=0)
-    assert gradients.keys() == exact_gradients.keys() == single_gradients.keys()
-    for name, gradient in gradients.items():
-        largest = gradient.abs().max().item()
-        assert largest > 0, name
-        torch.testing.assert_close(exact_gradients[name], gradient, rtol=0, atol=1e-10 * largest, msg=name)
-        torch.testing.assert_close(single_gradients[name].double(), gradient, rtol=0, atol=1e-4 * largest, msg=name)
+    assert_equals_reference(lambda: tiny_lomar(**case), naive_loss, monkeypatch)
 
 
 def predictions(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> Tensor:
@@ -192,13 +172,7 @@ def test_bf16_autocast_is_close_to_fp32_with_an_fp32_loss():
 
 def test_overfits_one_batch():
     model = tiny_lomar(side=4, arch=TINY._replace(dim=64))
-    images, view = random_images(model), random_view(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
-    losses = []
-    for _ in range(200):
-        loss, _ = loss_and_gradients(model, images, view)
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, random_images(model), random_view(model))
     assert losses[0] > 0.9, "normalised targets have variance one"
     assert losses[-1] < 0.25 * losses[0]
 

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from tiny import TINY, everything_float64, random_images, random_view, randomize, tiny_vit
-from torch import Tensor, nn
+from tiny import TINY, assert_equals_reference, random_images, random_view, randomize, tiny_vit, train
+from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.methods import METHODS
 from pretrain.methods.masking import block_masked, cell_masked, grid_masked
 from pretrain.methods.partial import Partial
-from pretrain.optim import parameter_groups
 
 GRID, SIDE = (4, 6), 2
 MAE = {"name": "mae", "decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
@@ -47,36 +46,11 @@ def naive_loss(model: Any, images: Tensor, view: dict[str, Tensor], weights: dic
     return reference.simmim_loss(images, view, weights, TINY.heads)
 
 
-def loss_and_gradients(model: nn.Module, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(images, view)["loss"]
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
 def test_equals_the_reference_in_float64_and_fp32(
     keys: dict, relative: bool, partial: Partial | None, monkeypatch: pytest.MonkeyPatch
 ):
-    model = build(keys, relative, partial)
-    randomize(model)
-    images, view = random_images(model), random_view(model)
-    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    expected = naive_loss(model, images, view, weights)
-    expected.backward()
-    single, single_gradients = loss_and_gradients(model, images, view)
-    with everything_float64(monkeypatch):
-        exact_model = build(keys, relative, partial)
-        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
-        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
-    torch.testing.assert_close(exact, expected.detach(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=0)
-    assert weights.keys() == exact_gradients.keys() == single_gradients.keys(), "every parameter has a gradient"
-    for name, weight in weights.items():
-        largest = weight.grad.abs().max().item()
-        assert largest > 0, name
-        torch.testing.assert_close(exact_gradients[name], weight.grad, rtol=0, atol=1e-10 * largest, msg=name)
-        torch.testing.assert_close(single_gradients[name].double(), weight.grad, rtol=0, atol=1e-4 * largest, msg=name)
+    assert_equals_reference(lambda: build(keys, relative, partial), naive_loss, monkeypatch)
 
 
 @pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
@@ -112,15 +86,7 @@ def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bo
 @pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
 def test_learns_one_batch_by_heart(keys: dict, relative: bool, partial: Partial | None):
     model = build(keys, relative, partial)
-    images, view = random_images(model, 1), random_view(model, 1)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
-    losses = []
-    for _ in range(200):
-        loss = model(images, view)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, random_images(model, 1), random_view(model, 1))
     assert losses[-1] < 0.25 * losses[0]
 
 
