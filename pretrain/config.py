@@ -145,7 +145,8 @@ class Config(Section, Generic[MethodConfig]):
                 "optim": True,
                 "train": {"epochs", "batch", "precision"},
             },
-            exclude={"method": {"tokenizer": {"weights"}}},  # named by its sha256, wherever it lies
+            # Named by their sha256, wherever they lie.
+            exclude={"method": {"tokenizer": {"weights"}, "pca": {"file"}}},
         )
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -113,8 +113,9 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[t
         if part not in schema.model_fields:
             break
         place.append(part)
-        inner = schema.model_fields[part].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        annotation = schema.model_fields[part].annotation
+        inner = [t for t in get_args(annotation) or (annotation,) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not inner:
             break
-        schema = inner
+        schema = inner[0]  # of a section that may be left out, Section | None
     return schema, place

@@ -129,5 +129,5 @@ class LoMaR(nn.Module):
         return {
             "original": images,
             "window": unpatchify(patches, grid),
-            **pictures(patches, masked, predicted, grid),
+            **pictures(patches, masked, {"reconstruction": predicted}, grid),
         }

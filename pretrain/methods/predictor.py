@@ -28,6 +28,19 @@ def check_join(join: int, model: "ModelConfig") -> None:
         raise ValueError(f"method.join={join}, but {model.arch} has {depth} blocks: set it to at most {depth - 1}")
 
 
+class MaskTokens(nn.Module):
+    """A learned token in place of each masked patch."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        nn.init.normal_(self.token, std=0.02)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(B, K, D) positions of the masked patches -> as many tokens."""
+        return self.token + positions
+
+
 class Predictor(nn.Module):
     """Predicts the masked patches of a sequence from its visible ones, through an encoder that it does not own.
 

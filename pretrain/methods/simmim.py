@@ -99,4 +99,5 @@ class SimMIM(nn.Module):
         patches, masked = patchify(images, self.encoder.patch), view["masked"]
         prediction, _ = self._predict(patches, view)
         predicted = predicted_pixels(prediction, take(patches, masked), norm_pix=False)
-        return {"original": images, **pictures(patches, masked, predicted, self.encoder.grid)}
+        shown = pictures(patches, masked, {"reconstruction": predicted}, self.encoder.grid)
+        return {"original": images, **shown}

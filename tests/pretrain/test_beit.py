@@ -44,7 +44,7 @@ def build(keys: dict[str, Any], relative: bool = True, partial: Partial | None =
 
 def naive_loss(model: BEiT, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     codes = [reference_beit.random_projection_codes(image, SIDE, **CODES) for image in images]
-    assert model.tokenizer(images).tolist() == codes
+    assert model.target.tokenizer(images).tolist() == codes
     return reference_beit.beit_loss(images, view, codes, weights, TINY.heads, SIDE, model.config.area(GRID))
 
 
@@ -111,7 +111,7 @@ def test_nothing_of_the_tokenizer_is_trained_or_saved(keys: dict):
     own = ("encoder.", "predictor.head.", "predictor.mask_token")
     assert all(name.startswith(own) for name in model.state_dict())
     assert all(name.startswith(own) for name, _ in model.named_buffers() if name != "predictor.buckets")
-    assert not any("tokenizer" in name for name, _ in model.named_modules())
+    assert not any("target" in name for name, _ in model.named_modules())
     trained = {p for group in parameter_groups(model, 0.05) for p in group["params"]}
     assert trained == {p for _, p in model.named_parameters()}
 

@@ -27,6 +27,7 @@ def recipe(tmp_path: Path) -> str:
         ("optimizer.base_lr=1", ["unknown key optimizer", "did you mean optim?"]),
         ("optim.base_lrr=1", ["unknown key optim.base_lrr", "did you mean base_lr?"]),
         ("method.windw=3", ["unknown key method.windw", "did you mean window?"]),
+        ("partial.throww=0.5", ["unknown key partial.throww", "did you mean throw?"]),
         ("train.qqqq=3", ["unknown key train.qqqq", "valid: ", "epochs", "precision"]),
         ("method.name=lomr", ["method.name='lomr'", "did you mean lomar?"]),
     ],

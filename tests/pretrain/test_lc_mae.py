@@ -41,7 +41,7 @@ def setting(name: str, **keys: Any) -> dict[str, Any]:
 
 CASES = [
     *(pytest.param(setting(name), id=name) for name in SETTINGS),
-    pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "norm_pix": False}, id="weighted-pixels"),
+    pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "target": "pixel"}, id="weighted-pixels"),
     pytest.param(LC_MAE | {"mask_ratio": 0.4}, id="few-shared"),
     pytest.param(LC_MAE | {"partial": Partial(throw=0.3, kernel=3)}, id="partial"),
     pytest.param(LC_MAE | {"decoder": "average"}, id="average"),
@@ -64,7 +64,9 @@ def naive_loss(model: Any, images: Tensor, view: dict[str, Tensor], weights: dic
     if c.name == "ae":
         return naive.ae_loss(images, weights, TINY.heads, c.decoder_heads, c.block, c.norm_pix)
     factors = (c.w_mae, c.w_cross, c.w_in)
-    return naive.lc_mae_loss(images, view, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.norm_pix)
+    return naive.lc_mae_loss(
+        images, view, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.target == "norm_pix"
+    )
 
 
 @pytest.mark.parametrize("keys", CASES)
@@ -120,7 +122,7 @@ def test_the_losses_do_not_depend_on_what_both_views_see(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("decoder", ["transformer", "average", "conv"])
 def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
-    model = build(LC_MAE | {"decoder": decoder, "norm_pix": False})
+    model = build(LC_MAE | {"decoder": decoder, "target": "pixel"})
     randomize(model)
     images, view = random_images(model), random_view(model)
     before = model.reconstruct(images, view)
