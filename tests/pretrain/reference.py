@@ -119,7 +119,7 @@ def relative_buckets(places: list[tuple[int, int]]) -> list[list[int]]:
 def encode_sequence(
     image: Tensor, places: list[tuple[int, int]], masked: list[int], kept: list[int], join: int, weights: Weights,
     heads: int,
-) -> dict[int, Tensor]:  # fmt: skip
+) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
     """One window or image: class token, visible patches, and from block `join` on mask tokens at the kept places.
 
     Args:
@@ -129,7 +129,7 @@ def encode_sequence(
         kept: which of the masked ones enter the encoder.
 
     Returns:
-        The encoded patches that entered, by their number in the sequence.
+        The encoded class token, and the encoded patches that entered, by their number in the sequence.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
@@ -149,7 +149,7 @@ def encode_sequence(
     tokens = [tokens[0], *(by_place[i] for i in entered)]
     buckets = relative_buckets([places[i] for i in entered]) if relative else None
     encoded = transformer(tokens, buckets, weights, "encoder", heads, join)
-    return dict(zip(entered, encoded[1:], strict=True))
+    return encoded[0], dict(zip(entered, encoded[1:], strict=True))
 
 
 def fill(tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str) -> dict[int, Tensor]:
@@ -188,6 +188,26 @@ def transformer(
     return [layer_norm(x, weights, f"{name}.norm") for x in tokens]
 
 
+def transformer_decoder(
+    first: Tensor, seen: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights, heads: int,
+    name: str = "decoder",
+) -> dict[int, Tensor]:  # fmt: skip
+    """The class token, the encoded tokens and mask tokens where they are kept; the prediction of every patch."""
+    narrow = {i: linear(x, weights, f"{name}.embed") for i, x in seen.items()}
+    if f"{name}.mask_token" in weights:
+        narrow |= dict.fromkeys(kept, weights[f"{name}.mask_token"][0, 0])
+    entered = sorted(narrow)
+    tokens = [linear(first, weights, f"{name}.embed")]
+    tokens += [narrow[i] + position(*divmod(i, grid[1]), len(narrow[i])) for i in entered]
+    depth = len({key.split(f"{name}.blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
+    for n in range(depth):
+        tokens = block(tokens, None, weights, f"{name}.blocks.{n}", heads)
+    decoded = dict(zip(entered, tokens[1:], strict=True))
+    if f"{name}.fill.conv.weight" in weights:
+        decoded = fill(decoded, grid[1], grid[0], weights, f"{name}.fill")
+    return {i: linear(layer_norm(x, weights, f"{name}.norm"), weights, f"{name}.pred") for i, x in decoded.items()}
+
+
 def target_of(pixels: Tensor, norm_pix: bool) -> Tensor:
     """What a masked patch is compared with: its pixels, by its own mean and unbiased variance where `norm_pix`."""
     if not norm_pix:
@@ -198,15 +218,19 @@ def target_of(pixels: Tensor, norm_pix: bool) -> Tensor:
 
 
 def lomar_loss(
-    images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, norm_pix: bool, join: int = 0
-) -> Tensor:
+    images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, norm_pix: bool, join: int = 0,
+    decoder_heads: int = 1,
+) -> Tensor:  # fmt: skip
     """Mean squared error over all masked patches of all windows of all images.
 
     Args:
         images: (B, H, W, 3) uint8.
         view: `window` (B, W, K*K) grid positions, `masked` (B, W, M) and `kept` (B, W, K) positions within the window.
         weights: the state dict of `LoMaR`, in float64.
+        heads: of the encoder.
+        norm_pix: predict normalised patches.
         join: the block at which mask tokens enter.
+        decoder_heads: where the weights have a decoder, into which mask tokens enter instead.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = images.shape[2] // patch
@@ -216,8 +240,13 @@ def lomar_loss(
         for w, window in enumerate(view["window"][b].tolist()):
             masked, kept = view["masked"][b, w].tolist(), view["kept"][b, w].tolist()
             places = [divmod(place, columns) for place in window]
-            encoded = encode_sequence(image, places, masked, kept, join, weights, heads)
-            predicted = predict(encoded, side, side, weights)
+            if "predictor.decoder.mask_token" in weights:
+                first, seen = encode_sequence(image, places, masked, [], 0, weights, heads)
+                name, grid = "predictor.decoder", (side, side)
+                predicted = transformer_decoder(first, seen, kept, grid, weights, decoder_heads, name)
+            else:
+                _, encoded = encode_sequence(image, places, masked, kept, join, weights, heads)
+                predicted = predict(encoded, side, side, weights)
             for i in masked:
                 target = target_of(cut_patch(image, *places[i], patch), norm_pix)
                 errors.append(((predicted[i] - target) ** 2).sum() / len(target))
@@ -231,7 +260,7 @@ def simmim_loss(images: Tensor, view: dict[str, Tensor], weights: Weights, heads
     places = [divmod(i, columns) for i in range(rows * columns)]
     errors = []
     for image, masked, kept in zip(images, view["masked"].tolist(), view["kept"].tolist(), strict=True):
-        encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
+        _, encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
         predicted = predict(encoded, columns, rows, weights)
         for i in masked:
             target = cut_patch(image, *places[i], patch)

@@ -6,8 +6,19 @@ Loops over images, views, patches and pairs in float64; nothing of `pretrain` is
 import math
 
 import torch
-from reference import PIXEL_MEAN, PIXEL_STD, Weights, cut_patch, gelu, layer_norm, linear, position, target_of
-from reference_mae import encode, transformer_decoder
+from reference import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Weights,
+    cut_patch,
+    gelu,
+    layer_norm,
+    linear,
+    position,
+    target_of,
+    transformer_decoder,
+)
+from reference_mae import encode
 from torch import Tensor
 
 
@@ -56,7 +67,7 @@ def predict(
     """h(x, m) of eq. 1 at every patch of the image."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = image.shape[0] // patch, image.shape[1] // patch
-    first, seen = encode(image, visible, weights, heads)
+    first, seen = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
     if decoder == "transformer":
         return transformer_decoder(first, seen, kept, grid, weights, decoder_heads)
     return {"average": average_decoder, "conv": conv_decoder}[decoder](seen, grid, weights)

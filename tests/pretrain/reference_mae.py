@@ -6,18 +6,7 @@ It shares no code with `pretrain`.
 from collections.abc import Callable
 
 import torch
-from reference import (
-    Weights,
-    block,
-    cut_patch,
-    embed,
-    fill,
-    layer_norm,
-    linear,
-    position,
-    target_of,
-    transformer,
-)
+from reference import Weights, cut_patch, embed, position, target_of, transformer, transformer_decoder
 from torch import Tensor
 
 Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, place of the patch) -> its share of the loss
@@ -37,26 +26,6 @@ def encode(
         tokens.append(token + position(*place, len(token)))
     encoded = transformer(tokens, None, weights, "encoder", heads)
     return encoded[0], dict(zip(entered, encoded[1:], strict=True))
-
-
-def transformer_decoder(
-    first: Tensor, seen: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights, heads: int,
-    name: str = "decoder",
-) -> dict[int, Tensor]:  # fmt: skip
-    """The class token, the encoded tokens and mask tokens where they are kept; the prediction of every patch."""
-    narrow = {i: linear(x, weights, f"{name}.embed") for i, x in seen.items()}
-    if f"{name}.mask_token" in weights:
-        narrow |= dict.fromkeys(kept, weights[f"{name}.mask_token"][0, 0])
-    entered = sorted(narrow)
-    tokens = [linear(first, weights, f"{name}.embed")]
-    tokens += [narrow[i] + position(*divmod(i, grid[1]), len(narrow[i])) for i in entered]
-    depth = len({key.split(f"{name}.blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
-    for n in range(depth):
-        tokens = block(tokens, None, weights, f"{name}.blocks.{n}", heads)
-    decoded = dict(zip(entered, tokens[1:], strict=True))
-    if f"{name}.fill.conv.weight" in weights:
-        decoded = fill(decoded, grid[1], grid[0], weights, f"{name}.fill")
-    return {i: linear(layer_norm(x, weights, f"{name}.norm"), weights, f"{name}.pred") for i, x in decoded.items()}
 
 
 def mae_loss(

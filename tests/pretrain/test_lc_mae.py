@@ -44,6 +44,7 @@ CASES = [
     pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "target": "pixel"}, id="weighted-pixels"),
     pytest.param(LC_MAE | {"mask_ratio": 0.4}, id="few-shared"),
     pytest.param(LC_MAE | {"partial": Partial(throw=0.3, kernel=3)}, id="partial"),
+    pytest.param(LC_MAE | {"encoder_masks": True}, id="encoder_masks"),
     pytest.param(LC_MAE | {"decoder": "average"}, id="average"),
     pytest.param(LC_MAE | {"decoder": "conv"}, id="conv"),
     *(pytest.param(AE | {"block": block}, id=f"ae-{block}") for block in (2, 4, 8)),
@@ -164,8 +165,15 @@ def test_forward_is_deterministic():
 
 @pytest.mark.parametrize(
     "keys",
-    [setting("a"), setting("b", decoder="average"), setting("b", decoder="conv"), setting("g"), AE | {"block": 6}],
-    ids=["a", "average", "conv", "g", "ae"],
+    [
+        setting("a"),
+        setting("b", decoder="average"),
+        setting("b", decoder="conv"),
+        setting("e", target="token", tokenizer={"codes": 13, "dim": 5}),
+        setting("g"),
+        AE | {"block": 6},
+    ],
+    ids=["a", "average", "conv", "token", "g", "ae"],
 )
 def test_learns_one_batch_by_heart(keys: dict):
     model = build(keys)
