@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.methods.context import Learned
 from pretrain.methods.masking import Grid, block_masked, check_masked, grid_masked, random_masked
-from pretrain.methods.partial import Fill, Partial, describe
+from pretrain.methods.partial import Partial, build_fill, describe
 from pretrain.methods.pca import PCAConfig
 from pretrain.methods.predictor import MaskTokens
 from pretrain.methods.reconstruction import build_target, check_target
@@ -97,8 +97,7 @@ class MAE(nn.Module):
         self.mask_tokens = MaskTokens(dim) if config.encoder_masks else None
         if config.decoder == "transformer":
             arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
-            fill = Fill(arch.dim, encoder.grid, partial.kernel) if partial else None
-            masks = not config.encoder_masks
+            fill, masks = build_fill(partial, arch, encoder.grid), not config.encoder_masks
             self.decoder: nn.Module = Decoder(dim, arch, encoder.grid, outputs, fill, masks)
         else:
             local = {"average": AverageDecoder, "conv": ConvDecoder}[config.decoder]

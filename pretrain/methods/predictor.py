@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.methods.masking import Grid
-from pretrain.methods.partial import Fill, Partial
+from pretrain.methods.partial import Partial, build_fill
 from pretrain.methods.targets import take
 from pretrain.models.attention import grid_buckets, pair_buckets
 from pretrain.models.decoder import Decoder
@@ -63,7 +63,7 @@ class Predictor(nn.Module):
         dim = encoder.arch.dim
         self.join, self.length = join, grid[0] * grid[1]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.fill = Fill(dim, grid, partial.kernel) if partial else None
+        self.fill = build_fill(partial, encoder.arch, grid)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if partial else nn.Identity()
         self.head = nn.Linear(dim, outputs)
         self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
@@ -137,8 +137,7 @@ class AsymmetricPredictor(nn.Module):
 
     def __init__(self, encoder: ViT, grid: Grid, outputs: int, arch: Arch, partial: Partial | None):
         super().__init__()
-        fill = Fill(arch.dim, grid, partial.kernel) if partial else None
-        self.decoder = Decoder(encoder.arch.dim, arch, grid, outputs, fill)
+        self.decoder = Decoder(encoder.arch.dim, arch, grid, outputs, build_fill(partial, arch, grid))
         self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
 
     def forward(

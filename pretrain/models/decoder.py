@@ -25,7 +25,7 @@ class Decoder(nn.Module):
         arch: its own width, blocks and heads.
         grid: rows and columns of the image's patches.
         outputs: values predicted for each patch.
-        fill: makes the masked tokens that did not go through the blocks (`methods/partial.py`).
+        fill: makes the masked tokens that did not go through the blocks (`fill.py`).
         masks: False for no mask tokens of its own: there are none (an auto-encoder), or the encoder has had them.
     """
 

@@ -152,29 +152,58 @@ def encode_sequence(
     return encoded[0], dict(zip(entered, encoded[1:], strict=True))
 
 
-def fill(tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str) -> dict[int, Tensor]:
-    """PR-MIM's spatial aggregation: a thrown token is made out of the tokens around it, channel by channel."""
-    kernel, bias = weights[f"{name}.conv.weight"], weights[f"{name}.conv.bias"]
+def fill(
+    tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str, heads: int
+) -> dict[int, Tensor]:
+    """PR-MIM's spatial aggregation: a thrown token is made out of the tokens around it; Table 12's ways to do so."""
+    zero = torch.zeros_like(next(iter(tokens.values())))
+    grid = [tokens.get(i, zero) for i in range(rows * columns)]
+    if f"{name}.aggregate.block.norm1.weight" in weights:
+        placed = [x + position(*divmod(i, columns), len(x)) for i, x in enumerate(grid)]
+        made = block(placed, None, weights, f"{name}.aggregate.block", heads)
+    elif f"{name}.aggregate.mlp.fc1.weight" in weights:
+        made = convolve(grid, columns, rows, weights, f"{name}.aggregate.conv")
+        for i, x in enumerate(made):
+            hidden = gelu(
+                linear(layer_norm(x, weights, f"{name}.aggregate.norm"), weights, f"{name}.aggregate.mlp.fc1")
+            )
+            made[i] = grid[i] + linear(hidden, weights, f"{name}.aggregate.mlp.fc2")
+    elif f"{name}.aggregate.conv.weight" in weights:
+        made = convolve(grid, columns, rows, weights, f"{name}.aggregate.conv")
+    else:
+        made = average(tokens, columns, rows, zero)
+    return dict(enumerate(made)) | tokens
+
+
+def convolve(grid: list[Tensor], columns: int, rows: int, weights: Weights, name: str) -> list[Tensor]:
+    """Channel by channel; what lies outside of the grid is zero."""
+    kernel, made = weights[f"{name}.weight"], []
     reach = kernel.shape[-1] // 2
-    filled = dict(tokens)
-    for i in range(rows * columns):
-        if i in tokens:
-            continue
-        row, col = divmod(i, columns)
-        total = bias
-        for y in range(max(row - reach, 0), min(row + reach + 1, rows)):
-            for x in range(max(col - reach, 0), min(col + reach + 1, columns)):
-                if y * columns + x in tokens:
-                    total = total + kernel[:, 0, y - row + reach, x - col + reach] * tokens[y * columns + x]
-        filled[i] = total
-    return filled
+    for row in range(rows):
+        for col in range(columns):
+            total = weights[f"{name}.bias"]
+            for y in range(max(row - reach, 0), min(row + reach + 1, rows)):
+                for x in range(max(col - reach, 0), min(col + reach + 1, columns)):
+                    total = total + kernel[:, 0, y - row + reach, x - col + reach] * grid[y * columns + x]
+            made.append(total)
+    return made
 
 
-def predict(encoded: dict[int, Tensor], columns: int, rows: int, weights: Weights) -> dict[int, Tensor]:
+def average(tokens: dict[int, Tensor], columns: int, rows: int, zero: Tensor) -> list[Tensor]:
+    """Of the known ones among 3 x 3 neighbours; zero where there are none."""
+    made = []
+    for row in range(rows):
+        for col in range(columns):
+            near = [tokens[i] for i in tokens if max(abs(i // columns - row), abs(i % columns - col)) <= 1]
+            made.append(sum(near) / len(near) if near else zero)
+    return made
+
+
+def predict(encoded: dict[int, Tensor], columns: int, rows: int, weights: Weights, heads: int) -> dict[int, Tensor]:
     """The head on every token of a sequence, thrown ones included."""
     if "predictor.norm.weight" not in weights:
         return {i: linear(token, weights, "predictor.head") for i, token in encoded.items()}
-    filled = fill(encoded, columns, rows, weights, "predictor.fill")
+    filled = fill(encoded, columns, rows, weights, "predictor.fill", heads)
     return {i: linear(layer_norm(x, weights, "predictor.norm"), weights, "predictor.head") for i, x in filled.items()}
 
 
@@ -203,8 +232,8 @@ def transformer_decoder(
     for n in range(depth):
         tokens = block(tokens, None, weights, f"{name}.blocks.{n}", heads)
     decoded = dict(zip(entered, tokens[1:], strict=True))
-    if f"{name}.fill.conv.weight" in weights:
-        decoded = fill(decoded, grid[1], grid[0], weights, f"{name}.fill")
+    if len(decoded) < grid[0] * grid[1]:
+        decoded = fill(decoded, grid[1], grid[0], weights, f"{name}.fill", heads)
     return {i: linear(layer_norm(x, weights, f"{name}.norm"), weights, f"{name}.pred") for i, x in decoded.items()}
 
 
@@ -246,7 +275,7 @@ def lomar_loss(
                 predicted = transformer_decoder(first, seen, kept, grid, weights, decoder_heads, name)
             else:
                 _, encoded = encode_sequence(image, places, masked, kept, join, weights, heads)
-                predicted = predict(encoded, side, side, weights)
+                predicted = predict(encoded, side, side, weights, heads)
             for i in masked:
                 target = target_of(cut_patch(image, *places[i], patch), norm_pix)
                 errors.append(((predicted[i] - target) ** 2).sum() / len(target))
@@ -261,7 +290,7 @@ def simmim_loss(images: Tensor, view: dict[str, Tensor], weights: Weights, heads
     errors = []
     for image, masked, kept in zip(images, view["masked"].tolist(), view["kept"].tolist(), strict=True):
         _, encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
-        predicted = predict(encoded, columns, rows, weights)
+        predicted = predict(encoded, columns, rows, weights, heads)
         for i in masked:
             target = cut_patch(image, *places[i], patch)
             errors.append((predicted[i] - target).abs().sum() / len(target))

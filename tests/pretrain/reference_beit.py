@@ -52,7 +52,7 @@ def beit_loss(
             masked, kept = view["masked"][b, w].tolist(), view["kept"][b, w].tolist()
             places = [divmod(place, columns) for place in window]
             _, encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
-            logits = predict(encoded, area[1], area[0], weights)
+            logits = predict(encoded, area[1], area[0], weights, heads)
             for i in masked:
                 losses.append(torch.log(torch.exp(logits[i]).sum()) - logits[i][codes[b][window[i]]])
     return sum(losses) / len(losses)

@@ -29,6 +29,7 @@ CODES = {"codes": 13, "dim": 5, "seed": 7}
 PCA = MAE | {"target": "pca"}
 TOKEN = MAE | {"target": "token", "tokenizer": CODES}
 ENCODER_MASKS = MAE | {"encoder_masks": True}
+FILLS = ("average", "transformer", "convnext")
 CASES = [
     pytest.param(MAE, False, None, id="mae"),
     pytest.param(MAE | {"target": "pixel", "mask": "block", "mask_ratio": 0.5}, False, None, id="mae-block-pixels"),
@@ -42,6 +43,8 @@ CASES = [
     pytest.param(ENCODER_MASKS | {"target": "pixel"}, False, PARTIAL, id="mae-encoder_masks-partial"),
     pytest.param({"name": "simmim", "cell": 4}, False, Partial(throw=0.3, sampling="random"), id="simmim-partial"),
     pytest.param({"name": "simmim", "cell": 4}, True, PARTIAL, id="simmim-relative-partial"),
+    *(pytest.param(MAE, False, Partial(throw=0.4, kernel=3, fill=kind), id=f"mae-{kind}") for kind in FILLS),
+    pytest.param({"name": "simmim", "cell": 4}, True, Partial(throw=0.3, fill="transformer"), id="simmim-transformer"),
 ]
 
 
