@@ -82,8 +82,8 @@ class LoMaR(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
-        grid = (config.window, config.window)
-        self.predictor = Predictor(encoder, grid, encoder.patch**2 * 3, config.join, partial)
+        self.sequence, self.unit = (config.window, config.window), 1
+        self.predictor = Predictor(encoder, self.sequence, encoder.patch**2 * 3, config.join, partial)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""
@@ -125,9 +125,8 @@ class LoMaR(nn.Module):
         masked = index["masked"]
         prediction, _ = self._predict(patches, index)
         predicted = predicted_pixels(prediction, take(patches, masked), self.config.norm_pix)
-        grid = (self.config.window, self.config.window)
         return {
             "original": images,
-            "window": unpatchify(patches, grid),
-            **pictures(patches, masked, predicted, grid),
+            "window": unpatchify(patches, self.sequence),
+            **pictures(patches, masked, predicted, self.sequence),
         }

@@ -75,6 +75,7 @@ class MAE(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
+        self.sequence, self.unit = encoder.grid, 1
         dim, outputs = encoder.arch.dim, encoder.patch**2 * 3
         if config.decoder == "transformer":
             arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
