@@ -146,9 +146,7 @@ class Config(Section, Generic[MethodConfig]):
         if self.context:
             check_addon("context", method.name)
             if getattr(method, "mask", "random") != "random":
-                raise ValueError(
-                    f"context draws two disjoint random masks: set method.mask=random, not {method.mask}"
-                )
+                raise ValueError(f"context draws two disjoint random masks: set method.mask=random, not {method.mask}")
             patches, masked = method.count(self.grid, self.model)
             self.context.check(patches, masked, self.train.batch // self.train.accumulation)
         return self

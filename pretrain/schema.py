@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -113,8 +113,9 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[t
         if part not in schema.model_fields:
             break
         place.append(part)
-        inner = schema.model_fields[part].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        annotation = schema.model_fields[part].annotation
+        sections = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not sections:  # a section may be optional; there is never a choice of two
             break
-        schema = inner
+        schema = sections[0]
     return schema, place
