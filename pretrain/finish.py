@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data.index import Index
@@ -44,7 +44,7 @@ def save_encoder(encoder: dict[str, Tensor], config: Config[Any], path: Path) ->
         "method": config.method.name,
         "epochs": str(config.train.epochs),
     }
-    save_file({name: tensor.contiguous() for name, tensor in encoder.items()}, path, metadata=metadata)
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, metadata))
 
 
 def draw_reconstructions(
