@@ -57,7 +57,9 @@ def assert_same_run(whole: Path, other: Path) -> None:
     assert_same_bits(*encoders)
     last = Path("checkpoints") / (whole / "checkpoints" / "latest").read_text()
     names = sorted(p.name for p in (whole / last).glob("*.pt"))
-    assert names == sorted(p.name for p in (other / last).glob("*.pt"))
+    assert sorted(p.name for p in (whole / last).iterdir()) == sorted(p.name for p in (other / last).iterdir())
+    for name in (p.name for p in (whole / last).glob("*.safetensors")):
+        assert_same_bits(*(load_file(folder / last / name) for folder in (whole, other)))
     first_moments = []
     for name in names:  # our own files
         first, second = (torch.load(folder / last / name, weights_only=False) for folder in (whole, other))

@@ -8,6 +8,7 @@ second step's loss is made infinite on one rank, in one micro-batch: there are f
 import gc
 import itertools
 import json
+import math
 import shutil
 import sys
 import traceback
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from pretrain.build import build_method
+from pretrain.build import build_method, build_teacher
 from pretrain.config import Config, load
 from pretrain.launch import World, find_world, leave, start
 from pretrain.models import vit
@@ -52,30 +53,57 @@ def build_small(config: Config[Any]) -> Any:
         return build_method(config)
 
 
-def global_batch(step: int, view: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def global_batch(step: int, view: Any, config: Config[Any]) -> tuple[Tensor, dict[str, Tensor]]:
     rng = np.random.default_rng(step)
-    images = torch.from_numpy(rng.integers(0, 256, (BATCH, 64, 80, 3), dtype=np.uint8))
+    shape = (BATCH, len(config.pictures), 64, 80, 3)
+    images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).squeeze(1)
     views = [view(rng) for _ in range(BATCH)]
     return images, {name: torch.from_numpy(np.stack([v[name] for v in views])) for name in views[0]}
 
 
-def plain_steps(config: Config[Any]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step of one process without DeepSpeed; the poisoned step is left out."""
-    method = build_small(config)
-    groups = parameter_groups(method, config.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=config.optim.betas)
+def plain_steps(config: Config[Any]) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """One process without DeepSpeed, and a moving average spelled out in float64.
+
+    Returns:
+        (loss, gradient norm) of each step; the poisoned one moves nothing. And the teacher's weights, if there is one.
+    """
+    method, parts = build_small(config), config.train.accumulation
+    optimizer = torch.optim.AdamW(parameter_groups(method, config.optim.weight_decay), betas=config.optim.betas)
+    teacher = PlainTeacher(method, config) if config.context else None
     results = []
     for step in range(STEPS):
         updates = step - (step > POISONED)
         set_learning_rate(optimizer.param_groups, learning_rate(updates, STEPS, 1, config.peak_lr, config.optim))
-        loss = method(*global_batch(step, method.view()))["loss"]
         optimizer.zero_grad()
-        loss.backward()
+        losses = []
+        for part in range(parts):
+            images, view = global_batch(step, method.view(), config)
+            mine = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+            targets = {"target": teacher.module(images[mine])} if teacher else {}
+            losses.append(method(images[mine], {name: index[mine] for name, index in view.items()}, **targets)["loss"])
+            (losses[-1] / parts).backward()
         norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.optim.clip_grad or 1e9)
         if step != POISONED:
             optimizer.step()
-        results.append((loss.item(), norm.item()))
-    return results
+            if teacher:
+                teacher.follow(method, updates + 1)
+        results.append((torch.stack(losses).mean().item(), norm.item()))
+    return results, teacher.averages if teacher else {}
+
+
+class PlainTeacher:
+    """m * average + (1 - m) * weight in float64, m from 0.996 to 1 by half a cosine."""
+
+    def __init__(self, method: Any, config: Config[Any]):
+        self.first, self.last = config.context.momentum, config.context.final_momentum
+        self.module = method.target()
+        self.averages = {name: tensor.double() for name, tensor in self.module.state_dict().items()}
+
+    def follow(self, method: Any, updates: int) -> None:
+        m = self.last - (self.last - self.first) * (math.cos(math.pi * updates / STEPS) + 1) / 2
+        student = {name.removeprefix("method."): tensor for name, tensor in method.state_dict().items()}
+        self.averages = {name: m * average + (1 - m) * student[name] for name, average in self.averages.items()}
+        self.module.load_state_dict(self.averages)
 
 
 class FixedBatches:
@@ -84,14 +112,15 @@ class FixedBatches:
     steps_per_epoch = STEPS
 
     def __init__(self, config: Config[Any], view: Any, world: World):
-        self.parts, self.view, self.world = config.train.accumulation, view, world
+        self.config, self.view, self.world = config, view, world
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
-        size = BATCH // (self.world.size * self.parts)
+        parts = self.config.train.accumulation
+        size = BATCH // (self.world.size * parts)
         for step in range(start_step, end_step):
-            images, views = global_batch(step, self.view)
+            images, views = global_batch(step, self.view, self.config)
             micro_batches = []
-            for part in range(self.parts):
+            for part in range(parts):
                 samples = torch.arange(size) + (part * self.world.size + self.world.rank) * size
                 view = {name: index[samples] for name, index in views.items()}
                 keys = tuple(f"{step}/{sample}" for sample in samples.tolist())
@@ -125,10 +154,11 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
     """What pretrain/run.py does, on fixed batches; returns the checkpoint that it continued from."""
     from pretrain.checkpoint import Checkpoints, TrainState
     from pretrain.engine import build_engine, ds_settings, effective_settings
-    from pretrain.finish import full_state, save_encoder
+    from pretrain.finish import encoder_of, full_state, save_encoder
     from pretrain.loop import Run, train
 
     loader: Any = FixedBatches(config, method.view(), world)
+    teacher = build_teacher(config, method, device)
     engine = build_engine(method, config, ds_settings(config, world.size))
     fresh = TrainState(
         world_size=world.size,
@@ -136,11 +166,11 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
         trained_function=config.trained_function(),
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, fresh)
-    train(Run(config, world, device, folder, loader, engine, checkpoints, state))
+    state, resumed = checkpoints.resume(engine, teacher, fresh)
+    train(Run(config, world, device, folder, loader, engine, teacher, checkpoints, state))
     weights, effective = full_state(engine, world), effective_settings(engine)
     if world.is_main:
-        save_encoder(weights, config, folder)
+        save_encoder(encoder_of(method, weights), config, folder.encoder)
         torch.save(weights, folder.root / "state.pt")
         (folder.root / "effective.json").write_text(json.dumps(effective))
     engine.destroy()

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checks import assert_same_run, assert_same_steps
-from steps import configure, plain_steps, run_jobs
+from safetensors.torch import load_file
+from steps import STEPS, configure, plain_steps, run_jobs
 
 pytestmark = pytest.mark.engine
 
@@ -24,10 +26,12 @@ def jobs(stage: str, write_recipe: Callable[..., Path], tmp_path_factory: pytest
     """Recipe and overrides of each setting."""
     recipe = str(write_recipe(tmp_path_factory.mktemp("recipes")))
     engine = f"train.ds_config=ds_configs/{stage}.json"
-    return {
+    settings = {
         f"{accumulation}-{clip}": [recipe, engine, f"train.accumulation={accumulation}", f"optim.clip_grad={clip}"]
         for accumulation, clip in SETTINGS
     }
+    with_teacher = write_recipe(tmp_path_factory.mktemp("recipes"), context={"hidden": 16, "momentum": 0.9})
+    return settings | {"teacher": [str(with_teacher), engine, "train.accumulation=2"]}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def trained(jobs: dict[str, Any], start_once: Callable[..., Any], tmp_path_facto
 @pytest.mark.parametrize(("accumulation", "clip"), SETTINGS)
 def test_engine_equals_plain_torch(stage: str, accumulation: int, clip: float, jobs: dict[str, Any], trained: Path):
     name = f"{accumulation}-{clip}"
-    assert_same_steps(trained / name / "whole", plain_steps(configure(*jobs[name])))
+    assert_same_steps(trained / name / "whole", plain_steps(configure(*jobs[name]))[0])
     effective = json.loads((trained / name / "whole" / "effective.json").read_text())
     assert effective["zero_stage"] == int(stage[-1])
     assert effective["gradient_accumulation_steps"] == accumulation
@@ -51,3 +55,20 @@ def test_engine_equals_plain_torch(stage: str, accumulation: int, clip: float, j
 @pytest.mark.parametrize(("accumulation", "clip"), SETTINGS)
 def test_four_steps_equal_two_then_two(accumulation: int, clip: float, trained: Path):
     assert_same_run(*(trained / f"{accumulation}-{clip}" / name for name in ("whole", "resumed")))
+
+
+def test_the_teacher_follows_the_steps_that_moved_the_weights(jobs: dict[str, Any], trained: Path):
+    """Its updates are in fp32 and its heads' batch statistics over both ranks; the poisoned step does not move it."""
+    steps, averages = plain_steps(configure(*jobs["teacher"]))
+    assert_same_steps(trained / "teacher" / "whole", steps)
+    saved = load_file(trained / "teacher" / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "teacher.safetensors")
+    assert saved.keys() == averages.keys()
+    for name, average in averages.items():
+        assert saved[name].dtype == torch.float32
+        parts = [slice(None)]
+        if name.endswith("qkv.bias"):  # a key's bias does not change attention: Adam follows the sign of rounding there
+            third = len(average) // 3
+            parts = [slice(0, third), slice(2 * third, None)]
+        for part in parts:
+            torch.testing.assert_close(saved[name].double()[part], average[part], rtol=1e-5, atol=2e-6, msg=name)
+    assert_same_run(*(trained / "teacher" / name for name in ("whole", "resumed")))
