@@ -3,8 +3,9 @@
     python benchmarks/cost.py [--quick]
 
 Nothing is timed. The forward pass is counted; the backward pass of matrix products costs twice as much, so a step's
-ratios are the same (torch's counter takes the backward of a depth-wise convolution for a full one). Both are relative
-to the method without the add-on, beside PR-MIM's own figures (its Tables 2 and 4).
+ratios are the same (torch's counter takes the backward of a depth-wise convolution for a full one). A teacher's forward
+pass, which has no backward, counts as a third. Both are relative to the method without the add-on, beside PR-MIM's own
+figures (its Tables 2 and 4).
 `--quick` counts a smaller encoder. The last line of the output is one JSON object.
 """
 
@@ -13,6 +14,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
-from pretrain.build import build_method
-from pretrain.config import load
+from pretrain.build import build_method, build_teacher
+from pretrain.config import Config, load
 
 BATCH = 2
 MAE, SIMMIM, LOMAR = "mae_vitb16_224_1600e", "simmim_vitb16_224_800e", "lomar_vitb16_224_400e"
@@ -50,18 +52,21 @@ CASES = [
     ),
     Case("MAE + PR 65 %", MAE, ("partial.throw=0.65",), "MAE", (0.64, 0.55)),
     Case("MAE, encoder_masks", MAE, ("method.encoder_masks=true",), "MAE"),
+    Case("MAE + LUT", "lut_vitb16_224_1600e", base="MAE"),
     Case("SimMIM", SIMMIM, base="SimMIM"),
     Case("SimMIM + PR 30 %", SIMMIM, ("partial.throw=0.3",), "SimMIM", (0.50, 0.61)),
     Case("LoMaR", LOMAR, base="LoMaR"),
     Case("LoMaR + PR 50 %", LOMAR, ("partial.throw=0.5",), "LoMaR"),
+    Case("LoMaR + LUT", "lut_lomar_vitb16_224_400e", base="LoMaR"),
     Case("LoMaR, late (block 8)", LOMAR, ("method.join=8",), "LoMaR"),
     Case("LoMaR, asymmetric", LOMAR, ("method.architecture=asymmetric",), "LoMaR"),
     Case("LoMaR, late + PR 50 %", LOMAR, ("method.join=8", "partial.throw=0.5"), "LoMaR"),
 ]
 
 
-def batch_of(method: nn.Module, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    images = torch.randint(0, 256, (BATCH, size, size, 3), dtype=torch.uint8)
+def batch_of(method: nn.Module, config: Config[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    pictures = (len(config.pictures),) if config.context else ()
+    images = torch.randint(0, 256, (BATCH, *pictures, *config.data.height_width, 3), dtype=torch.uint8)
     samples = [method.view()(np.random.default_rng(i)) for i in range(BATCH)]
     return images, {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
 
@@ -71,12 +76,16 @@ def count(case: Case, arch: str) -> dict[str, float]:
     overrides = ["data.shards=none", f"model.arch={arch}", *case.overrides]
     config = load(case.recipe, overrides)
     method = build_method(config)
-    images, view = batch_of(method, config.data.height_width[0])
+    teacher = build_teacher(config, method, torch.device("cpu"))
+    images, view = batch_of(method, config)
+    with FlopCounterMode(display=False) as without_backward:
+        targets = teacher.targets(images)
     with FlopCounterMode(display=False) as forward, saved_storages(method) as saved:
-        loss = method(images, view)["loss"]
+        loss = method(images, view, **targets)["loss"]
     assert torch.isfinite(loss)
+    flops = forward.get_total_flops() + without_backward.get_total_flops() / 3
     return {
-        "forward_gmacs": forward.get_total_flops() / 2e9 / BATCH,
+        "forward_gmacs": flops / 2e9 / BATCH,
         "saved_mib": sum(saved.values()) / 2**20 / BATCH,
     }
 

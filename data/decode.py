@@ -31,6 +31,7 @@ def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, 
     Args:
         data: the file's bytes.
         choose_box: (width, height) of the picture -> box in its pixels. Called once, before the pixels are decoded.
+            What of it lies beyond the picture is filled with the picture's mirror image.
         size: (H, W) of the result.
         flip: mirror left to right.
 
@@ -80,6 +81,28 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _render(image: Image.Image, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
+    inside, size, beyond = _inside(box, image.size, size)
+    pixels = _resize(image, inside, size)
+    if any(map(any, beyond)):
+        pixels = Image.fromarray(np.pad(np.asarray(pixels), (*beyond, (0, 0)), mode="reflect"))
+    if flip:  # here and not on the array: NumPy is slow at reversing pixels of three bytes
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(pixels)
+
+
+def _inside(
+    box: Box, picture: tuple[int, int], size: tuple[int, int]
+) -> tuple[Box, tuple[int, int], tuple[tuple[int, int], tuple[int, int]]]:
+    """The part of a box that lies in the picture, its (H, W) in the result, and the rows and columns beyond it."""
+    left, top, right, bottom = box
+    inside = max(left, 0), max(top, 0), min(right, picture[0]), min(bottom, picture[1])
+    rows, cols = size[0] / (bottom - top), size[1] / (right - left)
+    above, below = round((inside[1] - top) * rows), round((bottom - inside[3]) * rows)
+    before, after = round((inside[0] - left) * cols), round((right - inside[2]) * cols)
+    return inside, (size[0] - above - below, size[1] - before - after), ((above, below), (before, after))
+
+
+def _resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
     height, width = size
     left, top, right, bottom = box
     full = image.size
@@ -95,9 +118,7 @@ def _render(image: Image.Image, box: Box, size: tuple[int, int], flip: bool) -> 
             right, bottom = min(right / scale, reduced[0]), min(bottom / scale, reduced[1])
     pixels = image if image.mode in ("RGB", "L") else _to_rgb(image)
     pixels = pixels.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    if flip:  # here and not on the array: NumPy is slow at reversing pixels of three bytes
-        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(pixels if pixels.mode == "RGB" else pixels.convert("RGB"))
+    return pixels if pixels.mode == "RGB" else pixels.convert("RGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

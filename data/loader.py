@@ -1,8 +1,9 @@
 """Batches for one rank, made by worker processes; what they hold depends on (seed, step, global batch) alone."""
 
 import atexit
+import functools
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.process import BaseProcess
@@ -13,15 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.colours import color_jitter, three_augment
 from data.decode import BadImage, decode
 from data.index import Index
 from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
 from data.reader import ShardReader
-from data.transforms import flip_decision, random_resized_crop
+from data.transforms import Picture, flip_decision
 
 View = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 MAX_REPLACEMENTS = 100
+CROPS = (Stream.CROP, Stream.SECOND_CROP)  # of each picture of a sample
 WORKER_SILENCE = 900.0  # seconds for one micro-batch; only storage that has stopped answering takes that long
 
 
@@ -29,7 +32,7 @@ WORKER_SILENCE = 900.0  # seconds for one micro-batch; only storage that has sto
 class Batch:
     """One micro-batch of one rank; B samples."""
 
-    images: Tensor  # uint8 (B, H, W, 3), RGB
+    images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) where a sample gives two pictures
     view: dict[str, Tensor]  # what the view function returned for each sample, stacked: (B, ...)
     samples: Tensor  # int64 (B,), number in the index of the picture that is in `images`
     keys: tuple[str, ...]  # their keys
@@ -69,8 +72,7 @@ class Loader:
         world: int = 1,
         seed: int,
         view: View | None = None,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        flip: float = 0.5,
+        pictures: Sequence[Picture] = (Picture(),),
         workers: int = 0,
     ) -> None:
         """Checks the settings; starts nothing.
@@ -84,27 +86,23 @@ class Loader:
             seed: of everything random, at least 0.
             view: what a method draws for one sample from its generator, such as masks; arrays of the same shape for
                 every sample. Must be picklable if workers are not forked.
-            crop_scale: share of the picture's area that a crop takes, lowest and highest.
-            flip: probability of mirroring.
+            pictures: what each sample gives, one or two.
             workers: processes that decode; 0 decodes in this one.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
         """
         check_batch(batch, world, accumulation)
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale {crop_scale} must be 0 < lowest <= highest <= 1")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip {flip} is a probability: set it between 0 and 1")
         if min(size) < 1 or seed < 0 or workers < 0:
             raise ValueError(
                 f"size {size}, seed {seed} and workers {workers}: size must be positive, the others at least 0"
             )
         assert 0 <= rank < world
+        assert 1 <= len(pictures) <= len(CROPS)
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world, self._workers = rank, world, workers
-        self._decoder = _MicroBatches(index, size, seed, view, crop_scale, flip)
+        self._decoder = _MicroBatches(index, size, seed, view, pictures)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         """For each global step from ``start_step`` up to ``end_step``, this rank's ``accumulation`` micro-batches.
@@ -142,15 +140,6 @@ class Loader:
                 decoded._shutdown_workers()  # now, and not when the last traceback that holds the iterator is freed
             _kill(workers)
 
-    def position(self, step: int) -> dict[str, int | str]:
-        """Where global step ``step`` begins, in plain numbers: all that a checkpoint has to hold about the data."""
-        return {
-            "epoch": step // self.steps_per_epoch,
-            "step_in_epoch": step % self.steps_per_epoch,
-            "samples": step * self._batch,
-            "fingerprint": self._index.fingerprint,
-        }
-
     def _requests(self, start_step: int, end_step: int) -> Iterator[_Request]:
         order, order_epoch = np.empty(0, np.int64), -1
         for global_step in range(start_step, end_step):
@@ -178,11 +167,9 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
         size: tuple[int, int],
         seed: int,
         view: View | None,
-        crop_scale: tuple[float, float],
-        flip: float,
+        pictures: Sequence[Picture],
     ) -> None:
-        self._index, self._size, self._seed, self._view = index, size, seed, view
-        self._crop_scale, self._flip = crop_scale, flip
+        self._index, self._size, self._seed, self._view, self._pictures = index, size, seed, view, pictures
         self._reader = ShardReader(index)
 
     def __getitem__(self, request: _Request) -> Batch | _Refusal:
@@ -192,7 +179,7 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
             return _Refusal(str(error))
 
     def _decode(self, epoch: int, samples: np.ndarray) -> Batch:
-        images = torch.empty((len(samples), *self._size, 3), dtype=torch.uint8)
+        images = torch.empty((len(samples), len(self._pictures), *self._size, 3), dtype=torch.uint8)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
         for row, sample in enumerate(samples.tolist()):
@@ -200,7 +187,7 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
             if reason:
                 skipped.append(f"{self._index.keys[sample]}: {reason}")
         return Batch(
-            images=images,
+            images=images.squeeze(1),
             view=self._views(epoch, samples),
             samples=torch.from_numpy(shown),
             keys=tuple(self._index.keys[sample] for sample in shown.tolist()),
@@ -208,7 +195,7 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
         )
 
     def _decode_or_replace(self, epoch: int, sample: int, out: np.ndarray) -> tuple[int, str]:
-        """Writes the sample's crop, or that of the next sample in the index that decodes, into ``out`` (H, W, 3).
+        """Writes the sample's pictures, or those of the next that decodes, into ``out`` (pictures, H, W, 3).
 
         Returns:
             The sample that was decoded, and why the one asked for was not ('' if it was).
@@ -217,7 +204,7 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
         for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
             shown %= len(self._index)
             try:
-                self._crop(epoch, sample, shown, out)
+                self._draw(epoch, sample, shown, out)
                 return shown, reason
             except BadImage as error:
                 reason = reason or str(error)
@@ -226,17 +213,16 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
             f"{reason}): find them with `python -m data.verify SHARDS --decode`"
         )
 
-    def _crop(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
+    def _draw(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
         """A replacement is cut with the numbers of the sample that it stands for."""
-        height, width = self._size
-        rng = sample_rng(self._seed, epoch, sample, Stream.CROP)
-        flipped = flip_decision(rng, self._flip)  # drawn before the crop, which draws as often as it needs to
-        out[:] = decode(
-            self._reader.read(shown),
-            lambda w, h: random_resized_crop(rng, w, h, self._crop_scale, aspect=width / height),
-            self._size,
-            flipped,
-        )
+        data = self._reader.read(shown)
+        for number, picture in enumerate(self._pictures):
+            rng = sample_rng(self._seed, epoch, sample, CROPS[number])
+            flipped = flip_decision(rng, picture.flip)  # drawn before the crop, which draws as often as it needs to
+            pixels = decode(data, functools.partial(picture.box, rng, size=self._size), self._size, flipped)
+            if picture.color_jitter:
+                pixels = color_jitter(rng, pixels, picture.color_jitter)
+            out[number] = three_augment(rng, pixels) if picture.three_augment else pixels
 
     def _views(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
         if self._view is None:

@@ -10,6 +10,7 @@ class Stream(IntEnum):
 
     CROP = 0
     VIEW = 1
+    SECOND_CROP = 2
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,10 +1,40 @@
 """Where to cut a picture. Pure functions; boxes are (left, top, right, bottom) in pixels of the undecoded picture."""
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How a picture is made of a sample.
+
+    Raises:
+        ValueError: settings that cannot work.
+    """
+
+    crop: Literal["random", "simple"] = "random"
+    scale: tuple[float, float] = (0.2, 1.0)  # share of the sample's area that a random crop takes, lowest and highest
+    flip: float = 0.5  # probability of mirroring left to right
+    color_jitter: float = 0.0  # probability of changing brightness, contrast, saturation and hue
+    three_augment: bool = False  # one of grey, solarised and blurred
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"crop_scale {self.scale} must be 0 < lowest <= highest <= 1")
+        for name in ("flip", "color_jitter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is a probability: set it between 0 and 1")
+
+    def box(self, rng: np.random.Generator, width: int, height: int, size: tuple[int, int]) -> Box:
+        """Where to cut a sample of `width` x `height` pixels for a picture of `size` (H, W)."""
+        if self.crop == "simple":
+            return simple_crop(rng, width, height, size)
+        return random_resized_crop(rng, width, height, self.scale, aspect=size[1] / size[0])
 
 
 def flip_decision(rng: np.random.Generator, probability: float) -> bool:
@@ -42,6 +72,27 @@ def random_resized_crop(
     w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[int, int], padding: int = 4) -> Box:
+    """DeiT III's simple resized crop: the short side is resized to the target, and a place drawn along the long one.
+
+    As there, the resized picture is first padded by its mirror image, so the box may reach `padding` pixels of the
+    target beyond the picture.
+
+    Args:
+        rng: drawn from twice, by ``random()``.
+        width, height: the picture's, in pixels.
+        size: (H, W) of the target.
+        padding: in pixels of the target.
+    """
+    H, W = size
+    scale = min(width / W, height / H)  # pixels of the picture for one of the target
+    left, top = (
+        int(rng.random() * (int(side / scale) - target + 2 * padding + 1)) - padding
+        for side, target in ((width, W), (height, H))
+    )
+    return left * scale, top * scale, (left + W) * scale, (top + H) * scale
 
 
 def center_crop(width: int, height: int, aspect: float = 1.0, fraction: float = 0.875) -> Box:

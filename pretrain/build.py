@@ -1,12 +1,17 @@
-"""Configuration -> modules."""
+"""Configuration -> method, teacher and loader."""
 
 from typing import Any
 
 import torch
 
+from data.index import Index
+from data.loader import Loader
 from pretrain.config import Config
+from pretrain.launch import World
 from pretrain.methods import METHODS
+from pretrain.methods.context import LUT
 from pretrain.models.vit import ViT
+from pretrain.teacher import NoTeacher, Teacher
 
 
 def build_method(config: Config[Any]) -> Any:
@@ -14,4 +19,28 @@ def build_method(config: Config[Any]) -> Any:
     torch.manual_seed(config.seed)
     model = config.model
     encoder = ViT(model.arch, model.patch, config.grid, model.position == "relative", model.checkpoint_blocks)
-    return METHODS[config.method.name](config.method, encoder, config.partial)
+    method = METHODS[config.method.name](config.method, encoder, config.partial)
+    return LUT(config.context, method) if config.context else method
+
+
+def build_teacher(config: Config[Any], method: Any, device: torch.device) -> Teacher | NoTeacher:
+    """The teacher of a method that has not been partitioned yet."""
+    if config.context is None:
+        return NoTeacher()
+    return Teacher(method, config.context, device, bf16=config.train.precision == "bf16")
+
+
+def build_loader(config: Config[Any], method: Any, index: Index, world: World) -> Loader:
+    """What the run trains on, as one rank sees it."""
+    return Loader(
+        index,
+        size=config.data.height_width,
+        batch=config.train.batch,
+        accumulation=config.train.accumulation,
+        rank=world.rank,
+        world=world.size,
+        seed=config.seed,
+        view=method.view(),
+        pictures=config.pictures,
+        workers=config.data.workers,
+    )

@@ -1,11 +1,14 @@
 """Everything a run is made of: `load` turns a recipe and its overrides into one frozen, checked `Config`."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from data.transforms import Picture
 from pretrain.methods import METHODS
+from pretrain.methods.context import Context
 from pretrain.methods.partial import Partial
 from pretrain.schema import Section, explain, merge, nearest, parse_overrides, read_recipe
 
@@ -27,8 +30,12 @@ class DataConfig(Section):
 
     shards: str = Field(description="a folder of tar shards, one tar, or a brace pattern")
     size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
-    crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="area of the random resized crop")
+    crop: Literal["random", "simple"] = Field(
+        "random", description="random: RandomResizedCrop; simple: DeiT III's, the short side resized, then cut to size"
+    )
+    crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="area of the random crop")
     flip: Share = Field(0.5, description="probability of a horizontal flip")
+    color_jitter: Share = Field(0.0, description="probability of changing brightness, contrast, saturation and hue")
     workers: int = Field(8, ge=0, description="loader processes of each rank")
     max_skipped: int = Field(1000, ge=0, description="images that a rank may fail to decode before the run stops")
 
@@ -82,6 +89,7 @@ class Config(Section, Generic[MethodConfig]):
     seed: int = Field(0, ge=0)
     method: MethodConfig
     partial: Partial | None = None
+    context: Context | None = None
     model: ModelConfig = ModelConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
@@ -99,6 +107,15 @@ class Config(Section, Generic[MethodConfig]):
     def peak_lr(self) -> float:
         """base_lr * batch / 256: the linear scaling rule."""
         return self.optim.base_lr * self.train.batch / 256
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """What each sample gives: one picture, or the two of LUT."""
+        data, context = self.data, self.context
+        first = Picture(data.crop, data.crop_scale, data.flip, data.color_jitter)
+        if context is None:
+            return (first,)
+        return first, replace(first, color_jitter=context.color_jitter, three_augment=context.three_augment)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config[MethodConfig]":
@@ -126,6 +143,12 @@ class Config(Section, Generic[MethodConfig]):
                     f"partial throws tokens of a transformer; method.decoder={method.decoder} has none: leave it out"
                 )
             self.partial.num_kept(*method.count(self.grid, self.model))
+        if self.context:
+            check_addon("context", method.name)
+            if getattr(method, "mask", "random") != "random":
+                raise ValueError(f"context draws two disjoint random masks: set method.mask=random, not {method.mask}")
+            patches, masked = method.count(self.grid, self.model)
+            self.context.check(patches, masked, self.train.batch // self.train.accumulation)
         return self
 
     def to_yaml(self) -> str:
@@ -140,8 +163,9 @@ class Config(Section, Generic[MethodConfig]):
                 "seed": True,
                 "method": True,
                 "partial": True,
+                "context": True,
                 "model": {"arch", "patch", "position"},
-                "data": {"size", "crop_scale", "flip"},
+                "data": {"size", "crop", "crop_scale", "flip", "color_jitter"},
                 "optim": True,
                 "train": {"epochs", "batch", "precision"},
             },

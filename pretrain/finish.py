@@ -1,9 +1,10 @@
 """The end of a run: its encoder, its loss curve and its reconstructions, from the trained weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data.index import Index
@@ -14,6 +15,7 @@ from pretrain.figures import draw_loss, draw_panel
 from pretrain.launch import World
 from pretrain.metrics import read_metrics
 from pretrain.runfolder import RunFolder
+from pretrain.teacher import NoTeacher, Teacher
 
 
 def full_state(engine: Any, world: World) -> dict[str, Tensor]:
@@ -26,10 +28,14 @@ def full_state(engine: Any, world: World) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu().clone() for name, tensor in engine.module.state_dict().items()}
 
 
-def save_encoder(state: dict[str, Tensor], config: Config[Any], folder: RunFolder) -> None:
-    """The encoder alone under timm's names, with what is needed to rebuild it in the file's metadata."""
-    prefix = "encoder."
-    encoder = {k.removeprefix(prefix): v.contiguous() for k, v in state.items() if k.startswith(prefix)}
+def encoder_of(method: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of a method's weights, under timm's names."""
+    prefix = next(name for name, module in method.named_modules() if module is method.encoder) + "."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def save_encoder(encoder: dict[str, Tensor], config: Config[Any], path: Path) -> None:
+    """With what is needed to rebuild it in the file's metadata."""
     metadata = {
         "arch": config.model.arch,
         "patch": str(config.model.patch),
@@ -38,7 +44,7 @@ def save_encoder(state: dict[str, Tensor], config: Config[Any], folder: RunFolde
         "method": config.method.name,
         "epochs": str(config.train.epochs),
     }
-    save_file(encoder, folder.encoder, metadata=metadata)
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, metadata))
 
 
 def draw_reconstructions(
@@ -50,20 +56,30 @@ def draw_reconstructions(
     method.to(device).eval()
     count = min(config.log.panel_images, len(index))
     # An epoch that is never trained on: its crops and masks are new to the model.
-    loader = Loader(index, size=config.data.height_width, batch=count, seed=config.seed, view=method.view(), flip=0.0)
+    size, view = config.data.height_width, method.view()
+    loader = Loader(index, size=size, batch=count, seed=config.seed, view=view, pictures=config.pictures)
     unseen = config.train.epochs * loader.steps_per_epoch
     ((batch,),) = loader.batches(unseen, unseen + 1)
-    view = {name: array.to(device) for name, array in batch.view.items()}
-    pictures = method.reconstruct(batch.images.to(device), view)
+    pictures = method.reconstruct(
+        batch.images.to(device), {name: array.to(device) for name, array in batch.view.items()}
+    )
     draw_panel({name: images.cpu() for name, images in pictures.items()}, folder.reconstructions)
 
 
 def finish(
-    engine: Any, config: Config[Any], index: Index, folder: RunFolder, world: World, device: torch.device
+    engine: Any,
+    teacher: Teacher | NoTeacher,
+    config: Config[Any],
+    index: Index,
+    folder: RunFolder,
+    world: World,
+    device: torch.device,
 ) -> None:
-    """Writes encoder.safetensors, loss.png and reconstructions.png; called by all ranks together."""
+    """Writes encoder.safetensors, the teacher's if there is one, and the pictures; called by all ranks together."""
     state = full_state(engine, world)
     if world.is_main:
-        save_encoder(state, config, folder)
+        save_encoder(encoder_of(engine.module, state), config, folder.encoder)
+        if averaged := teacher.encoder():
+            save_encoder(averaged, config, folder.encoder_ema)
         draw_loss(read_metrics(folder.metrics), folder.loss_curve)
         draw_reconstructions(state, config, index, folder, device)

@@ -16,6 +16,7 @@ from pretrain.launch import World
 from pretrain.metrics import Meter, NoReporter, Reporter
 from pretrain.optim import learning_rate, set_learning_rate
 from pretrain.runfolder import RunFolder
+from pretrain.teacher import NoTeacher, Teacher
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class Run:
     folder: RunFolder
     loader: Loader
     engine: Any
+    teacher: Teacher | NoTeacher
     checkpoints: Checkpoints
     state: TrainState
     skipped_images: int = 0  # on this rank, since it started
@@ -83,7 +85,7 @@ def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
     for batch in micro_batches:
         images = batch.images.to(run.device, non_blocking=True)
         view = {name: index.to(run.device, non_blocking=True) for name, index in batch.view.items()}
-        losses = engine(images, view)
+        losses = engine(images, view, **run.teacher.targets(images))
         meter.add_losses(losses)
         engine.backward(poison_nonfinite(losses["loss"]))
         engine.step()
@@ -113,6 +115,7 @@ def _account(run: Run, micro_batches: list[Batch], reporter: Reporter | NoReport
     if run.engine.was_step_applied():
         state.updates += 1
         state.nonfinite_in_row = 0
+        run.teacher.follow(state.updates / run.total_steps)
         return
     state.nonfinite_in_row += 1
     keys = [key for batch in micro_batches for key in batch.keys]
@@ -146,7 +149,7 @@ def _save(run: Run, saved: int, must: bool, reporter: Reporter | NoReporter) -> 
     """
     if saved == run.state.step:
         return saved
-    problem = run.checkpoints.save(run.engine, run.state)
+    problem = run.checkpoints.save(run.engine, run.teacher, run.state)
     if problem is None:
         return run.state.step
     if must:

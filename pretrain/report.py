@@ -36,6 +36,8 @@ def conclude(folder: RunFolder, newest: str) -> None:
         folder.reconstructions: "what the model reconstructs",
         folder.checkpoints / newest: "continues this run",
         folder.encoder: "the encoder, fp32, timm's names",
+        folder.encoder_ema: "the teacher's encoder, their moving average",
     }
+    written = {path: what for path, what in written.items() if path.exists()}
     width = max(len(str(path)) for path in written)
     print("done:\n" + "\n".join(f"  {path!s:{width}}  {what}" for path, what in written.items()), flush=True)

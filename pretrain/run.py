@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pr
 import torch
 
 from data.index import Index, load_index
-from data.loader import Loader
 from pretrain.config import Config, load
 from pretrain.faults import Diverged, Stopped, watch_signals
 from pretrain.launch import World, find_world, leave, start
@@ -46,7 +45,11 @@ def pretrain(config: Config[Any], world: World) -> None:
 
 
 def _train(config: Config[Any], world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
-    from pretrain.build import build_method  # these import DeepSpeed, which looks for its accelerator at once
+    from pretrain.build import (  # these import DeepSpeed, which looks for its accelerator at once
+        build_loader,
+        build_method,
+        build_teacher,
+    )
     from pretrain.checkpoint import Checkpoints, TrainState
     from pretrain.engine import build_engine, ds_settings, effective_settings
     from pretrain.finish import finish
@@ -55,19 +58,8 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
 
     settings = ds_settings(config, world.size)
     method = build_method(config)
-    loader = Loader(
-        index,
-        size=config.data.height_width,
-        batch=config.train.batch,
-        accumulation=config.train.accumulation,
-        rank=world.rank,
-        world=world.size,
-        seed=config.seed,
-        view=method.view(),
-        crop_scale=config.data.crop_scale,
-        flip=config.data.flip,
-        workers=config.data.workers,
-    )
+    loader = build_loader(config, method, index, world)
+    teacher = build_teacher(config, method, device)
     engine = build_engine(method, config, settings)
     fresh = TrainState(
         fingerprint=index.fingerprint,
@@ -76,15 +68,15 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
         trained_function=config.trained_function(),
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, fresh)
-    run = Run(config, world, device, folder, loader, engine, checkpoints, state)
+    state, resumed = checkpoints.resume(engine, teacher, fresh)
+    run = Run(config, world, device, folder, loader, engine, teacher, checkpoints, state)
     if world.is_main:
         effective = effective_settings(engine)
         folder.config.write_text(config.to_yaml())
         folder.write_environment(deepspeed=effective, world_size=world.size, samples=len(index))
         introduce(run, effective, len(index), resumed)
     train(run)
-    finish(engine, config, index, folder, world, device)
+    finish(engine, teacher, config, index, folder, world, device)
     if world.is_main:
         conclude(folder, checkpoints.names()[0])
     torch.distributed.barrier()  # a launcher may end the ranks that outlive the first to leave

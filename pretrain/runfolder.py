@@ -35,6 +35,7 @@ class RunFolder:
         self.loss_curve = root / "loss.png"
         self.reconstructions = root / "reconstructions.png"
         self.encoder = root / "encoder.safetensors"
+        self.encoder_ema = root / "encoder_ema.safetensors"
 
     @contextlib.contextmanager
     def owned(self, patience: float = 10) -> Iterator[None]:

@@ -114,8 +114,8 @@ def _locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[t
             break
         place.append(part)
         annotation = schema.model_fields[part].annotation
-        inner = [t for t in get_args(annotation) or (annotation,) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not inner:
+        sections = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not sections:  # a section may be optional; there is never a choice of two
             break
-        schema = inner[0]  # of a section that may be left out, Section | None
+        schema = sections[0]
     return schema, place

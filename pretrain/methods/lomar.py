@@ -97,12 +97,13 @@ class LoMaR(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
-        grid, outputs = (config.window, config.window), encoder.patch**2 * 3
+        self.sequence, self.unit = (config.window, config.window), 1
+        outputs = encoder.patch**2 * 3
         if config.architecture == "simple":
-            self.predictor: nn.Module = Predictor(encoder, grid, outputs, config.join, partial)
+            self.predictor: nn.Module = Predictor(encoder, self.sequence, outputs, config.join, partial)
         else:
             arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
-            self.predictor = AsymmetricPredictor(encoder, grid, outputs, arch, partial)
+            self.predictor = AsymmetricPredictor(encoder, self.sequence, outputs, arch, partial)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""
@@ -144,9 +145,8 @@ class LoMaR(nn.Module):
         masked = index["masked"]
         prediction, _ = self._predict(patches, index)
         predicted = predicted_pixels(prediction, take(patches, masked), self.config.norm_pix)
-        grid = (self.config.window, self.config.window)
         return {
             "original": images,
-            "window": unpatchify(patches, grid),
-            **pictures(patches, masked, {"reconstruction": predicted}, grid),
+            "window": unpatchify(patches, self.sequence),
+            **pictures(patches, masked, {"reconstruction": predicted}, self.sequence),
         }

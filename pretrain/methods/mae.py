@@ -92,6 +92,7 @@ class MAE(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
+        self.sequence, self.unit = encoder.grid, 1
         self.target = build_target(config.target, config.pca, config.tokenizer, encoder.grid, encoder.patch)
         dim, outputs = encoder.arch.dim, self.target.outputs
         self.mask_tokens = MaskTokens(dim) if config.encoder_masks else None

@@ -95,20 +95,19 @@ class Predictor(nn.Module):
         seen = encoder.patch_embed(pixels) + absolute(encoder, place, visible)
         if self.join:
             seen = encoder(seen, relative(encoder, self.buckets, visible), stop=self.join)
-        if visible.shape[1] + kept.shape[1] == self.length:  # in raster order the buckets are the same for all
+        raster = visible.shape[1] + kept.shape[1] == self.length
+        if raster:  # then the buckets are the same for all
             entered = torch.arange(self.length, device=place.device).expand_as(place)
-            visible_at = visible
             tokens = self._fill_in(encoder, seen, place, visible, entered)
             buckets = self.buckets if encoder.relative else None
         else:
             entered = torch.cat([visible, kept], dim=1)
-            visible_at = torch.arange(visible.shape[1], device=place.device).expand_as(visible)
             tokens = torch.cat([seen, self._mask_tokens(encoder, place, kept).to(seen.dtype)], dim=1)
             buckets = relative(encoder, self.buckets, entered)
         encoded = encoder(tokens, buckets, start=self.join)[:, 1:]
         first, masked = encoded[:supervised], masked[:supervised]
         hidden = self.fill(first, entered[:supervised], masked) if self.fill else take(first, masked)
-        return self.head(self.norm(hidden)), take(encoded, visible_at)
+        return self.head(self.norm(hidden)), take(encoded, visible) if raster else encoded[:, : visible.shape[1]]
 
     def _fill_in(self, encoder: ViT, seen: Tensor, place: Tensor, visible: Tensor, everywhere: Tensor) -> Tensor:
         """Visible tokens (behind a class token, if late) among mask tokens everywhere else, in raster order."""

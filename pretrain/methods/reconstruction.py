@@ -18,7 +18,7 @@ from pretrain.methods.targets import normalize_pixels, patchify, pixel_target, p
 from pretrain.methods.tokenizers import TokenizerConfig, build_tokenizer
 
 
-class Target(ABC):
+class PatchTarget(ABC):
     """What is predicted.
 
     Attributes:
@@ -40,7 +40,7 @@ class Target(ABC):
         """Pictures of the predicted patches by name, (B, M, P) uint8."""
 
 
-class Pixels(Target):
+class Pixels(PatchTarget):
     """Standardised pixels, with `norm_pix` by the patch's own statistics; squared error."""
 
     def __init__(self, patch: int, norm_pix: bool):
@@ -56,7 +56,7 @@ class Pixels(Target):
         return {"reconstruction": predicted_pixels(prediction, truth, self.norm_pix)}
 
 
-class Coefficients(Target):
+class Coefficients(PatchTarget):
     """The largest PCA coefficients of a patch's standardised pixels (96 of 768 in MAE's paper); squared error."""
 
     def __init__(self, config: PCAConfig, patch: int):
@@ -83,7 +83,7 @@ class Coefficients(Target):
         self.mean, self.components = self.mean.to(device), self.components.to(device)
 
 
-class Codes(Target):
+class Codes(PatchTarget):
     """A frozen tokenizer's codes, as in BEiT; cross-entropy over its vocabulary."""
 
     def __init__(self, config: TokenizerConfig, grid: Grid, patch: int):
@@ -114,7 +114,9 @@ def check_target(name: str, pca: PCAConfig | None, tokenizer: TokenizerConfig | 
         read_basis(pca.file, patch)
 
 
-def build_target(name: str, pca: PCAConfig | None, tokenizer: TokenizerConfig | None, grid: Grid, patch: int) -> Target:
+def build_target(
+    name: str, pca: PCAConfig | None, tokenizer: TokenizerConfig | None, grid: Grid, patch: int
+) -> PatchTarget:
     """The target of a configuration that `check_target` has accepted."""
     if pca is not None:
         return Coefficients(pca, patch)

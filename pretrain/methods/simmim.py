@@ -66,13 +66,13 @@ class SimMIM(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
+        self.sequence, self.unit = encoder.grid, config.cell // encoder.patch
         self.predictor = Predictor(encoder, encoder.grid, encoder.patch**2 * 3, 0, partial)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""
-        side = self.config.cell // self.encoder.patch
         ratio = self.config.mask_ratio
-        return functools.partial(view, grid=self.encoder.grid, cell=side, ratio=ratio, partial=self.partial)
+        return functools.partial(view, grid=self.sequence, cell=self.unit, ratio=ratio, partial=self.partial)
 
     def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""

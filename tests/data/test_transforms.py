@@ -1,11 +1,16 @@
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
+from PIL import Image
+from torchvision.transforms import ColorJitter, RandomCrop, RandomResizedCrop
+from torchvision.transforms import functional as tv
 
-from data.transforms import center_crop, flip_decision, random_resized_crop
+from data.colours import color_jitter, three_augment
+from data.decode import decode
+from data.transforms import Picture, center_crop, flip_decision, random_resized_crop, simple_crop
 
 SHAPES = [(500, 375), (64, 300), (300, 40), (9, 9)]
 
@@ -90,3 +95,77 @@ def test_flip_probability() -> None:
     assert 430 < sum(flip_decision(rng, 0.5) for _ in range(1000)) < 570
     assert not any(flip_decision(rng, 0.0) for _ in range(100))
     assert all(flip_decision(rng, 1.0) for _ in range(100))
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 40), (40, 60), (40, 40), (300, 50)])
+def test_simple_crop_is_resize_pad_and_cut(width: int, height: int) -> None:
+    """Against torchvision's Resize of the short side, mirror padding by 4, and a cut at the same place."""
+    size = (32, 32)
+    pixels = np.random.default_rng(1).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    resized = tv.resize(image, min(size), tv.InterpolationMode.BICUBIC)
+    padded = np.pad(np.asarray(resized), ((4, 4), (4, 4), (0, 0)), mode="reflect").astype(int)
+    places = set()
+    for seed in range(40):
+        box = simple_crop(np.random.default_rng(seed), width, height, size)
+        scale = min(width, height) / 32
+        left, top = round(box[0] / scale) + 4, round(box[1] / scale) + 4
+        places.add((left, top))
+        ours = decode(file.getvalue(), lambda w, h, box=box: box, size).astype(int)
+        theirs = padded[top : top + 32, left : left + 32]
+        assert abs(ours - theirs).mean() < 1, box
+    rows, cols = padded.shape[0] - 32 + 1, padded.shape[1] - 32 + 1
+    assert {place[0] for place in places} <= set(range(cols))
+    assert {place[1] for place in places} <= set(range(rows))
+    assert len(places) > 20
+
+
+def test_simple_crops_lie_everywhere_alike() -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    ours = [simple_crop(rng, 96, 64, (32, 32))[:2] for _ in range(4000)]
+    image = torch.empty(3, 32 + 8, 48 + 8)
+    theirs = [RandomCrop.get_params(image, (32, 32))[1::-1] for _ in range(4000)]
+    for side in (0, 1):
+        mine = np.bincount([round(place[side] / 2) + 4 for place in ours], minlength=25) / 4000
+        reference = np.bincount([place[side] for place in theirs], minlength=25) / 4000
+        assert abs(mine - reference).max() < 0.03
+
+
+def test_color_jitter_has_torchvisions_distribution() -> None:
+    torch.manual_seed(0)
+    pixels = np.random.default_rng(0).integers(40, 200, (8, 8, 3), dtype=np.uint8)
+    rng, jitter = np.random.default_rng(0), ColorJitter(0.4, 0.4, 0.2, 0.1)
+    ours = np.stack([color_jitter(rng, pixels, 1.0) for _ in range(2000)]).mean((1, 2))
+    theirs = np.stack([np.asarray(jitter(Image.fromarray(pixels))) for _ in range(2000)]).mean((1, 2))
+    deciles = np.linspace(0.1, 0.9, 9)
+    assert abs(np.quantile(ours, deciles, axis=0) - np.quantile(theirs, deciles, axis=0)).max() < 5
+    unchanged = sum(np.array_equal(color_jitter(rng, pixels, 0.8), pixels) for _ in range(1000))
+    assert 150 < unchanged < 250
+
+
+def test_three_augment_is_each_of_three_as_often() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    grey = solarised = 0
+    for seed in range(600):
+        changed = three_augment(np.random.default_rng(seed), pixels).astype(int)
+        grey += bool((changed == changed[..., :1]).all())
+        solarised += np.array_equal(changed, np.where(pixels < 128, pixels, 255 - pixels))
+    assert 150 < grey < 250
+    assert 150 < solarised < 250
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": (0.5, 0.2)}, "crop_scale"),
+        ({"scale": (0.0, 1.0)}, "crop_scale"),
+        ({"flip": 1.5}, "flip"),
+        ({"color_jitter": -1.0}, "color_jitter"),
+    ],
+)
+def test_pictures_that_cannot_be_made(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Picture(**settings)

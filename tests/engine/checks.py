@@ -1,11 +1,14 @@
 """What runs are waited for and compared by."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from steps import POISONED
 
 from pretrain.metrics import read_metrics
 
@@ -30,13 +33,23 @@ def assert_same_bits(first: Any, second: Any) -> None:
         assert len(first) == len(second)
         for a, b in zip(first, second, strict=True):
             assert_same_bits(a, b)
-    elif not hasattr(first, "__dict__"):
-        assert first == second
+    elif first != second:  # DeepSpeed's own objects, which know no equality
+        assert first is not second
+        assert_same_bits(vars(first), vars(second))
+
+
+def moments(tree: Any) -> Iterator[torch.Tensor]:
+    """Adam's first moments, anywhere in a checkpoint's file."""
+    if isinstance(tree, dict):
+        yield from (value for key, value in tree.items() if key == "exp_avg")
+    if isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from moments(value)
 
 
 def assert_same_run(whole: Path, other: Path) -> None:
-    """Losses, gradient norms, encoder and the whole optimiser state, bit for bit."""
-    keys = ("step", "epoch", "loss", "lr", "grad_norm")
+    """Losses, gradient norms, encoder and all that the last checkpoint holds, bit for bit."""
+    keys = ("step", "epoch", "loss", "lr", "grad_norm", "refused_steps")
     assert [[row[k] for k in keys] for row in read_metrics(whole / "metrics.jsonl")] == [
         [row[k] for k in keys] for row in read_metrics(other / "metrics.jsonl")
     ]
@@ -44,6 +57,24 @@ def assert_same_run(whole: Path, other: Path) -> None:
     assert_same_bits(*encoders)
     last = Path("checkpoints") / (whole / "checkpoints" / "latest").read_text()
     names = sorted(p.name for p in (whole / last).glob("*.pt"))
-    assert names == sorted(p.name for p in (other / last).glob("*.pt"))
+    assert sorted(p.name for p in (whole / last).iterdir()) == sorted(p.name for p in (other / last).iterdir())
+    for name in (p.name for p in (whole / last).glob("*.safetensors")):
+        assert_same_bits(*(load_file(folder / last / name) for folder in (whole, other)))
+    first_moments = []
     for name in names:  # our own files
-        assert_same_bits(*(torch.load(folder / last / name, weights_only=False) for folder in (whole, other)))
+        first, second = (torch.load(folder / last / name, weights_only=False) for folder in (whole, other))
+        assert_same_bits(first, second)
+        first_moments += list(moments(first))
+    assert any(moment.any() for moment in first_moments), "the optimiser's state was compared"
+
+
+def assert_same_steps(run: Path, plain: list[tuple[float, float]]) -> None:
+    """The losses and gradient norms that a run of steps.py logged are those of plain torch."""
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["refused_steps"] for row in rows] == [int(step >= POISONED) for step in range(len(plain))]
+    for step, (row, (loss, norm)) in enumerate(zip(rows, plain, strict=True)):
+        if step == POISONED:  # what is not finite is logged as null
+            assert (row["loss"], row["grad_norm"]) == (None, None)
+        else:
+            assert row["loss"] == pytest.approx(loss, rel=1e-5), step
+            assert row["grad_norm"] == pytest.approx(norm, rel=1e-4), step

@@ -1,17 +1,16 @@
 """Real runs of `pretrain/run.py`: real shards of real JPEGs, real DeepSpeed engines in real processes."""
 
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from processes import ROOT, RUN, Processes
+from processes import ROOT, Processes, starter
 
 
 @pytest.fixture(scope="session")
@@ -31,37 +30,45 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def write_recipe(shards: Path) -> Callable[..., Path]:
+    """write_recipe(folder, name, section={...}) -> ten steps of a small LoMaR, with other sections in place of its own.
+
+    The images are not square; two processes train it in a few seconds.
+    """
+
+    def write(folder: Path, name: str = "tiny", **sections: Any) -> Path:
+        keys = {
+            "name": name,
+            "runs": str(folder / "runs"),
+            "method": {"name": "lomar", "windows": 2, "window": 3},
+            "model": {"arch": "vit_tiny"},
+            "data": {"shards": str(shards), "size": [64, 80], "workers": 1},
+            "optim": {"warmup_epochs": 0.3, "base_lr": 1e-2},
+            "train": {"epochs": 1, "batch": 8, "precision": "fp32"},
+            "checkpoint": {"every": 5},
+            "log": {"every": 1, "panel_images": 2},
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(keys | sections))
+        return path
+
+    return write
+
+
 @pytest.fixture
-def recipe(shards: Path, tmp_path: Path) -> Path:
-    """Ten steps of a small LoMaR on images that are not square; two processes train it in a few seconds."""
-    keys = {
-        "name": "tiny",
-        "runs": str(tmp_path / "runs"),
-        "method": {"name": "lomar", "windows": 2, "window": 3},
-        "model": {"arch": "vit_tiny"},
-        "data": {"shards": str(shards), "size": [64, 80], "workers": 1},
-        "optim": {"warmup_epochs": 0.3, "base_lr": 1e-2},
-        "train": {"epochs": 1, "batch": 8, "precision": "fp32"},
-        "checkpoint": {"every": 5},
-        "log": {"every": 1, "panel_images": 2},
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(keys))
-    return path
+def recipe(write_recipe: Callable[..., Path], tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
-    """start(recipe, 'key=value', ...) -> Processes of run.py; what a test leaves running is killed."""
-    started: list[Processes] = []
+    with starter(tmp_path) as starts:
+        yield starts
 
-    def _start(*arguments: Path | str, processes: int = 2, script: str = RUN) -> Processes:
-        started.append(Processes(script, [str(argument) for argument in arguments], processes, tmp_path))
-        return started[-1]
 
-    yield _start
-    for run in started:
-        for process in run.all:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+@pytest.fixture(scope="module")
+def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Processes]]:
+    """As `start`, for runs that several tests read."""
+    with starter(tmp_path_factory.mktemp("cwd")) as starts:
+        yield starts

@@ -1,11 +1,15 @@
 """The ranks of a real run of `pretrain/run.py`."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = str(ROOT / "pretrain" / "run.py")
@@ -43,15 +47,39 @@ class Processes:
     def kill(self) -> None:
         """SIGKILL to every rank and its loader's workers."""
         for process in self.all:
-            os.killpg(process.pid, signal.SIGKILL)
-        self.outputs()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.all:
+            process.wait()
 
     def outputs(self, timeout: float = 120) -> list[str]:
-        return [process.communicate(timeout=timeout)[0] for process in self.all]
+        """Waits; what each rank said. A run that takes longer is killed, and fails the test with what it said."""
+        try:
+            return [process.communicate(timeout=timeout)[0] for process in self.all]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            said = "\n".join(process.communicate()[0] for process in self.all)
+            pytest.fail(f"killed after {timeout} seconds:\n{said}")
 
-    def finish(self) -> str:
-        """Waits; the main rank's output. Fails the test, with the output, unless every rank ended well."""
-        outputs = self.outputs()
-        for process, output in zip(self.all, outputs, strict=True):
-            assert process.returncode == 0, output
+    def finish(self, timeout: float = 120) -> str:
+        """Waits; the main rank's output. Fails the test, with all output, unless every rank ended well."""
+        outputs = self.outputs(timeout)
+        assert all(process.returncode == 0 for process in self.all), "\n".join(outputs)
         return outputs[0]
+
+
+@contextlib.contextmanager
+def starter(cwd: Path) -> Iterator[Callable[..., Processes]]:
+    """start(recipe, 'key=value', ...) -> Processes of run.py; what is left running at the end is killed."""
+    started: list[Processes] = []
+
+    def start(*arguments: Path | str, processes: int = 2, script: str = RUN) -> Processes:
+        started.append(Processes(script, [str(argument) for argument in arguments], processes, cwd))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for run in started:
+            if any(process.poll() is None for process in run.all):
+                run.kill()

@@ -1,10 +1,18 @@
-"""Four optimiser steps of a small LoMaR on fixed random batches: by DeepSpeed as a rank's script, or by plain torch.
+"""Four optimiser steps of small methods on fixed random batches: by our loop in DeepSpeed engines, or by plain torch.
 
-The third step's loss is made non-finite on one rank, in one micro-batch.
+As a script this is one rank of a launch that goes through many jobs, since starting processes costs more than steps.
+A job trains to its end, and then once more from the checkpoint in its middle, by an engine that began elsewhere. The
+second step's loss is made infinite on one rank, in one micro-batch: there are fewer updates than steps.
 """
 
+import gc
+import itertools
 import json
+import math
+import shutil
 import sys
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,78 +21,189 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.build import build_method
+from data.loader import Batch
+from pretrain.build import build_method, build_teacher
 from pretrain.config import Config, load
-from pretrain.faults import poison_nonfinite
-from pretrain.launch import find_world, leave, start
+from pretrain.launch import World, find_world, leave, start
 from pretrain.models import vit
-from pretrain.optim import parameter_groups
+from pretrain.optim import learning_rate, parameter_groups, set_learning_rate
+from pretrain.runfolder import RunFolder
 
-STEPS, POISONED, BATCH = 4, 2, 16
-SCRIPT = __file__
+STEPS, MIDDLE, POISONED, BATCH = 4, 2, 1, 16
+SMALL = patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2))  # within it, encoders have two narrow blocks
 
 
-def configure(recipe: str, overrides: list[str]) -> Config[Any]:
-    return load(recipe, [f"train.batch={BATCH}", *overrides])
+def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]) -> None:
+    """Launches two ranks that go through `jobs` (name -> recipe and overrides) in one process group.
+
+    Each job leaves the run folders `<folder>/<name>/whole` and `<folder>/<name>/resumed`, with the method's whole
+    state and the engine's settings in them.
+    """
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    start(folder, script=__file__).finish(timeout=300)
+
+
+def configure(recipe: str, *overrides: str) -> Config[Any]:
+    """Without a warm-up, whose first learning rate is 0: every update moves the weights."""
+    return load(recipe, [f"train.batch={BATCH}", f"checkpoint.every={MIDDLE}", "optim.warmup_epochs=0", *overrides])
 
 
 def build_small(config: Config[Any]) -> Any:
-    """The method around an encoder of two narrow blocks."""
-    with patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2)):
+    with SMALL:
         return build_method(config)
 
 
-def batch(step: int, view: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def global_batch(step: int, view: Any, config: Config[Any]) -> tuple[Tensor, dict[str, Tensor]]:
     rng = np.random.default_rng(step)
-    images = torch.from_numpy(rng.integers(0, 256, (BATCH, 64, 80, 3), dtype=np.uint8))
+    shape = (BATCH, len(config.pictures), 64, 80, 3)
+    images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).squeeze(1)
     views = [view(rng) for _ in range(BATCH)]
     return images, {name: torch.from_numpy(np.stack([v[name] for v in views])) for name in views[0]}
 
 
-def plain_steps(config: Config[Any]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step of one process without DeepSpeed; the poisoned step is left out."""
-    method = build_small(config)
-    groups = parameter_groups(method, config.optim.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas)
+def plain_steps(config: Config[Any]) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """One process without DeepSpeed, and a moving average spelled out in float64.
+
+    Returns:
+        (loss, gradient norm) of each step; the poisoned one moves nothing. And the teacher's weights, if there is one.
+    """
+    method, parts = build_small(config), config.train.accumulation
+    optimizer = torch.optim.AdamW(parameter_groups(method, config.optim.weight_decay), betas=config.optim.betas)
+    teacher = PlainTeacher(method, config) if config.context else None
     results = []
     for step in range(STEPS):
-        loss = method(*batch(step, method.view()))["loss"]
+        updates = step - (step > POISONED)
+        set_learning_rate(optimizer.param_groups, learning_rate(updates, STEPS, 1, config.peak_lr, config.optim))
         optimizer.zero_grad()
-        loss.backward()
+        losses = []
+        for part in range(parts):
+            images, view = global_batch(step, method.view(), config)
+            mine = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+            targets = {"target": teacher.module(images[mine])} if teacher else {}
+            losses.append(method(images[mine], {name: index[mine] for name, index in view.items()}, **targets)["loss"])
+            (losses[-1] / parts).backward()
         norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.optim.clip_grad or 1e9)
         if step != POISONED:
             optimizer.step()
-        results.append((loss.item(), norm.item()))
-    return results
+            if teacher:
+                teacher.follow(method, updates + 1)
+        results.append((torch.stack(losses).mean().item(), norm.item()))
+    return results, teacher.averages if teacher else {}
+
+
+class PlainTeacher:
+    """m * average + (1 - m) * weight in float64, m from 0.996 to 1 by half a cosine."""
+
+    def __init__(self, method: Any, config: Config[Any]):
+        self.first, self.last = config.context.momentum, config.context.final_momentum
+        self.module = method.target()
+        self.averages = {name: tensor.double() for name, tensor in self.module.state_dict().items()}
+
+    def follow(self, method: Any, updates: int) -> None:
+        m = self.last - (self.last - self.first) * (math.cos(math.pi * updates / STEPS) + 1) / 2
+        student = {name.removeprefix("method."): tensor for name, tensor in method.state_dict().items()}
+        self.averages = {name: m * average + (1 - m) * student[name] for name, average in self.averages.items()}
+        self.module.load_state_dict(self.averages)
+
+
+class FixedBatches:
+    """What the loop takes for its loader: the ranks' parts of `global_batch`."""
+
+    steps_per_epoch = STEPS
+
+    def __init__(self, config: Config[Any], view: Any, world: World):
+        self.config, self.view, self.world = config, view, world
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
+        parts = self.config.train.accumulation
+        size = BATCH // (self.world.size * parts)
+        for step in range(start_step, end_step):
+            images, views = global_batch(step, self.view, self.config)
+            micro_batches = []
+            for part in range(parts):
+                samples = torch.arange(size) + (part * self.world.size + self.world.rank) * size
+                view = {name: index[samples] for name, index in views.items()}
+                keys = tuple(f"{step}/{sample}" for sample in samples.tolist())
+                micro_batches.append(Batch(images[samples], view, samples, keys, skipped=()))
+            yield micro_batches
+
+
+def begin_elsewhere(config: Config[Any]) -> Any:
+    """The method with another seed's weights and wrong buffers, so that only loading can make them right."""
+    method = build_small(config.model_copy(update={"seed": config.seed + 1}))
+    saved = method.state_dict()
+    for name, buffer in method.named_buffers():
+        if name in saved:
+            buffer.add_(1)
+    return method
+
+
+def poison(method: Any, config: Config[Any]) -> None:
+    """Makes the loss of the poisoned step's first micro-batch infinite, on the rank that calls this."""
+    calls = itertools.count()
+
+    def spoil(module: Any, inputs: Any, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        if next(calls) != POISONED * config.train.accumulation:
+            return None
+        return {**losses, "loss": losses["loss"] * float("inf")}
+
+    method.register_forward_hook(spoil)
+
+
+def train_small(method: Any, config: Config[Any], world: World, device: torch.device, folder: RunFolder) -> str | None:
+    """What pretrain/run.py does, on fixed batches; returns the checkpoint that it continued from."""
+    from pretrain.checkpoint import Checkpoints, TrainState
+    from pretrain.engine import build_engine, ds_settings, effective_settings
+    from pretrain.finish import encoder_of, full_state, save_encoder
+    from pretrain.loop import Run, train
+
+    loader: Any = FixedBatches(config, method.view(), world)
+    teacher = build_teacher(config, method, device)
+    engine = build_engine(method, config, ds_settings(config, world.size))
+    fresh = TrainState(
+        world_size=world.size,
+        zero_stage=engine.zero_optimization_stage(),
+        trained_function=config.trained_function(),
+    )
+    checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
+    state, resumed = checkpoints.resume(engine, teacher, fresh)
+    train(Run(config, world, device, folder, loader, engine, teacher, checkpoints, state))
+    weights, effective = full_state(engine, world), effective_settings(engine)
+    if world.is_main:
+        save_encoder(encoder_of(method, weights), config, folder.encoder)
+        torch.save(weights, folder.root / "state.pt")
+        (folder.root / "effective.json").write_text(json.dumps(effective))
+    engine.destroy()
+    return resumed
+
+
+def do_job(config: Config[Any], world: World, device: torch.device, root: Path) -> None:
+    whole, again = RunFolder(root / "whole"), RunFolder(root / "resumed")
+    if world.is_main:
+        whole.checkpoints.mkdir(parents=True)
+    torch.distributed.barrier()
+    method = build_small(config)
+    if world.rank == 1:
+        poison(method, config)
+    assert train_small(method, config, world, device, whole) is None
+    if world.is_main:
+        shutil.copytree(whole.root, again.root, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}"))
+    torch.distributed.barrier()
+    assert train_small(begin_elsewhere(config), config, world, device, again) == f"step_{MIDDLE:08d}"
 
 
 def main() -> None:
-    from pretrain.engine import build_engine, ds_settings, effective_settings
-
-    out, recipe, *overrides = sys.argv[1:]
+    folder = Path(sys.argv[1])
     world = find_world()
-    start(world)
-    config = configure(recipe, overrides)
-    method = build_small(config)
-    view = method.view()
-    engine = build_engine(method, config, ds_settings(config, world.size))
-    micro = BATCH // (world.size * config.train.accumulation)
-    results = []
-    for step in range(STEPS):
-        images, views = batch(step, view)
-        losses = []
-        for part in range(config.train.accumulation):
-            mine = slice((part * world.size + world.rank) * micro, (part * world.size + world.rank + 1) * micro)
-            loss = engine(images[mine], {name: index[mine] for name, index in views.items()})["loss"]
-            losses.append(loss.detach())
-            poisoned = step == POISONED and part == 0 and world.rank == 1
-            engine.backward(poison_nonfinite(loss * float("inf") if poisoned else loss))
-            engine.step()
-        mean = torch.stack(losses).mean()
-        torch.distributed.all_reduce(mean)
-        results.append((mean.item() / world.size, float(engine.get_global_grad_norm()), engine.was_step_applied()))
-    if world.is_main:
-        Path(out).write_text(json.dumps({"steps": results, "effective": effective_settings(engine)}))
+    device = start(world)
+    try:
+        for name, arguments in json.loads((folder / "jobs.json").read_text()).items():
+            print(f"job {name}", flush=True)
+            do_job(configure(*arguments), world, device, folder / name)
+            gc.collect()  # an engine's hooks hold it in cycles
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     leave(0)
 
 
