@@ -55,9 +55,11 @@ class SimMIM(nn.Module):
             side = self.cell // model.patch
             if self.cell % model.patch or not side or grid[0] % side or grid[1] % side:
                 height, width = grid[0] * model.patch, grid[1] * model.patch
+                divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
+                nearest = min((n * model.patch for n in divisors), key=lambda cell: abs(cell - self.cell))
                 raise ValueError(
                     f"method.cell={self.cell} must be a multiple of model.patch={model.patch} that divides the image "
-                    f"of {height}x{width} pixels"
+                    f"of {height}x{width} pixels: set method.cell={nearest}"
                 )
             patches, masked = self.count(grid, model)
             if masked >= patches:

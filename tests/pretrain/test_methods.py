@@ -195,7 +195,7 @@ def test_cells_are_masked_whole():
         (MAE | {"mask_ratio": 0.99}, {"position": "sincos"}, "must be masked and one visible"),
         (MAE | {"mask": "grid", "mask_ratio": 0.5}, {"position": "sincos"}, "needs method.mask_ratio=0.75"),
         (MAE | {"decoder_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_heads=5"),
-        ({"name": "simmim", "cell": 24}, {"patch": 16}, "must be a multiple of model.patch=16"),
+        ({"name": "simmim", "cell": 24}, {"patch": 16}, "must be a multiple of model.patch=16 .* set method.cell=16"),
         ({"name": "simmim", "cell": 128}, {"patch": 16}, "divides the image of 64x96 pixels"),
         ({"name": "simmim", "cell": 32, "mask_ratio": 0.99}, {"patch": 16}, "leaves no patch visible"),
     ],
