@@ -92,6 +92,7 @@ def main() -> int:
     out: Path = options.pop("out")
 
     def write() -> int:
+        out.parent.mkdir(parents=True, exist_ok=True)
         tensors, held = fit(**options)
         temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
         save_file(tensors, temporary)

@@ -99,7 +99,7 @@ class TransformerFill(nn.Module):
 
 
 class ConvNeXtFill(ConvFill):
-    """A ConvNeXt block: x + MLP(norm(depth-wise convolution(x)))."""
+    """A ConvNeXt block, MLP(norm(depth-wise convolution(x))); its residual would add the zeros of the thrown tokens."""
 
     def __init__(self, dim: int, grid: Grid, kernel: int):
         super().__init__(dim, grid, kernel)
@@ -107,7 +107,7 @@ class ConvNeXtFill(ConvFill):
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, known: Tensor, present: Tensor) -> Tensor:
-        return known + self.mlp(self.norm(super().forward(known, present)))
+        return self.mlp(self.norm(super().forward(known, present)))
 
 
 def as_image(tokens: Tensor, grid: Grid) -> Tensor:
