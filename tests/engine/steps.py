@@ -159,7 +159,10 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
 
     loader: Any = FixedBatches(config, method.view(), world)
     teacher = build_teacher(config, method, device)
-    engine = build_engine(method, config, ds_settings(config, world.size))
+    settings = ds_settings(config, world.size)
+    # ZeRO-3 leaves parameters below a size, 100,000 numbers by default, whole: none of these would be parted.
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = build_engine(method, config, settings)
     fresh = TrainState(
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),
