@@ -1,14 +1,17 @@
 """The one step loop, for every method."""
 
 import contextlib
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from data.loader import Batch, Loader
+from pretrain.average import Average, NoAverage
 from pretrain.checkpoint import Checkpoints, TrainState
 from pretrain.config import Config
 from pretrain.faults import Diverged, Stopped, StopRequest, log_nonfinite, poison_nonfinite
@@ -16,7 +19,6 @@ from pretrain.launch import World
 from pretrain.metrics import Meter, NoReporter, Reporter
 from pretrain.optim import learning_rate, set_learning_rate
 from pretrain.runfolder import RunFolder
-from pretrain.teacher import NoTeacher, Teacher
 
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ class Run:
     folder: RunFolder
     loader: Loader
     engine: Any
-    teacher: Teacher | NoTeacher
+    average: Average | NoAverage
     checkpoints: Checkpoints
     state: TrainState
     skipped_images: int = 0  # on this rank, since it started
@@ -82,14 +84,23 @@ def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
         run.state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
     )
     set_learning_rate(engine.optimizer.param_groups, rate)
-    for batch in micro_batches:
+    for part, batch in enumerate(micro_batches):
+        seed_step(config.seed, run.state.step, part, run.world.rank)
         images = batch.images.to(run.device, non_blocking=True)
         view = {name: index.to(run.device, non_blocking=True) for name, index in batch.view.items()}
-        losses = engine(images, view, **run.teacher.targets(images))
+        losses = engine(images, view, **run.average.targets(images))
         meter.add_losses(losses)
         engine.backward(poison_nonfinite(losses["loss"]))
         engine.step()
     return rate
+
+
+def seed_step(*where: int) -> None:
+    """What a module draws by itself (drop path, mixup) depends on where it is alone: nothing of it need be saved."""
+    (word,) = np.random.SeedSequence(where).generate_state(1)
+    torch.manual_seed(int(word))
+    np.random.seed(word)
+    random.seed(int(word))
 
 
 def _note_skipped(run: Run, micro_batches: list[Batch]) -> int:
@@ -115,7 +126,7 @@ def _account(run: Run, micro_batches: list[Batch], reporter: Reporter | NoReport
     if run.engine.was_step_applied():
         state.updates += 1
         state.nonfinite_in_row = 0
-        run.teacher.follow(state.updates / run.total_steps)
+        run.average.follow(state.updates / run.total_steps)
         return
     state.nonfinite_in_row += 1
     keys = [key for batch in micro_batches for key in batch.keys]
@@ -149,7 +160,7 @@ def _save(run: Run, saved: int, must: bool, reporter: Reporter | NoReporter) -> 
     """
     if saved == run.state.step:
         return saved
-    problem = run.checkpoints.save(run.engine, run.teacher, run.state)
+    problem = run.checkpoints.save(run.engine, run.average, run.state)
     if problem is None:
         return run.state.step
     if must:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from pretrain.build import build_method, build_teacher
+from pretrain.build import build_average, build_method
 from pretrain.config import Config, load
 from pretrain.launch import World, find_world, leave, start
 from pretrain.models import vit
@@ -158,7 +158,7 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
     from pretrain.loop import Run, train
 
     loader: Any = FixedBatches(config, method.view(), world)
-    teacher = build_teacher(config, method, device)
+    average = build_average(config, method, device)
     settings = ds_settings(config, world.size)
     # ZeRO-3 leaves parameters below a size, 100,000 numbers by default, whole: none of these would be parted.
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -169,8 +169,8 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
         trained_function=config.trained_function(),
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, teacher, fresh)
-    train(Run(config, world, device, folder, loader, engine, teacher, checkpoints, state))
+    state, resumed = checkpoints.resume(engine, average, fresh)
+    train(Run(config, world, device, folder, loader, engine, average, checkpoints, state))
     weights, effective = full_state(engine, world), effective_settings(engine)
     if world.is_main:
         save_encoder(encoder_of(method, weights), config, folder.encoder)
