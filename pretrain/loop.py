@@ -3,7 +3,7 @@
 import contextlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,11 +16,24 @@ from pretrain.checkpoint import Checkpoints, TrainState
 from pretrain.config import Config
 from pretrain.faults import Diverged, Stopped, StopRequest, log_nonfinite, poison_nonfinite
 from pretrain.launch import World
-from pretrain.metrics import Meter, NoReporter, Reporter
+from pretrain.metrics import Meter, NoReporter, Reporter, read_metrics
 from pretrain.optim import learning_rate, set_learning_rate
 from pretrain.runfolder import RunFolder
 
 T = TypeVar("T")
+
+
+@dataclass
+class Evaluation:
+    """What is measured while training goes on.
+
+    Attributes:
+        every: in steps; the end of training is measured as well.
+        measure: called by all ranks together, between steps; returns the same numbers on all of them.
+    """
+
+    every: int
+    measure: Callable[[], dict[str, float]]
 
 
 @dataclass
@@ -36,6 +49,7 @@ class Run:
     average: Average | NoAverage
     checkpoints: Checkpoints
     state: TrainState
+    evaluation: Evaluation | None = None
     skipped_images: int = 0  # on this rank, since it started
 
     @property
@@ -54,12 +68,9 @@ def train(run: Run) -> None:
     """
     config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(), state.step
-    reporter = (
-        Reporter(run.folder.metrics, run.folder.tensorboard, state.step, total, config.name)
-        if run.world.is_main
-        else NoReporter()
-    )
+    reporter = Reporter(run.folder, state.step, total, config.name) if run.world.is_main else NoReporter()
     with contextlib.closing(reporter):
+        _evaluate(run, reporter)  # what a kill or a signal kept from being measured
         for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
             rate = _step(run, micro_batches, meter)
             meter.add_step(config.train.batch, waited, _note_skipped(run, micro_batches))
@@ -75,6 +86,7 @@ def train(run: Run) -> None:
             if signal and state.step < total:
                 # slurm/_train.sh looks for these words
                 raise Stopped(f"{signal}: saved and stopped after step {state.step} of {total}; run it again to go on")
+            _evaluate(run, reporter)
 
 
 def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
@@ -150,6 +162,20 @@ def _values(run: Run, meter: Meter, rate: float) -> dict[str, Any]:
         "grad_norm": float(run.engine.get_global_grad_norm()),
         "refused_steps": state.step - state.updates,
     }
+
+
+def _evaluate(run: Run, reporter: Reporter | NoReporter) -> None:
+    """Measures this step if it is due and has not been measured yet."""
+    state, evaluation = run.state, run.evaluation
+    if evaluation is None or state.step == 0 or (state.step % evaluation.every and state.step < run.total_steps):
+        return
+    done = [
+        any(row["step"] == state.step for row in read_metrics(run.folder.evaluation)) if run.world.is_main else False
+    ]
+    torch.distributed.broadcast_object_list(done)
+    if not done[0]:
+        place = {"step": state.step, "epoch": state.step / run.loader.steps_per_epoch}
+        reporter.evaluated(place | evaluation.measure())
 
 
 def _save(run: Run, saved: int, must: bool, reporter: Reporter | NoReporter) -> int:
