@@ -169,11 +169,9 @@ def _evaluate(run: Run, reporter: Reporter | NoReporter) -> None:
     state, evaluation = run.state, run.evaluation
     if evaluation is None or state.step == 0 or (state.step % evaluation.every and state.step < run.total_steps):
         return
-    done = [
-        any(row["step"] == state.step for row in read_metrics(run.folder.evaluation)) if run.world.is_main else False
-    ]
-    torch.distributed.broadcast_object_list(done)
-    if not done[0]:
+    measured = [state.step in (row["step"] for row in read_metrics(run.folder.evaluation))]
+    torch.distributed.broadcast_object_list(measured)  # the main rank's file counts
+    if not measured[0]:
         place = {"step": state.step, "epoch": state.step / run.loader.steps_per_epoch}
         reporter.evaluated(place | evaluation.measure())
 
