@@ -46,7 +46,12 @@ CASES = [
     Case("MAE", MAE, base="MAE"),
     Case("MAE + PR 25 %", MAE, ("partial.throw=0.25",), "MAE", (0.85, 0.81)),
     Case("MAE + PR 50 %", MAE, ("partial.throw=0.5",), "MAE", (0.72, 0.64)),
+    *(
+        Case(f"MAE + PR 50 %, {fill}", MAE, ("partial.throw=0.5", f"partial.fill={fill}"), "MAE")
+        for fill in ("average", "convnext", "transformer")
+    ),
     Case("MAE + PR 65 %", MAE, ("partial.throw=0.65",), "MAE", (0.64, 0.55)),
+    Case("MAE, encoder_masks", MAE, ("method.encoder_masks=true",), "MAE"),
     Case("MAE + LUT", "lut_vitb16_224_1600e", base="MAE"),
     Case("SimMIM", SIMMIM, base="SimMIM"),
     Case("SimMIM + PR 30 %", SIMMIM, ("partial.throw=0.3",), "SimMIM", (0.50, 0.61)),
@@ -54,6 +59,7 @@ CASES = [
     Case("LoMaR + PR 50 %", LOMAR, ("partial.throw=0.5",), "LoMaR"),
     Case("LoMaR + LUT", "lut_lomar_vitb16_224_400e", base="LoMaR"),
     Case("LoMaR, late (block 8)", LOMAR, ("method.join=8",), "LoMaR"),
+    Case("LoMaR, asymmetric", LOMAR, ("method.architecture=asymmetric",), "LoMaR"),
     Case("LoMaR, late + PR 50 %", LOMAR, ("method.join=8", "partial.throw=0.5"), "LoMaR"),
 ]
 
@@ -88,8 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     arch = "vit_tiny" if parser.parse_args().quick else "vit_base"
-    print(f"{'':24}{'forward':>9}{'kept':>9}{'forward':>9}{'kept':>8}{'paper':>15}")
-    print(f"{arch + '/16, 224 px':24}{'G MAC':>9}{'MiB':>9}{'ratio':>9}{'ratio':>8}{'FLOPs  memory':>15}")
+    print(f"{'':28}{'forward':>9}{'kept':>9}{'forward':>9}{'kept':>8}{'paper':>15}")
+    print(f"{arch + '/16, 224 px':28}{'G MAC':>9}{'MiB':>9}{'ratio':>9}{'ratio':>8}{'FLOPs  memory':>15}")
     results: dict[str, dict] = {}
     for case in CASES:
         counted = count(case, arch)
@@ -98,7 +104,7 @@ def main() -> None:
         results[case.name] = {**asdict(case), **counted}
         paper = f"{case.paper[0]:.2f}    {case.paper[1]:.2f}" if case.paper else ""
         print(
-            f"{case.name:24}{counted['forward_gmacs']:9.2f}{counted['saved_mib']:9.1f}"
+            f"{case.name:28}{counted['forward_gmacs']:9.2f}{counted['saved_mib']:9.1f}"
             f"{counted['forward_gmacs_ratio']:9.2f}{counted['saved_mib_ratio']:8.2f}{paper:>15}",
             flush=True,
         )

@@ -178,11 +178,11 @@ class Config(RunConfig, Generic[MethodConfig]):
         return self
 
     def trained_function(self) -> dict[str, Any]:
-        """The keys on which the weights depend; a tokenizer is named by its sha256, wherever it lies."""
+        """The keys on which the weights depend; tokenizer and components are named by their sha256."""
         own = self.model_dump(
             mode="json",
             include={"method", "partial", "context"},
-            exclude={"method": {"tokenizer": {"weights"}}},
+            exclude={"method": {"tokenizer": {"weights"}, "pca": {"file"}}},
         )
         return own | super().trained_function()
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -27,8 +26,9 @@ from pretrain.methods.masking import (
 )
 from pretrain.methods.partial import Partial, describe
 from pretrain.methods.predictor import Predictor
+from pretrain.methods.reconstruction import Codes
 from pretrain.methods.targets import cut_windows, normalize_pixels, pictures, take
-from pretrain.methods.tokenizers import TokenizerConfig, build_tokenizer
+from pretrain.methods.tokenizers import TokenizerConfig
 from pretrain.models.vit import ViT
 from pretrain.schema import Section
 
@@ -53,13 +53,6 @@ def view(
     else:
         hidden = random_masked(rng, len(window), patches, count)
     return {"window": window, **describe(rng, hidden, partial, area[1])}
-
-
-def false_colours(codes: Tensor, values: int) -> Tensor:
-    """(..., M) codes -> (..., M, values) uint8 patches of one colour a code; alike colours mean nothing."""
-    factors = torch.tensor([151, 89, 37], device=codes.device)
-    colours = (codes.unsqueeze(-1) * factors + codes.unsqueeze(-1) // factors) % 256
-    return colours.byte().tile(values // 3)
 
 
 class BEiT(nn.Module):
@@ -96,8 +89,8 @@ class BEiT(nn.Module):
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
-        self.predictor = Predictor(encoder, config.area(encoder.grid), config.tokenizer.codes, 0, partial)
-        self.tokenizer = build_tokenizer(config.tokenizer, encoder.grid, encoder.patch)  # no part of the module
+        self.target = Codes(config.tokenizer, encoder.grid, encoder.patch)  # no part of the module
+        self.predictor = Predictor(encoder, config.area(encoder.grid), self.target.outputs, 0, partial)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""
@@ -107,8 +100,7 @@ class BEiT(nn.Module):
         """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
         patches, index = cut_windows(images, view, self.encoder.patch)
         prediction, _ = self._predict(patches, index)
-        target = self._codes(images, view)
-        return {"loss": F.cross_entropy(prediction.float().flatten(0, 1), target.flatten())}
+        return {"loss": self.target.loss(prediction, self._codes(images, view))}
 
     def _predict(self, patches: Tensor, index: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(G, L, P) uint8 patches -> as `Predictor`; its outputs are logits (G, M, V)."""
@@ -116,25 +108,20 @@ class BEiT(nn.Module):
         return self.predictor(self.encoder, pixels, index["window"], index["visible"], index["masked"], index["kept"])
 
     def _codes(self, images: Tensor, view: dict[str, Tensor]) -> Tensor:
-        """What is predicted: the codes of the masked patches, (G, M)."""
+        """What is predicted: the codes of the masked patches, (G, M, 1)."""
         place = view["window"].gather(2, view["masked"])
-        return self.tokenizer(images).gather(1, place.flatten(1)).view(-1, place.shape[-1])
+        return take(self.target.truth(images), place.flatten(1)).view(-1, place.shape[-1], 1)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first window of each image. Codes have no pixels: each is shown as a flat colour of its own.
+        """The first window of each image.
 
         Returns:
             `original` (B, H, W, 3), and of the window `masked`, `codes` (the tokenizer's, where patches are masked) and
-            `predicted codes`; uint8. A patch is right where the last two have the same colour.
+            `predicted codes`; uint8.
         """
         first = {name: index[:, :1] for name, index in view.items()}
         patches, index = cut_windows(images, first, self.encoder.patch)
-        shown = {"codes": self._codes(images, first), "predicted codes": self._predict(patches, index)[0].argmax(-1)}
+        shown = self.target.shown(self._predict(patches, index)[0], self._codes(images, first))
         area = self.config.area(self.encoder.grid)
-        drawn = {
-            name: pictures(patches, index["masked"], false_colours(codes, patches.shape[-1]), area)
-            for name, codes in shown.items()
-        }
-        columns = {name: picture["reconstruction"] for name, picture in drawn.items()}
-        return {"original": images, "masked": drawn["codes"]["masked"], **columns}
+        return {"original": images, **pictures(patches, index["masked"], shown, area)}

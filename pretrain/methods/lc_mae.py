@@ -19,7 +19,7 @@ from pretrain.methods import mae
 from pretrain.methods.mae import MAE
 from pretrain.methods.masking import Grid
 from pretrain.methods.partial import Partial
-from pretrain.methods.targets import normalize_pixels, patchify, pixel_target, take
+from pretrain.methods.targets import normalize_pixels, patchify, take
 from pretrain.models.vit import ViT, init_weights
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class LCMAE(MAE):
         super().__init__(config, encoder, partial)
         self.proj = None
         if config.w_cross or config.w_in:
-            self.proj = nn.Linear(encoder.patch**2 * 3, config.proj_dim)
+            self.proj = nn.Linear(self.target.outputs, config.proj_dim)
             init_weights(self.proj)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
@@ -122,19 +122,22 @@ class LCMAE(MAE):
         patches = patchify(images, self.encoder.patch).repeat_interleave(2, dim=0)  # both views of an image in turn
         views = {name: positions.flatten(0, 1) for name, positions in view.items()}
         masked = views["masked"]
-        prediction = self._predict(patches, **views)  # (2B, M, P)
+        prediction = self._predict(patches, **views)  # (2B, M, outputs)
         hidden = take(patches, masked)
+        truth = take(self.target.truth(images).repeat_interleave(2, dim=0), masked)
         v = None if self.proj is None else self.proj(prediction).float()  # eq. 5 and 6: v = p(h(x, m))
         with torch.autocast(images.device.type, enabled=False):  # cosines are matrix products: bf16 would round them
-            terms = self._losses(prediction.float(), v, hidden, masked)
+            terms = self._losses(prediction, v, truth, hidden, masked)
         loss = sum(getattr(self.config, f"w_{name}") * term for name, term in terms.items())
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
-    def _losses(self, prediction: Tensor, v: Tensor | None, hidden: Tensor, masked: Tensor) -> dict[str, Tensor]:
+    def _losses(
+        self, prediction: Tensor, v: Tensor | None, truth: Tensor, hidden: Tensor, masked: Tensor
+    ) -> dict[str, Tensor]:
         """The terms whose weight is not zero; the two views of an image follow each other."""
         config, terms = self.config, {}
         if config.w_mae:
-            terms["mae"] = (prediction - pixel_target(hidden, config.norm_pix)).square().mean()
+            terms["mae"] = self.target.loss(prediction, truth)
         if v is not None and config.w_cross:
             terms["cross"] = cross_view_loss(v[::2], v[1::2], masked[::2], masked[1::2])
         if v is not None and config.w_in:

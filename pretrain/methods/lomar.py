@@ -4,6 +4,8 @@ Per image, W random windows of K x K patches; inside each, a share of the patche
 visible ones. Windows never attend to each other: they are a batch dimension. Every image draws its own W distinct
 windows (the authors' code draws windows once a batch, and pairs them so that an image gets one window W times).
 
+Fig. 5's other architecture is MAE's, for windows: a decoder has the mask tokens, not the encoder.
+
 Shapes: B images, G windows in all (B*W), L = K*K patches of a window, D width, P = p*p*3.
 """
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from pretrain.methods.context import Learned
 from pretrain.methods.masking import Grid, check_masked, check_windows, random_masked, random_windows
 from pretrain.methods.partial import Partial, describe
-from pretrain.methods.predictor import Predictor, check_join
+from pretrain.methods.predictor import AsymmetricPredictor, Predictor, check_join
 from pretrain.methods.targets import (
     cut_windows,
     normalize_pixels,
@@ -28,7 +30,8 @@ from pretrain.methods.targets import (
     take,
     unpatchify,
 )
-from pretrain.models.vit import ViT
+from pretrain.models.decoder import check_heads
+from pretrain.models.vit import Arch, ViT
 from pretrain.schema import Section
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ def view(
 
 
 class LoMaR(nn.Module):
-    """Encoder on windows with mask tokens, one linear head, MSE on the masked patches."""
+    """Encoder on windows with mask tokens and a linear head, or with a decoder; MSE on the masked patches."""
 
     addons = frozenset({"partial", "context"})
 
@@ -62,6 +65,12 @@ class LoMaR(nn.Module):
         window: int = Field(7, ge=2, description="side of a window in patches, K")
         mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
         norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and variance")
+        architecture: Literal["simple", "asymmetric"] = Field(
+            "simple", description="mask tokens in the encoder, or, as in MAE, in a decoder: decoder_dim, _depth, _heads"
+        )
+        decoder_dim: int = Field(512, ge=4, multiple_of=4)
+        decoder_depth: int = Field(8, ge=1)
+        decoder_heads: int = Field(16, ge=1)
         join: int = Field(0, ge=0, description="block at which mask tokens enter; before it, visible patches are alone")
 
         @property
@@ -78,12 +87,23 @@ class LoMaR(nn.Module):
             check_windows(self.windows, self.window, grid)
             check_masked(self.mask_ratio, self.num_masked, self.window**2, "a window's")
             check_join(self.join, model)
+            check_heads(self.decoder_dim, self.decoder_heads)
+            if self.join and self.architecture == "asymmetric":
+                raise ValueError(
+                    f"method.join={self.join} lets mask tokens enter the encoder, and method.architecture=asymmetric "
+                    f"never does: set method.join=0"
+                )
 
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
         self.sequence, self.unit = (config.window, config.window), 1
-        self.predictor = Predictor(encoder, self.sequence, encoder.patch**2 * 3, config.join, partial)
+        outputs = encoder.patch**2 * 3
+        if config.architecture == "simple":
+            self.predictor: nn.Module = Predictor(encoder, self.sequence, outputs, config.join, partial)
+        else:
+            arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
+            self.predictor = AsymmetricPredictor(encoder, self.sequence, outputs, arch, partial)
 
     def view(self) -> functools.partial[dict[str, np.ndarray]]:
         """The function that the data workers call with a sample's generator."""
@@ -128,5 +148,5 @@ class LoMaR(nn.Module):
         return {
             "original": images,
             "window": unpatchify(patches, self.sequence),
-            **pictures(patches, masked, predicted, self.sequence),
+            **pictures(patches, masked, {"reconstruction": predicted}, self.sequence),
         }

@@ -1,5 +1,7 @@
 """MAE: masked autoencoders (He et al.). The encoder sees the visible patches alone; a decoder fills in the others.
 
+The ablations of its paper are keys: decoder (a, b), `encoder_masks` (c), `target` (d), `mask` and `mask_ratio` (f).
+
 Shapes: B images, N patches of an image, M of them masked, V visible, D width, P = p*p*3.
 """
 
@@ -14,8 +16,12 @@ from torch import Tensor, nn
 
 from pretrain.methods.context import Learned
 from pretrain.methods.masking import Grid, block_masked, check_masked, grid_masked, random_masked
-from pretrain.methods.partial import Fill, Partial, describe
-from pretrain.methods.targets import normalize_pixels, patchify, pictures, pixel_target, predicted_pixels, take
+from pretrain.methods.partial import Partial, build_fill, describe
+from pretrain.methods.pca import PCAConfig
+from pretrain.methods.predictor import MaskTokens
+from pretrain.methods.reconstruction import build_target, check_target
+from pretrain.methods.targets import normalize_pixels, patchify, pictures, take
+from pretrain.methods.tokenizers import TokenizerConfig
 from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder, check_heads
 from pretrain.models.vit import Arch, ViT
 from pretrain.schema import Section
@@ -36,17 +42,22 @@ def view(
 
 
 class MAE(nn.Module):
-    """Encoder on the visible patches, transformer decoder, MSE on the masked patches."""
+    """Encoder on the visible patches, transformer decoder, loss on the masked patches."""
 
     addons = frozenset({"partial", "context"})
 
     class Config(Section):
-        """MAE's own keys; the ablations of its talk are values of these."""
+        """MAE's own keys."""
 
         name: Literal["mae"] = "mae"
         mask: Literal["random", "block", "grid"] = Field("random", description="how the masked patches lie")
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
-        norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and variance")
+        target: Literal["pixel", "norm_pix", "pca", "token"] = Field(
+            "norm_pix", description="what is predicted: pixels, normalised by patch or not, PCA coefficients, or codes"
+        )
+        pca: PCAConfig | None = Field(None, description="target=pca: the components")
+        tokenizer: TokenizerConfig | None = Field(None, description="target=token: whose codes")
+        encoder_masks: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
         decoder: Literal["transformer", "average", "conv"] = Field(
             "transformer", description="LC-MAE's Table 2; decoder_dim, _depth and _heads are the transformer's"
         )
@@ -71,16 +82,24 @@ class MAE(nn.Module):
                     f"grid, not {self.mask_ratio} on {grid[0]}x{grid[1]}"
                 )
             check_heads(self.decoder_dim, self.decoder_heads)
+            if self.encoder_masks and self.decoder != "transformer":
+                raise ValueError(
+                    f"method.encoder_masks=true decodes encoded mask tokens, and method.decoder={self.decoder} puts "
+                    f"its own at the masked patches: set method.decoder=transformer"
+                )
+            check_target(self.target, self.pca, self.tokenizer, model.patch)
 
     def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
         super().__init__()
         self.config, self.encoder, self.partial = config, encoder, partial
         self.sequence, self.unit = encoder.grid, 1
-        dim, outputs = encoder.arch.dim, encoder.patch**2 * 3
+        self.target = build_target(config.target, config.pca, config.tokenizer, encoder.grid, encoder.patch)
+        dim, outputs = encoder.arch.dim, self.target.outputs
+        self.mask_tokens = MaskTokens(dim) if config.encoder_masks else None
         if config.decoder == "transformer":
             arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
-            fill = Fill(arch.dim, encoder.grid, partial.kernel) if partial else None
-            self.decoder: nn.Module = Decoder(dim, arch, encoder.grid, outputs, fill)
+            fill, masks = build_fill(partial, arch, encoder.grid), not config.encoder_masks
+            self.decoder: nn.Module = Decoder(dim, arch, encoder.grid, outputs, fill, masks)
         else:
             local = {"average": AverageDecoder, "conv": ConvDecoder}[config.decoder]
             self.decoder = local(dim, encoder.grid, outputs)
@@ -97,25 +116,35 @@ class MAE(nn.Module):
 
     def learn(self, images: Tensor, view: dict[str, Tensor], supervised: int | None = None) -> Learned:
         """The loss of the first `supervised` images, of all unless it is given, and all encoded visible tokens."""
-        patches = patchify(images, self.encoder.patch)
-        encoded = self._encode(patches, view["visible"])
-        prediction = self.decoder(encoded[:supervised], **{name: index[:supervised] for name, index in view.items()})
-        target = pixel_target(take(patches[:supervised], view["masked"][:supervised]), self.config.norm_pix)
-        return Learned((prediction.float() - target).square().mean(), encoded[:, 1:], view["visible"])
+        encoded = self._encode(patchify(images, self.encoder.patch), **view)
+        first = {name: index[:supervised] for name, index in view.items()}
+        prediction = self._decode(encoded[:supervised], **first)
+        truth = take(self.target.truth(images[:supervised]), first["masked"])
+        seen = encoded[:, 1 : 1 + view["visible"].shape[1]]
+        return Learned(self.target.loss(prediction, truth), seen, view["visible"])
 
-    def _encode(self, patches: Tensor, visible: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> the class token and the visible ones, encoded, (B, 1+V, D)."""
-        tokens = self.encoder.patch_embed(normalize_pixels(take(patches, visible)))
-        return self.encoder(tokens + self.encoder.pos_embed[0, 1 + visible])
+    def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
+        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D); behind them mask tokens."""
+        position = self.encoder.pos_embed[0, 1:]
+        tokens = self.encoder.patch_embed(normalize_pixels(take(patches, visible))) + position[visible]
+        if self.mask_tokens is not None:
+            tokens = torch.cat([tokens, self.mask_tokens(position[kept])], dim=1)
+        return self.encoder(tokens)
 
-    def _predict(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> the masked ones' prediction (B, M, P)."""
-        return self.decoder(self._encode(patches, visible), visible, masked, kept)
+    def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
+        """What `_encode` made of them -> the masked patches' prediction (B, M, outputs)."""
+        if self.mask_tokens is None:
+            return self.decoder(encoded, visible, masked, kept)
+        return self.decoder(encoded, torch.cat([visible, kept], dim=1), masked)
+
+    def _predict(self, patches: Tensor, **view: Tensor) -> Tensor:
+        """(B, N, P) uint8 patches -> the masked ones' prediction (B, M, outputs)."""
+        return self._decode(self._encode(patches, **view), **view)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`original`, `masked` and `reconstruction` of each image, (B, H, W, 3) uint8."""
+        """`original`, `masked` and what the target shows of each image, (B, H, W, 3) uint8."""
         patches, masked = patchify(images, self.encoder.patch), view["masked"]
         prediction = self._predict(patches, **view)
-        predicted = predicted_pixels(prediction, take(patches, masked), self.config.norm_pix)
-        return {"original": images, **pictures(patches, masked, predicted, self.encoder.grid)}
+        shown = self.target.shown(prediction, take(self.target.truth(images), masked))
+        return {"original": images, **pictures(patches, masked, shown, self.encoder.grid)}

@@ -2,19 +2,19 @@
 
 Of the masked tokens, the *kept* ones go through the transformer; the *thrown* ones do not. Afterwards a depth-wise
 convolution over the grid makes each thrown token out of its neighbours, so that all masked patches are supervised
-(section 3.2). Which tokens are kept is drawn in the data workers (section 3.3).
+(section 3.2; `models/fill.py`). Which tokens are kept is drawn in the data workers (section 3.3).
 
-Shapes: R rows (images or windows) of N patches, M of them masked, K kept, T = N - M + K in the transformer, D width.
+Shapes: R rows (images or windows) of N patches, M of them masked, K kept.
 """
 
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from pretrain.methods.masking import Grid, positions
+from pretrain.models.fill import Fill, Kind
+from pretrain.models.vit import Arch
 from pretrain.schema import Section
 
 
@@ -23,7 +23,10 @@ class Partial(Section):
 
     throw: float = Field(0.5, gt=0, lt=1, description="share of all patches that is thrown, rho_d")
     sampling: Literal["furthest", "random"] = "furthest"
-    kernel: Literal[3, 5, 7, 9, 11] = Field(7, description="side of the convolution in patches")
+    fill: Kind = Field(
+        "conv", description="what makes the thrown tokens; in the paper, training with average fails to converge"
+    )
+    kernel: Literal[3, 5, 7, 9, 11] = Field(7, description="side in patches of what fill looks at; not of transformer")
 
     def num_kept(self, patches: int, masked: int) -> int:
         """M - floor(N * rho_d), K; raises ValueError where nothing would be left to decode."""
@@ -85,26 +88,6 @@ def choose_kept(rng: np.random.Generator, masked: np.ndarray, partial: Partial, 
     return np.sort(rng.permuted(masked, axis=1)[:, :count], axis=1)
 
 
-class Fill(nn.Module):
-    """The spatial aggregation: a depth-wise convolution makes the thrown tokens; all others stay as they are."""
-
-    def __init__(self, dim: int, grid: Grid, kernel: int):
-        super().__init__()
-        self.grid = grid
-        self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
-
-    def forward(self, tokens: Tensor, placed: Tensor, masked: Tensor) -> Tensor:
-        """What stands at the masked places, (R, M, D).
-
-        Args:
-            tokens: (R, T, D) from the transformer.
-            placed: (R, T) their places.
-            masked: (R, M) the places to predict.
-        """
-        R, _, D = tokens.shape
-        height, width = self.grid
-        index = placed.unsqueeze(-1).expand_as(tokens)
-        known = tokens.new_zeros(R, height * width, D).scatter(1, index, tokens)
-        filled = self.conv(known.transpose(1, 2).reshape(R, D, height, width)).flatten(2).transpose(1, 2)
-        present = torch.zeros_like(known[..., :1], dtype=torch.bool).scatter(1, placed.unsqueeze(-1), True)
-        return torch.where(present, known, filled).gather(1, masked.unsqueeze(-1).expand(-1, -1, D))
+def build_fill(partial: Partial | None, arch: Arch, grid: Grid) -> Fill | None:
+    """What makes the thrown tokens of a transformer `arch` on a grid, if any are thrown."""
+    return Fill(partial.fill, arch, grid, partial.kernel) if partial else None

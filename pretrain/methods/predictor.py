@@ -1,7 +1,10 @@
-"""Mask tokens in the encoder, and a linear head on what becomes of them: what LoMaR, SimMIM and BEiT share.
+"""From the visible patches of a sequence, a window or an image, to a prediction of its masked ones.
 
-Three settings meet here: which masked tokens enter the encoder (all, or PR-MIM's kept ones), at which block they join
-the visible ones (0, or later), and what makes the tokens that never entered (PR-MIM's convolution).
+`Predictor`, of LoMaR, SimMIM and BEiT: mask tokens in the encoder, and a linear head on what becomes of them. Three
+settings meet here: which masked tokens enter the encoder (all, or PR-MIM's kept ones), at which block they join the
+visible ones (0, or later), and what makes the tokens that never entered (PR-MIM's fill).
+
+`AsymmetricPredictor`, LoMaR's ablation: visible patches alone in the encoder, mask tokens in a decoder, as in MAE.
 
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
@@ -12,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.methods.masking import Grid
-from pretrain.methods.partial import Fill, Partial
+from pretrain.methods.partial import Partial, build_fill
 from pretrain.methods.targets import take
 from pretrain.models.attention import grid_buckets, pair_buckets
-from pretrain.models.vit import ARCHS, ViT, init_weights
+from pretrain.models.decoder import Decoder
+from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
 
 if TYPE_CHECKING:
     from pretrain.config import ModelConfig
@@ -26,6 +30,19 @@ def check_join(join: int, model: "ModelConfig") -> None:
     depth = ARCHS[model.arch].depth
     if join >= depth:
         raise ValueError(f"method.join={join}, but {model.arch} has {depth} blocks: set it to at most {depth - 1}")
+
+
+class MaskTokens(nn.Module):
+    """A learned token in place of each masked patch."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        nn.init.normal_(self.token, std=0.02)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(B, K, D) positions of the masked patches -> as many tokens."""
+        return self.token + positions
 
 
 class Predictor(nn.Module):
@@ -46,7 +63,7 @@ class Predictor(nn.Module):
         dim = encoder.arch.dim
         self.join, self.length = join, grid[0] * grid[1]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.fill = Fill(dim, grid, partial.kernel) if partial else None
+        self.fill = build_fill(partial, encoder.arch, grid)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if partial else nn.Identity()
         self.head = nn.Linear(dim, outputs)
         self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
@@ -75,9 +92,9 @@ class Predictor(nn.Module):
         Returns:
             The masked patches' (S, M, outputs), and the encoded visible tokens (G, V, D).
         """
-        seen = encoder.patch_embed(pixels) + self._positions(encoder, place, visible)
+        seen = encoder.patch_embed(pixels) + absolute(encoder, place, visible)
         if self.join:
-            seen = encoder(seen, self._buckets(encoder, visible), stop=self.join)
+            seen = encoder(seen, relative(encoder, self.buckets, visible), stop=self.join)
         raster = visible.shape[1] + kept.shape[1] == self.length
         if raster:  # then the buckets are the same for all
             entered = torch.arange(self.length, device=place.device).expand_as(place)
@@ -86,7 +103,7 @@ class Predictor(nn.Module):
         else:
             entered = torch.cat([visible, kept], dim=1)
             tokens = torch.cat([seen, self._mask_tokens(encoder, place, kept).to(seen.dtype)], dim=1)
-            buckets = self._buckets(encoder, entered)
+            buckets = relative(encoder, self.buckets, entered)
         encoded = encoder(tokens, buckets, start=self.join)[:, 1:]
         first, masked = encoded[:supervised], masked[:supervised]
         hidden = self.fill(first, entered[:supervised], masked) if self.fill else take(first, masked)
@@ -99,10 +116,50 @@ class Predictor(nn.Module):
         return torch.cat([first, tokens.scatter(1, visible.unsqueeze(-1).expand_as(seen), seen)], dim=1)
 
     def _mask_tokens(self, encoder: ViT, place: Tensor, index: Tensor) -> Tensor:
-        return self.mask_token.expand(*index.shape, -1) + self._positions(encoder, place, index)
+        return self.mask_token.expand(*index.shape, -1) + absolute(encoder, place, index)
 
-    def _positions(self, encoder: ViT, place: Tensor, index: Tensor) -> Tensor | float:
-        return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + place.gather(1, index)]
 
-    def _buckets(self, encoder: ViT, index: Tensor) -> Tensor | None:
-        return pair_buckets(self.buckets, index) if encoder.relative else None
+class AsymmetricPredictor(nn.Module):
+    """Predicts the masked patches by a decoder that has the mask tokens; the encoder has the visible patches alone.
+
+    Called as `Predictor`. The decoder's fixed positions are those within the sequence.
+
+    Args:
+        encoder: whose width and kind of position it fits.
+        grid: rows and columns of a sequence: a window's, or the image's.
+        outputs: values predicted for each masked patch.
+        arch: the decoder's.
+        partial: PR-MIM's settings.
+    """
+
+    buckets: Tensor
+
+    def __init__(self, encoder: ViT, grid: Grid, outputs: int, arch: Arch, partial: Partial | None):
+        super().__init__()
+        self.decoder = Decoder(encoder.arch.dim, arch, grid, outputs, build_fill(partial, arch, grid))
+        self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
+
+    def forward(
+        self,
+        encoder: ViT,
+        pixels: Tensor,
+        place: Tensor,
+        visible: Tensor,
+        masked: Tensor,
+        kept: Tensor,
+        supervised: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        seen = encoder.patch_embed(pixels) + absolute(encoder, place, visible)
+        encoded = encoder(seen, relative(encoder, self.buckets, visible))
+        prediction = self.decoder(encoded[:supervised], visible[:supervised], masked[:supervised], kept[:supervised])
+        return prediction, encoded[:, 1:]
+
+
+def absolute(encoder: ViT, place: Tensor, index: Tensor) -> Tensor | float:
+    """The encoder's fixed positions, (G, T, D), of the patches at `index` (G, T) of sequences at `place` (G, L)."""
+    return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + place.gather(1, index)]
+
+
+def relative(encoder: ViT, buckets: Tensor, index: Tensor) -> Tensor | None:
+    """The relative positions, if the encoder has any, of a class token and the patches at `index` (G, T)."""
+    return pair_buckets(buckets, index) if encoder.relative else None

@@ -55,9 +55,11 @@ class SimMIM(nn.Module):
             side = self.cell // model.patch
             if self.cell % model.patch or not side or grid[0] % side or grid[1] % side:
                 height, width = grid[0] * model.patch, grid[1] * model.patch
+                divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
+                nearest = min((n * model.patch for n in divisors), key=lambda cell: abs(cell - self.cell))
                 raise ValueError(
                     f"method.cell={self.cell} must be a multiple of model.patch={model.patch} that divides the image "
-                    f"of {height}x{width} pixels"
+                    f"of {height}x{width} pixels: set method.cell={nearest}"
                 )
             patches, masked = self.count(grid, model)
             if masked >= patches:
@@ -99,4 +101,5 @@ class SimMIM(nn.Module):
         patches, masked = patchify(images, self.encoder.patch), view["masked"]
         prediction, _ = self._predict(patches, view)
         predicted = predicted_pixels(prediction, take(patches, masked), norm_pix=False)
-        return {"original": images, **pictures(patches, masked, predicted, self.encoder.grid)}
+        shown = pictures(patches, masked, {"reconstruction": predicted}, self.encoder.grid)
+        return {"original": images, **shown}

@@ -93,20 +93,20 @@ def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> Ten
     return to_pixels(prediction)
 
 
-def pictures(patches: Tensor, masked: Tensor, predicted: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+def pictures(patches: Tensor, masked: Tensor, predicted: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
     """What the model saw, and what it made of it.
 
     Args:
         patches: (B, N, P) uint8, all patches of a grid.
         masked: (B, M) positions of the masked ones.
-        predicted: (B, M, P) uint8, their prediction.
+        predicted: (B, M, P) uint8, what is shown in their place, by name.
         grid: rows and columns.
 
     Returns:
-        `masked`, with grey where nothing was seen, and `reconstruction`: (B, H, W, 3) uint8.
+        `masked`, with grey where nothing was seen, and a picture for each name: (B, H, W, 3) uint8.
     """
-    where = masked.unsqueeze(-1).expand_as(predicted)
+    where = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    shown = {name: patches.scatter(1, where, pixels) for name, pixels in predicted.items()}
     return {
-        "masked": unpatchify(patches.scatter(1, where, 128), grid),
-        "reconstruction": unpatchify(patches.scatter(1, where, predicted), grid),
+        name: unpatchify(picture, grid) for name, picture in {"masked": patches.scatter(1, where, 128), **shown}.items()
     }

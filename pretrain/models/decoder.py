@@ -25,8 +25,8 @@ class Decoder(nn.Module):
         arch: its own width, blocks and heads.
         grid: rows and columns of the image's patches.
         outputs: values predicted for each patch.
-        fill: makes the masked tokens that did not go through the blocks (`methods/partial.py`).
-        masks: False for an auto-encoder: there are no mask tokens, and the visible patches are predicted.
+        fill: makes the masked tokens that did not go through the blocks (`fill.py`).
+        masks: False for no mask tokens of its own: there are none (an auto-encoder), or the encoder has had them.
     """
 
     pos_embed: Tensor
@@ -55,12 +55,13 @@ class Decoder(nn.Module):
     def forward(
         self, encoded: Tensor, visible: Tensor, masked: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
-        """Predicts the masked patches, or the visible ones where nothing is masked.
+        """Predicts the masked patches, or the encoded ones where nothing is masked.
 
         Args:
-            encoded: (B, 1+V, D) class token and visible tokens.
-            visible, masked: (B, V) and (B, M) grid positions.
-            kept: (B, K) those of the masked ones that get a mask token; all of them unless there is a `fill`.
+            encoded: (B, 1+V, D) class token and encoded tokens.
+            visible: (B, V) their grid positions; those of encoded mask tokens come last.
+            masked: (B, M) grid positions.
+            kept: (B, K) those of the masked ones that get a mask token here; all of them unless there is a `fill`.
 
         Returns:
             (B, M, outputs), or (B, V, outputs) without `masked`.

@@ -44,6 +44,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "partial": PARTIAL,
         "context": LUT | {"loss": "infonce"},
     },
+    "mae-encoder_masks": {
+        "method": MAE | {"encoder_masks": True, "target": "token", "tokenizer": BEIT["tokenizer"]},
+        "model": SINCOS,
+        "partial": PARTIAL | {"fill": "transformer"},
+    },
+    "lomar-asymmetric": {
+        "method": {**LOMAR, "architecture": "asymmetric", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+        "model": RELATIVE,
+        "partial": PARTIAL | {"fill": "convnext"},
+    },
     "lomar-late": {"method": {**LOMAR, "join": 1}, "model": RELATIVE},
     "lomar-late-partial": {"method": {**LOMAR, "join": 1}, "model": RELATIVE, "partial": PARTIAL},
 }

@@ -119,7 +119,7 @@ def relative_buckets(places: list[tuple[int, int]]) -> list[list[int]]:
 def encode_sequence(
     image: Tensor, places: list[tuple[int, int]], masked: list[int], kept: list[int], join: int, weights: Weights,
     heads: int,
-) -> dict[int, Tensor]:  # fmt: skip
+) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
     """One window or image: class token, visible patches, and from block `join` on mask tokens at the kept places.
 
     Args:
@@ -129,7 +129,7 @@ def encode_sequence(
         kept: which of the masked ones enter the encoder.
 
     Returns:
-        The encoded patches that entered, by their number in the sequence.
+        The encoded class token, and the encoded patches that entered, by their number in the sequence.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
@@ -149,32 +149,61 @@ def encode_sequence(
     tokens = [tokens[0], *(by_place[i] for i in entered)]
     buckets = relative_buckets([places[i] for i in entered]) if relative else None
     encoded = transformer(tokens, buckets, weights, "encoder", heads, join)
-    return dict(zip(entered, encoded[1:], strict=True))
+    return encoded[0], dict(zip(entered, encoded[1:], strict=True))
 
 
-def fill(tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str) -> dict[int, Tensor]:
-    """PR-MIM's spatial aggregation: a thrown token is made out of the tokens around it, channel by channel."""
-    kernel, bias = weights[f"{name}.conv.weight"], weights[f"{name}.conv.bias"]
+def fill(
+    tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str, heads: int
+) -> dict[int, Tensor]:
+    """PR-MIM's spatial aggregation: a thrown token is made out of the tokens around it; Table 12's ways to do so."""
+    zero = torch.zeros_like(next(iter(tokens.values())))
+    grid = [tokens.get(i, zero) for i in range(rows * columns)]
+    if f"{name}.aggregate.block.norm1.weight" in weights:
+        placed = [x + position(*divmod(i, columns), len(x)) for i, x in enumerate(grid)]
+        made = block(placed, None, weights, f"{name}.aggregate.block", heads)
+    elif f"{name}.aggregate.mlp.fc1.weight" in weights:
+        made = convolve(grid, columns, rows, weights, f"{name}.aggregate.conv")
+        for i, x in enumerate(made):
+            hidden = gelu(
+                linear(layer_norm(x, weights, f"{name}.aggregate.norm"), weights, f"{name}.aggregate.mlp.fc1")
+            )
+            made[i] = grid[i] + linear(hidden, weights, f"{name}.aggregate.mlp.fc2")
+    elif f"{name}.aggregate.conv.weight" in weights:
+        made = convolve(grid, columns, rows, weights, f"{name}.aggregate.conv")
+    else:
+        made = average(tokens, columns, rows, zero)
+    return dict(enumerate(made)) | tokens
+
+
+def convolve(grid: list[Tensor], columns: int, rows: int, weights: Weights, name: str) -> list[Tensor]:
+    """Channel by channel; what lies outside of the grid is zero."""
+    kernel, made = weights[f"{name}.weight"], []
     reach = kernel.shape[-1] // 2
-    filled = dict(tokens)
-    for i in range(rows * columns):
-        if i in tokens:
-            continue
-        row, col = divmod(i, columns)
-        total = bias
-        for y in range(max(row - reach, 0), min(row + reach + 1, rows)):
-            for x in range(max(col - reach, 0), min(col + reach + 1, columns)):
-                if y * columns + x in tokens:
-                    total = total + kernel[:, 0, y - row + reach, x - col + reach] * tokens[y * columns + x]
-        filled[i] = total
-    return filled
+    for row in range(rows):
+        for col in range(columns):
+            total = weights[f"{name}.bias"]
+            for y in range(max(row - reach, 0), min(row + reach + 1, rows)):
+                for x in range(max(col - reach, 0), min(col + reach + 1, columns)):
+                    total = total + kernel[:, 0, y - row + reach, x - col + reach] * grid[y * columns + x]
+            made.append(total)
+    return made
 
 
-def predict(encoded: dict[int, Tensor], columns: int, rows: int, weights: Weights) -> dict[int, Tensor]:
+def average(tokens: dict[int, Tensor], columns: int, rows: int, zero: Tensor) -> list[Tensor]:
+    """Of the known ones among 3 x 3 neighbours; zero where there are none."""
+    made = []
+    for row in range(rows):
+        for col in range(columns):
+            near = [tokens[i] for i in tokens if max(abs(i // columns - row), abs(i % columns - col)) <= 1]
+            made.append(sum(near) / len(near) if near else zero)
+    return made
+
+
+def predict(encoded: dict[int, Tensor], columns: int, rows: int, weights: Weights, heads: int) -> dict[int, Tensor]:
     """The head on every token of a sequence, thrown ones included."""
     if "predictor.norm.weight" not in weights:
         return {i: linear(token, weights, "predictor.head") for i, token in encoded.items()}
-    filled = fill(encoded, columns, rows, weights, "predictor.fill")
+    filled = fill(encoded, columns, rows, weights, "predictor.fill", heads)
     return {i: linear(layer_norm(x, weights, "predictor.norm"), weights, "predictor.head") for i, x in filled.items()}
 
 
@@ -188,6 +217,26 @@ def transformer(
     return [layer_norm(x, weights, f"{name}.norm") for x in tokens]
 
 
+def transformer_decoder(
+    first: Tensor, seen: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights, heads: int,
+    name: str = "decoder",
+) -> dict[int, Tensor]:  # fmt: skip
+    """The class token, the encoded tokens and mask tokens where they are kept; the prediction of every patch."""
+    narrow = {i: linear(x, weights, f"{name}.embed") for i, x in seen.items()}
+    if f"{name}.mask_token" in weights:
+        narrow |= dict.fromkeys(kept, weights[f"{name}.mask_token"][0, 0])
+    entered = sorted(narrow)
+    tokens = [linear(first, weights, f"{name}.embed")]
+    tokens += [narrow[i] + position(*divmod(i, grid[1]), len(narrow[i])) for i in entered]
+    depth = len({key.split(f"{name}.blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
+    for n in range(depth):
+        tokens = block(tokens, None, weights, f"{name}.blocks.{n}", heads)
+    decoded = dict(zip(entered, tokens[1:], strict=True))
+    if len(decoded) < grid[0] * grid[1]:
+        decoded = fill(decoded, grid[1], grid[0], weights, f"{name}.fill", heads)
+    return {i: linear(layer_norm(x, weights, f"{name}.norm"), weights, f"{name}.pred") for i, x in decoded.items()}
+
+
 def target_of(pixels: Tensor, norm_pix: bool) -> Tensor:
     """What a masked patch is compared with: its pixels, by its own mean and unbiased variance where `norm_pix`."""
     if not norm_pix:
@@ -198,15 +247,19 @@ def target_of(pixels: Tensor, norm_pix: bool) -> Tensor:
 
 
 def lomar_loss(
-    images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, norm_pix: bool, join: int = 0
-) -> Tensor:
+    images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, norm_pix: bool, join: int = 0,
+    decoder_heads: int = 1,
+) -> Tensor:  # fmt: skip
     """Mean squared error over all masked patches of all windows of all images.
 
     Args:
         images: (B, H, W, 3) uint8.
         view: `window` (B, W, K*K) grid positions, `masked` (B, W, M) and `kept` (B, W, K) positions within the window.
         weights: the state dict of `LoMaR`, in float64.
+        heads: of the encoder.
+        norm_pix: predict normalised patches.
         join: the block at which mask tokens enter.
+        decoder_heads: where the weights have a decoder, into which mask tokens enter instead.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = images.shape[2] // patch
@@ -216,8 +269,13 @@ def lomar_loss(
         for w, window in enumerate(view["window"][b].tolist()):
             masked, kept = view["masked"][b, w].tolist(), view["kept"][b, w].tolist()
             places = [divmod(place, columns) for place in window]
-            encoded = encode_sequence(image, places, masked, kept, join, weights, heads)
-            predicted = predict(encoded, side, side, weights)
+            if "predictor.decoder.mask_token" in weights:
+                first, seen = encode_sequence(image, places, masked, [], 0, weights, heads)
+                name, grid = "predictor.decoder", (side, side)
+                predicted = transformer_decoder(first, seen, kept, grid, weights, decoder_heads, name)
+            else:
+                _, encoded = encode_sequence(image, places, masked, kept, join, weights, heads)
+                predicted = predict(encoded, side, side, weights, heads)
             for i in masked:
                 target = target_of(cut_patch(image, *places[i], patch), norm_pix)
                 errors.append(((predicted[i] - target) ** 2).sum() / len(target))
@@ -231,48 +289,9 @@ def simmim_loss(images: Tensor, view: dict[str, Tensor], weights: Weights, heads
     places = [divmod(i, columns) for i in range(rows * columns)]
     errors = []
     for image, masked, kept in zip(images, view["masked"].tolist(), view["kept"].tolist(), strict=True):
-        encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
-        predicted = predict(encoded, columns, rows, weights)
+        _, encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
+        predicted = predict(encoded, columns, rows, weights, heads)
         for i in masked:
             target = cut_patch(image, *places[i], patch)
             errors.append((predicted[i] - target).abs().sum() / len(target))
-    return sum(errors) / len(errors)
-
-
-def mae_loss(
-    images: Tensor, view: dict[str, Tensor], weights: Weights, heads: int, decoder_heads: int, norm_pix: bool
-) -> Tensor:
-    """The visible patches are encoded; the decoder gets them and mask tokens back in raster order.
-
-    Args:
-        images: (B, H, W, 3) uint8.
-        view: `masked` (B, M) and `kept` (B, K) grid positions.
-        weights: the state dict of `MAE`, in float64.
-    """
-    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
-    rows, columns = images.shape[1] // patch, images.shape[2] // patch
-    errors = []
-    for image, masked, kept in zip(images, view["masked"].tolist(), view["kept"].tolist(), strict=True):
-        visible = [i for i in range(rows * columns) if i not in masked]
-        tokens = [weights["encoder.cls_token"][0, 0]]
-        for i in visible:
-            token = embed(cut_patch(image, *divmod(i, columns), patch), weights)
-            tokens.append(token + position(*divmod(i, columns), len(token)))
-        narrow = [linear(x, weights, "decoder.embed") for x in transformer(tokens, None, weights, "encoder", heads)]
-        by_place = dict(zip(visible, narrow[1:], strict=True)) | dict.fromkeys(
-            kept, weights["decoder.mask_token"][0, 0]
-        )
-        entered = sorted(by_place)
-        tokens = [narrow[0]]
-        tokens += [by_place[i] + position(*divmod(i, columns), len(by_place[i])) for i in entered]
-        depth = len({key.split(".")[2] for key in weights if key.startswith("decoder.blocks.")})
-        for n in range(depth):
-            tokens = block(tokens, None, weights, f"decoder.blocks.{n}", decoder_heads)
-        decoded = dict(zip(entered, tokens[1:], strict=True))
-        if "decoder.fill.conv.weight" in weights:
-            decoded = fill(decoded, columns, rows, weights, "decoder.fill")
-        for i in masked:
-            predicted = linear(layer_norm(decoded[i], weights, "decoder.norm"), weights, "decoder.pred")
-            target = target_of(cut_patch(image, *divmod(i, columns), patch), norm_pix)
-            errors.append(((predicted - target) ** 2).sum() / len(target))
     return sum(errors) / len(errors)

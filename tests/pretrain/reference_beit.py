@@ -51,8 +51,8 @@ def beit_loss(
         for w, window in enumerate(view["window"][b].tolist()):
             masked, kept = view["masked"][b, w].tolist(), view["kept"][b, w].tolist()
             places = [divmod(place, columns) for place in window]
-            encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
-            logits = predict(encoded, area[1], area[0], weights)
+            _, encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
+            logits = predict(encoded, area[1], area[0], weights, heads)
             for i in masked:
                 losses.append(torch.log(torch.exp(logits[i]).sum()) - logits[i][codes[b][window[i]]])
     return sum(losses) / len(losses)

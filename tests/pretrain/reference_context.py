@@ -3,7 +3,8 @@
 import math
 
 import torch
-from reference import Weights, cut_patch, embed, encode_sequence, position, transformer
+from reference import Weights, encode_sequence
+from reference_mae import encode
 from torch import Tensor
 
 
@@ -13,19 +14,18 @@ def visible_tokens(image: Tensor, view: dict[str, Tensor], weights: Weights, hea
     rows, columns = image.shape[0] // patch, image.shape[1] // patch
     visible, kept = view["visible"], view["kept"]
     if "decoder.embed.weight" in weights:
-        tokens = [weights["encoder.cls_token"][0, 0]]
-        for i in visible.tolist():
-            token = embed(cut_patch(image, *divmod(i, columns), patch), weights)
-            tokens.append(token + position(*divmod(i, columns), len(token)))
-        encoded = transformer(tokens, None, weights, "encoder", heads)[1:]
-        return {(0, i): token for i, token in zip(visible.tolist(), encoded, strict=True)}
+        masks = kept.tolist() if "mask_tokens.token" in weights else None
+        _, encoded = encode(image, visible.tolist(), weights, heads, masks)
+        return {(0, i): encoded[i] for i in visible.tolist()}
     windows = view.get("window", torch.arange(rows * columns)[None])
     found = {}
     for w, window in enumerate(windows.tolist()):
         places = [divmod(place, columns) for place in window]
         shown, entered = (index.reshape(len(windows), -1)[w].tolist() for index in (visible, kept))
         hidden = [i for i in range(len(window)) if i not in shown]
-        encoded = encode_sequence(image, places, hidden, entered, join, weights, heads)
+        if "predictor.decoder.mask_token" in weights:
+            entered = []
+        _, encoded = encode_sequence(image, places, hidden, entered, join, weights, heads)
         found |= {(w, window[i]): encoded[i] for i in shown}
     return found
 
@@ -48,7 +48,7 @@ def teacher_rows(image: Tensor, weights: Weights, heads: int, pooled: bool) -> l
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     rows, columns = image.shape[0] // patch, image.shape[1] // patch
     places = [divmod(i, columns) for i in range(rows * columns)]
-    encoded = encode_sequence(image, places, [], [], 0, weights | {"predictor.mask_token": torch.zeros(1, 1, 1)}, heads)
+    _, encoded = encode_sequence(image, places, [], [], 0, weights, heads)
     tokens = [encoded[i] for i in range(len(places))]
     return head([sum(tokens) / len(tokens)] if pooled else tokens, weights, "projector", training=False)
 

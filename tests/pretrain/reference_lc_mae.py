@@ -10,52 +10,20 @@ from reference import (
     PIXEL_MEAN,
     PIXEL_STD,
     Weights,
-    block,
     cut_patch,
-    embed,
-    fill,
     gelu,
     layer_norm,
     linear,
     position,
     target_of,
-    transformer,
+    transformer_decoder,
 )
+from reference_mae import encode
 from torch import Tensor
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() / torch.sqrt((a * a).sum()) / torch.sqrt((b * b).sum())
-
-
-def encode(image: Tensor, visible: list[int], weights: Weights, heads: int) -> tuple[Tensor, dict[int, Tensor]]:
-    """The class token, and the visible patches by their place in the image."""
-    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
-    columns = image.shape[1] // patch
-    tokens = [weights["encoder.cls_token"][0, 0]]
-    for i in visible:
-        token = embed(cut_patch(image, *divmod(i, columns), patch), weights)
-        tokens.append(token + position(*divmod(i, columns), len(token)))
-    encoded = transformer(tokens, None, weights, "encoder", heads)
-    return encoded[0], dict(zip(visible, encoded[1:], strict=True))
-
-
-def transformer_decoder(
-    first: Tensor, seen: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights, heads: int
-) -> dict[int, Tensor]:
-    """The class token, the visible tokens and mask tokens where they are kept; the prediction of every patch."""
-    narrow = {i: linear(x, weights, "decoder.embed") for i, x in seen.items()}
-    if kept:
-        narrow |= dict.fromkeys(kept, weights["decoder.mask_token"][0, 0])
-    entered = sorted(narrow)
-    tokens = [linear(first, weights, "decoder.embed")]
-    tokens += [narrow[i] + position(*divmod(i, grid[1]), len(narrow[i])) for i in entered]
-    for n in range(len({key.split(".")[2] for key in weights if key.startswith("decoder.blocks.")})):
-        tokens = block(tokens, None, weights, f"decoder.blocks.{n}", heads)
-    decoded = dict(zip(entered, tokens[1:], strict=True))
-    if "decoder.fill.conv.weight" in weights:
-        decoded = fill(decoded, grid[1], grid[0], weights, "decoder.fill")
-    return {i: linear(layer_norm(x, weights, "decoder.norm"), weights, "decoder.pred") for i, x in decoded.items()}
 
 
 def filled(seen: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
@@ -99,7 +67,7 @@ def predict(
     """h(x, m) of eq. 1 at every patch of the image."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = image.shape[0] // patch, image.shape[1] // patch
-    first, seen = encode(image, visible, weights, heads)
+    first, seen = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
     if decoder == "transformer":
         return transformer_decoder(first, seen, kept, grid, weights, decoder_heads)
     return {"average": average_decoder, "conv": conv_decoder}[decoder](seen, grid, weights)

@@ -27,6 +27,7 @@ def recipe(tmp_path: Path) -> str:
         ("optimizer.base_lr=1", ["unknown key optimizer", "did you mean optim?"]),
         ("optim.base_lrr=1", ["unknown key optim.base_lrr", "did you mean base_lr?"]),
         ("method.windw=3", ["unknown key method.windw", "did you mean window?"]),
+        ("partial.throww=0.5", ["unknown key partial.throww", "did you mean throw?"]),
         ("train.qqqq=3", ["unknown key train.qqqq", "valid: ", "epochs", "precision"]),
         ("method.name=lomr", ["method.name='lomr'", "did you mean lomar?"]),
     ],
@@ -198,6 +199,25 @@ def test_shipped_recipes_load_and_read_back(name: str, tmp_path: Path):
     resolved.write_text(config.to_yaml())
     assert load(str(resolved), []) == config
     assert config.optim.weight_decay == 0.05
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
+    """ViT-H has patches of 14 pixels; what they do not divide is refused, and the refusal says what to set."""
+    keys = ["data.shards=/nowhere", f"model.arch={arch}"]
+    if "beit" in name:
+        keys += [f"method.tokenizer.weights={_some_file(tmp_path)}"]
+    needed = []
+    if arch == "vit_huge":
+        keys += ["model.patch=14"]
+        needed += ["data.size=378"] if "_384_" in name else []
+        needed += ["method.cell=28"] if "simmim" in name else []
+    for key in needed:
+        with pytest.raises(ValueError, match=key.partition("=")[0] + ".*" + key.partition("=")[2]):
+            load(name, keys)
+    config = load(name, [*keys, *needed])
+    assert config.model.arch == arch
 
 
 @pytest.mark.parametrize(

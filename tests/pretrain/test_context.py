@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import reference_context
+import reference_mae
 import torch
 from tiny import TINY, everything_float64, randomize, tiny_vit
 from torch import Tensor
@@ -24,6 +25,7 @@ GRID, SIDE = (4, 6), 2
 MAE = {"name": "mae", "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
 SIMMIM = {"name": "simmim", "cell": 4}
 LOMAR = {"name": "lomar", "windows": 2, "window": 3}
+ASYMMETRIC = {"architecture": "asymmetric", "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
 PARTIAL = Partial(throw=0.3, kernel=3)
 CASES = [
     pytest.param(MAE, False, None, {}, id="mae"),
@@ -33,6 +35,10 @@ CASES = [
     pytest.param(LOMAR, True, None, {"loss": "smooth_l1"}, id="lomar-smooth"),
     pytest.param({**LOMAR, "join": 1}, True, PARTIAL, {"supervision": "tokens"}, id="lomar-late-partial-tokens"),
     pytest.param(LOMAR, False, None, {"loss": "infonce"}, id="lomar-absolute-infonce"),
+    pytest.param(
+        {**MAE, "encoder_masks": True}, False, PARTIAL, {"supervision": "tokens"}, id="mae-encoder_masks-tokens"
+    ),
+    pytest.param({**LOMAR, **ASYMMETRIC}, True, None, {"supervision": "tokens"}, id="lomar-asymmetric-tokens"),
 ]
 
 
@@ -72,11 +78,13 @@ def naive_losses(model: LUT, images: Tensor, view: dict, weights: dict, teacher:
     own = {name.removeprefix("method."): w for name, w in weights.items() if name.startswith("method.")}
     first = {name: index[:, 0] for name, index in view.items()}
     if method.name == "mae":
-        mim = reference.mae_loss(images[:, 0], first, own, TINY.heads, method.decoder_heads, method.norm_pix)
+        error = reference_mae.pixel_error(SIDE, method.target == "norm_pix")
+        mim = reference_mae.mae_loss(images[:, 0], first, own, TINY.heads, method.decoder_heads, error)
     elif method.name == "simmim":
         mim = reference.simmim_loss(images[:, 0], first, own, TINY.heads)
     else:
-        mim = reference.lomar_loss(images[:, 0], first, own, TINY.heads, method.norm_pix, method.join)
+        keys = (method.norm_pix, method.join, method.decoder_heads)
+        mim = reference.lomar_loss(images[:, 0], first, own, TINY.heads, *keys)
     pooled, join = config.supervision == "pooled", getattr(method, "join", 0)
     arguments = (weights, teacher, TINY.heads, pooled, config.loss, config.temperature, join)
     return mim, reference_context.context_loss(images, view, *arguments)

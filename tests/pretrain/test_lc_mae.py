@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import reference_lc_mae as naive
 import torch
-from tiny import TINY, everything_float64, random_images, random_view, randomize, tiny_vit
+from tiny import (
+    TINY,
+    assert_equals_reference,
+    loss_and_gradients,
+    random_images,
+    random_view,
+    randomize,
+    tiny_vit,
+    train,
+)
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig, load
@@ -15,7 +24,6 @@ from pretrain.methods import METHODS
 from pretrain.methods.ae import centred_blocks
 from pretrain.methods.partial import Partial
 from pretrain.methods.targets import patchify, pixel_target
-from pretrain.optim import parameter_groups
 
 GRID, SIDE = (3, 4), 2
 SMALL = {"decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
@@ -33,9 +41,10 @@ def setting(name: str, **keys: Any) -> dict[str, Any]:
 
 CASES = [
     *(pytest.param(setting(name), id=name) for name in SETTINGS),
-    pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "norm_pix": False}, id="weighted-pixels"),
+    pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "target": "pixel"}, id="weighted-pixels"),
     pytest.param(LC_MAE | {"mask_ratio": 0.4}, id="few-shared"),
     pytest.param(LC_MAE | {"partial": Partial(throw=0.3, kernel=3)}, id="partial"),
+    pytest.param(LC_MAE | {"encoder_masks": True}, id="encoder_masks"),
     pytest.param(LC_MAE | {"decoder": "average"}, id="average"),
     pytest.param(LC_MAE | {"decoder": "conv"}, id="conv"),
     *(pytest.param(AE | {"block": block}, id=f"ae-{block}") for block in (2, 4, 8)),
@@ -56,36 +65,14 @@ def naive_loss(model: Any, images: Tensor, view: dict[str, Tensor], weights: dic
     if c.name == "ae":
         return naive.ae_loss(images, weights, TINY.heads, c.decoder_heads, c.block, c.norm_pix)
     factors = (c.w_mae, c.w_cross, c.w_in)
-    return naive.lc_mae_loss(images, view, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.norm_pix)
-
-
-def loss_and_gradients(model: nn.Module, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = model(images, view)["loss"]
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return naive.lc_mae_loss(
+        images, view, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.target == "norm_pix"
+    )
 
 
 @pytest.mark.parametrize("keys", CASES)
 def test_equals_the_reference_in_float64_and_fp32(keys: dict, monkeypatch: pytest.MonkeyPatch):
-    model = build(keys)
-    randomize(model)
-    images, view = random_images(model), random_view(model)
-    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    expected = naive_loss(model, images, view, weights)
-    expected.backward()
-    single, single_gradients = loss_and_gradients(model, images, view)
-    with everything_float64(monkeypatch):
-        exact_model = build(keys)
-        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
-        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
-    torch.testing.assert_close(exact, expected.detach(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=0)
-    assert weights.keys() == exact_gradients.keys() == single_gradients.keys(), "every parameter has a gradient"
-    for name, weight in weights.items():
-        largest = weight.grad.abs().max().item()
-        assert largest > 0, name
-        torch.testing.assert_close(exact_gradients[name], weight.grad, rtol=0, atol=1e-10 * largest, msg=name)
-        torch.testing.assert_close(single_gradients[name].double(), weight.grad, rtol=0, atol=1e-4 * largest, msg=name)
+    assert_equals_reference(lambda: build(keys), naive_loss, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -136,7 +123,7 @@ def test_the_losses_do_not_depend_on_what_both_views_see(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("decoder", ["transformer", "average", "conv"])
 def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
-    model = build(LC_MAE | {"decoder": decoder, "norm_pix": False})
+    model = build(LC_MAE | {"decoder": decoder, "target": "pixel"})
     randomize(model)
     images, view = random_images(model), random_view(model)
     before = model.reconstruct(images, view)
@@ -176,24 +163,17 @@ def test_forward_is_deterministic():
     assert first == second
 
 
-def train(model: nn.Module, images: Tensor, view: dict[str, Tensor] | None, steps: int) -> list[float]:
-    """The loss of every step on one batch; without `view` the masks of every step are new."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
-    losses = []
-    for step in range(steps):
-        drawn = random_view(model, len(images), 1000 + step) if view is None else view
-        loss = model(images, drawn)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize(
     "keys",
-    [setting("a"), setting("b", decoder="average"), setting("b", decoder="conv"), setting("g"), AE | {"block": 6}],
-    ids=["a", "average", "conv", "g", "ae"],
+    [
+        setting("a"),
+        setting("b", decoder="average"),
+        setting("b", decoder="conv"),
+        setting("e", target="token", tokenizer={"codes": 13, "dim": 5}),
+        setting("g"),
+        AE | {"block": 6},
+    ],
+    ids=["a", "average", "conv", "token", "g", "ae"],
 )
 def test_learns_one_batch_by_heart(keys: dict):
     model = build(keys)

@@ -3,14 +3,27 @@
 import pytest
 import reference
 import torch
-from tiny import TINY, everything_float64, random_images, random_view, randomize, tiny_lomar
+from tiny import (
+    TINY,
+    assert_equals_reference,
+    loss_and_gradients,
+    random_images,
+    random_view,
+    randomize,
+    tiny_lomar,
+    tiny_vit,
+    train,
+)
 from torch import Tensor
 
+from pretrain.config import load
 from pretrain.methods.lomar import LoMaR
+from pretrain.methods.mae import MAE
 from pretrain.methods.partial import Partial
 from pretrain.methods.targets import cut_windows, normalize_patches, normalize_pixels, take
 from pretrain.optim import parameter_groups
 
+ASYMMETRIC = {"architecture": "asymmetric", "decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
 CASES = [
     pytest.param({"norm_pix": True}, id="relative-norm_pix"),
     pytest.param({"norm_pix": False}, id="relative-pixels"),
@@ -19,48 +32,23 @@ CASES = [
     pytest.param({"window": 5, "windows": 2, "grid": (5, 7), "mask_ratio": 0.8}, id="wide"),
     pytest.param({"join": 1}, id="late"),
     pytest.param({"join": 1, "relative": False}, id="late-absolute"),
+    pytest.param(ASYMMETRIC, id="asymmetric"),
+    pytest.param(ASYMMETRIC | {"relative": False}, id="asymmetric-absolute"),
+    pytest.param(ASYMMETRIC | {"partial": Partial(throw=0.3, kernel=3)}, id="asymmetric-partial"),
     pytest.param({"partial": Partial(throw=0.4, kernel=3)}, id="partial"),
     pytest.param({"partial": Partial(throw=0.4, kernel=5), "relative": False}, id="partial-absolute"),
     pytest.param({"partial": Partial(throw=0.3, kernel=3, sampling="random"), "join": 1}, id="partial-late"),
 ]
 
 
-def loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(images, view)["loss"]
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def naive_loss_and_gradients(model: LoMaR, images: Tensor, view: dict[str, Tensor]):
-    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    loss = reference.lomar_loss(images, view, weights, TINY.heads, model.config.norm_pix, model.config.join)
-    loss.backward()
-    return loss.detach(), {name: weight.grad for name, weight in weights.items()}
+def naive_loss(model: LoMaR, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    c = model.config
+    return reference.lomar_loss(images, view, weights, TINY.heads, c.norm_pix, c.join, c.decoder_heads)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytest.MonkeyPatch):
-    model = tiny_lomar(**case)
-    randomize(model)
-    images, view = random_images(model), random_view(model)
-    expected, gradients = naive_loss_and_gradients(model, images, view)
-    single, single_gradients = loss_and_gradients(model, images, view)
-    with everything_float64(monkeypatch):
-        exact_model = tiny_lomar(**case)
-        # Not the buffers: the float64 model computes its own positions.
-        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
-        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
-
-    assert exact.dtype == torch.float64
-    torch.testing.assert_close(exact, expected, rtol=1e-10, atol=0)
-    torch.testing.assert_close(single.double(), expected, rtol=1e-5, atol=0)
-    assert gradients.keys() == exact_gradients.keys() == single_gradients.keys()
-    for name, gradient in gradients.items():
-        largest = gradient.abs().max().item()
-        assert largest > 0, name
-        torch.testing.assert_close(exact_gradients[name], gradient, rtol=0, atol=1e-10 * largest, msg=name)
-        torch.testing.assert_close(single_gradients[name].double(), gradient, rtol=0, atol=1e-4 * largest, msg=name)
+    assert_equals_reference(lambda: tiny_lomar(**case), naive_loss, monkeypatch)
 
 
 def predictions(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> Tensor:
@@ -77,9 +65,9 @@ def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -
     return changed
 
 
-@pytest.mark.parametrize("relative", [True, False])
-def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_nothing_else(relative: bool):
-    model = tiny_lomar(relative=relative)
+@pytest.mark.parametrize("case", [{}, {"relative": False}, ASYMMETRIC], ids=["relative", "absolute", "asymmetric"])
+def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_nothing_else(case: dict):
+    model = tiny_lomar(**case)
     randomize(model)
     images, view = random_images(model), random_view(model)
     before = predictions(model, images, view)
@@ -190,15 +178,10 @@ def test_bf16_autocast_is_close_to_fp32_with_an_fp32_loss():
         assert torch.cosine_similarity(rounded[name].flatten(), gradient.flatten(), dim=0) > 0.99, name
 
 
-def test_overfits_one_batch():
-    model = tiny_lomar(side=4, arch=TINY._replace(dim=64))
-    images, view = random_images(model), random_view(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
-    losses = []
-    for _ in range(200):
-        loss, _ = loss_and_gradients(model, images, view)
-        optimizer.step()
-        losses.append(loss.item())
+@pytest.mark.parametrize("case", [{}, ASYMMETRIC], ids=["simple", "asymmetric"])
+def test_overfits_one_batch(case: dict):
+    model = tiny_lomar(side=4, arch=TINY._replace(dim=64), **case)
+    losses = train(model, random_images(model), random_view(model))
     assert losses[0] > 0.9, "normalised targets have variance one"
     assert losses[-1] < 0.25 * losses[0]
 
@@ -229,3 +212,37 @@ def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: boo
             hidden = i in view["masked"][b, 0]
             assert (perfect["masked"][at] == 128).all() if hidden else torch.equal(perfect["masked"][at], cut[at[1:]])
             assert torch.equal(honest["reconstruction"][at], cut[at[1:]]) != hidden
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_learning_from_some_images_still_shows_the_visible_tokens_of_all(case: dict):
+    model = tiny_lomar(**case)
+    randomize(model)
+    images, view = random_images(model, 3), random_view(model, 3)
+    some, whole = model.learn(images, view, supervised=2), model.learn(images, view)
+    first = {name: index[:2] for name, index in view.items()}
+    torch.testing.assert_close(some.loss, model(images[:2], first)["loss"])
+    torch.testing.assert_close(some.seen, whole.seen)
+    assert torch.equal(some.place, view["window"].gather(2, view["visible"]).flatten(1))
+    assert some.seen.shape == (3, view["visible"][0].numel(), TINY.dim)
+
+
+def test_late_mask_tokens_need_the_simple_architecture():
+    keys = ["data.shards=/x", "method.architecture=asymmetric"]
+    with pytest.raises(ValueError, match=r"method\.architecture=asymmetric never does: set method\.join=0"):
+        load("lomar_late_vitb16_224_400e", keys)
+    assert load("lomar_pr_vitb16_224_400e", keys).partial is not None
+    with pytest.raises(ValueError, match=r"is not divided by method\.decoder_heads=7"):
+        load("lomar_vitb16_224_400e", [*keys, "method.decoder_heads=7"])
+
+
+def test_one_asymmetric_window_that_is_the_image_is_mae():
+    """Fig. 5's rightmost point: a window of 14x14 patches."""
+    lomar = tiny_lomar(grid=(4, 4), windows=1, window=4, mask_ratio=0.75, relative=False, **ASYMMETRIC)
+    randomize(lomar)
+    keys = {name: value for name, value in ASYMMETRIC.items() if name != "architecture"}
+    mae = MAE(MAE.Config(**keys), tiny_vit(2, (4, 4), relative=False))
+    mae.load_state_dict({name.removeprefix("predictor."): value for name, value in lomar.state_dict().items()})
+    images, view = random_images(lomar), random_view(lomar)
+    loss = mae(images, {name: index[:, 0] for name, index in view.items() if name != "window"})["loss"]
+    torch.testing.assert_close(lomar(images, view)["loss"], loss)

@@ -4,10 +4,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.build import build_method
 from pretrain.config import load
 from pretrain.methods.partial import Partial, choose_kept, furthest
+from pretrain.models.fill import Fill
+from pretrain.models.vit import Arch
 
 SMALL = ["model.arch=vit_tiny", "name=x", "data.shards=x"]
 
@@ -75,3 +79,35 @@ def test_throwing_more_than_is_masked_is_refused():
 def test_mask_tokens_cannot_join_behind_the_last_block():
     with pytest.raises(ValueError, match=r"method.join=12, but vit_tiny has 12 blocks: set it to at most 11"):
         load("lomar_vitb16_224_400e", [*SMALL, "method.join=12"])
+
+
+@pytest.mark.parametrize("kind", ["conv", "average", "transformer", "convnext"])
+def test_what_was_kept_stays_and_what_was_thrown_depends_on_what_is_near(kind: str):
+    """A grid of one row; only places 0 and 1 are known, so that a kernel of 3 does not reach places 3 and 4."""
+    torch.manual_seed(0)
+    fill = Fill(kind, Arch(8, 1, 2), (1, 5), kernel=3)
+    tokens, placed, everywhere = torch.randn(1, 2, 8), torch.tensor([[1, 0]]), torch.arange(5)[None]
+    before = fill(tokens, placed, everywhere)[0]
+    assert torch.equal(before[:2], tokens[0, [1, 0]])
+    changed = (fill(tokens.flip(2), placed, everywhere)[0] != before).any(1).tolist()
+    assert changed[2:] == ([True] * 3 if kind == "transformer" else [True, False, False])
+    assert len(before[2:].unique(dim=0)) == (3 if kind == "transformer" else 2), "places are told apart"
+    if kind == "average":
+        torch.testing.assert_close(before[2], tokens[0, 0])
+        assert not before[3:].any()
+
+
+def test_the_ways_to_fill_cost_what_table_12_says():
+    """Multiply-adds of a 512-wide decoder on 14x14 patches, in G: the paper's 0.65 and 0.41, cut after two digits."""
+    counted = {}
+    for kind in ("conv", "convnext", "transformer"):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            fill = Fill(kind, Arch(512, 8, 16), (14, 14), kernel=7)
+            fill.aggregate(torch.empty(1, 196, 512), torch.empty(1, 196, 1))
+        counted[kind] = counter.get_total_flops() / 2e9
+    assert counted == {
+        "conv": pytest.approx(196 * 512 * 49 / 1e9),
+        "convnext": pytest.approx((196 * 512 * 49 + 196 * 8 * 512**2) / 1e9),
+        "transformer": pytest.approx((196 * 12 * 512**2 + 2 * 196**2 * 512) / 1e9),
+    }
+    assert f"{counted['transformer']:.3f} {counted['convnext']:.3f}" == "0.656 0.416"

@@ -1,6 +1,6 @@
 """Small models and batches for the tests of this folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -8,12 +8,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.methods import targets
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.partial import Partial
 from pretrain.models import vit
+from pretrain.optim import parameter_groups
 
 TINY = vit.Arch(dim=16, depth=2, heads=2)
 
@@ -40,7 +41,7 @@ def tiny_lomar(
     return LoMaR(LoMaR.Config(**keys), tiny_vit(side, grid, relative, checkpoint_blocks, arch), partial)
 
 
-def randomize(model: torch.nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """No parameter keeps a special value: biases and relative tables start at zero, norms at one."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -48,7 +49,7 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
 
 
-def random_images(model: LoMaR, count: int = 2) -> Tensor:
+def random_images(model: Any, count: int = 2) -> Tensor:
     rows, cols = model.encoder.grid
     side = model.encoder.patch
     return torch.randint(
@@ -56,7 +57,7 @@ def random_images(model: LoMaR, count: int = 2) -> Tensor:
     ).byte()
 
 
-def random_view(model: LoMaR, count: int = 2, seed: int = 3) -> dict[str, Tensor]:
+def random_view(model: Any, count: int = 2, seed: int = 3) -> dict[str, Tensor]:
     draw = model.view()
     samples = [draw(np.random.default_rng((seed, i))) for i in range(count)]
     return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
@@ -74,3 +75,58 @@ def everything_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         finally:
             torch.set_default_dtype(torch.float32)
             targets._pixel_statistics.cache_clear()
+
+
+def loss_and_gradients(model: nn.Module, images: Tensor, view: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(images, view)["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equals_reference(
+    build: Callable[[], Any],
+    naive_loss: Callable[[Any, Tensor, dict[str, Tensor], dict[str, Tensor]], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss and every parameter's gradient are those of a naive loop: strictly in float64, closely in fp32.
+
+    Args:
+        build: the model, freshly made.
+        naive_loss: (model, images, view, weights) -> the loss out of float64 weights.
+    """
+    model = build()
+    randomize(model)
+    images, view = random_images(model), random_view(model)
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    expected = naive_loss(model, images, view, weights)
+    expected.backward()
+    single, single_gradients = loss_and_gradients(model, images, view)
+    with everything_float64(monkeypatch):
+        exact_model = build()
+        # Not the buffers: the float64 model computes its own positions.
+        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
+        exact, exact_gradients = loss_and_gradients(exact_model, images, view)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact, expected.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=0)
+    assert weights.keys() == exact_gradients.keys() == single_gradients.keys(), "every parameter has a gradient"
+    for name, weight in weights.items():
+        largest = weight.grad.abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(exact_gradients[name], weight.grad, rtol=0, atol=1e-10 * largest, msg=name)
+        torch.testing.assert_close(single_gradients[name].double(), weight.grad, rtol=0, atol=1e-4 * largest, msg=name)
+
+
+def train(
+    model: nn.Module, images: Tensor, view: dict[str, Tensor] | None, steps: int = 200, lr: float = 3e-3
+) -> list[float]:
+    """The loss of every step on one batch; without `view` the masks of every step are new."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr)
+    losses = []
+    for step in range(steps):
+        drawn = random_view(model, len(images), 1000 + step) if view is None else view
+        loss, _ = loss_and_gradients(model, images, drawn)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

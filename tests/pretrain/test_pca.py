@@ -1,0 +1,198 @@
+"""Principal components of patches: the tool against NumPy, its file, and what the target makes of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from data.index import load_index
+from data.loader import Loader
+from data.pack import pack
+from data.sources import list_source
+from pretrain.checkpoint import TrainState, check_continues
+from pretrain.config import Config, load
+from pretrain.fit_pca import Covariance, fit
+from pretrain.methods.pca import PCAConfig, principal_components, read_basis
+from pretrain.methods.reconstruction import Coefficients
+from pretrain.methods.targets import normalize_pixels, patchify
+
+ROOT = Path(__file__).parents[2]
+PATCH, VALUES = 4, 48
+KEYS: dict[str, Any] = {"patch": PATCH, "images": 100, "size": 16, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Forty-two pictures of smooth gradients and a little noise."""
+    folder, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("packed")
+    rng = np.random.default_rng(0)
+    rows, cols = np.mgrid[0:24, 0:28]
+    for number in range(42):
+        slope = rng.uniform(-4, 4, (2, 3))
+        pixels = (
+            128 + (rows - 12)[..., None] * slope[0] + (cols - 14)[..., None] * slope[1] + rng.normal(0, 6, (24, 28, 3))
+        )
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    pack(list_source(folder), out)
+    return str(out)
+
+
+@pytest.fixture
+def basis(shards: str, tmp_path: Path) -> Path:
+    tensors, _ = fit(shards, components=6, workers=0, **KEYS)
+    save_file(tensors, tmp_path / "pca.safetensors")
+    return tmp_path / "pca.safetensors"
+
+
+def patches_seen(shards: str) -> np.ndarray:
+    """The (n, P) float64 patches that `fit` sees: whole batches of 32 of the first epoch's crops."""
+    loader = Loader(load_index(shards), size=(16, 16), batch=32, seed=3)
+    ((batch,),) = loader.batches(0, 1)
+    return normalize_pixels(patchify(batch.images, PATCH)).flatten(0, 1).double().numpy()
+
+
+def test_the_tool_finds_numpys_components(shards: str):
+    tensors, held = fit(shards, components=VALUES, workers=0, **KEYS)
+    patches = patches_seen(shards)
+    mean = patches.mean(0)
+    _, singular, right = np.linalg.svd(patches - mean, full_matrices=False)
+    variance = singular**2 / (len(patches) - 1)
+    np.testing.assert_allclose(tensors["mean"], mean, atol=1e-6)
+    np.testing.assert_allclose(tensors["variance"], variance, rtol=1e-5, atol=1e-7)
+    components = tensors["components"].double().numpy()
+    np.testing.assert_allclose(components @ components.T, np.eye(VALUES), atol=1e-6)
+    for found, expected in zip(components[:8], right[:8], strict=True):  # distinct variances: defined up to the sign
+        assert abs(found @ expected) == pytest.approx(1, abs=1e-5)
+        assert found[np.abs(found).argmax()] > 0
+    assert held == pytest.approx(1)
+
+
+def test_covariance_in_parts_is_numpys():
+    patches = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)) @ torch.randn(7, 7) + 50
+    covariance = Covariance(7)
+    for part in patches.split(83):
+        covariance.add(part)
+    mean, matrix = covariance.result()
+    np.testing.assert_allclose(mean, patches.double().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(matrix, np.cov(patches.double().numpy().T), rtol=1e-9)
+
+
+def test_components_are_the_largest_of_eigh():
+    root = torch.randn(9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values, vectors = np.linalg.eigh((root @ root.T).numpy())
+    components, variances = principal_components(root @ root.T, 4)
+    np.testing.assert_allclose(variances, values[::-1][:4])
+    np.testing.assert_allclose(np.abs(components.numpy() @ vectors[:, ::-1][:, :4]), np.eye(4), atol=1e-9)
+
+
+def test_the_more_components_the_better_the_picture(shards: str, tmp_path: Path):
+    ((batch,),) = Loader(load_index(shards), size=(16, 16), batch=8, seed=5).batches(0, 1)
+    truth = patchify(batch.images, PATCH)
+    errors = []
+    for count in (1, 3, 9, 24, VALUES):
+        tensors, _ = fit(shards, components=count, workers=0, **KEYS)
+        save_file(tensors, tmp_path / f"{count}.safetensors")
+        target = Coefficients(PCAConfig(file=str(tmp_path / f"{count}.safetensors")), PATCH)
+        assert target.outputs == count
+        true_coefficients = (normalize_pixels(truth) - target.mean) @ target.components.T
+        assert target.loss(true_coefficients, truth) == 0
+        shown = target.shown(true_coefficients, truth)["reconstruction"]
+        errors.append((shown.double() - truth.double()).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] == 0
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_the_target_is_fp32_under_autocast(basis: Path):
+    target = Coefficients(PCAConfig(file=str(basis)), PATCH)
+    truth = torch.randint(0, 256, (2, 5, VALUES), generator=torch.Generator().manual_seed(0)).byte()
+    prediction = torch.zeros(2, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(target.loss(prediction, truth), target.loss(prediction, truth))
+        rounded = target.loss(prediction, truth)
+    assert rounded.dtype == torch.float32
+    assert rounded == target.loss(prediction, truth)
+
+
+def test_the_command_gives_the_same_file_whatever_the_workers(shards: str, basis: Path, tmp_path: Path):
+    out = tmp_path / "made.safetensors"
+    options = [f"--{name}={value}" for name, value in {**KEYS, "components": 6, "workers": 2}.items()]
+    command = [sys.executable, "-m", "pretrain.fit_pca", shards, str(out), *options]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "6 of 48 components" in said
+    assert f"method.target=pca method.pca.file={out}" in said
+    assert mae(out).method.pca.sha256 in said
+    assert sorted(tmp_path.iterdir()) == [out, basis]
+    assert out.read_bytes() == basis.read_bytes()
+
+
+def mae(file: Path, *overrides: str) -> Config[Any]:
+    keys = ["data.shards=/x", "data.size=16", f"model.patch={PATCH}", "method.target=pca", f"method.pca.file={file}"]
+    return load("mae_vitb16_224_1600e", [*keys, *overrides])
+
+
+def test_a_moved_file_continues_and_another_does_not(basis: Path, tmp_path: Path):
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    moved.write_bytes(basis.read_bytes())
+    save_file({name: tensor * 2 for name, tensor in load_file(basis).items()}, other)
+    first, same, different = (TrainState(trained_function=mae(f).trained_function()) for f in (basis, moved, other))
+    check_continues(first, same)
+    with pytest.raises(ValueError, match=r"method\.pca\.sha256 was"):
+        check_continues(first, different)
+
+
+def test_the_resolved_recipe_pins_the_file(basis: Path, tmp_path: Path):
+    config = mae(basis)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load(str(tmp_path / "config.yaml"), []) == config
+    save_file({name: tensor * 2 for name, tensor in load_file(basis).items()}, basis)
+    with pytest.raises(ValueError, match=r"not those of method\.pca\.sha256"):
+        load(str(tmp_path / "config.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method.pca.file=/nowhere"], r"method\.pca\.file='/nowhere' is no file: make it with"),
+        (["method.pca.fille=x"], "did you mean file"),
+        (["method.pca.sha256=abc"], r"not those of method\.pca\.sha256=abc"),
+        (["model.patch=8"], "patches of 48 values, and model.patch=8 has 192"),
+        (["method.target=pixel"], r"method\.pca is only read with method\.target=pca"),
+        (["method.pca=null"], r"method\.target=pca needs method\.pca\.file"),
+        (["method.target=token", "method.pca=null"], r"method\.target=token needs method\.tokenizer\.name"),
+        (["method.tokenizer.name=random_projection"], r"method\.tokenizer is only read with method\.target=token"),
+        (["method.encoder_masks=true", "method.decoder=conv"], r"set method\.decoder=transformer"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(overrides: list[str], says: str, basis: Path):
+    with pytest.raises(ValueError, match=says):
+        mae(basis, *overrides)
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path):
+    (tmp_path / "text").write_text("no components")
+    save_file({"weights": torch.zeros(3)}, tmp_path / "weights")
+    for name in ("text", "weights"):
+        with pytest.raises(ValueError, match=r"holds no components .* make it with"):
+            read_basis(str(tmp_path / name), PATCH)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"size": 18}, "--size 18 is no multiple of --patch 4"),
+        ({"components": 49}, "--components 49: a patch of 4x4 pixels has 1 to 48"),
+        ({"components": 0}, "--components 0"),
+        ({"images": 0}, "--images 0 must be at least 1"),
+        ({"images": 2}, "32 patches do not determine 48 components: pack more images, or raise --images"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(keys: dict, says: str, shards: str):
+    with pytest.raises(ValueError, match=says):
+        fit(shards, **{"components": 6, "workers": 0, **KEYS, **keys})
