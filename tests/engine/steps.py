@@ -160,8 +160,9 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
     loader: Any = FixedBatches(config, method.view(), world)
     average = build_average(config, method, device)
     settings = ds_settings(config, world.size)
-    # ZeRO-3 leaves parameters below a size, 100,000 numbers by default, whole: none of these would be parted.
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if settings["zero_optimization"]["stage"] == 3:  # by default all of so small a model would stay gathered
+        for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+            settings["zero_optimization"][f"stage3_{key}"] = 0
     engine = build_engine(method, config, settings)
     fresh = TrainState(
         world_size=world.size,
