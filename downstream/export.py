@@ -130,7 +130,7 @@ def _transformers_folder(export: Export, out: Path) -> tuple[str, float, str]:
     try:
         from transformers import ViTModel
     except ImportError:
-        raise ValueError("a Hugging Face folder of absolute positions needs: pip install 'transformers>=5'") from None
+        raise ValueError("a Hugging Face folder of absolute positions needs: pip install -e '.[huggingface]'") from None
     arch, size = export.encoder.arch, {"height": export.height, "width": export.width}
     config = {
         "architectures": ["ViTModel"],

@@ -91,6 +91,24 @@ def test_absolute_positions_resize_in_fp32_channel_by_channel(tmp_path: Path):
 
 
 @torch.no_grad()
+def test_a_table_of_a_grid_that_is_not_square_resizes_by_rows_and_columns(tmp_path: Path):
+    facts = {"arch": "vit_tiny", "patch": "4", "size": "8x20", "position": "sincos"}
+    model = originals.vit(img_size=(8, 20))
+    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata=facts)
+    encoder, _ = load_encoder(tmp_path / "a.safetensors", size=(16, 12))
+    planes = model.pos_embed[0, 1:].T.reshape(1, 16, 2, 5)
+    resized = torch.nn.functional.interpolate(planes, size=(4, 3), mode="bicubic", antialias=True)
+    assert_same(encoder.pos_embed[0, 1:].T.reshape(1, 16, 4, 3), resized)
+
+
+def test_keys_have_no_bias_where_the_authors_had_none(tmp_path: Path):
+    """No feature tells: softmax does not see what all keys share."""
+    path, model = originals.simmim(tmp_path)
+    bias = load_encoder(path)[0].blocks[1].attn.qkv.bias
+    assert_same(bias, torch.cat([model.blocks[1].attn.q_bias, torch.zeros(16), model.blocks[1].attn.v_bias]))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("make", ["beit_finetuned", "simmim"])
 def test_bias_tables_resize(make: str, tmp_path: Path):
     path, model = ORIGINALS[make](tmp_path)
