@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -24,9 +25,18 @@ from pretrain.runfolder import RunFolder
 
 Weights = Literal["online", "ema"]
 
-# What checkpoints of others hold beside tensors: the command line (MAE, LoMaR, DINO, LUT), a configuration that is a
-# dictionary by another name (SimMIM's; read as one, so that its package need not be installed). Neither runs code.
-_HARMLESS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+# What checkpoints of others hold beside tensors, none of which runs code: the command line (MAE, LoMaR, DINO, LUT);
+# NumPy's numbers (DINO's learning rates), whose module was called otherwise before NumPy 2; a configuration that is a
+# dictionary by another name (SimMIM's; read as one, so that its package need not be installed).
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+    (OrderedDict, "yacs.config.CfgNode"),
+]
 
 # Where checkpoints keep their state dictionaries. DINO's student is what is trained, its teacher an average of it.
 _ONLINE = ("model", "state_dict", "module", "student")

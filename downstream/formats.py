@@ -64,7 +64,7 @@ _REFUSED = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What became of every key of a file; printed, it groups the blocks.
 

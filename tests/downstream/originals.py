@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
@@ -141,6 +142,7 @@ def dino(folder: Path, weights: str | None = None) -> Original:
     stored = {
         "student": prefixed("module.", {**prefixed("backbone.", student.state_dict()), **head}),
         "teacher": {**prefixed("backbone.", teacher.state_dict()), **head},
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-3), "rows": [np.int64(3), np.float32(2)]}]},
         "epoch": 100,
         "args": argparse.Namespace(arch="vit_small"),
     }

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import originals
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_safetensors_and_old_pickles_are_the_same(tmp_path: Path):
     originals.old_pickle({"model": model.state_dict()}, tmp_path / "a.pth")
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
         assert_same(features(load_encoder(path)[0], images()), model.forward_features(images()))
+
+
+def test_numbers_of_an_older_numpy_are_read(tmp_path: Path):
+    path = tmp_path / "a.pth"
+    originals.old_pickle({"model": originals.vit().state_dict(), "lr": np.float64(0.5)}, path)
+    content = path.read_bytes()
+    assert b"numpy._core.multiarray" in content
+    path.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert load_encoder(path)[1].used
 
 
 @torch.no_grad()
