@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
-from pretrain.build import build_method, build_teacher
+from pretrain.build import build_average, build_method
 from pretrain.config import Config, load
 
 BATCH = 2
@@ -76,10 +76,10 @@ def count(case: Case, arch: str) -> dict[str, float]:
     overrides = ["data.shards=none", f"model.arch={arch}", *case.overrides]
     config = load(case.recipe, overrides)
     method = build_method(config)
-    teacher = build_teacher(config, method, torch.device("cpu"))
+    average = build_average(config, method, torch.device("cpu"))
     images, view = batch_of(method, config)
     with FlopCounterMode(display=False) as without_backward:
-        targets = teacher.targets(images)
+        targets = average.targets(images)
     with FlopCounterMode(display=False) as forward, saved_storages(method) as saved:
         loss = method(images, view, **targets)["loss"]
     assert torch.isfinite(loss)

@@ -6,12 +6,12 @@ import torch
 
 from data.index import Index
 from data.loader import Loader
+from pretrain.average import Average, NoAverage, Teacher
 from pretrain.config import Config
 from pretrain.launch import World
 from pretrain.methods import METHODS
 from pretrain.methods.context import LUT
 from pretrain.models.vit import ViT
-from pretrain.teacher import NoTeacher, Teacher
 
 
 def build_method(config: Config[Any]) -> Any:
@@ -23,10 +23,10 @@ def build_method(config: Config[Any]) -> Any:
     return LUT(config.context, method) if config.context else method
 
 
-def build_teacher(config: Config[Any], method: Any, device: torch.device) -> Teacher | NoTeacher:
+def build_average(config: Config[Any], method: Any, device: torch.device) -> Average | NoAverage:
     """The teacher of a method that has not been partitioned yet."""
     if config.context is None:
-        return NoTeacher()
+        return NoAverage()
     return Teacher(method, config.context, device, bf16=config.train.precision == "bf16")
 
 

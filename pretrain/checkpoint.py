@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written aside, summed, moved into place; the newest sound one resumes.
 
 checkpoints/
-    step_00001000/      DeepSpeed's files, one set a rank, teacher.safetensors where the method has a teacher, and
-                        manifest.json: every file's size and CRC-32
+    step_00001000/      DeepSpeed's files, one set a rank, average.safetensors where there is a moving average,
+                        and manifest.json: every file's size and CRC-32
     latest              the newest one's name
     unfinished/         a save in progress, or what a killed one left
 """
@@ -22,10 +22,10 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from pretrain.average import Average, NoAverage
 from pretrain.config import CheckpointConfig
 from pretrain.elastic import convert, load_universal
 from pretrain.launch import World
-from pretrain.teacher import NoTeacher, Teacher
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
 _MANIFEST = "manifest.json"
@@ -75,7 +75,7 @@ class Checkpoints:
         """The finished checkpoints, newest first."""
         return sorted((p.name for p in self.folder.glob("step_*")), reverse=True)
 
-    def save(self, engine: Any, teacher: Teacher | NoTeacher, state: TrainState) -> str | None:
+    def save(self, engine: Any, average: Average | NoAverage, state: TrainState) -> str | None:
         """Writes a checkpoint; what went wrong, in words, where the disk did not take it. Older ones stay then."""
         name = f"step_{state.step:08d}"
         aside = self.folder / "unfinished"
@@ -87,7 +87,7 @@ class Checkpoints:
         engine.save_checkpoint(str(aside), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False)
         if self.world.is_main and files.failure is None:
             try:
-                teacher.save(aside / name)
+                average.save(aside / name)
             except OSError as error:
                 files.failure = error
         problem = self._first_problem(str(files.failure) if files.failure else None)
@@ -149,7 +149,7 @@ class Checkpoints:
                 return f"{name} is not what was written"
         return None
 
-    def resume(self, engine: Any, teacher: Teacher | NoTeacher, fresh: TrainState) -> tuple[TrainState, str | None]:
+    def resume(self, engine: Any, average: Average | NoAverage, fresh: TrainState) -> tuple[TrainState, str | None]:
         """Loads the newest sound checkpoint into engine and teacher; the number of ranks may be another.
 
         Returns:
@@ -169,7 +169,7 @@ class Checkpoints:
         else:
             path, _ = engine.load_checkpoint(str(self.folder), tag=name)
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
-        teacher.load(self.folder / name)
+        average.load(self.folder / name)
         return replace(state, world_size=self.world.size), name
 
     def _load_converted(self, engine: Any, name: str) -> None:

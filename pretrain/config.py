@@ -81,15 +81,12 @@ class LogConfig(Section):
     panel_images: int = Field(8, ge=1, description="rows of reconstructions.png")
 
 
-class Config(Section, Generic[MethodConfig]):
-    """A whole run. `name` is its folder under `runs`."""
+class RunConfig(Section):
+    """What every training is made of. `name` is its folder under `runs`."""
 
     name: str = Field(coerce_numbers_to_str=True, pattern=r"^[\w-][\w.-]*$")
     runs: str = "runs"
     seed: int = Field(0, ge=0)
-    method: MethodConfig
-    partial: Partial | None = None
-    context: Context | None = None
     model: ModelConfig = ModelConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
@@ -108,17 +105,8 @@ class Config(Section, Generic[MethodConfig]):
         """base_lr * batch / 256: the linear scaling rule."""
         return self.optim.base_lr * self.train.batch / 256
 
-    @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """What each sample gives: one picture, or the two of LUT."""
-        data, context = self.data, self.context
-        first = Picture(data.crop, data.crop_scale, data.flip, data.color_jitter)
-        if context is None:
-            return (first,)
-        return first, replace(first, color_jitter=context.color_jitter, three_augment=context.three_augment)
-
     @model_validator(mode="after")
-    def _fits_together(self) -> "Config[MethodConfig]":
+    def _sizes_fit(self) -> "RunConfig":
         patch = self.model.patch
         for side in self.data.height_width:
             if side < patch or side % patch:
@@ -134,6 +122,44 @@ class Config(Section, Generic[MethodConfig]):
             )
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
             raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; `load` reads it back to an equal configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def trained_function(self) -> dict[str, Any]:
+        """The keys on which the weights depend: a checkpoint continues only where they are equal."""
+        return self.model_dump(
+            mode="json",
+            include={
+                "seed": True,
+                "model": {"arch", "patch", "position"},
+                "data": {"size", "crop", "crop_scale", "flip", "color_jitter"},
+                "optim": True,
+                "train": {"epochs", "batch", "precision"},
+            },
+        )
+
+
+class Config(RunConfig, Generic[MethodConfig]):
+    """A pretraining run."""
+
+    method: MethodConfig
+    partial: Partial | None = None
+    context: Context | None = None
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """What each sample gives: one picture, or the two of LUT."""
+        data, context = self.data, self.context
+        first = Picture(data.crop, data.crop_scale, data.flip, data.color_jitter)
+        if context is None:
+            return (first,)
+        return first, replace(first, color_jitter=context.color_jitter, three_augment=context.three_augment)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config[MethodConfig]":
         method: Any = self.method
         method.check(self.grid, self.model)
         if self.partial:
@@ -151,27 +177,14 @@ class Config(Section, Generic[MethodConfig]):
             self.context.check(patches, masked, self.train.batch // self.train.accumulation)
         return self
 
-    def to_yaml(self) -> str:
-        """The resolved recipe; `load` reads it back to an equal configuration."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
     def trained_function(self) -> dict[str, Any]:
-        """The keys on which the weights depend: a checkpoint continues only where they are equal."""
-        return self.model_dump(
+        """The keys on which the weights depend; tokenizer and components are named by their sha256."""
+        own = self.model_dump(
             mode="json",
-            include={
-                "seed": True,
-                "method": True,
-                "partial": True,
-                "context": True,
-                "model": {"arch", "patch", "position"},
-                "data": {"size", "crop", "crop_scale", "flip", "color_jitter"},
-                "optim": True,
-                "train": {"epochs", "batch", "precision"},
-            },
-            # Named by their sha256, wherever they lie.
+            include={"method", "partial", "context"},
             exclude={"method": {"tokenizer": {"weights"}, "pca": {"file"}}},
         )
+        return own | super().trained_function()
 
 
 def check_addon(addon: str, method: str) -> None:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from data.index import Index
 from data.loader import Loader
+from pretrain.average import Average, NoAverage
 from pretrain.build import build_method
 from pretrain.config import Config
 from pretrain.figures import draw_loss, draw_panel
 from pretrain.launch import World
 from pretrain.metrics import read_metrics
 from pretrain.runfolder import RunFolder
-from pretrain.teacher import NoTeacher, Teacher
 
 
 def full_state(engine: Any, world: World) -> dict[str, Tensor]:
@@ -68,7 +68,7 @@ def draw_reconstructions(
 
 def finish(
     engine: Any,
-    teacher: Teacher | NoTeacher,
+    average: Average | NoAverage,
     config: Config[Any],
     index: Index,
     folder: RunFolder,
@@ -79,7 +79,7 @@ def finish(
     state = full_state(engine, world)
     if world.is_main:
         save_encoder(encoder_of(engine.module, state), config, folder.encoder)
-        if averaged := teacher.encoder():
-            save_encoder(averaged, config, folder.encoder_ema)
+        if averaged := average.weights():
+            save_encoder(encoder_of(average.target, averaged), config, folder.encoder_ema)
         draw_loss(read_metrics(folder.metrics), folder.loss_curve)
         draw_reconstructions(state, config, index, folder, device)

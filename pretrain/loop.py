@@ -1,24 +1,39 @@
 """The one step loop, for every method."""
 
 import contextlib
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from data.loader import Batch, Loader
+from pretrain.average import Average, NoAverage
 from pretrain.checkpoint import Checkpoints, TrainState
 from pretrain.config import Config
 from pretrain.faults import Diverged, Stopped, StopRequest, log_nonfinite, poison_nonfinite
 from pretrain.launch import World
-from pretrain.metrics import Meter, NoReporter, Reporter
+from pretrain.metrics import Meter, NoReporter, Reporter, read_metrics
 from pretrain.optim import learning_rate, set_learning_rate
 from pretrain.runfolder import RunFolder
-from pretrain.teacher import NoTeacher, Teacher
 
 T = TypeVar("T")
+
+
+@dataclass
+class Evaluation:
+    """What is measured while training goes on.
+
+    Attributes:
+        every: in steps; the end of training is measured as well.
+        measure: called by all ranks together, between steps; returns the same numbers on all of them.
+    """
+
+    every: int
+    measure: Callable[[], dict[str, float]]
 
 
 @dataclass
@@ -31,9 +46,10 @@ class Run:
     folder: RunFolder
     loader: Loader
     engine: Any
-    teacher: Teacher | NoTeacher
+    average: Average | NoAverage
     checkpoints: Checkpoints
     state: TrainState
+    evaluation: Evaluation | None = None
     skipped_images: int = 0  # on this rank, since it started
 
     @property
@@ -52,12 +68,9 @@ def train(run: Run) -> None:
     """
     config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(), state.step
-    reporter = (
-        Reporter(run.folder.metrics, run.folder.tensorboard, state.step, total, config.name)
-        if run.world.is_main
-        else NoReporter()
-    )
+    reporter = Reporter(run.folder, state.step, total, config.name) if run.world.is_main else NoReporter()
     with contextlib.closing(reporter):
+        _evaluate(run, reporter)  # what a kill or a signal kept from being measured
         for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
             rate = _step(run, micro_batches, meter)
             meter.add_step(config.train.batch, waited, _note_skipped(run, micro_batches))
@@ -73,6 +86,7 @@ def train(run: Run) -> None:
             if signal and state.step < total:
                 # slurm/_train.sh looks for these words
                 raise Stopped(f"{signal}: saved and stopped after step {state.step} of {total}; run it again to go on")
+            _evaluate(run, reporter)
 
 
 def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
@@ -82,14 +96,23 @@ def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
         run.state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
     )
     set_learning_rate(engine.optimizer.param_groups, rate)
-    for batch in micro_batches:
+    for part, batch in enumerate(micro_batches):
+        seed_step(config.seed, run.state.step, part, run.world.rank)
         images = batch.images.to(run.device, non_blocking=True)
         view = {name: index.to(run.device, non_blocking=True) for name, index in batch.view.items()}
-        losses = engine(images, view, **run.teacher.targets(images))
+        losses = engine(images, view, **run.average.targets(images))
         meter.add_losses(losses)
         engine.backward(poison_nonfinite(losses["loss"]))
         engine.step()
     return rate
+
+
+def seed_step(*where: int) -> None:
+    """What a module draws by itself (drop path, mixup) depends on where it is alone: nothing of it need be saved."""
+    (word,) = np.random.SeedSequence(where).generate_state(1)
+    torch.manual_seed(int(word))
+    np.random.seed(word)
+    random.seed(int(word))
 
 
 def _note_skipped(run: Run, micro_batches: list[Batch]) -> int:
@@ -115,7 +138,7 @@ def _account(run: Run, micro_batches: list[Batch], reporter: Reporter | NoReport
     if run.engine.was_step_applied():
         state.updates += 1
         state.nonfinite_in_row = 0
-        run.teacher.follow(state.updates / run.total_steps)
+        run.average.follow(state.updates / run.total_steps)
         return
     state.nonfinite_in_row += 1
     keys = [key for batch in micro_batches for key in batch.keys]
@@ -141,6 +164,18 @@ def _values(run: Run, meter: Meter, rate: float) -> dict[str, Any]:
     }
 
 
+def _evaluate(run: Run, reporter: Reporter | NoReporter) -> None:
+    """Measures this step if it is due and has not been measured yet."""
+    state, evaluation = run.state, run.evaluation
+    if evaluation is None or state.step == 0 or (state.step % evaluation.every and state.step < run.total_steps):
+        return
+    measured = [state.step in (row["step"] for row in read_metrics(run.folder.evaluation))]
+    torch.distributed.broadcast_object_list(measured)  # the main rank's file counts
+    if not measured[0]:
+        place = {"step": state.step, "epoch": state.step / run.loader.steps_per_epoch}
+        reporter.evaluated(place | evaluation.measure())
+
+
 def _save(run: Run, saved: int, must: bool, reporter: Reporter | NoReporter) -> int:
     """Saves unless this step is already saved; returns the newest saved step.
 
@@ -149,7 +184,7 @@ def _save(run: Run, saved: int, must: bool, reporter: Reporter | NoReporter) -> 
     """
     if saved == run.state.step:
         return saved
-    problem = run.checkpoints.save(run.engine, run.teacher, run.state)
+    problem = run.checkpoints.save(run.engine, run.average, run.state)
     if problem is None:
         return run.state.step
     if must:

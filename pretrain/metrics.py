@@ -5,13 +5,15 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from pretrain.runfolder import RunFolder
 
 
 class Meter:
@@ -62,10 +64,11 @@ class Meter:
 class Reporter:
     """Writes one object a logged step; the main rank's only. JSON has no NaN: what is not finite is null."""
 
-    def __init__(self, metrics: Path, tensorboard: Path, start: int, total: int, name: str):
-        _drop_after(metrics, start)
-        self._jsonl = metrics.open("a")
-        self._tensorboard = SummaryWriter(str(tensorboard), purge_step=start + 1)
+    def __init__(self, folder: RunFolder, start: int, total: int, name: str):
+        _drop_after(folder.metrics, start)
+        _drop_after(folder.evaluation, start)
+        self._jsonl, self._evaluation = folder.metrics.open("a"), folder.evaluation
+        self._tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
         self._bar = tqdm(
             total=total, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
@@ -75,12 +78,7 @@ class Reporter:
         self._bar.update()
 
     def report(self, values: dict[str, Any]) -> None:
-        finite = {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in values.items()}
-        self._jsonl.write(json.dumps(finite) + "\n")
-        self._jsonl.flush()
-        for key, value in finite.items():
-            if value is not None and key != "step":
-                self._tensorboard.add_scalar(key, value, values["step"])
+        self._write(self._jsonl, values)
         line = (
             f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.1f} img/s  "
             f"wait {values['data_wait']:.0%}"
@@ -89,6 +87,21 @@ class Reporter:
         if self._bar.disable:
             left = (self._total - values["step"]) * values["step_s"]
             print(f"step {values['step']}/{self._total}  {line}  {tqdm.format_interval(left)} left", flush=True)
+
+    def evaluated(self, values: dict[str, Any]) -> None:
+        """What was measured between two steps goes to a file of its own."""
+        with self._evaluation.open("a") as file:
+            self._write(file, values)
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key not in ("step", "epoch"))
+        self.say(f"step {values['step']}: {numbers}")
+
+    def _write(self, file: TextIO, values: dict[str, Any]) -> None:
+        finite = {k: v if isinstance(v, int) or math.isfinite(v) else None for k, v in values.items()}
+        file.write(json.dumps(finite) + "\n")
+        file.flush()
+        for key, value in finite.items():
+            if value is not None and key != "step":
+                self._tensorboard.add_scalar(key, value, values["step"])
 
     def say(self, message: str) -> None:
         """A line that does not break the bar."""
@@ -106,6 +119,8 @@ class NoReporter:
     def step(self) -> None: ...
 
     def report(self, values: dict[str, Any]) -> None: ...
+
+    def evaluated(self, values: dict[str, Any]) -> None: ...
 
     def say(self, message: str) -> None: ...
 
@@ -127,6 +142,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: Path, step: int) -> None:
     """A resumed run repeats the steps after its checkpoint: their lines would stand twice."""
+    if not path.exists():
+        return
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

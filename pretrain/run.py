@@ -46,9 +46,9 @@ def pretrain(config: Config[Any], world: World) -> None:
 
 def _train(config: Config[Any], world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     from pretrain.build import (  # these import DeepSpeed, which looks for its accelerator at once
+        build_average,
         build_loader,
         build_method,
-        build_teacher,
     )
     from pretrain.checkpoint import Checkpoints, TrainState
     from pretrain.engine import build_engine, ds_settings, effective_settings
@@ -59,7 +59,7 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
     settings = ds_settings(config, world.size)
     method = build_method(config)
     loader = build_loader(config, method, index, world)
-    teacher = build_teacher(config, method, device)
+    average = build_average(config, method, device)
     engine = build_engine(method, config, settings)
     fresh = TrainState(
         fingerprint=index.fingerprint,
@@ -68,15 +68,15 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
         trained_function=config.trained_function(),
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, teacher, fresh)
-    run = Run(config, world, device, folder, loader, engine, teacher, checkpoints, state)
+    state, resumed = checkpoints.resume(engine, average, fresh)
+    run = Run(config, world, device, folder, loader, engine, average, checkpoints, state)
     if world.is_main:
         effective = effective_settings(engine)
         folder.config.write_text(config.to_yaml())
         folder.write_environment(deepspeed=effective, world_size=world.size, samples=len(index))
         introduce(run, effective, len(index), resumed)
     train(run)
-    finish(engine, teacher, config, index, folder, world, device)
+    finish(engine, average, config, index, folder, world, device)
     if world.is_main:
         conclude(folder, checkpoints.names()[0])
     torch.distributed.barrier()  # a launcher may end the ranks that outlive the first to leave

@@ -28,6 +28,7 @@ class RunFolder:
         self.config = root / "config.yaml"
         self.environment = root / "environment.json"
         self.metrics = root / "metrics.jsonl"
+        self.evaluation = root / "evaluation.jsonl"
         self.skipped_images = root / "skipped_images.txt"
         self.nonfinite = root / "nonfinite.jsonl"
         self.tensorboard = root / "tensorboard"

@@ -1,5 +1,7 @@
 """Self-attention with contextual relative position (iRPE "product" on keys), as LoMaR uses it.
 
+`RelativeBias` is BEiT's and SimMIM's kind, for encoders that `downstream.weights` loads; no method trains it.
+
 Shapes: B sequences, H heads, L tokens, C channels of a head.
 """
 
@@ -91,8 +93,35 @@ class RelativeKey(nn.Module):
         return torch.einsum("bhik,bijk->bhij", q @ table, buckets)
 
 
+def offset_buckets(height: int, width: int) -> Tensor:
+    """(1 + height*width) squared int64 rows of `RelativeBias`'s table for a class token and a grid in raster order.
+
+    Every offset, query minus key, has its own row; the last three are class to patch, patch to class, class to class.
+    """
+    rows = torch.arange(height).repeat_interleave(width)
+    cols = torch.arange(width).repeat(height)
+    ids = (rows[:, None] - rows + height - 1) * (2 * width - 1) + cols[:, None] - cols + width - 1
+    offsets = (2 * height - 1) * (2 * width - 1)
+    buckets = F.pad(ids, (1, 0, 1, 0), value=offsets)
+    buckets[1:, 0], buckets[0, 0] = offsets + 1, offsets + 2
+    return buckets
+
+
+class RelativeBias(nn.Module):
+    """A learned number per head and exact offset, whatever the query says. The table fits one grid only."""
+
+    def __init__(self, heads: int, grid: tuple[int, int]):
+        super().__init__()
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
+
+    def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
+        """(1, H, L, L), to be added to the logits; `buckets` (L, L) int64 as from `offset_buckets`."""
+        return F.embedding(buckets, self.relative_position_bias_table).permute(2, 0, 1)[None]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(C) + bias) v for (B, H, L, C) tensors and an optional (B, H, L, L) bias."""
+    """softmax(q k^T / sqrt(C) + bias) v for (B, H, L, C) tensors and an optional (B or 1, H, L, L) bias."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     # torch's fused CPU kernel has no backward for a bias and is slower in bf16 at the lengths of windows.
@@ -101,21 +130,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with timm's parameter names, plus `rpe_k` where position is relative."""
+    """Multi-head self-attention with timm's parameter names, plus `rpe_k` or `rpe_bias` where position is relative.
 
-    def __init__(self, dim: int, heads: int, relative: bool):
+    Args:
+        dim, heads: width, and how many heads share it.
+        relative: contextual relative position.
+        bias_grid: the grid of a learned relative bias instead.
+    """
+
+    def __init__(self, dim: int, heads: int, relative: bool, bias_grid: tuple[int, int] | None = None):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.rpe_k = RelativeKey(dim // heads) if relative else None
+        self.rpe_bias = RelativeBias(heads, bias_grid) if bias_grid else None
 
     def forward(self, x: Tensor, buckets: Tensor | None) -> Tensor:
-        """(B, L, D) -> (B, L, D); `buckets` as in `RelativeKey.forward`, None where position is absolute."""
+        """(B, L, D) -> (B, L, D); `buckets` as the relative position wants them, None where position is absolute."""
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = None
-        if self.rpe_k is not None:
-            assert buckets is not None, "relative attention needs the buckets of its tokens"
-            bias = self.rpe_k(q, buckets)
+        for relative in (self.rpe_k, self.rpe_bias):
+            if relative is not None:
+                assert buckets is not None, "relative attention needs the buckets of its tokens"
+                bias = relative(q, buckets)
         return self.proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, L, D))

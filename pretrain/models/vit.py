@@ -66,10 +66,10 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, arch: Arch, relative: bool):
+    def __init__(self, arch: Arch, relative: bool, bias_grid: tuple[int, int] | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(arch.dim, eps=1e-6)
-        self.attn = Attention(arch.dim, arch.heads, relative)
+        self.attn = Attention(arch.dim, arch.heads, relative, bias_grid)
         self.norm2 = nn.LayerNorm(arch.dim, eps=1e-6)
         self.mlp = Mlp(arch.dim, 4 * arch.dim)
 
@@ -84,25 +84,34 @@ class ViT(nn.Module):
     Args:
         arch: a name of `ARCHS`.
         patch: side of a patch in pixels.
-        grid: rows and columns of the image's patches; only absolute positions depend on it.
+        grid: rows and columns of the image's patches; contextual relative position does not depend on it.
         relative: contextual relative position in every block instead of fixed sin-cos positions.
         checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
+        bias: a learned relative bias (BEiT's, SimMIM's) in every block instead of either.
     """
 
     pos_embed: Tensor
 
     def __init__(
-        self, arch: str, patch: int, grid: tuple[int, int], relative: bool = True, checkpoint_blocks: bool = False
+        self,
+        arch: str,
+        patch: int,
+        grid: tuple[int, int],
+        relative: bool = True,
+        checkpoint_blocks: bool = False,
+        bias: bool = False,
     ):
         super().__init__()
+        assert not (relative and bias), "one kind of position"
         self.arch, self.patch, self.grid, self.relative = ARCHS[arch], patch, grid, relative
-        self.checkpoint_blocks = checkpoint_blocks
+        self.checkpoint_blocks, self.bias = checkpoint_blocks, bias
         dim = self.arch.dim
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if not relative:  # a buffer: a frozen parameter would be missing from the optimiser's shards
+        if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
-        self.blocks = nn.ModuleList(Block(self.arch, relative) for _ in range(self.arch.depth))
+        bias_grid = grid if bias else None
+        self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid) for _ in range(self.arch.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -113,7 +122,8 @@ class ViT(nn.Module):
         Args:
             tokens: (B, L, D) patch tokens, positions already added where they are absolute; from a `start` on, the
                 class token is already in front of them.
-            buckets: the relative position of every pair of the 1 + L tokens: `grid_buckets` or `pair_buckets`.
+            buckets: the relative position of every pair of the 1 + L tokens: `grid_buckets` or `pair_buckets`, or
+                `offset_buckets` for a learned bias.
             start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
 
         Returns:

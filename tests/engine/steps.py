@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from pretrain.build import build_method, build_teacher
+from pretrain.build import build_average, build_method
 from pretrain.config import Config, load
 from pretrain.launch import World, find_world, leave, start
 from pretrain.models import vit
@@ -158,16 +158,20 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
     from pretrain.loop import Run, train
 
     loader: Any = FixedBatches(config, method.view(), world)
-    teacher = build_teacher(config, method, device)
-    engine = build_engine(method, config, ds_settings(config, world.size))
+    average = build_average(config, method, device)
+    settings = ds_settings(config, world.size)
+    if settings["zero_optimization"]["stage"] == 3:  # by default all of so small a model would stay gathered
+        for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+            settings["zero_optimization"][f"stage3_{key}"] = 0
+    engine = build_engine(method, config, settings)
     fresh = TrainState(
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),
         trained_function=config.trained_function(),
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, teacher, fresh)
-    train(Run(config, world, device, folder, loader, engine, teacher, checkpoints, state))
+    state, resumed = checkpoints.resume(engine, average, fresh)
+    train(Run(config, world, device, folder, loader, engine, average, checkpoints, state))
     weights, effective = full_state(engine, world), effective_settings(engine)
     if world.is_main:
         save_encoder(encoder_of(method, weights), config, folder.encoder)

@@ -61,7 +61,7 @@ def test_the_teacher_follows_the_steps_that_moved_the_weights(jobs: dict[str, An
     """Its updates are in fp32 and its heads' batch statistics over both ranks; the poisoned step does not move it."""
     steps, averages = plain_steps(configure(*jobs["teacher"]))
     assert_same_steps(trained / "teacher" / "whole", steps)
-    saved = load_file(trained / "teacher" / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "teacher.safetensors")
+    saved = load_file(trained / "teacher" / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "average.safetensors")
     assert saved.keys() == averages.keys()
     for name, average in averages.items():
         assert saved[name].dtype == torch.float32

@@ -1,5 +1,6 @@
 """A run that is killed, stopped or damaged ends with the same bits as one that was not."""
 
+import functools
 import json
 import shutil
 import signal
@@ -16,81 +17,100 @@ from pretrain.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+ACCUMULATED = ("train.ds_config=ds_configs/zero1.json", "train.precision=fp32", "train.accumulation=2")
+LAST = "step_00000010"
+
+
+def settings(stage: str) -> tuple[str, str]:
+    precision = "bf16" if stage in ("zero1", "zero3") else "fp32"
+    return f"train.ds_config=ds_configs/{stage}.json", f"train.precision={precision}"
+
+
+@pytest.fixture(scope="module")
+def whole(
+    write_recipe: Callable[..., Path], start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """whole('key=value', ...) -> the folder of a complete run, which all tests read: they write in copies."""
+
+    @functools.cache
+    def run(*overrides: str) -> Path:
+        recipe = write_recipe(tmp_path_factory.mktemp("whole"), "whole")
+        start_once(recipe, *overrides).finish()
+        return recipe.parent / "runs" / "whole"
+
+    return run
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_steps_equal_five_then_kill_then_five(stage: str, recipe: Path, start: Callable[..., Any], tmp_path: Path):
-    engine = f"train.ds_config=ds_configs/{stage}.json"
-    precision = "train.precision=bf16" if stage in ("zero1", "zero3") else "train.precision=fp32"
-    start(recipe, engine, precision, "name=whole").finish()
-    broken = tmp_path / "runs" / "broken"
-    killed = start(recipe, engine, precision, "name=broken")
+def test_ten_steps_equal_five_then_kill_then_five(
+    stage: str, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    unbroken, broken = whole(*settings(stage)), tmp_path / "runs" / "broken"
+    killed = start(recipe, *settings(stage), "name=broken")
     wait_for(broken / "checkpoints" / "step_00000005" / "manifest.json", killed)
     killed.kill()
     assert not (broken / "encoder.safetensors").exists(), "the run ended before it was killed"
-    output = start(recipe, engine, precision, "name=broken").finish()
-    assert "continues from step_00000005" in output
-    assert_same_run(tmp_path / "runs" / "whole", broken)
+    assert "continues from step_00000005" in start(recipe, *settings(stage), "name=broken").finish()
+    assert_same_run(unbroken, broken)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [("zero0", 1), ("zero1", 4), ("zero2", 1)])
 def test_another_number_of_ranks_continues(
-    stage: str, ranks: int, recipe: Path, start: Callable[..., Any], tmp_path: Path
+    stage: str, ranks: int, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
-    engine = f"train.ds_config=ds_configs/{stage}.json"
-    start(recipe, engine, "name=whole").finish()
-    moved = tmp_path / "runs" / "moved"
-    shutil.copytree(tmp_path / "runs" / "whole", moved)
-    shutil.rmtree(moved / "checkpoints" / "step_00000010")
-    assert "continues from step_00000005" in start(recipe, engine, "name=moved", processes=ranks).finish()
-    whole, other = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("whole", "moved"))
-    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in whole], rel=1e-6)
-    assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in whole], rel=1e-4)
-    assert "continues from step_00000010" in start(recipe, engine, "name=moved", processes=ranks).finish()
+    unmoved, moved = whole(*(ACCUMULATED if stage == "zero1" else settings(stage))), tmp_path / "runs" / "moved"
+    shutil.copytree(unmoved, moved, ignore=shutil.ignore_patterns(LAST))
+    again = (recipe, f"train.ds_config=ds_configs/{stage}.json", "name=moved")
+    assert "continues from step_00000005" in start(*again, processes=ranks).finish()
+    one, other = (read_metrics(run / "metrics.jsonl") for run in (unmoved, moved))
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-6)
+    assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
+    assert f"continues from {LAST}" in start(*again, processes=ranks).finish()
 
 
-def test_zero3_refuses_another_number_of_ranks(recipe: Path, start: Callable[..., Any]):
-    engine = "train.ds_config=ds_configs/zero3.json"
-    start(recipe, engine).finish()
-    assert "there were 2 ranks and are 1, which ZeRO-3 cannot change" in "".join(
-        start(recipe, engine, processes=1).outputs()
-    )
+def test_zero3_refuses_another_number_of_ranks(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    shutil.copytree(whole(*settings("zero3")), tmp_path / "runs" / "tiny")
+    run = start(recipe, *settings("zero3"), processes=1)
+    assert "there were 2 ranks and are 1, which ZeRO-3 cannot change" in "".join(run.outputs())
 
 
 def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
-    recipe: Path, start: Callable[..., Any], tmp_path: Path
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
-    start(recipe, "name=whole", "train.accumulation=2").finish()
-    run = start(recipe, "name=stopped", "train.accumulation=2", "checkpoint.every=1000")
+    unstopped = whole(*ACCUMULATED)
+    run = start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every=1000")
     wait_for(tmp_path / "runs" / "stopped" / "metrics.jsonl", run)
     while not read_metrics(tmp_path / "runs" / "stopped" / "metrics.jsonl"):
         time.sleep(0.002)
     run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: they agree
     output = run.finish()
     assert "SIGUSR1: saved and stopped after step" in output
-    start(recipe, "name=stopped", "train.accumulation=2", "checkpoint.every=1000").finish()
-    assert_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped")
+    start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every=1000").finish()
+    assert_same_run(unstopped, tmp_path / "runs" / "stopped")
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_continues(
-    recipe: Path, start: Callable[..., Any], tmp_path: Path
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
-    start(recipe, "name=whole").finish()
-    checkpoints = tmp_path / "runs" / "whole" / "checkpoints"
-    before = load_file(tmp_path / "runs" / "whole" / "encoder.safetensors")
-    victim = next((checkpoints / "step_00000010").glob("*optim_states.pt"))
+    folder = tmp_path / "runs" / "tiny"
+    shutil.copytree(whole(*ACCUMULATED), folder)
+    before = load_file(folder / "encoder.safetensors")
+    (folder / "encoder.safetensors").unlink()
+    victim = next((folder / "checkpoints" / LAST).glob("*optim_states.pt"))
     damaged = bytearray(victim.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     victim.write_bytes(damaged)
-    (checkpoints / "unfinished" / "step_00000015").mkdir(parents=True)  # a save that was killed
-    output = start(recipe, "name=whole").finish()
-    assert f"step_00000010 is damaged and left aside: {victim.name} is not what was written" in output
+    (folder / "checkpoints" / "unfinished" / "step_00000015").mkdir(parents=True)  # a save that was killed
+    output = start(recipe, *ACCUMULATED).finish()
+    assert f"{LAST} is damaged and left aside: {victim.name} is not what was written" in output
     assert "continues from step_00000005" in output
-    assert_same_bits(before, load_file(tmp_path / "runs" / "whole" / "encoder.safetensors"))
+    assert_same_bits(before, load_file(folder / "encoder.safetensors"))
 
-    for name in ("step_00000005", "step_00000010"):
-        (checkpoints / name / "manifest.json").unlink()
-    run = start(recipe, "name=whole")
+    for name in ("step_00000005", LAST):
+        (folder / "checkpoints" / name / "manifest.json").unlink()
+    run = start(recipe, *ACCUMULATED)
     assert "no sound checkpoint" in "".join(run.outputs())
     assert all(p.returncode == 1 for p in run.all)
 
@@ -109,8 +129,10 @@ def test_retention_and_a_complete_run_started_again(recipe: Path, start: Callabl
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 11))
 
 
-def test_another_training_is_refused_with_the_difference(recipe: Path, start: Callable[..., Any]):
-    start(recipe).finish()
+def test_another_training_is_refused_with_the_difference(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    shutil.copytree(whole(*ACCUMULATED), tmp_path / "runs" / "tiny")
     run = start(recipe, "optim.base_lr=0.5", "method.windows=3")
     output = "".join(run.outputs())
     assert "method.windows was 2 and is 3" in output
@@ -119,9 +141,8 @@ def test_another_training_is_refused_with_the_difference(recipe: Path, start: Ca
     assert all(p.returncode == 1 for p in run.all)
 
 
-def test_state_is_small_plain_and_written_in_the_manifest(recipe: Path, start: Callable[..., Any], tmp_path: Path):
-    start(recipe).finish()
-    manifest = json.loads((tmp_path / "runs" / "tiny" / "checkpoints" / "step_00000010" / "manifest.json").read_text())
+def test_state_is_small_plain_and_written_in_the_manifest(whole: Callable[..., Path]):
+    manifest = json.loads((whole(*ACCUMULATED) / "checkpoints" / LAST / "manifest.json").read_text())
     assert {k: manifest["state"][k] for k in ("step", "updates", "samples", "world_size", "zero_stage")} == {
         "step": 10,
         "updates": 10,

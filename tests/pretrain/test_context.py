@@ -13,13 +13,13 @@ import torch
 from tiny import TINY, everything_float64, randomize, tiny_vit
 from torch import Tensor
 
+from pretrain.average import Teacher, momentum
 from pretrain.config import load
 from pretrain.methods import METHODS
 from pretrain.methods.context import LUT, Context, another_mask
 from pretrain.methods.partial import Partial
 from pretrain.models.heads import SyncBatchNorm
 from pretrain.optim import parameter_groups
-from pretrain.teacher import Teacher, momentum
 
 GRID, SIDE = (4, 6), 2
 MAE = {"name": "mae", "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}

@@ -1,0 +1,1 @@
+"""Encoder weights -> task models: loading any known checkpoint, exporting to others."""

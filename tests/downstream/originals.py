@@ -1,0 +1,272 @@
+"""Small models of others, each computing in its own module, and files of them under their authors' key names.
+
+The modules are timm's (of which MAE, LUT, DINO and DINOv2 are instances, and of whose Beit SimMIM's is one) and, for
+LoMaR, a slow one written from the paper and iRPE's rule.
+"""
+
+import argparse
+import math
+import pickle
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pretrain.models.vit import Arch, sincos_positions
+
+TINY = Arch(dim=16, depth=2, heads=2)
+PATCH, GRID = 4, 3
+SHAPE = {"img_size": PATCH * GRID, "patch_size": PATCH, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+class Original(NamedTuple):
+    """A file, and the module that its features must equal."""
+
+    path: Path
+    model: Any
+
+
+def randomized(model: Any, seed: int = 1) -> Any:
+    """No parameter keeps a special value: biases, gammas and tables start at zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def vit(seed: int = 1, **options: Any) -> Any:
+    return randomized(VisionTransformer(**{**SHAPE, "num_classes": 0, **options}), seed)
+
+
+def beit(seed: int = 1, **options: Any) -> Any:
+    options = {"qkv_bias": True, "use_abs_pos_emb": False, "global_pool": "token", "num_classes": 0, **options}
+    return randomized(Beit(**{**SHAPE, **options}), seed)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9))
+
+
+def images(size: int | tuple[int, int] = PATCH * GRID) -> Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return noise(2, 3, height, width)
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def _mae_model(seed: int = 1) -> Any:
+    model = vit(seed)
+    model.pos_embed.data[:] = torch.cat([torch.zeros(1, 16), sincos_positions(16, GRID, GRID)])
+    return model
+
+
+_DECODER = {
+    "mask_token": noise(1, 1, 8),
+    "decoder_pos_embed": noise(1, 10, 8),
+    "decoder_embed.weight": noise(8, 16),
+    "decoder_blocks.0.attn.qkv.weight": noise(24, 8),
+    "decoder_norm.bias": noise(8),
+    "decoder_pred.weight": noise(48, 8),
+}
+
+
+def mae(folder: Path) -> Original:
+    model = _mae_model()
+    arguments = argparse.Namespace(model="mae_vit_base_patch16", mask_ratio=0.75)
+    torch.save({"model": {**model.state_dict(), **_DECODER}, "args": arguments, "epoch": 799}, folder / "mae.pth")
+    return Original(folder / "mae.pth", model)
+
+
+def lut(folder: Path, weights: str = "online") -> Original:
+    online, averaged = _mae_model(), _mae_model(seed=2)
+    heads = {
+        "head.0.weight": noise(32, 16),
+        "head.1.running_mean": noise(32),
+        "head.1.num_batches_tracked": torch.tensor(3),
+        "predictor.3.weight": noise(16, 32),
+    }
+    sets = {
+        name: {**model.state_dict(), **_DECODER, **heads}
+        for name, model in (("model", online), ("model_ema", averaged))
+    }
+    torch.save({**sets, "args": argparse.Namespace(w_b=0.25)}, folder / "lut.pth")
+    return Original(folder / "lut.pth", online if weights == "online" else averaged)
+
+
+def simmim(folder: Path) -> Original:
+    """With a configuration of yacs, a package that who loads the file need not have."""
+    model = beit(init_values=0.1, use_shared_rel_pos_bias=True)
+    state = prefixed("encoder.", {**model.state_dict(), "mask_token": noise(1, 1, 16)})
+    state["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(10, 10, dtype=torch.int64)
+    config = types.ModuleType("yacs.config")
+    node = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    config.CfgNode = node  # type: ignore[attr-defined]
+    settings = node(AMP_OPT_LEVEL="O1")
+    settings.__dict__["__immutable__"] = True
+    with patch.dict(sys.modules, {"yacs": types.ModuleType("yacs"), "yacs.config": config}):
+        torch.save(
+            {"model": {**state, "decoder.0.weight": noise(48, 16, 1, 1)}, "config": settings, "max_accuracy": 0.0},
+            folder / "simmim.pth",
+        )
+    return Original(folder / "simmim.pth", model)
+
+
+def beit_pretrained(folder: Path) -> Original:
+    model = beit(init_values=0.1, use_shared_rel_pos_bias=True)
+    state = {**model.state_dict(), "mask_token": noise(1, 1, 16), "lm_head.weight": noise(32, 16)}
+    torch.save({"model": state}, folder / "beit.pth")
+    return Original(folder / "beit.pth", model)
+
+
+def beit_finetuned(folder: Path) -> Original:
+    model = beit(init_values=0.1, use_rel_pos_bias=True, num_classes=5)
+    index = {f"blocks.{i}.attn.relative_position_index": torch.zeros(10, 10) for i in range(2)}
+    torch.save({"module": {**model.state_dict(), **index}}, folder / "beit_ft.pth")
+    return Original(folder / "beit_ft.pth", model)
+
+
+def dino(folder: Path, weights: str | None = None) -> Original:
+    student, teacher = vit(seed=1), vit(seed=2)
+    head = {"head.mlp.0.weight": noise(32, 16), "head.last_layer.weight_g": noise(8, 1)}
+    stored = {
+        "student": prefixed("module.", {**prefixed("backbone.", student.state_dict()), **head}),
+        "teacher": {**prefixed("backbone.", teacher.state_dict()), **head},
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-3), "rows": [np.int64(3), np.float32(2)]}]},
+        "epoch": 100,
+        "args": argparse.Namespace(arch="vit_small"),
+    }
+    torch.save(stored, folder / "dino.pth")
+    return Original(folder / "dino.pth", student if weights == "online" else teacher)
+
+
+def dino_backbone(folder: Path) -> Original:
+    model = vit()
+    torch.save(model.state_dict(), folder / "dino_backbone.pth")
+    return Original(folder / "dino_backbone.pth", model)
+
+
+def dinov2(folder: Path) -> Original:
+    model = vit(init_values=1e-5)
+    torch.save({**model.state_dict(), "mask_token": noise(1, 16)}, folder / "dinov2.pth")
+    return Original(folder / "dinov2.pth", model)
+
+
+def dinov2_training(folder: Path) -> Original:
+    """Its blocks lie in chunks, numbered throughout."""
+    model = vit(init_values=1e-5)
+    state = {name.replace("blocks.", "blocks.0.", 1): tensor for name, tensor in model.state_dict().items()}
+    state = prefixed("backbone.", {**state, "mask_token": noise(1, 16)})
+    torch.save({"teacher": {**state, "dino_head.mlp.0.weight": noise(4, 16)}}, folder / "dinov2_training.pth")
+    return Original(folder / "dinov2_training.pth", model)
+
+
+def timm_classifier(folder: Path) -> Original:
+    model = vit(num_classes=7)
+    torch.save({"state_dict": prefixed("module.", model.state_dict()), "arch": "vit"}, folder / "timm.pth.tar")
+    return Original(folder / "timm.pth.tar", model)
+
+
+def deit3(folder: Path) -> Original:
+    """A table without a row for the class token."""
+    model = vit(init_values=1e-5, no_embed_class=True)
+    torch.save({"model": model.state_dict()}, folder / "deit3.pth")
+    return Original(folder / "deit3.pth", model)
+
+
+class _LoMaRAttention(nn.Module):
+    """iRPE, contextual, product, on keys; entry by entry."""
+
+    def __init__(self, grid: int):
+        super().__init__()
+        self.grid = grid
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.rpe_k = nn.Module()
+        self.rpe_k.lookup_table_weight = nn.Parameter(torch.zeros(1, 8, 50))
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        count = x.shape[1]
+        q, k, v = self.qkv(x).reshape(len(x), count, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        logits = q @ k.transpose(2, 3) / math.sqrt(8)
+        bias = torch.zeros_like(logits)
+        for i in range(count):
+            for j in range(count):
+                bias[:, :, i, j] = q[:, :, i] @ self.rpe_k.lookup_table_weight[0, :, self.bucket(i, j)]
+        return self.proj(((logits + bias).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    def bucket(self, i: int, j: int) -> int:
+        if i == 0 or j == 0:
+            return 49
+        rows, cols = ((i - 1) // self.grid - (j - 1) // self.grid, (i - 1) % self.grid - (j - 1) % self.grid)
+        return (_piecewise(rows) + 3) * 7 + _piecewise(cols) + 3
+
+
+def _piecewise(offset: int) -> int:
+    """iRPE's formula (18) with alpha 1.9, beta 3.8, gamma 15.2."""
+    if abs(offset) <= 1.9:
+        return offset
+    far = 1.9 + math.log(abs(offset) / 1.9) / math.log(15.2 / 1.9) * 1.9
+    return int(math.copysign(min(round(far), 3.8), offset))
+
+
+def lomar_model(grid: int = GRID) -> Any:
+    model = VisionTransformer(**{**SHAPE, "img_size": PATCH * grid, "num_classes": 0, "pos_embed": "none"})
+    for block in model.blocks:
+        block.attn = _LoMaRAttention(grid)
+    return randomized(model)
+
+
+def lomar(folder: Path, grid: int = GRID) -> Original:
+    model = lomar_model(grid)
+    state = {
+        **model.state_dict(),
+        "pos_embed": noise(1, 1 + grid**2, 16),
+        "mask_token": noise(1, 1, 16),
+        "encoder_pred.weight": noise(48, 16),
+    }
+    torch.save({"model": state, "args": argparse.Namespace(window_size=7)}, folder / "lomar.pth")
+    return Original(folder / "lomar.pth", model)
+
+
+ORIGINALS: dict[str, Callable[[Path], Original]] = {
+    "mae": mae,
+    "lut": lut,
+    "simmim": simmim,
+    "beit_pretrained": beit_pretrained,
+    "beit_finetuned": beit_finetuned,
+    "dino": dino,
+    "dino_backbone": dino_backbone,
+    "dinov2": dinov2,
+    "dinov2_training": dinov2_training,
+    "timm_classifier": timm_classifier,
+    "deit3": deit3,
+    "lomar": lomar,
+}
+
+
+class Bomb:
+    """Pickled, it is a call that makes a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (str(self.target), "w"))
+
+
+def old_pickle(value: Any, path: Path) -> None:
+    """As torch saved before 1.6, and as anybody can with pickle alone."""
+    if isinstance(value, dict):
+        torch.save(value, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_bytes(pickle.dumps(value, protocol=2))

@@ -1,0 +1,190 @@
+"""Files that must be refused, at once and by name: damaged, dangerous, or of something that this encoder is not."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import originals
+import pytest
+import timm
+import torch
+from originals import PATCH, Bomb, noise
+from safetensors.torch import save_file
+from torch import Tensor
+
+import downstream.timm_models
+from downstream.weights import load_encoder, load_into
+from pretrain.models.vit import ViT
+
+assert downstream.timm_models
+
+
+def refused(path: Path, *said: str, **options: Any) -> None:
+    with pytest.raises(ValueError, match=".*".join(said)) as raised:
+        load_encoder(path, **options)
+    assert str(path) in str(raised.value)
+
+
+def save(state: dict[str, Tensor], folder: Path) -> Path:
+    torch.save({"model": state}, folder / "file.pth")
+    return folder / "file.pth"
+
+
+@pytest.mark.parametrize("save", [torch.save, originals.old_pickle])
+@pytest.mark.parametrize("wrap", [lambda bomb: bomb, lambda bomb: {"model": {"cls_token": noise(1)}, "args": bomb}])
+def test_a_pickle_that_would_run_code_does_not(save: Callable[..., None], wrap: Callable[..., Any], tmp_path: Path):
+    trace, path = tmp_path / "it_ran", tmp_path / "bomb.pth"
+    save(wrap(Bomb(trace)), path)
+    refused(path, r"io\.open|builtins\.open|open", "could run code")
+    assert not trace.exists()
+
+
+def test_a_harmless_class_may_not_carry_a_dangerous_one(tmp_path: Path):
+    trace = tmp_path / "it_ran"
+    torch.save({"model": {"a": noise(1)}, "args": argparse.Namespace(inner=[Bomb(trace)])}, tmp_path / "bomb.pth")
+    refused(tmp_path / "bomb.pth", "could run code")
+    assert not trace.exists()
+
+
+def _old(folder: Path) -> Path:
+    originals.old_pickle({"model": originals.vit().state_dict()}, folder / "old.pth")
+    return folder / "old.pth"
+
+
+def _safe(folder: Path) -> Path:
+    save_file(originals.vit().state_dict(), folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+@pytest.mark.parametrize("make", [lambda folder: originals.mae(folder).path, _old, _safe])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.999])
+def test_a_truncated_file_is_refused(make: Callable[[Path], Path], share: float, tmp_path: Path):
+    path = make(tmp_path)
+    os.truncate(path, int(path.stat().st_size * share))
+    refused(path, "bytes", "cut off", "copy it again")
+
+
+@pytest.mark.parametrize("text", [b"<html>not found</html>", b"\x80\x02}q\x00.", b"\x80\x02K\x01."])
+def test_what_is_no_checkpoint_is_refused(text: bytes, tmp_path: Path):
+    (tmp_path / "file.pth").write_bytes(text)
+    refused(tmp_path / "file.pth", "no checkpoint|no dictionary|not a dictionary")
+    refused(tmp_path / "none.pth", "no checkpoint")
+    refused(tmp_path, "neither a run's folder")
+
+
+def test_an_unknown_key_is_an_error(tmp_path: Path):
+    state = {**originals.vit().state_dict(), "blocks.0.attn.novel": noise(3), "blocks.1.attn.novel": noise(3)}
+    refused(save(state, tmp_path), r"blocks\.\*\.attn\.novel: unknown")
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("register_tokens", "register tokens"),
+        ("reg_token", "register tokens"),
+        ("dist_token", "distillation"),
+        ("blocks.0.mlp.w12.weight", "gated MLP"),
+        ("blocks.0.attn.q_norm.weight", "queries and keys"),
+        ("norm_pre.weight", "before the blocks"),
+        ("blocks.0.attn.q_bias", "unknown"),  # without v_bias
+        ("blocks.0.ls3.gamma", "unknown"),
+    ],
+)
+def test_what_this_encoder_cannot_express_is_named(key: str, why: str, tmp_path: Path):
+    refused(save({**originals.vit().state_dict(), key: noise(16)}, tmp_path), key.replace(".0.", r"\.\*\."), why)
+
+
+def test_a_norm_behind_the_pool_is_refused_unless_it_is_a_classifiers(tmp_path: Path):
+    state = originals.vit().state_dict()
+    moved = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: w for name, w in state.items()}
+    refused(save(moved, tmp_path), "fc_norm", "average pool")
+    both = {**state, "fc_norm.weight": noise(16), "fc_norm.bias": noise(16)}
+    assert load_encoder(save(both, tmp_path))[1].dropped["fc_norm.bias"] == "the norm of a classifier"
+
+
+@pytest.mark.parametrize("key", ["cls_token", "blocks.1.attn.qkv.bias", "norm.weight", "patch_embed.proj.bias"])
+def test_a_missing_key_is_an_error(key: str, tmp_path: Path):
+    state = originals.vit().state_dict()
+    del state[key]
+    refused(save(state, tmp_path), f"lacks {key}")
+
+
+def test_another_shape_names_both_sides(tmp_path: Path):
+    narrow = originals.vit(mlp_ratio=2.0)
+    refused(save(narrow.state_dict(), tmp_path), r"mlp\.fc1\.weight is \(32, 16\)", r"vit_tiny.* \(64, 16\)")
+    grey = originals.vit(in_chans=1)
+    refused(save(grey.state_dict(), tmp_path), r"\(16, 1, 4, 4\)", "3 channels")
+
+
+def test_an_unknown_size_names_the_known_ones(tmp_path: Path):
+    wide = originals.vit(embed_dim=32)
+    refused(save(wide.state_dict(), tmp_path), "32 wide and has 2 blocks", r"vit_base \(768, 12\)")
+
+
+def test_a_file_that_says_it_is_another_size_is_refused(tmp_path: Path):
+    facts = {"arch": "vit_small", "patch": "4", "size": "12x12", "position": "sincos"}
+    save_file(originals.vit().state_dict(), tmp_path / "a.safetensors", metadata=facts)
+    refused(tmp_path / "a.safetensors", "says that it is vit_small, but its tensors are of vit_tiny")
+
+
+def test_another_architecture_than_the_encoder_names_both(tmp_path: Path):
+    path = originals.mae(tmp_path).path
+    with torch.device("meta"):
+        small = ViT("vit_small", 16, (2, 2), relative=False)
+    with pytest.raises(ValueError, match=r"mae\.pth is vit_tiny with sincos .* encoder is vit_small with sincos"):
+        load_into(small, path)
+
+
+@pytest.mark.parametrize(("make", "found"), [("mae", "sincos"), ("beit_finetuned", "bias"), ("lomar", "relative")])
+def test_another_kind_of_position_names_both(make: str, found: str, tmp_path: Path):
+    path = originals.ORIGINALS[make](tmp_path).path
+    for kind in {"sincos", "bias", "relative"} - {found}:
+        encoder = ViT("vit_tiny", PATCH, (3, 3), kind == "relative", bias=kind == "bias")
+        before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+        with pytest.raises(ValueError, match=f"with {found} positions; the encoder is vit_tiny with {kind} positions"):
+            load_into(encoder, path)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_two_kinds_of_position_or_none_are_refused(tmp_path: Path):
+    both = originals.beit(use_rel_pos_bias=True, use_abs_pos_emb=True)
+    refused(save(both.state_dict(), tmp_path), "rpe_bias and pos_embed positions")
+    refused(save(originals.vit(pos_embed="none").state_dict(), tmp_path), "has no positions")
+
+
+def test_other_patches_than_14_and_16_are_not_exchanged(tmp_path: Path):
+    refused(originals.mae(tmp_path).path, "4 pixels", "encoder of 8", "14 and 16", patch=8, size=24)
+    refused(originals.mae(tmp_path).path, "13x12", "patch=4", size=(13, 12))
+
+
+def test_two_encoders_in_one_file_are_refused(tmp_path: Path):
+    state = originals.vit().state_dict()
+    both = {**originals.prefixed("encoder.", state), **originals.prefixed("teacher.encoder.", state)}
+    refused(save(both, tmp_path), "2 encoders", r"teacher\.encoder\.patch_embed")
+    refused(save({"conv1.weight": noise(3)}, tmp_path), r"no key patch_embed\.proj\.weight")
+
+
+def test_modules_beside_the_encoder_are_known_or_refused(tmp_path: Path):
+    state = originals.prefixed("backbone.", originals.vit().state_dict())
+    refused(save({**state, "neck.0.weight": noise(3)}, tmp_path), r"neck\.\*\.weight: unknown")
+
+
+def test_a_table_that_is_not_square_needs_its_size(tmp_path: Path):
+    wide = originals.vit(img_size=(8, 20))
+    path = save(wide.state_dict(), tmp_path)
+    refused(path, "not square", "give the size")
+    assert load_encoder(path, size=(8, 20))[0].grid == (2, 5)
+
+
+def test_timm_refuses_another_class_count_and_another_size(tmp_path: Path):
+    model = timm.create_model("lomar_vit_tiny_patch16_224", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "seven.safetensors")
+    path = str(tmp_path / "seven.safetensors")
+    with pytest.raises(RuntimeError, match=r"head\.weight.*\[7, 16\].*\[5, 16\]"):
+        timm.create_model("lomar_vit_tiny_patch16_224", num_classes=5, checkpoint_path=path)
+    with pytest.raises(RuntimeError, match=r"\[16\].*\[384\]"):
+        timm.create_model("lomar_vit_small_patch16_224", num_classes=7, checkpoint_path=path)
+    _, report = load_encoder(tmp_path / "seven.safetensors")
+    assert report.dropped["head.weight"] == "a classifier of 7 classes"

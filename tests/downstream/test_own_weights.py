@@ -1,0 +1,178 @@
+"""Our own runs: a real one of ZeRO-3 in two processes, and every other place its encoder can be read from."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from downstream.export import export_encoder
+from downstream.weights import load_encoder, load_into
+from pretrain.models.vit import ARCHS, Arch, ViT
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _true_sizes():
+    """The run is a real ViT-Ti."""
+    with patch.dict(ARCHS, vit_tiny=Arch(192, 12, 3)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "photos").mkdir()
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{number}.jpg")
+    pack = [sys.executable, "-m", "data.pack", str(folder / "photos"), str(folder / "shards")]
+    subprocess.run(pack, cwd=ROOT, check=True, capture_output=True)
+    recipe = {
+        "name": "secret-name",
+        "runs": str(folder / "runs"),
+        "method": {"name": "lomar", "windows": 2, "window": 3},
+        "model": {"arch": "vit_tiny"},
+        "data": {"shards": str(folder / "shards"), "size": [64, 80], "workers": 0},
+        "optim": {"warmup_epochs": 0.1, "base_lr": 1e-2},
+        "train": {"epochs": 1, "batch": 4, "precision": "fp32", "ds_config": "ds_configs/zero3.json"},
+        "log": {"every": 1, "panel_images": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(ROOT / "pretrain" / "run.py"), str(folder / "recipe.yaml")]
+        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+        ranks.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    assert all(process.returncode == 0 for process in ranks), outputs
+    return folder / "runs" / "secret-name"
+
+
+def assert_bits(encoder: ViT, run: Path) -> None:
+    expected = load_file(run / "encoder.safetensors")
+    assert expected.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in encoder.state_dict().items())
+
+
+@pytest.mark.engine
+def test_a_zero3_checkpoint_is_the_runs_encoder_bit_for_bit(run: Path):
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    assert not (checkpoint / "mp_rank_00_model_states.pt").exists()
+    for path in (run, checkpoint, checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        encoder, report = load_encoder(path)
+        assert_bits(encoder, run)
+        assert encoder.grid == (4, 5)
+        assert report.facts["method"] == "lomar"
+        assert not report.folded
+        assert not report.resized
+    assert set(report.dropped.values()) == {"the predictor of pretraining"}
+    larger = ViT("vit_tiny", 16, (7, 7))
+    load_into(larger, checkpoint)
+    assert_bits(larger, run)
+
+
+@pytest.mark.engine
+def test_a_checkpoint_that_lacks_a_rank_is_refused(run: Path, tmp_path: Path):
+    (checkpoint,) = (run / "checkpoints").glob("step_*")
+    for path in checkpoint.iterdir():
+        if "rank_1" not in path.name:
+            (tmp_path / path.name).hardlink_to(path)
+    with pytest.raises(ValueError, match="has 1 of 2 ranks' files"):
+        load_encoder(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"no readable manifest\.json"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.engine
+def test_the_card_tells_what_the_run_recorded(run: Path, tmp_path: Path):
+    export_encoder(run, tmp_path / "hf", "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    environment = json.loads((run / "environment.json").read_text())
+    for told in (
+        "library_name: timm",
+        "vit_tiny_patch16, 64x80 pixels, lomar",
+        "2 steps, 1 of 1 epochs, 8 samples seen of a data set of 8 images",
+        f"last logged loss: {last['loss']}",
+        "2 processes on",
+        "ZeRO stage 3",
+        environment["git"],
+        f"torch {torch.__version__.split('+')[0]}",
+        "windows: 2",
+    ):
+        assert told in card, told
+    for private in (str(run.parent), "shards", "secret-name"):
+        assert private not in card, private
+
+
+def _stage1(folder: Path, encoder: ViT, prefix: str) -> Path:
+    """What DeepSpeed writes in ZeRO 0 to 2, where one file has all of the module."""
+    state = {f"{prefix}{name}": tensor for name, tensor in encoder.state_dict().items()}
+    checkpoint = folder / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    torch.save({"module": {**state, "fill.novel": torch.ones(3)}}, checkpoint / "mp_rank_00_model_states.pt")
+    trained = {"model": {"arch": "vit_tiny", "patch": 16, "position": "sincos"}, "data": {"size": 48}}
+    manifest = {"state": {"trained_function": {**trained, "method": {"name": "mae"}}}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "checkpoints" / "latest").write_text(checkpoint.name)
+    (folder / "config.yaml").write_text("train: {epochs: 3}")
+    return checkpoint
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "method.encoder."])
+def test_a_run_without_an_export_is_read_from_its_newest_checkpoint(prefix: str, tmp_path: Path):
+    original = ViT("vit_tiny", 16, (3, 3), relative=False)
+    checkpoint = _stage1(tmp_path, original, prefix)
+    for path in (tmp_path, checkpoint, checkpoint / "mp_rank_00_model_states.pt"):
+        encoder, report = load_encoder(path)
+        assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+        assert report.facts["epochs"] == "3"
+        assert report.dropped == {"fill.novel": "the method's own"}
+
+
+def test_online_and_averaged_encoders_lie_side_by_side(tmp_path: Path):
+    encoders = {kind: ViT("vit_tiny", 16, (2, 3)) for kind in ("online", "ema")}
+    facts = {
+        "arch": "vit_tiny",
+        "patch": "16",
+        "size": "32x48",
+        "position": "relative",
+        "method": "lomar",
+        "epochs": "1",
+    }
+    save_file(encoders["online"].state_dict(), tmp_path / "encoder.safetensors", metadata=facts)
+    (tmp_path / "config.yaml").write_text("train: {epochs: 1}")
+    with pytest.raises(ValueError, match=r"has no encoder_ema\.safetensors"):
+        load_encoder(tmp_path, weights="ema")
+    save_file(encoders["ema"].state_dict(), tmp_path / "encoder_ema.safetensors", metadata=facts)
+    for weights, path in ((None, tmp_path), ("ema", tmp_path), ("ema", tmp_path / "encoder_ema.safetensors")):
+        encoder, report = load_encoder(path, weights=weights)  # type: ignore[arg-type]
+        assert report.weights == (weights or "online")
+        assert torch.equal(encoder.cls_token, encoders[weights or "online"].cls_token)
+        assert encoder.grid == (2, 3)
+    with pytest.raises(ValueError, match="holds the ema weights, not the online ones"):
+        load_encoder(tmp_path / "encoder_ema.safetensors", weights="online")
+
+
+def test_an_empty_run_is_refused(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("train: {epochs: 1}")
+    with pytest.raises(ValueError, match=r"no encoder\.safetensors and no checkpoint yet"):
+        load_encoder(tmp_path)
