@@ -10,13 +10,14 @@ from downstream.formats import Report
 from pretrain.metrics import read_metrics
 from pretrain.runfolder import RunFolder
 
-# Of the recipe what the weights depend on; paths of the machine that trained are nobody else's business.
-_TOLD = {
+# Of the recipe what the weights depend on.
+_TOLD: dict[str, tuple[str, ...] | None] = {
     "seed": None,
     "method": None,
     "partial": None,
+    "context": None,
     "model": ("arch", "patch", "position"),
-    "data": ("size", "crop_scale", "flip"),
+    "data": ("size", "crop", "crop_scale", "flip", "color_jitter"),
     "optim": None,
     "train": ("epochs", "batch", "accumulation", "precision"),
 }
@@ -108,14 +109,16 @@ def _training(report: Report, run: RunFolder | None) -> str:
             f"ZeRO stage {environment['deepspeed']['zero_stage']}",
             f"- code: {environment['git']}; {versions}",
         ]
-    told = {key: _pick(recipe.get(key), keys) for key, keys in _TOLD.items()}
-    if isinstance(told["method"], dict) and isinstance(told["method"].get("tokenizer"), dict):
-        told["method"]["tokenizer"].pop("weights", None)  # a path too; its sha256 stays
+    told = {key: _pick(recipe[key], keys) for key, keys in _TOLD.items() if recipe.get(key) is not None}
     return "\n".join([*lines, "", "```yaml", yaml.safe_dump(told, sort_keys=False).strip(), "```"])
 
 
-def _pick(section: Any, keys: tuple[str, ...] | None) -> Any:
-    return section if keys is None else {key: section[key] for key in keys if key in section}
+def _pick(value: Any, keys: tuple[str, ...] | None) -> Any:
+    """Without paths: they are of the machine that trained, and nobody else's business."""
+    if not isinstance(value, dict):
+        return value
+    told = {key: _pick(inner, None) for key, inner in value.items() if keys is None or key in keys}
+    return {key: inner for key, inner in told.items() if not (isinstance(inner, str) and "/" in inner)}
 
 
 def _of(samples: int | None) -> str:

@@ -21,6 +21,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pretrain.average import Average
 from pretrain.runfolder import RunFolder
 
 Weights = Literal["online", "ema"]
@@ -91,20 +92,16 @@ def read_source(path: Path | str, weights: Weights | None = None) -> Source:
 def _read_folder(folder: Path, weights: Weights | None) -> Source:
     run = RunFolder(folder)
     if any(folder.glob("*_model_states.pt")):
-        if weights == "ema":
-            raise ValueError(
-                f"{folder} is read for its online weights; the averaged ones are in the run's encoder_ema.safetensors"
-            )
-        return _read_deepspeed(folder)
+        return _read_checkpoint(folder, weights)
     if not run.config.is_file():
         raise ValueError(f"{folder} is neither a run's folder (no {run.config.name}) nor one of its checkpoints")
-    encoder = run.encoder.with_name("encoder_ema.safetensors") if weights == "ema" else run.encoder
+    encoder = run.encoder_ema if weights == "ema" else run.encoder
     if encoder.is_file():
         return read_source(encoder, weights)
     latest = run.checkpoints / "latest"
-    if weights == "ema" or not latest.is_file():
-        raise ValueError(f"{folder} has no {encoder.name}" + ("" if weights == "ema" else " and no checkpoint yet"))
-    return _read_folder(run.checkpoints / latest.read_text().strip(), weights)
+    if not latest.is_file():
+        raise ValueError(f"{folder} has no {encoder.name} and no checkpoint yet")
+    return _read_checkpoint(run.checkpoints / latest.read_text().strip(), weights)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -180,8 +177,8 @@ def _tensors(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _read_deepspeed(folder: Path) -> Source:
-    """The method's fp32 weights out of one of our checkpoints, and what its manifest says of them."""
+def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
+    """The method's fp32 weights out of one of our checkpoints, or their average, and what its manifest says of them."""
     try:
         trained = json.loads((folder / "manifest.json").read_text())["state"]["trained_function"]
         model, (height, width) = trained["model"], _pair(trained["data"]["size"])
@@ -197,6 +194,11 @@ def _read_deepspeed(folder: Path) -> Source:
     config = RunFolder(folder.parent.parent).config
     if config.is_file():
         facts["epochs"] = str(yaml.safe_load(config.read_text())["train"]["epochs"])
+    if weights == "ema":
+        average = folder / Average.FILE
+        if not average.is_file():
+            raise ValueError(f"{folder} has no averaged weights: this training kept none")
+        return Source(folder, _read_safetensors(average)[0], "ema", facts, ours=True)
     whole = folder / "mp_rank_00_model_states.pt"
     tensors = _read_states(whole)["module"] if whole.is_file() else _gather_stage3(folder)
     return Source(folder, tensors, facts=facts, ours=True)

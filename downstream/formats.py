@@ -66,7 +66,7 @@ _REFUSED = (
 
 @dataclass(repr=False)
 class Report:
-    """What became of every key of a file; printed, it groups the blocks.
+    """What became of every key of a file; printed, a line for each reason.
 
     Attributes:
         path, weights, facts: the file, which weights of it, and what it says of itself; see `files.Source`.
@@ -84,16 +84,16 @@ class Report:
     dropped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.path} ({self.weights} weights)",
-            f"  used     {len({key for keys in self.used.values() for key in keys})} keys",
-        ]
+        lines = [f"{self.path} ({self.weights} weights)"]
+        lines.append(f"  used     {len({key for keys in self.used.values() for key in keys})} keys")
         for title in ("folded", "resized", "dropped"):
-            groups: dict[tuple[str, str], int] = {}
+            done: dict[str, list[str]] = {}
             for key, what in getattr(self, title).items():
-                group = (_any_block(key), what)
-                groups[group] = groups.get(group, 0) + 1
-            lines += [f"  {title:8} {key} ({count}): {what}" for (key, what), count in groups.items()]
+                done.setdefault(what, []).append(key)
+            for what, keys in done.items():
+                names = list(dict.fromkeys(_any_block(key) for key in keys))
+                named = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+                lines.append(f"  {title:8} {len(keys)} ({named}): {what}")
         return "\n".join(lines)
 
 

@@ -160,7 +160,7 @@ def test_online_and_averaged_encoders_lie_side_by_side(tmp_path: Path):
     }
     save_file(encoders["online"].state_dict(), tmp_path / "encoder.safetensors", metadata=facts)
     (tmp_path / "config.yaml").write_text("train: {epochs: 1}")
-    with pytest.raises(ValueError, match=r"has no encoder_ema\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no encoder_ema\.safetensors and no checkpoint yet"):
         load_encoder(tmp_path, weights="ema")
     save_file(encoders["ema"].state_dict(), tmp_path / "encoder_ema.safetensors", metadata=facts)
     for weights, path in ((None, tmp_path), ("ema", tmp_path), ("ema", tmp_path / "encoder_ema.safetensors")):
@@ -170,6 +170,22 @@ def test_online_and_averaged_encoders_lie_side_by_side(tmp_path: Path):
         assert encoder.grid == (2, 3)
     with pytest.raises(ValueError, match="holds the ema weights, not the online ones"):
         load_encoder(tmp_path / "encoder_ema.safetensors", weights="online")
+
+
+def test_the_average_of_a_checkpoint_is_read(tmp_path: Path):
+    online, averaged = (ViT("vit_tiny", 16, (3, 3), relative=False) for _ in range(2))
+    checkpoint = _stage1(tmp_path, online, "method.encoder.")
+    for path in (checkpoint, tmp_path):
+        with pytest.raises(ValueError, match="this training kept none"):
+            load_encoder(path, weights="ema")
+    state = {f"encoder.{name}": tensor for name, tensor in averaged.state_dict().items()}
+    save_file({**state, "projector.0.weight": torch.ones(2)}, checkpoint / "average.safetensors")
+    for path in (checkpoint, tmp_path):
+        encoder, report = load_encoder(path, weights="ema")
+        assert torch.equal(encoder.cls_token, averaged.cls_token)
+        assert "(ema weights)" in str(report)
+        assert report.dropped == {"projector.0.weight": "the method's own"}
+        assert torch.equal(load_encoder(path)[0].cls_token, online.cls_token)
 
 
 def test_an_empty_run_is_refused(tmp_path: Path):
