@@ -57,10 +57,12 @@ def refusals(
     folder = tmp_path_factory.mktemp("refused")
     recipe = write_recipe(folder)
     (folder / "engine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
-    return {
-        case: start_once(*line.replace("RECIPE", str(recipe)).replace("FOLDER", str(folder)).split(), processes=1)
-        for case, (line, _) in REFUSED.items()
-    }
+
+    def command(case: str) -> list[str]:
+        line = REFUSED[case][0].replace("RECIPE", str(recipe)).replace("FOLDER", str(folder))
+        return [*line.split(), f"name={case.replace(' ', '_')}"]  # or they would wait for one another's folder
+
+    return {case: start_once(*command(case), processes=1) for case in REFUSED}
 
 
 @pytest.mark.parametrize("case", REFUSED)
