@@ -17,7 +17,7 @@ def wait_for(path: Path, processes: Any, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
-        assert all(p.poll() is None for p in processes.all), processes.outputs()
+        assert all(p.returncode is None for p in processes.all), processes.outputs()
         time.sleep(0.002)
 
 

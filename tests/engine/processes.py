@@ -1,12 +1,16 @@
 """The ranks of a real run of `pretrain/run.py`."""
 
 import contextlib
+import itertools
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -14,57 +18,98 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RUN = str(ROOT / "pretrain" / "run.py")
 
+# Ranks are forked from a server that has imported what takes long, and then are processes like any other: a start
+# costs tenths of a second instead of seconds. DeepSpeed is not among it: it chooses its accelerator when imported.
+# The launchers' own tests start everything from nothing.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch", "timm.layers", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot"])
+
+
+class Rank:
+    """A process and what it says."""
+
+    def __init__(self, process: BaseProcess, said: Path):
+        self._process, self._said = process, said
+        process.start()
+        assert process.pid is not None
+        self.pid = process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def ended(self, deadline: float) -> bool:
+        self._process.join(max(deadline - time.monotonic(), 0))
+        return self.returncode is not None
+
+    def said(self) -> str:
+        return self._said.read_text()
+
+
+def _become(script: str, arguments: list[str], environment: dict[str, str], cwd: Path, said: Path) -> None:
+    """This process turns into `python script arguments`, the leader of a session."""
+    os.setsid()
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.path[:0] = [str(Path(script).parent), str(ROOT)]
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
 
 class Processes:
     """The ranks of one run, started as a launcher would, without a launcher's seconds."""
+
+    _numbers = itertools.count()
 
     def __init__(self, script: str, arguments: list[str], count: int, cwd: Path):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.all = [
-            subprocess.Popen(
-                [sys.executable, script, *arguments],
-                cwd=cwd,
-                env={
-                    **os.environ,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(count),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(ROOT),
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            for rank in range(count)
-        ]
+        number = next(self._numbers)
+        self.all = []
+        for rank in range(count):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONUNBUFFERED": "1",
+            }
+            said = cwd / f"run{number}-rank{rank}.txt"
+            process = _SERVER.Process(target=_become, args=(script, arguments, environment, cwd, said))
+            self.all.append(Rank(process, said))
 
     def kill(self) -> None:
         """SIGKILL to every rank and its loader's workers."""
-        for process in self.all:
+        for rank in self.all:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        for process in self.all:
-            process.wait()
+                os.killpg(rank.pid, signal.SIGKILL)
+        for rank in self.all:
+            rank.ended(time.monotonic() + 60)
 
     def outputs(self, timeout: float = 120) -> list[str]:
         """Waits; what each rank said. A run that takes longer is killed, and fails the test with what it said."""
-        try:
-            return [process.communicate(timeout=timeout)[0] for process in self.all]
-        except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + timeout
+        if not all(rank.ended(deadline) for rank in self.all):
             self.kill()
-            said = "\n".join(process.communicate()[0] for process in self.all)
-            pytest.fail(f"killed after {timeout} seconds:\n{said}")
+            pytest.fail(f"killed after {timeout} seconds:\n" + "\n".join(rank.said() for rank in self.all))
+        return [rank.said() for rank in self.all]
 
     def finish(self, timeout: float = 120) -> str:
         """Waits; the main rank's output. Fails the test, with all output, unless every rank ended well."""
         outputs = self.outputs(timeout)
-        assert all(process.returncode == 0 for process in self.all), "\n".join(outputs)
+        assert all(rank.returncode == 0 for rank in self.all), "\n".join(outputs)
         return outputs[0]
 
 
@@ -81,5 +126,5 @@ def starter(cwd: Path) -> Iterator[Callable[..., Processes]]:
         yield start
     finally:
         for run in started:
-            if any(process.poll() is None for process in run.all):
+            if any(rank.returncode is None for rank in run.all):
                 run.kill()

@@ -101,7 +101,7 @@ def test_two_runs_writing_one_folder(recipe: Path, start: Callable[..., Any], tm
     first = start(recipe, "train.epochs=40", processes=1)
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
     while not read_metrics(metrics):
-        assert first.all[0].poll() is None, first.outputs()
+        assert first.all[0].returncode is None, first.outputs()
     second = start(recipe, "train.epochs=40", processes=1)
     output = "".join(second.outputs())
     assert second.all[0].returncode == 1
