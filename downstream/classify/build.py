@@ -113,7 +113,8 @@ def build_evaluation(run: Run, config: FinetuneConfig, index: Index) -> Evaluati
         measured = accuracy(engine)
         engine.train()
         if average.target is not None:
-            measured |= {f"ema_{name}": value for name, value in accuracy(average.target).items()}
+            averaged = accuracy(average.target)
+            measured |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
         return measured
 
     return Evaluation(config.val.every * run.loader.steps_per_epoch, measure)

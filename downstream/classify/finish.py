@@ -1,15 +1,11 @@
-"""The end of a classifier's run: its weights as a timm model, with what is needed to rebuild it."""
+"""The end of a classifier's run: its weights under timm's names, with what is needed to rebuild the model."""
 
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from downstream.classify.config import FinetuneConfig
-from downstream.classify.model import build_vit
-from downstream.files import read_source
 from pretrain.figures import draw_loss
 from pretrain.finish import full_state
 from pretrain.loop import Run
@@ -29,7 +25,7 @@ def finish(run: Run, config: FinetuneConfig) -> None:
 
 
 def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, path: Path) -> None:
-    """A classifier's weights under timm's names; `load_classifier` reads them."""
+    """A classifier's weights under timm's names, with what is needed to rebuild it in the file's metadata."""
     metadata = {
         "arch": config.model.arch,
         "patch": str(config.model.patch),
@@ -53,38 +49,3 @@ def _fold_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "head.weight": weight,
         "head.bias": tensors["head.1.bias"] - weight @ tensors[_NORM + "running_mean"],
     }
-
-
-def load_classifier(path: Path | str, classes: int | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """The timm model of a file of `save_classifier`, in eval mode, and the file's metadata.
-
-    Args:
-        path: the file.
-        classes: how many are expected.
-
-    Raises:
-        ValueError: the file is damaged, no classifier of ours, or of another number of classes.
-    """
-    tensors = read_source(path).tensors
-    with safe_open(str(path), "pt") as file:
-        facts = file.metadata() or {}
-    if not facts.keys() >= {"arch", "patch", "size", "position", "classes", "pool"}:
-        raise ValueError(f"{path} is no classifier of this project: its metadata is {facts or 'empty'}")
-    if classes is not None and int(facts["classes"]) != classes:
-        raise ValueError(f"{path} tells {facts['classes']} classes apart, not the {classes} that are asked for")
-    height, width = map(int, facts["size"].split("x"))
-    with torch.device("meta"):
-        vit = build_vit(
-            facts["arch"],
-            int(facts["patch"]),
-            (height, width),
-            facts["position"],
-            int(facts["classes"]),
-            facts["pool"],
-            fc_norm="fc_norm.weight" in tensors,
-        )
-    try:
-        vit.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not hold what its metadata says: {error}") from None
-    return vit.eval(), facts

@@ -1,4 +1,4 @@
-"""The ranks of a real run of `pretrain/run.py`."""
+"""The ranks of a real run of `pretrain/run.py`, or of another entry."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = str(ROOT / "pretrain" / "run.py")
+CLASSIFY = str(ROOT / "downstream" / "classify" / "run.py")
 
 
 class Processes:
