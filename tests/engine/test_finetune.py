@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from steps import SMALL, STEPS
 
 from downstream.classify.model import build_vit
+from downstream.files import read_source
 from pretrain.models.vit import ViT
 
 pytestmark = pytest.mark.engine
@@ -130,6 +131,13 @@ def test_what_is_frozen_stays_and_all_else_moves(stage: str, job: str, trained: 
         moves = name.startswith(blocks[config.start.trained_blocks])
         assert parameter.requires_grad == moves, name
         assert torch.equal(parameter, after[name]) != moves, name
+
+
+def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable[..., Any]):
+    folder, _ = trained("zero3")
+    with pytest.raises(ValueError, match="is of a classifier, not of a pretraining") as error:
+        read_source(folder / "tuned" / "whole")
+    assert str(encoder) in str(error.value)
 
 
 def rebuilt(path: Path) -> Any:
