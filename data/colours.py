@@ -1,6 +1,10 @@
-"""Changes of colour: torchvision's colour jitter and DeiT III's three augmentations, drawn from a NumPy generator."""
+"""Changes of a cut picture, drawn from a NumPy generator: colour jitter, DeiT III's three, RandAugment."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -36,3 +40,46 @@ def three_augment(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
         return np.asarray(ImageOps.solarize(image))
     lowest, highest = _BLUR_RADIUS
     return np.asarray(image.filter(ImageFilter.GaussianBlur(lowest + (highest - lowest) * rng.random())))
+
+
+def rand_augment(rng: np.random.Generator, pixels: np.ndarray, policy: str) -> np.ndarray:
+    """timm's RandAugment: uint8 (H, W, 3).
+
+    Args:
+        policy: as timm writes it, such as `rand-m9-mstd0.5-inc1`.
+    """
+    augment = _rand_augment(policy, min(pixels.shape[:2]))
+    with _seeded(int(rng.random() * 2**32)):
+        return np.asarray(augment(Image.fromarray(pixels)))
+
+
+@lru_cache
+def _rand_augment(policy: str, side: int) -> Callable[[Image.Image], Image.Image]:
+    """With what timm's own `create_transform` gives it for pictures of `side` pixels."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, rand_augment_transform  # takes a second, which few need
+
+    grey = tuple(round(255 * channel) for channel in IMAGENET_DEFAULT_MEAN)
+    settings = {"translate_const": int(side * 0.45), "img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
+    augment: Any = rand_augment_transform(policy, settings)
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = partial(_posterize, operation.aug_fn)
+    return augment
+
+
+def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm keeps 0 bits at the highest magnitude: black, which Pillow refuses to make since version 13."""
+    return posterize(image, bits, **options) if bits else Image.new("RGB", image.size)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """timm draws from the generators of the process: within this they are at `seed`, and then where they were."""
+    before = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])

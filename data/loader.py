@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.colours import color_jitter, three_augment
+from data.colours import color_jitter, rand_augment, three_augment
 from data.decode import BadImage, decode
 from data.index import Index
 from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
@@ -33,7 +33,7 @@ class Batch:
     """One micro-batch of one rank; B samples."""
 
     images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) where a sample gives two pictures
-    view: dict[str, Tensor]  # what the view function returned for each sample, stacked: (B, ...)
+    view: dict[str, Tensor]  # what the view function returned for each sample, stacked: (B, ...), and `label` (B,)
     samples: Tensor  # int64 (B,), number in the index of the picture that is in `images`
     keys: tuple[str, ...]  # their keys
     skipped: tuple[str, ...]  # 'key: reason' of each sample that could not be decoded and was replaced
@@ -73,6 +73,7 @@ class Loader:
         seed: int,
         view: View | None = None,
         pictures: Sequence[Picture] = (Picture(),),
+        labels: bool = False,
         workers: int = 0,
     ) -> None:
         """Checks the settings; starts nothing.
@@ -87,6 +88,7 @@ class Loader:
             view: what a method draws for one sample from its generator, such as masks; arrays of the same shape for
                 every sample. Must be picklable if workers are not forked.
             pictures: what each sample gives, one or two.
+            labels: whether the view gets a `label`: that of the picture, which may stand for another sample.
             workers: processes that decode; 0 decodes in this one.
 
         Raises:
@@ -102,7 +104,7 @@ class Loader:
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world, self._workers = rank, world, workers
-        self._decoder = _MicroBatches(index, size, seed, view, pictures)
+        self._decoder = _MicroBatches(index, size, seed, view, pictures, labels)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         """For each global step from ``start_step`` up to ``end_step``, this rank's ``accumulation`` micro-batches.
@@ -168,8 +170,10 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
         seed: int,
         view: View | None,
         pictures: Sequence[Picture],
+        labels: bool,
     ) -> None:
         self._index, self._size, self._seed, self._view, self._pictures = index, size, seed, view, pictures
+        self._labels = labels
         self._reader = ShardReader(index)
 
     def __getitem__(self, request: _Request) -> Batch | _Refusal:
@@ -186,9 +190,10 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
             shown[row], reason = self._decode_or_replace(epoch, sample, pixels[row])
             if reason:
                 skipped.append(f"{self._index.keys[sample]}: {reason}")
+        labels = {"label": torch.from_numpy(self._index.label[shown].astype(np.int64))} if self._labels else {}
         return Batch(
             images=images.squeeze(1),
-            view=self._views(epoch, samples),
+            view=self._views(epoch, samples) | labels,
             samples=torch.from_numpy(shown),
             keys=tuple(self._index.keys[sample] for sample in shown.tolist()),
             skipped=tuple(skipped),
@@ -222,6 +227,8 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
             pixels = decode(data, functools.partial(picture.box, rng, size=self._size), self._size, flipped)
             if picture.color_jitter:
                 pixels = color_jitter(rng, pixels, picture.color_jitter)
+            if picture.rand_augment:
+                pixels = rand_augment(rng, pixels, picture.rand_augment)
             out[number] = three_augment(rng, pixels) if picture.three_augment else pixels
 
     def _views(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Where to cut a picture. Pure functions; boxes are (left, top, right, bottom) in pixels of the undecoded picture."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,7 @@ class Picture:
     flip: float = 0.5  # probability of mirroring left to right
     color_jitter: float = 0.0  # probability of changing brightness, contrast, saturation and hue
     three_augment: bool = False  # one of grey, solarised and blurred
+    rand_augment: str = ""  # RandAugment, as timm writes it: rand-m9-mstd0.5-inc1
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -29,6 +31,8 @@ class Picture:
         for name in ("flip", "color_jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is a probability: set it between 0 and 1")
+        if self.rand_augment and not re.fullmatch(r"rand(-(m|n|inc|mmax)\d+|-(mstd|p)\d+(\.\d+)?)+", self.rand_augment):
+            raise ValueError(f"rand_augment {self.rand_augment!r} is not written as timm does: rand-m9-mstd0.5-inc1")
 
     def box(self, rng: np.random.Generator, width: int, height: int, size: tuple[int, int]) -> Box:
         """Where to cut a sample of `width` x `height` pixels for a picture of `size` (H, W)."""

@@ -186,6 +186,11 @@ def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
         raise ValueError(
             f"{folder} has no readable manifest.json ({error}): is it a checkpoint of this project?"
         ) from None
+    if "method" not in trained:
+        raise ValueError(
+            f"{folder} is of a classifier, not of a pretraining: give the encoder that it started from "
+            f"({trained['start']['checkpoint'] or 'none'})"
+        )
     facts = {
         **{key: str(model[key]) for key in ("arch", "patch", "position")},
         "size": f"{height}x{width}",

@@ -6,6 +6,8 @@ is a plain `vit_*` of timm.
 """
 
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,6 +46,12 @@ class _TimmBlock(Block):
         return super().forward(x, attn_mask)
 
 
+@lru_cache  # a copy to the device in each forward would make the host wait for it
+@torch.inference_mode(False)  # or what was first made for an evaluation could not be trained with
+def _on_device(buckets: Callable[[int, int], Tensor], grid: tuple[int, int], device: torch.device) -> Tensor:
+    return buckets(*grid).to(device)
+
+
 class LoMaRViT(VisionTransformer):
     """A Vision Transformer with relative position.
 
@@ -71,12 +79,12 @@ class LoMaRViT(VisionTransformer):
         """The relative position of every pair of the tokens of (B, 3, H, W) images."""
         grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
         if self.position == "relative":
-            return grid_buckets(*grid).to(images.device)
+            return _on_device(grid_buckets, grid, images.device)
         if grid != self.patch_embed.grid_size:
             raise ValueError(
                 f"the bias tables are of {self.patch_embed.grid_size} patches, the images of {grid}: resize one"
             )
-        return offset_buckets(*grid).to(images.device)
+        return _on_device(offset_buckets, grid, images.device)
 
     def forward_features(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return super().forward_features(x, attn_mask=self.buckets(x))

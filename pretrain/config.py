@@ -95,6 +95,11 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
 
     @property
+    def task(self) -> str:
+        """What is trained, in a few words."""
+        raise NotImplementedError
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of an image's patches."""
         height, width = self.data.height_width
@@ -148,6 +153,11 @@ class Config(RunConfig, Generic[MethodConfig]):
     method: MethodConfig
     partial: Partial | None = None
     context: Context | None = None
+
+    @property
+    def task(self) -> str:
+        name: str = self.method.name  # type: ignore[attr-defined]
+        return name
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

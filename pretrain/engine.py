@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config import Config
-from pretrain.optim import GuardedAdamW, parameter_groups
+from pretrain.config import RunConfig
+from pretrain.optim import Guard
 
 _ROOT = Path(__file__).parent.parent
 
@@ -48,7 +48,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
     return keys
 
 
-def ds_settings(config: Config[Any], world_size: int) -> dict[str, Any]:
+def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """All of DeepSpeed's keys for a run; those with silent defaults are written out.
 
     Raises:
@@ -83,17 +83,20 @@ def ds_settings(config: Config[Any], world_size: int) -> dict[str, Any]:
     }
 
 
-def build_engine(method: nn.Module, config: Config[Any], settings: dict[str, Any]) -> Any:
-    """The DeepSpeed engine around a method, with AdamW on our parameter groups."""
+def zero_stage(settings: dict[str, Any]) -> int:
+    """ZeRO's stage by DeepSpeed's keys."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def build_engine(
+    method: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, settings: dict[str, Any]
+) -> Any:
+    """The DeepSpeed engine around a method and the optimiser of its parameters; in stage 0 one with a `Guard`."""
     import deepspeed
 
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    groups = parameter_groups(method, config.optim.weight_decay)
-    options: dict[str, Any] = {"lr": config.peak_lr, "betas": config.optim.betas}
-    if stage:
-        optimizer = torch.optim.AdamW(groups, **options)
-    else:
-        optimizer = GuardedAdamW(groups, clip_grad=config.optim.clip_grad, **options)
+    if not zero_stage(settings):
+        assert isinstance(optimizer, Guard)
+        optimizer.clip_grad = config.optim.clip_grad
         settings = {**settings, "gradient_clipping": 0.0}  # or DeepSpeed would clip before the norm is known
     engine, *_ = deepspeed.initialize(model=method, optimizer=optimizer, config=settings)
     return engine

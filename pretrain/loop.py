@@ -13,7 +13,7 @@ import torch
 from data.loader import Batch, Loader
 from pretrain.average import Average, NoAverage
 from pretrain.checkpoint import Checkpoints, TrainState
-from pretrain.config import Config
+from pretrain.config import RunConfig
 from pretrain.faults import Diverged, Stopped, StopRequest, log_nonfinite, poison_nonfinite
 from pretrain.launch import World
 from pretrain.metrics import Meter, NoReporter, Reporter, read_metrics
@@ -40,7 +40,7 @@ class Evaluation:
 class Run:
     """What the loop works on."""
 
-    config: Config[Any]
+    config: RunConfig
     world: World
     device: torch.device
     folder: RunFolder

@@ -1,4 +1,4 @@
-"""Parameter groups, the learning-rate schedule, and an AdamW that refuses non-finite gradients."""
+"""Parameter groups, the learning-rate schedule, and optimisers that refuse non-finite gradients."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config import OptimConfig
+from pretrain.config import OptimConfig, RunConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -38,19 +38,16 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that does what DeepSpeed's ZeRO optimisers do, and DeepSpeed without ZeRO (stage 0) does not.
+class Guard(torch.optim.Optimizer):
+    """Makes the optimiser that it is put in front of do what DeepSpeed's ZeRO optimisers do, for stage 0 does not.
 
     It leaves the weights alone where the gradient is not finite, and knows the gradient's norm before clipping.
     DeepSpeed reads `overflow` and `_global_grad_norm` after `step`.
     """
 
+    clip_grad = 0.0
     overflow = False
     _global_grad_norm = 0.0
-
-    def __init__(self, groups: list[dict[str, Any]], clip_grad: float = 0.0, **options: Any):
-        super().__init__(groups, **options)
-        self.clip_grad = clip_grad
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -61,3 +58,13 @@ class GuardedAdamW(torch.optim.AdamW):
         self.overflow = not math.isfinite(self._global_grad_norm)
         if not self.overflow:
             super().step()
+
+
+class GuardedAdamW(Guard, torch.optim.AdamW):
+    """AdamW for stage 0."""
+
+
+def build_adamw(groups: list[dict[str, Any]], config: RunConfig, stage: int) -> torch.optim.Optimizer:
+    """AdamW for a ZeRO stage."""
+    kind = torch.optim.AdamW if stage else GuardedAdamW
+    return kind(groups, lr=config.peak_lr, betas=config.optim.betas)

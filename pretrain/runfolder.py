@@ -37,16 +37,23 @@ class RunFolder:
         self.reconstructions = root / "reconstructions.png"
         self.encoder = root / "encoder.safetensors"
         self.encoder_ema = root / "encoder_ema.safetensors"
+        self.model = root / "model.safetensors"
+        self.model_ema = root / "model_ema.safetensors"
 
     @contextlib.contextmanager
-    def owned(self, patience: float = 10) -> Iterator[None]:
+    def owned(self, is_main: bool = True, patience: float = 10) -> Iterator[None]:
         """Makes the folder and holds it: the kernel frees the lock when this process ends, however it does.
+
+        The main rank does, for all ranks of a run.
 
         Waits a little, since a requeued job may start while the old one's processes are still dying.
 
         Raises:
             ValueError: another run is writing this folder.
         """
+        if not is_main:
+            yield
+            return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+") as lock:
             deadline = time.monotonic() + patience

@@ -22,16 +22,16 @@ def nearest(name: str, names: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(sorted(names))}"
 
 
-def read_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe by path, or by the name of a shipped one, with what it `extends` merged under it.
+def read_recipe(name: str | Path, shipped: Path = RECIPES) -> dict[str, Any]:
+    """A recipe by path, or by the name of one in the folder `shipped`, with what it `extends` merged under it.
 
     Raises:
         ValueError: no such recipe, not a YAML mapping, or recipes that extend each other in a circle.
     """
-    return _read_extended(_find_recipe(name), ())
+    return _read_extended(_find_recipe(name, shipped), shipped, ())
 
 
-def _read_extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read_extended(path: Path, shipped: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ValueError(f"{path} extends itself: {' -> '.join(p.name for p in (*above, path))}")
     try:
@@ -44,17 +44,16 @@ def _read_extended(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return recipe
     beside = path.parent / str(base)
-    return merge(
-        _read_extended(_find_recipe(beside if beside.is_file() else str(base)), (*above, path.resolve())), recipe
-    )
+    found = _find_recipe(beside if beside.is_file() else str(base), shipped)
+    return merge(_read_extended(found, shipped, (*above, path.resolve())), recipe)
 
 
-def _find_recipe(name: str | Path) -> Path:
-    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+def _find_recipe(name: str | Path, shipped: Path) -> Path:
+    for path in (Path(name), shipped / name, shipped / f"{name}.yaml"):
         if path.is_file():
             return path
-    shipped = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-    raise ValueError(f"no recipe {str(name)!r}: neither a file nor a shipped one; {nearest(Path(name).stem, shipped)}")
+    names = sorted(p.stem for p in shipped.glob("*.yaml"))
+    raise ValueError(f"no recipe {str(name)!r}: neither a file nor a shipped one; {nearest(Path(name).stem, names)}")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

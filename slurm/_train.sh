@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What every job here does, in its batch shell and in the project's root: one rank a task, and a requeue where a signal
-# stopped the training before its end. The recipe is $RECIPE, its overrides are the job's arguments.
+# stopped the training before its end. $ENTRY trains the recipe $RECIPE; its overrides are the job's arguments.
 
 # shellcheck disable=SC1091
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
@@ -18,7 +18,7 @@ trap 'interrupted=yes; kill -USR1 "$srun"' USR1
 # --wait rather than --kill-on-bad-exit, which would kill and hide the rank that was about to say what is wrong.
 # srun does not take --cpus-per-task from the job by itself.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 --output="$attempt-rank%t.log" \
-    python -u pretrain/run.py "$RECIPE" "$@" &
+    python -u "$ENTRY" "$RECIPE" "$@" &
 srun=$!
 echo "$(date '+%F %T') $SLURM_JOB_NUM_NODES nodes, $SLURM_NTASKS ranks: see $attempt-rank0.log"
 

@@ -14,6 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
+ENTRY=pretrain/run.py
 RECIPE=${RECIPE:-lomar_vith14_224_1600e}
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit
 [ -f slurm/_train.sh ] || { echo "error: $PWD is not the project's root: cd there and submit again" >&2; exit 1; }

@@ -21,6 +21,8 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
 class SyncBatchNorm(nn.Module):
     """Batch normalisation of (R, D) rows by the statistics of all ranks' rows; in fp32, whatever goes in.
 
+    Unless `affine`, a learned scale and shift do not follow.
+
     Every rank must have the same number of rows. In eval mode rows are normalised by the running statistics, which a
     batch that is not finite leaves alone.
     """
@@ -28,11 +30,11 @@ class SyncBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5):
+    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True):
         super().__init__()
         self.momentum, self.eps = momentum, eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
 
@@ -46,7 +48,8 @@ class SyncBatchNorm(nn.Module):
             mean = _sum_over_ranks(x.sum(0)) / rows
             var = _sum_over_ranks((x - mean).square().sum(0)) / rows
             self._follow(mean.detach(), var.detach() * rows / (rows - 1))
-        return (x - mean) * (var + self.eps).rsqrt() * self.weight + self.bias
+        x = (x - mean) * (var + self.eps).rsqrt()
+        return x if self.weight is None or self.bias is None else x * self.weight + self.bias
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, var: Tensor) -> None:

@@ -96,3 +96,11 @@ def test_offset_buckets_are_beits():
     for height, width in ((3, 3), (2, 5), (1, 4)):
         theirs = timm.models.beit.gen_relative_position_index((height, width))
         assert torch.equal(offset_buckets(height, width), theirs)
+
+
+def test_what_was_evaluated_in_inference_mode_can_be_trained():
+    tuned = model(img_size=(12, 8), num_classes=5)
+    with torch.inference_mode():
+        tuned(images((12, 8)))
+    tuned(images((12, 8))).sum().backward()
+    assert tuned.blocks[0].attn.rpe_k.lookup_table_weight.grad is not None

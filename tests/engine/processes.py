@@ -1,4 +1,4 @@
-"""The ranks of a real run of `pretrain/run.py`."""
+"""The ranks of a real run of `pretrain/run.py`, or of another entry."""
 
 import contextlib
 import itertools
@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = str(ROOT / "pretrain" / "run.py")
+CLASSIFY = str(ROOT / "downstream" / "classify" / "run.py")
 
 # Ranks are forked from a server that has imported what takes long, and then are processes like any other: a start
 # costs tenths of a second instead of seconds. DeepSpeed is not among it: it chooses its accelerator when imported.

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from data.loader import Batch
 from pretrain.build import build_average, build_method
-from pretrain.config import Config, load
+from pretrain.config import Config, RunConfig, load
 from pretrain.launch import World, find_world, leave, start
 from pretrain.models import vit
-from pretrain.optim import learning_rate, parameter_groups, set_learning_rate
+from pretrain.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pretrain.runfolder import RunFolder
 
 STEPS, MIDDLE, POISONED, BATCH = 4, 2, 1, 16
@@ -150,20 +150,28 @@ def poison(method: Any, config: Config[Any]) -> None:
     method.register_forward_hook(spoil)
 
 
+def small_settings(config: RunConfig, world: World) -> dict[str, Any]:
+    from pretrain.engine import ds_settings, zero_stage
+
+    settings = ds_settings(config, world.size)
+    if zero_stage(settings) == 3:  # by default all of so small a model would stay gathered
+        for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+            settings["zero_optimization"][f"stage3_{key}"] = 0
+    return settings
+
+
 def train_small(method: Any, config: Config[Any], world: World, device: torch.device, folder: RunFolder) -> str | None:
     """What pretrain/run.py does, on fixed batches; returns the checkpoint that it continued from."""
     from pretrain.checkpoint import Checkpoints, TrainState
-    from pretrain.engine import build_engine, ds_settings, effective_settings
+    from pretrain.engine import build_engine, effective_settings, zero_stage
     from pretrain.finish import encoder_of, full_state, save_encoder
     from pretrain.loop import Run, train
 
     loader: Any = FixedBatches(config, method.view(), world)
     average = build_average(config, method, device)
-    settings = ds_settings(config, world.size)
-    if settings["zero_optimization"]["stage"] == 3:  # by default all of so small a model would stay gathered
-        for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
-            settings["zero_optimization"][f"stage3_{key}"] = 0
-    engine = build_engine(method, config, settings)
+    settings = small_settings(config, world)
+    groups = parameter_groups(method, config.optim.weight_decay)
+    engine = build_engine(method, build_adamw(groups, config, zero_stage(settings)), config, settings)
     fresh = TrainState(
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),

@@ -7,22 +7,21 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster
 
-from pretrain.schema import RECIPES
-
 FOLDER = Path(__file__).parents[2] / "slurm"
-SCRIPTS = sorted(FOLDER.glob("pretrain_*.sh"))
-# What a script may choose: its name, its nodes and its recipe.
+SCRIPTS = sorted(FOLDER.glob("[!_]*.sh"))
+# What a script may choose: its name, its nodes, its entry and its recipe.
 CHOICES = [
     r"^#SBATCH --job-name=\w+$",
     r"^#SBATCH --nodes=\d+$",
     r"^RECIPE=\$\{RECIPE:-(\w+)\}$",
-    r"^# Pretrains a ViT-\w",
-    r"pretrain_vit\w",
+    r"^# (?:Pretrains|Fine-tunes) a ViT-\w",
+    r"^#   sbatch --nodes=\d slurm/(?:pretrain_vit\w|finetune_\w+)\.sh data\.shards=/data/in1k .*name=myrun$",
+    r"^ENTRY=(\S+/run\.py)$",
 ]
 
 
 def test_scripts_have_one_shape() -> None:
-    assert [script.stem for script in SCRIPTS] == ["pretrain_vitb", "pretrain_vith", "pretrain_vitl"]
+    assert [script.stem for script in SCRIPTS] == ["finetune_in1k", "pretrain_vitb", "pretrain_vith", "pretrain_vitl"]
     shapes = set()
     for script in SCRIPTS:
         shape = script.read_text()
@@ -36,12 +35,16 @@ def test_scripts_have_one_shape() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_recipe_exists(script: Path) -> None:
     (recipe,) = re.findall(CHOICES[2], script.read_text(), flags=re.MULTILINE)
-    assert (RECIPES / f"{recipe}.yaml").is_file()
+    (entry,) = re.findall(CHOICES[-1], script.read_text(), flags=re.MULTILINE)
+    assert (FOLDER.parent / entry).is_file()
+    assert (FOLDER.parent / entry).with_name("recipes").joinpath(f"{recipe}.yaml").is_file()
 
 
 def test_scripts_set_no_hyper_parameter() -> None:
     for script in FOLDER.glob("*.sh"):
-        assert not re.findall(r"\b(?:train|optim|model|method|data)\.\w+=(?!/data/in1k)", script.read_text()), script
+        assert not re.findall(
+            r"\b(?:train|optim|model|method|data|head|augment)\.\w+=(?!/data/in1k)", script.read_text()
+        ), script
 
 
 @pytest.mark.parametrize("script", sorted(FOLDER.glob("*.sh")), ids=lambda script: script.stem)

@@ -1,0 +1,1 @@
+"""Classifiers on encoders: fine-tuning, probes, training from scratch, by the engine and loop of pretraining."""

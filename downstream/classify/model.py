@@ -1,0 +1,122 @@
+"""A timm Vision Transformer as a classifier of the step loop: from uint8 images and labels to a loss, or to logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from downstream.classify.config import AugmentConfig, FinetuneConfig
+from downstream.timm_models import LoMaRViT
+from downstream.weights import load_into
+from pretrain.methods.targets import normalize_pixels
+from pretrain.models.heads import SyncBatchNorm
+from pretrain.models.vit import ARCHS, ViT
+
+
+class Classifier(nn.Module):
+    """The model and what is done to its images and labels while it trains.
+
+    All randomness is drawn from the process's generators, which the step loop seeds before each micro-batch.
+    """
+
+    def __init__(self, vit: Any, classes: int, augment: AugmentConfig):
+        super().__init__()
+        self.vit, self.augment = vit, augment
+        self.mixup = None
+        if augment.mixes:
+            self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=classes)
+
+    def forward(self, images: Tensor, view: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """(B, H, W, 3) uint8 images -> the `loss` by the view's `label` (B,); without a view their `logits` (B, C)."""
+        pixels = normalize_pixels(images).permute(0, 3, 1, 2)
+        if view is None:
+            return {"logits": self.vit(pixels).float()}
+        target, smoothing = view["label"], self.augment.smoothing
+        if self.augment.erasing:
+            pixels = RandomErasing(self.augment.erasing, mode="pixel", device=pixels.device)(pixels)
+        if self.mixup:
+            pixels, target = self.mixup(pixels, target)
+            smoothing = 0.0  # it is in the mixed targets
+        return {"loss": F.cross_entropy(self.vit(pixels).float(), target, label_smoothing=smoothing)}
+
+
+def build_vit(
+    arch: str, patch: int, size: tuple[int, int], position: str, classes: int, pool: str, **options: Any
+) -> Any:
+    """timm's model for an architecture of ours; `options` are timm's."""
+    dim, depth, heads = ARCHS[arch]
+    kind = LoMaRViT if position == "relative" else VisionTransformer
+    shape: Any = {"patch_size": patch, "img_size": size, "embed_dim": dim, "depth": depth, "num_heads": heads}
+    return kind(**shape, num_classes=classes, global_pool=pool, **options)
+
+
+def build_classifier(config: FinetuneConfig, load_start: bool = True) -> tuple[Classifier, str]:
+    """The classifier, initialised from the seed and `start.checkpoint` alone: the same weights on every rank.
+
+    Args:
+        config: the run's.
+        load_start: not needed where a checkpoint of the run itself is loaded afterwards.
+
+    Returns:
+        The classifier, and what became of the start's keys, in words.
+
+    Raises:
+        ValueError: the start is of another architecture, patch or kind of position, damaged, or not understood.
+    """
+    torch.manual_seed(config.seed)
+    model, start, head = config.model, config.start, config.head
+    encoder = ViT(model.arch, model.patch, config.grid, model.position == "relative")
+    report = "from scratch"
+    if start.checkpoint and load_start:
+        try:
+            report = str(load_into(encoder, start.checkpoint, weights=start.weights))
+        except ValueError as error:
+            raise ValueError(f"start.checkpoint: {error}; set model.* to what it is, or give another") from None
+    # A pool behind the encoder gets a norm of its own, as in MAE's and LoMaR's fine-tuning, unless nothing below would
+    # learn to work with that: a frozen encoder keeps its norm.
+    own_norm = head.pool == "avg" and start.trained_blocks is None
+    vit = build_vit(
+        model.arch,
+        model.patch,
+        config.data.height_width,
+        model.position,
+        head.classes,
+        head.pool,
+        fc_norm=own_norm,
+        drop_path_rate=head.drop_path,
+    )
+    _fill(vit, encoder, own_norm)
+    if model.checkpoint_blocks:
+        vit.set_grad_checkpointing()
+    # MAE's deviations: a head that starts at nearly nothing leaves what was pretrained alone in the first steps.
+    nn.init.trunc_normal_(vit.head.weight, std=0.01 if start.trained_blocks == 0 else 2e-5)
+    if head.kind == "batchnorm":
+        vit.head = nn.Sequential(SyncBatchNorm(vit.embed_dim, eps=1e-6, affine=False), vit.head)
+    _freeze(vit, start.trained_blocks)
+    return Classifier(vit, head.classes, config.augment), report
+
+
+def _fill(vit: Any, encoder: ViT, own_norm: bool) -> None:
+    """The encoder's weights, all of them, but for its last norm where the pool has one."""
+    state = {n: t for n, t in encoder.state_dict().items() if not (own_norm and n.startswith("norm."))}
+    missing, unexpected = vit.load_state_dict(state, strict=False)
+    fresh = {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"} if own_norm else set())
+    assert set(missing) == fresh, missing
+    assert not unexpected, unexpected
+
+
+def _freeze(vit: Any, trained_blocks: int | None) -> None:
+    """All but the last blocks, the last norm and the head."""
+    if trained_blocks is None:
+        return
+    blocks = list(vit.blocks)
+    if trained_blocks > len(blocks):
+        raise ValueError(f"start.trained_blocks={trained_blocks}: there are {len(blocks)} blocks")
+    vit.requires_grad_(False)
+    after = [vit.norm, vit.head] if trained_blocks else [vit.head]
+    for module in blocks[len(blocks) - trained_blocks :] + after:
+        module.requires_grad_(True)

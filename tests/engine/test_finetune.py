@@ -1,0 +1,171 @@
+"""Classifiers on real engines: plain torch's losses, an exact resume, frozen weights that stay."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checks import assert_same_bits, assert_same_run, assert_same_steps
+from finetune_steps import CLASSES, build_small, configure, plain_steps, run_jobs
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from steps import SMALL, STEPS
+
+from downstream.classify.model import build_vit
+from downstream.files import read_source
+from pretrain.models.vit import ViT
+
+pytestmark = pytest.mark.engine
+
+RANDOM = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5, "smoothing": 0.1}
+ADAMW = {"base_lr": 1e-2, "weight_decay": 0.05, "betas": [0.9, 0.95], "layer_decay": 0.6}
+PROBE = {"start": {"trained_blocks": 0}, "head": {"classes": CLASSES, "kind": "batchnorm"}}
+
+JOBS: dict[str, dict[str, Any]] = {
+    "random": {"start": {}, "augment": RANDOM, "head": {"classes": CLASSES, "drop_path": 0.3}, "average": {}},
+    "tuned": {"start": {}, "augment": {"smoothing": 0.1}, "average": {"momentum": 0.9}},
+    "partial": {"start": {"trained_blocks": 1}},
+    "probe": {**PROBE, "average": {"momentum": 0.9}},
+    "scratch-token": {"model": {"position": "sincos"}, "head": {"classes": CLASSES, "pool": "token"}},
+}
+LARS = {**PROBE, "optim": {"name": "lars", "base_lr": 10.0, "weight_decay": 0.0}}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a pretraining leaves it, and no parameter at a special value."""
+    torch.manual_seed(7)
+    with SMALL:
+        vit = ViT("vit_tiny", 16, (4, 5))
+    state = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in vit.state_dict().items()}
+    facts = {"arch": "vit_tiny", "patch": "16", "size": "64x80", "position": "relative"}
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    save_file(state, path, facts)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipes(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    def write(jobs: dict[str, dict[str, Any]]) -> dict[str, str]:
+        folder = tmp_path_factory.mktemp("recipes")
+        for name, sections in jobs.items():
+            keys = {
+                "name": name,
+                "data": {"shards": "unused", "size": [64, 80]},
+                "val": {"shards": "unused"},
+                "head": {"classes": CLASSES},
+                "optim": ADAMW,
+                "train": {"epochs": 1, "precision": "fp32"},
+                "log": {"every": 1},
+                **sections,
+            }
+            keys["model"] = {"arch": "vit_tiny", **sections.get("model", {})}
+            if "start" in sections:
+                keys["start"] = {"checkpoint": str(encoder), **sections["start"]}
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(keys))
+        return {name: str(folder / f"{name}.yaml") for name in jobs}
+
+    return write
+
+
+STAGES = {
+    "zero0": ("train.ds_config=ds_configs/zero0.json", "train.accumulation=2", "optim.clip_grad=0.5"),
+    "zero1": ("train.ds_config=ds_configs/zero1.json", "train.accumulation=2", "train.precision=bf16"),
+    "zero3": ("train.ds_config=ds_configs/zero3.json", "train.accumulation=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(
+    recipes: Callable[..., dict[str, str]], start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, dict[str, list[str]]]]:
+    """trained(stage) -> folder and jobs of one launch that trains them all; never two stages in a process."""
+    done: dict[str, tuple[Path, dict[str, list[str]]]] = {}
+
+    def train(stage: str) -> tuple[Path, dict[str, list[str]]]:
+        if stage not in done:
+            jobs = {"tuned": JOBS["tuned"], "lars": LARS} if stage == "zero0" else JOBS
+            folder = tmp_path_factory.mktemp(stage)
+            lines = {name: [recipe, *STAGES[stage]] for name, recipe in recipes(jobs).items()}
+            run_jobs(start_once, folder, lines)
+            done[stage] = folder, lines
+        return done[stage]
+
+    return train
+
+
+@pytest.mark.parametrize(("stage", "job"), [("zero0", "tuned"), ("zero0", "lars"), *(("zero3", job) for job in JOBS)])
+def test_engines_equal_plain_torch(stage: str, job: str, trained: Callable[..., Any]):
+    folder, jobs = trained(stage)
+    config = configure(*jobs[job])
+    steps, averages = plain_steps(config)
+    assert_same_steps(folder / job / "whole", steps)
+    if config.average:
+        saved = load_file(folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "average.safetensors")
+        for name, average in averages.items():
+            if not name.endswith("qkv.bias"):  # a key's bias does not change attention: Adam follows rounding there
+                torch.testing.assert_close(saved[name].double(), average, rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "job"), [("zero0", "lars"), *((stage, job) for stage in ("zero1", "zero3") for job in JOBS)]
+)
+def test_four_steps_equal_two_then_two(stage: str, job: str, trained: Callable[..., Any]):
+    runs = [trained(stage)[0] / job / name for name in ("whole", "resumed")]
+    assert_same_run(*runs)
+    assert_same_bits(*(torch.load(run / "state.pt") for run in runs))
+
+
+@pytest.mark.parametrize(
+    ("stage", "job"), [("zero0", "lars"), *((stage, job) for stage in ("zero1", "zero3") for job in JOBS)]
+)
+def test_what_is_frozen_stays_and_all_else_moves(stage: str, job: str, trained: Callable[..., Any]):
+    folder, jobs = trained(stage)
+    config = configure(*jobs[job])
+    before = build_small(config)
+    after = torch.load(folder / job / "whole" / "state.pt")
+    blocks = {None: ("",), 1: ("vit.blocks.1.", "vit.norm.", "vit.head."), 0: ("vit.head.",)}
+    for name, parameter in before.named_parameters():
+        moves = name.startswith(blocks[config.start.trained_blocks])
+        assert parameter.requires_grad == moves, name
+        assert torch.equal(parameter, after[name]) != moves, name
+
+
+def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable[..., Any]):
+    folder, _ = trained("zero3")
+    with pytest.raises(ValueError, match="is of a classifier, not of a pretraining") as error:
+        read_source(folder / "tuned" / "whole")
+    assert str(encoder) in str(error.value)
+
+
+def rebuilt(path: Path) -> Any:
+    """From the file alone: timm's model by its metadata, filled strictly."""
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    state, size = load_file(path), tuple(map(int, facts["size"].split("x")))
+    options = {"classes": int(facts["classes"]), "pool": facts["pool"], "fc_norm": "fc_norm.weight" in state}
+    with SMALL:
+        vit = build_vit(facts["arch"], int(facts["patch"]), size, facts["position"], **options)
+    vit.load_state_dict(state, strict=True)
+    return vit
+
+
+@pytest.mark.parametrize("job", JOBS)
+@torch.no_grad()
+def test_the_file_is_the_trained_model_under_timms_names(job: str, trained: Callable[..., Any]):
+    folder, jobs = trained("zero3")
+    config = configure(*jobs[job])
+    images = torch.randint(0, 256, (3, 64, 80, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    files = {"model": torch.load(folder / job / "whole" / "state.pt")}
+    if config.average:
+        last = folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}"
+        files["model_ema"] = load_file(last / "average.safetensors")
+    for file, state in files.items():
+        classifier = build_small(config).eval()
+        classifier.load_state_dict(state)
+        vit = rebuilt(folder / job / "whole" / f"{file}.safetensors").eval()
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        logits = vit(((images / 255 - mean) / std).permute(0, 3, 1, 2))
+        torch.testing.assert_close(logits, classifier(images)["logits"], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,169 @@
+"""Real runs of `downstream/classify/run.py` on real JPEGs: killed and continued, on other ranks, and refused."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from checks import assert_same_run, wait_for
+from PIL import Image
+from processes import CLASSIFY, ROOT
+from safetensors.torch import load_file
+
+from pretrain.build import build_method
+from pretrain.config import load
+from pretrain.finish import save_encoder
+from pretrain.metrics import read_metrics
+
+pytestmark = pytest.mark.engine
+# An even number of classes: what ZeRO-3 fills parts of an odd one up with is whatever was in memory.
+COLOURS = {"blue": (40, 60, 200), "green": (60, 180, 50), "red": (210, 50, 40), "yellow": (220, 210, 60)}
+
+
+def pack(folder: Path, count: int, seed: int) -> Path:
+    """Shards of noisy pictures, `count` of each colour, which is their class."""
+    rng = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = np.clip(colour + rng.normal(0, 40, (72, 88, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{number:02d}.jpg", quality=90)
+    command = [sys.executable, "-m", "data.pack", str(folder / "images"), str(folder / "shards")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[..., Path]) -> Path:
+    """A recipe with everything on, beside its shards and a LoMaR's encoder: three epochs of five steps."""
+    folder = tmp_path_factory.mktemp("tuning")
+    pretraining = load(str(write_recipe(folder, "pretraining")), ["data.size=[64,96]"])
+    save_encoder(build_method(pretraining).encoder.state_dict(), pretraining, folder / "encoder.safetensors")
+    keys = {
+        "name": "tuned",
+        "runs": "runs",
+        "model": {"arch": "vit_tiny"},
+        "data": {"shards": str(pack(folder / "train", 11, seed=0)), "size": [64, 80], "workers": 1},
+        "start": {"checkpoint": str(folder / "encoder.safetensors")},
+        "head": {"classes": 4, "drop_path": 0.1},
+        "val": {"shards": str(pack(folder / "val", 7, seed=1)), "batch": 4},
+        "augment": {
+            "randaugment": "rand-m9-mstd0.5-inc1",
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "erasing": 0.25,
+            "smoothing": 0.1,
+        },
+        "average": {"momentum": 0.8},
+        "optim": {"base_lr": 1e-2, "warmup_epochs": 1, "betas": [0.9, 0.999], "layer_decay": 0.75},
+        "train": {"epochs": 3, "batch": 8, "precision": "bf16", "ds_config": "ds_configs/zero3.json"},
+        "checkpoint": {"every": 5},
+        "log": {"every": 1},
+    }
+    (folder / "tuned.yaml").write_text(yaml.safe_dump(keys))
+    return folder / "tuned.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(tuning: Path, start_once: Callable[..., Any]) -> Path:
+    start_once(tuning, f"runs={tuning.parent}", "name=whole", script=CLASSIFY).finish()
+    return tuning.parent / "whole"
+
+
+def test_killed_and_continued_ends_with_the_same_bits(
+    tuning: Path, whole: Path, start: Callable[..., Any], tmp_path: Path
+):
+    """Even if the start has gone since; and what is measured in between changes nothing."""
+    encoder = tuning.parent / "encoder.safetensors"
+    killed = start(tuning, "val.every=3", script=CLASSIFY)
+    wait_for(tmp_path / "runs" / "tuned" / "checkpoints" / "step_00000010" / "manifest.json", killed)
+    killed.kill()
+    assert not (tmp_path / "runs" / "tuned" / "model.safetensors").exists(), "the run ended before it was killed"
+    encoder.rename(tmp_path / encoder.name)
+    assert "continues from step_00000010" in start(tuning, "val.every=3", script=CLASSIFY).finish()
+    (tmp_path / encoder.name).rename(encoder)
+    assert_same_run(whole, tmp_path / "runs" / "tuned")
+    (measured,) = read_metrics(tmp_path / "runs" / "tuned" / "evaluation.jsonl")
+    assert measured == read_metrics(whole / "evaluation.jsonl")[-1]
+
+
+def test_what_a_run_leaves_and_measures(whole: Path):
+    assert {p.name for p in whole.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "environment.json",
+        "evaluation.jsonl",
+        "loss.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "model_ema.safetensors",
+        "tensorboard",
+    }
+    measured = read_metrics(whole / "evaluation.jsonl")
+    assert [row["step"] for row in measured] == [5, 10, 15]
+    for row in measured:
+        for name in ("top1", "ema_top1"):
+            assert (row[name] * 28) == pytest.approx(round(row[name] * 28)), "a share of the 28 images"
+        assert row["top5"] == row["ema_top5"] == 1, "of four classes"
+    online, averaged = (load_file(whole / f"{name}.safetensors") for name in ("model", "model_ema"))
+    assert online.keys() == averaged.keys()
+    assert online["head.weight"].shape == (4, 192)
+    assert not torch.equal(online["head.weight"], averaged["head.weight"])
+    assert json.loads((whole / "environment.json").read_text())["deepspeed"]["zero_stage"] == 3
+
+
+def test_another_number_of_ranks_continues_with_layer_decay(tuning: Path, start: Callable[..., Any], tmp_path: Path):
+    """Without what is drawn for each rank; the data workers' draws are the samples' own. The classes are learned."""
+    still = ("head.drop_path=0", "augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "train.precision=fp32")
+    keys = (tuning, *still, "train.ds_config=ds_configs/zero1.json", "augment.randaugment=rand-m3-mstd0.5-inc1")
+    start(*keys, script=CLASSIFY).finish()
+    run = tmp_path / "runs" / "tuned"
+    before, measured = read_metrics(run / "metrics.jsonl"), read_metrics(run / "evaluation.jsonl")
+    assert measured[-1]["top1"] > 0.6
+    last = load_file(run / "model.safetensors")
+    subprocess.run(["rm", "-r", str(run / "checkpoints" / "step_00000015")], check=True)
+    assert "continues from step_00000010" in start(*keys, script=CLASSIFY, processes=1).finish()
+    after = read_metrics(run / "metrics.jsonl")
+    assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in before], rel=1e-5)
+    assert [row["grad_norm"] for row in after] == pytest.approx([row["grad_norm"] for row in before], rel=1e-3)
+    for name, tensor in load_file(run / "model.safetensors").items():
+        if not name.endswith("qkv.bias"):  # Adam follows the sign of rounding there
+            torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+REFUSED = {
+    "a missing split": ("val.shards=/nowhere", "val.shards: /nowhere: no such shard"),
+    "labels beyond the classes": (
+        "head.classes=2",
+        "data.shards: 22 of 44 samples in FOLDER/train/shards have no label in 0..1 (head.classes=2): "
+        "labels go from 0 to 3",
+    ),
+    "another architecture": (
+        "model.arch=vit_small",
+        "start.checkpoint: FOLDER/encoder.safetensors is vit_tiny with relative positions; "
+        "the encoder is vit_small with relative positions",
+    ),
+    "a truncated file": ("start.checkpoint=FOLDER/cut.safetensors", "cut.safetensors (5000 bytes) is cut off, damaged"),
+}
+
+
+def test_bad_input_is_refused_at_once(tuning: Path, start: Callable[..., Any]):
+    """A process each, all at once: they hardly do more than importing."""
+    folder = tuning.parent
+    (folder / "cut.safetensors").write_bytes((folder / "encoder.safetensors").read_bytes()[:5000])
+    runs = {
+        case: start(tuning, override.replace("FOLDER", str(folder)), f"name=refused{n}", script=CLASSIFY, processes=1)
+        for n, (case, (override, _)) in enumerate(REFUSED.items())
+    }
+    for case, (_, message) in REFUSED.items():
+        output = "".join(runs[case].outputs())
+        assert runs[case].all[0].returncode == 1, output
+        assert message.replace("FOLDER", str(folder)) in output
+        assert "Traceback" not in output, output
