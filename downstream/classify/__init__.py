@@ -1,0 +1,1 @@
+"""Encoders as classifiers of images."""
