@@ -47,8 +47,10 @@ def pretrain(config: Config[Any], world: World) -> None:
 def _train(config: Config[Any], world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     from pretrain.build import (  # these import DeepSpeed, which looks for its accelerator at once
         build_average,
+        build_evaluation,
         build_loader,
         build_method,
+        build_probe,
     )
     from pretrain.checkpoint import Checkpoints, TrainState
     from pretrain.engine import build_engine, ds_settings, effective_settings
@@ -60,6 +62,7 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
     method = build_method(config)
     loader = build_loader(config, method, index, world)
     average = build_average(config, method, device)
+    probe = build_probe(config, method, world, device)
     engine = build_engine(method, config, settings)
     fresh = TrainState(
         fingerprint=index.fingerprint,
@@ -70,6 +73,7 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     state, resumed = checkpoints.resume(engine, average, fresh)
     run = Run(config, world, device, folder, loader, engine, average, checkpoints, state)
+    run.evaluation = build_evaluation(run, probe)
     if world.is_main:
         effective = effective_settings(engine)
         folder.config.write_text(config.to_yaml())

@@ -17,18 +17,23 @@ import downstream.timm_models  # noqa: F401  # registers ours
 ROOT = Path(__file__).parents[2]
 
 
-def write_photo(path: Path, seed: int, size: tuple[int, int] = (48, 40)) -> None:
-    """Blocks of colours, so that crops of different pictures differ."""
+def write_photo(path: Path, seed: int, size: tuple[int, int] = (48, 40), kind: int = 0) -> None:
+    """Blocks of colours, so that crops of different pictures differ; those of one kind are a little alike."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=92)
+    coarse, alike = (np.random.default_rng(s).integers(0, 256, (4, 5, 3)) for s in (seed, 10**6 + kind))
+    picture = Image.fromarray(((coarse + alike) // 2).astype(np.uint8))
+    picture.resize(size, Image.Resampling.BICUBIC).save(path, quality=92)
 
 
-def write_classes(root: Path, names: list[str], images: int, bad: int = 0) -> Path:
-    """`images` JPEGs in a folder for each name; the first `bad` ones of all cannot be decoded."""
+def write_classes(root: Path, names: list[str], images: int, bad: int = 0, first: int = 0) -> Path:
+    """`images` JPEGs in a folder for each name; the first `bad` ones of all cannot be decoded.
+
+    Other numbers for the `first` picture give other pictures of the same classes.
+    """
     for number in range(len(names) * images):
-        path = root / names[number % len(names)] / f"{number:03d}.jpg"
-        write_photo(path, number)
+        kind = number % len(names)
+        path = root / names[kind] / f"{number:03d}.jpg"
+        write_photo(path, first + number, kind=kind)
         if number < bad:
             path.write_bytes(path.read_bytes()[:200])
     return root

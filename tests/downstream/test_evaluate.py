@@ -42,8 +42,8 @@ def photos(tmp_path: Path) -> Samples:
 
 
 def pixels_as_logits(images: Tensor) -> Tensor:
-    """Some pixels of the crop: a function of the image that rounds nowhere."""
-    return images[:, 3:30:4, 5, 1].float()
+    """Some pixels of the crop, none alike: a function of the image that rounds nowhere."""
+    return images[:, 3:30:4, 5, 1] + torch.arange(7) / 8
 
 
 def naive_logits(samples: Samples) -> np.ndarray:
@@ -58,13 +58,13 @@ def naive_logits(samples: Samples) -> np.ndarray:
             pixels = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC, box=box))
         except OSError:
             pixels = np.zeros((32, 32, 3))
-        logits.append(pixels[3:30:4, 5, 1].astype(float))
+        logits.append(pixels[3:30:4, 5, 1] + np.arange(7) / 8)
     return np.array(logits)
 
 
 def test_against_sklearn(photos: Samples, capsys: pytest.CaptureFixture[str]):
     logits, labels = naive_logits(photos), photos.label
-    readable = logits.any(1)
+    readable = logits[:, 0] > 0
     assert readable.sum() == 21
     expected = {
         f"top{k}": top_k_accuracy_score(labels[readable], logits[readable], k=k, labels=range(7)) * 21 / 23
