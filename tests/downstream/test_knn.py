@@ -1,6 +1,5 @@
-"""k-NN and ridge regression, against sklearn and plain loops; the command on two ranks."""
+"""k-NN and ridge regression, against sklearn and plain loops."""
 
-import json
 import math
 import random
 from pathlib import Path
@@ -10,18 +9,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from labelled import run_command, write_classes
-from safetensors.torch import save_file
+from labelled import write_classes
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
 from data.folder import load_samples
 from data.once import Once
-from downstream.weights import features, load_encoder
+from downstream.weights import features
 from pretrain.config import load
 from pretrain.launch import World
 from pretrain.methods.targets import normalize_pixels
-from pretrain.models.vit import ARCHS, Arch, ViT
+from pretrain.models.vit import ViT
 from pretrain.probe import METRICS, RIDGE, TEMPERATURE, Probe, check_sets, probe, ridge, vote
 
 CPU = torch.device("cpu")
@@ -125,21 +123,6 @@ def test_encoders_that_collapsed_or_diverged(photos: Path, encoder: ViT):
     diverged = probe(encoder, train, val, k=20, device=CPU)
     assert diverged.keys() == set(METRICS)
     assert all(math.isnan(value) for value in diverged.values())
-
-
-def test_two_ranks_and_the_command_knn(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(ARCHS, "vit_tiny", Arch(192, 12, 3))
-    torch.manual_seed(0)
-    model = ViT("vit_tiny", 16, (2, 2))
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": "relative"}
-    save_file(model.state_dict(), tmp_path / "encoder.safetensors", facts)
-    arguments = ["--train", photos / "train", "--val", photos / "val", "--k", 3, "--batch", 5, "--workers", 0]
-    code, out, err = run_command("-m", "downstream.classify.knn", tmp_path / "encoder.safetensors", *arguments, ranks=2)
-    assert code == 0, err
-    encoder, _ = load_encoder(tmp_path / "encoder.safetensors")
-    expected = probe(encoder, *sets(photos), k=3, device=CPU)
-    assert json.loads(out.splitlines()[-1]) == pytest.approx(expected)
-    assert 0 < expected["knn_top1"] < 1
 
 
 def recipe(photos: Path, folder: Path, **keys: Any) -> str:
