@@ -121,9 +121,7 @@ def probe(
     mine = torch.arange(len(asked))[asked_readable][val.rank :: val.world]
     for part in mine.split(max(SIMILARITIES // len(known), 1)):
         queries, target = asked[part].to(device), wanted[part].to(device)
-        cosine, nearest = (queries @ known.T).topk(min(k, len(known)))
-        weighted = vote(torch.exp(cosine / TEMPERATURE), labels[nearest], classes)
-        plain = vote(torch.ones_like(cosine), labels[nearest], classes)
+        weighted, plain = votes(known, labels, queries, min(k, len(known)), classes)
         linear = queries.double() @ weight + bias
         best = weighted.topk(min(5, classes)).indices
         named = (best == target[:, None]) & (weighted.gather(1, best) > 0)  # nobody voted for the others
@@ -148,9 +146,12 @@ def extract(
     return compute_rows(compute, once, device, description)
 
 
-def vote(weights: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """(Q, k) weights and labels of the neighbours -> (Q, C) votes."""
-    return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
+def votes(known: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> tuple[Tensor, Tensor]:
+    """What the k nearest of (N, D) unit features vote for each of (Q, D): weighted and plain, (Q, C) each."""
+    cosine, nearest = (queries @ known.T).topk(k)
+    nothing = cosine.new_zeros(len(queries), classes)
+    weighted = nothing.scatter_add(1, labels[nearest], torch.exp(cosine / TEMPERATURE))
+    return weighted, nothing.scatter_add(1, labels[nearest], torch.ones_like(cosine))
 
 
 def ridge(known: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from pretrain.config import load
 from pretrain.launch import World
 from pretrain.methods.targets import normalize_pixels
 from pretrain.models.vit import ViT
-from pretrain.probe import METRICS, RIDGE, TEMPERATURE, Probe, check_sets, probe, ridge, vote
+from pretrain.probe import METRICS, RIDGE, Probe, check_sets, probe, ridge, votes
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e", "f"]
@@ -71,15 +71,13 @@ def plain_features(encoder: ViT, once: Once, pool: str) -> tuple[np.ndarray, np.
 
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
-@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("k", [1, 5, 48])  # 48: all that can be decoded
 def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
     train, val = sets(photos)
     measured = probe(encoder, train, val, k=k, device=CPU, pool=pool)
     (x, y, _), (q, t, count) = (plain_features(encoder, once, pool) for once in (train, val))
     assert (len(x), len(q), count) == (45, 17, 18)
-
-    def dino(distances: np.ndarray) -> np.ndarray:
-        return np.exp((1 - distances**2 / 2) / 0.07)  # the cosine, of a Euclidean distance of unit vectors
+    k = min(k, 45)
 
     weighted = KNeighborsClassifier(k, weights=dino).fit(x, y)
     plain = KNeighborsClassifier(k).fit(x, y)
@@ -96,13 +94,27 @@ def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
     )
 
 
+def dino(distances: np.ndarray) -> np.ndarray:
+    """exp(cosine / 0.07), of the Euclidean distance of unit vectors."""
+    return np.exp((1 - distances**2 / 2) / 0.07)
+
+
+def test_votes_against_sklearn():
+    rng = np.random.default_rng(0)
+    x, q = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (rng.normal(size=(n, 3)) for n in (200, 90)))
+    y = rng.integers(0, 4, 200)
+    weighted, plain = votes(*map(torch.from_numpy, (x, y, q)), 15, 4)
+    theirs = KNeighborsClassifier(15, weights=dino).fit(x, y).predict_proba(q)
+    np.testing.assert_allclose((weighted / weighted.sum(1, keepdim=True)).numpy(), theirs, atol=1e-9)
+    np.testing.assert_allclose((plain / 15).numpy(), KNeighborsClassifier(15).fit(x, y).predict_proba(q))
+
+
 def test_votes_are_weighted_by_hand():
     """One near neighbour of class 1 outvotes two farther ones of class 0: exp(1/.07) > 2 exp(.9/.07)."""
-    cosine, labels = torch.tensor([[1.0, 0.9, 0.9]]), torch.tensor([[1, 0, 0]])
-    votes = vote(torch.exp(cosine / TEMPERATURE), labels, 3)
-    assert votes[0].tolist() == pytest.approx([2 * math.exp(0.9 / 0.07), math.exp(1 / 0.07), 0])
-    assert votes.argmax() == 1
-    assert vote(torch.ones(1, 3), labels, 3)[0].tolist() == [2, 1, 0]
+    known = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.9, -(0.19**0.5)]])
+    weighted, plain = votes(known, torch.tensor([1, 0, 0]), torch.tensor([[1.0, 0.0]]), 3, 3)
+    assert weighted[0].tolist() == pytest.approx([2 * math.exp(0.9 / 0.07), math.exp(1 / 0.07), 0])
+    assert plain[0].tolist() == [2, 1, 0]
 
 
 def test_ridge_weights_are_sklearns():
