@@ -21,7 +21,13 @@ class BadImage(Exception):  # noqa: N818  # a state of the data, not of the prog
     """Bytes that are no usable picture; the text is the reason."""
 
 
-def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, int], flip: bool = False) -> np.ndarray:
+def decode(
+    data: bytes,
+    choose_box: Callable[[int, int], Box],
+    size: tuple[int, int],
+    flip: bool = False,
+    border: int = 0,
+) -> np.ndarray:
     """Decodes one crop, resized once (bicubic, antialiased).
 
     Where no reduced JPEG decoding applies, the pixels are those of torchvision's ``resized_crop`` on the whole
@@ -34,6 +40,7 @@ def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, 
             What of it lies beyond the picture is filled with the picture's mirror image.
         size: (H, W) of the result.
         flip: mirror left to right.
+        border: pixels on each side that are not of the picture: cut off first, so that no filter sees them.
 
     Returns:
         uint8 (H, W, 3).
@@ -43,6 +50,8 @@ def decode(data: bytes, choose_box: Callable[[int, int], Box], size: tuple[int, 
         bytes.
     """
     image = _open(data)
+    if border:
+        image = _cut(image, border)
     box = choose_box(image.width, image.height)
     try:
         return _render(image, box, size, flip)
@@ -78,6 +87,13 @@ def _open(data: bytes) -> Image.Image:
     if min(width, height) < MIN_SIDE:
         raise BadImage(f"{width} x {height} is under {MIN_SIDE} pixels a side")
     return image
+
+
+def _cut(image: Image.Image, border: int) -> Image.Image:
+    try:
+        return image.crop((border, border, image.width - border, image.height - border))
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
 
 
 def _render(image: Image.Image, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:

@@ -1,18 +1,14 @@
 """Batches for one rank, made by worker processes; what they hold depends on (seed, step, global batch) alone."""
 
-import atexit
+import contextlib
 import functools
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing.process import BaseProcess
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.colours import color_jitter, rand_augment, three_augment
 from data.decode import BadImage, decode
@@ -20,12 +16,12 @@ from data.index import Index
 from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
 from data.reader import ShardReader
 from data.transforms import Picture, flip_decision
+from data.workers import in_workers
 
 View = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 MAX_REPLACEMENTS = 100
 CROPS = (Stream.CROP, Stream.SECOND_CROP)  # of each picture of a sample
-WORKER_SILENCE = 900.0  # seconds for one micro-batch; only storage that has stopped answering takes that long
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,6 @@ class Batch:
         """The same in page-locked memory; DataLoader's pinning thread calls it."""
         view = {name: tensor.pin_memory() for name, tensor in self.view.items()}
         return replace(self, images=self.images.pin_memory(), view=view, samples=self.samples.pin_memory())
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """A worker's ValueError on its way to the main process, without the traceback that DataLoader would wrap it in."""
-
-    message: str
 
 
 _Request = tuple[int, np.ndarray]  # epoch, int64 samples of one micro-batch
@@ -116,31 +105,10 @@ class Loader:
             ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
             RuntimeError: a worker died or its storage stopped answering.
         """
-        loader = DataLoader(
-            self._decoder,
-            sampler=_Requests(self._requests(start_step, end_step)),
-            batch_size=None,  # one request is one micro-batch, decoded by one worker into one array
-            collate_fn=_unchanged,
-            num_workers=self._workers,
-            worker_init_fn=_start_worker,
-            pin_memory=torch.cuda.is_available(),
-            timeout=WORKER_SILENCE if self._workers else 0,
-            generator=torch.Generator(),  # the default is the global one, whose state the model's numbers come from
-        )
-        decoded: Any = iter(loader)
-        workers = list(decoded._workers) if self._workers else []
-        _RUNNING.update(workers)
-        try:
+        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._workers)
+        with contextlib.closing(batches):
             for _ in range(start_step, end_step):
-                step = list(islice(decoded, self._accumulation))
-                for item in step:
-                    if isinstance(item, _Refusal):
-                        raise ValueError(item.message)
-                yield step
-        finally:
-            if workers:
-                decoded._shutdown_workers()  # now, and not when the last traceback that holds the iterator is freed
-            _kill(workers)
+                yield list(islice(batches, self._accumulation))
 
     def _requests(self, start_step: int, end_step: int) -> Iterator[_Request]:
         order, order_epoch = np.empty(0, np.int64), -1
@@ -152,15 +120,7 @@ class Loader:
                 yield epoch, samples
 
 
-class _Requests(Sampler[_Request]):
-    def __init__(self, requests: Iterator[_Request]) -> None:
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[_Request]:
-        return self._requests
-
-
-class _MicroBatches(Dataset[Batch | _Refusal]):
+class _MicroBatches:
     """Decodes a micro-batch; lives in the workers."""
 
     def __init__(
@@ -176,13 +136,8 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
         self._labels = labels
         self._reader = ShardReader(index)
 
-    def __getitem__(self, request: _Request) -> Batch | _Refusal:
-        try:
-            return self._decode(*request)
-        except ValueError as error:
-            return _Refusal(str(error))
-
-    def _decode(self, epoch: int, samples: np.ndarray) -> Batch:
+    def __call__(self, request: _Request) -> Batch:
+        epoch, samples = request
         images = torch.empty((len(samples), len(self._pictures), *self._size, 3), dtype=torch.uint8)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
@@ -236,36 +191,3 @@ class _MicroBatches(Dataset[Batch | _Refusal]):
             return {}
         views = [self._view(sample_rng(self._seed, epoch, sample, Stream.VIEW)) for sample in samples.tolist()]
         return {name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]}
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
-_RUNNING: set[BaseProcess] = set()
-
-
-def _kill(workers: Iterable[BaseProcess]) -> None:
-    """Ends what did not end when asked to: workers ignore the SIGTERM that DataLoader would send."""
-    for worker in list(workers):
-        worker.kill()
-        worker.join()
-        _RUNNING.discard(worker)
-
-
-@atexit.register
-def _kill_at_exit() -> None:
-    """Python waits at exit for every child: one left by an unfinished loop would hold a dying rank for ever."""
-    if _RUNNING:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report the kill as an error
-        _kill(_RUNNING)
-
-
-def _start_worker(worker: int) -> None:
-    """Leaves signals to the main process: a scheduler sends them to the whole job, and the step under way must end.
-
-    A worker still ends when the main process says so or has gone, and is killed if it does not. DataLoader has limited
-    it to one thread.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

@@ -10,14 +10,13 @@ patches, the same for every grid, and offsets farther than any in training share
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from downstream.files import Source, Weights, read_source
 from downstream.formats import Report, Translated, count_blocks, translate
 from downstream.resize import resize_bias
-from pretrain.models.attention import grid_buckets, offset_buckets
+from pretrain.models.features import features as features  # of what is loaded here
 from pretrain.models.vit import ARCHS, ViT
 
 Size = int | tuple[int, int]
@@ -74,18 +73,6 @@ def load_into(encoder: ViT, path: Path | str, *, weights: Weights | None = None)
     found = translate(source)
     _fill(encoder, source, found)
     return found.report
-
-
-def features(encoder: ViT, images: Tensor) -> Tensor:
-    """What an encoder makes of whole images: (B, 3, H, W) standardised pixels of its size -> (B, 1+N, D)."""
-    embed = encoder.patch_embed.proj
-    patches = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch)
-    assert patches.shape[2:] == encoder.grid, (patches.shape, encoder.grid)
-    tokens = patches.flatten(2).transpose(1, 2)
-    if position(encoder) == "sincos":
-        return encoder(tokens + encoder.pos_embed[:, 1:])
-    buckets = grid_buckets(*encoder.grid) if encoder.relative else offset_buckets(*encoder.grid)
-    return encoder(tokens, buckets.to(images.device))
 
 
 def position(encoder: ViT) -> str:

@@ -1,5 +1,6 @@
-"""Configuration -> method, teacher and loader."""
+"""Configuration -> method, teacher, loader and what is measured."""
 
+import functools
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from data.loader import Loader
 from pretrain.average import Average, NoAverage, Teacher
 from pretrain.config import Config
 from pretrain.launch import World
+from pretrain.loop import Evaluation, Run
 from pretrain.methods import METHODS
 from pretrain.methods.context import LUT
 from pretrain.models.vit import ViT
+from pretrain.probe import Probe
 
 
 def build_method(config: Config[Any]) -> Any:
@@ -28,6 +31,20 @@ def build_average(config: Config[Any], method: Any, device: torch.device) -> Ave
     if config.context is None:
         return NoAverage()
     return Teacher(method, config.context, device, bf16=config.train.precision == "bf16")
+
+
+def build_probe(config: Config[Any], method: Any, world: World, device: torch.device) -> Probe | None:
+    """Of a method that has not been partitioned yet."""
+    return Probe(config, method.encoder, world, device) if config.probe else None
+
+
+def build_evaluation(run: Run, probe: Probe | None) -> Evaluation | None:
+    """What the loop measures between steps."""
+    if probe is None:
+        return None
+    return Evaluation(
+        probe.every * run.loader.steps_per_epoch, functools.partial(probe.measure, run.engine.module.encoder)
+    )
 
 
 def build_loader(config: Config[Any], method: Any, index: Index, world: World) -> Loader:

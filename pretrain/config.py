@@ -81,6 +81,15 @@ class LogConfig(Section):
     panel_images: int = Field(8, ge=1, description="rows of reconstructions.png")
 
 
+class ProbeConfig(Section):
+    """k-NN and ridge regression on frozen features while the run goes on; changes nothing of the training."""
+
+    train: str = Field(description="labelled shards or class folders, where neighbours are looked for")
+    val: str = Field(description="labelled shards or class folders, that are asked for")
+    every: int = Field(ge=1, description="in epochs; the end of training is measured as well")
+    k: int = Field(20, ge=1, description="neighbours that vote")
+
+
 class RunConfig(Section):
     """What every training is made of. `name` is its folder under `runs`."""
 
@@ -153,6 +162,7 @@ class Config(RunConfig, Generic[MethodConfig]):
     method: MethodConfig
     partial: Partial | None = None
     context: Context | None = None
+    probe: ProbeConfig | None = None
 
     @property
     def task(self) -> str:

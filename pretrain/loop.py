@@ -70,7 +70,7 @@ def train(run: Run) -> None:
     stop, meter, saved = StopRequest(), Meter(), state.step
     reporter = Reporter(run.folder, state.step, total, config.name) if run.world.is_main else NoReporter()
     with contextlib.closing(reporter):
-        _evaluate(run, reporter)  # what a kill or a signal kept from being measured
+        _evaluate(run, reporter, meter)  # what a kill or a signal kept from being measured
         for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
             rate = _step(run, micro_batches, meter)
             meter.add_step(config.train.batch, waited, _note_skipped(run, micro_batches))
@@ -86,7 +86,7 @@ def train(run: Run) -> None:
             if signal and state.step < total:
                 # slurm/_train.sh looks for these words
                 raise Stopped(f"{signal}: saved and stopped after step {state.step} of {total}; run it again to go on")
-            _evaluate(run, reporter)
+            _evaluate(run, reporter, meter)
 
 
 def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
@@ -164,8 +164,8 @@ def _values(run: Run, meter: Meter, rate: float) -> dict[str, Any]:
     }
 
 
-def _evaluate(run: Run, reporter: Reporter | NoReporter) -> None:
-    """Measures this step if it is due and has not been measured yet."""
+def _evaluate(run: Run, reporter: Reporter | NoReporter, meter: Meter) -> None:
+    """Measures this step if it is due and has not been measured yet; the training's speed is not that of measuring."""
     state, evaluation = run.state, run.evaluation
     if evaluation is None or state.step == 0 or (state.step % evaluation.every and state.step < run.total_steps):
         return
@@ -173,7 +173,9 @@ def _evaluate(run: Run, reporter: Reporter | NoReporter) -> None:
     torch.distributed.broadcast_object_list(measured)  # the main rank's file counts
     if not measured[0]:
         place = {"step": state.step, "epoch": state.step / run.loader.steps_per_epoch}
+        start = time.perf_counter()
         reporter.evaluated(place | evaluation.measure())
+        meter.leave_out(time.perf_counter() - start)
 
 
 def _save(run: Run, saved: int, must: bool, reporter: Reporter | NoReporter) -> int:

@@ -42,6 +42,10 @@ class Meter:
         self._waited += waited
         self._skipped += skipped
 
+    def leave_out(self, seconds: float) -> None:
+        """What was not training does not count as time of a step."""
+        self._since += seconds
+
     def read(self) -> dict[str, float]:
         """Over all ranks since the last reset: means, and the number of skipped images; called by all together."""
         seconds = time.perf_counter() - self._since

@@ -31,7 +31,7 @@ def pretrain(config: Config[Any], world: World) -> None:
 def _train(config: Config[Any], world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     # These import DeepSpeed, which looks for its accelerator at once.
     from pretrain.assemble import Parts, assemble
-    from pretrain.build import build_average, build_loader, build_method
+    from pretrain.build import build_average, build_evaluation, build_loader, build_method, build_probe
     from pretrain.engine import ds_settings, zero_stage
     from pretrain.finish import finish
     from pretrain.loop import train
@@ -47,7 +47,9 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
         build_average(config, method, device),
         build_loader(config, method, index, world),
     )
+    probe = build_probe(config, method, world, device)
     run = assemble(config, world, device, folder, index, settings, parts)
+    run.evaluation = build_evaluation(run, probe)
     train(run)
     finish(run.engine, run.average, config, index, folder, world, device)
     conclude(run)

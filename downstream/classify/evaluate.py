@@ -1,42 +1,89 @@
-"""Exact top-1 and top-5 over all samples of an index, on any number of ranks."""
+"""Top-1 and top-5 of a classifier: `python -m downstream.classify.evaluate CHECKPOINT --data SHARDS_OR_FOLDER`.
 
+Also by torchrun, srun or deepspeed, on any number of processes: each image counts once, and one that cannot be decoded
+counts as wrong. The last line is a JSON object.
+"""
+
+import argparse
+import functools
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
-import numpy as np
+import timm
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
 
-from data.decode import decode
-from data.index import Index
-from data.reader import ShardReader
-from data.transforms import center_crop
+from data.folder import Samples, load_samples
+from data.once import Once
+from downstream.classify.command import Place, add_loading_options, run_on_ranks
+from downstream.files import read_source
+from downstream.timm_models import model_name
+from pretrain.methods.targets import normalize_pixels
+from pretrain.rows import compute_rows, unreadable_keys
 
-
-class _Crops(Dataset[tuple[Tensor, int]]):
-    """The central crop and label of every `world`-th sample; every rank has the same number, filled up by label -1."""
-
-    def __init__(self, index: Index, size: tuple[int, int], rank: int, world: int):
-        self.index, self.size, self.rank, self.world = index, size, rank, world
-        self.reader = ShardReader(index)
-
-    def __len__(self) -> int:
-        return -(-len(self.index) // self.world)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        sample = number * self.world + self.rank
-        inside = sample < len(self.index)
-        data = self.reader.read(sample if inside else 0)
-        height, width = self.size
-        pixels = decode(data, lambda w, h: center_crop(w, h, width / height), self.size)
-        return torch.from_numpy(np.array(pixels)), int(self.index.label[sample]) if inside else -1
+Predict = Callable[[Tensor], Tensor]
+SHOWN_NAMES = 20
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Trained:
+    """A classifier from a file.
+
+    Attributes:
+        size: (H, W) of its images.
+        classes: how many it tells apart.
+    """
+
+    path: Path
+    model: nn.Module
+    size: tuple[int, int]
+    classes: int
+
+    def predict(self, images: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> logits (B, C), in fp32."""
+        logits: Tensor = self.model(normalize_pixels(images).movedim(-1, 1))
+        return logits.float()
+
+
+def load_classifier(path: Path | str, device: torch.device) -> Trained:
+    """A classifier of this project: timm's names and, in the metadata, how to build it.
+
+    Raises:
+        ValueError: it is damaged, or no such classifier.
+    """
+    source = read_source(path)
+    facts, tensors = source.facts, source.tensors
+    if not facts or "head.weight" not in tensors:
+        raise ValueError(f"{path} is no classifier of this project: it lacks arch, patch, size, position or a head")
+    height, width = (int(side) for side in facts["size"].split("x"))
+    if facts["position"] == "sincos":
+        name, options = f"{facts['arch']}_patch{14 if facts['arch'] == 'vit_huge' else 16}_224", {}
+    else:
+        name, options = model_name(facts["arch"], 16, 224), {"position": facts["position"]}
+    own_norm = "fc_norm.weight" in tensors
+    classes = len(tensors["head.weight"])
+    model = timm.create_model(
+        name,
+        patch_size=int(facts["patch"]),
+        img_size=(height, width),
+        num_classes=classes,
+        global_pool=facts.get("pool", "avg" if own_norm else "token"),
+        fc_norm=own_norm,
+        **options,
+    )
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+    return Trained(Path(path), model.to(device).eval(), (height, width), classes)
+
+
 def evaluate(
-    predict: Callable[[Tensor], Tensor],
-    index: Index,
+    predict: Predict,
+    samples: Samples,
     *,
     size: tuple[int, int],
     batch: int,
@@ -45,20 +92,102 @@ def evaluate(
     workers: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Shares of the samples whose class is the first, or among the first five, by the logits.
+    """Accuracy over all samples, each counted once; called by all ranks together, and the same on all of them.
 
     Args:
-        predict: (B, H, W, 3) uint8 on the device -> (B, C) logits; every rank makes the same number of calls.
-        batch: images at once on each rank.
-        workers: loader processes of each rank.
+        predict: uint8 (B, H, W, 3) on the device -> logits (B, C). Every rank calls it equally often.
+        samples: with a label each.
+        size: (H, W) of the central crops.
+        batch: images of one rank at once.
+
+    Returns:
+        `top1` and `top5` as shares of all `images`, and how many of these were `skipped`: undecodable, therefore
+        wrong, and named on stderr.
+
+    Raises:
+        ValueError: samples without labels, or labels beyond the logits.
     """
-    loader = DataLoader(_Crops(index, size, rank, world), batch, num_workers=workers, generator=torch.Generator())
-    right = torch.zeros(2, dtype=torch.float64, device=device)
-    for images, labels in loader:
-        logits = predict(images.to(device, non_blocking=True))
-        found = logits.topk(min(5, logits.shape[1])).indices == labels.to(device, non_blocking=True)[:, None]
-        right += torch.stack([found[:, 0].sum(), found.any(1).sum()])
-    if world > 1:
-        dist.all_reduce(right)
-    top1, top5 = (right / len(index)).tolist()
-    return {"top1": top1, "top5": top5}
+    check_labels(samples)
+    labels = torch.from_numpy(samples.label).long()
+
+    def hits_of(images: Tensor, numbers: Tensor) -> Tensor:
+        logits = predict(images)
+        if labels.max() >= logits.shape[1]:
+            raise ValueError(f"{samples.root} has label {labels.max()}, the classifier {logits.shape[1]} classes")
+        return top_hits(logits, labels[numbers].to(device))
+
+    once = Once(samples, size=size, batch=batch, rank=rank, world=world, workers=workers)
+    hits, readable = compute_rows(hits_of, once, device, "evaluating")
+    top1, top5 = hits.sum(0).tolist()
+    return {"top1": top1 / len(hits), "top5": top5 / len(hits), **count_images(once, readable)}
+
+
+def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, 2) of 0 and 1: whether the label has the largest logit, and whether one of the five largest.
+
+    Logits that are not finite hit nothing: NaN counts as the largest, and so a classifier that diverged would be right
+    about its first class.
+    """
+    hit = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    hit &= torch.isfinite(logits).all(1, keepdim=True)
+    return torch.stack([hit[:, 0], hit.any(1)], dim=1).long()
+
+
+def check_labels(samples: Samples) -> None:
+    """Raises ValueError where a sample has no label."""
+    if (samples.label < 0).any():
+        first = samples.keys[int((samples.label < 0).argmax())]
+        raise ValueError(f"{samples.root}: '{first}' has no label: give class folders, or shards with .cls files")
+
+
+def count_images(once: Once, readable: Tensor) -> dict[str, int]:
+    """How many images, how many of them undecodable; the main rank names the latter."""
+    keys = unreadable_keys(once, readable)
+    if keys and once.rank == 0:
+        more = f" and {len(keys) - SHOWN_NAMES} more" if len(keys) > SHOWN_NAMES else ""
+        print(
+            f"{len(keys)} of {len(readable)} images cannot be decoded and count as wrong: "
+            f"{', '.join(keys[:SHOWN_NAMES])}{more}",
+            file=sys.stderr,
+        )
+    return {"images": len(readable), "skipped": len(keys)}
+
+
+def check_classes(trained: Trained, samples: Samples) -> None:
+    """Raises ValueError where the data has another number of classes than the classifier."""
+    if samples.classes and len(samples.classes) != trained.classes:
+        raise ValueError(
+            f"{trained.path} tells {trained.classes} classes apart, {samples.root} has {len(samples.classes)}: "
+            f"evaluate it on the data set that it was trained for"
+        )
+
+
+def _command(options: argparse.Namespace, place: Place) -> dict[str, Any]:
+    world, device = place
+    trained, samples = load_classifier(options.checkpoint, device), load_samples(options.data)
+    check_classes(trained, samples)
+    return evaluate(
+        trained.predict,
+        samples,
+        size=trained.size,
+        batch=options.batch,
+        rank=world.rank,
+        world=world.size,
+        workers=options.workers,
+        device=device,
+    )
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Exit code 0 and one JSON line, or 1 and one clear error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a classifier's model.safetensors")
+    parser.add_argument(
+        "--data", required=True, metavar="SHARDS_OR_FOLDER", help="shards, or a folder of class folders"
+    )
+    add_loading_options(parser)
+    run_on_ranks(functools.partial(_command, parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Images in folders, read where they lie: what need not be packed because it is looked at only now and then."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.index import Index, Keys, load_index
+from data.reader import ShardReader
+from data.sources import list_source
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """N image files; the same to a reader as an ``Index`` of shards."""
+
+    root: Path
+    names: Keys  # N paths relative to `root`
+    keys: Keys  # N, as `data.pack` would call them
+    label: np.ndarray  # int32 (N,), -1 = none
+    classes: tuple[str, ...]  # names of the labels: the class folders, sorted
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+Samples = Index | Folder
+
+
+class FolderReader:
+    """As ``ShardReader``, of single files."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def read(self, sample: int) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            ValueError: it has gone.
+        """
+        path = self.folder.root / self.folder.names[sample]
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: the file has gone since it was listed: put it back") from error
+
+
+def load_samples(path: str | Path) -> Samples:
+    """Shards (a folder of ``*.tar``, one tar, a brace pattern) or a folder of images, by what is there.
+
+    Raises:
+        ValueError: neither.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        return list_folder(folder)
+    return load_index(path)
+
+
+def list_folder(path: Path) -> Folder:
+    """Raises ValueError where there are no images in it."""
+    source = list_source(path)
+    return Folder(
+        root=source.root,
+        names=Keys.of([file.name for file in source.files]),
+        keys=Keys.of([file.key for file in source.files]),
+        label=np.array([file.label for file in source.files], np.int32),
+        classes=source.classes,
+    )
+
+
+def reader_of(samples: Samples) -> ShardReader | FolderReader:
+    return ShardReader(samples) if isinstance(samples, Index) else FolderReader(samples)

@@ -1,0 +1,19 @@
+"""What an encoder makes of whole images."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.models.attention import grid_buckets, offset_buckets
+from pretrain.models.vit import ViT
+
+
+def features(encoder: ViT, images: Tensor) -> Tensor:
+    """(B, 3, H, W) standardised pixels of the encoder's size -> (B, 1+N, D), the class token first."""
+    embed = encoder.patch_embed.proj
+    patches = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch)
+    assert patches.shape[2:] == encoder.grid, (patches.shape, encoder.grid)
+    tokens = patches.flatten(2).transpose(1, 2)
+    if not (encoder.relative or encoder.bias):
+        return encoder(tokens + encoder.pos_embed[:, 1:])
+    buckets = grid_buckets(*encoder.grid) if encoder.relative else offset_buckets(*encoder.grid)
+    return encoder(tokens, buckets.to(images.device))

@@ -1,0 +1,119 @@
+"""Accuracy, against sklearn and against counting by hand; test_evaluation_commands.py has it on two ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from labelled import write_classes, write_classifier, write_photo
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import top_k_accuracy_score
+from torch import Tensor
+
+from data.folder import Samples, load_samples
+from downstream.classify.evaluate import check_classes, evaluate, load_classifier, top_hits
+
+CPU = torch.device("cpu")
+NAMES = [f"c{number}" for number in range(7)]
+
+
+def run(predict: Any, samples: Samples, **settings: Any) -> dict[str, float]:
+    place = {"rank": 0, "world": 1, "workers": 0, "device": CPU}
+    return evaluate(predict, samples, **{"size": (32, 32), "batch": 4, **place, **settings})
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Samples:
+    """23 images of 7 classes, of which two cannot be decoded."""
+    write_classes(tmp_path / "photos", NAMES, 3, bad=2)
+    write_photo(tmp_path / "photos" / "c0" / "more.jpg", 100)
+    write_photo(tmp_path / "photos" / "c3" / "more.jpg", 101)
+    return load_samples(tmp_path / "photos")
+
+
+def pixels_as_logits(images: Tensor) -> Tensor:
+    """Some pixels of the crop, none alike: a function of the image that rounds nowhere."""
+    return images[:, 3:30:4, 5, 1] + torch.arange(7) / 8
+
+
+def naive_logits(samples: Samples) -> np.ndarray:
+    """Image by image, by PIL; zeros where it cannot be decoded."""
+    logits = []
+    for name in samples.names:
+        try:
+            image = Image.open(samples.root / name)
+            w, h = image.size
+            side = min(w, h) * 224 / 256
+            box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
+            pixels = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC, box=box))
+        except OSError:
+            pixels = np.zeros((32, 32, 3))
+        logits.append(pixels[3:30:4, 5, 1] + np.arange(7) / 8)
+    return np.array(logits)
+
+
+def test_against_sklearn(photos: Samples, capsys: pytest.CaptureFixture[str]):
+    logits, labels = naive_logits(photos), photos.label
+    readable = logits[:, 0] > 0
+    assert readable.sum() == 21
+    expected = {
+        f"top{k}": top_k_accuracy_score(labels[readable], logits[readable], k=k, labels=range(7)) * 21 / 23
+        for k in (1, 5)
+    }
+    measured = run(pixels_as_logits, photos)
+    assert measured == pytest.approx({**expected, "images": 23, "skipped": 2})
+    assert 0 < measured["top1"] < measured["top5"] < 1
+    assert "2 of 23 images cannot be decoded and count as wrong: c0/000, c1/001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_neither_batches_nor_workers_matter(photos: Samples, batch: int):
+    assert run(pixels_as_logits, photos, batch=batch, workers=1) == run(pixels_as_logits, photos)
+
+
+def test_padding_and_undecodable_images_are_never_right(photos: Samples):
+    """A black image would be of class 0, of which there are 4, one undecodable: so would be the padding."""
+    always = run(lambda images: -torch.arange(7.0).repeat(len(images), 1), photos, batch=20)
+    assert always["top1"] == 3 / 23
+    assert always["top5"] == (21 - 6) / 23  # classes 0 to 4
+
+
+def test_hits_by_hand():
+    logits = torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.5, 0.4, 0.6], [7, 6, 5, 4, 3, 2, 1.0], [float("nan")] * 7])
+    assert top_hits(logits[[0, 0, 0]], torch.tensor([1, 2, 0])).tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert top_hits(logits[[1, 1]], torch.tensor([4, 5])).tolist() == [[0, 1], [0, 0]]  # the fifth, the sixth
+    assert top_hits(logits[[2, 2]], torch.tensor([0, 6])).tolist() == [[0, 0], [0, 0]]  # diverged
+    assert top_hits(torch.tensor([[0.0, 1, 2]]), torch.tensor([0])).tolist() == [[0, 1]]  # of three classes
+
+
+@pytest.mark.parametrize(("position", "pool"), [("relative", "token"), ("sincos", "avg"), ("sincos", "token")])
+def test_classifiers_load_strictly(tmp_path: Path, position: str, pool: str):
+    trained = load_classifier(write_classifier(tmp_path / "model.safetensors", 5, position, pool), CPU)
+    assert (trained.classes, trained.size) == (5, (32, 32))
+    assert not trained.model.training
+    logits = trained.predict(torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8))
+    assert logits.shape == (2, 5)
+    assert logits.std() > 0
+
+
+def test_what_is_refused(tmp_path: Path, photos: Samples):
+    checkpoint = write_classifier(tmp_path / "model.safetensors", 5)
+    with pytest.raises(ValueError, match=r"model\.safetensors tells 5 classes apart, .*photos has 7"):
+        check_classes(load_classifier(checkpoint, CPU), photos)
+    with pytest.raises(ValueError, match="has label 6, the classifier 5 classes"):
+        run(lambda images: torch.zeros(len(images), 5), photos)
+    flat = tmp_path / "flat"
+    write_photo(flat / "a.jpg", 0)
+    with pytest.raises(ValueError, match=r"'a' has no label: give class folders"):
+        run(pixels_as_logits, load_samples(flat))
+    tensors = load_file(checkpoint)
+    save_file(tensors, tmp_path / "other.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="is no classifier of this project"):
+        load_classifier(tmp_path / "other.safetensors", CPU)
+    del tensors["blocks.0.norm1.bias"]
+    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": "relative"}
+    save_file(tensors, tmp_path / "part.safetensors", facts)
+    with pytest.raises(ValueError, match=r"does not fit .*blocks\.0\.norm1\.bias"):
+        load_classifier(tmp_path / "part.safetensors", CPU)

@@ -1,0 +1,192 @@
+"""k-NN and ridge regression, against sklearn and plain loops."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from labelled import write_classes
+from sklearn.linear_model import Ridge
+from sklearn.neighbors import KNeighborsClassifier
+
+from data.folder import load_samples
+from data.once import Once
+from downstream.weights import features
+from pretrain.config import load
+from pretrain.launch import World
+from pretrain.methods.targets import normalize_pixels
+from pretrain.models.vit import ViT
+from pretrain.probe import METRICS, RIDGE, Probe, check_sets, probe, ridge, votes
+
+CPU = torch.device("cpu")
+NAMES = ["a", "b", "c", "d", "e", "f"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads only get into each other's way on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train: 48 images of which 3 cannot be decoded; val: 18, of which 1."""
+    root = tmp_path_factory.mktemp("photos")
+    write_classes(root / "train", NAMES, 8, bad=3)
+    write_classes(root / "val", NAMES, 3, bad=1, first=100)
+    return root
+
+
+@pytest.fixture
+def encoder() -> ViT:
+    torch.manual_seed(1)
+    model = ViT("vit_tiny", 16, (2, 2), relative=False).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def sets(photos: Path, **settings: Any) -> list[Once]:
+    return [Once(load_samples(photos / n), **{"size": (32, 32), "batch": 7, **settings}) for n in ("train", "val")]
+
+
+def plain_features(encoder: ViT, once: Once, pool: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Unit features and labels of what can be decoded, and how many there are in all; image by image."""
+    found, labels = [], []
+    for batch in Once(once.samples, size=(32, 32), batch=1).batches():
+        if batch.readable[0]:
+            with torch.no_grad():
+                tokens = features(encoder, normalize_pixels(batch.images).permute(0, 3, 1, 2))[0]
+            vector = (tokens[0] if pool == "class" else tokens[1:].mean(0)).double().numpy()
+            found.append(vector / np.linalg.norm(vector))
+            labels.append(int(batch.labels[0]))
+    return np.array(found), np.array(labels), len(once.samples)
+
+
+@pytest.mark.parametrize("pool", ["mean", "class"])
+@pytest.mark.parametrize("k", [1, 5, 48])  # 48: all that can be decoded
+def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
+    train, val = sets(photos)
+    measured = probe(encoder, train, val, k=k, device=CPU, pool=pool)
+    (x, y, _), (q, t, count) = (plain_features(encoder, once, pool) for once in (train, val))
+    assert (len(x), len(q), count) == (45, 17, 18)
+    k = min(k, 45)
+
+    weighted = KNeighborsClassifier(k, weights=dino).fit(x, y)
+    plain = KNeighborsClassifier(k).fit(x, y)
+    chances = weighted.predict_proba(q)
+    first_five = [label in np.argsort(-row)[:5] and row[label] > 0 for row, label in zip(chances, t, strict=True)]
+    linear = Ridge(alpha=RIDGE * x.var(0, ddof=0).mean() * len(x)).fit(x, np.eye(6)[y])
+    assert measured == pytest.approx(
+        {
+            "knn_top1": (weighted.predict(q) == t).sum() / 18,
+            "knn_top5": sum(first_five) / 18,
+            "knn_plain_top1": (plain.predict(q) == t).sum() / 18,
+            "linear_top1": (linear.predict(q).argmax(1) == t).sum() / 18,
+        }
+    )
+
+
+def dino(distances: np.ndarray) -> np.ndarray:
+    """exp(cosine / 0.07), of the Euclidean distance of unit vectors."""
+    return np.exp((1 - distances**2 / 2) / 0.07)
+
+
+def test_votes_against_sklearn():
+    rng = np.random.default_rng(0)
+    x, q = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (rng.normal(size=(n, 3)) for n in (200, 90)))
+    y = rng.integers(0, 4, 200)
+    weighted, plain = votes(*map(torch.from_numpy, (x, y, q)), 15, 4)
+    theirs = KNeighborsClassifier(15, weights=dino).fit(x, y).predict_proba(q)
+    np.testing.assert_allclose((weighted / weighted.sum(1, keepdim=True)).numpy(), theirs, atol=1e-9)
+    np.testing.assert_allclose((plain / 15).numpy(), KNeighborsClassifier(15).fit(x, y).predict_proba(q))
+
+
+def test_votes_are_weighted_by_hand():
+    """One near neighbour of class 1 outvotes two farther ones of class 0: exp(1/.07) > 2 exp(.9/.07)."""
+    known = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.9, -(0.19**0.5)]])
+    weighted, plain = votes(known, torch.tensor([1, 0, 0]), torch.tensor([[1.0, 0.0]]), 3, 3)
+    assert weighted[0].tolist() == pytest.approx([2 * math.exp(0.9 / 0.07), math.exp(1 / 0.07), 0])
+    assert plain[0].tolist() == [2, 1, 0]
+
+
+def test_ridge_weights_are_sklearns():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)) + 3, rng.integers(0, 4, 40)
+    weight, bias = ridge(torch.from_numpy(x).float(), torch.from_numpy(y), 5)
+    x = x.astype(np.float32).astype(float)
+    theirs = Ridge(alpha=RIDGE * x.var(0, ddof=0).mean() * len(x)).fit(x, np.eye(5)[y])
+    np.testing.assert_allclose(weight.numpy().T, theirs.coef_, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(bias.numpy(), theirs.intercept_, rtol=1e-7, atol=1e-9)
+
+
+def test_encoders_that_collapsed_or_diverged(photos: Path, encoder: ViT):
+    train, val = sets(photos)
+    torch.nn.init.zeros_(encoder.norm.weight)
+    assert all(0 <= value <= 0.5 for value in probe(encoder, train, val, k=20, device=CPU).values())
+    torch.nn.init.constant_(encoder.norm.bias, float("nan"))
+    diverged = probe(encoder, train, val, k=20, device=CPU)
+    assert diverged.keys() == set(METRICS)
+    assert all(math.isnan(value) for value in diverged.values())
+
+
+def recipe(photos: Path, folder: Path, **keys: Any) -> str:
+    sections = {
+        "name": "probed",
+        "method": {"name": "lomar", "windows": 1, "window": 2},
+        "model": {"arch": "vit_tiny"},
+        "data": {"shards": "none", "size": 32, "workers": 0},
+        "train": {"batch": 8, "precision": "fp32"},
+        "probe": {"train": str(photos / "train"), "val": str(photos / "val"), "every": 1, "k": 5, **keys},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(sections))
+    return str(folder / "recipe.yaml")
+
+
+def test_measuring_touches_nothing(photos: Path, tmp_path: Path):
+    """Neither weights nor mode of what is trained, nor any generator; and it sees the weights as they are now."""
+    config = load(recipe(photos, tmp_path), [])
+    encoder = ViT("vit_tiny", 16, (2, 2)).train()
+    measured = Probe(config, encoder, World(0, 1, 0), CPU)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    before = [parameter.clone() for parameter in encoder.parameters()]
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    values = measured.measure(encoder)
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert (np.random.get_state()[1] == generators[1]).all()
+    assert random.getstate() == generators[2]
+    assert all(module.training for module in encoder.modules())
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), before, strict=True))
+    assert values == probe(encoder.eval(), *sets(photos), k=5, device=CPU)
+
+
+def test_the_probe_is_no_part_of_what_is_trained(photos: Path, tmp_path: Path):
+    config = load(recipe(photos, tmp_path), [])
+    other = load(recipe(photos, tmp_path), ["probe.k=7", "probe.every=3"])
+    assert config.trained_function() == other.trained_function()
+    with pytest.raises(ValueError, match=r"unknown key probe\.neighbours"):
+        load(recipe(photos, tmp_path), ["probe.neighbours=3"])
+    with pytest.raises(ValueError, match=r"k=50 neighbours, but .* has 48 images"):
+        Probe(load(recipe(photos, tmp_path), ["probe.k=50"]), ViT("vit_tiny", 16, (2, 2)), World(0, 1, 0), CPU)
+
+
+def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):
+    train, val = (load_samples(photos / name) for name in ("train", "val"))
+    with pytest.raises(ValueError, match=r"k=49 neighbours, but .*train has 48 images: set k lower"):
+        check_sets(train, val, 49)
+    other = load_samples(write_classes(tmp_path / "other", ["a", "b", "c", "d", "e", "g"], 1))
+    with pytest.raises(ValueError, match=r"train has 6, .*other 6, and 'f' is in one of them only"):
+        check_sets(train, other, 3)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    (flat / "x.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match="'x' has no label"):
+        check_sets(train, load_samples(flat), 3)

@@ -1,0 +1,75 @@
+"""A run that is probed is the run that is not, bit for bit, and the numbers are those of the encoder it saved."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import probed_runs
+import pytest
+import torch
+from checks import assert_same_run
+from PIL import Image
+from safetensors.torch import load_file
+from steps import SMALL
+
+from data.folder import load_samples
+from data.once import Once
+from pretrain.metrics import read_metrics
+from pretrain.models.vit import ViT
+from pretrain.probe import METRICS, probe
+
+pytestmark = pytest.mark.engine
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def labelled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three classes, each with a colour of its own: 21 to look among, 11 to ask for, of which one cannot be read."""
+    root = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    for number in range(32):
+        path = root / ("train" if number < 21 else "val") / f"class{number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (70, 90, 3)) // 2 + 127 * (np.arange(3) == number % 3)
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:100])
+    return root
+
+
+def engine_keys(stage: int) -> dict[str, Any]:
+    """By default all of so small a model would stay gathered in stage 3."""
+    small = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    return {"zero_optimization": {"stage": stage, **(dict.fromkeys(small, 0) if stage == 3 else {})}}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_probed_or_not(
+    stage: int,
+    write_recipe: Callable[..., Path],
+    start: Callable[..., Any],
+    tmp_path: Path,
+    labelled_photos: Path,
+):
+    (tmp_path / "engine.json").write_text(json.dumps(engine_keys(stage)))
+    section = {"train": str(labelled_photos / "train"), "val": str(labelled_photos / "val"), "every": 1, "k": 5}
+    common = [f"train.ds_config={tmp_path / 'engine.json'}", "train.batch=16", "train.epochs=2", "data.workers=1"]
+    plain, probed = write_recipe(tmp_path, "plain"), write_recipe(tmp_path, "probed", probe=section)
+    jobs = [[str(recipe), *common] for recipe in (plain, probed, probed)]  # the last finds all done
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    start(tmp_path / "jobs.json", script=probed_runs.__file__).finish()
+
+    runs = tmp_path / "runs"
+    assert_same_run(runs / "plain", runs / "probed")
+    assert not (runs / "plain" / "evaluation.jsonl").exists()
+    rows = read_metrics(runs / "probed" / "evaluation.jsonl")
+    assert [(row["step"], row["epoch"]) for row in rows] == [(5, 1), (10, 2)]
+
+    with SMALL:
+        encoder = ViT("vit_tiny", 16, (4, 5)).eval()
+    encoder.load_state_dict(load_file(runs / "probed" / "encoder.safetensors"))
+    sets = [Once(load_samples(labelled_photos / name), size=(64, 80), batch=8) for name in ("train", "val")]
+    expected = probe(encoder, *sets, k=5, device=CPU)
+    assert {name: rows[-1][name] for name in METRICS} == pytest.approx(expected)
+    assert 1 / 3 < expected["linear_top1"] < 1
