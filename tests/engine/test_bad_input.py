@@ -58,8 +58,12 @@ def refusals(
     recipe = write_recipe(folder)
     (folder / "engine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
     return {
-        case: start_once(*line.replace("RECIPE", str(recipe)).replace("FOLDER", str(folder)).split(), processes=1)
-        for case, (line, _) in REFUSED.items()
+        case: start_once(
+            *line.replace("RECIPE", str(recipe)).replace("FOLDER", str(folder)).split(),
+            f"name=run{number}",  # those that get as far as their folder would wait for each other
+            processes=1,
+        )
+        for number, (case, (line, _)) in enumerate(REFUSED.items())
     }
 
 
