@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from data.folder import Samples, load_samples
 from data.once import Once
 from downstream.classify.command import Place, add_loading_options, run_on_ranks
+from downstream.classify.model import build_vit
 from downstream.files import read_source
-from downstream.timm_models import model_name
 from pretrain.methods.targets import normalize_pixels
 from pretrain.rows import compute_rows, unreadable_keys
 
@@ -56,28 +55,16 @@ def load_classifier(path: Path | str, device: torch.device) -> Trained:
     """
     source = read_source(path)
     facts, tensors = source.facts, source.tensors
-    if not facts or "head.weight" not in tensors:
-        raise ValueError(f"{path} is no classifier of this project: it lacks arch, patch, size, position or a head")
+    if "pool" not in facts or "head.weight" not in tensors:
+        raise ValueError(f"{path} is no classifier of this project: it lacks arch, patch, size, position, pool or head")
     height, width = (int(side) for side in facts["size"].split("x"))
-    if facts["position"] == "sincos":
-        name, options = f"{facts['arch']}_patch{14 if facts['arch'] == 'vit_huge' else 16}_224", {}
-    else:
-        name, options = model_name(facts["arch"], 16, 224), {"position": facts["position"]}
-    own_norm = "fc_norm.weight" in tensors
-    classes = len(tensors["head.weight"])
-    model = timm.create_model(
-        name,
-        patch_size=int(facts["patch"]),
-        img_size=(height, width),
-        num_classes=classes,
-        global_pool=facts.get("pool", "avg" if own_norm else "token"),
-        fc_norm=own_norm,
-        **options,
-    )
+    classes, own_norm = len(tensors["head.weight"]), "fc_norm.weight" in tensors
+    arch, patch = facts["arch"], int(facts["patch"])
+    model = build_vit(arch, patch, (height, width), facts["position"], classes, facts["pool"], fc_norm=own_norm)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {name}: {str(error).splitlines()[-1].strip()}") from None
+        raise ValueError(f"{path} does not fit {arch}/{patch}: {str(error).splitlines()[-1].strip()}") from None
     return Trained(Path(path), model.to(device).eval(), (height, width), classes)
 
 

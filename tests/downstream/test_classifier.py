@@ -314,7 +314,8 @@ def test_recipes_load_and_name_themselves(recipe: str):
     config = load(recipe, ["data.shards=a", "val.shards=b", *start])
     assert config.name == recipe
     comment = (RECIPES / f"{recipe}.yaml").read_text().split("name:")[0]
-    assert f"downstream/classify/run.py {recipe} data.shards=" in comment
+    command = "python -m downstream.classify.sweep" if recipe.startswith("transfer") else "downstream/classify/run.py"
+    assert f"{command} {recipe} data.shards=" in comment
     assert f"batch {config.train.batch} = 8 GPUs" in comment
     parts = re.search(r"= 8 GPUs x (?:(\d+) accumulation x )?(\d+)", comment)
     assert parts

@@ -113,7 +113,7 @@ def test_what_is_refused(tmp_path: Path, photos: Samples):
     with pytest.raises(ValueError, match="is no classifier of this project"):
         load_classifier(tmp_path / "other.safetensors", CPU)
     del tensors["blocks.0.norm1.bias"]
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": "relative"}
+    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": "relative", "pool": "token"}
     save_file(tensors, tmp_path / "part.safetensors", facts)
     with pytest.raises(ValueError, match=r"does not fit .*blocks\.0\.norm1\.bias"):
         load_classifier(tmp_path / "part.safetensors", CPU)
