@@ -8,7 +8,7 @@ import torch
 from data.index import Index
 from data.loader import Loader
 from pretrain.average import Average, NoAverage, Teacher
-from pretrain.config import Config
+from pretrain.config import Config, RunConfig
 from pretrain.launch import World
 from pretrain.loop import Evaluation, Run
 from pretrain.methods import METHODS
@@ -47,8 +47,8 @@ def build_evaluation(run: Run, probe: Probe | None) -> Evaluation | None:
     )
 
 
-def build_loader(config: Config[Any], method: Any, index: Index, world: World) -> Loader:
-    """What the run trains on, as one rank sees it."""
+def build_loader(config: RunConfig, index: Index, world: World, **own: Any) -> Loader:
+    """What a run trains on, as one rank sees it; `own` is what this kind of training asks of the loader beside."""
     return Loader(
         index,
         size=config.data.height_width,
@@ -57,7 +57,7 @@ def build_loader(config: Config[Any], method: Any, index: Index, world: World) -
         rank=world.rank,
         world=world.size,
         seed=config.seed,
-        view=method.view(),
         pictures=config.pictures,
         workers=config.data.workers,
+        **own,
     )

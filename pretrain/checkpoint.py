@@ -150,7 +150,7 @@ class Checkpoints:
         return None
 
     def resume(self, engine: Any, average: Average | NoAverage, fresh: TrainState) -> tuple[TrainState, str | None]:
-        """Loads the newest sound checkpoint into engine and teacher; the number of ranks may be another.
+        """Loads the newest sound checkpoint into engine and moving average; the number of ranks may be another.
 
         Returns:
             Where the run stands, and the checkpoint's name; `fresh` and None where there is none.

@@ -115,6 +115,12 @@ class RunConfig(Section):
         return height // self.model.patch, width // self.model.patch
 
     @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """What each sample gives."""
+        data = self.data
+        return (Picture(data.crop, data.crop_scale, data.flip, data.color_jitter),)
+
+    @property
     def peak_lr(self) -> float:
         """base_lr * batch / 256: the linear scaling rule."""
         return self.optim.base_lr * self.train.batch / 256
@@ -172,8 +178,7 @@ class Config(RunConfig, Generic[MethodConfig]):
     @property
     def pictures(self) -> tuple[Picture, ...]:
         """What each sample gives: one picture, or the two of LUT."""
-        data, context = self.data, self.context
-        first = Picture(data.crop, data.crop_scale, data.flip, data.color_jitter)
+        (first,), context = super().pictures, self.context
         if context is None:
             return (first,)
         return first, replace(first, color_jitter=context.color_jitter, three_augment=context.three_augment)

@@ -45,7 +45,7 @@ def _train(config: Config[Any], world: World, device: torch.device, index: Index
         method,
         build_adamw(groups, config, zero_stage(settings)),
         build_average(config, method, device),
-        build_loader(config, method, index, world),
+        build_loader(config, index, world, view=method.view()),
     )
     probe = build_probe(config, method, world, device)
     run = assemble(config, world, device, folder, index, settings, parts)

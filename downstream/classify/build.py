@@ -1,4 +1,4 @@
-"""Configuration -> loader, moving average and evaluation of a classifier; checks of the labels."""
+"""Configuration -> moving average and evaluation of a classifier; checks of the labels."""
 
 from copy import deepcopy
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from data.index import Index
-from data.loader import Loader
 from downstream.classify.config import FinetuneConfig
 from downstream.classify.evaluate import evaluate
 from downstream.classify.model import Classifier
@@ -60,22 +59,6 @@ def check_pairs(config: FinetuneConfig, world: World) -> None:
             f"augment.mixup and cutmix mix pairs of images, and each of {world.size} ranks has {micro} at once "
             f"(train.batch={config.train.batch}, train.accumulation={config.train.accumulation}): make it even"
         )
-
-
-def build_loader(config: FinetuneConfig, index: Index, world: World) -> Loader:
-    """What the run trains on, as one rank sees it."""
-    return Loader(
-        index,
-        size=config.data.height_width,
-        batch=config.train.batch,
-        accumulation=config.train.accumulation,
-        rank=world.rank,
-        world=world.size,
-        seed=config.seed,
-        pictures=config.pictures,
-        labels=True,
-        workers=config.data.workers,
-    )
 
 
 def build_average(config: FinetuneConfig, classifier: Classifier, device: torch.device) -> Average | NoAverage:

@@ -1,5 +1,6 @@
 """What a classifier is trained as: `load` turns a recipe and its overrides into one frozen, checked configuration."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,10 +89,8 @@ class FinetuneConfig(RunConfig):
     @property
     def pictures(self) -> tuple[Picture, ...]:
         """What each sample gives."""
-        data = self.data
-        return (
-            Picture(data.crop, data.crop_scale, data.flip, data.color_jitter, rand_augment=self.augment.randaugment),
-        )
+        (first,) = super().pictures
+        return (replace(first, rand_augment=self.augment.randaugment),)
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "FinetuneConfig":

@@ -39,7 +39,6 @@ def _train(
     from downstream.classify.build import (
         build_average,
         build_evaluation,
-        build_loader,
         check_classes,
         check_labels,
         check_pairs,
@@ -48,6 +47,7 @@ def _train(
     from downstream.classify.model import build_classifier
     from downstream.classify.optim import build_optimizer
     from pretrain.assemble import Parts, assemble
+    from pretrain.build import build_loader
     from pretrain.engine import ds_settings, zero_stage
     from pretrain.loop import train
     from pretrain.report import conclude
@@ -65,7 +65,7 @@ def _train(
         classifier,
         build_optimizer(classifier.vit, config, zero_stage(settings)),
         build_average(config, classifier, device),
-        build_loader(config, index, world),
+        build_loader(config, index, world, labels=True),
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     run.evaluation = build_evaluation(run, config, val)

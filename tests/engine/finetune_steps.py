@@ -4,25 +4,22 @@ As a script this is one rank of a launch that goes through many jobs, as steps.p
 end, and once more from the checkpoint in its middle. The plain version spells out groups, LARS and average by itself.
 """
 
-import gc
 import itertools
 import json
 import re
 import shutil
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from steps import BATCH, MIDDLE, POISONED, SMALL, STEPS, FixedBatches, global_batch, poison, small_settings
+from steps import BATCH, MIDDLE, POISONED, SMALL, STEPS, FixedBatches, do_jobs, global_batch, poison, small_settings
 from torch import Tensor
 
 from downstream.classify.config import FinetuneConfig, load
 from downstream.classify.model import Classifier, build_classifier
-from pretrain.launch import World, find_world, leave, start
+from pretrain.launch import World
 from pretrain.loop import seed_step
 from pretrain.optim import learning_rate
 from pretrain.runfolder import RunFolder
@@ -183,20 +180,5 @@ def do_job(config: FinetuneConfig, world: World, device: torch.device, root: Pat
     assert train_small(elsewhere, config, world, device, again) == MIDDLE
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    world = find_world()
-    device = start(world)
-    try:
-        for name, arguments in json.loads((folder / "jobs.json").read_text()).items():
-            print(f"job {name}", flush=True)
-            do_job(configure(*arguments), world, device, folder / name)
-            gc.collect()  # an engine's hooks hold it in cycles
-    except Exception:
-        traceback.print_exc()
-        leave(1)
-    leave(0)
-
-
 if __name__ == "__main__":
-    main()
+    do_jobs(configure, do_job)

@@ -204,7 +204,8 @@ def do_job(config: Config[Any], world: World, device: torch.device, root: Path) 
     assert train_small(begin_elsewhere(config), config, world, device, again) == f"step_{MIDDLE:08d}"
 
 
-def main() -> None:
+def do_jobs(configure: Callable[..., Any], do_job: Callable[..., None]) -> None:
+    """One rank of a launch: `do_job` for each of the jobs in the folder that the command names."""
     folder = Path(sys.argv[1])
     world = find_world()
     device = start(world)
@@ -220,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    do_jobs(configure, do_job)
