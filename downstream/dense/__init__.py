@@ -1,0 +1,1 @@
+"""What detection and segmentation share: encoders as backbones of mm*, and mmengine on DeepSpeed."""

@@ -1,0 +1,1 @@
+"""ViTDet Mask R-CNN on mmdet."""
