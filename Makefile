@@ -12,10 +12,10 @@ pretrain: install  ## the quick start: LoMaR on photographs, a few minutes on tw
 	python -m data.samples shards/samples
 	deepspeed $(PROCESSES) pretrain/run.py pretrain/recipes/quickstart.yaml
 
-test: lint  ## everything that must pass
+test: lint .venv/mm  ## everything that must pass
 	python -m pytest
 
-lint: .venv/mm
+lint: install
 	ruff check .
 	ruff format --check .
 	mypy
