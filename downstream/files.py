@@ -144,7 +144,9 @@ def _facts(metadata: Any) -> dict[str, str]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    said = str(error).strip().splitlines()
+    text = str(error)
+    # torch's own advice, before these words, is to read the file without the restrictions.
+    said = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()
     return (
         f"{path} ({path.stat().st_size} bytes) is cut off, damaged or no checkpoint: copy it again from where it came "
         f"({said[0] if said else 'it ends early'})"
