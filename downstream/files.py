@@ -95,9 +95,10 @@ def _read_folder(folder: Path, weights: Weights | None) -> Source:
         return _read_checkpoint(folder, weights)
     if not run.config.is_file():
         raise ValueError(f"{folder} is neither a run's folder (no {run.config.name}) nor one of its checkpoints")
-    encoder = run.encoder_ema if weights == "ema" else run.encoder
-    if encoder.is_file():
-        return read_source(encoder, weights)
+    encoder, classifier = (run.encoder_ema, run.model_ema) if weights == "ema" else (run.encoder, run.model)
+    for file in (encoder, classifier):
+        if file.is_file():
+            return read_source(file, weights)
     latest = run.checkpoints / "latest"
     if not latest.is_file():
         raise ValueError(f"{folder} has no {encoder.name} and no checkpoint yet")
