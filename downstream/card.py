@@ -98,7 +98,7 @@ def _training(report: Report, run: RunFolder | None) -> str:
         lines += [
             f"- {last['step']} steps, {last['epoch']:g} of {recipe['train']['epochs']} epochs, "
             f"{last['step'] * recipe['train']['batch']} samples seen" + _of(environment.get("samples")),
-            f"- last logged loss: {last['loss']}",
+            f"- last logged loss: {'not finite' if last['loss'] is None else format(last['loss'], '.4g')}",
             f"- steps refused for a gradient that was not finite: {last['refused_steps']}; "
             f"images that could not be decoded: {last['skipped_images']}",
         ]

@@ -95,9 +95,10 @@ def _read_folder(folder: Path, weights: Weights | None) -> Source:
         return _read_checkpoint(folder, weights)
     if not run.config.is_file():
         raise ValueError(f"{folder} is neither a run's folder (no {run.config.name}) nor one of its checkpoints")
-    encoder = run.encoder_ema if weights == "ema" else run.encoder
-    if encoder.is_file():
-        return read_source(encoder, weights)
+    encoder, classifier = (run.encoder_ema, run.model_ema) if weights == "ema" else (run.encoder, run.model)
+    for file in (encoder, classifier):
+        if file.is_file():
+            return read_source(file, weights)
     latest = run.checkpoints / "latest"
     if not latest.is_file():
         raise ValueError(f"{folder} has no {encoder.name} and no checkpoint yet")
@@ -144,7 +145,9 @@ def _facts(metadata: Any) -> dict[str, str]:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    said = str(error).strip().splitlines()
+    text = str(error)
+    # torch's own advice, before these words, is to read the file without the restrictions.
+    said = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()
     return (
         f"{path} ({path.stat().st_size} bytes) is cut off, damaged or no checkpoint: copy it again from where it came "
         f"({said[0] if said else 'it ends early'})"

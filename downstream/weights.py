@@ -69,7 +69,11 @@ def load_into(encoder: ViT, path: Path | str, *, weights: Weights | None = None)
     Raises:
         ValueError: as of `load_encoder`, and where the file is of another architecture or kind of position.
     """
-    source = read_source(path, weights)
+    return fill(encoder, read_source(path, weights))
+
+
+def fill(encoder: ViT, source: Source) -> Report:
+    """`load_into` with what has been read already."""
     found = translate(source)
     _fill(encoder, source, found)
     return found.report

@@ -64,7 +64,7 @@ def start(world: World) -> torch.device:
     """Joins the process group and picks this rank's device.
 
     Raises:
-        ValueError: DS_ACCELERATOR asks for a GPU that torch cannot use.
+        ValueError: DS_ACCELERATOR asks for a GPU that torch cannot use, or another run listens on this one's port.
     """
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -89,7 +89,15 @@ def start(world: World) -> torch.device:
                 f"many processes a node as it has GPUs"
             )
         torch.cuda.set_device(world.local_rank)
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"port {os.environ['MASTER_PORT']} is taken, by another run on this machine it seems: give this one "
+            f"another, such as --master_port={_free_port()} behind deepspeed or torchrun"
+        ) from None
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 

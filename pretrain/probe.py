@@ -131,7 +131,7 @@ def probe(
         )
     if val.world > 1:
         dist.all_reduce(right)
-    return dict(zip(METRICS, (right / len(asked)).tolist(), strict=True))
+    return {name: count / len(asked) for name, count in zip(METRICS, right.tolist(), strict=True)}
 
 
 def extract(

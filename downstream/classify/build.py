@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.index import Index
 from downstream.classify.config import FinetuneConfig
-from downstream.classify.evaluate import evaluate
+from downstream.classify.evaluate import evaluate, first_other
 from downstream.classify.model import Classifier
 from pretrain.average import Average, NoAverage
 from pretrain.launch import World
@@ -41,10 +41,8 @@ def check_labels(index: Index, classes: int, key: str) -> None:
 
 def check_classes(index: Index, val: Index) -> None:
     """Raises ValueError where the same label is one class in training and another in validation, by their names."""
-    pairs = enumerate(zip(index.classes, val.classes, strict=False))
-    different = next(((label, a, b) for label, (a, b) in pairs if a != b), None)
-    if different:
-        label, trained, measured = different
+    if other := first_other(index.classes, val.classes):
+        label, trained, measured = other
         raise ValueError(
             f"label {label} is '{trained}' in data.shards ({index.root}) and '{measured}' in val.shards ({val.root}): "
             f"pack both with the same classes"

@@ -7,16 +7,26 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from data.transforms import Picture
-from pretrain.config import OptimConfig, RunConfig, Share
+from pretrain.config import ModelConfig, OptimConfig, RunConfig, Share
 from pretrain.schema import Section, explain, merge, parse_overrides, read_recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
+class FinetuneModelConfig(ModelConfig):
+    """The encoder; of others' positions too."""
+
+    position: Literal["relative", "sincos", "bias"] = Field(  # type: ignore[assignment]
+        "relative", description="sincos: any absolute table, as MAE's; bias: a table in each block, as BEiT's, SimMIM's"
+    )
+
+
 class StartConfig(Section):
     """Where the encoder's weights come from."""
 
-    checkpoint: str | None = Field(None, description="a run or a file, as of downstream.export; none: from scratch")
+    checkpoint: str | None = Field(
+        None, description="a run or a file, as of downstream.export, or a classifier; none: from scratch"
+    )
     weights: Literal["online", "ema"] | None = Field(None, description="none: what a method's authors evaluate")
     trained_blocks: int | None = Field(
         None, ge=0, description="train the last so many blocks and the head; 0: a linear probe; none: everything"
@@ -73,6 +83,7 @@ class ValConfig(Section):
 class FinetuneConfig(RunConfig):
     """A classifier's training."""
 
+    model: FinetuneModelConfig = FinetuneModelConfig()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     start: StartConfig = StartConfig()
     head: HeadConfig

@@ -6,8 +6,9 @@ counts as wrong. The last line is a JSON object.
 
 import argparse
 import functools
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,12 +35,14 @@ class Trained:
     Attributes:
         size: (H, W) of its images.
         classes: how many it tells apart.
+        names: theirs, in order; none where the shards that it was trained on had none.
     """
 
     path: Path
     model: nn.Module
     size: tuple[int, int]
     classes: int
+    names: tuple[str, ...]
 
     def predict(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> logits (B, C), in fp32."""
@@ -59,13 +62,14 @@ def load_classifier(path: Path | str, device: torch.device) -> Trained:
         raise ValueError(f"{path} is no classifier of this project: it lacks arch, patch, size, position, pool or head")
     height, width = (int(side) for side in facts["size"].split("x"))
     classes, own_norm = len(tensors["head.weight"]), "fc_norm.weight" in tensors
+    names = tuple(json.loads(facts.get("names", "[]")))
     arch, patch = facts["arch"], int(facts["patch"])
     model = build_vit(arch, patch, (height, width), facts["position"], classes, facts["pool"], fc_norm=own_norm)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {arch}/{patch}: {str(error).splitlines()[-1].strip()}") from None
-    return Trained(Path(path), model.to(device).eval(), (height, width), classes)
+    return Trained(Path(path), model.to(device).eval(), (height, width), classes, names)
 
 
 def evaluate(
@@ -141,12 +145,24 @@ def count_images(once: Once, readable: Tensor) -> dict[str, int]:
 
 
 def check_classes(trained: Trained, samples: Samples) -> None:
-    """Raises ValueError where the data has another number of classes than the classifier."""
+    """Raises ValueError where the data has other classes than the classifier, or another number of them."""
     if samples.classes and len(samples.classes) != trained.classes:
         raise ValueError(
             f"{trained.path} tells {trained.classes} classes apart, {samples.root} has {len(samples.classes)}: "
             f"evaluate it on the data set that it was trained for"
         )
+    if other := first_other(trained.names, samples.classes):
+        label, ours, theirs = other
+        raise ValueError(
+            f"label {label} is '{ours}' to {trained.path} and '{theirs}' in {samples.root}: "
+            f"evaluate it on the data set that it was trained for"
+        )
+
+
+def first_other(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str] | None:
+    """The first label that two sets of classes give to different ones, if both have names, and these."""
+    pairs = enumerate(zip(names, others, strict=False))
+    return next(((label, name, other) for label, (name, other) in pairs if name != other), None)
 
 
 def _command(options: argparse.Namespace, place: Place) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The end of a classifier's run: its weights under timm's names, with what is needed to rebuild the model."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save
@@ -14,18 +16,21 @@ from pretrain.metrics import read_metrics
 _NORM = "head.0."  # of a probe's head, before its matrix
 
 
-def finish(run: Run, config: FinetuneConfig) -> None:
+def finish(run: Run, config: FinetuneConfig, names: Sequence[str]) -> None:
     """Writes model.safetensors, that of the moving average if there is one, and the loss curve. All ranks together."""
     state = full_state(run.engine, run.world)
     if run.world.is_main:
-        save_classifier(state, config, run.folder.model)
+        save_classifier(state, config, names, run.folder.model)
         if averaged := run.average.weights():
-            save_classifier(averaged, config, run.folder.model_ema)
+            save_classifier(averaged, config, names, run.folder.model_ema)
         draw_loss(read_metrics(run.folder.metrics), run.folder.loss_curve)
 
 
-def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, path: Path) -> None:
-    """A classifier's weights under timm's names, with what is needed to rebuild it in the file's metadata."""
+def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, names: Sequence[str], path: Path) -> None:
+    """A classifier's weights under timm's names, with what is needed to rebuild it in the file's metadata.
+
+    `names` are those of the classes, in order, or nothing where the shards have none.
+    """
     metadata = {
         "arch": config.model.arch,
         "patch": str(config.model.patch),
@@ -35,6 +40,8 @@ def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, path: Path
         "pool": config.head.pool,
         "epochs": str(config.train.epochs),
     }
+    if names:
+        metadata["names"] = json.dumps(list(names))
     tensors = _fold_norm({name.removeprefix("vit."): tensor for name, tensor in state.items()})
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
 

@@ -15,6 +15,7 @@ Also by torchrun, srun or deepspeed, on any number of processes. A table, then a
 
 import argparse
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 from data.folder import Samples, load_samples
 from data.once import Once
 from downstream.classify.command import Place, add_loading_options, run_on_ranks
-from downstream.classify.evaluate import Predict, count_images, load_classifier
+from downstream.classify.evaluate import Predict, Trained, count_images, first_other, load_classifier
 from downstream.classify.layouts import (
     ALEXNET,
     CLASSES,
@@ -40,12 +41,14 @@ from downstream.classify.layouts import (
     right_by_real,
     right_classes,
     si_score,
+    synsets,
 )
 from downstream.classify.metrics import aupr, confidence, hits, mean_corruption_error, occlude
 from pretrain.rows import compute_rows
 
 BORDER = 2  # red pixels around ObjectNet's images
 OUTLIER_CLASSES = 200  # of ImageNet-O
+_WORDNET_ID = re.compile(r"n\d{8}")
 # Corruptions beyond the 15 of the mCE, which are published with them.
 EXTRA = {"speckle_noise", "gaussian_blur", "spatter", "saturate"}
 
@@ -202,13 +205,24 @@ def _parse(pairs: list[str]) -> dict[str, str]:
     return paths
 
 
-def _command(options: argparse.Namespace, place: Place) -> dict[str, Any]:
-    paths = _parse(options.on)
-    trained = load_classifier(options.checkpoint, place[1])
+def check_classifier(trained: Trained) -> None:
+    """Raises ValueError where the classes are not ImageNet's; names that are no WordNet ids say nothing."""
     if trained.classes != CLASSES:
         raise ValueError(
             f"{trained.path} tells {trained.classes} classes apart; these sets are for ImageNet's {CLASSES}"
         )
+    by_wordnet = all(_WORDNET_ID.fullmatch(name) for name in trained.names)
+    if by_wordnet and (other := first_other(trained.names, list(synsets()))):
+        label, ours, theirs = other
+        raise ValueError(
+            f"label {label} is '{ours}' to {trained.path} and '{theirs}' in ImageNet, which these sets are for"
+        )
+
+
+def _command(options: argparse.Namespace, place: Place) -> dict[str, Any]:
+    paths = _parse(options.on)
+    trained = load_classifier(options.checkpoint, place[1])
+    check_classifier(trained)
     prepared = {name: _prepare(name, paths) for name in paths}  # all are checked before the first is evaluated
     evaluator = Evaluator(trained.predict, trained.size, options.batch, options.workers, place)
     results = {}

@@ -58,8 +58,9 @@ def _train(
         check_labels(samples, config.head.classes, key)
     check_classes(index, val)
     # What the run has saved itself is all that it needs, even if the start has gone since.
-    classifier, started = build_classifier(config, load_start=not any(folder.checkpoints.glob("step_*")))
-    if world.is_main:
+    begins = not any(folder.checkpoints.glob("step_*"))
+    classifier, started = build_classifier(config, index.classes, load_start=begins)
+    if world.is_main and begins:
         print(started, flush=True)
     parts = Parts(
         classifier,
@@ -70,7 +71,7 @@ def _train(
     run = assemble(config, world, device, folder, index, settings, parts)
     run.evaluation = build_evaluation(run, config, val)
     train(run)
-    finish(run, config)
+    finish(run, config, index.classes)
     conclude(run)
 
 

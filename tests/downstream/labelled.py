@@ -1,9 +1,11 @@
 """Labelled photographs to evaluate on, classifiers to evaluate, and commands on several ranks."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +41,16 @@ def write_classes(root: Path, names: list[str], images: int, bad: int = 0, first
     return root
 
 
-def write_classifier(path: Path, classes: int, position: str = "relative", pool: str = "avg") -> Path:
+def write_classifier(
+    path: Path, classes: int, position: str = "relative", pool: str = "avg", names: Sequence[str] = ()
+) -> Path:
     """A random ViT-Ti for 32 pixels in a classifier's file."""
     torch.manual_seed(0)
     name = "lomar_vit_tiny_patch16_224" if position == "relative" else "vit_tiny_patch16_224"
     model = timm.create_model(name, img_size=32, num_classes=classes, global_pool=pool)
     state = {name: torch.randn_like(tensor) * 0.2 for name, tensor in model.state_dict().items()}
     facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": position, "pool": pool}
-    save_file(state, path, {**facts, "classes": str(classes)})
+    save_file(state, path, {**facts, "classes": str(classes), "names": json.dumps(names)})
     return path
 
 

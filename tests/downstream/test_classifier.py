@@ -18,6 +18,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from downstream.classify.build import check_classes, check_labels, check_pairs
 from downstream.classify.config import RECIPES, FinetuneConfig, load
+from downstream.classify.evaluate import load_classifier
 from downstream.classify.finish import save_classifier
 from downstream.classify.model import Classifier, build_classifier, build_vit
 from downstream.classify.optim import build_optimizer, layer_decay_groups
@@ -50,12 +51,18 @@ def configure(tmp_path: Path, **sections: Any) -> FinetuneConfig:
     return load(str(recipe), overrides)
 
 
-def encoder_file(folder: Path, relative: bool = True) -> Path:
+POSITIONS = ["relative", "sincos", "bias"]
+
+
+def small_encoder(position: str) -> ViT:
+    return ViT("vit_tiny", 4, (2, 3), position == "relative", bias=position == "bias")
+
+
+def encoder_file(folder: Path, position: str = "relative") -> Path:
     torch.manual_seed(3)
-    encoder = ViT("vit_tiny", 4, (2, 3), relative)
+    encoder = small_encoder(position)
     randomized(encoder)
     state = encoder.state_dict()
-    position = "relative" if relative else "sincos"
     metadata = {"arch": "vit_tiny", "patch": "4", "size": "8x12", "position": position}
     save_file(state, folder / "encoder.safetensors", metadata)
     return folder / "encoder.safetensors"
@@ -72,21 +79,21 @@ def standardised(images: torch.Tensor) -> torch.Tensor:
     return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("frozen", [True, False])
 @torch.no_grad()
-def test_all_of_the_encoder_is_in_the_classifier(relative: bool, frozen: bool, tmp_path: Path):
+def test_all_of_the_encoder_is_in_the_classifier(position: str, frozen: bool, tmp_path: Path):
     """Its features, seen through timm's model; fine-tuning norms the pool anew, a frozen encoder keeps its norm."""
-    path = encoder_file(tmp_path, relative)
+    path = encoder_file(tmp_path, position)
     config = configure(
         tmp_path,
         start__checkpoint=path,
-        model__position="relative" if relative else "sincos",
+        model__position=position,
         **({"start__trained_blocks": 0} if frozen else {}),
     )
     classifier, report = build_classifier(config)
     assert str(path) in report
-    encoder = ViT("vit_tiny", 4, (2, 3), relative)
+    encoder = small_encoder(position)
     state = load_file(path)
     encoder.load_state_dict(state)
     if not frozen:
@@ -102,14 +109,14 @@ def test_all_of_the_encoder_is_in_the_classifier(relative: bool, frozen: bool, t
     torch.testing.assert_close(classifier(images)["logits"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("position", ["relative", "sincos"])
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize(("pool", "trained"), [("avg", None), ("token", None), ("avg", 1), ("avg", 0)])
 def test_every_trained_parameter_is_in_one_group_at_the_right_rate(
     position: str, pool: str, trained: int | None, tmp_path: Path
 ):
     keys: dict[str, Any] = {"model__position": position, "head__pool": pool}
     if trained is not None:
-        path = encoder_file(tmp_path, position == "relative")
+        path = encoder_file(tmp_path, position)
         keys |= {"start__checkpoint": path, "start__trained_blocks": trained}
     vit = build_classifier(configure(tmp_path, **keys))[0].vit
     groups = layer_decay_groups(vit, 0.05, 0.5)
@@ -128,7 +135,7 @@ def test_every_trained_parameter_is_in_one_group_at_the_right_rate(
         elif name.startswith("norm."):
             above = 1
         assert group["lr_scale"] == 0.5**above, name
-        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed") and "rpe_bias" not in name
         assert group["weight_decay"] == (0.05 if decays else 0.0), name
 
 
@@ -210,7 +217,7 @@ def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path):
     for _ in range(3):
         classifier(*batch(seed=4))  # moves the running statistics
     classifier.eval()
-    save_classifier(classifier.state_dict(), config, tmp_path / "model.safetensors")
+    save_classifier(classifier.state_dict(), config, (), tmp_path / "model.safetensors")
     vit = build_vit("vit_tiny", 4, SIZE, "relative", 5, "avg", fc_norm=False).eval()
     vit.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     images, _ = batch(seed=5)
@@ -218,11 +225,61 @@ def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path):
 
 
 def test_positions_are_resized_to_the_images(tmp_path: Path):
-    path = encoder_file(tmp_path, relative=False)
+    path = encoder_file(tmp_path, "sincos")
     config = configure(tmp_path, start__checkpoint=path, model__position="sincos", data__size="[12,16]")
     classifier, report = build_classifier(config)
     assert classifier.vit.pos_embed.shape == (1, 1 + 3 * 4, TINY.dim)
     assert "2x3 -> 3x4 patches" in report
+
+
+NAMES = tuple("abcde")
+
+
+def trained_run(tmp_path: Path, **keys: Any) -> Path:
+    """The folder of a classifier's run, in which nothing is at a special value."""
+    config = configure(tmp_path, **keys)
+    classifier, _ = build_classifier(config, NAMES)
+    randomized(classifier)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.to_yaml())
+    save_classifier(classifier.state_dict(), config, NAMES, run / "model.safetensors")
+    return run
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@torch.no_grad()
+def test_a_classifier_goes_on_as_what_it_was(position: str, pool: str, tmp_path: Path):
+    run = trained_run(tmp_path, model__position=position, head__pool=pool)
+    keys = {"model__position": position, "head__pool": pool, "start__checkpoint": run}
+    classifier, report = build_classifier(configure(tmp_path, **keys), NAMES)
+    trained = load_classifier(run, torch.device("cpu"))
+    images, _ = batch()
+    torch.testing.assert_close(classifier.eval()(images)["logits"], trained.predict(images), rtol=1e-5, atol=1e-5)
+    assert "dropped" not in report
+
+    larger, report = build_classifier(configure(tmp_path, **keys, data__size="[16,24]"), NAMES)
+    own = larger.vit.fc_norm if pool == "avg" else larger.vit.norm
+    before = trained.model.fc_norm if pool == "avg" else trained.model.norm
+    assert own.weight.equal(before.weight)
+    assert own.bias.equal(before.bias)
+    assert larger.vit.head.weight.equal(trained.model.head.weight)
+    assert ("resized" in report) == (position != "relative")
+
+
+def test_other_classes_get_a_new_head(tmp_path: Path):
+    run = trained_run(tmp_path)
+    config = configure(tmp_path, start__checkpoint=run)
+    trained = load_file(run / "model.safetensors")
+    for names in (tuple("abcdf"), ()):
+        classifier, report = build_classifier(config, names)
+        assert "a classifier of 5 classes" in report
+        assert classifier.vit.head.weight.abs().max() < 1e-3
+        assert classifier.vit.head.bias.abs().max() == 0
+        assert classifier.vit.fc_norm.weight.equal(trained["fc_norm.weight"])
+    with pytest.raises(ValueError, match="a norm that was trained behind an average pool"):
+        build_classifier(configure(tmp_path, start__checkpoint=run, start__trained_blocks=1), NAMES)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Accuracy, against sklearn and against counting by hand; test_evaluation_commands.py has it on two ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,11 @@ def test_what_is_refused(tmp_path: Path, photos: Samples):
     checkpoint = write_classifier(tmp_path / "model.safetensors", 5)
     with pytest.raises(ValueError, match=r"model\.safetensors tells 5 classes apart, .*photos has 7"):
         check_classes(load_classifier(checkpoint, CPU), photos)
+    seven = load_classifier(write_classifier(tmp_path / "seven.safetensors", 7, names=[f"c{n}" for n in range(7)]), CPU)
+    check_classes(seven, photos)
+    other = replace(seven, names=(*seven.names[:6], "zebra"))
+    with pytest.raises(ValueError, match=r"label 6 is 'zebra' to .*seven\.safetensors and 'c6' in .*photos"):
+        check_classes(other, photos)
     with pytest.raises(ValueError, match="has label 6, the classifier 5 classes"):
         run(lambda images: torch.zeros(len(images), 5), photos)
     flat = tmp_path / "flat"

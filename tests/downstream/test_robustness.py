@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.folder import load_samples
 from downstream.classify import layouts, robustness
+from downstream.classify.evaluate import Trained
 from downstream.classify.layouts import (
     ALEXNET,
     imagenet,
@@ -29,7 +30,7 @@ from downstream.classify.layouts import (
     synsets,
 )
 from downstream.classify.metrics import aupr, confidence, hits, mean_corruption_error, occlude
-from downstream.classify.robustness import SETS, Evaluator, _parse, _prepare
+from downstream.classify.robustness import SETS, Evaluator, _parse, _prepare, check_classifier
 from pretrain.launch import World
 
 CPU = torch.device("cpu")
@@ -277,6 +278,19 @@ def test_shards_without_names_of_classes_have_imagenets_numbers(tmp_path: Path):
             tar.addfile(member, io.BytesIO(content))
     right = right_classes(load_samples(tmp_path / "val.tar"), imagenet())
     assert right.nonzero().tolist() == [[0, 417]]
+
+
+def test_a_classifier_of_other_classes_is_refused(tmp_path: Path):
+    def trained(names: list[str], classes: int = 1000) -> Trained:
+        return Trained(tmp_path / "a.safetensors", torch.nn.Identity(), (32, 32), classes, tuple(names))
+
+    ids = list(synsets())
+    for names in (ids, [], [f"class {number}" for number in range(1000)]):
+        check_classifier(trained(names))
+    with pytest.raises(ValueError, match=r"a\.safetensors tells 7 classes apart; these sets are for ImageNet's 1000"):
+        check_classifier(trained([], 7))
+    with pytest.raises(ValueError, match=r"label 0 is 'n15075141' to .*a\.safetensors and 'n01440764' in ImageNet"):
+        check_classifier(trained(ids[::-1]))
 
 
 def test_maps_are_packaged():

@@ -39,7 +39,7 @@ def configure(recipe: str, *overrides: str) -> FinetuneConfig:
 
 def build_small(config: FinetuneConfig, load_start: bool = True) -> Classifier:
     with SMALL:
-        return build_classifier(config, load_start)[0]
+        return build_classifier(config, load_start=load_start)[0]
 
 
 def label(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -61,7 +61,7 @@ def plain_groups(vit: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
             layer = 0
         elif name.startswith("norm."):  # timm counts it to the last block
             layer = depth
-        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed") and "rpe_bias" not in name
         scale = config.optim.layer_decay ** (depth + 1 - layer)
         groups.append({"params": [parameter], "scale": scale, "weight_decay": config.optim.weight_decay * decays})
     return groups
@@ -156,7 +156,7 @@ def train_small(
     run = assemble(config, world, device, folder, index, settings, parts)
     began = run.state.step
     train(run)
-    finish(run, config)
+    finish(run, config, ())
     weights = full_state(run.engine, world)
     if world.is_main:
         torch.save(weights, folder.root / "state.pt")

@@ -70,10 +70,11 @@ class Processes:
 
     _numbers = itertools.count()
 
-    def __init__(self, script: str, arguments: list[str], count: int, cwd: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def __init__(self, script: str, arguments: list[str], count: int, cwd: Path, port: int | None):
+        if port is None:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
         number = next(self._numbers)
         self.all = []
         for rank in range(count):
@@ -119,8 +120,8 @@ def starter(cwd: Path) -> Iterator[Callable[..., Processes]]:
     """start(recipe, 'key=value', ...) -> Processes of run.py; what is left running at the end is killed."""
     started: list[Processes] = []
 
-    def start(*arguments: Path | str, processes: int = 2, script: str = RUN) -> Processes:
-        started.append(Processes(script, [str(argument) for argument in arguments], processes, cwd))
+    def start(*arguments: Path | str, processes: int = 2, script: str = RUN, port: int | None = None) -> Processes:
+        started.append(Processes(script, [str(argument) for argument in arguments], processes, cwd, port))
         return started[-1]
 
     try:

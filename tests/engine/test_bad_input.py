@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -95,6 +96,14 @@ def test_a_gpu_that_is_not_there(recipe: Path, tmp_path: Path):
     assert run.returncode == 1
     assert "finds no usable GPU: check nvidia-smi" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_port_on_which_another_run_listens(recipe: Path, start: Callable[..., Any]):
+    """The launchers give every run the same one."""
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        output = refused(start(recipe, processes=1, port=port))
+    assert f"port {port} is taken, by another run on this machine it seems: give this one another" in output
 
 
 def test_two_runs_writing_one_folder(recipe: Path, start: Callable[..., Any], tmp_path: Path):

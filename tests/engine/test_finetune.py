@@ -29,6 +29,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "partial": {"start": {"trained_blocks": 1}},
     "probe": {**PROBE, "average": {"momentum": 0.9}},
     "scratch-token": {"model": {"position": "sincos"}, "head": {"classes": CLASSES, "pool": "token"}},
+    "scratch-bias": {"model": {"position": "bias"}},
 }
 LARS = {**PROBE, "optim": {"name": "lars", "base_lr": 10.0, "weight_decay": 0.0}}
 
@@ -136,7 +137,7 @@ def test_what_is_frozen_stays_and_all_else_moves(stage: str, job: str, trained: 
 def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable[..., Any]):
     folder, _ = trained("zero3")
     with pytest.raises(ValueError, match="is of a classifier, not of a pretraining") as error:
-        read_source(folder / "tuned" / "whole")
+        read_source(folder / "tuned" / "whole" / "checkpoints" / f"step_{STEPS:08d}")
     assert str(encoder) in str(error.value)
 
 

@@ -86,7 +86,9 @@ def test_killed_and_continued_ends_with_the_same_bits(
     killed.kill()
     assert not (tmp_path / "runs" / "tuned" / "model.safetensors").exists(), "the run ended before it was killed"
     encoder.rename(tmp_path / encoder.name)
-    assert "continues from step_00000010" in start(tuning, "val.every=3", script=CLASSIFY).finish()
+    said = start(tuning, "val.every=3", script=CLASSIFY).finish()
+    assert "continues from step_00000010" in said
+    assert "from scratch" not in said
     (tmp_path / encoder.name).rename(encoder)
     assert_same_run(whole, tmp_path / "runs" / "tuned")
     (measured,) = read_metrics(tmp_path / "runs" / "tuned" / "evaluation.jsonl")

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ def _install() -> str | None:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This project in another folder, so that jobs leave their logs there."""
     project = tmp_path_factory.mktemp("project")
-    for name in ("data", "pretrain", "ds_configs"):
+    for name in ("data", "pretrain", "downstream", "ds_configs"):
         (project / name).symlink_to(ROOT / name)
     (project / "slurm").mkdir()
     for script in (ROOT / "slurm").glob("*.sh"):
@@ -87,27 +87,60 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def recipe(tmp_path_factory: pytest.TempPathFactory, project: Path) -> Path:
-    """A small LoMaR on 60 pictures, packed by our own command; two ranks train it in a few seconds."""
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """61 pictures of two classes, packed by our own command."""
     pictures, shards = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
-    for number in range(60):
+    for number in range(61):
+        folder = pictures / ("odd" if number % 2 else "even")
+        folder.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((112, 96)).save(pictures / f"{number:02d}.jpg")
+        Image.fromarray(pixels).resize((112, 96)).save(folder / f"{number:02d}.jpg")
     subprocess.run(
         [sys.executable, "-m", "data.pack", str(pictures), str(shards)], cwd=ROOT, check=True, capture_output=True
     )
-    keys = {
-        "name": "tiny",
-        "runs": str(project / "runs"),
-        "method": {"name": "lomar", "windows": 2, "window": 3},
-        "model": {"arch": "vit_tiny"},
-        "data": {"shards": str(shards), "workers": 1},
-        "optim": {"warmup_epochs": 1, "base_lr": 1e-2},
-        "train": {"epochs": 12, "batch": 8, "precision": "fp32"},
-        "checkpoint": {"every": 10},
-        "log": {"every": 1, "panel_images": 2},
-    }
-    path = project / "tiny.yaml"
-    path.write_text(yaml.safe_dump(keys))
-    return path
+    return shards
+
+
+@pytest.fixture(scope="session")
+def write_recipe(project: Path, shards: Path) -> Callable[..., Path]:
+    """write_recipe(name, key=section) -> a small recipe that two ranks train in a few seconds."""
+
+    def write(name: str, **sections: object) -> Path:
+        keys = {
+            "name": name,
+            "runs": str(project / "runs"),
+            "model": {"arch": "vit_tiny"},
+            "data": {"shards": str(shards), "workers": 1},
+            "optim": {"warmup_epochs": 1, "base_lr": 1e-2},
+            "checkpoint": {"every": 10},
+            **sections,
+        }
+        path = project / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(keys))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def recipe(write_recipe: Callable[..., Path]) -> Path:
+    """A LoMaR."""
+    return write_recipe(
+        "tiny",
+        method={"name": "lomar", "windows": 2, "window": 3},
+        train={"epochs": 12, "batch": 8, "precision": "fp32"},
+        log={"every": 1, "panel_images": 2},
+    )
+
+
+@pytest.fixture(scope="session")
+def tuning(write_recipe: Callable[..., Path], shards: Path) -> Path:
+    """A classifier, measured after each of its epochs."""
+    return write_recipe(
+        "tuning",
+        head={"classes": 2, "drop_path": 0.1},
+        val={"shards": str(shards)},
+        train={"epochs": 4, "batch": 8, "precision": "fp32"},
+        log={"every": 1},
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ STEPS = 12 * 7
 ODD = "data.size=[64, 80]"  # a space and brackets must reach the trainer as one argument
 
 
-def submit(cluster: Cluster, recipe: Path, *overrides: str, ranks: int = 1) -> Job:
+def submit(
+    cluster: Cluster, recipe: Path, *overrides: str, ranks: int = 1, script: str = "slurm/pretrain_vitb.sh"
+) -> Job:
     """Two nodes without GPUs."""
     shape = ["--nodes=2", f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "--cpus-per-task=1"]
-    return cluster.submit(*shape, f"--export=ALL,RECIPE={recipe}", "slurm/pretrain_vitb.sh", ODD, *overrides)
+    return cluster.submit(*shape, f"--export=ALL,RECIPE={recipe}", script, ODD, *overrides)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -111,6 +114,21 @@ def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Clust
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "137:0"), job.logs()
     assert "a rank ended with exit code 137" in job.logs()
     check_same_end(submit(cluster, recipe, "name=killed"), folder, whole, restarts=0)
+
+
+def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, tuning: Path, whole: Path) -> None:
+    """From the encoder that a job here has pretrained; on an odd number of images, each of which counts once."""
+    start, folder = f"start.checkpoint={whole}", cluster.project / "runs" / "tuned"
+    job = submit(cluster, tuning, start, "name=tuned", script="slurm/finetune_in1k.sh")
+    wait_step(job, folder, 2)
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    end = job.wait_end()
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), job.logs()
+    assert re.search(r"stopped by a signal, and requeued(?s:.*)continues from step_", job.logs()), job.logs()
+    assert [row["step"] for row in rows(folder)] == list(range(1, 4 * 7 + 1))
+    measured = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["images"]) for row in measured] == [(7 * epoch, 61) for epoch in range(1, 5)]
+    assert load_file(folder / "model.safetensors")["head.weight"].shape == (2, 192)
 
 
 def rank_process(rank: int, argument: str) -> int:
