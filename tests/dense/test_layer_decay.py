@@ -112,7 +112,7 @@ def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
 
 @pytest.mark.parametrize("paramwise", [None, {}, {"layer_decay": 0.5, "bias_lr_mult": 2}, {"decay_rate": 0.5}])
 def test_other_options_are_refused(paramwise):
-    with pytest.raises(ValueError, match="needs optim_wrapper.paramwise_cfg"):
+    with pytest.raises(ValueError, match=r"needs optim_wrapper\.paramwise_cfg"):
         optim_module.LayerDecay({"optimizer": {"type": "AdamW", "lr": 1.0}}, paramwise)
 
 
