@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.model import BaseModule
 from mmengine.optim import AmpOptimWrapper, MultiStepLR, OptimWrapper, build_optim_wrapper
+from mmengine.optim.optimizer import amp_optimizer_wrapper
 
 from downstream.dense import optim as optim_module
 from downstream.dense.backbone import PlainViT
@@ -87,7 +88,8 @@ def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
     model = Detector()
     optimizer = {"type": "AdamW", "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.2}
     options = {"dtype": "bfloat16"} if kind == "AmpOptimWrapper" else {}
-    with patch.object(torch.cuda, "is_available", lambda: True):  # else mmengine refuses AMP
+    # mmengine refuses AMP without a GPU.
+    with patch.object(amp_optimizer_wrapper, "is_cuda_available", lambda: True):
         wrapper = build_optim_wrapper(
             model,
             {
