@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from downstream.dense import loading
 from downstream.dense.backbone import PlainViT
-from downstream.dense.convolution import parallel_branch
+from downstream.dense.convolution import on_grid, parallel_branch
 from downstream.dense.loading import compare_features, load_start
 from downstream.weights import features, load_encoder, max_difference
 from pretrain.models.vit import ARCHS, Arch, ViT
@@ -115,6 +115,22 @@ def test_loading_fills_everything_but_what_pretraining_has_not(kind: str, conv: 
     assert "cls_token" not in report.used
     assert ("pos_embed" in report.resized) == (kind == "sincos")
     assert bool(fresh) == (conv or kind == "sincos")
+
+
+def test_the_class_token_of_the_backbone_is_compared_too(tmp_path: Path):
+    path = encoder_file(tmp_path)
+    backbone = whole()
+    load_start(backbone, str(path), None)
+    backbone.cls_token.data += 1
+    assert compare_features(backbone, load_encoder(path)[0]) > 1e-4
+
+
+@torch.no_grad()
+def test_convolutions_leave_the_class_token_out():
+    x = torch.randn(2, 1 + 30, 16, generator=torch.Generator().manual_seed(2))
+    out = on_grid(nn.Identity(), x, (5, 6))
+    assert not out[:, 0].any()
+    assert torch.equal(out[:, 1:], x[:, 1:])
 
 
 def test_the_report_is_logged(tmp_path: Path):

@@ -25,6 +25,7 @@ def one_thread() -> Iterator[None]:
 
 
 def build(kind: str, grid: tuple[int, int], dim: int = 12, heads: int = 2) -> GridAttention:
+    torch.manual_seed(0)
     plain = RelativeAttention(dim, heads) if kind == "relative" else DecomposedAttention(dim, heads, grid)
     return randomized(plain)
 
