@@ -121,7 +121,7 @@ def test_the_class_token_of_the_backbone_is_compared_too(tmp_path: Path):
     path = encoder_file(tmp_path)
     backbone = whole()
     load_start(backbone, str(path), None)
-    backbone.cls_token.data += 1
+    backbone.cls_token.data[..., ::2] += 1  # to the same on all channels, norms are blind
     assert compare_features(backbone, load_encoder(path)[0]) > 1e-4
 
 
