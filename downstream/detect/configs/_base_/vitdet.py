@@ -21,7 +21,14 @@ heads; gradients are not clipped.
 """
 
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::common/lsj-100e_coco-instance.py"]
-custom_imports = dict(imports=["downstream.dense.backbone", "downstream.dense.optim", "downstream.detect.pyramid"])
+custom_imports = dict(
+    imports=[
+        "downstream.dense.backbone",
+        "downstream.dense.optim",
+        "downstream.detect.proposals",
+        "downstream.detect.pyramid",
+    ]
+)
 
 data_root = "data/coco/"
 classes = None  # those of COCO
@@ -45,7 +52,7 @@ model = dict(
         drop_path=0.1,
     ),
     neck=dict(_delete_=True, type="SimpleFeaturePyramid", in_channels=768, out_channels=256),
-    rpn_head=dict(num_convs=2),
+    rpn_head=dict(type="FloatRPNHead", num_convs=2),
     roi_head=dict(
         bbox_head=dict(type="Shared4Conv1FCBBoxHead", conv_out_channels=256, norm_cfg=norm),
         mask_head=dict(norm_cfg=norm),
