@@ -57,19 +57,6 @@ def check(cfg: Any, splits: Sequence[str] = ("train", "val")) -> list[str]:
     return lines
 
 
-def describe_batch(cfg: Any, ranks: int) -> str:
-    """How many images a step has, and what to change where the config's learning rate is for another number."""
-    batch, accumulation = cfg.train_dataloader.batch_size, cfg.optim_wrapper.get("accumulative_counts", 1)
-    step, meant = ranks * batch * accumulation, cfg.auto_scale_lr.base_batch_size
-    line = f"a step is {ranks} ranks x {batch} x {accumulation} micro-batches = {step} images"
-    if step == meant:
-        return line
-    fitting, rest = divmod(meant, ranks * batch)
-    change = f"optim_wrapper.accumulative_counts={fitting}, or " if fitting and not rest else ""
-    rate = cfg.optim_wrapper.optimizer.lr
-    return f"{line}, and lr={rate:g} is for {meant}: give {change}another optim_wrapper.optimizer.lr"
-
-
 def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     kind = DATASETS.get(dataset.type)
     if kind is None or not issubclass(kind, CocoDataset):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from downstream.detect.checks import describe_batch
 from downstream.detect.settings import spread_settings
 from pretrain.models.vit import ARCHS
 
@@ -87,7 +86,6 @@ def test_head_says_what_the_config_does(name: str):
     assert (batch, accumulation) == (cfg.train_dataloader.batch_size, cfg.optim_wrapper.accumulative_counts)
     assert images == (32 if name.endswith("24gb") else 64)
     assert "Not run by us" in " ".join(head.split())
-    assert "give" not in describe_batch(cfg, ranks)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,12 +151,3 @@ def test_classes_that_are_no_names(classes: object):
     cfg.classes = classes
     with pytest.raises(ValueError, match="classes="):
         spread_settings(cfg)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "advice"), [(8, None), (16, "accumulative_counts=1,"), (4, "accumulative_counts=4,"), (3, "give another")]
-)
-def test_batch_and_rate(ranks: int, advice: str | None):
-    said = describe_batch(load("vitdet_vitb_lomar_25ep"), ranks)
-    assert f"= {ranks * 8} images" in said
-    assert ("give" not in said) if advice is None else (advice in said and "lr=0.0001 is for 64" in said)

@@ -104,4 +104,4 @@ train_cfg = dict(max_epochs=25, val_interval=5)
 
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))  # save_best="coco/segm_mAP" keeps the best as well
 visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
-randomness = dict(seed=0, diff_rank_seed=True)  # ranks that drew the same drop path would be one
+randomness = dict(seed=0)
