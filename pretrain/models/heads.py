@@ -23,8 +23,7 @@ class SyncBatchNorm(nn.Module):
 
     Unless `affine`, a learned scale and shift do not follow.
 
-    Every rank must have the same number of rows. In eval mode rows are normalised by the running statistics, which a
-    batch that is not finite leaves alone.
+    In eval mode rows are normalised by the running statistics, which a batch that is not finite leaves alone.
     """
 
     running_mean: Tensor
@@ -43,9 +42,8 @@ class SyncBatchNorm(nn.Module):
         if not self.training:
             mean, var = self.running_mean, self.running_var
         else:
-            world = dist.get_world_size() if dist.is_initialized() else 1
-            rows = len(x) * world
-            mean = _sum_over_ranks(x.sum(0)) / rows
+            total = _sum_over_ranks(torch.cat([x.sum(0), x.new_full((1,), len(x))]))  # ranks may differ in their rows
+            mean, rows = total[:-1] / total[-1], total[-1].detach()
             var = _sum_over_ranks((x - mean).square().sum(0)) / rows
             self._follow(mean.detach(), var.detach() * rows / (rows - 1))
         x = (x - mean) * (var + self.eps).rsqrt()

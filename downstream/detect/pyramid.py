@@ -1,0 +1,58 @@
+"""ViTDet's simple feature pyramid: five maps out of the backbone's last one."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+# For `norm_cfg=dict(type="LN2d")` of heads: layer norm over the channels of (B, C, H, W).
+MODELS.register_module(name="LN2d", module=LayerNorm2d)
+
+
+@MODELS.register_module()
+class SimpleFeaturePyramid(BaseModule):
+    """Maps of a quarter, an eighth, a 16th, a 32nd and a 64th of the image, where a patch has 16 pixels.
+
+    Each scale has layers of its own: transposed convolutions up, a pool down, then a 1x1 and a 3x3 convolution, each
+    with a layer norm. The last map is the one before it, subsampled, as the region proposals want it.
+
+    Args:
+        in_channels: of the backbone's map, divided by 4.
+        out_channels: of all maps.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int = 256):
+        super().__init__()
+        half, quarter = in_channels // 2, in_channels // 4
+        up4: list[nn.Module] = [
+            nn.ConvTranspose2d(in_channels, half, 2, 2),
+            LayerNorm2d(half),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, quarter, 2, 2),
+        ]
+        up2: list[nn.Module] = [nn.ConvTranspose2d(in_channels, half, 2, 2)]
+        # A map of odd sides keeps its last row and column.
+        down2: list[nn.Module] = [nn.MaxPool2d(2, ceil_mode=True)]
+        scales = [(up4, quarter), (up2, half), ([], in_channels), (down2, in_channels)]
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                *resample,
+                nn.Conv2d(channels, out_channels, 1, bias=False),
+                LayerNorm2d(out_channels),
+                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                LayerNorm2d(out_channels),
+            )
+            for resample, channels in scales
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The backbone's one map, (B, D, h, w), in a tuple -> (B, out_channels, ...) of 4h, 2h, h, h/2, h/4 rows.
+
+        Halves are rounded up.
+        """
+        (last,) = maps
+        pyramid = [scale(last) for scale in self.scales]
+        return (*pyramid, F.max_pool2d(pyramid[-1], 1, 2))
