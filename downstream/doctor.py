@@ -65,8 +65,9 @@ import deepspeed
 print(json.dumps({"version": deepspeed.__version__}))
 """
 MMCV = """
-import torch, mmcv
+import mmcv
 from mmcv.ops import nms
+import torch
 boxes, scores = torch.tensor([[0., 0, 4, 4], [0, 0, 4, 4]]), torch.tensor([0.2, 0.9])
 on = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 print(json.dumps({"version": mmcv.__version__, "on": on,
@@ -173,7 +174,7 @@ def check_torchvision() -> Iterator[Finding]:
     wanted = ""
     if installed("torchvision"):
         needs = importlib.metadata.requires("torchvision") or []
-        wanted = next((need for need in needs if re.match(r"torch *==", need)), "")
+        wanted = next((need for need in needs if re.match(r"torch\W*==", need)), "")
     if error:
         hint = f" (it wants {wanted})" if wanted else ""
         yield Finding("problem", "torchvision", error + hint, "pip install -c constraints.txt torch torchvision")

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from downstream.dense.checks import check_exists, check_ops, find_missing, first_names, is_local
 from downstream.detect.boxes import BoxCounts, count_boxes
-from downstream.detect.settings import annotation_file, datasets, image_folder
+from downstream.detect.settings import annotation_file, class_names, datasets, image_folder
 
 OPENED_IMAGES = 16
 NEEDED = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"), "annotations": ("id",)}
@@ -65,7 +65,7 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     if not is_local(path):
         return f"{path} is not on this machine and not checked"
     found = read_annotations(key, path)
-    classes = tuple((dataset.get("metainfo") or {}).get("classes") or kind.METAINFO["classes"])
+    classes = class_names(dataset, kind)
     check_classes(found, classes)
     check_heads(cfg, key, classes)
     if split != "train":
