@@ -50,7 +50,7 @@ def load(name: str, changes: list[str], configs: Path, spread: Callable[[Config]
     `spread` then puts what the configuration says once wherever else it belongs.
 
     Beside the configuration's own keys there are: `checkpoint=FILE` (short for model.backbone.checkpoint),
-    `engine=zero0|zero1|zero2|zero3|FILE`, `precision=fp32|bf16`, `resume=false` and `test=FILE`.
+    `engine=zero1|zero2|zero3|FILE`, `precision=fp32|bf16`, `resume=false` and `test=FILE`.
 
     Raises:
         ValueError: no such configuration or key, or a value of another type than the configuration's.

@@ -30,7 +30,8 @@ class PlaceHook(Hook):
     priority = "LOWEST"  # a missed evaluation is measured when all other hooks are ready
 
     def __init__(self, seed: int, trained_as: dict[str, Any], strict: bool, continues: bool):
-        self.seed, self.trained_as, self.strict, self.continues = seed, trained_as, strict, continues
+        self.seed, self.strict, self.continues = seed, strict, continues
+        self.trained_as = dict(trained_as)  # no mmengine type: it is saved
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError, naming what differs, where the checkpoint is of another training or model."""

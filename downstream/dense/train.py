@@ -154,8 +154,11 @@ def _settings(cfg: Config, engine: str, world: World) -> dict[str, Any]:
         raise ValueError(f"optim_wrapper.clip_grad={clip}: with engine= gradients are clipped by their norm of type 2")
     if cfg.get("compile"):
         raise ValueError("compile is for the plain Runner: delete it, or leave out engine=")
+    keys = read_ds_config(engine, "engine", _OWNED)
+    if not zero_stage(keys):
+        raise ValueError(f"{engine} is of ZeRO stage 0, which partitions nothing, as the plain Runner: leave out engine=")
     return complete(
-        read_ds_config(engine, "engine", _OWNED),
+        keys,
         micro_batch=cfg.train_dataloader.batch_size,
         accumulation=cfg.optim_wrapper.accumulative_counts,
         world_size=world.size,

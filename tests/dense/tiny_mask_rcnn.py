@@ -40,10 +40,9 @@ train_dataloader = dict(
 )
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.1),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(roi_head=dict(lr_mult=0.5))),
-)
+val_evaluator = dict(outfile_prefix=None)
+test_evaluator = val_evaluator
+optim_wrapper = dict(constructor="TwoRates", optimizer=dict(_delete_=True, type="AdamW", lr=1e-3, weight_decay=0.1))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=3),
     dict(type="MultiStepLR", by_epoch=True, milestones=[1], gamma=0.5),
