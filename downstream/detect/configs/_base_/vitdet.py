@@ -82,7 +82,7 @@ val_dataloader = dict(num_workers=4, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 # bf16 needs no loss scale, having the range of fp32, and its autocast keeps weights, norms, gradients and AdamW's
-# states in fp32; a gradient that is not finite refuses the step. detectron2 trained in fp16 for want of it.
+# states in fp32; a gradient that is not finite refuses the step. detectron2's recipe is in fp16.
 optim_wrapper = dict(
     _delete_=True,
     type="AmpOptimWrapper",
