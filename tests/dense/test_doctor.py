@@ -157,7 +157,7 @@ def test_torchvision_that_kills_its_process(fake: Callable[[dict[str, str]], Pat
     found = only(list(doctor.check_torchvision()))
     assert found.status == "problem"
     assert "crashed with signal 11" in found.found
-    assert "torch==2.11.0" in found.found
+    assert "it wants torch (==2." in found.found
 
 
 def test_setuptools_and_tools(monkeypatch: pytest.MonkeyPatch):
