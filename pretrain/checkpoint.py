@@ -70,6 +70,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, world: World, config: CheckpointConfig):
         self.folder, self.world, self.config = folder, world, config
+        folder.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
         """The finished checkpoints, newest first."""
@@ -90,7 +91,7 @@ class Checkpoints:
                 average.save(aside / name)
             except OSError as error:
                 files.failure = error
-        problem = self._first_problem(str(files.failure) if files.failure else None)
+        problem = first_problem(str(files.failure) if files.failure else None)
         if problem is None:
             problem = self._publish(aside / name, state)
         if self.world.is_main:
@@ -102,15 +103,15 @@ class Checkpoints:
         problem = None
         if self.world.is_main:
             try:
-                _write_durably(written / _MANIFEST, json.dumps({"state": asdict(state), "files": sums}, indent=1))
+                write_durably(written / _MANIFEST, json.dumps({"state": asdict(state), "files": sums}, indent=1))
                 if (self.folder / written.name).exists():  # the same step again, after a fallback to an older one
                     shutil.rmtree(self.folder / written.name)
                 os.replace(written, self.folder / written.name)
-                _write_durably(self.folder / "latest", written.name)
+                write_durably(self.folder / "latest", written.name)
                 self._delete_old()
             except OSError as error:
                 problem = str(error)
-        return self._first_problem(problem)
+        return first_problem(problem)
 
     def _delete_old(self) -> None:
         keep_every = self.config.keep_every
@@ -126,7 +127,7 @@ class Checkpoints:
         """
         names = self.names()
         for name in names:
-            problem = self._first_problem(self._damage(self.folder / name))
+            problem = first_problem(self._damage(self.folder / name))
             if problem is None:
                 manifest = json.loads((self.folder / name / _MANIFEST).read_text())
                 return name, TrainState(**manifest["state"])
@@ -180,7 +181,7 @@ class Checkpoints:
             for path in (self.folder / name).glob("*.pt"):  # the converter unpickles what it is given
                 GuardedFiles().load(str(path))
             problem = convert(self.folder / name, converted / name)
-        problem = self._first_problem(problem)
+        problem = first_problem(problem)
         if problem:
             raise ValueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
         load_universal(engine, converted, name)
@@ -191,11 +192,12 @@ class Checkpoints:
     def _share(self, folder: Path) -> list[Path]:
         return sorted(folder.iterdir())[self.world.rank :: self.world.size]
 
-    def _first_problem(self, mine: str | None) -> str | None:
-        """The same answer on all ranks: the first rank's problem, if any has one."""
-        problems = [None] * self.world.size
-        dist.all_gather_object(problems, mine)
-        return next((p for p in problems if p), None)
+
+def first_problem(mine: str | None) -> str | None:
+    """The same answer on all ranks: the first rank's problem, if any has one."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, mine)
+    return next((p for p in problems if p), None)
 
 
 def check_continues(state: TrainState, now: TrainState) -> None:
@@ -244,7 +246,7 @@ def _size_and_sum(path: Path) -> list[int]:
     return [size, total]
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     """Replaces a file's content at once: a reader, or a crash, sees the old or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:

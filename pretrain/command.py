@@ -7,17 +7,17 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from pretrain.config import RunConfig
 from pretrain.faults import Diverged, Stopped, watch_signals
 from pretrain.launch import World, find_world, leave
 
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+AnyConfig = TypeVar("AnyConfig")
 
 
 def main(
     description: str | None,
     load: Callable[[str, list[str]], AnyConfig],
     train: Callable[[AnyConfig, World], None],
+    recipe: str = "RECIPE",
 ) -> NoReturn:
     """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise.
 
@@ -25,11 +25,12 @@ def main(
         description: of the command, for --help.
         load: (recipe, overrides) -> the checked configuration.
         train: the whole run, on all ranks.
+        recipe: what --help calls the first argument.
     """
     watch_signals()
     try:
         world = find_world()
-        config = load(*_parse(description))
+        config = load(*_parse(description, recipe))
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # the same on every rank
             print(f"error: {error}", file=sys.stderr)
@@ -48,9 +49,9 @@ def main(
     leave(0)
 
 
-def _parse(description: str | None) -> tuple[str, list[str]]:
+def _parse(description: str | None, recipe: str) -> tuple[str, list[str]]:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("recipe", metavar=recipe)
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     options = parser.parse_args()

@@ -28,8 +28,13 @@ OWNED = {
 }
 
 
-def read_ds_config(name: str) -> dict[str, Any]:
+def read_ds_config(name: str, asked: str = "train.ds_config", owned: dict[str, str] = OWNED) -> dict[str, Any]:
     """The engine keys of a file, given as a path from here or from the project's root.
+
+    Args:
+        name: of the file.
+        asked: the key that named it.
+        owned: what may not stand in it, and the keys of the recipe that set that.
 
     Raises:
         ValueError: no such file, not JSON, or a key that the recipe owns.
@@ -37,14 +42,14 @@ def read_ds_config(name: str) -> dict[str, Any]:
     path = next((p for p in (Path(name), _ROOT / name) if p.is_file()), None)
     if path is None:
         shipped = ", ".join(sorted(f"ds_configs/{p.name}" for p in (_ROOT / "ds_configs").glob("*.json")))
-        raise ValueError(f"train.ds_config={name!r} is no file; shipped: {shipped}")
+        raise ValueError(f"{asked}={name!r} is no file; shipped: {shipped}")
     try:
         keys: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     for key in keys:
-        if key in OWNED:
-            raise ValueError(f"{path} sets {key}, which the recipe owns: delete it there and set {OWNED[key]}")
+        if key in owned:
+            raise ValueError(f"{path} sets {key}, which the recipe owns: delete it there and set {owned[key]}")
     return keys
 
 
@@ -62,14 +67,28 @@ def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
             f"train.batch={train.batch} is not divided by {world_size} ranks x train.accumulation="
             f"{train.accumulation}; the nearest batches are {near} and {near + micro_batches}"
         )
+    return complete(
+        read_ds_config(train.ds_config),
+        micro_batch=train.batch // micro_batches,
+        accumulation=train.accumulation,
+        world_size=world_size,
+        clip_grad=config.optim.clip_grad,
+        bf16=train.precision == "bf16",
+    )
+
+
+def complete(
+    keys: dict[str, Any], *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, bf16: bool
+) -> dict[str, Any]:
+    """The engine keys of a file together with what the recipe owns; what has silent defaults is written out."""
     return {
-        "train_batch_size": train.batch,
-        "train_micro_batch_size_per_gpu": train.batch // micro_batches,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optim.clip_grad,  # DeepSpeed's default is 1.0
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_grad,  # DeepSpeed's default is 1.0
         # Autocast rather than DeepSpeed's bf16 mode: parameters, norms and their gradients stay fp32 in every stage.
         "torch_autocast": {
-            "enabled": train.precision == "bf16",
+            "enabled": bf16,
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],  # gradients are summed over ranks and micro-batches in fp32
         },
@@ -79,7 +98,7 @@ def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
-        **read_ds_config(train.ds_config),
+        **keys,
     }
 
 

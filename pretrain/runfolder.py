@@ -41,7 +41,7 @@ class RunFolder:
         self.model_ema = root / "model_ema.safetensors"
 
     @contextlib.contextmanager
-    def owned(self, is_main: bool = True, patience: float = 10) -> Iterator[None]:
+    def owned(self, is_main: bool = True, patience: float = 10, named_by: str = "name") -> Iterator[None]:
         """Makes the folder and holds it: the kernel frees the lock when this process ends, however it does.
 
         The main rank does, for all ranks of a run.
@@ -54,7 +54,7 @@ class RunFolder:
         if not is_main:
             yield
             return
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+") as lock:
             deadline = time.monotonic() + patience
             while not _try_lock(lock.fileno()):
@@ -62,7 +62,7 @@ class RunFolder:
                 owner = lock.read().strip()
                 if time.monotonic() > deadline:
                     raise ValueError(
-                        f"{self.root} is being written by another run ({owner}): give this one another name="
+                        f"{self.root} is being written by another run ({owner}): give this one another {named_by}="
                     )
                 print(f"waiting for {self.root}: {owner} still writes it", file=sys.stderr, flush=True)
                 time.sleep(5)

@@ -1,0 +1,94 @@
+"""Trainings of a tiny Mask R-CNN, one after the other in the ranks of one launch: a start costs more than a training.
+
+As a script this is one rank. A job is a list of changes, as a user writes them behind CONFIG; `stop=N` among them sends
+one rank a signal before iteration N. What a job was refused for, or stopped with, is in the work_dir's `said.txt`.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONFIG = Path(__file__).parent / "tiny_mask_rcnn.py"
+
+
+def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]], processes: int = 2) -> None:
+    """Each job in its work_dir `folder`/<name>, unless it names another."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    start(folder, script=__file__, processes=processes).finish(timeout=400)
+
+
+def main(folder: Path) -> None:
+    import torch
+
+    from pretrain import faults
+    from pretrain.launch import find_world, leave, start
+
+    faults.watch_signals()
+    world = find_world()
+    start(world)
+    from mmengine.hooks import Hook
+    from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
+    from yapf.yapflib import yapf_api
+
+    from downstream.dense.command import load
+    from downstream.dense.train import run
+    from downstream.detect.checks import check
+    from downstream.detect.settings import spread_settings
+
+    # A configuration is laid out for readers whenever it is logged or saved, which takes longer than these trainings.
+    yapf_api.FormatCode = lambda text, **style: (text, False)
+
+    @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+    class TwoRates:
+        """The heads learn at half the rate."""
+
+        def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):
+            self.wrapper = dict(optim_wrapper_cfg)
+
+        def __call__(self, model: Any) -> Any:
+            model = getattr(model, "module", model)
+            groups: dict[float, list[Any]] = {1.0: [], 0.5: []}
+            for name, parameter in model.named_parameters():
+                groups[0.5 if name.startswith("roi_head") else 1.0].append(parameter)
+            optimizer = dict(self.wrapper.pop("optimizer"))
+            groups_ = [{"params": params, "lr": optimizer["lr"] * scale} for scale, params in groups.items()]
+            optimizer = OPTIMIZERS.build({**optimizer, "params": groups_})
+            return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": optimizer})
+
+    @HOOKS.register_module()
+    class SignalHook(Hook):
+        """A scheduler's signal, which reaches one rank before the other."""
+
+        priority = "VERY_HIGH"
+
+        def __init__(self, before: int):
+            self.before = before
+
+        def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+            if runner.iter == self.before and runner.rank == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    for name, changes in json.loads((folder / "jobs.json").read_text()).items():
+        faults._received.clear()
+        stop = [int(change.removeprefix("stop=")) for change in changes if change.startswith("stop=")]
+        work_dir = [f"work_dir={folder / name}"] if not any(c.startswith("work_dir=") for c in changes) else []
+        changes = [change for change in changes if not change.startswith("stop=")]
+        job = load(str(CONFIG), [f"data_root={folder}/coco/", *work_dir, *changes], CONFIG.parent, spread_settings)
+        job.cfg.experiment_name = name  # mmengine keeps what one run logged for the next of that name
+        job.cfg.custom_hooks = [{"type": "SignalHook", "before": before} for before in stop]
+        said = Path(folder / f"{name}-rank{world.rank}.txt")
+        said.write_text("")
+        try:
+            run(job, world, check)
+        except (ValueError, OSError, faults.Stopped) as words:
+            said.write_text(str(words))
+        torch.distributed.barrier()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
