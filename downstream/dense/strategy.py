@@ -66,7 +66,7 @@ class ZeroModel(MMDeepSpeedEngineWrapper):
 
     def __init__(self, engine: Any, predictor: nn.Module):
         super().__init__(model=engine)
-        self.predictor = predictor
+        self.predictor: Any = predictor
 
     def train(self, mode: bool = True) -> "ZeroModel":
         self.model.train(mode)
@@ -109,19 +109,18 @@ class ZeroStrategy(BaseStrategy):
         *,
         optim_wrapper: Any = None,
         param_scheduler: Any = None,
-        compile: Any = False,  # noqa: A002 - mmengine's name
+        compile: Any = False,
         dispatch_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Model, optimiser and schedules for `FlexibleRunner.train`; all ranks together."""
-        assert optim_wrapper is not None and not compile
+        assert optim_wrapper is not None, "evaluations are the plain Runner's"
         self.dispatch_kwargs.update(dispatch_kwargs or {})
         model = self._init_model_weights(self.build_model(model))
+        assert isinstance(model, nn.Module)
         if self.start:
             # Before the engine copies or cuts up the parameters.
             _load_checkpoint_to_model(model, _load_checkpoint(self.start, map_location="cpu"))
-        self.optim_wrapper = self.build_optim_wrapper(
-            {**_of_engine(optim_wrapper), "type": "ZeroOptimWrapper"}, model
-        )
+        self.optim_wrapper = self.build_optim_wrapper({**_of_engine(optim_wrapper), "type": "ZeroOptimWrapper"}, model)
         optimizer = self.optim_wrapper.optimizer
         optimizer.param_groups = _trainable(optimizer.param_groups)
         stage3 = self.settings.get("zero_optimization", {}).get("stage", 0) == 3
@@ -166,7 +165,7 @@ class ZeroStrategy(BaseStrategy):
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
                 problem = str(error)
         if problem := first_problem(problem):
-            raise OSError(f"checkpoint {filename} could not be written: {problem}")
+            raise OSError(problem)
 
     def _save_engine(self, folder: Path) -> str | None:
         engine = self.model.model
