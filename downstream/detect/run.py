@@ -1,4 +1,4 @@
-"""Trains a detector: `deepspeed downstream/detect/run.py CONFIG checkpoint=FILE [KEY=value ...]`, also by other launchers.
+"""Trains a detector: `deepspeed downstream/detect/run.py CONFIG checkpoint=FILE [KEY=value ...]`, or by others.
 
 CONFIG is an mmengine configuration or the name of one in downstream/detect/configs. A training that was stopped
 continues when the same command is given again; with test=FILE a checkpoint is evaluated instead.

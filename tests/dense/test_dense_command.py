@@ -1,5 +1,6 @@
 """The command line of trainings on mmengine, without any training."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ def test_defaults():
     ],
 )
 def test_refused_change(change: str, words: str):
-    with pytest.raises(ValueError, match=".") as refusal:
+    with pytest.raises(ValueError, match=re.escape(words)):
         load_here(change)
-    assert words in str(refusal.value)
 
 
 def test_refused_configuration(tmp_path: Path):
@@ -88,7 +88,9 @@ def test_learning_rate_counts_accumulation(enable: str, rate: float):
     from downstream.dense.train import _scale_lr
     from pretrain.launch import World
 
-    cfg = load_here("optim_wrapper.accumulative_counts=4", "train_dataloader.batch_size=3", f"auto_scale_lr.enable={enable}").cfg
+    cfg = load_here(
+        "optim_wrapper.accumulative_counts=4", "train_dataloader.batch_size=3", f"auto_scale_lr.enable={enable}"
+    ).cfg
     said = _scale_lr(cfg, World(0, 2, 0))
     assert "2 ranks x train_dataloader.batch_size=3 x optim_wrapper.accumulative_counts=4 = 24 images a step" in said
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(rate)
