@@ -70,5 +70,5 @@ def _read(filename: str, map_location: Any = None) -> Any:
         raise ValueError(
             f"{filename} holds more than tensors and plain values ({wanted[1] if wanted else error}), and is not read"
         ) from None
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{filename} is damaged or no checkpoint: {error}") from None

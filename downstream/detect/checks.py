@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from downstream.dense.checks import check_exists, check_ops, find_missing, first_names, is_local
 from downstream.detect.boxes import BoxCounts, count_boxes
-from downstream.detect.settings import annotation_file, datasets, image_folder
+from downstream.detect.settings import annotation_file, class_names, datasets, image_folder
 
 OPENED_IMAGES = 16
 NEEDED = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"), "annotations": ("id",)}
@@ -57,19 +57,6 @@ def check(cfg: Any, splits: Sequence[str] = ("train", "val")) -> list[str]:
     return lines
 
 
-def describe_batch(cfg: Any, ranks: int) -> str:
-    """How many images a step has, and what to change where the config's learning rate is for another number."""
-    batch, accumulation = cfg.train_dataloader.batch_size, cfg.optim_wrapper.get("accumulative_counts", 1)
-    step, meant = ranks * batch * accumulation, cfg.auto_scale_lr.base_batch_size
-    line = f"a step is {ranks} ranks x {batch} x {accumulation} micro-batches = {step} images"
-    if step == meant:
-        return line
-    fitting, rest = divmod(meant, ranks * batch)
-    change = f"optim_wrapper.accumulative_counts={fitting}, or " if fitting and not rest else ""
-    rate = cfg.optim_wrapper.optimizer.lr
-    return f"{line}, and lr={rate:g} is for {meant}: give {change}another optim_wrapper.optimizer.lr"
-
-
 def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     kind = DATASETS.get(dataset.type)
     if kind is None or not issubclass(kind, CocoDataset):
@@ -78,7 +65,7 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     if not is_local(path):
         return f"{path} is not on this machine and not checked"
     found = read_annotations(key, path)
-    classes = tuple((dataset.get("metainfo") or {}).get("classes") or kind.METAINFO["classes"])
+    classes = class_names(dataset, kind)
     check_classes(found, classes)
     check_heads(cfg, key, classes)
     if split != "train":

@@ -59,3 +59,8 @@ def annotation_file(dataset: Any) -> str:
 
 def image_folder(dataset: Any) -> str:
     return os.path.join(dataset.get("data_root") or "", dataset.data_prefix.get("img", ""))
+
+
+def class_names(dataset: Any, kind: Any) -> tuple[str, ...]:
+    """What the heads' numbers mean: the data set's own names, or those of its type, a class of mmdet."""
+    return tuple((dataset.get("metainfo") or {}).get("classes") or kind.METAINFO["classes"])

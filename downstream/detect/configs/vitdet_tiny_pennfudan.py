@@ -2,18 +2,29 @@
 
     python downstream/detect/run.py vitdet_tiny_pennfudan checkpoint=runs/my-run data_root=/data/pennfudan
 
-A step is 4 images, 34 steps an epoch. It is no published recipe and its AP says nothing of others; in fp32, which a
-CPU likes best.
+A step is 4 images, 34 steps an epoch. The heads are a quarter as wide as ViTDet's and see an eighth of the regions. It
+is no published recipe and its AP says nothing of others; in fp32, which a CPU likes best.
 """
 
 _base_ = ["_base_/vitdet.py"]
 
 classes = ("person",)
-size = 320
+size = 256
+width = 64
+extractor = dict(out_channels=width)
 model = dict(
     data_preprocessor=dict(pad_size_divisor=size),
     backbone=dict(arch="vit_tiny", size=size, window=7),
-    neck=dict(in_channels=192),
+    neck=dict(in_channels=192, out_channels=width),
+    rpn_head=dict(in_channels=width, feat_channels=width),
+    roi_head=dict(
+        bbox_roi_extractor=extractor,
+        bbox_head=dict(in_channels=width, conv_out_channels=width, fc_out_channels=256),
+        mask_roi_extractor=extractor,
+        mask_head=dict(in_channels=width, conv_out_channels=width),
+    ),
+    train_cfg=dict(rpn_proposal=dict(max_per_img=200), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(max_per_img=200)),
 )
 train_pipeline = [
     *_base_.train_pipeline[:2],

@@ -21,7 +21,14 @@ heads; gradients are not clipped.
 """
 
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::common/lsj-100e_coco-instance.py"]
-custom_imports = dict(imports=["downstream.dense.backbone", "downstream.dense.optim", "downstream.detect.pyramid"])
+custom_imports = dict(
+    imports=[
+        "downstream.dense.backbone",
+        "downstream.dense.optim",
+        "downstream.detect.proposals",
+        "downstream.detect.pyramid",
+    ]
+)
 
 data_root = "data/coco/"
 classes = None  # those of COCO
@@ -45,7 +52,7 @@ model = dict(
         drop_path=0.1,
     ),
     neck=dict(_delete_=True, type="SimpleFeaturePyramid", in_channels=768, out_channels=256),
-    rpn_head=dict(num_convs=2),
+    rpn_head=dict(type="FloatRPNHead", num_convs=2),
     roi_head=dict(
         bbox_head=dict(type="Shared4Conv1FCBBoxHead", conv_out_channels=256, norm_cfg=norm),
         mask_head=dict(norm_cfg=norm),
@@ -75,7 +82,7 @@ val_dataloader = dict(num_workers=4, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 # bf16 needs no loss scale, having the range of fp32, and its autocast keeps weights, norms, gradients and AdamW's
-# states in fp32; a gradient that is not finite refuses the step. detectron2 trained in fp16 for want of it.
+# states in fp32; a gradient that is not finite refuses the step. detectron2's recipe is in fp16.
 optim_wrapper = dict(
     _delete_=True,
     type="AmpOptimWrapper",
@@ -97,4 +104,4 @@ train_cfg = dict(max_epochs=25, val_interval=5)
 
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))  # save_best="coco/segm_mAP" keeps the best as well
 visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
-randomness = dict(seed=0, diff_rank_seed=True)  # ranks that drew the same drop path would be one
+randomness = dict(seed=0)

@@ -1,0 +1,249 @@
+"""Bad data of every kind, planted in a set that is right: one error that names it, or a number in the line."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmengine.config import Config
+from PIL import Image
+from pycocotools import mask as run_lengths
+from tiny_coco import make_coco
+
+from downstream.dense.checks import find_missing
+from downstream.detect.checks import check
+from downstream.detect.settings import spread_settings
+
+CONFIG = Path(__file__).parents[2] / "downstream" / "detect" / "configs" / "vitdet_vitb_lomar_25ep.py"
+TRAIN, VAL = "annotations/instances_train2017.json", "annotations/instances_val2017.json"
+Content = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return Config.fromfile(CONFIG, import_custom_modules=False)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_coco(tmp_path)
+
+
+@pytest.fixture
+def cfg(config: Config, root: Path) -> Config:
+    own = Config(json.loads(json.dumps(config.to_dict())))
+    own.merge_from_dict({"data_root": str(root), "classes": ["disc", "box"]})
+    spread_settings(own)
+    return own
+
+
+def change(root: Path, edit: Callable[[Content], object], file: str = TRAIN) -> None:
+    content = json.loads((root / file).read_text())
+    edit(content)
+    (root / file).write_text(json.dumps(content))
+
+
+def test_a_set_that_is_right(cfg: Config, root: Path):
+    train, val = check(cfg)
+    boxes = len(json.loads((root / TRAIN).read_text())["annotations"])
+    assert train == f"train_dataloader.dataset: 8 of 8 images, {boxes} boxes"
+    assert val.startswith("val_dataloader.dataset: 4 of 4 images, ")
+    assert check(cfg, ["test"]) == [val.replace("val_", "test_")]
+
+
+def first(content: Content) -> Content:
+    return content["annotations"][0]
+
+
+def run_length(content: Content, size: list[int] | None = None) -> None:
+    height, width = content["images"][0]["height"], content["images"][0]["width"]
+    coded = run_lengths.frPyObjects(first(content)["segmentation"], height, width)[0]
+    first(content)["segmentation"] = {"size": size or coded["size"], "counts": coded["counts"].decode()}
+
+
+BAD = {
+    "no categories": (lambda c: c.update(categories=[]), r"no categories: is it a file of instances"),
+    "no annotations": (lambda c: c.update(annotations=[]), r"train_dataloader.dataset.ann_file: .*no annotations"),
+    "a list": (lambda c: c["images"].clear(), r"no images"),
+    "no size": (lambda c: c["images"][3].pop("height"), r"one of images lacks one of id, file_name, height, width"),
+    "images twice": (lambda c: c["images"].append(c["images"][2]), r"images share the id 2: "),
+    "annotations twice": (lambda c: c["annotations"].append(c["annotations"][4]), r"annotations share the id 5: "),
+    "other names": (lambda c: c["categories"][0].update(name="ring"), r"\(ring, box\), not the classes disc"),
+    "another order": (lambda c: c["categories"].reverse(), r"order box, disc, .* give classes='\[\"box\""),
+    "a name twice": (lambda c: c["categories"].append({"id": 9, "name": "box"}), r"two categories the same name"),
+    "no file": (lambda c: c["images"][5].update(file_name="gone.jpg"), r"1 of the 8 images .*train2017.*: gone.jpg"),
+    "other pixels": (lambda c: c["images"][0].update(width=96, height=128), r"is 128 x 96 pixels, by .* 96 x 128"),
+    "box of three": (lambda c: first(c).update(bbox=[1, 2, 3]), r"annotations 1 lack bbox"),
+    "box of nan": (lambda c: first(c).update(bbox=[1, 2, float("nan"), 3]), r"annotations 1 lack bbox"),
+    "no area": (lambda c: first(c).pop("area"), r"annotations 1 lack bbox .*, area or"),
+    "no mask": (lambda c: first(c).update(segmentation=[]), r"annotations 1 have no segmentation"),
+    "other mask": (lambda c: run_length(c, [5, 7]), r"annotations 1 have masks of another size"),
+    "all outside": (lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]], r"not one box"),
+    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"not one box"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_an_error(cfg: Config, root: Path, name: str):
+    edit, says = BAD[name]
+    change(root, edit)
+    with pytest.raises(ValueError, match=says) as caught:
+        check(cfg)
+    message = str(caught.value)
+    assert message.startswith("train_dataloader.dataset")
+    assert "\n" not in message
+    assert TRAIN in message
+
+
+def test_everything_wrong_is_told_at_once(cfg: Config, root: Path):
+    change(root, lambda c: c["images"][5].update(file_name="gone.jpg"))
+    change(root, lambda c: c.update(annotations=[]), VAL)
+    with pytest.raises(ValueError, match=r"gone\.jpg.*\nval_dataloader\.dataset\.ann_file: .*no annotations"):
+        check(cfg)
+
+
+ODD = {
+    "crowd": (lambda c: first(c).update(iscrowd=1), -1, "1 crowds (ignored)"),
+    "outside": (lambda c: first(c).update(bbox=[128, 10, 9, 9]), -1, "1 boxes outside of their image or without area"),
+    "left of it": (lambda c: first(c).update(bbox=[-9, 10, 9, 9]), -1, "1 boxes outside"),
+    "thin": (lambda c: first(c).update(bbox=[5, 5, 0.5, 9]), -1, "1 boxes outside"),
+    "no area": (lambda c: first(c).update(area=0), -1, "1 boxes outside"),
+    "reaching": (lambda c: first(c).update(bbox=[100, 10, 30, 9]), 0, "1 boxes reach out of their image (clipped)"),
+    "by half a pixel": (lambda c: first(c).update(bbox=[100, 10, 28.5, 9]), 0, ""),
+    "another category": (lambda c: first(c).update(category_id=77), -1, "1 boxes of other categories (skipped)"),
+    "another image": (lambda c: first(c).update(image_id=77), -1, "1 annotations of images that are not listed"),
+    "two points": (lambda c: first(c).update(segmentation=[[1, 2, 3, 4]]), 0, "1 masks without a polygon"),
+    "run lengths": (run_length, 0, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_is_counted_as_mmdet_counts(cfg: Config, root: Path, name: str):
+    """`used` is compared with what mmdet's own loader leaves over."""
+    from mmdet.datasets import CocoDataset
+
+    edit, less, says = ODD[name]
+    before = len(json.loads((root / TRAIN).read_text())["annotations"])
+    change(root, edit)
+    line = check(cfg, ["train"])[0]
+    assert f" {before + less} boxes" in line
+    assert (says in line) if says else line.endswith("boxes")
+    loaded = CocoDataset(
+        ann_file=TRAIN,
+        data_root=str(root),
+        data_prefix={"img": "train2017"},
+        metainfo={"classes": ("disc", "box")},
+        serialize_data=False,
+    )
+    instances = [one for number in range(len(loaded)) for one in loaded.get_data_info(number)["instances"]]
+    assert sum(not one["ignore_flag"] for one in instances) == before + less
+
+
+def test_other_category_of_the_file_is_skipped(cfg: Config, root: Path):
+    change(root, lambda c: (c["categories"].append({"id": 3, "name": "star"}), first(c).update(category_id=3)))
+    assert "1 boxes of other categories (skipped)" in check(cfg)[0]
+
+
+def test_run_lengths_need_bitmaps(cfg: Config, root: Path):
+    change(root, run_length)
+    cfg.train_dataloader.dataset.pipeline[1].poly2mask = False
+    with pytest.raises(ValueError, match=r"1 masks of .* give train_dataloader.dataset.pipeline.1.poly2mask=True"):
+        check(cfg)
+    cfg.merge_from_dict({"train_dataloader.dataset.pipeline.1.poly2mask": True})
+    check(cfg)
+
+
+def test_classes_and_heads_must_agree(cfg: Config, config: Config, root: Path):
+    cfg.model.roi_head.mask_head.num_classes = 80
+    with pytest.raises(
+        ValueError, match=r"mask_head.num_classes=80, but train_dataloader.dataset has 2 classes \(disc, box\)"
+    ):
+        check(cfg)
+    cfg.classes = None
+    del cfg.train_dataloader.dataset.metainfo  # then they are COCO's
+    with pytest.raises(
+        ValueError, match=r"\(disc, box\), not the classes person, .* and 75 more: give classes='\[\"disc\", \"box\"\]'"
+    ):
+        check(cfg)
+
+
+def test_files_and_folders_that_are_not_there(cfg: Config, root: Path):
+    cfg.train_dataloader.dataset.data_prefix.img = "photos/"
+    cfg.val_dataloader.dataset.ann_file = cfg.val_evaluator.ann_file = f"{root}/val.json"
+    with pytest.raises(ValueError, match=r"train_dataloader.dataset.data_prefix.img: no folder .*/photos/ ") as caught:
+        check(cfg)
+    assert "\nval_dataloader.dataset.ann_file: no file" in str(caught.value)
+
+
+def test_evaluator_of_another_file(cfg: Config, root: Path):
+    cfg.val_evaluator.ann_file = f"{root}/{TRAIN}"
+    with pytest.raises(ValueError, match=r"val_evaluator.ann_file=.* is not the file of val_dataloader"):
+        check(cfg)
+
+
+@pytest.mark.parametrize("content", ["{", '{"images": [1', "[]", '"text"', "\x80"])
+def test_files_that_are_cut_off_or_no_annotations(cfg: Config, root: Path, content: str):
+    (root / TRAIN).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train_dataloader.dataset.ann_file: .*(not JSON|no images)"):
+        check(cfg)
+
+
+def test_small_and_narrow_images(cfg: Config, root: Path):
+    """96 x 128 and 120 x 90 pixels fill windows of 224 when their long side is 2048; 12 x 120 do not."""
+    change(root, lambda c: c["images"][1].update(width=12, height=120, file_name="narrow.jpg"))
+    Image.new("RGB", (12, 120)).save(root / "train2017" / "narrow.jpg")
+    change(root, lambda c: [a.update(bbox=[1, 1, 9, 9]) for a in c["annotations"]])
+    dataset = cfg.train_dataloader.dataset
+    dataset.filter_cfg.min_size = 32
+    line = check(cfg)[0]
+    assert "7 of 8 images" in line
+    assert "window" not in line
+    dataset.filter_cfg.min_size = 8
+    assert check(cfg)[0].endswith("1 images never fill a window of 224 pixels and are padded")
+    dataset.pipeline[2].ratio_range = (0.003, 2.0)
+    with pytest.raises(ValueError, match=r"narrow\.jpg would shrink to a height or width of 0"):
+        check(cfg)
+    dataset.filter_cfg.min_size = 500
+    with pytest.raises(ValueError, match=r"all images with boxes are smaller than filter_cfg.min_size=500"):
+        check(cfg)
+
+
+def test_turned_photographs_are_what_the_decoder_makes_of_them(cfg: Config, root: Path):
+    path = root / "train2017" / f"{0:012d}.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+    with pytest.raises(ValueError, match=r"is 96 x 128 pixels, by .* 128 x 96"):
+        check(cfg)
+    change(root, lambda c: c["images"][0].update(width=96, height=128))
+    check(cfg)
+
+
+def test_what_is_no_image(cfg: Config, root: Path):
+    (root / "train2017" / f"{0:012d}.jpg").write_text("oops")
+    with pytest.raises(ValueError, match=r"000000000000.jpg is no image that can be read"):
+        check(cfg)
+
+
+def test_mmcv_without_operators(cfg: Config, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "mmcv._ext", None)
+    with pytest.raises(ValueError, match=r"operators cannot be loaded .*python -m downstream.doctor"):
+        check(cfg)
+
+
+def test_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """COCO's size: 118,287 names in two folders, in well under a second, by two listings."""
+    listed = []
+    names = [f"{half}/{number:012d}.jpg" for number in range(118_287) for half in "ab"]
+    monkeypatch.setattr(
+        os, "listdir", lambda folder: listed.append(folder) or [f"{n:012d}.jpg" for n in range(118_286)]
+    )
+    for half in "ab":
+        (tmp_path / half).mkdir()
+    begun = time.perf_counter()
+    assert find_missing(str(tmp_path), names) == [f"{half}/000000118286.jpg" for half in "ab"]
+    assert len(listed) == 2
+    assert time.perf_counter() - begun < 5

@@ -1,0 +1,153 @@
+"""Every config of downstream/detect/configs against ViTDet's published numbers, and its head against what it does."""
+
+import copy
+import functools
+import re
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from downstream.detect.settings import spread_settings
+from pretrain.models.vit import ARCHS
+
+CONFIGS = Path(__file__).parents[2] / "downstream" / "detect" / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
+RECIPES = [name for name in NAMES if "tiny" not in name]
+LAYER_DECAY = {"vit_base": 0.7, "vit_large": 0.8, "vit_huge": 0.9}
+DROP_PATH = {"vit_base": 0.1, "vit_large": 0.4, "vit_huge": 0.5}
+MILESTONES = {25: [22, 24], 100: [89, 96]}
+
+
+@functools.cache
+def _read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f"{name}.py", import_custom_modules=False)
+
+
+def load(name: str) -> Config:
+    cfg = copy.deepcopy(_read(name))
+    spread_settings(cfg)
+    return cfg
+
+
+def test_all_that_was_promised_is_there():
+    vitdet = {f"vitdet_vit{a}_{m}_{e}ep" for a in "blh" for m in ("lomar", "mae") for e in (25, 100)}
+    small = {f"vitdet_vit{a}_lomar_25ep_24gb" for a in "blh"}
+    kinds = {
+        "vitdet_vitb_lomar_25ep_global",
+        "vitdet_vitb_lomar_25ep_conv",
+        "vitae_vitb_lomar_25ep",
+        "vitae_vitb_mae_25ep",
+    }
+    assert set(NAMES) == vitdet | small | kinds | {"vitdet_tiny_pennfudan"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_vitdets(name: str):
+    cfg = load(name)
+    backbone = cfg.model.backbone
+    arch = {"b": "vit_base", "l": "vit_large", "h": "vit_huge"}[re.match(r"vit\w+_vit(\w)_", name)[1]]
+    width, depth = ARCHS[arch].dim, ARCHS[arch].depth
+    assert (backbone.arch, backbone.patch, backbone.size) == (arch, 16, 1024)
+    assert backbone.position == ("sincos" if "_mae_" in name else "relative")
+    assert (backbone.out_blocks, cfg.model.neck.in_channels) == ((depth - 1,), width)
+    quarters = tuple(depth * part // 4 - 1 for part in (1, 2, 3, 4))
+    globally = () if name.endswith(("_global", "_conv")) else quarters
+    assert (backbone.window, backbone.global_blocks) == (0 if name.endswith("_global") else 14, globally)
+    assert backbone.get("conv_blocks", ()) == (quarters if name.endswith("_conv") else ())
+    assert backbone.get("parallel_conv", False) == name.startswith("vitae")
+    assert backbone.get("checkpoint_blocks", False) == name.endswith("24gb")
+    assert backbone.drop_path == DROP_PATH[arch]
+    wrapper = cfg.optim_wrapper
+    assert (wrapper.type, wrapper.dtype, wrapper.get("clip_grad")) == ("AmpOptimWrapper", "bfloat16", None)
+    assert (wrapper.constructor, wrapper.paramwise_cfg) == ("LayerDecay", {"layer_decay": LAYER_DECAY[arch]})
+    assert wrapper.optimizer.to_dict() == {
+        "type": "AdamW",
+        "lr": 1e-4 * cfg.auto_scale_lr.base_batch_size / 64,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.1,
+    }
+    warm_up, steps = cfg.param_scheduler
+    epochs = int(re.search(r"_(\d+)ep", name)[1])
+    assert cfg.train_cfg.max_epochs == steps.end == epochs
+    assert (steps.milestones, steps.gamma, steps.by_epoch) == (MILESTONES[epochs], 0.1, True)
+    assert (warm_up.type, warm_up.by_epoch, warm_up.end) == ("LinearLR", False, 250 * wrapper.accumulative_counts)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_head_says_what_the_config_does(name: str):
+    cfg, head = load(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
+    command = re.search(r"run\.py (\S+) checkpoint=\S+ data_root=/data/coco", head)
+    assert command[1] == name
+    images, ranks, batch, accumulation = map(
+        int, re.search(r"(\d+) images: (\d+) ranks x (\d+) x (\d+)", head).groups()
+    )
+    assert ranks * batch * accumulation == images == cfg.auto_scale_lr.base_batch_size
+    assert (batch, accumulation) == (cfg.train_dataloader.batch_size, cfg.optim_wrapper.accumulative_counts)
+    assert images == (32 if name.endswith("24gb") else 64)
+    assert "Not run by us" in " ".join(head.split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_and_images(name: str):
+    """1024 pixels with a jitter of 0.1 to 2, whole squares, ImageNet's numbers in RGB, ViTDet's heads."""
+    cfg = load(name)
+    size = 256 if "tiny" in name else 1024
+    assert cfg.model.data_preprocessor.pad_size_divisor == cfg.model.backbone.size == size
+    assert cfg.model.data_preprocessor.bgr_to_rgb
+    assert cfg.model.data_preprocessor.mean == pytest.approx([255 * mean for mean in (0.485, 0.456, 0.406)])
+    assert cfg.model.data_preprocessor.std == pytest.approx([255 * std for std in (0.229, 0.224, 0.225)])
+    train = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    assert (train["RandomResize"].scale, train["RandomResize"].keep_ratio) == ((size, size), True)
+    assert train["RandomResize"].ratio_range == ((0.5, 1.5) if "tiny" in name else (0.1, 2.0))
+    assert train["RandomCrop"].crop_size == (size, size)
+    assert train["RandomFlip"].prob == 0.5
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert {step.type: step for step in loader.dataset.pipeline}["Resize"].scale == (size, size)
+    heads = cfg.model.roi_head
+    assert cfg.model.rpn_head.num_convs == 2
+    assert (heads.bbox_head.type, heads.bbox_head.norm_cfg.type) == ("Shared4Conv1FCBBoxHead", "LN2d")
+    assert (heads.mask_head.type, heads.mask_head.norm_cfg.type) == ("FCNMaskHead", "LN2d")
+    assert heads.bbox_head.num_classes == heads.mask_head.num_classes == (1 if "tiny" in name else 80)
+    assert "RepeatDataset" not in cfg.pretty_text  # an epoch is an epoch
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
+    assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
+
+
+def test_own_set_in_six_lines(tmp_path: Path):
+    """What the head of the base promises, read from there."""
+    head = (CONFIGS / "_base_" / "vitdet.py").read_text().split('"""')[1]
+    lines = re.search(r"( {4}_base_ = .*?)\n\n", head, re.DOTALL)[1]
+    own = tmp_path / "birds.py"
+    own.write_text(lines.replace("    ", "").replace("vitdet_vitb", f"{CONFIGS}/vitdet_vitb"))
+    cfg = Config.fromfile(own, import_custom_modules=False)
+    spread_settings(cfg)
+    assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 2
+    for split, file in (("train", "train.json"), ("val", "val.json"), ("test", "val.json")):
+        dataset = cfg[f"{split}_dataloader"].dataset
+        assert (dataset.data_root, dataset.ann_file) == ("/data/birds/", file)
+        assert dataset.metainfo.classes == ("robin", "wren")
+        assert split == "train" or cfg[f"{split}_evaluator"].ann_file == "/data/birds/val.json"
+
+
+def test_settings_reach_wrapped_sets_and_keep_absolute_files():
+    cfg = load("vitdet_vitb_lomar_25ep")
+    inner = cfg.train_dataloader.dataset.to_dict()
+    cfg.train_dataloader.dataset = {
+        "type": "RepeatDataset",
+        "times": 2,
+        "dataset": {"type": "ConcatDataset", "datasets": [inner, inner]},
+    }
+    cfg.merge_from_dict({"data_root": "/data/mine", "val_dataloader.dataset.ann_file": "/elsewhere/val.json"})
+    spread_settings(cfg)
+    assert [one.data_root for one in cfg.train_dataloader.dataset.dataset.datasets] == ["/data/mine"] * 2
+    assert cfg.val_evaluator.ann_file == "/elsewhere/val.json"
+    assert cfg.test_evaluator.ann_file == "/data/mine/annotations/instances_val2017.json"
+
+
+@pytest.mark.parametrize("classes", ["person", [], [1, 2]])
+def test_classes_that_are_no_names(classes: object):
+    cfg = load("vitdet_vitb_lomar_25ep")
+    cfg.classes = classes
+    with pytest.raises(ValueError, match="classes="):
+        spread_settings(cfg)

@@ -1,0 +1,190 @@
+"""The small config as mmdet builds it: a training step, predictions and pictures, through mmcv's real operators."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from PIL import Image
+from tiny_coco import make_coco
+
+from downstream.detect import draw
+from downstream.detect.settings import spread_settings
+
+CONFIG = Path(draw.__file__).parent / "configs" / "vitdet_tiny_pennfudan.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_coco(tmp_path_factory.mktemp("coco") / "set", train=2, val=2)
+
+
+@pytest.fixture(scope="module")
+def cfg(root: Path) -> Config:
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict({"data_root": str(root), "classes": ["disc", "box"]})
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    spread_settings(cfg)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model(cfg: Config) -> Any:
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    return MODELS.build(cfg.model)
+
+
+def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)  # of the regions that are drawn, and of drop path
+    model.train().zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        total, terms = model.parse_losses(model(**model.data_preprocessor(batch, True), mode="loss"))
+    total.backward()
+    return total.item(), terms
+
+
+def test_training_step_in_both_precisions(model: Any, cfg: Config):
+    """Every parameter gets a finite fp32 gradient; what bf16 changes is small."""
+    batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
+    whole, terms = losses(model, batch, autocast=False)
+    assert {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"} < terms.keys()
+    assert all(term > 0 for name, term in terms.items() if "loss" in name)
+    half, _ = losses(model, batch, autocast=True)
+    assert half == pytest.approx(whole, rel=0.05)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_images_are_whole_squares(model: Any, cfg: Config):
+    for loader, training in ((cfg.train_dataloader, True), (cfg.val_dataloader, False)):
+        batch = next(iter(Runner.build_dataloader(loader, seed=0)))
+        data = model.data_preprocessor(batch, training)
+        assert data["inputs"].shape == (2, 3, 256, 256)
+        if training:
+            assert {sample.gt_instances.masks.masks.shape[1:] for sample in data["data_samples"]} == {(256, 256)}
+
+
+def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, root: Path):
+    """From a file's RGB, by ImageNet's mean and deviation: 128 x 96 pixels, doubled."""
+    batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
+    pixels = mmcv.imresize(np.array(Image.open(root / "val2017" / f"{0:012d}.jpg")), (256, 192)) / 255.0
+    expected = (pixels - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    seen = model.data_preprocessor(batch, False)["inputs"][0]
+    np.testing.assert_allclose(seen[:, :192].permute(1, 2, 0).numpy(), expected, atol=0.1)
+    assert not seen[:, 192:].any()
+
+
+def test_proposals_are_sorted_in_fp32(model: Any):
+    maps = [torch.randn(1, 64, 8, 8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {part[0].dtype for part in model.rpn_head(maps)} == {torch.float32}
+        assert {part.dtype for part in model.neck([torch.randn(1, 192, 4, 4)])} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def weights(model: Any, cfg: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A configuration and weights as a training leaves them; the classifier likes discs, so that something is found."""
+    folder = tmp_path_factory.mktemp("trained")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["roi_head.bbox_head.fc_cls.bias"] = torch.tensor([4.0, 0.0, -4.0])
+    torch.save({"state_dict": state, "meta": {"epoch": 1}}, folder / "epoch_1.pth")
+    cfg.dump(folder / "config.py")
+    return folder / "config.py", folder / "epoch_1.pth"
+
+
+def run_draw(*arguments: object) -> int:
+    return draw.main([str(argument) for argument in arguments])
+
+
+def test_draws_what_is_found(weights: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "below").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    pictures = {"a.png": (90, 120), "below/b.png": (100, 70)}
+    for name, size in pictures.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
+    (photos / "notes.txt").write_text("no image")
+    (photos / "broken.png").write_text("no image either")
+    (photos / "empty.jpg").touch()
+    assert run_draw(*weights, photos, out, "--score", 0.5) == 0
+    said = capfd.readouterr()
+    assert "2 pictures in" in said.out
+    assert "2 images cannot be decoded" in said.err
+    assert "broken.png" in said.err
+    assert "empty.jpg" in said.err
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(pictures)
+    for name, size in pictures.items():
+        before, after = (np.array(Image.open(folder / name)) for folder in (photos, out))
+        assert after.shape == (*size, 3)
+        assert (before != after).mean() > 0.05
+    assert run_draw(*weights, photos / "a.png", tmp_path / "none", "--score", 1) == 0
+    assert (np.array(Image.open(tmp_path / "none" / "a.png")) == np.array(Image.open(photos / "a.png"))).all()
+
+
+def test_predictions_are_those_of_the_images(weights: tuple[Path, Path], cfg: Config):
+    detector = draw.load_detector(Config.fromfile(weights[0]), str(weights[1]), torch.device("cpu"))
+    assert not detector.training
+    batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
+    with torch.no_grad():
+        for found in detector.test_step(batch):
+            height, width = found.ori_shape
+            boxes = found.pred_instances.bboxes
+            assert 0 < len(boxes) <= 100
+            assert found.pred_instances.masks.shape == (len(boxes), height, width)
+            assert (boxes >= 0).all()
+            assert (boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
+            assert set(found.pred_instances.labels.tolist()) <= {0, 1}
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return (print, ("I was run",))
+
+
+def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, root: Path, capfd: pytest.CaptureFixture[str]):
+    config, trained = weights
+    photos = root / "val2017"
+    state = torch.load(trained, weights_only=True)
+    state["state_dict"].popitem()
+    torch.save(state, tmp_path / "other.pth")
+    torch.save({"state_dict": Malicious()}, tmp_path / "bad.pth")
+    (tmp_path / "cut.pth").write_bytes(trained.read_bytes()[:5000])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "oops.png").write_text("oops")
+    cases = {
+        "is of another detector": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
+        "bad.pth": (config, tmp_path / "bad.pth", photos, tmp_path / "out"),
+        "cut.pth": (config, tmp_path / "cut.pth", photos, tmp_path / "out"),
+        "is no checkpoint: give": (config, tmp_path / "gone.pth", photos, tmp_path / "out"),
+        "no configuration": ("vitdet_vitb_lomar", trained, photos, tmp_path / "out"),
+        "no image or folder": (config, trained, tmp_path / "gone", tmp_path / "out"),
+        "no images (jpg": (config, trained, tmp_path / "empty", tmp_path / "out"),
+        "no image that can be decoded": (config, trained, tmp_path / "oops.png", tmp_path / "out"),
+        "is where the images are": (config, trained, photos, photos),
+    }
+    for says, arguments in cases.items():
+        assert run_draw(*arguments) == 1, says
+        said = capfd.readouterr()
+        assert said.err.strip().splitlines()[-1].startswith("error: "), said.err
+        assert says in said.err.strip().splitlines()[-1]
+        assert "I was run" not in said.out + said.err
+    with pytest.raises(SystemExit):
+        run_draw(config, trained, photos, tmp_path / "out", "--score", 2)
