@@ -13,6 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch import Tensor
 
+from downstream.dense.strategy import HEADS
 from pretrain.checkpoint import first_problem, write_durably
 from pretrain.faults import Stopped, StopRequest
 from pretrain.loop import seed_step
@@ -120,12 +121,10 @@ class BordersHook(Hook):
     multiples of 4. mmcv's ops know no bf16 at all. Inside of these modules autocast goes on as before.
     """
 
-    _parts = ("neck", "rpn_head", "bbox_head", "mask_head", "decode_head", "auxiliary_head")
-
     def before_train(self, runner: Any) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         for name, module in model.named_modules():
-            if name.split(".")[-1] in self._parts:
+            if name.split(".")[-1] in ("neck", *HEADS):
                 module.register_forward_hook(_hand_over)
 
 

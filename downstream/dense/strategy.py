@@ -24,6 +24,7 @@ from pretrain.finish import full_state
 from pretrain.launch import World
 
 WEIGHTS = "weights.pth"  # in a checkpoint's folder
+HEADS = ("rpn_head", "bbox_head", "mask_head", "decode_head", "auxiliary_head")  # of mmdet's and mmseg's models
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -128,6 +129,8 @@ class ZeroStrategy(BaseStrategy):
         engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings
         )
+        if stage3:
+            _unhook(model)
         # After: DeepSpeed counts its steps by wrapping the optimiser's own, and so do mmengine's schedules.
         self.optim_wrapper.model = engine
         self.model = ZeroModel(engine, predictor)
@@ -209,6 +212,18 @@ def _of_engine(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
     """mmengine's optimiser wrapper without what the engine does itself."""
     done = ("accumulative_counts", "clip_grad", "dtype", "loss_scale")
     return {key: value for key, value in optim_wrapper.items() if key not in done}
+
+
+def _unhook(model: nn.Module) -> None:
+    """Takes ZeRO-3's hooks off modules without parameters.
+
+    It stops where ranks do not call the same modules in the same order, and a head calls its modules of losses for
+    some images only: for others there is nothing to compare with. There is nothing to gather for these modules.
+    """
+    for module in model.modules():
+        if next(module.parameters(), None) is None:
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
 
 
 def _trainable(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

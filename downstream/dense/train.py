@@ -90,6 +90,8 @@ def _train(cfg: Config, job: Job, world: World) -> None:
             f"anew with another work_dir= and load_from={cfg.work_dir}"
         )
     settings = _settings(cfg, job.engine, world) if job.engine else None
+    if settings is None and cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
+        raise ValueError("mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1, which has it on CPUs, too")
     accumulation = _check_steps(cfg)
     say = _scale_lr(cfg, world)
     as_asked = copy.deepcopy(cfg)
@@ -125,8 +127,6 @@ def _train(cfg: Config, job: Job, world: World) -> None:
 def _plain_runner(cfg: Config, world: World) -> Runner:
     """With the group that there is already: mmengine would make one itself, and cannot on CPUs."""
     cfg.launcher = "pytorch" if world.size > 1 else "none"
-    if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
-        raise ValueError("mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1, which has it on CPUs, too")
     if not torch.cuda.is_available():
         cfg.model_wrapper_cfg = {
             "type": "MMDistributedDataParallel",
