@@ -75,7 +75,7 @@ def load(name: str, changes: list[str], configs: Path, spread: Callable[[Config]
     spread(cfg)
     resume = words.get("resume", True)
     if not isinstance(resume, bool):
-        raise ValueError(f"resume={resume!r}: true continues what work_dir holds (as is done unless said), false does not")
+        raise ValueError(f"resume={resume!r}: true continues what work_dir holds, which is done unless false is said")
     return Job(cfg, _engine_file(words.get("engine")), resume, words.get("test"))
 
 
@@ -172,5 +172,5 @@ def _set_precision(cfg: Config, precision: str | None) -> None:
         raise ValueError(f"optim_wrapper.type={kind!r}: OptimWrapper (fp32) or AmpOptimWrapper (bf16)")
     if kind == "AmpOptimWrapper":
         if wrapper.setdefault("dtype", "bfloat16") != "bfloat16":
-            raise ValueError(f"optim_wrapper.dtype={wrapper.dtype!r}: only bfloat16, which needs no scaling of the loss")
+            raise ValueError(f"optim_wrapper.dtype={wrapper.dtype!r}: only bfloat16, which needs no loss scale")
         wrapper["loss_scale"] = 1.0  # no scaling; but a gradient that is not finite refuses the step

@@ -10,7 +10,10 @@ import torch.distributed as dist
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
+from mmengine.utils import apply_to
+from torch import Tensor
 
+from downstream.dense.strategy import HEADS
 from pretrain.checkpoint import first_problem, write_durably
 from pretrain.faults import Stopped, StopRequest
 from pretrain.loop import seed_step
@@ -111,6 +114,25 @@ def check_model(state: dict[str, Any], model: Any) -> None:
 
 
 @HOOKS.register_module()
+class BordersHook(Hook):
+    """Under bf16's autocast, necks and heads hand over fp32.
+
+    mmdet casts the boxes of regions to the type of the features that it cuts there: in bf16 that rounds 1000 pixels to
+    multiples of 4. mmcv's ops know no bf16 at all. Inside of these modules autocast goes on as before.
+    """
+
+    def before_train(self, runner: Any) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        for name, module in model.named_modules():
+            if name.split(".")[-1] in ("neck", *HEADS):
+                module.register_forward_hook(_hand_over)
+
+
+def _hand_over(module: Any, inputs: Any, outputs: Any) -> Any:
+    return apply_to(outputs, lambda value: isinstance(value, Tensor), lambda tensor: tensor.float())
+
+
+@HOOKS.register_module()
 class DurableCheckpointHook(CheckpointHook):
     """mmengine's CheckpointHook, by which a kill loses nothing older, and which saves and stops on a signal.
 
@@ -166,16 +188,19 @@ class DurableCheckpointHook(CheckpointHook):
         problem = None
         try:
             runner.save_checkpoint(str(folder), aside.name, meta=meta, by_epoch=by_epoch)
-            dist.barrier()
-            if runner.rank == 0:
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            problem = str(error)
+        problem = first_problem(problem)
+        if problem is None and runner.rank == 0:
+            try:
                 _remove(path)  # the same place again, after a fallback to an older one
                 aside.rename(path)
                 write_durably(Path(runner.work_dir) / "last_checkpoint", str(path))
                 self._delete_old(folder)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            problem = f"checkpoint {path} could not be written: {error}; make room and give the same command again"
+            except OSError as error:
+                problem = str(error)
         if problem := first_problem(problem):
-            raise OSError(problem)
+            raise OSError(f"checkpoint {path} could not be written: {problem}; make room and give the command again")
 
     def _delete_old(self, folder: Path) -> None:
         if self.max_keep_ckpts <= 0:

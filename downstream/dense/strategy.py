@@ -24,6 +24,7 @@ from pretrain.finish import full_state
 from pretrain.launch import World
 
 WEIGHTS = "weights.pth"  # in a checkpoint's folder
+HEADS = ("rpn_head", "bbox_head", "mask_head", "decode_head", "auxiliary_head")  # of mmdet's and mmseg's models
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -66,7 +67,7 @@ class ZeroModel(MMDeepSpeedEngineWrapper):
 
     def __init__(self, engine: Any, predictor: nn.Module):
         super().__init__(model=engine)
-        self.predictor = predictor
+        self.predictor: Any = predictor
 
     def train(self, mode: bool = True) -> "ZeroModel":
         self.model.train(mode)
@@ -109,19 +110,18 @@ class ZeroStrategy(BaseStrategy):
         *,
         optim_wrapper: Any = None,
         param_scheduler: Any = None,
-        compile: Any = False,  # noqa: A002 - mmengine's name
+        compile: Any = False,
         dispatch_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Model, optimiser and schedules for `FlexibleRunner.train`; all ranks together."""
-        assert optim_wrapper is not None and not compile
+        assert optim_wrapper is not None, "evaluations are the plain Runner's"
         self.dispatch_kwargs.update(dispatch_kwargs or {})
         model = self._init_model_weights(self.build_model(model))
+        assert isinstance(model, nn.Module)
         if self.start:
             # Before the engine copies or cuts up the parameters.
             _load_checkpoint_to_model(model, _load_checkpoint(self.start, map_location="cpu"))
-        self.optim_wrapper = self.build_optim_wrapper(
-            {**_of_engine(optim_wrapper), "type": "ZeroOptimWrapper"}, model
-        )
+        self.optim_wrapper = self.build_optim_wrapper({**_of_engine(optim_wrapper), "type": "ZeroOptimWrapper"}, model)
         optimizer = self.optim_wrapper.optimizer
         optimizer.param_groups = _trainable(optimizer.param_groups)
         stage3 = self.settings.get("zero_optimization", {}).get("stage", 0) == 3
@@ -129,6 +129,8 @@ class ZeroStrategy(BaseStrategy):
         engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.settings
         )
+        if stage3:
+            _unhook(model)
         # After: DeepSpeed counts its steps by wrapping the optimiser's own, and so do mmengine's schedules.
         self.optim_wrapper.model = engine
         self.model = ZeroModel(engine, predictor)
@@ -166,7 +168,7 @@ class ZeroStrategy(BaseStrategy):
             except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
                 problem = str(error)
         if problem := first_problem(problem):
-            raise OSError(f"checkpoint {filename} could not be written: {problem}")
+            raise OSError(problem)
 
     def _save_engine(self, folder: Path) -> str | None:
         engine = self.model.model
@@ -210,6 +212,18 @@ def _of_engine(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
     """mmengine's optimiser wrapper without what the engine does itself."""
     done = ("accumulative_counts", "clip_grad", "dtype", "loss_scale")
     return {key: value for key, value in optim_wrapper.items() if key not in done}
+
+
+def _unhook(model: nn.Module) -> None:
+    """Takes ZeRO-3's hooks off modules without parameters.
+
+    It stops where ranks do not call the same modules in the same order, and a head calls its modules of losses for
+    some images only: for others there is nothing to compare with. There is nothing to gather for these modules.
+    """
+    for module in model.modules():
+        if next(module.parameters(), None) is None:
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
 
 
 def _trainable(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

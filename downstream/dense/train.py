@@ -1,4 +1,4 @@
-"""A job on all ranks: mmengine's plain Runner, or its FlexibleRunner on ZeRO; both continue and stop like all runs here."""
+"""A job on all ranks: mmengine's plain Runner, or its FlexibleRunner on ZeRO, continued and stopped like all runs."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from mmengine.utils import import_modules_from_strings
 
 from downstream.dense.command import Job
 from downstream.dense.files import find_weights, last_checkpoint, refuse_pickles
-from downstream.dense.hooks import DurableCheckpointHook, PlaceHook
+from downstream.dense.hooks import BordersHook, DurableCheckpointHook, PlaceHook
 from downstream.dense.place import by_epoch, place_data
 from downstream.dense.strategy import ZeroStrategy
 from pretrain.checkpoint import first_problem
@@ -90,6 +90,8 @@ def _train(cfg: Config, job: Job, world: World) -> None:
             f"anew with another work_dir= and load_from={cfg.work_dir}"
         )
     settings = _settings(cfg, job.engine, world) if job.engine else None
+    if settings is None and cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
+        raise ValueError("mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1, which has it on CPUs, too")
     accumulation = _check_steps(cfg)
     say = _scale_lr(cfg, world)
     as_asked = copy.deepcopy(cfg)
@@ -108,13 +110,16 @@ def _train(cfg: Config, job: Job, world: World) -> None:
         "randomness.seed": cfg.randomness.seed,
     }
     _add_hook(cfg, trained_as, strict=last is not None, continues=last is not None)
+    if cfg.optim_wrapper.type == "AmpOptimWrapper":
+        cfg.custom_hooks.append({"type": BordersHook.__name__})
     if last is not None:
         _forget_start(cfg)
     start = find_weights(cfg.load_from) if cfg.load_from and last is None else None
     cfg.resume, cfg.load_from = last is not None, str(last) if last else start
     runner = _zero_runner(cfg, settings, start) if settings else _plain_runner(cfg, world)
     if world.is_main:
-        print(f"{say}; {f'continues from {last}' if last else f'starts from {start}' if start else 'starts'}", flush=True)
+        begin = f"continues from {last}" if last else f"starts from the weights in {start}" if start else "starts"
+        print(f"{say}; {begin}", flush=True)
         as_asked.dump(Path(cfg.work_dir) / "config.py")  # mmengine has dumped what we made of it
     runner.train()
 
@@ -122,8 +127,6 @@ def _train(cfg: Config, job: Job, world: World) -> None:
 def _plain_runner(cfg: Config, world: World) -> Runner:
     """With the group that there is already: mmengine would make one itself, and cannot on CPUs."""
     cfg.launcher = "pytorch" if world.size > 1 else "none"
-    if cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
-        raise ValueError("mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1, which has it on CPUs, too")
     if not torch.cuda.is_available():
         cfg.model_wrapper_cfg = {
             "type": "MMDistributedDataParallel",
@@ -156,7 +159,7 @@ def _settings(cfg: Config, engine: str, world: World) -> dict[str, Any]:
         raise ValueError("compile is for the plain Runner: delete it, or leave out engine=")
     keys = read_ds_config(engine, "engine", _OWNED)
     if not zero_stage(keys):
-        raise ValueError(f"{engine} is of ZeRO stage 0, which partitions nothing, as the plain Runner: leave out engine=")
+        raise ValueError(f"{engine} is of ZeRO stage 0, which is what the plain Runner does: leave out engine=")
     return complete(
         keys,
         micro_batch=cfg.train_dataloader.batch_size,

@@ -1,4 +1,4 @@
-"""Trains a detector: `deepspeed downstream/detect/run.py CONFIG checkpoint=FILE [KEY=value ...]`, or by another launcher.
+"""Trains a detector: `deepspeed downstream/detect/run.py CONFIG checkpoint=FILE [KEY=value ...]`, or by others.
 
 CONFIG is an mmengine configuration or the name of one in downstream/detect/configs. A training that was stopped
 continues when the same command is given again; with test=FILE a checkpoint is evaluated instead.
@@ -6,19 +6,32 @@ continues when the same command is given again; with test=FILE a checkpoint is e
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts us as a script
 
-from downstream.dense.command import Job, load
-from downstream.detect.settings import spread_settings
 from pretrain.command import main
 from pretrain.launch import World, start
 from pretrain.runfolder import RunFolder
 
+if TYPE_CHECKING:
+    from downstream.dense.command import Job
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
-def train(job: Job, world: World) -> None:
+def read(name: str, changes: list[str]) -> "Job":
+    """As `downstream.dense.command.load`; ValueError as well where mmengine is not installed."""
+    try:
+        from downstream.dense.command import load
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}: `python -m downstream.doctor` says how to get what detection needs") from None
+    from downstream.detect.settings import spread_settings
+
+    return load(name, changes, CONFIGS, spread_settings)
+
+
+def train(job: "Job", world: World) -> None:
     """The whole job, on all ranks."""
     start(world)
     # These import DeepSpeed, which looks for its accelerator at once.
@@ -30,4 +43,4 @@ def train(job: Job, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(__doc__, lambda name, changes: load(name, changes, CONFIGS, spread_settings), train, recipe="CONFIG")
+    main(__doc__, read, train, recipe="CONFIG")

@@ -1,11 +1,14 @@
 """Trainings of a tiny Mask R-CNN, one after the other in the ranks of one launch: a start costs more than a training.
 
-As a script this is one rank. A job is a list of changes, as a user writes them behind CONFIG; `stop=N` among them sends
-one rank a signal before iteration N. What a job was refused for, or stopped with, is in the work_dir's `said.txt`.
+As a script this is one rank. A job is a list of changes, as a user writes them behind CONFIG. Among them may be
+`signal=N,R`, which rank R gets before iteration N, and `full=N,R`, from which on it can write no large files. What a
+job ended with is in `<name>-rank<N>.txt`.
 """
 
+import gc
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -60,34 +63,45 @@ def main(folder: Path) -> None:
             return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": optimizer})
 
     @HOOKS.register_module()
-    class SignalHook(Hook):
-        """A scheduler's signal, which reaches one rank before the other."""
+    class Accident(Hook):
+        """What happens to one rank before an iteration: a scheduler's signal, or a disk that takes no more."""
 
         priority = "VERY_HIGH"
 
-        def __init__(self, before: int):
-            self.before = before
+        def __init__(self, kind: str, before: int, rank: int):
+            self.kind, self.before, self.rank = kind, before, rank
 
         def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-            if runner.iter == self.before and runner.rank == 1:
+            if (runner.iter, runner.rank) != (self.before, self.rank):
+                return
+            if self.kind == "signal":
                 os.kill(os.getpid(), signal.SIGUSR1)
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
+    gc.freeze()  # mmengine collects before each data set, through all that has been imported
     for name, changes in json.loads((folder / "jobs.json").read_text()).items():
         faults._received.clear()
-        stop = [int(change.removeprefix("stop=")) for change in changes if change.startswith("stop=")]
-        work_dir = [f"work_dir={folder / name}"] if not any(c.startswith("work_dir=") for c in changes) else []
-        changes = [change for change in changes if not change.startswith("stop=")]
-        job = load(str(CONFIG), [f"data_root={folder}/coco/", *work_dir, *changes], CONFIG.parent, spread_settings)
+        accidents = [change for change in changes if change.startswith(("signal=", "full="))]
+        changes = [f"data_root={folder}/coco/", f"work_dir={folder / name}", *changes]
+        job = load(str(CONFIG), [c for c in changes if c not in accidents], CONFIG.parent, spread_settings)
         job.cfg.experiment_name = name  # mmengine keeps what one run logged for the next of that name
-        job.cfg.custom_hooks = [{"type": "SignalHook", "before": before} for before in stop]
+        job.cfg.custom_hooks = [accident_hook(accident) for accident in accidents]
         said = Path(folder / f"{name}-rank{world.rank}.txt")
         said.write_text("")
         try:
             run(job, world, check)
         except (ValueError, OSError, faults.Stopped) as words:
             said.write_text(str(words))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         torch.distributed.barrier()
     leave(0)
+
+
+def accident_hook(accident: str) -> dict[str, Any]:
+    kind, _, place = accident.partition("=")
+    before, rank = place.split(",")
+    return {"type": "Accident", "kind": kind, "before": int(before), "rank": int(rank)}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """mmdet's Mask R-CNN, shrunk until two CPU processes train it in no time; its data is tiny_coco's."""
 
+# ruff: noqa: C408 - mmengine's configurations look like this
+
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 
 data_root = "coco/"
@@ -38,7 +40,9 @@ train_dataloader = dict(
     batch_sampler=None,
     dataset=dict(data_root=data_root, pipeline=train_pipeline),
 )
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, pipeline=test_pipeline))
+val_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root, pipeline=test_pipeline)
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(outfile_prefix=None)
 test_evaluator = val_evaluator

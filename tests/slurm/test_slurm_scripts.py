@@ -15,13 +15,20 @@ CHOICES = [
     r"^#SBATCH --nodes=\d+$",
     r"^RECIPE=\$\{RECIPE:-(\w+)\}$",
     r"^# (?:Pretrains|Fine-tunes) a ViT-\w",
-    r"^#   sbatch --nodes=\d slurm/(?:pretrain_vit\w|finetune_\w+)\.sh data\.shards=/data/in1k .*name=myrun$",
+    r"^#   sbatch --nodes=\d slurm/(?:pretrain_vit\w|finetune_\w+)\.sh "
+    r"(?:data\.shards=/data/in1k .*name=myrun|data_root=/data/coco .*work_dir=runs/mydetector)$",
     r"^ENTRY=(\S+/run\.py)$",
 ]
 
 
 def test_scripts_have_one_shape() -> None:
-    assert [script.stem for script in SCRIPTS] == ["finetune_in1k", "pretrain_vitb", "pretrain_vith", "pretrain_vitl"]
+    assert [script.stem for script in SCRIPTS] == [
+        "finetune_coco",
+        "finetune_in1k",
+        "pretrain_vitb",
+        "pretrain_vith",
+        "pretrain_vitl",
+    ]
     shapes = set()
     for script in SCRIPTS:
         shape = script.read_text()
@@ -37,7 +44,8 @@ def test_recipe_exists(script: Path) -> None:
     (recipe,) = re.findall(CHOICES[2], script.read_text(), flags=re.MULTILINE)
     (entry,) = re.findall(CHOICES[-1], script.read_text(), flags=re.MULTILINE)
     assert (FOLDER.parent / entry).is_file()
-    assert (FOLDER.parent / entry).with_name("recipes").joinpath(f"{recipe}.yaml").is_file()
+    shipped = "configs/{}.py" if script.stem == "finetune_coco" else "recipes/{}.yaml"  # mmengine's own format
+    assert (FOLDER.parent / entry).parent.joinpath(shipped.format(recipe)).is_file()
 
 
 def test_scripts_set_no_hyper_parameter() -> None:

@@ -1,0 +1,64 @@
+"""`downstream/detect/run.py` as a user types it, under each launcher; srun is tried in tests/slurm."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_coco import make_coco
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+CONFIG = Path(__file__).parent / "tiny_mask_rcnn.py"
+# The constructor of the other tests is registered by their own script.
+CHANGES = ["train_cfg.max_epochs=1", "optim_wrapper.constructor=DefaultOptimWrapperConstructor"]
+
+
+def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(cwd)}
+    arguments = [*command, str(ROOT / "downstream/detect/run.py"), str(CONFIG), *CHANGES, *changes]
+    return subprocess.run(arguments, cwd=cwd, env=environment, timeout=300, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained in `work`, by `deepspeed`."""
+    folder = tmp_path_factory.mktemp("detect")
+    make_coco(folder / "coco")
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29642"]
+    done = run(*launcher, changes=["data_root=coco/", "work_dir=work", "engine=zero2"], cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks x train_dataloader.batch_size=1 x optim_wrapper.accumulative_counts=1 = 2 images" in done.stdout
+    return folder
+
+
+def test_deepspeed_trains(trained: Path):
+    assert (trained / "work/last_checkpoint").read_text().endswith("work/epoch_1")
+    assert (trained / "work/epoch_1/weights.pth").is_file()
+    assert len(list((trained / "work/epoch_1").glob("*_optim_states.pt"))) == 2
+
+
+def test_python_tests_what_was_trained(trained: Path):
+    done = run(sys.executable, changes=["data_root=coco/", "work_dir=tested", "test=work"], cwd=trained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])
+    (row,) = (json.loads(line) for line in (trained / "work/evaluation.jsonl").read_text().splitlines())
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= measured.keys()
+    for name in measured.keys() - {"time", "data_time"}:
+        assert measured[name] == row[name], name
+
+
+def test_torchrun_ends_when_one_rank_fails(trained: Path):
+    """The one that gets the damaged image; the check of the data opens every second image of so many."""
+    make_coco(trained / "damaged", train=32)
+    path = trained / "damaged/train2017/000000000001.jpg"
+    path.write_bytes(b"no image")
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29643"]
+    done = run(*launcher, changes=["data_root=damaged/", "work_dir=failed"], cwd=trained)
+    assert done.returncode == 1
+    assert "starts" in done.stdout  # it had passed the checks
+    assert not list((trained / "failed").glob("epoch_*"))

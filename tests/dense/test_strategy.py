@@ -1,0 +1,206 @@
+"""Real trainings of a small Mask R-CNN by two processes: the plain Runner and ZeRO are one another's reference."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_jobs import run_jobs
+from processes import Processes, starter
+from tiny_coco import make_coco
+
+pytestmark = pytest.mark.engine
+
+# Four optimiser steps of two micro-batches, in two epochs; clipped in all of them.
+STEPS = ["optim_wrapper.accumulative_counts=2", "optim_wrapper.clip_grad={'max_norm': 0.5}"]
+ENDLESS = [
+    "train_cfg={'type': 'IterBasedTrainLoop', 'max_iters': 6, 'val_interval': 6}",
+    "train_dataloader.sampler.type=InfiniteSampler",
+    "train_dataloader.num_workers=0",
+    "train_dataloader.persistent_workers=False",
+    "default_hooks.checkpoint.interval=6",
+]
+REFUSED = {
+    "engine": ("zero2", [], "was trained with engine=: continue it so"),
+    "no engine": ("plain", ["engine=zero2"], "was trained without engine=: continue it so"),
+    "another engine": ("zero2", ["engine=zero3"], "engine was 'ZeRO 2' and is 'ZeRO 3'"),
+    "another batch": ("plain", ["train_dataloader.batch_size=2"], "train_dataloader.batch_size was 1 and is 2"),
+    "another model": ("new", ["test=FOLDER/plain", "model.neck.out_channels=16"], "is of another model: neck."),
+    "a pickle": ("new", ["test=FOLDER/pickle.pth"], "holds more than tensors and plain values (posix.system)"),
+    "a damaged file": ("new", ["load_from=FOLDER/cut_off.pth"], "is damaged or no checkpoint"),
+    "no file": ("new", ["test=FOLDER/nowhere"], "nowhere is no checkpoint: give a .pth file"),
+    "stage 0": ("new", ["engine=zero0"], "leave out engine="),
+    "a key of ours": ("new", ["engine=FOLDER/owned.json"], "delete it there and set optim_wrapper.clip_grad"),
+    "clipping": ("new", ["engine=zero1", "optim_wrapper.clip_grad={'type': 'value', 'clip_value': 1}"], "of type 2"),
+    "bf16": ("new", ["precision=bf16"], "mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1"),
+    "accumulation": ("new", ["optim_wrapper.accumulative_counts=5"], "an epoch has 4 batches a rank, fewer than"),
+    "iterations": ("new", [*ENDLESS, "optim_wrapper.accumulative_counts=4"], "train_cfg.max_iters=6 is not divided"),
+}
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        import os
+
+        return os.system, ("false",)
+
+
+@pytest.fixture(scope="module")
+def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Processes]]:
+    with starter(tmp_path_factory.mktemp("cwd")) as starts:
+        yield starts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., Processes]) -> Path:
+    """The work_dirs of all jobs."""
+    root = tmp_path_factory.mktemp("jobs")
+    make_coco(root / "coco")
+    for stage in (1, 2, 3):
+        zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+        if stage == 3:  # by default all of so small a model would stay gathered
+            for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+                zero[f"stage3_{key}"] = 0
+        (root / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    (root / "owned.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
+    torch.save({"state_dict": {}, "meta": Evil()}, root / "pickle.pth")
+    torch.save({"state_dict": {"a": torch.ones(1000)}}, root / "cut_off.pth")
+    (root / "cut_off.pth").write_bytes((root / "cut_off.pth").read_bytes()[:1000])
+
+    engine = {name: [f"engine={root}/{name}.json"] for name in ("zero1", "zero2", "zero3")} | {"plain": []}
+    predictions = [f"val_evaluator.outfile_prefix={root}/val"]
+    short = ["train_cfg.max_epochs=1"]
+    jobs = {name: [*STEPS, *engine[name]] for name in ("plain", "zero1", "zero2")}
+    jobs |= {"zero3": [*STEPS, *engine["zero3"], *predictions]}
+    for name, when in {"plain": "4,1", "zero2": "4,0", "zero3": "3,1"}.items():
+        jobs[f"{name} stopped"] = [*STEPS, *engine[name], f"signal={when}"]
+        jobs[f"{name} continued"] = [*STEPS, *engine[name], f"work_dir={root}/{name} stopped"]
+    jobs["endless"] = ENDLESS
+    jobs["endless stopped"] = [*ENDLESS, "signal=2,1"]
+    jobs["endless continued"] = [*ENDLESS, f"work_dir={root}/endless stopped"]
+    jobs["zero2 from plain"] = [*short, *engine["zero2"], f"load_from={root}/plain"]
+    jobs["plain from zero3"] = [*short, f"load_from={root}/zero3/epoch_2"]
+    jobs["zero3 tested"] = [f"test={root}/zero3", f"test_evaluator.outfile_prefix={root}/test"]
+    jobs["bf16"] = [*short, *engine["zero1"], "precision=bf16"]
+    keep = "default_hooks.checkpoint.max_keep_ckpts=1"
+    jobs["plain full"] = ["train_cfg.max_epochs=3", keep, "full=8,0"]
+    jobs["zero2 full"] = ["train_cfg.max_epochs=3", keep, "full=8,1", *engine["zero2"]]
+    for name, (work_dir, changes, _) in REFUSED.items():
+        changes = [change.replace("FOLDER", str(root)) for change in changes]
+        jobs[f"refused {name}"] = [*(STEPS if work_dir != "new" else []), f"work_dir={root}/{work_dir}", *changes]
+    run_jobs(start_here, root, jobs)
+    return root
+
+
+def said(folder: Path, job: str) -> str:
+    """What a job ended with, the same on both ranks."""
+    first, second = ((folder / f"{job}-rank{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    return first
+
+
+def last(work_dir: Path) -> dict[str, Any]:
+    """The newest checkpoint's content; our own file."""
+    path = Path((work_dir / "last_checkpoint").read_text())
+    content: dict[str, Any] = torch.load(path / "weights.pth" if path.is_dir() else path, weights_only=False)
+    return content
+
+
+def logged(content: dict[str, Any], name: str) -> list[float]:
+    return list(content["message_hub"]["log_scalars"][f"train/{name}"].data[0])
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
+    plain, zero = last(folder / "plain"), last(folder / engine)
+    assert len(logged(plain, "loss")) == 8
+    assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    assert len(logged(plain, "grad_norm")) == 4
+    assert min(logged(plain, "grad_norm")) > 0.5  # all steps are clipped
+    assert logged(zero, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=1e-5)
+    assert logged(zero, "lr") == logged(plain, "lr")
+    assert zero["state_dict"].keys() == plain["state_dict"].keys()
+    for name, tensor in plain["state_dict"].items():
+        torch.testing.assert_close(zero["state_dict"][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_groups_keep_their_rates(folder: Path):
+    """The second group's is half of the first's from beginning to end, and the schedule reached both."""
+    for engine in ("plain", "zero1", "zero2", "zero3"):
+        content = last(folder / engine)
+        groups = content["optimizer"]["param_groups"] if engine == "plain" else content["optim_wrapper"]["groups"]
+        assert [group["lr"] for group in groups] == pytest.approx([5e-4, 2.5e-4]), engine
+        assert [group["initial_lr"] for group in groups] == pytest.approx([1e-3, 5e-4]), engine
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("plain", "SIGUSR1: saved and stopped after step 6 of 8; run it again to go on"),
+        ("zero2", "SIGUSR1: saved and stopped after step 6 of 8; run it again to go on"),
+        ("zero3", "SIGUSR1: saved and stopped after step 4 of 8; run it again to go on"),
+        ("endless", "SIGUSR1: saved and stopped after step 3 of 6; run it again to go on"),
+    ],
+)
+def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, words: str):
+    """Stopped within an epoch, at an epoch's end, and in an endless order; augmentation is random in all of them."""
+    assert said(folder, f"{name} stopped") == words
+    assert said(folder, f"{name} continued") == ""
+    whole, again = last(folder / name), last(folder / f"{name} stopped")
+    for scalar in ("loss", "loss_mask", "lr"):
+        assert logged(again, scalar) == logged(whole, scalar)
+    assert (again["meta"]["epoch"], again["meta"]["iter"]) == (whole["meta"]["epoch"], whole["meta"]["iter"])
+    for key, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, again["state_dict"][key]), key
+    rows = [json.loads(line) for line in (folder / f"{name} stopped" / "evaluation.jsonl").read_text().splitlines()]
+    # Each evaluation once: the one that a stop at an epoch's end kept from being done as well.
+    assert [row["iter"] for row in rows] == ([6] if name == "endless" else [4, 8])
+
+
+def test_images_differ_from_epoch_to_epoch(folder: Path):
+    """Or the same bits would prove little."""
+    content = last(folder / "plain")
+    assert len(set(logged(content, "loss_rpn_bbox"))) == 8
+
+
+def test_weights_go_from_one_to_the_other(folder: Path):
+    zero, plain = last(folder / "zero2 from plain"), last(folder / "plain from zero3")
+    assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)  # the weights are nearly the same
+    assert abs(logged(zero, "loss")[0] - logged(last(folder / "plain"), "loss")[0]) > 0.1  # and no new ones
+
+
+def test_zero3_predicts_what_its_file_predicts(folder: Path):
+    """In training by a copy that the ranks' parts fill; by the plain Runner from the file."""
+    assert said(folder, "zero3 tested") == ""
+    for kind in ("bbox", "segm"):
+        first, second = (json.loads((folder / f"{run}.{kind}.json").read_text()) for run in ("val", "test"))
+        assert len(first) >= 10
+        assert first == second
+
+
+def test_bf16_keeps_fp32_weights(folder: Path):
+    content = last(folder / "bf16")
+    assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
+    whole = logged(last(folder / "plain"), "loss")[0]
+    assert logged(content, "loss")[0] == pytest.approx(whole, rel=0.02)
+    assert logged(content, "loss")[0] != whole
+
+
+@pytest.mark.parametrize("name", ["plain", "zero2"])
+def test_full_disk_loses_nothing_older(folder: Path, name: str):
+    """`max_keep_ckpts=1`: the second checkpoint has replaced the first one, the third cannot be written."""
+    words = said(folder, f"{name} full")
+    assert "epoch_3" in words
+    assert "could not be written" in words
+    work_dir = folder / f"{name} full"
+    assert last(work_dir)["meta"]["epoch"] == 2
+    assert sorted(p.name.removesuffix(".pth") for p in work_dir.glob("epoch_*")) == ["epoch_2"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(folder: Path, name: str):
+    words = said(folder, f"refused {name}")
+    assert REFUSED[name][2] in words
+    assert "\n" not in words
