@@ -1,7 +1,5 @@
 """mmdet's Mask R-CNN, shrunk until two CPU processes train it in no time; its data is tiny_coco's."""
 
-# ruff: noqa: C408 - mmengine's configurations look like this
-
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 
 data_root = "coco/"
