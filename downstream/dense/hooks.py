@@ -118,7 +118,8 @@ class BordersHook(Hook):
     """Under bf16's autocast, necks and heads hand over fp32.
 
     mmdet casts the boxes of regions to the type of the features that it cuts there: in bf16 that rounds 1000 pixels to
-    multiples of 4. mmcv's ops know no bf16 at all. Inside of these modules autocast goes on as before.
+    multiples of 4. It sorts proposals by the sigmoid of their logits: in bf16 many good ones would be equal. mmcv's ops
+    know no bf16 at all. Inside of these modules autocast goes on as before.
     """
 
     def before_train(self, runner: Any) -> None:

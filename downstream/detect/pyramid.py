@@ -54,5 +54,5 @@ class SimpleFeaturePyramid(BaseModule):
         Halves are rounded up.
         """
         (last,) = maps
-        pyramid = [scale(last).float() for scale in self.scales]  # mmcv's RoIAlign knows no bf16
+        pyramid = [scale(last) for scale in self.scales]
         return (*pyramid, F.max_pool2d(pyramid[-1], 1, 2))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mmcv
@@ -14,6 +15,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from tiny_coco import make_coco
 
+from downstream.dense.hooks import BordersHook
 from downstream.detect import draw
 from downstream.detect.settings import spread_settings
 
@@ -48,6 +50,12 @@ def model(cfg: Config) -> Any:
     init_default_scope("mmdet")
     torch.manual_seed(0)
     return MODELS.build(cfg.model)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _borders(model: Any) -> None:
+    """As in a training under bf16; in fp32 they change nothing."""
+    BordersHook().before_train(SimpleNamespace(model=model))
 
 
 def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, torch.Tensor]]:

@@ -25,7 +25,6 @@ custom_imports = dict(
     imports=[
         "downstream.dense.backbone",
         "downstream.dense.optim",
-        "downstream.detect.proposals",
         "downstream.detect.pyramid",
     ]
 )
@@ -52,7 +51,7 @@ model = dict(
         drop_path=0.1,
     ),
     neck=dict(_delete_=True, type="SimpleFeaturePyramid", in_channels=768, out_channels=256),
-    rpn_head=dict(type="FloatRPNHead", num_convs=2),
+    rpn_head=dict(num_convs=2),
     roi_head=dict(
         bbox_head=dict(type="Shared4Conv1FCBBoxHead", conv_out_channels=256, norm_cfg=norm),
         mask_head=dict(norm_cfg=norm),
