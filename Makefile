@@ -30,7 +30,7 @@ install: .venv/installed
 
 # mmcv compiles its ops against the torch that is there, hence no isolation: 10 minutes on two cores, once.
 .venv/mm: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja psutil packaging
+	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=80" wheel ninja psutil packaging
 	MMCV_WITH_OPS=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,mm]"
 	touch $@
 
