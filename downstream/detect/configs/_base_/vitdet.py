@@ -49,6 +49,8 @@ model = dict(
         global_blocks=(2, 5, 8, 11),
         out_blocks=(11,),
         drop_path=0.1,
+        checkpoint_blocks=False,
+        checkpoint=None,
     ),
     neck=dict(_delete_=True, type="SimpleFeaturePyramid", in_channels=768, out_channels=256),
     rpn_head=dict(num_convs=2),
