@@ -1,5 +1,6 @@
 """Who am I among the processes: deepspeed, torchrun, srun and plain python, told apart by their environment."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -102,10 +103,12 @@ def start(world: World) -> torch.device:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once.
+    """Ends this process at once, and data workers with it.
 
     A usual exit would wait for ranks that may never come, and sometimes aborts in gloo's threads when all is done.
     """
+    for child in multiprocessing.active_children():
+        child.kill()  # one that cannot hand over its last batch would outlive us
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
