@@ -6,7 +6,7 @@ What mmdet would only stumble over in the middle of an epoch, or skip without a 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,16 +222,13 @@ def _describe(found: Annotations, counts: BoxCounts, used: int) -> str:
     return ", ".join([f"{used} of {len(found.images)} images, {counts.used} boxes", *_odd(counts)])
 
 
-def _odd(counts: BoxCounts) -> Iterable[str]:
-    if counts.crowd:
-        yield f"{counts.crowd} crowds (ignored)"
-    if counts.outside:
-        yield f"{counts.outside} boxes outside of their image or without area (skipped)"
-    if counts.reaching:
-        yield f"{counts.reaching} boxes reach out of their image (clipped)"
-    if counts.other_classes:
-        yield f"{counts.other_classes} boxes of other categories (skipped)"
-    if counts.no_image:
-        yield f"{counts.no_image} annotations of images that are not listed (skipped)"
-    if counts.no_polygon:
-        yield f"{counts.no_polygon} masks without a polygon of three points (skipped)"
+def _odd(counts: BoxCounts) -> list[str]:
+    found = (
+        (counts.crowd, "crowds (ignored)"),
+        (counts.outside, "boxes outside of their image or without area (skipped)"),
+        (counts.reaching, "boxes reach out of their image (clipped)"),
+        (counts.other_classes, "boxes of other categories (skipped)"),
+        (counts.no_image, "annotations of images that are not listed (skipped)"),
+        (counts.no_polygon, "masks without a polygon of three points (skipped)"),
+    )
+    return [f"{number} {what}" for number, what in found if number]
