@@ -94,7 +94,12 @@ def _to_timm(export: Export, out: Path) -> tuple[float, str]:
 def _to_mm(export: Export, out: Path) -> tuple[float, str]:
     torch.save({"state_dict": export.tensors, "meta": export.facts}, out)
     encoder, _ = load_encoder(out)
-    usage = 'init_cfg=dict(type="Pretrained", checkpoint="{out}")'
+    kind, patch = position(export.encoder), export.encoder.patch
+    if kind == "bias":  # BEiT's tables, which our own backbone has not
+        usage = 'init_cfg=dict(type="Pretrained", checkpoint="{out}")'
+    else:
+        start = f'patch={patch}, position="{kind}", checkpoint="{{out}}"'
+        usage = f'backbone=dict(type="PlainViT", arch="{export.arch}", {start})  # of downstream.dense.backbone'
     return export.check(lambda images: features(encoder, images)), usage
 
 

@@ -1,4 +1,7 @@
-"""`downstream/detect/run.py` as a user types it, under each launcher; srun is tried in tests/slurm."""
+"""`downstream/detect/run.py` as a user types it, under each launcher; srun is tried in tests/slurm.
+
+The shipped configuration of the smallest encoder, from a checkpoint, on ZeRO 3 with every parameter partitioned.
+"""
 
 import json
 import os
@@ -7,20 +10,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from naive_attention import randomized
+from safetensors.torch import save_file
 from tiny_coco import make_coco
+
+from pretrain.models.vit import ViT
 
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-CONFIG = Path(__file__).parent / "tiny_mask_rcnn.py"
-# The constructor of the other tests is registered by their own script.
-CHANGES = ["train_cfg.max_epochs=1", "optim_wrapper.constructor=DefaultOptimWrapperConstructor"]
+CHANGES = ["classes=['disc','box']", "train_cfg.max_epochs=1", "train_dataloader.batch_size=1"]
+ENGINE = {"stage": 3, **dict.fromkeys(("stage3_param_persistence_threshold", "stage3_max_live_parameters"), 0)}
 
 
 def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(cwd)}
-    arguments = [*command, str(ROOT / "downstream/detect/run.py"), str(CONFIG), *CHANGES, *changes]
+    arguments = [*command, str(ROOT / "downstream/detect/run.py"), "vitdet_tiny_pennfudan", *CHANGES, *changes]
     return subprocess.run(arguments, cwd=cwd, env=environment, timeout=300, capture_output=True, text=True)
 
 
@@ -28,9 +35,14 @@ def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedPro
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained in `work`, by `deepspeed`."""
     folder = tmp_path_factory.mktemp("detect")
-    make_coco(folder / "coco")
+    make_coco(folder / "coco", train=4, val=2)
+    torch.manual_seed(0)
+    facts = {"arch": "vit_tiny", "patch": "16", "size": "64x64", "position": "relative"}
+    save_file(randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict(), folder / "encoder.safetensors", facts)
+    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": ENGINE}))
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29642"]
-    done = run(*launcher, changes=["data_root=coco/", "work_dir=work", "engine=zero2"], cwd=folder)
+    changes = ["checkpoint=encoder.safetensors", "data_root=coco/", "work_dir=work", "engine=zero3.json"]
+    done = run(*launcher, changes=changes, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks x train_dataloader.batch_size=1 x optim_wrapper.accumulative_counts=1 = 2 images" in done.stdout
     return folder
@@ -38,8 +50,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_deepspeed_trains(trained: Path):
     assert (trained / "work/last_checkpoint").read_text().endswith("work/epoch_1")
-    assert (trained / "work/epoch_1/weights.pth").is_file()
     assert len(list((trained / "work/epoch_1").glob("*_optim_states.pt"))) == 2
+
+
+def test_it_started_from_the_encoder(trained: Path):
+    """After two steps of the warm-up the weights are nearly what they were; but they have been trained."""
+    weights = torch.load(trained / "work/epoch_1/weights.pth", weights_only=False)["state_dict"]  # our own file
+    torch.manual_seed(0)
+    encoder = randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict()
+    for name in ("blocks.3.attn.qkv.weight", "blocks.11.attn.rpe_k.lookup_table_weight"):
+        torch.testing.assert_close(weights[f"backbone.{name}"], encoder[name], atol=1e-4, rtol=0)
+        assert not weights[f"backbone.{name}"].equal(encoder[name]), name
 
 
 def test_python_tests_what_was_trained(trained: Path):
