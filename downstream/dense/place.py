@@ -134,5 +134,10 @@ def place_data(cfg: Config) -> None:
 
 
 def by_epoch(cfg: Config) -> bool:
-    """Whether a configuration counts its training in epochs."""
+    """Whether a configuration counts its training in epochs; ValueError where it does not say."""
+    if not {"by_epoch", "type"} & cfg.train_cfg.keys():
+        raise ValueError(
+            f"train_cfg={dict(cfg.train_cfg)} has neither type nor by_epoch: change keys of it one by one, for example "
+            f"train_cfg.max_epochs=25"
+        )
     return bool(cfg.train_cfg.get("by_epoch", cfg.train_cfg.get("type", "").startswith("EpochBased")))

@@ -35,6 +35,7 @@ REFUSED = {
     "a key of ours": ("new", ["engine=FOLDER/owned.json"], "delete it there and set optim_wrapper.clip_grad"),
     "clipping": ("new", ["engine=zero1", "optim_wrapper.clip_grad={'type': 'value', 'clip_value': 1}"], "of type 2"),
     "bf16": ("new", ["precision=bf16"], "mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1"),
+    "a new train_cfg": ("new", ["train_cfg={'max_epochs': 1}"], "change keys of it one by one"),
     "accumulation": ("new", ["optim_wrapper.accumulative_counts=5"], "an epoch has 4 batches a rank, fewer than"),
     "iterations": ("new", [*ENDLESS, "optim_wrapper.accumulative_counts=4"], "train_cfg.max_iters=6 is not divided"),
 }
