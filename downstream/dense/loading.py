@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from downstream.dense.positions import resize_positions
 from downstream.files import Weights
@@ -113,14 +113,13 @@ def compare_features(backbone: "PlainViT", encoder: ViT) -> float:
 
 def _outputs(encoder: ViT, images: Tensor, numbers: Sequence[int]) -> list[Tensor]:
     """What the encoder's blocks of these numbers make, and in place of the last one's, what its norm makes of that."""
-    made: dict[int, Tensor] = {}
-    hooks = [
-        encoder.blocks[number].register_forward_hook(
-            lambda block, given, out, number=number: made.update({number: out})
-        )
-        for number in numbers
-    ]
-    made[len(encoder.blocks) - 1] = features(encoder, images)
+    made: dict[nn.Module, Tensor] = {}
+
+    def keep(block: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
+        made[block] = out
+
+    hooks = [block.register_forward_hook(keep) for block in encoder.blocks]
+    made[encoder.blocks[-1]] = features(encoder, images)
     for hook in hooks:
         hook.remove()
-    return [made[number] for number in numbers]
+    return [made[encoder.blocks[number]] for number in numbers]

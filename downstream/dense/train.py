@@ -90,7 +90,9 @@ def _augment_test(cfg: Config) -> None:
         raise ValueError("tta=true: the configuration has no tta_model and tta_pipeline")
     for _, dataset in datasets(cfg, "test"):
         dataset.pipeline = cfg.tta_pipeline
-    cfg.model = {**cfg.tta_model, "module": cfg.model}
+    # Said here, or mmengine would give the model another one, which stands at the top of mmseg's configurations.
+    preprocessor = cfg.model.get("data_preprocessor")
+    cfg.model = {**cfg.tta_model, "module": cfg.model, "data_preprocessor": preprocessor}
 
 
 def _train(cfg: Config, job: Job, world: World) -> None:

@@ -39,32 +39,33 @@ def spread_settings(cfg: Any) -> None:
         for _, head in heads(cfg):
             head.num_classes = len(classes)
     if cfg.get("size") is not None:
-        size = _pair("size", cfg.size, cfg.model.backbone.get("patch", 1))
+        size = as_pair("size", cfg.size, cfg.model.backbone.get("patch", 1))
         cfg.model.data_preprocessor.size = cfg.model.backbone.size = size
         if cfg.model.test_cfg.mode == "slide":
             cfg.model.test_cfg.crop_size = size
     if cfg.get("stride") is not None and cfg.model.test_cfg.mode == "slide":
-        cfg.model.test_cfg.stride = _pair("stride", cfg.stride)
+        cfg.model.test_cfg.stride = as_pair("stride", cfg.stride)
 
 
 def _spread_sizes(cfg: Any, steps: Any) -> None:
     for step in flatten_steps(steps):
         if "crop_size" in step and cfg.get("size") is not None:
-            step.crop_size = _pair("size", cfg.size)
+            step.crop_size = as_pair("size", cfg.size)
         if "scale" in step and cfg.get("scale") is not None:
-            step.scale = _pair("scale", cfg.scale)
+            step.scale = as_pair("scale", cfg.scale)
 
 
 def flatten_steps(steps: Any) -> Iterator[Any]:
     """The steps of a pipeline, and in place of TestTimeAug's those that it combines."""
     for step in steps:
         if isinstance(step, dict):
-            yield from flatten_steps(step.transforms) if "transforms" in step else [step]
+            yield from flatten_steps(step["transforms"]) if "transforms" in step else [step]
         else:
             yield from flatten_steps(step)
 
 
-def _pair(key: str, value: Any, multiple: int = 1) -> tuple[int, int]:
+def as_pair(key: str, value: Any, multiple: int = 1) -> tuple[int, int]:
+    """One number twice, or two; ValueError in terms of `key` where they are none, or no multiples."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in pair):
         what = "pixels" if multiple == 1 else f"multiples of {multiple} pixels, of model.backbone.patch"
