@@ -9,7 +9,7 @@ stride = 43
 scale = (256, 64)
 width = 16
 model = dict(decode_head=dict(channels=width), auxiliary_head=dict(channels=width))
-train_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False)
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
