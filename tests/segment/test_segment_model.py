@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -184,12 +185,12 @@ def test_every_map_is_the_encoders(kind: str, tmp_path: Path):
         load_start(backbone.eval(), str(tmp_path / "encoder.safetensors"), None)
         expected, _ = load_encoder(tmp_path / "encoder.safetensors", size=size)
         maps = backbone(images(size, size))
-        made: list[torch.Tensor] = []
+        made: dict[torch.nn.Module, torch.Tensor] = {}
         for block in expected.blocks:
-            block.register_forward_hook(lambda block, given, out: made.append(out))
+            block.register_forward_hook(lambda block, given, out, made=made: made.update({block: out}))
         last = features(expected, images(size, size))
         for number, found in zip(OUT, maps, strict=True):
-            tokens = last if number == 11 else made[number]
+            tokens = last if number == 11 else made[expected.blocks[number]]
             on_grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (size // 16, size // 16))
             torch.testing.assert_close(found, on_grid, rtol=1e-4, atol=1e-4)
 
@@ -206,7 +207,7 @@ def test_an_early_map_that_is_not_the_encoders_is_found(tmp_path: Path):
 
     class Early(PlainViT):
         def encode(self, *arguments: Any) -> list[torch.Tensor]:
-            first, second, *rest = super().encode(*arguments)
+            first, _, *rest = super().encode(*arguments)
             return [first, first, *rest]
 
     backbone.__class__ = Early
@@ -225,7 +226,7 @@ def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, to
 def test_training_step_in_both_precisions(model: Any, cfg: Config):
     """Every parameter gets a finite fp32 gradient; under bf16 neck and logits are fp32, as the heads are told."""
     own = copy.deepcopy(model)
-    BordersHook().before_train(type("Stub", (), {"model": own}))
+    BordersHook().before_train(SimpleNamespace(model=own))
     handed = {}
     for name, module in own.named_modules():
         if name == "neck" or name.endswith("conv_seg"):
