@@ -183,16 +183,18 @@ def command(*changes: str) -> Config:
 
 
 def test_sizes_reach_every_place():
-    cfg = command("size=320", "stride=(200,100)", "scale=[900,300]", "data_root=/data/mine")
+    cfg = command("size=320", "stride=200", "scale=[900,300]", "data_root=/data/mine")
     assert cfg.model.data_preprocessor.size == cfg.model.backbone.size == cfg.model.test_cfg.crop_size == (320, 320)
-    assert cfg.model.test_cfg.stride == (200, 100)
+    assert cfg.model.test_cfg.stride == (200, 200)
     assert cfg.train_dataloader.dataset.pipeline[3].crop_size == (320, 320)
     scaled = [cfg.train_dataloader.dataset.pipeline[2], cfg.val_dataloader.dataset.pipeline[1]]
     scaled += [step for step in flatten_steps(cfg.tta_pipeline) if "scale" in step]
     assert [step.scale for step in scaled] == [(900, 300)] * 8
     assert cfg.test_dataloader.dataset.data_root == "/data/mine"
-    whole = command("model.test_cfg.mode=whole", "size=320")
-    assert whole.model.test_cfg.mode == "whole"
+    cfg.size, cfg.stride = (320, 640), [200, 400]  # from a file: high and wide
+    spread_settings(cfg)
+    assert (cfg.model.backbone.size, cfg.model.test_cfg.stride) == ((320, 640), (200, 400))
+    assert command("model.test_cfg.mode=whole", "size=320").model.test_cfg.mode == "whole"
 
 
 @pytest.mark.parametrize(

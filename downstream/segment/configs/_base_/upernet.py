@@ -17,9 +17,9 @@ sets, pipelines, heads, windows) when our commands read the file:
     val_dataloader = dict(dataset=dict(data_prefix=dict(img_path="val/", seg_map_path="val_masks/")))
     test_dataloader = val_dataloader
 
-The recipe is that of mmseg's `mae-base_upernet_8xb2-amp-160k_ade20k-512x512`, which is BEiT's, MAE's and LUT's: four
-depths of the encoder at strides 4 to 32, a quarter of the way from each other. Two things differ: relative position is
-the encoder's own (LoMaR's) or ViTDet's, from zero (MAE's encoders), and precision is bf16.
+The recipe is mmseg's `mae-base_upernet_8xb2-amp-160k_ade20k-512x512`, which has the numbers of LUT's Table E. Two
+things differ: relative position is the encoder's own (LoMaR's) or ViTDet's, from zero (MAE's encoders), and precision
+is bf16. The last map is normed as in pretraining; those of other blocks are as they are.
 """
 
 _base_ = [
