@@ -107,8 +107,10 @@ def find_pairs(key: str, dataset: Any) -> tuple[list[tuple[str, str]], list[str]
 
 
 def _files_below(folder: str) -> list[str]:
+    """Without hidden ones, as mmengine lists them: some systems put a ._name.jpg beside each name.jpg."""
     found = ((os.path.relpath(parent, folder), names) for parent, _, names in os.walk(folder, followlinks=True))
-    return [os.path.normpath(os.path.join(parent, name)) for parent, names in found for name in names]
+    names = ((parent, name) for parent, names in found for name in names if not name.startswith("."))
+    return [os.path.normpath(os.path.join(*path)) for path in names]
 
 
 def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:

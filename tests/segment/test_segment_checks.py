@@ -168,6 +168,7 @@ def test_what_is_checked_is_what_mmseg_reads(root: Path):
 def test_odd_things_are_counted(root: Path):
     Image.new("L", (128, 96), 255).save(root / MASKS / name(0))
     Image.new("L", (9, 9)).save(root / MASKS / "beside.png")
+    (root / IMAGES / "._00000000.jpg").write_text("hidden")
     train, _ = check(config(root, scale=(256, 48)))
     assert train.endswith("1 masks have no image (not used), 1 masks without a labelled pixel")
     # The short side is at most twice 40, which is more than 64; and at most twice 64 of a long side leave the third
