@@ -7,6 +7,8 @@ downstream/segment/run.py.
 
 import argparse
 import functools
+import inspect
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -56,12 +58,12 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
     _check_loading(cfg, key, dataset, split)
     if not is_local(image_folder(dataset)):
         return f"{image_folder(dataset)} is not on this machine and not checked"
-    names, odd = find_pairs(key, dataset)
+    names, odd = find_pairs(key, dataset, kind)
     pairs = [(os.path.join(image_folder(dataset), a), os.path.join(mask_folder(dataset), b)) for a, b in names]
-    step = max(len(pairs) // opened, 1) if opened else 1
+    step = math.ceil(len(pairs) / opened) if opened else 1
     # A subset of a type's own classes is a relabelling of its masks, which keep their labels.
     labels = tuple(kind.METAINFO.get("classes") or classes)
-    reduces = _reduces_zero(dataset, kind)
+    reduces = bool(_setting(dataset, kind, "reduce_zero_label"))
     counts = count_masks(key, pairs[::step], len(labels), reduces)
     _check_masks(key, counts, len(labels), reduces)
     if split == "train":
@@ -72,8 +74,13 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
     return ", ".join([f"{len(pairs)} images, {len(pairs[::step])} of the masks read", *odd])
 
 
-def find_pairs(key: str, dataset: Any) -> tuple[list[tuple[str, str]], list[str]]:
+def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]], list[str]]:
     """Names of images and of their masks, below their folders, as mmseg pairs them; and what is odd about them.
+
+    Args:
+        key: of the data set, for messages.
+        dataset: its configuration.
+        kind: its type, a class of mmseg.
 
     Raises:
         ValueError: a folder is not there or has no images, or images have no mask.
@@ -81,7 +88,7 @@ def find_pairs(key: str, dataset: Any) -> tuple[list[tuple[str, str]], list[str]
     images, masks = image_folder(dataset), mask_folder(dataset)
     check_exists(f"{key}.data_prefix.img_path", images, "folder")
     check_exists(f"{key}.data_prefix.seg_map_path", masks, "folder")
-    suffix, mask_suffix = dataset.get("img_suffix", ".jpg"), dataset.get("seg_map_suffix", ".png")
+    suffix, mask_suffix = (_setting(dataset, kind, name) for name in ("img_suffix", "seg_map_suffix"))
     if dataset.get("ann_file"):
         path = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
         check_exists(f"{key}.ann_file", path, "file")
@@ -123,9 +130,12 @@ def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
             )
 
 
-def _reduces_zero(dataset: Any, kind: Any) -> bool:
-    own = dataset.get("reduce_zero_label")
-    return bool(kind(lazy_init=True).reduce_zero_label if own is None else own)
+def _setting(dataset: Any, kind: Any, name: str) -> Any:
+    """A data set's own, or its type's default."""
+    if dataset.get(name) is not None:
+        return dataset[name]
+    known = (inspect.signature(base.__init__).parameters for base in kind.__mro__)
+    return next(parameters[name].default for parameters in known if name in parameters)
 
 
 def _check_loading(cfg: Any, key: str, dataset: Any, split: str) -> None:
@@ -142,12 +152,9 @@ def _check_loading(cfg: Any, key: str, dataset: Any, split: str) -> None:
 
 
 def _check_masks(key: str, counts: MaskCounts, classes: int, reduces: bool) -> None:
-    if counts.unreadable:
-        raise ValueError(counts.unreadable[0])
-    if counts.channels:
-        raise ValueError(f"{key}: {first_names(counts.channels)}: a mask has one, with the number of a pixel's class")
-    if counts.other_size:
-        raise ValueError(f"{key}: {first_names(counts.other_size)}: they are of another version of the images")
+    if counts.broken:
+        more = len(counts.broken) - 1
+        raise ValueError(counts.broken[0] + (f"; {more} more cannot be used" if more else ""))
     if counts.outside:
         labels = sorted({label for found in counts.outside.values() for label in found})
         valid = f"{int(reduces)} to {classes - 1 + int(reduces)}, and {'0 and ' if reduces else ''}255 for none"

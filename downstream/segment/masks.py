@@ -19,25 +19,21 @@ Size = tuple[int, int]
 
 @dataclass
 class MaskCounts:
-    """What was found in pairs of an image and its mask; of what stops a training, a line for each.
+    """What was found in pairs of an image and its mask.
 
     Attributes:
         pixels: how many there are of each label, as it stands in the files.
         sizes: (height, width) of the images, in the order of the pairs.
         unlabelled: masks in which all is ignored.
-        outside: names of masks with labels that are no class, and the labels that they have.
-        other_size: masks that are not as large as their image, with both sizes.
-        channels: masks that have more than one.
-        unreadable: what is no image.
+        outside: names of masks with labels that are no class, and these labels.
+        broken: what is wrong with a pair that cannot be used.
     """
 
     pixels: Counter[int] = field(default_factory=Counter)
     sizes: list[Size] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
     outside: dict[str, list[int]] = field(default_factory=dict)
-    other_size: list[str] = field(default_factory=list)
-    channels: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
 
 def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce_zero_label: bool) -> MaskCounts:
@@ -55,10 +51,11 @@ def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce
     with ThreadPoolExecutor(default_workers()) as pool:
         read = pool.map(lambda pair: _read(key, *pair), pairs)
         bar = tqdm(read, "reading masks", len(pairs), unit=" masks", disable=None, delay=3, leave=False)
-        for (_, mask), (size, labels, problem) in zip(pairs, bar, strict=True):
-            if problem:
-                getattr(counts, problem[0]).append(problem[1])
+        for (_, mask), found in zip(pairs, bar, strict=True):
+            if isinstance(found, str):
+                counts.broken.append(found)
                 continue
+            size, labels = found
             counts.sizes.append(size)
             counts.pixels.update(labels)
             if beyond := [n for n in labels if n not in nothing and not first <= n < first + classes]:
@@ -68,19 +65,21 @@ def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce
     return counts
 
 
-def _read(key: str, image: str, mask: str) -> tuple[Size, dict[int, int], tuple[str, str] | None]:
-    """The image's size, and how many pixels have which label; or the list of `MaskCounts` that it belongs to."""
+def _read(key: str, image: str, mask: str) -> tuple[Size, dict[int, int]] | str:
+    """The image's size, and how many pixels have which label; or what is wrong."""
     try:
         size = image_size(key, image)
+    except ValueError as error:
+        return str(error)
+    try:
         with Image.open(mask) as file:
             labels = np.asarray(file)
     except (ValueError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        text = str(error) if str(error).startswith(key) else f"{key}: {mask} is no image that can be read: {error}"
-        return (0, 0), {}, ("unreadable", text)
+        return f"{key}: {mask} is no image that can be read: {error}"
     if labels.ndim != 2:
-        return (0, 0), {}, ("channels", f"{mask} has {labels.shape[2]} channels")
+        return f"{key}: {mask} has {labels.shape[2]} channels: a mask has one, with the number of a pixel's class"
     if labels.shape != size:
         (rows, cols), (height, width) = labels.shape, size
-        return (0, 0), {}, ("other_size", f"{mask} is {cols} x {rows} pixels, its image {width} x {height}")
+        return f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: it is of another version of it"
     values, numbers = np.unique(labels, return_counts=True)
-    return size, dict(zip(map(int, values), map(int, numbers), strict=True)), None
+    return size, dict(zip(map(int, values), map(int, numbers), strict=True))

@@ -150,12 +150,12 @@ def test_what_is_checked_is_what_mmseg_reads(root: Path):
 
     from_one(root)
     for path in (root / MASKS).iterdir():
-        mask = Image.open(path).convert("P")
-        mask.putdata(Image.open(path).getdata())
+        mask = Image.open(path)
+        mask.putpalette(list(range(255, -1, -1)) * 3)  # the colours of labels are not the labels
         mask.save(path)
     cfg = config(root, reduce_zero_label=True)
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": [{"type": "LoadAnnotations"}]})
-    pairs, _ = checks.find_pairs("key", cfg.train_dataloader.dataset)
+    pairs, _ = checks.find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
     paths = [(str(root / IMAGES / image), str(root / MASKS / mask)) for image, mask in pairs]
     assert paths == [(loaded[n]["img_path"], loaded[n]["seg_map_path"]) for n in range(len(loaded))]
     counts = count_masks("key", paths, 3, True)
@@ -215,6 +215,21 @@ def test_settings_that_would_stop_mmseg_later(root: Path):
     check(cfg, ["test"])
     cfg.model.backbone.checkpoint = "runs/x"
     check(cfg)
+
+
+def test_what_a_type_of_sets_has_by_itself(root: Path):
+    """Suffixes and `reduce_zero_label` of mmseg's classes, which a config need not repeat."""
+    cfg = config(root, reduce_zero_label=None)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.pop("reduce_zero_label", None)
+    cfg.train_dataloader.dataset.type = "CityscapesDataset"
+    with pytest.raises(ValueError, match=r"no image \*_leftImg8bit.png in .*only .jpg"):
+        check(cfg)
+    cfg.train_dataloader.dataset.type = "ADE20KDataset"  # three of whose classes are named otherwise
+    assert "masks read" in check(cfg, ["val"])[0]
+    paint(root, 0, 200)
+    with pytest.raises(ValueError, match=r"labels 200 in .* with 150 classes .*=True they are 1 to 150"):
+        check(cfg, ["train"])
 
 
 def test_lists_of_names(root: Path):

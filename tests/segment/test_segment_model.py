@@ -1,8 +1,7 @@
-"""The tiny config as mmseg builds it: its maps, its windows, its numbers, its pictures."""
+"""The tiny config as mmseg builds it: its maps, its windows, its numbers."""
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,58 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_ade import CLASSES, make_ade
+from tiny_ade import CLASSES
 
 from downstream.dense.backbone import PlainViT
 from downstream.dense.hooks import BordersHook, plain_numbers
 from downstream.dense.loading import compare_features, load_start
-from downstream.segment import draw
-from downstream.segment.settings import spread_settings
 from downstream.weights import features, load_encoder
 from pretrain.models.vit import ViT
 
 CONFIG = Path(__file__).parent / "tiny_upernet.py"
 OUT = (3, 5, 7, 11)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_ade(tmp_path_factory.mktemp("ade") / "set", train=2, val=3)
-
-
-@pytest.fixture(scope="module")
-def cfg(root: Path) -> Config:
-    cfg = Config.fromfile(CONFIG)
-    cfg.data_root = str(root)
-    spread_settings(cfg)
-    return cfg
-
-
-@pytest.fixture(scope="module")
-def model(cfg: Config) -> Any:
-    """Its norms have seen something, and its classifier has opinions."""
-    init_default_scope("mmseg")
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("running_mean", "running_var")):
-            tensor.add_(0.5 * torch.rand(tensor.shape))
-    model.decode_head.conv_seg.weight.data.normal_()
-    return model.eval()
 
 
 def images(height: int, width: int, count: int = 1) -> torch.Tensor:
@@ -245,10 +208,10 @@ def test_training_step_in_both_precisions(model: Any, cfg: Config):
         assert parameter.grad.isfinite().all(), name
 
 
-def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, root: Path):
+def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, ade: Path):
     batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
     seen = model.data_preprocessor(batch, False)["inputs"][0]
-    image = Image.open(root / "images/validation/00000000.jpg").resize((85, 64), Image.BILINEAR)
+    image = Image.open(ade / "images/validation/00000000.jpg").resize((85, 64), Image.BILINEAR)
     expected = (np.array(image) / 255.0 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     assert seen.shape == (3, 64, 96)
     assert np.abs(seen[:, :, :85].permute(1, 2, 0).numpy() - expected).mean() < 0.1
@@ -282,62 +245,3 @@ def test_linear_head_is_a_norm_and_a_matrix():
     )
     torch.testing.assert_close(head.eval()([x]), expected, rtol=1e-4, atol=1e-5)
     assert sum(parameter.numel() for parameter in head.parameters()) == 8 * 3 + 3 + 2 * 8
-
-
-@pytest.fixture(scope="module")
-def weights(model: Any, cfg: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A configuration and weights as a training leaves them."""
-    folder = tmp_path_factory.mktemp("trained")
-    torch.save({"state_dict": model.state_dict(), "meta": {"iter": 1}}, folder / "iter_1.pth")
-    cfg.dump(folder / "config.py")
-    return folder / "config.py", folder / "iter_1.pth"
-
-
-def run_draw(*arguments: object) -> int:
-    return draw.main([str(argument) for argument in arguments])
-
-
-def test_draws_what_is_seen(weights: tuple[Path, Path], model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    photos, out = tmp_path / "photos", tmp_path / "out"
-    (photos / "below").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    pictures = {"a.png": (64, 64), "below/b.png": (100, 70)}
-    for name, size in pictures.items():
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
-    (photos / "broken.png").write_text("no image")
-    assert run_draw(*weights, photos, out, "--opacity", 1) == 0
-    said = capfd.readouterr()
-    assert "2 pictures in" in said.out
-    assert "1 images cannot be decoded" in said.err
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(pictures)
-    pixels = torch.tensor(np.array(Image.open(photos / "a.png"))[:, :, ::-1].copy()).permute(2, 0, 1)
-    sample = SegDataSample(metainfo={"ori_shape": (64, 64), "img_shape": (64, 64)})
-    with torch.no_grad():
-        predicted = model.eval().test_step({"inputs": [pixels], "data_samples": [sample]})[0].pred_sem_seg.data[0]
-    drawn = np.array(Image.open(out / "a.png")).reshape(64 * 64, 3)
-    colours = [np.median(drawn[(predicted == label).flatten().numpy()], axis=0) for label in predicted.unique()]
-    assert len(colours) > 1
-    assert len({tuple(colour) for colour in colours}) == len(colours)  # a colour for each class, where the class is
-    for label, colour in zip(predicted.unique(), colours, strict=True):
-        assert (drawn[(predicted == label).flatten().numpy()] == colour).all(1).mean() > 0.7  # the rest is its name
-
-
-def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, root: Path, capfd: pytest.CaptureFixture[str]):
-    config, trained = weights
-    photos = root / "images" / "validation"
-    state = torch.load(trained, weights_only=True)
-    state["state_dict"].popitem()
-    torch.save(state, tmp_path / "other.pth")
-    cases = {
-        "is of another model": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
-        "is no checkpoint: give": (config, tmp_path / "gone.pth", photos, tmp_path / "out"),
-        "did you mean upernet_vitb_lomar_160k": ("upernet_vitb_lomar", trained, photos, tmp_path / "out"),
-        "is where the images are": (config, trained, photos, photos),
-    }
-    for says, arguments in cases.items():
-        assert run_draw(*arguments) == 1, says
-        error = capfd.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("error: "), error
-        assert says in error
-    with pytest.raises(SystemExit):
-        run_draw(config, trained, photos, tmp_path / "out", "--opacity", 0)
