@@ -88,6 +88,7 @@ class PlainViT(BaseModule):
             those of others are not.
         drop_path: of the last block; it grows linearly over the depth.
         checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
+        frozen: nothing of it is trained, and it is always in eval mode.
         checkpoint, weights: what `init_weights` starts from, as of `downstream.weights.load_encoder`; from scratch
             without one.
 
@@ -109,6 +110,7 @@ class PlainViT(BaseModule):
         out_blocks: Sequence[int] = (11,),
         drop_path: float = 0.1,
         checkpoint_blocks: bool = False,
+        frozen: bool = False,
         checkpoint: str | None = None,
         weights: Weights | None = None,
     ):
@@ -136,7 +138,8 @@ class PlainViT(BaseModule):
         self.grid = (height // patch, width // patch)
         self.windows = tuple(0 if i in global_blocks else window for i in range(depth))
         self.out_blocks = tuple(sorted(out_blocks))
-        self.checkpoint_blocks, self.checkpoint, self.weights = checkpoint_blocks, checkpoint, weights
+        self.checkpoint_blocks, self.frozen = checkpoint_blocks, frozen
+        self.checkpoint, self.weights = checkpoint, weights
 
         dim = self.arch.dim
         self.patch_embed = PatchEmbed(patch, dim)
@@ -151,6 +154,11 @@ class PlainViT(BaseModule):
         self.patch_embed.apply(init_weights)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        self.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "PlainViT":
+        super().train(mode and not self.frozen)
+        return self
 
     def _attention(self, number: int) -> GridAttention:
         dim, _, heads = self.arch

@@ -2,10 +2,40 @@
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from downstream.dense.settings import datasets
 
 SHOWN_NAMES = 5
+TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width, which mmcv's decoder obeys
+
+
+def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, str], str]) -> list[str]:
+    """One line about each data set.
+
+    Args:
+        cfg: an mmengine Config.
+        splits: of train, val and test.
+        check: (dotted key, data set, split) -> the line. It raises ValueError where something is wrong.
+
+    Raises:
+        ValueError: a line for each data set in which something is wrong.
+    """
+    check_ops()
+    lines, problems = [], []
+    for split in splits:
+        for key, dataset in datasets(cfg, split):
+            try:
+                lines.append(f"{key}: {check(key, dataset, split)}")
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return lines
 
 
 def check_ops() -> None:
@@ -48,3 +78,18 @@ def check_exists(key: str, path: str, kind: str) -> None:
     if not found:
         nearest = next((str(parent) for parent in Path(path).parents if parent.is_dir()), "/")
         raise ValueError(f"{key}: no {kind} {path} ({nearest} is there)")
+
+
+def image_size(key: str, path: str) -> tuple[int, int]:
+    """(height, width) as mmcv's decoder makes them, from the file's head.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112) in TURNED
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{key}: {path} is no image that can be read: {error}") from None
+    return (width, height) if turned else (height, width)

@@ -14,7 +14,7 @@ from pretrain.schema import nearest
 # mmengine looks for a package of the original name where a configuration inherits "mmseg::...".
 MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
 
-WORDS = ("checkpoint", "engine", "precision", "resume", "test")
+WORDS = ("checkpoint", "engine", "precision", "resume", "test", "tta")
 
 # Keys of mmengine that every configuration may set, whether it names them or not.
 _DEFAULTS = {
@@ -36,21 +36,23 @@ class Job:
         engine: a file of DeepSpeed's keys; None is the plain Runner.
         resume: whether what `work_dir` holds is continued.
         test: a checkpoint to evaluate instead of training.
+        tta: whether it is evaluated on augmented images as well, by the configuration's `tta_model`.
     """
 
     cfg: Config
     engine: str | None
     resume: bool
     test: str | None
+    tta: bool = False
 
 
 def load(name: str, changes: list[str], configs: Path, spread: Callable[[Config], None]) -> Job:
     """A configuration, by path or by the name of one in the folder `configs`, with `KEY=value` changes.
 
-    `spread` then puts what the configuration says once wherever else it belongs.
+    `spread` then puts what the configuration says once wherever else it belongs; there it is not to be changed.
 
     Beside the configuration's own keys there are: `checkpoint=FILE` (short for model.backbone.checkpoint),
-    `engine=zero1|zero2|zero3|FILE`, `precision=fp32|bf16`, `resume=false` and `test=FILE`.
+    `engine=zero1|zero2|zero3|FILE`, `precision=fp32|bf16`, `resume=false`, `test=FILE` and `tta=true`.
 
     Raises:
         ValueError: no such configuration or key, or a value of another type than the configuration's.
@@ -61,6 +63,7 @@ def load(name: str, changes: list[str], configs: Path, spread: Callable[[Config]
     if not cfg.get("work_dir"):
         cfg.work_dir = f"runs/{Path(name).stem}"
     words: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or not key or key.startswith("-"):
@@ -68,15 +71,19 @@ def load(name: str, changes: list[str], configs: Path, spread: Callable[[Config]
         if key in WORDS:
             words[key] = _value(text)
         else:
-            _change(cfg, key, _value(text))
+            changed[key] = _value(text)
+            _change(cfg, key, changed[key])
     if "checkpoint" in words:
         _change(cfg, "model.backbone.checkpoint", words["checkpoint"])
     _set_precision(cfg, words.get("precision"))
     spread(cfg)
+    _check_spread(cfg, changed)
     resume = words.get("resume", True)
     if not isinstance(resume, bool):
         raise ValueError(f"resume={resume!r}: true continues what work_dir holds, which is done unless false is said")
-    return Job(cfg, _engine_file(words.get("engine")), resume, words.get("test"))
+    if words.get("tta", False) not in (True, False) or (words.get("tta") and not words.get("test")):
+        raise ValueError(f"tta={words['tta']!r}: true evaluates test=FILE on augmented images as well")
+    return Job(cfg, _engine_file(words.get("engine")), resume, words.get("test"), words.get("tta", False))
 
 
 def _find(name: str, configs: Path) -> Path:
@@ -114,7 +121,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _change(cfg: Config, key: str, value: Any) -> None:
+def _place(cfg: Config, key: str) -> tuple[Any, Any]:
+    """What holds the value of a dotted key, and the last step to it."""
     *above, last = key.split(".")
     tree: Any = cfg
     for depth, part in enumerate([*above, last]):
@@ -127,9 +135,25 @@ def _change(cfg: Config, key: str, value: Any) -> None:
             tree = tree[step]
             if not isinstance(tree, dict | list):
                 raise ValueError(f"unknown key {key}: {'.'.join(above[: depth + 1])} is a value, {tree!r}")
+    return tree, step
+
+
+def _change(cfg: Config, key: str, value: Any) -> None:
+    tree, step = _place(cfg, key)
     if wrong := _wrong_type(tree[step], value):
         raise ValueError(f"{key}={value!r}: {wrong}")
     tree[step] = value
+
+
+def _check_spread(cfg: Config, changed: dict[str, Any]) -> None:
+    """Raises ValueError where a change was overwritten by what stands once, at the configuration's top."""
+    for key, value in changed.items():
+        tree, step = _place(cfg, key)
+        if tree[step] != value:
+            raise ValueError(
+                f"{key}={value!r}: the configuration puts {_short(tree[step])} there, from a key at its top: "
+                f"change that one"
+            )
 
 
 def _wrong_type(old: Any, new: Any) -> str | None:

@@ -4,6 +4,7 @@ Shapes: B images, L tokens of a (H, W) grid, with or without a class token in fr
 """
 
 import torch.nn.functional as F
+from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -19,10 +20,11 @@ def on_grid(convolutions: nn.Module, x: Tensor, grid: Grid) -> Tensor:
     return F.pad(convolutions(image).flatten(2).transpose(1, 2), (0, 0, first, 0))
 
 
+@MODELS.register_module(name="RankBN")
 class ChannelBatchNorm(SyncBatchNorm):
-    """Batch normalisation of (B, D, H, W) by the statistics of all ranks' places.
+    """Batch normalisation of (B, D, H, W) by the statistics of all ranks' places; `norm_cfg=dict(type="RankBN")`.
 
-    Not the SyncBN of a `norm_cfg`: that has no CPU path, and mmengine converts to it under its own launchers only.
+    Not SyncBN: that has no CPU path, and mmengine converts to it under its own launchers only.
     """
 
     def forward(self, x: Tensor) -> Tensor:

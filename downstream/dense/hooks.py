@@ -1,6 +1,7 @@
 """Hooks of mmengine's runners: what makes a training continue exactly, save without losing anything, and stop."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import Any
 
 import torch.distributed as dist
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch import Tensor
 
-from downstream.dense.strategy import HEADS
 from pretrain.checkpoint import first_problem, write_durably
 from pretrain.faults import Stopped, StopRequest
 from pretrain.loop import seed_step
+
+# mmdet's heads are called as modules; mmseg calls the `forward` of a head itself, and the last thing in it is conv_seg.
+BORDERS = ("neck", "rpn_head", "bbox_head", "mask_head", "conv_seg")
 
 
 @HOOKS.register_module()
@@ -42,8 +45,7 @@ class PlaceHook(Hook):
             before = checkpoint["meta"].get("trained_as", {})
             check_same(before, self.trained_as, runner.work_dir)
         if self.strict:
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            check_model(checkpoint["state_dict"], model)
+            check_model(checkpoint["state_dict"], _unwrap(runner.model))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["meta"]["trained_as"] = self.trained_as
@@ -59,9 +61,15 @@ class PlaceHook(Hook):
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if runner.rank == 0:
-            row = {"epoch": runner.epoch, "iter": runner.iter, **(metrics or {})}
+            row = {"epoch": runner.epoch, "iter": runner.iter, **plain_numbers(metrics or {})}
             with _evaluations(runner).open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def plain_numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """What JSON has words for: mmseg's are of numpy; None for what is not finite, a class without any pixel."""
+    numbers = {name: float(value) for name, value in metrics.items()}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _evaluations(runner: Any) -> Path:
@@ -113,19 +121,26 @@ def check_model(state: dict[str, Any], model: Any) -> None:
         raise ValueError(f"the checkpoint is of another model: {'; '.join(problems[:3])}{more}")
 
 
+def _unwrap(model: Any) -> Any:
+    """The model itself, of what wraps it for ranks and for augmented tests."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
 @HOOKS.register_module()
 class BordersHook(Hook):
     """Under bf16's autocast, necks and heads hand over fp32.
 
     mmdet casts the boxes of regions to the type of the features that it cuts there: in bf16 that rounds 1000 pixels to
     multiples of 4. It sorts proposals by the sigmoid of their logits: in bf16 many good ones would be equal. mmcv's ops
-    know no bf16 at all. Inside of these modules autocast goes on as before.
+    know no bf16 at all. mmseg resizes logits before it looks for the largest. Inside of these modules autocast goes on
+    as before.
     """
 
     def before_train(self, runner: Any) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        for name, module in model.named_modules():
-            if name.split(".")[-1] in ("neck", *HEADS):
+        for name, module in _unwrap(runner.model).named_modules():
+            if name.split(".")[-1] in BORDERS:
                 module.register_forward_hook(_hand_over)
 
 

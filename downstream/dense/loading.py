@@ -1,10 +1,11 @@
 """A checkpoint into a backbone, strictly, and the proof that the backbone makes of images what pretraining made."""
 
 import copy
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from downstream.dense.positions import resize_positions
 from downstream.files import Weights
@@ -88,7 +89,7 @@ def _fill(backbone: "PlainViT", encoder: ViT, report: Report) -> None:
 
 @torch.no_grad()
 def compare_features(backbone: "PlainViT", encoder: ViT) -> float:
-    """The largest difference of both's last tokens, of random images of the encoder's size.
+    """The largest difference of both's tokens behind any of `out_blocks`, of random images of the encoder's size.
 
     The backbone's windows are off and it gets the encoder's class token and positions, if it has none or those of
     another grid. The comparison is done by a copy, in fp32 on the CPU.
@@ -104,4 +105,21 @@ def compare_features(backbone: "PlainViT", encoder: ViT) -> float:
         x = x + encoder.pos_embed[:, 1:]
     class_token: Tensor = encoder.cls_token if twin.cls_token is None else twin.cls_token
     x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
-    return max_difference(twin.encode(x, grid, (0,) * len(twin.blocks))[-1], features(encoder, images))
+    found = twin.encode(x, grid, (0,) * len(twin.blocks))
+    expected = _outputs(encoder, images, twin.out_blocks)
+    differences = [max_difference(*pair) for pair in zip(found, expected, strict=True)]
+    return float(torch.tensor(differences).max())  # NaN if one of them is
+
+
+def _outputs(encoder: ViT, images: Tensor, numbers: Sequence[int]) -> list[Tensor]:
+    """What the encoder's blocks of these numbers make, and in place of the last one's, what its norm makes of that."""
+    made: dict[nn.Module, Tensor] = {}
+
+    def keep(block: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
+        made[block] = out
+
+    hooks = [block.register_forward_hook(keep) for block in encoder.blocks]
+    made[encoder.blocks[-1]] = features(encoder, images)
+    for hook in hooks:
+        hook.remove()
+    return [made[encoder.blocks[number]] for number in numbers]

@@ -24,7 +24,6 @@ from pretrain.finish import full_state
 from pretrain.launch import World
 
 WEIGHTS = "weights.pth"  # in a checkpoint's folder
-HEADS = ("rpn_head", "bbox_head", "mask_head", "decode_head", "auxiliary_head")  # of mmdet's and mmseg's models
 
 
 @OPTIM_WRAPPERS.register_module()

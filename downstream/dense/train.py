@@ -13,8 +13,9 @@ from mmengine.utils import import_modules_from_strings
 
 from downstream.dense.command import Job
 from downstream.dense.files import find_weights, last_checkpoint, refuse_pickles
-from downstream.dense.hooks import BordersHook, DurableCheckpointHook, PlaceHook
+from downstream.dense.hooks import BordersHook, DurableCheckpointHook, PlaceHook, plain_numbers
 from downstream.dense.place import by_epoch, place_data
+from downstream.dense.settings import datasets
 from downstream.dense.strategy import ZeroStrategy
 from pretrain.checkpoint import first_problem
 from pretrain.engine import OWNED, complete, read_ds_config, zero_stage
@@ -55,7 +56,7 @@ def run(job: Job, world: World, check: Callable[[Config, list[str]], list[str]])
     splits = ["test"] if job.test else ["train", "val"] if cfg.get("val_dataloader") else ["train"]
     _on_main(world, lambda: print(*check(cfg, splits), sep="\n", flush=True))
     if job.test:
-        _test(cfg, job.test, world)
+        _test(cfg, job.test, job.tta, world)
     else:
         _train(cfg, job, world)
 
@@ -72,14 +73,26 @@ def _on_main(world: World, function: Callable[[], None]) -> None:
         raise ValueError(problem)
 
 
-def _test(cfg: Config, checkpoint: str, world: World) -> None:
+def _test(cfg: Config, checkpoint: str, tta: bool, world: World) -> None:
     """COCO's numbers, or whatever `test_evaluator` measures, as a JSON object in the last line."""
     cfg.load_from, cfg.resume = find_weights(checkpoint), False
     _forget_start(cfg)
+    if tta:
+        _augment_test(cfg)
     _add_hook(cfg, {}, strict=True, continues=False)
     metrics = _plain_runner(cfg, world).test()
     if world.is_main:
-        print(json.dumps(metrics), flush=True)
+        print(json.dumps(plain_numbers(metrics)), flush=True)
+
+
+def _augment_test(cfg: Config) -> None:
+    if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
+        raise ValueError("tta=true: the configuration has no tta_model and tta_pipeline")
+    for _, dataset in datasets(cfg, "test"):
+        dataset.pipeline = cfg.tta_pipeline
+    # Said here, or mmengine would give the model another one, which stands at the top of mmseg's configurations.
+    preprocessor = cfg.model.get("data_preprocessor")
+    cfg.model = {**cfg.tta_model, "module": cfg.model, "data_preprocessor": preprocessor}
 
 
 def _train(cfg: Config, job: Job, world: World) -> None:

@@ -3,6 +3,7 @@
 What mmdet would only stumble over in the middle of an epoch, or skip without a word, is an error or a number here.
 """
 
+import functools
 import json
 import os
 from collections import Counter
@@ -12,15 +13,14 @@ from typing import Any
 
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
-from PIL import Image, UnidentifiedImageError
 
-from downstream.dense.checks import check_exists, check_ops, find_missing, first_names, is_local
+from downstream.dense.checks import check_datasets, check_exists, find_missing, first_names, image_size, is_local
+from downstream.dense.settings import class_names
 from downstream.detect.boxes import BoxCounts, count_boxes
-from downstream.detect.settings import annotation_file, class_names, datasets, image_folder
+from downstream.detect.settings import annotation_file, image_folder
 
 OPENED_IMAGES = 16
 NEEDED = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"), "annotations": ("id",)}
-TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width, which mmcv's decoder obeys
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,7 @@ def check(cfg: Any, splits: Sequence[str] = ("train", "val")) -> list[str]:
     Raises:
         ValueError: something is wrong; a line for each thing, with the file and the key to change.
     """
-    check_ops()
-    lines, problems = [], []
-    for split in splits:
-        for key, dataset in datasets(cfg, split):
-            try:
-                lines.append(f"{key}: {_check_dataset(cfg, key, dataset, split)}")
-            except ValueError as error:
-                problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return lines
+    return check_datasets(cfg, splits, functools.partial(_check_dataset, cfg))
 
 
 def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
@@ -153,13 +143,7 @@ def _check_images(found: Annotations, folder: str) -> None:
         )
     for row in found.images[:: max(len(found.images) // OPENED_IMAGES, 1)]:
         path = os.path.join(folder, row["file_name"])
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                if image.getexif().get(0x0112) in TURNED:
-                    width, height = height, width
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{found.key}: {path} is no image that can be read: {error}") from None
+        height, width = image_size(found.key, path)
         if (width, height) != (row["width"], row["height"]):
             raise ValueError(
                 f"{found.key}: {path} is {width} x {height} pixels, by {found.path} {row['width']} x {row['height']}: "

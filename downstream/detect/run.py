@@ -6,13 +6,14 @@ continues when the same command is given again; with test=FILE a checkpoint is e
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts us as a script
 
+from downstream.dense.entry import read_job, train_job
+from downstream.detect.settings import spread_settings
 from pretrain.command import main
-from pretrain.launch import World, start
-from pretrain.runfolder import RunFolder
+from pretrain.launch import World
 
 if TYPE_CHECKING:
     from downstream.dense.command import Job
@@ -21,25 +22,17 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def read(name: str, changes: list[str]) -> "Job":
-    """As `downstream.dense.command.load`; ValueError as well where mmengine is not installed."""
-    try:
-        from downstream.dense.command import load
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: `python -m downstream.doctor` says how to get what detection needs") from None
-    from downstream.detect.settings import spread_settings
-
-    return load(name, changes, CONFIGS, spread_settings)
+    return read_job(name, changes, CONFIGS, spread_settings)
 
 
 def train(job: "Job", world: World) -> None:
-    """The whole job, on all ranks."""
-    start(world)
-    # These import DeepSpeed, which looks for its accelerator at once.
-    from downstream.dense.train import run
-    from downstream.detect.checks import check
+    train_job(job, world, _check)
 
-    with RunFolder(Path(job.cfg.work_dir)).owned(world.is_main and not job.test, named_by="work_dir"):
-        run(job, world, check)
+
+def _check(cfg: Any, splits: list[str]) -> list[str]:
+    from downstream.detect.checks import check  # of mmdet, which is imported when the ranks have started
+
+    return check(cfg, splits)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Trainings of a tiny Mask R-CNN, one after the other in the ranks of one launch: a start costs more than a training.
+"""Trainings of tiny models, one after the other in the ranks of one launch: a start costs more than a training.
 
 As a script this is one rank. A job is a list of changes, as a user writes them behind CONFIG. Among them may be
-`signal=N,R`, which rank R gets before iteration N, and `full=N,R`, from which on it can write no large files. What a
-job ended with is in `<name>-rank<N>.txt`.
+`config=FILE`, `signal=N,R`, which rank R gets before iteration N, and `full=N,R`, from which on it can write no large
+files. What a job ended with is in `<name>-rank<N>.txt`.
 """
 
 import functools
 import gc
+import importlib
 import json
 import os
 import resource
@@ -17,12 +18,24 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = Path(__file__).parent / "tiny_mask_rcnn.py"
+ACCIDENTS = ("signal=", "full=")
 
 
-def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]], processes: int = 2) -> None:
-    """Each job in its work_dir `folder`/<name>, unless it names another."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    start(folder, script=__file__, processes=processes).finish(timeout=400)
+def run_jobs(
+    start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]], config: Path = CONFIG, task: str = "detect"
+) -> None:
+    """Each job in its work_dir `folder`/<name>, unless it names another.
+
+    Args:
+        start: of `processes.starter`.
+        folder: where the data are and work_dirs will be.
+        jobs: by their names.
+        config: of those that do not name another.
+        task: the package in downstream.
+    """
+    jobs = {name: [f"config={config}", *changes] for name, changes in jobs.items()}
+    (folder / "jobs.json").write_text(json.dumps({"task": task, "jobs": jobs}))
+    start(folder, script=__file__, processes=2).finish(timeout=400)
 
 
 def main(folder: Path) -> None:
@@ -41,9 +54,10 @@ def main(folder: Path) -> None:
 
     from downstream.dense.command import load
     from downstream.dense.train import run
-    from downstream.detect.checks import check
-    from downstream.detect.settings import spread_settings
 
+    plan = json.loads((folder / "jobs.json").read_text())
+    check = importlib.import_module(f"downstream.{plan['task']}.checks").check
+    spread = importlib.import_module(f"downstream.{plan['task']}.settings").spread_settings
     # A configuration is laid out for readers whenever it is logged or saved, which takes longer than these trainings.
     yapf_api.FormatCode = lambda text, **style: (text, False)
     # And an index of all of mmdet's models is read whenever one of its files is inherited.
@@ -84,11 +98,13 @@ def main(folder: Path) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
     gc.freeze()  # mmengine collects before each data set, through all that has been imported
-    for name, changes in json.loads((folder / "jobs.json").read_text()).items():
+    for name, changes in plan["jobs"].items():
         faults._received.clear()
-        accidents = [change for change in changes if change.startswith(("signal=", "full="))]
-        changes = [f"data_root={folder}/coco/", f"work_dir={folder / name}", *changes]
-        job = load(str(CONFIG), [c for c in changes if c not in accidents], CONFIG.parent, spread_settings)
+        accidents = [change for change in changes if change.startswith(ACCIDENTS)]
+        config = [change.removeprefix("config=") for change in changes if change.startswith("config=")][-1]
+        changes = [change for change in changes if not change.startswith((*ACCIDENTS, "config="))]
+        changes = [f"data_root={folder}/data/", f"work_dir={folder / name}", *changes]
+        job = load(config, changes, CONFIG.parent, spread)
         job.cfg.experiment_name = name  # mmengine keeps what one run logged for the next of that name
         job.cfg.custom_hooks = [accident_hook(accident) for accident in accidents]
         said = Path(folder / f"{name}-rank{world.rank}.txt")

@@ -58,7 +58,7 @@ def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
 def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., Processes]) -> Path:
     """The work_dirs of all jobs."""
     root = tmp_path_factory.mktemp("jobs")
-    make_coco(root / "coco")
+    make_coco(root / "data")
     for stage in (1, 2, 3):
         zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
         if stage == 3:  # by default all of so small a model would stay gathered

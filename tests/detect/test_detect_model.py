@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from tiny_coco import make_coco
 
+from downstream.dense.draw import load_model
 from downstream.dense.hooks import BordersHook
 from downstream.detect import draw
 from downstream.detect.settings import spread_settings
@@ -148,7 +149,7 @@ def test_draws_what_is_found(weights: tuple[Path, Path], tmp_path: Path, capfd: 
 
 
 def test_predictions_are_those_of_the_images(weights: tuple[Path, Path], cfg: Config):
-    detector = draw.load_detector(Config.fromfile(weights[0]), str(weights[1]), torch.device("cpu"))
+    detector = load_model(Config.fromfile(weights[0]), str(weights[1]), "mmdet", torch.device("cpu"))
     assert not detector.training
     batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
     with torch.no_grad():
@@ -178,7 +179,7 @@ def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, root: Path, ca
     (tmp_path / "empty").mkdir()
     (tmp_path / "oops.png").write_text("oops")
     cases = {
-        "is of another detector": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
+        "is of another model": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
         "bad.pth": (config, tmp_path / "bad.pth", photos, tmp_path / "out"),
         "cut.pth": (config, tmp_path / "cut.pth", photos, tmp_path / "out"),
         "is no checkpoint: give": (config, tmp_path / "gone.pth", photos, tmp_path / "out"),

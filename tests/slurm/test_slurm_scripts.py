@@ -16,13 +16,14 @@ CHOICES = [
     r"^RECIPE=\$\{RECIPE:-(\w+)\}$",
     r"^# (?:Pretrains|Fine-tunes) a ViT-\w",
     r"^#   sbatch --nodes=\d slurm/(?:pretrain_vit\w|finetune_\w+)\.sh "
-    r"(?:data\.shards=/data/in1k .*name=myrun|data_root=/data/coco .*work_dir=runs/mydetector)$",
+    r"(?:data\.shards=/data/in1k .*name=myrun|data_root=/data/(?:coco|ade) .*work_dir=runs/my(?:detector|segmentor))$",
     r"^ENTRY=(\S+/run\.py)$",
 ]
 
 
 def test_scripts_have_one_shape() -> None:
     assert [script.stem for script in SCRIPTS] == [
+        "finetune_ade20k",
         "finetune_coco",
         "finetune_in1k",
         "pretrain_vitb",
@@ -44,7 +45,8 @@ def test_recipe_exists(script: Path) -> None:
     (recipe,) = re.findall(CHOICES[2], script.read_text(), flags=re.MULTILINE)
     (entry,) = re.findall(CHOICES[-1], script.read_text(), flags=re.MULTILINE)
     assert (FOLDER.parent / entry).is_file()
-    shipped = "configs/{}.py" if script.stem == "finetune_coco" else "recipes/{}.yaml"  # mmengine's own format
+    mmengines = script.stem in ("finetune_ade20k", "finetune_coco")
+    shipped = "configs/{}.py" if mmengines else "recipes/{}.yaml"
     assert (FOLDER.parent / entry).parent.joinpath(shipped.format(recipe)).is_file()
 
 

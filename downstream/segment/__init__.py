@@ -1,0 +1,1 @@
+"""UperNet and linear heads on mmseg."""

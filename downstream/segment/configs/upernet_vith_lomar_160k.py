@@ -1,0 +1,19 @@
+"""UperNet, ViT-H pretrained by LoMaR, ADE20K, 160k iterations.
+
+    deepspeed downstream/segment/run.py upernet_vith_lomar_160k checkpoint=runs/my-run data_root=/data/ade engine=zero1
+
+A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
+it stays 16. No published number: LoMaR's papers have ViT-B only. Layer decay is between the 0.65 and 0.8 of others. Not
+run by us.
+"""
+
+_base_ = ["_base_/upernet.py"]
+
+dim = 1280
+model = dict(
+    backbone=dict(arch="vit_huge", out_blocks=(7, 15, 23, 31)),
+    neck=dict(embed_dim=dim),
+    decode_head=dict(in_channels=[dim, dim, dim, dim], channels=dim),
+    auxiliary_head=dict(in_channels=dim),
+)
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.8))

@@ -1,0 +1,21 @@
+#!/bin/bash
+# Fine-tunes a ViT-B, from the project's root:
+#   sbatch --nodes=1 slurm/finetune_ade20k.sh data_root=/data/ade checkpoint=runs/pre work_dir=runs/mysegmentor
+# sbatch's own options stand before the script, the recipe's keys after it; RECIPE= chooses another recipe.
+#SBATCH --job-name=finetune_ade20k
+#SBATCH --nodes=1
+#SBATCH --time=24:00:00
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+ENTRY=downstream/segment/run.py
+RECIPE=${RECIPE:-upernet_vitb_lomar_160k}
+cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit
+[ -f slurm/_train.sh ] || { echo "error: $PWD is not the project's root: cd there and submit again" >&2; exit 1; }
+. slurm/_train.sh

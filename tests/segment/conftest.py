@@ -1,0 +1,55 @@
+"""Real trainings on mmengine, as those of detection, with the same jobs and processes; and a tiny model."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from downstream.segment.settings import spread_settings
+
+for folder in ("dense", "engine"):
+    sys.path.append(str(Path(__file__).parents[1] / folder))
+
+CONFIG = Path(__file__).parent / "tiny_upernet.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images to train on, three to test with."""
+    from tiny_ade import make_ade
+
+    return make_ade(tmp_path_factory.mktemp("ade") / "set", train=2, val=3)
+
+
+@pytest.fixture(scope="module")
+def cfg(ade: Path) -> Config:
+    cfg = Config.fromfile(CONFIG)
+    cfg.data_root = str(ade)
+    spread_settings(cfg)
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model(cfg: Config) -> Any:
+    """Its norms have seen something, and its classifier has opinions."""
+    init_default_scope("mmseg")
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.add_(0.5 * torch.rand(tensor.shape))
+    model.decode_head.conv_seg.weight.data.normal_()
+    return model.eval()

@@ -1,0 +1,263 @@
+"""Bad data of every kind, planted in a set that is right: one error that names it, or a number in the line."""
+
+import copy
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from PIL import Image
+from tiny_ade import CLASSES, make_ade
+
+from downstream.segment import checks
+from downstream.segment.checks import check
+from downstream.segment.settings import spread_settings
+
+CONFIGS = Path(checks.__file__).parent / "configs"
+IMAGES, MASKS = "images/training", "annotations/training"
+
+
+@functools.cache
+def _read(name: str) -> Config:
+    return Config.fromfile(CONFIGS / f"{name}.py", import_custom_modules=False)
+
+
+def config(root: Path, name: str = "upernet_tiny_camvid", **top: object) -> Config:
+    cfg = copy.deepcopy(_read(name))
+    cfg.update(data_root=str(root), classes=list(CLASSES), size=64, stride=43, scale=(256, 64))
+    cfg.update(top)
+    spread_settings(cfg)
+    return cfg
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_ade(tmp_path / "set")
+
+
+def name(number: int) -> str:
+    return f"{number:08d}.png"
+
+
+def paint(root: Path, number: int, label: int, rows: slice = slice(10, 12)) -> None:
+    path = root / MASKS / name(number)
+    mask = np.array(Image.open(path))
+    mask[rows] = label
+    Image.fromarray(mask).save(path)
+
+
+def test_a_set_that_is_right(root: Path):
+    cfg = config(root)
+    train, val = check(cfg)
+    assert train == "train_dataloader.dataset: 8 images, 8 of the masks read"
+    assert val == "val_dataloader.dataset: 4 images, 4 of the masks read"
+    assert check(cfg, ["test"]) == [val.replace("val_", "test_")]
+
+
+def no_mask(root: Path) -> None:
+    (root / MASKS / name(5)).unlink()
+
+
+def no_images(root: Path) -> None:
+    for path in (root / IMAGES).iterdir():
+        path.rename(path.with_suffix(".JPEG"))
+
+
+def other_size(root: Path) -> None:
+    Image.new("L", (128, 95)).save(root / MASKS / name(0))
+
+
+def colours(root: Path) -> None:
+    Image.open(root / MASKS / name(2)).convert("RGB").save(root / MASKS / name(2))
+
+
+def deep(root: Path) -> None:
+    """mmseg would take 256 for 0."""
+    mask = np.array(Image.open(root / MASKS / name(1))).astype(np.uint16)
+    mask[20] = 256
+    Image.fromarray(mask).save(root / MASKS / name(1))
+
+
+def empty(root: Path) -> None:
+    for path in (root / MASKS).iterdir():
+        Image.new("L", Image.open(path).size, 255).save(path)
+
+
+def turned(root: Path) -> None:
+    """mmcv's decoder obeys this, and the mask lies still."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / IMAGES / "00000000.jpg"
+    Image.open(path).save(path, exif=exif)
+
+
+def from_one(root: Path) -> None:
+    for path in (root / MASKS).iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 255, 0, mask + 1).astype(np.uint8)).save(path)
+
+
+BAD = {
+    "no mask": (no_mask, r"1 of the 8 images have no mask in .*annotations/training: 00000005.png; is .*seg_map_path"),
+    "no folder": (lambda r: (r / MASKS).rename(r / "x"), r"dataset.data_prefix.seg_map_path: no folder"),
+    "no images": (no_images, r"no image \*.jpg in .*only .JPEG: set train_dataloader.dataset.img_suffix"),
+    "other size": (other_size, r"00000000.png is 128 x 95 pixels, its image 128 x 96"),
+    "turned": (turned, r"00000000.png is 128 x 96 pixels, its image 96 x 128"),
+    "colours": (colours, r"00000002.png has 3 channels: a mask has one"),
+    "beyond": (lambda r: paint(r, 4, 7), r"labels 7 in masks 00000004.png: with 3 classes .* are 0 to 2, and 255"),
+    "16 bits": (deep, r"labels 256 in masks 00000001.png"),
+    "from one": (from_one, r"labels 3 in masks .*are they numbered from 1\? then reduce_zero_label=true"),
+    "nothing": (empty, r"not one pixel of the masks read has a class: is reduce_zero_label=False right"),
+    "no mask at all": (lambda r: (r / MASKS / name(3)).write_text("oops"), r"00000003.png is no image that can be"),
+    "cut off": (lambda r: (r / MASKS / name(3)).write_bytes((r / MASKS / name(3)).read_bytes()[:60]), r"00000003.png"),
+    "no image": (lambda r: (r / IMAGES / "00000003.jpg").write_text("oops"), r"00000003.jpg is no image that can be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_wrong_is_an_error(root: Path, kind: str):
+    spoil, says = BAD[kind]
+    spoil(root)
+    with pytest.raises(ValueError, match=says) as caught:
+        check(config(root))
+    assert str(caught.value).startswith("train_dataloader.dataset")
+    assert "\n" not in str(caught.value)
+
+
+def test_everything_wrong_is_told_at_once(root: Path):
+    no_mask(root)
+    (root / "images" / "validation" / "00000001.jpg").write_text("oops")
+    with pytest.raises(ValueError, match=r"00000005.png.*\nval_dataloader.dataset: .*00000001.jpg"):
+        check(config(root))
+
+
+def test_labels_from_one(root: Path):
+    """With `reduce_zero_label` 0 and 255 are nothing, and the last class is one further."""
+    from_one(root)
+    train, _ = check(config(root, reduce_zero_label=True))
+    assert train.endswith("8 of the masks read")
+    paint(root, 4, 4)
+    with pytest.raises(ValueError, match=r"labels 4 in masks 00000004.png: .* they are 1 to 3, and 0 and 255"):
+        check(config(root, reduce_zero_label=True))
+
+
+def test_what_is_checked_is_what_mmseg_reads(root: Path):
+    """Its own loader's names, labels and classes, of masks with a palette and from 1."""
+    from mmseg.registry import DATASETS
+
+    from downstream.segment.masks import count_masks
+
+    from_one(root)
+    for path in (root / MASKS).iterdir():
+        mask = Image.open(path)
+        mask.putpalette(list(range(255, -1, -1)) * 3)  # the colours of labels are not the labels
+        mask.save(path)
+    cfg = config(root, reduce_zero_label=True)
+    loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": [{"type": "LoadAnnotations"}]})
+    pairs, _ = checks.find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
+    paths = [(str(root / IMAGES / image), str(root / MASKS / mask)) for image, mask in pairs]
+    assert paths == [(loaded[n]["img_path"], loaded[n]["seg_map_path"]) for n in range(len(loaded))]
+    counts = count_masks("key", paths, 3, True)
+    seen = np.bincount(np.concatenate([loaded[n]["gt_seg_map"].ravel() for n in range(len(loaded))]), minlength=256)
+    assert [counts.pixels[label] for label in (1, 2, 3)] == seen[:3].tolist()
+    assert counts.pixels[0] == seen[255]
+    assert loaded.metainfo["classes"] == CLASSES
+
+
+def test_odd_things_are_counted(root: Path):
+    Image.new("L", (128, 96), 255).save(root / MASKS / name(0))
+    Image.new("L", (9, 9)).save(root / MASKS / "beside.png")
+    (root / IMAGES / "._00000000.jpg").write_text("hidden")
+    train, _ = check(config(root, scale=(256, 48)))
+    assert train.endswith("1 masks have no image (not used), 1 masks without a labelled pixel")
+    # The short side is at most twice 40, which is more than 64; and at most twice 64 of a long side leave the third
+    # kind of image, 64 x 150, with 54 rows.
+    assert "never fill" not in check(config(root, scale=(256, 40)))[0]
+    assert "2 images never fill a crop of 64 x 64 pixels and are padded" in check(config(root, scale=(64, 64)))[0]
+
+
+def test_crops_larger_than_every_image(root: Path):
+    with pytest.raises(
+        ValueError, match=r"no image ever fills a crop of 512 x 512 .* give a smaller size, or a larger"
+    ):
+        check(config(root, size=512))
+    cfg = config(root)
+    cfg.train_dataloader.dataset.pipeline[2].ratio_range = (0.001, 2.0)
+    with pytest.raises(ValueError, match="would shrink to a height or width of 0"):
+        check(cfg)
+
+
+def test_heads_and_classes_must_agree(root: Path):
+    cfg = config(root)
+    cfg.model.auxiliary_head.num_classes = 150
+    with pytest.raises(ValueError, match=r"model.auxiliary_head.num_classes=150, but .* has 3 classes \(ground, disc"):
+        check(cfg)
+    cfg = config(root)
+    del cfg.val_dataloader.dataset.metainfo
+    with pytest.raises(ValueError, match=r"val_dataloader.dataset: name the classes"):
+        check(cfg)
+
+
+def test_settings_that_would_stop_mmseg_later(root: Path):
+    cfg = config(root)
+    cfg.val_dataloader.batch_size = 2
+    with pytest.raises(ValueError, match=r"val_dataloader.batch_size=2: images of a test differ in size: give 1"):
+        check(cfg)
+    cfg = config(root)
+    cfg.train_dataloader.dataset.pipeline[1].reduce_zero_label = True
+    with pytest.raises(ValueError, match=r"LoadAnnotations has reduce_zero_label=True, its data set False"):
+        check(cfg)
+    cfg = config(root)
+    cfg.model.backbone.frozen = True
+    with pytest.raises(ValueError, match=r"would freeze noise: give checkpoint=FILE"):
+        check(cfg)
+    check(cfg, ["test"])
+    cfg.model.backbone.checkpoint = "runs/x"
+    check(cfg)
+
+
+def test_what_a_type_of_sets_has_by_itself(root: Path):
+    """Suffixes and `reduce_zero_label` of mmseg's classes, which a config need not repeat."""
+    cfg = config(root, reduce_zero_label=None)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.pop("reduce_zero_label", None)
+    cfg.train_dataloader.dataset.type = "CityscapesDataset"
+    with pytest.raises(ValueError, match=r"no image \*_leftImg8bit.png in .*only .jpg"):
+        check(cfg)
+    cfg.train_dataloader.dataset.type = "ADE20KDataset"  # three of whose classes are named otherwise
+    assert "masks read" in check(cfg, ["val"])[0]
+    paint(root, 0, 200)
+    with pytest.raises(ValueError, match=r"labels 200 in .* with 150 classes .*=True they are 1 to 150"):
+        check(cfg, ["train"])
+
+
+def test_lists_of_names(root: Path):
+    """mmseg's `ann_file`: masks of others are not missed, and names that are not there are."""
+    (root / "train.txt").write_text("00000001\n00000003\n")
+    cfg = config(root)
+    cfg.train_dataloader.dataset.ann_file = "train.txt"
+    assert check(cfg)[0] == "train_dataloader.dataset: 2 images, 2 of the masks read"
+    (root / "train.txt").write_text("00000001\n00000009\n")
+    with pytest.raises(ValueError, match=r"1 images of .*train.txt are not in .*: 00000009.jpg"):
+        check(cfg)
+
+
+def test_a_training_reads_some_masks_and_the_command_all(root: Path, capfd: pytest.CaptureFixture[str]):
+    paint(root, 3, 9)  # of eight masks the even ones are read
+    assert "8 images, 4 of the masks read" in check(config(root), opened=4)[0]
+    sizes = [f"data_root={root}", "size=64", "stride=43", "scale=[256,64]"]
+    assert checks.main(["upernet_tiny_camvid", *sizes, 'classes=["ground", "disc", "box"]']) == 1
+    assert "labels 9 in masks 00000003.png" in capfd.readouterr().err
+    paint(root, 3, 0)
+    assert checks.main(["upernet_tiny_camvid", *sizes, 'classes=["ground", "disc", "box", "star"]']) == 0
+    assert "8 images, 8 of the masks read, no pixel of 1 classes: star" in capfd.readouterr().out
+
+
+def test_what_cannot_be_looked_into_is_said(root: Path):
+    cfg = config(root)
+    cfg.train_dataloader.dataset.type = "BaseCDDataset"
+    cfg.val_dataloader.dataset.data_root = "s3://bucket/set"
+    train, val = check(cfg)
+    assert train == "train_dataloader.dataset: a BaseCDDataset is not checked"
+    assert val == "val_dataloader.dataset: s3://bucket/set/images/validation is not on this machine and not checked"

@@ -1,0 +1,221 @@
+"""Real trainings of a tiny UperNet by two processes, and `downstream/segment/run.py` as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_jobs import run_jobs
+from processes import Processes, starter
+from safetensors.torch import load_file, save_file
+from tiny_ade import make_ade
+
+from pretrain.models.vit import ViT
+
+pytestmark = pytest.mark.engine
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BIN = Path(sys.executable).parent
+CONFIG, LINEAR = HERE / "tiny_upernet.py", HERE / "tiny_linear.py"
+ENGINES = ("plain", "zero1", "zero2", "zero3")
+REFUSED = {
+    "tta": (["test=FOLDER/plain", "tta=true", "tta_model=None"], "tta=true: the configuration has no tta_model"),
+    "another model": (["test=FOLDER/plain", "model.decode_head.channels=8"], "is of another model: decode_head."),
+    "frozen noise": (["model.backbone.frozen=true"], "would freeze noise: give checkpoint=FILE"),
+    "labels": (['classes=["ground", "disc"]'], "labels 2 in masks 0000"),
+    "another encoder": (["checkpoint=FOLDER/encoder.safetensors", "model.backbone.position=sincos"],
+                        "has relative tables (LoMaR's), and model.backbone.position is sincos"),
+}  # fmt: skip
+
+
+def encoder_file(folder: Path) -> Path:
+    torch.manual_seed(0)
+    encoder = ViT("vit_tiny", 16, (14, 14))
+    facts = {"arch": "vit_tiny", "patch": "16", "size": "224x224", "position": "relative"}
+    save_file(encoder.state_dict(), folder / "encoder.safetensors", facts)
+    return folder / "encoder.safetensors"
+
+
+@pytest.fixture(scope="module")
+def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Processes]]:
+    with starter(tmp_path_factory.mktemp("cwd")) as starts:
+        yield starts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., Processes]) -> Path:
+    """The work_dirs of all jobs."""
+    root = tmp_path_factory.mktemp("jobs")
+    make_ade(root / "data")
+    encoder = f"checkpoint={encoder_file(root)}"
+    for stage in (1, 2, 3):
+        zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+        if stage == 3:  # by default all of so small a model would stay gathered
+            for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+                zero[f"stage3_{key}"] = 0
+        (root / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    engine = {name: [] if name == "plain" else [f"engine={root}/{name}.json"] for name in ENGINES}
+    short = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
+    jobs: dict[str, list[str]] = {}
+    # In this order: ZeRO-3 exchanges torch's linear layer in a process for good, for one that rounds otherwise.
+    for name, rank in (("plain", 1), ("zero1", None), ("zero2", None), ("zero3", 0)):
+        jobs[name] = [encoder, *engine[name]]
+        if rank is not None:
+            jobs[f"{name} stopped"] = [encoder, *engine[name], f"signal=2,{rank}"]
+            jobs[f"{name} continued"] = [encoder, *engine[name], f"work_dir={root}/{name} stopped"]
+    jobs["bf16"] = [encoder, *short, *engine["zero1"], "precision=bf16"]
+    jobs["tested"] = [f"test={root}/zero3"]
+    jobs["augmented"] = [f"test={root}/plain", "tta=true"]
+    for name in ("plain", "zero3"):
+        jobs[f"frozen {name}"] = [encoder, *short, *engine[name], "model.backbone.frozen=true"]
+    jobs["linear"] = [f"config={LINEAR}", encoder, *short, *engine["zero2"]]
+    for name, (changes, _) in REFUSED.items():
+        jobs[f"refused {name}"] = [change.replace("FOLDER", str(root)) for change in changes]
+    run_jobs(start_here, root, jobs, CONFIG, "segment")
+    return root
+
+
+def said(folder: Path, job: str) -> str:
+    """What a job ended with, the same on both ranks."""
+    first, second = ((folder / f"{job}-rank{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    return first
+
+
+def last(work_dir: Path) -> dict[str, Any]:
+    """The newest checkpoint's content; our own file."""
+    path = Path((work_dir / "last_checkpoint").read_text())
+    content: dict[str, Any] = torch.load(path / "weights.pth" if path.is_dir() else path, weights_only=False)
+    return content
+
+
+def logged(content: dict[str, Any], name: str) -> list[float]:
+    return list(content["message_hub"]["log_scalars"][f"train/{name}"].data[0])
+
+
+def measured(work_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work_dir / "evaluation.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(first: dict[str, Any], second: dict[str, Any], rtol: float = 0.0, atol: float = 0.0) -> None:
+    assert first["state_dict"].keys() == second["state_dict"].keys()
+    for name, tensor in first["state_dict"].items():
+        # The norm behind takes a bias of the neck's away again: its gradient is rounding alone, and AdamW makes steps
+        # of a whole learning rate, 1e-3, of that.
+        blind = rtol > 0 and name.startswith("neck.") and name.endswith(".bias")
+        other = second["state_dict"][name]
+        torch.testing.assert_close(tensor, other, msg=name, rtol=rtol, atol=8e-3 if blind else atol)
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
+    plain, zero = last(folder / "plain"), last(folder / engine)
+    for name in ("loss", "decode.loss_ce", "aux.loss_ce"):
+        assert len(logged(plain, name)) == 4
+        assert len(set(logged(plain, name))) == 4
+        assert logged(zero, name) == pytest.approx(logged(plain, name), rel=1e-5)
+    assert_same_weights(zero, plain, rtol=1e-4, atol=1e-5)
+    (row,), (expected,) = measured(folder / engine), measured(folder / "plain")
+    assert row["mIoU"] == pytest.approx(expected["mIoU"], abs=0.5)
+    assert {"mIoU", "mAcc", "aAcc"} < row.keys()
+
+
+@pytest.mark.parametrize("name", ["plain", "zero3"])
+def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str):
+    assert said(folder, f"{name} stopped") == "SIGUSR1: saved and stopped after step 3 of 4; run it again to go on"
+    assert said(folder, f"{name} continued") == ""
+    whole, again = last(folder / name), last(folder / f"{name} stopped")
+    assert logged(again, "loss") == logged(whole, "loss")
+    assert_same_weights(again, whole, rtol=0, atol=0)
+    assert measured(folder / f"{name} stopped") == measured(folder / name)
+
+
+def test_bf16_keeps_fp32_weights(folder: Path):
+    content, whole = last(folder / "bf16"), logged(last(folder / "plain"), "loss")[0]
+    assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
+    assert logged(content, "loss")[0] == pytest.approx(whole, rel=0.02)
+    assert logged(content, "loss")[0] != whole
+
+
+def test_a_file_measures_what_the_training_measured(folder: Path):
+    """In ZeRO-3's training by a copy that the ranks' parts fill; here by the plain Runner from the file."""
+    (log,) = (folder / "tested").glob("*/*.json")
+    tested = json.loads(log.read_text().splitlines()[-1])
+    (row,) = measured(folder / "zero3")
+    assert [tested[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]
+
+
+def test_augmented_test_sees_other_images(folder: Path):
+    assert said(folder, "augmented") == ""
+    (log,) = (folder / "augmented").glob("*/*.json")
+    (row,) = measured(folder / "plain")
+    augmented = json.loads(log.read_text().splitlines()[-1])
+    assert 0 < augmented["aAcc"] <= 100
+    assert augmented["aAcc"] != row["aAcc"]
+
+
+@pytest.mark.parametrize("name", ["frozen plain", "frozen zero3", "linear"])
+def test_frozen_encoder_stays(folder: Path, name: str):
+    """What is saved of it is what was loaded, and the optimiser knows the rest alone."""
+    content = last(folder / name)
+    encoder = load_file(folder / "encoder.safetensors")
+    state = content["state_dict"]
+    kept = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
+    assert kept.keys() == encoder.keys()
+    for key, tensor in kept.items():
+        assert torch.equal(tensor, encoder[key]), key
+    groups = content["optim_wrapper"]["groups"] if "zero" in name or name == "linear" else None
+    if groups is None:
+        groups = content["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {1.0}
+    assert len(set(logged(content, "loss"))) == 2
+
+
+def test_frozen_is_the_same_with_and_without_zero(folder: Path):
+    plain, zero = last(folder / "frozen plain"), last(folder / "frozen zero3")
+    assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+    assert_same_weights(zero, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(folder: Path, name: str):
+    words = said(folder, f"refused {name}")
+    assert REFUSED[name][1] in words
+
+
+def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(cwd)}
+    arguments = [*command, str(ROOT / "downstream/segment/run.py"), str(CONFIG), *changes]
+    done = subprocess.run(arguments, cwd=cwd, env=environment, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+STILL = ["model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0", "model.backbone.drop_path=0"]
+
+
+def test_launchers_and_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
+    """Two ranks with two images each, by two launchers, and one rank with all: with norms over all ranks, one training.
+
+    What a model draws by itself differs from rank to rank, so there is none of it.
+    """
+    ranks = ["--nproc_per_node", "2", "--master_port", "29647"]
+    common = [f"data_root={folder}/data", *STILL, "train_cfg.max_iters=2", "default_hooks.checkpoint.interval=2"]
+    deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29646"]
+    said = run(*deepspeed, changes=[*common, "work_dir=deepspeed", "engine=zero2"], cwd=tmp_path).stdout
+    assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in said
+    run(str(BIN / "torchrun"), *ranks, changes=[*common, "work_dir=torchrun"], cwd=tmp_path)
+    run(sys.executable, changes=[*common, "work_dir=python", "train_dataloader.batch_size=4"], cwd=tmp_path)
+    alone = last(tmp_path / "python")
+    for launcher in ("deepspeed", "torchrun"):
+        assert_same_weights(last(tmp_path / launcher), alone, rtol=1e-3, atol=2e-5)
+    tested = run(sys.executable, changes=[f"data_root={folder}/data", "test=python", "work_dir=again"], cwd=tmp_path)
+    (row,) = measured(tmp_path / "python")
+    found = json.loads(tested.stdout.splitlines()[-1])
+    assert [found[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]
