@@ -114,14 +114,7 @@ def _train(cfg: Config, job: Job, world: World) -> None:
     hook = cfg.default_hooks.checkpoint
     hook.update(type=DurableCheckpointHook.__name__, accumulation=accumulation, suffix="" if settings else ".pth")
     hook.by_epoch = by_epoch(cfg)
-    trained_as = {
-        "engine": f"ZeRO {zero_stage(settings)}" if settings else "none",
-        "the number of ranks": world.size,
-        "train_dataloader.batch_size": cfg.train_dataloader.batch_size,
-        "optim_wrapper.accumulative_counts": accumulation,
-        "optim_wrapper.type": cfg.optim_wrapper.type,
-        "randomness.seed": cfg.randomness.seed,
-    }
+    trained_as = _trained_as(cfg, settings, world)
     _add_hook(cfg, trained_as, strict=last is not None, continues=last is not None)
     if cfg.optim_wrapper.type == "AmpOptimWrapper":
         cfg.custom_hooks.append({"type": BordersHook.__name__})
@@ -135,6 +128,21 @@ def _train(cfg: Config, job: Job, world: World) -> None:
         print(f"{say}; {begin}", flush=True)
         as_asked.dump(Path(cfg.work_dir) / "config.py")  # mmengine has dumped what we made of it
     runner.train()
+
+
+def _trained_as(cfg: Config, settings: dict[str, Any] | None, world: World) -> dict[str, Any]:
+    """What a training that continues must have in common with its checkpoint."""
+    return {
+        "engine": f"ZeRO {zero_stage(settings)}" if settings else "none",
+        "the number of ranks": world.size,
+        "train_dataloader.batch_size": cfg.train_dataloader.batch_size,
+        "optim_wrapper.accumulative_counts": cfg.optim_wrapper.accumulative_counts,
+        "optim_wrapper.type": cfg.optim_wrapper.type,
+        # These two are in the checkpoint as well, and what is there would silently win.
+        "optim_wrapper.optimizer": str(cfg.optim_wrapper.optimizer),
+        "param_scheduler": str(cfg.get("param_scheduler")),
+        "randomness.seed": cfg.randomness.seed,
+    }
 
 
 def _plain_runner(cfg: Config, world: World) -> Runner:

@@ -27,6 +27,8 @@ REFUSED = {
     "no engine": ("plain", ["engine=zero2"], "was trained without engine=: continue it so"),
     "another engine": ("zero2", ["engine=zero3"], "engine was 'ZeRO 2' and is 'ZeRO 3'"),
     "another batch": ("plain", ["train_dataloader.batch_size=2"], "train_dataloader.batch_size was 1 and is 2"),
+    "another rate": ("plain", ["optim_wrapper.optimizer.lr=1e-4"], "optim_wrapper.optimizer was"),
+    "another schedule": ("zero2", ["engine=zero2", "param_scheduler.1.milestones=[2]"], "param_scheduler was"),
     "another model": ("new", ["test=FOLDER/plain", "model.neck.out_channels=16"], "is of another model: neck."),
     "a pickle": ("new", ["test=FOLDER/pickle.pth"], "holds more than tensors and plain values (posix.system)"),
     "a damaged file": ("new", ["load_from=FOLDER/cut_off.pth"], "is damaged or no checkpoint"),
