@@ -4,10 +4,10 @@
 
 A step is 32 images: 8 ranks x 1 x 4 micro-batches, and the learning rate 1e-4 x 32 / 64: the linear rule, of which
 AdamW knows nothing. That this costs AP is to be expected, how much is unmeasured. Recomputing changes no number, only
-the time (about a third more in the backbone), and bf16 is in all our configurations. For the published batch of 64 at
-the same speed: optim_wrapper.accumulative_counts=8 optim_wrapper.optimizer.lr=1e-4. That it fits in 24 GB is by
-arithmetic, not measured. Weights, gradients and AdamW's states alone are 10 GB of a ViT-H: ZeRO 2 shares the last two.
-Not run by us.
+the time (about a third more in the backbone), and bf16 is in all our configurations. For the published batch of 64:
+optim_wrapper.accumulative_counts=8 optim_wrapper.optimizer.lr=1e-4 param_scheduler.0.end=2000. That it fits in 24 GB is
+by arithmetic, not measured. Weights, gradients and AdamW's states alone are 10 GB of a ViT-H: ZeRO 2 shares the last
+two. Not run by us.
 """
 
 _base_ = ["vitdet_vith_lomar_25ep.py"]
