@@ -4,13 +4,13 @@ The shipped configuration of the smallest encoder, from a checkpoint, on ZeRO 3 
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from dense_runs import BIN, ROOT, last, launch, measured, write_engines
 from naive_attention import randomized
 from safetensors.torch import save_file
 from tiny_coco import make_coco
@@ -19,16 +19,12 @@ from pretrain.models.vit import ViT
 
 pytestmark = pytest.mark.engine
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 CHANGES = ["classes=['disc','box']", "train_cfg.max_epochs=1", "train_dataloader.batch_size=1"]
-ENGINE = {"stage": 3, **dict.fromkeys(("stage3_param_persistence_threshold", "stage3_max_live_parameters"), 0)}
 
 
 def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(cwd)}
-    arguments = [*command, str(ROOT / "downstream/detect/run.py"), "vitdet_tiny_pennfudan", *CHANGES, *changes]
-    return subprocess.run(arguments, cwd=cwd, env=environment, timeout=300, capture_output=True, text=True)
+    entry = str(ROOT / "downstream/detect/run.py")
+    return launch(*command, entry, "vitdet_tiny_pennfudan", *CHANGES, *changes, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +35,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     facts = {"arch": "vit_tiny", "patch": "16", "size": "64x64", "position": "relative"}
     save_file(randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict(), folder / "encoder.safetensors", facts)
-    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": ENGINE}))
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29642"]
-    changes = ["checkpoint=encoder.safetensors", "data_root=coco/", "work_dir=work", "engine=zero3.json"]
+    changes = ["checkpoint=encoder.safetensors", "data_root=coco/", "work_dir=work", *write_engines(folder)["zero3"]]
     done = run(*launcher, changes=changes, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks x train_dataloader.batch_size=1 x optim_wrapper.accumulative_counts=1 = 2 images" in done.stdout
@@ -55,7 +50,7 @@ def test_deepspeed_trains(trained: Path):
 
 def test_it_started_from_the_encoder(trained: Path):
     """After two steps of the warm-up the weights are nearly what they were; but they have been trained."""
-    weights = torch.load(trained / "work/epoch_1/weights.pth", weights_only=False)["state_dict"]  # our own file
+    weights = last(trained / "work")["state_dict"]
     torch.manual_seed(0)
     encoder = randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict()
     for name in ("blocks.3.attn.qkv.weight", "blocks.11.attn.rpe_k.lookup_table_weight"):
@@ -66,11 +61,11 @@ def test_it_started_from_the_encoder(trained: Path):
 def test_python_tests_what_was_trained(trained: Path):
     done = run(sys.executable, changes=["data_root=coco/", "work_dir=tested", "test=work"], cwd=trained)
     assert done.returncode == 0, done.stdout + done.stderr
-    measured = json.loads(done.stdout.splitlines()[-1])
-    (row,) = (json.loads(line) for line in (trained / "work/evaluation.jsonl").read_text().splitlines())
-    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= measured.keys()
-    for name in measured.keys() - {"time", "data_time"}:
-        assert measured[name] == row[name], name
+    tested = json.loads(done.stdout.splitlines()[-1])
+    (row,) = measured(trained / "work")
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= tested.keys()
+    for name in tested.keys() - {"time", "data_time"}:
+        assert tested[name] == row[name], name
 
 
 def test_torchrun_ends_when_one_rank_fails(trained: Path):

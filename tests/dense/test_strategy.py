@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense_jobs import run_jobs
+from dense_runs import last, logged, measured, said, write_engines
 from processes import Processes, starter
 from tiny_coco import make_coco
 
@@ -61,18 +62,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., P
     """The work_dirs of all jobs."""
     root = tmp_path_factory.mktemp("jobs")
     make_coco(root / "data")
-    for stage in (1, 2, 3):
-        zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
-        if stage == 3:  # by default all of so small a model would stay gathered
-            for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
-                zero[f"stage3_{key}"] = 0
-        (root / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
     (root / "owned.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
     torch.save({"state_dict": {}, "meta": Evil()}, root / "pickle.pth")
     torch.save({"state_dict": {"a": torch.ones(1000)}}, root / "cut_off.pth")
     (root / "cut_off.pth").write_bytes((root / "cut_off.pth").read_bytes()[:1000])
 
-    engine = {name: [f"engine={root}/{name}.json"] for name in ("zero1", "zero2", "zero3")} | {"plain": []}
+    engine = write_engines(root)
     predictions = [f"val_evaluator.outfile_prefix={root}/val"]
     short = ["train_cfg.max_epochs=1"]
     jobs = {name: [*STEPS, *engine[name]] for name in ("plain", "zero1", "zero2")}
@@ -95,24 +90,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., P
         jobs[f"refused {name}"] = [*(STEPS if work_dir != "new" else []), f"work_dir={root}/{work_dir}", *changes]
     run_jobs(start_here, root, jobs)
     return root
-
-
-def said(folder: Path, job: str) -> str:
-    """What a job ended with, the same on both ranks."""
-    first, second = ((folder / f"{job}-rank{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second
-    return first
-
-
-def last(work_dir: Path) -> dict[str, Any]:
-    """The newest checkpoint's content; our own file."""
-    path = Path((work_dir / "last_checkpoint").read_text())
-    content: dict[str, Any] = torch.load(path / "weights.pth" if path.is_dir() else path, weights_only=False)
-    return content
-
-
-def logged(content: dict[str, Any], name: str) -> list[float]:
-    return list(content["message_hub"]["log_scalars"][f"train/{name}"].data[0])
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
@@ -157,7 +134,7 @@ def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, 
     assert (again["meta"]["epoch"], again["meta"]["iter"]) == (whole["meta"]["epoch"], whole["meta"]["iter"])
     for key, tensor in whole["state_dict"].items():
         assert torch.equal(tensor, again["state_dict"][key]), key
-    rows = [json.loads(line) for line in (folder / f"{name} stopped" / "evaluation.jsonl").read_text().splitlines()]
+    rows = measured(folder / f"{name} stopped")
     # Each evaluation once: the one that a stop at an epoch's end kept from being done as well.
     assert [row["iter"] for row in rows] == ([6] if name == "endless" else [4, 8])
 

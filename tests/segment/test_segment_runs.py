@@ -1,8 +1,6 @@
 """Real trainings of a tiny UperNet by two processes, and `downstream/segment/run.py` as a user types it."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dense_jobs import run_jobs
+from dense_runs import BIN, ROOT, last, launch, logged, measured, said, write_engines
 from processes import Processes, starter
 from safetensors.torch import load_file, save_file
 from tiny_ade import make_ade
@@ -20,8 +19,6 @@ from pretrain.models.vit import ViT
 pytestmark = pytest.mark.engine
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-BIN = Path(sys.executable).parent
 CONFIG, LINEAR = HERE / "tiny_upernet.py", HERE / "tiny_linear.py"
 ENGINES = ("plain", "zero1", "zero2", "zero3")
 REFUSED = {
@@ -54,13 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., P
     root = tmp_path_factory.mktemp("jobs")
     make_ade(root / "data")
     encoder = f"checkpoint={encoder_file(root)}"
-    for stage in (1, 2, 3):
-        zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
-        if stage == 3:  # by default all of so small a model would stay gathered
-            for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
-                zero[f"stage3_{key}"] = 0
-        (root / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
-    engine = {name: [] if name == "plain" else [f"engine={root}/{name}.json"] for name in ENGINES}
+    engine = write_engines(root)
     short = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
     jobs: dict[str, list[str]] = {}
     # In this order: ZeRO-3 exchanges torch's linear layer in a process for good, for one that rounds otherwise.
@@ -79,28 +70,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., P
         jobs[f"refused {name}"] = [change.replace("FOLDER", str(root)) for change in changes]
     run_jobs(start_here, root, jobs, CONFIG, "segment")
     return root
-
-
-def said(folder: Path, job: str) -> str:
-    """What a job ended with, the same on both ranks."""
-    first, second = ((folder / f"{job}-rank{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second
-    return first
-
-
-def last(work_dir: Path) -> dict[str, Any]:
-    """The newest checkpoint's content; our own file."""
-    path = Path((work_dir / "last_checkpoint").read_text())
-    content: dict[str, Any] = torch.load(path / "weights.pth" if path.is_dir() else path, weights_only=False)
-    return content
-
-
-def logged(content: dict[str, Any], name: str) -> list[float]:
-    return list(content["message_hub"]["log_scalars"][f"train/{name}"].data[0])
-
-
-def measured(work_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (work_dir / "evaluation.jsonl").read_text().splitlines()]
 
 
 def assert_same_weights(first: dict[str, Any], second: dict[str, Any], rtol: float = 0.0, atol: float = 0.0) -> None:
@@ -189,12 +158,10 @@ def test_refused(folder: Path, name: str):
     assert REFUSED[name][1] in words
 
 
-def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(cwd)}
-    arguments = [*command, str(ROOT / "downstream/segment/run.py"), str(CONFIG), *changes]
-    done = subprocess.run(arguments, cwd=cwd, env=environment, timeout=300, capture_output=True, text=True)
+def run(*command: str, changes: list[str], cwd: Path) -> str:
+    done = launch(*command, str(ROOT / "downstream/segment/run.py"), str(CONFIG), *changes, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return done.stdout
 
 
 STILL = ["model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0", "model.backbone.drop_path=0"]
@@ -208,8 +175,8 @@ def test_launchers_and_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
     ranks = ["--nproc_per_node", "2", "--master_port", "29647"]
     common = [f"data_root={folder}/data", *STILL, "train_cfg.max_iters=2", "default_hooks.checkpoint.interval=2"]
     deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29646"]
-    said = run(*deepspeed, changes=[*common, "work_dir=deepspeed", "engine=zero2"], cwd=tmp_path).stdout
-    assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in said
+    output = run(*deepspeed, changes=[*common, "work_dir=deepspeed", "engine=zero2"], cwd=tmp_path)
+    assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in output
     run(str(BIN / "torchrun"), *ranks, changes=[*common, "work_dir=torchrun"], cwd=tmp_path)
     run(sys.executable, changes=[*common, "work_dir=python", "train_dataloader.batch_size=4"], cwd=tmp_path)
     alone = last(tmp_path / "python")
@@ -217,5 +184,5 @@ def test_launchers_and_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
         assert_same_weights(last(tmp_path / launcher), alone, rtol=1e-3, atol=2e-5)
     tested = run(sys.executable, changes=[f"data_root={folder}/data", "test=python", "work_dir=again"], cwd=tmp_path)
     (row,) = measured(tmp_path / "python")
-    found = json.loads(tested.stdout.splitlines()[-1])
+    found = json.loads(tested.splitlines()[-1])
     assert [found[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]
