@@ -54,5 +54,6 @@ class SimpleFeaturePyramid(BaseModule):
         Halves are rounded up.
         """
         (last,) = maps
-        pyramid = [scale(last) for scale in self.scales]
+        # mmcv's RoIAlign takes memory for rows of channels, which what LayerNorm2d makes is not.
+        pyramid = [scale(last).contiguous() for scale in self.scales]
         return (*pyramid, F.max_pool2d(pyramid[-1], 1, 2))

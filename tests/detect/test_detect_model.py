@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 from tiny_coco import make_coco
+from torchvision.ops import roi_align
 
 from downstream.dense.draw import load_model
 from downstream.dense.hooks import BordersHook
@@ -99,6 +100,29 @@ def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, root
     seen = model.data_preprocessor(batch, False)["inputs"][0]
     np.testing.assert_allclose(seen[:, :192].permute(1, 2, 0).numpy(), expected, atol=0.1)
     assert not seen[:, 192:].any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_regions_are_cut_where_they_are(model: Any, autocast: bool):
+    """By mmcv's operator out of the maps as the neck makes them, against torchvision's; and the gradients of that."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = [m.detach() for m in model.neck([torch.randn(2, 192, 16, 16)])[:4]]
+    rois = torch.tensor([[0, 3, 5, 60, 70], [1, 100, 20, 250, 240], [1, 0, 0, 30, 30.0]])
+    ours, theirs = ([m.clone(memory_format=torch.preserve_format).requires_grad_() for m in made] for _ in range(2))
+    extractor = model.roi_head.bbox_roi_extractor
+    cut = extractor(ours, rois)
+    levels = extractor.map_roi_levels(rois, 4).tolist()
+    assert len(set(levels)) > 1
+    cuts = [
+        roi_align(theirs[level], rois[[number]], 7, 1 / (4 * 2**level), 0, aligned=True)
+        for number, level in enumerate(levels)
+    ]
+    torch.testing.assert_close(cut, torch.cat(cuts))
+    weights = torch.randn_like(cut).transpose(1, 2).contiguous().transpose(1, 2)  # of a norm over the channels
+    for result in (cut, torch.cat(cuts)):
+        (result * weights).sum().backward()
+    for level in set(levels):
+        torch.testing.assert_close(ours[level].grad, theirs[level].grad)
 
 
 def test_proposals_are_sorted_in_fp32(model: Any):
