@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -209,12 +208,14 @@ def peak_mib(case: Case, name: str, device: str) -> float:
     else:
         before = psutil.Process().memory_info().rss
     features(model, images, case.precision).square().mean().backward()
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()
     return (peak - before) / 2**20
+
+
+def peak_resident() -> int:
+    """Bytes. Not `getrusage`'s: a process inherits that from the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def measure(case: Case, device: str, progress: tqdm) -> dict:
