@@ -114,8 +114,7 @@ def _train(cfg: Config, job: Job, world: World) -> None:
     hook = cfg.default_hooks.checkpoint
     hook.update(type=DurableCheckpointHook.__name__, accumulation=accumulation, suffix="" if settings else ".pth")
     hook.by_epoch = by_epoch(cfg)
-    trained_as = _trained_as(cfg, settings, world)
-    _add_hook(cfg, trained_as, strict=last is not None, continues=last is not None)
+    _add_hook(cfg, _trained_as(cfg, settings, world), strict=last is not None, continues=last is not None)
     if cfg.optim_wrapper.type == "AmpOptimWrapper":
         cfg.custom_hooks.append({"type": BordersHook.__name__})
     if last is not None:
