@@ -177,6 +177,9 @@ def _settings(cfg: Config, engine: str, world: World) -> dict[str, Any]:
         raise ValueError(f"optim_wrapper.clip_grad={clip}: with engine= gradients are clipped by their norm of type 2")
     if cfg.get("compile"):
         raise ValueError("compile is for the plain Runner: delete it, or leave out engine=")
+    if any(hook["type"] == "EMAHook" for hook in cfg.get("custom_hooks") or []):
+        # It copies parameters, which ZeRO 3 cuts up, and mmengine's FlexibleRunner loads before the hook can.
+        raise ValueError("EMAHook is for the plain Runner: delete it from custom_hooks, or leave out engine=")
     keys = read_ds_config(engine, "engine", _OWNED)
     if not zero_stage(keys):
         raise ValueError(f"{engine} is of ZeRO stage 0, which is what the plain Runner does: leave out engine=")

@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
         changes = [f"data_root={folder}/data/", f"work_dir={folder / name}", *changes]
         job = load(config, changes, CONFIG.parent, spread)
         job.cfg.experiment_name = name  # mmengine keeps what one run logged for the next of that name
-        job.cfg.custom_hooks = [accident_hook(accident) for accident in accidents]
+        job.cfg.custom_hooks = [*job.cfg.get("custom_hooks", []), *map(accident_hook, accidents)]
         said = Path(folder / f"{name}-rank{world.rank}.txt")
         said.write_text("")
         try:

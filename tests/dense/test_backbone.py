@@ -27,11 +27,8 @@ POSITIONS = ("relative", "sincos")
 
 @pytest.fixture(scope="module", autouse=True)
 def _tiny() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with patch.dict(ARCHS, vit_tiny=TINY):
         yield
-    torch.set_num_threads(threads)
 
 
 def build(**options: Any) -> PlainViT:

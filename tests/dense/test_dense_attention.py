@@ -1,7 +1,5 @@
 """Attention over grids: the same as pair by pair under a mask, whatever it is computed in, and never whole."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from naive_attention import naive_attention, randomized
@@ -14,14 +12,6 @@ from downstream.dense.attention import DecomposedAttention, GridAttention, Relat
 from downstream.dense.positions import decomposed_terms
 
 KINDS = ("relative", "decomposed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(kind: str, grid: tuple[int, int], dim: int = 12, heads: int = 2) -> GridAttention:

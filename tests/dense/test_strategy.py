@@ -1,15 +1,15 @@
 """Real trainings of a small Mask R-CNN by two processes: the plain Runner and ZeRO are one another's reference."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dense_jobs import run_jobs
+from dense_jobs import CONFIG, run_jobs
 from dense_runs import last, logged, measured, said, write_engines
-from processes import Processes, starter
+from processes import Processes
 from tiny_coco import make_coco
 
 pytestmark = pytest.mark.engine
@@ -38,6 +38,7 @@ REFUSED = {
     "a key of ours": ("new", ["engine=FOLDER/owned.json"], "delete it there and set optim_wrapper.clip_grad"),
     "clipping": ("new", ["engine=zero1", "optim_wrapper.clip_grad={'type': 'value', 'clip_value': 1}"], "of type 2"),
     "bf16": ("new", ["precision=bf16"], "mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1"),
+    "averages": ("new", ["config=FOLDER/averaged.py", "engine=zero2"], "EMAHook is for the plain Runner"),
     "a new train_cfg": ("new", ["train_cfg={'max_epochs': 1}"], "change keys of it one by one"),
     "accumulation": ("new", ["optim_wrapper.accumulative_counts=5"], "an epoch has 4 batches a rank, fewer than"),
     "iterations": ("new", [*ENDLESS, "optim_wrapper.accumulative_counts=4"], "train_cfg.max_iters=6 is not divided"),
@@ -52,13 +53,7 @@ class Evil:
 
 
 @pytest.fixture(scope="module")
-def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Processes]]:
-    with starter(tmp_path_factory.mktemp("cwd")) as starts:
-        yield starts
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., Processes]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., Processes]) -> Path:
     """The work_dirs of all jobs."""
     root = tmp_path_factory.mktemp("jobs")
     make_coco(root / "data")
@@ -66,6 +61,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., P
     torch.save({"state_dict": {}, "meta": Evil()}, root / "pickle.pth")
     torch.save({"state_dict": {"a": torch.ones(1000)}}, root / "cut_off.pth")
     (root / "cut_off.pth").write_bytes((root / "cut_off.pth").read_bytes()[:1000])
+
+    (root / "averaged.py").write_text(
+        f"_base_ = {str(CONFIG)!r}\ncustom_hooks = [dict(type='EMAHook', momentum=0.1)]\n"
+    )
 
     engine = write_engines(root)
     predictions = [f"val_evaluator.outfile_prefix={root}/val"]
@@ -75,9 +74,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., P
     for name, when in {"plain": "4,1", "zero2": "4,0", "zero3": "3,1"}.items():
         jobs[f"{name} stopped"] = [*STEPS, *engine[name], f"signal={when}"]
         jobs[f"{name} continued"] = [*STEPS, *engine[name], f"work_dir={root}/{name} stopped"]
-    jobs["endless"] = ENDLESS
-    jobs["endless stopped"] = [*ENDLESS, "signal=2,1"]
-    jobs["endless continued"] = [*ENDLESS, f"work_dir={root}/endless stopped"]
+    endless = [f"config={root}/averaged.py", *ENDLESS]
+    jobs["endless"] = endless
+    jobs["endless stopped"] = [*endless, "signal=2,1"]
+    jobs["endless continued"] = [*endless, f"work_dir={root}/endless stopped"]
     jobs["zero2 from plain"] = [*short, *engine["zero2"], f"load_from={root}/plain"]
     jobs["plain from zero3"] = [*short, f"load_from={root}/zero3/epoch_2"]
     jobs["zero3 tested"] = [f"test={root}/zero3", f"test_evaluator.outfile_prefix={root}/test"]
@@ -88,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_here: Callable[..., P
     for name, (work_dir, changes, _) in REFUSED.items():
         changes = [change.replace("FOLDER", str(root)) for change in changes]
         jobs[f"refused {name}"] = [*(STEPS if work_dir != "new" else []), f"work_dir={root}/{work_dir}", *changes]
-    run_jobs(start_here, root, jobs)
+    run_jobs(start_once, root, jobs)
     return root
 
 
@@ -125,15 +125,20 @@ def test_groups_keep_their_rates(folder: Path):
     ],
 )
 def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, words: str):
-    """Stopped within an epoch, at an epoch's end, and in an endless order; augmentation is random in all of them."""
+    """Stopped within an epoch, at an epoch's end, and in an endless order with a running average of the weights.
+
+    Augmentation is random in all of them.
+    """
     assert said(folder, f"{name} stopped") == words
     assert said(folder, f"{name} continued") == ""
     whole, again = last(folder / name), last(folder / f"{name} stopped")
     for scalar in ("loss", "loss_mask", "lr"):
         assert logged(again, scalar) == logged(whole, scalar)
     assert (again["meta"]["epoch"], again["meta"]["iter"]) == (whole["meta"]["epoch"], whole["meta"]["iter"])
-    for key, tensor in whole["state_dict"].items():
-        assert torch.equal(tensor, again["state_dict"][key]), key
+    assert ("ema_state_dict" in whole) == (name == "endless")
+    for part in whole.keys() & {"state_dict", "ema_state_dict"}:
+        for key, tensor in whole[part].items():
+            assert torch.equal(tensor, again[part][key]), key
     rows = measured(folder / f"{name} stopped")
     # Each evaluation once: the one that a stop at an epoch's end kept from being done as well.
     assert [row["iter"] for row in rows] == ([6] if name == "endless" else [4, 8])

@@ -1,6 +1,5 @@
 """The small config as mmdet builds it: a training step, predictions and pictures, through mmcv's real operators."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +21,6 @@ from downstream.detect import draw
 from downstream.detect.settings import spread_settings
 
 CONFIG = Path(draw.__file__).parent / "configs" / "vitdet_tiny_pennfudan.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Classifiers without an engine: what is loaded, what learns and how fast, what is random."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,6 @@ from downstream.classify.model import Classifier, build_classifier, build_vit
 from downstream.classify.optim import build_optimizer, layer_decay_groups
 from downstream.weights import features
 from pretrain.loop import seed_step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps this small lose by more, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("position", POSITIONS)

@@ -26,15 +26,6 @@ CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e", "f"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads only get into each other's way on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train: 48 images of which 3 cannot be decoded; val: 18, of which 1."""

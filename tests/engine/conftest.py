@@ -8,19 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from processes import ROOT, Processes, starter
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For plain torch here, as the ranks have: steps this small lose by more, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +64,4 @@ def recipe(write_recipe: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Processes]]:
     with starter(tmp_path) as starts:
-        yield starts
-
-
-@pytest.fixture(scope="module")
-def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Processes]]:
-    """As `start`, for runs that several tests read."""
-    with starter(tmp_path_factory.mktemp("cwd")) as starts:
         yield starts

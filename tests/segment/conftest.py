@@ -1,7 +1,6 @@
 """Real trainings on mmengine, as those of detection, with the same jobs and processes; and a tiny model."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,9 @@ from mmengine.registry import MODELS, init_default_scope
 
 from downstream.segment.settings import spread_settings
 
-for folder in ("dense", "engine"):
-    sys.path.append(str(Path(__file__).parents[1] / folder))
+sys.path.append(str(Path(__file__).parents[1] / "dense"))
 
 CONFIG = Path(__file__).parent / "tiny_upernet.py"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ model = dict(decode_head=dict(channels=width), auxiliary_head=dict(channels=widt
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+# Not 1e-8: a gradient that is rounding alone, as that of a bias before a norm, would make steps of the whole rate.
+optim_wrapper = dict(optimizer=dict(lr=1e-3, eps=1e-3))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=2),
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=2, end=6),

@@ -132,14 +132,19 @@ def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, t
 
 
 def rank_process(rank: int, argument: str) -> int:
-    """The process of a rank; its loader's workers are its children and have its command line too."""
-    found = []
+    """The process of a rank: its loader's workers have its command line too, and are its children."""
+    parents = {}
     for process in Path("/proc").glob("[0-9]*"):
-        command = (process / "cmdline").read_text().split("\0")
+        try:
+            command, environment = ((process / name).read_text().split("\0") for name in ("cmdline", "environ"))
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            continue
         is_rank = "pretrain/run.py" in command and argument in command and not command[0].endswith("srun")
-        if is_rank and f"SLURM_PROCID={rank}" in (process / "environ").read_text().split("\0"):
-            found.append(int(process.name))
-    return min(found)
+        if is_rank and f"SLURM_PROCID={rank}" in environment:
+            parents[int(process.name)] = parent
+    (found,) = parents.keys() - {child for child, parent in parents.items() if parent in parents}
+    return found
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 RUN = str(ROOT / "pretrain" / "run.py")
 CLASSIFY = str(ROOT / "downstream" / "classify" / "run.py")
 
