@@ -1,6 +1,5 @@
 """Real trainings on mmengine, as those of detection, with the same jobs and processes; and a tiny model."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from tiny_ade import make_ade
 
 from downstream.segment.settings import spread_settings
-
-sys.path.append(str(Path(__file__).parents[1] / "dense"))
 
 CONFIG = Path(__file__).parent / "tiny_upernet.py"
 
@@ -19,8 +17,6 @@ CONFIG = Path(__file__).parent / "tiny_upernet.py"
 @pytest.fixture(scope="module")
 def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two images to train on, three to test with."""
-    from tiny_ade import make_ade
-
     return make_ade(tmp_path_factory.mktemp("ade") / "set", train=2, val=3)
 
 

@@ -1,0 +1,46 @@
+"""A detector and a segmentor, each by its script on two nodes; what else Slurm does is the same for every script."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from slurm_cluster import Cluster
+from tiny_ade import make_ade
+from tiny_coco import make_coco
+
+pytestmark = pytest.mark.slurm
+TESTS = Path(__file__).parents[1]
+NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+
+
+def measured(work_dir: Path) -> list[int]:
+    """After which iterations."""
+    return [json.loads(line)["iter"] for line in (work_dir / "evaluation.jsonl").read_text().splitlines()]
+
+
+def test_detector_is_requeued_and_measured_each_epoch_once(cluster: Cluster, tmp_path: Path) -> None:
+    work_dir = cluster.project / "runs" / "detector"
+    changes = [f"data_root={make_coco(tmp_path / 'coco')}/", "classes=['disc', 'box']", f"work_dir={work_dir}"]
+    changes += ["train_cfg.max_epochs=3", "train_cfg.val_interval=1", "train_dataloader.batch_size=1"]
+    export = "--export=ALL,RECIPE=vitdet_tiny_pennfudan"
+    job = cluster.submit(*NODES, export, "slurm/finetune_coco.sh", *changes, "engine=zero1", "precision=bf16")
+    job.wait_for("the first epoch", lambda: (work_dir / "last_checkpoint").exists())
+    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    end = job.wait_end()
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), job.logs()
+    assert re.search(r"stopped by a signal, and requeued(?s:.*)continues from ", job.logs()), job.logs()
+    assert (work_dir / "last_checkpoint").read_text().endswith("epoch_3")
+    assert measured(work_dir) == [4, 8, 12]
+
+
+def test_segmentor_is_trained_and_measured(cluster: Cluster, tmp_path: Path) -> None:
+    work_dir = cluster.project / "runs" / "segmentor"
+    changes = [f"data_root={make_ade(tmp_path / 'ade')}/", f"work_dir={work_dir}", "engine=zero2"]
+    export = f"--export=ALL,RECIPE={TESTS / 'segment' / 'tiny_upernet.py'}"
+    job = cluster.submit(*NODES, export, "slurm/finetune_ade20k.sh", *changes)
+    end = job.wait_end()
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), job.logs()
+    assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in job.logs()
+    assert (work_dir / "last_checkpoint").read_text().endswith("iter_4")
+    assert measured(work_dir) == [4]
