@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -134,15 +135,11 @@ def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, t
 def rank_process(rank: int, argument: str) -> int:
     """The process of a rank: its loader's workers have its command line too, and are its children."""
     parents = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = ((process / name).read_text().split("\0") for name in ("cmdline", "environ"))
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):  # it has ended
-            continue
+    for process in psutil.process_iter(["cmdline", "environ", "ppid"]):
+        command, environment = process.info["cmdline"] or [""], process.info["environ"] or {}
         is_rank = "pretrain/run.py" in command and argument in command and not command[0].endswith("srun")
-        if is_rank and f"SLURM_PROCID={rank}" in environment:
-            parents[int(process.name)] = parent
+        if is_rank and environment.get("SLURM_PROCID") == str(rank):
+            parents[process.pid] = process.info["ppid"]
     (found,) = parents.keys() - {child for child, parent in parents.items() if parent in parents}
     return found
 
