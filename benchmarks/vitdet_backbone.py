@@ -180,10 +180,10 @@ def assert_equal_models(models: dict[str, nn.Module], case: Case, device: str) -
 
 
 def timed(models: dict[str, nn.Module], case: Case, device: str, mode: str, progress: tqdm) -> dict[str, list[float]]:
-    """Seconds of each repetition, the warm-up left out."""
+    """Seconds of each repetition; the comparison before was the warm-up."""
     images = draw_images(case, device)
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    for repetition in range(case.repetitions + 1):
+    for repetition in range(case.repetitions):
         for name in NAMES if repetition % 2 else NAMES[::-1]:
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -193,7 +193,7 @@ def timed(models: dict[str, nn.Module], case: Case, device: str, mode: str, prog
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
             progress.update()
-    return {name: values[1:] for name, values in seconds.items()}
+    return seconds
 
 
 def peak_mib(case: Case, name: str, device: str) -> float:
@@ -277,7 +277,7 @@ def main() -> None:
         print(peak_mib(Case(**json.loads(arguments.peak[0])), arguments.peak[1], device))
         return
     todo = cases(arguments.quick, arguments.arch, device)
-    with tqdm(total=sum(4 * (case.repetitions + 1) for case in todo), unit="step") as progress:
+    with tqdm(total=sum(4 * case.repetitions for case in todo), unit="step") as progress:
         results = [measure(case, device, progress) for case in todo]
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     print(f"device: {device} ({name}), torch {torch.__version__}, {torch.get_num_threads()} threads")

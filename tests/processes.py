@@ -23,7 +23,10 @@ CLASSIFY = str(ROOT / "downstream" / "classify" / "run.py")
 # costs tenths of a second instead of seconds. DeepSpeed is not among it: it chooses its accelerator when imported.
 # The launchers' own tests start everything from nothing.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "timm.layers", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot"])
+_COMPILED = ["torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]  # DeepSpeed uses torch.compile on import
+_SERVER.set_forkserver_preload(
+    ["torch", "timm.layers", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot", *_COMPILED]
+)
 
 
 class Rank:
@@ -54,6 +57,7 @@ class Rank:
 def _become(script: str, arguments: list[str], environment: dict[str, str], cwd: Path, said: Path) -> None:
     """This process turns into `python script arguments`, the leader of a session."""
     os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # a loader's workers would come from servers of their own
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
