@@ -41,14 +41,9 @@ class ZeroOptimWrapper(DeepSpeedOptimWrapper):
             MessageHub.get_current_instance().update_scalar("train/refused_steps", 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What schedules have made of the groups; moments and masters are in DeepSpeed's files."""
+        """What schedules have made of the groups, to be looked at: what is continued from are DeepSpeed's files."""
         groups = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         return {**super().state_dict(), "groups": groups}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
-            group.update(saved)
 
 
 @MODEL_WRAPPERS.register_module()

@@ -65,16 +65,17 @@ def main(folder: Path) -> None:
 
     @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
     class TwoRates:
-        """The heads learn at half the rate."""
+        """The heads learn at half the rate, and a group between them not at all."""
 
         def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):
             self.wrapper = dict(optim_wrapper_cfg)
 
         def __call__(self, model: Any) -> Any:
             model = getattr(model, "module", model)
-            groups: dict[float, list[Any]] = {1.0: [], 0.5: []}
+            groups: dict[float, list[Any]] = {1.0: [], 2.0: [], 0.5: []}
             for name, parameter in model.named_parameters():
-                groups[0.5 if name.startswith("roi_head") else 1.0].append(parameter)
+                scale = 0.5 if name.startswith("roi_head") else 1.0
+                groups[scale if parameter.requires_grad else 2.0].append(parameter)
             optimizer = dict(self.wrapper.pop("optimizer"))
             groups_ = [{"params": params, "lr": optimizer["lr"] * scale} for scale, params in groups.items()]
             optimizer = OPTIMIZERS.build({**optimizer, "params": groups_})
