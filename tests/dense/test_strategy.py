@@ -23,6 +23,11 @@ ENDLESS = [
     "train_dataloader.persistent_workers=False",
     "default_hooks.checkpoint.interval=6",
 ]
+# Half of the images have nothing in them, so that ranks call other modules of the heads.
+EMPTY = [
+    "train_dataloader.dataset.ann_file=annotations/half.json",
+    "train_dataloader.dataset.filter_cfg.filter_empty_gt=False",
+]
 REFUSED = {
     "engine": ("zero2", [], "was trained with engine=: continue it so"),
     "no engine": ("plain", ["engine=zero2"], "was trained without engine=: continue it so"),
@@ -57,6 +62,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
     """The work_dirs of all jobs."""
     root = tmp_path_factory.mktemp("jobs")
     make_coco(root / "data")
+    annotations = root / "data" / "annotations"
+    half = json.loads((annotations / "instances_train2017.json").read_text())
+    half["annotations"] = [row for row in half["annotations"] if row["image_id"] % 2]
+    (annotations / "half.json").write_text(json.dumps(half))
     (root / "owned.json").write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": 1.0}))
     torch.save({"state_dict": {}, "meta": Evil()}, root / "pickle.pth")
     torch.save({"state_dict": {"a": torch.ones(1000)}}, root / "cut_off.pth")
@@ -82,6 +91,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
     jobs["plain from zero3"] = [*short, f"load_from={root}/zero3/epoch_2"]
     jobs["zero3 tested"] = [f"test={root}/zero3", f"test_evaluator.outfile_prefix={root}/test"]
     jobs["bf16"] = [*short, *engine["zero1"], "precision=bf16"]
+    for name in ("plain", "zero3"):
+        jobs[f"{name} empty"] = [*short, *engine[name], *EMPTY]
     keep = "default_hooks.checkpoint.max_keep_ckpts=1"
     jobs["plain full"] = ["train_cfg.max_epochs=3", keep, "full=8,0"]
     jobs["zero2 full"] = ["train_cfg.max_epochs=3", keep, "full=8,1", *engine["zero2"]]
@@ -104,6 +115,12 @@ def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
     assert zero["state_dict"].keys() == plain["state_dict"].keys()
     for name, tensor in plain["state_dict"].items():
         torch.testing.assert_close(zero["state_dict"][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_images_without_objects_train_zero3_as_well(folder: Path):
+    plain, zero = (logged(last(folder / f"{name} empty"), "loss") for name in ("plain", "zero3"))
+    assert len(plain) == 4
+    assert zero == pytest.approx(plain, rel=1e-5)
 
 
 def test_groups_keep_their_rates(folder: Path):
