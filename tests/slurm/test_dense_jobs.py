@@ -1,10 +1,10 @@
 """A detector and a segmentor, each by its script on two nodes; what else Slurm does is the same for every script."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
+from dense_runs import measured
 from slurm_cluster import Cluster
 from tiny_ade import make_ade
 from tiny_coco import make_coco
@@ -12,11 +12,6 @@ from tiny_coco import make_coco
 pytestmark = pytest.mark.slurm
 TESTS = Path(__file__).parents[1]
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
-
-
-def measured(work_dir: Path) -> list[int]:
-    """After which iterations."""
-    return [json.loads(line)["iter"] for line in (work_dir / "evaluation.jsonl").read_text().splitlines()]
 
 
 def test_detector_is_requeued_and_measured_each_epoch_once(cluster: Cluster, tmp_path: Path) -> None:
@@ -31,7 +26,7 @@ def test_detector_is_requeued_and_measured_each_epoch_once(cluster: Cluster, tmp
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), job.logs()
     assert re.search(r"stopped by a signal, and requeued(?s:.*)continues from ", job.logs()), job.logs()
     assert (work_dir / "last_checkpoint").read_text().endswith("epoch_3")
-    assert measured(work_dir) == [4, 8, 12]
+    assert [row["iter"] for row in measured(work_dir)] == [4, 8, 12]
 
 
 def test_segmentor_is_trained_and_measured(cluster: Cluster, tmp_path: Path) -> None:
@@ -43,4 +38,4 @@ def test_segmentor_is_trained_and_measured(cluster: Cluster, tmp_path: Path) -> 
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "0"), job.logs()
     assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in job.logs()
     assert (work_dir / "last_checkpoint").read_text().endswith("iter_4")
-    assert measured(work_dir) == [4]
+    assert [row["iter"] for row in measured(work_dir)] == [4]
