@@ -3,11 +3,11 @@
     python benchmarks/vitdet_backbone.py [--quick] [--arch vit_base]
 
 The usual way pads the grid to whole windows and adds the bias of relative position to a whole attention map: ViTDet's
-decomposed bias, or LoMaR's gathered by bucket (padded keys are masked, or features would differ). All else is shared.
-Both must give the same features and gradients before anything is timed. Repetitions alternate (A B, then B A); times
-are medians, ratios are medians over pairs of neighbouring steps. Memory: what is kept for the backward pass, and the
-peak above the model alone; on a CPU that is the resident memory of a process that makes a single step. `--quick` takes
-a smaller encoder and image. The last line of the output is one JSON object.
+decomposed bias, or LoMaR's gathered by bucket (padded keys are masked, or features would differ); its MLPs are timm's.
+All else is shared. Both must give the same features and gradients before anything is timed. Repetitions alternate (A B,
+then B A); times are medians, ratios are medians over pairs of neighbouring steps. Memory: what is kept for the backward
+pass, and the peak above the model alone; on a CPU that is the resident memory of a process that makes a single step.
+`--quick` takes a smaller encoder and image. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
+import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -139,6 +140,9 @@ def build(case: Case, device: str) -> dict[str, nn.Module]:
     usual = copy.deepcopy(ours)
     for block in usual.blocks:
         block.attn = UsualAttention(block.attn)
+        mlp = timm.layers.Mlp(block.mlp.fc1.in_features, block.mlp.fc1.out_features)
+        mlp.load_state_dict(block.mlp.state_dict())
+        block.mlp = mlp
     return {"ours": ours.to(device), "usual": usual.to(device)}
 
 

@@ -28,8 +28,8 @@ from downstream.dense.positions import (
 )
 from pretrain.models.attention import attend
 
-# How many logits exist at a time. A CPU is fastest where they fit its caches, a GPU where there is enough to do.
-_LOGITS = {"cpu": 2**22, "cuda": 2**26}
+# How many logits exist at a time: few are little memory, many are few calls of large kernels.
+_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 
 Bias = Callable[[Tensor, Grid, int, bool], Tensor]
 

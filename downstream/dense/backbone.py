@@ -12,13 +12,14 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from downstream.dense.attention import DecomposedAttention, GridAttention, RelativeAttention
 from downstream.dense.convolution import on_grid, parallel_branch, propagation
 from downstream.dense.loading import load_start
+from downstream.dense.mlp import Mlp
 from downstream.dense.positions import Grid, resize_positions
 from downstream.files import Weights
 from downstream.weights import Size

@@ -40,11 +40,6 @@ class ZeroOptimWrapper(DeepSpeedOptimWrapper):
         if last and not self.model.was_step_applied():
             MessageHub.get_current_instance().update_scalar("train/refused_steps", 1)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What schedules have made of the groups, to be looked at: what is continued from are DeepSpeed's files."""
-        groups = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
-        return {**super().state_dict(), "groups": groups}
-
 
 @MODEL_WRAPPERS.register_module()
 class ZeroModel(MMDeepSpeedEngineWrapper):

@@ -46,6 +46,15 @@ def last(work_dir: Path) -> dict[str, Any]:
     return content
 
 
+def groups(work_dir: Path) -> list[dict[str, Any]]:
+    """The optimiser's, in the newest checkpoint; of ZeRO's by DeepSpeed's files."""
+    path = Path((work_dir / "last_checkpoint").read_text())
+    if path.is_file():
+        return last(work_dir)["optimizer"]["param_groups"]
+    state = torch.load(path / "zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=False)["optimizer_state_dict"]
+    return (state.get("base_optimizer_state") or state["optimizer_state_dict"])["param_groups"]
+
+
 def logged(content: dict[str, Any], name: str) -> list[float]:
     """A number of each iteration."""
     return list(content["message_hub"]["log_scalars"][f"train/{name}"].data[0])

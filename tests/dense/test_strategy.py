@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense_jobs import CONFIG, run_jobs
-from dense_runs import last, logged, measured, said, write_engines
+from dense_runs import groups, last, logged, measured, said, write_engines
 from processes import Processes
 from tiny_coco import make_coco
 
@@ -126,11 +126,10 @@ def test_images_without_objects_train_zero3_as_well(folder: Path):
 def test_groups_keep_their_rates(folder: Path):
     """The heads' is half of the others' from beginning to end; ZeRO has no group of what is frozen."""
     for engine in ("plain", "zero1", "zero2", "zero3"):
-        content = last(folder / engine)
-        groups = content["optimizer"]["param_groups"] if engine == "plain" else content["optim_wrapper"]["groups"]
+        found = groups(folder / engine)
         scales = [1.0, 2.0, 0.5] if engine == "plain" else [1.0, 0.5]
-        assert [group["lr"] for group in groups] == pytest.approx([5e-4 * scale for scale in scales]), engine
-        assert [group["initial_lr"] for group in groups] == pytest.approx([1e-3 * scale for scale in scales]), engine
+        assert [group["lr"] for group in found] == pytest.approx([5e-4 * scale for scale in scales]), engine
+        assert [group["initial_lr"] for group in found] == pytest.approx([1e-3 * scale for scale in scales]), engine
 
 
 @pytest.mark.parametrize(

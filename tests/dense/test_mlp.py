@@ -1,0 +1,69 @@
+"""The MLP that makes its activation again: what timm's computes, in less memory."""
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from timm.layers import Mlp as TimmMlp
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.saved import saved_storages
+from downstream.dense.mlp import Mlp
+
+Forward = Callable[[Tensor], Tensor]
+recomputed = partial(checkpoint, use_reentrant=False)
+
+
+def build(kind: type[Mlp] | type[TimmMlp], dim: int = 16, hidden: int = 64) -> Mlp | TimmMlp:
+    torch.manual_seed(0)
+    return kind(dim, hidden)
+
+
+def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def results(mlp: Mlp | TimmMlp, forward: Forward, bf16: bool) -> list[Tensor]:
+    """The output, and the gradients of the input and of each parameter."""
+    x = tokens().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = forward(x)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return [out, x.grad, *(parameter.grad for parameter in mlp.parameters())]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_it_is_timms(bf16: bool, again: bool):
+    ours, timms = build(Mlp), build(TimmMlp)
+    assert ours.state_dict().keys() == timms.state_dict().keys()
+    found = results(ours, partial(recomputed, ours) if again else ours, bf16)
+    for a, b in zip(found, results(timms, timms, bf16), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_are_finite_differences():
+    mlp = build(Mlp, 4, 6).double()
+    x = tokens(torch.float64)[..., :4].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: mlp(x), (x, *mlp.parameters()))
+
+
+@pytest.mark.parametrize(("kind", "wide"), [(Mlp, 1), (TimmMlp, 2)])
+def test_how_many_wide_maps_are_kept(kind: type[Mlp] | type[TimmMlp], wide: int):
+    mlp = build(kind)
+    with saved_storages(mlp) as storages:
+        out = mlp(tokens())
+    assert list(storages.values()).count(3 * 5 * 64 * 4) == wide
+    del out
+
+
+def test_under_recomputation_no_wide_map_is_kept():
+    mlp = build(Mlp)
+    seen = []
+    mlp.fc1.register_forward_hook(lambda module, inputs, out: seen.append(weakref.ref(out)))
+    out = recomputed(mlp, tokens().requires_grad_())
+    assert [wide() for wide in seen] == [None]
+    del out
