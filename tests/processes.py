@@ -1,6 +1,7 @@
 """The ranks of a real run of `pretrain/run.py`, or of another entry."""
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -12,12 +13,16 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+
+from pretrain.models import vit
 
 ROOT = Path(__file__).parents[1]
 RUN = str(ROOT / "pretrain" / "run.py")
 CLASSIFY = str(ROOT / "downstream" / "classify" / "run.py")
+SMALL = patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2))  # within it, the smallest encoder has two narrow blocks
 
 # Ranks are forked from a server that has imported what takes long, and then are processes like any other: a start
 # costs tenths of a second instead of seconds. DeepSpeed is not among it: it chooses its accelerator when imported.
@@ -58,6 +63,7 @@ def _become(script: str, arguments: list[str], environment: dict[str, str], cwd:
     """This process turns into `python script arguments`, the leader of a session."""
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # a loader's workers would come from servers of their own
+    gc.freeze()  # DeepSpeed collects garbage often, which need not look through all that has been imported
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -66,7 +72,8 @@ def _become(script: str, arguments: list[str], environment: dict[str, str], cwd:
     os.chdir(cwd)
     sys.path[:0] = [str(Path(script).parent), str(ROOT)]
     sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    with SMALL if script in (RUN, CLASSIFY) else contextlib.nullcontext():
+        runpy.run_path(script, run_name="__main__")
 
 
 class Processes:
@@ -121,7 +128,10 @@ class Processes:
 
 @contextlib.contextmanager
 def starter(cwd: Path) -> Iterator[Callable[..., Processes]]:
-    """start(recipe, 'key=value', ...) -> Processes of run.py; what is left running at the end is killed."""
+    """start(recipe, 'key=value', ...) -> Processes of run.py; what is left running at the end is killed.
+
+    The smallest encoder is `SMALL` in them; launchers' own tests train what is shipped.
+    """
     started: list[Processes] = []
 
     def start(*arguments: Path | str, processes: int = 2, script: str = RUN, port: int | None = None) -> Processes:

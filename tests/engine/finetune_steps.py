@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from steps import BATCH, MIDDLE, POISONED, SMALL, STEPS, FixedBatches, do_jobs, global_batch, poison, small_settings
+from processes import SMALL
+from steps import BATCH, MIDDLE, POISONED, STEPS, FixedBatches, do_jobs, global_batch, poison, small_settings
 from torch import Tensor
 
 from downstream.classify.config import FinetuneConfig, load

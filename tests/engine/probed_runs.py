@@ -6,7 +6,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from steps import SMALL
+from processes import SMALL
 
 from pretrain.config import load
 from pretrain.launch import find_world, leave

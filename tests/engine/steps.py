@@ -15,22 +15,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
+from processes import SMALL
 from torch import Tensor
 
 from data.loader import Batch
 from pretrain.build import build_average, build_method
 from pretrain.config import Config, RunConfig, load
 from pretrain.launch import World, find_world, leave, start
-from pretrain.models import vit
 from pretrain.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pretrain.runfolder import RunFolder
 
 STEPS, MIDDLE, POISONED, BATCH = 4, 2, 1, 16
-SMALL = patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2))  # within it, encoders have two narrow blocks
 
 
 def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]) -> None:
@@ -214,6 +212,7 @@ def do_jobs(configure: Callable[..., Any], do_job: Callable[..., None]) -> None:
             print(f"job {name}", flush=True)
             do_job(configure(*arguments), world, device, folder / name)
             gc.collect()  # an engine's hooks hold it in cycles
+            gc.freeze()  # what DeepSpeed's import has added
     except Exception:
         traceback.print_exc()
         leave(1)

@@ -9,9 +9,10 @@ import torch
 import yaml
 from checks import assert_same_bits, assert_same_run, assert_same_steps
 from finetune_steps import CLASSES, build_small, configure, plain_steps, run_jobs
+from processes import SMALL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from steps import SMALL, STEPS
+from steps import STEPS
 
 from downstream.classify.model import build_vit
 from downstream.files import read_source

