@@ -1,18 +1,21 @@
 """The command line of trainings on mmengine: a configuration, changes to it, and the words that are ours."""
 
 import ast
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
-from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.config import Config, ConfigDict, utils
 
 from pretrain.schema import nearest
 
 # mmengine looks for a package of the original name where a configuration inherits "mmseg::...".
-MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
+utils.MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
+
+# And for each inherited file it parses an index of all models that the package has.
+utils.load = functools.cache(utils.load)
 
 WORDS = ("checkpoint", "engine", "precision", "resume", "test", "tta")
 

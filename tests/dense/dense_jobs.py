@@ -5,7 +5,6 @@ As a script this is one rank. A job is a list of changes, as a user writes them 
 files. What a job ended with is in `<name>-rank<N>.txt`.
 """
 
-import functools
 import gc
 import importlib
 import json
@@ -47,7 +46,6 @@ def main(folder: Path) -> None:
     faults.watch_signals()
     world = find_world()
     start(world)
-    from mmengine.config import utils
     from mmengine.hooks import Hook
     from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
     from yapf.yapflib import yapf_api
@@ -60,8 +58,6 @@ def main(folder: Path) -> None:
     spread = importlib.import_module(f"downstream.{plan['task']}.settings").spread_settings
     # A configuration is laid out for readers whenever it is logged or saved, which takes longer than these trainings.
     yapf_api.FormatCode = lambda text, **style: (text, False)
-    # And an index of all of mmdet's models is read whenever one of its files is inherited.
-    utils._get_cfg_metainfo = functools.cache(utils._get_cfg_metainfo)
 
     @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
     class TwoRates:
@@ -98,7 +94,6 @@ def main(folder: Path) -> None:
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
-    gc.freeze()  # mmengine collects before each data set, through all that has been imported
     for name, changes in plan["jobs"].items():
         faults._received.clear()
         accidents = [change for change in changes if change.startswith(ACCIDENTS)]
@@ -116,6 +111,8 @@ def main(folder: Path) -> None:
             said.write_text(str(words))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         end_workers()
+        gc.collect()
+        gc.freeze()  # mmengine collects before each data set, through all that has been imported
         torch.distributed.barrier()
     leave(0)
 

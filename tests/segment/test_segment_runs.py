@@ -154,22 +154,14 @@ def run(*command: str, changes: list[str], cwd: Path) -> str:
 STILL = ["model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0", "model.backbone.drop_path=0"]
 
 
-def test_launchers_and_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
-    """Two ranks with two images each, by two launchers, and one rank with all: with norms over all ranks, one training.
+def test_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
+    """Two ranks with two images each, and one with all: with norms over all ranks, one training.
 
     What a model draws by itself differs from rank to rank, so there is none of it.
     """
-    ranks = ["--nproc_per_node", "2", "--master_port", "29647"]
     common = [f"data_root={folder}/data", *STILL, "train_cfg.max_iters=2", "default_hooks.checkpoint.interval=2"]
     deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29646"]
-    output = run(*deepspeed, changes=[*common, "work_dir=deepspeed", "engine=zero2"], cwd=tmp_path)
+    output = run(*deepspeed, changes=[*common, "work_dir=two", "engine=zero2"], cwd=tmp_path)
     assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in output
-    run(str(BIN / "torchrun"), *ranks, changes=[*common, "work_dir=torchrun"], cwd=tmp_path)
-    run(sys.executable, changes=[*common, "work_dir=python", "train_dataloader.batch_size=4"], cwd=tmp_path)
-    alone = last(tmp_path / "python")
-    for launcher in ("deepspeed", "torchrun"):
-        assert_same_weights(last(tmp_path / launcher), alone, rtol=1e-3, atol=2e-5)
-    tested = run(sys.executable, changes=[f"data_root={folder}/data", "test=python", "work_dir=again"], cwd=tmp_path)
-    (row,) = measured(tmp_path / "python")
-    found = json.loads(tested.splitlines()[-1])
-    assert [found[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]
+    run(sys.executable, changes=[*common, "work_dir=one", "train_dataloader.batch_size=4"], cwd=tmp_path)
+    assert_same_weights(last(tmp_path / "two"), last(tmp_path / "one"), rtol=1e-3, atol=2e-5)

@@ -129,7 +129,7 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
     return write_recipe(
         "tiny",
         method={"name": "lomar", "windows": 2, "window": 3},
-        train={"epochs": 12, "batch": 8, "precision": "fp32"},
+        train={"epochs": 8, "batch": 8, "precision": "fp32"},
         log={"every": 1, "panel_images": 2},
     )
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from slurm_cluster import Cluster, Job
 
 pytestmark = pytest.mark.slurm
-STEPS = 12 * 7
+STEPS = 8 * 7
 ODD = "data.size=[64, 80]"  # a space and brackets must reach the trainer as one argument
 
 
