@@ -122,7 +122,7 @@ def train(
     model: nn.Module, images: Tensor, view: dict[str, Tensor] | None, steps: int = 200, lr: float = 3e-3
 ) -> list[float]:
     """The loss of every step on one batch; without `view` the masks of every step are new."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr, fused=True)
     losses = []
     for step in range(steps):
         drawn = random_view(model, len(images), 1000 + step) if view is None else view
