@@ -51,12 +51,14 @@ def test_gradients_are_finite_differences():
     assert torch.autograd.gradcheck(lambda x, *_: mlp(x), (x, *mlp.parameters()))
 
 
-@pytest.mark.parametrize(("kind", "wide"), [(Mlp, 1), (TimmMlp, 2)])
-def test_how_many_wide_maps_are_kept(kind: type[Mlp] | type[TimmMlp], wide: int):
+@pytest.mark.parametrize(("kind", "kept"), [(Mlp, 1), (TimmMlp, 2)])
+def test_how_many_wide_maps_and_copies_of_weights_are_kept(kind: type[Mlp] | type[TimmMlp], kept: int):
     mlp = build(kind)
-    with saved_storages(mlp) as storages:
-        out = mlp(tokens())
-    assert list(storages.values()).count(3 * 5 * 64 * 4) == wide
+    with torch.autocast("cpu", torch.bfloat16), saved_storages(mlp) as storages:
+        out = mlp(tokens().requires_grad_())
+    sizes = list(storages.values())
+    assert sizes.count(3 * 5 * 64 * 2) == kept
+    assert sizes.count(16 * 64 * 2) == kept
     del out
 
 

@@ -21,6 +21,11 @@ def wait_for(path: Path, processes: Any, seconds: float = 90) -> None:
         time.sleep(0.002)
 
 
+def newest(run: Path) -> str:
+    """The last checkpoint of a run that is whole."""
+    return max(manifest.parent.name for manifest in run.glob("checkpoints/step_*/manifest.json"))
+
+
 def assert_same_bits(first: Any, second: Any) -> None:
     assert type(first) is type(second)
     if isinstance(first, torch.Tensor):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import assert_same_bits, assert_same_run, wait_for
+from checks import assert_same_bits, assert_same_run, newest, wait_for
 from safetensors.torch import load_file
 
 from pretrain.metrics import read_metrics
@@ -51,7 +51,9 @@ def test_killed_and_continued_ends_with_the_same_bits(
     wait_for(broken / "checkpoints" / "step_00000005" / "manifest.json", killed)
     killed.kill()
     assert not (broken / "encoder.safetensors").exists(), "the run ended before it was killed"
-    assert "continues from step_000000" in start(recipe, *settings(stage), "name=broken").finish()
+    last = newest(broken)
+    assert last <= BEFORE
+    assert f"continues from {last}" in start(recipe, *settings(stage), "name=broken").finish()
     assert_same_run(unbroken, broken)
 
 

@@ -165,3 +165,7 @@ def test_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
     assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in output
     run(sys.executable, changes=[*common, "work_dir=one", "train_dataloader.batch_size=4"], cwd=tmp_path)
     assert_same_weights(last(tmp_path / "two"), last(tmp_path / "one"), rtol=1e-3, atol=2e-5)
+    tested = run(sys.executable, changes=[f"data_root={folder}/data", "test=one", "work_dir=again"], cwd=tmp_path)
+    (row,) = measured(tmp_path / "one")
+    found = json.loads(tested.splitlines()[-1])
+    assert [found[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]
