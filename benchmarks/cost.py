@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
-from pretrain.build import build_average, build_method
+from pretrain.build import build_ema, build_method
 from pretrain.config import Config, load
 
 BATCH = 2
@@ -44,30 +44,30 @@ class Case:
 
 CASES = [
     Case("MAE", MAE, base="MAE"),
-    Case("MAE + PR 25 %", MAE, ("partial.throw=0.25",), "MAE", (0.85, 0.81)),
-    Case("MAE + PR 50 %", MAE, ("partial.throw=0.5",), "MAE", (0.72, 0.64)),
+    Case("MAE + PR 25 %", MAE, ("pr_mim.throw_ratio=0.25",), "MAE", (0.85, 0.81)),
+    Case("MAE + PR 50 %", MAE, ("pr_mim.throw_ratio=0.5",), "MAE", (0.72, 0.64)),
     *(
-        Case(f"MAE + PR 50 %, {fill}", MAE, ("partial.throw=0.5", f"partial.fill={fill}"), "MAE")
+        Case(f"MAE + PR 50 %, {fill}", MAE, ("pr_mim.throw_ratio=0.5", f"pr_mim.aggregation={fill}"), "MAE")
         for fill in ("average", "convnext", "transformer")
     ),
-    Case("MAE + PR 65 %", MAE, ("partial.throw=0.65",), "MAE", (0.64, 0.55)),
-    Case("MAE, encoder_masks", MAE, ("method.encoder_masks=true",), "MAE"),
+    Case("MAE + PR 65 %", MAE, ("pr_mim.throw_ratio=0.65",), "MAE", (0.64, 0.55)),
+    Case("MAE, encoder_masks", MAE, ("method.encoder_mask_tokens=true",), "MAE"),
     Case("MAE + LUT", "lut_vitb16_224_1600e", base="MAE"),
     Case("SimMIM", SIMMIM, base="SimMIM"),
-    Case("SimMIM + PR 30 %", SIMMIM, ("partial.throw=0.3",), "SimMIM", (0.50, 0.61)),
+    Case("SimMIM + PR 30 %", SIMMIM, ("pr_mim.throw_ratio=0.3",), "SimMIM", (0.50, 0.61)),
     Case("LoMaR", LOMAR, base="LoMaR"),
-    Case("LoMaR + PR 50 %", LOMAR, ("partial.throw=0.5",), "LoMaR"),
+    Case("LoMaR + PR 50 %", LOMAR, ("pr_mim.throw_ratio=0.5",), "LoMaR"),
     Case("LoMaR + LUT", "lut_lomar_vitb16_224_400e", base="LoMaR"),
-    Case("LoMaR, late (block 8)", LOMAR, ("method.join=8",), "LoMaR"),
+    Case("LoMaR, late (block 8)", LOMAR, ("method.mask_token_block=8",), "LoMaR"),
     Case("LoMaR, asymmetric", LOMAR, ("method.architecture=asymmetric",), "LoMaR"),
-    Case("LoMaR, late + PR 50 %", LOMAR, ("method.join=8", "partial.throw=0.5"), "LoMaR"),
+    Case("LoMaR, late + PR 50 %", LOMAR, ("method.mask_token_block=8", "pr_mim.throw_ratio=0.5"), "LoMaR"),
 ]
 
 
 def batch_of(method: nn.Module, config: Config[Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    pictures = (len(config.pictures),) if config.context else ()
-    images = torch.randint(0, 256, (BATCH, *pictures, *config.data.height_width, 3), dtype=torch.uint8)
-    samples = [method.view()(np.random.default_rng(i)) for i in range(BATCH)]
+    augmentations = (len(config.augmentations),) if config.lut else ()
+    images = torch.randint(0, 256, (BATCH, *augmentations, *config.data.height_width, 3), dtype=torch.uint8)
+    samples = [method.mask_sampler()(np.random.default_rng(i)) for i in range(BATCH)]
     return images, {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
 
 
@@ -76,12 +76,12 @@ def count(case: Case, arch: str) -> dict[str, float]:
     overrides = ["data.shards=none", f"model.arch={arch}", *case.overrides]
     config = load(case.recipe, overrides)
     method = build_method(config)
-    average = build_average(config, method, torch.device("cpu"))
-    images, view = batch_of(method, config)
+    average = build_ema(config, method, torch.device("cpu"))
+    images, mask_indices = batch_of(method, config)
     with FlopCounterMode(display=False) as without_backward:
         targets = average.targets(images)
     with FlopCounterMode(display=False) as forward, saved_storages(method) as saved:
-        loss = method(images, view, **targets)["loss"]
+        loss = method(images, mask_indices, **targets)["loss"]
     assert torch.isfinite(loss)
     flops = forward.get_total_flops() + without_backward.get_total_flops() / 3
     return {

@@ -29,7 +29,7 @@ from benchmarks.naive_lomar import NaiveLoMaR
 from benchmarks.saved import saved_storages
 from pretrain.methods.lomar import LoMaR
 from pretrain.models.vit import ViT
-from pretrain.optim import parameter_groups
+from pretrain.trainer.optim import parameter_groups
 
 PATCH = 16
 NAMES = ("ours", "naive")
@@ -73,10 +73,10 @@ def build(case: Case, device: str) -> dict[str, nn.Module]:
 def draw_batch(case: Case, ours: LoMaR, device: str) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (case.batch, case.size, case.size, 3), generator=generator, dtype=torch.uint8)
-    draw = ours.view()
+    draw = ours.mask_sampler()
     samples = [draw(np.random.default_rng(i)) for i in range(case.batch)]
-    view = {name: torch.from_numpy(np.stack([s[name] for s in samples])).to(device) for name in samples[0]}
-    return images.to(device), view
+    mask_indices = {name: torch.from_numpy(np.stack([s[name] for s in samples])).to(device) for name in samples[0]}
+    return images.to(device), mask_indices
 
 
 def forward(model: nn.Module, batch: Batch, case: Case) -> Tensor:

@@ -96,12 +96,12 @@ class NaiveLoMaR(nn.Module):
         naive.load_state_dict({name.removeprefix("predictor."): value for name, value in ours.state_dict().items()})
         return naive
 
-    def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, mask_indices: dict[str, Tensor]) -> dict[str, Tensor]:
         images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        W = view["window"].shape[1]
-        place = view["window"].flatten(0, 1)
+        W = mask_indices["window"].shape[1]
+        place = mask_indices["window"].flatten(0, 1)
         masked = torch.zeros(place.shape, dtype=torch.bool, device=place.device)
-        masked.scatter_(1, view["masked"].flatten(0, 1), True)
+        masked.scatter_(1, mask_indices["masked"].flatten(0, 1), True)
 
         tokens = self.encoder.patch_embed.proj(images).flatten(2).transpose(1, 2)
         tokens = tokens.repeat_interleave(W, dim=0)

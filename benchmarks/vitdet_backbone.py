@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.saved import saved_storages
-from downstream.dense.attention import DecomposedAttention, GridAttention
-from downstream.dense.backbone import PlainViT
+from downstream.dense.backbone.attention import DecomposedAttention, GridAttention
+from downstream.dense.backbone.plain_vit import PlainViT
 from pretrain.models.attention import NUM_BUCKETS, product_buckets
 
 NAMES = ("ours", "usual")

@@ -5,39 +5,56 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.colours import color_jitter, rand_augment, three_augment
+from data.augment import color_jitter, rand_augment, three_augment
 from data.decode import BadImage, decode
 from data.index import Index
-from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
+from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
 from data.reader import ShardReader
-from data.transforms import Picture, flip_decision
+from data.transforms import Augmentation, flip_decision
 from data.workers import in_workers
 
-View = Callable[[np.random.Generator], dict[str, np.ndarray]]
+MaskSampler = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 MAX_REPLACEMENTS = 100
-CROPS = (Stream.CROP, Stream.SECOND_CROP)  # of each picture of a sample
+CROPS = (Stream.CROP, Stream.SECOND_CROP)  # of each view of a sample
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank; B samples."""
 
-    images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) where a sample gives two pictures
-    view: dict[str, Tensor]  # what the view function returned for each sample, stacked: (B, ...), and `label` (B,)
-    samples: Tensor  # int64 (B,), number in the index of the picture that is in `images`
+    images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) where a sample gives two views
+    mask_indices: dict[str, Tensor]  # what the mask sampler returned for each sample, stacked: (B, ...)
+    labels: Tensor | None  # int64 (B,), -1 = none; only if asked for
+    samples: Tensor  # int64 (B,), index of the sample that is in `images`
     keys: tuple[str, ...]  # their keys
     skipped: tuple[str, ...]  # 'key: reason' of each sample that could not be decoded and was replaced
 
+    def model_inputs(self) -> dict[str, Any]:
+        """What the trained module's forward takes beside the images: labels if there are any, or mask indices."""
+        return {"mask_indices": self.mask_indices} if self.labels is None else {"labels": self.labels}
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory; DataLoader's pinning thread calls it."""
-        view = {name: tensor.pin_memory() for name, tensor in self.view.items()}
-        return replace(self, images=self.images.pin_memory(), view=view, samples=self.samples.pin_memory())
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            images=move(self.images),
+            mask_indices={name: move(tensor) for name, tensor in self.mask_indices.items()},
+            labels=None if self.labels is None else move(self.labels),
+        )
 
 
 _Request = tuple[int, np.ndarray]  # epoch, int64 samples of one micro-batch
@@ -58,42 +75,42 @@ class Loader:
         batch: int,
         accumulation: int = 1,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         seed: int,
-        view: View | None = None,
-        pictures: Sequence[Picture] = (Picture(),),
+        mask_sampler: MaskSampler | None = None,
+        augmentations: Sequence[Augmentation] = (Augmentation(),),
         labels: bool = False,
-        workers: int = 0,
+        num_workers: int = 0,
     ) -> None:
         """Checks the settings; starts nothing.
 
         Args:
             index: the samples.
-            size: (H, W) of the pictures.
+            size: (H, W) of the images.
             batch: global batch, over all ranks and micro-batches of an optimizer step.
             accumulation: micro-batches per optimizer step.
-            rank, world: this process and how many there are.
+            rank, world_size: this process and how many there are.
             seed: of everything random, at least 0.
-            view: what a method draws for one sample from its generator, such as masks; arrays of the same shape for
-                every sample. Must be picklable if workers are not forked.
-            pictures: what each sample gives, one or two.
-            labels: whether the view gets a `label`: that of the picture, which may stand for another sample.
-            workers: processes that decode; 0 decodes in this one.
+            mask_sampler: what a method draws for one sample from its generator; arrays of the same shape for every
+                sample. Must be picklable if workers are not forked.
+            augmentations: of each view of a sample, one or two.
+            labels: whether batches have labels: those of the samples shown, which may replace others.
+            num_workers: processes that decode; 0 decodes in this one.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
         """
-        check_batch(batch, world, accumulation)
-        if min(size) < 1 or seed < 0 or workers < 0:
+        check_divisible(batch, world_size, accumulation)
+        if min(size) < 1 or seed < 0 or num_workers < 0:
             raise ValueError(
-                f"size {size}, seed {seed} and workers {workers}: size must be positive, the others at least 0"
+                f"size {size}, seed {seed} and num_workers {num_workers}: size must be positive, the others at least 0"
             )
-        assert 0 <= rank < world
-        assert 1 <= len(pictures) <= len(CROPS)
+        assert 0 <= rank < world_size
+        assert 1 <= len(augmentations) <= len(CROPS)
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
-        self._rank, self._world, self._workers = rank, world, workers
-        self._decoder = _MicroBatches(index, size, seed, view, pictures, labels)
+        self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
+        self._decoder = _MicroBatchDecoder(index, size, seed, mask_sampler, augmentations, labels)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         """For each global step from ``start_step`` up to ``end_step``, this rank's ``accumulation`` micro-batches.
@@ -105,7 +122,7 @@ class Loader:
             ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
             RuntimeError: a worker died or its storage stopped answering.
         """
-        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._workers)
+        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._num_workers)
         with contextlib.closing(batches):
             for _ in range(start_step, end_step):
                 yield list(islice(batches, self._accumulation))
@@ -116,11 +133,11 @@ class Loader:
             epoch, step = divmod(global_step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(len(self._index), self._seed, epoch), epoch
-            for samples in micro_batches(order, step, self._batch, self._accumulation, self._rank, self._world):
+            for samples in micro_batches(order, step, self._batch, self._accumulation, self._rank, self._world_size):
                 yield epoch, samples
 
 
-class _MicroBatches:
+class _MicroBatchDecoder:
     """Decodes a micro-batch; lives in the workers."""
 
     def __init__(
@@ -128,34 +145,35 @@ class _MicroBatches:
         index: Index,
         size: tuple[int, int],
         seed: int,
-        view: View | None,
-        pictures: Sequence[Picture],
+        mask_sampler: MaskSampler | None,
+        augmentations: Sequence[Augmentation],
         labels: bool,
     ) -> None:
-        self._index, self._size, self._seed, self._view, self._pictures = index, size, seed, view, pictures
-        self._labels = labels
+        self._index, self._size, self._seed, self._labels = index, size, seed, labels
+        self._mask_sampler, self._augmentations = mask_sampler, augmentations
         self._reader = ShardReader(index)
 
     def __call__(self, request: _Request) -> Batch:
         epoch, samples = request
-        images = torch.empty((len(samples), len(self._pictures), *self._size, 3), dtype=torch.uint8)
+        images = torch.empty((len(samples), len(self._augmentations), *self._size, 3), dtype=torch.uint8)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
         for row, sample in enumerate(samples.tolist()):
             shown[row], reason = self._decode_or_replace(epoch, sample, pixels[row])
             if reason:
                 skipped.append(f"{self._index.keys[sample]}: {reason}")
-        labels = {"label": torch.from_numpy(self._index.label[shown].astype(np.int64))} if self._labels else {}
+        labels = torch.from_numpy(self._index.label[shown].astype(np.int64)) if self._labels else None
         return Batch(
             images=images.squeeze(1),
-            view=self._views(epoch, samples) | labels,
+            mask_indices=self._sample_masks(epoch, samples),
+            labels=labels,
             samples=torch.from_numpy(shown),
             keys=tuple(self._index.keys[sample] for sample in shown.tolist()),
             skipped=tuple(skipped),
         )
 
     def _decode_or_replace(self, epoch: int, sample: int, out: np.ndarray) -> tuple[int, str]:
-        """Writes the sample's pictures, or those of the next that decodes, into ``out`` (pictures, H, W, 3).
+        """Writes the sample's views, or those of the next that decodes, into ``out`` (views, H, W, 3).
 
         Returns:
             The sample that was decoded, and why the one asked for was not ('' if it was).
@@ -164,7 +182,7 @@ class _MicroBatches:
         for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
             shown %= len(self._index)
             try:
-                self._draw(epoch, sample, shown, out)
+                self._augment(epoch, sample, shown, out)
                 return shown, reason
             except BadImage as error:
                 reason = reason or str(error)
@@ -173,21 +191,23 @@ class _MicroBatches:
             f"{reason}): find them with `python -m data.verify SHARDS --decode`"
         )
 
-    def _draw(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
-        """A replacement is cut with the numbers of the sample that it stands for."""
+    def _augment(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
+        """A replacement is augmented with the random numbers of the sample that it replaces."""
         data = self._reader.read(shown)
-        for number, picture in enumerate(self._pictures):
+        for number, augmentation in enumerate(self._augmentations):
             rng = sample_rng(self._seed, epoch, sample, CROPS[number])
-            flipped = flip_decision(rng, picture.flip)  # drawn before the crop, which draws as often as it needs to
-            pixels = decode(data, functools.partial(picture.box, rng, size=self._size), self._size, flipped)
-            if picture.color_jitter:
-                pixels = color_jitter(rng, pixels, picture.color_jitter)
-            if picture.rand_augment:
-                pixels = rand_augment(rng, pixels, picture.rand_augment)
-            out[number] = three_augment(rng, pixels) if picture.three_augment else pixels
+            flipped = flip_decision(
+                rng, augmentation.flip
+            )  # drawn before the crop, which draws as often as it needs to
+            pixels = decode(data, functools.partial(augmentation.box, rng, size=self._size), self._size, flipped)
+            if augmentation.color_jitter:
+                pixels = color_jitter(rng, pixels, augmentation.color_jitter)
+            if augmentation.rand_augment:
+                pixels = rand_augment(rng, pixels, augmentation.rand_augment)
+            out[number] = three_augment(rng, pixels) if augmentation.three_augment else pixels
 
-    def _views(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
-        if self._view is None:
+    def _sample_masks(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
+        if self._mask_sampler is None:
             return {}
-        views = [self._view(sample_rng(self._seed, epoch, sample, Stream.VIEW)) for sample in samples.tolist()]
-        return {name: torch.from_numpy(np.stack([view[name] for view in views])) for name in views[0]}
+        drawn = [self._mask_sampler(sample_rng(self._seed, epoch, sample, Stream.MASK)) for sample in samples.tolist()]
+        return {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in drawn[0]}

@@ -9,7 +9,7 @@ class Stream(IntEnum):
     """What a sample's random numbers are for: one more draw for one purpose does not move the others."""
 
     CROP = 0
-    VIEW = 1
+    MASK = 1
     SECOND_CROP = 2
 
 
@@ -31,32 +31,30 @@ def steps_per_epoch(num_samples: int, batch: int) -> int:
     """
     if num_samples < batch:
         raise ValueError(
-            f"{num_samples} samples are fewer than one global batch of {batch}: lower batch to at most "
-            f"{num_samples} or add shards"
+            f"{num_samples} samples are fewer than one global batch of {batch}: lower "
+            f"train.global_batch_size to at most {num_samples} or add shards"
         )
     return num_samples // batch
 
 
-def check_batch(batch: int, world: int, accumulation: int) -> None:
-    """Refuses a global batch that ranks and accumulation do not divide.
-
-    Raises:
-        ValueError: names the nearest global batches that work.
-    """
-    unit = world * accumulation
-    if min(batch, world, accumulation) < 1:
-        raise ValueError(f"batch {batch}, ranks {world} and accumulation {accumulation} must all be at least 1")
-    if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
+def check_divisible(batch: int, world_size: int, accumulation: int) -> None:
+    """Raises ValueError, naming the nearest that work, where ranks and micro-batches do not divide a global batch."""
+    if min(batch, world_size, accumulation) < 1:
+        raise ValueError(f"batch {batch}, ranks {world_size} and accumulation {accumulation} must all be at least 1")
+    divisor = world_size * accumulation
+    if batch % divisor:
+        below, above = batch // divisor * divisor, (batch // divisor + 1) * divisor
         nearest = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
-            f"batch {batch} is not a multiple of {world} ranks x {accumulation} accumulation = {unit}: set batch to "
-            f"{nearest}"
+            f"train.global_batch_size={batch} is not a multiple of {world_size} ranks x "
+            f"train.gradient_accumulation_steps={accumulation}: set train.global_batch_size to {nearest}"
         )
 
 
-def micro_batches(order: np.ndarray, step: int, batch: int, accumulation: int, rank: int, world: int) -> np.ndarray:
-    """The samples that one rank takes in a step, int64 (accumulation, batch / (accumulation * world)).
+def micro_batches(
+    order: np.ndarray, step: int, batch: int, accumulation: int, rank: int, world_size: int
+) -> np.ndarray:
+    """The samples that one rank takes in a step, int64 (accumulation, batch / (accumulation * world_size)).
 
     The global batch is a fixed slice of the epoch's order, cut into micro-batches, each cut over the ranks; so ranks
     and accumulation decide who takes a sample and never which samples a step has.
@@ -64,11 +62,11 @@ def micro_batches(order: np.ndarray, step: int, batch: int, accumulation: int, r
     Args:
         order: what ``epoch_order`` returned for the epoch.
         step: step within the epoch.
-        batch: global batch, divisible by ``accumulation * world``.
+        batch: global batch, divisible by ``accumulation * world_size``.
     """
-    assert 0 <= rank < world
+    assert 0 <= rank < world_size
     assert (step + 1) * batch <= len(order)
-    return order[step * batch : (step + 1) * batch].reshape(accumulation, world, -1)[:, rank]
+    return order[step * batch : (step + 1) * batch].reshape(accumulation, world_size, -1)[:, rank]
 
 
 def sample_rng(seed: int, epoch: int, sample: int, stream: Stream) -> np.random.Generator:

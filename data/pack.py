@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.command import default_workers, report_errors, run_parallel
 from data.decode import BadImage, check_image
 from data.index import CLASSES_FILE, Index, index_paths, load_index
+from data.parallel import default_workers, report_errors, run_parallel
 from data.scan import NO_LABEL
 from data.sources import Source, SourceFile, list_source
 

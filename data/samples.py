@@ -13,9 +13,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data.command import report_errors
 from data.index import Index, load_index
 from data.pack import pack
+from data.parallel import report_errors
 from data.sources import list_source
 
 PHOTOGRAPHS = {

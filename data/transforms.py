@@ -11,7 +11,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Augmentation:
     """How a picture is made of a sample.
 
     Raises:

@@ -1,63 +1,44 @@
-"""Configuration -> method, teacher, loader and what is measured."""
-
-import functools
-from typing import Any
+"""Configuration -> method, teacher and what is measured."""
 
 import torch
 
-from data.index import Index
-from data.loader import Loader
-from pretrain.average import Average, NoAverage, Teacher
-from pretrain.config import Config, RunConfig
-from pretrain.launch import World
-from pretrain.loop import Evaluation, Run
+from pretrain.config import PretrainConfig
 from pretrain.methods import METHODS
-from pretrain.methods.context import LUT
+from pretrain.methods.base import ContextMethod, Method
+from pretrain.methods.lut import LUT, Teacher
+from pretrain.methods.targets import build_target
 from pretrain.models.vit import ViT
 from pretrain.probe import Probe
+from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.launch import World
+from pretrain.trainer.loop import Evaluation
 
 
-def build_method(config: Config[Any]) -> Any:
+def build_method(config: PretrainConfig) -> Method | LUT:
     """The method around its encoder, initialised from the seed alone: the same weights on every rank."""
     torch.manual_seed(config.seed)
     model = config.model
-    encoder = ViT(model.arch, model.patch, config.grid, model.position == "relative", model.checkpoint_blocks)
-    method = METHODS[config.method.name](config.method, encoder, config.partial)
-    return LUT(config.context, method) if config.context else method
+    encoder = ViT(model.arch, model.patch_size, config.grid, model.position == "relative", model.grad_checkpointing)
+    target = build_target(config.target, encoder.grid, encoder.patch_size)
+    method = METHODS[config.method.name](config.method, encoder, target, config.pr_mim)
+    if config.lut is None:
+        return method
+    assert isinstance(method, ContextMethod)
+    return LUT(config.lut, method)
 
 
-def build_average(config: Config[Any], method: Any, device: torch.device) -> Average | NoAverage:
+def build_ema(config: PretrainConfig, method: Method | LUT, device: torch.device) -> NoEMA:
     """The teacher of a method that has not been partitioned yet."""
-    if config.context is None:
-        return NoAverage()
-    return Teacher(method, config.context, device, bf16=config.train.precision == "bf16")
+    if isinstance(method, LUT):
+        return Teacher(method, device, bf16=config.train.precision == "bf16")
+    return NoEMA()
 
 
-def build_probe(config: Config[Any], method: Any, world: World, device: torch.device) -> Probe | None:
-    """Of a method that has not been partitioned yet."""
-    return Probe(config, method.encoder, world, device) if config.probe else None
-
-
-def build_evaluation(run: Run, probe: Probe | None) -> Evaluation | None:
-    """What the loop measures between steps."""
-    if probe is None:
+def build_evaluation(
+    config: PretrainConfig, method: Method | LUT, world: World, device: torch.device
+) -> Evaluation | None:
+    """What the loop measures of a method that has not been partitioned yet."""
+    if config.probe is None:
         return None
-    return Evaluation(
-        probe.every * run.loader.steps_per_epoch, functools.partial(probe.measure, run.engine.module.encoder)
-    )
-
-
-def build_loader(config: RunConfig, index: Index, world: World, **own: Any) -> Loader:
-    """What a run trains on, as one rank sees it; `own` is what this kind of training asks of the loader beside."""
-    return Loader(
-        index,
-        size=config.data.height_width,
-        batch=config.train.batch,
-        accumulation=config.train.accumulation,
-        rank=world.rank,
-        world=world.size,
-        seed=config.seed,
-        pictures=config.pictures,
-        workers=config.data.workers,
-        **own,
-    )
+    probe = Probe(config, method.encoder, world, device)
+    return Evaluation(config.probe.every_epochs, lambda engine, ema: probe.measure(engine.module.encoder))

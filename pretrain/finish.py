@@ -1,85 +1,68 @@
 """The end of a run: its encoder, its loss curve and its reconstructions, from the trained weights."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.index import Index
 from data.loader import Loader
-from pretrain.average import Average, NoAverage
 from pretrain.build import build_method
-from pretrain.config import Config
-from pretrain.figures import draw_loss, draw_panel
-from pretrain.launch import World
-from pretrain.metrics import read_metrics
-from pretrain.runfolder import RunFolder
+from pretrain.config import PretrainConfig
+from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.trainer.engine import gather_state_dict
+from pretrain.trainer.figures import draw_image_grid, draw_loss
+from pretrain.trainer.loop import Run
+from pretrain.trainer.metrics import read_metrics
 
 
-def full_state(engine: Any, world: World) -> dict[str, Tensor]:
-    """The method's fp32 weights on the main rank's CPU, whatever the ZeRO stage; called by all ranks together."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):  # no-op below stage 3
-        if not world.is_main:
-            return {}
-        return {name: tensor.detach().cpu().clone() for name, tensor in engine.module.state_dict().items()}
-
-
-def encoder_of(method: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of a method's weights, under timm's names."""
+def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's part of the weights of a module that has an `encoder`, under timm's names."""
     prefix = next(name for name, module in method.named_modules() if module is method.encoder) + "."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def save_encoder(encoder: dict[str, Tensor], config: Config[Any], path: Path) -> None:
+def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path) -> None:
     """With what is needed to rebuild it in the file's metadata."""
-    metadata = {
-        "arch": config.model.arch,
-        "patch": str(config.model.patch),
-        "size": "x".join(map(str, config.data.height_width)),
-        "position": config.model.position,
-        "method": config.method.name,
-        "epochs": str(config.train.epochs),
-    }
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, metadata))
+    model, size = config.model, config.data.height_width
+    spec = EncoderSpec(
+        model.arch, model.patch_size, size, model.position, config.method.name, epochs=config.train.epochs
+    )
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, spec.to_metadata()))
 
 
 def draw_reconstructions(
-    state: dict[str, Tensor], config: Config[Any], index: Index, folder: RunFolder, device: torch.device
+    state: dict[str, Tensor], config: PretrainConfig, index: Index, path: Path, device: torch.device
 ) -> None:
     """Reconstructs the first images of an unshuffled pass with the trained weights in fp32, without an engine."""
     method = build_method(config)
     method.load_state_dict(state)
     method.to(device).eval()
-    count = min(config.log.panel_images, len(index))
+    loader = Loader(
+        index,
+        size=config.data.height_width,
+        batch=min(config.log.num_reconstructions, len(index)),
+        seed=config.seed,
+        mask_sampler=method.mask_sampler(),
+        augmentations=config.augmentations,
+    )
     # An epoch that is never trained on: its crops and masks are new to the model.
-    size, view = config.data.height_width, method.view()
-    loader = Loader(index, size=size, batch=count, seed=config.seed, view=view, pictures=config.pictures)
     unseen = config.train.epochs * loader.steps_per_epoch
     ((batch,),) = loader.batches(unseen, unseen + 1)
-    pictures = method.reconstruct(
-        batch.images.to(device), {name: array.to(device) for name, array in batch.view.items()}
-    )
-    draw_panel({name: images.cpu() for name, images in pictures.items()}, folder.reconstructions)
+    batch = batch.to(device)
+    images = method.reconstruct(batch.images, batch.mask_indices)
+    draw_image_grid({name: column.cpu() for name, column in images.items()}, path)
 
 
-def finish(
-    engine: Any,
-    average: Average | NoAverage,
-    config: Config[Any],
-    index: Index,
-    folder: RunFolder,
-    world: World,
-    device: torch.device,
-) -> None:
-    """Writes encoder.safetensors, the teacher's if there is one, and the pictures; called by all ranks together."""
-    state = full_state(engine, world)
-    if world.is_main:
-        save_encoder(encoder_of(engine.module, state), config, folder.encoder)
-        if averaged := average.weights():
-            save_encoder(encoder_of(average.target, averaged), config, folder.encoder_ema)
+def finish(run: Run, index: Index) -> None:
+    """Writes the encoder, the teacher's if there is one, and the images; called by all ranks together."""
+    config, folder = run.config, run.folder
+    assert isinstance(config, PretrainConfig)
+    state = gather_state_dict(run.engine, run.world)
+    if run.world.is_main:
+        save_encoder(encoder_state_dict(run.engine.module, state), config, folder.encoder)
+        if run.ema.model is not None:
+            save_encoder(encoder_state_dict(run.ema.model, run.ema.state_dict()), config, folder.encoder_ema)
         draw_loss(read_metrics(folder.metrics), folder.loss_curve)
-        draw_reconstructions(state, config, index, folder, device)
+        draw_reconstructions(state, config, index, folder.reconstructions, run.device)

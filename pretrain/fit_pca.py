@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from data.command import default_workers, report_errors
 from data.index import load_index
 from data.loader import Loader
-from pretrain.methods.pca import principal_components
-from pretrain.methods.targets import normalize_pixels, patchify
+from data.parallel import default_workers, report_errors
+from pretrain.methods.targets.pca import principal_components
+from pretrain.models.patches import normalize_pixels, patchify
 
 BATCH = 32  # bounds the memory: 32 crops of 224 px are 6272 patches, 38 MB in float64
 
@@ -62,7 +62,7 @@ def fit(
         raise ValueError(f"--components {components}: a patch of {patch}x{patch} pixels has 1 to {values}")
     index = load_index(shards)
     batch = min(BATCH, images, len(index))
-    loader = Loader(index, size=(size, size), batch=batch, seed=seed, workers=workers)
+    loader = Loader(index, size=(size, size), batch=batch, seed=seed, num_workers=workers)
     steps = min(images // batch, loader.steps_per_epoch)
     covariance = Covariance(values)
     for (micro,) in tqdm(loader.batches(0, steps), total=steps, desc="covariance", unit="batch", disable=None):
@@ -82,10 +82,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="SHARDS", help="a folder of tar shards, one tar, or a brace pattern")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for example pca16.safetensors")
-    parser.add_argument("--patch", type=int, default=16, help="side of a patch in pixels: the run's model.patch")
+    parser.add_argument("--patch", type=int, default=16, help="side of a patch in pixels: the run's model.patch_size")
     parser.add_argument("--components", type=int, default=96, help="how many of the largest; 96 in MAE's paper")
     parser.add_argument("--images", type=int, default=10_000, help="how many crops to look at, at most an epoch")
-    parser.add_argument("--size", type=int, default=224, help="side of a crop in pixels: the run's data.size")
+    parser.add_argument("--size", type=int, default=224, help="side of a crop in pixels: the run's data.image_size")
     parser.add_argument("--seed", type=int, default=0, help="of the crops")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes that decode")
     options = vars(parser.parse_args())
@@ -98,8 +98,8 @@ def main() -> int:
         save_file(tensors, temporary)
         temporary.replace(out)
         print(f"{out}: {options['components']} of {options['patch'] ** 2 * 3} components, {held:.1%} of the variance")
-        print(f"method.target=pca method.pca.file={out}")
-        print(f"method.pca.sha256={hashlib.sha256(out.read_bytes()).hexdigest()}")
+        print(f"target.name=pca target.file={out}")
+        print(f"target.sha256={hashlib.sha256(out.read_bytes()).hexdigest()}")
         return 0
 
     return report_errors(write)

@@ -6,21 +6,21 @@ these numbers say early whether it is healthy; they are low for pixel methods, a
 
 import copy
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.folder import Samples, load_samples
-from data.once import Once
-from pretrain.config import Config
-from pretrain.launch import World
-from pretrain.methods.targets import normalize_pixels
+from data.eval_loader import EvalLoader
+from data.image_folder import Samples, load_samples
+from pretrain.config import PretrainConfig
 from pretrain.models.features import features
+from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
-from pretrain.rows import compute_rows
+from pretrain.trainer.launch import World
+from pretrain.trainer.per_sample import compute_per_sample
 
 Pool = Literal["mean", "class"]
 
@@ -42,22 +42,22 @@ class Probe:
         ValueError: sets that do not fit, with both sides named.
     """
 
-    def __init__(self, config: Config[Any], encoder: ViT, world: World, device: torch.device):
+    def __init__(self, config: PretrainConfig, encoder: ViT, world: World, device: torch.device):
         assert config.probe is not None
         train, val = load_samples(config.probe.train), load_samples(config.probe.val)
         check_sets(train, val, config.probe.k)
         self.sets = [
-            Once(
+            EvalLoader(
                 samples,
                 size=config.data.height_width,
-                batch=config.train.batch // (world.size * config.train.accumulation),
+                batch=config.train.global_batch_size // (world.size * config.train.gradient_accumulation_steps),
                 rank=world.rank,
-                world=world.size,
-                workers=config.data.workers,
+                world_size=world.size,
+                num_workers=config.data.num_workers,
             )
             for samples in (train, val)
         ]
-        self.every, self.k = config.probe.every, config.probe.k  # epochs between two measurements, neighbours
+        self.k = config.probe.k
         self.device, self.bf16 = device, config.train.precision == "bf16"
         self.copy = copy.deepcopy(encoder).eval()
 
@@ -94,14 +94,21 @@ def check_sets(train: Samples, val: Samples, k: int) -> None:
 
 @torch.no_grad()
 def probe(
-    encoder: ViT, train: Once, val: Once, *, k: int, device: torch.device, bf16: bool = False, pool: Pool = "mean"
+    encoder: ViT,
+    train: EvalLoader,
+    val: EvalLoader,
+    *,
+    k: int,
+    device: torch.device,
+    bf16: bool = False,
+    pool: Pool = "mean",
 ) -> dict[str, float]:
     """Shares of all images of `val` that are right; called by all ranks together, and the same on all of them.
 
     Args:
         encoder: in eval mode, whole, on the device.
         train: where neighbours are looked for; images that cannot be decoded are not among them.
-        val: what is asked for; an image that cannot be decoded is wrong.
+        val: what is queries_all for; an image that cannot be decoded is wrong.
         k: neighbours that vote.
         pool: the `mean` of the patch tokens, or the `class` token, as DINO does.
 
@@ -109,33 +116,33 @@ def probe(
         `METRICS`: k-NN with weighted votes (top-1 and top-5), with plain ones, and ridge regression. NaN where the
         features are not finite.
     """
-    known, readable = extract(encoder, train, device, bf16, pool, "probe: train")
-    labels = torch.from_numpy(train.samples.label[train.numbers]).long()[readable].to(device)
-    known = known[readable].to(device)
-    asked, asked_readable = extract(encoder, val, device, bf16, pool, "probe: val")
-    wanted = torch.from_numpy(val.samples.label[val.numbers]).long()
-    if not (torch.isfinite(known).all() and torch.isfinite(asked).all()) or not len(known):
+    bank, readable = extract(encoder, train, device, bf16, pool, "probe: train")
+    labels = torch.from_numpy(train.samples.label[train.indices]).long()[readable].to(device)
+    bank = bank[readable].to(device)
+    queries_all, query_readable = extract(encoder, val, device, bf16, pool, "probe: val")
+    wanted = torch.from_numpy(val.samples.label[val.indices]).long()
+    if not (torch.isfinite(bank).all() and torch.isfinite(queries_all).all()) or not len(bank):
         return dict.fromkeys(METRICS, math.nan)
     classes = int(max(labels.max(), wanted.max())) + 1
-    weight, bias = ridge(known, labels, classes)
+    weight, bias = ridge(bank, labels, classes)
     right = torch.zeros(len(METRICS), dtype=torch.int64, device=device)
-    mine = torch.arange(len(asked))[asked_readable][val.rank :: val.world]
-    for part in mine.split(max(SIMILARITIES // len(known), 1)):
-        queries, target = asked[part].to(device), wanted[part].to(device)
-        weighted, plain = votes(known, labels, queries, min(k, len(known)), classes)
+    mine = torch.arange(len(queries_all))[query_readable][val.rank :: val.world_size]
+    for part in mine.split(max(SIMILARITIES // len(bank), 1)):
+        queries, target = queries_all[part].to(device), wanted[part].to(device)
+        weighted, plain = votes(bank, labels, queries, min(k, len(bank)), classes)
         linear = queries.double() @ weight + bias
         best = weighted.topk(min(5, classes)).indices
         named = (best == target[:, None]) & (weighted.gather(1, best) > 0)  # nobody voted for the others
         right += torch.stack(
             [named[:, 0].sum(), named.any(1).sum(), *((x.argmax(1) == target).sum() for x in (plain, linear))]
         )
-    if val.world > 1:
+    if val.world_size > 1:
         dist.all_reduce(right)
-    return {name: count / len(asked) for name, count in zip(METRICS, right.tolist(), strict=True)}
+    return {name: count / len(queries_all) for name, count in zip(METRICS, right.tolist(), strict=True)}
 
 
 def extract(
-    encoder: ViT, once: Once, device: torch.device, bf16: bool, pool: Pool, description: str
+    encoder: ViT, loader: EvalLoader, device: torch.device, bf16: bool, pool: Pool, description: str
 ) -> tuple[Tensor, Tensor]:
     """(N, D) features of unit length in fp32, the same on all ranks, and which images could be decoded: (N,)."""
 
@@ -144,27 +151,27 @@ def extract(
             tokens = features(encoder, normalize_pixels(images).movedim(-1, 1)).float()
         return F.normalize(tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(1))
 
-    return compute_rows(compute, once, device, description)
+    return compute_per_sample(compute, loader, device, description)
 
 
-def votes(known: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> tuple[Tensor, Tensor]:
+def votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> tuple[Tensor, Tensor]:
     """What the k nearest of (N, D) unit features vote for each of (Q, D): weighted and plain, (Q, C) each."""
-    cosine, nearest = (queries @ known.T).topk(k)
+    cosine, nearest = (queries @ bank.T).topk(k)
     nothing = cosine.new_zeros(len(queries), classes)
     weighted = nothing.scatter_add(1, labels[nearest], torch.exp(cosine / TEMPERATURE))
     return weighted, nothing.scatter_add(1, labels[nearest], torch.ones_like(cosine))
 
 
-def ridge(known: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def ridge(bank: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Regression from (N, D) features to one-hot labels: (D, C) weights and (C,) biases, in float64.
 
     The penalty is `RIDGE` of the features' mean variance, so that it means the same for every encoder.
     """
-    mean = known.double().mean(0)
-    centred = known.double() - mean
+    mean = bank.double().mean(0)
+    centred = bank.double() - mean
     gram = centred.T @ centred
     penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)  # an encoder that collapsed has no variance
-    sums = centred.new_zeros(classes, known.shape[1]).index_add_(0, labels, centred)
+    sums = centred.new_zeros(classes, bank.shape[1]).index_add_(0, labels, centred)
     weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), sums.T)
     share = torch.bincount(labels, minlength=classes).double() / len(labels)
     return weight, share - mean @ weight

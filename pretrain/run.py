@@ -6,53 +6,52 @@ is given again.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pretrain/run.py` starts us as a script
 
 import torch
 
 from data.index import Index, load_index
-from pretrain.command import main
-from pretrain.config import Config, load
-from pretrain.launch import World, start
-from pretrain.runfolder import RunFolder
+from pretrain.config import PretrainConfig, load
+from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.logs import log_to_file
+from pretrain.trainer.main import main
+from pretrain.trainer.run_folder import RunFolder
 
 
-def pretrain(config: Config[Any], world: World) -> None:
+def pretrain(config: PretrainConfig, world: World) -> None:
     """The whole run, on all ranks."""
-    index = load_index(config.data.shards)  # before the ranks are bound together: reading many shards takes its time
-    device = start(world)
+    index = load_index(config.data.shards)  # before the process group is there: reading many shards takes its time
+    device = init_distributed(world)
     folder = RunFolder(Path(config.runs) / config.name)
-    with folder.owned(world.is_main):
+    with folder.locked(world.is_main):
+        log_to_file(folder.logs, world)
         _train(config, world, device, index, folder)
 
 
-def _train(config: Config[Any], world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
+def _train(config: PretrainConfig, world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     # These import DeepSpeed, which looks for its accelerator at once.
-    from pretrain.assemble import Parts, assemble
-    from pretrain.build import build_average, build_evaluation, build_loader, build_method, build_probe
-    from pretrain.engine import ds_settings, zero_stage
+    from pretrain.build import build_ema, build_evaluation, build_method
     from pretrain.finish import finish
-    from pretrain.loop import train
-    from pretrain.optim import build_adamw, parameter_groups
-    from pretrain.report import conclude
+    from pretrain.trainer.assemble import Parts, assemble, build_loader
+    from pretrain.trainer.engine import ds_settings, zero_stage
+    from pretrain.trainer.loop import train
+    from pretrain.trainer.optim import build_adamw, parameter_groups
+    from pretrain.trainer.report import log_outputs
 
-    settings = ds_settings(config, world.size)
+    stage = zero_stage(ds_settings(config, world.size))
     method = build_method(config)
-    groups = parameter_groups(method, config.optim.weight_decay)
     parts = Parts(
         method,
-        build_adamw(groups, config, zero_stage(settings)),
-        build_average(config, method, device),
-        build_loader(config, index, world, view=method.view()),
+        build_adamw(parameter_groups(method, config.optim.weight_decay), config, stage),
+        build_ema(config, method, device),
+        build_loader(config, index, world, mask_sampler=method.mask_sampler()),
+        build_evaluation(config, method, world, device),
     )
-    probe = build_probe(config, method, world, device)
-    run = assemble(config, world, device, folder, index, settings, parts)
-    run.evaluation = build_evaluation(run, probe)
+    run = assemble(config, world, device, folder, index, parts)
     train(run)
-    finish(run.engine, run.average, config, index, folder, world, device)
-    conclude(run)
+    finish(run, index)
+    log_outputs(run)
 
 
 if __name__ == "__main__":

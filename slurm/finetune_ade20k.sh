@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-ENTRY=downstream/segment/run.py
+ENTRY=downstream/segment/train_segmentor.py
 RECIPE=${RECIPE:-upernet_vitb_lomar_160k}
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit
 [ -f slurm/_train.sh ] || { echo "error: $PWD is not the project's root: cd there and submit again" >&2; exit 1; }

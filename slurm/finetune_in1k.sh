@@ -14,7 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 
-ENTRY=downstream/classify/run.py
+ENTRY=downstream/classify/finetune.py
 RECIPE=${RECIPE:-finetune_in1k_vitb16_224_100e}
 cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit
 [ -f slurm/_train.sh ] || { echo "error: $PWD is not the project's root: cd there and submit again" >&2; exit 1; }

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from processes import Processes, starter
+from helpers.processes import Processes, starter
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.engine import OWNED
+from pretrain.trainer.engine import OWNED
 
 ROOT = Path(__file__).parents[1]
 BELOW = {"data": set(), "pretrain": {"data"}, "downstream": {"data", "pretrain"}}

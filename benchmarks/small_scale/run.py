@@ -22,22 +22,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from pretrain.metrics import read_metrics
+from pretrain.trainer.metrics import read_metrics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SINCOS = ("model.position=sincos",)
-DECODER = ("method.decoder_dim=96", "method.decoder_depth=4", "method.decoder_heads=3")
-WINDOWS = ("method.name=lomar", "method.windows=2", "method.window=4")  # 32 of 36 patches; the paper: 196 of 196
-LUT = ("context.hidden=512", "context.alpha=1.0", "data.crop=simple")
+DECODER = ("method.decoder_embed_dim=96", "method.decoder_depth=4", "method.decoder_num_heads=3")
+WINDOWS = (
+    "method.name=lomar",
+    "method.num_windows=2",
+    "method.window_size=4",
+)  # 32 of 36 patches; the paper: 196 of 196
+LUT = ("lut.hidden_dim=512", "lut.alpha=1.0", "data.crop=simple")
 PRETRAINED: dict[str, tuple[str, ...]] = {
     "MAE": ("method.name=mae", *DECODER, *SINCOS),
-    "SimMIM": ("method.name=simmim", "method.cell=16", *SINCOS),
+    "SimMIM": ("method.name=simmim", "method.mask_patch_size=16", *SINCOS),
     "LC-MAE": ("method.name=lc_mae", *DECODER, "method.decoder_depth=2", *SINCOS),
     "MAE + LUT": ("method.name=mae", *DECODER, *SINCOS, *LUT),
     "LoMaR": WINDOWS,
-    "LoMaR + PR-MIM": (*WINDOWS, "partial.throw=0.5", "partial.kernel=3"),
-    "LoMaR, late mask tokens": (*WINDOWS, "method.join=8"),
+    "LoMaR + PR-MIM": (*WINDOWS, "pr_mim.throw_ratio=0.5", "pr_mim.kernel_size=3"),
+    "LoMaR, late mask tokens": (*WINDOWS, "method.mask_token_block=8"),
 }
 REFERENCE = "LoMaR"
 MAIN = ("from scratch", REFERENCE)  # with all seeds
@@ -61,7 +65,7 @@ def label(name: str) -> str:
 def time_step(name: str, options: argparse.Namespace) -> float:
     """Seconds of one step of pretraining: the median over an epoch of the small set, but for its beginning."""
     folder = options.out / "speed" / label(name)
-    overrides = [f"data.shards={options.shards}/train", "train.epochs=1", "optim.warmup_epochs=0", "log.every=2"]
+    overrides = [f"data.shards={options.shards}/train", "train.epochs=1", "optim.warmup_epochs=0", "log.every_steps=2"]
     train("pretrain/run.py", "pretrain.yaml", [*overrides, *PRETRAINED[name]], folder)
     return statistics.median(row["step_s"] for row in read_metrics(folder / "metrics.jsonl")[1:])
 
@@ -81,7 +85,7 @@ def measure(name: str, epochs: int, seed: int, step_s: float, options: argparse.
     folder = options.out / "finetune" / run
     shards = [f"data.shards={options.shards}/train", f"val.shards={options.shards}/val"]
     length = [f"train.epochs={options.finetune_epochs}", f"optim.warmup_epochs={min(5, options.finetune_epochs / 10)}"]
-    train("downstream/classify/run.py", "finetune.yaml", [*shards, *length, *start, f"seed={seed}"], folder)
+    train("downstream/classify/finetune.py", "finetune.yaml", [*shards, *length, *start, f"seed={seed}"], folder)
     top1 = read_metrics(folder / "evaluation.jsonl")[-1]["top1"]
     row = {"variant": name, "epochs": epochs, "seed": seed, "pretrain_minutes": minutes, "top1": top1}
     print(json.dumps(row), flush=True)

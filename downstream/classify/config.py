@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from data.transforms import Picture
-from pretrain.config import ModelConfig, OptimConfig, RunConfig, Share
-from pretrain.schema import Section, explain, merge, parse_overrides, read_recipe
+from data.transforms import Augmentation
+from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share
+from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -19,13 +19,16 @@ class FinetuneModelConfig(ModelConfig):
     position: Literal["relative", "sincos", "bias"] = Field(  # type: ignore[assignment]
         "relative", description="sincos: any absolute table, as MAE's; bias: a table in each block, as BEiT's, SimMIM's"
     )
+    drop_path_rate: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: of the last block, falling linearly to 0 at the first"
+    )
 
 
 class StartConfig(Section):
     """Where the encoder's weights come from."""
 
     checkpoint: str | None = Field(
-        None, description="a run or a file, as of downstream.export, or a classifier; none: from scratch"
+        None, description="a run or a file, as of downstream.checkpoints.export, or a classifier; none: from scratch"
     )
     weights: Literal["online", "ema"] | None = Field(None, description="none: what a method's authors evaluate")
     trained_blocks: int | None = Field(
@@ -36,32 +39,31 @@ class StartConfig(Section):
 class HeadConfig(Section):
     """What stands on the encoder."""
 
-    classes: int = Field(ge=2)
+    num_classes: int = Field(ge=2)
     kind: Literal["linear", "batchnorm"] = Field(
         "linear", description="batchnorm: features are standardised over the batch first, as in MAE's linear probe"
     )
     pool: Literal["avg", "token"] = Field("avg", description="average of the patches' tokens, or the class token")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="probability of leaving out the last block, falling to 0")
 
 
 class AugmentConfig(Section):
     """timm's augmentations of the training images; crop, flip and colours are keys of `data`."""
 
     randaugment: str = Field("", description="as timm writes it: rand-m9-mstd0.5-inc1; empty: none")
-    erasing: Share = Field(0.0, description="probability of replacing a rectangle by noise")
+    random_erasing: Share = Field(0.0, description="probability of replacing a rectangle by noise")
     mixup: float = Field(0.0, ge=0, description="alpha")
     cutmix: float = Field(0.0, ge=0, description="alpha; with mixup, each batch gets one of the two")
-    smoothing: float = Field(0.0, ge=0, lt=1, description="of the labels")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the labels")
 
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
 
-class AverageConfig(Section):
+class EMAConfig(Section):
     """An exponential moving average of the weights, evaluated and saved beside them."""
 
-    momentum: Share = 0.9999
+    decay: Share = 0.9999
 
 
 class FinetuneOptimConfig(OptimConfig):
@@ -76,8 +78,8 @@ class ValConfig(Section):
     """What is measured while training goes on."""
 
     shards: str = Field(description="as data.shards, of the validation images")
-    every: int = Field(1, ge=1, description="in epochs; the end of training is measured as well")
-    batch: int = Field(128, ge=1, description="images at once, on each rank")
+    every_epochs: int = Field(1, ge=1, description="the end of training is measured as well")
+    batch_size: int = Field(128, ge=1, description="images of a batch, on each rank")
 
 
 class FinetuneConfig(RunConfig):
@@ -88,19 +90,19 @@ class FinetuneConfig(RunConfig):
     start: StartConfig = StartConfig()
     head: HeadConfig
     augment: AugmentConfig = AugmentConfig()
-    average: AverageConfig | None = None
-    val: ValConfig
+    ema: EMAConfig | None = None
+    val: Annotated[ValConfig, MAY_CHANGE]
 
     @property
     def task(self) -> str:
         parts = {None: "all of it is trained", 0: "a linear probe"}
         trained = parts.get(self.start.trained_blocks, f"its last {self.start.trained_blocks} blocks are trained")
-        return f"{self.head.classes} classes from {self.start.checkpoint or 'scratch'} ({trained})"
+        return f"{self.head.num_classes} classes from {self.start.checkpoint or 'scratch'} ({trained})"
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def augmentations(self) -> tuple[Augmentation, ...]:
         """What each sample gives."""
-        (first,) = super().pictures
+        (first,) = super().augmentations
         return (replace(first, rand_augment=self.augment.randaugment),)
 
     @model_validator(mode="after")
@@ -115,25 +117,12 @@ class FinetuneConfig(RunConfig):
         if optim.name == "lars" and start.trained_blocks != 0:
             raise ValueError("optim.name=lars is a linear probe's: set start.trained_blocks=0, or optim.name=adamw")
         try:
-            self.pictures  # noqa: B018
+            self.augmentations  # noqa: B018
         except ValueError as error:
             raise ValueError(f"augment.randaugment: {error}") from None
         return self
 
-    def trained_function(self) -> dict[str, Any]:
-        """The keys on which the weights depend."""
-        own = self.model_dump(mode="json", include={"start", "head", "augment", "average"})
-        return own | super().trained_function()
-
 
 def load(recipe: str, overrides: list[str]) -> FinetuneConfig:
-    """The configuration of a recipe (a path, or the name of a shipped one) under `section.key=value` overrides.
-
-    Raises:
-        ValueError: as of `pretrain.config.load`.
-    """
-    raw = merge(read_recipe(recipe, RECIPES), parse_overrides(overrides))
-    try:
-        return FinetuneConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ValueError(explain(error, FinetuneConfig)) from None
+    """The configuration of a recipe; see `load_config`."""
+    return load_config(FinetuneConfig, recipe, overrides, RECIPES)

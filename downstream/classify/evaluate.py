@@ -16,20 +16,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from data.folder import Samples, load_samples
-from data.once import Once
-from downstream.classify.command import Place, add_loading_options, run_on_ranks
+from data.eval_loader import EvalLoader
+from data.image_folder import Samples, load_samples
+from downstream.checkpoints.files import read_source
+from downstream.classify.evaluation_cli import Place, add_loading_options, run_on_ranks
 from downstream.classify.model import build_vit
-from downstream.files import read_source
-from pretrain.methods.targets import normalize_pixels
-from pretrain.rows import compute_rows, unreadable_keys
+from pretrain.models.patches import normalize_pixels
+from pretrain.trainer.per_sample import compute_per_sample, unreadable_keys
 
 Predict = Callable[[Tensor], Tensor]
 SHOWN_NAMES = 20
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedClassifier:
     """A classifier from a file.
 
     Attributes:
@@ -50,7 +50,7 @@ class Trained:
         return logits.float()
 
 
-def load_classifier(path: Path | str, device: torch.device) -> Trained:
+def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier:
     """A classifier of this project: timm's names and, in the metadata, how to build it.
 
     Raises:
@@ -69,7 +69,7 @@ def load_classifier(path: Path | str, device: torch.device) -> Trained:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {arch}/{patch}: {str(error).splitlines()[-1].strip()}") from None
-    return Trained(Path(path), model.to(device).eval(), (height, width), classes, names)
+    return TrainedClassifier(Path(path), model.to(device).eval(), (height, width), classes, names)
 
 
 def evaluate(
@@ -79,8 +79,8 @@ def evaluate(
     size: tuple[int, int],
     batch: int,
     rank: int,
-    world: int,
-    workers: int,
+    world_size: int,
+    num_workers: int,
     device: torch.device,
 ) -> dict[str, float]:
     """Accuracy over all samples, each counted once; called by all ranks together, and the same on all of them.
@@ -107,8 +107,8 @@ def evaluate(
             raise ValueError(f"{samples.root} has label {labels.max()}, the classifier {logits.shape[1]} classes")
         return top_hits(logits, labels[numbers].to(device))
 
-    once = Once(samples, size=size, batch=batch, rank=rank, world=world, workers=workers)
-    hits, readable = compute_rows(hits_of, once, device, "evaluating")
+    once = EvalLoader(samples, size=size, batch=batch, rank=rank, world_size=world_size, num_workers=num_workers)
+    hits, readable = compute_per_sample(hits_of, once, device, "evaluating")
     top1, top5 = hits.sum(0).tolist()
     return {"top1": top1 / len(hits), "top5": top5 / len(hits), **count_images(once, readable)}
 
@@ -131,7 +131,7 @@ def check_labels(samples: Samples) -> None:
         raise ValueError(f"{samples.root}: '{first}' has no label: give class folders, or shards with .cls files")
 
 
-def count_images(once: Once, readable: Tensor) -> dict[str, int]:
+def count_images(once: EvalLoader, readable: Tensor) -> dict[str, int]:
     """How many images, how many of them undecodable; the main rank names the latter."""
     keys = unreadable_keys(once, readable)
     if keys and once.rank == 0:
@@ -144,14 +144,14 @@ def count_images(once: Once, readable: Tensor) -> dict[str, int]:
     return {"images": len(readable), "skipped": len(keys)}
 
 
-def check_classes(trained: Trained, samples: Samples) -> None:
+def check_classes(trained: TrainedClassifier, samples: Samples) -> None:
     """Raises ValueError where the data has other classes than the classifier, or another number of them."""
     if samples.classes and len(samples.classes) != trained.classes:
         raise ValueError(
             f"{trained.path} tells {trained.classes} classes apart, {samples.root} has {len(samples.classes)}: "
             f"evaluate it on the data set that it was trained for"
         )
-    if other := first_other(trained.names, samples.classes):
+    if other := first_class_mismatch(trained.names, samples.classes):
         label, ours, theirs = other
         raise ValueError(
             f"label {label} is '{ours}' to {trained.path} and '{theirs}' in {samples.root}: "
@@ -159,7 +159,7 @@ def check_classes(trained: Trained, samples: Samples) -> None:
         )
 
 
-def first_other(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str] | None:
+def first_class_mismatch(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str] | None:
     """The first label that two sets of classes give to different ones, if both have names, and these."""
     pairs = enumerate(zip(names, others, strict=False))
     return next(((label, name, other) for label, (name, other) in pairs if name != other), None)
@@ -175,8 +175,8 @@ def _command(options: argparse.Namespace, place: Place) -> dict[str, Any]:
         size=trained.size,
         batch=options.batch,
         rank=world.rank,
-        world=world.size,
-        workers=options.workers,
+        world_size=world.size,
+        num_workers=options.workers,
         device=device,
     )
 

@@ -8,21 +8,24 @@ from safetensors.torch import save
 from torch import Tensor
 
 from downstream.classify.config import FinetuneConfig
-from pretrain.figures import draw_loss
-from pretrain.finish import full_state
-from pretrain.loop import Run
-from pretrain.metrics import read_metrics
+from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.trainer.engine import gather_state_dict
+from pretrain.trainer.figures import draw_loss
+from pretrain.trainer.loop import Run
+from pretrain.trainer.metrics import read_metrics
 
 _NORM = "head.0."  # of a probe's head, before its matrix
 
 
-def finish(run: Run, config: FinetuneConfig, names: Sequence[str]) -> None:
+def finish(run: Run, names: Sequence[str]) -> None:
     """Writes model.safetensors, that of the moving average if there is one, and the loss curve. All ranks together."""
-    state = full_state(run.engine, run.world)
+    config = run.config
+    assert isinstance(config, FinetuneConfig)
+    state = gather_state_dict(run.engine, run.world)
     if run.world.is_main:
         save_classifier(state, config, names, run.folder.model)
-        if averaged := run.average.weights():
-            save_classifier(averaged, config, names, run.folder.model_ema)
+        if run.ema.model is not None:
+            save_classifier(run.ema.state_dict(), config, names, run.folder.model_ema)
         draw_loss(read_metrics(run.folder.metrics), run.folder.loss_curve)
 
 
@@ -31,14 +34,12 @@ def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, names: Seq
 
     `names` are those of the classes, in order, or nothing where the shards have none.
     """
+    model, epochs = config.model, config.train.epochs
+    spec = EncoderSpec(model.arch, model.patch_size, config.data.height_width, model.position, epochs=epochs)
     metadata = {
-        "arch": config.model.arch,
-        "patch": str(config.model.patch),
-        "size": "x".join(map(str, config.data.height_width)),
-        "position": config.model.position,
-        "classes": str(config.head.classes),
+        **spec.to_metadata(),
+        "classes": str(config.head.num_classes),
         "pool": config.head.pool,
-        "epochs": str(config.train.epochs),
     }
     if names:
         metadata["names"] = json.dumps(list(names))

@@ -1,6 +1,6 @@
 """k-NN and ridge regression on frozen features: `python -m downstream.classify.knn ENCODER --train DATA --val DATA`.
 
-ENCODER is whatever `downstream.weights.load_encoder` reads, DATA labelled shards or a folder of class folders. Also by
+ENCODER is whatever `downstream.checkpoints.weights.load_encoder` reads, DATA labelled shards or a folder of class folders. Also by
 torchrun, srun or deepspeed, on any number of processes. The last line is a JSON object: `knn_top1` and `knn_top5` with
 DINO's weighted vote, `knn_plain_top1` where each neighbour counts the same, `linear_top1` of a ridge regression.
 """
@@ -9,10 +9,10 @@ import argparse
 import functools
 from typing import Any, NoReturn
 
-from data.folder import load_samples
-from data.once import Once
-from downstream.classify.command import Place, add_loading_options, run_on_ranks
-from downstream.weights import load_encoder
+from data.eval_loader import EvalLoader
+from data.image_folder import load_samples
+from downstream.checkpoints.weights import load_encoder
+from downstream.classify.evaluation_cli import Place, add_loading_options, run_on_ranks
 from pretrain.probe import check_sets, probe
 
 
@@ -21,15 +21,15 @@ def _command(options: argparse.Namespace, place: Place) -> dict[str, Any]:
     train, val = load_samples(options.train), load_samples(options.val)
     check_sets(train, val, options.k)
     encoder, _ = load_encoder(options.encoder, size=options.size, weights=options.weights)
-    height, width = (side * encoder.patch for side in encoder.grid)
+    height, width = (side * encoder.patch_size for side in encoder.grid)
     known, asked = (
-        Once(
+        EvalLoader(
             samples,
             size=(height, width),
             batch=options.batch,
             rank=world.rank,
-            world=world.size,
-            workers=options.workers,
+            world_size=world.size,
+            num_workers=options.workers,
         )
         for samples in (train, val)
     )

@@ -13,12 +13,12 @@ from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from downstream.checkpoints.files import read_source
+from downstream.checkpoints.timm_models import LoMaRViT
+from downstream.checkpoints.weights import fill
 from downstream.classify.config import AugmentConfig, FinetuneConfig
-from downstream.files import read_source
-from downstream.timm_models import LoMaRViT
-from downstream.weights import fill
-from pretrain.methods.targets import normalize_pixels
 from pretrain.models.heads import SyncBatchNorm
+from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ARCHS, ViT
 
 
@@ -33,16 +33,18 @@ class Classifier(nn.Module):
         self.vit, self.augment = vit, augment
         self.mixup = None
         if augment.mixes:
-            self.mixup = Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=classes)
+            self.mixup = Mixup(
+                augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=classes
+            )
 
-    def forward(self, images: Tensor, view: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """(B, H, W, 3) uint8 images -> the `loss` by the view's `label` (B,); without a view their `logits` (B, C)."""
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """(B, H, W, 3) uint8 images -> the `loss` for labels (B,); without labels their `logits` (B, C)."""
         pixels = normalize_pixels(images).permute(0, 3, 1, 2)
-        if view is None:
+        if labels is None:
             return {"logits": self.vit(pixels).float()}
-        target, smoothing = view["label"], self.augment.smoothing
-        if self.augment.erasing:
-            pixels = RandomErasing(self.augment.erasing, mode="pixel", device=pixels.device)(pixels)
+        target, smoothing = labels, self.augment.label_smoothing
+        if self.augment.random_erasing:
+            pixels = RandomErasing(self.augment.random_erasing, mode="pixel", device=pixels.device)(pixels)
         if self.mixup:
             pixels, target = self.mixup(pixels, target)
             smoothing = 0.0  # it is in the mixed targets
@@ -93,23 +95,23 @@ def build_classifier(
     torch.manual_seed(config.seed)
     model, start, head = config.model, config.start, config.head
     kind = {"relative": model.position == "relative", "bias": model.position == "bias"}
-    encoder = ViT(model.arch, model.patch, config.grid, **kind)
+    encoder = ViT(model.arch, model.patch_size, config.grid, **kind)
     # A pool behind the encoder gets a norm of its own, as in MAE's and LoMaR's fine-tuning, unless nothing below would
     # learn to work with that: a frozen encoder keeps its norm.
     own_norm = head.pool == "avg" and start.trained_blocks is None
     started = _load_start(encoder, config, own_norm, names) if start.checkpoint and load_start else _Start()
     vit = build_vit(
         model.arch,
-        model.patch,
+        model.patch_size,
         config.data.height_width,
         model.position,
-        head.classes,
+        head.num_classes,
         head.pool,
         fc_norm=own_norm,
-        drop_path_rate=head.drop_path,
+        drop_path_rate=model.drop_path_rate,
     )
     _fill(vit, encoder, own_norm, started.pool_norm)
-    if model.checkpoint_blocks:
+    if model.grad_checkpointing:
         vit.set_grad_checkpointing()
     # MAE's deviations: a head that starts at nearly nothing leaves what was pretrained alone in the first steps.
     nn.init.trunc_normal_(vit.head.weight, std=0.01 if start.trained_blocks == 0 else 2e-5)
@@ -118,7 +120,7 @@ def build_classifier(
     if head.kind == "batchnorm":
         vit.head = nn.Sequential(SyncBatchNorm(vit.embed_dim, eps=1e-6, affine=False), vit.head)
     _freeze(vit, start.trained_blocks)
-    return Classifier(vit, head.classes, config.augment), started.report
+    return Classifier(vit, head.num_classes, config.augment), started.report
 
 
 def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, names: Sequence[str]) -> _Start:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from downstream.classify.config import FinetuneConfig, load
-from pretrain.metrics import read_metrics
-from pretrain.runfolder import RunFolder
+from pretrain.trainer.metrics import read_metrics
+from pretrain.trainer.run_folder import RunFolder
 
 SCRIPT = Path(__file__).with_name("run.py")
 

@@ -4,17 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.launch import World, start
-from pretrain.runfolder import RunFolder
+from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from downstream.dense.command import Job
+    from downstream.dense.mmengine.config_file import Job
 
 
 def read_job(name: str, changes: list[str], configs: Path, spread: Callable[[Any], None]) -> "Job":
-    """As `downstream.dense.command.load`; ValueError as well where mmengine is not installed."""
+    """As `downstream.dense.mmengine.config_file.load`; ValueError as well where mmengine is not installed."""
     try:
-        from downstream.dense.command import load
+        from downstream.dense.mmengine.config_file import load
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{error}: `python -m downstream.doctor` says how to get what detection and segmentation need"
@@ -23,10 +23,10 @@ def read_job(name: str, changes: list[str], configs: Path, spread: Callable[[Any
 
 
 def train_job(job: "Job", world: World, check: Callable[[Any, list[str]], list[str]]) -> None:
-    """The whole job, on all ranks; `check` as of `downstream.dense.train.run`."""
-    start(world)
+    """The whole job, on all ranks; `check` as of `downstream.dense.mmengine.job.run`."""
+    init_distributed(world)
     # This imports DeepSpeed, which looks for its accelerator at once.
-    from downstream.dense.train import run
+    from downstream.dense.mmengine.job import run
 
-    with RunFolder(Path(job.cfg.work_dir)).owned(world.is_main and not job.test, named_by="work_dir"):
+    with RunFolder(Path(job.cfg.work_dir)).locked(world.is_main and not job.test):
         run(job, world, check)

@@ -6,33 +6,31 @@ larger k widens the receptive field.
 Shapes: B images, N patches of p x p pixels, K = k*k*3 values of a block.
 """
 
-import functools
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
 from pretrain.methods.masking import Grid
-from pretrain.methods.partial import Partial
-from pretrain.methods.targets import normalize_pixels, patchify, pixel_target, predicted_pixels, unpatchify
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import Decoder, check_heads
+from pretrain.models.patches import normalize_pixels, patchify, unpatchify
 from pretrain.models.vit import Arch, ViT
-from pretrain.schema import Section
-
-if TYPE_CHECKING:
-    from pretrain.config import ModelConfig
+from pretrain.trainer.config import ModelConfig
 
 
-def view(rng: np.random.Generator) -> dict[str, np.ndarray]:
+def sample_masks(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Nothing is masked, so nothing is drawn."""
     return {}
 
 
-def centred_blocks(images: Tensor, patch: int, block: int) -> Tensor:
-    """The `block` x `block` pixels around the centre of every patch; beyond the border the image is mirrored.
+def centred_blocks(images: Tensor, patch_size: int, block_size: int) -> Tensor:
+    """The `block_size` x `block_size` pixels around every patch's centre; beyond the border the image is mirrored.
 
     Args:
         images: (B, H, W, 3) uint8.
@@ -40,73 +38,79 @@ def centred_blocks(images: Tensor, patch: int, block: int) -> Tensor:
     Returns:
         (B, N, K) in the dtype of the images, laid out as `patchify` does a patch.
     """
-    margin = (block - patch) // 2
+    margin = (block_size - patch_size) // 2
     channels = images.permute(0, 3, 1, 2).float()
     around = F.pad(channels, (margin,) * 4, mode="reflect").to(images.dtype)
-    blocks = around.unfold(2, block, patch).unfold(3, block, patch)  # (B, 3, rows, columns, k, k)
-    return blocks.permute(0, 2, 3, 4, 5, 1).reshape(len(images), -1, block * block * 3)
+    blocks = around.unfold(2, block_size, patch_size).unfold(3, block_size, patch_size)  # (B, 3, rows, cols, k, k)
+    return blocks.permute(0, 2, 3, 4, 5, 1).reshape(len(images), -1, block_size * block_size * 3)
 
 
-class AutoEncoder(nn.Module):
-    """Encoder on all patches, transformer decoder without mask tokens, MSE on the block around every patch."""
+class AutoEncoder(Method):
+    """Encoder on all patches, transformer decoder without mask tokens, loss on the block around every patch."""
 
-    addons: frozenset[str] = frozenset()  # nothing is masked
+    targets = frozenset({"pixels"})  # of a block; nothing is masked, so no add-on has anything to do
 
-    class Config(Section):
-        """The auto-encoder's own keys; Table 3's k is `block`, 16, 48, 80 or 112 at `model.patch=16`."""
+    class Config(MethodConfig):
+        """The auto-encoder's own keys; Table 3's k is `block_size`: 16, 48, 80 or 112 at `model.patch_size=16`."""
 
         name: Literal["ae"] = "ae"
-        block: int = Field(112, ge=1, description="side in pixels of what a token predicts")
-        norm_pix: bool = Field(True, description="predict each block normalised by its own mean and variance")
-        decoder_dim: int = Field(512, ge=4, multiple_of=4)
+        block_size: int = Field(112, ge=1, description="side in pixels of what a token predicts")
+        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
         decoder_depth: int = Field(8, ge=1)
-        decoder_heads: int = Field(16, ge=1)
+        decoder_num_heads: int = Field(16, ge=1)
 
-        def check(self, grid: Grid, model: "ModelConfig") -> None:
-            """Raises ValueError where block, decoder or position do not fit."""
+        def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
+            return grid[0] * grid[1], 0
+
+        def check(self, grid: Grid, model: ModelConfig) -> None:
             if model.position != "sincos":
                 raise ValueError("method ae adds fixed positions to its tokens: set model.position=sincos")
-            margin, odd = divmod(self.block - model.patch, 2)
+            margin, odd = divmod(self.block_size - model.patch_size, 2)
             if margin < 0 or odd:
                 raise ValueError(
-                    f"method.block={self.block} must be model.patch={model.patch} plus an even number of pixels, "
-                    f"as many on each side"
+                    f"method.block_size={self.block_size} must be model.patch_size={model.patch_size} plus an even "
+                    f"number of pixels, as many on each side"
                 )
-            if margin >= min(grid) * model.patch:
+            if margin >= min(grid) * model.patch_size:
                 raise ValueError(
-                    f"method.block={self.block} reaches {margin} pixels beyond a border, more than an image of "
-                    f"{grid[0] * model.patch}x{grid[1] * model.patch} has to mirror: lower it"
+                    f"method.block_size={self.block_size} reaches {margin} pixels beyond a border, more than an image "
+                    f"of {grid[0] * model.patch_size}x{grid[1] * model.patch_size} has to mirror: lower it"
                 )
-            check_heads(self.decoder_dim, self.decoder_heads)
+            check_heads(self.decoder_embed_dim, self.decoder_num_heads)
 
-    def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
-        assert partial is None, "the configuration refuses it: nothing is masked"
-        super().__init__()
-        self.config, self.encoder = config, encoder
-        arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
-        self.decoder = Decoder(encoder.arch.dim, arch, encoder.grid, config.block**2 * 3, masks=False)
+    def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):
+        assert pr_mim is None, "the configuration refuses it: nothing is masked"
+        super().__init__(config, encoder, target)
+        self.config, self.encoder, self.target = config, encoder, target
+        arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
+        num_outputs = config.block_size**2 * 3
+        self.decoder = Decoder(encoder.arch.dim, arch, encoder.grid, num_outputs, mask_tokens=False)
 
-    def view(self) -> functools.partial[dict[str, np.ndarray]]:
-        """The function that the data workers call with a sample's generator."""
-        return functools.partial(view)
+    def mask_sampler(self) -> MaskSampler:
+        return sample_masks
 
-    def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of a batch: images (B, H, W, 3) uint8, `view` empty."""
-        target = pixel_target(centred_blocks(images, self.encoder.patch, self.config.block), self.config.norm_pix)
-        return {"loss": (self._predict(images).float() - target).square().mean()}
+    def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
+        truth = centred_blocks(images, self.encoder.patch_size, self.config.block_size)
+        return {"loss": self.target.loss(self._predict(images), truth)}
 
     def _predict(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> the blocks' prediction (B, N, K)."""
-        patches = patchify(images, self.encoder.patch)
+        patches = patchify(images, self.encoder.patch_size)
         tokens = self.encoder.patch_embed(normalize_pixels(patches)) + self.encoder.pos_embed[:, 1:]
-        everywhere = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
-        return self.decoder(self.encoder(tokens), everywhere)
+        every = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
+        return self.decoder(self.encoder(tokens), every)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """`original` and `reconstruction`, put together from the centre patch of each block: (B, H, W, 3) uint8."""
-        patch, block = self.encoder.patch, self.config.block
-        margin = (block - patch) // 2
-        blocks = predicted_pixels(self._predict(images), centred_blocks(images, patch, block), self.config.norm_pix)
-        centres = blocks.unflatten(2, (block, block, 3))[:, :, margin : margin + patch, margin : margin + patch]
-        return {"original": images, "reconstruction": unpatchify(centres.flatten(2), self.encoder.grid)}
+        patch_size, block_size = self.encoder.patch_size, self.config.block_size
+        margin = (block_size - patch_size) // 2
+        centre = slice(margin, margin + patch_size)
+        truth = centred_blocks(images, patch_size, block_size)
+        rendered = self.target.render(self._predict(images), truth)
+        return {"original": images} | {
+            name: unpatchify(
+                blocks.unflatten(2, (block_size, block_size, 3))[:, :, centre, centre].flatten(2), self.encoder.grid
+            )
+            for name, blocks in rendered.items()
+        }

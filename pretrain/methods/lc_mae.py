@@ -7,7 +7,7 @@ Shapes: B images, N patches of an image, M of them masked, V visible, P = p*p*3,
 """
 
 import functools
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,20 +16,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.methods import mae
-from pretrain.methods.mae import MAE
+from pretrain.methods.base import MaskIndices, MaskSampler
+from pretrain.methods.mae import MAE, MAEConfig
 from pretrain.methods.masking import Grid
-from pretrain.methods.partial import Partial
-from pretrain.methods.targets import normalize_pixels, patchify, take
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.methods.targets import PatchTarget
+from pretrain.models.patches import gather_tokens, normalize_pixels, patchify
 from pretrain.models.vit import ViT, init_weights
-
-if TYPE_CHECKING:
-    from pretrain.config import ModelConfig
+from pretrain.trainer.config import ModelConfig
 
 
-def view(rng: np.random.Generator, **keys: Any) -> dict[str, np.ndarray]:
-    """`mae.view` twice, for m1 and m2: `visible` (2, V), `masked` (2, M) and `kept` (2, K)."""
-    views = [mae.view(rng, **keys) for _ in range(2)]
-    return {name: np.stack([drawn[name] for drawn in views]) for name in views[0]}
+def sample_masks(rng: np.random.Generator, **keys: Any) -> dict[str, np.ndarray]:
+    """`mae.sample_masks` twice, for m1 and m2: `visible` (2, V), `masked` (2, M) and `kept` (2, K)."""
+    views = [mae.sample_masks(rng, **keys) for _ in range(2)]
+    return {name: np.stack([view[name] for view in views]) for name in views[0]}
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -67,64 +67,70 @@ def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
 class LCMAE(MAE):
     """w_mae * L_MAE + w_cross * L_cross + w_in * L_in; the first and the last are averaged over the two views."""
 
-    addons = frozenset({"partial"})
+    add_ons = frozenset({"pr_mim"})
 
-    class Config(MAE.Config):
+    class Config(MAEConfig):
         """MAE's keys with a decoder of two blocks, the weights of the three losses, and the projector.
 
         Table 1's settings are `w_mae`, `w_cross`, `w_in` = (a) 1 1 1, (b) 1 0 0, (c) 0 1 0, (d) 0 0 1, (e) 1 1 0,
         (f) 1 0 1, (g) 0 1 1. All see two masks of an image. Table 2's decoders are values of `decoder`.
         """
 
-        name: Literal["lc_mae"] = "lc_mae"  # type: ignore[assignment]
+        name: Literal["lc_mae"] = "lc_mae"
         decoder_depth: int = Field(2, ge=1)
         w_mae: float = Field(1.0, ge=0, description="weight of the reconstruction loss")
         w_cross: float = Field(1.0, ge=0, description="weight of the cross-view loss")
         w_in: float = Field(1.0, ge=0, description="weight of the in-view loss")
         proj_dim: int = Field(1024, ge=1, description="width of the vectors that the last two losses compare")
 
-        def check(self, grid: Grid, model: "ModelConfig") -> None:
-            """Raises ValueError where masks, decoder, position or losses do not fit."""
+        def check(self, grid: Grid, model: ModelConfig) -> None:
             super().check(grid, model)
             if not self.w_mae + self.w_cross + self.w_in:
                 raise ValueError("method.w_mae, method.w_cross and method.w_in are all 0: nothing is learned")
-            if self.w_in and self.count(grid)[1] < 2:
+            if self.w_in and self.count_patches(grid, model.patch_size)[1] < 2:
                 raise ValueError(
                     f"method.w_in={self.w_in:g} compares pairs of masked patches, and there is one: "
                     f"raise method.mask_ratio={self.mask_ratio}"
                 )
-            if self.w_cross and self.mask == "grid":
+            if self.w_cross and self.mask_type == "grid":
                 raise ValueError(
                     f"method.w_cross={self.w_cross:g} compares two masks of an image, and those of "
-                    f"method.mask=grid are equal: set method.mask=random"
+                    f"method.mask_type=grid are equal: set method.mask_type=random"
                 )
 
     config: Config
 
-    def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
-        super().__init__(config, encoder, partial)
+    def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):
+        super().__init__(config, encoder, target, pr_mim)
         self.proj = None
         if config.w_cross or config.w_in:
-            self.proj = nn.Linear(self.target.outputs, config.proj_dim)
+            self.proj = nn.Linear(target.num_outputs, config.proj_dim)
             init_weights(self.proj)
 
-    def view(self) -> functools.partial[dict[str, np.ndarray]]:
-        """The function that the data workers call with a sample's generator."""
-        return functools.partial(view, **super().view().keywords)
+    def mask_sampler(self) -> MaskSampler:
+        _, masked = self.config.count_patches(self.encoder.grid, self.encoder.patch_size)
+        return functools.partial(
+            sample_masks,
+            grid=self.encoder.grid,
+            mask_type=self.config.mask_type,
+            count=masked,
+            pr_mim=self.pr_mim,
+        )
 
-    def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """The loss of a batch, and those of its terms that count, detached and not weighted: `mae`, `cross`, `in`.
 
         Args:
             images: (B, H, W, 3) uint8.
-            view: as from `view()`, stacked over images: (B, 2, V), (B, 2, M) and (B, 2, K).
+            mask_indices: (B, 2, V), (B, 2, M) and (B, 2, K).
         """
-        patches = patchify(images, self.encoder.patch).repeat_interleave(2, dim=0)  # both views of an image in turn
-        views = {name: positions.flatten(0, 1) for name, positions in view.items()}
+        patches = patchify(images, self.encoder.patch_size)
+        views = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
         masked = views["masked"]
-        prediction = self._predict(patches, **views)  # (2B, M, outputs)
-        hidden = take(patches, masked)
-        truth = take(self.target.truth(images).repeat_interleave(2, dim=0), masked)
+        both = patches.repeat_interleave(2, dim=0)  # an image's two views follow each other
+        prediction = self._predict(both, **views)  # (2B, M, num_outputs)
+        hidden = gather_tokens(both, masked)
+        truth = gather_tokens(self.target.ground_truth(images, patches).repeat_interleave(2, dim=0), masked)
         v = None if self.proj is None else self.proj(prediction).float()  # eq. 5 and 6: v = p(h(x, m))
         with torch.autocast(images.device.type, enabled=False):  # cosines are matrix products: bf16 would round them
             terms = self._losses(prediction, v, truth, hidden, masked)
@@ -145,6 +151,6 @@ class LCMAE(MAE):
         return terms
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """`original`, `masked` and `reconstruction` of each image under m1, (B, H, W, 3) uint8."""
-        return super().reconstruct(images, {name: positions[:, 0] for name, positions in view.items()})
+        return super().reconstruct(images, {name: array[:, 0] for name, array in mask_indices.items()})

@@ -4,149 +4,166 @@ Per image, W random windows of K x K patches; inside each, a share of the patche
 visible ones. Windows never attend to each other: they are a batch dimension. Every image draws its own W distinct
 windows (the authors' code draws windows once a batch, and pairs them so that an image gets one window W times).
 
-Fig. 5's other architecture is MAE's, for windows: a decoder has the mask tokens, not the encoder.
+With codes of a tokenizer as the target and `mask_type=block` it is section 4.2's LoMaR + BEiT. Fig. 5's asymmetric
+architecture is MAE's, for windows: a decoder has the mask tokens, not the encoder.
 
-Shapes: B images, G windows in all (B*W), L = K*K patches of a window, D width, P = p*p*3.
+Shapes: B images, G windows in all (B*W), L = K*K patches of a window, M of them masked, D width, P = p*p*3.
 """
 
 import functools
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.context import Learned
-from pretrain.methods.masking import Grid, check_masked, check_windows, random_masked, random_windows
-from pretrain.methods.partial import Partial, describe
-from pretrain.methods.predictor import AsymmetricPredictor, Predictor, check_join
-from pretrain.methods.targets import (
+from pretrain.methods.base import ContextMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.masking import (
+    Grid,
+    block_masked,
+    check_masked,
+    check_random_masks,
+    check_windows,
+    random_masked,
+    random_windows,
+)
+from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
+from pretrain.methods.predictor import AsymmetricPredictor, Predictor, check_mask_token_block
+from pretrain.methods.targets import PatchTarget
+from pretrain.models.decoder import check_heads
+from pretrain.models.patches import (
     cut_windows,
+    gather_tokens,
     normalize_pixels,
-    pictures,
-    pixel_target,
-    predicted_pixels,
-    take,
+    patchify,
+    render_predictions,
     unpatchify,
 )
-from pretrain.models.decoder import check_heads
 from pretrain.models.vit import Arch, ViT
-from pretrain.schema import Section
-
-if TYPE_CHECKING:
-    from pretrain.config import ModelConfig
+from pretrain.trainer.config import ModelConfig
 
 
-def view(
-    rng: np.random.Generator, *, grid: Grid, config: "LoMaR.Config", partial: Partial | None
+def sample_masks(
+    rng: np.random.Generator, *, grid: Grid, config: "LoMaR.Config", pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """What is random about one sample of LoMaR.
 
     Returns:
-        `window` (W, L): the grid position of each patch of each window; `visible` (W, L-M), `masked` (W, M) and of
-        those `kept` (W, K): positions within the window, ascending. All int64.
+        `positions` (W, L): the grid position in the image of each patch of each window; `visible` (W, L-M), `masked`
+        (W, M) and of those `kept` (W, K): positions within the window, ascending. All int64.
     """
-    window = random_windows(rng, config.windows, config.window, grid)
-    masked = random_masked(rng, config.windows, config.window**2, config.num_masked)
-    return {"window": window, **describe(rng, masked, partial, config.window)}
+    positions = random_windows(rng, config.num_windows, config.window_size, grid)
+    window = (config.window_size, config.window_size)
+    if config.mask_type == "block":
+        masked = np.stack([block_masked(rng, window, config.num_masked) for _ in positions])
+    else:
+        masked = random_masked(rng, config.num_windows, config.window_size**2, config.num_masked)
+    return {"positions": positions, **build_mask_indices(rng, masked, pr_mim, config.window_size)}
 
 
-class LoMaR(nn.Module):
-    """Encoder on windows with mask tokens and a linear head, or with a decoder; MSE on the masked patches."""
+class LoMaR(ContextMethod):
+    """Encoder on windows with mask tokens and a linear head, or with a decoder; loss on the masked patches."""
 
-    addons = frozenset({"partial", "context"})
+    add_ons = frozenset({"pr_mim", "lut"})
 
-    class Config(Section):
+    class Config(MethodConfig):
         """LoMaR's own keys."""
 
         name: Literal["lomar"] = "lomar"
-        windows: int = Field(4, ge=1, description="windows per image, W: 4 at 224, 6 at 384, 9 at 448")
-        window: int = Field(7, ge=2, description="side of a window in patches, K")
+        num_windows: int = Field(4, ge=1, description="windows per image, W: 4 at 224, 6 at 384, 9 at 448")
+        window_size: int = Field(7, ge=2, description="side of a window in patches, K")
+        mask_type: Literal["random", "block"] = Field("random", description="block: BEiT's, in each window")
         mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
-        norm_pix: bool = Field(True, description="predict each patch normalised by its own mean and variance")
         architecture: Literal["simple", "asymmetric"] = Field(
-            "simple", description="mask tokens in the encoder, or, as in MAE, in a decoder: decoder_dim, _depth, _heads"
+            "simple",
+            description="mask tokens in the encoder, or, as in MAE, in a decoder, which has the next three keys",
         )
-        decoder_dim: int = Field(512, ge=4, multiple_of=4)
+        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
         decoder_depth: int = Field(8, ge=1)
-        decoder_heads: int = Field(16, ge=1)
-        join: int = Field(0, ge=0, description="block at which mask tokens enter; before it, visible patches are alone")
+        decoder_num_heads: int = Field(16, ge=1)
+        mask_token_block: int = Field(
+            0, ge=0, description="block at which mask tokens enter; the blocks before it see visible patches only"
+        )
 
         @property
         def num_masked(self) -> int:
             """floor(K*K*ratio), M."""
-            return int(self.window**2 * self.mask_ratio)
+            return int(self.window_size**2 * self.mask_ratio)
 
-        def count(self, grid: Grid, model: "ModelConfig") -> tuple[int, int]:
-            """Patches of a window, and how many of them are masked."""
-            return self.window**2, self.num_masked
+        def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
+            return self.window_size**2, self.num_masked
 
-        def check(self, grid: Grid, model: "ModelConfig") -> None:
-            """Raises ValueError where a grid of patches cannot hold these windows."""
-            check_windows(self.windows, self.window, grid)
-            check_masked(self.mask_ratio, self.num_masked, self.window**2, "a window's")
-            check_join(self.join, model)
-            check_heads(self.decoder_dim, self.decoder_heads)
-            if self.join and self.architecture == "asymmetric":
+        def check(self, grid: Grid, model: ModelConfig) -> None:
+            check_windows(self.num_windows, self.window_size, grid)
+            check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")
+            check_mask_token_block(self.mask_token_block, model)
+            check_heads(self.decoder_embed_dim, self.decoder_num_heads)
+            if self.mask_token_block and self.architecture == "asymmetric":
                 raise ValueError(
-                    f"method.join={self.join} lets mask tokens enter the encoder, and method.architecture=asymmetric "
-                    f"never does: set method.join=0"
+                    f"method.mask_token_block={self.mask_token_block} lets mask tokens enter the encoder, and "
+                    f"method.architecture=asymmetric never does: set method.mask_token_block=0"
                 )
 
-    def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
-        super().__init__()
-        self.config, self.encoder, self.partial = config, encoder, partial
-        self.sequence, self.unit = (config.window, config.window), 1
-        outputs = encoder.patch**2 * 3
+        def check_lut(self) -> None:
+            check_random_masks(self.mask_type)
+
+    def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):
+        super().__init__(config, encoder, target, pr_mim)
+        self.config, self.encoder, self.target, self.pr_mim = config, encoder, target, pr_mim
+        self.mask_grid = (config.window_size, config.window_size)
         if config.architecture == "simple":
-            self.predictor: nn.Module = Predictor(encoder, self.sequence, outputs, config.join, partial)
+            self.predictor: nn.Module = Predictor(
+                encoder, self.mask_grid, target.num_outputs, config.mask_token_block, pr_mim
+            )
         else:
-            arch = Arch(config.decoder_dim, config.decoder_depth, config.decoder_heads)
-            self.predictor = AsymmetricPredictor(encoder, self.sequence, outputs, arch, partial)
+            arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
+            self.predictor = AsymmetricPredictor(encoder, self.mask_grid, target.num_outputs, arch, pr_mim)
 
-    def view(self) -> functools.partial[dict[str, np.ndarray]]:
-        """The function that the data workers call with a sample's generator."""
-        return functools.partial(view, grid=self.encoder.grid, config=self.config, partial=self.partial)
+    def mask_sampler(self) -> MaskSampler:
+        return functools.partial(sample_masks, grid=self.encoder.grid, config=self.config, pr_mim=self.pr_mim)
 
-    def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
-        return {"loss": self.learn(images, view).loss}
-
-    def learn(self, images: Tensor, view: dict[str, Tensor], supervised: int | None = None) -> Learned:
-        """The loss of the first `supervised` images, of all unless it is given, and all encoded visible tokens."""
-        patches, index = cut_windows(images, view, self.encoder.patch)
-        windows = None if supervised is None else supervised * self.config.windows
-        prediction, seen = self._predict(patches, index, windows)
-        target = pixel_target(take(patches[:windows], index["masked"][:windows]), self.config.norm_pix)
-        place = index["window"].gather(1, index["visible"])
-        B = len(images)
-        loss = (prediction.float() - target).square().mean()
-        return Learned(loss, seen.reshape(B, -1, seen.shape[-1]), place.view(B, -1))
+    def compute_loss(
+        self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
+    ) -> LossAndTokens:
+        B, patches = len(images), patchify(images, self.encoder.patch_size)
+        windows, indices = cut_windows(patches, mask_indices)
+        num_windows = None if num_predicted is None else num_predicted * self.config.num_windows
+        prediction, visible_tokens = self._predict(windows, indices, num_windows)
+        truth = self._truth(images[:num_predicted], patches[:num_predicted], mask_indices)
+        positions = indices["positions"].gather(1, indices["visible"])
+        loss = self.target.loss(prediction, truth)
+        return LossAndTokens(loss, visible_tokens.reshape(B, -1, visible_tokens.shape[-1]), positions.view(B, -1))
 
     def _predict(
-        self, patches: Tensor, index: dict[str, Tensor], supervised: int | None = None
+        self, windows: Tensor, indices: MaskIndices, num_predicted: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """(G, L, P) uint8 patches -> as `Predictor`."""
-        pixels = normalize_pixels(take(patches, index["visible"]))
-        return self.predictor(
-            self.encoder, pixels, index["window"], index["visible"], index["masked"], index["kept"], supervised
-        )
+        pixels = normalize_pixels(gather_tokens(windows, indices["visible"]))
+        return self.predictor(self.encoder, pixels, **indices, num_predicted=num_predicted)
+
+    def _truth(self, images: Tensor, patches: Tensor, mask_indices: MaskIndices) -> Tensor:
+        """The target of the masked patches of the windows of B images: (B*W, M, ...)."""
+        B = len(images)
+        positions = mask_indices["positions"][:B].gather(2, mask_indices["masked"][:B])
+        truth = gather_tokens(self.target.ground_truth(images, patches), positions.flatten(1))
+        return truth.view(-1, positions.shape[-1], truth.shape[-1])
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """The paper's Fig. 7 for the first window of each image.
 
         Returns:
-            `original` (B, H, W, 3), and of the window `window`, `masked` and `reconstruction` (B, K*p, K*p, 3); uint8.
+            `original` (B, H, W, 3), and of the window `window`, `masked` and what the target shows, (B, K*p, K*p, 3);
+            uint8.
         """
-        first = {name: index[:, :1] for name, index in view.items()}
-        patches, index = cut_windows(images, first, self.encoder.patch)
-        masked = index["masked"]
-        prediction, _ = self._predict(patches, index)
-        predicted = predicted_pixels(prediction, take(patches, masked), self.config.norm_pix)
+        first = {name: array[:, :1] for name, array in mask_indices.items()}
+        patches = patchify(images, self.encoder.patch_size)
+        windows, indices = cut_windows(patches, first)
+        prediction, _ = self._predict(windows, indices)
+        predicted = self.target.render(prediction, self._truth(images, patches, first))
         return {
             "original": images,
-            "window": unpatchify(patches, self.sequence),
-            **pictures(patches, masked, {"reconstruction": predicted}, self.sequence),
+            "window": unpatchify(windows, self.mask_grid),
+            **render_predictions(windows, indices["masked"], predicted, self.mask_grid),
         }

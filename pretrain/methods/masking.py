@@ -80,7 +80,7 @@ def random_windows(rng: np.random.Generator, count: int, size: int, grid: Grid) 
     return (top * width + left)[:, None] + inside.reshape(1, -1)
 
 
-def positions(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def split_positions(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The visible and the masked positions of each row, ascending; every row masks the same number.
 
     Returns:
@@ -94,14 +94,14 @@ def check_windows(count: int, size: int, grid: Grid) -> None:
     """Raises ValueError where a grid cannot hold `count` distinct windows of `size` x `size` patches."""
     if size > min(grid):
         raise ValueError(
-            f"method.window={size} is larger than the image's grid of {grid[0]}x{grid[1]} patches: "
-            f"set method.window to at most {min(grid)}, or data.size larger"
+            f"method.window_size={size} is larger than the image's grid of {grid[0]}x{grid[1]} patches: "
+            f"set method.window_size to at most {min(grid)}, or data.image_size larger"
         )
     places = (grid[0] - size + 1) * (grid[1] - size + 1)
     if count > places:
         raise ValueError(
-            f"method.windows={count}, but a window of {size}x{size} patches fits in only "
-            f"{places} places on a grid of {grid[0]}x{grid[1]}: set method.windows to at most {places}"
+            f"method.num_windows={count}, but a window of {size}x{size} patches fits in only "
+            f"{places} places on a grid of {grid[0]}x{grid[1]}: set method.num_windows to at most {places}"
         )
 
 
@@ -112,3 +112,9 @@ def check_masked(ratio: float, masked: int, patches: int, whose: str) -> None:
             f"method.mask_ratio={ratio} masks {masked} of {whose} {patches} patches: "
             f"at least one must be masked and one visible"
         )
+
+
+def check_random_masks(mask_type: str) -> None:
+    """Raises ValueError where masks are of a type that LUT cannot split in two."""
+    if mask_type != "random":
+        raise ValueError(f"lut draws two disjoint random masks: set method.mask_type=random, not {mask_type}")

@@ -1,35 +1,33 @@
 """From the visible patches of a sequence, a window or an image, to a prediction of its masked ones.
 
 `Predictor`, of LoMaR, SimMIM and BEiT: mask tokens in the encoder, and a linear head on what becomes of them. Three
-settings meet here: which masked tokens enter the encoder (all, or PR-MIM's kept ones), at which block they join the
-visible ones (0, or later), and what makes the tokens that never entered (PR-MIM's fill).
+settings meet here: which masked tokens enter the encoder (all, or PR-MIM's kept ones), before which block they enter
+(0, or later), and what makes the tokens that never entered (PR-MIM's spatial aggregation).
 
 `AsymmetricPredictor`, LoMaR's ablation: visible patches alone in the encoder, mask tokens in a decoder, as in MAE.
 
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from pretrain.methods.masking import Grid
-from pretrain.methods.partial import Partial, build_fill
-from pretrain.methods.targets import take
+from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import grid_buckets, pair_buckets
 from pretrain.models.decoder import Decoder
+from pretrain.models.patches import gather_tokens
 from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
-
-if TYPE_CHECKING:
-    from pretrain.config import ModelConfig
+from pretrain.trainer.config import ModelConfig
 
 
-def check_join(join: int, model: "ModelConfig") -> None:
-    """Raises ValueError where mask tokens would join behind the last block."""
+def check_mask_token_block(block: int, model: ModelConfig) -> None:
+    """Raises ValueError where mask tokens would enter after the last block."""
     depth = ARCHS[model.arch].depth
-    if join >= depth:
-        raise ValueError(f"method.join={join}, but {model.arch} has {depth} blocks: set it to at most {depth - 1}")
+    if block >= depth:
+        raise ValueError(
+            f"method.mask_token_block={block}, but {model.arch} has {depth} blocks: set it to at most {depth - 1}"
+        )
 
 
 class MaskTokens(nn.Module):
@@ -40,32 +38,32 @@ class MaskTokens(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.normal_(self.token, std=0.02)
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """(B, K, D) positions of the masked patches -> as many tokens."""
-        return self.token + positions
+    def forward(self, pos_embed: Tensor) -> Tensor:
+        """(B, K, D) position embeddings of the masked patches -> as many tokens."""
+        return self.token + pos_embed
 
 
 class Predictor(nn.Module):
     """Predicts the masked patches of a sequence from its visible ones, through an encoder that it does not own.
 
     Args:
-        encoder: whose width, patch and kind of position it fits.
+        encoder: whose width, patch size and kind of position it fits.
         grid: rows and columns of a sequence: a window's, or the image's.
-        outputs: values predicted for each masked patch.
-        join: the block of the encoder at which mask tokens join.
-        partial: PR-MIM's settings.
+        num_outputs: values predicted for each masked patch.
+        mask_token_block: the block of the encoder before which mask tokens enter.
+        pr_mim: the add-on's settings.
     """
 
     buckets: Tensor
 
-    def __init__(self, encoder: ViT, grid: Grid, outputs: int, join: int, partial: Partial | None):
+    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, mask_token_block: int, pr_mim: PRMIMConfig | None):
         super().__init__()
         dim = encoder.arch.dim
-        self.join, self.length = join, grid[0] * grid[1]
+        self.mask_token_block, self.length = mask_token_block, grid[0] * grid[1]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.fill = build_fill(partial, encoder.arch, grid)
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if partial else nn.Identity()
-        self.head = nn.Linear(dim, outputs)
+        self.aggregation = build_aggregation(pr_mim, encoder.arch, grid)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if pr_mim else nn.Identity()
+        self.head = nn.Linear(dim, num_outputs)
         self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -74,49 +72,61 @@ class Predictor(nn.Module):
         self,
         encoder: ViT,
         pixels: Tensor,
-        place: Tensor,
         visible: Tensor,
         masked: Tensor,
         kept: Tensor,
-        supervised: int | None = None,
+        positions: Tensor | None = None,
+        num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Only visible patches are embedded and only masked ones go through the head: the rest is never looked at.
+        """Only visible patches are embedded and only masked ones go through the head: the rest is never computed.
 
         Args:
             encoder: the one it was made for.
             pixels: (G, V, P) the visible patches, standardised.
-            place: (G, L) the image's grid position of each patch of a sequence.
             visible, masked, kept: (G, V), (G, M) and (G, K) positions within the sequence.
-            supervised: only so many of the first sequences are predicted, S; all of them unless it is given.
+            positions: (G, L) the image's grid position of each patch of a sequence; a sequence is an image without.
+            num_predicted: only so many of the first sequences are predicted, S; all of them unless given.
 
         Returns:
-            The masked patches' (S, M, outputs), and the encoded visible tokens (G, V, D).
+            The masked patches' (S, M, num_outputs), and the encoded visible tokens (G, V, D).
         """
-        seen = encoder.patch_embed(pixels) + absolute(encoder, place, visible)
-        if self.join:
-            seen = encoder(seen, relative(encoder, self.buckets, visible), stop=self.join)
-        raster = visible.shape[1] + kept.shape[1] == self.length
-        if raster:  # then the buckets are the same for all
-            entered = torch.arange(self.length, device=place.device).expand_as(place)
-            tokens = self._fill_in(encoder, seen, place, visible, entered)
+        every = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
+        positions = every if positions is None else positions
+        visible_tokens = encoder.patch_embed(pixels) + absolute_position(encoder, positions, visible)
+        if self.mask_token_block:
+            relative = relative_position(encoder, self.buckets, visible)
+            visible_tokens = encoder(visible_tokens, relative, stop=self.mask_token_block)
+        raster_order = visible.shape[1] + kept.shape[1] == self.length
+        if raster_order:  # then the buckets are the same for all sequences
+            entered = every
+            tokens = self._insert_visible(encoder, visible_tokens, positions, visible, entered)
             buckets = self.buckets if encoder.relative else None
         else:
             entered = torch.cat([visible, kept], dim=1)
-            tokens = torch.cat([seen, self._mask_tokens(encoder, place, kept).to(seen.dtype)], dim=1)
-            buckets = relative(encoder, self.buckets, entered)
-        encoded = encoder(tokens, buckets, start=self.join)[:, 1:]
-        first, masked = encoded[:supervised], masked[:supervised]
-        hidden = self.fill(first, entered[:supervised], masked) if self.fill else take(first, masked)
-        return self.head(self.norm(hidden)), take(encoded, visible) if raster else encoded[:, : visible.shape[1]]
+            mask_tokens = self._mask_tokens(encoder, positions, kept).to(visible_tokens.dtype)
+            tokens = torch.cat([visible_tokens, mask_tokens], dim=1)
+            buckets = relative_position(encoder, self.buckets, entered)
+        encoded = encoder(tokens, buckets, start=self.mask_token_block)[:, 1:]
+        first, masked = encoded[:num_predicted], masked[:num_predicted]
+        if self.aggregation is None:
+            hidden = gather_tokens(first, masked)
+        else:
+            hidden = self.aggregation(first, entered[:num_predicted], masked)
+        encoded_visible = gather_tokens(encoded, visible) if raster_order else encoded[:, : visible.shape[1]]
+        return self.head(self.norm(hidden)), encoded_visible
 
-    def _fill_in(self, encoder: ViT, seen: Tensor, place: Tensor, visible: Tensor, everywhere: Tensor) -> Tensor:
-        """Visible tokens (behind a class token, if late) among mask tokens everywhere else, in raster order."""
-        first, seen = (seen[:, :1], seen[:, 1:]) if self.join else (seen[:, :0], seen)
-        tokens = self._mask_tokens(encoder, place, everywhere).to(seen.dtype)
-        return torch.cat([first, tokens.scatter(1, visible.unsqueeze(-1).expand_as(seen), seen)], dim=1)
+    def _insert_visible(
+        self, encoder: ViT, visible_tokens: Tensor, positions: Tensor, visible: Tensor, every: Tensor
+    ) -> Tensor:
+        """Visible tokens (after a class token, if late) among mask tokens everywhere else, in raster order."""
+        num_class_tokens = 1 if self.mask_token_block else 0
+        class_token, patch_tokens = visible_tokens[:, :num_class_tokens], visible_tokens[:, num_class_tokens:]
+        tokens = self._mask_tokens(encoder, positions, every).to(patch_tokens.dtype)
+        inserted = tokens.scatter(1, visible.unsqueeze(-1).expand_as(patch_tokens), patch_tokens)
+        return torch.cat([class_token, inserted], dim=1)
 
-    def _mask_tokens(self, encoder: ViT, place: Tensor, index: Tensor) -> Tensor:
-        return self.mask_token.expand(*index.shape, -1) + absolute(encoder, place, index)
+    def _mask_tokens(self, encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor:
+        return self.mask_token.expand(*indices.shape, -1) + absolute_position(encoder, positions, indices)
 
 
 class AsymmetricPredictor(nn.Module):
@@ -127,39 +137,40 @@ class AsymmetricPredictor(nn.Module):
     Args:
         encoder: whose width and kind of position it fits.
         grid: rows and columns of a sequence: a window's, or the image's.
-        outputs: values predicted for each masked patch.
+        num_outputs: values predicted for each masked patch.
         arch: the decoder's.
-        partial: PR-MIM's settings.
+        pr_mim: the add-on's settings.
     """
 
     buckets: Tensor
 
-    def __init__(self, encoder: ViT, grid: Grid, outputs: int, arch: Arch, partial: Partial | None):
+    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, arch: Arch, pr_mim: PRMIMConfig | None):
         super().__init__()
-        self.decoder = Decoder(encoder.arch.dim, arch, grid, outputs, build_fill(partial, arch, grid))
+        aggregation = build_aggregation(pr_mim, arch, grid)
+        self.decoder = Decoder(encoder.arch.dim, arch, grid, num_outputs, aggregation)
         self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
 
     def forward(
         self,
         encoder: ViT,
         pixels: Tensor,
-        place: Tensor,
         visible: Tensor,
         masked: Tensor,
         kept: Tensor,
-        supervised: int | None = None,
+        positions: Tensor,
+        num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        seen = encoder.patch_embed(pixels) + absolute(encoder, place, visible)
-        encoded = encoder(seen, relative(encoder, self.buckets, visible))
-        prediction = self.decoder(encoded[:supervised], visible[:supervised], masked[:supervised], kept[:supervised])
-        return prediction, encoded[:, 1:]
+        tokens = encoder.patch_embed(pixels) + absolute_position(encoder, positions, visible)
+        encoded = encoder(tokens, relative_position(encoder, self.buckets, visible))
+        first = slice(num_predicted)
+        return self.decoder(encoded[first], visible[first], masked[first], kept[first]), encoded[:, 1:]
 
 
-def absolute(encoder: ViT, place: Tensor, index: Tensor) -> Tensor | float:
-    """The encoder's fixed positions, (G, T, D), of the patches at `index` (G, T) of sequences at `place` (G, L)."""
-    return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + place.gather(1, index)]
+def absolute_position(encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor | float:
+    """The encoder's fixed positions, (G, T, D), of the patches at `indices` (G, T) of sequences at `positions` (G, L)."""
+    return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + positions.gather(1, indices)]
 
 
-def relative(encoder: ViT, buckets: Tensor, index: Tensor) -> Tensor | None:
-    """The relative positions, if the encoder has any, of a class token and the patches at `index` (G, T)."""
-    return pair_buckets(buckets, index) if encoder.relative else None
+def relative_position(encoder: ViT, buckets: Tensor, indices: Tensor) -> Tensor | None:
+    """The relative positions, if the encoder has any, of a class token and the patches at `indices` (G, T)."""
+    return pair_buckets(buckets, indices) if encoder.relative else None

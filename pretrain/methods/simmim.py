@@ -5,101 +5,98 @@ Shapes: B images, N patches of an image, M of them masked, V visible, D width, P
 
 import functools
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from pretrain.methods.context import Learned
+from pretrain.methods.base import ContextMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.masking import Grid, cell_masked
-from pretrain.methods.partial import Partial, describe
+from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import Predictor
-from pretrain.methods.targets import normalize_pixels, patchify, pictures, pixel_target, predicted_pixels, take
+from pretrain.methods.targets import PatchTarget, PixelsConfig
+from pretrain.models.patches import gather_tokens, normalize_pixels, patchify, render_predictions
 from pretrain.models.vit import ViT
-from pretrain.schema import Section
-
-if TYPE_CHECKING:
-    from pretrain.config import ModelConfig
+from pretrain.trainer.config import ModelConfig
 
 
-def view(
-    rng: np.random.Generator, *, grid: Grid, cell: int, ratio: float, partial: Partial | None
+def sample_masks(
+    rng: np.random.Generator, *, grid: Grid, cell: int, ratio: float, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
-    index = describe(rng, cell_masked(rng, grid, cell, ratio)[None], partial, grid[1])
-    return {name: row[0] for name, row in index.items()}
+    indices = build_mask_indices(rng, cell_masked(rng, grid, cell, ratio)[None], pr_mim, grid[1])
+    return {name: array[0] for name, array in indices.items()}
 
 
-class SimMIM(nn.Module):
-    """Encoder on everything, linear head, L1 on the pixels of the masked patches, which are not normalised."""
+class SimMIM(ContextMethod):
+    """Encoder on everything, linear head, by default L1 on the masked patches' pixels, which are not normalised."""
 
-    addons = frozenset({"partial", "context"})
+    add_ons = frozenset({"pr_mim", "lut"})
+    default_target = PixelsConfig(norm_pix=False, loss="l1")
 
-    class Config(Section):
+    class Config(MethodConfig):
         """SimMIM's own keys."""
 
         name: Literal["simmim"] = "simmim"
-        cell: int = Field(32, ge=1, description="side in pixels of what is masked together")
-        mask_ratio: float = Field(0.6, gt=0, lt=1, description="share of the cells that is predicted")
+        mask_patch_size: int = Field(32, ge=1, description="side in pixels of the squares that are masked")
+        mask_ratio: float = Field(0.6, gt=0, lt=1, description="share of the squares that is predicted")
 
-        def count(self, grid: Grid, model: "ModelConfig") -> tuple[int, int]:
-            """Patches of an image, and how many are masked: ceil(cells * ratio) cells."""
-            side = self.cell // model.patch
+        def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
+            """All patches of an image, and those of ceil(squares * ratio) squares."""
+            side = self.mask_patch_size // patch_size
             cells = math.prod(grid) // side**2
             return math.prod(grid), math.ceil(cells * self.mask_ratio) * side**2
 
-        def check(self, grid: Grid, model: "ModelConfig") -> None:
-            """Raises ValueError where cells, patches and image do not fit."""
-            side = self.cell // model.patch
-            if self.cell % model.patch or not side or grid[0] % side or grid[1] % side:
-                height, width = grid[0] * model.patch, grid[1] * model.patch
+        def check(self, grid: Grid, model: ModelConfig) -> None:
+            patch_size = model.patch_size
+            side = self.mask_patch_size // patch_size
+            if self.mask_patch_size % patch_size or not side or grid[0] % side or grid[1] % side:
+                height, width = grid[0] * patch_size, grid[1] * patch_size
                 divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
-                nearest = min((n * model.patch for n in divisors), key=lambda cell: abs(cell - self.cell))
+                nearest = min((n * patch_size for n in divisors), key=lambda cell: abs(cell - self.mask_patch_size))
                 raise ValueError(
-                    f"method.cell={self.cell} must be a multiple of model.patch={model.patch} that divides the image "
-                    f"of {height}x{width} pixels: set method.cell={nearest}"
+                    f"method.mask_patch_size={self.mask_patch_size} must be a multiple of model.patch_size="
+                    f"{patch_size} that divides the image of {height}x{width} pixels: set "
+                    f"method.mask_patch_size={nearest}"
                 )
-            patches, masked = self.count(grid, model)
+            patches, masked = self.count_patches(grid, patch_size)
             if masked >= patches:
                 raise ValueError(f"method.mask_ratio={self.mask_ratio} leaves no patch visible: lower it")
 
-    def __init__(self, config: Config, encoder: ViT, partial: Partial | None = None):
-        super().__init__()
-        self.config, self.encoder, self.partial = config, encoder, partial
-        self.sequence, self.unit = encoder.grid, config.cell // encoder.patch
-        self.predictor = Predictor(encoder, encoder.grid, encoder.patch**2 * 3, 0, partial)
+    def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):
+        super().__init__(config, encoder, target, pr_mim)
+        self.config, self.encoder, self.target, self.pr_mim = config, encoder, target, pr_mim
+        self.mask_grid, self.mask_cell = encoder.grid, config.mask_patch_size // encoder.patch_size
+        self.predictor = Predictor(encoder, encoder.grid, target.num_outputs, 0, pr_mim)
 
-    def view(self) -> functools.partial[dict[str, np.ndarray]]:
-        """The function that the data workers call with a sample's generator."""
+    def mask_sampler(self) -> MaskSampler:
         ratio = self.config.mask_ratio
-        return functools.partial(view, grid=self.sequence, cell=self.unit, ratio=ratio, partial=self.partial)
+        return functools.partial(
+            sample_masks, grid=self.mask_grid, cell=self.mask_cell, ratio=ratio, pr_mim=self.pr_mim
+        )
 
-    def forward(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of a batch: images (B, H, W, 3) uint8, `view` as from `view()`, stacked over images."""
-        return {"loss": self.learn(images, view).loss}
-
-    def learn(self, images: Tensor, view: dict[str, Tensor], supervised: int | None = None) -> Learned:
-        """The loss of the first `supervised` images, of all unless it is given, and all encoded visible tokens."""
-        patches = patchify(images, self.encoder.patch)
-        prediction, seen = self._predict(patches, view, supervised)
-        target = pixel_target(take(patches[:supervised], view["masked"][:supervised]), norm_pix=False)
-        return Learned((prediction.float() - target).abs().mean(), seen, view["visible"])
+    def compute_loss(
+        self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
+    ) -> LossAndTokens:
+        patches = patchify(images, self.encoder.patch_size)
+        prediction, visible_tokens = self._predict(patches, mask_indices, num_predicted)
+        truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
+        truth = gather_tokens(truth, mask_indices["masked"][:num_predicted])
+        return LossAndTokens(self.target.loss(prediction, truth), visible_tokens, mask_indices["visible"])
 
     def _predict(
-        self, patches: Tensor, view: dict[str, Tensor], supervised: int | None = None
+        self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, N, P) uint8 patches -> as `Predictor`."""
-        place = torch.arange(patches.shape[1], device=patches.device).expand(len(patches), -1)
-        pixels = normalize_pixels(take(patches, view["visible"]))
-        return self.predictor(self.encoder, pixels, place, **view, supervised=supervised)
+        pixels = normalize_pixels(gather_tokens(patches, mask_indices["visible"]))
+        return self.predictor(self.encoder, pixels, **mask_indices, num_predicted=num_predicted)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`original`, `masked` and `reconstruction` of each image, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch), view["masked"]
-        prediction, _ = self._predict(patches, view)
-        predicted = predicted_pixels(prediction, take(patches, masked), norm_pix=False)
-        shown = pictures(patches, masked, {"reconstruction": predicted}, self.encoder.grid)
-        return {"original": images, **shown}
+    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
+        """`original`, `masked` and what the target shows of each image, (B, H, W, 3) uint8."""
+        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
+        prediction, _ = self._predict(patches, mask_indices)
+        predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
+        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}

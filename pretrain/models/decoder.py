@@ -14,7 +14,7 @@ from pretrain.models.vit import Arch, Block, init_weights, sincos_positions
 def check_heads(dim: int, heads: int) -> None:
     """Raises ValueError where a decoder's width cannot be cut into its heads."""
     if dim % heads:
-        raise ValueError(f"method.decoder_dim={dim} is not divided by method.decoder_heads={heads}")
+        raise ValueError(f"method.decoder_embed_dim={dim} is not divided by method.decoder_num_heads={heads}")
 
 
 class Decoder(nn.Module):
@@ -24,9 +24,9 @@ class Decoder(nn.Module):
         encoder_dim: width of what comes in.
         arch: its own width, blocks and heads.
         grid: rows and columns of the image's patches.
-        outputs: values predicted for each patch.
-        fill: makes the masked tokens that did not go through the blocks (`fill.py`).
-        masks: False for no mask tokens of its own: there are none (an auto-encoder), or the encoder has had them.
+        num_outputs: values predicted for each patch.
+        aggregation: makes the masked tokens that did not go through the blocks (`aggregation.py`).
+        mask_tokens: False for no mask tokens of its own: there are none (an auto-encoder), or the encoder has them.
     """
 
     pos_embed: Tensor
@@ -36,18 +36,18 @@ class Decoder(nn.Module):
         encoder_dim: int,
         arch: Arch,
         grid: tuple[int, int],
-        outputs: int,
-        fill: nn.Module | None = None,
-        masks: bool = True,
+        num_outputs: int,
+        aggregation: nn.Module | None = None,
+        mask_tokens: bool = True,
     ):
         super().__init__()
         self.embed = nn.Linear(encoder_dim, arch.dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.dim)) if masks else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.dim)) if mask_tokens else None
         self.register_buffer("pos_embed", F.pad(sincos_positions(arch.dim, *grid), (0, 0, 1, 0)), persistent=False)
         self.blocks = nn.ModuleList(Block(arch, relative=False) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.dim, eps=1e-6)
-        self.pred = nn.Linear(arch.dim, outputs)
-        self.fill = fill
+        self.pred = nn.Linear(arch.dim, num_outputs)
+        self.aggregation = aggregation
         self.apply(init_weights)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -61,10 +61,10 @@ class Decoder(nn.Module):
             encoded: (B, 1+V, D) class token and encoded tokens.
             visible: (B, V) their grid positions; those of encoded mask tokens come last.
             masked: (B, M) grid positions.
-            kept: (B, K) those of the masked ones that get a mask token here; all of them unless there is a `fill`.
+            kept: (B, K) those of the masked ones that get a mask token here; all of them unless there is an `aggregation`.
 
         Returns:
-            (B, M, outputs), or (B, V, outputs) without `masked`.
+            (B, M, num_outputs), or (B, V, num_outputs) without `masked`.
         """
         x = self.embed(encoded).float()
         x = x + self.pos_embed[F.pad(1 + visible, (1, 0))]
@@ -76,10 +76,10 @@ class Decoder(nn.Module):
             x = block(x, None)
         if masked is None:
             x = x[:, 1:]
-        elif self.fill is None:
+        elif self.aggregation is None:
             x = x[:, -masked.shape[1] :]
         else:
-            x = self.fill(x[:, 1:], entered, masked)
+            x = self.aggregation(x[:, 1:], entered, masked)
         return self.pred(self.norm(x))
 
 
@@ -110,12 +110,12 @@ class AverageDecoder(nn.Module):
 
     average: Tensor
 
-    def __init__(self, encoder_dim: int, grid: tuple[int, int], outputs: int):
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], num_outputs: int):
         super().__init__()
         self.restore = _FilledGrid(encoder_dim, grid)
         self.register_buffer("average", gaussian_average(*grid), persistent=False)
         self.norm = nn.LayerNorm(encoder_dim, eps=1e-6)
-        self.mlp = Mlp(encoder_dim, 4 * encoder_dim, outputs)
+        self.mlp = Mlp(encoder_dim, 4 * encoder_dim, num_outputs)
         self.mlp.apply(init_weights)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
@@ -126,11 +126,11 @@ class AverageDecoder(nn.Module):
 class ConvDecoder(nn.Module):
     """LC-MAE's "conv layer" (Table 2): one 5x5 convolution of the filled grid, zeros around it. Called as `Decoder`."""
 
-    def __init__(self, encoder_dim: int, grid: tuple[int, int], outputs: int):
+    def __init__(self, encoder_dim: int, grid: tuple[int, int], num_outputs: int):
         super().__init__()
         self.grid = grid
         self.restore = _FilledGrid(encoder_dim, grid)
-        self.conv = nn.Conv2d(encoder_dim, outputs, kernel_size=5, padding=2)
+        self.conv = nn.Conv2d(encoder_dim, num_outputs, kernel_size=5, padding=2)
         self.conv.apply(init_weights)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:

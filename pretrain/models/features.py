@@ -10,7 +10,7 @@ from pretrain.models.vit import ViT
 def features(encoder: ViT, images: Tensor) -> Tensor:
     """(B, 3, H, W) standardised pixels of the encoder's size -> (B, 1+N, D), the class token first."""
     embed = encoder.patch_embed.proj
-    patches = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch)
+    patches = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size)
     assert patches.shape[2:] == encoder.grid, (patches.shape, encoder.grid)
     tokens = patches.flatten(2).transpose(1, 2)
     if not (encoder.relative or encoder.bias):

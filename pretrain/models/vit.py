@@ -55,9 +55,9 @@ class _PatchProjection(nn.Conv2d):
 class PatchEmbed(nn.Module):
     """(..., p*p*3) float patches, channels last within a patch -> (..., D) tokens."""
 
-    def __init__(self, patch: int, dim: int):
+    def __init__(self, patch_size: int, dim: int):
         super().__init__()
-        self.proj = _PatchProjection(3, dim, patch, patch)
+        self.proj = _PatchProjection(3, dim, patch_size, patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.proj(patches)
@@ -83,7 +83,7 @@ class ViT(nn.Module):
 
     Args:
         arch: a name of `ARCHS`.
-        patch: side of a patch in pixels.
+        patch_size: side of a patch in pixels.
         grid: rows and columns of the image's patches; contextual relative position does not depend on it.
         relative: contextual relative position in every block instead of fixed sin-cos positions.
         checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
@@ -95,18 +95,18 @@ class ViT(nn.Module):
     def __init__(
         self,
         arch: str,
-        patch: int,
+        patch_size: int,
         grid: tuple[int, int],
         relative: bool = True,
-        checkpoint_blocks: bool = False,
+        grad_checkpointing: bool = False,
         bias: bool = False,
     ):
         super().__init__()
         assert not (relative and bias), "one kind of position"
-        self.arch, self.patch, self.grid, self.relative = ARCHS[arch], patch, grid, relative
-        self.checkpoint_blocks, self.bias = checkpoint_blocks, bias
+        self.arch, self.patch_size, self.grid, self.relative = ARCHS[arch], patch_size, grid, relative
+        self.grad_checkpointing, self.bias = grad_checkpointing, bias
         dim = self.arch.dim
-        self.patch_embed = PatchEmbed(patch, dim)
+        self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
@@ -115,6 +115,11 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
+
+    @property
+    def position(self) -> str:
+        """`relative`, `bias` or `sincos`; the last is any absolute table, of which a loaded one may be a learned one."""
+        return "relative" if self.relative else "bias" if self.bias else "sincos"
 
     def forward(self, tokens: Tensor, buckets: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """Puts the class token in front and encodes, all at once or in two parts, between which tokens may join.
@@ -134,7 +139,7 @@ class ViT(nn.Module):
         if start == 0:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks[start:stop]:
-            if self.checkpoint_blocks and self.training:
+            if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, buckets, use_reentrant=False)
             else:
                 x = block(x, buckets)

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from shard_tools import jpeg, write_tar
+from helpers.shard_tools import jpeg, write_tar
 
 from data.index import Index, load_index
 

@@ -3,8 +3,8 @@ import io
 import numpy as np
 import pytest
 import torchvision.transforms.functional as F
+from helpers.shard_tools import encode, jpeg, picture
 from PIL import Image
-from shard_tools import encode, jpeg, picture
 from torchvision.transforms import InterpolationMode
 
 from data.decode import BadImage, check_image, decode

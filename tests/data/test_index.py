@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from shard_tools import encode, jpeg, picture, write_tar
+from helpers.shard_tools import encode, jpeg, picture, write_tar
 from webdataset.tariterators import base_plus_ext
 
 import data.index
@@ -45,25 +45,25 @@ def test_names_are_split_as_webdataset_does(name: str) -> None:
 def test_foreign_shards_are_indexed_on_first_use(tmp_path: Path, format: int) -> None:
     """Long names, other members, upper case, metadata, text labels; no index file and none of our tools."""
     long = "folder/" + "long" * 20 + "/" + "name" * 20
-    pictures = [jpeg(0), encode(picture(1, 30, 30), "PNG"), encode(picture(2, 30, 30), "WEBP"), jpeg(3)]
+    augmentations = [jpeg(0), encode(picture(1, 30, 30), "PNG"), encode(picture(2, 30, 30), "WEBP"), jpeg(3)]
     members = [
         ("__index__.json", b"{}"),
         ("README.md", b"about"),
-        ("a.JPEG", pictures[0]),
+        ("a.JPEG", augmentations[0]),
         ("a.json", b'{"caption": 1}'),
-        ("a.seg.png", pictures[1]),
+        ("a.seg.png", augmentations[1]),
         ("sub/b.txt", b"caption"),
-        ("sub/b.PNG", pictures[1]),
+        ("sub/b.PNG", augmentations[1]),
         ("sub/b.cls", b"7\n"),
         ("c.cls", b"tabby cat"),
-        ("c.webp", pictures[2]),
-        (long + ".jpg", pictures[3]),
+        ("c.webp", augmentations[2]),
+        (long + ".jpg", augmentations[3]),
     ]
     write_tar(tmp_path / "x.tar", members, format)
     index = load_index(tmp_path)
     assert list(index.keys) == ["a", "sub/b", "c", long]
     assert index.label.tolist() == [-1, 7, -1, -1]
-    assert [ShardReader(index).read(number) for number in range(4)] == pictures
+    assert [ShardReader(index).read(number) for number in range(4)] == augmentations
 
 
 def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,23 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.shard_tools import encode, jpeg, picture, write_tar
 from PIL import Image
-from shard_tools import encode, jpeg, picture, write_tar
 
 from data.index import Index, load_index
 from data.loader import Batch, Loader
-from data.transforms import Picture
+from data.transforms import Augmentation
 
 SIZE = (16, 24)
 BATCH = 24  # of 53 samples: two steps an epoch, divisible by every (ranks, accumulation) below
 
 
-def view(rng: np.random.Generator) -> dict[str, np.ndarray]:
+def sample_masks(rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"masked": rng.random((4, 6)) < 0.5, "windows": rng.integers(0, 100, 3)}
 
 
 def loader(index: Index, **settings: object) -> Loader:
-    return Loader(index, **{"size": SIZE, "batch": BATCH, "seed": 5, "view": view} | settings)  # type: ignore[arg-type]
+    return Loader(index, **{"size": SIZE, "batch": BATCH, "seed": 5, "mask_sampler": sample_masks} | settings)  # type: ignore[arg-type]
 
 
 def stream(index: Index, start: int, end: int, world: int = 1, **settings: object) -> list[list[Batch]]:
@@ -57,8 +57,8 @@ def test_what_a_batch_is(index: Index) -> None:
         assert batch.images.dtype == torch.uint8
         assert batch.samples.dtype == torch.int64
         assert batch.keys == tuple(index.keys[sample] for sample in batch.samples.tolist())
-        assert batch.view["masked"].shape == (4, 4, 6)
-        assert batch.view["masked"].dtype == torch.bool
+        assert batch.mask_indices["masked"].shape == (4, 4, 6)
+        assert batch.mask_indices["masked"].dtype == torch.bool
         assert batch.skipped == ()
 
 
@@ -101,8 +101,12 @@ def test_steps_per_epoch_drop_the_incomplete_batch(index: Index) -> None:
 
 def test_flip_and_crop_scale(index: Index) -> None:
     """Whole pictures, never or always flipped, against the files themselves."""
-    plain = next(loader(index, pictures=[Picture(scale=(1.0, 1.0), flip=0.0)], size=(50, 50)).batches(0, 1))[0]
-    flipped = next(loader(index, pictures=[Picture(scale=(1.0, 1.0), flip=1.0)], size=(50, 50)).batches(0, 1))[0]
+    plain = next(loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=0.0)], size=(50, 50)).batches(0, 1))[
+        0
+    ]
+    flipped = next(
+        loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=1.0)], size=(50, 50)).batches(0, 1)
+    )[0]
     assert torch.equal(plain.images.flip(2), flipped.images)
     close = 0
     for image, sample in zip(plain.images.numpy().astype(int), plain.samples.tolist(), strict=True):
@@ -113,10 +117,10 @@ def test_flip_and_crop_scale(index: Index) -> None:
 
 
 def test_a_second_picture_moves_nothing_and_changes_in_colour_and_place(index: Index) -> None:
-    first = Picture(crop="simple")
-    second = Picture(crop="simple", color_jitter=0.8, three_augment=True)
-    alone = stream(index, 0, 2, pictures=[first])
-    both = stream(index, 0, 2, pictures=[first, second], world=2, workers=1)
+    first = Augmentation(crop="simple")
+    second = Augmentation(crop="simple", color_jitter=0.8, three_augment=True)
+    alone = stream(index, 0, 2, augmentations=[first])
+    both = stream(index, 0, 2, augmentations=[first, second], world=2, workers=1)
     images = torch.cat([batch.images for step in both for batch in step])
     assert images.shape == (2 * BATCH, 2, *SIZE, 3)
     assert torch.equal(images[:, 0], torch.cat([batch.images for step in alone for batch in step]))
@@ -192,7 +196,7 @@ def _die(rng: np.random.Generator, parent: int) -> dict[str, np.ndarray]:
 def test_killed_worker_is_an_error_not_a_hang(index: Index) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited unexpectedly)"):
-        list(loader(index, workers=2, view=partial(_die, parent=os.getpid())).batches(0, 4))
+        list(loader(index, workers=2, mask_indices=partial(_die, parent=os.getpid())).batches(0, 4))
     assert time.monotonic() - start < 30
 
 

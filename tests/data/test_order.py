@@ -65,6 +65,6 @@ def test_streams_of_a_sample_are_independent() -> None:
 
     crop = draws(0, 1, 2, stream=Stream.CROP)
     assert crop == draws(0, 1, 2, stream=Stream.CROP)
-    others = [draws(0, 1, 2, stream=Stream.VIEW), draws(1, 1, 2, stream=Stream.CROP)]
+    others = [draws(0, 1, 2, stream=Stream.MASK), draws(1, 1, 2, stream=Stream.CROP)]
     others += [draws(0, 2, 2, stream=Stream.CROP), draws(0, 1, 3, stream=Stream.CROP)]
     assert all(not set(crop) & set(other) for other in others)

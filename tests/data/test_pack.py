@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from shard_tools import encode, jpeg, picture
+from helpers.shard_tools import encode, jpeg, picture
 
 from data import pack as pack_module
 from data.index import load_index

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.shard_tools import jpeg, picture, write_tar
 from PIL import Image
-from shard_tools import jpeg, picture, write_tar
 from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.data.transforms_factory import transforms_imagenet_train
 
-from data.colours import rand_augment
+from data.augment import rand_augment
 from data.index import Index, load_index
 from data.loader import Loader
 from data.order import Stream, sample_rng
-from data.transforms import Picture, flip_decision
+from data.transforms import Augmentation, flip_decision
 
 POLICY = "rand-m9-mstd0.5-inc1"
 
@@ -54,7 +54,9 @@ def test_nothing_outside_notices_and_nothing_outside_matters():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, workers: int):
     plain = Loader(index, size=(32, 32), batch=8, seed=5)
-    augmented = Loader(index, size=(32, 32), batch=8, seed=5, pictures=(Picture(rand_augment=POLICY),), workers=workers)
+    augmented = Loader(
+        index, size=(32, 32), batch=8, seed=5, augmentations=(Augmentation(rand_augment=POLICY),), workers=workers
+    )
     steps = plain.steps_per_epoch
     for (before,), (after,) in zip(plain.batches(steps, steps + 3), augmented.batches(steps, steps + 3), strict=True):
         for row, sample in enumerate(before.samples.tolist()):
@@ -63,7 +65,7 @@ def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, wor
             data = index.root.joinpath(index.shards[index.shard[sample]]).read_bytes()
             start, length = int(index.offset[sample]), int(index.length[sample])
             width, height = Image.open(io.BytesIO(data[start : start + length])).size
-            Picture().box(rng, width, height, (32, 32))
+            Augmentation().box(rng, width, height, (32, 32))
             expected = rand_augment(rng, before.images[row].numpy(), POLICY)
             np.testing.assert_array_equal(after.images[row].numpy(), expected)
 
@@ -71,7 +73,7 @@ def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, wor
 @pytest.mark.parametrize("policy", ["rand-q9", "rand", "rand-m", "auto", "rand-m9-", "rand-m9-mstd0.5-foo"])
 def test_a_policy_that_timm_would_ignore_or_assert_on_is_refused(policy: str):
     with pytest.raises(ValueError, match="not written as timm does"):
-        Picture(rand_augment=policy)
+        Augmentation(rand_augment=policy)
 
 
 def test_labels_are_those_of_the_pictures_even_of_replaced_ones(tmp_path: Path):
@@ -82,8 +84,8 @@ def test_labels_are_those_of_the_pictures_even_of_replaced_ones(tmp_path: Path):
     write_tar(tmp_path / "train-000000.tar", members)
     replaced = 0
     for (batch,) in Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0, labels=True).batches(0, 4):
-        assert batch.view["label"].tolist() == [int(key) for key in batch.keys]
-        assert all(label % 5 for label in batch.view["label"].tolist())
+        assert batch.mask_indices["label"].tolist() == [int(key) for key in batch.keys]
+        assert all(label % 5 for label in batch.mask_indices["label"].tolist())
         replaced += len(batch.skipped)
     assert replaced == 8
     ((unlabelled,),) = Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0).batches(0, 1)

@@ -8,9 +8,9 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, RandomCrop, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from data.colours import color_jitter, three_augment
+from data.augment import color_jitter, three_augment
 from data.decode import decode
-from data.transforms import Picture, center_crop, flip_decision, random_resized_crop, simple_crop
+from data.transforms import Augmentation, center_crop, flip_decision, random_resized_crop, simple_crop
 
 SHAPES = [(500, 375), (64, 300), (300, 40), (9, 9)]
 
@@ -168,4 +168,4 @@ def test_three_augment_is_each_of_three_as_often() -> None:
 )
 def test_pictures_that_cannot_be_made(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Picture(**settings)
+        Augmentation(**settings)

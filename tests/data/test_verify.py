@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
-from shard_tools import jpeg, write_tar
+from helpers.shard_tools import jpeg, write_tar
 
 from data.index import Index, load_index
 from data.verify import main

@@ -8,17 +8,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.naive_attention import randomized
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
-from naive_attention import randomized
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from downstream.dense import loading
-from downstream.dense.backbone import PlainViT
-from downstream.dense.convolution import on_grid, parallel_branch
-from downstream.dense.loading import compare_features, load_start
-from downstream.weights import features, load_encoder, max_difference
+from downstream.checkpoints.weights import features, load_encoder, max_difference
+from downstream.dense.backbone.convolution import on_grid, parallel_branch
+from downstream.dense.backbone.loading import compare_features, load_start
+from downstream.dense.backbone.plain_vit import PlainViT, loading
 from pretrain.models.vit import ARCHS, Arch, ViT
 
 TINY = Arch(dim=16, depth=4, heads=2)
@@ -291,8 +290,8 @@ def test_the_parallel_branch_is_torchs_convolutions_and_batch_norm():
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_recomputed_blocks_give_the_same_gradients_and_statistics(kind: str):
     results = []
-    for checkpoint_blocks in (False, True):
-        backbone = build(position=kind, parallel_conv=True, drop_path=0.5, checkpoint_blocks=checkpoint_blocks)
+    for grad_checkpointing in (False, True):
+        backbone = build(position=kind, parallel_conv=True, drop_path=0.5, grad_checkpointing=grad_checkpointing)
         randomized(backbone).train()
         torch.manual_seed(4)
         backbone(images(24, 32))[0].square().sum().backward()

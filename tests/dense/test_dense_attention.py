@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from naive_attention import naive_attention, randomized
+from helpers.naive_attention import naive_attention, randomized
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from downstream.dense import attention as module
-from downstream.dense.attention import DecomposedAttention, GridAttention, RelativeAttention, attend_fused
-from downstream.dense.positions import decomposed_terms
+from downstream.dense.backbone.attention import DecomposedAttention, GridAttention, RelativeAttention, attend_fused
+from downstream.dense.backbone.plain_vit import attention as module
+from downstream.dense.backbone.relative_position import decomposed_terms
 
 KINDS = ("relative", "decomposed")
 

@@ -9,9 +9,9 @@ from mmengine.model import BaseModule
 from mmengine.optim import AmpOptimWrapper, MultiStepLR, OptimWrapper, build_optim_wrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 
-from downstream.dense import optim as optim_module
-from downstream.dense.backbone import PlainViT
-from downstream.dense.optim import layer_decay_groups
+from downstream.dense.mmengine import layer_decay as optim_module
+from downstream.dense.backbone.plain_vit import PlainViT
+from downstream.dense.mmengine.layer_decay import layer_decay_groups
 from pretrain.models.vit import ARCHS, Arch
 
 DECAY = 0.5
@@ -115,7 +115,7 @@ def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
 @pytest.mark.parametrize("paramwise", [None, {}, {"layer_decay": 0.5, "bias_lr_mult": 2}, {"decay_rate": 0.5}])
 def test_other_options_are_refused(paramwise):
     with pytest.raises(ValueError, match=r"needs optim_wrapper\.paramwise_cfg"):
-        optim_module.LayerDecay({"optimizer": {"type": "AdamW", "lr": 1.0}}, paramwise)
+        optim_module.LayerDecayOptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1.0}}, paramwise)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.saved import saved_storages
-from downstream.dense.mlp import Mlp
+from downstream.dense.backbone.mlp import Mlp
 
 Forward = Callable[[Tensor], Tensor]
 recomputed = partial(checkpoint, use_reentrant=False)

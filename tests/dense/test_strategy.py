@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from dense_jobs import CONFIG, run_jobs
-from dense_runs import groups, last, logged, measured, said, write_engines
-from processes import Processes
-from tiny_coco import make_coco
+from helpers.dense_jobs import CONFIG, run_jobs
+from helpers.dense_runs import groups, last, logged, measured, said, write_engines
+from helpers.processes import Processes
+from helpers.tiny_coco import make_coco
 
 pytestmark = pytest.mark.engine
 

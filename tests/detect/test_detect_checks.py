@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny_coco import make_coco
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as run_lengths
-from tiny_coco import make_coco
 
-from downstream.dense.checks import find_missing
-from downstream.detect.checks import check
-from downstream.detect.settings import spread_settings
+from downstream.dense.data_checks import find_missing
+from downstream.detect.coco_checks import check
+from downstream.detect.detector_keys import propagate_keys
 
 CONFIG = Path(__file__).parents[2] / "downstream" / "detect" / "configs" / "vitdet_vitb_lomar_25ep.py"
 TRAIN, VAL = "annotations/instances_train2017.json", "annotations/instances_val2017.json"
@@ -36,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 def cfg(config: Config, root: Path) -> Config:
     own = Config(json.loads(json.dumps(config.to_dict())))
     own.merge_from_dict({"data_root": str(root), "classes": ["disc", "box"]})
-    spread_settings(own)
+    propagate_keys(own)
     return own
 
 

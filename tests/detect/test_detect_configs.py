@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from downstream.detect.settings import spread_settings
+from downstream.detect.detector_keys import propagate_keys
 from pretrain.models.vit import ARCHS
 
 CONFIGS = Path(__file__).parents[2] / "downstream" / "detect" / "configs"
@@ -26,7 +26,7 @@ def _read(name: str) -> Config:
 
 def load(name: str) -> Config:
     cfg = copy.deepcopy(_read(name))
-    spread_settings(cfg)
+    propagate_keys(cfg)
     return cfg
 
 
@@ -56,7 +56,7 @@ def test_recipe_is_vitdets(name: str):
     assert (backbone.window, backbone.global_blocks) == (0 if name.endswith("_global") else 14, globally)
     assert backbone.get("conv_blocks", ()) == (quarters if name.endswith("_conv") else ())
     assert backbone.get("parallel_conv", False) == name.startswith("vitae")
-    assert backbone.checkpoint_blocks == name.endswith("24gb")
+    assert backbone.grad_checkpointing == name.endswith("24gb")
     assert backbone.checkpoint is None  # every command changes it
     assert backbone.drop_path == DROP_PATH[arch]
     wrapper = cfg.optim_wrapper
@@ -122,7 +122,7 @@ def test_own_set_in_six_lines(tmp_path: Path):
     own = tmp_path / "birds.py"
     own.write_text(lines.replace("    ", "").replace("vitdet_vitb", f"{CONFIGS}/vitdet_vitb"))
     cfg = Config.fromfile(own, import_custom_modules=False)
-    spread_settings(cfg)
+    propagate_keys(cfg)
     assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 2
     for split, file in (("train", "train.json"), ("val", "val.json"), ("test", "val.json")):
         dataset = cfg[f"{split}_dataloader"].dataset
@@ -140,7 +140,7 @@ def test_settings_reach_wrapped_sets_and_keep_absolute_files():
         "dataset": {"type": "ConcatDataset", "datasets": [inner, inner]},
     }
     cfg.merge_from_dict({"data_root": "/data/mine", "val_dataloader.dataset.ann_file": "/elsewhere/val.json"})
-    spread_settings(cfg)
+    propagate_keys(cfg)
     assert [one.data_root for one in cfg.train_dataloader.dataset.dataset.datasets] == ["/data/mine"] * 2
     assert cfg.val_evaluator.ann_file == "/elsewhere/val.json"
     assert cfg.test_evaluator.ann_file == "/data/mine/annotations/instances_val2017.json"
@@ -151,4 +151,4 @@ def test_classes_that_are_no_names(classes: object):
     cfg = load("vitdet_vitb_lomar_25ep")
     cfg.classes = classes
     with pytest.raises(ValueError, match="classes="):
-        spread_settings(cfg)
+        propagate_keys(cfg)

@@ -8,17 +8,17 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_coco import make_coco
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
-from tiny_coco import make_coco
 from torchvision.ops import roi_align
 
-from downstream.dense.draw import load_model
-from downstream.dense.hooks import BordersHook
-from downstream.detect import draw
-from downstream.detect.settings import spread_settings
+from downstream.dense.drawing import load_model
+from downstream.dense.mmengine.hooks import Fp32OutputsHook
+from downstream.detect import draw_detections as draw
+from downstream.detect.detector_keys import propagate_keys
 
 CONFIG = Path(draw.__file__).parent / "configs" / "vitdet_tiny_pennfudan.py"
 
@@ -34,7 +34,7 @@ def cfg(root: Path) -> Config:
     cfg.merge_from_dict({"data_root": str(root), "classes": ["disc", "box"]})
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
-    spread_settings(cfg)
+    propagate_keys(cfg)
     return cfg
 
 
@@ -48,7 +48,7 @@ def model(cfg: Config) -> Any:
 @pytest.fixture(scope="module", autouse=True)
 def _borders(model: Any) -> None:
     """As in a training under bf16; in fp32 they change nothing."""
-    BordersHook().before_train(SimpleNamespace(model=model))
+    Fp32OutputsHook().before_train(SimpleNamespace(model=model))
 
 
 def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, torch.Tensor]]:
@@ -142,8 +142,8 @@ def test_draws_what_is_found(weights: tuple[Path, Path], tmp_path: Path, capfd: 
     photos, out = tmp_path / "photos", tmp_path / "out"
     (photos / "below").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    pictures = {"a.png": (90, 120), "below/b.png": (100, 70)}
-    for name, size in pictures.items():
+    augmentations = {"a.png": (90, 120), "below/b.png": (100, 70)}
+    for name, size in augmentations.items():
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
     (photos / "notes.txt").write_text("no image")
     (photos / "broken.png").write_text("no image either")
@@ -154,8 +154,8 @@ def test_draws_what_is_found(weights: tuple[Path, Path], tmp_path: Path, capfd: 
     assert "2 images cannot be decoded" in said.err
     assert "broken.png" in said.err
     assert "empty.jpg" in said.err
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(pictures)
-    for name, size in pictures.items():
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(augmentations)
+    for name, size in augmentations.items():
         before, after = (np.array(Image.open(folder / name)) for folder in (photos, out))
         assert after.shape == (*size, 3)
         assert (before != after).mean() > 0.05

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import timm
-from originals import TINY
+from helpers.originals import TINY
 from timm.models import _registry
 
 from pretrain.models.vit import ARCHS

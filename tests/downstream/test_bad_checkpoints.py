@@ -6,19 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import originals
 import pytest
 import timm
 import torch
-from originals import PATCH, Bomb, noise
+from helpers import originals
+from helpers.originals import PATCH, Bomb, noise
 from safetensors.torch import save_file
 from torch import Tensor
 
-import downstream.timm_models
-from downstream.weights import load_encoder, load_into
+import downstream.checkpoints.timm_models
+from downstream.checkpoints.weights import load_encoder, load_into
 from pretrain.models.vit import ViT
 
-assert downstream.timm_models
+assert downstream.checkpoints.timm_models
 
 
 def refused(path: Path, *said: str, **options: Any) -> None:

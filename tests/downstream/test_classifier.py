@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from originals import TINY
+from helpers.originals import TINY
+from helpers.tiny_classifier import DEPTH, POSITIONS, SIZE, batch, configure, encoder_file, small_encoder, standardised
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from tiny_classifier import DEPTH, POSITIONS, SIZE, batch, configure, encoder_file, small_encoder, standardised
 
+from downstream.checkpoints.weights import features
 from downstream.classify.config import FinetuneConfig
 from downstream.classify.finish import save_classifier
 from downstream.classify.model import Classifier, build_classifier, build_vit
-from downstream.classify.optim import build_optimizer, layer_decay_groups
-from downstream.weights import features
-from pretrain.loop import seed_step
+from downstream.classify.optimizers import build_optimizer, layer_decay_groups
+from pretrain.trainer.loop import seed_step
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -102,11 +102,11 @@ def lively(config: FinetuneConfig) -> Classifier:
 @pytest.mark.parametrize("part", RANDOM)
 def test_what_is_random_depends_on_where_it_is_alone(part: str, tmp_path: Path):
     classifier = lively(configure(tmp_path, **RANDOM[part]))
-    images, view = batch()
+    images, mask_indices = batch()
 
     def loss(*where: int) -> float:
         seed_step(*where)
-        return classifier(images.clone(), view)["loss"].item()
+        return classifier(images.clone(), mask_indices)["loss"].item()
 
     here = [loss(0, 3, part, rank) for part in (0, 1) for rank in (0, 1)]
     assert here == [loss(0, 3, part, rank) for part in (0, 1) for rank in (0, 1)]
@@ -119,23 +119,23 @@ def test_what_is_random_depends_on_where_it_is_alone(part: str, tmp_path: Path):
 def test_mixed_losses_are_timms(tmp_path: Path):
     """Erasing before mixing, as timm's loader does; the soft targets' cross entropy."""
     classifier = lively(configure(tmp_path, **MIXED, augment__erasing=0.5))
-    images, view = batch()
+    images, mask_indices = batch()
     for step in range(6):
         seed_step(step)
-        ours = classifier(images, view)["loss"]
+        ours = classifier(images, mask_indices)["loss"]
         seed_step(step)
         pixels = RandomErasing(0.5, mode="pixel", max_count=1, device="cpu")(standardised(images))
         mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1, num_classes=5)
-        pixels, target = mixup(pixels, view["label"])
+        pixels, target = mixup(pixels, mask_indices["label"])
         torch.testing.assert_close(ours, SoftTargetCrossEntropy()(classifier.vit(pixels), target))
 
 
 def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path):
     classifier = lively(configure(tmp_path, augment__smoothing=0.2))
-    images, view = batch()
-    soft = F.one_hot(view["label"], 5) * 0.8 + 0.2 / 5
+    images, mask_indices = batch()
+    soft = F.one_hot(mask_indices["label"], 5) * 0.8 + 0.2 / 5
     expected = -(soft * F.log_softmax(classifier.vit(standardised(images)), -1)).sum(-1).mean()
-    torch.testing.assert_close(classifier(images, view)["loss"], expected)
+    torch.testing.assert_close(classifier(images, mask_indices)["loss"], expected)
 
 
 @pytest.mark.parametrize("part", ["tuned", "probe"])
@@ -144,12 +144,12 @@ def test_a_few_images_are_learned_by_heart(part: str, tmp_path: Path):
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), optim__base_lr=0.3, **probe)
     classifier, _ = build_classifier(config)
     optimizer = build_optimizer(classifier.vit, config, stage=0)
-    images, view = batch(10)
+    images, mask_indices = batch(10)
     for _ in range(80):
         optimizer.zero_grad()
-        classifier(images, view)["loss"].backward()
+        classifier(images, mask_indices)["loss"].backward()
         optimizer.step()
-    assert (classifier.eval()(images)["logits"].argmax(1) == view["label"]).all()
+    assert (classifier.eval()(images)["logits"].argmax(1) == mask_indices["label"]).all()
 
 
 @torch.no_grad()

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from originals import randomized
+from helpers.originals import randomized
+from helpers.tiny_classifier import DEPTH, POSITIONS, batch, configure, encoder_file
 from safetensors.torch import load_file
-from tiny_classifier import DEPTH, POSITIONS, batch, configure, encoder_file
 
 from downstream.classify.build import check_classes, check_labels, check_pairs
 from downstream.classify.config import RECIPES, load
 from downstream.classify.evaluate import load_classifier
 from downstream.classify.finish import save_classifier
 from downstream.classify.model import build_classifier
-from downstream.classify.optim import build_optimizer
-from pretrain.launch import World
+from downstream.classify.optimizers import build_optimizer
+from pretrain.trainer.launch import World
 
 NAMES = tuple("abcde")
 
@@ -95,7 +95,7 @@ def test_a_start_that_does_not_fit_is_refused(keys: dict[str, Any], says: str, t
         ({"optim__name": "lars"}, "optim.name=lars is a linear probe's"),
         ({"augment__randaugment": "rand-q9"}, "augment.randaugment: rand_augment 'rand-q9'"),
         ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean mixup?"),
-        ({"head__classes": 1}, "head.classes=1"),
+        ({"head__classes": 1}, "head.num_classes=1"),
         ({"val__shards": ""}, "val.shards=None"),
     ],
 )
@@ -108,7 +108,7 @@ def test_lars_is_refused_where_zero_cuts_its_matrices(tmp_path: Path):
     keys = {"start__trained_blocks": 0, "optim__name": "lars", "optim__weight_decay": 0}
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), **keys)
     vit = build_classifier(config)[0].vit
-    with pytest.raises(ValueError, match=r"ZeRO stage 1 cuts matrices in pieces: set train.ds_config=ds_configs/zero0"):
+    with pytest.raises(ValueError, match=r"ZeRO stage 1 cuts matrices in pieces: set train.ds_config=zero0"):
         build_optimizer(vit, config, stage=1)
     groups = build_optimizer(vit, config, stage=0).param_groups
     assert sorted(group["always_adapt"] for group in groups) == [False, True]
@@ -122,9 +122,13 @@ class Labelled(SimpleNamespace):
 @pytest.mark.parametrize(
     ("labels", "classes", "says"),
     [
-        ([0, -1, 2], (), "1 of 3 samples in /shards have no label in 0..4 (head.classes=5): labels go from -1 to 2"),
-        ([0, 5, 7], (), "2 of 3 samples in /shards have no label in 0..4 (head.classes=5): labels go from 0 to 7"),
-        ([0, 1, 2], ("cat", "dog", "owl"), "the classes of /shards are 3 (cat, ...), but head.classes=5"),
+        (
+            [0, -1, 2],
+            (),
+            "1 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from -1 to 2",
+        ),
+        ([0, 5, 7], (), "2 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from 0 to 7"),
+        ([0, 1, 2], ("cat", "dog", "owl"), "the classes of /shards are 3 (cat, ...), but head.num_classes=5"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels: list[int], classes: tuple[str, ...], says: str):
@@ -148,7 +152,7 @@ def test_other_classes_under_the_same_labels_are_refused():
 def test_an_odd_micro_batch_cannot_be_mixed(tmp_path: Path):
     config = configure(tmp_path, augment__mixup=0.8, train__batch=6)
     check_pairs(config, World(0, 1, 0))
-    with pytest.raises(ValueError, match=r"each of 2 ranks has 3 at once \(train.batch=6"):
+    with pytest.raises(ValueError, match=r"each of 2 ranks has 3 at once \(train.global_batch_size=6"):
         check_pairs(config, World(0, 2, 0))
     check_pairs(configure(tmp_path, train__batch=6), World(0, 2, 0))
 
@@ -159,17 +163,19 @@ def test_recipes_load_and_name_themselves(recipe: str):
     config = load(recipe, ["data.shards=a", "val.shards=b", *start])
     assert config.name == recipe
     comment = (RECIPES / f"{recipe}.yaml").read_text().split("name:")[0]
-    command = "python -m downstream.classify.sweep" if recipe.startswith("transfer") else "downstream/classify/run.py"
+    command = (
+        "python -m downstream.classify.sweep" if recipe.startswith("transfer") else "downstream/classify/finetune.py"
+    )
     assert f"{command} {recipe} data.shards=" in comment
-    assert f"batch {config.train.batch} = 8 GPUs" in comment
+    assert f"batch {config.train.global_batch_size} = 8 GPUs" in comment
     parts = re.search(r"= 8 GPUs x (?:(\d+) accumulation x )?(\d+)", comment)
     assert parts
-    assert int(parts[1] or 1) == config.train.accumulation
-    assert 8 * int(parts[1] or 1) * int(parts[2]) == config.train.batch
+    assert int(parts[1] or 1) == config.train.gradient_accumulation_steps
+    assert 8 * int(parts[1] or 1) * int(parts[2]) == config.train.global_batch_size
 
 
 def test_what_the_weights_depend_on_is_in_a_checkpoint(tmp_path: Path):
-    before = configure(tmp_path).trained_function()
+    before = configure(tmp_path).resume_signature()
     for keys in (
         {"head__classes": 6},
         {"head__pool": "token"},
@@ -178,5 +184,5 @@ def test_what_the_weights_depend_on_is_in_a_checkpoint(tmp_path: Path):
         {"average__momentum": 0.5},
         {"start__checkpoint": "x"},
     ):
-        assert configure(tmp_path, **keys).trained_function() != before, keys
-    assert configure(tmp_path, val__every=7, data__workers=0).trained_function() == before
+        assert configure(tmp_path, **keys).resume_signature() != before, keys
+    assert configure(tmp_path, val__every=7, data__workers=0).resume_signature() == before

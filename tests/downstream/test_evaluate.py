@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labelled import write_classes, write_classifier, write_photo
+from helpers.labelled import write_classes, write_classifier, write_photo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import top_k_accuracy_score
 from torch import Tensor
 
-from data.folder import Samples, load_samples
+from data.image_folder import Samples, load_samples
 from downstream.classify.evaluate import check_classes, evaluate, load_classifier, top_hits
 
 CPU = torch.device("cpu")

@@ -3,23 +3,23 @@
 import json
 from pathlib import Path
 
-import commands_in_turn
 import pytest
 import torch
-from labelled import run_command, write_classes, write_classifier
+from helpers import commands_in_turn
+from helpers.labelled import run_command, write_classes, write_classifier
 from safetensors.torch import save_file
 
-from data.folder import load_samples
-from data.once import Once
+from data.eval_loader import EvalLoader
+from data.image_folder import load_samples
 from data.pack import pack
 from data.sources import list_source
+from downstream.checkpoints.weights import load_encoder
 from downstream.classify.evaluate import evaluate, load_classifier
-from downstream.classify.layouts import imagenet
 from downstream.classify.robustness import Evaluator, _prepare
-from downstream.weights import load_encoder
-from pretrain.launch import World
+from downstream.classify.robustness.layouts import imagenet
 from pretrain.models.vit import ARCHS, Arch, ViT
 from pretrain.probe import probe
+from pretrain.trainer.launch import World
 
 CPU = torch.device("cpu")
 NAMES = [f"c{number}" for number in range(7)]
@@ -61,7 +61,7 @@ def test_on_two_ranks(tmp_path: Path):
     assert json.loads(accuracy) == evaluate(trained.predict, load_samples(val), size=(32, 32), batch=9, **place)
 
     encoder, _ = load_encoder(tmp_path / "encoder.safetensors")
-    sets = [Once(load_samples(path), size=(32, 32), batch=9) for path in (tmp_path / "shards", val)]
+    sets = [EvalLoader(load_samples(path), size=(32, 32), batch=9) for path in (tmp_path / "shards", val)]
     expected = probe(encoder, *sets, k=3, device=CPU)
     assert json.loads(knn) == pytest.approx(expected)
     assert 1 / 7 < expected["knn_top1"] < 1

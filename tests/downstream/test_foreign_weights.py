@@ -3,18 +3,18 @@
 from pathlib import Path
 
 import numpy as np
-import originals
 import pytest
 import torch
-from originals import ORIGINALS, PATCH, images
+from helpers import originals
+from helpers.originals import ORIGINALS, PATCH, images
 from safetensors.torch import save_file
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import vision_transformer
 from torch import Tensor
 
-from downstream.files import read_source
-from downstream.resize import resize_bias
-from downstream.weights import features, load_encoder, load_into
+from downstream.checkpoints.files import read_source
+from downstream.checkpoints.resize import resize_bias
+from downstream.checkpoints.weights import features, load_encoder, load_into
 from pretrain.models.vit import ViT
 
 

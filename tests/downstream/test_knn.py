@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from labelled import write_classes
+from helpers.labelled import write_classes
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
-from data.folder import load_samples
-from data.once import Once
-from downstream.weights import features
+from data.eval_loader import EvalLoader
+from data.image_folder import load_samples
+from downstream.checkpoints.weights import features
 from pretrain.config import load
-from pretrain.launch import World
-from pretrain.methods.targets import normalize_pixels
+from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
 from pretrain.probe import METRICS, RIDGE, Probe, check_sets, probe, ridge, votes
+from pretrain.trainer.launch import World
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e", "f"]
@@ -44,14 +44,16 @@ def encoder() -> ViT:
     return model
 
 
-def sets(photos: Path, **settings: Any) -> list[Once]:
-    return [Once(load_samples(photos / n), **{"size": (32, 32), "batch": 7, **settings}) for n in ("train", "val")]
+def sets(photos: Path, **settings: Any) -> list[EvalLoader]:
+    return [
+        EvalLoader(load_samples(photos / n), **{"size": (32, 32), "batch": 7, **settings}) for n in ("train", "val")
+    ]
 
 
-def plain_features(encoder: ViT, once: Once, pool: str) -> tuple[np.ndarray, np.ndarray, int]:
+def plain_features(encoder: ViT, once: EvalLoader, pool: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Unit features and labels of what can be decoded, and how many there are in all; image by image."""
     found, labels = [], []
-    for batch in Once(once.samples, size=(32, 32), batch=1).batches():
+    for batch in EvalLoader(once.samples, size=(32, 32), batch=1).batches():
         if batch.readable[0]:
             with torch.no_grad():
                 tokens = features(encoder, normalize_pixels(batch.images).permute(0, 3, 1, 2))[0]
@@ -129,11 +131,11 @@ def test_encoders_that_collapsed_or_diverged(photos: Path, encoder: ViT):
 def recipe(photos: Path, folder: Path, **keys: Any) -> str:
     sections = {
         "name": "probed",
-        "method": {"name": "lomar", "windows": 1, "window": 2},
+        "method": {"name": "lomar", "num_windows": 1, "window_size": 2},
         "model": {"arch": "vit_tiny"},
-        "data": {"shards": "none", "size": 32, "workers": 0},
-        "train": {"batch": 8, "precision": "fp32"},
-        "probe": {"train": str(photos / "train"), "val": str(photos / "val"), "every": 1, "k": 5, **keys},
+        "data": {"shards": "none", "image_size": 32, "num_workers": 0},
+        "train": {"global_batch_size": 8, "precision": "fp32"},
+        "probe": {"train": str(photos / "train"), "val": str(photos / "val"), "every_epochs": 1, "k": 5, **keys},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(sections))
     return str(folder / "recipe.yaml")
@@ -159,8 +161,8 @@ def test_measuring_touches_nothing(photos: Path, tmp_path: Path):
 
 def test_the_probe_is_no_part_of_what_is_trained(photos: Path, tmp_path: Path):
     config = load(recipe(photos, tmp_path), [])
-    other = load(recipe(photos, tmp_path), ["probe.k=7", "probe.every=3"])
-    assert config.trained_function() == other.trained_function()
+    other = load(recipe(photos, tmp_path), ["probe.k=7", "probe.every_epochs=3"])
+    assert config.resume_signature() == other.resume_signature()
     with pytest.raises(ValueError, match=r"unknown key probe\.neighbours"):
         load(recipe(photos, tmp_path), ["probe.neighbours=3"])
     with pytest.raises(ValueError, match=r"k=50 neighbours, but .* has 48 images"):

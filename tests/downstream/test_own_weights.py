@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from downstream.export import export_encoder
-from downstream.weights import load_encoder, load_into
+from downstream.checkpoints.export import export_encoder
+from downstream.checkpoints.weights import load_encoder, load_into
 from pretrain.models.vit import ARCHS, Arch, ViT
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +41,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "name": "secret-name",
         "runs": str(folder / "runs"),
-        "method": {"name": "lomar", "windows": 2, "window": 3},
+        "method": {"name": "lomar", "num_windows": 2, "window_size": 3},
         "model": {"arch": "vit_tiny"},
-        "data": {"shards": str(folder / "shards"), "size": [64, 80], "workers": 0},
+        "data": {"shards": str(folder / "shards"), "image_size": [64, 80], "num_workers": 0},
         "optim": {"warmup_epochs": 0.1, "base_lr": 1e-2},
-        "train": {"epochs": 1, "batch": 4, "precision": "fp32", "ds_config": "ds_configs/zero3.json"},
-        "log": {"every": 1, "panel_images": 1},
+        "train": {"epochs": 1, "global_batch_size": 4, "precision": "fp32", "ds_config": "zero3"},
+        "log": {"every_steps": 1, "num_reconstructions": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with socket.socket() as probe:
@@ -129,7 +129,7 @@ def _stage1(folder: Path, encoder: ViT, prefix: str) -> Path:
     checkpoint = folder / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
     torch.save({"module": {**state, "fill.novel": torch.ones(3)}}, checkpoint / "mp_rank_00_model_states.pt")
-    trained = {"model": {"arch": "vit_tiny", "patch": 16, "position": "sincos"}, "data": {"size": 48}}
+    trained = {"model": {"arch": "vit_tiny", "patch_size": 16, "position": "sincos"}, "data": {"image_size": 48}}
     manifest = {"state": {"trained_function": {**trained, "method": {"name": "mae"}}}}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     (folder / "checkpoints" / "latest").write_text(checkpoint.name)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labelled import write_photo
+from helpers.labelled import write_photo
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from data.folder import load_samples
-from downstream.classify import layouts, robustness
-from downstream.classify.evaluate import Trained
-from downstream.classify.layouts import (
+from data.image_folder import load_samples
+from downstream.classify.evaluate import TrainedClassifier
+from downstream.classify.robustness import SETS, Evaluator, _parse, _prepare, check_classifier, layouts, robustness
+from downstream.classify.robustness.layouts import (
     ALEXNET,
     imagenet,
     numbered,
@@ -29,9 +29,8 @@ from downstream.classify.layouts import (
     si_score,
     synsets,
 )
-from downstream.classify.metrics import aupr, confidence, hits, mean_corruption_error, occlude
-from downstream.classify.robustness import SETS, Evaluator, _parse, _prepare, check_classifier
-from pretrain.launch import World
+from downstream.classify.robustness.metrics import aupr, confidence, hits, mean_corruption_error, occlude
+from pretrain.trainer.launch import World
 
 CPU = torch.device("cpu")
 
@@ -281,8 +280,8 @@ def test_shards_without_names_of_classes_have_imagenets_numbers(tmp_path: Path):
 
 
 def test_a_classifier_of_other_classes_is_refused(tmp_path: Path):
-    def trained(names: list[str], classes: int = 1000) -> Trained:
-        return Trained(tmp_path / "a.safetensors", torch.nn.Identity(), (32, 32), classes, tuple(names))
+    def trained(names: list[str], classes: int = 1000) -> TrainedClassifier:
+        return TrainedClassifier(tmp_path / "a.safetensors", torch.nn.Identity(), (32, 32), classes, tuple(names))
 
     ids = list(synsets())
     for names in (ids, [], [f"class {number}" for number in range(1000)]):

@@ -29,11 +29,11 @@ def recipe(tmp_path: Path) -> str:
         "name": "grid",
         "runs": str(tmp_path / "runs"),
         "model": {"arch": "vit_tiny", "position": "sincos"},
-        "data": {"shards": str(tmp_path / "shards"), "size": 32, "workers": 0},
+        "data": {"shards": str(tmp_path / "shards"), "image_size": 32, "num_workers": 0},
         "val": {"shards": str(tmp_path / "shards")},
-        "head": {"classes": 2},
+        "head": {"num_classes": 2},
         "optim": {"warmup_epochs": 0},
-        "train": {"epochs": 2, "batch": 8, "precision": "fp32", "ds_config": "ds_configs/zero0.json"},
+        "train": {"epochs": 2, "global_batch_size": 8, "precision": "fp32", "ds_config": "zero0"},
     }
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(keys))

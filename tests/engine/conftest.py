@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers.processes import ROOT, Processes, starter
 from PIL import Image
-from processes import ROOT, Processes, starter
 
 
 @pytest.fixture(scope="session")
@@ -41,13 +41,13 @@ def write_recipe(shards: Path) -> Callable[..., Path]:
         keys = {
             "name": name,
             "runs": str(folder / "runs"),
-            "method": {"name": "lomar", "windows": 2, "window": 3},
+            "method": {"name": "lomar", "num_windows": 2, "window_size": 3},
             "model": {"arch": "vit_tiny"},
-            "data": {"shards": str(shards), "size": [64, 80], "workers": 1},
+            "data": {"shards": str(shards), "image_size": [64, 80], "num_workers": 1},
             "optim": {"warmup_epochs": 0.3, "base_lr": 1e-2},
-            "train": {"epochs": 1, "batch": 8, "precision": "fp32"},
-            "checkpoint": {"every": 5},
-            "log": {"every": 1, "panel_images": 2},
+            "train": {"epochs": 1, "global_batch_size": 8, "precision": "fp32"},
+            "checkpoint": {"every_steps": 5},
+            "log": {"every_steps": 1, "num_reconstructions": 2},
         }
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(keys | sections))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.processes import RUN
 from PIL import Image
-from processes import RUN
 
 from pretrain.config import load
-from pretrain.metrics import read_metrics
+from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 
@@ -34,10 +34,10 @@ REFUSED = {
     "a key": ("RECIPE mehtod.windows=3", "unknown key mehtod: did you mean method?"),
     "a recipe": ("lomar_vitb16_224_1600", "did you mean lomar_vitb16_224_1600e?"),
     "accumulation": (
-        "RECIPE train.accumulation=3",
-        "train.batch=8 is not divided by 1 ranks x train.accumulation=3; the nearest batches",
+        "RECIPE train.gradient_accumulation_steps=3",
+        "train.global_batch_size=8 is not divided by 1 ranks x train.gradient_accumulation_steps=3; the nearest batches",
     ),
-    "batch": ("RECIPE train.batch=88", "80 samples"),
+    "batch": ("RECIPE train.global_batch_size=88", "80 samples"),
     "shards": ("RECIPE data.shards=/nowhere", "/nowhere"),
     "no engine": (
         "RECIPE train.ds_config=zero9.json",
@@ -74,9 +74,9 @@ def test_a_command_that_cannot_work(case: str, refusals: dict[str, Any]):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.size=225", "225 pixels are no multiple of model.patch=16; the nearest are 224 and 240"),
-        ("method.window=5", "method.window=5 is larger than the image's grid of 4x5 patches"),
-        ("method.windows=7", "fits in only 6 places on a grid of 4x5: set method.windows to at most 6"),
+        ("data.image_size=225", "225 pixels are no multiple of model.patch_size=16; the nearest are 224 and 240"),
+        ("method.window_size=5", "method.window_size=5 is larger than the image's grid of 4x5 patches"),
+        ("method.num_windows=7", "fits in only 6 places on a grid of 4x5: set method.num_windows to at most 6"),
     ],
 )
 def test_a_configuration_that_cannot_work(override: str, message: str, recipe: Path):
@@ -122,10 +122,10 @@ def test_two_runs_writing_one_folder(recipe: Path, start: Callable[..., Any], tm
 def test_weights_that_explode_are_never_written_and_the_samples_are_named(
     recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
-    run = start(recipe, "optim.base_lr=1e30", "train.max_nonfinite=3")
+    run = start(recipe, "optim.base_lr=1e30", "train.max_nonfinite_steps=3")
     output = "".join(run.outputs())
     assert all(process.returncode == 1 for process in run.all), output
-    assert "3 steps in a row had no finite gradient (train.max_nonfinite)" in output
+    assert "3 steps in a row had no finite gradient (train.max_nonfinite_steps)" in output
     named = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "nonfinite.jsonl").read_text().splitlines()]
     assert len(named) == 3
     assert all(len(set(row["samples"])) == 8 for row in named)
@@ -145,15 +145,15 @@ def test_unreadable_images_are_replaced_counted_and_capped(
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, BytesIO(content))
-    arguments = (recipe, f"data.shards={folder}", "train.epochs=2", "data.workers=2")
+    arguments = (recipe, f"data.shards={folder}", "train.epochs=2", "data.num_workers=2")
     start(*arguments).finish()
     run = tmp_path / "runs" / "tiny"
     assert sum(row["skipped_images"] for row in read_metrics(run / "metrics.jsonl")) >= 2
     listed = (run / "skipped_images.txt").read_text()
     assert "words: " in listed
     assert "dot: " in listed
-    capped = "".join(start(*arguments, "data.max_skipped=0", "name=capped").outputs())
-    assert "more than data.max_skipped=0" in capped
+    capped = "".join(start(*arguments, "data.max_skipped_images=0", "name=capped").outputs())
+    assert "more than data.max_skipped_images=0" in capped
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -163,7 +163,7 @@ def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Calla
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("this machine does not let us mount a small disk")
     try:
-        run = start(recipe, "checkpoint.every=4")  # a checkpoint takes 1.3 MB
+        run = start(recipe, "checkpoint.every_steps=4")  # a checkpoint takes 1.3 MB
         output = "".join(run.outputs())
         assert all(process.returncode == 1 for process in run.all), output
         assert "checkpoint step_00000008 could not be written" in output
@@ -171,7 +171,7 @@ def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Calla
         assert "make room and start the same command: it continues from step 4" in output
         assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000004"]
         subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)
-        assert "continues from step_00000004" in start(recipe, "checkpoint.every=4").finish()
+        assert "continues from step_00000004" in start(recipe, "checkpoint.every_steps=4").finish()
         assert (disk / "tiny" / "checkpoints" / "latest").read_text() == "step_00000010"
     finally:
         subprocess.run(["umount", str(disk)], check=True)

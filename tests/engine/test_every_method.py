@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_same_bits, assert_same_run, assert_same_steps, newest, wait_for
-from processes import SMALL
+from helpers.processes import SMALL
+from helpers.rank_checks import assert_same_bits, assert_same_run, assert_same_steps, newest, wait_for
+from helpers.steps import configure, plain_steps, run_jobs
 from safetensors import safe_open
 from safetensors.torch import load_file
-from steps import configure, plain_steps, run_jobs
 
-from pretrain.metrics import read_metrics
 from pretrain.models.vit import ViT
+from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 
@@ -28,35 +28,41 @@ BEIT = {"name": "beit", "tokenizer": {"name": "random_projection", "codes": 32}}
 
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"method": MAE, "model": SINCOS},
-    "mae-partial": {"method": MAE, "model": SINCOS, "partial": PARTIAL},
+    "mae-partial": {"method": MAE, "model": SINCOS, "pr_mim": PARTIAL},
     "lc_mae": {"method": MAE | {"name": "lc_mae", "proj_dim": 16}, "model": SINCOS},
     "lc_mae-conv": {"method": MAE | {"name": "lc_mae", "decoder": "conv"}, "model": SINCOS},
-    "ae": {"method": MAE | {"name": "ae", "block": 24}, "model": SINCOS},
+    "ae": {"method": MAE | {"name": "ae", "block_size": 24}, "model": SINCOS},
     "simmim": {"method": CELLS, "model": SINCOS},
-    "simmim-partial": {"method": CELLS, "model": RELATIVE, "partial": PARTIAL},
+    "simmim-partial": {"method": CELLS, "model": RELATIVE, "pr_mim": PARTIAL},
     "beit": {"method": BEIT, "model": RELATIVE},
-    "lomar-beit": {"method": {**BEIT, "windows": 2, "window": 3}, "model": SINCOS},
-    "lomar-partial": {"method": LOMAR, "model": RELATIVE, "partial": PARTIAL},
-    "mae-lut": {"method": MAE, "model": SINCOS, "context": LUT},
-    "simmim-lut-tokens": {"method": CELLS, "model": SINCOS, "context": LUT | {"supervision": "tokens"}},
+    "lomar-beit": {"method": {**BEIT, "num_windows": 2, "window_size": 3}, "model": SINCOS},
+    "lomar-partial": {"method": LOMAR, "model": RELATIVE, "pr_mim": PARTIAL},
+    "mae-lut": {"method": MAE, "model": SINCOS, "lut": LUT},
+    "simmim-lut-tokens": {"method": CELLS, "model": SINCOS, "lut": LUT | {"supervision": "tokens"}},
     "lomar-late-partial-lut": {
-        "method": {**LOMAR, "join": 1},
+        "method": {**LOMAR, "mask_token_block": 1},
         "model": RELATIVE,
-        "partial": PARTIAL,
-        "context": LUT | {"loss": "infonce"},
+        "pr_mim": PARTIAL,
+        "lut": LUT | {"loss": "infonce"},
     },
     "mae-encoder_masks": {
-        "method": MAE | {"encoder_masks": True, "target": "token", "tokenizer": BEIT["tokenizer"]},
+        "method": MAE | {"encoder_mask_tokens": True, "target": "token", "tokenizer": BEIT["tokenizer"]},
         "model": SINCOS,
-        "partial": PARTIAL | {"fill": "transformer"},
+        "pr_mim": PARTIAL | {"aggregation": "transformer"},
     },
     "lomar-asymmetric": {
-        "method": {**LOMAR, "architecture": "asymmetric", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2},
+        "method": {
+            **LOMAR,
+            "architecture": "asymmetric",
+            "decoder_embed_dim": 32,
+            "decoder_depth": 1,
+            "decoder_num_heads": 2,
+        },
         "model": RELATIVE,
-        "partial": PARTIAL | {"fill": "convnext"},
+        "pr_mim": PARTIAL | {"aggregation": "convnext"},
     },
-    "lomar-late": {"method": {**LOMAR, "join": 1}, "model": RELATIVE},
-    "lomar-late-partial": {"method": {**LOMAR, "join": 1}, "model": RELATIVE, "partial": PARTIAL},
+    "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE},
+    "lomar-late-partial": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE, "pr_mim": PARTIAL},
 }
 
 
@@ -66,8 +72,12 @@ def recipes(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return {name: str(write_recipe(folder, name, **sections)) for name, sections in METHODS.items()}
 
 
-ZERO3 = ("train.ds_config=ds_configs/zero3.json", "train.accumulation=2")  # it parts most
-ZERO1_BF16 = ("train.ds_config=ds_configs/zero1.json", "train.accumulation=2", "train.precision=bf16")  # the default
+ZERO3 = ("train.ds_config=zero3", "train.gradient_accumulation_steps=2")  # it parts most
+ZERO1_BF16 = (
+    "train.ds_config=zero1",
+    "train.gradient_accumulation_steps=2",
+    "train.precision=bf16",
+)  # the default
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +129,7 @@ def test_killed_and_continued_ends_with_the_same_bits(
 ):
     """Through the data workers, for the method with most on top of LoMaR; others are killed in test_resume.py."""
     recipe = write_recipe(tmp_path, **METHODS["lomar-late-partial-lut"])
-    keys = ("train.epochs=2", "train.ds_config=ds_configs/zero3.json", "train.precision=bf16")
+    keys = ("train.epochs=2", "train.ds_config=zero3", "train.precision=bf16")
     start(recipe, *keys, "name=whole").finish()
     broken = tmp_path / "runs" / "broken"
     killed = start(recipe, *keys, "name=broken")

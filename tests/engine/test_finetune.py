@@ -7,29 +7,29 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checks import assert_same_bits, assert_same_run, assert_same_steps
-from finetune_steps import CLASSES, build_small, configure, plain_steps, run_jobs
-from processes import SMALL
+from helpers.finetune_steps import CLASSES, build_small, configure, plain_steps, run_jobs
+from helpers.processes import SMALL
+from helpers.rank_checks import assert_same_bits, assert_same_run, assert_same_steps
+from helpers.steps import STEPS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from steps import STEPS
 
+from downstream.checkpoints.files import read_source
 from downstream.classify.model import build_vit
-from downstream.files import read_source
 from pretrain.models.vit import ViT
 
 pytestmark = pytest.mark.engine
 
 RANDOM = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5, "smoothing": 0.1}
 ADAMW = {"base_lr": 1e-2, "weight_decay": 0.05, "betas": [0.9, 0.95], "layer_decay": 0.6}
-PROBE = {"start": {"trained_blocks": 0}, "head": {"classes": CLASSES, "kind": "batchnorm"}}
+PROBE = {"start": {"trained_blocks": 0}, "head": {"num_classes": CLASSES, "kind": "batchnorm"}}
 
 JOBS: dict[str, dict[str, Any]] = {
-    "random": {"start": {}, "augment": RANDOM, "head": {"classes": CLASSES, "drop_path": 0.3}, "average": {}},
-    "tuned": {"start": {}, "augment": {"smoothing": 0.1}, "average": {"momentum": 0.9}},
-    "partial": {"start": {"trained_blocks": 1}},
-    "probe": {**PROBE, "average": {"momentum": 0.9}},
-    "scratch-token": {"model": {"position": "sincos"}, "head": {"classes": CLASSES, "pool": "token"}},
+    "random": {"start": {}, "augment": RANDOM, "head": {"num_classes": CLASSES, "drop_path": 0.3}, "ema": {}},
+    "tuned": {"start": {}, "augment": {"label_smoothing": 0.1}, "ema": {"decay": 0.9}},
+    "pr_mim": {"start": {"trained_blocks": 1}},
+    "probe": {**PROBE, "ema": {"decay": 0.9}},
+    "scratch-token": {"model": {"position": "sincos"}, "head": {"num_classes": CLASSES, "pool": "token"}},
     "scratch-bias": {"model": {"position": "bias"}},
 }
 LARS = {**PROBE, "optim": {"name": "lars", "base_lr": 10.0, "weight_decay": 0.0}}
@@ -55,12 +55,12 @@ def recipes(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         for name, sections in jobs.items():
             keys = {
                 "name": name,
-                "data": {"shards": "unused", "size": [64, 80]},
+                "data": {"shards": "unused", "image_size": [64, 80]},
                 "val": {"shards": "unused"},
-                "head": {"classes": CLASSES},
+                "head": {"num_classes": CLASSES},
                 "optim": ADAMW,
                 "train": {"epochs": 1, "precision": "fp32"},
-                "log": {"every": 1},
+                "log": {"every_steps": 1},
                 **sections,
             }
             keys["model"] = {"arch": "vit_tiny", **sections.get("model", {})}
@@ -73,9 +73,9 @@ def recipes(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 STAGES = {
-    "zero0": ("train.ds_config=ds_configs/zero0.json", "train.accumulation=2", "optim.clip_grad=0.5"),
-    "zero1": ("train.ds_config=ds_configs/zero1.json", "train.accumulation=2", "train.precision=bf16"),
-    "zero3": ("train.ds_config=ds_configs/zero3.json", "train.accumulation=2"),
+    "zero0": ("train.ds_config=zero0", "train.gradient_accumulation_steps=2", "optim.clip_grad=0.5"),
+    "zero1": ("train.ds_config=zero1", "train.gradient_accumulation_steps=2", "train.precision=bf16"),
+    "zero3": ("train.ds_config=zero3", "train.gradient_accumulation_steps=2"),
 }
 
 
@@ -104,11 +104,11 @@ def test_engines_equal_plain_torch(stage: str, job: str, trained: Callable[..., 
     config = configure(*jobs[job])
     steps, averages = plain_steps(config)
     assert_same_steps(folder / job / "whole", steps)
-    if config.average:
+    if config.ema:
         saved = load_file(folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "average.safetensors")
-        for name, average in averages.items():
+        for name, ema in averages.items():
             if not name.endswith("qkv.bias"):  # a key's bias does not change attention: Adam follows rounding there
-                torch.testing.assert_close(saved[name].double(), average, rtol=1e-5, atol=2e-6, msg=name)
+                torch.testing.assert_close(saved[name].double(), ema, rtol=1e-5, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_the_file_is_the_trained_model_under_timms_names(job: str, trained: Call
     config = configure(*jobs[job])
     images = torch.randint(0, 256, (3, 64, 80, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     files = {"model": torch.load(folder / job / "whole" / "state.pt")}
-    if config.average:
+    if config.ema:
         last = folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}"
         files["model_ema"] = load_file(last / "average.safetensors")
     for file, state in files.items():

@@ -1,4 +1,4 @@
-"""Real runs of `downstream/classify/run.py` on real JPEGs: killed and continued, on other ranks, and refused."""
+"""Real runs of `downstream/classify/finetune.py` on real JPEGs: killed and continued, on other ranks, and refused."""
 
 import json
 import subprocess
@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checks import assert_same_run, newest, wait_for
+from helpers.processes import CLASSIFY, ROOT, SMALL
+from helpers.rank_checks import assert_same_run, newest, wait_for
 from PIL import Image
-from processes import CLASSIFY, ROOT, SMALL
 from safetensors.torch import load_file
 
 from pretrain.build import build_method
 from pretrain.config import load
 from pretrain.finish import save_encoder
-from pretrain.metrics import read_metrics
+from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 # An even number of classes: what ZeRO-3 fills parts of an odd one up with is whatever was in memory.
@@ -43,29 +43,29 @@ def pack(folder: Path, count: int, seed: int) -> Path:
 def tuning(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[..., Path]) -> Path:
     """A recipe with everything on, beside its shards and a LoMaR's encoder: three epochs of five steps."""
     folder = tmp_path_factory.mktemp("tuning")
-    pretraining = load(str(write_recipe(folder, "pretraining")), ["data.size=[64,96]"])
+    pretraining = load(str(write_recipe(folder, "pretraining")), ["data.image_size=[64,96]"])
     with SMALL:
         save_encoder(build_method(pretraining).encoder.state_dict(), pretraining, folder / "encoder.safetensors")
     keys = {
         "name": "tuned",
         "runs": "runs",
         "model": {"arch": "vit_tiny"},
-        "data": {"shards": str(pack(folder / "train", 11, seed=0)), "size": [64, 80], "workers": 1},
+        "data": {"shards": str(pack(folder / "train", 11, seed=0)), "image_size": [64, 80], "num_workers": 1},
         "start": {"checkpoint": str(folder / "encoder.safetensors")},
-        "head": {"classes": 4, "drop_path": 0.1},
-        "val": {"shards": str(pack(folder / "val", 7, seed=1)), "batch": 4},
+        "head": {"num_classes": 4, "drop_path": 0.1},
+        "val": {"shards": str(pack(folder / "val", 7, seed=1)), "batch_size": 4},
         "augment": {
             "randaugment": "rand-m9-mstd0.5-inc1",
             "mixup": 0.8,
             "cutmix": 1.0,
-            "erasing": 0.25,
-            "smoothing": 0.1,
+            "random_erasing": 0.25,
+            "label_smoothing": 0.1,
         },
-        "average": {"momentum": 0.8},
+        "ema": {"decay": 0.8},
         "optim": {"base_lr": 1e-2, "warmup_epochs": 1, "betas": [0.9, 0.999], "layer_decay": 0.75},
-        "train": {"epochs": 3, "batch": 8, "precision": "bf16", "ds_config": "ds_configs/zero3.json"},
-        "checkpoint": {"every": 5},
-        "log": {"every": 1},
+        "train": {"epochs": 3, "global_batch_size": 8, "precision": "bf16", "ds_config": "zero3"},
+        "checkpoint": {"every_steps": 5},
+        "log": {"every_steps": 1},
     }
     (folder / "tuned.yaml").write_text(yaml.safe_dump(keys))
     return folder / "tuned.yaml"
@@ -82,14 +82,14 @@ def test_killed_and_continued_ends_with_the_same_bits(
 ):
     """Even if the start has gone since; and what is measured in between changes nothing."""
     encoder = tuning.parent / "encoder.safetensors"
-    killed = start(tuning, "val.every=3", script=CLASSIFY)
+    killed = start(tuning, "val.every_epochs=3", script=CLASSIFY)
     wait_for(tmp_path / "runs" / "tuned" / "checkpoints" / "step_00000005" / "manifest.json", killed)
     killed.kill()
     assert not (tmp_path / "runs" / "tuned" / "model.safetensors").exists(), "the run ended before it was killed"
     last = newest(tmp_path / "runs" / "tuned")
     assert last <= "step_00000010"
     encoder.rename(tmp_path / encoder.name)
-    said = start(tuning, "val.every=3", script=CLASSIFY).finish()
+    said = start(tuning, "val.every_epochs=3", script=CLASSIFY).finish()
     assert f"continues from {last}" in said
     assert "from scratch" not in said
     (tmp_path / encoder.name).rename(encoder)
@@ -126,8 +126,14 @@ def test_what_a_run_leaves_and_measures(whole: Path):
 
 def test_another_number_of_ranks_continues_with_layer_decay(tuning: Path, start: Callable[..., Any], tmp_path: Path):
     """Without what is drawn for each rank; the data workers' draws are the samples' own. The classes are learned."""
-    still = ("head.drop_path=0", "augment.mixup=0", "augment.cutmix=0", "augment.erasing=0", "train.precision=fp32")
-    keys = (tuning, *still, "train.ds_config=ds_configs/zero1.json", "augment.randaugment=rand-m3-mstd0.5-inc1")
+    still = (
+        "head.drop_path=0",
+        "augment.mixup=0",
+        "augment.cutmix=0",
+        "augment.random_erasing=0",
+        "train.precision=fp32",
+    )
+    keys = (tuning, *still, "train.ds_config=zero1", "augment.randaugment=rand-m3-mstd0.5-inc1")
     start(*keys, script=CLASSIFY).finish()
     run = tmp_path / "runs" / "tuned"
     before, measured = read_metrics(run / "metrics.jsonl"), read_metrics(run / "evaluation.jsonl")
@@ -146,8 +152,8 @@ def test_another_number_of_ranks_continues_with_layer_decay(tuning: Path, start:
 REFUSED = {
     "a missing split": ("val.shards=/nowhere", "val.shards: /nowhere: no such shard"),
     "labels beyond the classes": (
-        "head.classes=2",
-        "data.shards: 22 of 44 samples in FOLDER/train/shards have no label in 0..1 (head.classes=2): "
+        "head.num_classes=2",
+        "data.shards: 22 of 44 samples in FOLDER/train/shards have no label in 0..1 (head.num_classes=2): "
         "labels go from 0 to 3",
     ),
     "another architecture": (

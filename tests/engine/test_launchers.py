@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from helpers.processes import ROOT
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.engine
@@ -28,7 +28,7 @@ def test_launcher(launcher: str, recipe: Path, tmp_path: Path):
     (tmp_path / "deepspeed_shm_comm" / "lock").touch()
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     subprocess.run(
-        [*command, "pretrain/run.py", str(recipe), "train.batch=40", "train.accumulation=4"],
+        [*command, "pretrain/run.py", str(recipe), "train.global_batch_size=40", "train.gradient_accumulation_steps=4"],
         cwd=ROOT,
         env=environment,
         check=True,

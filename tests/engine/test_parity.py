@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_same_run, assert_same_steps
+from helpers.rank_checks import assert_same_run, assert_same_steps
+from helpers.steps import STEPS, configure, plain_steps, run_jobs
 from safetensors.torch import load_file
-from steps import STEPS, configure, plain_steps, run_jobs
 
 pytestmark = pytest.mark.engine
 
@@ -27,11 +27,16 @@ def jobs(stage: str, write_recipe: Callable[..., Path], tmp_path_factory: pytest
     recipe = str(write_recipe(tmp_path_factory.mktemp("recipes")))
     engine = f"train.ds_config=ds_configs/{stage}.json"
     settings = {
-        f"{accumulation}-{clip}": [recipe, engine, f"train.accumulation={accumulation}", f"optim.clip_grad={clip}"]
+        f"{accumulation}-{clip}": [
+            recipe,
+            engine,
+            f"train.gradient_accumulation_steps={accumulation}",
+            f"optim.clip_grad={clip}",
+        ]
         for accumulation, clip in SETTINGS
     }
-    with_teacher = write_recipe(tmp_path_factory.mktemp("recipes"), context={"hidden": 16, "momentum": 0.9})
-    return settings | {"teacher": [str(with_teacher), engine, "train.accumulation=2"]}
+    with_teacher = write_recipe(tmp_path_factory.mktemp("recipes"), lut={"hidden_dim": 16, "momentum": 0.9})
+    return settings | {"teacher": [str(with_teacher), engine, "train.gradient_accumulation_steps=2"]}
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +68,12 @@ def test_the_teacher_follows_the_steps_that_moved_the_weights(jobs: dict[str, An
     assert_same_steps(trained / "teacher" / "whole", steps)
     saved = load_file(trained / "teacher" / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "average.safetensors")
     assert saved.keys() == averages.keys()
-    for name, average in averages.items():
+    for name, ema in averages.items():
         assert saved[name].dtype == torch.float32
         parts = [slice(None)]
         if name.endswith("qkv.bias"):  # a key's bias does not change attention: Adam follows the sign of rounding there
-            third = len(average) // 3
+            third = len(ema) // 3
             parts = [slice(0, third), slice(2 * third, None)]
         for part in parts:
-            torch.testing.assert_close(saved[name].double()[part], average[part], rtol=1e-5, atol=2e-6, msg=name)
+            torch.testing.assert_close(saved[name].double()[part], ema[part], rtol=1e-5, atol=2e-6, msg=name)
     assert_same_run(*(trained / "teacher" / name for name in ("whole", "resumed")))

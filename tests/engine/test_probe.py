@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import probed_runs
 import pytest
 import torch
-from checks import assert_same_run
+from helpers import probed_runs
+from helpers.processes import SMALL
+from helpers.rank_checks import assert_same_run
 from PIL import Image
-from processes import SMALL
 from safetensors.torch import load_file
 
-from data.folder import load_samples
-from data.once import Once
-from pretrain.metrics import read_metrics
+from data.eval_loader import EvalLoader
+from data.image_folder import load_samples
 from pretrain.models.vit import ViT
 from pretrain.probe import METRICS, probe
+from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 CPU = torch.device("cpu")
@@ -54,7 +54,12 @@ def test_probed_or_not(
 ):
     (tmp_path / "engine.json").write_text(json.dumps(engine_keys(stage)))
     section = {"train": str(labelled_photos / "train"), "val": str(labelled_photos / "val"), "every": 1, "k": 5}
-    common = [f"train.ds_config={tmp_path / 'engine.json'}", "train.batch=16", "train.epochs=2", "data.workers=1"]
+    common = [
+        f"train.ds_config={tmp_path / 'engine.json'}",
+        "train.global_batch_size=16",
+        "train.epochs=2",
+        "data.num_workers=1",
+    ]
     plain, probed = write_recipe(tmp_path, "plain"), write_recipe(tmp_path, "probed", probe=section)
     jobs = [[str(recipe), *common] for recipe in (plain, probed, probed)]  # the last finds all done
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
@@ -69,7 +74,7 @@ def test_probed_or_not(
     with SMALL:
         encoder = ViT("vit_tiny", 16, (4, 5)).eval()
     encoder.load_state_dict(load_file(runs / "probed" / "encoder.safetensors"))
-    sets = [Once(load_samples(labelled_photos / name), size=(64, 80), batch=8) for name in ("train", "val")]
+    sets = [EvalLoader(load_samples(labelled_photos / name), size=(64, 80), batch=8) for name in ("train", "val")]
     expected = probe(encoder, *sets, k=5, device=CPU)
     assert {name: rows[-1][name] for name in METRICS} == pytest.approx(expected)
     assert 1 / 3 < expected["linear_top1"] < 1

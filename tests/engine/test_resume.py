@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import assert_same_bits, assert_same_run, newest, wait_for
+from helpers.rank_checks import assert_same_bits, assert_same_run, newest, wait_for
 from safetensors.torch import load_file
 
-from pretrain.metrics import read_metrics
+from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 TWENTY_STEPS = "train.epochs=2"  # with a checkpoint at every fifth
-ACCUMULATED = (TWENTY_STEPS, "train.ds_config=ds_configs/zero1.json", "train.accumulation=2")
+ACCUMULATED = (TWENTY_STEPS, "train.ds_config=zero1", "train.gradient_accumulation_steps=2")
 BEFORE, LAST = "step_00000015", "step_00000020"
 
 
 def settings(stage: str) -> tuple[str, ...]:
     precision = "bf16" if stage in ("zero1", "zero3") else "fp32"
-    return TWENTY_STEPS, f"train.ds_config=ds_configs/{stage}.json", f"train.precision={precision}"
+    return TWENTY_STEPS, f"train.ds_config={stage}", f"train.precision={precision}"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_another_number_of_ranks_continues(
 ):
     unmoved, moved = whole(*(ACCUMULATED if stage == "zero1" else settings(stage))), tmp_path / "runs" / "moved"
     shutil.copytree(unmoved, moved, ignore=shutil.ignore_patterns(LAST))
-    again = (recipe, TWENTY_STEPS, f"train.ds_config=ds_configs/{stage}.json", "name=moved")
+    again = (recipe, TWENTY_STEPS, f"train.ds_config={stage}", "name=moved")
     assert f"continues from {BEFORE}" in start(*again, processes=ranks).finish()
     one, other = (read_metrics(run / "metrics.jsonl") for run in (unmoved, moved))
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-6)
@@ -83,14 +83,14 @@ def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     unstopped = whole(*ACCUMULATED)
-    run = start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every=1000")
+    run = start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every_steps=1000")
     wait_for(tmp_path / "runs" / "stopped" / "metrics.jsonl", run)
     while not read_metrics(tmp_path / "runs" / "stopped" / "metrics.jsonl"):
         time.sleep(0.002)
     run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: they agree
     output = run.finish()
     assert "SIGUSR1: saved and stopped after step" in output
-    start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every=1000").finish()
+    start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every_steps=1000").finish()
     assert_same_run(unstopped, tmp_path / "runs" / "stopped")
 
 
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_continues(
 
 
 def test_retention_and_a_complete_run_started_again(recipe: Path, start: Callable[..., Any], tmp_path: Path):
-    keep = ("checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.keep_every=4")
+    keep = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "checkpoint.keep_every_steps=4")
     start(recipe, *keep).finish()
     folder = tmp_path / "runs" / "tiny"
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
@@ -136,9 +136,9 @@ def test_another_training_is_refused_with_the_difference(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     shutil.copytree(whole(*ACCUMULATED), tmp_path / "runs" / "tiny")
-    run = start(recipe, "optim.base_lr=0.5", "method.windows=3")
+    run = start(recipe, "optim.base_lr=0.5", "method.num_windows=3")
     output = "".join(run.outputs())
-    assert "method.windows was 2 and is 3" in output
+    assert "method.num_windows was 2 and is 3" in output
     assert "optim.base_lr was 0.01 and is 0.5" in output
     assert "another name=" in output
     assert all(p.returncode == 1 for p in run.all)

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference_beit
 import torch
-from tiny import TINY, assert_equals_reference, random_images, random_view, randomize, tiny_vit, train
+from helpers import reference_beit
+from helpers.tiny import TINY, assert_equals_reference, random_images, random_mask_indices, randomize, tiny_vit, train
 from torch import Tensor
 
 from pretrain.build import build_method
-from pretrain.checkpoint import TrainState, check_continues
 from pretrain.config import ModelConfig, load
 from pretrain.methods.beit import BEiT
-from pretrain.methods.partial import Partial
-from pretrain.optim import parameter_groups
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.trainer.checkpoint import TrainState, check_continues
+from pretrain.trainer.optim import parameter_groups
 
 GRID, SIDE = (4, 6), 2
 CODES = {"codes": 13, "dim": 5, "seed": 7}
@@ -30,35 +30,35 @@ CASES = [
     pytest.param(WINDOWS, True, None, id="windows"),
     pytest.param(WINDOWS, False, None, id="windows-sincos"),
     pytest.param(WINDOWS | {"mask": "block", "mask_ratio": 0.4}, True, None, id="windows-block"),
-    pytest.param(IMAGE, True, Partial(throw=0.2, kernel=3), id="beit-partial"),
-    pytest.param(WINDOWS, False, Partial(throw=0.3, kernel=3), id="windows-partial"),
+    pytest.param(IMAGE, True, PRMIMConfig(throw=0.2, kernel=3), id="beit-partial"),
+    pytest.param(WINDOWS, False, PRMIMConfig(throw=0.3, kernel=3), id="windows-partial"),
 ]
 
 
-def build(keys: dict[str, Any], relative: bool = True, partial: Partial | None = None) -> BEiT:
+def build(keys: dict[str, Any], relative: bool = True, pr_mim: PRMIMConfig | None = None) -> BEiT:
     torch.manual_seed(0)
     config = BEiT.Config(**keys)
     config.check(GRID, ModelConfig(patch=SIDE))
-    return BEiT(config, tiny_vit(SIDE, GRID, relative), partial)
+    return BEiT(config, tiny_vit(SIDE, GRID, relative), pr_mim)
 
 
-def naive_loss(model: BEiT, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+def naive_loss(model: BEiT, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     codes = [reference_beit.random_projection_codes(image, SIDE, **CODES) for image in images]
     assert model.target.tokenizer(images).tolist() == codes
-    return reference_beit.beit_loss(images, view, codes, weights, TINY.heads, SIDE, model.config.area(GRID))
+    return reference_beit.beit_loss(images, mask_indices, codes, weights, TINY.heads, SIDE, model.config.area(GRID))
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
 def test_equals_the_reference_in_float64_and_fp32(
-    keys: dict, relative: bool, partial: Partial | None, monkeypatch: pytest.MonkeyPatch
+    keys: dict, relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
 ):
-    assert_equals_reference(lambda: build(keys, relative, partial), naive_loss, monkeypatch)
+    assert_equals_reference(lambda: build(keys, relative, pr_mim), naive_loss, monkeypatch)
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
-def test_view_is_exact_deterministic_and_picklable(keys: dict, relative: bool, partial: Partial | None):
-    model = build(keys, relative, partial)
-    draw = pickle.loads(pickle.dumps(model.view()))
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+def test_view_is_exact_deterministic_and_picklable(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+    model = build(keys, relative, pr_mim)
+    draw = pickle.loads(pickle.dumps(model.mask_sampler()))
     first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
     windows, length = (3, 9) if keys.get("windows") else (1, math.prod(GRID))
     assert first["window"].shape == (windows, length)
@@ -77,32 +77,34 @@ def test_masks_at_the_papers_sizes():
     assert BEiT.Config(windows=4, mask="random", mask_ratio=0.8).count((14, 14))[1] == 39
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
-def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bool, partial: Partial | None):
-    model = build(keys, relative, partial)
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+    model = build(keys, relative, pr_mim)
     randomize(model)
-    images, view = random_images(model), random_view(model)
-    pictures = model.reconstruct(images, view)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    augmentations = model.reconstruct(images, mask_indices)
     other = images.clone()
-    rows = view["window"].gather(2, view["masked"])[:, 0]
+    rows = mask_indices["window"].gather(2, mask_indices["masked"])[:, 0]
     for image, masked in zip(other, rows.tolist(), strict=True):
         for row, col in (divmod(place, GRID[1]) for place in masked):
             image[row * SIDE : (row + 1) * SIDE, col * SIDE : (col + 1) * SIDE] = 77
-    again = model.reconstruct(other, view)
-    assert torch.equal(pictures["predicted codes"], again["predicted codes"])
-    assert torch.equal(pictures["masked"], again["masked"])
-    assert not torch.equal(pictures["codes"], again["codes"])
+    again = model.reconstruct(other, mask_indices)
+    assert torch.equal(augmentations["predicted codes"], again["predicted codes"])
+    assert torch.equal(augmentations["masked"], again["masked"])
+    assert not torch.equal(augmentations["codes"], again["codes"])
 
 
 @pytest.mark.parametrize("keys", [IMAGE, WINDOWS], ids=["beit", "windows"])
 def test_learns_one_batch_by_heart(keys: dict):
     model = build(keys)
-    images, view = random_images(model, 1), random_view(model, 1)
-    losses = train(model, images, view, 150, lr=1e-2)
+    images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
+    losses = train(model, images, mask_indices, 150, lr=1e-2)
     assert losses[0] == pytest.approx(math.log(13), rel=0.4)
     assert losses[-1] < 0.1 * losses[0]
-    pictures = model.reconstruct(images, view)
-    assert torch.equal(pictures["codes"], pictures["predicted codes"]), "the right codes have the same colours"
+    augmentations = model.reconstruct(images, mask_indices)
+    assert torch.equal(augmentations["codes"], augmentations["predicted codes"]), (
+        "the right codes have the same colours"
+    )
 
 
 @pytest.mark.parametrize("keys", [IMAGE, WINDOWS], ids=["beit", "windows"])
@@ -119,7 +121,7 @@ def test_nothing_of_the_tokenizer_is_trained_or_saved(keys: dict):
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"windows": 2, "window": 5}, "set method.window to at most 4"),
+        ({"windows": 2, "window": 5}, "set method.window_size to at most 4"),
         ({"windows": 9, "window": 3}, "fits in only 8 places"),
         ({"mask_ratio": 0.01}, "masks 0 of the image's 24 patches"),
         ({"windows": 1, "window": 2, "mask_ratio": 0.1}, "masks 0 of a window's 4 patches"),
@@ -131,14 +133,14 @@ def test_what_does_not_fit_is_refused(keys: dict, says: str):
 
 
 def random_run(*overrides: str) -> Any:
-    keys = ["data.shards=/nowhere", "data.size=[64,96]", "model.arch=vit_tiny", "method.tokenizer.codes=32"]
+    keys = ["data.shards=/nowhere", "data.image_size=[64,96]", "model.arch=vit_tiny", "method.tokenizer.codes=32"]
     name = "method.tokenizer.name=random_projection"
     return load("beit_vitb16_224_300e", [*keys, name, *overrides])
 
 
 def test_a_checkpoint_does_not_continue_with_another_tokenizer():
     before, same, other = (
-        TrainState(trained_function=random_run(f"method.tokenizer.seed={seed}").trained_function())
+        TrainState(resume_signature=random_run(f"method.tokenizer.seed={seed}").resume_signature())
         for seed in (1, 1, 2)
     )
     check_continues(before, same)

@@ -7,7 +7,7 @@ import yaml
 
 from pretrain.build import build_method
 from pretrain.config import load
-from pretrain.schema import RECIPES
+from pretrain.trainer.schema import RECIPES
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -45,12 +45,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(recipe: str, override: str
         ("train.epochs=1.5", "train.epochs=1.5"),
         ("train.epochs=0", "train.epochs=0"),
         ("train=5", "train=5"),
-        ("data.size=abc", "data.size"),
-        ("data.flip=1.5", "data.flip=1.5"),
+        ("data.image_size=abc", "data.image_size"),
+        ("data.hflip=1.5", "data.hflip=1.5"),
         ("data.shards=", "data.shards=None"),
         ("optim.betas=[0.9]", "optim.betas"),
         ("optim.base_lr=nan", "optim.base_lr='nan'"),
-        ("model.patch=0", "model.patch=0"),
+        ("model.patch_size=0", "model.patch_size=0"),
         ("model.arch=vit_bas", "'vit_base'"),
         ("train.precision=fp16", "'bf16' or 'fp32'"),
         ("method.mask_ratio=1.0", "method.mask_ratio=1.0"),
@@ -66,24 +66,24 @@ def test_a_wrong_value_names_its_key(recipe: str, override: str, says: str):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["data.size=225"], ["data.size=225", "model.patch=16", "224 and 240"]),
-        (["data.size=[224,230]"], ["data.size=", "230", "224 and 240"]),
-        (["data.size=16"], ["method.window=7", "1x1", "at most 1"]),
-        (["method.window=15"], ["method.window=15", "14x14", "at most 14"]),
-        (["data.size=[112,240]"], ["method.windows=10", "9 places", "7x15", "at most 9"]),
+        (["data.image_size=225"], ["data.image_size=225", "model.patch_size=16", "224 and 240"]),
+        (["data.image_size=[224,230]"], ["data.image_size=", "230", "224 and 240"]),
+        (["data.image_size=16"], ["method.window_size=7", "1x1", "at most 1"]),
+        (["method.window_size=15"], ["method.window_size=15", "14x14", "at most 14"]),
+        (["data.image_size=[112,240]"], ["method.num_windows=10", "9 places", "7x15", "at most 9"]),
         (["method.mask_ratio=0.01"], ["method.mask_ratio=0.01", "masks 0"]),
-        (["method.window=2", "method.mask_ratio=0.2"], ["method.mask_ratio=0.2", "masks 0 of a window's 4"]),
+        (["method.window_size=2", "method.mask_ratio=0.2"], ["method.mask_ratio=0.2", "masks 0 of a window's 4"]),
         (["train.epochs=5"], ["optim.warmup_epochs=5", "train.epochs=5"]),
         (["data.crop_scale=[1,0.2]"], ["data.crop_scale", "the smaller first"]),
         (["data.crop_scale=[0,0]"], ["data.crop_scale", "above 0"]),
         (["data.crop_scale=[0.1]"], ["data.crop_scale=[0.1]: a value is missing"]),
-        (["data.size=[1,b]"], ["data.size=[1, 'b']"]),
+        (["data.image_size=[1,b]"], ["data.image_size=[1, 'b']"]),
         (["optim.weight_decay=.inf"], ["optim.weight_decay=inf", "finite"]),
     ],
 )
 def test_values_that_do_not_fit_together_name_the_keys_to_change(recipe: str, overrides: list[str], says: list[str]):
     with pytest.raises(ValueError, match=r"\w+\.\w+=") as error:
-        load(recipe, ["method.windows=10", *overrides])
+        load(recipe, ["method.num_windows=10", *overrides])
     assert all(words in str(error.value) for words in says), error.value
 
 
@@ -129,7 +129,7 @@ def test_a_recipe_that_is_no_yaml_is_refused(tmp_path: Path):
 
 def test_a_value_that_is_no_yaml_is_refused(recipe: str):
     with pytest.raises(ValueError, match="are brackets or quotes closed"):
-        load(recipe, ["data.size=[224"])
+        load(recipe, ["data.image_size=[224"])
 
 
 def test_a_recipe_may_extend_a_shipped_one_by_name_and_never_itself(tmp_path: Path):
@@ -149,9 +149,11 @@ def test_a_missing_base_is_named(tmp_path: Path):
 
 
 def test_overrides_win_key_by_key_and_later_ones_over_earlier(recipe: str):
-    config = load(recipe, ["method.mask_ratio=0.5", "optim.base_lr=1e-3", "optim.base_lr=2e-3", "data.size=[160, 224]"])
+    config = load(
+        recipe, ["method.mask_ratio=0.5", "optim.base_lr=1e-3", "optim.base_lr=2e-3", "data.image_size=[160, 224]"]
+    )
     assert config.method.mask_ratio == 0.5
-    assert config.method.windows == 2, "its neighbours stay"
+    assert config.method.num_windows == 2, "its neighbours stay"
     assert config.optim.base_lr == 2e-3
     assert config.data.shards == "/nowhere"
     assert config.grid == (10, 14)
@@ -164,14 +166,14 @@ def test_a_recipe_extends_another_and_wins_key_by_key(recipe: str, tmp_path: Pat
     child.write_text("extends: small.yaml\nname: child\nmethod: {mask_ratio: 0.6}\n")
     grandchild.write_text("extends: ../child.yaml\ntrain: {epochs: 50}\n")
     config = load(str(grandchild), [])
-    assert (config.name, config.method.windows, config.method.mask_ratio) == ("child", 2, 0.6)
+    assert (config.name, config.method.num_windows, config.method.mask_ratio) == ("child", 2, 0.6)
     assert config.train.epochs == 50
     assert config.optim.warmup_epochs == 5
     assert load(recipe, []).method.mask_ratio == 0.8, "the base is as it was"
 
 
 def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path):
-    config = load(recipe, ["data.size=[160, 224]", "optim.base_lr=1e-4", "method.norm_pix=false"])
+    config = load(recipe, ["data.image_size=[160, 224]", "optim.base_lr=1e-4", "method.norm_pix=false"])
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(config.to_yaml())
     assert load(str(resolved), []) == config
@@ -210,9 +212,9 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
         keys += [f"method.tokenizer.weights={_some_file(tmp_path)}"]
     needed = []
     if arch == "vit_huge":
-        keys += ["model.patch=14"]
-        needed += ["data.size=378"] if "_384_" in name else []
-        needed += ["method.cell=28"] if "simmim" in name else []
+        keys += ["model.patch_size=14"]
+        needed += ["data.image_size=378"] if "_384_" in name else []
+        needed += ["method.mask_patch_size=28"] if "simmim" in name else []
     for key in needed:
         with pytest.raises(ValueError, match=key.partition("=")[0] + ".*" + key.partition("=")[2]):
             load(name, keys)
@@ -234,16 +236,16 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
 def test_shipped_recipes_are_those_of_the_paper(name: str, size: int, patch: int, windows: int, warmup: int | None):
     config = load(name, ["data.shards=/nowhere"])
     assert config.train.epochs == int(name.split("_")[-1][:-1])
-    assert (config.data.size, config.model.patch, config.method.windows) == (size, patch, windows)
-    assert (config.method.window, config.method.mask_ratio, config.method.norm_pix) == (7, 0.8, True)
-    assert (config.train.batch, config.optim.base_lr, config.optim.betas) == (4096, 1.5e-4, (0.9, 0.95))
-    assert (config.optim.min_lr, config.data.crop_scale, config.data.flip) == (0, (0.2, 1.0), 0.5)
+    assert (config.data.image_size, config.model.patch_size, config.method.num_windows) == (size, patch, windows)
+    assert (config.method.window_size, config.method.mask_ratio, config.method.norm_pix) == (7, 0.8, True)
+    assert (config.train.global_batch_size, config.optim.base_lr, config.optim.betas) == (4096, 1.5e-4, (0.9, 0.95))
+    assert (config.optim.min_lr, config.data.crop_scale, config.data.hflip) == (0, (0.2, 1.0), 0.5)
     if warmup is not None:
         assert config.optim.warmup_epochs == warmup
 
 
 def test_weights_follow_the_seed_alone(recipe: str):
-    small = ["model.arch=vit_tiny", "data.size=128"]
+    small = ["model.arch=vit_tiny", "data.image_size=128"]
     first, again, other = (build_method(load(recipe, [*small, f"seed={seed}"])).state_dict() for seed in (0, 0, 1))
     assert all((first[name] == again[name]).all() for name in first)
     assert (first["predictor.head.weight"] != other["predictor.head.weight"]).any()

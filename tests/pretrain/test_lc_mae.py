@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import reference_lc_mae as naive
 import torch
-from tiny import (
+from helpers.tiny import (
     TINY,
     assert_equals_reference,
     loss_and_gradients,
     random_images,
-    random_view,
+    random_mask_indices,
     randomize,
     tiny_vit,
     train,
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from pretrain.config import ModelConfig, load
 from pretrain.methods import METHODS
 from pretrain.methods.ae import centred_blocks
-from pretrain.methods.partial import Partial
-from pretrain.methods.targets import patchify, pixel_target
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.models.patches import patchify, pixel_target
 
 GRID, SIDE = (3, 4), 2
 SMALL = {"decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
@@ -43,7 +43,7 @@ CASES = [
     *(pytest.param(setting(name), id=name) for name in SETTINGS),
     pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "target": "pixel"}, id="weighted-pixels"),
     pytest.param(LC_MAE | {"mask_ratio": 0.4}, id="few-shared"),
-    pytest.param(LC_MAE | {"partial": Partial(throw=0.3, kernel=3)}, id="partial"),
+    pytest.param(LC_MAE | {"pr_mim": PRMIMConfig(throw=0.3, kernel=3)}, id="pr_mim"),
     pytest.param(LC_MAE | {"encoder_masks": True}, id="encoder_masks"),
     pytest.param(LC_MAE | {"decoder": "average"}, id="average"),
     pytest.param(LC_MAE | {"decoder": "conv"}, id="conv"),
@@ -54,19 +54,19 @@ CASES = [
 
 def build(keys: dict[str, Any], grid: tuple[int, int] = GRID) -> Any:
     torch.manual_seed(0)
-    method, partial = METHODS[keys["name"]], keys.get("partial")
-    config = method.Config(**{name: value for name, value in keys.items() if name != "partial"})
+    method, pr_mim = METHODS[keys["name"]], keys.get("pr_mim")
+    config = method.Config(**{name: value for name, value in keys.items() if name != "pr_mim"})
     config.check(grid, ModelConfig(patch=SIDE, position="sincos"))
-    return method(config, tiny_vit(SIDE, grid, relative=False), partial)
+    return method(config, tiny_vit(SIDE, grid, relative=False), pr_mim)
 
 
-def naive_loss(model: Any, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     c = model.config
     if c.name == "ae":
         return naive.ae_loss(images, weights, TINY.heads, c.decoder_heads, c.block, c.norm_pix)
     factors = (c.w_mae, c.w_cross, c.w_in)
     return naive.lc_mae_loss(
-        images, view, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.target == "norm_pix"
+        images, mask_indices, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.target == "norm_pix"
     )
 
 
@@ -78,7 +78,7 @@ def test_equals_the_reference_in_float64_and_fp32(keys: dict, monkeypatch: pytes
 @pytest.mark.parametrize("name", SETTINGS)
 def test_each_term_is_reported_and_weighted(name: str):
     model = build(setting(name))
-    result = model(random_images(model), random_view(model))
+    result = model(random_images(model), random_mask_indices(model))
     terms = {key: value for key, value in result.items() if key != "loss"}
     expected = {key for key, factor in zip(("mae", "cross", "in"), SETTINGS[name], strict=True) if factor}
     assert terms.keys() == expected
@@ -89,31 +89,31 @@ def test_each_term_is_reported_and_weighted(name: str):
 
 def test_the_losses_are_fp32_under_autocast():
     model = build(LC_MAE)
-    images, view = random_images(model), random_view(model)
+    images, mask_indices = random_images(model), random_mask_indices(model)
     with torch.autocast("cpu", torch.bfloat16):
-        result = model(images, view)
+        result = model(images, mask_indices)
     assert {value.dtype for value in result.values()} == {torch.float32}
-    for name, value in model(images, view).items():
+    for name, value in model(images, mask_indices).items():
         torch.testing.assert_close(result[name], value, rtol=0.02, atol=0.005)
 
 
 def test_the_losses_do_not_depend_on_what_both_views_see(monkeypatch: pytest.MonkeyPatch):
     model = build(LC_MAE | {"mask_ratio": 0.5})
-    images, view = random_images(model, 1), random_view(model, 1)
-    seen = set(view["visible"][0, 0].tolist()) & set(view["visible"][0, 1].tolist())
+    images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
+    seen = set(mask_indices["visible"][0, 0].tolist()) & set(mask_indices["visible"][0, 1].tolist())
     hidden = set(range(GRID[0] * GRID[1])) - seen
     assert seen
     assert hidden
-    prediction = torch.randn(2, view["masked"].shape[2], SIDE * SIDE * 3)
+    prediction = torch.randn(2, mask_indices["masked"].shape[2], SIDE * SIDE * 3)
     monkeypatch.setattr(model, "_predict", lambda *_, **__: prediction)
-    before = model(images, view)
+    before = model(images, mask_indices)
 
     def after_changing(places: set[int]) -> dict[str, Tensor]:
         changed = images.clone()
         for row, col in (divmod(i, GRID[1]) for i in places):
             noise = torch.randint(0, 256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(row * 9 + col))
             changed[0, row * SIDE : (row + 1) * SIDE, col * SIDE : (col + 1) * SIDE] = noise.byte()
-        return model(changed, view)
+        return model(changed, mask_indices)
 
     assert after_changing(seen) == before
     other = after_changing(hidden)
@@ -125,18 +125,18 @@ def test_the_losses_do_not_depend_on_what_both_views_see(monkeypatch: pytest.Mon
 def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
     model = build(LC_MAE | {"decoder": decoder, "target": "pixel"})
     randomize(model)
-    images, view = random_images(model), random_view(model)
-    before = model.reconstruct(images, view)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    before = model.reconstruct(images, mask_indices)
     assert (before["masked"] != images).any()
     torch.testing.assert_close(
-        model.reconstruct(before["masked"], view)["reconstruction"], before["reconstruction"], rtol=0, atol=0
+        model.reconstruct(before["masked"], mask_indices)["reconstruction"], before["reconstruction"], rtol=0, atol=0
     )
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
 def test_view_is_two_exact_masks_deterministic_and_picklable(ratio: float):
     grid = (4, 6)
-    draw = pickle.loads(pickle.dumps(build(LC_MAE | {"mask_ratio": ratio}, grid).view()))
+    draw = pickle.loads(pickle.dumps(build(LC_MAE | {"mask_ratio": ratio}, grid).mask_sampler()))
     first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
     masked = 24 - int(24 * (1 - ratio))
     assert first["masked"].shape == (2, masked)
@@ -149,7 +149,7 @@ def test_view_is_two_exact_masks_deterministic_and_picklable(ratio: float):
 
 
 def test_the_two_masks_share_as_many_patches_as_independent_ones():
-    draw = build(LC_MAE, (4, 6)).view()
+    draw = build(LC_MAE, (4, 6)).mask_sampler()
     views = [draw(np.random.default_rng(seed))["masked"] for seed in range(200)]
     shared = [len(set(first) & set(second)) for first, second in views]
     assert abs(np.mean(shared) - 24 * 0.75**2) < 0.25
@@ -158,8 +158,8 @@ def test_the_two_masks_share_as_many_patches_as_independent_ones():
 
 def test_forward_is_deterministic():
     model = build(LC_MAE)
-    images, view = random_images(model), random_view(model)
-    first, second = (loss_and_gradients(model, images, view)[0] for _ in range(2))
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    first, second = (loss_and_gradients(model, images, mask_indices)[0] for _ in range(2))
     assert first == second
 
 
@@ -177,14 +177,14 @@ def test_forward_is_deterministic():
 )
 def test_learns_one_batch_by_heart(keys: dict):
     model = build(keys)
-    losses = train(model, random_images(model, 1), random_view(model, 1), 200)
+    losses = train(model, random_images(model, 1), random_mask_indices(model, 1), 200)
     assert losses[-1] < 0.25 * losses[0]
 
 
 def test_the_cross_view_loss_alone_collapses_and_the_in_view_loss_prevents_it():
     """Table 1, settings (g) and (c): what (g) has spread out, the cross-view loss alone draws together again."""
     g, c = build(setting("g")), build(setting("c"))
-    images, unseen = random_images(g), random_view(g)
+    images, unseen = random_images(g), random_mask_indices(g)
     train(g, images, None, 80)
     similarity, variance = _spread(g, images, unseen)
     assert similarity < 0.5
@@ -198,26 +198,28 @@ def test_the_cross_view_loss_alone_collapses_and_the_in_view_loss_prevents_it():
     assert _pixel_error(c, images, unseen) > 0.95 * error, "and nothing is reconstructed"
 
 
-def _spread(model: Any, images: Tensor, view: dict[str, Tensor]) -> tuple[float, float]:
+def _spread(model: Any, images: Tensor, mask_indices: dict[str, Tensor]) -> tuple[float, float]:
     """Mean cosine over all pairs of a batch's projected vectors, and the variance of their directions."""
     with torch.no_grad():
         patches = patchify(images, SIDE).repeat_interleave(2, dim=0)
-        prediction = model._predict(patches, **{name: positions.flatten(0, 1) for name, positions in view.items()})
+        prediction = model._predict(
+            patches, **{name: positions.flatten(0, 1) for name, positions in mask_indices.items()}
+        )
         directions = nn.functional.normalize(model.proj(prediction), dim=-1).flatten(0, 1)
     return (directions @ directions.T).mean().item(), directions.var(0).sum().item()
 
 
-def _pixel_error(model: Any, images: Tensor, view: dict[str, Tensor]) -> float:
-    pictures = model.reconstruct(images, view)
-    return (pictures["reconstruction"].float() - images.float()).square().mean().item()
+def _pixel_error(model: Any, images: Tensor, mask_indices: dict[str, Tensor]) -> float:
+    augmentations = model.reconstruct(images, mask_indices)
+    return (augmentations["reconstruction"].float() - images.float()).square().mean().item()
 
 
 def test_ae_shows_the_centres_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
     model = build(AE | {"block": 6, "norm_pix": True})
-    images, view = random_images(model), random_view(model)
-    assert view == {}
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    assert mask_indices == {}
     monkeypatch.setattr(model, "_predict", lambda images: pixel_target(centred_blocks(images, SIDE, 6), True))
-    assert (model.reconstruct(images, view)["reconstruction"] == images).all()
+    assert (model.reconstruct(images, mask_indices)["reconstruction"] == images).all()
 
 
 @pytest.mark.parametrize(
@@ -227,14 +229,14 @@ def test_ae_shows_the_centres_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
         (LC_MAE | {"w_mae": 0, "w_cross": 0, "w_in": 0}, {}, "nothing is learned"),
         (LC_MAE | {"mask_ratio": 0.01}, {}, "raise method.mask_ratio=0.01"),
         (LC_MAE | {"mask_ratio": 0.01, "w_in": 0}, {}, None),
-        (LC_MAE | {"mask": "grid"}, {}, "set method.mask=random"),
+        (LC_MAE | {"mask": "grid"}, {}, "set method.mask_type=random"),
         (LC_MAE | {"mask_ratio": 0.99}, {}, "at least one must be masked and one visible"),
         (AE, {"position": "relative"}, "method ae .* set model.position=sincos"),
-        (AE | {"block": 15}, {"patch": 16}, "method.block=15 must be model.patch=16 plus an even number"),
-        (AE | {"block": 49}, {"patch": 16}, "method.block=49 must be model.patch=16 plus an even number"),
+        (AE | {"block": 15}, {"patch": 16}, "method.block_size=15 must be model.patch_size=16 plus an even number"),
+        (AE | {"block": 49}, {"patch": 16}, "method.block_size=49 must be model.patch_size=16 plus an even number"),
         (AE | {"block": 144}, {"patch": 16}, "an image of 64x96 has to mirror: lower it"),
         (AE | {"block": 142}, {"patch": 16}, None),
-        (AE | {"decoder_heads": 5}, {"patch": 2}, "is not divided by method.decoder_heads=5"),
+        (AE | {"decoder_heads": 5}, {"patch": 2}, "is not divided by method.decoder_num_heads=5"),
     ],
 )
 def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None):
@@ -249,16 +251,16 @@ def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None)
 
 def test_the_recipes_are_the_papers():
     lc_mae, ae = load("lc_mae_vitb16_224_100e", []), load("ae_vitb16_224_100e", [])
-    assert (lc_mae.optim.base_lr, lc_mae.train.batch, lc_mae.train.epochs) == (6e-4, 1024, 100)
+    assert (lc_mae.optim.base_lr, lc_mae.train.global_batch_size, lc_mae.train.epochs) == (6e-4, 1024, 100)
     assert (lc_mae.optim.warmup_epochs, lc_mae.method.decoder_depth, lc_mae.method.proj_dim) == (20, 2, 1024)
-    assert ae.method.block == 112
+    assert ae.method.block_size == 112
     for block in (16, 48, 80):
-        load("ae_vitb16_224_100e", [f"method.block={block}"])
+        load("ae_vitb16_224_100e", [f"method.block_size={block}"])
 
 
 def test_partial_needs_masks_and_a_transformer():
-    assert load("lc_mae_vitb16_224_100e", ["partial.throw=0.5"]).partial.throw == 0.5
+    assert load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"]).pr_mim.throw_ratio == 0.5
     with pytest.raises(ValueError, match=r"method\.decoder=conv has none: leave it out"):
-        load("lc_mae_vitb16_224_100e", ["partial.throw=0.5", "method.decoder=conv"])
+        load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5", "method.decoder=conv"])
     with pytest.raises(ValueError, match=r"not for ae: leave it out"):
-        load("ae_vitb16_224_100e", ["partial.throw=0.5"])
+        load("ae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"])

@@ -7,8 +7,8 @@ import torch
 
 from pretrain.methods.ae import centred_blocks
 from pretrain.methods.lc_mae import cross_view_loss, in_view_loss
-from pretrain.methods.targets import patchify
 from pretrain.models.decoder import gaussian_average
+from pretrain.models.patches import patchify
 
 SIDE = 2
 

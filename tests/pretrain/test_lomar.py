@@ -1,14 +1,14 @@
 """The method against the naive reference, and what may and may not depend on what."""
 
 import pytest
-import reference
 import torch
-from tiny import (
+from helpers import reference
+from helpers.tiny import (
     TINY,
     assert_equals_reference,
     loss_and_gradients,
     random_images,
-    random_view,
+    random_mask_indices,
     randomize,
     tiny_lomar,
     tiny_vit,
@@ -19,9 +19,9 @@ from torch import Tensor
 from pretrain.config import load
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.mae import MAE
-from pretrain.methods.partial import Partial
-from pretrain.methods.targets import cut_windows, normalize_patches, normalize_pixels, take
-from pretrain.optim import parameter_groups
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.models.patches import cut_windows, gather_tokens, normalize_patches, normalize_pixels
+from pretrain.trainer.optim import parameter_groups
 
 ASYMMETRIC = {"architecture": "asymmetric", "decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
 CASES = [
@@ -34,16 +34,16 @@ CASES = [
     pytest.param({"join": 1, "relative": False}, id="late-absolute"),
     pytest.param(ASYMMETRIC, id="asymmetric"),
     pytest.param(ASYMMETRIC | {"relative": False}, id="asymmetric-absolute"),
-    pytest.param(ASYMMETRIC | {"partial": Partial(throw=0.3, kernel=3)}, id="asymmetric-partial"),
-    pytest.param({"partial": Partial(throw=0.4, kernel=3)}, id="partial"),
-    pytest.param({"partial": Partial(throw=0.4, kernel=5), "relative": False}, id="partial-absolute"),
-    pytest.param({"partial": Partial(throw=0.3, kernel=3, sampling="random"), "join": 1}, id="partial-late"),
+    pytest.param(ASYMMETRIC | {"pr_mim": PRMIMConfig(throw=0.3, kernel=3)}, id="asymmetric-partial"),
+    pytest.param({"pr_mim": PRMIMConfig(throw=0.4, kernel=3)}, id="pr_mim"),
+    pytest.param({"pr_mim": PRMIMConfig(throw=0.4, kernel=5), "relative": False}, id="partial-absolute"),
+    pytest.param({"pr_mim": PRMIMConfig(throw=0.3, kernel=3, sampling="random"), "join": 1}, id="partial-late"),
 ]
 
 
-def naive_loss(model: LoMaR, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+def naive_loss(model: LoMaR, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     c = model.config
-    return reference.lomar_loss(images, view, weights, TINY.heads, c.norm_pix, c.join, c.decoder_heads)
+    return reference.lomar_loss(images, mask_indices, weights, TINY.heads, c.norm_pix, c.join, c.decoder_heads)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,11 +51,11 @@ def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytes
     assert_equals_reference(lambda: tiny_lomar(**case), naive_loss, monkeypatch)
 
 
-def predictions(model: LoMaR, images: Tensor, view: dict[str, Tensor]) -> Tensor:
+def predictions(model: LoMaR, images: Tensor, mask_indices: dict[str, Tensor]) -> Tensor:
     """(B, W, M, P)"""
     with torch.no_grad():
-        prediction, _ = model._predict(*cut_windows(images, view, model.encoder.patch))
-        return prediction.view(*view["masked"].shape, -1)
+        prediction, _ = model._predict(*cut_windows(images, mask_indices, model.encoder.patch))
+        return prediction.view(*mask_indices["masked"].shape, -1)
 
 
 def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -> Tensor:
@@ -69,22 +69,22 @@ def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -
 def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_nothing_else(case: dict):
     model = tiny_lomar(**case)
     randomize(model)
-    images, view = random_images(model), random_view(model)
-    before = predictions(model, images, view)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    before = predictions(model, images, mask_indices)
     rows, cols = model.encoder.grid
     tried = {True: 0, False: 0}
     for image in range(len(images)):
         for patch in range(rows * cols):
-            after = predictions(model, change_patch(model, images, image, *divmod(patch, cols)), view)
+            after = predictions(model, change_patch(model, images, image, *divmod(patch, cols)), mask_indices)
             for b in range(len(images)):
                 for w in range(model.config.windows):
-                    seen = view["window"][b, w][view["visible"][b, w]].tolist()
+                    seen = mask_indices["window"][b, w][mask_indices["visible"][b, w]].tolist()
                     expected = b == image and patch in seen
                     tried[expected] += 1
                     # Every masked token of the window sees the change, or none does.
                     changed = (after[b, w] != before[b, w]).any(-1)
                     assert changed.all() if expected else not changed.any(), (image, patch, b, w)
-    assert tried[True] == view["visible"].numel()
+    assert tried[True] == mask_indices["visible"].numel()
 
 
 def test_the_target_is_the_masked_patches_alone():
@@ -92,13 +92,13 @@ def test_the_target_is_the_masked_patches_alone():
     randomize(model)
     with torch.no_grad():
         model.encoder.patch_embed.proj.weight.zero_()  # blind: the pixels act through the target only
-    images, view = random_images(model), random_view(model)
-    before = model(images, view)["loss"]
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    before = model(images, mask_indices)["loss"]
     rows, cols = model.encoder.grid
-    hidden = view["window"].gather(2, view["masked"])
+    hidden = mask_indices["window"].gather(2, mask_indices["masked"])
     outcomes = set()
     for patch in range(rows * cols):
-        after = model(change_patch(model, images, 0, *divmod(patch, cols)), view)["loss"]
+        after = model(change_patch(model, images, 0, *divmod(patch, cols)), mask_indices)["loss"]
         is_target = bool((hidden[0] == patch).any())
         outcomes.add(is_target)
         assert (after != before) == is_target, patch
@@ -108,18 +108,18 @@ def test_the_target_is_the_masked_patches_alone():
 def test_loss_is_the_same_whatever_the_order_of_windows_and_images():
     model = tiny_lomar()
     randomize(model)
-    images, view = random_images(model, 3), random_view(model, 3)
-    loss = model(images, view)["loss"]
-    turned = {name: index.flip(0, 1) for name, index in view.items()}
+    images, mask_indices = random_images(model, 3), random_mask_indices(model, 3)
+    loss = model(images, mask_indices)["loss"]
+    turned = {name: index.flip(0, 1) for name, index in mask_indices.items()}
     torch.testing.assert_close(model(images.flip(0), turned)["loss"], loss, rtol=1e-6, atol=0)
-    mismatched = {name: index.flip(0) for name, index in view.items()}
+    mismatched = {name: index.flip(0) for name, index in mask_indices.items()}
     assert (model(images, mismatched)["loss"] - loss).abs() > 1e-4
 
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_every_parameter_learns_from_the_start_and_has_one_optimiser_group(relative: bool):
     model = tiny_lomar(relative=relative)
-    _, gradients = loss_and_gradients(model, random_images(model), random_view(model))
+    _, gradients = loss_and_gradients(model, random_images(model), random_mask_indices(model))
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad, name
         assert gradients[name].isfinite().all(), name
@@ -143,7 +143,7 @@ def test_every_parameter_learns_from_the_start_and_has_one_optimiser_group(relat
 def test_relative_tables_learn_exactly_the_buckets_of_the_window():
     model = tiny_lomar()
     randomize(model)
-    _, gradients = loss_and_gradients(model, random_images(model), random_view(model))
+    _, gradients = loss_and_gradients(model, random_images(model), random_mask_indices(model))
     offsets = range(-2, 3)
     used = {reference.bucket((dy, dx), (0, 0)) for dy in offsets for dx in offsets} | {reference.CLASS_BUCKET}
     table = gradients["encoder.blocks.0.attn.rpe_k.lookup_table_weight"]
@@ -152,14 +152,14 @@ def test_relative_tables_learn_exactly_the_buckets_of_the_window():
 
 
 def test_activation_checkpointing_changes_nothing():
-    plain, recomputing = tiny_lomar(), tiny_lomar(checkpoint_blocks=True)
+    plain, recomputing = tiny_lomar(), tiny_lomar(grad_checkpointing=True)
     randomize(plain)
     recomputing.load_state_dict(plain.state_dict())
-    images, view = random_images(plain), random_view(plain)
+    images, mask_indices = random_images(plain), random_mask_indices(plain)
     calls = []
     recomputing.encoder.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    loss, gradients = loss_and_gradients(plain, images, view)
-    same_loss, same_gradients = loss_and_gradients(recomputing, images, view)
+    loss, gradients = loss_and_gradients(plain, images, mask_indices)
+    same_loss, same_gradients = loss_and_gradients(recomputing, images, mask_indices)
     assert len(calls) == 2, "the block runs again in the backward pass"
     assert torch.equal(loss, same_loss)
     assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
@@ -167,10 +167,10 @@ def test_activation_checkpointing_changes_nothing():
 
 def test_bf16_autocast_is_close_to_fp32_with_an_fp32_loss():
     model = tiny_lomar(arch=TINY._replace(dim=32))
-    images, view = random_images(model, 4), random_view(model, 4)
-    loss, gradients = loss_and_gradients(model, images, view)
+    images, mask_indices = random_images(model, 4), random_mask_indices(model, 4)
+    loss, gradients = loss_and_gradients(model, images, mask_indices)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded_loss, rounded = loss_and_gradients(model, images, view)
+        rounded_loss, rounded = loss_and_gradients(model, images, mask_indices)
     assert rounded_loss.dtype == torch.float32
     assert rounded_loss != loss, "autocast did nothing"
     torch.testing.assert_close(rounded_loss, loss, rtol=5e-3, atol=0)
@@ -181,7 +181,7 @@ def test_bf16_autocast_is_close_to_fp32_with_an_fp32_loss():
 @pytest.mark.parametrize("case", [{}, ASYMMETRIC], ids=["simple", "asymmetric"])
 def test_overfits_one_batch(case: dict):
     model = tiny_lomar(side=4, arch=TINY._replace(dim=64), **case)
-    losses = train(model, random_images(model), random_view(model))
+    losses = train(model, random_images(model), random_mask_indices(model))
     assert losses[0] > 0.9, "normalised targets have variance one"
     assert losses[-1] < 0.25 * losses[0]
 
@@ -189,27 +189,27 @@ def test_overfits_one_batch(case: dict):
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: bool, monkeypatch: pytest.MonkeyPatch):
     model = tiny_lomar(side=4, norm_pix=norm_pix)
-    images, view = random_images(model), random_view(model)
-    honest = model.reconstruct(images, view)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    honest = model.reconstruct(images, mask_indices)
 
     def predict_the_truth(patches: Tensor, index: dict[str, Tensor]) -> tuple[Tensor, None]:
-        target = normalize_pixels(take(patches, index["masked"]))
+        target = normalize_pixels(gather_tokens(patches, index["masked"]))
         return normalize_patches(target) if norm_pix else target, None
 
     monkeypatch.setattr(model, "_predict", predict_the_truth)
-    perfect = model.reconstruct(images, view)
+    perfect = model.reconstruct(images, mask_indices)
     assert torch.equal(perfect["original"], images)
     assert all(picture.dtype == torch.uint8 for picture in honest.values())
     side, size, columns = model.encoder.patch, model.config.window, model.encoder.grid[1]
     for b in range(len(images)):
-        top, left = divmod(view["window"][b, 0, 0].item(), columns)
+        top, left = divmod(mask_indices["window"][b, 0, 0].item(), columns)
         cut = images[b, top * side : (top + size) * side, left * side : (left + size) * side]
         assert torch.equal(perfect["window"][b], cut)
         assert torch.equal(perfect["reconstruction"][b], cut), "un-normalising gives the pixels back"
         for i in range(size * size):
             row, col = (n * side for n in divmod(i, size))
             at = (b, slice(row, row + side), slice(col, col + side))
-            hidden = i in view["masked"][b, 0]
+            hidden = i in mask_indices["masked"][b, 0]
             assert (perfect["masked"][at] == 128).all() if hidden else torch.equal(perfect["masked"][at], cut[at[1:]])
             assert torch.equal(honest["reconstruction"][at], cut[at[1:]]) != hidden
 
@@ -218,22 +218,22 @@ def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: boo
 def test_learning_from_some_images_still_shows_the_visible_tokens_of_all(case: dict):
     model = tiny_lomar(**case)
     randomize(model)
-    images, view = random_images(model, 3), random_view(model, 3)
-    some, whole = model.learn(images, view, supervised=2), model.learn(images, view)
-    first = {name: index[:2] for name, index in view.items()}
+    images, mask_indices = random_images(model, 3), random_mask_indices(model, 3)
+    some, whole = model.compute_loss(images, mask_indices, supervised=2), model.compute_loss(images, mask_indices)
+    first = {name: index[:2] for name, index in mask_indices.items()}
     torch.testing.assert_close(some.loss, model(images[:2], first)["loss"])
     torch.testing.assert_close(some.seen, whole.seen)
-    assert torch.equal(some.place, view["window"].gather(2, view["visible"]).flatten(1))
-    assert some.seen.shape == (3, view["visible"][0].numel(), TINY.dim)
+    assert torch.equal(some.place, mask_indices["window"].gather(2, mask_indices["visible"]).flatten(1))
+    assert some.seen.shape == (3, mask_indices["visible"][0].numel(), TINY.dim)
 
 
 def test_late_mask_tokens_need_the_simple_architecture():
     keys = ["data.shards=/x", "method.architecture=asymmetric"]
     with pytest.raises(ValueError, match=r"method\.architecture=asymmetric never does: set method\.join=0"):
         load("lomar_late_vitb16_224_400e", keys)
-    assert load("lomar_pr_vitb16_224_400e", keys).partial is not None
+    assert load("lomar_pr_vitb16_224_400e", keys).pr_mim is not None
     with pytest.raises(ValueError, match=r"is not divided by method\.decoder_heads=7"):
-        load("lomar_vitb16_224_400e", [*keys, "method.decoder_heads=7"])
+        load("lomar_vitb16_224_400e", [*keys, "method.decoder_num_heads=7"])
 
 
 def test_one_asymmetric_window_that_is_the_image_is_mae():
@@ -243,6 +243,6 @@ def test_one_asymmetric_window_that_is_the_image_is_mae():
     keys = {name: value for name, value in ASYMMETRIC.items() if name != "architecture"}
     mae = MAE(MAE.Config(**keys), tiny_vit(2, (4, 4), relative=False))
     mae.load_state_dict({name.removeprefix("predictor."): value for name, value in lomar.state_dict().items()})
-    images, view = random_images(lomar), random_view(lomar)
-    loss = mae(images, {name: index[:, 0] for name, index in view.items() if name != "window"})["loss"]
-    torch.testing.assert_close(lomar(images, view)["loss"], loss)
+    images, mask_indices = random_images(lomar), random_mask_indices(lomar)
+    loss = mae(images, {name: index[:, 0] for name, index in mask_indices.items() if name != "window"})["loss"]
+    torch.testing.assert_close(lomar(images, mask_indices)["loss"], loss)

@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from tiny import random_view, tiny_lomar
+from helpers.tiny import random_mask_indices, tiny_lomar
 
 from pretrain.config import ModelConfig
-from pretrain.methods.lomar import LoMaR, view
+from pretrain.methods.lomar import LoMaR, mask_indices
 from pretrain.methods.masking import positions, random_masked, random_windows
 
 # Table 4 of the paper: side of the window, windows per image.
@@ -26,7 +26,7 @@ def test_masks_exactly_the_share_of_each_window(window: int, windows: int, ratio
     config = LoMaR.Config(windows=windows, window=window, mask_ratio=float(ratio))
     config.check((14, 14), ModelConfig())
     expected = int(window * window * Fraction(ratio))
-    drawn = view(np.random.default_rng(0), grid=(14, 14), config=config, partial=None)
+    drawn = mask_indices(np.random.default_rng(0), grid=(14, 14), config=config, pr_mim=None)
     assert drawn["masked"].shape == (windows, expected)
     assert drawn["visible"].shape == (windows, window * window - expected)
     both = np.sort(np.concatenate([drawn["visible"], drawn["masked"]], axis=1))
@@ -75,7 +75,7 @@ def test_windows_are_uniform_over_positions_and_reach_every_patch():
 def test_images_draw_their_own_windows_and_masks():
     # The authors' code gives all images of a batch the same windows.
     model = tiny_lomar(grid=(14, 14), window=7, windows=4, mask_ratio=0.8)
-    drawn = random_view(model, 64)
+    drawn = random_mask_indices(model, 64)
     assert len({tuple(sorted(windows[:, 0].tolist())) for windows in drawn["window"]}) > 60
     masks = drawn["masked"].flatten(0, 1)
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
@@ -99,7 +99,7 @@ def test_positions_are_the_two_sides_of_a_mask():
 
 
 def test_view_is_a_function_of_its_generator_alone():
-    draw = tiny_lomar().view()
+    draw = tiny_lomar().mask_sampler()
     first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert any(not np.array_equal(first[name], other[name]) for name in first)
@@ -107,7 +107,7 @@ def test_view_is_a_function_of_its_generator_alone():
 
 
 def test_view_travels_to_worker_processes():
-    draw = tiny_lomar().view()
+    draw = tiny_lomar().mask_sampler()
     pickled = pickle.dumps(draw)
     assert len(pickled) < 1000, "no weights go along"
     there, here = pickle.loads(pickled)(np.random.default_rng(1)), draw(np.random.default_rng(1))

@@ -9,22 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
-import reference_mae
 import torch
-from reference_beit import random_projection_codes
+from helpers import reference, reference_mae
+from helpers.reference_beit import random_projection_codes
+from helpers.tiny import TINY, assert_equals_reference, random_images, random_mask_indices, randomize, tiny_vit, train
 from safetensors.torch import load_file, save_file
-from tiny import TINY, assert_equals_reference, random_images, random_view, randomize, tiny_vit, train
 from torch import Tensor
 
 from pretrain.config import ModelConfig
 from pretrain.methods import METHODS
 from pretrain.methods.masking import block_masked, cell_masked, grid_masked
-from pretrain.methods.partial import Partial
+from pretrain.methods.pr_mim import PRMIMConfig
 
 GRID, SIDE = (4, 6), 2
 MAE = {"name": "mae", "decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
-PARTIAL = Partial(throw=0.3, kernel=3)
+PARTIAL = PRMIMConfig(throw=0.3, kernel=3)
 CODES = {"codes": 13, "dim": 5, "seed": 7}
 PCA = MAE | {"target": "pca"}
 TOKEN = MAE | {"target": "token", "tokenizer": CODES}
@@ -41,10 +40,12 @@ CASES = [
     pytest.param(ENCODER_MASKS, False, None, id="mae-encoder_masks"),
     pytest.param(MAE, False, PARTIAL, id="mae-partial"),
     pytest.param(ENCODER_MASKS | {"target": "pixel"}, False, PARTIAL, id="mae-encoder_masks-partial"),
-    pytest.param({"name": "simmim", "cell": 4}, False, Partial(throw=0.3, sampling="random"), id="simmim-partial"),
+    pytest.param({"name": "simmim", "cell": 4}, False, PRMIMConfig(throw=0.3, sampling="random"), id="simmim-partial"),
     pytest.param({"name": "simmim", "cell": 4}, True, PARTIAL, id="simmim-relative-partial"),
-    *(pytest.param(MAE, False, Partial(throw=0.4, kernel=3, fill=kind), id=f"mae-{kind}") for kind in FILLS),
-    pytest.param({"name": "simmim", "cell": 4}, True, Partial(throw=0.3, fill="transformer"), id="simmim-transformer"),
+    *(pytest.param(MAE, False, PRMIMConfig(throw=0.4, kernel=3, fill=kind), id=f"mae-{kind}") for kind in FILLS),
+    pytest.param(
+        {"name": "simmim", "cell": 4}, True, PRMIMConfig(throw=0.3, fill="transformer"), id="simmim-transformer"
+    ),
 ]
 
 
@@ -58,14 +59,14 @@ def pca_file() -> str:
     return str(folder / "pca.safetensors")
 
 
-def build(keys: dict[str, Any], relative: bool, partial: Partial | None = None) -> Any:
+def build(keys: dict[str, Any], relative: bool, pr_mim: PRMIMConfig | None = None) -> Any:
     torch.manual_seed(0)
     method = METHODS[keys["name"]]
     if keys.get("target") == "pca":
         keys = keys | {"pca": {"file": pca_file()}}
     config = method.Config(**keys)
     config.check(GRID, ModelConfig(patch=SIDE, position="relative" if relative else "sincos"))
-    return method(config, tiny_vit(SIDE, GRID, relative), partial)
+    return method(config, tiny_vit(SIDE, GRID, relative), pr_mim)
 
 
 def mae_error(config: Any) -> reference_mae.Error:
@@ -77,24 +78,24 @@ def mae_error(config: Any) -> reference_mae.Error:
     return reference_mae.pixel_error(SIDE, config.target == "norm_pix")
 
 
-def naive_loss(model: Any, images: Tensor, view: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     if model.config.name == "mae":
         heads = model.config.decoder_heads
-        return reference_mae.mae_loss(images, view, weights, TINY.heads, heads, mae_error(model.config))
-    return reference.simmim_loss(images, view, weights, TINY.heads)
+        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, heads, mae_error(model.config))
+    return reference.simmim_loss(images, mask_indices, weights, TINY.heads)
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
 def test_equals_the_reference_in_float64_and_fp32(
-    keys: dict, relative: bool, partial: Partial | None, monkeypatch: pytest.MonkeyPatch
+    keys: dict, relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
 ):
-    assert_equals_reference(lambda: build(keys, relative, partial), naive_loss, monkeypatch)
+    assert_equals_reference(lambda: build(keys, relative, pr_mim), naive_loss, monkeypatch)
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
-def test_view_is_exact_deterministic_and_picklable(keys: dict, relative: bool, partial: Partial | None):
-    model = build(keys, relative, partial)
-    draw = pickle.loads(pickle.dumps(model.view()))
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+def test_view_is_exact_deterministic_and_picklable(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+    model = build(keys, relative, pr_mim)
+    draw = pickle.loads(pickle.dumps(model.mask_sampler()))
     first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
     patches = GRID[0] * GRID[1]
     expected = {"mae": round(patches * getattr(model.config, "mask_ratio", 0)), "simmim": math.ceil(6 * 0.6) * 4}
@@ -105,63 +106,63 @@ def test_view_is_exact_deterministic_and_picklable(keys: dict, relative: bool, p
         assert (first["masked"] != other["masked"]).any()
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
-def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bool, partial: Partial | None):
-    model = build(keys, relative, partial)
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+    model = build(keys, relative, pr_mim)
     randomize(model)
-    images, view = random_images(model), random_view(model)
-    before = model.reconstruct(images, view)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    before = model.reconstruct(images, mask_indices)
     grey = before["masked"]
     assert (grey == before["original"]).any()
     patches = GRID[0] * GRID[1]
     shown = (grey != before["original"]).reshape(len(images), -1).float().mean(1)
-    assert torch.all(shown <= len(view["masked"][0]) / patches)
+    assert torch.all(shown <= len(mask_indices["masked"][0]) / patches)
     if model.config.name == "mae" and model.config.target == "norm_pix":
         return  # to be shown, a normalised prediction needs the true patch's statistics
     predicted = "predicted codes" if keys.get("target") == "token" else "reconstruction"
-    torch.testing.assert_close(model.reconstruct(grey, view)[predicted], before[predicted])
+    torch.testing.assert_close(model.reconstruct(grey, mask_indices)[predicted], before[predicted])
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
-def test_the_targets_are_all_masked_patches_and_no_visible_one(keys: dict, relative: bool, partial: Partial | None):
-    model = build(keys, relative, partial)
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+def test_the_targets_are_all_masked_patches_and_no_visible_one(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+    model = build(keys, relative, pr_mim)
     randomize(model)
     with torch.no_grad():
         model.encoder.patch_embed.proj.weight.zero_()  # blind: the pixels act through the target only
-    images, view = random_images(model, 1), random_view(model, 1)
-    before = model(images, view)["loss"]
+    images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
+    before = model(images, mask_indices)["loss"]
     for patch in range(GRID[0] * GRID[1]):
         row, col = (SIDE * i for i in divmod(patch, GRID[1]))
         changed = images.clone()
         changed[0, row : row + SIDE, col : col + SIDE] = 255 - images[0, row : row + SIDE, col : col + SIDE]
-        assert (model(changed, view)["loss"] != before) == (patch in view["masked"][0]), patch
+        assert (model(changed, mask_indices)["loss"] != before) == (patch in mask_indices["masked"][0]), patch
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
 def test_learning_from_some_images_still_shows_the_visible_tokens_of_all(
-    keys: dict, relative: bool, partial: Partial | None
+    keys: dict, relative: bool, pr_mim: PRMIMConfig | None
 ):
-    model = build(keys, relative, partial)
+    model = build(keys, relative, pr_mim)
     randomize(model)
-    images, view = random_images(model, 3), random_view(model, 3)
-    some, whole = model.learn(images, view, supervised=2), model.learn(images, view)
-    first = {name: index[:2] for name, index in view.items()}
+    images, mask_indices = random_images(model, 3), random_mask_indices(model, 3)
+    some, whole = model.compute_loss(images, mask_indices, supervised=2), model.compute_loss(images, mask_indices)
+    first = {name: index[:2] for name, index in mask_indices.items()}
     torch.testing.assert_close(some.loss, model(images[:2], first)["loss"])
-    assert torch.equal(some.place, view["visible"])
+    assert torch.equal(some.place, mask_indices["visible"])
     torch.testing.assert_close(some.seen, whole.seen)
-    assert some.seen.shape[:2] == view["visible"].shape
+    assert some.seen.shape[:2] == mask_indices["visible"].shape
     changed = images.clone()
-    row, col = (SIDE * i for i in divmod(int(view["visible"][0, -1]), GRID[1]))
+    row, col = (SIDE * i for i in divmod(int(mask_indices["visible"][0, -1]), GRID[1]))
     changed[0, row : row + SIDE, col : col + SIDE] = 0
-    moved = (model.learn(changed, view).seen - whole.seen).abs().amax(2)
+    moved = (model.compute_loss(changed, mask_indices).seen - whole.seen).abs().amax(2)
     assert moved[0].argmax() == moved.shape[1] - 1, "a token stands for the patch at its place"
     assert not moved[1:].any()
 
 
-@pytest.mark.parametrize(("keys", "relative", "partial"), CASES)
-def test_learns_one_batch_by_heart(keys: dict, relative: bool, partial: Partial | None):
-    model = build(keys, relative, partial)
-    losses = train(model, random_images(model, 1), random_view(model, 1))
+@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+def test_learns_one_batch_by_heart(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+    model = build(keys, relative, pr_mim)
+    losses = train(model, random_images(model, 1), random_mask_indices(model, 1))
     assert losses[-1] < 0.25 * losses[0]
 
 
@@ -194,8 +195,12 @@ def test_cells_are_masked_whole():
         (MAE | {"mask_ratio": 0.01}, {"position": "sincos"}, None),
         (MAE | {"mask_ratio": 0.99}, {"position": "sincos"}, "must be masked and one visible"),
         (MAE | {"mask": "grid", "mask_ratio": 0.5}, {"position": "sincos"}, "needs method.mask_ratio=0.75"),
-        (MAE | {"decoder_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_heads=5"),
-        ({"name": "simmim", "cell": 24}, {"patch": 16}, "must be a multiple of model.patch=16 .* set method.cell=16"),
+        (MAE | {"decoder_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
+        (
+            {"name": "simmim", "cell": 24},
+            {"patch": 16},
+            "must be a multiple of model.patch_size=16 .* set method.mask_patch_size=16",
+        ),
         ({"name": "simmim", "cell": 128}, {"patch": 16}, "divides the image of 64x96 pixels"),
         ({"name": "simmim", "cell": 32, "mask_ratio": 0.99}, {"patch": 16}, "leaves no patch visible"),
     ],

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pretrain.config import OptimConfig
-from pretrain.optim import GuardedAdamW, learning_rate, parameter_groups, set_learning_rate
+from pretrain.trainer.optim import GuardedAdamW, learning_rate, parameter_groups, set_learning_rate
 
 PER_EPOCH, EPOCHS, PEAK = 10, 100, 2.4e-3
 

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pretrain.methods.targets.patch_targets import Coefficients
 from safetensors.torch import load_file, save_file
 
 from data.index import load_index
 from data.loader import Loader
 from data.pack import pack
 from data.sources import list_source
-from pretrain.checkpoint import TrainState, check_continues
 from pretrain.config import Config, load
 from pretrain.fit_pca import Covariance, fit
-from pretrain.methods.pca import PCAConfig, principal_components, read_basis
-from pretrain.methods.reconstruction import Coefficients
-from pretrain.methods.targets import normalize_pixels, patchify
+from pretrain.methods.targets.pca import PCAConfig, principal_components, read_basis
+from pretrain.models.patches import normalize_pixels, patchify
+from pretrain.trainer.checkpoint import TrainState, check_continues
 
 ROOT = Path(__file__).parents[2]
 PATCH, VALUES = 4, 48
@@ -133,7 +133,13 @@ def test_the_command_gives_the_same_file_whatever_the_workers(shards: str, basis
 
 
 def mae(file: Path, *overrides: str) -> Config[Any]:
-    keys = ["data.shards=/x", "data.size=16", f"model.patch={PATCH}", "method.target=pca", f"method.pca.file={file}"]
+    keys = [
+        "data.shards=/x",
+        "data.image_size=16",
+        f"model.patch_size={PATCH}",
+        "method.target=pca",
+        f"method.pca.file={file}",
+    ]
     return load("mae_vitb16_224_1600e", [*keys, *overrides])
 
 
@@ -141,7 +147,7 @@ def test_a_moved_file_continues_and_another_does_not(basis: Path, tmp_path: Path
     moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
     moved.write_bytes(basis.read_bytes())
     save_file({name: tensor * 2 for name, tensor in load_file(basis).items()}, other)
-    first, same, different = (TrainState(trained_function=mae(f).trained_function()) for f in (basis, moved, other))
+    first, same, different = (TrainState(resume_signature=mae(f).resume_signature()) for f in (basis, moved, other))
     check_continues(first, same)
     with pytest.raises(ValueError, match=r"method\.pca\.sha256 was"):
         check_continues(first, different)
@@ -162,12 +168,12 @@ def test_the_resolved_recipe_pins_the_file(basis: Path, tmp_path: Path):
         (["method.pca.file=/nowhere"], r"method\.pca\.file='/nowhere' is no file: make it with"),
         (["method.pca.fille=x"], "did you mean file"),
         (["method.pca.sha256=abc"], r"not those of method\.pca\.sha256=abc"),
-        (["model.patch=8"], "patches of 48 values, and model.patch=8 has 192"),
+        (["model.patch_size=8"], "patches of 48 values, and model.patch_size=8 has 192"),
         (["method.target=pixel"], r"method\.pca is only read with method\.target=pca"),
         (["method.pca=null"], r"method\.target=pca needs method\.pca\.file"),
         (["method.target=token", "method.pca=null"], r"method\.target=token needs method\.tokenizer\.name"),
         (["method.tokenizer.name=random_projection"], r"method\.tokenizer is only read with method\.target=token"),
-        (["method.encoder_masks=true", "method.decoder=conv"], r"set method\.decoder=transformer"),
+        (["method.encoder_mask_tokens=true", "method.decoder=conv"], r"set method\.decoder=transformer"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(overrides: list[str], says: str, basis: Path):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from pretrain.methods.targets import (
+from pretrain.models.patches import (
+    gather_tokens,
     normalize_patches,
     normalize_pixels,
     patch_statistics,
     patchify,
-    take,
     to_pixels,
     unpatchify,
 )
@@ -35,7 +35,7 @@ def test_unpatchify_inverts_patchify(images: torch.Tensor):
 
 def test_take_picks_rows_for_each_image():
     x = torch.arange(24).view(2, 4, 3)
-    assert torch.equal(take(x, torch.tensor([[3, 0], [1, 1]])), torch.stack([x[0, [3, 0]], x[1, [1, 1]]]))
+    assert torch.equal(gather_tokens(x, torch.tensor([[3, 0], [1, 1]])), torch.stack([x[0, [3, 0]], x[1, [1, 1]]]))
 
 
 def test_pixels_are_standardised_by_channel_and_come_back():

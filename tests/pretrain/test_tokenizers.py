@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from pretrain.checkpoint import TrainState, check_continues
 from pretrain.config import load
-from pretrain.methods.tokenizers import TokenizerConfig, build_tokenizer
+from pretrain.methods.targets.tokenizers import TokenizerConfig, build_tokenizer
+from pretrain.trainer.checkpoint import TrainState, check_continues
 
 GRID, SIDE = (3, 5), 4
 KNOWN_CODES = [1380, 851, 8092, 709, 2484, 1120, 4303, 879, 4989, 3218, 163, 3262, 6417, 7298, 3911]
@@ -128,9 +128,9 @@ def test_a_moved_file_continues_and_another_does_not(weights: Path, tmp_path: Pa
     keys = ["data.shards=/nowhere", "method.tokenizer.codes=24"]
     first, same, different = (
         TrainState(
-            trained_function=load(
+            resume_signature=load(
                 "beit_vitb16_224_300e", [*keys, f"method.tokenizer.weights={path}"]
-            ).trained_function()
+            ).resume_signature()
         )
         for path in (weights, moved, other)
     )

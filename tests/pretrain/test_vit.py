@@ -4,15 +4,15 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import reference
+from helpers.tiny import randomize, tiny_vit
 from timm.models.vision_transformer import VisionTransformer
-from tiny import randomize, tiny_vit
 
-from pretrain.methods.targets import patchify
 from pretrain.models.attention import CLASS_BUCKET, attend, grid_buckets, product_buckets
+from pretrain.models.patches import patchify
 from pretrain.models.vit import PatchEmbed, ViT, sincos_positions
 
 TIMM_NAMES = {

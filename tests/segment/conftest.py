@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_ade import make_ade
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from tiny_ade import make_ade
 
-from downstream.segment.settings import spread_settings
+from downstream.segment.segmentor_keys import propagate_keys
 
 CONFIG = Path(__file__).parent / "tiny_upernet.py"
 
@@ -24,7 +24,7 @@ def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cfg(ade: Path) -> Config:
     cfg = Config.fromfile(CONFIG)
     cfg.data_root = str(ade)
-    spread_settings(cfg)
+    propagate_keys(cfg)
     return cfg
 
 

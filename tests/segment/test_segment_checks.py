@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny_ade import CLASSES, make_ade
 from mmengine.config import Config
 from PIL import Image
-from tiny_ade import CLASSES, make_ade
 
-from downstream.segment import checks
-from downstream.segment.checks import check
-from downstream.segment.settings import spread_settings
+from downstream.segment import check_masks as checks
+from downstream.segment.check_masks import check
+from downstream.segment.segmentor_keys import propagate_keys
 
 CONFIGS = Path(checks.__file__).parent / "configs"
 IMAGES, MASKS = "images/training", "annotations/training"
@@ -27,7 +27,7 @@ def config(root: Path, name: str = "upernet_tiny_camvid", **top: object) -> Conf
     cfg = copy.deepcopy(_read(name))
     cfg.update(data_root=str(root), classes=list(CLASSES), size=64, stride=43, scale=(256, 64))
     cfg.update(top)
-    spread_settings(cfg)
+    propagate_keys(cfg)
     return cfg
 
 
@@ -146,7 +146,7 @@ def test_what_is_checked_is_what_mmseg_reads(root: Path):
     """Its own loader's names, labels and classes, of masks with a palette and from 1."""
     from mmseg.registry import DATASETS
 
-    from downstream.segment.masks import count_masks
+    from downstream.segment.mask_counts import count_masks
 
     from_one(root)
     for path in (root / MASKS).iterdir():

@@ -12,9 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
 
-from downstream.dense.command import load as load_command
-from downstream.segment.run import CONFIGS
-from downstream.segment.settings import flatten_steps, spread_settings
+from downstream.dense.mmengine.config_file import load as load_command
+from downstream.segment.segmentor_keys import flatten_steps, propagate_keys
+from downstream.segment.train_segmentor import CONFIGS
 from pretrain.models.vit import ARCHS
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -31,7 +31,7 @@ def _read(name: str) -> Config:
 
 def load(name: str) -> Config:
     cfg = copy.deepcopy(_read(name))
-    spread_settings(cfg)
+    propagate_keys(cfg)
     return cfg
 
 
@@ -55,7 +55,7 @@ def test_recipe_is_the_published_one(name: str):
     assert (backbone.window, backbone.class_token, backbone.drop_path) == (0, True, 0.1)
     assert backbone.out_blocks == ((11,) if linear else OUT_BLOCKS[arch])
     assert backbone.frozen == (linear or name.endswith("frozen"))
-    assert backbone.checkpoint_blocks == name.endswith("24gb")
+    assert backbone.grad_checkpointing == name.endswith("24gb")
     assert backbone.checkpoint is None  # every command changes it
     wrapper = cfg.optim_wrapper
     assert (wrapper.type, wrapper.dtype, wrapper.get("clip_grad")) == ("AmpOptimWrapper", "bfloat16", None)
@@ -162,7 +162,7 @@ def test_own_set_in_a_few_lines(tmp_path: Path):
     own = tmp_path / "fields.py"
     own.write_text(lines.replace("    ", "").replace("upernet_vitb", f"{CONFIGS}/upernet_vitb"))
     cfg = Config.fromfile(own, import_custom_modules=False)
-    spread_settings(cfg)
+    propagate_keys(cfg)
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 2
     for split, folder in (("train", "train"), ("val", "val"), ("test", "val")):
         dataset = cfg[f"{split}_dataloader"].dataset
@@ -172,14 +172,14 @@ def test_own_set_in_a_few_lines(tmp_path: Path):
         assert dataset.pipeline[1 if split == "train" else 2].type == "LoadAnnotations"
     override = re.search(r"data_root=\S+ classes=.*", head)[0].replace("'", "")
     changes = re.match(r"(data_root=\S+) (classes=\[.*\]) (reduce_zero_label=\S+)", override).groups()
-    assert load_command("upernet_vitb_lomar_160k", list(changes), CONFIGS, spread_settings).cfg.classes == [
+    assert load_command("upernet_vitb_lomar_160k", list(changes), CONFIGS, propagate_keys).cfg.classes == [
         "soil",
         "wheat",
     ]
 
 
 def command(*changes: str) -> Config:
-    return load_command("upernet_vitb_mae_160k", list(changes), CONFIGS, spread_settings).cfg
+    return load_command("upernet_vitb_mae_160k", list(changes), CONFIGS, propagate_keys).cfg
 
 
 def test_sizes_reach_every_place():
@@ -192,7 +192,7 @@ def test_sizes_reach_every_place():
     assert [step.scale for step in scaled] == [(900, 300)] * 8
     assert cfg.test_dataloader.dataset.data_root == "/data/mine"
     cfg.size, cfg.stride = (320, 640), [200, 400]  # from a file: high and wide
-    spread_settings(cfg)
+    propagate_keys(cfg)
     assert (cfg.model.backbone.size, cfg.model.test_cfg.stride) == ((320, 640), (200, 400))
     assert command("model.test_cfg.mode=whole", "size=320").model.test_cfg.mode == "whole"
 

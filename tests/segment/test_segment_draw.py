@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from downstream.segment import draw
+from downstream.segment import draw_segments as draw
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +30,15 @@ def test_draws_what_is_seen(weights: tuple[Path, Path], model: Any, tmp_path: Pa
     photos, out = tmp_path / "photos", tmp_path / "out"
     (photos / "below").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    pictures = {"a.png": (64, 64), "below/b.png": (100, 70)}
-    for name, size in pictures.items():
+    augmentations = {"a.png": (64, 64), "below/b.png": (100, 70)}
+    for name, size in augmentations.items():
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
     (photos / "broken.png").write_text("no image")
     assert run_draw(*weights, photos, out, "--opacity", 1) == 0
     said = capfd.readouterr()
     assert "2 pictures in" in said.out
     assert "1 images cannot be decoded" in said.err
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(pictures)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(augmentations)
     pixels = torch.tensor(np.array(Image.open(photos / "a.png"))[:, :, ::-1].copy()).permute(2, 0, 1)
     sample = SegDataSample(metainfo={"ori_shape": (64, 64), "img_shape": (64, 64)})
     with torch.no_grad():

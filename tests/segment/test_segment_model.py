@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny_ade import CLASSES
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
@@ -17,12 +18,11 @@ from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_ade import CLASSES
 
-from downstream.dense.backbone import PlainViT
-from downstream.dense.hooks import BordersHook, plain_numbers
-from downstream.dense.loading import compare_features, load_start
-from downstream.weights import features, load_encoder
+from downstream.checkpoints.weights import features, load_encoder
+from downstream.dense.backbone.loading import compare_features, load_start
+from downstream.dense.backbone.plain_vit import PlainViT
+from downstream.dense.mmengine.hooks import Fp32OutputsHook, plain_numbers
 from pretrain.models.vit import ViT
 
 CONFIG = Path(__file__).parent / "tiny_upernet.py"
@@ -189,7 +189,7 @@ def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, to
 def test_training_step_in_both_precisions(model: Any, cfg: Config):
     """Every parameter gets a finite fp32 gradient; under bf16 neck and logits are fp32, as the heads are told."""
     own = copy.deepcopy(model)
-    BordersHook().before_train(SimpleNamespace(model=own))
+    Fp32OutputsHook().before_train(SimpleNamespace(model=own))
     handed = {}
     for name, module in own.named_modules():
         if name == "neck" or name.endswith("conv_seg"):

@@ -1,4 +1,4 @@
-"""Real trainings of a tiny UperNet by two processes, and `downstream/segment/run.py` as a user types it."""
+"""Real trainings of a tiny UperNet by two processes, and `downstream/segment/train_segmentor.py` as a user types it."""
 
 import json
 import sys
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from dense_jobs import run_jobs
-from dense_runs import BIN, ROOT, groups, last, launch, logged, measured, said, write_engines
-from processes import Processes
+from helpers.dense_jobs import run_jobs
+from helpers.dense_runs import BIN, ROOT, groups, last, launch, logged, measured, said, write_engines
+from helpers.processes import Processes
+from helpers.tiny_ade import make_ade
 from safetensors.torch import load_file, save_file
-from tiny_ade import make_ade
 
 from pretrain.models.vit import ViT
 
@@ -146,7 +146,7 @@ def test_refused(folder: Path, name: str):
 
 
 def run(*command: str, changes: list[str], cwd: Path) -> str:
-    done = launch(*command, str(ROOT / "downstream/segment/run.py"), str(CONFIG), *changes, cwd=cwd)
+    done = launch(*command, str(ROOT / "downstream/segment/train_segmentor.py"), str(CONFIG), *changes, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

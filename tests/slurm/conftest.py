@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.slurm_cluster import NAMESPACES, Cluster
 from PIL import Image
-from slurm_cluster import NAMESPACES, Cluster
 
 ROOT = Path(__file__).parents[2]
 _PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "iproute2"]
@@ -89,15 +89,15 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """61 pictures of two classes, packed by our own command."""
-    pictures, shards = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
+    augmentations, shards = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     for number in range(61):
-        folder = pictures / ("odd" if number % 2 else "even")
+        folder = augmentations / ("odd" if number % 2 else "even")
         folder.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((112, 96)).save(folder / f"{number:02d}.jpg")
     subprocess.run(
-        [sys.executable, "-m", "data.pack", str(pictures), str(shards)], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "data.pack", str(augmentations), str(shards)], cwd=ROOT, check=True, capture_output=True
     )
     return shards
 
@@ -111,9 +111,9 @@ def write_recipe(project: Path, shards: Path) -> Callable[..., Path]:
             "name": name,
             "runs": str(project / "runs"),
             "model": {"arch": "vit_tiny"},
-            "data": {"shards": str(shards), "workers": 1},
+            "data": {"shards": str(shards), "num_workers": 1},
             "optim": {"warmup_epochs": 1, "base_lr": 1e-2},
-            "checkpoint": {"every": 10},
+            "checkpoint": {"every_steps": 10},
             **sections,
         }
         path = project / f"{name}.yaml"
@@ -128,9 +128,9 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
     """A LoMaR."""
     return write_recipe(
         "tiny",
-        method={"name": "lomar", "windows": 2, "window": 3},
-        train={"epochs": 8, "batch": 8, "precision": "fp32"},
-        log={"every": 1, "panel_images": 2},
+        method={"name": "lomar", "num_windows": 2, "window_size": 3},
+        train={"epochs": 8, "global_batch_size": 8, "precision": "fp32"},
+        log={"every_steps": 1, "num_reconstructions": 2},
     )
 
 
@@ -139,8 +139,8 @@ def tuning(write_recipe: Callable[..., Path], shards: Path) -> Path:
     """A classifier, measured after each of its epochs."""
     return write_recipe(
         "tuning",
-        head={"classes": 2, "drop_path": 0.1},
+        head={"num_classes": 2, "drop_path": 0.1},
         val={"shards": str(shards)},
-        train={"epochs": 4, "batch": 8, "precision": "fp32"},
-        log={"every": 1},
+        train={"epochs": 4, "global_batch_size": 8, "precision": "fp32"},
+        log={"every_steps": 1},
     )

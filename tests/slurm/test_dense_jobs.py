@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from dense_runs import measured
-from slurm_cluster import Cluster
-from tiny_ade import make_ade
-from tiny_coco import make_coco
+from helpers.dense_runs import measured
+from helpers.slurm_cluster import Cluster
+from helpers.tiny_ade import make_ade
+from helpers.tiny_coco import make_coco
 
 pytestmark = pytest.mark.slurm
 TESTS = Path(__file__).parents[1]

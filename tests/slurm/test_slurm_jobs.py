@@ -10,12 +10,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.slurm_cluster import Cluster, Job
 from safetensors.torch import load_file
-from slurm_cluster import Cluster, Job
 
 pytestmark = pytest.mark.slurm
 STEPS = 8 * 7
-ODD = "data.size=[64, 80]"  # a space and brackets must reach the trainer as one argument
+ODD = "data.image_size=[64, 80]"  # a space and brackets must reach the trainer as one argument
 
 
 def submit(

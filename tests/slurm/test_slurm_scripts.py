@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster
+from helpers.slurm_cluster import Cluster
 
 FOLDER = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(FOLDER.glob("[!_]*.sh"))

@@ -1,6 +1,6 @@
 """A small Mask R-CNN on Penn-Fudan's 136 street photographs with people, to see all parts at work on two CPU cores.
 
-    python downstream/detect/run.py vitdet_tiny_pennfudan checkpoint=runs/my-run data_root=/data/pennfudan
+    python downstream/detect/train_detector.py vitdet_tiny_pennfudan checkpoint=runs/my-run data_root=/data/pennfudan
 
 A step is 4 images, 34 steps an epoch. The heads are a quarter as wide as ViTDet's and see an eighth of the regions. It
 is no published recipe and its AP says nothing of others; in fp32, which a CPU likes best.

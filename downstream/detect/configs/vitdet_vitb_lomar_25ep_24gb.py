@@ -1,6 +1,6 @@
 """As vitdet_vitb_lomar_25ep, for eight cards of 24 GB: half the batch and rate, blocks recomputed in the backward.
 
-    deepspeed downstream/detect/run.py vitdet_vitb_lomar_25ep_24gb checkpoint=runs/my-run data_root=/data/coco
+    deepspeed downstream/detect/train_detector.py vitdet_vitb_lomar_25ep_24gb checkpoint=runs/my-run data_root=/data/coco
 
 A step is 32 images: 8 ranks x 2 x 2 micro-batches, and the learning rate 1e-4 x 32 / 64: the linear rule, of which
 AdamW knows nothing. That this costs AP is to be expected, how much is unmeasured. Recomputing changes no number, only
@@ -11,7 +11,7 @@ by arithmetic, not measured. Not run by us.
 
 _base_ = ["vitdet_vitb_lomar_25ep.py"]
 
-model = dict(backbone=dict(checkpoint_blocks=True))
+model = dict(backbone=dict(grad_checkpointing=True))
 train_dataloader = dict(batch_size=2)
 optim_wrapper = dict(accumulative_counts=2, optimizer=dict(lr=5e-5))
 auto_scale_lr = dict(base_batch_size=32)

@@ -1,6 +1,6 @@
 """ViTDet Mask R-CNN, ViT-L pretrained by LoMaR, COCO, 100 epochs.
 
-    deepspeed downstream/detect/run.py vitdet_vitl_lomar_100ep checkpoint=runs/my-run data_root=/data/coco engine=zero1
+    deepspeed downstream/detect/train_detector.py vitdet_vitl_lomar_100ep checkpoint=runs/my-run data_root=/data/coco engine=zero1
 
 A step is 64 images: 16 ranks x 2 x 2 micro-batches. On other numbers of ranks, choose
 optim_wrapper.accumulative_counts so that it stays 64. No published number. To compare with, detectron2's ViTDet on

@@ -1,6 +1,6 @@
 """One linear layer on the last block of a frozen ViT-B pretrained by LoMaR, ADE20K, 40k iterations.
 
-    deepspeed downstream/segment/run.py linear_vitb_lomar_40k checkpoint=runs/my-run data_root=/data/ade
+    deepspeed downstream/segment/train_segmentor.py linear_vitb_lomar_40k checkpoint=runs/my-run data_root=/data/ade
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
 it stays 16. DINOv2's linear protocol: batch normalisation and one matrix, AdamW with a learning rate of 1e-3 and a

@@ -1,6 +1,6 @@
 """As upernet_vitl_lomar_160k, for eight cards of 24 GB: blocks are recomputed in the backward.
 
-    deepspeed downstream/segment/run.py upernet_vitl_lomar_160k_24gb checkpoint=my-run data_root=/data/ade engine=zero2
+    deepspeed downstream/segment/train_segmentor.py upernet_vitl_lomar_160k_24gb checkpoint=my-run data_root=/data/ade engine=zero2
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
 it stays 16. Recomputing changes no number, only the time (about a third more in the backbone). That it fits in 24 GB is
@@ -10,4 +10,4 @@ by us.
 
 _base_ = ["upernet_vitl_lomar_160k.py"]
 
-model = dict(backbone=dict(checkpoint_blocks=True))
+model = dict(backbone=dict(grad_checkpointing=True))

@@ -23,8 +23,8 @@ heads; gradients are not clipped.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::common/lsj-100e_coco-instance.py"]
 custom_imports = dict(
     imports=[
-        "downstream.dense.backbone",
-        "downstream.dense.optim",
+        "downstream.dense.backbone.plain_vit",
+        "downstream.dense.mmengine.layer_decay",
         "downstream.detect.pyramid",
     ]
 )
@@ -49,7 +49,7 @@ model = dict(
         global_blocks=(2, 5, 8, 11),
         out_blocks=(11,),
         drop_path=0.1,
-        checkpoint_blocks=False,
+        grad_checkpointing=False,
         checkpoint=None,
     ),
     neck=dict(_delete_=True, type="SimpleFeaturePyramid", in_channels=768, out_channels=256),

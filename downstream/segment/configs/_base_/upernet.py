@@ -30,9 +30,9 @@ _base_ = [
 ]
 custom_imports = dict(
     imports=[
-        "downstream.dense.backbone",
-        "downstream.dense.optim",
-        "downstream.segment.linear",
+        "downstream.dense.backbone.plain_vit",
+        "downstream.dense.mmengine.layer_decay",
+        "downstream.segment.linear_head",
     ]
 )
 
@@ -61,7 +61,7 @@ model = dict(
         class_token=True,
         out_blocks=(3, 5, 7, 11),
         drop_path=0.1,
-        checkpoint_blocks=False,
+        grad_checkpointing=False,
         frozen=False,
         checkpoint=None,
     ),

@@ -1,0 +1,118 @@
+"""One pass over samples in their order, each exactly once, with the same number of batches on every rank."""
+
+import functools
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.decode import BadImage, decode
+from data.image_folder import Samples, reader_of
+from data.transforms import center_crop
+from data.workers import in_workers
+
+PADDING = -1  # in place of a sample's number
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """B rows of one rank, of which those beyond the last sample are padding."""
+
+    images: Tensor  # uint8 RGB, (B, H, W, 3); black where there is nothing to see
+    labels: Tensor  # int64 (B,), -1 = none
+    samples: Tensor  # int64 (B,), number of the sample, or PADDING
+    readable: Tensor  # bool (B,), false where the image could not be decoded, and for padding
+
+    def pin_memory(self) -> "EvalBatch":
+        """The same in page-locked memory; DataLoader's pinning thread calls it."""
+        return replace(self, images=self.images.pin_memory())
+
+
+class EvalLoader:
+    """Each sample once, over all ranks; batch b of rank r is the r-th part of the b-th `world * batch` samples.
+
+    The last batches are filled up with padding, so that all ranks do the same number of forward passes, which under
+    ZeRO-3 they do together. An image that cannot be decoded keeps its place.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        size: tuple[int, int],
+        batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        subset: np.ndarray | None = None,
+        border: int = 0,
+    ) -> None:
+        """Starts nothing.
+
+        Args:
+            samples: shards or a folder.
+            size: (H, W) of the central crops.
+            batch: rows of a batch of one rank.
+            rank, world_size: this process and how many there are.
+            num_workers: processes that decode; 0 decodes in this one.
+            subset: the indices of the samples to read, ascending; all unless given.
+            border: pixels to cut off on each side first.
+
+        Raises:
+            ValueError: settings that cannot work, with the one to change.
+        """
+        if batch < 1 or min(size) < 1 or num_workers < 0:
+            raise ValueError(f"batch {batch} and size {size} must be at least 1, num_workers {num_workers} at least 0")
+        assert 0 <= rank < world_size
+        self.samples, self.batch, self.rank, self.world_size = samples, batch, rank, world_size
+        self.num_workers = num_workers
+        self.indices = np.arange(len(samples)) if subset is None else np.asarray(subset, np.int64)
+        assert (np.diff(self.indices) > 0).all(), "ascending, none twice"
+        self._decoder = _CropDecoder(samples, size, border)
+
+    def __len__(self) -> int:
+        """Batches of every rank."""
+        return -(-len(self.indices) // (self.batch * self.world_size))
+
+    def batches(self) -> Generator[EvalBatch, None, None]:
+        """Raises ValueError and RuntimeError as `Loader.batches` does."""
+        return in_workers(self._decoder, self._requests(), self.num_workers)
+
+    def _requests(self) -> Iterator[np.ndarray]:
+        for number in range(len(self)):
+            start = (number * self.world_size + self.rank) * self.batch
+            part = self.indices[start : start + self.batch]
+            yield np.pad(part, (0, self.batch - len(part)), constant_values=PADDING)
+
+
+def crop_fraction(size: tuple[int, int]) -> float:
+    """Of the picture's short side: 224 of 256 up to 224 pixels, all of it above, as in MAE's and LoMaR's code."""
+    return 224 / 256 if min(size) <= 224 else 1.0
+
+
+class _CropDecoder:
+    """Decodes a batch; lives in the workers."""
+
+    def __init__(self, samples: Samples, size: tuple[int, int], border: int) -> None:
+        self._samples, self._size, self._border = samples, size, border
+        self._reader = reader_of(samples)
+        self._box = functools.partial(center_crop, aspect=size[1] / size[0], fraction=crop_fraction(size))
+
+    def __call__(self, numbers: np.ndarray) -> EvalBatch:
+        images = torch.zeros((len(numbers), *self._size, 3), dtype=torch.uint8)
+        pixels, readable = images.numpy(), np.zeros(len(numbers), bool)
+        labels = np.full(len(numbers), -1, np.int64)
+        for row, sample in enumerate(numbers.tolist()):
+            if sample == PADDING:
+                continue
+            labels[row] = self._samples.label[sample]
+            try:
+                pixels[row] = decode(self._reader.read(sample), self._box, self._size, border=self._border)
+                readable[row] = True
+            except BadImage:
+                pass  # stays black; whoever counts knows by `readable`
+        return EvalBatch(
+            images, torch.from_numpy(labels), torch.from_numpy(numbers.astype(np.int64)), torch.from_numpy(readable)
+        )

@@ -1,0 +1,78 @@
+"""Trains a classifier: `deepspeed downstream/classify/finetune.py RECIPE [section.key=value ...]`, or by another launcher.
+
+RECIPE is a YAML file or the name of one in downstream/classify/recipes. A run that was stopped continues when the same
+command is given again.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts us as a script
+
+import torch
+
+from data.index import Index, load_index
+from downstream.classify.config import FinetuneConfig, load
+from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.logs import log_to_file
+from pretrain.trainer.main import main
+from pretrain.trainer.run_folder import RunFolder
+
+_log = logging.getLogger(__name__)
+
+
+def finetune(config: FinetuneConfig, world: World) -> None:
+    """The whole run, on all ranks."""
+    indices = []  # before the process group is there: reading many shards takes its time
+    for key, shards in {"data.shards": config.data.shards, "val.shards": config.val.shards}.items():
+        try:
+            indices.append(load_index(shards))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    device = init_distributed(world)
+    folder = RunFolder(Path(config.runs) / config.name)
+    with folder.locked(world.is_main):
+        log_to_file(folder.logs, world)
+        _train(config, world, device, folder, *indices)
+
+
+def _train(
+    config: FinetuneConfig, world: World, device: torch.device, folder: RunFolder, index: Index, val: Index
+) -> None:
+    # These import DeepSpeed, which looks for its accelerator at once.
+    from downstream.classify.build import build_ema, build_evaluation, check_classes, check_labels, check_pairs
+    from downstream.classify.finish import finish
+    from downstream.classify.model import build_classifier
+    from downstream.classify.optimizers import build_optimizer
+    from pretrain.trainer.assemble import Parts, assemble, build_loader
+    from pretrain.trainer.checkpoint_layout import checkpoint_names
+    from pretrain.trainer.engine import ds_settings, zero_stage
+    from pretrain.trainer.loop import train
+    from pretrain.trainer.report import log_outputs
+
+    stage = zero_stage(ds_settings(config, world.size))
+    check_pairs(config, world)
+    for key, samples in {"data.shards": index, "val.shards": val}.items():
+        check_labels(samples, config.head.num_classes, key)
+    check_classes(index, val)
+    # A run's own checkpoint is all that it needs, even if the start has gone since.
+    begins = not checkpoint_names(folder.checkpoints)
+    classifier, loaded = build_classifier(config, index.classes, load_start=begins)
+    if world.is_main and begins:
+        _log.info("%s", loaded)
+    parts = Parts(
+        classifier,
+        build_optimizer(classifier.vit, config, stage),
+        build_ema(config, classifier, device),
+        build_loader(config, index, world, labels=True),
+        build_evaluation(config, val, world, device),
+    )
+    run = assemble(config, world, device, folder, index, parts)
+    train(run)
+    finish(run, index.classes)
+    log_outputs(run)
+
+
+if __name__ == "__main__":
+    main(__doc__, load, finetune)

@@ -1,0 +1,48 @@
+"""Parameter groups with layer decay, and the optimiser of a classifier."""
+
+from typing import Any
+
+import torch
+from timm.optim import Lars, param_groups_layer_decay
+
+from downstream.classify.config import FinetuneConfig
+from pretrain.trainer.optim import NonfiniteGuard, build_adamw
+
+
+class GuardedLars(NonfiniteGuard, Lars):
+    """LARS for stage 0."""
+
+
+def layer_decay_groups(vit: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Every trainable parameter exactly once, with `lr_scale` = layer_decay ** (blocks above it + 1), the head's 1.
+
+    Tokens, positions and vectors do not decay. Call it before ZeRO-3 empties the shapes.
+    """
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        vit,
+        weight_decay=weight_decay,
+        no_weight_decay_list=vit.no_weight_decay(),
+        layer_decay=layer_decay,
+    )
+    return groups
+
+
+def build_optimizer(vit: Any, config: FinetuneConfig, stage: int) -> torch.optim.Optimizer:
+    """The optimiser for a ZeRO stage.
+
+    Raises:
+        ValueError: LARS with ZeRO.
+    """
+    optim = config.optim
+    groups = layer_decay_groups(vit, optim.weight_decay, optim.layer_decay)
+    if optim.name == "adamw":
+        return build_adamw(groups, config, stage)
+    if stage:
+        raise ValueError(
+            f"optim.name=lars scales each matrix by its norm, and ZeRO stage {stage} cuts matrices in pieces: "
+            f"set train.ds_config=zero0"
+        )
+    for group in groups:  # as in MAE's code: matrices, whether they decay or not
+        group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
+    options: Any = {"lr": config.peak_lr, "momentum": optim.momentum}
+    return GuardedLars(groups, **options)

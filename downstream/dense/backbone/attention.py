@@ -1,0 +1,176 @@
+"""Self-attention over grids of tokens, in windows or whole, with relative position, in little memory.
+
+At 1024 pixels the logits of a ViT-B's global block are 800 MB, and autograd keeps several such tensors. Here none of
+them ever exists whole: logits and bias are made for some rows of queries at a time, and again in the backward pass.
+
+Windows that the grid cuts off at its right and bottom edge are attended over as they are, not padded: what a token sees
+is what shares its window, and there is nothing to mask. There are at most four shapes of windows; those of one shape
+are one batch.
+
+Shapes: B images, N grids (images, or windows of one shape), h heads, L tokens, C channels of a head, D width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from downstream.dense.backbone.relative_position import (
+    BucketTerms,
+    Grid,
+    decomposed_bias,
+    decomposed_terms,
+    key_places,
+    product_bias,
+    stretch_table,
+)
+from pretrain.models.attention import attend
+
+# How many logits exist at a time: few are little memory, many are few calls of large kernels.
+_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+
+Bias = Callable[[Tensor, Grid, int, bool], Tensor]
+
+
+def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, grid: Grid) -> Tensor:
+    """Attention in which the logits exist for some rows of queries at a time, in the backward pass too.
+
+    Args:
+        q, k, v: (N, h, L, C), L = H*W or, with a class token in front, 1 + H*W.
+        terms: (N, h, L, K), what `bias` makes its logits of, `product_bias` or `decomposed_bias`.
+
+    Returns:
+        (N, h, L, C)
+    """
+    height, width = grid
+    first = q.shape[2] - height * width
+    assert first in (0, 1), (q.shape, grid)
+    rows = max(1, _LOGITS[q.device.type] // (q.shape[0] * q.shape[1] * width * q.shape[2]))
+    counts = [min(rows, height - top) * width for top in range(0, height, rows)]
+    # `split` rather than slices: the gradients of slices would each be padded to the whole.
+    parts = list(zip(q.split([first, *counts], 2), terms.split([first, *counts], 2), strict=True))
+    # All biases of the class token's query are one number, which softmax does not see.
+    out = [attend(parts[0][0], k, v, None)] if first else []
+
+    def some_rows(some_q: Tensor, some_terms: Tensor, k: Tensor, v: Tensor, top: int) -> Tensor:
+        return attend(some_q, k, v, bias(some_terms, grid, top, bool(first)))
+
+    for number, (some_q, some_terms) in enumerate(parts[1:]):
+        arguments = (some_q, some_terms, k, v, number * rows)
+        if torch.is_grad_enabled():
+            out.append(checkpoint(some_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(some_rows(*arguments))
+    return torch.cat(out, dim=2)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, grid: Grid) -> Tensor:
+    """The same for `decomposed_terms`, by one of torch's fused kernels, in which no logits exist at all.
+
+    q.k + bias is one product of longer vectors, (q, terms) and (k, its row and column one-hot). Values are padded to
+    their length, which flash attention asks for, and that to a multiple of 8. On a CPU torch's kernel is slower than
+    `attend_by_rows`: three times the arithmetic, and in bf16 far from what matrix products reach.
+    """
+    channels = q.shape[-1]
+    places = key_places(grid, q.device, q.dtype, k.shape[2] > grid[0] * grid[1])
+    long_q = torch.cat([q * channels**-0.5, terms.to(q.dtype)], dim=-1)
+    long_k = torch.cat([k, places.expand(*k.shape[:2], -1, -1)], dim=-1)
+    odd = -long_q.shape[-1] % 8
+    long_q, long_k = F.pad(long_q, (0, odd)), F.pad(long_k, (0, odd))
+    long_v = F.pad(v, (0, long_q.shape[-1] - channels))
+    return F.scaled_dot_product_attention(long_q, long_k, long_v, scale=1.0)[..., :channels]
+
+
+class GridAttention(nn.Module):
+    """Multi-head self-attention with timm's parameter names; a subclass for each kind of position.
+
+    Args:
+        dim, heads: width, and how many heads share it.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid, window: int = 0) -> Tensor:
+        """(B, L, D) tokens in raster order -> (B, L, D).
+
+        Args:
+            x: L = H*W, or 1 + H*W with a class token in front, which sees all and is seen by all.
+            grid: (H, W).
+            window: side of the windows, from the top left corner; 0 for one that is the whole grid.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        if window == 0:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(self.attend(q, k, v, grid, False).transpose(1, 2).flatten(2))
+        assert x.shape[1] == grid[0] * grid[1], "a class token belongs to no window"
+        (heights, rows), (widths, cols) = _cut(grid[0], window), _cut(grid[1], window)
+        bands = []
+        for band, row in zip(qkv.unflatten(1, grid).split(heights, 1), rows, strict=True):
+            areas = zip(band.split(widths, 2), cols, strict=True)
+            bands.append(torch.cat([self._attend_windows(area, (row, col)) for area, col in areas], dim=2))
+        return self.proj(torch.cat(bands, dim=1).flatten(1, 2))
+
+    def _attend_windows(self, qkv: Tensor, window: Grid) -> Tensor:
+        """(B, Y, X, 3, h, C) of an area that windows of one shape fill -> (B, Y, X, D)."""
+        B, Y, X, _, h, C = qkv.shape
+        rows, cols = window
+        cells = qkv.view(B, Y // rows, rows, X // cols, cols, 3, h, C)
+        q, k, v = cells.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, h, rows * cols, C).unbind(0)
+        out = self.attend(q, k, v, window, True)
+        cells = out.view(B, Y // rows, X // cols, h, rows, cols, C).permute(0, 1, 4, 2, 5, 3, 6)
+        return cells.reshape(B, Y, X, h * C)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, windowed: bool) -> Tensor:
+        """(N, h, L, C) each -> (N, h, L, C), over all of a grid, which is a window or a whole image's."""
+        raise NotImplementedError
+
+
+class RelativeAttention(GridAttention):
+    """With LoMaR's contextual relative position; a bucket is an offset in patches, whatever the grid."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dim, heads)
+        self.rpe_k = BucketTerms(dim // heads)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, windowed: bool) -> Tensor:
+        return attend_by_rows(q, k, v, self.rpe_k(q), product_bias, grid)
+
+
+class DecomposedAttention(GridAttention):
+    """With ViTDet's decomposed relative position: zero at first, so that the position is the one pretrained with.
+
+    Args:
+        dim, heads: width, and how many heads share it.
+        grid: rows and columns that the tables are for, a window's or the image's. For a larger or smaller image they
+            are interpolated, as in ViTDet; windows at the edge use what they need of them.
+    """
+
+    def __init__(self, dim: int, heads: int, grid: Grid):
+        super().__init__(dim, heads)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, dim // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, dim // heads))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, windowed: bool) -> Tensor:
+        table_h: Tensor = self.rel_pos_h
+        table_w: Tensor = self.rel_pos_w
+        if not windowed:
+            table_h, table_w = stretch_table(table_h, grid[0]), stretch_table(table_w, grid[1])
+        first = q.shape[2] - grid[0] * grid[1]
+        terms = F.pad(decomposed_terms(q[:, :, first:], table_h, table_w, grid), (0, 0, first, 0))
+        if q.is_cuda:
+            return attend_fused(q, k, v, terms, grid)
+        return attend_by_rows(q, k, v, terms, decomposed_bias, grid)
+
+
+def _cut(length: int, window: int) -> tuple[list[int], list[int]]:
+    """The extents of a side's whole windows and of the cut one behind them, and the side of a window in each."""
+    rest = length % window
+    extents, sides = [length - rest, rest], [window, rest]
+    kept = [number for number in (0, 1) if extents[number]]
+    return [extents[number] for number in kept], [sides[number] for number in kept]

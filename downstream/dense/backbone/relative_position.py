@@ -1,0 +1,111 @@
+"""Relative position on grids: per query a few terms, from which the bias of any of its keys is made when it is needed.
+
+Shapes: N grids (images or windows) of `grid` = (H, W) tokens, h heads, C channels of a head. Tokens are in raster
+order; a class token, where there is one, comes in front of them.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from pretrain.models.attention import CLASS_BUCKET, RelativeKey, product_buckets
+
+Grid = tuple[int, int]
+
+_AXIS = math.isqrt(CLASS_BUCKET)
+
+
+class BucketTerms(RelativeKey):
+    """LoMaR's table. The terms are the query's product with every bucket; `product_bias` puts them in place."""
+
+    def forward(self, q: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, h, L, C) queries -> (N, h, L, 50)."""
+        return q @ self.lookup_table_weight[0]
+
+
+@lru_cache  # a copy to the device in each forward would make the host wait for it
+@torch.inference_mode(False)  # or what was first made for an evaluation could not be trained with
+def _axis_one_hot(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(side, side, 7): which of an axis's buckets each pair of places falls into."""
+    places = torch.arange(side)
+    buckets = product_buckets(places, torch.zeros_like(places)) // _AXIS
+    return F.one_hot(buckets, _AXIS).to(device, dtype)
+
+
+def product_bias(terms: Tensor, grid: Grid, top: int = 0, class_token: bool = False) -> Tensor:
+    """The bias of every key for queries in whole rows of a grid, row `top` first.
+
+    A bucket is a row bucket times a column bucket, so two small products with one-hot tables, first along the keys'
+    columns, then along their rows, do what a gather would, and their backward is deterministic on a GPU.
+
+    Args:
+        terms: (N, h, R*W, 50) of `BucketTerms`.
+        class_token: whether the class token is the first key.
+
+    Returns:
+        (N, h, R*W, L), L = H*W or 1 + H*W.
+    """
+    height, width = grid
+    by_row = terms[..., :CLASS_BUCKET].unflatten(-1, (_AXIS, _AXIS)).unflatten(2, (-1, width))  # N, h, R, W, 7, 7
+    count = by_row.shape[2]
+    cols = _axis_one_hot(width, terms.device, terms.dtype).transpose(1, 2)
+    rows = _axis_one_hot(height, terms.device, terms.dtype)[top : top + count, None]
+    bias = (rows @ (by_row @ cols)).flatten(4).flatten(2, 3)
+    return torch.cat([terms[..., CLASS_BUCKET:], bias], dim=-1) if class_token else bias
+
+
+def decomposed_terms(q: Tensor, table_h: Tensor, table_w: Tensor, grid: Grid) -> Tensor:
+    """ViTDet's terms: the query's product with the vector of its offset to every row, and to every column.
+
+    Args:
+        q: (N, h, H*W, C).
+        table_h, table_w: (2a-1, C) with a >= H, (2b-1, C) with b >= W: a vector for every offset, query minus key.
+
+    Returns:
+        (N, h, H*W, H + W)
+    """
+    height, width = grid
+    on_grid = q.unflatten(2, grid)
+    rows = torch.einsum("nhyxc,ykc->nhyxk", on_grid, _per_pair(table_h, height))
+    cols = torch.einsum("nhyxc,xkc->nhyxk", on_grid, _per_pair(table_w, width))
+    return torch.cat([rows, cols], dim=-1).flatten(2, 3)
+
+
+def _per_pair(table: Tensor, side: int) -> Tensor:
+    """(side, side, C) of (2n-1, C), n >= side."""
+    places = torch.arange(side, device=table.device)
+    return F.embedding(places[:, None] - places + len(table) // 2, table)
+
+
+def stretch_table(table: Tensor, side: int) -> Tensor:
+    """(2n-1, C) -> (2*side-1, C), linearly interpolated."""
+    if len(table) == 2 * side - 1:
+        return table
+    return F.interpolate(table.T[None], 2 * side - 1, mode="linear")[0].T
+
+
+def decomposed_bias(terms: Tensor, grid: Grid, top: int = 0, class_token: bool = False) -> Tensor:
+    """As `product_bias`, of `decomposed_terms` (N, h, R*W, H + W); the class token's is zero."""
+    del top  # the terms know their query's place
+    rows, cols = terms.split(grid, dim=-1)
+    bias = (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(-2)
+    return F.pad(bias, (1, 0)) if class_token else bias
+
+
+def key_places(grid: Grid, device: torch.device, dtype: torch.dtype, class_token: bool) -> Tensor:
+    """(L, H + W): ones at each key's row and column, so that `decomposed_terms` times it are the bias."""
+    height, width = grid
+    rows = torch.eye(height, device=device, dtype=dtype).repeat_interleave(width, 0)
+    cols = torch.eye(width, device=device, dtype=dtype).repeat(height, 1)
+    return F.pad(torch.cat([rows, cols], dim=1), (0, 0, int(class_token), 0))
+
+
+def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """An absolute table (1, N, D) of one grid for another, bicubically as in `downstream.checkpoints.weights`."""
+    if old == new:
+        return table
+    return resample_abs_pos_embed(table, list(new), old_size=list(old), num_prefix_tokens=0)

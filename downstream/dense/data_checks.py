@@ -1,0 +1,95 @@
+"""What detection and segmentation check before a model is built: mmcv's compiled operators, and files."""
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from downstream.dense.mmengine.dataset_keys import datasets
+
+SHOWN_NAMES = 5
+TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width, which mmcv's decoder obeys
+
+
+def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, str], str]) -> list[str]:
+    """One line about each data set.
+
+    Args:
+        cfg: an mmengine Config.
+        splits: of train, val and test.
+        check: (dotted key, data set, split) -> the line. It raises ValueError where something is wrong.
+
+    Raises:
+        ValueError: a line for each data set in which something is wrong.
+    """
+    check_ops()
+    lines, problems = [], []
+    for split in splits:
+        for key, dataset in datasets(cfg, split):
+            try:
+                lines.append(f"{key}: {check(key, dataset, split)}")
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return lines
+
+
+def check_ops() -> None:
+    """Raises ValueError where mmcv has no compiled operators, or ones that were built for another torch."""
+    try:
+        importlib.import_module("mmcv._ext")
+    except ImportError as error:
+        raise ValueError(
+            f"mmcv's compiled operators cannot be loaded ({error}): python -m downstream.doctor says how to mend it"
+        ) from None
+
+
+def find_missing(folder: str, names: Iterable[str]) -> list[str]:
+    """Those of `names`, paths below `folder`, that are not there; each folder is listed once, no file is looked at."""
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for name in names:
+        parent, base = os.path.split(os.path.join(folder, name))
+        if parent not in listed:
+            listed[parent] = set(os.listdir(parent)) if os.path.isdir(parent) else set()
+        if base not in listed[parent]:
+            missing.append(name)
+    return missing
+
+
+def first_names(names: list[str]) -> str:
+    """'a, b, c and 7 more'"""
+    more = len(names) - SHOWN_NAMES
+    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def is_local(path: str) -> bool:
+    """Whether it is a path of this machine's, not an address of a store (s3://...), of which nothing is checked."""
+    return "://" not in path
+
+
+def check_exists(key: str, path: str, kind: str) -> None:
+    """Raises ValueError where `path`, which the config gives as `key`, is no file (or folder)."""
+    found = Path(path).is_file() if kind == "file" else Path(path).is_dir()
+    if not found:
+        nearest = next((str(parent) for parent in Path(path).parents if parent.is_dir()), "/")
+        raise ValueError(f"{key}: no {kind} {path} ({nearest} is there)")
+
+
+def image_size(key: str, path: str) -> tuple[int, int]:
+    """(height, width) as mmcv's decoder makes them, from the file's head.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112) in TURNED
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{key}: {path} is no image that can be read: {error}") from None
+    return (width, height) if turned else (height, width)

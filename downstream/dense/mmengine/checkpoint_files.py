@@ -1,0 +1,74 @@
+"""Checkpoints of mmengine's layout: where they are, and how they are read."""
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
+
+from downstream.dense.mmengine.strategy import WEIGHTS
+
+
+def last_checkpoint(work_dir: str) -> Path | None:
+    """The newest checkpoint of a training, a file or ZeRO's folder; None where there is none.
+
+    Raises:
+        ValueError: what `last_checkpoint` names is not there.
+    """
+    named = Path(work_dir) / "last_checkpoint"
+    if not named.is_file():
+        return None
+    path = Path(named.read_text().strip())
+    for found in (path, Path(work_dir) / path.name):  # the folder may have been moved
+        if found.exists():
+            return found
+    raise ValueError(f"{named} names {path}, which is not there: restore it, or write the name of another one into it")
+
+
+def find_weights(name: str) -> str:
+    """The file of weights of a checkpoint: of mmengine's file, of ZeRO's folder, or of a training's folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path: Path | None = Path(name)
+    if Path(name).is_dir() and not (Path(name) / WEIGHTS).is_file():
+        path = last_checkpoint(name)
+    if path is not None and path.is_dir():
+        path = path / WEIGHTS
+    if path is None or not path.is_file():
+        raise ValueError(f"{name} is no checkpoint: give a .pth file, a checkpoint's folder or a work_dir")
+    return str(path)
+
+
+def refuse_pickles() -> None:
+    """From now on mmengine reads tensors, plain values and its own log buffers, and runs nothing that a file says.
+
+    By itself it reads a file that wants more a second time, and then does run it.
+    """
+    CheckpointLoader.register_scheme(prefixes="", loader=_read, force=True)
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """All that log buffers need of `getattr`."""
+    if owner is not HistoryBuffer or name.startswith("_"):
+        raise UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
+    return getattr(owner, name)
+
+
+def _read(filename: str, map_location: Any = None) -> Any:
+    allowed = [kind for kind in get_torch_safe_globals() if kind is not getattr]
+    allowed.append((_statistic, "builtins.getattr"))
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(filename, map_location=map_location, weights_only=True)
+    except UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{filename} holds more than tensors and plain values ({wanted[1] if wanted else error}), and is not read"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{filename} is damaged or no checkpoint: {error}") from None

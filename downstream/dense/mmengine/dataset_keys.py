@@ -1,0 +1,56 @@
+"""What configurations of detection and of segmentation say once, at their top, put into every data set."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+SPLITS = ("train", "val", "test")
+
+
+def propagate_data_keys(cfg: Any) -> None:
+    """`data_root` becomes that of every data set of an mmengine Config; `classes` as well, where it is not None.
+
+    Raises:
+        ValueError: `classes` is no list of different names.
+    """
+    classes = cfg.get("classes")
+    if classes is not None:
+        names = not isinstance(classes, str) and all(isinstance(name, str) for name in classes)
+        if not names or not classes or len(set(classes)) < len(classes):
+            raise ValueError(
+                f"""classes={classes!r}: give different names in the order of the annotations: """
+                f"""classes='["cat", "dog"]'"""
+            )
+    for split in SPLITS:
+        for _, dataset in datasets(cfg, split):
+            if cfg.get("data_root") is not None:
+                dataset.data_root = cfg.data_root
+            if classes is not None:
+                dataset.metainfo = {"classes": tuple(classes)}
+
+
+def datasets(cfg: Any, split: str) -> Iterator[tuple[str, Any]]:
+    """The data sets of a split with their dotted keys; of wrappers, what they wrap."""
+    loader = cfg.get(f"{split}_dataloader")
+    if loader is not None:
+        yield from _unwrap(f"{split}_dataloader.dataset", loader.dataset)
+
+
+def _unwrap(key: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+    if "dataset" in dataset:
+        yield from _unwrap(f"{key}.dataset", dataset.dataset)
+    elif "datasets" in dataset:
+        for number, one in enumerate(dataset.datasets):
+            yield from _unwrap(f"{key}.datasets.{number}", one)
+    else:
+        yield key, dataset
+
+
+def below_root(dataset: Any, path: str) -> str:
+    """A path as mmengine's data sets find it: below their root, unless it is absolute."""
+    return os.path.join(dataset.get("data_root") or "", path)
+
+
+def class_names(dataset: Any, kind: Any) -> tuple[str, ...]:
+    """What the heads' numbers mean: the data set's own names, or those of its type, a class of mmdet or mmseg."""
+    return tuple((dataset.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes") or ())

@@ -1,0 +1,63 @@
+"""Draws what a segmentor sees: `python -m downstream.segment.draw_segments CONFIG WEIGHTS IMAGES OUT [--opacity 0.6]`.
+
+CONFIG and WEIGHTS are those of downstream/segment/train_segmentor.py; of a training, WORK_DIR/config.py and WORK_DIR. IMAGES is one
+image or a folder; OUT gets a picture of the same name for each, with a colour and a name for each class. Images are
+resized and cut as in the configuration's test.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from mmengine.dataset import Compose
+from mmseg.registry import DATASETS
+from mmseg.visualization import SegLocalVisualizer
+
+from data.parallel import report_errors
+from downstream.dense.drawing import Draw, load_model, make_parser, run_draw
+from downstream.dense.mmengine.dataset_keys import datasets
+from downstream.segment.segmentor_keys import propagate_keys
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def _prepare(opacity: float, cfg: Any, weights: str, device: torch.device) -> Draw:
+    model: Any = load_model(cfg, weights, "mmseg", device)
+    dataset = next(dataset for _, dataset in datasets(cfg, "test"))
+    steps = [step for step in dataset.pipeline if not step.type.startswith("Load")]
+    pipeline = Compose([{"type": "LoadImageFromNDArray"}, *steps])
+    visualizer = SegLocalVisualizer(alpha=opacity)
+    visualizer.dataset_meta = DATASETS.build({**dataset, "pipeline": [], "lazy_init": True}).metainfo
+
+    @torch.no_grad()
+    def draw(image: np.ndarray, file: str) -> None:
+        data = pipeline({"img": image})
+        (found,) = model.test_step({"inputs": [data["inputs"]], "data_samples": [data["data_samples"]]})
+        visualizer.add_datasample(Path(file).name, mmcv.bgr2rgb(image), found, draw_gt=False, out_file=file)
+
+    return draw
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError("above 0, at most 1")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0, or 1 and one clear error."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--opacity", metavar="A", type=_share, default=0.6, help="of the colours (default 0.6)")
+    options = parser.parse_args(arguments)
+    prepare = functools.partial(_prepare, options.opacity)
+    return report_errors(lambda: run_draw(options, CONFIGS, propagate_keys, prepare))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

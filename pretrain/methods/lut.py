@@ -1,0 +1,228 @@
+"""LUT: the visible tokens learn the context of the whole image (Kim et al., section 3), an add-on.
+
+Two views of an image pass through the same method, showing it disjoint sets of patches. A view's encoded visible
+tokens, averaged, are to predict what a momentum encoder makes of *all* patches of the other view. Pixels are predicted
+in the first view alone. The second one is also changed in colour.
+
+Shapes: B images, N patches, V visible ones, D width. Views come as (B, 2, ...), and go through the encoder as (2B,
+...), all first ones before all second ones.
+"""
+
+import copy
+import functools
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pretrain.methods.base import ContextMethod, LossAndTokens, MaskIndices, MaskSampler
+from pretrain.methods.masking import Grid
+from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
+from pretrain.models.attention import grid_buckets
+from pretrain.models.heads import mlp_head
+from pretrain.models.patches import gather_tokens, normalize_pixels, patchify
+from pretrain.models.vit import ViT
+from pretrain.trainer.ema import EMA
+from pretrain.trainer.schema import Section
+
+
+class LUTConfig(Section):
+    """The add-on's keys; Table 4's ablations are values of these, of `data.crop` and of `method.mask_ratio`."""
+
+    alpha: float = Field(0.25, gt=0, description="weight of the context loss: 1.0 for ViT-S, 0.25 for ViT-B and L")
+    loss: Literal["cosine", "infonce", "smooth_l1"] = "cosine"
+    temperature: float = Field(0.2, gt=0, description="of infonce")
+    supervision: Literal["pooled", "tokens"] = Field(
+        "pooled", description="the mean of the visible tokens, or each against the same position of the other view"
+    )
+    momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at the start; follows a cosine")
+    final_momentum: float = Field(1.0, ge=0, le=1, description="of the teacher at the end")
+    hidden_dim: int = Field(4096, ge=1, description="width of the heads' hidden layer")
+    color_jitter: float = Field(0.8, ge=0, le=1, description="probability of changing the second view's colours")
+    three_augment: bool = Field(True, description="grayscale, solarize or blur the second view")
+
+    def check(self, patches: int, masked: int, micro_batch: int) -> None:
+        """Raises ValueError where two disjoint sets of visible patches do not fit, or keys do not go together."""
+        visible = patches - masked
+        if 2 * visible > patches:
+            raise ValueError(
+                f"lut shows two disjoint sets of patches, and 2 x {visible} visible ones are more than {patches}: "
+                f"set method.mask_ratio to at least 0.5"
+            )
+        if self.loss == "infonce" and self.supervision == "tokens":
+            raise ValueError("lut.loss=infonce compares images: set lut.supervision=pooled")
+        if micro_batch < 2:
+            raise ValueError(
+                "lut normalises over the images of a micro-batch on all ranks, and there is one: raise "
+                "train.global_batch_size or lower train.gradient_accumulation_steps"
+            )
+
+
+def disjoint_mask(rng: np.random.Generator, masked: np.ndarray, grid: Grid, cell: int) -> np.ndarray:
+    """A mask that shows as many patches as another, and none of those.
+
+    Together the two are disjoint slices of one permutation, as in the authors' code.
+
+    Args:
+        masked: (R, N) bool, where whole squares of `cell` x `cell` patches of a grid are masked or visible.
+
+    Returns:
+        (R, N) bool.
+    """
+    rows, cols = grid[0] // cell, grid[1] // cell
+    hidden = masked.reshape(-1, rows, cell, cols, cell)[:, :, 0, :, 0].reshape(-1, rows * cols)
+    order = np.where(hidden, rng.random(hidden.shape), 2.0).argsort(axis=1)
+    num_visible = int((~hidden[0]).sum())
+    other = np.ones_like(hidden)
+    np.put_along_axis(other, order[:, :num_visible], False, axis=1)
+    return other.reshape(-1, rows, cols).repeat(cell, axis=1).repeat(cell, axis=2).reshape(masked.shape)
+
+
+def sample_masks(
+    rng: np.random.Generator, *, first: MaskSampler, grid: Grid, cell: int, pr_mim: PRMIMConfig | None
+) -> dict[str, np.ndarray]:
+    """The method's own indices of the first view, and of the second with other visible patches: (2, ...) each."""
+    one = first(rng)
+    masked = np.ones((one["visible"].size // one["visible"].shape[-1], grid[0] * grid[1]), dtype=bool)
+    np.put_along_axis(masked, np.atleast_2d(one["visible"]), False, axis=1)
+    other = build_mask_indices(rng, disjoint_mask(rng, masked, grid, cell), pr_mim, grid[1])
+    two = one | {name: array.reshape(one[name].shape) for name, array in other.items()}
+    return {name: np.stack([one[name], two[name]]) for name in one}
+
+
+class TeacherModel(nn.Module):
+    """What the momentum encoder makes of whole views; it has a projector and no predictor."""
+
+    buckets: Tensor | None
+
+    def __init__(self, encoder: ViT, projector: nn.Module, pooled: bool):
+        super().__init__()
+        self.encoder, self.projector, self.pooled = encoder, projector, pooled
+        self.register_buffer("buckets", grid_buckets(*encoder.grid) if encoder.relative else None, persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 2, H, W, 3) uint8 -> (2B, 1, D), or (2B, N, D) of single tokens; fp32."""
+        patches = patchify(images.transpose(0, 1).flatten(0, 1), self.encoder.patch_size)
+        tokens = self.encoder.patch_embed(normalize_pixels(patches))
+        if not self.encoder.relative:
+            tokens = tokens + self.encoder.pos_embed[:, 1:]
+        encoded = self.encoder(tokens, self.buckets)[:, 1:]
+        features = encoded.mean(1, keepdim=True) if self.pooled else encoded
+        return self.projector(features.flatten(0, 1)).float().view_as(features)
+
+
+class LUT(nn.Module):
+    """L = L_method + alpha * L_context (eq. 3) around a method."""
+
+    def __init__(self, config: LUTConfig, method: ContextMethod):
+        super().__init__()
+        self.config, self.method = config, method
+        dim = method.encoder.arch.dim
+        self.projector, self.predictor = mlp_head(dim, config.hidden_dim), mlp_head(dim, config.hidden_dim)
+
+    @property
+    def encoder(self) -> ViT:
+        return self.method.encoder
+
+    def mask_sampler(self) -> MaskSampler:
+        """As of `Method`, for two views."""
+        method = self.method
+        return functools.partial(
+            sample_masks,
+            first=method.mask_sampler(),
+            grid=method.mask_grid,
+            cell=method.mask_cell,
+            pr_mim=method.pr_mim,
+        )
+
+    def teacher_model(self) -> TeacherModel:
+        """A copy of `averaged_modules`."""
+        encoder, projector = copy.deepcopy(self.encoder), copy.deepcopy(self.projector)
+        return TeacherModel(encoder, projector, self.config.supervision == "pooled")
+
+    def averaged_modules(self) -> list[nn.Module]:
+        """What the teacher is a moving average of: `teacher_model`'s modules, in the same order."""
+        return [self.encoder, self.projector]
+
+    def forward(self, images: Tensor, mask_indices: MaskIndices, teacher_features: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch and, detached and not weighted, its terms `mim` and `context`.
+
+        Args:
+            images: (B, 2, H, W, 3) uint8.
+            mask_indices: (B, 2, ...) each.
+            teacher_features: (2B, 1, D) or (2B, N, D), what the teacher makes of the same images.
+        """
+        B = len(images)
+        views = {name: array.transpose(0, 1).flatten(0, 1) for name, array in mask_indices.items()}
+        output = self.method.compute_loss(images.transpose(0, 1).flatten(0, 1), views, num_predicted=B)
+        context = self._context_loss(output, teacher_features, B)
+        loss = output.loss + self.config.alpha * context
+        return {"loss": loss, "mim": output.loss.detach(), "context": context.detach()}
+
+    def _context_loss(self, output: LossAndTokens, teacher_features: Tensor, B: int) -> Tensor:
+        """Both directions, averaged: each view's visible tokens against the teacher's features of the other one."""
+        if self.config.supervision == "pooled":
+            features = output.visible_tokens.mean(1, keepdim=True)
+            other = teacher_features.roll(B, 0)
+        else:
+            features = output.visible_tokens
+            other = gather_tokens(teacher_features.roll(B, 0), output.positions)
+        terms = []
+        for view in (slice(0, B), slice(B, 2 * B)):  # batch statistics of one view at a time [code]
+            predicted = self.predictor(self.projector(features[view].flatten(0, 1)))
+            with torch.autocast(predicted.device.type, enabled=False):
+                terms.append(self._distance(predicted.float(), other[view].flatten(0, 1)))
+        return (terms[0] + terms[1]) / 2
+
+    def _distance(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """(R, D) and (R, D) fp32 -> (): Table 4d's losses."""
+        if self.config.loss == "smooth_l1":
+            return F.smooth_l1_loss(predicted, target)
+        predicted, target = F.normalize(predicted, dim=-1), F.normalize(target, dim=-1)
+        if self.config.loss == "cosine":
+            return (predicted - target).square().sum(-1).mean()
+        all_targets, offset = _gather_over_ranks(target)
+        positives = offset + torch.arange(len(predicted), device=predicted.device)
+        return F.cross_entropy(predicted @ all_targets.T / self.config.temperature, positives)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
+        """The method's own, of the first view of each image."""
+        first = {name: array[:, 0] for name, array in mask_indices.items()}
+        return self.method.reconstruct(images[:, 0].contiguous(), first)
+
+
+class Teacher(EMA):
+    """The momentum encoder: a moving average that computes features of the images that the method trains on.
+
+    Args:
+        method: whose `averaged_modules` it follows; not partitioned by ZeRO-3 yet.
+        device: where the images are.
+        bf16: whether it computes under autocast, as the engine does.
+    """
+
+    def __init__(self, method: LUT, device: torch.device, bf16: bool):
+        config = method.config
+        super().__init__(
+            method.teacher_model(), method.averaged_modules(), config.momentum, config.final_momentum, device
+        )
+        self.bf16 = bf16
+
+    @torch.no_grad()
+    def model_inputs(self, images: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return {"teacher_features": self.model(images)}
+
+
+def _gather_over_ranks(rows: Tensor) -> tuple[Tensor, int]:
+    """All ranks' (R, D) rows, as many on each, without gradients, and where this rank's begin."""
+    if not dist.is_initialized():
+        return rows, 0
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts), dist.get_rank() * len(rows)

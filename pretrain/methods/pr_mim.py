@@ -1,0 +1,97 @@
+"""PR-MIM: reconstruct only part of the masked tokens, and fill in the others by one cheap convolution (an add-on).
+
+Of the masked tokens, the *kept* ones go through the transformer; the *thrown* ones do not. Afterwards a depth-wise
+convolution over the grid makes each thrown token out of its neighbours, so that all masked patches are supervised
+(section 3.2; `models/aggregation.py`). Which tokens are kept is drawn in the data workers (section 3.3).
+
+Shapes: R images or windows of N patches, M of them masked, K kept.
+"""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pretrain.methods.masking import Grid, split_positions
+from pretrain.models.aggregation import AggregationKind, SpatialAggregation
+from pretrain.models.vit import Arch
+from pretrain.trainer.schema import Section
+
+
+class PRMIMConfig(Section):
+    """The add-on's keys."""
+
+    throw_ratio: float = Field(0.5, gt=0, lt=1, description="share of all patches that is thrown, rho_d")
+    sampling: Literal["furthest", "random"] = "furthest"
+    aggregation: AggregationKind = Field(
+        "conv", description="what makes the thrown tokens; in the paper, training with average fails to converge"
+    )
+    kernel_size: Literal[3, 5, 7, 9, 11] = Field(
+        7, description="side in patches of the neighbourhood that is aggregated; not of transformer"
+    )
+
+    def num_kept(self, patches: int, masked: int) -> int:
+        """M - floor(N * rho_d), K; raises ValueError where nothing would be left to decode."""
+        thrown = int(patches * self.throw_ratio)
+        if masked - thrown < 1:
+            raise ValueError(
+                f"pr_mim.throw_ratio={self.throw_ratio} throws {thrown} of {patches} patches, and {masked} are "
+                f"masked: set it below {masked / patches:.2f}, or method.mask_ratio higher"
+            )
+        return masked - thrown
+
+
+def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count: int, width: int) -> np.ndarray:
+    """Algorithm 1: the first token at random, then always the one furthest (Euclidean) from those already kept.
+
+    Args:
+        rng: of the first token.
+        masked: (M,) grid positions.
+        count: how many to keep, K.
+        width: columns of the grid.
+
+    Returns:
+        (K,) positions, ascending.
+    """
+    points = np.stack(np.divmod(masked, width), axis=1)
+    chosen = [int(rng.integers(len(masked)))]
+    # Squared distances to the nearest kept token: integers, so that ties are ties on every machine.
+    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
+    for _ in range(count - 1):
+        chosen.append(int(nearest.argmax()))
+        np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1), out=nearest)
+    return np.sort(masked[chosen])
+
+
+def build_mask_indices(
+    rng: np.random.Generator, masked: np.ndarray, pr_mim: PRMIMConfig | None, width: int
+) -> dict[str, np.ndarray]:
+    """The indices that a method works with.
+
+    Args:
+        rng: of the choice of kept ones, if any are thrown.
+        masked: (R, N) bool, the same number in each row.
+        pr_mim: throws some of them.
+        width: columns of the grid.
+
+    Returns:
+        `visible` (R, V), `masked` (R, M) and of those `kept` (R, K): positions, ascending, int64.
+    """
+    visible, hidden = split_positions(masked)
+    kept = choose_kept(rng, hidden, pr_mim, masked.shape[1], width) if pr_mim else hidden
+    return {"visible": visible, "masked": hidden, "kept": kept}
+
+
+def choose_kept(
+    rng: np.random.Generator, masked: np.ndarray, pr_mim: PRMIMConfig, patches: int, width: int
+) -> np.ndarray:
+    """The kept ones of each row of masked positions: (R, M) -> (R, K), ascending."""
+    count = pr_mim.num_kept(patches, masked.shape[1])
+    if pr_mim.sampling == "furthest":
+        return np.stack([furthest_point_sampling(rng, row, count, width) for row in masked])
+    return np.sort(rng.permuted(masked, axis=1)[:, :count], axis=1)
+
+
+def build_aggregation(pr_mim: PRMIMConfig | None, arch: Arch, grid: Grid) -> SpatialAggregation | None:
+    """What makes the thrown tokens of a transformer `arch` on a grid, if any are thrown."""
+    return SpatialAggregation(pr_mim.aggregation, arch, grid, pr_mim.kernel_size) if pr_mim else None

@@ -1,0 +1,29 @@
+"""What is predicted of a masked patch, and what a prediction costs: pixels, PCA coefficients or a tokenizer's codes."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pretrain.methods.masking import Grid
+from pretrain.methods.targets.base import PatchTarget, TargetConfig
+from pretrain.methods.targets.pca import PCAConfig, PCATarget
+from pretrain.methods.targets.pixels import PixelsConfig, PixelTarget
+from pretrain.methods.targets.tokens import TokensConfig, TokenTarget
+
+__all__ = ["AnyTargetConfig", "PCAConfig", "PatchTarget", "PixelsConfig", "TargetConfig", "TokensConfig"]
+
+AnyTargetConfig = Annotated[PixelsConfig | PCAConfig | TokensConfig, Field(discriminator="name")]
+
+
+def build_target(config: TargetConfig, grid: Grid, patch_size: int) -> PatchTarget:
+    """The target of a configuration, for images of a grid of patches.
+
+    Raises:
+        ValueError: its file is not what it should be.
+    """
+    if isinstance(config, PCAConfig):
+        return PCATarget(config, patch_size)
+    if isinstance(config, TokensConfig):
+        return TokenTarget(config, grid, patch_size)
+    assert isinstance(config, PixelsConfig)
+    return PixelTarget(config, patch_size)

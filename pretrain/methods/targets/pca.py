@@ -1,0 +1,109 @@
+"""The largest PCA coefficients of a patch's standardised pixels (96 of 768 in MAE's table 1d); squared error.
+
+The components are a small file that `python -m pretrain.fit_pca` makes out of shards: found once and not during
+training, so that no run depends on when or by how many ranks they were found, and named by the SHA-256 of their file.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
+from pretrain.models.patches import normalize_pixels, to_pixels
+from pretrain.trainer.schema import MAY_CHANGE
+
+
+class PCAConfig(TargetConfig):
+    """The keys of `target.name=pca`; after reading, `sha256` is always that of the file."""
+
+    name: Literal["pca"] = "pca"
+    file: Annotated[str, MAY_CHANGE] = Field(description="what `python -m pretrain.fit_pca SHARDS FILE` wrote")
+    sha256: str | None = Field(None, description="refuse any other file; unset, it is filled in")
+
+    @field_validator("file")
+    @classmethod
+    def _exists(cls, file: str) -> str:
+        if not Path(file).is_file():
+            raise ValueError(f"target.file={file!r} is no file: make it with `python -m pretrain.fit_pca SHARDS FILE`")
+        return file
+
+    @field_validator("sha256")
+    @classmethod
+    def _is_of_the_file(cls, given: str | None, info: ValidationInfo) -> str | None:
+        if "file" not in info.data:
+            return given  # it is wrong, and reported
+        actual = hashlib.sha256(Path(info.data["file"]).read_bytes()).hexdigest()
+        return as_sha256("target.sha256", given, actual, info.data["file"])
+
+    def check(self, patch_size: int) -> None:
+        read_components(self.file, patch_size)
+
+
+class PCATarget(PatchTarget):
+    """Coefficients of the components of a file."""
+
+    def __init__(self, config: PCAConfig, patch_size: int):
+        mean, components = read_components(config.file, patch_size)
+        self.mean, self.components = mean.float(), components.float()  # (P,) and (num_outputs, P)
+        self.num_outputs = len(components)
+
+    def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
+        return patches
+
+    def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        with torch.autocast(truth.device.type, enabled=False):  # a matrix product: bf16 would round the target
+            self._move(truth.device)
+            coefficients = (normalize_pixels(truth) - self.mean) @ self.components.T
+        return (prediction.float() - coefficients).square().mean()
+
+    def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """What the predicted coefficients span; the smaller ones are missing."""
+        self._move(truth.device)
+        return {"reconstruction": to_pixels(prediction.float() @ self.components + self.mean)}
+
+    def _move(self, device: torch.device) -> None:
+        self.mean, self.components = self.mean.to(device), self.components.to(device)
+
+
+def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
+    """The mean (P,) and the components (K, P), largest variance first, of standardised patches.
+
+    Raises:
+        ValueError: another kind of file, or components of patches of another size.
+    """
+    try:
+        stored = load_file(file)
+        mean, components = stored["mean"], stored["components"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"target.file={file!r} holds no components ({error}): make it with `python -m pretrain.fit_pca SHARDS FILE`"
+        ) from None
+    values = patch_size**2 * 3
+    if len(mean) != values:
+        raise ValueError(
+            f"target.file={file!r} is of patches of {len(mean)} values, and model.patch_size={patch_size} has {values}: "
+            f"make one with `python -m pretrain.fit_pca SHARDS FILE --patch {patch_size}`"
+        )
+    return mean, components
+
+
+def principal_components(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The eigenvectors of the largest eigenvalues, each with its largest entry positive: a sign means nothing.
+
+    Args:
+        covariance: (P, P) float64, symmetric.
+        count: how many, K.
+
+    Returns:
+        Components (K, P), orthonormal, and their variances (K,), largest first.
+    """
+    variances, vectors = torch.linalg.eigh(covariance)
+    components = vectors.flip(1)[:, :count].T
+    largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+    return components * largest.sign(), variances.flip(0)[:count]

@@ -1,0 +1,34 @@
+"""Pixels: standardised by ImageNet's statistics or, with `norm_pix`, by each patch's own (MAE, section 3)."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from pretrain.methods.targets.base import PatchTarget, TargetConfig
+from pretrain.models.patches import pixel_target, predicted_pixels
+
+
+class PixelsConfig(TargetConfig):
+    """The keys of `target.name=pixels`."""
+
+    name: Literal["pixels"] = "pixels"
+    norm_pix: bool = Field(True, description="normalise each patch by its own mean and variance")
+    loss: Literal["mse", "l1"] = Field("mse", description="squared or absolute error")
+
+
+class PixelTarget(PatchTarget):
+    """The patch's own pixels."""
+
+    def __init__(self, config: PixelsConfig, patch_size: int):
+        self.norm_pix, self.l1, self.num_outputs = config.norm_pix, config.loss == "l1", patch_size**2 * 3
+
+    def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
+        return patches
+
+    def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        error = prediction.float() - pixel_target(truth, self.norm_pix)
+        return (error.abs() if self.l1 else error.square()).mean()
+
+    def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": predicted_pixels(prediction, truth, self.norm_pix)}

@@ -1,0 +1,172 @@
+"""Frozen image tokenizers: a code of a fixed vocabulary for every patch, BEiT's target.
+
+A tokenizer is no part of the trained model. It is deliberately not an `nn.Module`, so that a method that holds one
+neither trains, saves nor exports it, and no ZeRO stage partitions it. What it is, is named by a SHA-256.
+
+Shapes: B images, H x W pixels, N patches of p x p pixels, P = p*p*3, V codes.
+"""
+
+import hashlib
+import pickle
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pretrain.methods.masking import Grid
+from pretrain.models.patches import normalize_patches, normalize_pixels, patchify
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what transformers calls them in a folder
+_IMAGES_AT_ONCE = 32  # bounds the memory for B * N * V distances or logits
+_DALLE_PATCH = 8  # pixels a side for which DALL-E's encoder gives one code
+_DALLE_EPS = 0.1  # its pixels lie in 0.1..0.9: the support of the logit-Laplace distribution it was trained with
+
+
+def weights_sha256(weights: str | None) -> str:
+    """The digest of DALL-E's weights. Raises ValueError where there are none."""
+    return hashlib.sha256(weights_file(weights).read_bytes()).hexdigest()
+
+
+def random_projection_sha256(seed: int, vocab_size: int, code_dim: int) -> str:
+    """A digest of all that determines a `RandomProjection`."""
+    spec = f"random_projection 1: seed={seed} codes={vocab_size} dim={code_dim}"
+    return hashlib.sha256(spec.encode()).hexdigest()
+
+
+def weights_file(weights: str | None) -> Path:
+    """The file that holds the weights. Raises ValueError, saying where to get one, where there is none."""
+    if weights is None:
+        raise ValueError(
+            "target.tokenizer=dalle needs target.weights: a file or folder of FlavaImageCodebook's "
+            "weights, for example the downloaded facebook/flava-image-codebook; nothing is downloaded here"
+        )
+    candidates = [Path(weights), *(Path(weights) / name for name in _WEIGHT_FILES)]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"target.weights={weights!r} is neither a file nor a folder with {' or '.join(_WEIGHT_FILES)}: "
+            f"download the weights of FlavaImageCodebook and give their path"
+        )
+    return found
+
+
+class Tokenizer(ABC):
+    """Codes of whole images: frozen, without gradients, in full precision whatever the engine's."""
+
+    _device: torch.device | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 images -> (B, N) int64 codes of their patches in raster order."""
+        if self._device != images.device:
+            self._move(images.device)
+            self._device = images.device
+        with torch.autocast(images.device.type, enabled=False):
+            return torch.cat([self._encode(part) for part in images.split(_IMAGES_AT_ONCE)])
+
+    @abstractmethod
+    def _move(self, device: torch.device) -> None: ...
+
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor: ...
+
+
+class RandomProjection(Tokenizer):
+    """BEST-RQ's quantiser (Chiu et al.) on patches: the code that points most into the direction of a fixed projection.
+
+    Each patch is normalised by its own mean and variance first, so that a code names structure, not brightness. NumPy's
+    legacy generator makes the numbers, whose stream never changes, and float64 keeps rounding from choosing the code:
+    every device gives the same codes.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, code_dim: int, patch_size: int):
+        rng = np.random.RandomState(seed)
+        codes = torch.from_numpy(rng.standard_normal((vocab_size, code_dim)))
+        self.patch_size = patch_size
+        self.codes = F.normalize(codes, dim=1)
+        self.projection = torch.from_numpy(rng.standard_normal((patch_size**2 * 3, code_dim)))
+
+    def _move(self, device: torch.device) -> None:
+        self.codes, self.projection = self.codes.to(device), self.projection.to(device)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        patches = normalize_patches(normalize_pixels(patchify(images, self.patch_size)).double())
+        return (patches @ self.projection @ self.codes.T).argmax(-1)
+
+
+class Dalle(Tokenizer):
+    """DALL-E's discrete VAE encoder, BEiT's tokenizer, as transformers' `FlavaImageCodebook`.
+
+    The image is resized to 8 pixels a patch here, on the device: the data workers are the scarcer resource, and the
+    codes then are of just those pixels that the model sees. (BEiT's authors resize the crop from the source image.)
+    """
+
+    def __init__(self, weights: str | None, vocab_size: int, grid: Grid):
+        self.grid = grid
+        self.model = _codebook(weights_file(weights), vocab_size)
+
+    def _move(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.model.get_codebook_indices(self._pixels(images)).flatten(1)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, rows*8, cols*8) in 0.1..0.9."""
+        pixels = images.permute(0, 3, 1, 2).float() / 255
+        size = (self.grid[0] * _DALLE_PATCH, self.grid[1] * _DALLE_PATCH)
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return pixels * (1 - 2 * _DALLE_EPS) + _DALLE_EPS
+
+
+def _codebook(path: Path, vocab_size: int) -> Any:
+    """The frozen `FlavaImageCodebook` of a weight file; its sizes are read off the weights' shapes."""
+    try:
+        from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+    except ImportError:
+        raise ValueError(
+            'target.tokenizer=dalle needs transformers: pip install "lomar-deepspeed[tokenizer]"'
+        ) from None
+    state = _read_weights(path)
+    blocks = len({name.split(".")[3] for name in state if name.startswith("blocks.group_1.group.block_")})
+    try:
+        hidden, stored_size = len(state["blocks.input.bias"]), len(state["blocks.output.conv.bias"])
+        with torch.device("meta"):  # no time, and none of the run's random numbers, for weights that are replaced
+            model = FlavaImageCodebook(
+                FlavaImageCodebookConfig(num_blocks_per_group=blocks, hidden_size=hidden, vocab_size=stored_size)
+            )
+        model.load_state_dict(state, assign=True)
+    except (KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{path} holds no weights of FlavaImageCodebook ({_first_line(error)}): give those of "
+            f"facebook/flava-image-codebook, not of OpenAI's package or of a whole FLAVA"
+        ) from None
+    if stored_size != vocab_size:
+        raise ValueError(f"{path} has {stored_size} codes: set target.vocab_size={stored_size}, not {vocab_size}")
+    return model.float().eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, and nothing that is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no file of plain weights, which is all that is read: give model.safetensors, or a "
+            f"pytorch_model.bin of tensors alone ({_first_line(error)})"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no dictionary of tensors: give the weights of FlavaImageCodebook")
+    return state

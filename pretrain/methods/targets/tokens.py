@@ -1,0 +1,74 @@
+"""Codes of a frozen tokenizer for every patch, as in BEiT; cross-entropy over the vocabulary.
+
+Shapes: B images, N patches of an image, M of them predicted, V codes.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from pretrain.methods.masking import Grid
+from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
+from pretrain.methods.targets.tokenizers import Dalle, RandomProjection, random_projection_sha256, weights_sha256
+from pretrain.trainer.schema import MAY_CHANGE
+
+
+class TokensConfig(TargetConfig):
+    """The keys of `target.name=tokens`; after reading, `sha256` is always that of the tokenizer that is used."""
+
+    name: Literal["tokens"] = "tokens"
+    tokenizer: Literal["random_projection", "dalle"] = "random_projection"
+    vocab_size: int = Field(8192, ge=2, description="number of codes")
+    seed: int = Field(0, ge=0, lt=2**32, description="random_projection: of the projection and of the codes")
+    code_dim: int = Field(16, ge=1, description="random_projection: width of a code")
+    weights: Annotated[str | None, MAY_CHANGE] = Field(
+        None, description="dalle: weights of FlavaImageCodebook, a file or its folder"
+    )
+    sha256: str | None = Field(None, description="refuse any other tokenizer; unset, it is filled in")
+
+    @field_validator("sha256")
+    @classmethod
+    def _is_of_what_is_used(cls, given: str | None, info: ValidationInfo) -> str | None:
+        keys = info.data
+        if keys.keys() < {"tokenizer", "vocab_size", "seed", "code_dim", "weights"}:
+            return given  # another key is wrong, and reported
+        if keys["tokenizer"] == "dalle":
+            actual = weights_sha256(keys["weights"])
+        elif keys["weights"] is not None:
+            raise ValueError("target.weights is only read with target.tokenizer=dalle: set both or none")
+        else:
+            actual = random_projection_sha256(keys["seed"], keys["vocab_size"], keys["code_dim"])
+        return as_sha256("target.sha256", given, actual, "the tokenizer")
+
+
+class TokenTarget(PatchTarget):
+    """The code of the tokenizer for each patch."""
+
+    def __init__(self, config: TokensConfig, grid: Grid, patch_size: int):
+        self.patch_size, self.num_outputs = patch_size, config.vocab_size
+        if config.tokenizer == "dalle":
+            self.tokenizer: Dalle | RandomProjection = Dalle(config.weights, config.vocab_size, grid)
+        else:
+            self.tokenizer = RandomProjection(config.seed, config.vocab_size, config.code_dim, patch_size)
+
+    def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
+        """(B, N, 1) int64"""
+        return self.tokenizer(images).unsqueeze(-1)
+
+    def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        return F.cross_entropy(prediction.float().flatten(0, 1), truth.flatten())
+
+    def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """Codes have no pixels: each is a flat colour of its own. A patch is right where both images agree."""
+        codes = {"codes": truth[..., 0], "predicted codes": prediction.argmax(-1)}
+        return {name: false_colours(code, self.patch_size**2 * 3) for name, code in codes.items()}
+
+
+def false_colours(codes: Tensor, values: int) -> Tensor:
+    """(..., M) codes -> (..., M, values) uint8 patches of one colour a code; similar colours mean nothing."""
+    factors = torch.tensor([151, 89, 37], device=codes.device)
+    colours = (codes.unsqueeze(-1) * factors + codes.unsqueeze(-1) // factors) % 256
+    return colours.byte().tile(values // 3)

@@ -1,0 +1,80 @@
+"""The one record of what an encoder is: written into the metadata of its file, and read back from there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.models.vit import ARCHS, ViT
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What is needed to rebuild an encoder, and where known how it was trained.
+
+    Attributes:
+        arch: a name of `ARCHS`.
+        patch_size: side of a patch in pixels.
+        image_size: (height, width) in pixels.
+        position: `relative`, `bias` or `sincos`; the last is any absolute table, also a learned one.
+        method: that pretrained it, where known.
+        epochs: for how long, where known.
+    """
+
+    arch: str
+    patch_size: int
+    image_size: tuple[int, int]
+    position: str
+    method: str | None = None
+    epochs: int | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @classmethod
+    def of(cls, encoder: ViT) -> "EncoderSpec":
+        """Of an encoder that exists."""
+        arch = next(name for name, known in ARCHS.items() if known == encoder.arch)
+        height, width = (side * encoder.patch_size for side in encoder.grid)
+        return cls(arch, encoder.patch_size, (height, width), encoder.position)
+
+    def build(self) -> ViT:
+        """A freshly initialised encoder."""
+        relative, bias = self.position == "relative", self.position == "bias"
+        return ViT(self.arch, self.patch_size, self.grid, relative, bias=bias)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As a safetensors file keeps it."""
+        known = {"method": self.method, "epochs": self.epochs}
+        return {
+            "arch": self.arch,
+            "patch_size": str(self.patch_size),
+            "image_size": f"{self.image_size[0]}x{self.image_size[1]}",
+            "position": self.position,
+            **{key: str(value) for key, value in known.items() if value is not None},
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any] | None) -> "EncoderSpec | None":
+        """None where a file says nothing of the kind, as those of others do."""
+        if not metadata or not metadata.keys() >= {"arch", "patch_size", "image_size", "position"}:
+            return None
+        height, width = map(int, metadata["image_size"].split("x"))
+        epochs = metadata.get("epochs")
+        return cls(
+            metadata["arch"],
+            int(metadata["patch_size"]),
+            (height, width),
+            metadata["position"],
+            metadata.get("method"),
+            int(epochs) if epochs is not None else None,
+        )
+
+    @classmethod
+    def from_signature(cls, signature: Mapping[str, Any], epochs: int | None = None) -> "EncoderSpec":
+        """Of a pretraining run, by its resume signature. Raises KeyError where it is none."""
+        model, size = signature["model"], signature["data"]["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        method = signature["method"]["name"]
+        return cls(model["arch"], model["patch_size"], (height, width), model["position"], method, epochs)

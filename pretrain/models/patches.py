@@ -1,0 +1,112 @@
+"""Pixels <-> patches, and their normalisation.
+
+Shapes: B images or windows, H x W pixels, N patches of p x p pixels, P = p*p*3 values of a patch, channels last.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# ImageNet's mean and standard deviation of RGB in 0..1.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, H, W, 3) images of any dtype -> (B, N, P) patches in raster order."""
+    B, H, W, C = images.shape
+    x = images.view(B, H // patch_size, patch_size, W // patch_size, patch_size, C)
+    return x.transpose(2, 3).reshape(B, -1, patch_size * patch_size * C)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, P) patches of a grid -> (B, H, W, 3); the inverse of `patchify`."""
+    B, _, P = patches.shape
+    patch = round((P // 3) ** 0.5)
+    x = patches.view(B, *grid, patch, patch, 3)
+    return x.transpose(2, 3).reshape(B, grid[0] * patch, grid[1] * patch, 3)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, L, D) at index (B, K) -> (B, K, D)."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def cut_windows(patches: Tensor, mask_indices: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cuts each image's windows out of its patches.
+
+    Args:
+        patches: (B, N, P).
+        mask_indices: `positions` (B, W, L), the grid position of each patch of each window, and others (B, W, ...).
+
+    Returns:
+        The windows' patches (B*W, L, P), and the indices as (B*W, ...).
+    """
+    windows = gather_tokens(patches, mask_indices["positions"].flatten(1))
+    indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+    return windows.view(*indices["positions"].shape, -1), indices
+
+
+@lru_cache  # a copy to the device each step would make the host wait for it
+def _pixel_statistics(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).repeat(length // 3) for values in (_MEAN, _STD))
+    return mean, std
+
+
+def normalize_pixels(patches: Tensor) -> Tensor:
+    """(..., P) uint8 patches -> float32, each channel standardised by ImageNet's statistics."""
+    mean, std = _pixel_statistics(patches.shape[-1], patches.device)
+    return (patches.float() / 255 - mean) / std
+
+
+def to_pixels(patches: Tensor) -> Tensor:
+    """The inverse of `normalize_pixels`, rounded and clamped to uint8."""
+    mean, std = _pixel_statistics(patches.shape[-1], patches.device)
+    return ((patches * std + mean) * 255).round().clamp(0, 255).byte()
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (unbiased, 1e-6 inside the root) of each patch: (..., P) -> (..., 1) twice."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (var + 1e-6).sqrt()
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Each (..., P) fp32 patch by its own statistics: MAE's and LoMaR's "normalised pixels" target."""
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std
+
+
+def pixel_target(patches: Tensor, norm_pix: bool) -> Tensor:
+    """What is predicted of (..., P) uint8 patches: standardised pixels, by the patch's own statistics if `norm_pix`."""
+    pixels = normalize_pixels(patches)
+    return normalize_patches(pixels) if norm_pix else pixels
+
+
+def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> Tensor:
+    """A prediction of `pixel_target` as uint8 pixels; `norm_pix` needs the true patches' statistics."""
+    prediction = prediction.float()
+    if norm_pix:
+        mean, std = patch_statistics(normalize_pixels(patches))
+        prediction = prediction * std + mean
+    return to_pixels(prediction)
+
+
+def render_predictions(
+    patches: Tensor, masked: Tensor, predicted: dict[str, Tensor], grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """What the model saw, and what it predicted.
+
+    Args:
+        patches: (B, N, P) uint8, all patches of a grid.
+        masked: (B, M) positions of the masked ones.
+        predicted: (B, M, P) uint8, the pixels to show in their place, by name.
+        grid: rows and columns.
+
+    Returns:
+        `masked`, with grey in place of the masked patches, and an image for each name: (B, H, W, 3) uint8.
+    """
+    where = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    rendered = {"masked": patches.scatter(1, where, 128)}
+    rendered |= {name: patches.scatter(1, where, pixels) for name, pixels in predicted.items()}
+    return {name: unpatchify(image, grid) for name, image in rendered.items()}

@@ -1,0 +1,86 @@
+"""Puts the parts of a run together, and finds out where it stands."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data.index import Index
+from data.loader import Loader, MaskSampler
+from pretrain.trainer.checkpoint import Checkpoints
+from pretrain.trainer.checkpoint_layout import TrainState
+from pretrain.trainer.config import RunConfig
+from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.engine import build_engine, ds_settings, effective_settings
+from pretrain.trainer.launch import World
+from pretrain.trainer.loop import Evaluation, Run
+from pretrain.trainer.report import describe_run
+from pretrain.trainer.run_folder import RunFolder
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """What differs from one kind of training to another.
+
+    Attributes:
+        module: not partitioned yet; `forward(images, **batch.model_inputs())` returns a dictionary with the `loss`.
+        optimizer: of its parameters, for the ZeRO stage of the settings.
+        evaluation: what is measured while it trains, if anything is.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: NoEMA
+    loader: Loader
+    evaluation: Evaluation | None = None
+
+
+def assemble(
+    config: RunConfig, world: World, device: torch.device, folder: RunFolder, index: Index, parts: Parts
+) -> Run:
+    """Makes the engine, continues from the newest checkpoint if there is one, and says so. All ranks together.
+
+    Args:
+        index: what is trained on.
+
+    Raises:
+        ValueError: as `ds_settings` and `Checkpoints.resume`.
+    """
+    engine = build_engine(parts.module, parts.optimizer, config, ds_settings(config, world.size))
+    fresh = TrainState(
+        fingerprint=index.fingerprint,
+        world_size=world.size,
+        zero_stage=engine.zero_optimization_stage(),
+        resume_signature=config.resume_signature(),
+    )
+    checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
+    state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+    run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
+    if world.is_main:
+        effective = effective_settings(engine)
+        folder.config.write_text(config.to_yaml())
+        folder.write_environment(deepspeed=effective, world_size=world.size, samples=len(index))
+        _log.info("%s", describe_run(run, effective, len(index), resumed))
+    return run
+
+
+def build_loader(
+    config: RunConfig, index: Index, world: World, mask_sampler: MaskSampler | None = None, labels: bool = False
+) -> Loader:
+    """What a run trains on, as one rank sees it; `mask_sampler` and `labels` as of `Loader`."""
+    return Loader(
+        index,
+        size=config.data.height_width,
+        batch=config.train.global_batch_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.seed,
+        augmentations=config.augmentations,
+        num_workers=config.data.num_workers,
+        mask_sampler=mask_sampler,
+        labels=labels,
+    )

@@ -1,0 +1,245 @@
+"""Checkpoints that are whole or not there: written aside, checksummed, moved into place; the newest intact one resumes.
+
+Their layout is in `checkpoint_layout.py`.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+from pretrain.trainer.checkpoint_layout import (
+    CONVERTED,
+    LATEST,
+    MANIFEST,
+    UNFINISHED,
+    TrainState,
+    checkpoint_name,
+    checkpoint_names,
+    checkpoint_step,
+    load_deepspeed_file,
+    read_state,
+)
+from pretrain.trainer.config import CheckpointConfig
+from pretrain.trainer.elastic import convert, load_universal
+from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.launch import World
+
+_CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
+_log = logging.getLogger(__name__)
+
+
+class SafeCheckpointEngine(TorchCheckpointEngine):
+    """How DeepSpeed writes and reads its files.
+
+    A failed write must not leave this rank while the others wait in DeepSpeed's barriers: it is kept for
+    `Checkpoints.save` to agree on. Nothing but tensors, plain values and three of DeepSpeed's types is unpickled.
+    """
+
+    failure: Exception | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            self.failure = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return load_deepspeed_file(path, map_location)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method but `names` is called by all ranks together."""
+
+    def __init__(self, folder: Path, world: World, config: CheckpointConfig):
+        self.folder, self.world, self.config = folder, world, config
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """The finished checkpoints, newest first."""
+        return checkpoint_names(self.folder)
+
+    def save(self, engine: Any, ema: NoEMA, state: TrainState) -> str | None:
+        """Writes a checkpoint; what went wrong, in words, where the disk did not take it. Older ones stay then."""
+        name = checkpoint_name(state.step)
+        aside = self.folder / UNFINISHED
+        engine.checkpoint_engine = files = SafeCheckpointEngine(engine._config)
+        engine._copy_recovery_script = lambda folder: None  # on a full disk it would raise on one rank alone
+        if self.world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
+        engine.save_checkpoint(str(aside), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False)
+        if self.world.is_main and files.failure is None:
+            try:
+                ema.save(aside / name)
+            except OSError as error:
+                files.failure = error
+        problem = first_problem(str(files.failure) if files.failure else None)
+        if problem is None:
+            problem = self._publish(aside / name, state)
+        if self.world.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+        return problem and f"checkpoint {name} could not be written to {self.folder}: {problem}"
+
+    def _publish(self, written: Path, state: TrainState) -> str | None:
+        sums = _gather({p.name: _size_and_sum(p) for p in self._share(written)})
+        problem = None
+        if self.world.is_main:
+            try:
+                write_durably(written / MANIFEST, json.dumps({"state": asdict(state), "files": sums}, indent=1))
+                if (self.folder / written.name).exists():  # the same step again, after a fallback to an older one
+                    shutil.rmtree(self.folder / written.name)
+                os.replace(written, self.folder / written.name)
+                write_durably(self.folder / LATEST, written.name)
+                self._delete_old()
+            except OSError as error:
+                problem = str(error)
+        return first_problem(problem)
+
+    def _delete_old(self) -> None:
+        keep_every = self.config.keep_every_steps
+        for name in self.names()[self.config.keep_last :]:
+            if not (keep_every and (checkpoint_step(name) or 0) % keep_every == 0):
+                shutil.rmtree(self.folder / name)
+
+    def newest_intact(self) -> tuple[str, TrainState] | None:
+        """The newest checkpoint whose files are all as they were written; None where there is none at all.
+
+        Raises:
+            ValueError: there are checkpoints, and all of them are damaged.
+        """
+        names = self.names()
+        for name in names:
+            problem = first_problem(self._damage(self.folder / name))
+            if problem is None:
+                return name, read_state(self.folder / name)
+            if self.world.is_main:
+                _log.warning("checkpoint %s is damaged and skipped: %s", name, problem)
+        if names:
+            raise ValueError(f"no intact checkpoint in {self.folder}: restore one, or move it away to start anew")
+        return None
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        try:
+            files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError):
+            return f"{MANIFEST} is missing or unreadable"
+        for name in sorted(files)[self.world.rank :: self.world.size]:
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if _size_and_sum(path) != files[name]:
+                return f"{name} is not what was written"
+        return None
+
+    def resume(self, engine: Any, ema: NoEMA, fresh: TrainState) -> tuple[TrainState, str | None]:
+        """Loads the newest intact checkpoint into engine and moving average; the number of ranks may be another.
+
+        Returns:
+            Where the run stands, and the checkpoint's name; `fresh` and None where there is none.
+
+        Raises:
+            ValueError: all checkpoints are damaged, of another training, or not to be had for this number of ranks.
+        """
+        found = self.newest_intact()
+        if found is None:
+            return fresh, None
+        name, state = found
+        check_continues(state, fresh)
+        engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
+        if state.zero_stage and state.world_size != self.world.size:
+            self._load_converted(engine, name)
+        else:
+            path, _ = engine.load_checkpoint(str(self.folder), tag=name)
+            assert path is not None, f"DeepSpeed did not load {self.folder / name}"
+        ema.load(self.folder / name)
+        return replace(state, world_size=self.world.size), name
+
+    def _load_converted(self, engine: Any, name: str) -> None:
+        converted = self.folder / CONVERTED
+        problem = None
+        if self.world.is_main:
+            shutil.rmtree(converted, ignore_errors=True)
+            for path in (self.folder / name).glob("*.pt"):  # the converter unpickles what it is given
+                SafeCheckpointEngine().load(str(path))
+            problem = convert(self.folder / name, converted / name)
+        problem = first_problem(problem)
+        if problem:
+            raise ValueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
+        load_universal(engine, converted, name)
+        dist.barrier()
+        if self.world.is_main:
+            shutil.rmtree(converted)
+
+    def _share(self, folder: Path) -> list[Path]:
+        return sorted(folder.iterdir())[self.world.rank :: self.world.size]
+
+
+def first_problem(mine: str | None) -> str | None:
+    """The same answer on all ranks: the first rank's problem, if any has one."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, mine)
+    return next((p for p in problems if p), None)
+
+
+def check_continues(state: TrainState, now: TrainState) -> None:
+    """Raises ValueError, naming every difference, where a checkpoint was trained as something else."""
+    before, after = _flatten(state.resume_signature), _flatten(now.resume_signature)
+    differences = [
+        f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if state.fingerprint != now.fingerprint:
+        differences.append("data.shards holds other samples (their index has another fingerprint)")
+    if state.zero_stage != now.zero_stage:
+        differences.append(f"train.ds_config was of ZeRO stage {state.zero_stage} and is of stage {now.zero_stage}")
+    elif state.zero_stage == 3 and state.world_size != now.world_size:
+        # DeepSpeed 0.19.8 converts it without a complaint, and the optimiser goes on with another state.
+        differences.append(f"there were {state.world_size} ranks and are {now.world_size}, which ZeRO-3 cannot change")
+    if differences:
+        raise ValueError(
+            "the run's checkpoint is of another training:\n  "
+            + "\n  ".join(differences)
+            + "\nstart a new run with another name=, or set these back"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _gather(mine: dict[str, Any]) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _size_and_sum(path: Path) -> list[int]:
+    """Size in bytes and CRC-32."""
+    size = total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            total = zlib.crc32(block, total)
+    return [size, total]
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a file's content at once: a reader, or a crash, sees the old or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

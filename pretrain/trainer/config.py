@@ -1,0 +1,147 @@
+"""The sections of a configuration that every training has: pretraining and fine-tuning add their own."""
+
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from data.transforms import Augmentation
+from pretrain.trainer.schema import MAY_CHANGE, Section
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Section):
+    """The encoder."""
+
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"
+    patch_size: int = Field(16, ge=1, description="side of a patch in pixels")
+    position: Literal["relative", "sincos"] = "relative"
+    grad_checkpointing: Annotated[bool, MAY_CHANGE] = Field(
+        False, description="recompute each block in the backward pass: less memory, a third more compute"
+    )
+
+
+class DataConfig(Section):
+    """Shards and how training crops are taken from their images."""
+
+    shards: Annotated[str, MAY_CHANGE] = Field(description="a folder of tar shards, one tar, or a brace pattern")
+    image_size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
+    crop: Literal["random", "simple"] = Field(
+        "random", description="random: RandomResizedCrop; simple: DeiT III's, the short side resized, then cropped"
+    )
+    crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="range of the random crop's share of the area")
+    hflip: Share = Field(0.5, description="probability of a horizontal flip")
+    color_jitter: Share = Field(0.0, description="probability of changing brightness, contrast, saturation and hue")
+    num_workers: Annotated[int, MAY_CHANGE] = Field(8, ge=0, description="data-loading processes of each rank")
+    max_skipped_images: Annotated[int, MAY_CHANGE] = Field(
+        1000, ge=0, description="undecodable images that a rank may replace before the run stops"
+    )
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule: linear warm-up, then cosine to `min_lr`."""
+
+    base_lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch / 256")
+    min_lr: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(40, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip_grad: float = Field(0.0, ge=0, description="maximum gradient norm; 0 does not clip")
+
+
+class TrainConfig(Section):
+    """How long, how many images at a time, on which engine."""
+
+    epochs: int = Field(400, ge=1)
+    global_batch_size: int = Field(
+        4096, ge=1, description="images of one optimizer step, over all ranks and micro-batches"
+    )
+    gradient_accumulation_steps: Annotated[int, MAY_CHANGE] = Field(
+        1, ge=1, description="micro-batches of one optimizer step"
+    )
+    precision: Literal["bf16", "fp32"] = "bf16"
+    ds_config: Annotated[str, MAY_CHANGE] = Field(
+        "zero1", description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file"
+    )
+    max_nonfinite_steps: Annotated[int, MAY_CHANGE] = Field(
+        10, ge=1, description="consecutive steps with a non-finite gradient before the run stops"
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save; a signal and the end of training save as well."""
+
+    every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1)
+    keep_every_steps: int = Field(0, ge=0, description="never delete checkpoints at multiples of this; 0: none")
+
+
+class LogConfig(Section):
+    """What is logged."""
+
+    every_steps: int = Field(20, ge=1)
+    num_reconstructions: int = Field(8, ge=1, description="rows of reconstructions.png")
+
+
+class RunConfig(Section):
+    """What every training is made of. Its files go to `runs`/`name`."""
+
+    name: Annotated[str, MAY_CHANGE] = Field(coerce_numbers_to_str=True, pattern=r"^[\w-][\w.-]*$")
+    runs: Annotated[str, MAY_CHANGE] = "runs"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
+    log: Annotated[LogConfig, MAY_CHANGE] = LogConfig()
+
+    @property
+    def task(self) -> str:
+        """What is trained, in a few words."""
+        raise NotImplementedError
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        height, width = self.data.height_width
+        return height // self.model.patch_size, width // self.model.patch_size
+
+    @property
+    def augmentations(self) -> tuple[Augmentation, ...]:
+        """How each view of a sample is augmented."""
+        data = self.data
+        return (Augmentation(data.crop, data.crop_scale, data.hflip, data.color_jitter),)
+
+    @property
+    def peak_lr(self) -> float:
+        """base_lr * batch / 256: the linear scaling rule."""
+        return self.optim.base_lr * self.train.global_batch_size / 256
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "RunConfig":
+        patch = self.model.patch_size
+        for side in self.data.height_width:
+            if side < patch or side % patch:
+                near = max(side // patch, 1) * patch
+                raise ValueError(
+                    f"data.image_size={self.data.image_size}: {side} pixels are no multiple of "
+                    f"model.patch_size={patch}; the nearest are {near} and {near + patch}"
+                )
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs:g} leaves nothing of train.epochs={self.train.epochs}: "
+                f"set it lower"
+            )
+        if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
+            raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; reading it back gives an equal configuration."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,148 @@
+"""DeepSpeed: ds_configs + recipe -> engine, and what the engine really uses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.order import check_divisible
+from pretrain.trainer.config import RunConfig
+from pretrain.trainer.launch import World
+from pretrain.trainer.optim import NonfiniteGuard
+from pretrain.trainer.schema import nearest
+
+_ROOT = Path(__file__).parents[2]
+_SHIPPED = _ROOT / "ds_configs"
+
+# Keys of DeepSpeed that the recipe owns: set in both places, one would silently win.
+OWNED = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.global_batch_size and train.gradient_accumulation_steps",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "gradient_clipping": "optim.clip_grad",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "activation_checkpointing": "model.grad_checkpointing",
+}
+
+
+def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
+    """The engine keys of `train.ds_config`: the name of a file in ds_configs/, or the path of one.
+
+    Args:
+        name: such as `zero1`, or a JSON file.
+        owned: keys that may not be in it, and the keys of the recipe that set them.
+
+    Raises:
+        ValueError: no such file, not JSON, or a key that the recipe owns.
+    """
+    path = next((p for p in (_SHIPPED / f"{name}.json", Path(name), _ROOT / name) if p.is_file()), None)
+    if path is None:
+        shipped = [p.stem for p in _SHIPPED.glob("*.json")]
+        raise ValueError(f"train.ds_config={name!r} is no file, and none of ds_configs/: {nearest(name, shipped)}")
+    try:
+        keys: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    for key in keys:
+        if key in owned:
+            raise ValueError(f"{path} sets {key}, which the recipe owns: delete it there and set {owned[key]}")
+    return keys
+
+
+def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """All of DeepSpeed's keys for a run; those with silent defaults are written out.
+
+    Raises:
+        ValueError: as `read_ds_config`, or a batch that ranks and accumulation do not divide.
+    """
+    train = config.train
+    accumulation = train.gradient_accumulation_steps
+    check_divisible(train.global_batch_size, world_size, accumulation)
+    return complete_settings(
+        read_ds_config(train.ds_config),
+        micro_batch=train.global_batch_size // (world_size * accumulation),
+        accumulation=accumulation,
+        world_size=world_size,
+        clip_grad=config.optim.clip_grad,
+        bf16=train.precision == "bf16",
+    )
+
+
+def complete_settings(
+    keys: dict[str, Any], *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, bf16: bool
+) -> dict[str, Any]:
+    """The engine keys of a file together with what the recipe owns; what has silent defaults is written out."""
+    return {
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip_grad,  # DeepSpeed's default is 1.0
+        # Autocast rather than DeepSpeed's bf16 mode: parameters, norms and their gradients stay fp32 in every stage.
+        "torch_autocast": {
+            "enabled": bf16,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # gradients are summed over ranks and micro-batches in fp32
+        },
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        **keys,
+    }
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """ZeRO's stage by DeepSpeed's keys."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def build_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, settings: dict[str, Any]
+) -> Any:
+    """The DeepSpeed engine around a module and the optimizer of its parameters; in stage 0 one with a `NonfiniteGuard`."""
+    import deepspeed
+
+    if not zero_stage(settings):
+        assert isinstance(optimizer, NonfiniteGuard)
+        optimizer.clip_grad = config.optim.clip_grad
+        settings = {**settings, "gradient_clipping": 0.0}  # or DeepSpeed would clip before the norm is known
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    return engine
+
+
+def effective_settings(engine: Any) -> dict[str, Any]:
+    """What DeepSpeed made of the settings, read back from the engine."""
+    model_dtype, accumulation_dtype = engine.get_data_types()
+    return {
+        "zero_stage": engine.zero_optimization_stage(),
+        "train_batch_size": engine.train_batch_size(),
+        "micro_batch_per_rank": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "gradient_clipping": getattr(engine.basic_optimizer, "clip_grad", engine.gradient_clipping()),
+        "autocast": str(engine.torch_autocast_dtype()) if engine.torch_autocast_enabled() else "off",
+        "parameter_dtype": str(model_dtype),
+        "gradient_accumulation_dtype": str(accumulation_dtype),
+        "optimizer": type(engine.optimizer).__name__,
+        "basic_optimizer": type(engine.basic_optimizer).__name__,
+        "offload_optimizer": str(engine.zero_offload_optimizer()),
+        "overlap_comm": engine.zero_overlap_comm(),
+    }
+
+
+def gather_state_dict(engine: Any, world: World) -> dict[str, Tensor]:
+    """The module's fp32 weights on the main rank's CPU, whatever the ZeRO stage; called by all ranks together."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):  # no-op below stage 3
+        if not world.is_main:
+            return {}
+        return {name: tensor.detach().cpu().clone() for name, tensor in engine.module.state_dict().items()}

@@ -1,0 +1,143 @@
+"""Where a run's numbers go: JSON lines, TensorBoard and a progress bar behind one interface."""
+
+import json
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pretrain.trainer.metrics import read_metrics
+from pretrain.trainer.run_folder import RunFolder
+
+Values = dict[str, Any]  # by name, `step` and `epoch` among them
+
+
+class MetricLogger(ABC):
+    """One destination of a run's numbers; the main rank's only. `build_loggers` lists all."""
+
+    @abstractmethod
+    def log_metrics(self, values: Values) -> None:
+        """The training's numbers since the last call; not all need be finite."""
+
+    @abstractmethod
+    def log_evaluation(self, values: Values) -> None:
+        """What was measured between two steps."""
+
+    def step(self) -> None:  # noqa: B027 - most have nothing to do
+        """After every optimizer step."""
+
+    def close(self) -> None:  # noqa: B027
+        """At the end of training, however it ends."""
+
+
+class Loggers(MetricLogger):
+    """All of them at once; none on the ranks that log nothing."""
+
+    def __init__(self, loggers: Sequence[MetricLogger] = ()):
+        self.loggers = loggers
+
+    def log_metrics(self, values: Values) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(values)
+
+    def log_evaluation(self, values: Values) -> None:
+        for logger in self.loggers:
+            logger.log_evaluation(values)
+
+    def step(self) -> None:
+        for logger in self.loggers:
+            logger.step()
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+
+def build_loggers(folder: RunFolder, name: str, start: int, total: int, is_main: bool) -> Loggers:
+    """The loggers of a run that goes from step `start` to step `total`; no loggers unless `is_main`."""
+    if not is_main:
+        return Loggers()
+    return Loggers([JsonLines(folder, start), TensorBoard(folder, start), ProgressBar(name, start, total)])
+
+
+class JsonLines(MetricLogger):
+    """metrics.jsonl and evaluation.jsonl, one JSON object a line. JSON has no NaN: what is not finite is null."""
+
+    def __init__(self, folder: RunFolder, start: int):
+        self.metrics, self.evaluation = folder.metrics, folder.evaluation
+        for path in (self.metrics, self.evaluation):
+            _drop_after(path, start)
+
+    def log_metrics(self, values: Values) -> None:
+        _append(self.metrics, values)
+
+    def log_evaluation(self, values: Values) -> None:
+        _append(self.evaluation, values)
+
+
+class TensorBoard(MetricLogger):
+    """Event files; what is not finite is left out."""
+
+    def __init__(self, folder: RunFolder, start: int):
+        self.writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+
+    def log_metrics(self, values: Values) -> None:
+        for key, value in values.items():
+            if key != "step" and math.isfinite(value):
+                self.writer.add_scalar(key, value, values["step"])
+
+    log_evaluation = log_metrics
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class ProgressBar(MetricLogger):
+    """A bar on a terminal; a line for each logged step otherwise."""
+
+    def __init__(self, name: str, start: int, total: int):
+        self.total = total
+        self.bar = tqdm(
+            total=total, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def step(self) -> None:
+        self.bar.update()
+
+    def log_metrics(self, values: Values) -> None:
+        line = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.1f} img/s  "
+            f"wait {values['data_wait']:.0%}"
+        )
+        self.bar.set_postfix_str(line)
+        if self.bar.disable:
+            left = (self.total - values["step"]) * values["step_s"]
+            print(f"step {values['step']}/{self.total}  {line}  {tqdm.format_interval(left)} left", flush=True)
+
+    def log_evaluation(self, values: Values) -> None:
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key not in ("step", "epoch"))
+        self.bar.write(f"step {values['step']}: {numbers}", file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _append(path: Path, values: Values) -> None:
+    finite = {key: value if isinstance(value, int) or math.isfinite(value) else None for key, value in values.items()}
+    with path.open("a") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """A resumed run repeats the steps after its checkpoint: their lines would stand twice."""
+    if not path.exists():
+        return
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)

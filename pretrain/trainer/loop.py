@@ -1,0 +1,214 @@
+"""The one step loop, for every training."""
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from data.loader import Batch, Loader
+from pretrain.trainer.checkpoint import Checkpoints
+from pretrain.trainer.checkpoint_layout import TrainState
+from pretrain.trainer.config import RunConfig
+from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.launch import World
+from pretrain.trainer.loggers import Loggers, build_loggers
+from pretrain.trainer.metrics import Meter, read_metrics
+from pretrain.trainer.nonfinite import Diverged, list_samples, poison_nonfinite
+from pretrain.trainer.optim import learning_rate, set_learning_rate
+from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.signals import Stopped, StopRequest
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Evaluation:
+    """What is measured while training goes on.
+
+    Attributes:
+        every_epochs: the end of training is measured as well.
+        measure: called by all ranks together, between steps, with the engine's module and the moving average; returns
+            the same numbers on all of them.
+    """
+
+    every_epochs: int
+    measure: Callable[[Any, NoEMA], dict[str, float]]
+
+
+@dataclass
+class Run:
+    """All parts of a run, and where it stands."""
+
+    config: RunConfig
+    world: World
+    device: torch.device
+    folder: RunFolder
+    loader: Loader
+    engine: Any
+    ema: NoEMA
+    checkpoints: Checkpoints
+    state: TrainState
+    evaluation: Evaluation | None = None
+    skipped_images: int = 0  # on this rank, since it started
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.loader.steps_per_epoch
+
+    @property
+    def epoch(self) -> float:
+        return self.state.step / self.loader.steps_per_epoch
+
+
+def train(run: Run) -> None:
+    """Trains from `run.state` to the end, and saves there.
+
+    Raises:
+        Stopped: a signal came, and the step it came in is saved.
+        Diverged: `train.max_nonfinite_steps` steps in a row did not move the weights.
+        ValueError: more images than `data.max_skipped_images` could not be decoded.
+        OSError: the last checkpoint, at the end or on a signal, could not be written.
+    """
+    config, state, total = run.config, run.state, run.total_steps
+    stop, meter, saved = StopRequest(), Meter(), state.step
+    loggers = build_loggers(run.folder, config.name, state.step, total, run.world.is_main)
+    with contextlib.closing(loggers):
+        _evaluate(run, loggers, meter)  # in case a kill or a signal prevented it
+        for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
+            lr = _step(run, micro_batches, meter)
+            meter.add_step(config.train.global_batch_size, waited, _list_skipped(run, micro_batches))
+            _update_state(run, micro_batches)
+            loggers.step()
+            signal = stop.agreed()
+            last = bool(signal) or state.step == total
+            if last or state.step % config.log.every_steps == 0:
+                loggers.log_metrics(_metrics(run, meter, lr))
+                meter.reset()
+            if last or state.step % config.checkpoint.every_steps == 0:
+                saved = _save(run, saved, required=last)
+            if signal and state.step < total:
+                raise Stopped(f"{signal}: saved and stopped after step {state.step} of {total}; run it again to go on")
+            _evaluate(run, loggers, meter)
+
+
+def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
+    """One optimizer step; returns its learning rate."""
+    config, engine = run.config, run.engine
+    lr = learning_rate(run.state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim)
+    set_learning_rate(engine.optimizer.param_groups, lr)
+    for number, batch in enumerate(micro_batches):
+        seed_step(config.seed, run.state.step, number, run.world.rank)
+        batch = batch.to(run.device)
+        losses = engine(batch.images, **batch.model_inputs(), **run.ema.model_inputs(batch.images))
+        meter.add_losses(losses)
+        engine.backward(poison_nonfinite(losses["loss"]))
+        engine.step()
+    return lr
+
+
+def seed_step(*key: int) -> None:
+    """What a module draws by itself (drop path, mixup) depends on this key alone: no generator need be saved."""
+    (word,) = np.random.SeedSequence(key).generate_state(1)
+    torch.manual_seed(int(word))
+    np.random.seed(word)
+    random.seed(int(word))
+
+
+def _list_skipped(run: Run, micro_batches: list[Batch]) -> int:
+    """Lists the images that could not be decoded and were replaced; returns how many, or raises as `train` does."""
+    skipped = [reason for batch in micro_batches for reason in batch.skipped]
+    if skipped:
+        with run.folder.skipped_images.open("a") as file:
+            file.writelines(f"{reason}\n" for reason in skipped)
+    run.skipped_images += len(skipped)
+    if run.skipped_images > run.config.data.max_skipped_images:
+        raise ValueError(
+            f"{run.skipped_images} images could not be decoded, more than data.max_skipped_images="
+            f"{run.config.data.max_skipped_images}; they are listed in {run.folder.skipped_images}"
+        )
+    return len(skipped)
+
+
+def _update_state(run: Run, micro_batches: list[Batch]) -> None:
+    """Counts the step and, where the optimizer refused it, lists its samples."""
+    state, train = run.state, run.config.train
+    state.step += 1
+    state.samples += train.global_batch_size
+    if run.engine.was_step_applied():
+        state.updates += 1
+        state.consecutive_nonfinite = 0
+        run.ema.update(state.updates / run.total_steps)
+        return
+    state.consecutive_nonfinite += 1
+    keys = [key for batch in micro_batches for key in batch.keys]
+    list_samples(run.folder.nonfinite, state.step, keys, run.world)
+    count = state.consecutive_nonfinite
+    _log.warning("step %d: the gradient is not finite; the weights did not move (%d in a row)", state.step, count)
+    if count >= train.max_nonfinite_steps:
+        raise Diverged(
+            f"{count} steps in a row had no finite gradient (train.max_nonfinite_steps); their samples are "
+            f"in {run.folder.nonfinite}: look at those images, lower optim.base_lr, or set train.precision=fp32"
+        )
+
+
+def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
+    state = run.state
+    return {
+        "step": state.step,
+        "epoch": run.epoch,
+        **meter.read(),
+        "lr": lr,
+        "grad_norm": float(run.engine.get_global_grad_norm()),
+        "refused_steps": state.step - state.updates,
+    }
+
+
+def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
+    """Measures this step if it is due and has not been measured yet; the time it takes is not the training's."""
+    state, evaluation = run.state, run.evaluation
+    if evaluation is None or state.step == 0:
+        return
+    if state.step % (evaluation.every_epochs * run.loader.steps_per_epoch) and state.step < run.total_steps:
+        return
+    measured = [state.step in (row["step"] for row in read_metrics(run.folder.evaluation))]
+    torch.distributed.broadcast_object_list(measured)  # the main rank's file counts
+    if not measured[0]:
+        start = time.perf_counter()
+        values = evaluation.measure(run.engine, run.ema)
+        loggers.log_evaluation({"step": state.step, "epoch": run.epoch, **values})
+        meter.exclude(time.perf_counter() - start)
+
+
+def _save(run: Run, saved: int, required: bool) -> int:
+    """Saves unless this step is already saved; returns the newest saved step.
+
+    A periodic save that the disk refuses is reported and tried again at the next: going on loses nothing that stopping
+    would keep.
+    """
+    if saved == run.state.step:
+        return saved
+    problem = run.checkpoints.save(run.engine, run.ema, run.state)
+    if problem is None:
+        return run.state.step
+    if required:
+        raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")
+    _log.warning("%s; training goes on and tries again in %d steps", problem, run.config.checkpoint.every_steps)
+    return saved
+
+
+def _timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:
+    """Each item with the seconds that were spent waiting for it."""
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(batches)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - start

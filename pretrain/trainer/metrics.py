@@ -1,0 +1,72 @@
+"""The numbers of a run: summed over steps and ranks, and read back from its files."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Meter:
+    """Sums over the steps since the last report. Losses stay on the device until then: no step waits for them."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+        self._micro_batches = self._steps = self._images = self._skipped = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def add_losses(self, losses: dict[str, Tensor]) -> None:
+        """What a method returned for one micro-batch of this rank: `loss`, and its terms where it has several."""
+        for name, value in losses.items():
+            value = value.detach().double()
+            self._losses[name] = self._losses[name] + value if name in self._losses else value
+        self._micro_batches += 1
+
+    def add_step(self, images: int, waited: float, skipped: int) -> None:
+        """One optimiser step: its global batch, the seconds this rank waited for data and the images it replaced."""
+        self._steps += 1
+        self._images += images
+        self._waited += waited
+        self._skipped += skipped
+
+    def exclude(self, seconds: float) -> None:
+        """What was not training does not count as time of a step."""
+        self._since += seconds
+
+    def read(self) -> dict[str, float]:
+        """Over all ranks since the last reset: means, and the number of skipped images; called by all together."""
+        seconds = time.perf_counter() - self._since
+        losses = torch.stack(list(self._losses.values())) / self._micro_batches
+        totals = torch.cat([losses, losses.new_tensor([self._waited / seconds, self._skipped])])
+        dist.all_reduce(totals)
+        *means, wait, skipped = totals.tolist()
+        world = dist.get_world_size()
+        named = {name: mean / world for name, mean in zip(self._losses, means, strict=True)}
+        return {
+            "loss": named.pop("loss"),
+            **{f"loss_{name}": mean for name, mean in named.items()},
+            "images_per_s": self._images / seconds,
+            "step_s": seconds / self._steps,
+            "data_wait": wait / world,
+            "skipped_images": int(skipped),
+        }
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line that a kill has cut is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

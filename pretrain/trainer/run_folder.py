@@ -1,0 +1,121 @@
+"""The folder of a run: who may write it, and what it says about the run. Its layout is in docs/pretraining.md."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow")
+_ROOT = Path(__file__).parents[2]
+
+
+class RunFolder:
+    """Names of everything in `runs/<name>/`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.config = root / "config.yaml"
+        self.environment = root / "environment.json"
+        self.metrics = root / "metrics.jsonl"
+        self.evaluation = root / "evaluation.jsonl"
+        self.skipped_images = root / "skipped_images.txt"
+        self.nonfinite = root / "nonfinite.jsonl"
+        self.tensorboard = root / "tensorboard"
+        self.checkpoints = root / "checkpoints"
+        self.logs = root / "logs"
+        self.loss_curve = root / "loss.png"
+        self.reconstructions = root / "reconstructions.png"
+        self.encoder = root / "encoder.safetensors"
+        self.encoder_ema = root / "encoder_ema.safetensors"
+        self.model = root / "model.safetensors"
+        self.model_ema = root / "model_ema.safetensors"
+
+    @contextlib.contextmanager
+    def locked(self, is_main: bool = True, patience: float = 10) -> Iterator[None]:
+        """Makes the folder and holds it: the kernel frees the lock when this process ends, however it does.
+
+        The main rank does, for all ranks of a run.
+
+        Waits a little, since a requeued job may start while the old one's processes are still dying.
+
+        Raises:
+            ValueError: another run is writing this folder.
+        """
+        if not is_main:
+            yield
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("a+") as lock:
+            deadline = time.monotonic() + patience
+            while not _try_lock(lock.fileno()):
+                lock.seek(0)
+                owner = lock.read().strip()
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"{self.root} is being written by another run ({owner}): give this one another name="
+                    )
+                print(f"waiting for {self.root}: {owner} still writes it", file=sys.stderr, flush=True)
+                time.sleep(5)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
+            lock.flush()
+            yield
+
+    def write_environment(self, **facts: Any) -> None:
+        """Versions, git state and machine, beside what the caller adds."""
+        environment = {
+            **facts,
+            "versions": versions(),
+            "git": git_state(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "host": socket.gethostname(),
+            "command": sys.argv,
+        }
+        self.environment.write_text(json.dumps(environment, indent=2, default=str) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, CUDA and the packages that matter."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
+
+
+def git_state() -> str:
+    """'<commit>', '<commit> with changes', or 'not a git checkout'."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty= with changes"],
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+    return described.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

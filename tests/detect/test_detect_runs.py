@@ -1,0 +1,80 @@
+"""`downstream/detect/train_detector.py` as a user types it, under each launcher; srun is tried in tests/slurm.
+
+The shipped configuration of the smallest encoder, from a checkpoint, on ZeRO 3 with every parameter partitioned.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.dense_runs import BIN, ROOT, last, launch, measured, write_engines
+from helpers.naive_attention import randomized
+from helpers.tiny_coco import make_coco
+from safetensors.torch import save_file
+
+from pretrain.models.vit import ViT
+
+pytestmark = pytest.mark.engine
+
+CHANGES = ["classes=['disc','box']", "train_cfg.max_epochs=1", "train_dataloader.batch_size=1"]
+
+
+def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    entry = str(ROOT / "downstream/detect/train_detector.py")
+    return launch(*command, entry, "vitdet_tiny_pennfudan", *CHANGES, *changes, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained in `work`, by `deepspeed`."""
+    folder = tmp_path_factory.mktemp("detect")
+    make_coco(folder / "coco", train=4, val=2)
+    torch.manual_seed(0)
+    facts = {"arch": "vit_tiny", "patch": "16", "size": "64x64", "position": "relative"}
+    save_file(randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict(), folder / "encoder.safetensors", facts)
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29642"]
+    changes = ["checkpoint=encoder.safetensors", "data_root=coco/", "work_dir=work", *write_engines(folder)["zero3"]]
+    done = run(*launcher, changes=changes, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks x train_dataloader.batch_size=1 x optim_wrapper.accumulative_counts=1 = 2 images" in done.stdout
+    return folder
+
+
+def test_deepspeed_trains(trained: Path):
+    assert (trained / "work/last_checkpoint").read_text().endswith("work/epoch_1")
+    assert len(list((trained / "work/epoch_1").glob("*_optim_states.pt"))) == 2
+
+
+def test_it_started_from_the_encoder(trained: Path):
+    """After two steps of the warm-up the weights are nearly what they were; but they have been trained."""
+    weights = last(trained / "work")["state_dict"]
+    torch.manual_seed(0)
+    encoder = randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict()
+    for name in ("blocks.3.attn.qkv.weight", "blocks.11.attn.rpe_k.lookup_table_weight"):
+        torch.testing.assert_close(weights[f"backbone.{name}"], encoder[name], atol=1e-4, rtol=0)
+        assert not weights[f"backbone.{name}"].equal(encoder[name]), name
+
+
+def test_python_tests_what_was_trained(trained: Path):
+    done = run(sys.executable, changes=["data_root=coco/", "work_dir=tested", "test=work"], cwd=trained)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tested = json.loads(done.stdout.splitlines()[-1])
+    (row,) = measured(trained / "work")
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= tested.keys()
+    for name in tested.keys() - {"time", "data_time"}:
+        assert tested[name] == row[name], name
+
+
+def test_torchrun_ends_when_one_rank_fails(trained: Path):
+    """The one that gets the damaged image; the check of the data opens every second image of so many."""
+    make_coco(trained / "damaged", train=32)
+    path = trained / "damaged/train2017/000000000001.jpg"
+    path.write_bytes(b"no image")
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29643"]
+    done = run(*launcher, changes=["data_root=damaged/", "work_dir=failed"], cwd=trained)
+    assert done.returncode == 1
+    assert "starts" in done.stdout  # it had passed the checks
+    assert not list((trained / "failed").glob("epoch_*"))

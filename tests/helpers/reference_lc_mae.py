@@ -1,0 +1,153 @@
+"""LC-MAE spelled out beside `reference.py`, from the paper's equations 1, 5 and 6 and its Tables 2 and 3.
+
+Loops over images, views, patches and pairs in float64; nothing of `pretrain` is used.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from helpers.reference import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Weights,
+    cut_patch,
+    gelu,
+    layer_norm,
+    linear,
+    position,
+    target_of,
+    transformer_decoder,
+)
+from helpers.reference_mae import encode
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / torch.sqrt((a * a).sum()) / torch.sqrt((b * b).sum())
+
+
+def filled(seen: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
+    tokens = [seen.get(i, weights["decoder.restore.mask_token"][0, 0]) for i in range(grid[0] * grid[1])]
+    return [token + position(*divmod(i, grid[1]), len(token)) for i, token in enumerate(tokens)]
+
+
+def average_decoder(seen: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
+    """Table 2: Gaussian weights of the 5 x 5 neighbours that the grid has, then an MLP."""
+    tokens, predictions = filled(seen, grid, weights), []
+    for row in range(grid[0]):
+        for col in range(grid[1]):
+            total, mean = 0.0, torch.zeros_like(tokens[0])
+            for r in range(max(row - 2, 0), min(row + 3, grid[0])):
+                for c in range(max(col - 2, 0), min(col + 3, grid[1])):
+                    weight = math.exp(-((r - row) ** 2 + (c - col) ** 2) / 2)
+                    total += weight
+                    mean = mean + weight * tokens[r * grid[1] + c]
+            x = layer_norm(mean / total, weights, "decoder.norm")
+            predictions.append(linear(gelu(linear(x, weights, "decoder.mlp.fc1")), weights, "decoder.mlp.fc2"))
+    return predictions
+
+
+def conv_decoder(seen: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
+    """Table 2: one 5 x 5 convolution; what lies outside of the grid is zero."""
+    tokens, predictions = filled(seen, grid, weights), []
+    kernel = weights["decoder.conv.weight"]
+    for row in range(grid[0]):
+        for col in range(grid[1]):
+            y = weights["decoder.conv.bias"]
+            for r in range(max(row - 2, 0), min(row + 3, grid[0])):
+                for c in range(max(col - 2, 0), min(col + 3, grid[1])):
+                    y = y + kernel[:, :, r - row + 2, c - col + 2] @ tokens[r * grid[1] + c]
+            predictions.append(y)
+    return predictions
+
+
+def predict(
+    image: Tensor, visible: list[int], kept: list[int], weights: Weights, heads: int, decoder_heads: int, decoder: str
+):
+    """h(x, m) of eq. 1 at every patch of the image."""
+    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
+    grid = image.shape[0] // patch, image.shape[1] // patch
+    first, seen = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
+    if decoder == "transformer":
+        return transformer_decoder(first, seen, kept, grid, weights, decoder_heads)
+    return {"average": average_decoder, "conv": conv_decoder}[decoder](seen, grid, weights)
+
+
+def cross_view(v1: dict[int, Tensor], v2: dict[int, Tensor]) -> Tensor:
+    """Eq. 5 of one image: vectors by the place of their patch; zero where the views share none."""
+    distances = [1 - cosine(v1[i], v2[i]) for i in v1 if i in v2]
+    return sum(distances) / len(distances) if distances else torch.zeros((), dtype=torch.float64)
+
+
+def in_view(v: dict[int, Tensor], x: dict[int, Tensor]) -> Tensor:
+    """Eq. 6 of one view."""
+    differences = [(cosine(v[i], v[j]) - cosine(x[i], x[j])).abs() for i in v for j in v if i != j]
+    return sum(differences) / len(differences)
+
+
+def lc_mae_loss(
+    images: Tensor,
+    mask_indices: dict[str, Tensor],
+    weights: Weights,
+    heads: int,
+    decoder_heads: int,
+    decoder: str,
+    factors: tuple[float, float, float],
+    norm_pix: bool,
+) -> Tensor:
+    """The weighted sum of the reconstruction, cross-view and in-view losses.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        view: `visible` (B, 2, V), `masked` (B, 2, M) and `kept` (B, 2, K) grid positions.
+        weights: the state dict of `LCMAE`, in float64.
+        factors: of the three losses; the projector exists where one of the last two counts.
+    """
+    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
+    columns = images.shape[2] // patch
+    total = torch.zeros((), dtype=torch.float64)
+    for b, image in enumerate(images):
+        vectors = []
+        for m in range(2):
+            visible, hidden, kept = (mask_indices[name][b, m].tolist() for name in ("visible", "masked", "kept"))
+            h = predict(image, visible, kept, weights, heads, decoder_heads, decoder)
+            x = {i: cut_patch(image, *divmod(i, columns), patch) for i in hidden}
+            errors = [((h[i] - target_of(x[i], norm_pix)) ** 2).sum() / len(h[i]) for i in hidden]
+            total = total + factors[0] * sum(errors) / len(errors) / 2
+            if factors[1] or factors[2]:
+                vectors.append({i: linear(h[i], weights, "proj") for i in hidden})
+                total = total + factors[2] * in_view(vectors[-1], x) / 2
+        if factors[1]:
+            total = total + factors[1] * cross_view(*vectors)
+    return total / len(images)
+
+
+def mirrored(i: int, length: int) -> int:
+    """A position outside of 0..length-1, reflected at the first or last pixel."""
+    return -i if i < 0 else 2 * (length - 1) - i if i >= length else i
+
+
+def block_around(image: Tensor, row: int, col: int, patch: int, size: int) -> Tensor:
+    """The size x size pixels around the centre of a patch: rows, then columns, then RGB."""
+    height, width, _ = image.shape
+    top, left = row * patch - (size - patch) // 2, col * patch - (size - patch) // 2
+    return torch.stack(
+        [image[mirrored(r, height), mirrored(c, width), channel]
+         for r in range(top, top + size) for c in range(left, left + size) for channel in range(3)]
+    )  # fmt: skip
+
+
+def ae_loss(images: Tensor, weights: Weights, heads: int, decoder_heads: int, size: int, norm_pix: bool) -> Tensor:
+    """Figure 7: every token predicts the block around its patch; mean squared error."""
+    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
+    grid = images.shape[1] // patch, images.shape[2] // patch
+    errors = []
+    for image in images:
+        first, seen = encode(image, list(range(grid[0] * grid[1])), weights, heads)
+        for i, prediction in transformer_decoder(first, seen, [], grid, weights, decoder_heads).items():
+            pixels = block_around(image, *divmod(i, grid[1]), patch, size).double().view(-1, 3) / 255
+            mean, std = (torch.tensor(values, dtype=torch.float64) for values in (PIXEL_MEAN, PIXEL_STD))
+            target = target_of(((pixels - mean) / std).flatten(), norm_pix)
+            errors.append(((prediction - target) ** 2).sum() / len(target))
+    return sum(errors) / len(errors)

@@ -1,0 +1,228 @@
+"""Four optimiser steps of small methods on fixed random batches: by our loop in DeepSpeed engines, or by plain torch.
+
+As a script this is one rank of a launch that goes through many jobs, since starting processes costs more than steps.
+A job trains to its end, and then once more from the checkpoint in its middle, by an engine that began elsewhere. The
+second step's loss is made infinite on one rank, in one micro-batch: there are fewer updates than steps.
+"""
+
+import gc
+import itertools
+import json
+import math
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from helpers.processes import SMALL
+from pretrain.build import build_ema, build_method
+from pretrain.config import Config, RunConfig, load
+from pretrain.trainer.launch import World, exit_process, find_world
+from pretrain.trainer.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
+from pretrain.trainer.run_folder import RunFolder
+
+STEPS, MIDDLE, POISONED, BATCH = 4, 2, 1, 16
+
+
+def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]) -> None:
+    """Launches two ranks that go through `jobs` (name -> recipe and overrides) in one process group.
+
+    Each job leaves the run folders `<folder>/<name>/whole` and `<folder>/<name>/resumed`, with the method's whole
+    state and the engine's settings in them.
+    """
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    start(folder, script=__file__).finish(timeout=300)
+
+
+def configure(recipe: str, *overrides: str) -> Config[Any]:
+    """Without a warm-up, whose first learning rate is 0: every update moves the weights."""
+    return load(
+        recipe,
+        [f"train.global_batch_size={BATCH}", f"checkpoint.every_steps={MIDDLE}", "optim.warmup_epochs=0", *overrides],
+    )
+
+
+def build_small(config: Config[Any]) -> Any:
+    with SMALL:
+        return build_method(config)
+
+
+def global_batch(step: int, mask_indices: Any, config: Config[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    rng = np.random.default_rng(step)
+    shape = (BATCH, len(config.augmentations), 64, 80, 3)
+    images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).squeeze(1)
+    views = [mask_indices(rng) for _ in range(BATCH)]
+    return images, {name: torch.from_numpy(np.stack([v[name] for v in views])) for name in views[0]}
+
+
+def plain_steps(config: Config[Any]) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """One process without DeepSpeed, and a moving average spelled out in float64.
+
+    Returns:
+        (loss, gradient norm) of each step; the poisoned one moves nothing. And the teacher's weights, if there is one.
+    """
+    method, parts = build_small(config), config.train.gradient_accumulation_steps
+    optimizer = torch.optim.AdamW(parameter_groups(method, config.optim.weight_decay), betas=config.optim.betas)
+    teacher = PlainTeacher(method, config) if config.lut else None
+    results = []
+    for step in range(STEPS):
+        updates = step - (step > POISONED)
+        set_learning_rate(optimizer.param_groups, learning_rate(updates, STEPS, 1, config.peak_lr, config.optim))
+        optimizer.zero_grad()
+        losses = []
+        for part in range(parts):
+            images, mask_indices = global_batch(step, method.mask_sampler(), config)
+            mine = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+            targets = {"target": teacher.module(images[mine])} if teacher else {}
+            losses.append(
+                method(images[mine], {name: index[mine] for name, index in mask_indices.items()}, **targets)["loss"]
+            )
+            (losses[-1] / parts).backward()
+        norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.optim.clip_grad or 1e9)
+        if step != POISONED:
+            optimizer.step()
+            if teacher:
+                teacher.update(method, updates + 1)
+        results.append((torch.stack(losses).mean().item(), norm.item()))
+    return results, teacher.averages if teacher else {}
+
+
+class PlainTeacher:
+    """m * average + (1 - m) * weight in float64, m from 0.996 to 1 by half a cosine."""
+
+    def __init__(self, method: Any, config: Config[Any]):
+        self.first, self.last = config.lut.momentum, config.lut.final_momentum
+        self.module = method.target()
+        self.averages = {name: tensor.double() for name, tensor in self.module.state_dict().items()}
+
+    def follow(self, method: Any, updates: int) -> None:
+        m = self.last - (self.last - self.first) * (math.cos(math.pi * updates / STEPS) + 1) / 2
+        student = {name.removeprefix("method."): tensor for name, tensor in method.state_dict().items()}
+        self.averages = {name: m * ema + (1 - m) * student[name] for name, ema in self.averages.items()}
+        self.module.load_state_dict(self.averages)
+
+
+class FixedBatches:
+    """What the loop takes for its loader: the ranks' parts of `global_batch`."""
+
+    steps_per_epoch = STEPS
+
+    def __init__(self, config: Config[Any], mask_indices: Any, world: World):
+        self.config, self.view, self.world = config, mask_indices, world
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
+        parts = self.config.train.gradient_accumulation_steps
+        size = BATCH // (self.world.size * parts)
+        for step in range(start_step, end_step):
+            images, views = global_batch(step, self.view, self.config)
+            micro_batches = []
+            for part in range(parts):
+                samples = torch.arange(size) + (part * self.world.size + self.world.rank) * size
+                mask_indices = {name: index[samples] for name, index in views.items()}
+                keys = tuple(f"{step}/{sample}" for sample in samples.tolist())
+                micro_batches.append(Batch(images[samples], mask_indices, samples, keys, skipped=()))
+            yield micro_batches
+
+
+def begin_elsewhere(config: Config[Any]) -> Any:
+    """The method with another seed's weights and wrong buffers, so that only loading can make them right."""
+    method = build_small(config.model_copy(update={"seed": config.seed + 1}))
+    saved = method.state_dict()
+    for name, buffer in method.named_buffers():
+        if name in saved:
+            buffer.add_(1)
+    return method
+
+
+def poison(method: Any, config: Config[Any]) -> None:
+    """Makes the loss of the poisoned step's first micro-batch infinite, on the rank that calls this."""
+    calls = itertools.count()
+
+    def spoil(module: Any, inputs: Any, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        if next(calls) != POISONED * config.train.gradient_accumulation_steps:
+            return None
+        return {**losses, "loss": losses["loss"] * float("inf")}
+
+    method.register_forward_hook(spoil)
+
+
+def small_settings(config: RunConfig, world: World) -> dict[str, Any]:
+    from pretrain.trainer.engine import ds_settings, zero_stage
+
+    settings = ds_settings(config, world.size)
+    if zero_stage(settings) == 3:  # by default all of so small a model would stay gathered
+        for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
+            settings["zero_optimization"][f"stage3_{key}"] = 0
+    return settings
+
+
+def train_small(method: Any, config: Config[Any], world: World, device: torch.device, folder: RunFolder) -> str | None:
+    """What pretrain/run.py does, on fixed batches; returns the checkpoint that it continued from."""
+    from pretrain.finish import encoder_of, full_state, save_encoder
+    from pretrain.trainer.checkpoint import Checkpoints, TrainState
+    from pretrain.trainer.engine import build_engine, effective_settings, zero_stage
+    from pretrain.trainer.loop import Run, train
+
+    loader: Any = FixedBatches(config, method.mask_sampler(), world)
+    ema = build_ema(config, method, device)
+    settings = small_settings(config, world)
+    groups = parameter_groups(method, config.optim.weight_decay)
+    engine = build_engine(method, build_adamw(groups, config, zero_stage(settings)), config, settings)
+    fresh = TrainState(
+        world_size=world.size,
+        zero_stage=engine.zero_optimization_stage(),
+        resume_signature=config.resume_signature(),
+    )
+    checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
+    state, resumed = checkpoints.resume(engine, ema, fresh)
+    train(Run(config, world, device, folder, loader, engine, ema, checkpoints, state))
+    weights, effective = full_state(engine, world), effective_settings(engine)
+    if world.is_main:
+        save_encoder(encoder_of(method, weights), config, folder.encoder)
+        torch.save(weights, folder.root / "state.pt")
+        (folder.root / "effective.json").write_text(json.dumps(effective))
+    engine.destroy()
+    return resumed
+
+
+def do_job(config: Config[Any], world: World, device: torch.device, root: Path) -> None:
+    whole, again = RunFolder(root / "whole"), RunFolder(root / "resumed")
+    if world.is_main:
+        whole.checkpoints.mkdir(parents=True)
+    torch.distributed.barrier()
+    method = build_small(config)
+    if world.rank == 1:
+        poison(method, config)
+    assert train_small(method, config, world, device, whole) is None
+    if world.is_main:
+        shutil.copytree(whole.root, again.root, ignore=shutil.ignore_patterns(f"step_{STEPS:08d}"))
+    torch.distributed.barrier()
+    assert train_small(begin_elsewhere(config), config, world, device, again) == f"step_{MIDDLE:08d}"
+
+
+def do_jobs(configure: Callable[..., Any], do_job: Callable[..., None]) -> None:
+    """One rank of a launch: `do_job` for each of the jobs in the folder that the command names."""
+    folder = Path(sys.argv[1])
+    world = find_world()
+    device = start(world)
+    try:
+        for name, arguments in json.loads((folder / "jobs.json").read_text()).items():
+            print(f"job {name}", flush=True)
+            do_job(configure(*arguments), world, device, folder / name)
+            gc.collect()  # an engine's hooks hold it in cycles
+            gc.freeze()  # what DeepSpeed's import has added
+    except Exception:
+        traceback.print_exc()
+        exit_process(1)
+    exit_process(0)
+
+
+if __name__ == "__main__":
+    do_jobs(configure, do_job)

@@ -1,0 +1,134 @@
+"""Small models and batches for the tests of this folder."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pretrain.methods.lomar import LoMaR
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.models import patches as targets
+from pretrain.models import vit
+from pretrain.trainer.optim import parameter_groups
+
+TINY = vit.Arch(dim=16, depth=2, heads=2)
+
+
+def tiny_vit(
+    side: int, grid: tuple[int, int], relative: bool = True, grad_checkpointing: bool = False, arch: vit.Arch = TINY
+) -> vit.ViT:
+    with patch.dict(vit.ARCHS, vit_tiny=arch):
+        return vit.ViT("vit_tiny", side, grid, relative, grad_checkpointing)
+
+
+def tiny_lomar(
+    grid: tuple[int, int] = (4, 6),
+    side: int = 2,
+    relative: bool = True,
+    grad_checkpointing: bool = False,
+    arch: vit.Arch = TINY,
+    pr_mim: PRMIMConfig | None = None,
+    **config: Any,
+) -> LoMaR:
+    """Freshly initialised; `config` over three windows of 3x3 patches, five of them masked."""
+    torch.manual_seed(0)
+    keys = {"windows": 3, "window": 3, "mask_ratio": 0.6} | config
+    return LoMaR(LoMaR.Config(**keys), tiny_vit(side, grid, relative, grad_checkpointing, arch), pr_mim)
+
+
+def randomize(model: nn.Module) -> None:
+    """No parameter keeps a special value: biases and relative tables start at zero, norms at one."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+
+
+def random_images(model: Any, count: int = 2) -> Tensor:
+    rows, cols = model.encoder.grid
+    side = model.encoder.patch
+    return torch.randint(
+        0, 256, (count, rows * side, cols * side, 3), generator=torch.Generator().manual_seed(2)
+    ).byte()
+
+
+def random_mask_indices(model: Any, count: int = 2, seed: int = 3) -> dict[str, Tensor]:
+    draw = model.mask_sampler()
+    samples = [draw(np.random.default_rng((seed, i))) for i in range(count)]
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+
+
+@contextmanager
+def everything_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it `pretrain` computes in float64, so a comparison can be far stricter than fp32's rounding."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "float", Tensor.double)
+        targets._pixel_statistics.cache_clear()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+            targets._pixel_statistics.cache_clear()
+
+
+def loss_and_gradients(
+    model: nn.Module, images: Tensor, mask_indices: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(images, mask_indices)["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equals_reference(
+    build: Callable[[], Any],
+    naive_loss: Callable[[Any, Tensor, dict[str, Tensor], dict[str, Tensor]], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss and every parameter's gradient are those of a naive loop: strictly in float64, closely in fp32.
+
+    Args:
+        build: the model, freshly made.
+        naive_loss: (model, images, view, weights) -> the loss out of float64 weights.
+    """
+    model = build()
+    randomize(model)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    expected = naive_loss(model, images, mask_indices, weights)
+    expected.backward()
+    single, single_gradients = loss_and_gradients(model, images, mask_indices)
+    with everything_float64(monkeypatch):
+        exact_model = build()
+        # Not the buffers: the float64 model computes its own positions.
+        exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
+        exact, exact_gradients = loss_and_gradients(exact_model, images, mask_indices)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact, expected.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=0)
+    assert weights.keys() == exact_gradients.keys() == single_gradients.keys(), "every parameter has a gradient"
+    for name, weight in weights.items():
+        largest = weight.grad.abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(exact_gradients[name], weight.grad, rtol=0, atol=1e-10 * largest, msg=name)
+        torch.testing.assert_close(single_gradients[name].double(), weight.grad, rtol=0, atol=1e-4 * largest, msg=name)
+
+
+def train(
+    model: nn.Module, images: Tensor, mask_indices: dict[str, Tensor] | None, steps: int = 200, lr: float = 3e-3
+) -> list[float]:
+    """The loss of every step on one batch; without `view` the masks of every step are new."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr, fused=True)
+    losses = []
+    for step in range(steps):
+        drawn = random_mask_indices(model, len(images), 1000 + step) if mask_indices is None else mask_indices
+        loss, _ = loss_and_gradients(model, images, drawn)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

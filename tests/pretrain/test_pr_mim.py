@@ -1,0 +1,115 @@
+"""PR-MIM's choice of tokens, its counts, and what it refuses; its arithmetic is in the methods' tests."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.build import build_method
+from pretrain.config import load
+from pretrain.methods.pr_mim import PRMIMConfig, choose_kept, furthest
+from pretrain.models.aggregation import SpatialAggregation
+from pretrain.models.vit import Arch
+
+SMALL = ["model.arch=vit_tiny", "name=x", "data.shards=x"]
+
+
+def algorithm_1(first: int, masked: list[int], count: int, width: int) -> list[int]:
+    """The paper's supplement, line by line, on a matrix of Euclidean distances."""
+    places = [divmod(i, width) for i in masked]
+    distance = [[math.dist(a, b) for b in places] for a in places]
+    s = [0] * len(masked)
+    tokens = [first]
+    s[first] = 1
+    for _ in range(1, count):
+        nearest = [min(row[t] for t in tokens) for row in distance]
+        i = nearest.index(max(nearest))
+        s[i] = 1
+        tokens.append(i)
+    return [position for position, kept in zip(masked, s, strict=True) if kept]
+
+
+@pytest.mark.parametrize(("height", "width", "count"), [(14, 14, 49), (7, 9, 5), (3, 20, 12), (14, 14, 1)])
+def test_furthest_sampling_is_algorithm_1(height: int, width: int, count: int):
+    for seed in range(10):
+        masked = np.sort(np.random.default_rng(seed).permutation(height * width)[: int(0.75 * height * width)])
+        first = int(np.random.default_rng((seed, 1)).integers(len(masked)))
+        kept = furthest(np.random.default_rng((seed, 1)), masked, count, width)
+        assert kept.tolist() == algorithm_1(first, masked.tolist(), count, width)
+
+
+def test_furthest_lies_more_dispersed_than_random():
+    masked = np.arange(196)[None]
+    gaps = {}
+    for sampling in ("furthest", "random"):
+        pr_mim = PRMIMConfig(throw=0.8, sampling=sampling)
+        kept = choose_kept(np.random.default_rng(0), masked, pr_mim, 196, 14)[0]
+        points = np.stack(np.divmod(kept, 14), axis=1)
+        distances = np.linalg.norm(points[:, None] - points[None], axis=2) + 99 * np.eye(len(kept))
+        gaps[sampling] = distances.min(axis=1).mean()
+    assert gaps["furthest"] > 1.3 * gaps["random"]
+
+
+@pytest.mark.parametrize("sampling", ["furthest", "random"])
+@pytest.mark.parametrize(
+    ("recipe", "kept"),
+    [
+        # MAE: 25 % visible, 25 % decoded, 50 % thrown.
+        (["mae_vitb16_224_1600e", "pr_mim.throw_ratio=0.5"], 49),
+        (["simmim_vitb16_224_800e", "pr_mim.throw_ratio=0.3"], 120 - 58),
+        # LoMaR: 26 of 50 tokens enter the encoder, the class token, 10 visible and 15 masked ones.
+        (["lomar_vitb16_224_400e", "pr_mim.throw_ratio=0.5"], 15),
+    ],
+)
+def test_counts_are_exact_and_kept_are_among_the_masked(recipe: list[str], kept: int, sampling: str):
+    method = build_method(load(recipe[0], [*SMALL, *recipe[1:], f"pr_mim.sampling={sampling}"]))
+    drawn = method.mask_sampler()(np.random.default_rng(0))
+    assert drawn["kept"].shape[-1] == kept
+    rows = zip(np.atleast_2d(drawn["kept"]), np.atleast_2d(drawn["masked"]), strict=True)
+    assert all(len(set(k)) == kept and set(k) <= set(m) for k, m in rows)
+
+
+def test_throwing_more_than_is_masked_is_refused():
+    with pytest.raises(ValueError, match=r"pr_mim.throw_ratio=0.75 throws 147 of 196 patches, and 147 are masked"):
+        load("mae_vitb16_224_1600e", [*SMALL, "pr_mim.throw_ratio=0.75"])
+
+
+def test_mask_tokens_cannot_join_behind_the_last_block():
+    with pytest.raises(
+        ValueError, match=r"method.mask_token_block=12, but vit_tiny has 12 blocks: set it to at most 11"
+    ):
+        load("lomar_vitb16_224_400e", [*SMALL, "method.mask_token_block=12"])
+
+
+@pytest.mark.parametrize("kind", ["conv", "average", "transformer", "convnext"])
+def test_what_was_kept_stays_and_what_was_thrown_depends_on_what_is_near(kind: str):
+    """A grid of one row; only places 0 and 1 are known, so that a kernel of 3 does not reach places 3 and 4."""
+    torch.manual_seed(0)
+    fill = SpatialAggregation(kind, Arch(8, 1, 2), (1, 5), kernel=3)
+    tokens, placed, everywhere = torch.randn(1, 2, 8), torch.tensor([[1, 0]]), torch.arange(5)[None]
+    before = fill(tokens, placed, everywhere)[0]
+    assert torch.equal(before[:2], tokens[0, [1, 0]])
+    changed = (fill(tokens.flip(2), placed, everywhere)[0] != before).any(1).tolist()
+    assert changed[2:] == ([True] * 3 if kind == "transformer" else [True, False, False])
+    assert len(before[2:].unique(dim=0)) == (3 if kind == "transformer" else 2), "places are told apart"
+    if kind == "average":
+        torch.testing.assert_close(before[2], tokens[0, 0])
+        assert not before[3:].any()
+
+
+def test_the_ways_to_fill_cost_what_table_12_says():
+    """Multiply-adds of a 512-wide decoder on 14x14 patches, in G: the paper's 0.65 and 0.41, cut after two digits."""
+    counted = {}
+    for kind in ("conv", "convnext", "transformer"):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            fill = SpatialAggregation(kind, Arch(512, 8, 16), (14, 14), kernel=7)
+            fill.aggregate(torch.empty(1, 196, 512), torch.empty(1, 196, 1))
+        counted[kind] = counter.get_total_flops() / 2e9
+    assert counted == {
+        "conv": pytest.approx(196 * 512 * 49 / 1e9),
+        "convnext": pytest.approx((196 * 512 * 49 + 196 * 8 * 512**2) / 1e9),
+        "transformer": pytest.approx((196 * 12 * 512**2 + 2 * 196**2 * 512) / 1e9),
+    }
+    assert f"{counted['transformer']:.3f} {counted['convnext']:.3f}" == "0.656 0.416"
