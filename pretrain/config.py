@@ -59,9 +59,10 @@ class PretrainConfig(RunConfig):
         target = raw.get("target") or {}
         if name not in METHODS or not isinstance(target, Mapping):
             return {**raw, "method": method}
-        default = METHODS[name].default_target.model_dump(exclude_unset=True)
-        named = default if target.get("name", default["name"]) == default["name"] else {}
-        return {**raw, "method": method, "target": {**named, **target}}
+        default = METHODS[name].default_target
+        if target.get("name", default.name) == default.name:
+            target = {"name": default.name, **default.model_dump(exclude_unset=True), **target}
+        return {**raw, "method": method, "target": target}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "PretrainConfig":

@@ -41,7 +41,7 @@ class BEiT(Method):
     """Encoder on the image with mask tokens; linear head; by default cross-entropy on the masked patches' codes."""
 
     add_ons = frozenset({"pr_mim"})
-    default_target = TokensConfig(name="tokens")
+    default_target = TokensConfig()
 
     class Config(MethodConfig):
         """BEiT's own keys; the tokenizer is the `target`."""
