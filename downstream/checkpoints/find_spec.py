@@ -1,5 +1,6 @@
 """What encoder a file holds: from its tensors, and from the file's own record, which must not contradict them."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -31,22 +32,27 @@ def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
     Raises:
         ValueError: the encoder cannot be expressed by a spec, or the file's record contradicts its tensors.
     """
-    found: dict[str, str | int] = {
-        "patch_size": _find_patch_size(source.path, state),
-        "position": _find_position(source.path, state),
-        "arch": _find_arch(source.path, state),
-    }
-    if source.spec is not None:
-        for name, value in found.items():
-            recorded = getattr(source.spec, name)
-            if recorded != value:
-                raise ValueError(f"{source.path} says {name}={recorded}, but its tensors are of {name}={value}")
-        _check_grid(source.path, source.spec, state)
-        return FoundSpec(source.spec, True)
-    patch_size = int(found["patch_size"])
-    grid = _find_square_grid(state)
-    height, width = (side * patch_size for side in grid or (_DEFAULT_SIZE // patch_size,) * 2)
-    return FoundSpec(EncoderSpec(str(found["arch"]), patch_size, (height, width), str(found["position"])), bool(grid))
+    path, recorded = source.path, source.spec
+    patch_size, position, arch = _find_patch_size(path, state), _find_position(path, state), _find_arch(path, state)
+    if recorded is None:
+        grid = _find_square_grid(state)
+        height, width = (side * patch_size for side in grid or (_DEFAULT_SIZE // patch_size,) * 2)
+        return FoundSpec(EncoderSpec(arch, patch_size, (height, width), position), grid is not None)
+    for name, found in (("arch", arch), ("patch_size", patch_size), ("position", position)):
+        if getattr(recorded, name) != found:
+            raise ValueError(f"{path} says {name}={getattr(recorded, name)}, but its tensors are of {name}={found}")
+    if not fits_grid(state, recorded.grid):
+        size = "x".join(map(str, recorded.image_size))
+        raise ValueError(f"{path} says image_size={size}, but its tables of positions are for another grid of patches")
+    return FoundSpec(recorded, True)
+
+
+def fits_grid(state: Mapping[str, Tensor], grid: tuple[int, int]) -> bool:
+    """Whether all tables of positions have as many entries as a grid needs, with or without one for a class token."""
+    rows, cols = grid
+    if "pos_embed" in state and state["pos_embed"].shape[1] - rows * cols not in (0, 1):
+        return False
+    return all(length == (2 * rows - 1) * (2 * cols - 1) + 3 for length in _bias_lengths(state))
 
 
 def count_blocks(state: Iterable[str]) -> int:
@@ -82,23 +88,14 @@ def _find_arch(path: Path, state: Mapping[str, Tensor]) -> str:
     raise ValueError(f"{path} is {dim} wide and has {depth} blocks, which is none of {known}")
 
 
-def _check_grid(path: Path, spec: EncoderSpec, state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where tables of positions are not for the grid that a file says it has."""
-    (height, width), table = spec.grid, state.get("pos_embed")
-    fits = table is None or table.shape[1] - height * width in (0, 1)  # without or with a class token
-    if not fits or any(length != (2 * height - 1) * (2 * width - 1) + 3 for length in _bias_lengths(state)):
-        rows, cols = spec.image_size
-        raise ValueError(f"{path} says image_size={rows}x{cols}, but its tables of positions are of another size")
-
-
 def _find_square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Rows and columns of patches that the tables of positions are for; None where there are none for a square."""
+    """The square grid that the tables of positions are for; None where they are for none, or where there are none."""
     if "pos_embed" in state:
         count = state["pos_embed"].shape[1]
-        sides = [round(n**0.5) for n in (count - 1, count) if round(n**0.5) ** 2 == n]  # with or without a class token
+        sides = [math.isqrt(n) for n in (count - 1, count) if n and math.isqrt(n) ** 2 == n]
     else:
-        sides = [(round((length - 3) ** 0.5) + 1) // 2 for length in _bias_lengths(state)[:1]]
-    return (sides[0], sides[0]) if sides else None
+        sides = [(math.isqrt(max(length - 3, 0)) + 1) // 2 for length in _bias_lengths(state)[:1]]
+    return next(((side, side) for side in sides if fits_grid(state, (side, side))), None)
 
 
 def _bias_lengths(state: Mapping[str, Tensor]) -> list[int]:

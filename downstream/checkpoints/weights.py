@@ -21,6 +21,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from downstream.checkpoints.files import Weights, read_source
+from downstream.checkpoints.find_spec import fits_grid
 from downstream.checkpoints.formats import EncoderWeights, Report, translate
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
@@ -128,7 +129,7 @@ def _resize_patches(state: dict[str, Tensor], path: Path, old: int, new: int) ->
 def _resize_positions(state: dict[str, Tensor], found: EncoderWeights, new: tuple[int, int]) -> dict[str, str]:
     table, old = state.get("pos_embed"), found.spec.grid
     if not found.size_known:
-        if table is not None and table.shape[1] == 1 + new[0] * new[1]:
+        if fits_grid(state, new):
             return {}
         raise ValueError(
             f"{found.report.path} has positions for a grid that is not square, and does not say for which: "

@@ -1,7 +1,7 @@
 """Small models of others, each computing in its own module, and files of them under their authors' key names.
 
-The modules are timm's (of which MAE, LUT, DINO and DINOv2 are instances, and of whose Beit SimMIM's is one) and, for
-LoMaR, a slow one written from the paper and iRPE's rule.
+The modules are timm's (MAE, LUT, DINO and DINOv2 use its VisionTransformer, BEiT and SimMIM its Beit) and, for LoMaR, a
+slow one written from the paper and iRPE's rule.
 """
 
 import argparse
@@ -20,7 +20,13 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pretrain.models.vit import Arch, sincos_positions
+from downstream.checkpoints.compare import float64_copy, max_difference
+from pretrain.models.features import features
+from pretrain.models.vit import Arch, ViT, sincos_positions
+
+# Bounds of `feature_difference`. The same parameters compute the same but for float64's rounding. What is folded or
+# resized is rounded to fp32 once more, by 6e-8 of a parameter, and a few such roundings add up in a feature.
+SAME_PARAMETERS, SAME_TO_FP32 = 1e-12, 2e-6
 
 TINY = Arch(dim=16, depth=2, heads=2)
 PATCH, GRID = 4, 3
@@ -28,7 +34,7 @@ SHAPE = {"img_size": PATCH * GRID, "patch_size": PATCH, "embed_dim": 16, "depth"
 
 
 class Original(NamedTuple):
-    """A file, and the module that its features must equal."""
+    """A file, and the module whose features an encoder loaded from it must have."""
 
     path: Path
     model: Any
@@ -59,6 +65,14 @@ def noise(*shape: int) -> Tensor:
 def images(size: int | tuple[int, int] = PATCH * GRID) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else size
     return noise(2, 3, height, width)
+
+
+def feature_difference(encoder: ViT, model: Any, pixels: Tensor) -> float:
+    """Of an encoder and a model with timm's `forward_features`, on (B, 3, H, W) pixels: `max_difference`, in float64."""
+    pixels = pixels.double()
+    with torch.no_grad():
+        expected = float64_copy(model).forward_features(pixels)
+        return max_difference(features(float64_copy(encoder), pixels), expected)
 
 
 def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +119,7 @@ def lut(folder: Path, weights: str = "online") -> Original:
 
 
 def simmim(folder: Path) -> Original:
-    """With a configuration of yacs, a package that who loads the file need not have."""
+    """With a configuration of yacs, a package that need not be installed where the file is loaded."""
     model = beit(init_values=0.1, use_shared_rel_pos_bias=True)
     state = prefixed("encoder.", {**model.state_dict(), "mask_token": noise(1, 1, 16)})
     state["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(10, 10, dtype=torch.int64)
@@ -163,7 +177,7 @@ def dinov2(folder: Path) -> Original:
 
 
 def dinov2_training(folder: Path) -> Original:
-    """Its blocks lie in chunks, numbered throughout."""
+    """Its blocks are in chunks, but numbered throughout."""
     model = vit(init_values=1e-5)
     state = {name.replace("blocks.", "blocks.0.", 1): tensor for name, tensor in model.state_dict().items()}
     state = prefixed("backbone.", {**state, "mask_token": noise(1, 16)})
@@ -255,7 +269,7 @@ ORIGINALS: dict[str, Callable[[Path], Original]] = {
 
 
 class Bomb:
-    """Pickled, it is a call that makes a file."""
+    """Its pickle calls `open`, which creates a file, when it is loaded."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -265,7 +279,7 @@ class Bomb:
 
 
 def old_pickle(value: Any, path: Path) -> None:
-    """As torch saved before 1.6, and as anybody can with pickle alone."""
+    """In the format of torch before 1.6, or by pickle alone."""
     if isinstance(value, dict):
         torch.save(value, path, _use_new_zipfile_serialization=False)
     else:

@@ -1,4 +1,4 @@
-"""Files that must be refused, at once and by name: damaged, dangerous, or of something that this encoder is not."""
+"""Files that must be refused, at once and by name: damaged, malicious, or of another kind of model."""
 
 import argparse
 import os
@@ -21,8 +21,9 @@ from pretrain.models.vit import ViT
 assert downstream.checkpoints.timm_models
 
 
-def refused(path: Path, *said: str, **options: Any) -> None:
-    with pytest.raises(ValueError, match=".*".join(said)) as raised:
+def refused(path: Path, *parts: str, **options: Any) -> None:
+    """Raises ValueError with these parts, in order, and the path in its message."""
+    with pytest.raises(ValueError, match=".*".join(parts)) as raised:
         load_encoder(path, **options)
     assert str(path) in str(raised.value)
 
@@ -67,10 +68,10 @@ def test_a_truncated_file_is_refused(make: Callable[[Path], Path], share: float,
 
 
 @pytest.mark.parametrize("text", [b"<html>not found</html>", b"\x80\x02}q\x00.", b"\x80\x02K\x01."])
-def test_what_is_no_checkpoint_is_refused(text: bytes, tmp_path: Path):
+def test_files_that_are_no_checkpoints_are_refused(text: bytes, tmp_path: Path):
     (tmp_path / "file.pth").write_bytes(text)
     # torch's own advice would be to read it all the same
-    refused(tmp_path / "file.pth", "^(?!.*weights_only).*(no checkpoint|no dictionary|not a dictionary)")
+    refused(tmp_path / "file.pth", "^(?!.*weights_only).*(not a checkpoint|no dictionary|not a dictionary)")
     refused(tmp_path / "none.pth", "no checkpoint")
     refused(tmp_path, "neither a run's folder")
 
@@ -97,7 +98,7 @@ def test_what_this_encoder_cannot_express_is_named(key: str, why: str, tmp_path:
     refused(save({**originals.vit().state_dict(), key: noise(16)}, tmp_path), key.replace(".0.", r"\.\*\."), why)
 
 
-def test_a_norm_behind_the_pool_is_refused_unless_it_is_a_classifiers(tmp_path: Path):
+def test_a_norm_after_the_pool_is_refused_unless_it_is_a_classifiers(tmp_path: Path):
     state = originals.vit().state_dict()
     moved = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: w for name, w in state.items()}
     refused(save(moved, tmp_path), "fc_norm", "average pool")
@@ -124,10 +125,18 @@ def test_an_unknown_size_names_the_known_ones(tmp_path: Path):
     refused(save(wide.state_dict(), tmp_path), "32 wide and has 2 blocks", r"vit_base \(768, 12\)")
 
 
-def test_a_file_that_says_it_is_another_size_is_refused(tmp_path: Path):
-    facts = {"arch": "vit_small", "patch": "4", "size": "12x12", "position": "sincos"}
-    save_file(originals.vit().state_dict(), tmp_path / "a.safetensors", metadata=facts)
-    refused(tmp_path / "a.safetensors", "says that it is vit_small, but its tensors are of vit_tiny")
+def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path):
+    path = tmp_path / "a.safetensors"
+    for metadata, message in (
+        ({"arch": "vit_small"}, "says arch=vit_small, but its tensors are of arch=vit_tiny"),
+        ({"patch_size": "2"}, "says patch_size=2, but its tensors are of patch_size=4"),
+        ({"position": "relative"}, "says position=relative, but its tensors are of position=sincos"),
+        ({"image_size": "16x12"}, "says image_size=16x12, but its tables of positions are for another grid"),
+        ({"image_size": "12"}, "has metadata that this project did not write"),
+    ):
+        spec = {"arch": "vit_tiny", "patch_size": "4", "image_size": "12x12", "position": "sincos"}
+        save_file(originals.vit().state_dict(), path, metadata={**spec, **metadata})
+        refused(path, message)
 
 
 def test_another_architecture_than_the_encoder_names_both(tmp_path: Path):
@@ -156,8 +165,8 @@ def test_two_kinds_of_position_or_none_are_refused(tmp_path: Path):
 
 
 def test_other_patches_than_14_and_16_are_not_exchanged(tmp_path: Path):
-    refused(originals.mae(tmp_path).path, "4 pixels", "encoder of 8", "14 and 16", patch=8, size=24)
-    refused(originals.mae(tmp_path).path, "13x12", "patch=4", size=(13, 12))
+    refused(originals.mae(tmp_path).path, "4 pixels", "encoder of 8", "14 and 16", patch_size=8, image_size=24)
+    refused(originals.mae(tmp_path).path, "13x12", "patch size 4", image_size=(13, 12))
 
 
 def test_two_encoders_in_one_file_are_refused(tmp_path: Path):
@@ -167,7 +176,7 @@ def test_two_encoders_in_one_file_are_refused(tmp_path: Path):
     refused(save({"conv1.weight": noise(3)}, tmp_path), r"no key patch_embed\.proj\.weight")
 
 
-def test_modules_beside_the_encoder_are_known_or_refused(tmp_path: Path):
+def test_modules_outside_the_encoder_are_known_or_refused(tmp_path: Path):
     state = originals.prefixed("backbone.", originals.vit().state_dict())
     refused(save({**state, "neck.0.weight": noise(3)}, tmp_path), r"neck\.\*\.weight: unknown")
 
@@ -176,7 +185,11 @@ def test_a_table_that_is_not_square_needs_its_size(tmp_path: Path):
     wide = originals.vit(img_size=(8, 20))
     path = save(wide.state_dict(), tmp_path)
     refused(path, "not square", "give the size")
-    assert load_encoder(path, size=(8, 20))[0].grid == (2, 5)
+    assert load_encoder(path, image_size=(8, 20))[0].grid == (2, 5)
+    biased = originals.beit(img_size=(8, 20), use_rel_pos_bias=True)
+    path = save(biased.state_dict(), tmp_path)
+    refused(path, "not square", "give the size")
+    assert load_encoder(path, image_size=(8, 20))[0].grid == (2, 5)
 
 
 def test_timm_refuses_another_class_count_and_another_size(tmp_path: Path):

@@ -1,10 +1,11 @@
-"""Our own runs: a real one of ZeRO-3 in two processes, and every other place its encoder can be read from."""
+"""Our own runs: a real one of ZeRO-3 in two processes, and every other file that its encoder can be read from."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,8 +17,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from downstream.checkpoints.export import export_encoder
-from downstream.checkpoints.weights import load_encoder, load_into
+from downstream.checkpoints.weights import load_encoder, load_into, read_encoder
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS, Arch, ViT
+from pretrain.trainer.checkpoint_layout import (
+    EMA_FILE,
+    LATEST,
+    MANIFEST,
+    MODEL_STATES,
+    STAGE3_MODEL_STATES,
+    TrainState,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,9 +64,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = str(probe.getsockname()[1])
     ranks = []
     for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        launcher = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         command = [sys.executable, str(ROOT / "pretrain" / "run.py"), str(folder / "recipe.yaml")]
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **launcher, "OMP_NUM_THREADS": "1"}
         ranks.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )
@@ -74,12 +90,12 @@ def assert_bits(encoder: ViT, run: Path) -> None:
 @pytest.mark.engine
 def test_a_zero3_checkpoint_is_the_runs_encoder_bit_for_bit(run: Path):
     (checkpoint,) = (run / "checkpoints").glob("step_*")
-    assert not (checkpoint / "mp_rank_00_model_states.pt").exists()
-    for path in (run, checkpoint, checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+    assert not (checkpoint / MODEL_STATES).exists()
+    for path in (run, checkpoint, checkpoint / STAGE3_MODEL_STATES):
         encoder, report = load_encoder(path)
         assert_bits(encoder, run)
         assert encoder.grid == (4, 5)
-        assert report.facts["method"] == "lomar"
+        assert read_encoder(path).spec == EncoderSpec("vit_tiny", 16, (64, 80), "relative", "lomar", epochs=1)
         assert not report.folded
         assert not report.resized
     assert set(report.dropped.values()) == {"the predictor of pretraining"}
@@ -96,7 +112,7 @@ def test_a_checkpoint_that_lacks_a_rank_is_refused(run: Path, tmp_path: Path):
             (tmp_path / path.name).hardlink_to(path)
     with pytest.raises(ValueError, match="has 1 of 2 ranks' files"):
         load_encoder(tmp_path)
-    (tmp_path / "manifest.json").unlink()
+    (tmp_path / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"no readable manifest\.json"):
         load_encoder(tmp_path)
 
@@ -116,7 +132,8 @@ def test_the_card_tells_what_the_run_recorded(run: Path, tmp_path: Path):
         "ZeRO stage 3",
         environment["git"],
         f"torch {torch.__version__.split('+')[0]}",
-        "windows: 2",
+        "num_windows: 2",
+        "name: pixels",
     ):
         assert told in card, told
     for private in (str(run.parent), "shards", "secret-name"):
@@ -128,11 +145,11 @@ def _stage1(folder: Path, encoder: ViT, prefix: str) -> Path:
     state = {f"{prefix}{name}": tensor for name, tensor in encoder.state_dict().items()}
     checkpoint = folder / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
-    torch.save({"module": {**state, "fill.novel": torch.ones(3)}}, checkpoint / "mp_rank_00_model_states.pt")
-    trained = {"model": {"arch": "vit_tiny", "patch_size": 16, "position": "sincos"}, "data": {"image_size": 48}}
-    manifest = {"state": {"trained_function": {**trained, "method": {"name": "mae"}}}}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "checkpoints" / "latest").write_text(checkpoint.name)
+    torch.save({"module": {**state, "fill.novel": torch.ones(3)}}, checkpoint / MODEL_STATES)
+    signature = {"model": {"arch": "vit_tiny", "patch_size": 16, "position": "sincos"}, "data": {"image_size": 48}}
+    state = TrainState(resume_signature={**signature, "method": {"name": "mae"}})
+    (checkpoint / MANIFEST).write_text(json.dumps({"state": asdict(state)}))
+    (folder / "checkpoints" / LATEST).write_text(checkpoint.name)
     (folder / "config.yaml").write_text("train: {epochs: 3}")
     return checkpoint
 
@@ -141,28 +158,21 @@ def _stage1(folder: Path, encoder: ViT, prefix: str) -> Path:
 def test_a_run_without_an_export_is_read_from_its_newest_checkpoint(prefix: str, tmp_path: Path):
     original = ViT("vit_tiny", 16, (3, 3), relative=False)
     checkpoint = _stage1(tmp_path, original, prefix)
-    for path in (tmp_path, checkpoint, checkpoint / "mp_rank_00_model_states.pt"):
+    for path in (tmp_path, checkpoint, checkpoint / MODEL_STATES):
         encoder, report = load_encoder(path)
         assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in encoder.state_dict().items())
-        assert report.facts["epochs"] == "3"
+        assert read_encoder(path).spec == EncoderSpec("vit_tiny", 16, (48, 48), "sincos", "mae", epochs=3)
         assert report.dropped == {"fill.novel": "the method's own"}
 
 
-def test_online_and_averaged_encoders_lie_side_by_side(tmp_path: Path):
+def test_a_run_has_an_online_and_an_averaged_encoder(tmp_path: Path):
     encoders = {kind: ViT("vit_tiny", 16, (2, 3)) for kind in ("online", "ema")}
-    facts = {
-        "arch": "vit_tiny",
-        "patch": "16",
-        "size": "32x48",
-        "position": "relative",
-        "method": "lomar",
-        "epochs": "1",
-    }
-    save_file(encoders["online"].state_dict(), tmp_path / "encoder.safetensors", metadata=facts)
+    metadata = EncoderSpec("vit_tiny", 16, (32, 48), "relative", "lomar", epochs=1).to_metadata()
+    save_file(encoders["online"].state_dict(), tmp_path / "encoder.safetensors", metadata=metadata)
     (tmp_path / "config.yaml").write_text("train: {epochs: 1}")
     with pytest.raises(ValueError, match=r"has no encoder_ema\.safetensors and no checkpoint yet"):
         load_encoder(tmp_path, weights="ema")
-    save_file(encoders["ema"].state_dict(), tmp_path / "encoder_ema.safetensors", metadata=facts)
+    save_file(encoders["ema"].state_dict(), tmp_path / "encoder_ema.safetensors", metadata=metadata)
     for weights, path in ((None, tmp_path), ("ema", tmp_path), ("ema", tmp_path / "encoder_ema.safetensors")):
         encoder, report = load_encoder(path, weights=weights)  # type: ignore[arg-type]
         assert report.weights == (weights or "online")
@@ -179,7 +189,7 @@ def test_the_average_of_a_checkpoint_is_read(tmp_path: Path):
         with pytest.raises(ValueError, match="this training kept none"):
             load_encoder(path, weights="ema")
     state = {f"encoder.{name}": tensor for name, tensor in averaged.state_dict().items()}
-    save_file({**state, "projector.0.weight": torch.ones(2)}, checkpoint / "average.safetensors")
+    save_file({**state, "projector.0.weight": torch.ones(2)}, checkpoint / EMA_FILE)
     for path in (checkpoint, tmp_path):
         encoder, report = load_encoder(path, weights="ema")
         assert torch.equal(encoder.cls_token, averaged.cls_token)

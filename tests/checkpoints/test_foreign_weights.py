@@ -1,4 +1,4 @@
-"""Checkpoints of others: our encoder computes what their own modules compute."""
+"""Checkpoints of others: our encoder computes the same features as their own modules."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import originals
-from helpers.originals import ORIGINALS, PATCH, images
+from helpers.originals import ORIGINALS, PATCH, SAME_PARAMETERS, SAME_TO_FP32, feature_difference, images
 from safetensors.torch import save_file
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import vision_transformer
@@ -15,6 +15,7 @@ from torch import Tensor
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.resize import resize_bias
 from downstream.checkpoints.weights import features, load_encoder, load_into
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ViT
 
 
@@ -27,7 +28,11 @@ def assert_same(first: Tensor, second: Tensor) -> None:
 def test_features_are_those_of_the_original(name: str, tmp_path: Path):
     path, model = ORIGINALS[name](tmp_path)
     encoder, report = load_encoder(path)
-    assert_same(features(encoder, images()), model.forward_features(images()))
+    difference = feature_difference(encoder, model, images())
+    # Joining biases and padding tables round nothing.
+    folded = {"LayerScale", "its position added to it, and zeros there"} & set(report.folded.values())
+    assert difference < (SAME_TO_FP32 if folded else SAME_PARAMETERS)
+    torch.testing.assert_close(features(encoder, images()), model.forward_features(images()), atol=1e-4, rtol=1e-4)
     assert not report.resized
     assert report.used.keys() == encoder.state_dict().keys()
 
@@ -47,7 +52,7 @@ def test_every_key_is_used_or_dropped_for_a_reason(name: str, tmp_path: Path):
 def test_online_and_averaged_weights_are_told_apart(make: str, weights: str, tmp_path: Path):
     path, model = getattr(originals, make)(tmp_path, weights)
     encoder, report = load_encoder(path, weights=weights)
-    assert_same(features(encoder, images()), model.forward_features(images()))
+    assert feature_difference(encoder, model, images()) < SAME_TO_FP32
     assert f"({weights} weights)" in str(report)
 
 
@@ -64,7 +69,7 @@ def test_safetensors_and_old_pickles_are_the_same(tmp_path: Path):
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     originals.old_pickle({"model": model.state_dict()}, tmp_path / "a.pth")
     for path in (tmp_path / "a.safetensors", tmp_path / "a.pth"):
-        assert_same(features(load_encoder(path)[0], images()), model.forward_features(images()))
+        assert feature_difference(load_encoder(path)[0], model, images()) < SAME_TO_FP32
 
 
 def test_numbers_of_an_older_numpy_are_read(tmp_path: Path):
@@ -85,15 +90,15 @@ def test_absolute_positions_resize_as_in_timm(name: str, size: int | tuple[int, 
     larger = originals.vit(img_size=size, no_embed_class=name == "deit3", **options)
     state = dict(model.state_dict())
     larger.load_state_dict(vision_transformer.checkpoint_filter_fn(state, larger))
-    encoder, report = load_encoder(path, size=size)
-    assert_same(features(encoder, images(size)), larger.forward_features(images(size)))
+    encoder, report = load_encoder(path, image_size=size)
+    assert feature_difference(encoder, larger, images(size)) < SAME_TO_FP32
     assert "bicubic" in report.resized["pos_embed"]
 
 
 def test_absolute_positions_resize_in_fp32_channel_by_channel(tmp_path: Path):
     _, model = originals.dino_backbone(tmp_path)
     save_file({name: tensor.half() for name, tensor in model.state_dict().items()}, tmp_path / "half.safetensors")
-    encoder, _ = load_encoder(tmp_path / "half.safetensors", size=(5 * PATCH, 7 * PATCH))
+    encoder, _ = load_encoder(tmp_path / "half.safetensors", image_size=(5 * PATCH, 7 * PATCH))
     for channel in range(16):
         plane = model.pos_embed[:, 1:, channel].half().float().reshape(1, 1, 3, 3)
         resized = torch.nn.functional.interpolate(plane, size=(5, 7), mode="bicubic", antialias=True)
@@ -102,10 +107,10 @@ def test_absolute_positions_resize_in_fp32_channel_by_channel(tmp_path: Path):
 
 @torch.no_grad()
 def test_a_table_of_a_grid_that_is_not_square_resizes_by_rows_and_columns(tmp_path: Path):
-    facts = {"arch": "vit_tiny", "patch": "4", "size": "8x20", "position": "sincos"}
+    spec = EncoderSpec("vit_tiny", 4, (8, 20), "sincos")
     model = originals.vit(img_size=(8, 20))
-    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata=facts)
-    encoder, _ = load_encoder(tmp_path / "a.safetensors", size=(16, 12))
+    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata=spec.to_metadata())
+    encoder, _ = load_encoder(tmp_path / "a.safetensors", image_size=(16, 12))
     planes = model.pos_embed[0, 1:].T.reshape(1, 16, 2, 5)
     resized = torch.nn.functional.interpolate(planes, size=(4, 3), mode="bicubic", antialias=True)
     assert_same(encoder.pos_embed[0, 1:].T.reshape(1, 16, 4, 3), resized)
@@ -123,14 +128,14 @@ def test_keys_have_no_bias_where_the_authors_had_none(tmp_path: Path):
 def test_bias_tables_resize(make: str, tmp_path: Path):
     path, model = ORIGINALS[make](tmp_path)
     size = (5 * PATCH, 4 * PATCH)
-    encoder, report = load_encoder(path, size=size)
+    encoder, report = load_encoder(path, image_size=size)
     shared = {"use_shared_rel_pos_bias": True} if make == "simmim" else {"use_rel_pos_bias": True, "num_classes": 5}
     larger = originals.beit(img_size=size, init_values=0.1, **shared)
     state = dict(model.state_dict())
     for name in [name for name in state if name.endswith("bias_table")]:
         state[name] = resize_bias(state[name], (3, 3), (5, 4))
     larger.load_state_dict(state)
-    assert_same(features(encoder, images(size)), larger.forward_features(images(size)))
+    assert feature_difference(encoder, larger, images(size)) < SAME_TO_FP32
     assert len(report.resized) == 2
 
 
@@ -153,8 +158,8 @@ def test_lomars_tables_serve_every_size(tmp_path: Path):
     path, model = originals.lomar(tmp_path)
     larger = originals.lomar_model(grid=8)
     larger.load_state_dict(model.state_dict())
-    encoder, report = load_encoder(path, size=8 * PATCH)
-    assert_same(features(encoder, images(8 * PATCH)), larger.forward_features(images(8 * PATCH)))
+    encoder, report = load_encoder(path, image_size=8 * PATCH)
+    assert feature_difference(encoder, larger, images(8 * PATCH)) < SAME_PARAMETERS
     assert not report.resized
     assert "never adds" in report.dropped["pos_embed"]
 
@@ -163,7 +168,7 @@ def test_lomars_tables_serve_every_size(tmp_path: Path):
 def test_a_resized_kernel_gives_resized_patches_the_same_tokens(tmp_path: Path):
     model = originals.vit(img_size=42, patch_size=14)
     save_file(model.state_dict(), tmp_path / "14.safetensors")
-    encoder, report = load_encoder(tmp_path / "14.safetensors", size=48, patch=16)
+    encoder, report = load_encoder(tmp_path / "14.safetensors", image_size=48, patch_size=16)
     small = images(14)
     large = torch.nn.functional.interpolate(small, size=16, mode="bicubic", antialias=True)
     token = torch.nn.functional.conv2d(large, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias)
@@ -177,7 +182,7 @@ def test_kernels_resize_by_least_squares(old: int, new: int, tmp_path: Path):
     """FlexiViT's definition: the kernel whose tokens of resized patches are nearest to the old ones' of all patches."""
     model = originals.vit(img_size=old, patch_size=old)
     save_file(model.state_dict(), tmp_path / "a.safetensors")
-    encoder, _ = load_encoder(tmp_path / "a.safetensors", size=new, patch=new)
+    encoder, _ = load_encoder(tmp_path / "a.safetensors", image_size=new, patch_size=new)
     basis = torch.eye(old**2).reshape(-1, 1, old, old)
     resize = torch.nn.functional.interpolate(basis, size=new, mode="bicubic", antialias=True).flatten(1)
     best = torch.linalg.pinv(resize.double()) @ model.patch_embed.proj.weight.flatten(2).flatten(0, 1).T.double()
@@ -191,5 +196,5 @@ def test_load_into_leaves_nothing_as_it_was(tmp_path: Path):
     path, model = originals.mae(tmp_path)
     encoder = ViT("vit_tiny", PATCH, (3, 3), relative=False)
     load_into(encoder, path)
-    assert_same(features(encoder, images()), model.forward_features(images()))
+    assert feature_difference(encoder, model, images()) < SAME_PARAMETERS
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in encoder.state_dict().items())

@@ -1,0 +1,23 @@
+"""vit_tiny made tiny, ours and timm's: the tests of a folder whose conftest imports `tiny_archs` use it."""
+
+import functools
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import timm
+from helpers.originals import TINY
+from timm.models import _registry
+
+from pretrain.models.vit import ARCHS
+
+
+@pytest.fixture(autouse=True)
+def tiny_archs() -> Iterator[None]:
+    """Within it, `vit_tiny` and timm's `vit_tiny_patch16_224` have the sizes of `originals.TINY`."""
+    name = "vit_tiny_patch16_224"
+    tiny = functools.partial(
+        timm.models.model_entrypoint(name), embed_dim=TINY.dim, depth=TINY.depth, num_heads=TINY.heads
+    )
+    with patch.dict(ARCHS, vit_tiny=TINY), patch.dict(_registry._model_entrypoints, {name: tiny}):
+        yield
