@@ -1,4 +1,4 @@
-"""`lomar_vit_*` in timm: what downstream code expects of a timm ViT."""
+"""`lomar_vit_*` in timm does what downstream code expects of a timm ViT."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ from helpers.originals import images
 from timm.optim import param_groups_layer_decay
 
 from downstream.checkpoints.timm_models import SIZES, model_name
-from downstream.checkpoints.weights import features
 from pretrain.models.attention import NUM_BUCKETS, offset_buckets
 from pretrain.models.vit import ARCHS, ViT
 
@@ -34,20 +33,20 @@ def test_names_are_registered_with_their_sizes():
 
 
 @torch.no_grad()
-def test_other_sizes_than_it_was_made_for():
+def test_other_image_sizes():
     fixed, dynamic = model(img_size=(8, 20)), model(dynamic_img_size=True)
     dynamic.load_state_dict(fixed.state_dict())
     encoder = ViT("vit_tiny", 4, (2, 5))
     encoder.load_state_dict(fixed.state_dict())
     pixels = images((8, 20))
     for made in (fixed, dynamic):
-        torch.testing.assert_close(made.forward_features(pixels), features(encoder, pixels), atol=1e-5, rtol=1e-5)
+        assert originals.feature_difference(encoder, made, pixels) < originals.SAME_PARAMETERS
     biased = model(position="bias", dynamic_img_size=True)
-    with pytest.raises(ValueError, match=r"tables are of \(3, 3\) patches, the images of \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"tables are for \(3, 3\) patches, the images have \(2, 5\)"):
         biased(pixels)
 
 
-def test_parts_that_are_not_there_are_refused():
+def test_unsupported_options_are_refused():
     with pytest.raises(ValueError, match="position='sincos'"):
         model(position="sincos")
     with pytest.raises(ValueError, match="drop_path_rate"):
@@ -98,7 +97,7 @@ def test_offset_buckets_are_beits():
         assert torch.equal(offset_buckets(height, width), theirs)
 
 
-def test_what_was_evaluated_in_inference_mode_can_be_trained():
+def test_a_model_evaluated_in_inference_mode_can_be_trained():
     tuned = model(img_size=(12, 8), num_classes=5)
     with torch.inference_mode():
         tuned(images((12, 8)))

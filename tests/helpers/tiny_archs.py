@@ -6,9 +6,9 @@ from unittest.mock import patch
 
 import pytest
 import timm
-from helpers.originals import TINY
 from timm.models import _registry
 
+from helpers.originals import TINY
 from pretrain.models.vit import ARCHS
 
 
