@@ -1,4 +1,4 @@
-"""What of the installation is missing or does not fit, and the command that mends it: `python -m downstream.doctor`.
+"""Which parts of the installation are missing or do not fit, and how to fix them: `python -m downstream.doctor`.
 
 Exit code 0 when detection and segmentation can train here, 1 when something is broken.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Status = Literal["ok", "warning", "problem"]
-SECONDS = 120  # of one child; importing mmdet from a cold network file system takes a while
-DEEPSPEED_FLOOR = (0, 19, 3)  # below: wrong gradients under accumulation, lost optimiser state
+TIMEOUT_S = 120  # of one child; importing mmdet from a cold network file system takes a while
+MIN_DEEPSPEED = (0, 19, 3)  # older: wrong gradients under accumulation, lost optimizer state
 BUILD_TOOLS = 'pip install "setuptools>=80,<81" wheel ninja psutil packaging'
 BUILD = 'pip install --no-build-isolation -c constraints.txt -e ".[mm]"'
 REBUILD = (
@@ -36,18 +36,18 @@ FORKS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and the command that mends it, if it needs mending."""
+    """One line of the output: a part of the installation, its state, and the command that fixes it, if it needs one."""
 
     status: Status
     name: str
-    found: str
-    mend: str = ""
+    message: str
+    fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:8} {self.name:12} {self.found}" + (f"\n{'':22}mend: {self.mend}" if self.mend else "")
+        return f"{self.status:8} {self.name:12} {self.message}" + (f"\n{'':22}fix: {self.fix}" if self.fix else "")
 
 
-# What children run: an import that crashes takes only them with it. Each prints one JSON object last.
+# Run in child processes, because an import may crash the process. Each prints one JSON object as its last line.
 TORCH = """
 import torch
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "usable": torch.cuda.is_available(),
@@ -80,50 +80,50 @@ print(json.dumps({{"version": {name}.__version__}}))
 
 
 def main() -> int:
-    """Prints a line for each part; the exit code."""
+    """Prints a line for each part. Returns the exit code."""
     parts: list[Callable[[], Iterator[Finding]]] = [
         check_python, check_torch, check_torchvision, check_deepspeed, check_mmengine, check_mmcv, check_mmdet,
         check_mmseg, check_build,
     ]  # fmt: skip
-    with ThreadPoolExecutor(max_workers=4) as pool:  # most of their time is waiting for a child
+    with ThreadPoolExecutor(max_workers=4) as pool:  # they mostly wait for a child
         findings = [finding for found in pool.map(lambda part: list(_safely(part)), parts) for finding in found]
     for finding in findings:
         print(finding)
-    broken = sum(finding.status == "problem" for finding in findings)
-    print(f"{broken} problems" if broken else "everything that detection and segmentation need is here")
-    return int(bool(broken))
+    problems = sum(finding.status == "problem" for finding in findings)
+    print(f"{problems} problems" if problems else "everything that detection and segmentation need is installed")
+    return int(bool(problems))
 
 
 def _safely(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from part()
     except Exception as error:
-        yield Finding("problem", part.__name__.removeprefix("check_"), f"cannot be examined: {error!r}")
+        yield Finding("problem", part.__name__.removeprefix("check_"), f"cannot be checked: {error!r}")
 
 
 def in_child(code: str) -> tuple[dict[str, Any], str]:
-    """What `code` prints as its last line, as JSON, and '', or {} and why there is none: its last line of error."""
+    """Runs Python code: its last line of output, parsed as JSON, and ''; or {} and the last line of its error."""
     try:
         child = subprocess.run(
-            [sys.executable, "-c", "import json" + code], capture_output=True, text=True, timeout=SECONDS
+            [sys.executable, "-c", "import json" + code], capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return {}, f"no answer in {SECONDS} s"
+        return {}, f"no answer in {TIMEOUT_S} s"
     if child.returncode == 0:
         return json.loads(child.stdout.strip().splitlines()[-1]), ""
-    said = [line for line in child.stderr.strip().splitlines() if line.strip()]
-    return {}, said[-1] if said and child.returncode > 0 else f"crashed with signal {-child.returncode}"
+    errors = [line for line in child.stderr.strip().splitlines() if line.strip()]
+    return {}, errors[-1] if errors and child.returncode > 0 else f"crashed with signal {-child.returncode}"
 
 
 def installed(*distributions: str) -> list[str]:
     """'name version' of those that are installed."""
-    found = []
+    versions = []
     for name in distributions:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def check_python() -> Iterator[Finding]:
@@ -136,47 +136,54 @@ def check_torch() -> Iterator[Finding]:
     facts, error = in_child(TORCH)
     if error:
         numpy = "numpy" in error.lower()
-        mend = "pip install -c constraints.txt numpy" if numpy else "pip install -c constraints.txt torch torchvision"
-        yield Finding("problem", "torch", error, mend)
+        fix = "pip install -c constraints.txt numpy" if numpy else "pip install -c constraints.txt torch torchvision"
+        yield Finding("problem", "torch", error, fix)
         return
     build = f"CUDA {facts['cuda']}" if facts["cuda"] else "CPU"
     gpus, driver = bool(shutil.which("nvidia-smi")), _driver_cuda()
-    said = f"{facts['version']}, built for {build}"
+    torch_build = f"{facts['version']}, built for {build}"
     if facts["usable"]:
-        yield Finding("ok", "torch", f"{said}, sees {len(facts['gpus'])} x {facts['gpus'][0]}")
+        yield Finding("ok", "torch", f"{torch_build}, sees {len(facts['gpus'])} x {facts['gpus'][0]}")
     elif driver and not facts["cuda"]:
-        yield Finding("problem", "torch", f"{said}, but there is a GPU here", _other_torch(driver))
+        yield Finding("problem", "torch", f"{torch_build}, but this machine has a GPU", _other_torch(driver))
     elif driver:
         yield Finding(
-            "problem", "torch", f"{said}, which the driver (CUDA {driver}) does not run", _other_torch(driver)
+            "problem",
+            "torch",
+            f"{torch_build}, which the driver (CUDA {driver}) does not support",
+            _other_torch(driver),
         )
     elif gpus:
-        yield Finding("problem", "torch", f"{said}; nvidia-smi finds no driver", "ask the administrator for the driver")
+        yield Finding(
+            "problem", "torch", f"{torch_build}; nvidia-smi finds no driver", "ask the administrator for the driver"
+        )
     else:
-        yield Finding("ok", "torch", f"{said}; no GPU on this machine")
+        yield Finding("ok", "torch", f"{torch_build}; no GPU on this machine")
 
 
 def _driver_cuda() -> str:
-    """The CUDA version that the driver runs, by nvidia-smi, or ''."""
+    """The newest CUDA version that the driver supports, as nvidia-smi reports it, or ''."""
     if not shutil.which("nvidia-smi"):
         return ""
-    said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=SECONDS)
-    version = re.search(r"CUDA Version: *([\d.]+)", said.stdout)
-    return version[1] if said.returncode == 0 and version else ""
+    smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=TIMEOUT_S)
+    version = re.search(r"CUDA Version: *([\d.]+)", smi.stdout)
+    return version[1] if smi.returncode == 0 and version else ""
 
 
 def _other_torch(driver: str) -> str:
-    return f"install torch and torchvision built for CUDA {driver} or older (pytorch.org/get-started), then mmcv anew"
+    return (
+        f"install torch and torchvision built for CUDA {driver} or older (pytorch.org/get-started), then reinstall mmcv"
+    )
 
 
 def check_torchvision() -> Iterator[Finding]:
     facts, error = in_child(TORCHVISION)
-    wanted = ""
+    required = ""
     if installed("torchvision"):
-        needs = importlib.metadata.requires("torchvision") or []
-        wanted = next((need for need in needs if re.match(r"torch\W*==", need)), "")
+        requirements = importlib.metadata.requires("torchvision") or []
+        required = next((one for one in requirements if re.match(r"torch\W*==", one)), "")
     if error:
-        hint = f" (it wants {wanted})" if wanted else ""
+        hint = f" (it requires {required})" if required else ""
         yield Finding("problem", "torchvision", error + hint, "pip install -c constraints.txt torch torchvision")
     else:
         yield Finding("ok", "torchvision", f"{facts['version']}, fits torch")
@@ -184,14 +191,14 @@ def check_torchvision() -> Iterator[Finding]:
 
 def check_deepspeed() -> Iterator[Finding]:
     facts, error = in_child(DEEPSPEED)
-    mend, floor = "pip install -c constraints.txt deepspeed", ".".join(map(str, DEEPSPEED_FLOOR))
+    fix, oldest = "pip install -c constraints.txt deepspeed", ".".join(map(str, MIN_DEEPSPEED))
     if "CUDA_HOME" in error:
         yield Finding("problem", "deepspeed", error, CUDA_HOME)
     elif error:
-        yield Finding("problem", "deepspeed", error, mend)
-    elif tuple(map(int, re.findall(r"\d+", facts["version"])[:3])) < DEEPSPEED_FLOOR:
+        yield Finding("problem", "deepspeed", error, fix)
+    elif tuple(map(int, re.findall(r"\d+", facts["version"])[:3])) < MIN_DEEPSPEED:
         yield Finding(
-            "problem", "deepspeed", f"{facts['version']}: gradients and resuming are right from {floor}", mend
+            "problem", "deepspeed", f"{facts['version']}: gradients and resuming are wrong before {oldest}", fix
         )
     else:
         yield Finding("ok", "deepspeed", facts["version"])
@@ -210,7 +217,7 @@ def check_mmseg() -> Iterator[Finding]:
 
 
 def _check_import(name: str) -> Iterator[Finding]:
-    """Also of what a package asserts of the others' versions, which is all that it does when it is imported."""
+    """Importing one of these packages also runs its assertions on the versions of the others."""
     yield from _check_owner(name)
     facts, error = in_child(IMPORT.format(name=name))
     if error:
@@ -226,7 +233,7 @@ def _check_owner(name: str) -> Iterator[Finding]:
         yield Finding(
             "warning",
             name,
-            f"{' and '.join(owners)} write into the same folder: which files are there is luck",
+            f"{' and '.join(owners)} install into the same folder, one over the other",
             f"pip uninstall -y {names}; {BUILD}",
         )
 
@@ -237,15 +244,15 @@ def check_mmcv() -> Iterator[Finding]:
     if not error:
         if facts["kept"] == [[1]] * len(facts["on"]):
             yield Finding(
-                "ok", "mmcv", f"{facts['version']} with compiled operators, tried on {', '.join(facts['on'])}"
+                "ok", "mmcv", f"{facts['version']} with compiled operators, tested on {', '.join(facts['on'])}"
             )
         else:
-            yield Finding("problem", "mmcv", f"its operators compute nonsense: {facts['kept']}", _rebuild())
+            yield Finding("problem", "mmcv", f"its operators give wrong results: {facts['kept']}", _rebuild())
     elif "No module named 'mmcv'" in error:
         yield Finding("problem", "mmcv", "not installed", f"{BUILD_TOOLS} && MMCV_WITH_OPS=1 {_cuda_flags()}{BUILD}")
     elif "mmcv._ext'" in error:
         yield Finding(
-            "problem", "mmcv", f"built without its operators, for torch was not there then ({error})", _rebuild()
+            "problem", "mmcv", f"built without its operators, as torch was not installed then ({error})", _rebuild()
         )
     elif re.search(r"undefined symbol|_ext\.|lib(cudart|torch|c10)", error):
         yield Finding("problem", "mmcv", f"its operators were built for another torch or CUDA ({error})", _rebuild())
@@ -265,24 +272,24 @@ def _cuda_flags() -> str:
 
 
 def check_build() -> Iterator[Finding]:
-    """What building needs; once mmcv runs, none of it is a problem."""
+    """The build tools; they are only warned about, as mmcv may be built already."""
     for name in ("ninja", "psutil", "packaging", "wheel"):
         if not installed(name):
             yield Finding("warning", name, "not installed; needed to build mmcv and DeepSpeed's operators", BUILD_TOOLS)
-    found = installed("setuptools")
-    if not found or int(found[0].split()[1].split(".")[0]) >= 81:
-        said = found[0] if found else "not installed"
-        yield Finding("warning", "setuptools", f"{said}; mmcv is built by 80, with --no-build-isolation", BUILD_TOOLS)
+    setuptools = installed("setuptools")
+    if not setuptools or int(setuptools[0].split()[1].split(".")[0]) >= 81:
+        version = setuptools[0] if setuptools else "not installed"
+        yield Finding("warning", "setuptools", f"{version}; mmcv needs 80, and --no-build-isolation", BUILD_TOOLS)
     else:
-        yield Finding("ok", "setuptools", found[0].split()[1])
+        yield Finding("ok", "setuptools", setuptools[0].split()[1])
     if not _driver_cuda():
         return
     nvcc = shutil.which("nvcc") or shutil.which(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"))
     if nvcc is None:
         yield Finding("warning", "nvcc", "not found; needed to build mmcv and DeepSpeed's operators", CUDA_HOME)
     else:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=SECONDS).stdout
-        yield Finding("ok", "nvcc", f"{nvcc}: {(said.strip().splitlines() or ['?'])[-1]}")
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S).stdout
+        yield Finding("ok", "nvcc", f"{nvcc}: {(output.strip().splitlines() or ['?'])[-1]}")
 
 
 if __name__ == "__main__":

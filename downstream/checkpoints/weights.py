@@ -113,7 +113,7 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
             here = tuple(wanted[name].shape) if name in wanted else "not there"
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, in the encoder ({spec.arch}) it is {here}")
     encoder.load_state_dict(state, strict=True)
-    return replace(found.report, resized=resized)
+    return replace(found.report, used=dict(found.report.used), dropped=dict(found.report.dropped), resized=resized)
 
 
 def _resize_patches(state: dict[str, Tensor], path: Path, old: int, new: int) -> dict[str, str]:

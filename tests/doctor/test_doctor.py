@@ -1,4 +1,4 @@
-"""The doctor on installations that are broken, by packages on PYTHONPATH that are; its children are real processes."""
+"""The doctor on broken installations, made by fake packages on PYTHONPATH; its children are real processes."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ MMCV = {
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
-    """Writes files of packages that the children import before the real ones."""
+    """Writes files of packages that the children import instead of the real ones."""
 
     def write(files: dict[str, str]) -> Path:
         for name, text in files.items():
@@ -45,26 +45,26 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "_driver_cuda", lambda: "")
 
 
-def only(found: list[Finding]) -> Finding:
-    assert len(found) == 1, found
-    return found[0]
+def only(findings: list[Finding]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
 
 
 def test_mmcv_that_works():
-    found = only(list(doctor.check_mmcv()))
-    assert (found.status, found.mend) == ("ok", "")
-    assert "tried on cpu" in found.found
+    finding = only(list(doctor.check_mmcv()))
+    assert (finding.status, finding.fix) == ("ok", "")
+    assert "tested on cpu" in finding.message
 
 
 UNDEFINED = "raise ImportError('/env/mmcv/_ext.so: undefined symbol: _ZN2at4_ops5zeros4callE')"
 ON_GPU = "def nms(*a):\n    raise RuntimeError('nms_impl: implementation for device cuda:0 not found.')"
 NONSENSE = "import types\ndef nms(*a):\n    return 0, types.SimpleNamespace(tolist=lambda: [0])"
 BROKEN_MMCV = {
-    "no operators": ({}, "built without its operators, for torch was not there"),
+    "no operators": ({}, "built without its operators, as torch was not installed then"),
     "another torch": ({"mmcv/_ext.py": UNDEFINED}, "for another torch or CUDA (ImportError: /env/mmcv/_ext.so: undef"),
     "another CUDA": ({"mmcv/_ext.py": "raise ImportError('libcudart.so.12: cannot')"}, "for another torch or CUDA"),
     "no CUDA": ({"mmcv/ops/__init__.py": ON_GPU}, "were not built for this GPU"),
-    "nonsense": ({"mmcv/ops/__init__.py": NONSENSE}, "compute nonsense: [[0]]"),
+    "nonsense": ({"mmcv/ops/__init__.py": NONSENSE}, "give wrong results: [[0]]"),
     "not there": ({"mmcv/__init__.py": "raise ModuleNotFoundError(\"No module named 'mmcv'\")"}, "not installed"),
     "cut off": ({"mmcv/__init__.py": "def"}, "SyntaxError"),
 }  # fmt: skip
@@ -75,19 +75,19 @@ def test_mmcv_that_does_not(fake: Callable[[dict[str, str]], Path], name: str):
     files, says = BROKEN_MMCV[name]
     tensor = "class T(list):\n    to = lambda s, d: s\ntensor = T\n"
     fake({"torch.py": f"{NO_GPU}{tensor}", **MMCV, **files})
-    found = only(list(doctor.check_mmcv()))
-    assert found.status == "problem"
-    assert says in found.found
-    assert "MMCV_WITH_OPS=1" in found.mend
-    assert "--no-build-isolation" in found.mend
-    assert ("--force-reinstall" in found.mend) == (name != "not there")
+    finding = only(list(doctor.check_mmcv()))
+    assert finding.status == "problem"
+    assert says in finding.message
+    assert "MMCV_WITH_OPS=1" in finding.fix
+    assert "--no-build-isolation" in finding.fix
+    assert ("--force-reinstall" in finding.fix) == (name != "not there")
 
 
 def test_versions_that_refuse_each_other(fake: Callable[[dict[str, str]], Path]):
     fake({"mmdet/__init__.py": "raise AssertionError('MMCV==2.3.6 is used but incompatible.')"})
-    found = only(list(doctor.check_mmdet()))
-    assert found.status == "problem"
-    assert "MMCV==2.3.6 is used but incompatible" in found.found
+    finding = only(list(doctor.check_mmdet()))
+    assert finding.status == "problem"
+    assert "MMCV==2.3.6 is used but incompatible" in finding.message
 
 
 def test_two_packages_of_one_name(fake: Callable[[dict[str, str]], Path], monkeypatch: pytest.MonkeyPatch):
@@ -98,32 +98,32 @@ def test_two_packages_of_one_name(fake: Callable[[dict[str, str]], Path], monkey
         }
     )
     monkeypatch.syspath_prepend(root)
-    warning, seen = doctor.check_mmseg()
-    assert (warning.status, seen.status) == ("warning", "ok")
-    assert "onedl-mmsegmentation 1.4.2 and mmsegmentation 1.2.2" in warning.found
-    assert warning.mend.startswith("pip uninstall -y onedl-mmsegmentation mmsegmentation;")
+    warning, imported = doctor.check_mmseg()
+    assert (warning.status, imported.status) == ("warning", "ok")
+    assert "onedl-mmsegmentation 1.4.2 and mmsegmentation 1.2.2" in warning.message
+    assert warning.fix.startswith("pip uninstall -y onedl-mmsegmentation mmsegmentation;")
 
 
 @pytest.mark.parametrize(
     ("version", "status"), [("0.19.2", "problem"), ("0.19.3", "ok"), ("0.20.0+cu1", "ok"), ("0.9.9", "problem")]
 )
-def test_deepspeed_has_a_floor(fake: Callable[[dict[str, str]], Path], version: str, status: str):
+def test_deepspeed_must_not_be_too_old(fake: Callable[[dict[str, str]], Path], version: str, status: str):
     fake({"deepspeed.py": f"__version__ = {version!r}"})
-    found = only(list(doctor.check_deepspeed()))
-    assert found.status == status
-    assert version in found.found
+    finding = only(list(doctor.check_deepspeed()))
+    assert finding.status == status
+    assert version in finding.message
 
 
 def test_deepspeed_without_a_toolkit(fake: Callable[[dict[str, str]], Path]):
     fake({"deepspeed.py": "raise OSError('CUDA_HOME environment variable is not set.')"})
-    assert "export CUDA_HOME=" in only(list(doctor.check_deepspeed())).mend
+    assert "export CUDA_HOME=" in only(list(doctor.check_deepspeed())).fix
 
 
 @pytest.mark.parametrize(
     ("driver", "built", "status", "says"),
     [
-        ("12.4", "'13.0'", "problem", "built for CUDA 13.0, which the driver (CUDA 12.4) does not run"),
-        ("12.4", "None", "problem", "built for CPU, but there is a GPU here"),
+        ("12.4", "'13.0'", "problem", "built for CUDA 13.0, which the driver (CUDA 12.4) does not support"),
+        ("12.4", "None", "problem", "built for CPU, but this machine has a GPU"),
         ("", "'13.0'", "ok", "no GPU on this machine"),
     ],
 )
@@ -137,10 +137,10 @@ def test_torch_and_the_driver(
 ):
     fake({"torch.py": TORCH.replace("'13.0'", built).replace('"13.0"', built)})
     monkeypatch.setattr(doctor, "_driver_cuda", lambda: driver)
-    found = only(list(doctor.check_torch()))
-    assert found.status == status
-    assert says in found.found
-    assert bool(found.mend) == (status == "problem")
+    finding = only(list(doctor.check_torch()))
+    assert finding.status == status
+    assert says in finding.message
+    assert bool(finding.fix) == (status == "problem")
 
 
 def test_driver_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -154,24 +154,24 @@ def test_driver_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_torchvision_that_kills_its_process(fake: Callable[[dict[str, str]], Path]):
     fake({"torch.py": TORCH, "torchvision.py": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"})
-    found = only(list(doctor.check_torchvision()))
-    assert found.status == "problem"
-    assert "crashed with signal 11" in found.found
-    assert "it wants torch (==2." in found.found
+    finding = only(list(doctor.check_torchvision()))
+    assert finding.status == "problem"
+    assert "crashed with signal 11" in finding.message
+    assert "it requires torch (==2." in finding.message
 
 
 def test_setuptools_and_tools(monkeypatch: pytest.MonkeyPatch):
     versions = {"ninja": "1", "psutil": "1", "packaging": "1", "wheel": "1", "setuptools": "82.0.1"}
     monkeypatch.setattr(doctor, "installed", lambda *names: [f"{n} {versions[n]}" for n in names if n in versions])
-    found = only(list(doctor.check_build()))
-    assert (found.status, found.name) == ("warning", "setuptools")
+    finding = only(list(doctor.check_build()))
+    assert (finding.status, finding.name) == ("warning", "setuptools")
     del versions["ninja"]
     versions["setuptools"] = "80.9"
     assert [(one.status, one.name) for one in doctor.check_build()] == [("warning", "ninja"), ("ok", "setuptools")]
 
 
 def test_command_on_a_torch_that_cannot_be_loaded(fake: Callable[[dict[str, str]], Path]):
-    """Every line is there, nothing is a traceback, and the exit code says so."""
+    """All lines are printed, none of them a traceback, and the exit code is 1."""
     broken = "raise OSError('libcudart.so.12: cannot open shared object file')"
     root = fake(
         {f"{name}.py": broken for name in ("torch", "torchvision", "deepspeed", "mmengine", "mmcv", "mmdet", "mmseg")}
@@ -184,6 +184,6 @@ def test_command_on_a_torch_that_cannot_be_loaded(fake: Callable[[dict[str, str]
     lines = run.stdout.splitlines()
     for name in ("torch", "torchvision", "deepspeed", "mmengine", "mmcv", "mmdet", "mmseg"):
         assert sum(line.split()[:2] == ["problem", name] for line in lines) == 1, run.stdout
-    assert sum("mend:" in line for line in lines) >= 7
+    assert sum("fix:" in line for line in lines) >= 7
     assert lines[-1] == "7 problems"
     assert "Traceback" not in run.stdout
