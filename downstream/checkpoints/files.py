@@ -153,7 +153,7 @@ def read_pickle(path: Path, more: Sequence[Any] = ()) -> Any:
 def _read_spec(path: Path, metadata: Mapping[str, str]) -> EncoderSpec | None:
     try:
         return EncoderSpec.from_metadata(metadata)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has metadata that this project did not write ({error})") from None
 
 

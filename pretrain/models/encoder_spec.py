@@ -56,7 +56,7 @@ class EncoderSpec:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any] | None) -> "EncoderSpec | None":
+    def from_metadata(cls, metadata: Mapping[str, str] | None) -> "EncoderSpec | None":
         """None where a file says nothing of the kind, as those of others do."""
         if not metadata or not metadata.keys() >= {"arch", "patch_size", "image_size", "position"}:
             return None
