@@ -21,7 +21,7 @@ SIZE = (16, 24)
 def passes(samples: Index | Folder, world: int, batch: int, **settings: object) -> list[list[EvalBatch]]:
     """The batches of each rank."""
     return [
-        list(EvalLoader(samples, size=SIZE, batch=batch, rank=rank, world=world, **settings).batches())  # type: ignore[arg-type]
+        list(EvalLoader(samples, size=SIZE, batch=batch, rank=rank, world_size=world, **settings).batches())  # type: ignore[arg-type]
         for rank in range(world)
     ]
 
@@ -44,7 +44,7 @@ def test_every_sample_once_and_equally_many_batches(index: Index, world: int, ba
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(index: Index, workers: int) -> None:
-    for ours, plain in zip(passes(index, 2, 8, workers=workers), passes(index, 2, 8), strict=True):
+    for ours, plain in zip(passes(index, 2, 8, num_workers=workers), passes(index, 2, 8), strict=True):
         for a, b in zip(ours, plain, strict=True):
             assert torch.equal(a.images, b.images)
             assert torch.equal(a.samples, b.samples)
@@ -89,7 +89,7 @@ def test_what_cannot_be_decoded_keeps_its_place(tmp_path: Path) -> None:
 
 
 def test_some_samples_only(index: Index) -> None:
-    batches = passes(index, 2, 3, only=np.array([3, 17, 18, 40, 52, 50 + 1])[[0, 1, 2, 3, 5, 4]])
+    batches = passes(index, 2, 3, subset=np.array([3, 17, 18, 40, 52, 50 + 1])[[0, 1, 2, 3, 5, 4]])
     assert [[b.samples.tolist() for b in rank] for rank in batches] == [[[3, 17, 18]], [[40, 51, 52]]]
 
 
@@ -107,7 +107,7 @@ def test_a_folder_gives_what_its_shards_give(tmp_path: Path) -> None:
     assert isinstance(load_samples(tmp_path / "shards"), Index)
     assert folder.classes == packed.classes == ("class 0", "class 1", "class 2")
     assert list(folder.keys) == list(packed.keys)
-    (ours,), (theirs,) = (passes(samples, 1, 7, workers=1)[0] for samples in (folder, packed))
+    (ours,), (theirs,) = (passes(samples, 1, 7, num_workers=1)[0] for samples in (folder, packed))
     assert torch.equal(ours.images, theirs.images)
     assert torch.equal(ours.labels, theirs.labels)
     direct = np.asarray(Image.open(io.BytesIO((tmp_path / "photos" / "class 1" / "img.4.jpg").read_bytes())))
@@ -121,12 +121,12 @@ def test_a_file_that_has_gone_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").unlink()
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"a\.jpg: the file has gone since it was listed") as caught:
-            list(EvalLoader(folder, size=SIZE, batch=1, workers=workers).batches())
+            list(EvalLoader(folder, size=SIZE, batch=1, num_workers=workers).batches())
         assert "Traceback" not in str(caught.value)
 
 
 def test_leaving_early_ends_the_workers_which_ignore_signals(index: Index) -> None:
-    batches = EvalLoader(index, size=SIZE, batch=1, workers=2).batches()
+    batches = EvalLoader(index, size=SIZE, batch=1, num_workers=2).batches()
     next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -137,7 +137,7 @@ def test_leaving_early_ends_the_workers_which_ignore_signals(index: Index) -> No
     assert not any(worker.is_alive() for worker in workers)
 
 
-@pytest.mark.parametrize("settings", [{"batch": 0}, {"batch": 1, "workers": -1}])
+@pytest.mark.parametrize("settings", [{"batch": 0}, {"batch": 1, "num_workers": -1}])
 def test_settings_of_a_pass_that_cannot_work(index: Index, settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         EvalLoader(index, size=SIZE, **settings)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
+from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
 
 
 def test_an_epoch_is_a_complete_permutation() -> None:
@@ -47,16 +47,16 @@ def test_last_incomplete_batch_is_dropped() -> None:
 
 
 def test_fewer_samples_than_a_batch() -> None:
-    with pytest.raises(ValueError, match=r"23 samples are fewer .* 24: lower batch to at most 23"):
+    with pytest.raises(ValueError, match=r"23 samples are fewer .* 24: lower train.global_batch_size to at most 23"):
         steps_per_epoch(23, 24)
 
 
 def test_batch_that_ranks_and_accumulation_do_not_divide() -> None:
-    check_batch(24, 4, 2)
-    with pytest.raises(ValueError, match=r"batch 20 .* 4 ranks x 2 accumulation = 8: set batch to 16 or 24"):
-        check_batch(20, 4, 2)
-    with pytest.raises(ValueError, match=r"set batch to 8$"):
-        check_batch(5, 4, 2)
+    check_divisible(24, 4, 2)
+    with pytest.raises(ValueError, match=r"train\.global_batch_size=20 .* 4 ranks x train\.gradient_accumulation_steps=2: set train\.global_batch_size to 16 or 24"):
+        check_divisible(20, 4, 2)
+    with pytest.raises(ValueError, match=r"set train\.global_batch_size to 8$"):
+        check_divisible(5, 4, 2)
 
 
 def test_streams_of_a_sample_are_independent() -> None:

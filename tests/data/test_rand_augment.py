@@ -22,7 +22,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 
 def test_it_is_what_timms_own_pipeline_makes_of_the_picture():
-    """Also at the magnitude where timm asks Pillow for no bits at all; see `colours._posterize`."""
+    """Also at the magnitude where timm asks Pillow for no bits at all; see `augment._posterize`."""
     pipeline = transforms_imagenet_train(64, auto_augment=POLICY, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN)
     (theirs,) = (step for step in pipeline.transforms if type(step).__name__ == "RandAugment")
     pixels, changed, compared = np.asarray(picture(0, 64, 64)), 0, 0
@@ -55,7 +55,7 @@ def test_nothing_outside_notices_and_nothing_outside_matters():
 def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, workers: int):
     plain = Loader(index, size=(32, 32), batch=8, seed=5)
     augmented = Loader(
-        index, size=(32, 32), batch=8, seed=5, augmentations=(Augmentation(rand_augment=POLICY),), workers=workers
+        index, size=(32, 32), batch=8, seed=5, augmentations=(Augmentation(rand_augment=POLICY),), num_workers=workers
     )
     steps = plain.steps_per_epoch
     for (before,), (after,) in zip(plain.batches(steps, steps + 3), augmented.batches(steps, steps + 3), strict=True):
@@ -84,9 +84,9 @@ def test_labels_are_those_of_the_pictures_even_of_replaced_ones(tmp_path: Path):
     write_tar(tmp_path / "train-000000.tar", members)
     replaced = 0
     for (batch,) in Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0, labels=True).batches(0, 4):
-        assert batch.mask_indices["label"].tolist() == [int(key) for key in batch.keys]
-        assert all(label % 5 for label in batch.mask_indices["label"].tolist())
+        assert batch.labels.tolist() == [int(key) for key in batch.keys]
+        assert all(label % 5 for label in batch.labels.tolist())
         replaced += len(batch.skipped)
     assert replaced == 8
     ((unlabelled,),) = Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0).batches(0, 1)
-    assert unlabelled.view == {}
+    assert unlabelled.labels is None
