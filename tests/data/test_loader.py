@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.shard_tools import encode, jpeg, picture, write_tar
+from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
 from PIL import Image
 
 from data.index import Index, load_index
@@ -46,7 +46,9 @@ def assert_same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> None:
         assert torch.equal(torch.cat([batch.samples for batch in a]), torch.cat([batch.samples for batch in b]))
         assert torch.equal(torch.cat([batch.images for batch in a]), torch.cat([batch.images for batch in b]))
         for name in ("masked", "windows"):
-            assert torch.equal(torch.cat([x.mask_indices[name] for x in a]), torch.cat([x.mask_indices[name] for x in b]))
+            assert torch.equal(
+                torch.cat([x.mask_indices[name] for x in a]), torch.cat([x.mask_indices[name] for x in b])
+            )
 
 
 def test_what_a_batch_is(index: Index) -> None:
@@ -74,7 +76,7 @@ def test_an_epoch_has_every_sample_once(index: Index) -> None:
 def test_steps_do_not_depend_on_ranks_workers_or_accumulation(
     index: Index, workers: int, world: int, accumulation: int
 ) -> None:
-    """Pixels, views and keys of three steps across an epoch boundary."""
+    """Pixels, masks and keys of three steps across an epoch boundary."""
     assert_same(stream(index, 0, 3, world, num_workers=workers, accumulation=accumulation), stream(index, 0, 3))
 
 
@@ -100,23 +102,21 @@ def test_steps_per_epoch_drop_the_incomplete_batch(index: Index) -> None:
 
 
 def test_flip_and_crop_scale(index: Index) -> None:
-    """Whole pictures, never or always flipped, against the files themselves."""
-    plain = next(loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=0.0)], size=(50, 50)).batches(0, 1))[
-        0
-    ]
-    flipped = next(
-        loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=1.0)], size=(50, 50)).batches(0, 1)
-    )[0]
+    """Whole images, never or always flipped, against the files themselves."""
+    plain, flipped = (
+        next(loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=flip)], size=(50, 50)).batches(0, 1))[0]
+        for flip in (0.0, 1.0)
+    )
     assert torch.equal(plain.images.flip(2), flipped.images)
     close = 0
     for image, sample in zip(plain.images.numpy().astype(int), plain.samples.tolist(), strict=True):
         file = Image.open(io.BytesIO(jpeg(sample, 40 + sample, 90 - sample)))
         whole = np.asarray(file.resize((50, 50), Image.Resampling.BICUBIC)).astype(int)
         close += int(abs(image - whole).max() <= 1)
-    assert close >= 5  # the pictures whose shape a crop of the whole may have
+    assert close >= 5  # the images whose shape is allowed for a crop
 
 
-def test_a_second_picture_moves_nothing_and_changes_in_colour_and_place(index: Index) -> None:
+def test_a_second_view_changes_nothing_and_differs_in_color_and_position(index: Index) -> None:
     first = Augmentation(crop="simple")
     second = Augmentation(crop="simple", color_jitter=0.8, three_augment=True)
     alone = stream(index, 0, 2, augmentations=[first])
@@ -127,7 +127,7 @@ def test_a_second_picture_moves_nothing_and_changes_in_colour_and_place(index: I
     assert (images[:, 0] != images[:, 1]).flatten(1).any(1).float().mean() > 0.9
 
 
-def test_the_global_generator_is_left_alone(index: Index) -> None:
+def test_the_global_generator_is_not_used(index: Index) -> None:
     before = torch.get_rng_state()
     list(loader(index, num_workers=1).batches(0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -139,7 +139,7 @@ def bad_shards(tmp_path: Path) -> Path:
     members = [(f"img{sample:02d}.jpg", jpeg(sample)) for sample in range(20)]
     members[4] = ("img04.jpg", jpeg(4, 200, 200)[:900])
     members[5] = ("img05.jpg", b"<html>")
-    members[19] = ("img19.png", encode(picture(0, 1, 1), "PNG"))
+    members[19] = ("img19.png", encode(smooth_image(0, 1, 1), "PNG"))
     write_tar(tmp_path / "bad.tar", members)
     return tmp_path
 
@@ -200,8 +200,8 @@ def test_killed_worker_is_an_error_not_a_hang(index: Index) -> None:
     assert time.monotonic() - start < 30
 
 
-def test_signals_to_the_whole_job_leave_workers_alone(index: Index) -> None:
-    """As a scheduler sends them; here to the workers only."""
+def test_signals_to_the_whole_job_do_not_affect_workers(index: Index) -> None:
+    """As sent by a scheduler; here to the workers only."""
     steps = loader(index, num_workers=2).batches(0, 8)
     ours = [next(steps)]
     for worker in multiprocessing.active_children():
@@ -234,7 +234,7 @@ def test_a_crash_with_workers_still_running_ends(shards: Path, index: Index) -> 
 
 
 def test_spawned_workers(index: Index) -> None:
-    """Everything that goes to a worker can be pickled."""
+    """Everything that is sent to a worker can be pickled."""
     previous = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
