@@ -53,10 +53,8 @@ def test_fewer_samples_than_a_batch() -> None:
 
 def test_batch_that_ranks_and_accumulation_do_not_divide() -> None:
     check_divisible(24, 4, 2)
-    with pytest.raises(
-        ValueError,
-        match=r"train\.global_batch_size=20 .* 4 ranks x train\.gradient_accumulation_steps=2: set train\.global_batch_size to 16 or 24",
-    ):
+    factors, nearest = r"4 ranks x train\.gradient_accumulation_steps=2", r"set train\.global_batch_size to 16 or 24"
+    with pytest.raises(ValueError, match=rf"train\.global_batch_size=20 .* {factors}: {nearest}"):
         check_divisible(20, 4, 2)
     with pytest.raises(ValueError, match=r"set train\.global_batch_size to 8$"):
         check_divisible(5, 4, 2)
