@@ -1,11 +1,11 @@
-"""What a training step of each method costs: multiply-adds counted, and what is kept for the backward pass.
+"""What a training step of each method costs: multiply-adds counted, and the memory kept for the backward pass.
 
     python benchmarks/cost.py [--quick]
 
 Nothing is timed. The forward pass is counted; the backward pass of matrix products costs twice as much, so a step's
-ratios are the same (torch's counter takes the backward of a depth-wise convolution for a full one). A teacher's forward
-pass, which has no backward, counts as a third. Both are relative to the method without the add-on, beside PR-MIM's own
-figures (its Tables 2 and 4).
+ratios are the same (torch's counter counts the backward of a depth-wise convolution as a full one's). A teacher's
+forward pass, which has no backward, counts as a third. Both are relative to the method without the add-on and are
+printed next to PR-MIM's own figures (its Tables 2 and 4).
 `--quick` counts a smaller encoder. The last line of the output is one JSON object.
 """
 
@@ -14,18 +14,19 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
 from pretrain.build import build_ema, build_method
-from pretrain.config import Config, load
+from pretrain.config import PretrainConfig, load
+from pretrain.methods.base import Method
+from pretrain.methods.lut import LUT
 
 BATCH = 2
 MAE, SIMMIM, LOMAR = "mae_vitb16_224_1600e", "simmim_vitb16_224_800e", "lomar_vitb16_224_400e"
@@ -33,7 +34,7 @@ MAE, SIMMIM, LOMAR = "mae_vitb16_224_1600e", "simmim_vitb16_224_800e", "lomar_vi
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a recipe with overrides, the row it is compared with, and the paper's FLOPs and memory beside that row."""
+    """A recipe with overrides, the case it is compared with, and the paper's ratios of FLOPs and memory to that one."""
 
     name: str
     recipe: str
@@ -47,11 +48,11 @@ CASES = [
     Case("MAE + PR 25 %", MAE, ("pr_mim.throw_ratio=0.25",), "MAE", (0.85, 0.81)),
     Case("MAE + PR 50 %", MAE, ("pr_mim.throw_ratio=0.5",), "MAE", (0.72, 0.64)),
     *(
-        Case(f"MAE + PR 50 %, {fill}", MAE, ("pr_mim.throw_ratio=0.5", f"pr_mim.aggregation={fill}"), "MAE")
-        for fill in ("average", "convnext", "transformer")
+        Case(f"MAE + PR 50 %, {kind}", MAE, ("pr_mim.throw_ratio=0.5", f"pr_mim.aggregation={kind}"), "MAE")
+        for kind in ("average", "convnext", "transformer")
     ),
     Case("MAE + PR 65 %", MAE, ("pr_mim.throw_ratio=0.65",), "MAE", (0.64, 0.55)),
-    Case("MAE, encoder_masks", MAE, ("method.encoder_mask_tokens=true",), "MAE"),
+    Case("MAE, encoder_mask_tokens", MAE, ("method.encoder_mask_tokens=true",), "MAE"),
     Case("MAE + LUT", "lut_vitb16_224_1600e", base="MAE"),
     Case("SimMIM", SIMMIM, base="SimMIM"),
     Case("SimMIM + PR 30 %", SIMMIM, ("pr_mim.throw_ratio=0.3",), "SimMIM", (0.50, 0.61)),
@@ -64,11 +65,11 @@ CASES = [
 ]
 
 
-def batch_of(method: nn.Module, config: Config[Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    augmentations = (len(config.augmentations),) if config.lut else ()
-    images = torch.randint(0, 256, (BATCH, *augmentations, *config.data.height_width, 3), dtype=torch.uint8)
+def draw_batch(method: Method | LUT, config: PretrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    views = (len(config.augmentations),) if config.lut else ()
+    images = torch.randint(0, 256, (BATCH, *views, *config.data.height_width, 3), dtype=torch.uint8)
     samples = [method.mask_sampler()(np.random.default_rng(i)) for i in range(BATCH)]
-    return images, {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in samples[0]}
+    return images, {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
 def count(case: Case, arch: str) -> dict[str, float]:
@@ -76,12 +77,12 @@ def count(case: Case, arch: str) -> dict[str, float]:
     overrides = ["data.shards=none", f"model.arch={arch}", *case.overrides]
     config = load(case.recipe, overrides)
     method = build_method(config)
-    average = build_ema(config, method, torch.device("cpu"))
-    images, mask_indices = batch_of(method, config)
+    ema = build_ema(config, method, torch.device("cpu"))
+    images, mask_indices = draw_batch(method, config)
     with FlopCounterMode(display=False) as without_backward:
-        targets = average.targets(images)
+        teacher_outputs = ema.model_inputs(images)
     with FlopCounterMode(display=False) as forward, saved_storages(method) as saved:
-        loss = method(images, mask_indices, **targets)["loss"]
+        loss = method(images, mask_indices, **teacher_outputs)["loss"]
     assert torch.isfinite(loss)
     flops = forward.get_total_flops() + without_backward.get_total_flops() / 3
     return {

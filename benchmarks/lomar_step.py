@@ -3,9 +3,9 @@
     python benchmarks/lomar_step.py [--quick]
 
 A step is forward, backward and AdamW. Both models hold equal weights and get equal batches; before anything is timed
-they must give the same loss and gradients. Repetitions alternate (A B, then B A), so that a machine which slows down
-slows both; the rates are medians, the ratio is the median over pairs of neighbouring steps. The last line of the output
-is one JSON object.
+they must give the same loss and gradients. Repetitions alternate (A B, then B A), so that a slowdown of the machine
+affects both; the rates are medians, the ratio is the median over pairs of neighboring steps. The last line of the
+output is one JSON object.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from tqdm import tqdm
 from benchmarks.naive_lomar import NaiveLoMaR
 from benchmarks.saved import saved_storages
 from pretrain.methods.lomar import LoMaR
+from pretrain.methods.targets import PixelsConfig, build_target
 from pretrain.models.vit import ViT
 from pretrain.trainer.optim import parameter_groups
 
-PATCH = 16
+PATCH_SIZE = 16
 NAMES = ("ours", "naive")
 Batch = tuple[Tensor, dict[str, Tensor]]
 
@@ -47,7 +48,7 @@ class Case:
     repetitions: int
 
     @property
-    def windows(self) -> int:
+    def num_windows(self) -> int:
         return {224: 4, 448: 9}[self.size]
 
 
@@ -61,8 +62,9 @@ def cases(quick: bool, device: str) -> list[Case]:
 
 def build(case: Case, device: str) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    grid = (case.size // PATCH, case.size // PATCH)
-    ours = LoMaR(LoMaR.Config(windows=case.windows), ViT(case.arch, PATCH, grid))
+    grid = (case.size // PATCH_SIZE, case.size // PATCH_SIZE)
+    target = build_target(PixelsConfig(), grid, PATCH_SIZE)
+    ours = LoMaR(LoMaR.Config(num_windows=case.num_windows), ViT(case.arch, PATCH_SIZE, grid), target)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if "lookup_table" in name:  # zero at first, which would hide a wrong bias
@@ -73,9 +75,11 @@ def build(case: Case, device: str) -> dict[str, nn.Module]:
 def draw_batch(case: Case, ours: LoMaR, device: str) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (case.batch, case.size, case.size, 3), generator=generator, dtype=torch.uint8)
-    draw = ours.mask_sampler()
-    samples = [draw(np.random.default_rng(i)) for i in range(case.batch)]
-    mask_indices = {name: torch.from_numpy(np.stack([s[name] for s in samples])).to(device) for name in samples[0]}
+    sampler = ours.mask_sampler()
+    samples = [sampler(np.random.default_rng(i)) for i in range(case.batch)]
+    mask_indices = {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples])).to(device) for name in samples[0]
+    }
     return images.to(device), mask_indices
 
 
@@ -151,12 +155,12 @@ def measure(case: Case, device: str, progress: tqdm) -> dict[str, object]:
     pairs = [naive / ours for ours, naive in zip(seconds["ours"][1:], seconds["naive"][1:], strict=True)]
     return {
         **asdict(case),
-        "windows": case.windows,
+        "windows": case.num_windows,
         "loss": losses,
         "images_per_second": rate,
         "speedup": statistics.median(pairs),
         "saved_for_backward_mib": saved,
-        # Both models and optimisers live on the device, so only differences of the peaks mean something.
+        # Both models and optimizers live on the device, so only differences of the peaks mean something.
         **({"cuda_peak_mib": peak} if device == "cuda" else {}),
     }
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.methods.lomar import LoMaR
+from pretrain.methods.targets.pixels import PixelTarget
 from pretrain.models.attention import NUM_BUCKETS, grid_buckets
 from pretrain.models.vit import Arch
 
@@ -66,10 +67,10 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, arch: Arch, patch: int):
+    def __init__(self, arch: Arch, patch_size: int):
         super().__init__()
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, arch.dim, patch, stride=patch)
+        self.patch_embed.proj = nn.Conv2d(3, arch.dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, arch.dim))
         self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.dim, eps=1e-6)
@@ -78,34 +79,35 @@ class Encoder(nn.Module):
 class NaiveLoMaR(nn.Module):
     """Takes the batches of `LoMaR` and gives the same loss."""
 
-    def __init__(self, arch: Arch, patch: int, window: int, norm_pix: bool):
+    def __init__(self, arch: Arch, patch_size: int, window_size: int, norm_pix: bool):
         super().__init__()
-        self.patch, self.norm_pix = patch, norm_pix
-        self.encoder = Encoder(arch, patch)
+        self.patch_size, self.norm_pix = patch_size, norm_pix
+        self.encoder = Encoder(arch, patch_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.dim))
-        self.head = nn.Linear(arch.dim, patch**2 * 3)
-        self.register_buffer("buckets", grid_buckets(window, window), persistent=False)
+        self.head = nn.Linear(arch.dim, patch_size**2 * 3)
+        self.register_buffer("buckets", grid_buckets(window_size, window_size), persistent=False)
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1), persistent=False)
 
     @classmethod
     def like(cls, ours: LoMaR) -> "NaiveLoMaR":
         """The same function with the same weights."""
-        encoder, config = ours.encoder, ours.config
-        naive = cls(encoder.arch, encoder.patch, config.window, config.norm_pix)
+        encoder, target = ours.encoder, ours.target
+        assert isinstance(target, PixelTarget)
+        naive = cls(encoder.arch, encoder.patch_size, ours.config.window_size, target.norm_pix)
         naive.load_state_dict({name.removeprefix("predictor."): value for name, value in ours.state_dict().items()})
         return naive
 
     def forward(self, images: Tensor, mask_indices: dict[str, Tensor]) -> dict[str, Tensor]:
         images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        W = mask_indices["window"].shape[1]
-        place = mask_indices["window"].flatten(0, 1)
-        masked = torch.zeros(place.shape, dtype=torch.bool, device=place.device)
+        W = mask_indices["positions"].shape[1]
+        positions = mask_indices["positions"].flatten(0, 1)
+        masked = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
         masked.scatter_(1, mask_indices["masked"].flatten(0, 1), True)
 
         tokens = self.encoder.patch_embed.proj(images).flatten(2).transpose(1, 2)
         tokens = tokens.repeat_interleave(W, dim=0)
-        x = tokens.gather(1, place.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])).float()
+        x = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])).float()
         x[masked] = self.mask_token
         x = torch.cat([self.encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.encoder.blocks:
@@ -113,7 +115,7 @@ class NaiveLoMaR(nn.Module):
         prediction = self.head(self.encoder.norm(x))[:, 1:]
 
         target = self.patchify(images).repeat_interleave(W, dim=0)
-        target = target.gather(1, place.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+        target = target.gather(1, positions.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
         if self.norm_pix:
             mean = target.mean(dim=-1, keepdim=True)
             target = (target - mean) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
@@ -122,6 +124,6 @@ class NaiveLoMaR(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         B, C, H, W = images.shape
-        p = self.patch
+        p = self.patch_size
         x = images.reshape(B, C, H // p, p, W // p, p)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)

@@ -1,4 +1,4 @@
-"""Changes of a cut picture, drawn from a NumPy generator: colour jitter, DeiT III's three, RandAugment."""
+"""Augmentations of a crop, drawn from a NumPy generator: color jitter, DeiT III's 3-Augment, RandAugment."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def color_jitter(rng: np.random.Generator, pixels: np.ndarray, probability: floa
 
 
 def three_augment(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Grey, solarised or blurred, each as likely: uint8 (H, W, 3)."""
+    """Grayscale, solarize or blur, each with the same probability: uint8 (H, W, 3)."""
     image, which = Image.fromarray(pixels), int(rng.random() * 3)
     if which == 0:
         return np.asarray(image.convert("L").convert("RGB"))
@@ -55,11 +55,11 @@ def rand_augment(rng: np.random.Generator, pixels: np.ndarray, policy: str) -> n
 
 @lru_cache
 def _rand_augment(policy: str, side: int) -> Callable[[Image.Image], Image.Image]:
-    """With what timm's own `create_transform` gives it for pictures of `side` pixels."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, rand_augment_transform  # takes a second, which few need
+    """With the settings of timm's own `create_transform` for images of `side` pixels."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, rand_augment_transform  # takes a second, and few runs need it
 
-    grey = tuple(round(255 * channel) for channel in IMAGENET_DEFAULT_MEAN)
-    settings = {"translate_const": int(side * 0.45), "img_mean": grey, "interpolation": Image.Resampling.BICUBIC}
+    gray = tuple(round(255 * channel) for channel in IMAGENET_DEFAULT_MEAN)
+    settings = {"translate_const": int(side * 0.45), "img_mean": gray, "interpolation": Image.Resampling.BICUBIC}
     augment: Any = rand_augment_transform(policy, settings)
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):
@@ -68,13 +68,13 @@ def _rand_augment(policy: str, side: int) -> Callable[[Image.Image], Image.Image
 
 
 def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm keeps 0 bits at the highest magnitude: black, which Pillow refuses to make since version 13."""
+    """timm keeps 0 bits at the highest magnitude, which gives black and which Pillow refuses since version 13."""
     return posterize(image, bits, **options) if bits else Image.new("RGB", image.size)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """timm draws from the generators of the process: within this they are at `seed`, and then where they were."""
+    """timm draws from the global generators: within this context they are seeded, after it their state is restored."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

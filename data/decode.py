@@ -13,12 +13,12 @@ MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-# Pillow warns from 89 megapixels on; our own limit refuses the picture instead of printing a line a worker.
+# Pillow warns from 89 megapixels on, once per worker; our own limit refuses the image instead.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImage(Exception):  # noqa: N818  # a state of the data, not of the program
-    """Bytes that are no usable picture; the text is the reason."""
+    """Bytes that are not a usable image; the text is the reason."""
 
 
 def decode(
@@ -30,24 +30,24 @@ def decode(
 ) -> np.ndarray:
     """Decodes one crop, resized once (bicubic, antialiased).
 
-    Where no reduced JPEG decoding applies, the pixels are those of torchvision's ``resized_crop`` on the whole
-    picture, but for the two source pixels next to an inner edge of the box: the filter sees the true neighbours beyond
-    it. EXIF orientation is ignored and transparency dropped, as torchvision's ImageFolder does.
+    Without reduced JPEG decoding the pixels are those of torchvision's ``resized_crop`` on the whole image, except for
+    the two source pixels next to an inner edge of the box, where the filter uses the true neighbors beyond the edge.
+    EXIF orientation is ignored and transparency dropped, as torchvision's ImageFolder does.
 
     Args:
         data: the file's bytes.
-        choose_box: (width, height) of the picture -> box in its pixels. Called once, before the pixels are decoded.
-            What of it lies beyond the picture is filled with the picture's mirror image.
+        choose_box: (width, height) of the image -> box in its pixels. Called once, before the pixels are decoded. The
+            part of the box that lies outside the image is filled by reflection.
         size: (H, W) of the result.
         flip: mirror left to right.
-        border: pixels on each side that are not of the picture: cut off first, so that no filter sees them.
+        border: pixels on each side that do not belong to the image: cut off first, so that no filter reads them.
 
     Returns:
         uint8 (H, W, 3).
 
     Raises:
-        BadImage: truncated, not a picture, over 100 megapixels or under 8 pixels a side. Nothing else, whatever the
-        bytes.
+        BadImage: truncated, not an image, over 100 megapixels or a side under 8 pixels. No other exception, whatever
+            the bytes.
     """
     image = _open(data)
     if border:
@@ -60,7 +60,7 @@ def decode(
 
 
 def check_image(data: bytes) -> str:
-    """Decodes the whole picture and returns its format by content: 'JPEG', 'PNG' or 'WEBP'.
+    """Decodes the whole image and returns its format by content: 'JPEG', 'PNG' or 'WEBP'.
 
     Raises:
         BadImage: as ``decode``.
@@ -72,7 +72,7 @@ def check_image(data: bytes) -> str:
     except Exception as error:
         raise BadImage(_reason(error)) from error
     name = image.format
-    return "JPEG" if name == "MPO" else str(name)  # MPO: a JPEG with further pictures behind the first
+    return "JPEG" if name == "MPO" else str(name)  # MPO: a JPEG with further images after the first
 
 
 def _open(data: bytes) -> Image.Image:
@@ -107,11 +107,11 @@ def _render(image: Image.Image, box: Box, size: tuple[int, int], flip: bool) -> 
 
 
 def _inside(
-    box: Box, picture: tuple[int, int], size: tuple[int, int]
+    box: Box, image_size: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Box, tuple[int, int], tuple[tuple[int, int], tuple[int, int]]]:
-    """The part of a box that lies in the picture, its (H, W) in the result, and the rows and columns beyond it."""
+    """The part of a box inside a (width, height) image, its (H, W) in the result, and the rows and columns outside."""
     left, top, right, bottom = box
-    inside = max(left, 0), max(top, 0), min(right, picture[0]), min(bottom, picture[1])
+    inside = max(left, 0), max(top, 0), min(right, image_size[0]), min(bottom, image_size[1])
     rows, cols = size[0] / (bottom - top), size[1] / (right - left)
     above, below = round((inside[1] - top) * rows), round((bottom - inside[3]) * rows)
     before, after = round((inside[0] - left) * cols), round((right - inside[2]) * cols)
@@ -122,11 +122,11 @@ def _resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
     height, width = size
     left, top, right, bottom = box
     full = image.size
-    spare = int(min((right - left) / width, (bottom - top) / height))
-    if spare >= 2:
+    reduction = int(min((right - left) / width, (bottom - top) / height))
+    if reduction >= 2:
         # A crop at least twice the target: libjpeg decodes at 1/2, 1/4 or 1/8 for a fraction of the work (JPEG only,
-        # `draft` does nothing for other formats). It rounds the reduced size up, hence the scale from what it returned.
-        drafted = image.draft(None, (full[0] // spare, full[1] // spare))
+        # `draft` does nothing for other formats). It rounds the reduced size up, so the scale comes from its result.
+        drafted = image.draft(None, (full[0] // reduction, full[1] // reduction))
         if drafted is not None:
             scale = full[0] / drafted[1][2]
             reduced = image.size
@@ -139,9 +139,9 @@ def _resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16-bit grey: Pillow's own conversion would clip everything above 255 to white.
-        grey = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        # 16-bit grayscale: Pillow's own conversion would clip everything above 255 to white.
+        gray = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")  # CMYK and YCCK included: Pillow already undid Adobe's inversion
@@ -149,7 +149,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG, PNG or WebP picture"  # Pillow's own text has a memory address in it
+        return "not a JPEG, PNG or WebP image"  # Pillow's own text has a memory address in it
     if isinstance(error, Image.DecompressionBombError):
         return f"over {MAX_PIXELS // 1_000_000} megapixels"
     return f"{error}" or type(error).__name__

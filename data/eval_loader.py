@@ -1,4 +1,4 @@
-"""One pass over samples in their order, each exactly once, with the same number of batches on every rank."""
+"""One pass over samples in order, each exactly once, with the same number of batches on every rank."""
 
 import functools
 from collections.abc import Generator, Iterator
@@ -13,16 +13,16 @@ from data.image_folder import Samples, reader_of
 from data.transforms import center_crop
 from data.workers import in_workers
 
-PADDING = -1  # in place of a sample's number
+PADDING = -1  # in place of a sample's index
 
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """B rows of one rank, of which those beyond the last sample are padding."""
+    """B samples of one rank; after the last sample comes padding."""
 
-    images: Tensor  # uint8 RGB, (B, H, W, 3); black where there is nothing to see
+    images: Tensor  # uint8 RGB, (B, H, W, 3); black where there is no readable image
     labels: Tensor  # int64 (B,), -1 = none
-    samples: Tensor  # int64 (B,), number of the sample, or PADDING
+    samples: Tensor  # int64 (B,), index of the sample, or PADDING
     readable: Tensor  # bool (B,), false where the image could not be decoded, and for padding
 
     def pin_memory(self) -> "EvalBatch":
@@ -33,8 +33,8 @@ class EvalBatch:
 class EvalLoader:
     """Each sample once, over all ranks; batch b of rank r is the r-th part of the b-th `world * batch` samples.
 
-    The last batches are filled up with padding, so that all ranks do the same number of forward passes, which under
-    ZeRO-3 they do together. An image that cannot be decoded keeps its place.
+    The last batches are padded, so that all ranks do the same number of forward passes, which are collective under
+    ZeRO-3. An image that cannot be decoded keeps its position in the batch.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class EvalLoader:
         subset: np.ndarray | None = None,
         border: int = 0,
     ) -> None:
-        """Starts nothing.
+        """Starts no processes.
 
         Args:
             samples: shards or a folder.
             size: (H, W) of the central crops.
-            batch: rows of a batch of one rank.
+            batch: samples in a batch of one rank.
             rank, world_size: this process and how many there are.
             num_workers: processes that decode; 0 decodes in this one.
             subset: the indices of the samples to read, ascending; all unless given.
@@ -73,7 +73,7 @@ class EvalLoader:
         self._decoder = _CropDecoder(samples, size, border)
 
     def __len__(self) -> int:
-        """Batches of every rank."""
+        """Number of batches on each rank."""
         return -(-len(self.indices) // (self.batch * self.world_size))
 
     def batches(self) -> Generator[EvalBatch, None, None]:
@@ -88,7 +88,7 @@ class EvalLoader:
 
 
 def crop_fraction(size: tuple[int, int]) -> float:
-    """Of the picture's short side: 224 of 256 up to 224 pixels, all of it above, as in MAE's and LoMaR's code."""
+    """Share of the image's short side: 224 of 256 up to 224 pixels, all of it above, as in MAE's and LoMaR's code."""
     return 224 / 256 if min(size) <= 224 else 1.0
 
 
@@ -100,19 +100,19 @@ class _CropDecoder:
         self._reader = reader_of(samples)
         self._box = functools.partial(center_crop, aspect=size[1] / size[0], fraction=crop_fraction(size))
 
-    def __call__(self, numbers: np.ndarray) -> EvalBatch:
-        images = torch.zeros((len(numbers), *self._size, 3), dtype=torch.uint8)
-        pixels, readable = images.numpy(), np.zeros(len(numbers), bool)
-        labels = np.full(len(numbers), -1, np.int64)
-        for row, sample in enumerate(numbers.tolist()):
+    def __call__(self, indices: np.ndarray) -> EvalBatch:
+        images = torch.zeros((len(indices), *self._size, 3), dtype=torch.uint8)
+        pixels, readable = images.numpy(), np.zeros(len(indices), bool)
+        labels = np.full(len(indices), -1, np.int64)
+        for i, sample in enumerate(indices.tolist()):
             if sample == PADDING:
                 continue
-            labels[row] = self._samples.label[sample]
+            labels[i] = self._samples.label[sample]
             try:
-                pixels[row] = decode(self._reader.read(sample), self._box, self._size, border=self._border)
-                readable[row] = True
+                pixels[i] = decode(self._reader.read(sample), self._box, self._size, border=self._border)
+                readable[i] = True
             except BadImage:
-                pass  # stays black; whoever counts knows by `readable`
+                pass  # stays black, and `readable` stays false
         return EvalBatch(
-            images, torch.from_numpy(labels), torch.from_numpy(numbers.astype(np.int64)), torch.from_numpy(readable)
+            images, torch.from_numpy(labels), torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(readable)
         )

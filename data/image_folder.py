@@ -1,4 +1,4 @@
-"""Images in folders, read where they lie: what need not be packed because it is looked at only now and then."""
+"""Images in folders, read in place: for evaluation sets, which need not be packed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,11 @@ from data.sources import list_source
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """N image files; the same to a reader as an ``Index`` of shards."""
+    """N image files; used like an ``Index`` of shards."""
 
     root: Path
     names: Keys  # N paths relative to `root`
-    keys: Keys  # N, as `data.pack` would call them
+    keys: Keys  # N, the keys that `data.pack` would give them
     label: np.ndarray  # int32 (N,), -1 = none
     classes: tuple[str, ...]  # names of the labels: the class folders, sorted
 
@@ -28,7 +28,7 @@ Samples = Index | Folder
 
 
 class FolderReader:
-    """As ``ShardReader``, of single files."""
+    """As ``ShardReader``, for single files."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -37,7 +37,7 @@ class FolderReader:
         """The file's bytes.
 
         Raises:
-            ValueError: it has gone.
+            ValueError: it no longer exists.
         """
         path = self.folder.root / self.folder.names[sample]
         try:
@@ -47,10 +47,10 @@ class FolderReader:
 
 
 def load_samples(path: str | Path) -> Samples:
-    """Shards (a folder of ``*.tar``, one tar, a brace pattern) or a folder of images, by what is there.
+    """Shards (a folder of ``*.tar``, one tar, a brace pattern) or a folder of images, whichever it is.
 
     Raises:
-        ValueError: neither.
+        ValueError: it is neither.
     """
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.tar")):

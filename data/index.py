@@ -1,4 +1,4 @@
-"""What is in which shard at which byte: built once from tar headers, kept as one ``.npz`` beside the shards."""
+"""The index of shards, where every sample lies: built once from tar headers, kept as one ``.npz`` next to them."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ from data.scan import ShardContent, scan_shard
 FORMAT = 1
 CLASSES_FILE = "classes.txt"
 HOW_TO_REINDEX = "if the shards are as they should be, run `python -m data.verify SHARDS --reindex`"
-SCAN_THREADS = 8  # the work is mostly waiting for storage, and threads start nowhere near as slowly as processes
+SCAN_THREADS = 8  # the work is mostly waiting for storage, and threads start much faster than processes
 
 
 class Keys(Sequence[str]):
@@ -40,7 +40,7 @@ class Keys(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, sample: int) -> str:  # type: ignore[override]  # no slices: nobody needs them
+    def __getitem__(self, sample: int) -> str:  # type: ignore[override]  # slices are not supported
         sample = range(len(self))[sample]
         start = int(self.ends[sample - 1]) if sample else 0
         return self.text[start : int(self.ends[sample])].tobytes().decode("utf-8", "surrogateescape")
@@ -50,17 +50,17 @@ class Keys(Sequence[str]):
 class Index:
     """Every sample of a set of shards; N samples in S shards, in the order of shard names and bytes."""
 
-    root: Path  # what `shards` are relative to
+    root: Path  # `shards` are relative to this folder
     shards: tuple[str, ...]  # S names, sorted
     shard_bytes: np.ndarray  # int64 (S,)
     shard_sizes: np.ndarray  # int64 (S,), samples per shard
-    shard: np.ndarray  # int32 (N,), number of the shard
+    shard: np.ndarray  # int32 (N,), index of the shard
     offset: np.ndarray  # int64 (N,), first byte of the image in its shard
     length: np.ndarray  # int64 (N,), bytes of the image
     label: np.ndarray  # int32 (N,), -1 = none
     keys: Keys  # N WebDataset keys
     classes: tuple[str, ...]  # names of the labels, from classes.txt; may be empty
-    fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; the same wherever the shards lie
+    fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; independent of the folder
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -76,7 +76,8 @@ def load_index(shards: str | Path) -> Index:
         shards: a folder of ``*.tar``, one tar, or a brace pattern such as ``/x/train-{000000..000099}.tar``.
 
     Raises:
-        ValueError: no shards, or shards that are not usable or no longer those of the index; says which and what to do.
+        ValueError: no shards, or shards that are not usable or no longer match the index; the message says which and
+            what to do.
     """
     root, names = find_shards(shards)
     for path in index_paths(shards):
@@ -86,7 +87,7 @@ def load_index(shards: str | Path) -> Index:
 
 
 def build_index(shards: str | Path) -> Index:
-    """Builds and publishes the index, or takes what another process publishes meanwhile. Raises as ``load_index``."""
+    """Builds and publishes the index, or loads one that another process publishes meanwhile; raises as `load_index`."""
     root, names = find_shards(shards)
     for path in index_paths(shards):
         with suppress(_NotWritableError), _lock(path):
@@ -123,9 +124,9 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def index_paths(shards: str | Path) -> tuple[Path, Path]:
-    """Where the index of a set of shards may lie: beside them, or in the cache when their folder is read-only."""
+    """Possible paths of the index of a set of shards: next to them, or in the cache if their folder is read-only."""
     root, names = find_shards(shards)
-    # A part of a folder has an index of its own, which must not be taken for the whole folder's.
+    # A subset of a folder has its own index, which must not be mistaken for the index of the whole folder.
     part = "" if Path(shards).is_dir() else "-" + _digest("\n".join(names))[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lomar-deepspeed"
     return root / f"index{part}.npz", cache / f"{_digest(str(root))}" / f"index{part}.npz"
@@ -135,7 +136,7 @@ def read_index(path: Path, root: Path) -> Index:
     """Reads an index file without looking at the shards.
 
     Raises:
-        ValueError: it is not a whole index of this version.
+        ValueError: it is incomplete or has another format.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
@@ -150,12 +151,12 @@ def read_index(path: Path, root: Path) -> Index:
         return Index(
             root, names, shard=shard, keys=keys, classes=classes, fingerprint=str(fields["fingerprint"]), **arrays
         )
-    except Exception as error:  # zipfile, zlib, NumPy and KeyError: whatever a damaged file leads to
+    except Exception as error:  # zipfile, zlib, NumPy, KeyError: a damaged file may raise anything
         raise ValueError(f"{path}: not a readable index ({error}); delete it and it is built again") from error
 
 
 def _checked(index: Index, path: Path, names: tuple[str, ...]) -> Index:
-    """Refuses an index whose shards have come, gone or changed size: one stat a shard."""
+    """Refuses an index if shards were added or removed or changed size: one stat per shard."""
     for name in sorted(set(names) ^ set(index.shards)):
         what = "is not in the index" if name in names else "is in the index but gone"
         raise ValueError(f"{index.root / name}: the shard {what} {path}: {HOW_TO_REINDEX}")
@@ -207,7 +208,7 @@ def _index(root: Path, names: tuple[str, ...], shard_bytes: np.ndarray, contents
 
 
 def _publish(index: Index, path: Path) -> None:
-    """Writes the file under another name first: a reader sees a whole index or none."""
+    """Writes the file under another name first: a reader sees a complete index or none."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -233,7 +234,7 @@ class _NotWritableError(Exception):
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Holds a lock file beside ``path``; the kernel frees the lock when its holder dies, however it dies.
+    """Holds a lock file next to ``path``; the kernel releases the lock when its holder dies, for whatever reason.
 
     Raises:
         _NotWritableError: the folder is read-only.
@@ -253,9 +254,9 @@ def _lock(path: Path) -> Iterator[None]:
             print(f"waiting for another process that writes {path}", file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks: two processes may build the same index, and either result is right
+            pass  # a file system without locks: two processes may build the same index, and both results are right
         yield
-        # Whoever waits on this file, or makes a new one, finds the index published before it is removed.
+        # A process that waits for this file, or creates a new one, finds the index published before it is removed.
         if path.exists():
             lock.unlink(missing_ok=True)
     finally:

@@ -1,11 +1,10 @@
-"""Batches for one rank, made by worker processes; what they hold depends on (seed, step, global batch) alone."""
+"""Batches for one rank, made by worker processes; their contents depend on (seed, step, global batch) alone."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +21,22 @@ from data.workers import in_workers
 MaskSampler = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 MAX_REPLACEMENTS = 100
-CROPS = (Stream.CROP, Stream.SECOND_CROP)  # of each view of a sample
+CROP_STREAMS = (Stream.CROP, Stream.SECOND_CROP)  # one per view of a sample
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank; B samples."""
 
-    images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) where a sample gives two views
-    mask_indices: dict[str, Tensor]  # what the mask sampler returned for each sample, stacked: (B, ...)
-    labels: Tensor | None  # int64 (B,), -1 = none; only if asked for
-    samples: Tensor  # int64 (B,), index of the sample that is in `images`
+    images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) with two views per sample
+    mask_indices: dict[str, Tensor]  # the mask sampler's arrays of each sample, stacked: (B, ...)
+    labels: Tensor | None  # int64 (B,), -1 = none; only if requested
+    samples: Tensor  # int64 (B,), index of the sample shown in `images`
     keys: tuple[str, ...]  # their keys
     skipped: tuple[str, ...]  # 'key: reason' of each sample that could not be decoded and was replaced
 
-    def model_inputs(self) -> dict[str, Any]:
-        """What the trained module's forward takes beside the images: labels if there are any, or mask indices."""
+    def model_inputs(self) -> dict[str, Tensor | dict[str, Tensor]]:
+        """Arguments of the trained module's forward other than the images: labels if there are any, or mask indices."""
         return {"mask_indices": self.mask_indices} if self.labels is None else {"labels": self.labels}
 
     def to(self, device: torch.device) -> "Batch":
@@ -61,7 +60,7 @@ _Request = tuple[int, np.ndarray]  # epoch, int64 samples of one micro-batch
 
 
 class Loader:
-    """Global steps of micro-batches, in an order that no rank, worker or accumulation setting changes.
+    """Global steps of micro-batches, in an order that does not depend on ranks, workers or accumulation.
 
     Attributes:
         steps_per_epoch: optimizer steps in an epoch; from the index alone, so equal on all ranks.
@@ -82,7 +81,7 @@ class Loader:
         labels: bool = False,
         num_workers: int = 0,
     ) -> None:
-        """Checks the settings; starts nothing.
+        """Checks the settings; starts no processes.
 
         Args:
             index: the samples.
@@ -90,11 +89,11 @@ class Loader:
             batch: global batch, over all ranks and micro-batches of an optimizer step.
             accumulation: micro-batches per optimizer step.
             rank, world_size: this process and how many there are.
-            seed: of everything random, at least 0.
-            mask_sampler: what a method draws for one sample from its generator; arrays of the same shape for every
-                sample. Must be picklable if workers are not forked.
-            augmentations: of each view of a sample, one or two.
-            labels: whether batches have labels: those of the samples shown, which may replace others.
+            seed: of all random numbers, at least 0.
+            mask_sampler: draws the arrays of one sample from its generator, with the same shapes for every sample;
+                picklable if workers are not forked.
+            augmentations: one per view of a sample, one or two.
+            labels: whether batches have labels, which are those of the samples shown, also where they replace others.
             num_workers: processes that decode; 0 decodes in this one.
 
         Raises:
@@ -106,7 +105,7 @@ class Loader:
                 f"size {size}, seed {seed} and num_workers {num_workers}: size must be positive, the others at least 0"
             )
         assert 0 <= rank < world_size
-        assert 1 <= len(augmentations) <= len(CROPS)
+        assert 1 <= len(augmentations) <= len(CROP_STREAMS)
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
@@ -158,8 +157,8 @@ class _MicroBatchDecoder:
         images = torch.empty((len(samples), len(self._augmentations), *self._size, 3), dtype=torch.uint8)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
-        for row, sample in enumerate(samples.tolist()):
-            shown[row], reason = self._decode_or_replace(epoch, sample, pixels[row])
+        for i, sample in enumerate(samples.tolist()):
+            shown[i], reason = self._decode_or_replace(epoch, sample, pixels[i])
             if reason:
                 skipped.append(f"{self._index.keys[sample]}: {reason}")
         labels = torch.from_numpy(self._index.label[shown].astype(np.int64)) if self._labels else None
@@ -173,10 +172,10 @@ class _MicroBatchDecoder:
         )
 
     def _decode_or_replace(self, epoch: int, sample: int, out: np.ndarray) -> tuple[int, str]:
-        """Writes the sample's views, or those of the next that decodes, into ``out`` (views, H, W, 3).
+        """Writes the sample's views, or those of the next that can be decoded, into ``out`` (views, H, W, 3).
 
         Returns:
-            The sample that was decoded, and why the one asked for was not ('' if it was).
+            The sample that was decoded, and why the requested one was not ('' if it was).
         """
         reason = ""
         for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
@@ -192,22 +191,20 @@ class _MicroBatchDecoder:
         )
 
     def _augment(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
-        """A replacement is augmented with the random numbers of the sample that it replaces."""
+        """Writes all views of a sample; a replacement uses the random numbers of the sample that it replaces."""
         data = self._reader.read(shown)
-        for number, augmentation in enumerate(self._augmentations):
-            rng = sample_rng(self._seed, epoch, sample, CROPS[number])
-            flipped = flip_decision(
-                rng, augmentation.flip
-            )  # drawn before the crop, which draws as often as it needs to
+        for view, augmentation in enumerate(self._augmentations):
+            rng = sample_rng(self._seed, epoch, sample, CROP_STREAMS[view])
+            flipped = flip_decision(rng, augmentation.flip)  # first: a crop draws a varying number of times
             pixels = decode(data, functools.partial(augmentation.box, rng, size=self._size), self._size, flipped)
             if augmentation.color_jitter:
                 pixels = color_jitter(rng, pixels, augmentation.color_jitter)
             if augmentation.rand_augment:
                 pixels = rand_augment(rng, pixels, augmentation.rand_augment)
-            out[number] = three_augment(rng, pixels) if augmentation.three_augment else pixels
+            out[view] = three_augment(rng, pixels) if augmentation.three_augment else pixels
 
     def _sample_masks(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
         if self._mask_sampler is None:
             return {}
-        drawn = [self._mask_sampler(sample_rng(self._seed, epoch, sample, Stream.MASK)) for sample in samples.tolist()]
-        return {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in drawn[0]}
+        masks = [self._mask_sampler(sample_rng(self._seed, epoch, sample, Stream.MASK)) for sample in samples.tolist()]
+        return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}

@@ -1,4 +1,4 @@
-"""Which samples a step trains on: a pure function of (seed, step, global batch). No I/O, no state."""
+"""The samples of a step: a pure function of (seed, step, global batch). No I/O, no state."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a sample's random numbers are for: one more draw for one purpose does not move the others."""
+    """Separate random streams of a sample: another draw from one of them does not change the others."""
 
     CROP = 0
     MASK = 1
@@ -16,8 +16,8 @@ class Stream(IntEnum):
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """A uniform shuffle of all samples, int64 (num_samples,).
 
-    Sorts raw 64-bit words instead of calling ``permutation``: NumPy promises the words of a bit generator for ever,
-    but not what its distributions make of them.
+    Sorts raw 64-bit words instead of calling ``permutation``: NumPy guarantees the stream of a bit generator, but not
+    that of its distributions.
     """
     words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
@@ -38,7 +38,7 @@ def steps_per_epoch(num_samples: int, batch: int) -> int:
 
 
 def check_divisible(batch: int, world_size: int, accumulation: int) -> None:
-    """Raises ValueError, naming the nearest that work, where ranks and micro-batches do not divide a global batch."""
+    """Raises ValueError, naming the nearest valid sizes, if ranks x micro-batches do not divide a global batch."""
     if min(batch, world_size, accumulation) < 1:
         raise ValueError(f"batch {batch}, ranks {world_size} and accumulation {accumulation} must all be at least 1")
     divisor = world_size * accumulation
@@ -54,13 +54,13 @@ def check_divisible(batch: int, world_size: int, accumulation: int) -> None:
 def micro_batches(
     order: np.ndarray, step: int, batch: int, accumulation: int, rank: int, world_size: int
 ) -> np.ndarray:
-    """The samples that one rank takes in a step, int64 (accumulation, batch / (accumulation * world_size)).
+    """The samples of one rank in a step, int64 (accumulation, batch / (accumulation * world_size)).
 
-    The global batch is a fixed slice of the epoch's order, cut into micro-batches, each cut over the ranks; so ranks
-    and accumulation decide who takes a sample and never which samples a step has.
+    The global batch is a fixed slice of the epoch's order, cut into micro-batches, each of which is divided among the
+    ranks; so ranks and accumulation decide which rank gets a sample and never which samples a step has.
 
     Args:
-        order: what ``epoch_order`` returned for the epoch.
+        order: the epoch's ``epoch_order``.
         step: step within the epoch.
         batch: global batch, divisible by ``accumulation * world_size``.
     """
@@ -70,5 +70,5 @@ def micro_batches(
 
 
 def sample_rng(seed: int, epoch: int, sample: int, stream: Stream) -> np.random.Generator:
-    """The generator of everything random about one sample in one epoch, for one purpose."""
+    """The random generator of one sample in one epoch, for one purpose."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, sample, stream])))

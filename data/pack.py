@@ -1,8 +1,8 @@
 """Packs an image folder or a list of files into WebDataset shards: ``python -m data.pack SOURCE OUT``.
 
-The files' bytes are copied unchanged, in sorted order; training shuffles all samples anyway. Every picture is decoded
-once on the way. Shards are made in ``OUT/.pack`` and published together at the end, so a killed run leaves nothing
-half-made where training looks, and the next one continues with the shards that it had finished.
+The files' bytes are copied unchanged, in sorted order; training shuffles all samples anyway. Every image is decoded
+once to check it. Shards are written to ``OUT/.pack`` and published together at the end, so a killed run leaves no
+partial data where training looks, and the next run continues after the shards that were finished.
 """
 
 import argparse
@@ -33,11 +33,11 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to make."""
+    """One shard to write."""
 
     root: Path
     files: tuple[SourceFile, ...]
-    path: Path  # in the staging folder; exists only when the shard is whole
+    path: Path  # in the staging folder; exists only once the shard is complete
 
 
 def pack(
@@ -49,18 +49,18 @@ def pack(
     workers: int = 1,
     bad: str = "refuse",
 ) -> Index:
-    """Writes the shards, ``classes.txt`` and the index of ``source`` into ``out``, or what is missing of them.
+    """Writes the shards, ``classes.txt`` and the index of ``source`` into ``out``; continues an interrupted run.
 
     Args:
-        source: what ``list_source`` returned.
-        out: folder, made if need be.
+        source: from ``list_source``.
+        out: folder, created if necessary.
         prefix: shards are called ``prefix-000000.tar``.
-        samples_per_shard: files per shard; files that are set aside leave their shard smaller.
+        samples_per_shard: files per shard; a shard with rejected files is smaller.
         workers: processes.
-        bad: 'refuse' publishes nothing if any file is not a readable picture; 'skip' lists them in ``rejected.txt``.
+        bad: 'refuse' publishes nothing if any file is not a readable image; 'skip' lists them in ``rejected.txt``.
 
     Raises:
-        ValueError: unreadable pictures, or ``out`` holds something else.
+        ValueError: unreadable images, or ``out`` holds other shards.
     """
     assert bad in ("refuse", "skip")
     if samples_per_shard < 1:
@@ -69,7 +69,7 @@ def pack(
     staging = out / STAGING
     with _plan(out, {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}):
         if not staging.exists() and any(out.glob("*.tar")):
-            return load_index(out)  # done before
+            return load_index(out)  # complete already
         staging.mkdir(exist_ok=True)
         for leftover in staging.glob("*.tmp"):
             leftover.unlink()
@@ -88,7 +88,7 @@ def pack(
 
 @contextmanager
 def _plan(out: Path, plan: dict[str, str | int]) -> Iterator[None]:
-    """Holds the plan file, and by it the right to write into ``out``; refuses an ``out`` of another plan."""
+    """Holds the plan file as a lock on ``out``; refuses an ``out`` with another plan."""
     with open(out / PLAN_FILE, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,7 +111,7 @@ def _plan(out: Path, plan: dict[str, str | int]) -> Iterator[None]:
 
 
 def _write_shard(task: _Task) -> None:
-    """Makes one shard and, beside it, the list of its files that are not readable pictures."""
+    """Writes one shard and, next to it, the list of its files that are not readable images."""
     rejected = []
     temporary = task.path.with_name(f"{task.path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -130,7 +130,7 @@ def _write_shard(task: _Task) -> None:
                     _add(tar, f"{source.key}.cls", str(source.label).encode())
         file.flush()
         os.fsync(file.fileno())
-    _write_lines(_rejected_path(task.path), rejected)  # before the rename, which says that all is there
+    _write_lines(_rejected_path(task.path), rejected)  # before the rename, which marks the shard as complete
     os.replace(temporary, task.path)
 
 
@@ -141,18 +141,18 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _publish(out: Path, tasks: Sequence[_Task], classes: tuple[str, ...], rejected: list[str]) -> Index:
-    """Moves the shards to where training looks; goes on where a killed run stopped. The staging folder goes last."""
+    """Moves the shards to where training looks, continuing a killed run; removes the staging folder last."""
     staging = out / STAGING
     for task in tasks:
         if not task.path.exists():
-            continue  # moved before
+            continue  # already moved
         if len(_read_lines(_rejected_path(task.path))) < len(task.files):
             os.replace(task.path, out / task.path.name)
     if classes:
         _write_lines(out / CLASSES_FILE, classes)
     if rejected:
         _write_lines(out / REJECTED_FILE, rejected)
-    index_paths(out)[0].unlink(missing_ok=True)  # somebody may have trained on the first shards already
+    index_paths(out)[0].unlink(missing_ok=True)  # a run may have indexed the first shards already
     index = load_index(out)
     shutil.rmtree(staging)
     return index
@@ -174,8 +174,8 @@ def _refusal(rejected: list[str], files: int, out: Path) -> str:
     shown = "\n".join(f"  {line.replace(chr(9), ': ')}" for line in rejected[:SHOWN_NAMES])
     more = f"\n  ... and {len(rejected) - SHOWN_NAMES} more" if len(rejected) > SHOWN_NAMES else ""
     return (
-        f"{len(rejected)} of {files} files are not readable pictures, nothing was published:\n{shown}{more}\n"
-        f"run again with --bad skip to leave them out, or mend them, delete {out} and pack again"
+        f"{len(rejected)} of {files} files are not readable images, nothing was published:\n{shown}{more}\n"
+        f"run again with --bad skip to leave them out, or fix them, delete {out} and pack again"
     )
 
 

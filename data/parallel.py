@@ -1,4 +1,4 @@
-"""What the command lines of this package share: processes with a progress bar, and errors in one line."""
+"""Shared by the command lines of this package: worker processes with a progress bar, and one-line errors."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ def default_workers() -> int:
 
 
 def report_errors(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code; what a user can mend is one line on stderr and code 1."""
+    """Runs a command and returns its exit code; errors that a user can fix become one line on stderr and code 1."""
     try:
         return command()
     except BrokenProcessPool:
@@ -35,7 +35,7 @@ def report_errors(command: Callable[[], int]) -> int:
 def run_parallel(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, description: str, unit: str
 ) -> Iterator[Result]:
-    """Yields ``function(item)`` for every item in any order; with one worker in this process. Raises what it raises."""
+    """Yields ``function(item)`` for every item in any order; one worker is this process. Raises its errors."""
     workers = min(workers, len(items))
     with tqdm(desc=description, total=len(items), unit=unit, disable=None) as bar:
         if workers <= 1:
@@ -43,7 +43,7 @@ def run_parallel(
                 yield function(item)
                 bar.update()
             return
-        # "spawn": forked children would inherit the locks that this process holds, and hold them after it was killed.
+        # "spawn": forked children would inherit the locks of this process and keep them after it was killed.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, _end_with_parent, (os.getpid(),)) as pool:
             try:
@@ -55,7 +55,7 @@ def run_parallel(
 
 
 def _end_with_parent(parent: int) -> None:
-    """Pool workers wait for ever for a parent that was killed; this ends them."""
+    """Pool workers would wait forever for a parent that was killed; this ends them."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,16 +1,15 @@
-"""The bytes of one sample, straight from its place in the shard."""
+"""Reads the bytes of one sample directly from its shard."""
 
 import errno
 import os
 import time
 from collections import OrderedDict
-from typing import Any
 
 from data.index import HOW_TO_REINDEX, Index
 
 MAX_OPEN_SHARDS = 256  # well under the usual limit of 1024 descriptors a process
 RETRY_AFTER = (0.1, 1.0, 5.0)  # seconds
-# What a network file system says when a server restarts or a cached handle has gone stale; the next try often works.
+# Errors of a network file system whose server restarts or whose cached handle is stale; a retry often succeeds.
 TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN})
 
 HEADER = 512
@@ -20,7 +19,7 @@ _MAGICS = (b"ustar", b"\0" * 5)  # POSIX and GNU; tars from before POSIX have no
 class ShardReader:
     """Reads samples by ``os.pread``, which has no file position: a forked worker may share its parent's descriptors.
 
-    Descriptors are opened when first needed, kept in a small LRU, and stay behind when a reader is pickled.
+    Descriptors are opened when first needed, kept in a small LRU, and not pickled with the reader.
     """
 
     def __init__(self, index: Index) -> None:
@@ -31,13 +30,13 @@ class ShardReader:
         """The image file's bytes of a sample.
 
         Raises:
-            ValueError: what lies there is not what the index says; nothing after it could be trusted, so it is not
-                counted as a bad image.
-            OSError: the file system failed, several times if the error may pass.
+            ValueError: the shard does not match the index; nothing after this point could be trusted, so it does not
+                count as a bad image.
+            OSError: the file system failed, repeatedly if the error is a transient one.
         """
         index = self.index
         shard, offset, length = int(index.shard[sample]), int(index.offset[sample]), int(index.length[sample])
-        # One read for the image and the tar header before it, which costs nothing and proves that the index is right.
+        # One read for the image and the tar header before it, which costs nothing and shows that the index is right.
         block = self._pread(shard, offset - HEADER, HEADER + length)
         if len(block) != HEADER + length or not _header_matches(block[:HEADER], length):
             raise ValueError(
@@ -47,7 +46,7 @@ class ShardReader:
         return block[HEADER:]
 
     def close(self) -> None:
-        """Closes every descriptor; the reader may be used again."""
+        """Closes every descriptor; the reader can still be used."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -62,7 +61,7 @@ class ShardReader:
                     raise OSError(error.errno, f"{error.strerror} at byte {offset}", self._path(shard)) from error
                 self._forget(shard)  # a stale handle stays stale: open the file again
                 time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._open:
@@ -82,7 +81,7 @@ class ShardReader:
     def _path(self, shard: int) -> str:
         return os.path.join(self.index.root, self.index.shards[shard])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"index": self.index, "_open": OrderedDict()}
 
 

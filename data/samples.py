@@ -1,7 +1,7 @@
 """The quick start's photographs: ``python -m data.samples OUT`` makes small shards without a download.
 
-The photographs are those inside the scikit-image and scikit-learn packages. Each is cut into overlapping pieces of
-several scales, which is plenty to see a training run work and far too little to learn anything from.
+The photographs come with the packages scikit-image and scikit-learn. Overlapping crops of several scales are taken from
+each: enough to watch a training run work, and far too little to train a useful encoder.
 """
 
 import argparse
@@ -30,13 +30,13 @@ PHOTOGRAPHS = {
     ),
     "sklearn/datasets/images": ("china.jpg", "flower.jpg"),
 }
-SHARES = ((1.0, 1), (0.8, 2), (0.6, 3), (0.45, 5))  # a piece's share of both sides, and pieces along each side
+SHARES = ((1.0, 1), (0.8, 2), (0.6, 3), (0.45, 5))  # a crop's share of both sides, and the number of crops along each
 SAMPLES_PER_SHARD = 64
 JPEG_QUALITY = 90
 
 
 def make_samples(out: Path) -> Index:
-    """Writes ``out/photos/*.jpg`` and the shards ``out/*.tar``; does nothing if the shards are there and sound.
+    """Writes ``out/photos/*.jpg`` and the shards ``out/*.tar``; does nothing if intact shards are there.
 
     Raises:
         ValueError: the packages are not installed, or ``out`` holds other shards.
@@ -45,13 +45,13 @@ def make_samples(out: Path) -> Index:
         return load_index(out)
     photos = out / "photos"
     photos.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(list(_find_photographs()), "cutting", unit="photo", disable=None):
+    for path in tqdm(list(_find_photographs()), "cropping", unit="photo", disable=None):
         with Image.open(path) as image:
-            for name, piece in _pieces(image.convert("RGB")):
+            for name, crop in _crops(image.convert("RGB")):
                 target = photos / f"{path.stem}_{name}.jpg"
                 if not target.exists():
                     temporary = target.with_suffix(".tmp")
-                    piece.save(temporary, "JPEG", quality=JPEG_QUALITY)
+                    crop.save(temporary, "JPEG", quality=JPEG_QUALITY)
                     temporary.replace(target)
     return pack(list_source(photos), out, samples_per_shard=SAMPLES_PER_SHARD)
 
@@ -71,7 +71,7 @@ def _find_photographs() -> Iterator[Path]:
                 yield path
 
 
-def _pieces(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
+def _crops(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
     for share, along in SHARES:
         width, height = round(image.width * share), round(image.height * share)
         for row in range(along):

@@ -1,4 +1,4 @@
-"""Reads the headers of one tar shard: which samples it holds and where their bytes lie."""
+"""Reads the headers of one tar shard: its samples and the positions of their bytes."""
 
 import re
 import tarfile
@@ -18,7 +18,7 @@ MAX_LABEL_BYTES = 32
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 # What WebDataset skips: top-level names such as __index__ and everything below such folders.
 _SKIPPED = re.compile(r"__[^/]*__($|/)")
-# Files about the whole data set that people put into shards; any other sample without an image is an error.
+# Names of files about the whole data set, found in some shards; any other sample without an image is an error.
 _ABOUT_THE_DATASET = frozenset(
     {"readme", "license", "classes", "labels", "dataset", "dataset_info", "metadata", "info"}
 )
@@ -55,23 +55,24 @@ def scan_shard(path: Path) -> ShardContent:
     """Lists the samples of a shard from its tar headers, seeking over the data.
 
     Raises:
-        ValueError: the file is not a whole, uncompressed tar, or its samples are not usable; says where and what to do.
+        ValueError: the file is not a complete, uncompressed tar, or its samples are not usable; says where and what to
+            do.
     """
     with open(path, "rb") as file:
         samples = list(_samples(path, file))
     if not samples:
         raise ValueError(f"{path}: an empty shard, no sample in it; delete the file or write it again")
-    places = [_image_of(path, sample) for sample in samples]
+    images = [_image_of(path, sample) for sample in samples]
     return ShardContent(
         keys=tuple(sample.key for sample in samples),
-        offset=np.array([offset for _, offset, _ in places], np.int64),
-        length=np.array([length for _, _, length in places], np.int64),
+        offset=np.array([offset for _, offset, _ in images], np.int64),
+        length=np.array([length for _, _, length in images], np.int64),
         label=np.array([sample.label for sample in samples], np.int32),
     )
 
 
 def _samples(path: Path, file: BinaryIO) -> Iterator[_Sample]:
-    seen: set[str] = set()
+    keys: set[str] = set()
     current: _Sample | None = None
     for member in _members(path, file):
         name = split_name(member.name)
@@ -81,12 +82,12 @@ def _samples(path: Path, file: BinaryIO) -> Iterator[_Sample]:
         if current is None or key != current.key:
             if current is not None and _is_a_sample(current):
                 yield current
-            if key in seen:
+            if key in keys:
                 raise ValueError(
                     f"{path}: duplicate key '{key}' at byte {member.offset}; a key may occur once in a shard and its "
-                    "members must lie side by side: write the shard again"
+                    "members must be adjacent: write the shard again"
                 )
-            seen.add(key)
+            keys.add(key)
             current = _Sample(key, member.offset)
         if suffix in current.suffixes:
             raise ValueError(
@@ -103,7 +104,7 @@ def _samples(path: Path, file: BinaryIO) -> Iterator[_Sample]:
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Every tar member. Walks by itself because ``TarFile.next`` takes a broken header in mid-file for the end."""
+    """Every tar member. Does not use ``TarFile.next``, which takes a broken header in mid-file for the end."""
     size = file.seek(0, 2)
     offset = 0
     try:
@@ -138,7 +139,7 @@ def _is_a_sample(sample: _Sample) -> bool:
 
 def _image_of(path: Path, sample: _Sample) -> tuple[str, int, int]:
     images = sample.images
-    if len(images) > 1:  # 'x.jpg' beside 'x.seg.png': the plain extension is the picture
+    if len(images) > 1:  # 'x.jpg' and 'x.seg.png': the one with a plain extension is the image
         images = [image for image in images if image[0] in IMAGE_EXTENSIONS]
     if len(images) == 1:
         return images[0]
@@ -150,7 +151,7 @@ def _image_of(path: Path, sample: _Sample) -> tuple[str, int, int]:
 
 
 def _label(text: bytes) -> int:
-    """The class number in a ``.cls`` member; class names in text are no numbers and count as no label."""
+    """The class number in a ``.cls`` member; class names in text are not numbers and count as no label."""
     try:
         label = int(text)
     except ValueError:

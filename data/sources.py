@@ -1,4 +1,4 @@
-"""The image files to pack, from a folder or a list: sorted, with their keys and labels. Opens no image."""
+"""The image files to pack, from a folder or a list: sorted, with keys and labels. Opens no image."""
 
 import hashlib
 import os
@@ -29,10 +29,10 @@ class Source:
     root: Path
     files: tuple[SourceFile, ...]
     classes: tuple[str, ...]  # sorted names of the class folders; empty for flat folders and lists
-    ignored: dict[str, int]  # files that are no images by name: extension -> count
+    ignored: dict[str, int]  # files without an image's extension: extension -> count
 
     def digest(self) -> str:
-        """Changes when any file, size, modification time or label does."""
+        """A digest of all files, sizes, modification times and labels."""
         digest = hashlib.blake2b(repr(self.classes).encode(), digest_size=16)
         for file in self.files:
             digest.update(repr(tuple(file)).encode())
@@ -42,7 +42,7 @@ class Source:
 def list_source(path: str | Path) -> Source:
     """Lists a folder of images or a text file of ``path[<TAB>label]`` lines, paths relative to the text file.
 
-    A folder is one of class folders if no image lies directly in it: the first folder of a file's path is its class,
+    If no image lies directly in a folder, it consists of class folders: the first folder of a file's path is its class,
     and the sorted classes are numbered from 0.
 
     Raises:
@@ -69,7 +69,7 @@ def list_source(path: str | Path) -> Source:
 
 
 def make_key(name: str) -> str:
-    """A WebDataset key from a relative path: no extension, dots and blanks replaced, traceable to the file.
+    """A WebDataset key from a relative path: without extension, dots and spaces replaced, traceable to the file.
 
     A key must not hold a dot (the extension would begin there) nor start with two underscores (WebDataset skips those).
     """
@@ -95,16 +95,16 @@ def _from_folder(root: Path) -> Source:
     return Source(root, files, tuple(classes), dict(ignored))
 
 
-def _walk(root: Path, seen: set[tuple[int, int]], prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Every file below ``root``. Follows links to folders, into each folder once, so a circle of links ends."""
+def _walk(root: Path, visited: set[tuple[int, int]], prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every file below ``root``. Follows links to folders but enters each folder once, so circular links end."""
     stat = os.stat(root)
-    if (stat.st_dev, stat.st_ino) in seen:
+    if (stat.st_dev, stat.st_ino) in visited:
         return
-    seen.add((stat.st_dev, stat.st_ino))
+    visited.add((stat.st_dev, stat.st_ino))
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.is_dir():
-                yield from _walk(Path(entry.path), seen, f"{prefix}{entry.name}/")
+                yield from _walk(Path(entry.path), visited, f"{prefix}{entry.name}/")
             else:
                 yield f"{prefix}{entry.name}", entry
 

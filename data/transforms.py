@@ -1,4 +1,4 @@
-"""Where to cut a picture. Pure functions; boxes are (left, top, right, bottom) in pixels of the undecoded picture."""
+"""Crop boxes: pure functions; boxes are (left, top, right, bottom) in pixels of the whole image."""
 
 import math
 import re
@@ -12,18 +12,18 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a picture is made of a sample.
+    """How a view is made of a sample's image.
 
     Raises:
         ValueError: settings that cannot work.
     """
 
     crop: Literal["random", "simple"] = "random"
-    scale: tuple[float, float] = (0.2, 1.0)  # share of the sample's area that a random crop takes, lowest and highest
+    scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random crop takes, lowest and highest
     flip: float = 0.5  # probability of mirroring left to right
     color_jitter: float = 0.0  # probability of changing brightness, contrast, saturation and hue
-    three_augment: bool = False  # one of grey, solarised and blurred
-    rand_augment: str = ""  # RandAugment, as timm writes it: rand-m9-mstd0.5-inc1
+    three_augment: bool = False  # one of grayscale, solarize and blur
+    rand_augment: str = ""  # RandAugment in timm's notation: rand-m9-mstd0.5-inc1
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -35,14 +35,14 @@ class Augmentation:
             raise ValueError(f"rand_augment {self.rand_augment!r} is not written as timm does: rand-m9-mstd0.5-inc1")
 
     def box(self, rng: np.random.Generator, width: int, height: int, size: tuple[int, int]) -> Box:
-        """Where to cut a sample of `width` x `height` pixels for a picture of `size` (H, W)."""
+        """The crop box in an image of `width` x `height` pixels for a view of `size` (H, W)."""
         if self.crop == "simple":
             return simple_crop(rng, width, height, size)
         return random_resized_crop(rng, width, height, self.scale, aspect=size[1] / size[0])
 
 
 def flip_decision(rng: np.random.Generator, probability: float) -> bool:
-    """Whether to mirror the picture left to right."""
+    """Whether to mirror the image left to right."""
     return rng.random() < probability
 
 
@@ -57,11 +57,11 @@ def random_resized_crop(
     """torchvision's ``RandomResizedCrop.get_params``: ten tries, then the largest central crop of an allowed shape.
 
     Args:
-        rng: drawn from by ``random()`` alone, whose stream NumPy is least likely to change.
-        width, height: the picture's, in pixels.
-        scale: share of the picture's area, lowest and highest.
+        rng: only ``random()`` is called, the stream that NumPy is least likely to change.
+        width, height: of the image, in pixels.
+        scale: share of the image's area, lowest and highest.
         ratio: width / height of the crop relative to the target's, lowest and highest.
-        aspect: width / height of the target, so that a crop is stretched by at most ``ratio`` for targets of any shape.
+        aspect: width / height of the target, so that crops are stretched by at most ``ratio`` for targets of any shape.
     """
     lowest, highest = ratio[0] * aspect, ratio[1] * aspect
     for _ in range(10):
@@ -79,19 +79,19 @@ def random_resized_crop(
 
 
 def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[int, int], padding: int = 4) -> Box:
-    """DeiT III's simple resized crop: the short side is resized to the target, and a place drawn along the long one.
+    """DeiT III's simple random crop: resizes the short side to the target and draws the offset along the long one.
 
-    As there, the resized picture is first padded by its mirror image, so the box may reach `padding` pixels of the
-    target beyond the picture.
+    As there, the resized image is first padded by reflection, so the box may reach up to `padding` pixels of the target
+    beyond the image.
 
     Args:
-        rng: drawn from twice, by ``random()``.
-        width, height: the picture's, in pixels.
+        rng: ``random()`` is called twice.
+        width, height: of the image, in pixels.
         size: (H, W) of the target.
         padding: in pixels of the target.
     """
     H, W = size
-    scale = min(width / W, height / H)  # pixels of the picture for one of the target
+    scale = min(width / W, height / H)  # pixels of the image for one of the target
     left, top = (
         int(rng.random() * (int(side / scale) - target + 2 * padding + 1)) - padding
         for side, target in ((width, W), (height, H))
@@ -102,7 +102,7 @@ def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
 def center_crop(width: int, height: int, aspect: float = 1.0, fraction: float = 0.875) -> Box:
     """The central crop of evaluation: ``fraction`` of the largest centred box of the target's shape.
 
-    0.875 is the usual "resize the short side to 256, cut 224", without the resize in between.
+    0.875 corresponds to the usual "resize the short side to 256, crop 224", without the resize in between.
     """
     w = min(width, height * aspect) * fraction
     h = w / aspect

@@ -19,7 +19,7 @@ SHOWN_PROBLEMS = 50
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard and what the index says about it."""
+    """One shard and its entries in the index."""
 
     path: Path
     size: int
@@ -28,11 +28,11 @@ class _Task:
 
 
 def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> list[str]:
-    """Everything that is wrong with the shards of an index, one line each with shard, key and byte.
+    """All problems of the shards of an index, one line each with shard, key and byte.
 
     Args:
-        index: as read, possibly out of date.
-        decode: also decode every picture.
+        index: as read; it may be out of date.
+        decode: also decode every image.
         workers: processes.
     """
     ends = np.cumsum(index.shard_sizes)
@@ -64,14 +64,14 @@ def _differences(task: _Task, found: ShardContent) -> list[str]:
         problems.append(f"{task.path}: {size} bytes, the index says {task.size}")
     if len(found.keys) != len(recorded.keys):
         problems.append(f"{task.path}: {len(found.keys)} samples, the index says {len(recorded.keys)}")
-    for row, (key, expected) in enumerate(zip(found.keys, recorded.keys, strict=False)):
-        there = (key, int(found.offset[row]), int(found.length[row]), int(found.label[row]))
-        said = (expected, int(recorded.offset[row]), int(recorded.length[row]), int(recorded.label[row]))
-        if there != said:
+    for i, (key, expected) in enumerate(zip(found.keys, recorded.keys, strict=False)):
+        actual = (key, int(found.offset[i]), int(found.length[i]), int(found.label[i]))
+        indexed = (expected, int(recorded.offset[i]), int(recorded.length[i]), int(recorded.label[i]))
+        if actual != indexed:
             problems.append(
-                f"{task.path}: (key, byte, length, label) of sample {row} is {there}, the index says {said}"
+                f"{task.path}: (key, byte, length, label) of sample {i} is {actual}, the index says {indexed}"
             )
-            break  # everything behind it has moved too
+            break  # everything after it has moved too
     return problems
 
 
@@ -88,7 +88,7 @@ def _undecodable(path: Path, content: ShardContent) -> list[str]:
 
 
 def _read_or_build(shards: str, reindex: bool) -> Index:
-    """The index as it is, unlike ``load_index`` which stops at the first shard that has changed."""
+    """The index as stored; ``load_index`` would stop at the first shard that has changed."""
     root, names = find_shards(shards)
     paths = index_paths(shards)
     if reindex:
@@ -117,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__.split(":")[0])
     parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern")
-    parser.add_argument("--decode", action="store_true", help="also decode every picture")
-    parser.add_argument("--reindex", action="store_true", help="throw the index away and build it again first")
+    parser.add_argument("--decode", action="store_true", help="also decode every image")
+    parser.add_argument("--reindex", action="store_true", help="delete the index and build it again first")
     parser.add_argument("--workers", type=int, default=default_workers(), metavar="N")
     args = parser.parse_args(argv)
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrong: {problem}", file=sys.stderr)
         if len(problems) > SHOWN_PROBLEMS:
             print(f"... and {len(problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
-        print(f"{len(problems)} problems" if problems else "sound")
+        print(f"{len(problems)} problems" if problems else "ok")
         return 1 if problems else 0
 
     return report_errors(command)

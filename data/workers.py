@@ -1,4 +1,4 @@
-"""Batches made by worker processes, in the order in which they are asked for."""
+"""Batches made by worker processes, in the order of the requests."""
 
 import atexit
 import signal
@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 Request = TypeVar("Request")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
-WORKER_SILENCE = 900.0  # seconds for one batch; only storage that has stopped answering takes that long
+WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
 
 
 @dataclass(frozen=True)
@@ -24,29 +24,29 @@ class _Refusal:
 
 
 def in_workers(
-    make: Callable[[Request], Made], requests: Iterator[Request], workers: int
-) -> Generator[Made, None, None]:
+    make: Callable[[Request], Result], requests: Iterator[Request], workers: int
+) -> Generator[Result, None, None]:
     """``make(request)`` for every request, one batch each. Closing the iterator stops the workers.
 
     Args:
         make: picklable, if workers are not forked.
-        requests: read in this process, some ahead of what is made.
-        workers: processes; 0 makes everything in this one.
+        requests: read in this process, some ahead of the results.
+        workers: processes; 0 does everything in this one.
 
     Raises:
         ValueError: what ``make`` raised, in a worker or here.
-        RuntimeError: a worker died or its storage stopped answering.
+        RuntimeError: a worker died or its storage stopped responding.
     """
     loader = DataLoader(
-        _Made(make),
+        _Results(make),
         sampler=_Requests(requests),
         batch_size=None,  # one request is one batch, made by one worker
         collate_fn=_unchanged,
         num_workers=workers,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
-        timeout=WORKER_SILENCE if workers else 0,
-        generator=torch.Generator(),  # the default is the global one, whose state the model's numbers come from
+        timeout=WORKER_TIMEOUT if workers else 0,
+        generator=torch.Generator(),  # the default is the global generator, from which the model is initialized
     )
     made: Any = iter(loader)
     processes = list(made._workers) if workers else []
@@ -58,7 +58,7 @@ def in_workers(
             yield item
     finally:
         if processes:
-            made._shutdown_workers()  # now, and not when the last traceback that holds the iterator is freed
+            made._shutdown_workers()  # now, and not when the last traceback that refers to the iterator is freed
         _kill(processes)
 
 
@@ -70,20 +70,20 @@ class _Requests(Sampler[Request]):
         return self._requests
 
 
-class _Made(Dataset[Made | _Refusal], Generic[Request, Made]):
+class _Results(Dataset[Result | _Refusal], Generic[Request, Result]):
     """Lives in the workers."""
 
-    def __init__(self, make: Callable[[Request], Made]) -> None:
+    def __init__(self, make: Callable[[Request], Result]) -> None:
         self._make = make
 
-    def __getitem__(self, request: Request) -> Made | _Refusal:
+    def __getitem__(self, request: Request) -> Result | _Refusal:
         try:
             return self._make(request)
         except ValueError as error:
             return _Refusal(str(error))
 
 
-def _unchanged(item: Any) -> Any:
+def _unchanged(item: Result) -> Result:
     return item
 
 
@@ -91,7 +91,7 @@ _RUNNING: set[BaseProcess] = set()
 
 
 def _kill(workers: Iterable[BaseProcess]) -> None:
-    """Ends what did not end when asked to: workers ignore the SIGTERM that DataLoader would send."""
+    """Kills workers that are still alive: they ignore the SIGTERM that DataLoader would send."""
     for worker in list(workers):
         worker.kill()
         worker.join()
@@ -100,17 +100,17 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 @atexit.register
 def _kill_at_exit() -> None:
-    """Python waits at exit for every child: one left by an unfinished loop would hold a dying rank for ever."""
+    """Python waits at exit for every child: one left by an unfinished loop would block a dying rank forever."""
     if _RUNNING:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report the kill as an error
         _kill(_RUNNING)
 
 
 def _start_worker(worker: int) -> None:
-    """Leaves signals to the main process: a scheduler sends them to the whole job, and the step under way must end.
+    """Leaves signals to the main process: a scheduler sends them to the whole job, and the current step must complete.
 
-    A worker still ends when the main process says so or has gone, and is killed if it does not. DataLoader has limited
-    it to one thread.
+    A worker still ends when the main process tells it to or has died, and is killed if it does not. DataLoader has
+    limited it to one thread.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

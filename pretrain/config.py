@@ -1,4 +1,4 @@
-"""Everything a pretraining run is made of: `load` turns a recipe and its overrides into one frozen, checked config."""
+"""The configuration of a pretraining run: `load` turns a recipe and its overrides into one frozen, checked object."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +11,7 @@ from data.transforms import Augmentation
 from pretrain.methods import METHODS, AnyMethodConfig
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
-from pretrain.methods.targets import AnyTargetConfig
+from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
 
@@ -51,18 +51,22 @@ class PretrainConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_target(cls, raw: Any) -> Any:
-        """A method's own target where none is named, and a method's name alone for its section."""
+        """Completes `target` with the method's default; `method: mae` and `target: tokens` are sections of a name."""
         if not isinstance(raw, dict):
             return raw
-        method = {"name": raw["method"]} if isinstance(raw.get("method"), str) else raw.get("method")
+        raw = dict(raw)
+        for section in ("method", "target"):
+            if isinstance(raw.get(section), str):
+                raw[section] = {"name": raw[section]}
+        method, target = raw.get("method"), raw.get("target") or {}
         name = method.get("name") if isinstance(method, Mapping) else None
-        target = raw.get("target") or {}
-        if name not in METHODS or not isinstance(target, Mapping):
-            return {**raw, "method": method}
-        default = METHODS[name].default_target
-        if target.get("name", default.name) == default.name:
-            target = {"name": default.name, **default.model_dump(exclude_unset=True), **target}
-        return {**raw, "method": method, "target": target}
+        if not isinstance(name, str) or name not in METHODS:
+            return raw | {"target": PixelsConfig()}  # only the method is reported: what it may predict is unknown
+        if isinstance(target, Mapping):
+            default = METHODS[name].default_target
+            if target.get("name", default.name) == default.name:
+                target = {"name": default.name, **default.model_dump(exclude_unset=True), **target}
+        return raw | {"target": target}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "PretrainConfig":

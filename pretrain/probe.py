@@ -1,7 +1,8 @@
-"""How good an encoder is before anything is trained on it: k-NN and ridge regression on its frozen features.
+"""The quality of an encoder without training on it: k-NN and ridge regression on its frozen features.
 
-The weighted vote is DINO's: of the k nearest by cosine, each with weight exp(cosine / 0.07). While a run pretrains,
-these numbers say early whether it is healthy; they are low for pixel methods, and it is their course that counts.
+The weighted vote is DINO's: the k nearest neighbors by cosine similarity, each with weight exp(cosine / 0.07). During
+pretraining these numbers show early whether a run is healthy; for methods that predict pixels they are low, and only
+their trend is meaningful.
 """
 
 import copy
@@ -25,28 +26,28 @@ from pretrain.trainer.per_sample import compute_per_sample
 Pool = Literal["mean", "class"]
 
 TEMPERATURE = 0.07
-SIMILARITIES = 1 << 27  # that are in memory at once
+MAX_SIMILARITIES = 1 << 27  # in memory at once
 RIDGE = 1e-3  # of the features' mean variance
 METRICS = ("knn_top1", "knn_top5", "knn_plain_top1", "linear_top1")
 
 
 class Probe:
-    """Measures the encoder of a run. It has a copy of it, so that nothing of the training is touched.
+    """Measures the encoder of a run, on a copy, so that the training is not affected.
 
     Args:
         config: with its `probe` section.
-        encoder: that will be trained; not partitioned yet.
-        world, device: where this rank is, and computes.
+        encoder: the one that will be trained; not partitioned yet.
+        world, device: this rank, and the device that it computes on.
 
     Raises:
-        ValueError: sets that do not fit, with both sides named.
+        ValueError: sets that cannot be used together; the message names both.
     """
 
     def __init__(self, config: PretrainConfig, encoder: ViT, world: World, device: torch.device):
         assert config.probe is not None
         train, val = load_samples(config.probe.train), load_samples(config.probe.val)
         check_sets(train, val, config.probe.k)
-        self.sets = [
+        self.train, self.val = (
             EvalLoader(
                 samples,
                 size=config.data.height_width,
@@ -56,37 +57,37 @@ class Probe:
                 num_workers=config.data.num_workers,
             )
             for samples in (train, val)
-        ]
+        )
         self.k = config.probe.k
         self.device, self.bf16 = device, config.train.precision == "bf16"
         self.copy = copy.deepcopy(encoder).eval()
 
     @torch.no_grad()
     def measure(self, encoder: ViT) -> dict[str, float]:
-        """`probe` of the trained encoder as it is now; called by all ranks together, in any ZeRO stage."""
+        """`probe` of the encoder's current weights; called by all ranks together, in any ZeRO stage."""
         import deepspeed
 
         trained = list(encoder.parameters())
         with deepspeed.zero.GatheredParameters(trained):  # no-op below stage 3
-            for mine, theirs in zip(self.copy.parameters(), trained, strict=True):
-                mine.copy_(theirs)
+            for copied, current in zip(self.copy.parameters(), trained, strict=True):
+                copied.copy_(current)
         try:
-            return probe(self.copy.to(self.device), *self.sets, k=self.k, device=self.device, bf16=self.bf16)
+            return probe(self.copy.to(self.device), self.train, self.val, k=self.k, device=self.device, bf16=self.bf16)
         finally:
-            self.copy.cpu()  # the training needs the device's memory
+            self.copy.cpu()  # training needs the memory of the device
 
 
 def check_sets(train: Samples, val: Samples, k: int) -> None:
-    """Raises ValueError where the two sets cannot be compared."""
+    """Raises ValueError if the two sets cannot be used together."""
     for samples in (train, val):
         if (samples.label < 0).any():
             first = samples.keys[int((samples.label < 0).argmax())]
             raise ValueError(f"{samples.root}: '{first}' has no label: a probe needs class folders or .cls files")
     if train.classes and val.classes and train.classes != val.classes:
-        other = sorted(set(train.classes) ^ set(val.classes))
+        unshared = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
-            f"the probe's train and val have other classes: {train.root} has {len(train.classes)}, {val.root} "
-            f"{len(val.classes)}{f', and {other[0]!r} is in one of them only' if other else ', in another order'}"
+            f"the probe's train and val have different classes: {train.root} has {len(train.classes)}, {val.root} "
+            f"{len(val.classes)}{f', and {unshared[0]!r} is in one of them only' if unshared else ', in another order'}"
         )
     if k > len(train):
         raise ValueError(f"k={k} neighbours, but {train.root} has {len(train)} images: set k lower")
@@ -103,75 +104,73 @@ def probe(
     bf16: bool = False,
     pool: Pool = "mean",
 ) -> dict[str, float]:
-    """Shares of all images of `val` that are right; called by all ranks together, and the same on all of them.
+    """Accuracies on all images of `val`; called by all ranks together, with the same result on all of them.
 
     Args:
-        encoder: in eval mode, whole, on the device.
-        train: where neighbours are looked for; images that cannot be decoded are not among them.
-        val: what is queries_all for; an image that cannot be decoded is wrong.
-        k: neighbours that vote.
+        encoder: in eval mode, not partitioned, on the device.
+        train: the images among which neighbors are searched; those that cannot be decoded are left out.
+        val: the images that are classified; one that cannot be decoded counts as wrong.
+        k: neighbors that vote.
         pool: the `mean` of the patch tokens, or the `class` token, as DINO does.
 
     Returns:
-        `METRICS`: k-NN with weighted votes (top-1 and top-5), with plain ones, and ridge regression. NaN where the
-        features are not finite.
+        `METRICS`: k-NN with weighted votes (top-1 and top-5) and with plain ones, and ridge regression. NaN if features
+        are not finite.
     """
-    bank, readable = extract(encoder, train, device, bf16, pool, "probe: train")
-    labels = torch.from_numpy(train.samples.label[train.indices]).long()[readable].to(device)
-    bank = bank[readable].to(device)
-    queries_all, query_readable = extract(encoder, val, device, bf16, pool, "probe: val")
-    wanted = torch.from_numpy(val.samples.label[val.indices]).long()
-    if not (torch.isfinite(bank).all() and torch.isfinite(queries_all).all()) or not len(bank):
+    bank, bank_labels, readable = extract(encoder, train, device, bf16, pool, "probe: train")
+    bank, bank_labels = bank[readable].to(device), bank_labels[readable].to(device)
+    queries, labels, readable = extract(encoder, val, device, bf16, pool, "probe: val")
+    if not (torch.isfinite(bank).all() and torch.isfinite(queries).all()) or not len(bank):
         return dict.fromkeys(METRICS, math.nan)
-    classes = int(max(labels.max(), wanted.max())) + 1
-    weight, bias = ridge(bank, labels, classes)
-    right = torch.zeros(len(METRICS), dtype=torch.int64, device=device)
-    mine = torch.arange(len(queries_all))[query_readable][val.rank :: val.world_size]
-    for part in mine.split(max(SIMILARITIES // len(bank), 1)):
-        queries, target = queries_all[part].to(device), wanted[part].to(device)
-        weighted, plain = votes(bank, labels, queries, min(k, len(bank)), classes)
-        linear = queries.double() @ weight + bias
-        best = weighted.topk(min(5, classes)).indices
-        named = (best == target[:, None]) & (weighted.gather(1, best) > 0)  # nobody voted for the others
-        right += torch.stack(
-            [named[:, 0].sum(), named.any(1).sum(), *((x.argmax(1) == target).sum() for x in (plain, linear))]
-        )
+    num_classes = int(max(bank_labels.max(), labels.max())) + 1
+    weight, bias = ridge(bank, bank_labels, num_classes)
+    correct = torch.zeros(len(METRICS), dtype=torch.int64, device=device)
+    of_this_rank = torch.arange(len(queries))[readable][val.rank :: val.world_size]
+    for part in of_this_rank.split(max(MAX_SIMILARITIES // len(bank), 1)):
+        part_queries, part_labels = queries[part].to(device), labels[part].to(device)
+        weighted, plain = votes(bank, bank_labels, part_queries, min(k, len(bank)), num_classes)
+        linear = part_queries.double() @ weight + bias
+        top5 = weighted.topk(min(5, num_classes)).indices
+        hits = (top5 == part_labels[:, None]) & (weighted.gather(1, top5) > 0)  # a class without votes is no answer
+        plain_hits, linear_hits = ((scores.argmax(1) == part_labels).sum() for scores in (plain, linear))
+        correct += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), plain_hits, linear_hits])
     if val.world_size > 1:
-        dist.all_reduce(right)
-    return {name: count / len(queries_all) for name, count in zip(METRICS, right.tolist(), strict=True)}
+        dist.all_reduce(correct)
+    return {name: count / len(queries) for name, count in zip(METRICS, correct.tolist(), strict=True)}
 
 
 def extract(
     encoder: ViT, loader: EvalLoader, device: torch.device, bf16: bool, pool: Pool, description: str
-) -> tuple[Tensor, Tensor]:
-    """(N, D) features of unit length in fp32, the same on all ranks, and which images could be decoded: (N,)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all images, on all ranks: (N, D) fp32 features of length 1, (N,) labels, and (N,) whether it is readable."""
 
-    def compute(images: Tensor, numbers: Tensor) -> Tensor:
+    def compute(images: Tensor, indices: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             tokens = features(encoder, normalize_pixels(images).movedim(-1, 1)).float()
         return F.normalize(tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(1))
 
-    return compute_per_sample(compute, loader, device, description)
+    computed, readable = compute_per_sample(compute, loader, device, description)
+    return computed, torch.from_numpy(loader.samples.label[loader.indices]).long(), readable
 
 
-def votes(bank: Tensor, labels: Tensor, queries: Tensor, k: int, classes: int) -> tuple[Tensor, Tensor]:
-    """What the k nearest of (N, D) unit features vote for each of (Q, D): weighted and plain, (Q, C) each."""
+def votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Votes of the k nearest of (N, D) normalized features for (Q, D) queries: weighted and plain, (Q, C) each."""
     cosine, nearest = (queries @ bank.T).topk(k)
-    nothing = cosine.new_zeros(len(queries), classes)
-    weighted = nothing.scatter_add(1, labels[nearest], torch.exp(cosine / TEMPERATURE))
-    return weighted, nothing.scatter_add(1, labels[nearest], torch.ones_like(cosine))
+    zeros, candidates = cosine.new_zeros(len(queries), num_classes), bank_labels[nearest]
+    weighted = zeros.scatter_add(1, candidates, torch.exp(cosine / TEMPERATURE))
+    return weighted, zeros.scatter_add(1, candidates, torch.ones_like(cosine))
 
 
-def ridge(bank: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def ridge(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Regression from (N, D) features to one-hot labels: (D, C) weights and (C,) biases, in float64.
 
-    The penalty is `RIDGE` of the features' mean variance, so that it means the same for every encoder.
+    The penalty is `RIDGE` of the features' mean variance, so that it is comparable between encoders.
     """
     mean = bank.double().mean(0)
-    centred = bank.double() - mean
-    gram = centred.T @ centred
-    penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)  # an encoder that collapsed has no variance
-    sums = centred.new_zeros(classes, bank.shape[1]).index_add_(0, labels, centred)
+    centered = bank.double() - mean
+    gram = centered.T @ centered
+    penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)  # a collapsed encoder has no variance
+    sums = centered.new_zeros(num_classes, bank.shape[1]).index_add_(0, bank_labels, centered)
     weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), sums.T)
-    share = torch.bincount(labels, minlength=classes).double() / len(labels)
+    share = torch.bincount(bank_labels, minlength=num_classes).double() / len(bank_labels)
     return weight, share - mean @ weight

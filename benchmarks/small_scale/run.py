@@ -2,11 +2,11 @@
 
     python benchmarks/small_scale/run.py SHARDS OUT [--seeds 3] [--epochs 100] [--finetune-epochs 100] [--quick]
 
-SHARDS holds three folders of shards that `python -m data.pack` made of Caltech-101: `all` (pretraining, labels unused),
+SHARDS holds three folders of shards, made of Caltech-101 by `python -m data.pack`: `all` (pretraining, labels unused),
 `train` (30 images a class) and `val` (20 a class). Every variant is compared at equal epochs and at equal wall-clock,
 that of LoMaR: the time of a step is measured first, for all of them one after the other, so that the machine may be
-busy with other things later. From scratch and LoMaR get all seeds, the others the first. A command that was
-interrupted continues where it was. The last line of the output is one JSON object.
+busy with other work later. Training from scratch and LoMaR run with all seeds, the others with the first. A command
+that was interrupted continues where it stopped. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -28,11 +28,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SINCOS = ("model.position=sincos",)
 DECODER = ("method.decoder_embed_dim=96", "method.decoder_depth=4", "method.decoder_num_heads=3")
-WINDOWS = (
-    "method.name=lomar",
-    "method.num_windows=2",
-    "method.window_size=4",
-)  # 32 of 36 patches; the paper: 196 of 196
+# 32 of 36 patches; the paper: 196 of 196.
+WINDOWS = ("method.name=lomar", "method.num_windows=2", "method.window_size=4")
 LUT = ("lut.hidden_dim=512", "lut.alpha=1.0", "data.crop=simple")
 PRETRAINED: dict[str, tuple[str, ...]] = {
     "MAE": ("method.name=mae", *DECODER, *SINCOS),
@@ -48,7 +45,7 @@ MAIN = ("from scratch", REFERENCE)  # with all seeds
 
 
 def train(script: str, recipe: str, overrides: list[str], folder: Path) -> None:
-    """One run, unless it is complete; its output goes to a file beside it."""
+    """One run, unless it is complete; its output goes to NAME.log in the same folder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     processes = [] if torch.cuda.is_available() else ["--num_accelerators", "2"]
     command = ["deepspeed", *processes, script, str(HERE / recipe), f"runs={folder.parent}", f"name={folder.name}"]
@@ -63,7 +60,7 @@ def label(name: str) -> str:
 
 
 def time_step(name: str, options: argparse.Namespace) -> float:
-    """Seconds of one step of pretraining: the median over an epoch of the small set, but for its beginning."""
+    """Seconds of one step of pretraining: the median over an epoch of the small set, without its first logged steps."""
     folder = options.out / "speed" / label(name)
     overrides = [f"data.shards={options.shards}/train", "train.epochs=1", "optim.warmup_epochs=0", "log.every_steps=2"]
     train("pretrain/run.py", "pretrain.yaml", [*overrides, *PRETRAINED[name]], folder)

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torchvision.transforms.functional as F
-from helpers.shard_tools import encode, jpeg, picture
+from helpers.shard_tools import encode, jpeg, smooth_image
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
@@ -16,7 +16,7 @@ def whole(width: int, height: int) -> Box:
 
 
 def reference(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """The usual way: decode everything, cut, resize."""
+    """The usual way: decode everything, crop, resize."""
     left, top, right, bottom = box
     crop = F.resized_crop(
         image.convert("RGB"),
@@ -32,8 +32,8 @@ def reference(image: Image.Image, box: tuple[int, int, int, int], size: tuple[in
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_whole_picture_equals_torchvision(format: str) -> None:
-    data = encode(picture(0, 150, 110), format)
+def test_a_whole_image_equals_torchvision(format: str) -> None:
+    data = encode(smooth_image(0, 150, 110), format)
     from_file = Image.open(io.BytesIO(data))
     ours = decode(data, whole, (64, 96))
     assert ours.dtype == np.uint8
@@ -43,17 +43,17 @@ def test_whole_picture_equals_torchvision(format: str) -> None:
 
 def test_inner_crop_equals_torchvision_but_for_its_edge() -> None:
     box = (31, 17, 131, 97)
-    ours = decode(encode(picture(1, 150, 110), "PNG"), lambda w, h: box, (64, 80)).astype(int)
-    theirs = reference(picture(1, 150, 110), box, (64, 80))
+    ours = decode(encode(smooth_image(1, 150, 110), "PNG"), lambda w, h: box, (64, 80)).astype(int)
+    theirs = reference(smooth_image(1, 150, 110), box, (64, 80))
     assert np.array_equal(ours[4:-4, 4:-4], theirs[4:-4, 4:-4])
     assert abs(ours - theirs).max() <= 4
 
 
-@pytest.mark.parametrize("spare", [2, 3, 4.4, 9])
-def test_reduced_decoding_shows_the_same_pixels(spare: float) -> None:
-    """Large crops are decoded at a fraction of their size: the same picture at the same place."""
-    image = picture(2, 1003, 701)
-    size = (round(500 / spare), round(600 / spare))
+@pytest.mark.parametrize("reduction", [2, 3, 4.4, 9])
+def test_reduced_decoding_shows_the_same_pixels(reduction: float) -> None:
+    """Large crops are decoded at a fraction of their size: the same pixels at the same positions."""
+    image = smooth_image(2, 1003, 701)
+    size = (round(500 / reduction), round(600 / reduction))
     box = (301, 103, 301 + 600, 103 + 500)
     data = encode(image, "JPEG", quality=95)
     ours = decode(data, lambda w, h: box, size).astype(int)
@@ -61,7 +61,7 @@ def test_reduced_decoding_shows_the_same_pixels(spare: float) -> None:
     assert abs(ours - theirs).max() <= 6
     error = abs(ours - theirs).mean()
     assert error < 1.5
-    for shift in (-1, 1):  # half a pixel off would show
+    for shift in (-1, 1):  # an error of half a pixel would show
         assert abs(ours[:, 1:-1] - np.roll(theirs, shift, axis=1)[:, 1:-1]).mean() > error
         assert abs(ours[1:-1] - np.roll(theirs, shift, axis=0)[1:-1]).mean() > error
 
@@ -76,28 +76,28 @@ def test_reduced_decoding_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded == [(200, 150), (800, 600)]
 
 
-def test_the_box_is_asked_for_once_with_the_pictures_size() -> None:
-    asked = []
-    decode(jpeg(0, 90, 70), lambda w, h: asked.append((w, h)) or (0, 0, w, h), (16, 16))
-    assert asked == [(90, 70)]
+def test_the_box_is_chosen_once_from_the_images_size() -> None:
+    calls = []
+    decode(jpeg(0, 90, 70), lambda w, h: calls.append((w, h)) or (0, 0, w, h), (16, 16))
+    assert calls == [(90, 70)]
 
 
-def test_errors_of_the_box_are_not_taken_for_bad_images() -> None:
+def test_errors_of_choosing_a_box_are_not_taken_for_bad_images() -> None:
     with pytest.raises(ZeroDivisionError):
         decode(jpeg(0), lambda w, h: 1 / 0, (16, 16))
 
 
-def colours(image: Image.Image, format: str, **options: object) -> np.ndarray:
+def colors(image: Image.Image, format: str, **options: object) -> np.ndarray:
     return decode(encode(image, format, **options), whole, (32, 32)).reshape(-1, 3).astype(int)
 
 
 def test_greyscale() -> None:
-    pixels = colours(Image.new("L", (64, 64), 77), "JPEG")
+    pixels = colors(Image.new("L", (64, 64), 77), "JPEG")
     assert abs(pixels - 77).max() <= 1
 
 
 def test_cmyk_with_adobes_inversion() -> None:
-    pixels = colours(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95)
+    pixels = colors(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), "JPEG", quality=95)
     assert abs(pixels - [255, 0, 0]).max() <= 4
 
 
@@ -108,34 +108,34 @@ def test_16_bit_greyscale_is_scaled_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "1"])
-def test_other_modes_keep_their_colours(mode: str) -> None:
+def test_other_modes_keep_their_colors(mode: str) -> None:
     image = Image.new("RGB", (64, 64), (255, 255, 255)).convert(mode)
-    assert (colours(image, "PNG") == 255).all()
+    assert (colors(image, "PNG") == 255).all()
 
 
 def test_palette_with_transparency() -> None:
     image = Image.new("P", (64, 64), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
-    assert (colours(image, "PNG", transparency=bytes([0, 128])) == [200, 100, 50]).all()
+    assert (colors(image, "PNG", transparency=bytes([0, 128])) == [200, 100, 50]).all()
 
 
 def test_orientation_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    plain, turned = encode(picture(0, 80, 40), "JPEG"), encode(picture(0, 80, 40), "JPEG", exif=exif)
+    plain, turned = encode(smooth_image(0, 80, 40), "JPEG"), encode(smooth_image(0, 80, 40), "JPEG", exif=exif)
     assert np.array_equal(decode(plain, whole, (20, 40)), decode(turned, whole, (20, 40)))
 
 
 BAD = {
     "empty": (b"", "not a JPEG"),
     "text": (b"<html>404</html>" * 50, "not a JPEG"),
-    "gif": (encode(picture(0, 64, 64), "GIF"), "not a JPEG"),
+    "gif": (encode(smooth_image(0, 64, 64), "GIF"), "not a JPEG"),
     "truncated jpeg": (jpeg(0, 300, 200)[:1500], "truncated"),
     "header only": (jpeg(0)[:100], "not a JPEG|Truncated File Read"),
-    "truncated png": (encode(picture(0, 200, 200), "PNG")[:3000], "truncated|broken"),
-    "truncated webp": (encode(picture(0, 200, 200), "WEBP")[:300], "decode|truncated|broken|not a JPEG"),
-    "1x1": (encode(picture(0, 1, 1), "PNG"), "1 x 1 is under 8 pixels"),
-    "thin": (encode(picture(0, 300, 7), "PNG"), "under 8 pixels"),
+    "truncated png": (encode(smooth_image(0, 200, 200), "PNG")[:3000], "truncated|broken"),
+    "truncated webp": (encode(smooth_image(0, 200, 200), "WEBP")[:300], "decode|truncated|broken|not a JPEG"),
+    "1x1": (encode(smooth_image(0, 1, 1), "PNG"), "1 x 1 is under 8 pixels"),
+    "thin": (encode(smooth_image(0, 300, 7), "PNG"), "under 8 pixels"),
 }
 
 
@@ -146,7 +146,7 @@ def test_bad_bytes(name: str) -> None:
     for attempt in (lambda: decode(data, whole, (32, 32)), lambda: check_image(data)):
         with pytest.raises(BadImage, match=reason) as caught:
             attempt()
-        assert "0x" not in str(caught.value)  # a reason is the same in every process
+        assert "0x" not in str(caught.value)  # no addresses: a reason is the same in every process
 
 
 def test_200_megapixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,14 +160,14 @@ def test_200_megapixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPa
         decode(just_over, whole, (32, 32))
 
 
-def test_any_damage_gives_a_picture_or_bad_image() -> None:
+def test_any_damage_gives_an_image_or_bad_image() -> None:
     rng = np.random.default_rng(0)
-    files = [encode(picture(0, 60, 50), format) for format in ("JPEG", "PNG", "WEBP")]
+    files = [encode(smooth_image(0, 60, 50), format) for format in ("JPEG", "PNG", "WEBP")]
     refused = 0
     for data in files * 60:
         damaged = bytearray(data)
-        for place in rng.integers(0, len(data), 5):
-            damaged[place] = rng.integers(0, 256)
+        for position in rng.integers(0, len(data), 5):
+            damaged[position] = rng.integers(0, 256)
         try:
             assert decode(bytes(damaged), whole, (16, 16)).shape == (16, 16, 3)
         except BadImage:
@@ -176,7 +176,7 @@ def test_any_damage_gives_a_picture_or_bad_image() -> None:
 
 
 def test_check_image_names_the_format() -> None:
-    assert [check_image(encode(picture(0, 64, 64), format)) for format in ("JPEG", "PNG", "WEBP")] == [
+    assert [check_image(encode(smooth_image(0, 64, 64), format)) for format in ("JPEG", "PNG", "WEBP")] == [
         "JPEG",
         "PNG",
         "WEBP",

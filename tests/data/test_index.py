@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from helpers.shard_tools import encode, jpeg, picture, write_tar
+from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
 from webdataset.tariterators import base_plus_ext
 
 import data.index
@@ -45,25 +45,25 @@ def test_names_are_split_as_webdataset_does(name: str) -> None:
 def test_foreign_shards_are_indexed_on_first_use(tmp_path: Path, format: int) -> None:
     """Long names, other members, upper case, metadata, text labels; no index file and none of our tools."""
     long = "folder/" + "long" * 20 + "/" + "name" * 20
-    augmentations = [jpeg(0), encode(picture(1, 30, 30), "PNG"), encode(picture(2, 30, 30), "WEBP"), jpeg(3)]
+    images = [jpeg(0), encode(smooth_image(1, 30, 30), "PNG"), encode(smooth_image(2, 30, 30), "WEBP"), jpeg(3)]
     members = [
         ("__index__.json", b"{}"),
         ("README.md", b"about"),
-        ("a.JPEG", augmentations[0]),
+        ("a.JPEG", images[0]),
         ("a.json", b'{"caption": 1}'),
-        ("a.seg.png", augmentations[1]),
+        ("a.seg.png", images[1]),
         ("sub/b.txt", b"caption"),
-        ("sub/b.PNG", augmentations[1]),
+        ("sub/b.PNG", images[1]),
         ("sub/b.cls", b"7\n"),
         ("c.cls", b"tabby cat"),
-        ("c.webp", augmentations[2]),
-        (long + ".jpg", augmentations[3]),
+        ("c.webp", images[2]),
+        (long + ".jpg", images[3]),
     ]
     write_tar(tmp_path / "x.tar", members, format)
     index = load_index(tmp_path)
     assert list(index.keys) == ["a", "sub/b", "c", long]
     assert index.label.tolist() == [-1, 7, -1, -1]
-    assert [ShardReader(index).read(number) for number in range(4)] == augmentations
+    assert [ShardReader(index).read(number) for number in range(4)] == images
 
 
 def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,9 @@ def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pyt
     assert (again.fingerprint, again.shards, again.root) == (index.fingerprint, index.shards, index.root)
 
 
-def test_fingerprint_knows_content_and_not_place(shards: Path, index: Index, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(
+    shards: Path, index: Index, tmp_path: Path
+) -> None:
     moved = shutil.copytree(shards, tmp_path / "moved")
     assert load_index(moved).fingerprint == index.fingerprint
     (moved / "index.npz").unlink()
@@ -130,7 +132,7 @@ def _hang_while_building(shards: Path, building: Path) -> None:
     load_index(shards)
 
 
-def test_builder_that_was_killed_holds_nobody_up(shards: Path, tmp_path: Path) -> None:
+def test_a_killed_builder_blocks_nobody(shards: Path, tmp_path: Path) -> None:
     process = FORK.Process(target=_hang_while_building, args=(shards, tmp_path / "building"))
     process.start()
     while not (tmp_path / "building").exists():
@@ -186,7 +188,7 @@ def _cut(path: Path, size: int) -> None:
 BROKEN = {
     "empty file": (lambda path: _cut(path, 0), "an empty file"),
     "empty tar": (lambda path: write_tar(path, []), "an empty shard"),
-    "in a picture": (lambda path: _cut(path, 700), r"truncated, 'class\d/img\d+.jpg' at byte \d+"),
+    "in an image": (lambda path: _cut(path, 700), r"truncated, 'class\d/img\d+.jpg' at byte \d+"),
     "in the end mark": (lambda path: _cut(path, os.path.getsize(path) // 10240 * 10240 - 10240), "truncated"),
     "not a tar": (lambda path: path.write_bytes(b"x" * 20480), "no readable tar header"),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08" + b"x" * 20480), "uncompressed tars"),
@@ -210,7 +212,7 @@ def test_broken_shards_are_refused_by_name(shards: Path, name: str) -> None:
     assert not (shards / "index.npz").exists()
 
 
-def test_broken_header_in_mid_file_is_not_taken_for_the_end(shards: Path, index: Index) -> None:
+def test_a_broken_header_in_mid_file_is_not_taken_for_the_end(shards: Path, index: Index) -> None:
     path = shards / "train-000001.tar"
     header = int(index.offset[35]) - 512
     with open(path, "r+b") as file:

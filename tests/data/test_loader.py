@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.shard_tools import encode, jpeg, picture, write_tar
+from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
 from PIL import Image
 
 from data.index import Index, load_index
@@ -33,7 +33,7 @@ def loader(index: Index, **settings: object) -> Loader:
 
 def stream(index: Index, start: int, end: int, world: int = 1, **settings: object) -> list[list[Batch]]:
     """For each step the micro-batches of all ranks in the order of the global batch."""
-    ranks = [list(loader(index, rank=rank, world=world, **settings).batches(start, end)) for rank in range(world)]
+    ranks = [list(loader(index, rank=rank, world_size=world, **settings).batches(start, end)) for rank in range(world)]
     assert all(len(steps) == end - start for steps in ranks)
     return [list(chain(*zip(*(steps[step] for steps in ranks), strict=True))) for step in range(end - start)]
 
@@ -46,11 +46,13 @@ def assert_same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> None:
         assert torch.equal(torch.cat([batch.samples for batch in a]), torch.cat([batch.samples for batch in b]))
         assert torch.equal(torch.cat([batch.images for batch in a]), torch.cat([batch.images for batch in b]))
         for name in ("masked", "windows"):
-            assert torch.equal(torch.cat([x.view[name] for x in a]), torch.cat([x.view[name] for x in b]))
+            assert torch.equal(
+                torch.cat([x.mask_indices[name] for x in a]), torch.cat([x.mask_indices[name] for x in b])
+            )
 
 
 def test_what_a_batch_is(index: Index) -> None:
-    (step,) = loader(index, accumulation=2, world=3, rank=1).batches(0, 1)
+    (step,) = loader(index, accumulation=2, world_size=3, rank=1).batches(0, 1)
     assert len(step) == 2
     for batch in step:
         assert batch.images.shape == (4, *SIZE, 3)
@@ -74,8 +76,8 @@ def test_an_epoch_has_every_sample_once(index: Index) -> None:
 def test_steps_do_not_depend_on_ranks_workers_or_accumulation(
     index: Index, workers: int, world: int, accumulation: int
 ) -> None:
-    """Pixels, views and keys of three steps across an epoch boundary."""
-    assert_same(stream(index, 0, 3, world, workers=workers, accumulation=accumulation), stream(index, 0, 3))
+    """Pixels, masks and keys of three steps across an epoch boundary."""
+    assert_same(stream(index, 0, 3, world, num_workers=workers, accumulation=accumulation), stream(index, 0, 3))
 
 
 def test_other_seed_and_other_epoch_give_other_crops(index: Index) -> None:
@@ -85,14 +87,14 @@ def test_other_seed_and_other_epoch_give_other_crops(index: Index) -> None:
         ours, theirs = first[0].samples.argsort(), batches[0].samples.argsort()
         same = (first[0].images[ours] == batches[0].images[theirs]).flatten(1).all(1)
         assert same.sum() < 3
-        assert not torch.equal(first[0].view["masked"][ours], batches[0].view["masked"][theirs])
+        assert not torch.equal(first[0].mask_indices["masked"][ours], batches[0].mask_indices["masked"][theirs])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resume", [1, 2, 3, 5])
 def test_resumed_equals_uninterrupted(index: Index, resume: int, workers: int) -> None:
     """In mid-epoch, at its end, with other ranks: the rest of the stream is the same."""
-    assert_same(stream(index, resume, 6, world=2, workers=workers), stream(index, 0, 6)[resume:])
+    assert_same(stream(index, resume, 6, world=2, num_workers=workers), stream(index, 0, 6)[resume:])
 
 
 def test_steps_per_epoch_drop_the_incomplete_batch(index: Index) -> None:
@@ -100,36 +102,34 @@ def test_steps_per_epoch_drop_the_incomplete_batch(index: Index) -> None:
 
 
 def test_flip_and_crop_scale(index: Index) -> None:
-    """Whole pictures, never or always flipped, against the files themselves."""
-    plain = next(loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=0.0)], size=(50, 50)).batches(0, 1))[
-        0
-    ]
-    flipped = next(
-        loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=1.0)], size=(50, 50)).batches(0, 1)
-    )[0]
+    """Whole images, never or always flipped, against the files themselves."""
+    plain, flipped = (
+        next(loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=flip)], size=(50, 50)).batches(0, 1))[0]
+        for flip in (0.0, 1.0)
+    )
     assert torch.equal(plain.images.flip(2), flipped.images)
     close = 0
     for image, sample in zip(plain.images.numpy().astype(int), plain.samples.tolist(), strict=True):
         file = Image.open(io.BytesIO(jpeg(sample, 40 + sample, 90 - sample)))
         whole = np.asarray(file.resize((50, 50), Image.Resampling.BICUBIC)).astype(int)
         close += int(abs(image - whole).max() <= 1)
-    assert close >= 5  # the pictures whose shape a crop of the whole may have
+    assert close >= 5  # the images whose shape is allowed for a crop
 
 
-def test_a_second_picture_moves_nothing_and_changes_in_colour_and_place(index: Index) -> None:
+def test_a_second_view_changes_nothing_and_differs_in_color_and_position(index: Index) -> None:
     first = Augmentation(crop="simple")
     second = Augmentation(crop="simple", color_jitter=0.8, three_augment=True)
     alone = stream(index, 0, 2, augmentations=[first])
-    both = stream(index, 0, 2, augmentations=[first, second], world=2, workers=1)
+    both = stream(index, 0, 2, augmentations=[first, second], world=2, num_workers=1)
     images = torch.cat([batch.images for step in both for batch in step])
     assert images.shape == (2 * BATCH, 2, *SIZE, 3)
     assert torch.equal(images[:, 0], torch.cat([batch.images for step in alone for batch in step]))
     assert (images[:, 0] != images[:, 1]).flatten(1).any(1).float().mean() > 0.9
 
 
-def test_the_global_generator_is_left_alone(index: Index) -> None:
+def test_the_global_generator_is_not_used(index: Index) -> None:
     before = torch.get_rng_state()
-    list(loader(index, workers=1).batches(0, 1))
+    list(loader(index, num_workers=1).batches(0, 1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -139,7 +139,7 @@ def bad_shards(tmp_path: Path) -> Path:
     members = [(f"img{sample:02d}.jpg", jpeg(sample)) for sample in range(20)]
     members[4] = ("img04.jpg", jpeg(4, 200, 200)[:900])
     members[5] = ("img05.jpg", b"<html>")
-    members[19] = ("img19.png", encode(picture(0, 1, 1), "PNG"))
+    members[19] = ("img19.png", encode(smooth_image(0, 1, 1), "PNG"))
     write_tar(tmp_path / "bad.tar", members)
     return tmp_path
 
@@ -154,14 +154,14 @@ def test_bad_images_are_replaced_and_reported(bad_shards: Path) -> None:
     assert "1 x 1" in reports[2]
     shown = sorted(torch.cat([batch.samples for batch in step]).tolist())
     assert [shown.count(sample) for sample in (0, 4, 5, 6, 19)] == [2, 0, 0, 3, 0]
-    assert_same(stream(index, 0, 3, world=2, batch=20, workers=1), stream(index, 0, 3, batch=20))
+    assert_same(stream(index, 0, 3, world=2, batch=20, num_workers=1), stream(index, 0, 3, batch=20))
 
 
 def test_nothing_but_bad_images(tmp_path: Path) -> None:
     write_tar(tmp_path / "bad.tar", [(f"img{sample:03d}.jpg", b"bad") for sample in range(120)])
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"the 100 after it cannot be decoded .*data.verify SHARDS --decode"):
-            list(loader(load_index(tmp_path), workers=workers).batches(0, 1))
+            list(loader(load_index(tmp_path), num_workers=workers).batches(0, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -169,17 +169,17 @@ def test_a_changed_shard_stops_the_run_with_one_clear_error(shards: Path, index:
     path = shards / index.shards[0]
     path.write_bytes(path.read_bytes()[512:] + b"\0" * 512)
     with pytest.raises(ValueError, match=r"train-000000.tar: the index does not match") as caught:
-        list(loader(index, workers=workers).batches(0, 1))
+        list(loader(index, num_workers=workers).batches(0, 1))
     assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch": 25, "world": 4, "accumulation": 2}, "set batch to 24 or 32"),
+        ({"batch": 25, "world_size": 4, "accumulation": 2}, "set train.global_batch_size to 24 or 32"),
         ({"batch": 54}, "53 samples are fewer than one global batch of 54"),
         ({"seed": -1}, "seed"),
-        ({"workers": -1}, "workers"),
+        ({"num_workers": -1}, "num_workers"),
     ],
 )
 def test_settings_that_cannot_work(index: Index, settings: dict[str, object], message: str) -> None:
@@ -196,13 +196,13 @@ def _die(rng: np.random.Generator, parent: int) -> dict[str, np.ndarray]:
 def test_killed_worker_is_an_error_not_a_hang(index: Index) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"DataLoader worker .*(killed|exited unexpectedly)"):
-        list(loader(index, workers=2, mask_indices=partial(_die, parent=os.getpid())).batches(0, 4))
+        list(loader(index, num_workers=2, mask_sampler=partial(_die, parent=os.getpid())).batches(0, 4))
     assert time.monotonic() - start < 30
 
 
-def test_signals_to_the_whole_job_leave_workers_alone(index: Index) -> None:
-    """As a scheduler sends them; here to the workers only."""
-    steps = loader(index, workers=2).batches(0, 8)
+def test_signals_to_the_whole_job_do_not_affect_workers(index: Index) -> None:
+    """As sent by a scheduler; here to the workers only."""
+    steps = loader(index, num_workers=2).batches(0, 8)
     ours = [next(steps)]
     for worker in multiprocessing.active_children():
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -212,7 +212,7 @@ def test_signals_to_the_whole_job_leave_workers_alone(index: Index) -> None:
 
 
 def test_leaving_early_ends_the_workers(index: Index) -> None:
-    steps = loader(index, workers=2).batches(0, 100)
+    steps = loader(index, num_workers=2).batches(0, 100)
     next(steps)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -224,7 +224,7 @@ def test_a_crash_with_workers_still_running_ends(shards: Path, index: Index) -> 
     """Python joins its children at exit; ours ignore SIGTERM."""
     program = (
         "import sys; from data.index import load_index; from data.loader import Loader\n"
-        "steps = Loader(load_index(sys.argv[1]), size=(8, 8), batch=4, seed=0, workers=2).batches(0, 10**6)\n"
+        "steps = Loader(load_index(sys.argv[1]), size=(8, 8), batch=4, seed=0, num_workers=2).batches(0, 10**6)\n"
         "next(steps)\n"
         "raise KeyError('crash')\n"
     )
@@ -234,11 +234,11 @@ def test_a_crash_with_workers_still_running_ends(shards: Path, index: Index) -> 
 
 
 def test_spawned_workers(index: Index) -> None:
-    """Everything that goes to a worker can be pickled."""
+    """Everything that is sent to a worker can be pickled."""
     previous = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        ours = stream(index, 0, 3, workers=1)
+        ours = stream(index, 0, 3, num_workers=1)
     finally:
         multiprocessing.set_start_method(previous, force=True)
     assert_same(ours, stream(index, 0, 3))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.order import Stream, check_batch, epoch_order, micro_batches, sample_rng, steps_per_epoch
+from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
 
 
 def test_an_epoch_is_a_complete_permutation() -> None:
@@ -18,12 +18,12 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 def test_order_is_the_same_in_every_release() -> None:
-    """A changed order would silently break the resuming of old runs."""
+    """A changed order would silently break resuming old runs."""
     assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
 
 
 def test_shuffle_is_uniform() -> None:
-    """Every sample is as likely at every place: 4000 epochs of 6 samples, 36 cells of mean 667, sd 24."""
+    """Every sample is equally likely at every position: 4000 epochs of 6 samples, 36 cells of mean 667, sd 24."""
     counts = np.zeros((6, 6))
     for epoch in range(4000):
         counts[np.arange(6), epoch_order(6, seed=1, epoch=epoch)] += 1
@@ -47,21 +47,22 @@ def test_last_incomplete_batch_is_dropped() -> None:
 
 
 def test_fewer_samples_than_a_batch() -> None:
-    with pytest.raises(ValueError, match=r"23 samples are fewer .* 24: lower batch to at most 23"):
+    with pytest.raises(ValueError, match=r"23 samples are fewer .* 24: lower train.global_batch_size to at most 23"):
         steps_per_epoch(23, 24)
 
 
 def test_batch_that_ranks_and_accumulation_do_not_divide() -> None:
-    check_batch(24, 4, 2)
-    with pytest.raises(ValueError, match=r"batch 20 .* 4 ranks x 2 accumulation = 8: set batch to 16 or 24"):
-        check_batch(20, 4, 2)
-    with pytest.raises(ValueError, match=r"set batch to 8$"):
-        check_batch(5, 4, 2)
+    check_divisible(24, 4, 2)
+    factors, nearest = r"4 ranks x train\.gradient_accumulation_steps=2", r"set train\.global_batch_size to 16 or 24"
+    with pytest.raises(ValueError, match=rf"train\.global_batch_size=20 .* {factors}: {nearest}"):
+        check_divisible(20, 4, 2)
+    with pytest.raises(ValueError, match=r"set train\.global_batch_size to 8$"):
+        check_divisible(5, 4, 2)
 
 
 def test_streams_of_a_sample_are_independent() -> None:
-    def draws(*place: int, stream: Stream) -> list[float]:
-        return sample_rng(*place, stream).random(4).tolist()
+    def draws(*key: int, stream: Stream) -> list[float]:
+        return sample_rng(*key, stream).random(4).tolist()
 
     crop = draws(0, 1, 2, stream=Stream.CROP)
     assert crop == draws(0, 1, 2, stream=Stream.CROP)

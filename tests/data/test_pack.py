@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.shard_tools import encode, jpeg, picture
+from helpers.shard_tools import encode, jpeg, smooth_image
 
 from data import pack as pack_module
 from data.index import load_index
@@ -18,14 +18,14 @@ from data.sources import list_source, make_key
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """Three classes of seven pictures, one a PNG with the wrong extension, and a file that is none."""
+    """Three classes of seven images, one a PNG with the wrong extension, and a file that is not an image."""
     root = tmp_path / "images"
     for name in ("tench", "cat", "dog house"):
         (root / name).mkdir(parents=True)
         for number in range(7):
             (root / name / f"img.{number} x.JPEG").write_bytes(jpeg(number + len(name)))
-    (root / "cat" / "img.3 x.JPEG").write_bytes(encode(picture(0, 40, 40), "PNG"))
-    (root / "cat" / "notes.txt").write_text("not a picture")
+    (root / "cat" / "img.3 x.JPEG").write_bytes(encode(smooth_image(0, 40, 40), "PNG"))
+    (root / "cat" / "notes.txt").write_text("not an image")
     return root
 
 
@@ -111,7 +111,7 @@ def test_a_circle_of_links_ends(tmp_path: Path) -> None:
     assert [file.name for file in list_source(tmp_path).files] == ["cat/a.jpg"]
 
 
-def test_unreadable_pictures(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shards"
     (classes / "cat" / "img.1 x.JPEG").write_bytes(jpeg(0, 300, 200)[:2000])
     (classes / "tench" / "img.5 x.JPEG").write_bytes(b"<html>")
@@ -134,7 +134,7 @@ def test_unreadable_pictures(classes: Path, tmp_path: Path, capsys: pytest.Captu
     ]
 
 
-def test_nothing_but_unreadable_pictures(tmp_path: Path) -> None:
+def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     assert main([str(tmp_path), str(tmp_path / "out"), "--bad", "skip", "--workers", "1"]) == 1
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -158,11 +158,11 @@ def test_packing_again(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
-    """kill -9 while shards are made: nothing published, no process left; then the same bytes as without."""
+    """kill -9 while shards are written: nothing published, no process left; then the same bytes as without."""
     images = tmp_path / "images"
     images.mkdir()
     for number in range(60):
-        (images / f"{number:03d}.png").write_bytes(encode(picture(number, 500, 500), "PNG", compress_level=1))
+        (images / f"{number:03d}.png").write_bytes(encode(smooth_image(number, 500, 500), "PNG", compress_level=1))
     out, staging = tmp_path / "out", tmp_path / "out" / ".pack"
     command = [str(images), str(out), "--samples-per-shard", "1", "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "data.pack", *command])
@@ -206,7 +206,7 @@ def test_killed_while_publishing(classes: Path, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             main(command)
     assert len(list(out.glob("*.tar"))) == 1
-    assert len(load_index(out)) == 8  # somebody looks too early
+    assert len(load_index(out)) == 8  # indexed too early
     assert main(command) == 0
     assert len(load_index(out)) == 21
 

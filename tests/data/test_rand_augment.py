@@ -1,4 +1,4 @@
-"""RandAugment is timm's, as a function of a sample's generator alone; labels go with their pictures."""
+"""RandAugment is timm's, as a function of a sample's generator alone; labels belong to the images shown."""
 
 import io
 import random
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.shard_tools import jpeg, picture, write_tar
+from helpers.shard_tools import jpeg, smooth_image, write_tar
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.data.transforms_factory import transforms_imagenet_train
@@ -21,26 +21,26 @@ from data.transforms import Augmentation, flip_decision
 POLICY = "rand-m9-mstd0.5-inc1"
 
 
-def test_it_is_what_timms_own_pipeline_makes_of_the_picture():
-    """Also at the magnitude where timm asks Pillow for no bits at all; see `colours._posterize`."""
+def test_it_equals_timms_own_pipeline():
+    """Also at the magnitude where timm asks Pillow for no bits at all; see `augment._posterize`."""
     pipeline = transforms_imagenet_train(64, auto_augment=POLICY, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN)
     (theirs,) = (step for step in pipeline.transforms if type(step).__name__ == "RandAugment")
-    pixels, changed, compared = np.asarray(picture(0, 64, 64)), 0, 0
+    pixels, changed, compared = np.asarray(smooth_image(0, 64, 64)), 0, 0
     for sample in range(300):
         seed = int(np.random.default_rng(sample).random() * 2**32)
         random.seed(seed)
         np.random.seed(seed)
-        made = rand_augment(np.random.default_rng(sample), pixels, POLICY)
-        with suppress(ValueError):  # what Pillow refuses
-            np.testing.assert_array_equal(made, np.asarray(theirs(Image.fromarray(pixels))))
+        ours = rand_augment(np.random.default_rng(sample), pixels, POLICY)
+        with suppress(ValueError):  # where Pillow refuses timm's own call
+            np.testing.assert_array_equal(ours, np.asarray(theirs(Image.fromarray(pixels))))
             compared += 1
-        changed += bool((made != pixels).any())
+        changed += bool((ours != pixels).any())
     assert compared > 280
     assert 150 < changed < 290, "each of two operations is applied with probability 0.5, and some change nothing"
 
 
-def test_nothing_outside_notices_and_nothing_outside_matters():
-    pixels = np.asarray(picture(0, 48, 48))
+def test_global_random_state_is_neither_changed_nor_used():
+    pixels = np.asarray(smooth_image(0, 48, 48))
     random.seed(1)
     np.random.seed(2)
     before = random.getstate(), np.random.get_state()[1].tolist()
@@ -55,19 +55,19 @@ def test_nothing_outside_notices_and_nothing_outside_matters():
 def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, workers: int):
     plain = Loader(index, size=(32, 32), batch=8, seed=5)
     augmented = Loader(
-        index, size=(32, 32), batch=8, seed=5, augmentations=(Augmentation(rand_augment=POLICY),), workers=workers
+        index, size=(32, 32), batch=8, seed=5, augmentations=(Augmentation(rand_augment=POLICY),), num_workers=workers
     )
     steps = plain.steps_per_epoch
     for (before,), (after,) in zip(plain.batches(steps, steps + 3), augmented.batches(steps, steps + 3), strict=True):
-        for row, sample in enumerate(before.samples.tolist()):
+        for i, sample in enumerate(before.samples.tolist()):
             rng = sample_rng(5, 1, sample, Stream.CROP)
             flip_decision(rng, 0.5)
             data = index.root.joinpath(index.shards[index.shard[sample]]).read_bytes()
             start, length = int(index.offset[sample]), int(index.length[sample])
             width, height = Image.open(io.BytesIO(data[start : start + length])).size
             Augmentation().box(rng, width, height, (32, 32))
-            expected = rand_augment(rng, before.images[row].numpy(), POLICY)
-            np.testing.assert_array_equal(after.images[row].numpy(), expected)
+            expected = rand_augment(rng, before.images[i].numpy(), POLICY)
+            np.testing.assert_array_equal(after.images[i].numpy(), expected)
 
 
 @pytest.mark.parametrize("policy", ["rand-q9", "rand", "rand-m", "auto", "rand-m9-", "rand-m9-mstd0.5-foo"])
@@ -76,17 +76,17 @@ def test_a_policy_that_timm_would_ignore_or_assert_on_is_refused(policy: str):
         Augmentation(rand_augment=policy)
 
 
-def test_labels_are_those_of_the_pictures_even_of_replaced_ones(tmp_path: Path):
+def test_labels_are_those_of_the_images_shown_even_of_replacements(tmp_path: Path):
     members = []
     for sample in range(40):
-        data = b"no picture" if sample % 5 == 0 else jpeg(sample)
+        data = b"no image" if sample % 5 == 0 else jpeg(sample)
         members += [(f"{sample:02d}.jpg", data), (f"{sample:02d}.cls", str(sample).encode())]
     write_tar(tmp_path / "train-000000.tar", members)
     replaced = 0
     for (batch,) in Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0, labels=True).batches(0, 4):
-        assert batch.mask_indices["label"].tolist() == [int(key) for key in batch.keys]
-        assert all(label % 5 for label in batch.mask_indices["label"].tolist())
+        assert batch.labels.tolist() == [int(key) for key in batch.keys]
+        assert all(label % 5 for label in batch.labels.tolist())
         replaced += len(batch.skipped)
     assert replaced == 8
     ((unlabelled,),) = Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0).batches(0, 1)
-    assert unlabelled.view == {}
+    assert unlabelled.labels is None

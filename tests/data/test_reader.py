@@ -11,7 +11,7 @@ from data.reader import ShardReader
 
 
 def test_other_bytes_of_the_same_size_stop_the_run(shards: Path, index: Index) -> None:
-    """The shard was written again with its samples in another order: sizes agree, places do not."""
+    """The shard was written again with its samples in another order: sizes agree, offsets do not."""
     path = shards / index.shards[1]
     size = path.stat().st_size
     moved = path.read_bytes()[512:] + b"\0" * 512
@@ -42,7 +42,7 @@ def test_few_descriptors_are_open_at_once(index: Index, monkeypatch: pytest.Monk
     assert reader.read(0)[:2] == b"\xff\xd8"
 
 
-def test_descriptors_stay_behind_when_pickled(index: Index) -> None:
+def test_descriptors_are_not_pickled(index: Index) -> None:
     reader = ShardReader(index)
     data = reader.read(5)
     copy = pickle.loads(pickle.dumps(reader))
@@ -50,7 +50,7 @@ def test_descriptors_stay_behind_when_pickled(index: Index) -> None:
     assert copy.read(5) == data
 
 
-def test_passing_errors_are_tried_again(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.reader, "RETRY_AFTER", (0.0, 0.0))
     expected = ShardReader(index).read(3)
     pread, failures = os.pread, [errno.ESTALE, errno.EIO]
@@ -66,7 +66,7 @@ def test_passing_errors_are_tried_again(index: Index, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match=r"flaky at byte .*train-000000.tar") as caught:
         ShardReader(index).read(3)
     assert caught.value.errno == errno.EIO
-    failures[:] = [errno.EPERM]  # will not pass: not tried again
+    failures[:] = [errno.EPERM]  # not transient: not retried
     with pytest.raises(PermissionError):
         ShardReader(index).read(3)
     assert not failures

@@ -33,7 +33,7 @@ def test_crops_lie_inside_and_keep_the_limits(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), SHAPES[:3])
 def test_same_distribution_as_torchvision(width: int, height: int) -> None:
-    """Deciles of place, area and shape over 3000 draws each."""
+    """Deciles of position, area and shape over 3000 draws each."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
@@ -63,7 +63,7 @@ def test_other_scale_gives_other_areas() -> None:
     assert max(areas) < 0.61
 
 
-def test_shape_follows_the_target() -> None:
+def test_crops_have_about_the_shape_of_the_target() -> None:
     """Crops for a 1:2 target are stretched no more than those for a square one."""
     rng = np.random.default_rng(0)
     stretch = []
@@ -98,8 +98,8 @@ def test_flip_probability() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 40), (40, 60), (40, 40), (300, 50)])
-def test_simple_crop_is_resize_pad_and_cut(width: int, height: int) -> None:
-    """Against torchvision's Resize of the short side, mirror padding by 4, and a cut at the same place."""
+def test_simple_crop_is_resize_pad_and_crop(width: int, height: int) -> None:
+    """Against torchvision's Resize of the short side, mirror padding by 4, and a crop at the same position."""
     size = (32, 32)
     pixels = np.random.default_rng(1).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
@@ -107,30 +107,30 @@ def test_simple_crop_is_resize_pad_and_cut(width: int, height: int) -> None:
     image.save(file, "PNG")
     resized = tv.resize(image, min(size), tv.InterpolationMode.BICUBIC)
     padded = np.pad(np.asarray(resized), ((4, 4), (4, 4), (0, 0)), mode="reflect").astype(int)
-    places = set()
+    corners = set()
     for seed in range(40):
         box = simple_crop(np.random.default_rng(seed), width, height, size)
         scale = min(width, height) / 32
         left, top = round(box[0] / scale) + 4, round(box[1] / scale) + 4
-        places.add((left, top))
+        corners.add((left, top))
         ours = decode(file.getvalue(), lambda w, h, box=box: box, size).astype(int)
         theirs = padded[top : top + 32, left : left + 32]
         assert abs(ours - theirs).mean() < 1, box
     rows, cols = padded.shape[0] - 32 + 1, padded.shape[1] - 32 + 1
-    assert {place[0] for place in places} <= set(range(cols))
-    assert {place[1] for place in places} <= set(range(rows))
-    assert len(places) > 20
+    assert {corner[0] for corner in corners} <= set(range(cols))
+    assert {corner[1] for corner in corners} <= set(range(rows))
+    assert len(corners) > 20
 
 
-def test_simple_crops_lie_everywhere_alike() -> None:
+def test_simple_crops_are_uniform() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     ours = [simple_crop(rng, 96, 64, (32, 32))[:2] for _ in range(4000)]
     image = torch.empty(3, 32 + 8, 48 + 8)
     theirs = [RandomCrop.get_params(image, (32, 32))[1::-1] for _ in range(4000)]
     for side in (0, 1):
-        mine = np.bincount([round(place[side] / 2) + 4 for place in ours], minlength=25) / 4000
-        reference = np.bincount([place[side] for place in theirs], minlength=25) / 4000
+        mine = np.bincount([round(corner[side] / 2) + 4 for corner in ours], minlength=25) / 4000
+        reference = np.bincount([corner[side] for corner in theirs], minlength=25) / 4000
         assert abs(mine - reference).max() < 0.03
 
 
@@ -146,15 +146,15 @@ def test_color_jitter_has_torchvisions_distribution() -> None:
     assert 150 < unchanged < 250
 
 
-def test_three_augment_is_each_of_three_as_often() -> None:
+def test_three_augment_applies_each_of_three_equally_often() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    grey = solarised = 0
+    gray = solarized = 0
     for seed in range(600):
         changed = three_augment(np.random.default_rng(seed), pixels).astype(int)
-        grey += bool((changed == changed[..., :1]).all())
-        solarised += np.array_equal(changed, np.where(pixels < 128, pixels, 255 - pixels))
-    assert 150 < grey < 250
-    assert 150 < solarised < 250
+        gray += bool((changed == changed[..., :1]).all())
+        solarized += np.array_equal(changed, np.where(pixels < 128, pixels, 255 - pixels))
+    assert 150 < gray < 250
+    assert 150 < solarized < 250
 
 
 @pytest.mark.parametrize(
@@ -166,6 +166,6 @@ def test_three_augment_is_each_of_three_as_often() -> None:
         ({"color_jitter": -1.0}, "color_jitter"),
     ],
 )
-def test_pictures_that_cannot_be_made(settings: dict, message: str) -> None:
+def test_augmentations_that_cannot_work(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augmentation(**settings)

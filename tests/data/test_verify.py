@@ -8,15 +8,15 @@ from data.index import Index, load_index
 from data.verify import main
 
 
-def test_sound_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_intact_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(shards), "--decode", "--workers", "2"]) == 0
     output = capsys.readouterr().out
     assert "53 samples in 3 shards" in output
     assert "labels 0 to 2, 0 without" in output
-    assert output.endswith("sound\n")
+    assert output.endswith("ok\n")
 
 
-def test_undecodable_picture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_undecodable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "x.tar", [("good.jpg", jpeg(0)), ("bad.jpg", jpeg(0, 300, 200)[:2000])])
     assert main([str(tmp_path), "--workers", "1"]) == 0
     assert main([str(tmp_path), "--workers", "1", "--decode"]) == 1

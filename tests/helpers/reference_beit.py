@@ -1,4 +1,4 @@
-"""BEiT and its random-projection tokenizer spelled out in float64 loops, beside `reference.py` for the encoder.
+"""BEiT and its random-projection tokenizer spelled out in float64 loops; the encoder is that of `reference.py`.
 
 It shares no code with `pretrain`.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 from helpers.reference import Weights, cut_patch, encode_sequence, predict, target_of
 
 
-def random_projection_codes(image: Tensor, patch: int, seed: int, codes: int, dim: int) -> list[int]:
-    """For each patch of an image (H, W, 3) uint8, the code of unit length nearest to its projection of unit length."""
+def random_projection_codes(image: Tensor, patch: int, seed: int, vocab_size: int, code_dim: int) -> list[int]:
+    """For each patch of an image (H, W, 3) uint8, the code nearest to its projection, both of length one."""
     generator = np.random.RandomState(seed)
-    book = torch.from_numpy(generator.standard_normal((codes, dim)))
-    projection = torch.from_numpy(generator.standard_normal((patch * patch * 3, dim)))
+    codebook = torch.from_numpy(generator.standard_normal((vocab_size, code_dim)))
+    projection = torch.from_numpy(generator.standard_normal((patch * patch * 3, code_dim)))
     chosen = []
     for row in range(image.shape[0] // patch):
         for col in range(image.shape[1] // patch):
@@ -24,36 +24,41 @@ def random_projection_codes(image: Tensor, patch: int, seed: int, codes: int, di
             projected = sum(pixels[i] * projection[i] for i in range(len(pixels)))
             projected = projected / math.sqrt(float((projected**2).sum()))
             distances = []
-            for code in book:
-                unit = code / math.sqrt(float((code**2).sum()))
-                distances.append(float(((projected - unit) ** 2).sum()))
+            for code in codebook:
+                normalized = code / math.sqrt(float((code**2).sum()))
+                distances.append(float(((projected - normalized) ** 2).sum()))
             chosen.append(distances.index(min(distances)))
     return chosen
 
 
 def beit_loss(
-    images: Tensor, mask_indices: dict[str, Tensor], codes: list[list[int]], weights: Weights, heads: int, patch: int,
-    area: tuple[int, int],
+    images: Tensor, mask_indices: dict[str, Tensor], codes: list[list[int]], weights: Weights, heads: int, patch: int
 ) -> Tensor:  # fmt: skip
     """Mean of -log softmax(logits)[code] over all masked patches of all windows of all images.
 
     Args:
         images: (B, H, W, 3) uint8.
-        view: `window` (B, W, L) grid positions, `masked` (B, W, M) and `kept` (B, W, K) positions within the window.
+        mask_indices: `positions` (B, W, L) in the grid, `masked` (B, W, M) and `kept` (B, W, K) in the window; or of
+            whole images, `masked` (B, M) and `kept` (B, K).
         codes: of each patch of each image.
-        weights: the state dict of `BEiT`, in float64.
+        weights: the state dict of `BEiT` or `LoMaR`, in float64.
         heads: of the encoder.
         patch: its side in pixels.
-        area: rows and columns of a window.
     """
-    columns = images.shape[2] // patch
+    rows, columns = images.shape[1] // patch, images.shape[2] // patch
+    whole = torch.arange(rows * columns).expand(len(images), 1, -1)
+    windows = mask_indices.get("positions", whole)
+    grid = (math.isqrt(windows.shape[-1]),) * 2 if "positions" in mask_indices else (rows, columns)
+    all_masked, all_kept = (
+        mask_indices[name].view(len(images), -1, mask_indices[name].shape[-1]) for name in ("masked", "kept")
+    )
     losses = []
     for b, image in enumerate(images):
-        for w, window in enumerate(mask_indices["window"][b].tolist()):
-            masked, kept = mask_indices["masked"][b, w].tolist(), mask_indices["kept"][b, w].tolist()
-            places = [divmod(place, columns) for place in window]
-            _, encoded = encode_sequence(image, places, masked, kept, 0, weights, heads)
-            logits = predict(encoded, area[1], area[0], weights, heads)
+        for w, window in enumerate(windows[b].tolist()):
+            masked, kept = all_masked[b, w].tolist(), all_kept[b, w].tolist()
+            patches = [divmod(position, columns) for position in window]
+            _, encoded = encode_sequence(image, patches, masked, kept, 0, weights, heads)
+            logits = predict(encoded, grid[1], grid[0], weights, heads)
             for i in masked:
                 losses.append(torch.log(torch.exp(logits[i]).sum()) - logits[i][codes[b][window[i]]])
     return sum(losses) / len(losses)

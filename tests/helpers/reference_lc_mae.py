@@ -1,4 +1,4 @@
-"""LC-MAE spelled out beside `reference.py`, from the paper's equations 1, 5 and 6 and its Tables 2 and 3.
+"""LC-MAE spelled out as in `reference.py`, from the paper's equations 1, 5 and 6 and its Tables 2 and 3.
 
 Loops over images, views, patches and pairs in float64; nothing of `pretrain` is used.
 """
@@ -16,7 +16,7 @@ from helpers.reference import (
     gelu,
     layer_norm,
     linear,
-    position,
+    position_embedding,
     target_of,
     transformer_decoder,
 )
@@ -27,14 +27,14 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() / torch.sqrt((a * a).sum()) / torch.sqrt((b * b).sum())
 
 
-def filled(seen: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
-    tokens = [seen.get(i, weights["decoder.restore.mask_token"][0, 0]) for i in range(grid[0] * grid[1])]
-    return [token + position(*divmod(i, grid[1]), len(token)) for i, token in enumerate(tokens)]
+def filled_grid(encoded: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
+    tokens = [encoded.get(i, weights["decoder.restore.mask_token"][0, 0]) for i in range(grid[0] * grid[1])]
+    return [token + position_embedding(*divmod(i, grid[1]), len(token)) for i, token in enumerate(tokens)]
 
 
-def average_decoder(seen: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
-    """Table 2: Gaussian weights of the 5 x 5 neighbours that the grid has, then an MLP."""
-    tokens, predictions = filled(seen, grid, weights), []
+def average_decoder(encoded: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
+    """Table 2: Gaussian weights of those 5 x 5 neighbors that lie in the grid, then an MLP."""
+    tokens, predictions = filled_grid(encoded, grid, weights), []
     for row in range(grid[0]):
         for col in range(grid[1]):
             total, mean = 0.0, torch.zeros_like(tokens[0])
@@ -48,9 +48,9 @@ def average_decoder(seen: dict[int, Tensor], grid: tuple[int, int], weights: Wei
     return predictions
 
 
-def conv_decoder(seen: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
-    """Table 2: one 5 x 5 convolution; what lies outside of the grid is zero."""
-    tokens, predictions = filled(seen, grid, weights), []
+def conv_decoder(encoded: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
+    """Table 2: one 5 x 5 convolution; zeros outside the grid."""
+    tokens, predictions = filled_grid(encoded, grid, weights), []
     kernel = weights["decoder.conv.weight"]
     for row in range(grid[0]):
         for col in range(grid[1]):
@@ -68,14 +68,14 @@ def predict(
     """h(x, m) of eq. 1 at every patch of the image."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = image.shape[0] // patch, image.shape[1] // patch
-    first, seen = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
+    class_token, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
     if decoder == "transformer":
-        return transformer_decoder(first, seen, kept, grid, weights, decoder_heads)
-    return {"average": average_decoder, "conv": conv_decoder}[decoder](seen, grid, weights)
+        return transformer_decoder(class_token, encoded, kept, grid, weights, decoder_heads)
+    return {"average": average_decoder, "conv": conv_decoder}[decoder](encoded, grid, weights)
 
 
 def cross_view(v1: dict[int, Tensor], v2: dict[int, Tensor]) -> Tensor:
-    """Eq. 5 of one image: vectors by the place of their patch; zero where the views share none."""
+    """Eq. 5 of one image: vectors by the position of their patch; zero where the views share none."""
     distances = [1 - cosine(v1[i], v2[i]) for i in v1 if i in v2]
     return sum(distances) / len(distances) if distances else torch.zeros((), dtype=torch.float64)
 
@@ -100,9 +100,9 @@ def lc_mae_loss(
 
     Args:
         images: (B, H, W, 3) uint8.
-        view: `visible` (B, 2, V), `masked` (B, 2, M) and `kept` (B, 2, K) grid positions.
+        mask_indices: `visible` (B, 2, V), `masked` (B, 2, M) and `kept` (B, 2, K) grid positions.
         weights: the state dict of `LCMAE`, in float64.
-        factors: of the three losses; the projector exists where one of the last two counts.
+        factors: of the three losses; the projector exists if one of the last two is not zero.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = images.shape[2] // patch
@@ -110,13 +110,13 @@ def lc_mae_loss(
     for b, image in enumerate(images):
         vectors = []
         for m in range(2):
-            visible, hidden, kept = (mask_indices[name][b, m].tolist() for name in ("visible", "masked", "kept"))
+            visible, masked, kept = (mask_indices[name][b, m].tolist() for name in ("visible", "masked", "kept"))
             h = predict(image, visible, kept, weights, heads, decoder_heads, decoder)
-            x = {i: cut_patch(image, *divmod(i, columns), patch) for i in hidden}
-            errors = [((h[i] - target_of(x[i], norm_pix)) ** 2).sum() / len(h[i]) for i in hidden]
+            x = {i: cut_patch(image, *divmod(i, columns), patch) for i in masked}
+            errors = [((h[i] - target_of(x[i], norm_pix)) ** 2).sum() / len(h[i]) for i in masked]
             total = total + factors[0] * sum(errors) / len(errors) / 2
             if factors[1] or factors[2]:
-                vectors.append({i: linear(h[i], weights, "proj") for i in hidden})
+                vectors.append({i: linear(h[i], weights, "proj") for i in masked})
                 total = total + factors[2] * in_view(vectors[-1], x) / 2
         if factors[1]:
             total = total + factors[1] * cross_view(*vectors)
@@ -124,12 +124,12 @@ def lc_mae_loss(
 
 
 def mirrored(i: int, length: int) -> int:
-    """A position outside of 0..length-1, reflected at the first or last pixel."""
+    """A position outside 0..length-1, reflected at the first or last pixel."""
     return -i if i < 0 else 2 * (length - 1) - i if i >= length else i
 
 
 def block_around(image: Tensor, row: int, col: int, patch: int, size: int) -> Tensor:
-    """The size x size pixels around the centre of a patch: rows, then columns, then RGB."""
+    """The size x size pixels around the center of a patch: rows, then columns, then RGB."""
     height, width, _ = image.shape
     top, left = row * patch - (size - patch) // 2, col * patch - (size - patch) // 2
     return torch.stack(
@@ -144,8 +144,8 @@ def ae_loss(images: Tensor, weights: Weights, heads: int, decoder_heads: int, si
     grid = images.shape[1] // patch, images.shape[2] // patch
     errors = []
     for image in images:
-        first, seen = encode(image, list(range(grid[0] * grid[1])), weights, heads)
-        for i, prediction in transformer_decoder(first, seen, [], grid, weights, decoder_heads).items():
+        class_token, encoded = encode(image, list(range(grid[0] * grid[1])), weights, heads)
+        for i, prediction in transformer_decoder(class_token, encoded, [], grid, weights, decoder_heads).items():
             pixels = block_around(image, *divmod(i, grid[1]), patch, size).double().view(-1, 3) / 255
             mean, std = (torch.tensor(values, dtype=torch.float64) for values in (PIXEL_MEAN, PIXEL_STD))
             target = target_of(((pixels - mean) / std).flatten(), norm_pix)

@@ -1,4 +1,4 @@
-"""MAE and its reconstruction targets spelled out beside `reference.py`: loops over images and patches in float64.
+"""MAE and its reconstruction targets spelled out as in `reference.py`: loops over images and patches in float64.
 
 It shares no code with `pretrain`.
 """
@@ -8,23 +8,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from helpers.reference import Weights, cut_patch, embed, position, target_of, transformer, transformer_decoder
+from helpers.reference import Weights, cut_patch, embed, position_embedding, target_of, transformer, transformer_decoder
 
-Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, place of the patch) -> its share of the loss
+Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, position of the patch) -> its error
 
 
 def encode(
-    image: Tensor, visible: list[int], weights: Weights, heads: int, masks: list[int] | None = None
+    image: Tensor, visible: list[int], weights: Weights, heads: int, mask_tokens: list[int] | None = None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The class token, and by their place the visible patches, in raster order with mask tokens at `masks`."""
+    """The class token, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = image.shape[1] // patch
-    entered = sorted([*visible, *(masks or [])])
+    entered = sorted([*visible, *(mask_tokens or [])])
     tokens = [weights["encoder.cls_token"][0, 0]]
     for i in entered:
-        place = divmod(i, columns)
-        token = embed(cut_patch(image, *place, patch), weights) if i in visible else weights["mask_tokens.token"][0, 0]
-        tokens.append(token + position(*place, len(token)))
+        row, col = divmod(i, columns)
+        token = (
+            embed(cut_patch(image, row, col, patch), weights) if i in visible else weights["mask_tokens.token"][0, 0]
+        )
+        tokens.append(token + position_embedding(row, col, len(token)))
     encoded = transformer(tokens, None, weights, "encoder", heads)
     return encoded[0], dict(zip(entered, encoded[1:], strict=True))
 
@@ -36,7 +38,7 @@ def mae_loss(
 
     Args:
         images: (B, H, W, 3) uint8.
-        view: `masked` (B, M) and `kept` (B, K) grid positions.
+        mask_indices: `masked` (B, M) and `kept` (B, K) grid positions.
         weights: the state dict of `MAE`, in float64; with `mask_tokens` they enter the encoder.
         heads, decoder_heads: of the encoder and the decoder.
         error: of a prediction.
@@ -46,8 +48,8 @@ def mae_loss(
     errors = []
     for image, masked, kept in zip(images, mask_indices["masked"].tolist(), mask_indices["kept"].tolist(), strict=True):
         visible = [i for i in range(grid[0] * grid[1]) if i not in masked]
-        first, seen = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
-        predicted = transformer_decoder(first, seen, kept, grid, weights, decoder_heads)
+        class_token, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
+        predicted = transformer_decoder(class_token, encoded, kept, grid, weights, decoder_heads)
         errors += [error(predicted[i], image, i) for i in masked]
     return sum(errors) / len(errors)
 
@@ -55,8 +57,8 @@ def mae_loss(
 def pixel_error(patch: int, norm_pix: bool) -> Error:
     """Mean squared error of the patch's pixels."""
 
-    def error(prediction: Tensor, image: Tensor, place: int) -> Tensor:
-        target = target_of(cut_patch(image, *divmod(place, image.shape[1] // patch), patch), norm_pix)
+    def error(prediction: Tensor, image: Tensor, position: int) -> Tensor:
+        target = target_of(cut_patch(image, *divmod(position, image.shape[1] // patch), patch), norm_pix)
         return ((prediction - target) ** 2).sum() / len(target)
 
     return error
@@ -65,8 +67,8 @@ def pixel_error(patch: int, norm_pix: bool) -> Error:
 def pca_error(patch: int, mean: Tensor, components: Tensor) -> Error:
     """Mean squared error of the coefficients of the patch's pixels, without their mean, along each component."""
 
-    def error(prediction: Tensor, image: Tensor, place: int) -> Tensor:
-        pixels = cut_patch(image, *divmod(place, image.shape[1] // patch), patch) - mean.double()
+    def error(prediction: Tensor, image: Tensor, position: int) -> Tensor:
+        pixels = cut_patch(image, *divmod(position, image.shape[1] // patch), patch) - mean.double()
         coefficients = [sum(c * x for c, x in zip(component.double(), pixels, strict=True)) for component in components]
         return sum((p - c) ** 2 for p, c in zip(prediction, coefficients, strict=True)) / len(coefficients)
 
@@ -76,7 +78,7 @@ def pca_error(patch: int, mean: Tensor, components: Tensor) -> Error:
 def token_error(codes_of: Callable[[Tensor], list[int]]) -> Error:
     """-log softmax(prediction)[code of the patch]."""
 
-    def error(prediction: Tensor, image: Tensor, place: int) -> Tensor:
-        return torch.log(torch.exp(prediction).sum()) - prediction[codes_of(image)[place]]
+    def error(prediction: Tensor, image: Tensor, position: int) -> Tensor:
+        return torch.log(torch.exp(prediction).sum()) - prediction[codes_of(image)[position]]
 
     return error

@@ -1,4 +1,4 @@
-"""Pictures and tars for the tests of ``data``."""
+"""Images and tars for the tests of ``data``."""
 
 import io
 import tarfile
@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 
-def picture(seed: int, width: int, height: int) -> Image.Image:
-    """A smooth colour picture: nothing repeats, and JPEG keeps it well."""
+def smooth_image(seed: int, width: int, height: int) -> Image.Image:
+    """A smooth color image: nothing repeats, and JPEG preserves it well."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -24,12 +24,12 @@ def encode(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def jpeg(seed: int, width: int = 64, height: int = 48) -> bytes:
-    """A smooth colour JPEG."""
-    return encode(picture(seed, width, height), "JPEG", quality=92)
+    """A smooth color JPEG."""
+    return encode(smooth_image(seed, width, height), "JPEG", quality=92)
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> None:
-    """A tar as other tools write them."""
+    """A tar as other tools write it."""
     with tarfile.open(path, "w", format=format) as tar:
         for name, data in members:
             member = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""Small models and batches for the tests of this folder."""
+"""Small methods and batches for the tests of pretraining."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,37 +8,71 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from pretrain.methods import METHODS
+from pretrain.methods.base import Method
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.pr_mim import PRMIMConfig
-from pretrain.models import patches as targets
-from pretrain.models import vit
+from pretrain.methods.targets import AnyTargetConfig, TargetConfig, build_target
+from pretrain.models import patches, vit
+from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.optim import parameter_groups
 
 TINY = vit.Arch(dim=16, depth=2, heads=2)
 
 
 def tiny_vit(
-    side: int, grid: tuple[int, int], relative: bool = True, grad_checkpointing: bool = False, arch: vit.Arch = TINY
+    patch_size: int,
+    grid: tuple[int, int],
+    relative: bool = True,
+    grad_checkpointing: bool = False,
+    arch: vit.Arch = TINY,
 ) -> vit.ViT:
     with patch.dict(vit.ARCHS, vit_tiny=arch):
-        return vit.ViT("vit_tiny", side, grid, relative, grad_checkpointing)
+        return vit.ViT("vit_tiny", patch_size, grid, relative, grad_checkpointing)
+
+
+def tiny_target(method: type[Method], keys: dict[str, Any]) -> TargetConfig:
+    """A `target` section, whose keys are completed as in a recipe."""
+    default = method.default_target
+    if keys.get("name", default.name) == default.name:
+        keys = {"name": default.name, **default.model_dump(exclude_unset=True), **keys}
+    return TypeAdapter(AnyTargetConfig).validate_python(keys)
+
+
+def tiny_method(
+    keys: dict[str, Any],
+    grid: tuple[int, int],
+    patch_size: int,
+    relative: bool = True,
+    pr_mim: PRMIMConfig | None = None,
+    **encoder: Any,
+) -> Any:
+    """A freshly initialized method; `keys` are those of its section and, under `target`, those of its target's."""
+    torch.manual_seed(0)
+    kind = METHODS[keys["name"]]
+    config = kind.Config(**{name: value for name, value in keys.items() if name != "target"})
+    config.check(grid, ModelConfig(patch_size=patch_size, position="relative" if relative else "sincos"))
+    target = tiny_target(kind, keys.get("target", {}))
+    assert target.name in kind.targets
+    return kind(config, tiny_vit(patch_size, grid, relative, **encoder), build_target(target, grid, patch_size), pr_mim)
 
 
 def tiny_lomar(
     grid: tuple[int, int] = (4, 6),
-    side: int = 2,
+    patch_size: int = 2,
     relative: bool = True,
     grad_checkpointing: bool = False,
     arch: vit.Arch = TINY,
     pr_mim: PRMIMConfig | None = None,
-    **config: Any,
+    **keys: Any,
 ) -> LoMaR:
-    """Freshly initialised; `config` over three windows of 3x3 patches, five of them masked."""
-    torch.manual_seed(0)
-    keys = {"windows": 3, "window": 3, "mask_ratio": 0.6} | config
-    return LoMaR(LoMaR.Config(**keys), tiny_vit(side, grid, relative, grad_checkpointing, arch), pr_mim)
+    """Freshly initialized; `keys` change its section: three windows of 3x3 patches, five of them masked."""
+    keys = {"name": "lomar", "num_windows": 3, "window_size": 3, "mask_ratio": 0.6} | keys
+    encoder = {"grad_checkpointing": grad_checkpointing, "arch": arch}
+    return tiny_method(keys, grid, patch_size, relative, pr_mim, **encoder)
 
 
 def randomize(model: nn.Module) -> None:
@@ -50,31 +84,28 @@ def randomize(model: nn.Module) -> None:
 
 
 def random_images(model: Any, count: int = 2) -> Tensor:
-    rows, cols = model.encoder.grid
-    side = model.encoder.patch
-    return torch.randint(
-        0, 256, (count, rows * side, cols * side, 3), generator=torch.Generator().manual_seed(2)
-    ).byte()
+    height, width = (side * model.encoder.patch_size for side in model.encoder.grid)
+    return torch.randint(0, 256, (count, height, width, 3), generator=torch.Generator().manual_seed(2)).byte()
 
 
 def random_mask_indices(model: Any, count: int = 2, seed: int = 3) -> dict[str, Tensor]:
-    draw = model.mask_sampler()
-    samples = [draw(np.random.default_rng((seed, i))) for i in range(count)]
+    sampler = model.mask_sampler()
+    samples = [sampler(np.random.default_rng((seed, i))) for i in range(count)]
     return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
 @contextmanager
 def everything_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within it `pretrain` computes in float64, so a comparison can be far stricter than fp32's rounding."""
+    """Within it `pretrain` computes in float64, so comparisons can be far stricter than fp32 allows."""
     with monkeypatch.context() as patched:
         patched.setattr(Tensor, "float", Tensor.double)
-        targets._pixel_statistics.cache_clear()
+        patches._pixel_statistics.cache_clear()
         torch.set_default_dtype(torch.float64)
         try:
             yield
         finally:
             torch.set_default_dtype(torch.float32)
-            targets._pixel_statistics.cache_clear()
+            patches._pixel_statistics.cache_clear()
 
 
 def loss_and_gradients(
@@ -95,7 +126,7 @@ def assert_equals_reference(
 
     Args:
         build: the model, freshly made.
-        naive_loss: (model, images, view, weights) -> the loss out of float64 weights.
+        naive_loss: (model, images, mask_indices, weights) -> the loss, from float64 weights.
     """
     model = build()
     randomize(model)
@@ -123,7 +154,7 @@ def assert_equals_reference(
 def train(
     model: nn.Module, images: Tensor, mask_indices: dict[str, Tensor] | None, steps: int = 200, lr: float = 3e-3
 ) -> list[float]:
-    """The loss of every step on one batch; without `view` the masks of every step are new."""
+    """The loss of every step on one batch; without `mask_indices` every step draws new masks."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr, fused=True)
     losses = []
     for step in range(steps):

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference_lc_mae as naive
 import torch
+from helpers import reference_lc_mae as naive
 from helpers.tiny import (
     TINY,
     assert_equals_reference,
@@ -14,21 +14,23 @@ from helpers.tiny import (
     random_images,
     random_mask_indices,
     randomize,
-    tiny_vit,
+    tiny_method,
     train,
 )
 from torch import Tensor, nn
 
-from pretrain.config import ModelConfig, load
+from pretrain.config import load
 from pretrain.methods import METHODS
 from pretrain.methods.ae import centred_blocks
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.patches import patchify, pixel_target
+from pretrain.trainer.config import ModelConfig
 
-GRID, SIDE = (3, 4), 2
-SMALL = {"decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
+GRID, PATCH_SIZE = (3, 4), 2
+SMALL = {"decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3}
+PIXELS = {"target": {"norm_pix": False}}
 LC_MAE = {"name": "lc_mae", "proj_dim": 10, **SMALL}
-AE = {"name": "ae", "block": 2, **SMALL}
+AE = {"name": "ae", "block_size": 2, **SMALL}
 SETTINGS = {
     "a": (1.0, 1.0, 1.0), "b": (1.0, 0.0, 0.0), "c": (0.0, 1.0, 0.0), "d": (0.0, 0.0, 1.0),
     "e": (1.0, 1.0, 0.0), "f": (1.0, 0.0, 1.0), "g": (0.0, 1.0, 1.0),
@@ -41,32 +43,30 @@ def setting(name: str, **keys: Any) -> dict[str, Any]:
 
 CASES = [
     *(pytest.param(setting(name), id=name) for name in SETTINGS),
-    pytest.param(LC_MAE | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0, "target": "pixel"}, id="weighted-pixels"),
+    pytest.param(LC_MAE | PIXELS | {"w_mae": 0.5, "w_cross": 2.0, "w_in": 3.0}, id="weighted-pixels"),
     pytest.param(LC_MAE | {"mask_ratio": 0.4}, id="few-shared"),
-    pytest.param(LC_MAE | {"pr_mim": PRMIMConfig(throw=0.3, kernel=3)}, id="pr_mim"),
-    pytest.param(LC_MAE | {"encoder_masks": True}, id="encoder_masks"),
+    pytest.param(LC_MAE | {"pr_mim": PRMIMConfig(throw_ratio=0.3, kernel_size=3)}, id="pr_mim"),
+    pytest.param(LC_MAE | {"encoder_mask_tokens": True}, id="encoder_mask_tokens"),
     pytest.param(LC_MAE | {"decoder": "average"}, id="average"),
     pytest.param(LC_MAE | {"decoder": "conv"}, id="conv"),
-    *(pytest.param(AE | {"block": block}, id=f"ae-{block}") for block in (2, 4, 8)),
-    pytest.param(AE | {"block": 6, "norm_pix": False}, id="ae-6-pixels"),
+    *(pytest.param(AE | {"block_size": block_size}, id=f"ae-{block_size}") for block_size in (2, 4, 8)),
+    pytest.param(AE | PIXELS | {"block_size": 6}, id="ae-6-pixels"),
 ]
 
 
 def build(keys: dict[str, Any], grid: tuple[int, int] = GRID) -> Any:
-    torch.manual_seed(0)
-    method, pr_mim = METHODS[keys["name"]], keys.get("pr_mim")
-    config = method.Config(**{name: value for name, value in keys.items() if name != "pr_mim"})
-    config.check(grid, ModelConfig(patch=SIDE, position="sincos"))
-    return method(config, tiny_vit(SIDE, grid, relative=False), pr_mim)
+    section = {name: value for name, value in keys.items() if name != "pr_mim"}
+    return tiny_method(section, grid, PATCH_SIZE, relative=False, pr_mim=keys.get("pr_mim"))
 
 
 def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     c = model.config
     if c.name == "ae":
-        return naive.ae_loss(images, weights, TINY.heads, c.decoder_heads, c.block, c.norm_pix)
+        keys = (c.decoder_num_heads, c.block_size, model.target.norm_pix)
+        return naive.ae_loss(images, weights, TINY.heads, *keys)
     factors = (c.w_mae, c.w_cross, c.w_in)
     return naive.lc_mae_loss(
-        images, mask_indices, weights, TINY.heads, c.decoder_heads, c.decoder, factors, c.target == "norm_pix"
+        images, mask_indices, weights, TINY.heads, c.decoder_num_heads, c.decoder, factors, model.target.norm_pix
     )
 
 
@@ -97,33 +97,37 @@ def test_the_losses_are_fp32_under_autocast():
         torch.testing.assert_close(result[name], value, rtol=0.02, atol=0.005)
 
 
-def test_the_losses_do_not_depend_on_what_both_views_see(monkeypatch: pytest.MonkeyPatch):
+def test_the_losses_do_not_depend_on_patches_visible_in_both_views(monkeypatch: pytest.MonkeyPatch):
     model = build(LC_MAE | {"mask_ratio": 0.5})
     images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
-    seen = set(mask_indices["visible"][0, 0].tolist()) & set(mask_indices["visible"][0, 1].tolist())
-    hidden = set(range(GRID[0] * GRID[1])) - seen
-    assert seen
-    assert hidden
-    prediction = torch.randn(2, mask_indices["masked"].shape[2], SIDE * SIDE * 3)
+    visible = set(mask_indices["visible"][0, 0].tolist()) & set(mask_indices["visible"][0, 1].tolist())
+    masked = set(range(GRID[0] * GRID[1])) - visible
+    assert visible
+    assert masked
+    prediction = torch.randn(2, mask_indices["masked"].shape[2], PATCH_SIZE**2 * 3)
     monkeypatch.setattr(model, "_predict", lambda *_, **__: prediction)
     before = model(images, mask_indices)
 
-    def after_changing(places: set[int]) -> dict[str, Tensor]:
+    def after_changing(positions: set[int]) -> dict[str, Tensor]:
         changed = images.clone()
-        for row, col in (divmod(i, GRID[1]) for i in places):
-            noise = torch.randint(0, 256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(row * 9 + col))
-            changed[0, row * SIDE : (row + 1) * SIDE, col * SIDE : (col + 1) * SIDE] = noise.byte()
+        for row, col in (divmod(i, GRID[1]) for i in positions):
+            noise = torch.randint(
+                0, 256, (PATCH_SIZE, PATCH_SIZE, 3), generator=torch.Generator().manual_seed(row * 9 + col)
+            )
+            changed[0, row * PATCH_SIZE : (row + 1) * PATCH_SIZE, col * PATCH_SIZE : (col + 1) * PATCH_SIZE] = (
+                noise.byte()
+            )
         return model(changed, mask_indices)
 
-    assert after_changing(seen) == before
-    other = after_changing(hidden)
+    assert after_changing(visible) == before
+    other = after_changing(masked)
     assert other["mae"] != before["mae"]
     assert other["in"] != before["in"]
 
 
 @pytest.mark.parametrize("decoder", ["transformer", "average", "conv"])
 def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
-    model = build(LC_MAE | {"decoder": decoder, "target": "pixel"})
+    model = build(LC_MAE | PIXELS | {"decoder": decoder})
     randomize(model)
     images, mask_indices = random_images(model), random_mask_indices(model)
     before = model.reconstruct(images, mask_indices)
@@ -134,23 +138,23 @@ def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
-def test_view_is_two_exact_masks_deterministic_and_picklable(ratio: float):
+def test_two_masks_are_exact_deterministic_and_picklable(ratio: float):
     grid = (4, 6)
-    draw = pickle.loads(pickle.dumps(build(LC_MAE | {"mask_ratio": ratio}, grid).mask_sampler()))
-    first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    sampler = pickle.loads(pickle.dumps(build(LC_MAE | {"mask_ratio": ratio}, grid).mask_sampler()))
+    first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
     masked = 24 - int(24 * (1 - ratio))
     assert first["masked"].shape == (2, masked)
     assert first["visible"].shape == (2, 24 - masked)
-    for seen, hidden in zip(first["visible"], first["masked"], strict=True):
-        assert sorted([*seen, *hidden]) == list(range(24))
+    for visible_positions, masked_positions in zip(first["visible"], first["masked"], strict=True):
+        assert sorted([*visible_positions, *masked_positions]) == list(range(24))
     assert (first["masked"][0] != first["masked"][1]).any(), "the two masks are drawn independently"
     assert all((first[name] == again[name]).all() for name in first)
     assert (first["masked"] != other["masked"]).any()
 
 
 def test_the_two_masks_share_as_many_patches_as_independent_ones():
-    draw = build(LC_MAE, (4, 6)).mask_sampler()
-    views = [draw(np.random.default_rng(seed))["masked"] for seed in range(200)]
+    sampler = build(LC_MAE, (4, 6)).mask_sampler()
+    views = [sampler(np.random.default_rng(seed))["masked"] for seed in range(200)]
     shared = [len(set(first) & set(second)) for first, second in views]
     assert abs(np.mean(shared) - 24 * 0.75**2) < 0.25
     assert min(shared) >= 12, "more than half masked: never none in common"
@@ -169,13 +173,13 @@ def test_forward_is_deterministic():
         setting("a"),
         setting("b", decoder="average"),
         setting("b", decoder="conv"),
-        setting("e", target="token", tokenizer={"codes": 13, "dim": 5}),
+        setting("e", target={"name": "tokens", "vocab_size": 13, "code_dim": 5}),
         setting("g"),
-        AE | {"block": 6},
+        AE | {"block_size": 6},
     ],
-    ids=["a", "average", "conv", "token", "g", "ae"],
+    ids=["a", "average", "conv", "tokens", "g", "ae"],
 )
-def test_learns_one_batch_by_heart(keys: dict):
+def test_overfits_one_batch(keys: dict):
     model = build(keys)
     losses = train(model, random_images(model, 1), random_mask_indices(model, 1), 200)
     assert losses[-1] < 0.25 * losses[0]
@@ -184,24 +188,24 @@ def test_learns_one_batch_by_heart(keys: dict):
 def test_the_cross_view_loss_alone_collapses_and_the_in_view_loss_prevents_it():
     """Table 1, settings (g) and (c): what (g) has spread out, the cross-view loss alone draws together again."""
     g, c = build(setting("g")), build(setting("c"))
-    images, unseen = random_images(g), random_mask_indices(g)
+    images, new_masks = random_images(g), random_mask_indices(g)
     train(g, images, None, 80)
-    similarity, variance = _spread(g, images, unseen)
+    similarity, variance = _spread(g, images, new_masks)
     assert similarity < 0.5
     c.load_state_dict(g.state_dict())
-    error = _pixel_error(c, images, unseen)
+    error = _pixel_error(c, images, new_masks)
     train(c, images, None, 120)
-    collapsed_similarity, collapsed_variance = _spread(c, images, unseen)
+    collapsed_similarity, collapsed_variance = _spread(c, images, new_masks)
     assert collapsed_similarity > 0.95, "all patches of all images have one vector"
     assert collapsed_variance < 0.1 * variance
-    assert c(images, unseen)["cross"] < 1e-3
-    assert _pixel_error(c, images, unseen) > 0.95 * error, "and nothing is reconstructed"
+    assert c(images, new_masks)["cross"] < 1e-3
+    assert _pixel_error(c, images, new_masks) > 0.95 * error, "and nothing is reconstructed"
 
 
 def _spread(model: Any, images: Tensor, mask_indices: dict[str, Tensor]) -> tuple[float, float]:
     """Mean cosine over all pairs of a batch's projected vectors, and the variance of their directions."""
     with torch.no_grad():
-        patches = patchify(images, SIDE).repeat_interleave(2, dim=0)
+        patches = patchify(images, PATCH_SIZE).repeat_interleave(2, dim=0)
         prediction = model._predict(
             patches, **{name: positions.flatten(0, 1) for name, positions in mask_indices.items()}
         )
@@ -210,15 +214,15 @@ def _spread(model: Any, images: Tensor, mask_indices: dict[str, Tensor]) -> tupl
 
 
 def _pixel_error(model: Any, images: Tensor, mask_indices: dict[str, Tensor]) -> float:
-    augmentations = model.reconstruct(images, mask_indices)
-    return (augmentations["reconstruction"].float() - images.float()).square().mean().item()
+    reconstruction = model.reconstruct(images, mask_indices)["reconstruction"]
+    return (reconstruction.float() - images.float()).square().mean().item()
 
 
-def test_ae_shows_the_centres_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
-    model = build(AE | {"block": 6, "norm_pix": True})
+def test_ae_shows_the_centers_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
+    model = build(AE | {"block_size": 6, "target": {"norm_pix": True}})
     images, mask_indices = random_images(model), random_mask_indices(model)
     assert mask_indices == {}
-    monkeypatch.setattr(model, "_predict", lambda images: pixel_target(centred_blocks(images, SIDE, 6), True))
+    monkeypatch.setattr(model, "_predict", lambda images: pixel_target(centred_blocks(images, PATCH_SIZE, 6), True))
     assert (model.reconstruct(images, mask_indices)["reconstruction"] == images).all()
 
 
@@ -229,14 +233,22 @@ def test_ae_shows_the_centres_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
         (LC_MAE | {"w_mae": 0, "w_cross": 0, "w_in": 0}, {}, "nothing is learned"),
         (LC_MAE | {"mask_ratio": 0.01}, {}, "raise method.mask_ratio=0.01"),
         (LC_MAE | {"mask_ratio": 0.01, "w_in": 0}, {}, None),
-        (LC_MAE | {"mask": "grid"}, {}, "set method.mask_type=random"),
+        (LC_MAE | {"mask_type": "grid"}, {}, "set method.mask_type=random"),
         (LC_MAE | {"mask_ratio": 0.99}, {}, "at least one must be masked and one visible"),
         (AE, {"position": "relative"}, "method ae .* set model.position=sincos"),
-        (AE | {"block": 15}, {"patch": 16}, "method.block_size=15 must be model.patch_size=16 plus an even number"),
-        (AE | {"block": 49}, {"patch": 16}, "method.block_size=49 must be model.patch_size=16 plus an even number"),
-        (AE | {"block": 144}, {"patch": 16}, "an image of 64x96 has to mirror: lower it"),
-        (AE | {"block": 142}, {"patch": 16}, None),
-        (AE | {"decoder_heads": 5}, {"patch": 2}, "is not divided by method.decoder_num_heads=5"),
+        (
+            AE | {"block_size": 15},
+            {"patch_size": 16},
+            "method.block_size=15 must be model.patch_size=16 plus an even number",
+        ),
+        (
+            AE | {"block_size": 49},
+            {"patch_size": 16},
+            "method.block_size=49 must be model.patch_size=16 plus an even number",
+        ),
+        (AE | {"block_size": 144}, {"patch_size": 16}, "an image of 64x96 has to mirror: lower it"),
+        (AE | {"block_size": 142}, {"patch_size": 16}, None),
+        (AE | {"decoder_num_heads": 5}, {"patch_size": 2}, "is not divided by method.decoder_num_heads=5"),
     ],
 )
 def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None):
@@ -254,11 +266,11 @@ def test_the_recipes_are_the_papers():
     assert (lc_mae.optim.base_lr, lc_mae.train.global_batch_size, lc_mae.train.epochs) == (6e-4, 1024, 100)
     assert (lc_mae.optim.warmup_epochs, lc_mae.method.decoder_depth, lc_mae.method.proj_dim) == (20, 2, 1024)
     assert ae.method.block_size == 112
-    for block in (16, 48, 80):
-        load("ae_vitb16_224_100e", [f"method.block_size={block}"])
+    for block_size in (16, 48, 80):
+        load("ae_vitb16_224_100e", [f"method.block_size={block_size}"])
 
 
-def test_partial_needs_masks_and_a_transformer():
+def test_pr_mim_needs_masks_and_a_transformer():
     assert load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"]).pr_mim.throw_ratio == 0.5
     with pytest.raises(ValueError, match=r"method\.decoder=conv has none: leave it out"):
         load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5", "method.decoder=conv"])

@@ -2,32 +2,32 @@
 
 import numpy as np
 import pytest
-import reference_lc_mae as naive
 import torch
+from helpers import reference_lc_mae as naive
 
 from pretrain.methods.ae import centred_blocks
 from pretrain.methods.lc_mae import cross_view_loss, in_view_loss
 from pretrain.models.decoder import gaussian_average
 from pretrain.models.patches import patchify
 
-SIDE = 2
+PATCH_SIZE = 2
 
 
 def test_cross_view_compares_equal_patches_and_images_count_the_same():
     v1, v2 = torch.randn(3, 3, 5, dtype=torch.float64), torch.randn(3, 3, 5, dtype=torch.float64)
     masked1 = torch.tensor([[0, 1, 2], [0, 1, 2], [1, 4, 6]])
     masked2 = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 1, 6]])  # all, none, and two of three in common
-    by_place = [
-        [dict(zip(places, vectors, strict=True)) for places, vectors in zip(masked.tolist(), v, strict=True)]
+    by_position = [
+        [dict(zip(positions, vectors, strict=True)) for positions, vectors in zip(masked.tolist(), v, strict=True)]
         for masked, v in ((masked1, v1), (masked2, v2))
     ]
-    images = [naive.cross_view(a, b) for a, b in zip(*by_place, strict=True)]
+    images = [naive.cross_view(a, b) for a, b in zip(*by_position, strict=True)]
     assert images[1] == 0
     torch.testing.assert_close(cross_view_loss(v1, v2, masked1, masked2), sum(images) / 3, rtol=1e-12, atol=0)
     torch.testing.assert_close(cross_view_loss(v1, 3 * v1, masked1, masked1), torch.zeros((), dtype=torch.float64))
-    lonely = v1[1:2].clone().requires_grad_()
-    cross_view_loss(lonely, v2[1:2], masked1[1:2], masked2[1:2]).backward()
-    assert (lonely.grad == 0).all(), "nothing in common: no pull, and no division by zero"
+    alone = v1[1:2].clone().requires_grad_()
+    cross_view_loss(alone, v2[1:2], masked1[1:2], masked2[1:2]).backward()
+    assert (alone.grad == 0).all(), "nothing in common: no gradient, and no division by zero"
 
 
 def test_in_view_compares_pairs_of_patches():
@@ -46,16 +46,16 @@ def test_the_gaussian_average_has_sigma_1_and_reaches_two_patches(grid: tuple[in
         torch.testing.assert_close((average[row, col, r, c] / average[row, col, row, col]).item(), float(expected))
 
 
-@pytest.mark.parametrize("block", [2, 4, 6, 8])
-def test_blocks_are_what_lies_around_a_patch_mirrored_at_the_border(block: int):
+@pytest.mark.parametrize("block_size", [2, 4, 6, 8])
+def test_blocks_are_the_pixels_around_a_patch_mirrored_at_the_border(block_size: int):
     images = torch.randint(0, 256, (2, 6, 8, 3), generator=torch.Generator().manual_seed(0)).byte()
-    blocks = centred_blocks(images, SIDE, block)
+    blocks = centred_blocks(images, PATCH_SIZE, block_size)
     assert blocks.dtype == torch.uint8
     for b, i in np.ndindex(2, 12):
-        assert (blocks[b, i] == naive.block_around(images[b], *divmod(i, 4), SIDE, block)).all()
-    first = 2 - (block - SIDE) // 2
+        assert (blocks[b, i] == naive.block_around(images[b], *divmod(i, 4), PATCH_SIZE, block_size)).all()
+    first = 2 - (block_size - PATCH_SIZE) // 2
     if first >= 0:
-        around = images[0, first : first + block, first : first + block]
-        assert (blocks[0, 5].view(block, block, 3) == around).all(), "no border is near"
-    if block == SIDE:
-        assert (blocks == patchify(images, SIDE)).all()
+        around = images[0, first : first + block_size, first : first + block_size]
+        assert (blocks[0, 5].view(block_size, block_size, 3) == around).all(), "far from the border"
+    if block_size == PATCH_SIZE:
+        assert (blocks == patchify(images, PATCH_SIZE)).all()

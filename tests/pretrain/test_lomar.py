@@ -1,4 +1,4 @@
-"""The method against the naive reference, and what may and may not depend on what."""
+"""LoMaR against the naive reference, and what each result may and may not depend on."""
 
 import pytest
 import torch
@@ -11,39 +11,43 @@ from helpers.tiny import (
     random_mask_indices,
     randomize,
     tiny_lomar,
-    tiny_vit,
+    tiny_method,
     train,
 )
 from torch import Tensor
 
 from pretrain.config import load
 from pretrain.methods.lomar import LoMaR
-from pretrain.methods.mae import MAE
 from pretrain.methods.pr_mim import PRMIMConfig
-from pretrain.models.patches import cut_windows, gather_tokens, normalize_patches, normalize_pixels
+from pretrain.models.patches import cut_windows, gather_tokens, normalize_patches, normalize_pixels, patchify
 from pretrain.trainer.optim import parameter_groups
 
-ASYMMETRIC = {"architecture": "asymmetric", "decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
+ASYMMETRIC = {"architecture": "asymmetric", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3}
+PIXELS = {"target": {"norm_pix": False}}
 CASES = [
-    pytest.param({"norm_pix": True}, id="relative-norm_pix"),
-    pytest.param({"norm_pix": False}, id="relative-pixels"),
+    pytest.param({}, id="relative-norm_pix"),
+    pytest.param(PIXELS, id="relative-pixels"),
     pytest.param({"relative": False}, id="absolute"),
     # A window of 5 reaches the shared buckets (offsets 2-3 and 4) and, on this grid, overlaps its neighbour.
-    pytest.param({"window": 5, "windows": 2, "grid": (5, 7), "mask_ratio": 0.8}, id="wide"),
-    pytest.param({"join": 1}, id="late"),
-    pytest.param({"join": 1, "relative": False}, id="late-absolute"),
+    pytest.param({"window_size": 5, "num_windows": 2, "grid": (5, 7), "mask_ratio": 0.8}, id="wide"),
+    pytest.param({"mask_token_block": 1}, id="late"),
+    pytest.param({"mask_token_block": 1, "relative": False}, id="late-absolute"),
     pytest.param(ASYMMETRIC, id="asymmetric"),
     pytest.param(ASYMMETRIC | {"relative": False}, id="asymmetric-absolute"),
-    pytest.param(ASYMMETRIC | {"pr_mim": PRMIMConfig(throw=0.3, kernel=3)}, id="asymmetric-partial"),
-    pytest.param({"pr_mim": PRMIMConfig(throw=0.4, kernel=3)}, id="pr_mim"),
-    pytest.param({"pr_mim": PRMIMConfig(throw=0.4, kernel=5), "relative": False}, id="partial-absolute"),
-    pytest.param({"pr_mim": PRMIMConfig(throw=0.3, kernel=3, sampling="random"), "join": 1}, id="partial-late"),
+    pytest.param(ASYMMETRIC | {"pr_mim": PRMIMConfig(throw_ratio=0.3, kernel_size=3)}, id="asymmetric-pr_mim"),
+    pytest.param({"pr_mim": PRMIMConfig(throw_ratio=0.4, kernel_size=3)}, id="pr_mim"),
+    pytest.param({"pr_mim": PRMIMConfig(throw_ratio=0.4, kernel_size=5), "relative": False}, id="pr_mim-absolute"),
+    pytest.param(
+        {"pr_mim": PRMIMConfig(throw_ratio=0.3, kernel_size=3, sampling="random"), "mask_token_block": 1},
+        id="pr_mim-late",
+    ),
 ]
 
 
 def naive_loss(model: LoMaR, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     c = model.config
-    return reference.lomar_loss(images, mask_indices, weights, TINY.heads, c.norm_pix, c.join, c.decoder_heads)
+    keys = (model.target.norm_pix, c.mask_token_block, c.decoder_num_heads)
+    return reference.lomar_loss(images, mask_indices, weights, TINY.heads, *keys)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,14 +58,15 @@ def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytes
 def predictions(model: LoMaR, images: Tensor, mask_indices: dict[str, Tensor]) -> Tensor:
     """(B, W, M, P)"""
     with torch.no_grad():
-        prediction, _ = model._predict(*cut_windows(images, mask_indices, model.encoder.patch))
+        patches = patchify(images, model.encoder.patch_size)
+        prediction, _ = model._predict(*cut_windows(patches, mask_indices))
         return prediction.view(*mask_indices["masked"].shape, -1)
 
 
 def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -> Tensor:
     """A copy with one byte of one patch changed."""
     changed = images.clone()
-    changed[image, row * model.encoder.patch, col * model.encoder.patch, 1] ^= 128
+    changed[image, row * model.encoder.patch_size, col * model.encoder.patch_size, 1] ^= 128
     return changed
 
 
@@ -77,9 +82,9 @@ def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_not
         for patch in range(rows * cols):
             after = predictions(model, change_patch(model, images, image, *divmod(patch, cols)), mask_indices)
             for b in range(len(images)):
-                for w in range(model.config.windows):
-                    seen = mask_indices["window"][b, w][mask_indices["visible"][b, w]].tolist()
-                    expected = b == image and patch in seen
+                for w in range(model.config.num_windows):
+                    visible = mask_indices["positions"][b, w][mask_indices["visible"][b, w]].tolist()
+                    expected = b == image and patch in visible
                     tried[expected] += 1
                     # Every masked token of the window sees the change, or none does.
                     changed = (after[b, w] != before[b, w]).any(-1)
@@ -88,18 +93,18 @@ def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_not
 
 
 def test_the_target_is_the_masked_patches_alone():
-    model = tiny_lomar(norm_pix=False)
+    model = tiny_lomar(**PIXELS)
     randomize(model)
     with torch.no_grad():
         model.encoder.patch_embed.proj.weight.zero_()  # blind: the pixels act through the target only
     images, mask_indices = random_images(model), random_mask_indices(model)
     before = model(images, mask_indices)["loss"]
     rows, cols = model.encoder.grid
-    hidden = mask_indices["window"].gather(2, mask_indices["masked"])
+    masked = mask_indices["positions"].gather(2, mask_indices["masked"])
     outcomes = set()
     for patch in range(rows * cols):
         after = model(change_patch(model, images, 0, *divmod(patch, cols)), mask_indices)["loss"]
-        is_target = bool((hidden[0] == patch).any())
+        is_target = bool((masked[0] == patch).any())
         outcomes.add(is_target)
         assert (after != before) == is_target, patch
     assert outcomes == {True, False}
@@ -110,14 +115,14 @@ def test_loss_is_the_same_whatever_the_order_of_windows_and_images():
     randomize(model)
     images, mask_indices = random_images(model, 3), random_mask_indices(model, 3)
     loss = model(images, mask_indices)["loss"]
-    turned = {name: index.flip(0, 1) for name, index in mask_indices.items()}
-    torch.testing.assert_close(model(images.flip(0), turned)["loss"], loss, rtol=1e-6, atol=0)
+    flipped = {name: index.flip(0, 1) for name, index in mask_indices.items()}
+    torch.testing.assert_close(model(images.flip(0), flipped)["loss"], loss, rtol=1e-6, atol=0)
     mismatched = {name: index.flip(0) for name, index in mask_indices.items()}
     assert (model(images, mismatched)["loss"] - loss).abs() > 1e-4
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_every_parameter_learns_from_the_start_and_has_one_optimiser_group(relative: bool):
+def test_every_parameter_has_a_gradient_at_the_start_and_one_optimizer_group(relative: bool):
     model = tiny_lomar(relative=relative)
     _, gradients = loss_and_gradients(model, random_images(model), random_mask_indices(model))
     for name, parameter in model.named_parameters():
@@ -140,7 +145,7 @@ def test_every_parameter_learns_from_the_start_and_has_one_optimiser_group(relat
         assert value == (0.0 if vector else 0.05), name
 
 
-def test_relative_tables_learn_exactly_the_buckets_of_the_window():
+def test_relative_tables_have_gradients_in_exactly_the_buckets_of_a_window():
     model = tiny_lomar()
     randomize(model)
     _, gradients = loss_and_gradients(model, random_images(model), random_mask_indices(model))
@@ -180,7 +185,7 @@ def test_bf16_autocast_is_close_to_fp32_with_an_fp32_loss():
 
 @pytest.mark.parametrize("case", [{}, ASYMMETRIC], ids=["simple", "asymmetric"])
 def test_overfits_one_batch(case: dict):
-    model = tiny_lomar(side=4, arch=TINY._replace(dim=64), **case)
+    model = tiny_lomar(patch_size=4, arch=TINY._replace(dim=64), **case)
     losses = train(model, random_images(model), random_mask_indices(model))
     assert losses[0] > 0.9, "normalised targets have variance one"
     assert losses[-1] < 0.25 * losses[0]
@@ -188,7 +193,7 @@ def test_overfits_one_batch(case: dict):
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: bool, monkeypatch: pytest.MonkeyPatch):
-    model = tiny_lomar(side=4, norm_pix=norm_pix)
+    model = tiny_lomar(patch_size=4, target={"norm_pix": norm_pix})
     images, mask_indices = random_images(model), random_mask_indices(model)
     honest = model.reconstruct(images, mask_indices)
 
@@ -199,50 +204,53 @@ def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: boo
     monkeypatch.setattr(model, "_predict", predict_the_truth)
     perfect = model.reconstruct(images, mask_indices)
     assert torch.equal(perfect["original"], images)
-    assert all(picture.dtype == torch.uint8 for picture in honest.values())
-    side, size, columns = model.encoder.patch, model.config.window, model.encoder.grid[1]
+    assert all(image.dtype == torch.uint8 for image in honest.values())
+    side, size, columns = model.encoder.patch_size, model.config.window_size, model.encoder.grid[1]
     for b in range(len(images)):
-        top, left = divmod(mask_indices["window"][b, 0, 0].item(), columns)
+        top, left = divmod(mask_indices["positions"][b, 0, 0].item(), columns)
         cut = images[b, top * side : (top + size) * side, left * side : (left + size) * side]
         assert torch.equal(perfect["window"][b], cut)
-        assert torch.equal(perfect["reconstruction"][b], cut), "un-normalising gives the pixels back"
+        assert torch.equal(perfect["reconstruction"][b], cut), "undoing the normalization gives the pixels back"
         for i in range(size * size):
             row, col = (n * side for n in divmod(i, size))
             at = (b, slice(row, row + side), slice(col, col + side))
-            hidden = i in mask_indices["masked"][b, 0]
-            assert (perfect["masked"][at] == 128).all() if hidden else torch.equal(perfect["masked"][at], cut[at[1:]])
-            assert torch.equal(honest["reconstruction"][at], cut[at[1:]]) != hidden
+            is_masked = i in mask_indices["masked"][b, 0]
+            assert (
+                (perfect["masked"][at] == 128).all() if is_masked else torch.equal(perfect["masked"][at], cut[at[1:]])
+            )
+            assert torch.equal(honest["reconstruction"][at], cut[at[1:]]) != is_masked
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_learning_from_some_images_still_shows_the_visible_tokens_of_all(case: dict):
+def test_predicting_some_images_still_returns_the_visible_tokens_of_all(case: dict):
     model = tiny_lomar(**case)
     randomize(model)
     images, mask_indices = random_images(model, 3), random_mask_indices(model, 3)
-    some, whole = model.compute_loss(images, mask_indices, supervised=2), model.compute_loss(images, mask_indices)
+    some = model.compute_loss(images, mask_indices, num_predicted=2)
+    whole = model.compute_loss(images, mask_indices)
     first = {name: index[:2] for name, index in mask_indices.items()}
     torch.testing.assert_close(some.loss, model(images[:2], first)["loss"])
-    torch.testing.assert_close(some.seen, whole.seen)
-    assert torch.equal(some.place, mask_indices["window"].gather(2, mask_indices["visible"]).flatten(1))
-    assert some.seen.shape == (3, mask_indices["visible"][0].numel(), TINY.dim)
+    torch.testing.assert_close(some.visible_tokens, whole.visible_tokens)
+    assert torch.equal(some.positions, mask_indices["positions"].gather(2, mask_indices["visible"]).flatten(1))
+    assert some.visible_tokens.shape == (3, mask_indices["visible"][0].numel(), TINY.dim)
 
 
 def test_late_mask_tokens_need_the_simple_architecture():
     keys = ["data.shards=/x", "method.architecture=asymmetric"]
-    with pytest.raises(ValueError, match=r"method\.architecture=asymmetric never does: set method\.join=0"):
+    with pytest.raises(ValueError, match=r"method\.architecture=asymmetric never does: set method\.mask_token_block=0"):
         load("lomar_late_vitb16_224_400e", keys)
     assert load("lomar_pr_vitb16_224_400e", keys).pr_mim is not None
-    with pytest.raises(ValueError, match=r"is not divided by method\.decoder_heads=7"):
+    with pytest.raises(ValueError, match=r"is not divided by method\.decoder_num_heads=7"):
         load("lomar_vitb16_224_400e", [*keys, "method.decoder_num_heads=7"])
 
 
 def test_one_asymmetric_window_that_is_the_image_is_mae():
     """Fig. 5's rightmost point: a window of 14x14 patches."""
-    lomar = tiny_lomar(grid=(4, 4), windows=1, window=4, mask_ratio=0.75, relative=False, **ASYMMETRIC)
+    lomar = tiny_lomar(grid=(4, 4), num_windows=1, window_size=4, mask_ratio=0.75, relative=False, **ASYMMETRIC)
     randomize(lomar)
     keys = {name: value for name, value in ASYMMETRIC.items() if name != "architecture"}
-    mae = MAE(MAE.Config(**keys), tiny_vit(2, (4, 4), relative=False))
+    mae = tiny_method({"name": "mae", **keys}, (4, 4), 2, relative=False)
     mae.load_state_dict({name.removeprefix("predictor."): value for name, value in lomar.state_dict().items()})
     images, mask_indices = random_images(lomar), random_mask_indices(lomar)
-    loss = mae(images, {name: index[:, 0] for name, index in mask_indices.items() if name != "window"})["loss"]
+    loss = mae(images, {name: index[:, 0] for name, index in mask_indices.items() if name != "positions"})["loss"]
     torch.testing.assert_close(lomar(images, mask_indices)["loss"], loss)

@@ -1,4 +1,4 @@
-"""LUT: its losses against the reference, its two disjoint views, its heads, and what it refuses."""
+"""LUT: its losses against the reference, its two disjoint views, its heads, its teacher, and what it refuses."""
 
 import math
 import pickle
@@ -7,88 +7,88 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import reference, reference_mae
-from helpers import reference_lut as reference_context
-from helpers.tiny import TINY, everything_float64, randomize, tiny_vit
+from helpers import reference, reference_lut, reference_mae
+from helpers.tiny import TINY, everything_float64, randomize, tiny_method
 from torch import Tensor
 
 from pretrain.config import load
-from pretrain.methods import METHODS
-from pretrain.methods.lut import LUT, LUTConfig, another_mask
+from pretrain.methods.lut import LUT, LUTConfig, Teacher, TeacherModel, disjoint_mask
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.heads import SyncBatchNorm
-from pretrain.trainer.ema import Teacher, momentum
+from pretrain.trainer.ema import cosine_momentum
 from pretrain.trainer.optim import parameter_groups
 
-GRID, SIDE = (4, 6), 2
-MAE = {"name": "mae", "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
-SIMMIM = {"name": "simmim", "cell": 4}
-LOMAR = {"name": "lomar", "windows": 2, "window": 3}
-ASYMMETRIC = {"architecture": "asymmetric", "decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 3}
-PARTIAL = PRMIMConfig(throw=0.3, kernel=3)
+GRID, PATCH_SIZE = (4, 6), 2
+MAE = {"name": "mae", "decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3}
+SIMMIM = {"name": "simmim", "mask_patch_size": 4}
+LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3}
+ASYMMETRIC = {"architecture": "asymmetric", "decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3}
+PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
 CASES = [
     pytest.param(MAE, False, None, {}, id="mae"),
-    pytest.param(MAE, False, PARTIAL, {"supervision": "tokens", "loss": "smooth_l1"}, id="mae-partial-tokens"),
+    pytest.param(MAE, False, PR_MIM, {"supervision": "tokens", "loss": "smooth_l1"}, id="mae-pr_mim-tokens"),
     pytest.param(SIMMIM, False, None, {"loss": "infonce", "temperature": 0.5}, id="simmim-infonce"),
-    pytest.param(SIMMIM, True, PARTIAL, {}, id="simmim-relative-partial"),
+    pytest.param(SIMMIM, True, PR_MIM, {}, id="simmim-relative-pr_mim"),
     pytest.param(LOMAR, True, None, {"loss": "smooth_l1"}, id="lomar-smooth"),
-    pytest.param({**LOMAR, "join": 1}, True, PARTIAL, {"supervision": "tokens"}, id="lomar-late-partial-tokens"),
+    pytest.param(
+        {**LOMAR, "mask_token_block": 1}, True, PR_MIM, {"supervision": "tokens"}, id="lomar-late-pr_mim-tokens"
+    ),
     pytest.param(LOMAR, False, None, {"loss": "infonce"}, id="lomar-absolute-infonce"),
     pytest.param(
-        {**MAE, "encoder_masks": True}, False, PARTIAL, {"supervision": "tokens"}, id="mae-encoder_masks-tokens"
+        {**MAE, "encoder_mask_tokens": True},
+        False,
+        PR_MIM,
+        {"supervision": "tokens"},
+        id="mae-encoder_mask_tokens-tokens",
     ),
     pytest.param({**LOMAR, **ASYMMETRIC}, True, None, {"supervision": "tokens"}, id="lomar-asymmetric-tokens"),
 ]
 
 
 def build(keys: dict[str, Any], relative: bool, pr_mim: PRMIMConfig | None, lut: dict[str, Any]) -> LUT:
-    torch.manual_seed(0)
-    method = METHODS[keys["name"]]
-    return LUT(
-        LUTConfig(hidden=8, alpha=0.7, **lut), method(method.Config(**keys), tiny_vit(SIDE, GRID, relative), pr_mim)
-    )
+    return LUT(LUTConfig(hidden_dim=8, alpha=0.7, **lut), tiny_method(keys, GRID, PATCH_SIZE, relative, pr_mim))
 
 
 def batch(model: LUT, count: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
-    shape = (count, 2, GRID[0] * SIDE, GRID[1] * SIDE, 3)
+    shape = (count, 2, GRID[0] * PATCH_SIZE, GRID[1] * PATCH_SIZE, 3)
     images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(2)).byte()
-    drawn = [model.mask_sampler()(np.random.default_rng((3, i))) for i in range(count)]
-    return images, {name: torch.from_numpy(np.stack([d[name] for d in drawn])) for name in drawn[0]}
+    samples = [model.mask_sampler()(np.random.default_rng((3, i))) for i in range(count)]
+    return images, {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
-def another_teacher(model: LUT) -> torch.nn.Module:
-    """Of other weights and statistics than the model's."""
-    target, generator = model.target(), torch.Generator().manual_seed(5)
-    for tensor in [*target.parameters(), *target.projector.buffers()]:
+def perturbed_teacher(model: LUT) -> TeacherModel:
+    """A teacher with other weights and statistics than the model's."""
+    teacher, generator = model.teacher_model(), torch.Generator().manual_seed(5)
+    for tensor in [*teacher.parameters(), *teacher.projector.buffers()]:
         tensor.data += torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 0.3
-    return target
+    return teacher
 
 
 def loss_and_gradients(
-    model: LUT, images: Tensor, mask_indices: dict[str, Tensor], target: Tensor
+    model: LUT, images: Tensor, mask_indices: dict[str, Tensor], teacher_features: Tensor
 ) -> tuple[dict, dict]:
     model.zero_grad()
-    losses = model(images, mask_indices, target)
+    losses = model(images, mask_indices, teacher_features)
     losses["loss"].backward()
     return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def naive_losses(model: LUT, images: Tensor, mask_indices: dict, weights: dict, teacher: dict) -> tuple[Tensor, Tensor]:
-    """The method's own loss on the first pictures, and the context's."""
-    config, method = model.config, model.method.config
+    """The method's own loss on the first views, and the context loss."""
+    config, method, norm_pix = model.config, model.method.config, model.method.target.norm_pix
     own = {name.removeprefix("method."): w for name, w in weights.items() if name.startswith("method.")}
     first = {name: index[:, 0] for name, index in mask_indices.items()}
     if method.name == "mae":
-        error = reference_mae.pixel_error(SIDE, method.target == "norm_pix")
+        error = reference_mae.pixel_error(PATCH_SIZE, norm_pix)
         mim = reference_mae.mae_loss(images[:, 0], first, own, TINY.heads, method.decoder_num_heads, error)
     elif method.name == "simmim":
         mim = reference.simmim_loss(images[:, 0], first, own, TINY.heads)
     else:
-        keys = (method.norm_pix, method.mask_token_block, method.decoder_num_heads)
+        keys = (norm_pix, method.mask_token_block, method.decoder_num_heads)
         mim = reference.lomar_loss(images[:, 0], first, own, TINY.heads, *keys)
-    pooled, join = config.supervision == "pooled", getattr(method, "join", 0)
-    arguments = (weights, teacher, TINY.heads, pooled, config.loss, config.temperature, join)
-    return mim, reference_context.context_loss(images, mask_indices, *arguments)
+    pooled, mask_token_block = config.supervision == "pooled", getattr(method, "mask_token_block", 0)
+    arguments = (weights, teacher, TINY.heads, pooled, config.loss, config.temperature, mask_token_block)
+    return mim, reference_lut.context_loss(images, mask_indices, *arguments)
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim", "lut"), CASES)
@@ -98,22 +98,22 @@ def test_equals_the_reference_in_float64_and_fp32(
     model = build(keys, relative, pr_mim, lut)
     randomize(model)
     images, mask_indices = batch(model)
-    target = another_teacher(model)
+    teacher_model = perturbed_teacher(model)
     weights = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    teacher = {name: tensor.double() for name, tensor in target.state_dict().items()}
-    mim, term = naive_losses(model, images, mask_indices, weights, teacher)
-    (mim + 0.7 * term).backward()
-    single, single_gradients = loss_and_gradients(model, images, mask_indices, target(images))
+    teacher = {name: tensor.double() for name, tensor in teacher_model.state_dict().items()}
+    mim, context = naive_losses(model, images, mask_indices, weights, teacher)
+    (mim + 0.7 * context).backward()
+    single, single_gradients = loss_and_gradients(model, images, mask_indices, teacher_model(images))
     with everything_float64(monkeypatch):
         exact_model = build(keys, relative, pr_mim, lut)
         exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
-        exact_target = exact_model.target()
-        learned = {name: w for name, w in target.state_dict().items() if name != "encoder.pos_embed"}
-        exact_target.load_state_dict(learned, strict=False)
-        exact, gradients = loss_and_gradients(exact_model, images, mask_indices, exact_target(images))
+        exact_teacher = exact_model.teacher_model()
+        trained = {name: w for name, w in teacher_model.state_dict().items() if name != "encoder.pos_embed"}
+        exact_teacher.load_state_dict(trained, strict=False)
+        exact, gradients = loss_and_gradients(exact_model, images, mask_indices, exact_teacher(images))
     torch.testing.assert_close(exact["mim"], mim.detach(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(exact["lut"], term.detach(), rtol=1e-10, atol=0)
-    torch.testing.assert_close(exact["loss"].detach(), (mim + 0.7 * term).detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(exact["context"], context.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(exact["loss"].detach(), (mim + 0.7 * context).detach(), rtol=1e-10, atol=0)
     torch.testing.assert_close(single["loss"].detach().double(), exact["loss"].detach(), rtol=1e-4, atol=0)
     assert weights.keys() == gradients.keys() == single_gradients.keys(), "every parameter has a gradient"
     for name, weight in weights.items():
@@ -125,28 +125,28 @@ def test_equals_the_reference_in_float64_and_fp32(
 @pytest.mark.parametrize(("keys", "relative", "pr_mim", "lut"), CASES)
 def test_the_two_views_show_disjoint_patches(keys: dict, relative: bool, pr_mim: PRMIMConfig | None, lut: dict):
     model = build(keys, relative, pr_mim, lut)
-    draw = pickle.loads(pickle.dumps(model.mask_sampler()))
+    sampler = pickle.loads(pickle.dumps(model.mask_sampler()))
     for seed in range(20):
-        drawn, alone = draw(np.random.default_rng(seed)), model.method.mask_sampler()(np.random.default_rng(seed))
-        assert all((drawn[name][0] == alone[name]).all() for name in alone), "the first view is the method's own"
-        places = model.method.sequence[0] * model.method.sequence[1]
-        rows = {name: index.reshape(2, -1, index.shape[-1]) for name, index in drawn.items()}
-        for w in range(rows["visible"].shape[1]):
-            one, two = (set(rows["visible"][picture, w]) for picture in (0, 1))
+        both, alone = sampler(np.random.default_rng(seed)), model.method.mask_sampler()(np.random.default_rng(seed))
+        assert all((both[name][0] == alone[name]).all() for name in alone), "the first view is the method's own"
+        patches = model.method.mask_grid[0] * model.method.mask_grid[1]
+        of_windows = {name: index.reshape(2, -1, index.shape[-1]) for name, index in both.items()}
+        for w in range(of_windows["visible"].shape[1]):
+            one, two = (set(of_windows["visible"][view, w]) for view in (0, 1))
             assert not one & two
-            for picture, shown in ((0, one), (1, two)):
-                assert sorted([*shown, *rows["masked"][picture, w]]) == list(range(places))
-                assert set(rows["kept"][picture, w]) <= set(rows["masked"][picture, w])
-        if "window" in drawn:
-            assert (drawn["window"][0] == drawn["window"][1]).all()
+            for view, visible in ((0, one), (1, two)):
+                assert sorted([*visible, *of_windows["masked"][view, w]]) == list(range(patches))
+                assert set(of_windows["kept"][view, w]) <= set(of_windows["masked"][view, w])
+        if "positions" in both:
+            assert (both["positions"][0] == both["positions"][1]).all()
 
 
-def test_the_second_mask_is_uniform_among_what_the_first_hides_and_keeps_cells_whole():
+def test_the_second_mask_is_uniform_over_what_the_first_masks_and_keeps_cells_whole():
     masked = np.ones((1, 24), dtype=bool)
     masked[0, [0, 1, 6, 7]] = False  # one cell of 2 x 2 on 4 x 6 patches
     counts = np.zeros(24)
     for seed in range(3000):
-        counts += ~another_mask(np.random.default_rng(seed), masked, GRID, 2)[0]
+        counts += ~disjoint_mask(np.random.default_rng(seed), masked, GRID, 2)[0]
     cells = counts.reshape(2, 2, 3, 2).transpose(0, 2, 1, 3).reshape(6, 4)
     assert (cells == cells[:, :1]).all()
     assert cells[0, 0] == 0
@@ -157,23 +157,20 @@ def test_the_teacher_sees_everything_and_the_student_only_what_is_visible():
     model = build(LOMAR, True, None, {})
     randomize(model)
     images, mask_indices = batch(model, 2)
-    target = another_teacher(model)
-    loss = model(images, mask_indices, target(images))
-    shown = mask_indices["window"][0, 1].flatten()[
-        mask_indices["visible"][0, 1].flatten()
-    ]  # of the first window at least
-    assert len(shown)
-    seen = set(mask_indices["window"][0, 1].gather(1, mask_indices["visible"][0, 1]).flatten().tolist())
-    hidden = next(i for i in range(24) if i not in seen)
+    teacher = perturbed_teacher(model)
+    loss = model(images, mask_indices, teacher(images))
+    visible = set(mask_indices["positions"][0, 1].gather(1, mask_indices["visible"][0, 1]).flatten().tolist())
+    assert visible
+    not_visible = next(i for i in range(24) if i not in visible)
     changed = images.clone()
-    row, col = divmod(hidden, GRID[1])
-    changed[0, 1, row * SIDE, col * SIDE] ^= 255
-    again = model(changed, mask_indices, target(images))
-    assert torch.equal(again["loss"], loss["loss"]), "a patch of the second picture that no window shows"
-    assert not torch.equal(target(changed), target(images))
+    row, col = divmod(not_visible, GRID[1])
+    changed[0, 1, row * PATCH_SIZE, col * PATCH_SIZE] ^= 255
+    again = model(changed, mask_indices, teacher(images))
+    assert torch.equal(again["loss"], loss["loss"]), "a patch of the second view that no window shows"
+    assert not torch.equal(teacher(changed), teacher(images))
 
 
-def test_batch_normalisation_is_torchs_and_ignores_what_is_not_finite():
+def test_batch_normalization_is_torchs_and_ignores_what_is_not_finite():
     ours, theirs = SyncBatchNorm(5), torch.nn.BatchNorm1d(5)
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mine, reference_input = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -190,30 +187,30 @@ def test_batch_normalisation_is_torchs_and_ignores_what_is_not_finite():
     assert (ours.running_mean[[0, 1, 3, 4]] != before[[0, 1, 3, 4]]).all()
 
 
-def test_the_teacher_follows_by_the_momentum_of_the_moment():
+def test_the_teacher_is_updated_with_the_momentum_of_the_schedule():
     model = build(MAE, False, None, {"momentum": 0.9, "final_momentum": 1.0})
-    teacher = Teacher(model, model.config, torch.device("cpu"), bf16=False)
-    start = {name: tensor.clone() for name, tensor in teacher.target.state_dict().items()}
+    teacher = Teacher(model, torch.device("cpu"), bf16=False)
+    start = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
     randomize(model)
     student = {name.removeprefix("method."): tensor for name, tensor in model.state_dict().items()}
     for progress in (0.25, 1.0):
         teacher.update(progress)
     m = 1 - 0.1 * 0.5 * (1 + math.cos(math.pi * 0.25))
-    assert momentum(0.9, 1.0, 0.25) == m
-    assert momentum(0.9, 1.0, 1.0) == 1.0
-    for name, tensor in teacher.target.state_dict().items():
+    assert cosine_momentum(0.9, 1.0, 0.25) == m
+    assert cosine_momentum(0.9, 1.0, 1.0) == 1.0
+    for name, tensor in teacher.model.state_dict().items():
         torch.testing.assert_close(tensor, m * start[name] + (1 - m) * student[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim", "lut"), CASES[::3])
-def test_learns_one_batch_by_heart(keys: dict, relative: bool, pr_mim: PRMIMConfig | None, lut: dict):
+def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | None, lut: dict):
     model = build(keys, relative, pr_mim, lut)
     images, mask_indices = batch(model, 2)
-    target = another_teacher(model)(images)
+    teacher_features = perturbed_teacher(model)(images)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
     losses = []
     for _ in range(150):
-        loss = model(images, mask_indices, target)["loss"]
+        loss = model(images, mask_indices, teacher_features)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -236,8 +233,8 @@ def test_learns_one_batch_by_heart(keys: dict, relative: bool, pr_mim: PRMIMConf
         ("mae_vitb16_224_1600e", ["lut.loss=infonce", "lut.supervision=tokens"], r"lut.supervision=pooled"),
         (
             "beit_vitb16_224_800e",
-            ["method.tokenizer.name=random_projection"],
-            r"context is defined for lomar, mae, simmim, not for beit: leave it out",
+            ["target.tokenizer=random_projection"],
+            r"lut is defined for lomar, mae, simmim, not for beit: leave it out",
         ),
         ("lc_mae_vitb16_224_100e", [], r"not for lc_mae"),
         ("ae_vitb16_224_100e", [], r"not for ae"),

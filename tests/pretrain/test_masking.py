@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers.tiny import random_mask_indices, tiny_lomar
 
-from pretrain.config import ModelConfig
-from pretrain.methods.lomar import LoMaR, mask_indices
-from pretrain.methods.masking import positions, random_masked, random_windows
+from pretrain.methods.lomar import LoMaR, sample_masks
+from pretrain.methods.masking import random_masked, random_windows, split_positions
+from pretrain.trainer.config import ModelConfig
 
 # Table 4 of the paper: side of the window, windows per image.
 ABLATION = [(5, 8), (7, 4), (9, 3), (11, 2), (14, 1)]
@@ -21,16 +21,16 @@ def z_scores(counts: np.ndarray, trials: int, probability: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("ratio", ["0.3", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8", "0.9"])
-@pytest.mark.parametrize(("window", "windows"), ABLATION)
-def test_masks_exactly_the_share_of_each_window(window: int, windows: int, ratio: str):
-    config = LoMaR.Config(windows=windows, window=window, mask_ratio=float(ratio))
+@pytest.mark.parametrize(("window_size", "num_windows"), ABLATION)
+def test_masks_exactly_the_share_of_each_window(window_size: int, num_windows: int, ratio: str):
+    config = LoMaR.Config(num_windows=num_windows, window_size=window_size, mask_ratio=float(ratio))
     config.check((14, 14), ModelConfig())
-    expected = int(window * window * Fraction(ratio))
-    drawn = mask_indices(np.random.default_rng(0), grid=(14, 14), config=config, pr_mim=None)
-    assert drawn["masked"].shape == (windows, expected)
-    assert drawn["visible"].shape == (windows, window * window - expected)
+    expected = int(window_size**2 * Fraction(ratio))
+    drawn = sample_masks(np.random.default_rng(0), grid=(14, 14), config=config, pr_mim=None)
+    assert drawn["masked"].shape == (num_windows, expected)
+    assert drawn["visible"].shape == (num_windows, window_size**2 - expected)
     both = np.sort(np.concatenate([drawn["visible"], drawn["masked"]], axis=1))
-    assert (both == np.arange(window * window)).all(), "visible and masked are all patches, each once"
+    assert (both == np.arange(window_size**2)).all(), "visible and masked are all patches, each once"
     assert all((np.diff(drawn[name]) > 0).all() for name in ("visible", "masked"))
 
 
@@ -51,7 +51,7 @@ def test_windows_are_distinct_squares_of_the_grid_in_raster_order(grid: tuple[in
             assert window.tolist() == expected
 
 
-def test_all_windows_of_a_grid_can_be_asked_for_but_no_more():
+def test_all_windows_of_a_grid_can_be_drawn_but_no_more():
     windows = random_windows(np.random.default_rng(0), 6, 7, (8, 9))
     assert len({int(window[0]) for window in windows}) == 6
     with pytest.raises(ValueError, match="larger sample"):
@@ -61,22 +61,22 @@ def test_all_windows_of_a_grid_can_be_asked_for_but_no_more():
 def test_windows_are_uniform_over_positions_and_reach_every_patch():
     images, count, size, grid = 3000, 4, 7, (12, 16)
     drawn = np.stack([random_windows(np.random.default_rng((5, i)), count, size, grid) for i in range(images)])
-    places = (grid[0] - size + 1) * (grid[1] - size + 1)
+    num_corners = (grid[0] - size + 1) * (grid[1] - size + 1)
     rows, cols = np.divmod(drawn[:, :, 0], grid[1])
-    counts = np.bincount((rows * (grid[1] - size + 1) + cols).ravel(), minlength=places)
-    assert len(counts) == places
-    expected = images * count / places
+    counts = np.bincount((rows * (grid[1] - size + 1) + cols).ravel(), minlength=num_corners)
+    assert len(counts) == num_corners
+    expected = images * count / num_corners
     chi_square = ((counts - expected) ** 2 / expected).sum()
-    freedom = places - 1
+    freedom = num_corners - 1
     assert freedom - 5 * np.sqrt(2 * freedom) < chi_square < freedom + 5 * np.sqrt(2 * freedom)
     assert set(drawn.ravel().tolist()) == set(range(grid[0] * grid[1]))
 
 
 def test_images_draw_their_own_windows_and_masks():
     # The authors' code gives all images of a batch the same windows.
-    model = tiny_lomar(grid=(14, 14), window=7, windows=4, mask_ratio=0.8)
+    model = tiny_lomar(grid=(14, 14), window_size=7, num_windows=4, mask_ratio=0.8)
     drawn = random_mask_indices(model, 64)
-    assert len({tuple(sorted(windows[:, 0].tolist())) for windows in drawn["window"]}) > 60
+    assert len({tuple(sorted(windows[:, 0].tolist())) for windows in drawn["positions"]}) > 60
     masks = drawn["masked"].flatten(0, 1)
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
 
@@ -91,24 +91,24 @@ def test_masks_are_uniform_singly_and_in_pairs():
     assert np.abs(z_scores(pairs, rows, count * (count - 1) / (length * (length - 1)))).max() < 5
 
 
-def test_positions_are_the_two_sides_of_a_mask():
+def test_a_mask_is_split_into_visible_and_masked_positions():
     masked = np.array([[True, False, False, True], [False, True, True, False]])
-    visible, hidden = positions(masked)
+    visible, masked_positions = split_positions(masked)
     assert visible.tolist() == [[1, 2], [0, 3]]
-    assert hidden.tolist() == [[0, 3], [1, 2]]
+    assert masked_positions.tolist() == [[0, 3], [1, 2]]
 
 
-def test_view_is_a_function_of_its_generator_alone():
-    draw = tiny_lomar().mask_sampler()
-    first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
+def test_mask_indices_depend_on_the_generator_alone():
+    sampler = tiny_lomar().mask_sampler()
+    first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert any(not np.array_equal(first[name], other[name]) for name in first)
     assert all(index.dtype == np.int64 for index in first.values())
 
 
-def test_view_travels_to_worker_processes():
-    draw = tiny_lomar().mask_sampler()
-    pickled = pickle.dumps(draw)
-    assert len(pickled) < 1000, "no weights go along"
-    there, here = pickle.loads(pickled)(np.random.default_rng(1)), draw(np.random.default_rng(1))
-    assert all(np.array_equal(there[name], here[name]) for name in here)
+def test_a_mask_sampler_can_be_sent_to_worker_processes():
+    sampler = tiny_lomar().mask_sampler()
+    pickled = pickle.dumps(sampler)
+    assert len(pickled) < 1000, "the weights are not pickled with it"
+    unpickled, original = pickle.loads(pickled)(np.random.default_rng(1)), sampler(np.random.default_rng(1))
+    assert all(np.array_equal(unpickled[name], original[name]) for name in original)

@@ -1,4 +1,4 @@
-"""What holds for every method beside LoMaR, whose own tests go further: the reference, masks, gradients, learning."""
+"""MAE and SimMIM against the naive reference: masks, gradients, convergence."""
 
 import functools
 import math
@@ -12,40 +12,55 @@ import pytest
 import torch
 from helpers import reference, reference_mae
 from helpers.reference_beit import random_projection_codes
-from helpers.tiny import TINY, assert_equals_reference, random_images, random_mask_indices, randomize, tiny_vit, train
+from helpers.tiny import (
+    TINY,
+    assert_equals_reference,
+    random_images,
+    random_mask_indices,
+    randomize,
+    tiny_method,
+    train,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.config import ModelConfig
 from pretrain.methods import METHODS
 from pretrain.methods.masking import block_masked, cell_masked, grid_masked
 from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.methods.targets import PatchTarget
+from pretrain.methods.targets.pca import PCATarget
+from pretrain.methods.targets.pixels import PixelTarget
+from pretrain.methods.targets.tokens import TokenTarget
+from pretrain.trainer.config import ModelConfig
 
-GRID, SIDE = (4, 6), 2
-MAE = {"name": "mae", "decoder_dim": 12, "decoder_depth": 2, "decoder_heads": 3}
-PARTIAL = PRMIMConfig(throw=0.3, kernel=3)
-CODES = {"codes": 13, "dim": 5, "seed": 7}
-PCA = MAE | {"target": "pca"}
-TOKEN = MAE | {"target": "token", "tokenizer": CODES}
-ENCODER_MASKS = MAE | {"encoder_masks": True}
-FILLS = ("average", "transformer", "convnext")
+GRID, PATCH_SIZE = (4, 6), 2
+MAE = {"name": "mae", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3}
+SIMMIM = {"name": "simmim", "mask_patch_size": 4}
+PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
+CODES = {"vocab_size": 13, "code_dim": 5, "seed": 7}
+PIXELS = {"target": {"norm_pix": False}}
+PCA = MAE | {"target": {"name": "pca"}}
+TOKENS = MAE | {"target": {"name": "tokens", **CODES}}
+ENCODER_MASK_TOKENS = MAE | {"encoder_mask_tokens": True}
+AGGREGATIONS = ("average", "transformer", "convnext")
 CASES = [
     pytest.param(MAE, False, None, id="mae"),
-    pytest.param(MAE | {"target": "pixel", "mask": "block", "mask_ratio": 0.5}, False, None, id="mae-block-pixels"),
-    pytest.param(MAE | {"mask": "grid"}, False, None, id="mae-grid"),
-    pytest.param({"name": "simmim", "cell": 4}, False, None, id="simmim"),
-    pytest.param({"name": "simmim", "cell": 4}, True, None, id="simmim-relative"),
+    pytest.param(MAE | PIXELS | {"mask_type": "block", "mask_ratio": 0.5}, False, None, id="mae-block-pixels"),
+    pytest.param(MAE | {"mask_type": "grid"}, False, None, id="mae-grid"),
+    pytest.param(SIMMIM, False, None, id="simmim"),
+    pytest.param(SIMMIM, True, None, id="simmim-relative"),
     pytest.param(PCA, False, None, id="mae-pca"),
-    pytest.param(TOKEN, False, None, id="mae-token"),
-    pytest.param(ENCODER_MASKS, False, None, id="mae-encoder_masks"),
-    pytest.param(MAE, False, PARTIAL, id="mae-partial"),
-    pytest.param(ENCODER_MASKS | {"target": "pixel"}, False, PARTIAL, id="mae-encoder_masks-partial"),
-    pytest.param({"name": "simmim", "cell": 4}, False, PRMIMConfig(throw=0.3, sampling="random"), id="simmim-partial"),
-    pytest.param({"name": "simmim", "cell": 4}, True, PARTIAL, id="simmim-relative-partial"),
-    *(pytest.param(MAE, False, PRMIMConfig(throw=0.4, kernel=3, fill=kind), id=f"mae-{kind}") for kind in FILLS),
-    pytest.param(
-        {"name": "simmim", "cell": 4}, True, PRMIMConfig(throw=0.3, fill="transformer"), id="simmim-transformer"
+    pytest.param(TOKENS, False, None, id="mae-tokens"),
+    pytest.param(ENCODER_MASK_TOKENS, False, None, id="mae-encoder_mask_tokens"),
+    pytest.param(MAE, False, PR_MIM, id="mae-pr_mim"),
+    pytest.param(ENCODER_MASK_TOKENS | PIXELS, False, PR_MIM, id="mae-encoder_mask_tokens-pr_mim"),
+    pytest.param(SIMMIM, False, PRMIMConfig(throw_ratio=0.3, sampling="random"), id="simmim-pr_mim"),
+    pytest.param(SIMMIM, True, PR_MIM, id="simmim-relative-pr_mim"),
+    *(
+        pytest.param(MAE, False, PRMIMConfig(throw_ratio=0.4, kernel_size=3, aggregation=kind), id=f"mae-{kind}")
+        for kind in AGGREGATIONS
     ),
+    pytest.param(SIMMIM, True, PRMIMConfig(throw_ratio=0.3, aggregation="transformer"), id="simmim-transformer"),
 ]
 
 
@@ -60,28 +75,29 @@ def pca_file() -> str:
 
 
 def build(keys: dict[str, Any], relative: bool, pr_mim: PRMIMConfig | None = None) -> Any:
-    torch.manual_seed(0)
-    method = METHODS[keys["name"]]
-    if keys.get("target") == "pca":
-        keys = keys | {"pca": {"file": pca_file()}}
-    config = method.Config(**keys)
-    config.check(GRID, ModelConfig(patch=SIDE, position="relative" if relative else "sincos"))
-    return method(config, tiny_vit(SIDE, GRID, relative), pr_mim)
+    if target_name(keys) == "pca":
+        keys = keys | {"target": {"name": "pca", "file": pca_file()}}
+    return tiny_method(keys, GRID, PATCH_SIZE, relative, pr_mim)
 
 
-def mae_error(config: Any) -> reference_mae.Error:
-    if config.target == "pca":
-        basis = load_file(config.pca.file)
-        return reference_mae.pca_error(SIDE, basis["mean"], basis["components"])
-    if config.target == "token":
-        return reference_mae.token_error(lambda image: random_projection_codes(image, SIDE, **CODES))
-    return reference_mae.pixel_error(SIDE, config.target == "norm_pix")
+def target_name(keys: dict[str, Any]) -> str:
+    return keys.get("target", {}).get("name", "pixels")
+
+
+def mae_error(target: PatchTarget) -> reference_mae.Error:
+    if isinstance(target, PCATarget):
+        stored = load_file(pca_file())
+        return reference_mae.pca_error(PATCH_SIZE, stored["mean"], stored["components"])
+    if isinstance(target, TokenTarget):
+        return reference_mae.token_error(lambda image: random_projection_codes(image, PATCH_SIZE, **CODES))
+    assert isinstance(target, PixelTarget)
+    return reference_mae.pixel_error(PATCH_SIZE, target.norm_pix)
 
 
 def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     if model.config.name == "mae":
-        heads = model.config.decoder_heads
-        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, heads, mae_error(model.config))
+        heads = model.config.decoder_num_heads
+        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, heads, mae_error(model.target))
     return reference.simmim_loss(images, mask_indices, weights, TINY.heads)
 
 
@@ -93,16 +109,16 @@ def test_equals_the_reference_in_float64_and_fp32(
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_view_is_exact_deterministic_and_picklable(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
-    draw = pickle.loads(pickle.dumps(model.mask_sampler()))
-    first, again, other = (draw(np.random.default_rng(seed)) for seed in (1, 1, 2))
+    sampler = pickle.loads(pickle.dumps(model.mask_sampler()))
+    first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
     patches = GRID[0] * GRID[1]
     expected = {"mae": round(patches * getattr(model.config, "mask_ratio", 0)), "simmim": math.ceil(6 * 0.6) * 4}
     assert len(first["masked"]) == expected[model.config.name]
     assert sorted([*first["visible"], *first["masked"]]) == list(range(patches))
     assert all((first[name] == again[name]).all() for name in first)
-    if keys.get("mask") != "grid":
+    if keys.get("mask_type") != "grid":
         assert (first["masked"] != other["masked"]).any()
 
 
@@ -117,9 +133,9 @@ def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bo
     patches = GRID[0] * GRID[1]
     shown = (grey != before["original"]).reshape(len(images), -1).float().mean(1)
     assert torch.all(shown <= len(mask_indices["masked"][0]) / patches)
-    if model.config.name == "mae" and model.config.target == "norm_pix":
-        return  # to be shown, a normalised prediction needs the true patch's statistics
-    predicted = "predicted codes" if keys.get("target") == "token" else "reconstruction"
+    if isinstance(model.target, PixelTarget) and model.target.norm_pix:
+        return  # a normalized prediction is rendered with the true patch's statistics
+    predicted = "predicted codes" if target_name(keys) == "tokens" else "reconstruction"
     torch.testing.assert_close(model.reconstruct(grey, mask_indices)[predicted], before[predicted])
 
 
@@ -132,35 +148,38 @@ def test_the_targets_are_all_masked_patches_and_no_visible_one(keys: dict, relat
     images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
     before = model(images, mask_indices)["loss"]
     for patch in range(GRID[0] * GRID[1]):
-        row, col = (SIDE * i for i in divmod(patch, GRID[1]))
+        row, col = (PATCH_SIZE * i for i in divmod(patch, GRID[1]))
         changed = images.clone()
-        changed[0, row : row + SIDE, col : col + SIDE] = 255 - images[0, row : row + SIDE, col : col + SIDE]
+        changed[0, row : row + PATCH_SIZE, col : col + PATCH_SIZE] = (
+            255 - images[0, row : row + PATCH_SIZE, col : col + PATCH_SIZE]
+        )
         assert (model(changed, mask_indices)["loss"] != before) == (patch in mask_indices["masked"][0]), patch
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_learning_from_some_images_still_shows_the_visible_tokens_of_all(
+def test_predicting_some_images_still_returns_the_visible_tokens_of_all(
     keys: dict, relative: bool, pr_mim: PRMIMConfig | None
 ):
     model = build(keys, relative, pr_mim)
     randomize(model)
     images, mask_indices = random_images(model, 3), random_mask_indices(model, 3)
-    some, whole = model.compute_loss(images, mask_indices, supervised=2), model.compute_loss(images, mask_indices)
+    some = model.compute_loss(images, mask_indices, num_predicted=2)
+    whole = model.compute_loss(images, mask_indices)
     first = {name: index[:2] for name, index in mask_indices.items()}
     torch.testing.assert_close(some.loss, model(images[:2], first)["loss"])
-    assert torch.equal(some.place, mask_indices["visible"])
-    torch.testing.assert_close(some.seen, whole.seen)
-    assert some.seen.shape[:2] == mask_indices["visible"].shape
+    assert torch.equal(some.positions, mask_indices["visible"])
+    torch.testing.assert_close(some.visible_tokens, whole.visible_tokens)
+    assert some.visible_tokens.shape[:2] == mask_indices["visible"].shape
     changed = images.clone()
-    row, col = (SIDE * i for i in divmod(int(mask_indices["visible"][0, -1]), GRID[1]))
-    changed[0, row : row + SIDE, col : col + SIDE] = 0
-    moved = (model.compute_loss(changed, mask_indices).seen - whole.seen).abs().amax(2)
-    assert moved[0].argmax() == moved.shape[1] - 1, "a token stands for the patch at its place"
+    row, col = (PATCH_SIZE * i for i in divmod(int(mask_indices["visible"][0, -1]), GRID[1]))
+    changed[0, row : row + PATCH_SIZE, col : col + PATCH_SIZE] = 0
+    moved = (model.compute_loss(changed, mask_indices).visible_tokens - whole.visible_tokens).abs().amax(2)
+    assert moved[0].argmax() == moved.shape[1] - 1, "a token encodes the patch at its position"
     assert not moved[1:].any()
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_learns_one_batch_by_heart(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     losses = train(model, random_images(model, 1), random_mask_indices(model, 1))
     assert losses[-1] < 0.25 * losses[0]
@@ -170,11 +189,11 @@ def test_block_masks_are_blocks_and_exact():
     for count in (1, 30, 75, 147):
         masked = block_masked(np.random.default_rng(0), (14, 14), count)
         assert masked.sum() == count
-    neighbours = []
+    neighbors = []
     for seed in range(50):
         grid = block_masked(np.random.default_rng(seed), (14, 14), 75).reshape(14, 14)
-        neighbours.append((grid[1:] & grid[:-1]).sum() / grid[1:].sum())
-    assert np.mean(neighbours) > 0.7, "a uniform mask would have 0.38"
+        neighbors.append((grid[1:] & grid[:-1]).sum() / grid[1:].sum())
+    assert np.mean(neighbors) > 0.7, "a uniform mask would have 0.38"
 
 
 def test_grid_masks_show_one_of_four_everywhere():
@@ -191,18 +210,18 @@ def test_cells_are_masked_whole():
 @pytest.mark.parametrize(
     ("keys", "model", "says"),
     [
-        (MAE, {"patch": 2, "position": "relative"}, "set model.position=sincos"),
+        (MAE, {"patch_size": 2, "position": "relative"}, "set model.position=sincos"),
         (MAE | {"mask_ratio": 0.01}, {"position": "sincos"}, None),
         (MAE | {"mask_ratio": 0.99}, {"position": "sincos"}, "must be masked and one visible"),
-        (MAE | {"mask": "grid", "mask_ratio": 0.5}, {"position": "sincos"}, "needs method.mask_ratio=0.75"),
-        (MAE | {"decoder_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
+        (MAE | {"mask_type": "grid", "mask_ratio": 0.5}, {"position": "sincos"}, "needs method.mask_ratio=0.75"),
+        (MAE | {"decoder_num_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
         (
-            {"name": "simmim", "cell": 24},
-            {"patch": 16},
+            {"name": "simmim", "mask_patch_size": 24},
+            {"patch_size": 16},
             "must be a multiple of model.patch_size=16 .* set method.mask_patch_size=16",
         ),
-        ({"name": "simmim", "cell": 128}, {"patch": 16}, "divides the image of 64x96 pixels"),
-        ({"name": "simmim", "cell": 32, "mask_ratio": 0.99}, {"patch": 16}, "leaves no patch visible"),
+        ({"name": "simmim", "mask_patch_size": 128}, {"patch_size": 16}, "divides the image of 64x96 pixels"),
+        ({"name": "simmim", "mask_patch_size": 32, "mask_ratio": 0.99}, {"patch_size": 16}, "leaves no patch visible"),
     ],
 )
 def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None):

@@ -1,4 +1,4 @@
-"""The schedule and the optimiser."""
+"""The schedule and the optimizer."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config import OptimConfig
+from pretrain.trainer.config import OptimConfig
 from pretrain.trainer.optim import GuardedAdamW, learning_rate, parameter_groups, set_learning_rate
 
 PER_EPOCH, EPOCHS, PEAK = 10, 100, 2.4e-3
@@ -82,7 +82,7 @@ def test_guarded_adamw_is_adamw_bit_for_bit_on_finite_gradients():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_guarded_adamw_skips_a_non_finite_gradient_and_goes_on(bad: float):
+def test_guarded_adamw_skips_a_non_finite_gradient_and_continues(bad: float):
     models, guarded, plain = optimizers()
     set_gradients(models, 0)
     guarded.step()

@@ -1,4 +1,4 @@
-"""Principal components of patches: the tool against NumPy, its file, and what the target makes of it."""
+"""Principal components of patches: the tool against NumPy, its file, and the target that it makes."""
 
 import subprocess
 import sys
@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretrain.methods.targets.patch_targets import Coefficients
 from safetensors.torch import load_file, save_file
 
 from data.index import load_index
 from data.loader import Loader
 from data.pack import pack
 from data.sources import list_source
-from pretrain.config import Config, load
+from pretrain.config import PretrainConfig, load
 from pretrain.fit_pca import Covariance, fit
-from pretrain.methods.targets.pca import PCAConfig, principal_components, read_basis
+from pretrain.methods.targets.pca import PCAConfig, PCATarget, principal_components, read_components
 from pretrain.models.patches import normalize_pixels, patchify
 from pretrain.trainer.checkpoint import TrainState, check_continues
 
@@ -29,8 +28,8 @@ KEYS: dict[str, Any] = {"patch": PATCH, "images": 100, "size": 16, "seed": 3}
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Forty-two pictures of smooth gradients and a little noise."""
-    folder, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("packed")
+    """Forty-two images of smooth gradients and a little noise."""
+    folder, out = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("packed")
     rng = np.random.default_rng(0)
     rows, cols = np.mgrid[0:24, 0:28]
     for number in range(42):
@@ -44,22 +43,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def basis(shards: str, tmp_path: Path) -> Path:
+def components_file(shards: str, tmp_path: Path) -> Path:
     tensors, _ = fit(shards, components=6, workers=0, **KEYS)
     save_file(tensors, tmp_path / "pca.safetensors")
     return tmp_path / "pca.safetensors"
 
 
-def patches_seen(shards: str) -> np.ndarray:
-    """The (n, P) float64 patches that `fit` sees: whole batches of 32 of the first epoch's crops."""
+def cropped_patches(shards: str) -> np.ndarray:
+    """The (n, P) float64 patches that `fit` reads: whole batches of 32 of the first epoch's crops."""
     loader = Loader(load_index(shards), size=(16, 16), batch=32, seed=3)
     ((batch,),) = loader.batches(0, 1)
     return normalize_pixels(patchify(batch.images, PATCH)).flatten(0, 1).double().numpy()
 
 
-def test_the_tool_finds_numpys_components(shards: str):
+def test_the_components_are_numpys(shards: str):
     tensors, held = fit(shards, components=VALUES, workers=0, **KEYS)
-    patches = patches_seen(shards)
+    patches = cropped_patches(shards)
     mean = patches.mean(0)
     _, singular, right = np.linalg.svd(patches - mean, full_matrices=False)
     variance = singular**2 / (len(patches) - 1)
@@ -91,26 +90,26 @@ def test_components_are_the_largest_of_eigh():
     np.testing.assert_allclose(np.abs(components.numpy() @ vectors[:, ::-1][:, :4]), np.eye(4), atol=1e-9)
 
 
-def test_the_more_components_the_better_the_picture(shards: str, tmp_path: Path):
+def test_more_components_reconstruct_better(shards: str, tmp_path: Path):
     ((batch,),) = Loader(load_index(shards), size=(16, 16), batch=8, seed=5).batches(0, 1)
     truth = patchify(batch.images, PATCH)
     errors = []
     for count in (1, 3, 9, 24, VALUES):
         tensors, _ = fit(shards, components=count, workers=0, **KEYS)
         save_file(tensors, tmp_path / f"{count}.safetensors")
-        target = Coefficients(PCAConfig(file=str(tmp_path / f"{count}.safetensors")), PATCH)
-        assert target.outputs == count
+        target = PCATarget(PCAConfig(file=str(tmp_path / f"{count}.safetensors")), PATCH)
+        assert target.num_outputs == count
         true_coefficients = (normalize_pixels(truth) - target.mean) @ target.components.T
         assert target.loss(true_coefficients, truth) == 0
-        shown = target.shown(true_coefficients, truth)["reconstruction"]
-        errors.append((shown.double() - truth.double()).square().mean().item())
+        rendered = target.render(true_coefficients, truth)["reconstruction"]
+        errors.append((rendered.double() - truth.double()).square().mean().item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0
     assert errors[1] < 0.2 * errors[0]
 
 
-def test_the_target_is_fp32_under_autocast(basis: Path):
-    target = Coefficients(PCAConfig(file=str(basis)), PATCH)
+def test_the_target_is_fp32_under_autocast(components_file: Path):
+    target = PCATarget(PCAConfig(file=str(components_file)), PATCH)
     truth = torch.randint(0, 256, (2, 5, VALUES), generator=torch.Generator().manual_seed(0)).byte()
     prediction = torch.zeros(2, 5, 6)
     with torch.autocast("cpu", torch.bfloat16):
@@ -120,65 +119,67 @@ def test_the_target_is_fp32_under_autocast(basis: Path):
     assert rounded == target.loss(prediction, truth)
 
 
-def test_the_command_gives_the_same_file_whatever_the_workers(shards: str, basis: Path, tmp_path: Path):
+def test_the_command_gives_the_same_file_whatever_the_workers(shards: str, components_file: Path, tmp_path: Path):
     out = tmp_path / "made.safetensors"
     options = [f"--{name}={value}" for name, value in {**KEYS, "components": 6, "workers": 2}.items()]
     command = [sys.executable, "-m", "pretrain.fit_pca", shards, str(out), *options]
-    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "6 of 48 components" in said
-    assert f"method.target=pca method.pca.file={out}" in said
-    assert mae(out).method.pca.sha256 in said
-    assert sorted(tmp_path.iterdir()) == [out, basis]
-    assert out.read_bytes() == basis.read_bytes()
+    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "6 of 48 components" in output
+    assert f"target.name=pca target.file={out}" in output
+    assert mae(out).target.sha256 in output
+    assert sorted(tmp_path.iterdir()) == [out, components_file]
+    assert out.read_bytes() == components_file.read_bytes()
 
 
-def mae(file: Path, *overrides: str) -> Config[Any]:
+def mae(file: Path, *overrides: str) -> PretrainConfig:
     keys = [
         "data.shards=/x",
         "data.image_size=16",
         f"model.patch_size={PATCH}",
-        "method.target=pca",
-        f"method.pca.file={file}",
+        "target.name=pca",
+        f"target.file={file}",
     ]
     return load("mae_vitb16_224_1600e", [*keys, *overrides])
 
 
-def test_a_moved_file_continues_and_another_does_not(basis: Path, tmp_path: Path):
+def test_a_moved_file_continues_and_another_does_not(components_file: Path, tmp_path: Path):
     moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
-    moved.write_bytes(basis.read_bytes())
-    save_file({name: tensor * 2 for name, tensor in load_file(basis).items()}, other)
-    first, same, different = (TrainState(resume_signature=mae(f).resume_signature()) for f in (basis, moved, other))
+    moved.write_bytes(components_file.read_bytes())
+    save_file({name: tensor * 2 for name, tensor in load_file(components_file).items()}, other)
+    first, same, different = (
+        TrainState(resume_signature=mae(f).resume_signature()) for f in (components_file, moved, other)
+    )
     check_continues(first, same)
-    with pytest.raises(ValueError, match=r"method\.pca\.sha256 was"):
+    with pytest.raises(ValueError, match=r"target\.sha256 was"):
         check_continues(first, different)
 
 
-def test_the_resolved_recipe_pins_the_file(basis: Path, tmp_path: Path):
-    config = mae(basis)
+def test_the_resolved_recipe_pins_the_file(components_file: Path, tmp_path: Path):
+    config = mae(components_file)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load(str(tmp_path / "config.yaml"), []) == config
-    save_file({name: tensor * 2 for name, tensor in load_file(basis).items()}, basis)
-    with pytest.raises(ValueError, match=r"not those of method\.pca\.sha256"):
+    save_file({name: tensor * 2 for name, tensor in load_file(components_file).items()}, components_file)
+    with pytest.raises(ValueError, match=r"not target\.sha256"):
         load(str(tmp_path / "config.yaml"), [])
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method.pca.file=/nowhere"], r"method\.pca\.file='/nowhere' is no file: make it with"),
-        (["method.pca.fille=x"], "did you mean file"),
-        (["method.pca.sha256=abc"], r"not those of method\.pca\.sha256=abc"),
+        (["target.file=/nowhere"], r"target\.file='/nowhere' is no file: make it with"),
+        (["target.fille=x"], r"unknown key target\.fille: did you mean file"),
+        (["target.sha256=abc"], r"not target\.sha256=abc"),
         (["model.patch_size=8"], "patches of 48 values, and model.patch_size=8 has 192"),
-        (["method.target=pixel"], r"method\.pca is only read with method\.target=pca"),
-        (["method.pca=null"], r"method\.target=pca needs method\.pca\.file"),
-        (["method.target=token", "method.pca=null"], r"method\.target=token needs method\.tokenizer\.name"),
-        (["method.tokenizer.name=random_projection"], r"method\.tokenizer is only read with method\.target=token"),
+        (["target.norm_pix=false"], r"unknown key target\.norm_pix"),
+        (["target.file=null"], r"target\.file=None"),
+        (["target.name=tokens", "target.file=x"], r"unknown key target\.file"),
+        (["target.tokenizer=random_projection"], r"unknown key target\.tokenizer"),
         (["method.encoder_mask_tokens=true", "method.decoder=conv"], r"set method\.decoder=transformer"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused(overrides: list[str], says: str, basis: Path):
+def test_keys_that_do_not_fit_are_refused(overrides: list[str], says: str, components_file: Path):
     with pytest.raises(ValueError, match=says):
-        mae(basis, *overrides)
+        mae(components_file, *overrides)
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path):
@@ -186,7 +187,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path):
     save_file({"weights": torch.zeros(3)}, tmp_path / "weights")
     for name in ("text", "weights"):
         with pytest.raises(ValueError, match=r"holds no components .* make it with"):
-            read_basis(str(tmp_path / name), PATCH)
+            read_components(str(tmp_path / name), PATCH)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.build import build_method
 from pretrain.config import load
-from pretrain.methods.pr_mim import PRMIMConfig, choose_kept, furthest
+from pretrain.methods.pr_mim import PRMIMConfig, choose_kept, furthest_point_sampling
 from pretrain.models.aggregation import SpatialAggregation
 from pretrain.models.vit import Arch
 
@@ -18,8 +18,8 @@ SMALL = ["model.arch=vit_tiny", "name=x", "data.shards=x"]
 
 def algorithm_1(first: int, masked: list[int], count: int, width: int) -> list[int]:
     """The paper's supplement, line by line, on a matrix of Euclidean distances."""
-    places = [divmod(i, width) for i in masked]
-    distance = [[math.dist(a, b) for b in places] for a in places]
+    points = [divmod(i, width) for i in masked]
+    distance = [[math.dist(a, b) for b in points] for a in points]
     s = [0] * len(masked)
     tokens = [first]
     s[first] = 1
@@ -36,15 +36,15 @@ def test_furthest_sampling_is_algorithm_1(height: int, width: int, count: int):
     for seed in range(10):
         masked = np.sort(np.random.default_rng(seed).permutation(height * width)[: int(0.75 * height * width)])
         first = int(np.random.default_rng((seed, 1)).integers(len(masked)))
-        kept = furthest(np.random.default_rng((seed, 1)), masked, count, width)
+        kept = furthest_point_sampling(np.random.default_rng((seed, 1)), masked, count, width)
         assert kept.tolist() == algorithm_1(first, masked.tolist(), count, width)
 
 
-def test_furthest_lies_more_dispersed_than_random():
+def test_furthest_is_more_dispersed_than_random():
     masked = np.arange(196)[None]
     gaps = {}
     for sampling in ("furthest", "random"):
-        pr_mim = PRMIMConfig(throw=0.8, sampling=sampling)
+        pr_mim = PRMIMConfig(throw_ratio=0.8, sampling=sampling)
         kept = choose_kept(np.random.default_rng(0), masked, pr_mim, 196, 14)[0]
         points = np.stack(np.divmod(kept, 14), axis=1)
         distances = np.linalg.norm(points[:, None] - points[None], axis=2) + 99 * np.eye(len(kept))
@@ -76,7 +76,7 @@ def test_throwing_more_than_is_masked_is_refused():
         load("mae_vitb16_224_1600e", [*SMALL, "pr_mim.throw_ratio=0.75"])
 
 
-def test_mask_tokens_cannot_join_behind_the_last_block():
+def test_mask_tokens_cannot_enter_after_the_last_block():
     with pytest.raises(
         ValueError, match=r"method.mask_token_block=12, but vit_tiny has 12 blocks: set it to at most 11"
     ):
@@ -84,28 +84,28 @@ def test_mask_tokens_cannot_join_behind_the_last_block():
 
 
 @pytest.mark.parametrize("kind", ["conv", "average", "transformer", "convnext"])
-def test_what_was_kept_stays_and_what_was_thrown_depends_on_what_is_near(kind: str):
-    """A grid of one row; only places 0 and 1 are known, so that a kernel of 3 does not reach places 3 and 4."""
+def test_kept_tokens_stay_and_thrown_tokens_depend_on_their_neighborhood(kind: str):
+    """A grid of one row; only positions 0 and 1 are known, so a kernel of 3 does not reach positions 3 and 4."""
     torch.manual_seed(0)
-    fill = SpatialAggregation(kind, Arch(8, 1, 2), (1, 5), kernel=3)
-    tokens, placed, everywhere = torch.randn(1, 2, 8), torch.tensor([[1, 0]]), torch.arange(5)[None]
-    before = fill(tokens, placed, everywhere)[0]
+    aggregation = SpatialAggregation(kind, Arch(8, 1, 2), (1, 5), kernel_size=3)
+    tokens, known, everywhere = torch.randn(1, 2, 8), torch.tensor([[1, 0]]), torch.arange(5)[None]
+    before = aggregation(tokens, known, everywhere)[0]
     assert torch.equal(before[:2], tokens[0, [1, 0]])
-    changed = (fill(tokens.flip(2), placed, everywhere)[0] != before).any(1).tolist()
+    changed = (aggregation(tokens.flip(2), known, everywhere)[0] != before).any(1).tolist()
     assert changed[2:] == ([True] * 3 if kind == "transformer" else [True, False, False])
-    assert len(before[2:].unique(dim=0)) == (3 if kind == "transformer" else 2), "places are told apart"
+    assert len(before[2:].unique(dim=0)) == (3 if kind == "transformer" else 2), "positions are told apart"
     if kind == "average":
         torch.testing.assert_close(before[2], tokens[0, 0])
         assert not before[3:].any()
 
 
-def test_the_ways_to_fill_cost_what_table_12_says():
+def test_the_aggregations_cost_what_table_12_says():
     """Multiply-adds of a 512-wide decoder on 14x14 patches, in G: the paper's 0.65 and 0.41, cut after two digits."""
     counted = {}
     for kind in ("conv", "convnext", "transformer"):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            fill = SpatialAggregation(kind, Arch(512, 8, 16), (14, 14), kernel=7)
-            fill.aggregate(torch.empty(1, 196, 512), torch.empty(1, 196, 1))
+            aggregation = SpatialAggregation(kind, Arch(512, 8, 16), (14, 14), kernel_size=7)
+            aggregation.aggregate(torch.empty(1, 196, 512), torch.empty(1, 196, 1))
         counted[kind] = counter.get_total_flops() / 2e9
     assert counted == {
         "conv": pytest.approx(196 * 512 * 49 / 1e9),

@@ -1,72 +1,89 @@
-"""Pixels, patches and what is predicted."""
+"""Every method with every target that it may predict."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import loss_and_gradients, random_images, random_mask_indices, tiny_method
+from safetensors.torch import save_file
 
-from pretrain.models.patches import (
-    gather_tokens,
-    normalize_patches,
-    normalize_pixels,
-    patch_statistics,
-    patchify,
-    to_pixels,
-    unpatchify,
-)
+from pretrain.methods import METHODS
+from pretrain.methods.targets import PixelsConfig, build_target
+from pretrain.models.patches import pixel_target
+
+GRID, PATCH_SIZE, VALUES = (4, 6), 2, 12
+DECODER = {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3}
+METHOD_KEYS: dict[str, dict[str, Any]] = {
+    "ae": {"block_size": 4, **DECODER},
+    "beit": {},
+    "lc_mae": {"proj_dim": 10, **DECODER},
+    "lomar": {"num_windows": 3, "window_size": 3},
+    "mae": DECODER,
+    "simmim": {"mask_patch_size": 4},
+}
+TARGET_KEYS: dict[str, dict[str, Any]] = {
+    "normalized pixels": {"name": "pixels", "norm_pix": True},
+    "pixels with l1": {"name": "pixels", "norm_pix": False, "loss": "l1"},
+    "pca": {"name": "pca"},
+    "tokens": {"name": "tokens", "vocab_size": 16},
+}
 
 
 @pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randint(0, 256, (2, 12, 20, 3), generator=torch.Generator().manual_seed(0)).byte()
+def components_file(tmp_path: Path) -> str:
+    """All components of patches of 12 values."""
+    vectors, _ = torch.linalg.qr(torch.randn(VALUES, VALUES, generator=torch.Generator().manual_seed(0)))
+    save_file({"mean": torch.zeros(VALUES), "components": vectors.contiguous()}, tmp_path / "pca.safetensors")
+    return str(tmp_path / "pca.safetensors")
 
 
-def test_patches_are_in_raster_order_with_channels_last(images: torch.Tensor):
-    patches = patchify(images, 4)
-    assert patches.shape == (2, 3 * 5, 48)
-    assert patches.dtype == torch.uint8
-    for row in range(3):
-        for col in range(5):
-            square = images[:, row * 4 : row * 4 + 4, col * 4 : col * 4 + 4]
-            assert torch.equal(patches[:, row * 5 + col], square.reshape(2, -1))
+def test_all_methods_and_all_targets_are_tested():
+    """Pixels are the only target of the auto-encoder, which predicts blocks that are larger than patches."""
+    assert {name for name, kind in METHODS.items() if kind.targets != {"pixels", "pca", "tokens"}} == {"ae"}
+    assert METHOD_KEYS.keys() == METHODS.keys()
+    assert {keys["name"] for keys in TARGET_KEYS.values()} == {
+        name for kind in METHODS.values() for name in kind.targets
+    }
 
 
-def test_unpatchify_inverts_patchify(images: torch.Tensor):
-    assert torch.equal(unpatchify(patchify(images, 4), (3, 5)), images)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (name, target)
+        for name in METHODS
+        for target in TARGET_KEYS
+        if TARGET_KEYS[target]["name"] in METHODS[name].targets
+    ],
+)
+def test_a_method_trains_and_reconstructs(name: str, target: str, components_file: str):
+    target_keys = TARGET_KEYS[target]
+    if target == "pca":
+        target_keys = target_keys | {"file": components_file}
+    model = tiny_method({"name": name, **METHOD_KEYS[name], "target": target_keys}, GRID, PATCH_SIZE, relative=False)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    loss, gradients = loss_and_gradients(model, images, mask_indices)
+    assert loss.isfinite()
+    assert loss > 0
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    shown = model.reconstruct(images, mask_indices)
+    names = {"codes", "predicted codes"} if target == "tokens" else {"reconstruction"}
+    assert names <= shown.keys()
+    assert torch.equal(shown["original"], images)
+    for image in shown.values():
+        assert image.dtype == torch.uint8
+        assert image.shape[0] == len(images)
+        assert image.shape[3] == 3
 
 
-def test_take_picks_rows_for_each_image():
-    x = torch.arange(24).view(2, 4, 3)
-    assert torch.equal(gather_tokens(x, torch.tensor([[3, 0], [1, 1]])), torch.stack([x[0, [3, 0]], x[1, [1, 1]]]))
-
-
-def test_pixels_are_standardised_by_channel_and_come_back():
-    bytes_of_patches = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.reshape(64, 12)  # all values, all channels
-    normal = normalize_pixels(bytes_of_patches)
-    assert normal.dtype == torch.float32
-    mean, std = (torch.tensor(v).repeat(4) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    torch.testing.assert_close(normal, (bytes_of_patches / 255 - mean) / std)
-    assert torch.equal(to_pixels(normal), bytes_of_patches)
-    assert to_pixels(torch.full((1, 12), 99.0)).eq(255).all()
-    assert to_pixels(torch.full((1, 12), -99.0)).eq(0).all()
-
-
-def test_patches_are_normalised_by_mean_and_unbiased_variance():
-    patches = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(0)) * 3 + 2
-    normal = normalize_patches(patches)
-    for i in range(3):
-        for j in range(5):
-            values = patches[i, j].double()
-            mean = values.sum() / 48
-            variance = ((values - mean) ** 2).sum() / 47
-            torch.testing.assert_close(
-                normal[i, j].double(), (values - mean) / (variance + 1e-6).sqrt(), atol=1e-5, rtol=0
-            )
-    mean, std = patch_statistics(patches)
-    torch.testing.assert_close(normal * std + mean, patches)
-
-
-def test_a_flat_patch_is_finite_because_the_root_holds_an_epsilon():
-    flat = torch.full((1, 48), 0.7)
-    mean, std = patch_statistics(flat)
-    assert std.item() == pytest.approx(1e-3, rel=1e-4)
-    assert mean.item() == pytest.approx(0.7)
-    assert normalize_patches(flat).abs().max() < 1e-3
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize("loss", ["mse", "l1"])
+def test_pixels_are_compared_by_the_chosen_loss_and_rendered_back(loss: str, norm_pix: bool):
+    target = build_target(PixelsConfig(norm_pix=norm_pix, loss=loss), GRID, PATCH_SIZE)
+    patches = torch.randint(0, 256, (2, 5, VALUES), generator=torch.Generator().manual_seed(0)).byte()
+    exact = pixel_target(patches, norm_pix)
+    assert target.num_outputs == VALUES
+    assert target.loss(exact, patches) == 0
+    assert target.loss(exact + 3, patches).item() == pytest.approx({"mse": 9, "l1": 3}[loss], rel=1e-5)
+    assert torch.equal(target.render(exact, patches)["reconstruction"], patches)

@@ -12,47 +12,54 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from pretrain.config import load
-from pretrain.methods.targets.tokenizers import TokenizerConfig, build_tokenizer
+from pretrain.methods.targets.tokenizers import Tokenizer
+from pretrain.methods.targets.tokens import TokensConfig, TokenTarget
 from pretrain.trainer.checkpoint import TrainState, check_continues
 
-GRID, SIDE = (3, 5), 4
+GRID, PATCH_SIZE = (3, 5), 4
 KNOWN_CODES = [1380, 851, 8092, 709, 2484, 1120, 4303, 879, 4989, 3218, 163, 3262, 6417, 7298, 3911]
 
 
-def random_images(seed: int = 0, side: int = SIDE) -> torch.Tensor:
+def random_images(seed: int = 0, side: int = PATCH_SIZE) -> torch.Tensor:
     shape = (3, GRID[0] * side, GRID[1] * side, 3)
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
+def random_projection(vocab_size: int = 8192, seed: int = 0) -> Tokenizer:
+    return TokenTarget(TokensConfig(vocab_size=vocab_size, seed=seed), GRID, PATCH_SIZE).tokenizer
+
+
 def test_a_random_projection_code_depends_on_its_patch_alone():
-    tokenizer = build_tokenizer(TokenizerConfig(codes=50), GRID, SIDE)
+    tokenizer = random_projection(vocab_size=50)
     images = random_images()
     before = tokenizer(images).view(3, *GRID)
-    images[:, SIDE : 2 * SIDE, 2 * SIDE : 3 * SIDE] = random_images(1)[:, :SIDE, :SIDE]
+    images[:, PATCH_SIZE : 2 * PATCH_SIZE, 2 * PATCH_SIZE : 3 * PATCH_SIZE] = random_images(1)[
+        :, :PATCH_SIZE, :PATCH_SIZE
+    ]
     changed = (tokenizer(images).view(3, *GRID) != before).any(0).nonzero().tolist()
     assert changed == [[1, 2]]
 
 
-def test_random_projection_follows_its_seed_alone():
+def test_a_random_projection_depends_on_its_seed_alone():
     images = random_images()
     torch.manual_seed(1)
-    first = build_tokenizer(TokenizerConfig(seed=3), GRID, SIDE)(images)
+    first = random_projection(seed=3)(images)
     torch.manual_seed(2)
-    assert torch.equal(build_tokenizer(TokenizerConfig(seed=3), GRID, SIDE)(images), first)
-    assert not torch.equal(build_tokenizer(TokenizerConfig(seed=4), GRID, SIDE)(images), first)
+    assert torch.equal(random_projection(seed=3)(images), first)
+    assert not torch.equal(random_projection(seed=4)(images), first)
     assert first.dtype == torch.int64
     assert first.tolist()[0] == KNOWN_CODES, "these never change: runs are continued with them"
 
 
 def test_random_projection_uses_its_vocabulary():
     images = torch.randint(0, 256, (40, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    codes = build_tokenizer(TokenizerConfig(codes=16), (8, 8), 4)(images)
+    codes = TokenTarget(TokensConfig(vocab_size=16), (8, 8), 4).tokenizer(images)
     counts = codes.flatten().bincount(minlength=16)
     assert counts.min() > 0.02 * counts.sum()
 
 
 def test_codes_do_not_depend_on_the_batch_or_on_autocast():
-    tokenizer = build_tokenizer(TokenizerConfig(codes=50), GRID, SIDE)
+    tokenizer = random_projection(vocab_size=50)
     images = random_images().repeat(15, 1, 1, 1)  # more than are encoded at once
     with torch.autocast("cpu", dtype=torch.bfloat16):
         codes = tokenizer(images)
@@ -79,8 +86,13 @@ def weights(codebook: Any, tmp_path: Path) -> Path:
     return tmp_path / "codebook"
 
 
-def dalle(weights: Path, codes: int = 24, **keys: Any) -> TokenizerConfig:
-    return TokenizerConfig(name="dalle", codes=codes, weights=str(weights), **keys)
+def dalle(weights: Path, patch_size: int = 8, vocab_size: int = 24, **keys: Any) -> Tokenizer:
+    config = TokensConfig(tokenizer="dalle", vocab_size=vocab_size, weights=str(weights), **keys)
+    return TokenTarget(config, GRID, patch_size).tokenizer
+
+
+def dalle_sha256(weights: Path, sha256: str | None = None) -> str | None:
+    return TokensConfig(tokenizer="dalle", weights=str(weights), sha256=sha256).sha256
 
 
 @pytest.mark.parametrize("side", [8, 16, 14])
@@ -90,7 +102,7 @@ def test_dalle_codes_are_those_of_transformers(codebook: Any, weights: Path, sid
     if side != 8:
         pixels = F.interpolate(pixels, (GRID[0] * 8, GRID[1] * 8), mode="bicubic", antialias=True).clamp(0, 1)
     expected = codebook.get_codebook_indices(pixels * 0.8 + 0.1)
-    codes = build_tokenizer(dalle(weights), GRID, side)(images)
+    codes = dalle(weights, side)(images)
     assert torch.equal(codes, expected.flatten(1))
     assert len(codes.unique()) > 3
 
@@ -100,7 +112,7 @@ def test_dalle_pixels_are_those_of_transformers_processor(weights: Path):
     processor = pytest.importorskip("transformers").FlavaImageProcessor()
     image = random_images(side=8)[:1]
     mapped = processor.map_pixels(image.permute(0, 3, 1, 2) / 255)
-    torch.testing.assert_close(build_tokenizer(dalle(weights), GRID, 8)._pixels(image), mapped)
+    torch.testing.assert_close(dalle(weights)._pixels(image), mapped)
 
 
 def test_dalle_reads_files_of_both_kinds_and_is_frozen(codebook: Any, weights: Path, tmp_path: Path):
@@ -108,34 +120,30 @@ def test_dalle_reads_files_of_both_kinds_and_is_frozen(codebook: Any, weights: P
     torch.save(codebook.state_dict(), tmp_path / "pytorch_model.bin")
     state = torch.random.get_rng_state()
     paths = (weights, weights / "model.safetensors", tmp_path / "pytorch_model.bin", tmp_path)
-    tokenizers = [build_tokenizer(dalle(path), GRID, 8) for path in paths]
+    tokenizers = [dalle(path) for path in paths]
     assert torch.equal(torch.random.get_rng_state(), state), "the run's random numbers are untouched"
     assert all(torch.equal(tokenizer(images), tokenizers[0](images)) for tokenizer in tokenizers)
     assert not any(p.requires_grad for p in tokenizers[0].model.parameters())
     assert not tokenizers[0].model.training
 
 
-def test_dalle_is_named_by_the_sum_of_its_file(weights: Path, tmp_path: Path):
+def test_dalle_is_named_by_the_digest_of_its_file(weights: Path, tmp_path: Path):
     true = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
-    assert dalle(weights).sha256 == dalle(weights, sha256=true.upper()).sha256 == true
-    with pytest.raises(ValueError, match=r"not the one of method\.tokenizer\.sha256=00"):
-        dalle(weights, sha256="00")
+    assert dalle_sha256(weights) == dalle_sha256(weights, true.upper()) == true
+    with pytest.raises(ValueError, match=r"not target\.sha256=00"):
+        dalle_sha256(weights, "00")
 
 
 def test_a_moved_file_continues_and_another_does_not(weights: Path, tmp_path: Path):
     moved, other = shutil.copytree(weights, tmp_path / "moved"), shutil.copytree(weights, tmp_path / "other")
     save_file({"x": torch.zeros(1)}, other / "model.safetensors")
-    keys = ["data.shards=/nowhere", "method.tokenizer.codes=24"]
+    keys = ["data.shards=/nowhere", "target.vocab_size=24"]
     first, same, different = (
-        TrainState(
-            resume_signature=load(
-                "beit_vitb16_224_300e", [*keys, f"method.tokenizer.weights={path}"]
-            ).resume_signature()
-        )
+        TrainState(resume_signature=load("beit_vitb16_224_300e", [*keys, f"target.weights={path}"]).resume_signature())
         for path in (weights, moved, other)
     )
     check_continues(first, same)
-    with pytest.raises(ValueError, match=r"method\.tokenizer\.sha256 was"):
+    with pytest.raises(ValueError, match=r"target\.sha256 was"):
         check_continues(first, different)
 
 
@@ -150,12 +158,12 @@ def test_wrong_weights_are_refused(weights: Path, codebook: Any, tmp_path: Path)
     torch.save([1, 2], tmp_path / "list.bin")
     for name in ("other.safetensors", "more.safetensors", "shape.safetensors"):
         with pytest.raises(ValueError, match="holds no weights of FlavaImageCodebook"):
-            build_tokenizer(dalle(tmp_path / name), GRID, 8)
+            dalle(tmp_path / name)
     for name in ("text.safetensors", "text.bin", "empty.bin", "list.bin"):
         with pytest.raises(ValueError, match=r"is no file of plain weights|is no dictionary of tensors"):
-            build_tokenizer(dalle(tmp_path / name), GRID, 8)
-    with pytest.raises(ValueError, match=r"set method\.tokenizer\.codes=24"):
-        build_tokenizer(dalle(weights, codes=8192), GRID, 8)
+            dalle(tmp_path / name)
+    with pytest.raises(ValueError, match=r"set target\.vocab_size=24"):
+        dalle(weights, vocab_size=8192)
 
 
 class Malicious:
@@ -171,19 +179,19 @@ class Malicious:
 def test_a_malicious_pickle_does_not_run(tmp_path: Path):
     torch.save({"blocks.input.bias": Malicious(tmp_path / "ran")}, tmp_path / "evil.bin")
     with pytest.raises(ValueError, match="is no file of plain weights"):
-        build_tokenizer(dalle(tmp_path / "evil.bin"), GRID, 8)
+        dalle(tmp_path / "evil.bin")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ([], r"needs method\.tokenizer\.weights"),
-        (["method.tokenizer.weights=/nowhere"], r"weights='/nowhere' is neither a file nor a folder"),
-        (["method.tokenizer.name=random_projection", "method.tokenizer.weights=/x"], "set both or none"),
-        (["method.tokenizer.name=random_projection", "method.tokenizer.sha256=abc"], r"sha256=abc: its digest is"),
-        (["method.tokenizer.codez=3"], "did you mean codes"),
-        (["method.tokenizer.codes=1"], r"method\.tokenizer\.codes=1"),
+        ([], r"needs target\.weights"),
+        (["target.weights=/nowhere"], r"weights='/nowhere' is neither a file nor a folder"),
+        (["target.tokenizer=random_projection", "target.weights=/x"], "set both or none"),
+        (["target.tokenizer=random_projection", "target.sha256=abc"], r"has the SHA-256 \w+, not target\.sha256=abc"),
+        (["target.vocab_sizes=3"], "did you mean vocab_size"),
+        (["target.vocab_size=1"], r"target\.vocab_size=1"),
     ],
 )
 def test_bad_keys_are_refused_before_anything_starts(overrides: list[str], says: str):

@@ -37,7 +37,7 @@ def test_weights_have_the_names_and_shapes_of_timm(arch: str, timm_name: str):
 
 
 def test_absolute_encoder_computes_what_timm_computes():
-    ours = tiny_vit(side=4, grid=(3, 5), relative=False)
+    ours = tiny_vit(patch_size=4, grid=(3, 5), relative=False)
     randomize(ours)
     theirs = VisionTransformer(
         (12, 20), 4, embed_dim=16, depth=2, num_heads=2, num_classes=0, global_pool="", norm_layer=torch.nn.LayerNorm
