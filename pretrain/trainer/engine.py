@@ -45,7 +45,9 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
     path = next((p for p in (_SHIPPED / f"{name}.json", Path(name), _ROOT / name) if p.is_file()), None)
     if path is None:
         shipped = [p.stem for p in _SHIPPED.glob("*.json")]
-        raise ValueError(f"train.ds_config={name!r} is no file, and none of ds_configs/: {nearest(name, shipped)}")
+        raise ValueError(
+            f"train.ds_config={name!r} is neither a file nor a name in ds_configs/: {nearest(name, shipped)}"
+        )
     try:
         keys: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -108,7 +110,12 @@ def zero_stage(settings: dict[str, Any]) -> int:
 def build_engine(
     module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, settings: dict[str, Any]
 ) -> Any:
-    """The DeepSpeed engine around a module and the optimizer of its parameters; in stage 0 one with a `NonfiniteGuard`."""
+    """The DeepSpeed engine that trains a module.
+
+    Args:
+        optimizer: of the module's parameters; in stage 0 a `NonfiniteGuard`.
+        settings: DeepSpeed's keys, of `ds_settings`.
+    """
     import deepspeed
 
     if not zero_stage(settings):

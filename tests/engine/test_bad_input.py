@@ -31,17 +31,18 @@ def refused(run: Any) -> str:
 
 
 REFUSED = {
-    "a key": ("RECIPE mehtod.windows=3", "unknown key mehtod: did you mean method?"),
+    "a key": ("RECIPE mehtod.num_windows=3", "unknown key mehtod: did you mean method?"),
     "a recipe": ("lomar_vitb16_224_1600", "did you mean lomar_vitb16_224_1600e?"),
     "accumulation": (
         "RECIPE train.gradient_accumulation_steps=3",
-        "train.global_batch_size=8 is not divided by 1 ranks x train.gradient_accumulation_steps=3; the nearest batches",
+        "train.global_batch_size=8 is not a multiple of 1 ranks x train.gradient_accumulation_steps=3: set train."
+        "global_batch_size to 6 or 9",
     ),
     "batch": ("RECIPE train.global_batch_size=88", "80 samples"),
     "shards": ("RECIPE data.shards=/nowhere", "/nowhere"),
     "no engine": (
-        "RECIPE train.ds_config=zero9.json",
-        "train.ds_config='zero9.json' is no file; shipped: ds_configs/zero0.json",
+        "RECIPE train.ds_config=zero9",
+        "train.ds_config='zero9' is neither a file nor a name in ds_configs/: did you mean zero",
     ),
     "engine": (
         "RECIPE train.ds_config=FOLDER/engine.json",
@@ -171,7 +172,7 @@ def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Calla
         assert "make room and start the same command: it continues from step 4" in output
         assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000004"]
         subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)
-        assert "continues from step_00000004" in start(recipe, "checkpoint.every_steps=4").finish()
+        assert "resumes from step_00000004" in start(recipe, "checkpoint.every_steps=4").finish()
         assert (disk / "tiny" / "checkpoints" / "latest").read_text() == "step_00000010"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
