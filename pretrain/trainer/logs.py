@@ -1,5 +1,6 @@
 """Python's `logging` for a run: messages on the main rank's console, and all of them in a file for each rank."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -32,6 +33,10 @@ class _RankFileHandler(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Nothing: what matters is on the console as well."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def log_to_console(world: World) -> None:
