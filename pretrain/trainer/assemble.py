@@ -1,4 +1,4 @@
-"""Puts the parts of a run together, and finds out where it stands."""
+"""Assembles the parts of a run, and resumes it where it has a checkpoint."""
 
 import logging
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Parts:
-    """What differs from one kind of training to another.
+    """What differs between kinds of training.
 
     Attributes:
         module: not partitioned yet; `forward(images, **batch.model_inputs())` returns a dictionary with the `loss`.
-        optimizer: of its parameters, for the ZeRO stage of the settings.
-        evaluation: what is measured while it trains, if anything is.
+        optimizer: of its parameters, for the ZeRO stage in use.
+        evaluation: what is measured during training, if anything.
     """
 
     module: nn.Module
@@ -41,10 +41,10 @@ class Parts:
 def assemble(
     config: RunConfig, world: World, device: torch.device, folder: RunFolder, index: Index, parts: Parts
 ) -> Run:
-    """Makes the engine, continues from the newest checkpoint if there is one, and says so. All ranks together.
+    """Builds the engine, resumes from the newest checkpoint if there is one, and logs it; called by all ranks together.
 
     Args:
-        index: what is trained on.
+        index: the training samples.
 
     Raises:
         ValueError: as `ds_settings` and `Checkpoints.resume`.
@@ -70,7 +70,7 @@ def assemble(
 def build_loader(
     config: RunConfig, index: Index, world: World, mask_sampler: MaskSampler | None = None, labels: bool = False
 ) -> Loader:
-    """What a run trains on, as one rank sees it; `mask_sampler` and `labels` as of `Loader`."""
+    """This rank's loader of the training samples; `mask_sampler` and `labels` as of `Loader`."""
     return Loader(
         index,
         size=config.data.height_width,

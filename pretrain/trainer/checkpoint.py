@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there: written aside, checksummed, moved into place; the newest intact one resumes.
+"""Atomic checkpoints: written to a temporary folder, checksummed, then renamed.
 
-Their layout is in `checkpoint_layout.py`.
+A run resumes from the newest intact one. Their layout is in `checkpoint_layout.py`.
 """
 
 import json
@@ -37,10 +37,10 @@ _log = logging.getLogger(__name__)
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """How DeepSpeed writes and reads its files.
+    """Writes and reads DeepSpeed's files.
 
-    A failed write must not leave this rank while the others wait in DeepSpeed's barriers: it is kept for
-    `Checkpoints.save` to agree on. Nothing but tensors, plain values and three of DeepSpeed's types is unpickled.
+    A failed write must not raise on this rank while the others wait in DeepSpeed's barriers: it is kept in `failure`,
+    for `Checkpoints.save` to agree on. Nothing but tensors, plain values and `deepspeed_types` is unpickled.
     """
 
     failure: Exception | None = None
@@ -67,37 +67,38 @@ class Checkpoints:
         return checkpoint_names(self.folder)
 
     def save(self, engine: Any, ema: NoEMA, state: TrainState) -> str | None:
-        """Writes a checkpoint; what went wrong, in words, where the disk did not take it. Older ones stay then."""
+        """Writes a checkpoint; returns the problem in words if that failed, and then keeps all older ones."""
         name = checkpoint_name(state.step)
-        aside = self.folder / UNFINISHED
+        temporary = self.folder / UNFINISHED
         engine.checkpoint_engine = files = SafeCheckpointEngine(engine._config)
-        engine._copy_recovery_script = lambda folder: None  # on a full disk it would raise on one rank alone
+        engine._copy_recovery_script = lambda folder: None  # on a full disk it would raise on one rank only
         if self.world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         dist.barrier()
-        engine.save_checkpoint(str(aside), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False)
+        engine.save_checkpoint(str(temporary), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False)
         if self.world.is_main and files.failure is None:
             try:
-                ema.save(aside / name)
+                ema.save(temporary / name)
             except OSError as error:
                 files.failure = error
         problem = first_problem(str(files.failure) if files.failure else None)
         if problem is None:
-            problem = self._publish(aside / name, state)
+            problem = self._publish(temporary / name, state)
         if self.world.is_main:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return problem and f"checkpoint {name} could not be written to {self.folder}: {problem}"
 
     def _publish(self, written: Path, state: TrainState) -> str | None:
-        sums = _gather({p.name: _size_and_sum(p) for p in self._share(written)})
+        files = _gather({p.name: _size_and_crc(p) for p in self._share(written)})
         problem = None
         if self.world.is_main:
             try:
-                write_durably(written / MANIFEST, json.dumps({"state": asdict(state), "files": sums}, indent=1))
-                if (self.folder / written.name).exists():  # the same step again, after a fallback to an older one
-                    shutil.rmtree(self.folder / written.name)
-                os.replace(written, self.folder / written.name)
-                write_durably(self.folder / LATEST, written.name)
+                write_durably(written / MANIFEST, json.dumps({"state": asdict(state), "files": files}, indent=1))
+                final = self.folder / written.name
+                if final.exists():  # this step was saved before the run fell back to an older one
+                    shutil.rmtree(final)
+                os.replace(written, final)
+                write_durably(self.folder / LATEST, final.name)
                 self._delete_old()
             except OSError as error:
                 problem = str(error)
@@ -110,7 +111,7 @@ class Checkpoints:
                 shutil.rmtree(self.folder / name)
 
     def newest_intact(self) -> tuple[str, TrainState] | None:
-        """The newest checkpoint whose files are all as they were written; None where there is none at all.
+        """The newest checkpoint whose files are all as they were written; None if there are no checkpoints.
 
         Raises:
             ValueError: there are checkpoints, and all of them are damaged.
@@ -123,7 +124,9 @@ class Checkpoints:
             if self.world.is_main:
                 _log.warning("checkpoint %s is damaged and skipped: %s", name, problem)
         if names:
-            raise ValueError(f"no intact checkpoint in {self.folder}: restore one, or move it away to start anew")
+            raise ValueError(
+                f"no intact checkpoint in {self.folder}: restore one, or move the folder away to start from step 0"
+            )
         return None
 
     def _damage(self, checkpoint: Path) -> str | None:
@@ -135,18 +138,19 @@ class Checkpoints:
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if _size_and_sum(path) != files[name]:
-                return f"{name} is not what was written"
+            if _size_and_crc(path) != files[name]:
+                return f"{name} differs from what was written"
         return None
 
     def resume(self, engine: Any, ema: NoEMA, fresh: TrainState) -> tuple[TrainState, str | None]:
-        """Loads the newest intact checkpoint into engine and moving average; the number of ranks may be another.
+        """Loads the newest intact checkpoint into engine and moving average; the number of ranks may have changed.
 
         Returns:
-            Where the run stands, and the checkpoint's name; `fresh` and None where there is none.
+            The state of the run and the checkpoint's name; `fresh` and None if there are no checkpoints.
 
         Raises:
-            ValueError: all checkpoints are damaged, of another training, or not to be had for this number of ranks.
+            ValueError: all checkpoints are damaged, or the newest is of a different training, or cannot be converted to
+                this number of ranks.
         """
         found = self.newest_intact()
         if found is None:
@@ -167,7 +171,7 @@ class Checkpoints:
         problem = None
         if self.world.is_main:
             shutil.rmtree(converted, ignore_errors=True)
-            for path in (self.folder / name).glob("*.pt"):  # the converter unpickles what it is given
+            for path in (self.folder / name).glob("*.pt"):  # the converter unpickles anything
                 SafeCheckpointEngine().load(str(path))
             problem = convert(self.folder / name, converted / name)
         problem = first_problem(problem)
@@ -183,14 +187,14 @@ class Checkpoints:
 
 
 def first_problem(mine: str | None) -> str | None:
-    """The same answer on all ranks: the first rank's problem, if any has one."""
+    """The problem of the first rank that has one; the same on all ranks."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, mine)
     return next((p for p in problems if p), None)
 
 
 def check_continues(state: TrainState, now: TrainState) -> None:
-    """Raises ValueError, naming every difference, where a checkpoint was trained as something else."""
+    """Raises ValueError, naming every difference, where a checkpoint is of a different training."""
     before, after = _flatten(state.resume_signature), _flatten(now.resume_signature)
     differences = [
         f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
@@ -198,17 +202,19 @@ def check_continues(state: TrainState, now: TrainState) -> None:
         if before.get(key) != after.get(key)
     ]
     if state.fingerprint != now.fingerprint:
-        differences.append("data.shards holds other samples (their index has another fingerprint)")
+        differences.append("data.shards has different samples (the fingerprint of the index differs)")
     if state.zero_stage != now.zero_stage:
-        differences.append(f"train.ds_config was of ZeRO stage {state.zero_stage} and is of stage {now.zero_stage}")
+        differences.append(f"train.ds_config was ZeRO stage {state.zero_stage} and is stage {now.zero_stage}")
     elif state.zero_stage == 3 and state.world_size != now.world_size:
-        # DeepSpeed 0.19.8 converts it without a complaint, and the optimiser goes on with another state.
-        differences.append(f"there were {state.world_size} ranks and are {now.world_size}, which ZeRO-3 cannot change")
+        # DeepSpeed 0.19.8 converts it without complaint, and the optimizer continues with a wrong state.
+        differences.append(
+            f"there were {state.world_size} ranks and are {now.world_size}; ZeRO-3 cannot change the number of ranks"
+        )
     if differences:
         raise ValueError(
-            "the run's checkpoint is of another training:\n  "
+            "the run's checkpoint is of a different training:\n  "
             + "\n  ".join(differences)
-            + "\nstart a new run with another name=, or set these back"
+            + "\nstart a new run with another name=, or change these back"
         )
 
 
@@ -225,7 +231,7 @@ def _gather(mine: dict[str, Any]) -> dict[str, Any]:
     return {key: value for part in parts for key, value in part.items()}
 
 
-def _size_and_sum(path: Path) -> list[int]:
+def _size_and_crc(path: Path) -> list[int]:
     """Size in bytes and CRC-32."""
     size = total = 0
     with path.open("rb") as file:
@@ -236,7 +242,7 @@ def _size_and_sum(path: Path) -> list[int]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a file's content at once: a reader, or a crash, sees the old or the new."""
+    """Replaces a file atomically: a reader, or a crash, finds the old content or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
         file.write(text)

@@ -1,10 +1,10 @@
-"""The layout of a checkpoint on disk, and how its files are read: for those who write, resume, export or inspect one.
+"""The layout of a checkpoint on disk, and how its files are read; for all code that writes or reads one.
 
 checkpoints/
-    step_00001000/      DeepSpeed's files, one set a rank; EMA_FILE where there is a moving average; and MANIFEST, with
-                        the state of the run and every file's size and CRC-32
-    latest              the newest one's name
-    unfinished/         a save in progress, or what a killed one left
+    step_00001000/      DeepSpeed's files, a set for each rank; EMA_FILE if there is a moving average; and MANIFEST,
+                        with the state of the run and the size and CRC-32 of each file
+    latest              the name of the newest checkpoint
+    unfinished/         a save in progress, or the remains of one that was killed
 """
 
 import json
@@ -28,10 +28,10 @@ _STEP = "step_"
 
 @dataclass
 class TrainState:
-    """Where a run is: small, plain, and the same on every rank."""
+    """The progress of a run, and what must not change when it resumes; the same on every rank."""
 
     step: int = 0  # global batches consumed
-    updates: int = 0  # of them, those that moved the weights
+    updates: int = 0  # of them, those that changed the weights
     consecutive_nonfinite: int = 0
     samples: int = 0
     fingerprint: str = ""  # of the shards' index
@@ -45,7 +45,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(checkpoint: Path | str) -> int | None:
-    """The step of a checkpoint's folder, by its name; None where it is none."""
+    """The step in the name of a checkpoint's folder; None for other folders."""
     name = Path(checkpoint).name
     return int(name.removeprefix(_STEP)) if name.startswith(_STEP) else None
 
@@ -56,7 +56,7 @@ def checkpoint_names(folder: Path) -> list[str]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The one that `latest` names; None where there is none yet."""
+    """The checkpoint that `latest` names; None if there is none yet."""
     latest = folder / LATEST
     return folder / latest.read_text().strip() if latest.is_file() else None
 
@@ -65,14 +65,14 @@ def read_state(checkpoint: Path) -> TrainState:
     """The state of the run, from the manifest.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: there is no manifest, or it is not one of this project.
+        OSError, ValueError, KeyError, TypeError: no manifest, or not one of this project.
     """
     return TrainState(**json.loads((checkpoint / MANIFEST).read_text())["state"])
 
 
 def deepspeed_types() -> list[Any]:
-    """What DeepSpeed's files hold beside tensors and plain values; none of it runs code when it is unpickled."""
-    # DeepSpeed looks for its accelerator as soon as it is imported: not before it is needed.
+    """The types in DeepSpeed's files besides tensors and plain values; unpickling them runs no code."""
+    # Imported late: DeepSpeed looks for its accelerator on import.
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -81,6 +81,6 @@ def deepspeed_types() -> list[Any]:
 
 
 def load_deepspeed_file(path: str, map_location: Any = None) -> Any:
-    """Tensors, plain values and `deepspeed_types`; anything else in the file is refused, not unpickled."""
+    """Loads tensors, plain values and `deepspeed_types`; a file with anything else is refused, not unpickled."""
     with torch.serialization.safe_globals(deepspeed_types()):
         return torch.load(path, map_location=map_location, weights_only=True)

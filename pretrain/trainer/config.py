@@ -1,4 +1,4 @@
-"""The sections of a configuration that every training has: pretraining and fine-tuning add their own."""
+"""The sections of every training's configuration; pretraining and fine-tuning add their own."""
 
 from typing import Annotated, Literal
 
@@ -23,9 +23,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Shards and how training crops are taken from their images."""
+    """Training shards, and the crops taken from their images."""
 
-    shards: Annotated[str, MAY_CHANGE] = Field(description="a folder of tar shards, one tar, or a brace pattern")
+    shards: Annotated[str, MAY_CHANGE] = Field(description="a folder of tar shards, a tar file, or a brace pattern")
     image_size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
     crop: Literal["random", "simple"] = Field(
         "random", description="random: RandomResizedCrop; simple: DeiT III's, the short side resized, then cropped"
@@ -55,7 +55,7 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, how many images at a time, on which engine."""
+    """Length of the training, batch size, precision and engine."""
 
     epochs: int = Field(400, ge=1)
     global_batch_size: int = Field(
@@ -89,7 +89,7 @@ class LogConfig(Section):
 
 
 class RunConfig(Section):
-    """What every training is made of. Its files go to `runs`/`name`."""
+    """The configuration of any training. Its files go to `runs`/`name`."""
 
     name: Annotated[str, MAY_CHANGE] = Field(coerce_numbers_to_str=True, pattern=r"^[\w-][\w.-]*$")
     runs: Annotated[str, MAY_CHANGE] = "runs"
@@ -103,7 +103,7 @@ class RunConfig(Section):
 
     @property
     def task(self) -> str:
-        """What is trained, in a few words."""
+        """What is trained, in a few words for the log."""
         raise NotImplementedError
 
     @property
@@ -130,13 +130,12 @@ class RunConfig(Section):
             if side < patch or side % patch:
                 near = max(side // patch, 1) * patch
                 raise ValueError(
-                    f"data.image_size={self.data.image_size}: {side} pixels are no multiple of "
-                    f"model.patch_size={patch}; the nearest are {near} and {near + patch}"
+                    f"data.image_size={self.data.image_size}: {side} is not a multiple of "
+                    f"model.patch_size={patch}; the nearest multiples are {near} and {near + patch}"
                 )
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(
-                f"optim.warmup_epochs={self.optim.warmup_epochs:g} leaves nothing of train.epochs={self.train.epochs}: "
-                f"set it lower"
+                f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be less than train.epochs={self.train.epochs}"
             )
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
             raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first")

@@ -1,4 +1,4 @@
-"""A checkpoint for another number of ranks, through DeepSpeed's universal format."""
+"""Loads a checkpoint on another number of ranks, through DeepSpeed's universal format."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def convert(checkpoint: Path, universal: Path) -> str | None:
-    """Writes a ZeRO-1 or ZeRO-2 checkpoint as a universal one; what went wrong, in words, if it did."""
+    """Converts a ZeRO-1 or ZeRO-2 checkpoint to a universal one; returns the problem in words, or None."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     # DeepSpeed's converter wants a description of tensor parallelism that only Megatron's checkpoints have.
     arguments = ["--input_folder", str(checkpoint), "--output_folder", str(universal), "--inject_missing_state"]
@@ -16,7 +16,7 @@ def convert(checkpoint: Path, universal: Path) -> str | None:
 
 
 def load_universal(engine: Any, folder: Path, name: str) -> None:
-    """Weights and optimiser of a universal checkpoint into an engine of any number of ranks."""
+    """Loads weights and optimizer state of a universal checkpoint into an engine of any number of ranks."""
     engine._config.load_universal_checkpoint = True
     try:
         path, _ = engine.load_checkpoint(str(folder), tag=name)

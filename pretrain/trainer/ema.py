@@ -1,8 +1,8 @@
 """Exponential moving averages of parts of the trained module, in fp32, under every ZeRO stage; LUT's teacher is one.
 
-They live outside of the engine, whole on every rank and with the same bits on all of them: each rank computes the same
-from the same parameters. These are fp32 in every stage (autocast instead of DeepSpeed's bf16 mode), so there are no
-masters to look for; ZeRO-3's are gathered for the moment of an update.
+They live outside of the engine, unpartitioned and bit-identical on every rank: each rank computes the same from the
+same parameters. These are fp32 in every stage (autocast instead of DeepSpeed's bf16 mode), so there are no separate
+master weights; ZeRO-3's partitions are gathered for each update.
 """
 
 import math
@@ -22,7 +22,7 @@ def cosine_momentum(start: float, end: float, progress: float) -> float:
 
 
 class NoEMA:
-    """What trainings without a moving average have; the interface of those with one.
+    """The interface of moving averages; by itself, it stands for having none.
 
     Attributes:
         model: the averaged copy, if there is one.
@@ -35,17 +35,17 @@ class NoEMA:
         return {}
 
     def update(self, progress: float) -> None:
-        """One step after the optimizer's: only where it moved the weights. All ranks together.
+        """Called by all ranks after each optimizer step that changed the weights.
 
         Args:
-            progress: share of the training's updates that is done.
+            progress: fraction of the training's updates that is done.
         """
 
     def save(self, checkpoint: Path) -> None:
-        """Raises OSError where the disk does not take it. The main rank's only."""
+        """Writes the average into a checkpoint's folder; on the main rank only. Raises OSError."""
 
     def load(self, checkpoint: Path) -> None:
-        """From what `save` wrote."""
+        """Reads what `save` wrote."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights and buffers, on the CPU."""

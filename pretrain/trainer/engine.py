@@ -1,4 +1,4 @@
-"""DeepSpeed: ds_configs + recipe -> engine, and what the engine really uses."""
+"""DeepSpeed: ds_configs + recipe -> engine, and the settings that the engine really uses."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from pretrain.trainer.schema import nearest
 _ROOT = Path(__file__).parents[2]
 _SHIPPED = _ROOT / "ds_configs"
 
-# Keys of DeepSpeed that the recipe owns: set in both places, one would silently win.
+# DeepSpeed keys that the recipe owns. If they could be set in both places, one would silently win.
 OWNED = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.global_batch_size and train.gradient_accumulation_steps",
@@ -45,7 +45,9 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
     path = next((p for p in (_SHIPPED / f"{name}.json", Path(name), _ROOT / name) if p.is_file()), None)
     if path is None:
         shipped = [p.stem for p in _SHIPPED.glob("*.json")]
-        raise ValueError(f"train.ds_config={name!r} is no file, and none of ds_configs/: {nearest(name, shipped)}")
+        raise ValueError(
+            f"train.ds_config={name!r} is neither a file nor a name in ds_configs/: {nearest(name, shipped)}"
+        )
     try:
         keys: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -57,10 +59,10 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
 
 
 def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """All of DeepSpeed's keys for a run; those with silent defaults are written out.
+    """All of DeepSpeed's keys for a run; those with surprising defaults are written out.
 
     Raises:
-        ValueError: as `read_ds_config`, or a batch that ranks and accumulation do not divide.
+        ValueError: as `read_ds_config`, or ranks and micro-batches do not divide the global batch.
     """
     train = config.train
     accumulation = train.gradient_accumulation_steps
@@ -78,7 +80,7 @@ def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 def complete_settings(
     keys: dict[str, Any], *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, bf16: bool
 ) -> dict[str, Any]:
-    """The engine keys of a file together with what the recipe owns; what has silent defaults is written out."""
+    """The engine keys of a file and those that the recipe owns; those with surprising defaults are written out."""
     return {
         "train_batch_size": micro_batch * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -101,14 +103,19 @@ def complete_settings(
 
 
 def zero_stage(settings: dict[str, Any]) -> int:
-    """ZeRO's stage by DeepSpeed's keys."""
+    """The ZeRO stage in DeepSpeed's keys."""
     return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def build_engine(
     module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, settings: dict[str, Any]
 ) -> Any:
-    """The DeepSpeed engine around a module and the optimizer of its parameters; in stage 0 one with a `NonfiniteGuard`."""
+    """The DeepSpeed engine that trains a module.
+
+    Args:
+        optimizer: of the module's parameters; in stage 0 a `NonfiniteGuard`.
+        settings: DeepSpeed's keys, of `ds_settings`.
+    """
     import deepspeed
 
     if not zero_stage(settings):
@@ -120,7 +127,7 @@ def build_engine(
 
 
 def effective_settings(engine: Any) -> dict[str, Any]:
-    """What DeepSpeed made of the settings, read back from the engine."""
+    """The settings that are in effect, read back from the engine."""
     model_dtype, accumulation_dtype = engine.get_data_types()
     return {
         "zero_stage": engine.zero_optimization_stage(),

@@ -1,4 +1,4 @@
-"""What people look at first: the loss curve and a panel of reconstructions."""
+"""The figures of a run: its loss curve, and a grid of images."""
 
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ import numpy as np
 from torch import Tensor
 
 
-def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss and learning rate over epochs, from the rows of a metrics.jsonl."""
-    rows = [row for row in rows if row["loss"] is not None]
-    epochs = [row["epoch"] for row in rows]
+def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
+    """Loss and learning rate over epochs, from the records of a metrics.jsonl."""
+    records = [record for record in records if record["loss"] is not None]
+    epochs = [record["epoch"] for record in records]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.plot(epochs, [row["loss"] for row in rows], color="tab:blue", lw=1.5)
+    axis.plot(epochs, [record["loss"] for record in records], color="tab:blue", lw=1.5)
     axis.set_xlabel("epoch")
     axis.set_ylabel("loss", color="tab:blue")
     axis.grid(alpha=0.3)
     right = axis.twinx()
-    right.plot(epochs, [row["lr"] for row in rows], color="tab:gray", lw=1, ls="--")
+    right.plot(epochs, [record["lr"] for record in records], color="tab:gray", lw=1, ls="--")
     right.set_ylabel("learning rate", color="tab:gray")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Who am I among the processes: deepspeed, torchrun, srun and plain python, told apart by their environment."""
+"""This process among those of the run, started by deepspeed, torchrun, srun or plain python."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """This process's place."""
+    """Which process this is, of how many."""
 
     rank: int
     size: int
@@ -29,10 +29,10 @@ class World:
 
 
 def find_world() -> World:
-    """Reads the launcher's environment and completes RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* for DeepSpeed.
+    """Reads the launcher's variables, and completes RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* for DeepSpeed.
 
     Raises:
-        ValueError: a launcher's variables are incomplete.
+        ValueError: some of the launcher's variables are missing.
     """
     env = os.environ
     if "RANK" in env:  # deepspeed, torchrun
@@ -43,7 +43,7 @@ def find_world() -> World:
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
         env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
         env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
-        # One port a job, so that two jobs on a node do not meet.
+        # A port for each job, so that two jobs on a node do not collide.
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     else:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
@@ -65,7 +65,7 @@ def init_distributed(world: World) -> torch.device:
     """Joins the process group and picks this rank's device.
 
     Raises:
-        ValueError: DS_ACCELERATOR asks for a GPU that torch cannot use, or another run listens on this one's port.
+        ValueError: DS_ACCELERATOR=cuda without a usable GPU, or another run is listening on the port.
     """
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -74,20 +74,20 @@ def init_distributed(world: World) -> torch.device:
         )
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # The launchers start one process per core or socket and say nothing of threads: share the cores.
+        # The launchers start several processes on a node and do not set their threads: share the cores.
         threads = max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), 1)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
     import deepspeed  # after DS_ACCELERATOR is decided
 
     deepspeed.logger.setLevel("WARNING")
     # An inference kernel for CPUs that training never calls. torch guards its build with a lock file that outlives a
-    # killed process: from then on every start would wait for ever.
+    # killed process: from then on every start would wait forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {world.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start as "
-                f"many processes a node as it has GPUs"
+                f"local rank {world.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start one "
+                f"process for each"
             )
         torch.cuda.set_device(world.local_rank)
     try:
@@ -96,19 +96,19 @@ def init_distributed(world: World) -> torch.device:
         if "EADDRINUSE" not in str(error):
             raise
         raise ValueError(
-            f"port {os.environ['MASTER_PORT']} is taken, by another run on this machine it seems: give this one "
-            f"another, such as --master_port={_free_port()} behind deepspeed or torchrun"
+            f"port {os.environ['MASTER_PORT']} is already in use, probably by another run on this machine: choose "
+            f"another, for example deepspeed (or torchrun) --master_port={_free_port()} ..."
         ) from None
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends this process at once, and data workers with it.
+    """Ends this process and its data workers at once.
 
-    A usual exit would wait for ranks that may never come, and sometimes aborts in gloo's threads when all is done.
+    A normal exit would wait for ranks that may never arrive, and sometimes aborts in gloo's threads at the very end.
     """
     for child in multiprocessing.active_children():
-        child.kill()  # one that cannot hand over its last batch would outlive us
+        child.kill()  # a worker that cannot hand over its last batch would outlive us
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, TensorBoard and a progress bar behind one interface."""
+"""Where a run's metrics go: JSON lines, TensorBoard and a progress bar, behind one interface."""
 
 import json
 import math
@@ -18,17 +18,17 @@ Values = dict[str, Any]  # by name, `step` and `epoch` among them
 
 
 class MetricLogger(ABC):
-    """One destination of a run's numbers; the main rank's only. `build_loggers` lists all."""
+    """A destination of a run's metrics, on the main rank only. `build_loggers` lists those that a run has."""
 
     @abstractmethod
     def log_metrics(self, values: Values) -> None:
-        """The training's numbers since the last call; not all need be finite."""
+        """Training metrics since the last call. Some may not be finite."""
 
     @abstractmethod
     def log_evaluation(self, values: Values) -> None:
-        """What was measured between two steps."""
+        """Results of an evaluation between two steps."""
 
-    def step(self) -> None:  # noqa: B027 - most have nothing to do
+    def step(self) -> None:  # noqa: B027 - most loggers do nothing here
         """After every optimizer step."""
 
     def close(self) -> None:  # noqa: B027
@@ -36,7 +36,7 @@ class MetricLogger(ABC):
 
 
 class Loggers(MetricLogger):
-    """All of them at once; none on the ranks that log nothing."""
+    """Passes everything to several loggers; to none on ranks that log nothing."""
 
     def __init__(self, loggers: Sequence[MetricLogger] = ()):
         self.loggers = loggers
@@ -59,14 +59,14 @@ class Loggers(MetricLogger):
 
 
 def build_loggers(folder: RunFolder, name: str, start: int, total: int, is_main: bool) -> Loggers:
-    """The loggers of a run that goes from step `start` to step `total`; no loggers unless `is_main`."""
+    """The loggers of a run from step `start` to step `total`; none unless `is_main`."""
     if not is_main:
         return Loggers()
     return Loggers([JsonLines(folder, start), TensorBoard(folder, start), ProgressBar(name, start, total)])
 
 
 class JsonLines(MetricLogger):
-    """metrics.jsonl and evaluation.jsonl, one JSON object a line. JSON has no NaN: what is not finite is null."""
+    """metrics.jsonl and evaluation.jsonl, one JSON object per line. JSON has no NaN: non-finite values are null."""
 
     def __init__(self, folder: RunFolder, start: int):
         self.metrics, self.evaluation = folder.metrics, folder.evaluation
@@ -81,7 +81,7 @@ class JsonLines(MetricLogger):
 
 
 class TensorBoard(MetricLogger):
-    """Event files; what is not finite is left out."""
+    """Event files, without non-finite values."""
 
     def __init__(self, folder: RunFolder, start: int):
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
@@ -98,7 +98,7 @@ class TensorBoard(MetricLogger):
 
 
 class ProgressBar(MetricLogger):
-    """A bar on a terminal; a line for each logged step otherwise."""
+    """A progress bar on a terminal, or else a line for each logged step."""
 
     def __init__(self, name: str, start: int, total: int):
         self.total = total
@@ -134,10 +134,10 @@ def _append(path: Path, values: Values) -> None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """A resumed run repeats the steps after its checkpoint: their lines would stand twice."""
+    """Deletes the records after a step: a resumed run repeats the steps after its checkpoint."""
     if not path.exists():
         return
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    records = [record for record in read_metrics(path) if record["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     temporary.replace(path)

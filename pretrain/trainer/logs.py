@@ -1,5 +1,6 @@
 """Python's `logging` for a run: messages on the main rank's console, and all of them in a file for each rank."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -8,31 +9,55 @@ from tqdm import tqdm
 
 from pretrain.trainer.launch import World
 
+_PROJECT = ("data", "pretrain", "downstream", "__main__")  # an entry that a launcher starts as a script is __main__
+
 
 class _ConsoleHandler(logging.Handler):
     """Lines that do not break a progress bar: warnings on stderr, the rest on stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
-        tqdm.write(self.format(record), file=stream)
-        stream.flush()
+        try:
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class _RankFileHandler(logging.FileHandler):
+    """Appends to a rank's file. A disk that is full must not stop a training whose next checkpoint may fit again."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, encoding="utf-8")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Nothing: what matters is on the console as well."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def log_to_console(world: World) -> None:
     """From now on the messages of this project go to the main rank's console; of other ranks only errors do."""
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _ConsoleHandler)]:
-        root.removeHandler(handler)
-    console = _ConsoleHandler(logging.INFO if world.is_main else logging.ERROR)
-    console.addFilter(lambda record: record.name.partition(".")[0] in ("data", "pretrain", "downstream"))
-    root.addHandler(console)
-    for package in ("data", "pretrain", "downstream"):
+    _replace(_ConsoleHandler(logging.INFO if world.is_main else logging.ERROR), only_ours=True)
+    for package in _PROJECT:
         logging.getLogger(package).setLevel(logging.INFO)
 
 
 def log_to_file(folder: Path, world: World) -> None:
-    """From now on they go to `folder`/rank<N>.log as well, with times, and so do warnings of the libraries."""
+    """From now on they go to `folder`/rank<N>.log as well, with times, and so do warnings that libraries log."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{world.rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    _replace(_RankFileHandler(folder / f"rank{world.rank}.log"), only_ours=False)
+
+
+def _replace(handler: logging.Handler, only_ours: bool) -> None:
+    """Adds a handler in place of an earlier one of its kind: a process may train several runs, one after the other."""
+    root = logging.getLogger()
+    for old in [old for old in root.handlers if type(old) is type(handler)]:
+        root.removeHandler(old)
+        old.close()
+    if only_ours:
+        handler.addFilter(lambda record: record.name.partition(".")[0] in _PROJECT)
+    root.addHandler(handler)

@@ -1,4 +1,4 @@
-"""The one step loop, for every training."""
+"""The step loop of every training."""
 
 import contextlib
 import logging
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """What is measured while training goes on.
+    """What is measured during training.
 
     Attributes:
         every_epochs: the end of training is measured as well.
@@ -44,7 +44,7 @@ class Evaluation:
 
 @dataclass
 class Run:
-    """All parts of a run, and where it stands."""
+    """All parts of a run, and its state."""
 
     config: RunConfig
     world: World
@@ -71,8 +71,8 @@ def train(run: Run) -> None:
     """Trains from `run.state` to the end, and saves there.
 
     Raises:
-        Stopped: a signal came, and the step it came in is saved.
-        Diverged: `train.max_nonfinite_steps` steps in a row did not move the weights.
+        Stopped: a signal came, and the state after that step is saved.
+        Diverged: `train.max_nonfinite_steps` steps in a row were skipped for a non-finite gradient.
         ValueError: more images than `data.max_skipped_images` could not be decoded.
         OSError: the last checkpoint, at the end or on a signal, could not be written.
     """
@@ -80,7 +80,7 @@ def train(run: Run) -> None:
     stop, meter, saved = StopRequest(), Meter(), state.step
     loggers = build_loggers(run.folder, config.name, state.step, total, run.world.is_main)
     with contextlib.closing(loggers):
-        _evaluate(run, loggers, meter)  # in case a kill or a signal prevented it
+        _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
         for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
             lr = _step(run, micro_batches, meter)
             meter.add_step(config.train.global_batch_size, waited, _list_skipped(run, micro_batches))
@@ -94,7 +94,9 @@ def train(run: Run) -> None:
             if last or state.step % config.checkpoint.every_steps == 0:
                 saved = _save(run, saved, required=last)
             if signal and state.step < total:
-                raise Stopped(f"{signal}: saved and stopped after step {state.step} of {total}; run it again to go on")
+                raise Stopped(
+                    f"{signal}: saved and stopped after step {state.step} of {total}; give the same command to continue"
+                )
             _evaluate(run, loggers, meter)
 
 
@@ -114,7 +116,7 @@ def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
 
 
 def seed_step(*key: int) -> None:
-    """What a module draws by itself (drop path, mixup) depends on this key alone: no generator need be saved."""
+    """Seeds what a module draws by itself (drop path, mixup) by this key alone: no generator state needs saving."""
     (word,) = np.random.SeedSequence(key).generate_state(1)
     torch.manual_seed(int(word))
     np.random.seed(word)
@@ -122,7 +124,7 @@ def seed_step(*key: int) -> None:
 
 
 def _list_skipped(run: Run, micro_batches: list[Batch]) -> int:
-    """Lists the images that could not be decoded and were replaced; returns how many, or raises as `train` does."""
+    """Records the images that could not be decoded and were replaced; returns how many, or raises as `train` does."""
     skipped = [reason for batch in micro_batches for reason in batch.skipped]
     if skipped:
         with run.folder.skipped_images.open("a") as file:
@@ -137,7 +139,7 @@ def _list_skipped(run: Run, micro_batches: list[Batch]) -> int:
 
 
 def _update_state(run: Run, micro_batches: list[Batch]) -> None:
-    """Counts the step and, where the optimizer refused it, lists its samples."""
+    """Counts the step; if the optimizer skipped it, records its samples."""
     state, train = run.state, run.config.train
     state.step += 1
     state.samples += train.global_batch_size
@@ -171,7 +173,7 @@ def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
-    """Measures this step if it is due and has not been measured yet; the time it takes is not the training's."""
+    """Evaluates if this step is due and not evaluated yet; the time it takes does not count as training time."""
     state, evaluation = run.state, run.evaluation
     if evaluation is None or state.step == 0:
         return
@@ -189,8 +191,7 @@ def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
 def _save(run: Run, saved: int, required: bool) -> int:
     """Saves unless this step is already saved; returns the newest saved step.
 
-    A periodic save that the disk refuses is reported and tried again at the next: going on loses nothing that stopping
-    would keep.
+    A periodic save that fails is reported, and tried again at the next: stopping would save no more than continuing.
     """
     if saved == run.state.step:
         return saved
@@ -199,12 +200,12 @@ def _save(run: Run, saved: int, required: bool) -> int:
         return run.state.step
     if required:
         raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")
-    _log.warning("%s; training goes on and tries again in %d steps", problem, run.config.checkpoint.every_steps)
+    _log.warning("%s; training continues, and tries again in %d steps", problem, run.config.checkpoint.every_steps)
     return saved
 
 
 def _timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Each item with the seconds that were spent waiting for it."""
+    """Each item, with the seconds spent waiting for it."""
     while True:
         start = time.perf_counter()
         try:

@@ -1,10 +1,9 @@
-"""What the commands that train share: the command line, signals, logging, and errors in one line."""
+"""What all commands that train have in common: the command line, signals, logging, and errors in one line."""
 
 import argparse
-import importlib.metadata
+import logging
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -12,11 +11,13 @@ from typing import NoReturn, TypeVar
 from pretrain.trainer.launch import World, exit_process, find_world
 from pretrain.trainer.logs import log_to_console
 from pretrain.trainer.nonfinite import Diverged
+from pretrain.trainer.run_folder import package_version
 from pretrain.trainer.signals import Stopped, watch_signals
 
 AnyConfig = TypeVar("AnyConfig")
+_log = logging.getLogger(__name__)
 
-STOPPED_FILE = "LOMAR_STOPPED_FILE"  # names the file that tells slurm/_train.sh to requeue the job
+STOPPED_FILE = "LOMAR_STOPPED_FILE"  # of the environment: by this file slurm/_train.sh knows that it is to requeue
 
 
 def main(
@@ -27,7 +28,7 @@ def main(
 ) -> NoReturn:
     """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise.
 
-    A run that a signal stopped makes the file that the environment names as `STOPPED_FILE`.
+    Where a signal stopped the run, it creates the file that the environment variable `STOPPED_FILE` names.
 
     Args:
         description: of the command, for --help.
@@ -44,20 +45,34 @@ def main(
         if os.environ.get("RANK", "0") == "0":  # the same on every rank
             print(f"error: {error}", file=sys.stderr)
         exit_process(1)
+    exit_process(_exit_code(train, config, world))
+
+
+def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, world: World) -> int:
+    """Trains; what goes wrong is logged, so that it is in the rank's log file as well."""
     try:
         train(config, world)
     except Stopped as stopped:
-        if world.is_main:
-            print(stopped)
-            if STOPPED_FILE in os.environ:
-                Path(os.environ[STOPPED_FILE]).touch()
+        _log.info("%s", stopped)
+        return _mark_stopped() if world.is_main else 0
     except (ValueError, Diverged, OSError) as error:
-        print(f"error on rank {world.rank}: {error}", file=sys.stderr)
-        exit_process(1)
+        _log.error("error on rank %d: %s", world.rank, error)
+        return 1
     except Exception:
-        traceback.print_exc()
-        exit_process(1)
-    exit_process(0)
+        _log.exception("error on rank %d:", world.rank)
+        return 1
+    return 0
+
+
+def _mark_stopped() -> int:
+    path = os.environ.get(STOPPED_FILE)
+    try:
+        if path:
+            Path(path).touch()
+    except OSError as error:
+        _log.error("error: the job is not requeued, since %s could not be written: %s", path, error)
+        return 1
+    return 0
 
 
 def _parse(description: str | None, recipe: str) -> tuple[str, list[str]]:
@@ -65,7 +80,6 @@ def _parse(description: str | None, recipe: str) -> tuple[str, list[str]]:
     parser.add_argument("recipe", metavar=recipe)
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    version = f"lomar-deepspeed {importlib.metadata.version('lomar-deepspeed')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"lomar-deepspeed {package_version('lomar-deepspeed')}")
     options = parser.parse_args()
     return options.recipe, options.overrides

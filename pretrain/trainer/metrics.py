@@ -1,4 +1,4 @@
-"""The numbers of a run: summed over steps and ranks, and read back from its files."""
+"""A run's metrics: accumulated over steps and ranks, and read back from its files."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Sums over the steps since the last report. Losses stay on the device until then: no step waits for them."""
+    """Accumulates over steps, until it is reset. Losses stay on the device until `read`: no step waits for them."""
 
     def __init__(self) -> None:
         self.reset()
@@ -30,18 +30,18 @@ class Meter:
         self._micro_batches += 1
 
     def add_step(self, images: int, waited: float, skipped: int) -> None:
-        """One optimiser step: its global batch, the seconds this rank waited for data and the images it replaced."""
+        """One optimizer step: its global batch size, the seconds this rank waited for data, the images it replaced."""
         self._steps += 1
         self._images += images
         self._waited += waited
         self._skipped += skipped
 
     def exclude(self, seconds: float) -> None:
-        """What was not training does not count as time of a step."""
+        """Takes time that was not spent on training out of the steps' time."""
         self._since += seconds
 
     def read(self) -> dict[str, float]:
-        """Over all ranks since the last reset: means, and the number of skipped images; called by all together."""
+        """Means over all ranks since the last reset, and the number of skipped images; called by all ranks together."""
         seconds = time.perf_counter() - self._since
         losses = torch.stack(list(self._losses.values())) / self._micro_batches
         totals = torch.cat([losses, losses.new_tensor([self._waited / seconds, self._skipped])])
@@ -60,13 +60,13 @@ class Meter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that a kill has cut is left out."""
+    """The records of a file of JSON lines; empty without the file. A last line cut off by a kill is ignored."""
     if not path.exists():
         return []
-    rows = []
+    records = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            records.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return rows
+    return records

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: the optimizer refuses the step on every rank, and its samples are listed."""
+"""Non-finite gradients: the optimizer skips the step on every rank, and its samples are listed."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ class Diverged(RuntimeError):  # noqa: N818
 
 
 def poison_nonfinite(loss: Tensor) -> Tensor:
-    """The loss, with a gradient of NaN where it is not finite: then the optimizer refuses the step on every rank."""
+    """The same loss; if it is not finite its gradient is NaN, so that the optimizer skips the step on every rank."""
     return loss * (loss * 0 + 1).detach()
 
 
 def list_samples(path: Path, step: int, keys: list[str], world: World) -> None:
-    """Lists the samples of a step that the optimizer refused; called by all ranks, each with its own keys."""
+    """Appends the samples of a skipped step to a file; called by all ranks, each with the keys of its own samples."""
     parts: list[list[str]] = [[] for _ in range(world.size)]
     dist.all_gather_object(parts, keys)
     if world.is_main:

@@ -33,16 +33,16 @@ def learning_rate(step: int, steps_per_epoch: int, epochs: int, peak: float, con
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
-    """Ours, not one of DeepSpeed's schedulers: those overwrite the rates of single groups."""
+    """Sets the rate of every group, scaled by its `lr_scale`. DeepSpeed's schedulers would overwrite such scales."""
     for group in groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 class NonfiniteGuard(torch.optim.Optimizer):
-    """Makes the optimizer that it is put in front of do what DeepSpeed's ZeRO optimizers do, for stage 0 does not.
+    """A mixin that gives an optimizer what DeepSpeed's ZeRO optimizers have and its stage 0 lacks.
 
-    It leaves the weights alone where the gradient is not finite, and knows the gradient's norm before clipping.
-    DeepSpeed reads `overflow` and `_global_grad_norm` after `step`.
+    It clips the gradient, records the norm before that, and skips a step whose gradient is not finite. DeepSpeed reads
+    `overflow` and `_global_grad_norm` after `step`.
     """
 
     clip_grad = 0.0
@@ -65,6 +65,6 @@ class GuardedAdamW(NonfiniteGuard, torch.optim.AdamW):
 
 
 def build_adamw(groups: list[dict[str, Any]], config: RunConfig, stage: int) -> torch.optim.Optimizer:
-    """AdamW for a ZeRO stage."""
+    """AdamW, guarded in ZeRO stage 0."""
     kind = torch.optim.AdamW if stage else GuardedAdamW
     return kind(groups, lr=config.peak_lr, betas=config.optim.betas)

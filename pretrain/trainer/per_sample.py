@@ -1,4 +1,4 @@
-"""Results for each sample of a pass, computed by all ranks together and the same on all of them."""
+"""Results for each sample of an evaluation, computed by all ranks together and the same on all of them."""
 
 import sys
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data.eval_loader import PADDING, EvalLoader
 
-CHUNK = 1 << 24  # numbers that are summed over the ranks in one piece
+CHUNK = 1 << 24  # elements that are summed over the ranks at once
 
 
 @torch.no_grad()
@@ -20,18 +20,18 @@ def compute_per_sample(
 ) -> tuple[Tensor, Tensor]:
     """Called by all ranks together; each calls `compute` equally often, on batches of the same shape.
 
-    Every sample belongs to one rank, and the others add zeros: the sum over ranks changes no bit.
+    Each sample is computed by one rank, and the others add zeros: the sum over ranks is exact.
 
     Args:
-        compute: ((B, H, W, 3) uint8 images on the device, (B,) sample numbers) -> (B, K). Rows of padding (PADDING)
-            and of images that cannot be decoded are computed of black images, and thrown away.
-        loader: the pass.
+        compute: ((B, H, W, 3) uint8 images on the device, (B,) sample numbers) -> (B, K). Padding (PADDING) and images
+            that cannot be decoded are black images, whose results are dropped.
+        loader: the samples.
         device: where to compute.
-        description: in front of the progress bar.
+        description: label of the progress bar.
 
     Returns:
-        (N, K) on the CPU, row i for sample `loader.indices[i]`, zeros where that cannot be decoded; and bool (N,),
-        whether it can.
+        (N, K) on the CPU, row i for sample `loader.indices[i]`, zeros if it cannot be decoded; and bool (N,), whether
+        it can be.
 
     Raises:
         ValueError: no samples; and as `EvalLoader.batches`.
@@ -54,18 +54,18 @@ def compute_per_sample(
     assert results is not None
     for tensor in (results, visits, readable):
         _sum_over_ranks(tensor, loader.world_size, device)
-    assert (visits == 1).all(), "every sample once"
+    assert (visits == 1).all(), "each sample belongs to one rank"
     return results, readable.bool()
 
 
 def _sum_over_ranks(tensor: Tensor, world: int, device: torch.device) -> None:
-    """In place, a piece at a time: all of it may be larger than the device's memory."""
+    """In place, a chunk at a time: all of it may be larger than the device's memory."""
     if world == 1:
         return
-    for piece in tensor.view(-1).split(CHUNK):
-        there = piece.to(device)
-        dist.all_reduce(there)
-        piece.copy_(there)
+    for chunk in tensor.view(-1).split(CHUNK):
+        on_device = chunk.to(device)
+        dist.all_reduce(on_device)
+        chunk.copy_(on_device)
 
 
 def unreadable_keys(loader: EvalLoader, readable: Tensor) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run says at its beginning and at its end."""
+"""What a run logs at its beginning and at its end."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ _log = logging.getLogger(__name__)
 
 
 def describe_run(run: Run, effective: dict[str, Any], samples: int, resumed: str | None) -> str:
-    """Who trains what, with which arithmetic, on which engine settings, from where."""
+    """The model, batch sizes, length, engine settings, versions, and where the run starts."""
     config, world = run.config, run.world
     train, (height, width) = config.train, config.data.height_width
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())  # ZeRO-3 empties p
@@ -24,19 +24,19 @@ def describe_run(run: Run, effective: dict[str, Any], samples: int, resumed: str
         f"{parameters / 1e6:.1f}M parameters; git {git_state()}\n"
         f"global batch {train.global_batch_size} = {world.size} ranks x {accumulation} micro-batches x {micro_batch}; "
         f"learning rate {config.peak_lr:.3g} = {config.optim.base_lr:g} x {train.global_batch_size} / 256\n"
-        f"{samples} samples, {run.loader.steps_per_epoch} steps an epoch, {train.epochs} epochs, "
+        f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs, "
         f"{run.total_steps} steps\n"
         f"DeepSpeed uses {json.dumps(effective)}\n"
         f"versions {json.dumps(versions())}\n"
-        f"{f'resumes from {resumed}' if resumed else 'starts'}; everything goes to {run.folder.root}/"
+        f"{f'resumes from {resumed}' if resumed else 'starts at step 0'}; writes to {run.folder.root}/"
     )
 
 
 def log_outputs(run: Run) -> None:
-    """Names the files that the run has written, and waits for all ranks."""
+    """Lists the files that the run has written, and waits for all ranks."""
     if run.world.is_main:
         _log.info("%s", _describe_outputs(run.folder, run.checkpoints.names()[0]))
-    torch.distributed.barrier()  # a launcher may end the ranks that outlive the first to leave
+    torch.distributed.barrier()  # a launcher may kill the other ranks as soon as one exits
 
 
 def _describe_outputs(folder: RunFolder, newest: str) -> str:
@@ -44,9 +44,9 @@ def _describe_outputs(folder: RunFolder, newest: str) -> str:
         folder.metrics: "loss, learning rate and speed",
         folder.tensorboard: "the same for TensorBoard",
         folder.loss_curve: "the loss curve",
-        folder.evaluation: "what was measured during training",
-        folder.reconstructions: "what the model reconstructs",
-        folder.checkpoints / newest: "resumes this run",
+        folder.evaluation: "evaluations during training",
+        folder.reconstructions: "reconstructed images",
+        folder.checkpoints / newest: "the last checkpoint: resumes this run",
         folder.encoder: "the encoder: fp32, timm's parameter names",
         folder.encoder_ema: "the teacher's encoder, a moving average",
         folder.model: "the classifier: fp32, timm's parameter names",

@@ -1,9 +1,10 @@
-"""The folder of a run: who may write it, and what it says about the run. Its layout is in docs/pretraining.md."""
+"""The folder of a run: its layout, its lock, and the record of its environment. See docs/pretraining.md."""
 
 import contextlib
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import socket
@@ -18,10 +19,11 @@ import torch
 
 _PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow")
 _ROOT = Path(__file__).parents[2]
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Names of everything in `runs/<name>/`."""
+    """Paths of everything in `runs/<name>/`."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -43,14 +45,13 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, is_main: bool = True, patience: float = 10) -> Iterator[None]:
-        """Makes the folder and holds it: the kernel frees the lock when this process ends, however it does.
+        """Creates and locks the folder: the kernel releases the lock when this process ends, however it ends.
 
-        The main rank does, for all ranks of a run.
-
-        Waits a little, since a requeued job may start while the old one's processes are still dying.
+        Only the main rank does so, for all ranks of a run. It waits for up to `patience` seconds, since a requeued job
+        may start while the old one's processes are still ending.
 
         Raises:
-            ValueError: another run is writing this folder.
+            ValueError: another run is writing to this folder.
         """
         if not is_main:
             yield
@@ -62,10 +63,8 @@ class RunFolder:
                 lock.seek(0)
                 owner = lock.read().strip()
                 if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"{self.root} is being written by another run ({owner}): give this one another name="
-                    )
-                print(f"waiting for {self.root}: {owner} still writes it", file=sys.stderr, flush=True)
+                    raise ValueError(f"another run ({owner}) is writing to {self.root}: choose another name=")
+                _log.warning("waiting for %s: %s is still writing to it", self.root, owner)
                 time.sleep(5)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
@@ -73,7 +72,7 @@ class RunFolder:
             yield
 
     def write_environment(self, **facts: Any) -> None:
-        """Versions, git state and machine, beside what the caller adds."""
+        """Writes environment.json: versions, git state, machine, and what the caller adds."""
         environment = {
             **facts,
             "versions": versions(),
@@ -86,8 +85,8 @@ class RunFolder:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, CUDA and the packages that matter."""
-    packages = {name: _version(name) for name in _PACKAGES}
+    """Versions of Python, CUDA and the packages that matter."""
+    packages = {name: package_version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
 
@@ -106,7 +105,8 @@ def git_state() -> str:
     return described.stdout.strip()
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version, or 'not installed'."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

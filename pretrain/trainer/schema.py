@@ -1,5 +1,6 @@
-"""Typed sections of a recipe, and how a YAML file and dotted overrides become one. Nothing here knows a key by name."""
+"""Typed sections of a recipe, and how a YAML file and dotted overrides become one. No key is known by name here."""
 
+import ast
 import difflib
 from collections.abc import Collection
 from pathlib import Path
@@ -9,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 # Marks a key, by `Annotated[int, MAY_CHANGE]`, that a run may continue with another value of: the weights do not
-# depend on it. A key without the mark is compared when a run continues, so that none can be forgotten.
+# depend on it. All other keys are compared when a run continues, so that a new one cannot be forgotten.
 MAY_CHANGE = object()
 
 
@@ -31,23 +32,23 @@ class Section(BaseModel):
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def load_config(kind: type[AnySection], recipe: str, overrides: list[str], recipes: Path) -> AnySection:
+def load_config(schema: type[AnySection], recipe: str, overrides: list[str], recipes: Path) -> AnySection:
     """The configuration of a recipe (a path, or a name in the folder `recipes`) under `section.key=value` overrides.
 
     Raises:
         ValueError: an unknown recipe or key, a wrong type, or values that do not fit together; the message names the
             key to change.
     """
-    choices = {name for name, field in kind.model_fields.items() if len(_sections(field.annotation)) > 1}
-    raw = merge(read_recipe(recipe, recipes, choices), parse_overrides(overrides), choices)
+    choices = {name for name, field in schema.model_fields.items() if len(_sections(field.annotation)) > 1}
+    raw = merge(read_recipe(recipe, recipes, choices), parse_overrides(overrides, schema), choices)
     try:
-        return kind.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(explain(error, kind)) from None
+        raise ValueError(explain(error, schema)) from None
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """', did you mean x?' or, with nothing near, the valid names."""
+    """'did you mean x?', or all valid names where none is close."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(sorted(names))}"
 
@@ -73,8 +74,8 @@ def _read_extended(path: Path, shipped: Path, choices: Collection[str], above: t
     base = recipe.pop("extends", None)
     if base is None:
         return recipe
-    beside = path.parent / str(base)
-    found = _find_recipe(beside if beside.is_file() else str(base), shipped)
+    sibling = path.parent / str(base)
+    found = _find_recipe(sibling if sibling.is_file() else str(base), shipped)
     return merge(_read_extended(found, shipped, choices, (*above, path.resolve())), recipe, choices)
 
 
@@ -83,47 +84,80 @@ def _find_recipe(name: str | Path, shipped: Path) -> Path:
         if path.is_file():
             return path
     names = sorted(p.stem for p in shipped.glob("*.yaml"))
-    raise ValueError(f"no recipe {str(name)!r}: neither a file nor a shipped one; {nearest(Path(name).stem, names)}")
+    raise ValueError(f"no recipe {str(name)!r}: neither a file nor a shipped recipe; {nearest(Path(name).stem, names)}")
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], choices: Collection[str] = ()) -> dict[str, Any]:
     """Nested dictionaries, `over` winning key by key.
 
-    A section of `choices` is of a kind that its `name` tells: where `over` names another kind, it replaces the section.
+    A section in `choices` is one of several types, told apart by its `name`: where `over` names another type, it
+    replaces the whole section.
     """
     merged = dict(base)
     for key, value in over.items():
         old = base.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            same_kind = key not in choices or value.get("name", old.get("name")) == old.get("name")
-            value = merge(old, value) if same_kind else value
+            same_type = key not in choices or value.get("name", old.get("name")) == old.get("name")
+            value = merge(old, value) if same_type else value
         merged[key] = value
     return merged
 
 
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """['optim.base_lr=1e-3', ...] -> {'optim': {'base_lr': ...}}; values are YAML.
+def parse_overrides(arguments: list[str], schema: type[BaseModel] | None = None) -> dict[str, Any]:
+    """['optim.base_lr=1e-3', ...] -> {'optim': {'base_lr': 0.001}}; values as of `parse_value`.
+
+    Args:
+        schema: where it has a text (`name`), a number is that text: `name=007` is '007'.
 
     Raises:
         ValueError: an argument that is not `dotted.key=value`.
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"{argument!r} is not an override: write section.key=value, for example train.epochs=100")
         try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"{argument!r}: {value!r} is not a YAML value; are brackets or quotes closed?") from None
+            nested = parse_value(text)
+        except ValueError as error:
+            raise ValueError(f"{argument!r}: {error}") from None
+        if isinstance(nested, int | float) and schema is not None and _is_text(key, schema):
+            nested = text
         for part in reversed(key.split(".")):
             nested = {part: nested}
         overrides = merge(overrides, nested)
     return overrides
 
 
+def parse_value(text: str) -> Any:
+    """The value that is typed after `key=`: a literal of Python's, `(1333, 800)`, `1e-4` or `None`; else YAML.
+
+    YAML reads these three as strings, and Python does not read `true`, `[random, simple]` or words without quotes.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    else:
+        if isinstance(value, str | int | float | list | tuple | dict | None):
+            return value
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a YAML value; are brackets or quotes closed?") from None
+
+
+def _is_text(key: str, schema: type[BaseModel]) -> bool:
+    section, path, rest = _locate(tuple(key.split(".")), schema)
+    field = section.model_fields.get(path[-1]) if path and not rest else None
+    return field is not None and (field.annotation is str or str in get_args(field.annotation))
+
+
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """One line for each thing wrong, naming the dotted key and, for an unknown one, the nearest valid name."""
+    """One line for each error, with the dotted key and, where that is unknown, the nearest valid name."""
     return "\n".join(_explain(problem, schema) for problem in error.errors(include_url=False))
 
 
@@ -144,14 +178,14 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
         return f"unknown {key}.{tag}={given!r}: {nearest(str(given), names)}"
     if kind == "missing" and not rest:
         return f"{key} is not set: write it in the recipe or give {key}=value"
-    said = "a value is missing" if kind == "missing" else problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}={problem['input']!r}: {said}"
+    message = "a value is missing" if kind == "missing" else problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}={problem['input']!r}: {message}"
 
 
 def _locate(
     location: tuple[int | str, ...], schema: type[BaseModel]
 ) -> tuple[type[BaseModel], list[str], list[int | str]]:
-    """The section and the key of a problem, and what follows the key: a list's position or one of several types."""
+    """The section and the key of a problem, and what follows the key: an index of a list, or one of several types."""
     path: list[str] = []
     rest = list(location)
     while rest and str(rest[0]) in schema.model_fields:
@@ -169,7 +203,7 @@ def _locate(
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections in an annotation, of which there are several in a union."""
+    """The section types in an annotation; a union has several."""
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, BaseModel) else []
     return [section for inner in get_args(annotation) for section in _sections(inner)]

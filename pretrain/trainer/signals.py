@@ -1,4 +1,4 @@
-"""Signals end a run at a step boundary, when all ranks have agreed on it."""
+"""Signals stop a run at a step boundary, on which all ranks agree."""
 
 import signal
 from types import FrameType
@@ -11,14 +11,14 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal ended the run at a step boundary; everything is saved."""
+    """A signal stopped the run at a step boundary; everything is saved."""
 
 
 _received: list[int] = []
 
 
 def watch_signals() -> None:
-    """Remembers signals from now on, instead of dying of them; `StopRequest` acts on them at a step boundary."""
+    """From now on signals are recorded instead of ending the process; `StopRequest` acts on them at a step boundary."""
     for number in _SIGNALS:
         signal.signal(number, _remember)
 
@@ -36,7 +36,7 @@ class StopRequest:
         self._group = dist.new_group(backend="gloo")
 
     def agreed(self) -> str | None:
-        """The signal that any rank has received, the same answer on all of them."""
+        """The signal that any rank has received, or None; the same on all ranks."""
         number = torch.tensor(_received[0] if _received else 0)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return signal.Signals(int(number)).name if number else None

@@ -15,15 +15,15 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards with 80 JPEGs of coloured gradients and discs, packed by our own command."""
+    """Three shards with 80 JPEGs of colored gradients and discs, packed by our own command."""
     folder, out = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     rows, cols = np.mgrid[0:96, 0:112]
     for number in range(80):
-        centre, radius, colours = rng.uniform(20, 80, 2), rng.uniform(10, 40), rng.integers(0, 256, (2, 3))
+        centre, radius, colors = rng.uniform(20, 80, 2), rng.uniform(10, 40), rng.integers(0, 256, (2, 3))
         disc = ((rows - centre[0]) ** 2 + (cols - centre[1]) ** 2 < radius**2)[..., None]
         shade = (rows * rng.uniform(0.3, 1) + cols * rng.uniform(0.3, 1))[..., None] / 200
-        pixels = np.where(disc, colours[0], colours[1]) * shade.clip(0, 1)
+        pixels = np.where(disc, colors[0], colors[1]) * shade.clip(0, 1)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
     command = [sys.executable, "-m", "data.pack", str(folder), str(out), "--samples-per-shard", "30"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

@@ -31,17 +31,18 @@ def refused(run: Any) -> str:
 
 
 REFUSED = {
-    "a key": ("RECIPE mehtod.windows=3", "unknown key mehtod: did you mean method?"),
+    "a key": ("RECIPE mehtod.num_windows=3", "unknown key mehtod: did you mean method?"),
     "a recipe": ("lomar_vitb16_224_1600", "did you mean lomar_vitb16_224_1600e?"),
     "accumulation": (
         "RECIPE train.gradient_accumulation_steps=3",
-        "train.global_batch_size=8 is not divided by 1 ranks x train.gradient_accumulation_steps=3; the nearest batches",
+        "train.global_batch_size=8 is not a multiple of 1 ranks x train.gradient_accumulation_steps=3: set train."
+        "global_batch_size to 6 or 9",
     ),
     "batch": ("RECIPE train.global_batch_size=88", "80 samples"),
     "shards": ("RECIPE data.shards=/nowhere", "/nowhere"),
     "no engine": (
-        "RECIPE train.ds_config=zero9.json",
-        "train.ds_config='zero9.json' is no file; shipped: ds_configs/zero0.json",
+        "RECIPE train.ds_config=zero9",
+        "train.ds_config='zero9' is neither a file nor a name in ds_configs/: did you mean zero",
     ),
     "engine": (
         "RECIPE train.ds_config=FOLDER/engine.json",
@@ -74,7 +75,7 @@ def test_a_command_that_cannot_work(case: str, refusals: dict[str, Any]):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.image_size=225", "225 pixels are no multiple of model.patch_size=16; the nearest are 224 and 240"),
+        ("data.image_size=225", "225 is not a multiple of model.patch_size=16; the nearest multiples are 224 and 240"),
         ("method.window_size=5", "method.window_size=5 is larger than the image's grid of 4x5 patches"),
         ("method.num_windows=7", "fits in only 6 places on a grid of 4x5: set method.num_windows to at most 6"),
     ],
@@ -103,7 +104,7 @@ def test_a_port_on_which_another_run_listens(recipe: Path, start: Callable[..., 
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         output = refused(start(recipe, processes=1, port=port))
-    assert f"port {port} is taken, by another run on this machine it seems: give this one another" in output
+    assert f"port {port} is already in use, probably by another run on this machine: choose another" in output
 
 
 def test_two_runs_writing_one_folder(recipe: Path, start: Callable[..., Any], tmp_path: Path):
@@ -115,7 +116,7 @@ def test_two_runs_writing_one_folder(recipe: Path, start: Callable[..., Any], tm
     output = "".join(second.outputs())
     assert second.all[0].returncode == 1
     assert f"another run (process {first.all[0].pid} on" in output
-    assert "give this one another name=" in output
+    assert "choose another name=" in output
     first.kill()
 
 
@@ -167,11 +168,11 @@ def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Calla
         output = "".join(run.outputs())
         assert all(process.returncode == 1 for process in run.all), output
         assert "checkpoint step_00000008 could not be written" in output
-        assert "training goes on and tries again in 4 steps" in output
+        assert "training continues, and tries again in 4 steps" in output
         assert "make room and start the same command: it continues from step 4" in output
         assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000004"]
         subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)
-        assert "continues from step_00000004" in start(recipe, "checkpoint.every_steps=4").finish()
+        assert "resumes from step_00000004" in start(recipe, "checkpoint.every_steps=4").finish()
         assert (disk / "tiny" / "checkpoints" / "latest").read_text() == "step_00000010"
     finally:
         subprocess.run(["umount", str(disk)], check=True)

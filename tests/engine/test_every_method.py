@@ -17,38 +17,39 @@ from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 
-MAE = {"name": "mae", "decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
-LOMAR = {"name": "lomar", "windows": 2, "window": 3}
+MAE = {"name": "mae", "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3}
 SINCOS = {"arch": "vit_tiny", "position": "sincos"}
 RELATIVE = {"arch": "vit_tiny"}
-PARTIAL = {"throw": 0.3, "kernel": 3}
-LUT = {"alpha": 1.0, "hidden": 16, "momentum": 0.9}
-CELLS = {"name": "simmim", "cell": 16}
-BEIT = {"name": "beit", "tokenizer": {"name": "random_projection", "codes": 32}}
+PR_MIM = {"throw_ratio": 0.3, "kernel_size": 3}
+LUT = {"alpha": 1.0, "hidden_dim": 16, "momentum": 0.9}
+SIMMIM = {"name": "simmim", "mask_patch_size": 16}
+TOKENS = {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32}
 
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"method": MAE, "model": SINCOS},
-    "mae-partial": {"method": MAE, "model": SINCOS, "pr_mim": PARTIAL},
+    "mae-pr_mim": {"method": MAE, "model": SINCOS, "pr_mim": PR_MIM},
     "lc_mae": {"method": MAE | {"name": "lc_mae", "proj_dim": 16}, "model": SINCOS},
     "lc_mae-conv": {"method": MAE | {"name": "lc_mae", "decoder": "conv"}, "model": SINCOS},
     "ae": {"method": MAE | {"name": "ae", "block_size": 24}, "model": SINCOS},
-    "simmim": {"method": CELLS, "model": SINCOS},
-    "simmim-partial": {"method": CELLS, "model": RELATIVE, "pr_mim": PARTIAL},
-    "beit": {"method": BEIT, "model": RELATIVE},
-    "lomar-beit": {"method": {**BEIT, "num_windows": 2, "window_size": 3}, "model": SINCOS},
-    "lomar-partial": {"method": LOMAR, "model": RELATIVE, "pr_mim": PARTIAL},
+    "simmim": {"method": SIMMIM, "model": SINCOS},
+    "simmim-pr_mim": {"method": SIMMIM, "model": RELATIVE, "pr_mim": PR_MIM},
+    "beit": {"method": {"name": "beit"}, "model": RELATIVE, "target": TOKENS},
+    "lomar-beit": {"method": {**LOMAR, "mask_type": "block"}, "model": SINCOS, "target": TOKENS},
+    "lomar-pr_mim": {"method": LOMAR, "model": RELATIVE, "pr_mim": PR_MIM},
     "mae-lut": {"method": MAE, "model": SINCOS, "lut": LUT},
-    "simmim-lut-tokens": {"method": CELLS, "model": SINCOS, "lut": LUT | {"supervision": "tokens"}},
-    "lomar-late-partial-lut": {
+    "simmim-lut-tokens": {"method": SIMMIM, "model": SINCOS, "lut": LUT | {"supervision": "tokens"}},
+    "lomar-late-pr_mim-lut": {
         "method": {**LOMAR, "mask_token_block": 1},
         "model": RELATIVE,
-        "pr_mim": PARTIAL,
+        "pr_mim": PR_MIM,
         "lut": LUT | {"loss": "infonce"},
     },
-    "mae-encoder_masks": {
-        "method": MAE | {"encoder_mask_tokens": True, "target": "token", "tokenizer": BEIT["tokenizer"]},
+    "mae-encoder_mask_tokens": {
+        "method": MAE | {"encoder_mask_tokens": True},
         "model": SINCOS,
-        "pr_mim": PARTIAL | {"aggregation": "transformer"},
+        "target": TOKENS,
+        "pr_mim": PR_MIM | {"aggregation": "transformer"},
     },
     "lomar-asymmetric": {
         "method": {
@@ -59,10 +60,10 @@ METHODS: dict[str, dict[str, Any]] = {
             "decoder_num_heads": 2,
         },
         "model": RELATIVE,
-        "pr_mim": PARTIAL | {"aggregation": "convnext"},
+        "pr_mim": PR_MIM | {"aggregation": "convnext"},
     },
     "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE},
-    "lomar-late-partial": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE, "pr_mim": PARTIAL},
+    "lomar-late-pr_mim": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE, "pr_mim": PR_MIM},
 }
 
 
@@ -72,7 +73,7 @@ def recipes(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPath
     return {name: str(write_recipe(folder, name, **sections)) for name, sections in METHODS.items()}
 
 
-ZERO3 = ("train.ds_config=zero3", "train.gradient_accumulation_steps=2")  # it parts most
+ZERO3 = ("train.ds_config=zero3", "train.gradient_accumulation_steps=2")  # it partitions most
 ZERO1_BF16 = (
     "train.ds_config=zero1",
     "train.gradient_accumulation_steps=2",
@@ -114,10 +115,11 @@ def test_four_steps_equal_two_then_two(stage: str, method: str, request: pytest.
 def test_the_encoder_is_rebuilt_from_its_file_alone(stage: str, method: str, request: pytest.FixtureRequest):
     run = request.getfixturevalue(stage) / method / "whole"
     with safe_open(run / "encoder.safetensors", "pt") as file:
-        facts = file.metadata()
-    height, width = (int(side) // int(facts["patch"]) for side in facts["size"].split("x"))
+        metadata = file.metadata()
+    patch_size = int(metadata["patch_size"])
+    height, width = (int(side) // patch_size for side in metadata["image_size"].split("x"))
     with SMALL:
-        encoder = ViT(facts["arch"], int(facts["patch"]), (height, width), facts["position"] == "relative")
+        encoder = ViT(metadata["arch"], patch_size, (height, width), metadata["position"] == "relative")
     encoder.load_state_dict(load_file(run / "encoder.safetensors"), strict=True)
     trained = torch.load(run / "state.pt")
     prefix = "method.encoder" if "lut" in method else "encoder"
@@ -128,7 +130,7 @@ def test_killed_and_continued_ends_with_the_same_bits(
     write_recipe: Callable[..., Path], start: Callable[..., Any], tmp_path: Path
 ):
     """Through the data workers, for the method with most on top of LoMaR; others are killed in test_resume.py."""
-    recipe = write_recipe(tmp_path, **METHODS["lomar-late-partial-lut"])
+    recipe = write_recipe(tmp_path, **METHODS["lomar-late-pr_mim-lut"])
     keys = ("train.epochs=2", "train.ds_config=zero3", "train.precision=bf16")
     start(recipe, *keys, "name=whole").finish()
     broken = tmp_path / "runs" / "broken"
@@ -138,7 +140,7 @@ def test_killed_and_continued_ends_with_the_same_bits(
     assert not (broken / "encoder.safetensors").exists(), "the run ended before it was killed"
     last = newest(broken)
     assert last <= "step_00000015"
-    assert f"continues from {last}" in start(recipe, *keys, "name=broken").finish()
+    assert f"resumes from {last}" in start(recipe, *keys, "name=broken").finish()
     assert_same_run(tmp_path / "runs" / "whole", broken)
 
 

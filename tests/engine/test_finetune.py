@@ -20,14 +20,14 @@ from pretrain.models.vit import ViT
 
 pytestmark = pytest.mark.engine
 
-RANDOM = {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5, "smoothing": 0.1}
+RANDOM = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5, "label_smoothing": 0.1}
 ADAMW = {"base_lr": 1e-2, "weight_decay": 0.05, "betas": [0.9, 0.95], "layer_decay": 0.6}
 PROBE = {"start": {"trained_blocks": 0}, "head": {"num_classes": CLASSES, "kind": "batchnorm"}}
 
 JOBS: dict[str, dict[str, Any]] = {
-    "random": {"start": {}, "augment": RANDOM, "head": {"num_classes": CLASSES, "drop_path": 0.3}, "ema": {}},
+    "random": {"start": {}, "augment": RANDOM, "model": {"drop_path_rate": 0.3}, "ema": {}},
     "tuned": {"start": {}, "augment": {"label_smoothing": 0.1}, "ema": {"decay": 0.9}},
-    "pr_mim": {"start": {"trained_blocks": 1}},
+    "partial": {"start": {"trained_blocks": 1}},
     "probe": {**PROBE, "ema": {"decay": 0.9}},
     "scratch-token": {"model": {"position": "sincos"}, "head": {"num_classes": CLASSES, "pool": "token"}},
     "scratch-bias": {"model": {"position": "bias"}},
@@ -42,9 +42,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with SMALL:
         vit = ViT("vit_tiny", 16, (4, 5))
     state = {name: tensor + 0.05 * torch.randn_like(tensor) for name, tensor in vit.state_dict().items()}
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "64x80", "position": "relative"}
+    metadata = {"arch": "vit_tiny", "patch_size": "16", "image_size": "64x80", "position": "relative"}
     path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
-    save_file(state, path, facts)
+    save_file(state, path, metadata)
     return path
 
 
@@ -105,7 +105,7 @@ def test_engines_equal_plain_torch(stage: str, job: str, trained: Callable[..., 
     steps, averages = plain_steps(config)
     assert_same_steps(folder / job / "whole", steps)
     if config.ema:
-        saved = load_file(folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "average.safetensors")
+        saved = load_file(folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "ema.safetensors")
         for name, ema in averages.items():
             if not name.endswith("qkv.bias"):  # a key's bias does not change attention: Adam follows rounding there
                 torch.testing.assert_close(saved[name].double(), ema, rtol=1e-5, atol=2e-6, msg=name)
@@ -145,11 +145,11 @@ def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable
 def rebuilt(path: Path) -> Any:
     """From the file alone: timm's model by its metadata, filled strictly."""
     with safe_open(path, "pt") as file:
-        facts = file.metadata()
-    state, size = load_file(path), tuple(map(int, facts["size"].split("x")))
-    options = {"classes": int(facts["classes"]), "pool": facts["pool"], "fc_norm": "fc_norm.weight" in state}
+        metadata = file.metadata()
+    state, size = load_file(path), tuple(map(int, metadata["image_size"].split("x")))
+    options = {"classes": int(metadata["classes"]), "pool": metadata["pool"], "fc_norm": "fc_norm.weight" in state}
     with SMALL:
-        vit = build_vit(facts["arch"], int(facts["patch"]), size, facts["position"], **options)
+        vit = build_vit(metadata["arch"], int(metadata["patch_size"]), size, metadata["position"], **options)
     vit.load_state_dict(state, strict=True)
     return vit
 
@@ -163,7 +163,7 @@ def test_the_file_is_the_trained_model_under_timms_names(job: str, trained: Call
     files = {"model": torch.load(folder / job / "whole" / "state.pt")}
     if config.ema:
         last = folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}"
-        files["model_ema"] = load_file(last / "average.safetensors")
+        files["model_ema"] = load_file(last / "ema.safetensors")
     for file, state in files.items():
         classifier = build_small(config).eval()
         classifier.load_state_dict(state)

@@ -23,16 +23,16 @@ from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 # An even number of classes: what ZeRO-3 fills parts of an odd one up with is whatever was in memory.
-COLOURS = {"blue": (40, 60, 200), "green": (60, 180, 50), "red": (210, 50, 40), "yellow": (220, 210, 60)}
+COLORS = {"blue": (40, 60, 200), "green": (60, 180, 50), "red": (210, 50, 40), "yellow": (220, 210, 60)}
 
 
 def pack(folder: Path, count: int, seed: int) -> Path:
-    """Shards of noisy pictures, `count` of each colour, which is their class."""
+    """Shards of noisy images, `count` of each color, which is their class."""
     rng = np.random.default_rng(seed)
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         (folder / "images" / name).mkdir(parents=True)
         for number in range(count):
-            pixels = np.clip(colour + rng.normal(0, 40, (72, 88, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(color + rng.normal(0, 40, (72, 88, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "images" / name / f"{number:02d}.jpg", quality=90)
     command = [sys.executable, "-m", "data.pack", str(folder / "images"), str(folder / "shards")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -49,10 +49,10 @@ def tuning(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[...,
     keys = {
         "name": "tuned",
         "runs": "runs",
-        "model": {"arch": "vit_tiny"},
+        "model": {"arch": "vit_tiny", "drop_path_rate": 0.1},
         "data": {"shards": str(pack(folder / "train", 11, seed=0)), "image_size": [64, 80], "num_workers": 1},
         "start": {"checkpoint": str(folder / "encoder.safetensors")},
-        "head": {"num_classes": 4, "drop_path": 0.1},
+        "head": {"num_classes": 4},
         "val": {"shards": str(pack(folder / "val", 7, seed=1)), "batch_size": 4},
         "augment": {
             "randaugment": "rand-m9-mstd0.5-inc1",
@@ -90,7 +90,7 @@ def test_killed_and_continued_ends_with_the_same_bits(
     assert last <= "step_00000010"
     encoder.rename(tmp_path / encoder.name)
     said = start(tuning, "val.every_epochs=3", script=CLASSIFY).finish()
-    assert f"continues from {last}" in said
+    assert f"resumes from {last}" in said
     assert "from scratch" not in said
     (tmp_path / encoder.name).rename(encoder)
     assert_same_run(whole, tmp_path / "runs" / "tuned")
@@ -105,6 +105,7 @@ def test_what_a_run_leaves_and_measures(whole: Path):
         "config.yaml",
         "environment.json",
         "evaluation.jsonl",
+        "logs",
         "loss.png",
         "metrics.jsonl",
         "model.safetensors",
@@ -127,7 +128,7 @@ def test_what_a_run_leaves_and_measures(whole: Path):
 def test_another_number_of_ranks_continues_with_layer_decay(tuning: Path, start: Callable[..., Any], tmp_path: Path):
     """Without what is drawn for each rank; the data workers' draws are the samples' own. The classes are learned."""
     still = (
-        "head.drop_path=0",
+        "model.drop_path_rate=0",
         "augment.mixup=0",
         "augment.cutmix=0",
         "augment.random_erasing=0",
@@ -140,7 +141,7 @@ def test_another_number_of_ranks_continues_with_layer_decay(tuning: Path, start:
     assert measured[-1]["top1"] > 0.6
     last = load_file(run / "model.safetensors")
     subprocess.run(["rm", "-r", str(run / "checkpoints" / "step_00000015")], check=True)
-    assert "continues from step_00000010" in start(*keys, script=CLASSIFY, processes=1).finish()
+    assert "resumes from step_00000010" in start(*keys, script=CLASSIFY, processes=1).finish()
     after = read_metrics(run / "metrics.jsonl")
     assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in before], rel=1e-5)
     assert [row["grad_norm"] for row in after] == pytest.approx([row["grad_norm"] for row in before], rel=1e-3)

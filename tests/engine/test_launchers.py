@@ -44,6 +44,7 @@ def test_launcher(launcher: str, recipe: Path, tmp_path: Path):
         "config.yaml",
         "encoder.safetensors",
         "environment.json",
+        "logs",
         "loss.png",
         "metrics.jsonl",
         "reconstructions.png",

@@ -25,7 +25,7 @@ def stage(request: pytest.FixtureRequest) -> str:
 def jobs(stage: str, write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Recipe and overrides of each setting."""
     recipe = str(write_recipe(tmp_path_factory.mktemp("recipes")))
-    engine = f"train.ds_config=ds_configs/{stage}.json"
+    engine = f"train.ds_config={stage}"
     settings = {
         f"{accumulation}-{clip}": [
             recipe,
@@ -62,11 +62,11 @@ def test_four_steps_equal_two_then_two(accumulation: int, clip: float, trained: 
     assert_same_run(*(trained / f"{accumulation}-{clip}" / name for name in ("whole", "resumed")))
 
 
-def test_the_teacher_follows_the_steps_that_moved_the_weights(jobs: dict[str, Any], trained: Path):
+def test_the_teacher_is_updated_by_the_steps_that_moved_the_weights(jobs: dict[str, Any], trained: Path):
     """Its updates are in fp32 and its heads' batch statistics over both ranks; the poisoned step does not move it."""
     steps, averages = plain_steps(configure(*jobs["teacher"]))
     assert_same_steps(trained / "teacher" / "whole", steps)
-    saved = load_file(trained / "teacher" / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "average.safetensors")
+    saved = load_file(trained / "teacher" / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "ema.safetensors")
     assert saved.keys() == averages.keys()
     for name, ema in averages.items():
         assert saved[name].dtype == torch.float32

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def labelled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three classes, each with a colour of its own: 21 to look among, 11 to ask for, of which one cannot be read."""
+    """Of three classes, each with a color of its own: 21 to train on, 11 to classify, of which one cannot be read."""
     root = tmp_path_factory.mktemp("labelled")
     rng = np.random.default_rng(0)
     for number in range(32):
@@ -53,7 +53,7 @@ def test_probed_or_not(
     labelled_photos: Path,
 ):
     (tmp_path / "engine.json").write_text(json.dumps(engine_keys(stage)))
-    section = {"train": str(labelled_photos / "train"), "val": str(labelled_photos / "val"), "every": 1, "k": 5}
+    section = {"train": str(labelled_photos / "train"), "val": str(labelled_photos / "val"), "every_epochs": 1, "k": 5}
     common = [
         f"train.ds_config={tmp_path / 'engine.json'}",
         "train.global_batch_size=16",

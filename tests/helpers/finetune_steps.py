@@ -1,4 +1,4 @@
-"""Four optimiser steps of small classifiers on fixed random batches, by our loop in DeepSpeed or by plain torch.
+"""Four optimizer steps of small classifiers on fixed random batches, by our loop in DeepSpeed or by plain torch.
 
 As a script this is one rank of a launch that goes through many jobs, as steps.py is for pretraining: each trains to its
 end, and once more from the checkpoint in its middle. The plain version spells out groups, LARS and average by itself.
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -46,8 +47,8 @@ def build_small(config: FinetuneConfig, load_start: bool = True) -> Classifier:
         return build_classifier(config, load_start=load_start)[0]
 
 
-def label(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return {"label": rng.integers(CLASSES)}
+def draw_label(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"labels": rng.integers(CLASSES)}
 
 
 def plain_groups(vit: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -114,12 +115,12 @@ def plain_steps(config: FinetuneConfig) -> tuple[list[tuple[float, float]], dict
             group["lr"] = rate * group["scale"]
         optimizer.zero_grad()
         losses = []
-        images, mask_indices = global_batch(step, label, config)
+        images, drawn = global_batch(step, draw_label, config)
         for part, rank in itertools.product(range(parts), range(ranks)):
             seed_step(config.seed, step, part, rank)
             share = BATCH // (parts * ranks)
             mine = slice((part * ranks + rank) * share, (part * ranks + rank + 1) * share)
-            losses.append(classifier(images[mine], {"label": mask_indices["label"][mine]})["loss"])
+            losses.append(classifier(images[mine], drawn["labels"][mine])["loss"])
             (losses[-1] / (parts * ranks)).backward()
         norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), config.optim.clip_grad or 1e9)
         if step != POISONED:
@@ -147,21 +148,21 @@ def train_small(
     from downstream.classify.build import build_ema
     from downstream.classify.finish import finish
     from downstream.classify.optimizers import build_optimizer
-    from pretrain.finish import full_state
     from pretrain.trainer.assemble import Parts, assemble
-    from pretrain.trainer.engine import zero_stage
+    from pretrain.trainer.engine import gather_state_dict, zero_stage
     from pretrain.trainer.loop import train
 
-    loader: Any = FixedBatches(config, label, world)
+    loader: Any = FixedBatches(config, draw_label, world)
     index: Any = NoIndex()
-    settings = small_settings(config, world)
-    optimizer = build_optimizer(classifier.vit, config, zero_stage(settings))
+    stage = zero_stage(small_settings(config, world.size))
+    optimizer = build_optimizer(classifier.vit, config, stage)
     parts = Parts(classifier, optimizer, build_ema(config, classifier, device), loader)
-    run = assemble(config, world, device, folder, index, settings, parts)
+    with patch("pretrain.trainer.assemble.ds_settings", small_settings):
+        run = assemble(config, world, device, folder, index, parts)
     began = run.state.step
     train(run)
-    finish(run, config, ())
-    weights = full_state(run.engine, world)
+    finish(run, ())
+    weights = gather_state_dict(run.engine, world)
     if world.is_main:
         torch.save(weights, folder.root / "state.pt")
     run.engine.destroy()

@@ -1,4 +1,4 @@
-"""Four optimiser steps of small methods on fixed random batches: by our loop in DeepSpeed engines, or by plain torch.
+"""Four optimizer steps of small methods on fixed random batches: by our loop in DeepSpeed engines, or by plain torch.
 
 As a script this is one rank of a launch that goes through many jobs, since starting processes costs more than steps.
 A job trains to its end, and then once more from the checkpoint in its middle, by an engine that began elsewhere. The
@@ -23,8 +23,9 @@ from torch import Tensor
 from data.loader import Batch
 from helpers.processes import SMALL
 from pretrain.build import build_ema, build_method
-from pretrain.config import Config, RunConfig, load
-from pretrain.trainer.launch import World, exit_process, find_world
+from pretrain.config import PretrainConfig, load
+from pretrain.trainer.config import RunConfig
+from pretrain.trainer.launch import World, exit_process, find_world, init_distributed
 from pretrain.trainer.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
 from pretrain.trainer.run_folder import RunFolder
 
@@ -41,7 +42,7 @@ def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]
     start(folder, script=__file__).finish(timeout=300)
 
 
-def configure(recipe: str, *overrides: str) -> Config[Any]:
+def configure(recipe: str, *overrides: str) -> PretrainConfig:
     """Without a warm-up, whose first learning rate is 0: every update moves the weights."""
     return load(
         recipe,
@@ -49,20 +50,21 @@ def configure(recipe: str, *overrides: str) -> Config[Any]:
     )
 
 
-def build_small(config: Config[Any]) -> Any:
+def build_small(config: PretrainConfig) -> Any:
     with SMALL:
         return build_method(config)
 
 
-def global_batch(step: int, mask_indices: Any, config: Config[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def global_batch(step: int, draw: Callable[..., dict[str, Any]], config: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Random images, and what `draw` draws for each from a generator."""
     rng = np.random.default_rng(step)
     shape = (BATCH, len(config.augmentations), 64, 80, 3)
     images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).squeeze(1)
-    views = [mask_indices(rng) for _ in range(BATCH)]
-    return images, {name: torch.from_numpy(np.stack([v[name] for v in views])) for name in views[0]}
+    drawn = [draw(rng) for _ in range(BATCH)]
+    return images, {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in drawn[0]}
 
 
-def plain_steps(config: Config[Any]) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+def plain_steps(config: PretrainConfig) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """One process without DeepSpeed, and a moving average spelled out in float64.
 
     Returns:
@@ -80,9 +82,9 @@ def plain_steps(config: Config[Any]) -> tuple[list[tuple[float, float]], dict[st
         for part in range(parts):
             images, mask_indices = global_batch(step, method.mask_sampler(), config)
             mine = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
-            targets = {"target": teacher.module(images[mine])} if teacher else {}
+            features = {"teacher_features": teacher.module(images[mine])} if teacher else {}
             losses.append(
-                method(images[mine], {name: index[mine] for name, index in mask_indices.items()}, **targets)["loss"]
+                method(images[mine], {name: index[mine] for name, index in mask_indices.items()}, **features)["loss"]
             )
             (losses[-1] / parts).backward()
         norm = torch.nn.utils.clip_grad_norm_(method.parameters(), config.optim.clip_grad or 1e9)
@@ -97,12 +99,12 @@ def plain_steps(config: Config[Any]) -> tuple[list[tuple[float, float]], dict[st
 class PlainTeacher:
     """m * average + (1 - m) * weight in float64, m from 0.996 to 1 by half a cosine."""
 
-    def __init__(self, method: Any, config: Config[Any]):
+    def __init__(self, method: Any, config: PretrainConfig):
         self.first, self.last = config.lut.momentum, config.lut.final_momentum
-        self.module = method.target()
+        self.module = method.teacher_model()
         self.averages = {name: tensor.double() for name, tensor in self.module.state_dict().items()}
 
-    def follow(self, method: Any, updates: int) -> None:
+    def update(self, method: Any, updates: int) -> None:
         m = self.last - (self.last - self.first) * (math.cos(math.pi * updates / STEPS) + 1) / 2
         student = {name.removeprefix("method."): tensor for name, tensor in method.state_dict().items()}
         self.averages = {name: m * ema + (1 - m) * student[name] for name, ema in self.averages.items()}
@@ -114,24 +116,25 @@ class FixedBatches:
 
     steps_per_epoch = STEPS
 
-    def __init__(self, config: Config[Any], mask_indices: Any, world: World):
-        self.config, self.view, self.world = config, mask_indices, world
+    def __init__(self, config: RunConfig, draw: Callable[..., dict[str, Any]], world: World):
+        self.config, self.draw, self.world = config, draw, world
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         parts = self.config.train.gradient_accumulation_steps
         size = BATCH // (self.world.size * parts)
         for step in range(start_step, end_step):
-            images, views = global_batch(step, self.view, self.config)
+            images, drawn = global_batch(step, self.draw, self.config)
             micro_batches = []
             for part in range(parts):
                 samples = torch.arange(size) + (part * self.world.size + self.world.rank) * size
-                mask_indices = {name: index[samples] for name, index in views.items()}
+                mask_indices = {name: index[samples] for name, index in drawn.items()}
+                labels = mask_indices.pop("labels", None)
                 keys = tuple(f"{step}/{sample}" for sample in samples.tolist())
-                micro_batches.append(Batch(images[samples], mask_indices, samples, keys, skipped=()))
+                micro_batches.append(Batch(images[samples], mask_indices, labels, samples, keys, skipped=()))
             yield micro_batches
 
 
-def begin_elsewhere(config: Config[Any]) -> Any:
+def begin_elsewhere(config: PretrainConfig) -> Any:
     """The method with another seed's weights and wrong buffers, so that only loading can make them right."""
     method = build_small(config.model_copy(update={"seed": config.seed + 1}))
     saved = method.state_dict()
@@ -141,7 +144,7 @@ def begin_elsewhere(config: Config[Any]) -> Any:
     return method
 
 
-def poison(method: Any, config: Config[Any]) -> None:
+def poison(method: Any, config: PretrainConfig) -> None:
     """Makes the loss of the poisoned step's first micro-batch infinite, on the rank that calls this."""
     calls = itertools.count()
 
@@ -153,26 +156,30 @@ def poison(method: Any, config: Config[Any]) -> None:
     method.register_forward_hook(spoil)
 
 
-def small_settings(config: RunConfig, world: World) -> dict[str, Any]:
+def small_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """`ds_settings`, and in stage 3 everything is partitioned: by default all of so small a model stays gathered."""
     from pretrain.trainer.engine import ds_settings, zero_stage
 
-    settings = ds_settings(config, world.size)
-    if zero_stage(settings) == 3:  # by default all of so small a model would stay gathered
+    settings = ds_settings(config, world_size)
+    if zero_stage(settings) == 3:
         for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
             settings["zero_optimization"][f"stage3_{key}"] = 0
     return settings
 
 
-def train_small(method: Any, config: Config[Any], world: World, device: torch.device, folder: RunFolder) -> str | None:
+def train_small(
+    method: Any, config: PretrainConfig, world: World, device: torch.device, folder: RunFolder
+) -> str | None:
     """What pretrain/run.py does, on fixed batches; returns the checkpoint that it continued from."""
-    from pretrain.finish import encoder_of, full_state, save_encoder
-    from pretrain.trainer.checkpoint import Checkpoints, TrainState
-    from pretrain.trainer.engine import build_engine, effective_settings, zero_stage
+    from pretrain.finish import encoder_state_dict, save_encoder
+    from pretrain.trainer.checkpoint import Checkpoints
+    from pretrain.trainer.checkpoint_layout import TrainState
+    from pretrain.trainer.engine import build_engine, effective_settings, gather_state_dict, zero_stage
     from pretrain.trainer.loop import Run, train
 
     loader: Any = FixedBatches(config, method.mask_sampler(), world)
     ema = build_ema(config, method, device)
-    settings = small_settings(config, world)
+    settings = small_settings(config, world.size)
     groups = parameter_groups(method, config.optim.weight_decay)
     engine = build_engine(method, build_adamw(groups, config, zero_stage(settings)), config, settings)
     fresh = TrainState(
@@ -183,16 +190,16 @@ def train_small(method: Any, config: Config[Any], world: World, device: torch.de
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     state, resumed = checkpoints.resume(engine, ema, fresh)
     train(Run(config, world, device, folder, loader, engine, ema, checkpoints, state))
-    weights, effective = full_state(engine, world), effective_settings(engine)
+    weights, effective = gather_state_dict(engine, world), effective_settings(engine)
     if world.is_main:
-        save_encoder(encoder_of(method, weights), config, folder.encoder)
+        save_encoder(encoder_state_dict(method, weights), config, folder.encoder)
         torch.save(weights, folder.root / "state.pt")
         (folder.root / "effective.json").write_text(json.dumps(effective))
     engine.destroy()
     return resumed
 
 
-def do_job(config: Config[Any], world: World, device: torch.device, root: Path) -> None:
+def do_job(config: PretrainConfig, world: World, device: torch.device, root: Path) -> None:
     whole, again = RunFolder(root / "whole"), RunFolder(root / "resumed")
     if world.is_main:
         whole.checkpoints.mkdir(parents=True)
@@ -211,7 +218,7 @@ def do_jobs(configure: Callable[..., Any], do_job: Callable[..., None]) -> None:
     """One rank of a launch: `do_job` for each of the jobs in the folder that the command names."""
     folder = Path(sys.argv[1])
     world = find_world()
-    device = start(world)
+    device = init_distributed(world)
     try:
         for name, arguments in json.loads((folder / "jobs.json").read_text()).items():
             print(f"job {name}", flush=True)

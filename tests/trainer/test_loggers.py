@@ -1,0 +1,194 @@
+"""Metrics reach every logger: one that somebody adds, JSON lines, TensorBoard, and lines or a bar."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from data.loader import Batch
+from pretrain.trainer.checkpoint_layout import TrainState
+from pretrain.trainer.config import CheckpointConfig, DataConfig, LogConfig, OptimConfig, RunConfig, TrainConfig
+from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.launch import World
+from pretrain.trainer.loggers import JsonLines, Loggers, MetricLogger, ProgressBar, TensorBoard, Values, build_loggers
+from pretrain.trainer.metrics import read_metrics
+from pretrain.trainer.run_folder import RunFolder
+
+METRICS = {"step": 3, "epoch": 0.75, "loss": 0.5, "lr": 1e-3, "images_per_s": 80.0, "step_s": 0.1, "data_wait": 0.25}
+
+
+class Recorder(MetricLogger):
+    """All that somebody has to write to send a run's metrics elsewhere."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def log_metrics(self, values: Values) -> None:
+        self.calls.append(("metrics", values))
+
+    def log_evaluation(self, values: Values) -> None:
+        self.calls.append(("evaluation", values))
+
+
+class FullRecorder(Recorder):
+    def step(self) -> None:
+        self.calls.append(("step", None))
+
+    def close(self) -> None:
+        self.calls.append(("close", None))
+
+
+class StubEngine:
+    """An engine without DeepSpeed: plain SGD on one number."""
+
+    def __init__(self) -> None:
+        self.module = nn.Linear(1, 1, bias=False)
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1.0)
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.module(images.float().mean().view(1)).square().sum()}
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def was_step_applied(self) -> bool:
+        return True
+
+    def get_global_grad_norm(self) -> float:
+        return 1.5
+
+
+class StubLoader:
+    steps_per_epoch = 4
+
+    def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
+        images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+        for _ in range(start_step, end_step):
+            batch = Batch(images, {}, None, torch.arange(2), ("a", "b"), ())
+            with patch.object(Batch, "model_inputs", lambda self: {}):
+                yield [batch]
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def stub_run(root: Path, measure: Any = None, state: TrainState | None = None) -> Any:
+    """Two epochs of four steps, logged at every second step and evaluated after each epoch."""
+    from pretrain.trainer.loop import Evaluation, Run  # imports DeepSpeed
+
+    config = RunConfig(
+        name="stub",
+        data=DataConfig(shards="unused", image_size=16),
+        optim=OptimConfig(warmup_epochs=0),
+        train=TrainConfig(epochs=2, global_batch_size=2),
+        checkpoint=CheckpointConfig(every_steps=100),
+        log=LogConfig(every_steps=2),
+    )
+    root.mkdir(exist_ok=True)
+    checkpoints: Any = SimpleNamespace(save=lambda engine, ema, state: None)
+    evaluation = Evaluation(1, measure) if measure else None
+    device, world = torch.device("cpu"), World(0, 1, 0)
+    loader: Any = StubLoader()
+    parts = (loader, StubEngine(), NoEMA(), checkpoints, state or TrainState(), evaluation)
+    return Run(config, world, device, RunFolder(root), *parts)
+
+
+def test_a_logger_of_ones_own_sees_a_whole_training(process_group: None, tmp_path: Path):
+    from pretrain.trainer.loop import train
+
+    recorder, bare = FullRecorder(), Recorder()
+    run = stub_run(tmp_path / "run", measure=lambda engine, ema: {"top1": 0.5})
+    with patch("pretrain.trainer.loop.build_loggers", lambda *_: Loggers([recorder, bare])):
+        train(run)
+    logged, evaluated = "metrics", "evaluation"
+    two_steps = ["step", "step", logged]
+    assert [name for name, _ in recorder.calls] == [*(2 * two_steps), evaluated, *(2 * two_steps), evaluated, "close"]
+    assert [call for call in recorder.calls if call[0] in (logged, evaluated)] == bare.calls
+    metrics = [values for name, values in bare.calls if name == logged]
+    assert [(values["step"], values["epoch"]) for values in metrics] == [(2, 0.5), (4, 1.0), (6, 1.5), (8, 2.0)]
+    assert all({*METRICS, "grad_norm", "refused_steps", "skipped_images"} <= values.keys() for values in metrics)
+    assert [values for name, values in bare.calls if name == evaluated] == [
+        {"step": 4, "epoch": 1.0, "top1": 0.5},
+        {"step": 8, "epoch": 2.0, "top1": 0.5},
+    ]
+
+
+def test_loggers_are_closed_when_a_training_fails(process_group: None, tmp_path: Path):
+    from pretrain.trainer.loop import train
+
+    def fail(engine: Any, ema: NoEMA) -> dict[str, float]:
+        raise RuntimeError("a bug")
+
+    recorder = FullRecorder()
+    with (
+        patch("pretrain.trainer.loop.build_loggers", lambda *_: Loggers([recorder])),
+        pytest.raises(RuntimeError, match="a bug"),
+    ):
+        train(stub_run(tmp_path / "run", measure=fail))
+    assert recorder.calls[-1] == ("close", None)
+
+
+def test_a_run_has_all_loggers_on_the_main_rank_and_none_elsewhere(tmp_path: Path):
+    loggers = build_loggers(RunFolder(tmp_path), "tiny", 0, 10, is_main=True)
+    assert [type(logger) for logger in loggers.loggers] == [JsonLines, TensorBoard, ProgressBar]
+    loggers.close()
+    silent = tmp_path / "other"
+    others = build_loggers(RunFolder(silent), "tiny", 0, 10, is_main=False)
+    others.step()
+    others.log_metrics(METRICS)
+    others.log_evaluation({"step": 3, "epoch": 0.75})
+    others.close()
+    assert not silent.exists()
+
+
+def test_json_lines_have_null_for_what_is_not_finite_and_forget_what_is_repeated(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    logger = JsonLines(folder, start=0)
+    for step in range(1, 6):
+        logger.log_metrics({"step": step, "loss": math.nan if step == 2 else 0.5})
+    logger.log_evaluation({"step": 4, "top1": math.inf})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')  # killed while writing
+    assert json.loads(folder.metrics.read_text().splitlines()[1]) == {"step": 2, "loss": None}
+    assert read_metrics(folder.evaluation) == [{"step": 4, "top1": None}]
+    JsonLines(folder, start=3)
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [1, 2, 3]
+    assert read_metrics(folder.evaluation) == []
+
+
+def test_tensorboard_has_all_finite_values(tmp_path: Path):
+    logger = TensorBoard(RunFolder(tmp_path), start=0)
+    logger.log_metrics({"step": 1, "loss": 0.5, "grad_norm": math.nan})
+    logger.log_evaluation({"step": 1, "top1": 0.75})
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "top1"]
+    (loss,) = events.Scalars("loss")
+    assert (loss.step, loss.value) == (1, 0.5)
+
+
+def test_without_a_terminal_each_logged_step_is_a_line(capsys: pytest.CaptureFixture[str]):
+    bar = ProgressBar("tiny", start=0, total=10)
+    bar.step()
+    bar.log_metrics(METRICS)
+    bar.log_evaluation({"step": 3, "epoch": 0.75, "top1": 0.5})
+    bar.close()
+    out, err = capsys.readouterr()
+    assert out == "step 3/10  loss 0.5000  lr 1.00e-03  80.0 img/s  wait 25%  00:00 left\n"
+    assert err == "step 3: top1 0.5\n"

@@ -1,0 +1,177 @@
+"""Messages: the main rank's on the console, all in each rank's file, and the same for what ends a run."""
+
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from pretrain.trainer import main as entry
+from pretrain.trainer.launch import World
+from pretrain.trainer.loggers import ProgressBar
+from pretrain.trainer.logs import log_to_console, log_to_file
+from pretrain.trainer.nonfinite import Diverged
+from pretrain.trainer.signals import Stopped
+
+MAIN, OTHER = World(0, 2, 0), World(1, 2, 1)
+OURS = logging.getLogger("pretrain.trainer.loop")
+LIBRARY = logging.getLogger("library")
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+        handler.close()
+
+
+def log_everything() -> None:
+    OURS.info("resumes from step_00000010")
+    OURS.warning("checkpoint step_00000020 is damaged")
+    OURS.error("error on rank")
+    logging.getLogger("__main__").info("starts from a classifier")  # an entry that was started as a script
+    LIBRARY.info("chatter")
+    LIBRARY.warning("deprecated")
+
+
+def test_the_main_rank_talks_and_the_others_only_complain(capsys: pytest.CaptureFixture[str]):
+    log_to_console(MAIN)
+    log_everything()
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["resumes from step_00000010", "starts from a classifier"]
+    assert err.splitlines() == ["checkpoint step_00000020 is damaged", "error on rank"]
+    log_to_console(OTHER)
+    log_everything()
+    out, err = capsys.readouterr()
+    assert (out, err.splitlines()) == ("", ["error on rank"])
+
+
+@pytest.mark.parametrize("world", [MAIN, OTHER])
+def test_each_rank_has_a_file_with_all_messages(world: World, tmp_path: Path):
+    log_to_console(world)
+    log_to_file(tmp_path / "logs", world)
+    log_everything()
+    log_to_file(tmp_path / "logs", world)  # a resumed run appends
+    OURS.info("again")
+    (path,) = (tmp_path / "logs").iterdir()
+    assert path.name == f"rank{world.rank}.log"
+    assert [line.split(" ", 2)[2] for line in path.read_text().splitlines()] == [
+        "INFO pretrain.trainer.loop: resumes from step_00000010",
+        "WARNING pretrain.trainer.loop: checkpoint step_00000020 is damaged",
+        "ERROR pretrain.trainer.loop: error on rank",
+        "INFO __main__: starts from a classifier",
+        "WARNING library: deprecated",
+        "INFO pretrain.trainer.loop: again",
+    ]
+
+
+def test_another_run_of_the_process_has_its_own_file(tmp_path: Path):
+    log_to_console(MAIN)
+    for name in ("first", "second"):
+        log_to_file(tmp_path / name, MAIN)
+        OURS.info(name)
+        assert (tmp_path / name / "rank0.log").read_text().endswith(f": {name}\n")
+    assert len((tmp_path / "first" / "rank0.log").read_text().splitlines()) == 1
+
+
+def test_a_full_disk_does_not_disturb_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    if not Path("/dev/full").exists():
+        pytest.skip("this machine has no /dev/full")
+    (tmp_path / "rank0.log").symlink_to("/dev/full")
+    log_to_console(MAIN)
+    log_to_file(tmp_path, MAIN)
+    OURS.warning("the disk is full")
+    assert capsys.readouterr().err == "the disk is full\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_warning_does_not_break_the_progress_bar(monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log_to_console(MAIN)
+    bar = ProgressBar("tiny", start=0, total=10)
+    bar.step()
+    OURS.warning("checkpoint step_00000020 is damaged")
+    bar.close()
+    (line,) = (line for line in terminal.getvalue().splitlines() if "damaged" in line)
+    assert line.split("\r")[-1] == "checkpoint step_00000020 is damaged", "the bar is cleared before it"
+    assert "tiny" in terminal.getvalue().split("damaged\n")[1], "and drawn again below it"
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., object]:
+    """run_main(error, rank=0) -> the exit code of a command whose training raises the error, with its log file open."""
+
+    def exit_process(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    def run(error: Exception | None, rank: int = 0) -> object:
+        def train(config: None, world: World) -> None:
+            log_to_file(tmp_path / "logs", world)
+            if error is not None:
+                raise error
+
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(SystemExit) as ended:
+            entry.main("", lambda recipe, overrides: None, train)
+        return ended.value.code
+
+    monkeypatch.setattr(entry, "exit_process", exit_process)
+    monkeypatch.setattr(entry, "watch_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["run.py", "recipe"])
+    return run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [ValueError("too many images"), Diverged("no gradient"), OSError("disk full")])
+def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
+    error: Exception, rank: int, run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run_main(error, rank) == 1
+    assert capsys.readouterr().err == f"error on rank {rank}: {error}\n"
+    logged = (tmp_path / "logs" / f"rank{rank}.log").read_text()
+    assert logged.endswith(f" ERROR pretrain.trainer.main: error on rank {rank}: {error}\n")
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_both(
+    run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run_main(ZeroDivisionError("a bug"), rank=1) == 1
+    for text in (capsys.readouterr().err, (tmp_path / "logs" / "rank1.log").read_text()):
+        assert "error on rank 1:\nTraceback (most recent call last):\n" in text
+        assert text.endswith("ZeroDivisionError: a bug\n")
+
+
+@pytest.mark.parametrize(("error", "rank", "marked"), [(Stopped("saved"), 0, True), (Stopped("saved"), 1, False)])
+def test_a_stopped_run_marks_itself_and_says_so(
+    error: Exception, rank: int, marked: bool, run_main: Callable[..., object], tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setenv(entry.STOPPED_FILE, str(tmp_path / "stopped"))
+    assert run_main(error, rank) == 0
+    assert (tmp_path / "stopped").exists() == marked
+    assert capsys.readouterr() == ("saved\n" if marked else "", "")
+    assert (tmp_path / "logs" / f"rank{rank}.log").read_text().endswith("saved\n")
+
+
+def test_a_complete_run_leaves_no_mark(run_main: Callable[..., object], tmp_path: Path, monkeypatch):
+    monkeypatch.setenv(entry.STOPPED_FILE, str(tmp_path / "stopped"))
+    assert run_main(None) == 0
+    assert not (tmp_path / "stopped").exists()
+
+
+def test_a_mark_that_cannot_be_written_is_an_error(run_main: Callable[..., object], monkeypatch, capsys):
+    monkeypatch.setenv(entry.STOPPED_FILE, "/nowhere/stopped")
+    assert run_main(Stopped("saved")) == 1
+    assert "error: the job is not requeued, since /nowhere/stopped could not be written" in capsys.readouterr().err
