@@ -15,10 +15,12 @@ from torch import Tensor
 
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples, load_samples
+from data.labels import check_labels, check_same_classes
 from pretrain.config import PretrainConfig
 from pretrain.models.features import features
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
+from pretrain.trainer.accuracy import topk_hits
 from pretrain.trainer.launch import World
 from pretrain.trainer.per_sample import compute_per_sample
 
@@ -79,15 +81,11 @@ class Probe:
 def check_sets(train: Samples, val: Samples, k: int) -> None:
     """Raises ValueError where the two sets cannot be compared."""
     for samples in (train, val):
-        if (samples.label < 0).any():
-            first = samples.keys[int((samples.label < 0).argmax())]
-            raise ValueError(f"{samples.root}: '{first}' has no label: a probe needs class folders or .cls files")
-    if train.classes and val.classes and train.classes != val.classes:
-        other = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(
-            f"the probe's train and val have other classes: {train.root} has {len(train.classes)}, {val.root} "
-            f"{len(val.classes)}{f', and {other[0]!r} is in one of them only' if other else ', in another order'}"
-        )
+        check_labels(samples)
+    advice = "the probe's train and val need the same classes"
+    check_same_classes(train.classes, str(train.root), val.classes, str(val.root), advice)
+    if train.classes and val.classes and len(train.classes) != len(val.classes):
+        raise ValueError(f"{train.root} has {len(train.classes)} classes, {val.root} has {len(val.classes)}: {advice}")
     if k > len(train):
         raise ValueError(f"k={k} neighbours, but {train.root} has {len(train)} images: set k lower")
 
@@ -131,11 +129,9 @@ def probe(
         queries, target = queries_all[part].to(device), wanted[part].to(device)
         weighted, plain = votes(bank, labels, queries, min(k, len(bank)), classes)
         linear = queries.double() @ weight + bias
-        best = weighted.topk(min(5, classes)).indices
-        named = (best == target[:, None]) & (weighted.gather(1, best) > 0)  # nobody voted for the others
-        right += torch.stack(
-            [named[:, 0].sum(), named.any(1).sum(), *((x.argmax(1) == target).sum() for x in (plain, linear))]
-        )
+        has_votes = weighted.gather(1, target[:, None]) > 0  # one of the five may have none
+        hits = [topk_hits(weighted, target) * has_votes, *(topk_hits(x, target, ks=(1,)) for x in (plain, linear))]
+        right += torch.cat(hits, dim=1).sum(0)
     if val.world_size > 1:
         dist.all_reduce(right)
     return {name: count / len(queries_all) for name, count in zip(METRICS, right.tolist(), strict=True)}
