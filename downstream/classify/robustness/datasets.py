@@ -93,7 +93,7 @@ CLASS_MAPS: dict[str, Callable[[], ClassMap]] = {
 
 
 def real_labels() -> list[list[int]]:
-    """ReaL's labels (Beyer et al. 2020): what is right for each image of ImageNet's validation set; for some nothing."""
+    """ReaL's labels (Beyer et al. 2020): what is right for each of ImageNet's validation images; for some, nothing."""
     found: list[list[int]] = json.loads(_read_timm("imagenet_real_labels.json"))
     return found
 
@@ -119,7 +119,7 @@ def check_folders(
     if unknown := sorted(set(found) - set(classes)):
         raise ValueError(
             f"{where}: the folder '{unknown[0]}' ({len(unknown)} like it) is none of this set's {len(classes)} "
-            f"classes, which have names like '{next(iter(classes))}': is it another set, or another level of its folders?"
+            f"classes, named like '{next(iter(classes))}': is it another set, or another level of its folders?"
         )
     needed = set(classes if needed is None else needed)
     if missing := sorted(needed - set(found)):
