@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.originals import TINY
+from helpers.tiny import everything_float64
 from helpers.tiny_classifier import DEPTH, POSITIONS, SIZE, batch, configure, encoder_file, small_encoder, standardized
 from safetensors.torch import load_file
 from timm.data import Mixup
@@ -22,11 +23,15 @@ from downstream.classify.optimizers import build_optimizer, layer_decay_groups
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.loop import seed_step
 
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # in float64
+
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("frozen", [True, False])
 @torch.no_grad()
-def test_the_classifier_computes_with_the_whole_encoder(position: str, frozen: bool, tmp_path: Path):
+def test_the_classifier_computes_with_the_whole_encoder(
+    position: str, frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """timm's model gives the encoder's features. The pool gets a new norm, but a frozen encoder keeps its own."""
     path = encoder_file(tmp_path, position)
     config = configure(
@@ -43,14 +48,15 @@ def test_the_classifier_computes_with_the_whole_encoder(position: str, frozen: b
     if not frozen:
         encoder.norm = torch.nn.Identity()
     images, _ = batch()
-    tokens = features(encoder.eval(), standardized(images))
-    vit = classifier.vit.eval()
-    torch.testing.assert_close(vit.forward_features(standardized(images)), tokens, rtol=1e-5, atol=1e-5)
-    pooled = tokens[:, 1:].mean(1)
-    if not frozen:
-        pooled = F.layer_norm(pooled, pooled.shape[1:], eps=1e-6)
-    expected = F.linear(pooled, vit.head.weight, vit.head.bias)
-    torch.testing.assert_close(classifier(images)["logits"], expected, rtol=1e-5, atol=1e-6)
+    with everything_float64(monkeypatch):
+        tokens = features(encoder.double().eval(), standardized(images))
+        vit = classifier.double().eval().vit
+        torch.testing.assert_close(vit.forward_features(standardized(images)), tokens, **CLOSE)
+        pooled = tokens[:, 1:].mean(1)
+        if not frozen:
+            pooled = F.layer_norm(pooled, pooled.shape[1:], eps=1e-6)
+        expected = F.linear(pooled, vit.head.weight, vit.head.bias)
+        torch.testing.assert_close(classifier(images)["logits"], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -117,26 +123,30 @@ def test_randomness_depends_on_seed_step_micro_batch_and_rank_alone(part: str, t
     assert classifier(images)["logits"].equal(classifier(images)["logits"]), "evaluation draws nothing"
 
 
-def test_mixed_losses_are_timms(tmp_path: Path):
+def test_mixed_losses_are_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Erasing before mixing, as timm's loader does; the soft targets' cross entropy."""
     classifier = lively(configure(tmp_path, **MIXED, augment__random_erasing=0.5))
     images, labels = batch()
-    for step in range(6):
-        seed_step(step)
-        ours = classifier(images, labels)["loss"]
-        seed_step(step)
-        pixels = RandomErasing(0.5, mode="pixel", max_count=1, device="cpu")(standardized(images))
-        mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1, num_classes=5)
-        pixels, target = mixup(pixels, labels)
-        torch.testing.assert_close(ours, SoftTargetCrossEntropy()(classifier.vit(pixels), target))
+    with everything_float64(monkeypatch):
+        classifier.double()
+        for step in range(6):
+            seed_step(step)
+            ours = classifier(images, labels)["loss"]
+            seed_step(step)
+            pixels = RandomErasing(0.5, mode="pixel", max_count=1, device="cpu")(standardized(images))
+            mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1, num_classes=5)
+            pixels, target = mixup(pixels, labels)
+            torch.testing.assert_close(ours, SoftTargetCrossEntropy()(classifier.vit(pixels), target), **CLOSE)
 
 
-def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path):
+def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     classifier = lively(configure(tmp_path, augment__label_smoothing=0.2))
     images, labels = batch()
-    soft = F.one_hot(labels, 5) * 0.8 + 0.2 / 5
-    expected = -(soft * F.log_softmax(classifier.vit(standardized(images)), -1)).sum(-1).mean()
-    torch.testing.assert_close(classifier(images, labels)["loss"], expected)
+    with everything_float64(monkeypatch):
+        classifier.double()
+        soft = F.one_hot(labels, 5) * 0.8 + 0.2 / 5
+        expected = -(soft * F.log_softmax(classifier.vit(standardized(images)), -1)).sum(-1).mean()
+        torch.testing.assert_close(classifier(images, labels)["loss"], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("part", ["tuned", "probe"])
@@ -154,18 +164,19 @@ def test_a_few_images_are_memorized(part: str, tmp_path: Path):
 
 
 @torch.no_grad()
-def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path):
+def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = encoder_file(tmp_path)
     config = configure(tmp_path, start__checkpoint=path, start__trained_blocks=0, head__kind="batchnorm")
     classifier, _ = build_classifier(config)
     for _ in range(3):
         classifier(*batch(seed=4))  # moves the running statistics
-    classifier.eval()
-    save_classifier(classifier.state_dict(), config, (), tmp_path / "model.safetensors")
-    vit = build_vit(EncoderSpec("vit_tiny", 4, SIZE, "relative"), 5, "avg", fc_norm=False).eval()
-    vit.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     images, _ = batch(seed=5)
-    torch.testing.assert_close(vit(standardized(images)), classifier(images)["logits"], rtol=1e-4, atol=1e-5)
+    with everything_float64(monkeypatch):
+        classifier.double().eval()
+        save_classifier(classifier.state_dict(), config, (), tmp_path / "model.safetensors")
+        vit = build_vit(EncoderSpec("vit_tiny", 4, SIZE, "relative"), 5, "avg", fc_norm=False).eval()
+        vit.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+        torch.testing.assert_close(vit(standardized(images)), classifier(images)["logits"], **CLOSE)
 
 
 def test_positions_are_resized_to_the_images(tmp_path: Path):

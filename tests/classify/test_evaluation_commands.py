@@ -46,10 +46,10 @@ def test_on_two_ranks(tmp_path: Path):
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", EncoderSpec.of(encoder).to_metadata())
 
     small, large = ["--batch", "4", "--workers", "1"], ["--batch", "64", "--workers", "0"]
-    package, neighbours = "downstream.classify", ["--train", tmp_path / "shards", "--val", val, "--k", 3]
+    package, knn_options = "downstream.classify", ["--train", tmp_path / "shards", "--val", val, "--k", 3]
     commands = [
         [f"{package}.evaluate", seven, "--data", val, *small],
-        [f"{package}.knn", tmp_path / "encoder.safetensors", *neighbours, *small],
+        [f"{package}.knn", tmp_path / "encoder.safetensors", *knn_options, *small],
         [f"{package}.robustness", thousand, "--on", f"a={adversarial}", *large],
     ]
     arguments = json.dumps([[str(argument) for argument in command] for command in commands])

@@ -101,7 +101,7 @@ def test_votes_against_sklearn():
 
 
 def test_votes_are_weighted_by_hand():
-    """One near neighbour of class 1 outvotes two farther ones of class 0: exp(1/.07) > 2 exp(.9/.07)."""
+    """One near neighbor of class 1 outvotes two farther ones of class 0: exp(1/.07) > 2 exp(.9/.07)."""
     known = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.9, -(0.19**0.5)]])
     weighted, plain = votes(known, torch.tensor([1, 0, 0]), torch.tensor([[1.0, 0.0]]), 3, 3)
     assert weighted[0].tolist() == pytest.approx([2 * math.exp(0.9 / 0.07), math.exp(1 / 0.07), 0])

@@ -58,7 +58,7 @@ def measure(name: str, predict: Callable[[Tensor], Tensor] = spelled_class, **pa
     return prepare(name, {key: str(path) for key, path in paths.items()})(evaluator(predict))
 
 
-def test_hits_by_hand_also_among_some():
+def test_hits_by_hand_also_among_candidates():
     logits = torch.zeros(3, 1000)
     logits[0, 7], logits[0, 3] = 2.0, 1.0
     logits[1, 999], logits[1, 998] = 1.0, 0.5
@@ -130,7 +130,7 @@ def test_published_class_maps():
 
 
 @pytest.mark.parametrize("name", ["a", "r"])
-def test_restricted_to_200_classes(name: str, tmp_path: Path):
+def test_candidates_are_200_classes(name: str, tmp_path: Path):
     """Every image's largest logit is of a class outside the 200; the second largest is right, except for one."""
     classes = imagenet(name)
     outside = next(number for number in range(1000) if [number] not in classes.values())
@@ -234,7 +234,7 @@ def test_outliers(tmp_path: Path):
     for number, name in enumerate(names):
         write_spelled(tmp_path / "o" / name / "1.png", 0 if number < 2 else 333)
     for number, name in enumerate(synsets()):
-        write_spelled(tmp_path / "val" / name / "1.png", 111 if 300 <= number < 500 else 0)  # others are not asked
+        write_spelled(tmp_path / "val" / name / "1.png", 111 if 300 <= number < 500 else 0)  # others are no inliers
     (tmp_path / "o" / names[5] / "1.png").write_bytes(b"broken")
     (tmp_path / "val" / names[7] / "1.png").write_bytes(b"broken")
 
@@ -250,7 +250,7 @@ def test_outliers(tmp_path: Path):
     assert found == pytest.approx({"aupr": expected, "images": 400, "skipped": 2})
 
 
-def test_refused_at_once(tmp_path: Path):
+def test_what_is_no_such_set_is_refused_before_any_evaluation(tmp_path: Path):
     write_photo(tmp_path / "set" / "n01440764" / "1.jpg", 0)
     photos = tmp_path / "set"
     with pytest.raises(ValueError, match=r"set: 999 of this set's 1000 classes are missing, for example 'n01443537'"):

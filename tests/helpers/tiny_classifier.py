@@ -50,5 +50,6 @@ def batch(count: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def standardized(images: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W), by the statistics of ImageNet."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
