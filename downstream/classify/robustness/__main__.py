@@ -72,7 +72,11 @@ def _table_row(name: str, result: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Exit code 0, a table and one JSON line, or 1 and one clear error."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m downstream.classify.robustness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a classifier's model.safetensors, or its run's folder"
     )
