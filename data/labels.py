@@ -6,11 +6,16 @@ from data.image_folder import Samples
 from data.scan import NO_LABEL
 
 
-def check_labels(samples: Samples, num_classes: int | None = None) -> None:
+def check_labels(samples: Samples, num_classes: int | None = None, key: str = "") -> None:
     """Every sample needs a label, below `num_classes` where that is given.
 
+    Args:
+        samples: shards or a folder.
+        num_classes: how many classes there are.
+        key: of the configuration that says so, for the message.
+
     Raises:
-        ValueError: says how many do not have one, names the first of them, and says which labels there are.
+        ValueError: says how many samples have no such label, and names the first of them.
     """
     labels = samples.label
     bad = labels < 0
@@ -19,12 +24,14 @@ def check_labels(samples: Samples, num_classes: int | None = None) -> None:
     if not bad.any():
         return
     first = int(bad.argmax())
-    wanted = "no label" if num_classes is None else f"no label in 0..{num_classes - 1}"
-    found = "no label" if labels[first] < 0 else f"label {labels[first]}"
+    problem = f"{int(bad.sum())} of {len(samples)} samples in {samples.root} have no label"
+    if num_classes is None:
+        raise ValueError(
+            f"{problem}, for example '{samples.keys[first]}': use class folders, or shards with .cls files"
+        )
     raise ValueError(
-        f"{samples.root}: {int(bad.sum())} of {len(samples)} samples have {wanted}: '{samples.keys[first]}' has "
-        f"{found}, and the labels range from {labels.min()} to {labels.max()} ({NO_LABEL}: none); "
-        f"use class folders, or shards with .cls files"
+        f"{problem} in 0..{num_classes - 1} ({key}={num_classes}): labels go from {labels.min()} to {labels.max()} "
+        f"({NO_LABEL}: none), '{samples.keys[first]}' has {labels[first]}"
     )
 
 

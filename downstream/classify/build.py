@@ -25,9 +25,9 @@ def check_train_and_val(index: Index, val: Index, num_classes: int) -> None:
     """
     for key, samples in {"data.shards": index, "val.shards": val}.items():
         try:
-            check_labels(samples, num_classes)
+            check_labels(samples, num_classes, "head.num_classes")
         except ValueError as error:
-            raise ValueError(f"{key}: {error} (head.num_classes={num_classes})") from None
+            raise ValueError(f"{key}: {error}") from None
         if samples.classes and len(samples.classes) != num_classes:
             raise ValueError(
                 f"{key}: {samples.root} has {len(samples.classes)} classes ({samples.classes[0]}, ...), "

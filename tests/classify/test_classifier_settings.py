@@ -132,23 +132,23 @@ def shards(name: str, labels: list[int], classes: tuple[str, ...]) -> Any:
         (
             [0, -1, 2],
             (),
-            "1 of 3 samples have no label in 0..4: 'b' has no label, and the labels range from -1 to 2 (-1: none)",
+            "1 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from -1 to 2 "
+            "(-1: none), 'b' has -1",
         ),
         (
             [0, 5, 7],
             (),
-            "2 of 3 samples have no label in 0..4: 'b' has label 5, and the labels range from 0 to 7 (-1: none)",
+            "2 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from 0 to 7 "
+            "(-1: none), 'b' has 5",
         ),
-        ([0, 1, 2], ("cat", "dog", "owl"), "has 3 classes (cat, ...), but head.num_classes=5"),
+        ([0, 1, 2], ("cat", "dog", "owl"), "/shards has 3 classes (cat, ...), but head.num_classes=5"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels: list[int], classes: tuple[str, ...], says: str):
     bad, good = shards("/shards", labels, classes), shards("/good", [0, 4], ())
-    colon = "" if classes else ":"
     for key, train, val in (("data.shards", bad, good), ("val.shards", good, bad)):
-        with pytest.raises(ValueError, match=re.escape(f"{key}: /shards{colon} {says}")) as error:
+        with pytest.raises(ValueError, match=re.escape(f"{key}: {says}")):
             check_train_and_val(train, val, 5)
-        assert "head.num_classes=5" in str(error.value)
 
 
 def test_other_classes_under_the_same_labels_are_refused():

@@ -116,7 +116,7 @@ def test_what_is_refused(tmp_path: Path, photos: Samples):
         run(lambda images: torch.zeros(len(images), 5), photos)
     flat = tmp_path / "flat"
     write_photo(flat / "a.jpg", 0)
-    with pytest.raises(ValueError, match=r"flat: 1 of 1 samples have no label: 'a' has no label, .*use class folders"):
+    with pytest.raises(ValueError, match=r"1 of 1 samples in .*flat have no label, for example 'a': use class folders"):
         run(pixels_as_logits, load_samples(flat))
     tensors = load_file(checkpoint)
     save_file(tensors, tmp_path / "other.safetensors", {"format": "pt"})

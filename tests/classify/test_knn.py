@@ -187,5 +187,5 @@ def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "x.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match="'x' has no label"):
+    with pytest.raises(ValueError, match=r"1 of 1 samples in .*flat have no label, for example 'x'"):
         check_sets(train, load_samples(flat), 3)
