@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,3 +109,11 @@ def center_crop(width: int, height: int, aspect: float = 1.0, fraction: float = 
     h = w / aspect
     left, top = (width - w) / 2, (height - h) / 2
     return left, top, left + w, top + h
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """(H, W) of a size that may be given as the side of a square."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width

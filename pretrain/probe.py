@@ -16,10 +16,12 @@ from torch import Tensor
 
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples, load_samples
+from data.labels import check_labels, check_same_classes
 from pretrain.config import PretrainConfig
 from pretrain.models.features import features
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
+from pretrain.trainer.accuracy import topk_hits
 from pretrain.trainer.launch import World
 from pretrain.trainer.per_sample import compute_per_sample
 
@@ -80,15 +82,11 @@ class Probe:
 def check_sets(train: Samples, val: Samples, k: int) -> None:
     """Raises ValueError if the two sets cannot be used together."""
     for samples in (train, val):
-        if (samples.label < 0).any():
-            first = samples.keys[int((samples.label < 0).argmax())]
-            raise ValueError(f"{samples.root}: '{first}' has no label: a probe needs class folders or .cls files")
-    if train.classes and val.classes and train.classes != val.classes:
-        unshared = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(
-            f"the probe's train and val have different classes: {train.root} has {len(train.classes)}, {val.root} "
-            f"{len(val.classes)}{f', and {unshared[0]!r} is in one of them only' if unshared else ', in another order'}"
-        )
+        check_labels(samples)
+    advice = "the probe's train and val need the same classes"
+    check_same_classes(train.classes, str(train.root), val.classes, str(val.root), advice)
+    if train.classes and val.classes and len(train.classes) != len(val.classes):
+        raise ValueError(f"{train.root} has {len(train.classes)} classes, {val.root} has {len(val.classes)}: {advice}")
     if k > len(train):
         raise ValueError(f"k={k} neighbours, but {train.root} has {len(train)} images: set k lower")
 
@@ -130,10 +128,10 @@ def probe(
         part_queries, part_labels = queries[part].to(device), labels[part].to(device)
         weighted, plain = votes(bank, bank_labels, part_queries, min(k, len(bank)), num_classes)
         linear = part_queries.double() @ weight + bias
-        top5 = weighted.topk(min(5, num_classes)).indices
-        hits = (top5 == part_labels[:, None]) & (weighted.gather(1, top5) > 0)  # a class without votes is no answer
-        plain_hits, linear_hits = ((scores.argmax(1) == part_labels).sum() for scores in (plain, linear))
-        correct += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), plain_hits, linear_hits])
+        has_votes = weighted.gather(1, part_labels[:, None]) > 0  # a class without votes is no answer
+        hits = [topk_hits(weighted, part_labels) * has_votes]
+        hits += [topk_hits(scores, part_labels, ks=(1,)) for scores in (plain, linear)]
+        correct += torch.cat(hits, dim=1).sum(0)
     if val.world_size > 1:
         dist.all_reduce(correct)
     return {name: count / len(queries) for name, count in zip(METRICS, correct.tolist(), strict=True)}

@@ -61,7 +61,7 @@ class Source:
     Attributes:
         path: the file, or the folder of a checkpoint.
         weights: which set it is; `online` also where a file does not say.
-        metadata: of the file, as it is; `weights`, and what a classifier's file adds: `classes`, `pool`, `names`.
+        metadata: of the file, as it is; `weights`, and what `ClassifierSpec` adds in a classifier's file.
         spec: of the encoder, as our own files and checkpoints record it.
         ours: whether it is a checkpoint of our training, whose other modules are known not to be the encoder's.
     """

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.transforms import height_width
 from pretrain.models.attention import Attention, grid_buckets, offset_buckets
 from pretrain.models.vit import ARCHS
 
@@ -65,7 +66,7 @@ class LoMaRViT(VisionTransformer):
             raise ValueError(f"position={position!r}: relative or bias; for absolute positions use timm's own vit_*")
         self.position = position
         patch_size, size = options["patch_size"], options.get("img_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_width(size)
         grid = (height // patch_size, width // patch_size)
         relative = {"relative": True} if position == "relative" else {"relative": False, "bias_grid": grid}
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
+from data.transforms import height_width
 from downstream.checkpoints.files import Weights, read_source
 from downstream.checkpoints.find_spec import fits_grid
 from downstream.checkpoints.formats import EncoderWeights, Report, translate
@@ -77,7 +78,7 @@ def build_encoder(
     """A new encoder from what was read, of its own size or another; as `load_encoder`."""
     spec = found.spec
     size, patch_size = image_size or spec.image_size, patch_size or spec.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_width(size)
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
         raise ValueError(
             f"{found.report.path}: the image size {height}x{width} is not a multiple of the patch size {patch_size}: "

@@ -1,1 +1,1 @@
-"""Classifiers on encoders: fine-tuning, probes, training from scratch, by the engine and loop of pretraining."""
+"""Image classification: fine-tuning, probes, training from scratch, and every kind of evaluation of a classifier."""

@@ -4,72 +4,68 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.index import Index
+from data.labels import check_labels, check_same_classes
 from downstream.classify.config import FinetuneConfig
-from downstream.classify.evaluate import evaluate, first_class_mismatch
+from downstream.classify.evaluate import evaluate
 from downstream.classify.model import Classifier
 from pretrain.trainer.ema import EMA, NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation
 
 
-def check_labels(index: Index, classes: int, key: str) -> None:
-    """Refuses samples without a label, or with one that is no class.
-
-    Args:
-        key: of the configuration that names the shards.
+def check_train_and_val(index: Index, val: Index, num_classes: int) -> None:
+    """Checks that both sets of shards have labels of the same `num_classes` classes.
 
     Raises:
-        ValueError: says how many, which labels there are, and one of the samples.
+        ValueError: samples without a label, or with one that is not a class; another number of classes; or a label
+            that is one class in training and another in validation, by their names.
     """
-    bad = (index.label < 0) | (index.label >= classes)
-    if bad.any():
-        first = int(bad.argmax())
-        raise ValueError(
-            f"{key}: {int(bad.sum())} of {len(index)} samples in {index.root} have no label in 0..{classes - 1} "
-            f"(head.num_classes={classes}): labels go from {index.label.min()} to {index.label.max()} (-1: none), "
-            f"'{index.keys[first]}' has {index.label[first]}"
-        )
-    if index.classes and len(index.classes) != classes:
-        raise ValueError(
-            f"{key}: the classes of {index.root} are {len(index.classes)} ({index.classes[0]}, ...), "
-            f"but head.num_classes={classes}"
-        )
+    for key, samples in {"data.shards": index, "val.shards": val}.items():
+        try:
+            check_labels(samples, num_classes, "head.num_classes")
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        if samples.classes and len(samples.classes) != num_classes:
+            raise ValueError(
+                f"{key}: {samples.root} has {len(samples.classes)} classes ({samples.classes[0]}, ...), "
+                f"but head.num_classes={num_classes}"
+            )
+    where, val_where = f"data.shards ({index.root})", f"val.shards ({val.root})"
+    check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes")
 
 
-def check_classes(index: Index, val: Index) -> None:
-    """Raises ValueError where the same label is one class in training and another in validation, by their names."""
-    if other := first_class_mismatch(index.classes, val.classes):
-        label, trained, measured = other
-        raise ValueError(
-            f"label {label} is '{trained}' in data.shards ({index.root}) and '{measured}' in val.shards ({val.root}): "
-            f"pack both with the same classes"
-        )
-
-
-def check_pairs(config: FinetuneConfig, world: World) -> None:
+def check_mixing(config: FinetuneConfig, world: World) -> None:
     """Raises ValueError where mixup or cutmix would leave an image without a partner."""
-    micro = config.train.global_batch_size // (world.size * config.train.gradient_accumulation_steps)
+    train = config.train
+    micro = train.global_batch_size // (world.size * train.gradient_accumulation_steps)
     if config.augment.mixes and micro % 2:
         raise ValueError(
-            f"augment.mixup and cutmix mix pairs of images, and each of {world.size} ranks has {micro} at once "
-            f"(train.global_batch_size={config.train.global_batch_size}, train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}): make it even"
+            f"augment.mixup and augment.cutmix mix pairs of images, but each of {world.size} ranks has {micro} at once "
+            f"(train.global_batch_size={train.global_batch_size}, "
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}): make it even"
         )
 
 
 def build_ema(config: FinetuneConfig, classifier: Classifier, device: torch.device) -> NoEMA:
-    """Of a classifier that has not been partitioned yet."""
+    """The moving average of a classifier that has not been partitioned yet."""
     if config.ema is None:
         return NoEMA()
     return EMA(deepcopy(classifier).eval(), list(classifier.children()), config.ema.decay, config.ema.decay, device)
 
 
 def build_evaluation(config: FinetuneConfig, index: Index, world: World, device: torch.device) -> Evaluation:
-    """Top-1 and top-5 on the validation images, of the weights and of their moving average (`ema_*`)."""
+    """Top-1 and top-5 on the validation images, of the weights and of their moving average (`ema_*`).
 
-    def accuracy(model: Any) -> dict[str, float]:
+    Args:
+        config: the run's.
+        index: of the validation images.
+        world, device: where this rank is, and computes.
+    """
+
+    def accuracy(model: nn.Module) -> dict[str, float]:
         def predict(images: Tensor) -> Tensor:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
                 logits: Tensor = model(images)["logits"]

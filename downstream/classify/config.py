@@ -1,4 +1,4 @@
-"""What a classifier is trained as: `load` turns a recipe and its overrides into one frozen, checked configuration."""
+"""The configuration of a classifier's training: `load` makes one, frozen and checked, of a recipe and its overrides."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,14 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class FinetuneModelConfig(ModelConfig):
-    """The encoder; of others' positions too."""
+    """The encoder, also with the positions of other projects' encoders."""
 
     position: Literal["relative", "sincos", "bias"] = Field(  # type: ignore[assignment]
-        "relative", description="sincos: any absolute table, as MAE's; bias: a table in each block, as BEiT's, SimMIM's"
+        "relative",
+        description="sincos: any absolute table, like MAE's; bias: a table per block, like BEiT's and SimMIM's",
     )
     drop_path_rate: float = Field(
-        0.0, ge=0, lt=1, description="stochastic depth: of the last block, falling linearly to 0 at the first"
+        0.0, ge=0, lt=1, description="stochastic depth of the last block, decreasing linearly to 0 at the first"
     )
 
 
@@ -28,62 +29,66 @@ class StartConfig(Section):
     """Where the encoder's weights come from."""
 
     checkpoint: str | None = Field(
-        None, description="a run or a file, as of downstream.checkpoints.export, or a classifier; none: from scratch"
+        None,
+        description="a run or a file that downstream.checkpoints.export reads, or a classifier; none: from scratch",
     )
-    weights: Literal["online", "ema"] | None = Field(None, description="none: what a method's authors evaluate")
+    weights: Literal["online", "ema"] | None = Field(None, description="none: what the authors of the method evaluate")
     trained_blocks: int | None = Field(
-        None, ge=0, description="train the last so many blocks and the head; 0: a linear probe; none: everything"
+        None,
+        ge=0,
+        description="train only the head and this many last blocks; 0: a linear probe; none: train everything",
     )
 
 
 class HeadConfig(Section):
-    """What stands on the encoder."""
+    """The classification head on the encoder."""
 
     num_classes: int = Field(ge=2)
     kind: Literal["linear", "batchnorm"] = Field(
-        "linear", description="batchnorm: features are standardised over the batch first, as in MAE's linear probe"
+        "linear", description="batchnorm: standardize the features over the batch first, as in MAE's linear probe"
     )
-    pool: Literal["avg", "token"] = Field("avg", description="average of the patches' tokens, or the class token")
+    pool: Literal["avg", "token"] = Field("avg", description="average of the patch tokens, or the class token")
 
 
 class AugmentConfig(Section):
-    """timm's augmentations of the training images; crop, flip and colours are keys of `data`."""
+    """timm's augmentations of the training images; crop, flip and color are keys of `data`."""
 
-    randaugment: str = Field("", description="as timm writes it: rand-m9-mstd0.5-inc1; empty: none")
-    random_erasing: Share = Field(0.0, description="probability of replacing a rectangle by noise")
+    randaugment: str = Field("", description="in timm's notation, such as rand-m9-mstd0.5-inc1; empty: none")
+    random_erasing: Share = Field(0.0, description="probability of replacing a rectangle with noise")
     mixup: float = Field(0.0, ge=0, description="alpha")
     cutmix: float = Field(0.0, ge=0, description="alpha; with mixup, each batch gets one of the two")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the labels")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     @property
     def mixes(self) -> bool:
+        """Whether pairs of images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class EMAConfig(Section):
-    """An exponential moving average of the weights, evaluated and saved beside them."""
+    """An exponential moving average of the weights, evaluated and saved along with them."""
 
     decay: Share = 0.9999
 
 
 class FinetuneOptimConfig(OptimConfig):
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
     name: Literal["adamw", "lars"] = "adamw"
-    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block as a share of the next one's")
-    momentum: Share = Field(0.9, description="of lars")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block relative to that of the next")
+    momentum: Share = Field(0.9, description="of LARS")
 
 
 class ValConfig(Section):
-    """What is measured while training goes on."""
+    """Validation during training."""
 
-    shards: str = Field(description="as data.shards, of the validation images")
-    every_epochs: int = Field(1, ge=1, description="the end of training is measured as well")
-    batch_size: int = Field(128, ge=1, description="images of a batch, on each rank")
+    shards: str = Field(description="like data.shards, for the validation images")
+    every_epochs: int = Field(1, ge=1, description="the end of training is always measured")
+    batch_size: int = Field(128, ge=1, description="images per batch on each rank")
 
 
 class FinetuneConfig(RunConfig):
-    """A classifier's training."""
+    """The training of a classifier."""
 
     model: FinetuneModelConfig = FinetuneModelConfig()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
@@ -95,27 +100,29 @@ class FinetuneConfig(RunConfig):
 
     @property
     def task(self) -> str:
-        parts = {None: "all of it is trained", 0: "a linear probe"}
-        trained = parts.get(self.start.trained_blocks, f"its last {self.start.trained_blocks} blocks are trained")
+        parts = {None: "training all of it", 0: "a linear probe"}
+        trained = parts.get(self.start.trained_blocks, f"training its last {self.start.trained_blocks} blocks")
         return f"{self.head.num_classes} classes from {self.start.checkpoint or 'scratch'} ({trained})"
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:
-        """What each sample gives."""
+        """How each sample is augmented."""
         (first,) = super().augmentations
         return (replace(first, rand_augment=self.augment.randaugment),)
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> "FinetuneConfig":
+    def _check_sections(self) -> "FinetuneConfig":
         start, optim = self.start, self.optim
         if start.checkpoint is None and start.trained_blocks is not None:
             raise ValueError(
-                f"start.trained_blocks={start.trained_blocks} leaves random weights as they are: set start.checkpoint"
+                f"start.trained_blocks={start.trained_blocks} would freeze random weights: set start.checkpoint"
             )
         if self.head.kind == "batchnorm" and start.trained_blocks != 0:
-            raise ValueError("head.kind=batchnorm is a linear probe's: set start.trained_blocks=0, or head.kind=linear")
+            raise ValueError(
+                "head.kind=batchnorm is for linear probes: set start.trained_blocks=0, or head.kind=linear"
+            )
         if optim.name == "lars" and start.trained_blocks != 0:
-            raise ValueError("optim.name=lars is a linear probe's: set start.trained_blocks=0, or optim.name=adamw")
+            raise ValueError("optim.name=lars is for linear probes: set start.trained_blocks=0, or optim.name=adamw")
         try:
             self.augmentations  # noqa: B018
         except ValueError as error:

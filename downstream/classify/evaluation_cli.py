@@ -1,4 +1,4 @@
-"""What the commands that evaluate share: ranks, options, errors in one line, results as one JSON line."""
+"""What the commands that evaluate share: options, ranks, one-line errors, and the result as one JSON line."""
 
 import argparse
 import json
@@ -13,23 +13,29 @@ import torch
 from data.parallel import default_workers
 from pretrain.trainer.launch import World, exit_process, find_world, init_distributed
 
-Place = tuple[World, torch.device]
+Command = Callable[[argparse.Namespace, World, torch.device], dict[str, Any]]
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images of one rank at once")
+    """Adds --batch and --workers."""
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per batch of each rank")
     workers = max(default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="processes of each rank that decode")
+    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="decoding processes of each rank")
 
 
-def run_on_ranks(command: Callable[[Place], dict[str, Any]]) -> NoReturn:
-    """Runs `command` on every rank and prints what the main one's returns; exit code 1 with one line on errors."""
+def run_on_ranks(command: Command, options: argparse.Namespace) -> NoReturn:
+    """Runs `command` on every rank and prints what the main one returns; exit code 1 and one line on an error.
+
+    Args:
+        command: (options, world, device) -> the result.
+        options: of the command line.
+    """
     try:
         world = find_world()
-        result = command((world, init_distributed(world)))
+        result = command(options, world, init_distributed(world))
         if world.is_main:
             print(json.dumps(result), flush=True)
-        torch.distributed.barrier()  # a launcher may end the ranks that outlive the first to leave
+        torch.distributed.barrier()  # when the first rank exits, a launcher may kill the others
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         exit_process(1)

@@ -1,7 +1,7 @@
-"""Trains a classifier: `deepspeed downstream/classify/finetune.py RECIPE [section.key=value ...]`, or by another launcher.
+"""Trains a classifier: `deepspeed downstream/classify/finetune.py RECIPE [section.key=value ...]`.
 
-RECIPE is a YAML file or the name of one in downstream/classify/recipes. A run that was stopped continues when the same
-command is given again.
+Also with torchrun, srun or python. RECIPE is a YAML file or the name of one in downstream/classify/recipes. A run that
+was stopped continues when the same command is given again.
 """
 
 import logging
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 def finetune(config: FinetuneConfig, world: World) -> None:
     """The whole run, on all ranks."""
-    indices = []  # before the process group is there: reading many shards takes its time
+    indices = []  # before joining the process group, as reading many shards takes time
     for key, shards in {"data.shards": config.data.shards, "val.shards": config.val.shards}.items():
         try:
             indices.append(load_index(shards))
@@ -41,7 +41,7 @@ def _train(
     config: FinetuneConfig, world: World, device: torch.device, folder: RunFolder, index: Index, val: Index
 ) -> None:
     # These import DeepSpeed, which looks for its accelerator at once.
-    from downstream.classify.build import build_ema, build_evaluation, check_classes, check_labels, check_pairs
+    from downstream.classify.build import build_ema, build_evaluation, check_mixing, check_train_and_val
     from downstream.classify.finish import finish
     from downstream.classify.model import build_classifier
     from downstream.classify.optimizers import build_optimizer
@@ -52,14 +52,12 @@ def _train(
     from pretrain.trainer.report import log_outputs
 
     stage = zero_stage(ds_settings(config, world.size))
-    check_pairs(config, world)
-    for key, samples in {"data.shards": index, "val.shards": val}.items():
-        check_labels(samples, config.head.num_classes, key)
-    check_classes(index, val)
-    # A run's own checkpoint is all that it needs, even if the start has gone since.
-    begins = not checkpoint_names(folder.checkpoints)
-    classifier, loaded = build_classifier(config, index.classes, load_start=begins)
-    if world.is_main and begins:
+    check_mixing(config, world)
+    check_train_and_val(index, val, config.head.num_classes)
+    # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
+    is_new = not checkpoint_names(folder.checkpoints)
+    classifier, loaded = build_classifier(config, index.classes, load_start=is_new)
+    if world.is_main and is_new:
         _log.info("%s", loaded)
     parts = Parts(
         classifier,

@@ -1,9 +1,7 @@
-"""A timm Vision Transformer as a classifier of the step loop: from uint8 images and labels to a loss, or to logits."""
+"""A timm Vision Transformer as the training loop takes it: from uint8 images and labels to a loss, or to logits."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +15,32 @@ from downstream.checkpoints.files import read_source
 from downstream.checkpoints.formats import translate
 from downstream.checkpoints.timm_models import LoMaRViT
 from downstream.checkpoints.weights import fill_encoder
+from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.config import AugmentConfig, FinetuneConfig
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.heads import SyncBatchNorm
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ARCHS, ViT
 
 
 class Classifier(nn.Module):
-    """The model and what is done to its images and labels while it trains.
+    """The model, and what is done to its images and labels during training.
 
-    All randomness is drawn from the process's generators, which the step loop seeds before each micro-batch.
+    All randomness is drawn from the process's generators, which the training loop seeds before each micro-batch.
+
+    Args:
+        vit: (B, 3, H, W) standardized pixels -> (B, num_classes) logits.
+        num_classes: that mixed labels are spread over.
+        augment: of the training images and labels.
     """
 
-    def __init__(self, vit: Any, classes: int, augment: AugmentConfig):
+    def __init__(self, vit: VisionTransformer, num_classes: int, augment: AugmentConfig):
         super().__init__()
         self.vit, self.augment = vit, augment
         self.mixup = None
         if augment.mixes:
             self.mixup = Mixup(
-                augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=classes
+                augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=num_classes
             )
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -52,24 +57,31 @@ class Classifier(nn.Module):
         return {"loss": F.cross_entropy(self.vit(pixels).float(), target, label_smoothing=smoothing)}
 
 
-def build_vit(
-    arch: str, patch: int, size: tuple[int, int], position: str, classes: int, pool: str, **options: Any
-) -> Any:
-    """timm's model for an architecture of ours; `options` are timm's."""
-    dim, depth, heads = ARCHS[arch]
-    kind: Any = VisionTransformer if position == "sincos" else partial(LoMaRViT, position=position)
-    shape = {"patch_size": patch, "img_size": size, "embed_dim": dim, "depth": depth, "num_heads": heads}
-    return kind(**shape, num_classes=classes, global_pool=pool, **options)
+def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any) -> VisionTransformer:
+    """timm's model around an encoder of ours, freshly initialized.
+
+    Args:
+        encoder: what the model's blocks are.
+        num_classes: outputs of the head.
+        pool: timm's `global_pool`: avg or token.
+        options: further ones of timm's VisionTransformer.
+    """
+    dim, depth, heads = ARCHS[encoder.arch]
+    options |= {"patch_size": encoder.patch_size, "img_size": encoder.image_size, "global_pool": pool}
+    options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes}
+    if encoder.position == "sincos":
+        return VisionTransformer(**options)
+    return LoMaRViT(position=encoder.position, **options)
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What a checkpoint gave beside the encoder's weights.
+    """What a checkpoint provided besides the encoder's weights.
 
     Attributes:
         report: what became of its keys, in words.
-        pool_norm: whether the encoder's last norm is that of a classifier's pool.
-        head: its weight and bias, where it tells the same classes apart.
+        pool_norm: whether the encoder's last norm came from behind a classifier's pool.
+        head: weight and bias of its head, where that is for the same classes.
     """
 
     report: str = "from scratch"
@@ -78,43 +90,34 @@ class _Start:
 
 
 def build_classifier(
-    config: FinetuneConfig, names: Sequence[str] = (), load_start: bool = True
+    config: FinetuneConfig, class_names: Sequence[str] = (), load_start: bool = True
 ) -> tuple[Classifier, str]:
-    """The classifier, initialised from the seed and `start.checkpoint` alone: the same weights on every rank.
+    """The classifier, initialized from the seed and `start.checkpoint` alone: the same weights on every rank.
 
     Args:
         config: the run's.
-        names: of the classes, in order; a start that is a classifier of the same ones keeps its head.
-        load_start: not needed where a checkpoint of the run itself is loaded afterwards.
+        class_names: in the order of the labels; a start that is a classifier of the same classes keeps its head.
+        load_start: false where a checkpoint of the run itself is loaded afterwards, which makes it unnecessary.
 
     Returns:
         The classifier, and what became of the start's keys, in words.
 
     Raises:
-        ValueError: the start is of another architecture, patch or kind of position, damaged, or not understood.
+        ValueError: the start has another architecture, patch size or kind of position, is damaged, or has unknown keys.
     """
     torch.manual_seed(config.seed)
     model, start, head = config.model, config.start, config.head
-    kind = {"relative": model.position == "relative", "bias": model.position == "bias"}
-    encoder = ViT(model.arch, model.patch_size, config.grid, **kind)
-    # A pool behind the encoder gets a norm of its own, as in MAE's and LoMaR's fine-tuning, unless nothing below would
-    # learn to work with that: a frozen encoder keeps its norm.
+    spec = EncoderSpec(model.arch, model.patch_size, config.data.height_width, model.position)
+    encoder = spec.build()
+    # As in MAE's and LoMaR's fine-tuning, the pool gets a norm of its own instead of the encoder's last one. A frozen
+    # encoder keeps its norm: nothing below the pool could adapt to a new one.
     own_norm = head.pool == "avg" and start.trained_blocks is None
-    started = _load_start(encoder, config, own_norm, names) if start.checkpoint and load_start else _Start()
-    vit = build_vit(
-        model.arch,
-        model.patch_size,
-        config.data.height_width,
-        model.position,
-        head.num_classes,
-        head.pool,
-        fc_norm=own_norm,
-        drop_path_rate=model.drop_path_rate,
-    )
+    started = _load_start(encoder, config, own_norm, class_names) if start.checkpoint and load_start else _Start()
+    vit = build_vit(spec, head.num_classes, head.pool, fc_norm=own_norm, drop_path_rate=model.drop_path_rate)
     _fill(vit, encoder, own_norm, started.pool_norm)
     if model.grad_checkpointing:
         vit.set_grad_checkpointing()
-    # MAE's deviations: a head that starts at nearly nothing leaves what was pretrained alone in the first steps.
+    # MAE's deviations: a head that starts near zero hardly changes the pretrained weights in the first steps.
     nn.init.trunc_normal_(vit.head.weight, std=0.01 if start.trained_blocks == 0 else 2e-5)
     if started.head:
         vit.head.load_state_dict(started.head)
@@ -124,8 +127,8 @@ def build_classifier(
     return Classifier(vit, head.num_classes, config.augment), started.report
 
 
-def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, names: Sequence[str]) -> _Start:
-    """Fills the encoder; raises ValueError as `build_classifier`."""
+def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_names: Sequence[str]) -> _Start:
+    """Fills the encoder from `start.checkpoint`; raises ValueError as `build_classifier`."""
     start = config.start
     assert start.checkpoint
     try:
@@ -134,14 +137,16 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, names: Seq
         raise ValueError(f"start.checkpoint: {error}") from None
     tensors = dict(source.tensors)
     pool_norm = own_norm and "fc_norm.weight" in tensors and "norm.weight" not in tensors
-    if pool_norm:  # in the place of the encoder's last norm, which nothing else here would use
+    if pool_norm:  # loaded as the encoder's last norm, which would otherwise stay unused
         tensors |= {f"norm.{kind}": tensors.pop(f"fc_norm.{kind}") for kind in ("weight", "bias")}
     try:
         report = fill_encoder(encoder, translate(replace(source, tensors=tensors)))
     except ValueError as error:
-        raise ValueError(f"start.checkpoint: {error}; set model.* to what it is, or give another") from None
+        raise ValueError(f"start.checkpoint: {error}; set model.* to match it, or use another") from None
     kept = {}
-    if config.head.kind == "linear" and source.metadata.get("names") == json.dumps(list(names)):
+    spec = ClassifierSpec.from_metadata(source.metadata)
+    same_classes = spec is not None and spec.class_names == tuple(class_names) != ()
+    if config.head.kind == "linear" and same_classes:
         kept = {kind: tensors[f"head.{kind}"] for kind in ("weight", "bias")}
         for name in ("head.weight", "head.bias"):
             del report.dropped[name]
@@ -149,8 +154,8 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, names: Seq
     return _Start(str(report), pool_norm, kept)
 
 
-def _fill(vit: Any, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
-    """The encoder's weights, all of them; where the pool has a norm its last norm goes there, or nowhere."""
+def _fill(vit: VisionTransformer, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
+    """Copies all of the encoder's weights. Where the pool has its own norm, the last norm goes there or is left out."""
     state = encoder.state_dict()
     if own_norm:
         norm = {kind: state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
@@ -164,13 +169,13 @@ def _fill(vit: Any, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
     assert not unexpected, unexpected
 
 
-def _freeze(vit: Any, trained_blocks: int | None) -> None:
-    """All but the last blocks, the last norm and the head."""
+def _freeze(vit: VisionTransformer, trained_blocks: int | None) -> None:
+    """Freezes everything but the last `trained_blocks` blocks, the last norm and the head; None freezes nothing."""
     if trained_blocks is None:
         return
     blocks = list(vit.blocks)
     if trained_blocks > len(blocks):
-        raise ValueError(f"start.trained_blocks={trained_blocks}: there are {len(blocks)} blocks")
+        raise ValueError(f"start.trained_blocks={trained_blocks}: the encoder has {len(blocks)} blocks")
     vit.requires_grad_(False)
     after = [vit.norm, vit.head] if trained_blocks else [vit.head]
     for module in blocks[len(blocks) - trained_blocks :] + after:

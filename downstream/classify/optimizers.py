@@ -1,8 +1,9 @@
-"""Parameter groups with layer decay, and the optimiser of a classifier."""
+"""Parameter groups with layer decay, and the optimizer of a classifier."""
 
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay
 
 from downstream.classify.config import FinetuneConfig
@@ -10,13 +11,13 @@ from pretrain.trainer.optim import NonfiniteGuard, build_adamw
 
 
 class GuardedLars(NonfiniteGuard, Lars):
-    """LARS for stage 0."""
+    """LARS that refuses steps with a non-finite gradient; for ZeRO stage 0."""
 
 
-def layer_decay_groups(vit: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+def layer_decay_groups(vit: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Every trainable parameter exactly once, with `lr_scale` = layer_decay ** (blocks above it + 1), the head's 1.
 
-    Tokens, positions and vectors do not decay. Call it before ZeRO-3 empties the shapes.
+    Tokens, positions and vectors have no weight decay. Call it before ZeRO-3 empties the shapes.
     """
     groups: list[dict[str, Any]] = param_groups_layer_decay(
         vit,
@@ -27,8 +28,8 @@ def layer_decay_groups(vit: Any, weight_decay: float, layer_decay: float) -> lis
     return groups
 
 
-def build_optimizer(vit: Any, config: FinetuneConfig, stage: int) -> torch.optim.Optimizer:
-    """The optimiser for a ZeRO stage.
+def build_optimizer(vit: VisionTransformer, config: FinetuneConfig, stage: int) -> torch.optim.Optimizer:
+    """The optimizer for a ZeRO stage.
 
     Raises:
         ValueError: LARS with ZeRO.
@@ -39,10 +40,10 @@ def build_optimizer(vit: Any, config: FinetuneConfig, stage: int) -> torch.optim
         return build_adamw(groups, config, stage)
     if stage:
         raise ValueError(
-            f"optim.name=lars scales each matrix by its norm, and ZeRO stage {stage} cuts matrices in pieces: "
+            f"optim.name=lars scales each matrix by its norm, and ZeRO stage {stage} cuts matrices into pieces: "
             f"set train.ds_config=zero0"
         )
-    for group in groups:  # as in MAE's code: matrices, whether they decay or not
+    for group in groups:  # as in MAE's code: every matrix, with or without weight decay
         group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
     options: Any = {"lr": config.peak_lr, "momentum": optim.momentum}
     return GuardedLars(groups, **options)

@@ -1,11 +1,11 @@
-"""A grid of fine-tunings of one recipe, and what is reported of it: the best, and mean and deviation over the grid.
+"""A grid of fine-tunings of one recipe, reported by its best run and the mean and deviation over the grid.
 
     python -m downstream.classify.sweep transfer_flowers_vitb16_224_100e data.shards=/data/flowers/train \\
         val.shards=/data/flowers/val start.checkpoint=runs/my-run name=flowers \\
         --grid optim.base_lr=1e-4,2.5e-4,5e-4 --grid optim.weight_decay=0.05,0.1
 
-Every setting is checked before the first one is trained. The runs are `runs/<name>/run<number>`; a command that was
-interrupted continues when it is given again. The last line is a JSON object.
+Every setting is checked before the first one is trained. The runs are `runs/<name>/run<number>`; an interrupted
+command continues when it is given again. The last line of the output is a JSON object.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from downstream.classify.config import FinetuneConfig, load
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
 
-SCRIPT = Path(__file__).with_name("run.py")
+SCRIPT = Path(__file__).with_name("finetune.py")
 
 
 def parse_grid(arguments: list[str]) -> list[list[str]]:
     """['a=1,2', 'b=3'] -> [['a=1', 'b=3'], ['a=2', 'b=3']].
 
     Raises:
-        ValueError: no grid, or an argument that is not `key=value,value`.
+        ValueError: there is no argument, or one that is not `key=value,value`.
     """
     keys = []
     for argument in arguments:
@@ -44,26 +44,26 @@ def parse_grid(arguments: list[str]) -> list[list[str]]:
 
 def configure(recipe: str, overrides: list[str], grid: list[list[str]]) -> list[FinetuneConfig]:
     """The configuration of every setting; raises ValueError where one cannot work, before anything is trained."""
-    name = load(recipe, overrides)
-    folder = [f"runs={Path(name.runs) / name.name}"]
+    base = load(recipe, overrides)
+    folder = [f"runs={Path(base.runs) / base.name}"]
     return [load(recipe, [*overrides, *setting, *folder, f"name=run{n:03d}"]) for n, setting in enumerate(grid)]
 
 
 def train(config: FinetuneConfig, launcher: list[str]) -> dict[str, Any]:
-    """Trains one setting, or what is missing of it, and returns the last evaluation.
+    """Trains one setting, or continues it, and returns the last evaluation.
 
     Raises:
-        ValueError: the run failed; its own error is above.
+        ValueError: the run failed, and printed its own error; or it was stopped.
     """
     folder = RunFolder(Path(config.runs) / config.name)
     folder.root.mkdir(parents=True, exist_ok=True)
     recipe = folder.root / "setting.yaml"
     recipe.write_text(config.to_yaml())
     if subprocess.run([*launcher, str(SCRIPT), str(recipe)]).returncode:
-        raise ValueError(f"the run in {folder.root} failed: mend it and give the same command, which goes on there")
+        raise ValueError(f"the run in {folder.root} failed: fix the error and repeat the command, which continues it")
     measured = read_metrics(folder.evaluation)
     if not measured or measured[-1]["epoch"] < config.train.epochs:
-        raise ValueError(f"the run in {folder.root} was stopped: give the same command, which goes on there")
+        raise ValueError(f"the run in {folder.root} was stopped: repeat the command, which continues it")
     return measured[-1]
 
 
@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     parser.add_argument("--grid", action="append", default=[], metavar="section.key=value,value")
-    parser.add_argument("--launcher", default="deepspeed", help="what starts the ranks, such as 'srun python -u'")
+    parser.add_argument(
+        "--launcher", default="deepspeed", help="the command that starts the ranks, such as 'srun python -u'"
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         grid = parse_grid(options.grid)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data.transforms import height_width
 from pretrain.models.vit import ARCHS, ViT
 
 
@@ -75,6 +76,6 @@ class EncoderSpec:
     def from_signature(cls, signature: Mapping[str, Any], epochs: int | None = None) -> "EncoderSpec":
         """Of a pretraining run, by its resume signature. Raises KeyError where it is none."""
         model, size = signature["model"], signature["data"]["image_size"]
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_width(size)
         method = signature["method"]["name"]
         return cls(model["arch"], model["patch_size"], (height, width), model["position"], method, epochs)

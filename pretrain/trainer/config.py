@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from data.transforms import Augmentation
+from data.transforms import Augmentation, height_width
 from pretrain.trainer.schema import MAY_CHANGE, Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -40,7 +40,7 @@ class DataConfig(Section):
 
     @property
     def height_width(self) -> tuple[int, int]:
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+        return height_width(self.image_size)
 
 
 class OptimConfig(Section):

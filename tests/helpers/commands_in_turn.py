@@ -1,7 +1,7 @@
-"""One rank that runs several of our commands, as `python -m` would, without starting anew for each."""
+"""Runs several of our commands in one process of a rank, each as `python -m` would."""
 
-import importlib
 import json
+import runpy
 import sys
 from unittest.mock import patch
 
@@ -10,9 +10,10 @@ from pretrain.trainer.launch import exit_process
 if __name__ == "__main__":
     codes = []
     for module, *arguments in json.loads(sys.argv[1]):
-        with patch("downstream.classify.evaluation_cli.exit_process", sys.exit):
+        command = [module, *arguments]
+        with patch("downstream.classify.evaluation_cli.exit_process", sys.exit), patch.object(sys, "argv", command):
             try:
-                importlib.import_module(module).main(arguments)
+                runpy.run_module(module, run_name="__main__")
             except SystemExit as ended:
                 codes.append(ended.code)
     exit_process(any(codes))

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from downstream.classify.config import FinetuneConfig, load
 from helpers.originals import TINY, randomized
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ViT
 
 SIZE = (8, 12)
@@ -15,12 +16,12 @@ DEPTH = TINY.depth
 
 
 def configure(tmp_path: Path, **sections: Any) -> FinetuneConfig:
-    """A tiny classifier of five classes from scratch; keys of sections with `__` for the dot."""
+    """A tiny classifier of five classes from scratch; `sections` are overrides, with `__` for the dot."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in sections.items()]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "name: tiny\nmodel: {arch: vit_tiny, patch: 4}\ndata: {shards: a, size: [8, 12]}\nval: {shards: b}\n"
-        "head: {classes: 5}\noptim: {warmup_epochs: 0}\ntrain: {epochs: 1, batch: 8, precision: fp32}\n"
+        "name: tiny\nmodel: {arch: vit_tiny, patch_size: 4}\ndata: {shards: a, image_size: [8, 12]}\nval: {shards: b}\n"
+        "head: {num_classes: 5}\noptim: {warmup_epochs: 0}\ntrain: {epochs: 1, global_batch_size: 8, precision: fp32}\n"
     )
     return load(str(recipe), overrides)
 
@@ -37,17 +38,18 @@ def encoder_file(folder: Path, position: str = "relative") -> Path:
     encoder = small_encoder(position)
     randomized(encoder)
     state = encoder.state_dict()
-    metadata = {"arch": "vit_tiny", "patch": "4", "size": "8x12", "position": position}
-    save_file(state, folder / "encoder.safetensors", metadata)
+    save_file(state, folder / "encoder.safetensors", EncoderSpec.of(encoder).to_metadata())
     return folder / "encoder.safetensors"
 
 
-def batch(count: int = 8, seed: int = 0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def batch(count: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, H, W, 3) uint8 images and (B,) labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, *SIZE, 3), generator=generator, dtype=torch.uint8)
-    return images, {"label": torch.randint(0, 5, (count,), generator=generator)}
+    return images, torch.randint(0, 5, (count,), generator=generator)
 
 
-def standardised(images: torch.Tensor) -> torch.Tensor:
+def standardized(images: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W), by the statistics of ImageNet."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((images / 255 - mean) / std).permute(0, 3, 1, 2)

@@ -1,54 +1,52 @@
-"""The robustness sets' metrics: from logits and right classes to a number."""
+"""The metrics of the robustness sets: from logits and right classes to a number."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from downstream.classify.robustness.layouts import ALEXNET
+from downstream.classify.robustness.datasets import ALEXNET_ERRORS
+from pretrain.trainer.accuracy import topk_hits
 
 
-def hits(logits: Tensor, right: Tensor, among: Tensor | None = None) -> Tensor:
-    """(B, 1) of 0 and 1: whether the largest logit is of a right class.
+def top1_hits(logits: Tensor, right: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """(B, 1) of 0 and 1: whether the largest logit belongs to a right class.
 
     Args:
-        logits: (B, 1000); those that are not finite hit nothing.
+        logits: (B, 1000); a row that is not all finite hits nothing.
         right: bool (B, 1000).
-        among: the classes that are candidates, all unless given.
+        candidates: the classes to choose from, ascending; all unless given.
     """
     finite = torch.isfinite(logits).all(1, keepdim=True)
-    return (right.gather(1, _only(logits, among).argmax(1, keepdim=True)) & finite).long()
+    if candidates is not None:
+        logits, right = logits[:, candidates], right[:, candidates]
+    return topk_hits(logits, right, ks=(1,)) * finite
 
 
-def confidence(logits: Tensor, among: Tensor) -> Tensor:
-    """(B,): the largest probability, of the classes that are candidates alone; in float64."""
-    return _only(logits, among).double().softmax(1).amax(1)
-
-
-def _only(logits: Tensor, among: Tensor | None) -> Tensor:
-    if among is None:
-        return logits
-    rest = torch.full_like(logits, -torch.inf)
-    return rest.index_copy(1, among.to(logits.device), logits[:, among])
+def confidence(logits: Tensor, candidates: Tensor) -> Tensor:
+    """(B,) float64: the largest probability in a softmax over the candidate classes alone."""
+    others = torch.full_like(logits, -torch.inf)
+    masked = others.index_copy(1, candidates.to(logits.device), logits[:, candidates])
+    return masked.double().softmax(1).amax(1)
 
 
 def aupr(outliers: Tensor, inliers: Tensor) -> float:
-    """Area under the precision-recall curve (average precision) of finding outliers, which should score higher."""
+    """Area under the precision-recall curve (average precision) of detecting outliers, which should score higher."""
     scores = torch.cat([outliers, inliers]).numpy()
     found = np.concatenate([np.ones(len(outliers)), np.zeros(len(inliers))])
     order = np.argsort(-scores, kind="stable")
     scores, found = scores[order], found[order].cumsum()
-    last = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # equal scores are found together
+    last = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # a threshold cannot separate equal scores
     recall = np.concatenate([[0.0], found[last] / len(outliers)])
     return float((np.diff(recall) * found[last] / (last + 1)).sum())
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> dict[str, float]:
-    """mCE and the CE of each corruption, in shares of AlexNet's, from the errors at each severity.
+    """`mce`, and `ce_*` of each corruption, relative to AlexNet's, from the errors at each severity.
 
-    CE = sum of errors / sum of AlexNet's; mCE = mean of the 15 CE.
+    CE = sum of errors / sum of AlexNet's errors; mCE = mean of the 15 CE.
     """
-    assert errors.keys() == ALEXNET.keys()
-    ce = {name: sum(values) / (len(values) * ALEXNET[name]) for name, values in errors.items()}
+    assert errors.keys() == ALEXNET_ERRORS.keys()
+    ce = {name: sum(values) / (len(values) * ALEXNET_ERRORS[name]) for name, values in errors.items()}
     return {"mce": sum(ce.values()) / len(ce), **{f"ce_{name}": value for name, value in ce.items()}}
 
 

@@ -1,4 +1,4 @@
-"""A grid of fine-tunings: which settings, what is refused before any training, what is reported, and a real one."""
+"""Grids of fine-tunings: their settings, what is refused before any training, the summary, and a real one."""
 
 import json
 import statistics
@@ -17,7 +17,7 @@ from downstream.classify.sweep import configure, main, parse_grid, summarize
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
-    """Two classes of eight pictures, two epochs from scratch."""
+    """Two classes of eight images, two epochs from scratch."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(("dark", "light")):
         (tmp_path / "images" / name).mkdir(parents=True)

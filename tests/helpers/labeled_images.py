@@ -1,6 +1,5 @@
-"""Labelled photographs to evaluate on, classifiers to evaluate, and commands on several ranks."""
+"""Labeled images to evaluate on, classifiers to evaluate, and commands on several ranks."""
 
-import json
 import os
 import socket
 import subprocess
@@ -14,23 +13,25 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import downstream.checkpoints.timm_models  # noqa: F401  # registers ours
+import downstream.checkpoints.timm_models  # noqa: F401  # registers our models with timm
+from downstream.classify.classifier_spec import ClassifierSpec
+from pretrain.models.encoder_spec import EncoderSpec
 
 ROOT = Path(__file__).parents[2]
 
 
 def write_photo(path: Path, seed: int, size: tuple[int, int] = (48, 40), kind: int = 0) -> None:
-    """Blocks of colours, so that crops of different pictures differ; those of one kind are a little alike."""
+    """Blocks of color, so that crops of different images differ; images of one kind resemble each other a little."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    coarse, alike = (np.random.default_rng(s).integers(0, 256, (4, 5, 3)) for s in (seed, 10**6 + kind))
-    picture = Image.fromarray(((coarse + alike) // 2).astype(np.uint8))
-    picture.resize(size, Image.Resampling.BICUBIC).save(path, quality=92)
+    coarse, shared = (np.random.default_rng(s).integers(0, 256, (4, 5, 3)) for s in (seed, 10**6 + kind))
+    image = Image.fromarray(((coarse + shared) // 2).astype(np.uint8))
+    image.resize(size, Image.Resampling.BICUBIC).save(path, quality=92)
 
 
 def write_classes(root: Path, names: list[str], images: int, bad: int = 0, first: int = 0) -> Path:
-    """`images` JPEGs in a folder for each name; the first `bad` ones of all cannot be decoded.
+    """`images` JPEGs in a folder for each name, of which the first `bad` ones cannot be decoded.
 
-    Other numbers for the `first` picture give other pictures of the same classes.
+    Another number for the `first` image gives other images of the same classes.
     """
     for number in range(len(names) * images):
         kind = number % len(names)
@@ -42,31 +43,37 @@ def write_classes(root: Path, names: list[str], images: int, bad: int = 0, first
 
 
 def write_classifier(
-    path: Path, classes: int, position: str = "relative", pool: str = "avg", names: Sequence[str] = ()
+    path: Path, num_classes: int, position: str = "relative", pool: str = "avg", class_names: Sequence[str] = ()
 ) -> Path:
-    """A random ViT-Ti for 32 pixels in a classifier's file."""
+    """A file with a random ViT-Ti classifier for images of 32 pixels."""
     torch.manual_seed(0)
     name = "lomar_vit_tiny_patch16_224" if position == "relative" else "vit_tiny_patch16_224"
-    model = timm.create_model(name, img_size=32, num_classes=classes, global_pool=pool)
+    model = timm.create_model(name, img_size=32, num_classes=num_classes, global_pool=pool)
     state = {name: torch.randn_like(tensor) * 0.2 for name, tensor in model.state_dict().items()}
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": position, "pool": pool}
-    save_file(state, path, {**facts, "classes": str(classes), "names": json.dumps(names)})
+    spec = ClassifierSpec(EncoderSpec("vit_tiny", 16, (32, 32), position), num_classes, pool, tuple(class_names))
+    save_file(state, path, spec.to_metadata())
     return path
 
 
 def run_command(*arguments: object, ranks: int = 1) -> tuple[int, str, str]:
-    """`python ARGUMENTS` on a number of ranks: the main one's exit code, stdout and stderr."""
+    """Runs `python ARGUMENTS` on each rank; returns the exit code, stdout and stderr of the main one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     started = []
     for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         started.append(
             subprocess.Popen(
                 [sys.executable, *map(str, arguments)],
                 cwd=ROOT,
-                env={**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)},
+                env={
+                    **os.environ,
+                    **rank_env,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "PYTHONPATH": str(ROOT),
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -7,22 +7,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.labelled import write_classes, write_classifier, write_photo
+from helpers.labeled_images import write_classes, write_classifier, write_photo
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import top_k_accuracy_score
 from torch import Tensor
 
 from data.image_folder import Samples, load_samples
-from downstream.classify.evaluate import check_classes, evaluate, load_classifier, top_hits
+from downstream.classify.classifier_spec import ClassifierSpec
+from downstream.classify.evaluate import check_classes, evaluate
+from downstream.classify.trained_classifier import load_classifier
+from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.trainer.accuracy import topk_hits
 
 CPU = torch.device("cpu")
 NAMES = [f"c{number}" for number in range(7)]
 
 
 def run(predict: Any, samples: Samples, **settings: Any) -> dict[str, float]:
-    place = {"rank": 0, "world": 1, "workers": 0, "device": CPU}
-    return evaluate(predict, samples, **{"size": (32, 32), "batch": 4, **place, **settings})
+    one_rank = {"rank": 0, "world_size": 1, "num_workers": 0, "device": CPU}
+    return evaluate(predict, samples, **{"size": (32, 32), "batch": 4, **one_rank, **settings})
 
 
 @pytest.fixture
@@ -35,12 +39,12 @@ def photos(tmp_path: Path) -> Samples:
 
 
 def pixels_as_logits(images: Tensor) -> Tensor:
-    """Some pixels of the crop, none alike: a function of the image that rounds nowhere."""
+    """Some pixels of the crop, made different from each other: a function of the image without any rounding."""
     return images[:, 3:30:4, 5, 1] + torch.arange(7) / 8
 
 
 def naive_logits(samples: Samples) -> np.ndarray:
-    """Image by image, by PIL; zeros where it cannot be decoded."""
+    """Image by image, with PIL; zeros where one cannot be decoded."""
     logits = []
     for name in samples.names:
         try:
@@ -71,11 +75,11 @@ def test_against_sklearn(photos: Samples, capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
 def test_neither_batches_nor_workers_matter(photos: Samples, batch: int):
-    assert run(pixels_as_logits, photos, batch=batch, workers=1) == run(pixels_as_logits, photos)
+    assert run(pixels_as_logits, photos, batch=batch, num_workers=1) == run(pixels_as_logits, photos)
 
 
 def test_padding_and_undecodable_images_are_never_right(photos: Samples):
-    """A black image would be of class 0, of which there are 4, one undecodable: so would be the padding."""
+    """Class 0 is always predicted, also for black images and padding; it has 4 images, one of them undecodable."""
     always = run(lambda images: -torch.arange(7.0).repeat(len(images), 1), photos, batch=20)
     assert always["top1"] == 3 / 23
     assert always["top5"] == (21 - 6) / 23  # classes 0 to 4
@@ -83,16 +87,16 @@ def test_padding_and_undecodable_images_are_never_right(photos: Samples):
 
 def test_hits_by_hand():
     logits = torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.5, 0.4, 0.6], [7, 6, 5, 4, 3, 2, 1.0], [float("nan")] * 7])
-    assert top_hits(logits[[0, 0, 0]], torch.tensor([1, 2, 0])).tolist() == [[1, 1], [0, 1], [0, 0]]
-    assert top_hits(logits[[1, 1]], torch.tensor([4, 5])).tolist() == [[0, 1], [0, 0]]  # the fifth, the sixth
-    assert top_hits(logits[[2, 2]], torch.tensor([0, 6])).tolist() == [[0, 0], [0, 0]]  # diverged
-    assert top_hits(torch.tensor([[0.0, 1, 2]]), torch.tensor([0])).tolist() == [[0, 1]]  # of three classes
+    assert topk_hits(logits[[0, 0, 0]], torch.tensor([1, 2, 0])).tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert topk_hits(logits[[1, 1]], torch.tensor([4, 5])).tolist() == [[0, 1], [0, 0]]  # the fifth, the sixth
+    assert topk_hits(logits[[2, 2]], torch.tensor([0, 6])).tolist() == [[0, 0], [0, 0]]  # diverged
+    assert topk_hits(torch.tensor([[0.0, 1, 2]]), torch.tensor([0])).tolist() == [[0, 1]]  # of three classes
 
 
 @pytest.mark.parametrize(("position", "pool"), [("relative", "token"), ("sincos", "avg"), ("sincos", "token")])
 def test_classifiers_load_strictly(tmp_path: Path, position: str, pool: str):
     trained = load_classifier(write_classifier(tmp_path / "model.safetensors", 5, position, pool), CPU)
-    assert (trained.classes, trained.size) == (5, (32, 32))
+    assert (trained.num_classes, trained.image_size) == (5, (32, 32))
     assert not trained.model.training
     logits = trained.predict(torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8))
     assert logits.shape == (2, 5)
@@ -101,25 +105,25 @@ def test_classifiers_load_strictly(tmp_path: Path, position: str, pool: str):
 
 def test_what_is_refused(tmp_path: Path, photos: Samples):
     checkpoint = write_classifier(tmp_path / "model.safetensors", 5)
-    with pytest.raises(ValueError, match=r"model\.safetensors tells 5 classes apart, .*photos has 7"):
+    with pytest.raises(ValueError, match=r"model\.safetensors has 5 classes, .*photos has 7"):
         check_classes(load_classifier(checkpoint, CPU), photos)
-    seven = load_classifier(write_classifier(tmp_path / "seven.safetensors", 7, names=[f"c{n}" for n in range(7)]), CPU)
+    seven = load_classifier(write_classifier(tmp_path / "seven.safetensors", 7, class_names=NAMES), CPU)
     check_classes(seven, photos)
-    other = replace(seven, names=(*seven.names[:6], "zebra"))
-    with pytest.raises(ValueError, match=r"label 6 is 'zebra' to .*seven\.safetensors and 'c6' in .*photos"):
+    other = replace(seven, class_names=(*NAMES[:6], "zebra"))
+    with pytest.raises(ValueError, match=r"label 6 is 'zebra' in .*seven\.safetensors and 'c6' in .*photos"):
         check_classes(other, photos)
     with pytest.raises(ValueError, match="has label 6, the classifier 5 classes"):
         run(lambda images: torch.zeros(len(images), 5), photos)
     flat = tmp_path / "flat"
     write_photo(flat / "a.jpg", 0)
-    with pytest.raises(ValueError, match=r"'a' has no label: give class folders"):
+    with pytest.raises(ValueError, match=r"1 of 1 samples in .*flat have no label, for example 'a': use class folders"):
         run(pixels_as_logits, load_samples(flat))
     tensors = load_file(checkpoint)
     save_file(tensors, tmp_path / "other.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="is no classifier of this project"):
+    with pytest.raises(ValueError, match="is not a classifier of this project"):
         load_classifier(tmp_path / "other.safetensors", CPU)
     del tensors["blocks.0.norm1.bias"]
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": "relative", "pool": "token"}
-    save_file(tensors, tmp_path / "part.safetensors", facts)
+    spec = ClassifierSpec(EncoderSpec("vit_tiny", 16, (32, 32), "relative"), 5, "token")
+    save_file(tensors, tmp_path / "part.safetensors", spec.to_metadata())
     with pytest.raises(ValueError, match=r"does not fit .*blocks\.0\.norm1\.bias"):
         load_classifier(tmp_path / "part.safetensors", CPU)

@@ -1,4 +1,4 @@
-"""The robustness sets: each metric on a hand-made case and against sklearn, each layout on hand-made folders."""
+"""The robustness sets: each metric by hand and against sklearn, each set on folders like the published ones."""
 
 import io
 import json
@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.labelled import write_photo
+from helpers.labeled_images import write_photo
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from data.image_folder import load_samples
-from downstream.classify.evaluate import TrainedClassifier
-from downstream.classify.robustness import SETS, Evaluator, _parse, _prepare, check_classifier, layouts, robustness
-from downstream.classify.robustness.layouts import (
-    ALEXNET,
+from downstream.classify.robustness import datasets
+from downstream.classify.robustness.__main__ import check_classifier, parse_paths
+from downstream.classify.robustness.datasets import (
+    ALEXNET_ERRORS,
+    CLASS_MAPS,
     imagenet,
-    numbered,
+    imagenet_v2,
     objectnet,
     real_labels,
     right_by_real,
@@ -29,42 +30,44 @@ from downstream.classify.robustness.layouts import (
     si_score,
     synsets,
 )
-from downstream.classify.robustness.metrics import aupr, confidence, hits, mean_corruption_error, occlude
+from downstream.classify.robustness.evaluator import SETS, Evaluator, prepare
+from downstream.classify.robustness.metrics import aupr, confidence, mean_corruption_error, occlude, top1_hits
+from downstream.classify.trained_classifier import TrainedClassifier
 from pretrain.trainer.launch import World
 
 CPU = torch.device("cpu")
 
 
 def evaluator(predict: Callable[[Tensor], Tensor]) -> Evaluator:
-    return Evaluator(predict, (32, 32), batch=16, workers=0, place=(World(0, 1, 0), CPU))
+    return Evaluator(predict, (32, 32), batch=16, workers=0, world=World(0, 1, 0), device=CPU)
 
 
-def red_says(images: Tensor) -> Tensor:
-    """The class whose number the picture's mean colours spell: 100 * red + 10 * green + blue, in steps of 20."""
+def spelled_class(images: Tensor) -> Tensor:
+    """The class whose number the mean color of an image spells: 100 * red + 10 * green + blue, in steps of 20."""
     digits = ((images[:, 12:20, 12:20].float().mean((1, 2)) - 25) / 20).round().long().clamp(min=0)
     return torch.nn.functional.one_hot(digits @ torch.tensor([100, 10, 1]), 1000).float()
 
 
-def spelled(path: Path, number: int) -> None:
-    """A plain picture that `red_says` is of a class."""
+def write_spelled(path: Path, number: int) -> None:
+    """A plain image that `spelled_class` is of a class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 40), tuple(25 + 20 * int(digit) for digit in f"{number:03d}")).save(path)
 
 
-def measure(name: str, predict: Callable[[Tensor], Tensor] = red_says, **paths: Path) -> dict[str, float]:
-    return _prepare(name, {key: str(path) for key, path in paths.items()})(evaluator(predict))
+def measure(name: str, predict: Callable[[Tensor], Tensor] = spelled_class, **paths: Path) -> dict[str, float]:
+    return prepare(name, {key: str(path) for key, path in paths.items()})(evaluator(predict))
 
 
-def test_hits_by_hand_also_among_some():
+def test_hits_by_hand_also_among_candidates():
     logits = torch.zeros(3, 1000)
     logits[0, 7], logits[0, 3] = 2.0, 1.0
     logits[1, 999], logits[1, 998] = 1.0, 0.5
     logits[2] = torch.nan
     right = torch.zeros(3, 1000, dtype=torch.bool)
     right[0, 3] = right[1, 998] = right[1, 999] = right[2, 0] = True
-    assert hits(logits, right).flatten().tolist() == [0, 1, 0]
-    assert hits(logits, right, torch.tensor([3, 5, 9])).flatten().tolist() == [1, 0, 0]  # 7 is no candidate
-    assert hits(logits, right, torch.tensor([3, 998])).flatten().tolist()[:2] == [1, 1]
+    assert top1_hits(logits, right).flatten().tolist() == [0, 1, 0]
+    assert top1_hits(logits, right, torch.tensor([3, 5, 9])).flatten().tolist() == [1, 0, 0]  # 7 is no candidate
+    assert top1_hits(logits, right, torch.tensor([3, 998])).flatten().tolist()[:2] == [1, 1]
 
 
 def test_confidence_is_of_the_candidates_alone():
@@ -85,20 +88,20 @@ def test_aupr_against_sklearn_and_by_hand():
 
 def test_mean_corruption_error_by_hand():
     """AlexNet itself has 1; a corruption on which we are half as bad has half, and counts a fifteenth."""
-    itself = {name: [error] * 5 for name, error in ALEXNET.items()}
+    itself = {name: [error] * 5 for name, error in ALEXNET_ERRORS.items()}
     assert mean_corruption_error(itself)["mce"] == pytest.approx(1)
-    spread = {**itself, "fog": [ALEXNET["fog"] * share for share in (0.1, 0.3, 0.5, 0.7, 0.9)]}
+    spread = {**itself, "fog": [ALEXNET_ERRORS["fog"] * share for share in (0.1, 0.3, 0.5, 0.7, 0.9)]}
     found = mean_corruption_error(spread)
     assert found["ce_fog"] == pytest.approx(0.5)
     assert found["mce"] == pytest.approx(14.5 / 15)
-    halved = mean_corruption_error({name: [0.5] * 5 for name in ALEXNET})
-    assert halved["mce"] == pytest.approx(np.mean([0.5 / error for error in ALEXNET.values()]))
+    halved = mean_corruption_error({name: [0.5] * 5 for name in ALEXNET_ERRORS})
+    assert halved["mce"] == pytest.approx(np.mean([0.5 / error for error in ALEXNET_ERRORS.values()]))
 
 
 def test_alexnets_errors_are_those_published():
     """Table 1 of the paper, in whole per cent, in its order."""
     table = [89, 89, 92, 82, 83, 79, 80, 87, 83, 82, 56, 85, 65, 72, 61]
-    assert [round(100 * error) for error in ALEXNET.values()] == table
+    assert [round(100 * error) for error in ALEXNET_ERRORS.values()] == table
 
 
 def test_the_middle_is_black():
@@ -110,7 +113,7 @@ def test_the_middle_is_black():
 
 
 def test_published_class_maps():
-    assert len(synsets()) == len(imagenet()) == len(numbered()) == 1000
+    assert len(synsets()) == len(imagenet()) == len(imagenet_v2()) == 1000
     assert list(synsets()) == sorted(synsets())
     assert (synsets()["n01440764"], synsets()["n15075141"]) == (0, 999)  # tench, toilet tissue
     assert len(imagenet("a")) == len(imagenet("r")) == 200
@@ -127,15 +130,15 @@ def test_published_class_maps():
 
 
 @pytest.mark.parametrize("name", ["a", "r"])
-def test_restricted_to_200_classes(name: str, tmp_path: Path):
-    """Every picture's largest logit is that of a class outside of the 200; the second largest is right, but for one."""
+def test_candidates_are_200_classes(name: str, tmp_path: Path):
+    """Every image's largest logit is of a class outside the 200; the second largest is right, except for one."""
     classes = imagenet(name)
     outside = next(number for number in range(1000) if [number] not in classes.values())
     for folder, (number,) in classes.items():
-        spelled(tmp_path / folder / "picture.png", number if number != 13 else 11)
+        write_spelled(tmp_path / folder / "image.png", number if number != 13 else 11)
 
     def predict(images: Tensor) -> Tensor:
-        logits = red_says(images)
+        logits = spelled_class(images)
         logits[:, outside] = 2
         return logits
 
@@ -146,92 +149,92 @@ def test_restricted_to_200_classes(name: str, tmp_path: Path):
 def ten(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """An ImageNet of ten classes, at its end, so that folders are not their numbers."""
     some = dict(list(synsets().items())[-10:])
-    monkeypatch.setattr(layouts, "synsets", lambda: some)
+    monkeypatch.setattr(datasets, "synsets", lambda: some)
     return some
 
 
 def test_val_sketch_and_occlusion(ten: dict[str, int], tmp_path: Path):
     for folder, number in ten.items():
-        spelled(tmp_path / folder / "right.png", number)
-        spelled(tmp_path / folder / "wrong.png", 7)
+        write_spelled(tmp_path / folder / "right.png", number)
+        write_spelled(tmp_path / folder / "wrong.png", 7)
     (tmp_path / folder / "broken.png").write_bytes(b"\x89PNG")
     for name in ("val", "sketch"):
         assert measure(name, **{name: tmp_path}) == {"top1": 10 / 21, "images": 21, "skipped": 1}
 
     def corner(images: Tensor) -> Tensor:
         assert (images[:, 8:24, 8:24] == 0).all()
-        return red_says(images[:, :1, :1].expand(-1, 32, 32, -1))
+        return spelled_class(images[:, :1, :1].expand(-1, 32, 32, -1))
 
     assert measure("occlusion", corner, occlusion=tmp_path) == {"top1": 10 / 21, "images": 21, "skipped": 1}
 
 
 def test_v2_folders_are_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """10 comes before 2 among folders."""
-    monkeypatch.setitem(robustness._CLASSES, "v2", lambda: {str(number): [number] for number in range(12)})
+    monkeypatch.setitem(CLASS_MAPS, "v2", lambda: {str(number): [number] for number in range(12)})
     for number in range(12):
-        spelled(tmp_path / str(number) / "picture.png", number if number != 4 else 5)
+        write_spelled(tmp_path / str(number) / "image.png", number if number != 4 else 5)
     assert measure("v2", v2=tmp_path) == {"top1": 11 / 12, "images": 12, "skipped": 0}
 
 
-def test_real_takes_any_of_its_labels_and_leaves_out_images_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(layouts, "real_labels", lambda: [[3, 5], [], [7], [1, 2], [9]])
+def test_real_accepts_any_of_its_labels_and_leaves_out_images_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets, "real_labels", lambda: [[3, 5], [], [7], [1, 2], [9]])
     for number, says in ((1, 5), (2, 0), (3, 8), (4, 2)):
-        spelled(tmp_path / f"n0{number}" / f"ILSVRC2012_val_{number:08d}.png", says)
+        write_spelled(tmp_path / f"n0{number}" / f"ILSVRC2012_val_{number:08d}.png", says)
     assert measure("real", real=tmp_path) == {"top1": 2 / 3, "images": 3, "skipped": 0}
-    spelled(tmp_path / "n09" / "ILSVRC2012_val_00000006.png", 1)
-    with pytest.raises(ValueError, match="'n09/ILSVRC2012_val_00000006' is not called like"):
+    write_spelled(tmp_path / "n09" / "ILSVRC2012_val_00000006.png", 1)
+    with pytest.raises(ValueError, match="'n09/ILSVRC2012_val_00000006' has no name like"):
         right_by_real(load_samples(tmp_path))
 
 
 def test_objectnet_any_class_of_a_folder_and_no_border(tmp_path: Path):
     mapping = objectnet()
     for folder, numbers in mapping.items():
-        path = tmp_path / "images" / folder / "picture.png"
+        path = tmp_path / "images" / folder / "image.png"
         path.parent.mkdir(parents=True)
         framed = Image.new("RGB", (44, 44), (255, 0, 0))
-        spelled(path, numbers[-1] if numbers else 0)
+        write_spelled(path, numbers[-1] if numbers else 0)
         framed.paste(Image.open(path), (2, 2))
         framed.save(path)
 
     def even(images: Tensor) -> Tensor:
         assert (images == images[:, :1, :1]).all(), "nothing is seen of the border"
-        return red_says(images)
+        return spelled_class(images)
 
-    whole = Evaluator(even, (240, 240), batch=16, workers=0, place=(World(0, 1, 0), CPU))
-    found = _prepare("objectnet", {"objectnet": str(tmp_path)})(whole)
+    whole = Evaluator(even, (240, 240), batch=16, workers=0, world=World(0, 1, 0), device=CPU)
+    found = prepare("objectnet", {"objectnet": str(tmp_path)})(whole)
     assert found == {"top1": 1.0, "images": 113, "skipped": 0}
 
 
 def test_si_score(tmp_path: Path):
     for folder, (number,) in si_score().items():
-        spelled(tmp_path / folder / "1.png", number if folder != "koala" else 106)
+        write_spelled(tmp_path / folder / "1.png", number if folder != "koala" else 106)
     assert measure("si_size", si_size=tmp_path) == {"top1": 60 / 61, "images": 61, "skipped": 0}
 
 
 def test_imagenet_c(ten: dict[str, int], tmp_path: Path):
     """Wrong about as many of ten as the severity says, on fog about none."""
-    for corruption in (*ALEXNET, "spatter"):
+    for corruption in (*ALEXNET_ERRORS, "spatter"):
         for severity in range(1, 6):
             for position, (folder, number) in enumerate(ten.items()):
                 wrong = position < severity and corruption != "fog"
-                spelled(tmp_path / corruption / str(severity) / folder / "1.png", 0 if wrong else number)
+                write_spelled(tmp_path / corruption / str(severity) / folder / "1.png", 0 if wrong else number)
     found = measure("c", c=tmp_path)
-    expected = [0.3 / error for name, error in ALEXNET.items() if name != "fog"]
+    expected = [0.3 / error for name, error in ALEXNET_ERRORS.items() if name != "fog"]
     assert found["mce"] == pytest.approx(sum(expected) / 15)
     assert found["ce_fog"] == 0
     assert (found["images"], found["skipped"]) == (750, 0)
     (tmp_path / "snow" / "4").rename(tmp_path / "snow" / "six")
     with pytest.raises(ValueError, match=r"has no snow/4; ImageNet-C has 15 corruptions of 5 severities"):
-        _prepare("c", {"c": str(tmp_path)})
+        prepare("c", {"c": str(tmp_path)})
 
 
 def test_outliers(tmp_path: Path):
     """The confidence is the brightness: two outliers are darker than all inliers, the others brighter or broken."""
     names = list(synsets())[300:500]
     for number, name in enumerate(names):
-        spelled(tmp_path / "o" / name / "1.png", 0 if number < 2 else 333)
+        write_spelled(tmp_path / "o" / name / "1.png", 0 if number < 2 else 333)
     for number, name in enumerate(synsets()):
-        spelled(tmp_path / "val" / name / "1.png", 111 if 300 <= number < 500 else 0)  # others are not asked
+        write_spelled(tmp_path / "val" / name / "1.png", 111 if 300 <= number < 500 else 0)  # others are no inliers
     (tmp_path / "o" / names[5] / "1.png").write_bytes(b"broken")
     (tmp_path / "val" / names[7] / "1.png").write_bytes(b"broken")
 
@@ -247,24 +250,26 @@ def test_outliers(tmp_path: Path):
     assert found == pytest.approx({"aupr": expected, "images": 400, "skipped": 2})
 
 
-def test_refused_at_once(tmp_path: Path):
+def test_what_is_no_such_set_is_refused_before_any_evaluation(tmp_path: Path):
     write_photo(tmp_path / "set" / "n01440764" / "1.jpg", 0)
     photos = tmp_path / "set"
     with pytest.raises(ValueError, match=r"set: 999 of this set's 1000 classes are missing, for example 'n01443537'"):
-        _prepare("val", {"val": str(photos)})
-    with pytest.raises(ValueError, match=r"'n01440764' \(1 such\) is none of this set's 200 classes.*like 'n01498041'"):
-        _prepare("a", {"a": str(photos)})
+        prepare("val", {"val": str(photos)})
+    with pytest.raises(
+        ValueError, match=r"'n01440764' \(1 like it\) is none of this set's 200 classes.*like 'n01498041'"
+    ):
+        prepare("a", {"a": str(photos)})
     with pytest.raises(ValueError, match="has 1 classes, ImageNet-O has 200"):
-        _prepare("o", {"o": str(photos), "val": str(photos)})
+        prepare("o", {"o": str(photos), "val": str(photos)})
     with pytest.raises(ValueError, match="give val=PATH as well"):
-        _prepare("o", {"o": str(photos)})
+        prepare("o", {"o": str(photos)})
     with pytest.raises(ValueError, match=r"the folder 'n01440764'.*is none of this set's 15 classes"):
-        _prepare("c", {"c": str(photos)})
-    with pytest.raises(ValueError, match="has no class folders called like 'n01440764'"):
+        prepare("c", {"c": str(photos)})
+    with pytest.raises(ValueError, match="has no class folders with names like 'n01440764'"):
         right_classes(load_samples(photos / "n01440764"), imagenet())
     for pair in ("v3=/x", "v2", "v2="):
         with pytest.raises(ValueError, match="give set=PATH, where set is one of val, occlusion, v2"):
-            _parse([pair])
+            parse_paths([pair])
     assert len(SETS) == 13
 
 
@@ -286,14 +291,14 @@ def test_a_classifier_of_other_classes_is_refused(tmp_path: Path):
     ids = list(synsets())
     for names in (ids, [], [f"class {number}" for number in range(1000)]):
         check_classifier(trained(names))
-    with pytest.raises(ValueError, match=r"a\.safetensors tells 7 classes apart; these sets are for ImageNet's 1000"):
+    with pytest.raises(ValueError, match=r"a\.safetensors has 7 classes; these sets are for ImageNet's 1000"):
         check_classifier(trained([], 7))
-    with pytest.raises(ValueError, match=r"label 0 is 'n15075141' to .*a\.safetensors and 'n01440764' in ImageNet"):
+    with pytest.raises(ValueError, match=r"label 0 is 'n15075141' in .*a\.safetensors and 'n01440764' in ImageNet"):
         check_classifier(trained(ids[::-1]))
 
 
 def test_maps_are_packaged():
-    folder = Path(layouts.__file__).parent
+    folder = Path(datasets.__file__).parent
     for name in ("objectnet.json", "siscore.json"):
         assert json.loads((folder / name).read_text())
-    assert '"downstream.classify" = ["*.json"]' in (folder.parents[1] / "pyproject.toml").read_text()
+    assert '"downstream.classify.robustness" = ["*.json"]' in (folder.parents[2] / "pyproject.toml").read_text()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.labelled import write_classes
+from helpers.labeled_images import write_classes
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -50,17 +50,17 @@ def sets(photos: Path, **settings: Any) -> list[EvalLoader]:
     ]
 
 
-def plain_features(encoder: ViT, once: EvalLoader, pool: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Unit features and labels of what can be decoded, and how many there are in all; image by image."""
+def plain_features(encoder: ViT, loader: EvalLoader, pool: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Unit features and labels of the readable images, one by one, and the number of all images."""
     found, labels = [], []
-    for batch in EvalLoader(once.samples, size=(32, 32), batch=1).batches():
+    for batch in EvalLoader(loader.samples, size=(32, 32), batch=1).batches():
         if batch.readable[0]:
             with torch.no_grad():
                 tokens = features(encoder, normalize_pixels(batch.images).permute(0, 3, 1, 2))[0]
             vector = (tokens[0] if pool == "class" else tokens[1:].mean(0)).double().numpy()
             found.append(vector / np.linalg.norm(vector))
             labels.append(int(batch.labels[0]))
-    return np.array(found), np.array(labels), len(once.samples)
+    return np.array(found), np.array(labels), len(loader.samples)
 
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
@@ -68,7 +68,7 @@ def plain_features(encoder: ViT, once: EvalLoader, pool: str) -> tuple[np.ndarra
 def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
     train, val = sets(photos)
     measured = probe(encoder, train, val, k=k, device=CPU, pool=pool)
-    (x, y, _), (q, t, count) = (plain_features(encoder, once, pool) for once in (train, val))
+    (x, y, _), (q, t, count) = (plain_features(encoder, loader, pool) for loader in (train, val))
     assert (len(x), len(q), count) == (45, 17, 18)
     k = min(k, 45)
 
@@ -101,7 +101,7 @@ def test_votes_against_sklearn():
 
 
 def test_votes_are_weighted_by_hand():
-    """One near neighbour of class 1 outvotes two farther ones of class 0: exp(1/.07) > 2 exp(.9/.07)."""
+    """One near neighbor of class 1 outvotes two farther ones of class 0: exp(1/.07) > 2 exp(.9/.07)."""
     known = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.9, -(0.19**0.5)]])
     weighted, plain = votes(known, torch.tensor([1, 0, 0]), torch.tensor([[1.0, 0.0]]), 3, 3)
     assert weighted[0].tolist() == pytest.approx([2 * math.exp(0.9 / 0.07), math.exp(1 / 0.07), 0])
@@ -159,7 +159,7 @@ def test_measuring_touches_nothing(photos: Path, tmp_path: Path):
     assert values == probe(encoder.eval(), *sets(photos), k=5, device=CPU)
 
 
-def test_the_probe_is_no_part_of_what_is_trained(photos: Path, tmp_path: Path):
+def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: Path):
     config = load(recipe(photos, tmp_path), [])
     other = load(recipe(photos, tmp_path), ["probe.k=7", "probe.every_epochs=3"])
     assert config.resume_signature() == other.resume_signature()
@@ -174,10 +174,18 @@ def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"k=49 neighbours, but .*train has 48 images: set k lower"):
         check_sets(train, val, 49)
     other = load_samples(write_classes(tmp_path / "other", ["a", "b", "c", "d", "e", "g"], 1))
-    with pytest.raises(ValueError, match=r"train has 6, .*other 6, and 'f' is in one of them only"):
+    with pytest.raises(
+        ValueError,
+        match=r"label 5 is 'f' in .*train and 'g' in .*other: the probe's train and val need the same classes",
+    ):
         check_sets(train, other, 3)
+    fewer = load_samples(write_classes(tmp_path / "fewer", NAMES[:5], 1))
+    with pytest.raises(
+        ValueError, match=r"train has 6 classes, .*fewer has 5: the probe's train and val need the same"
+    ):
+        check_sets(train, fewer, 3)
     flat = tmp_path / "flat"
     flat.mkdir()
     (flat / "x.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match="'x' has no label"):
+    with pytest.raises(ValueError, match=r"1 of 1 samples in .*flat have no label, for example 'x'"):
         check_sets(train, load_samples(flat), 3)

@@ -1,4 +1,4 @@
-"""Classifiers without an engine: what is loaded, what learns and how fast, what is random."""
+"""Classifiers without an engine: loaded weights, learning rates, losses and randomness."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.originals import TINY
-from helpers.tiny_classifier import DEPTH, POSITIONS, SIZE, batch, configure, encoder_file, small_encoder, standardised
+from helpers.tiny import everything_float64
+from helpers.tiny_classifier import DEPTH, POSITIONS, SIZE, batch, configure, encoder_file, small_encoder, standardized
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -19,14 +20,19 @@ from downstream.classify.config import FinetuneConfig
 from downstream.classify.finish import save_classifier
 from downstream.classify.model import Classifier, build_classifier, build_vit
 from downstream.classify.optimizers import build_optimizer, layer_decay_groups
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.loop import seed_step
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # in float64
 
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("frozen", [True, False])
 @torch.no_grad()
-def test_all_of_the_encoder_is_in_the_classifier(position: str, frozen: bool, tmp_path: Path):
-    """Its features, seen through timm's model; fine-tuning norms the pool anew, a frozen encoder keeps its norm."""
+def test_the_classifier_computes_with_the_whole_encoder(
+    position: str, frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """timm's model gives the encoder's features. The pool gets a new norm, but a frozen encoder keeps its own."""
     path = encoder_file(tmp_path, position)
     config = configure(
         tmp_path,
@@ -42,14 +48,15 @@ def test_all_of_the_encoder_is_in_the_classifier(position: str, frozen: bool, tm
     if not frozen:
         encoder.norm = torch.nn.Identity()
     images, _ = batch()
-    tokens = features(encoder.eval(), standardised(images))
-    vit = classifier.vit.eval()
-    torch.testing.assert_close(vit.forward_features(standardised(images)), tokens, rtol=1e-5, atol=1e-5)
-    pooled = tokens[:, 1:].mean(1)
-    if not frozen:
-        pooled = F.layer_norm(pooled, pooled.shape[1:], eps=1e-6)
-    expected = F.linear(pooled, vit.head.weight, vit.head.bias)
-    torch.testing.assert_close(classifier(images)["logits"], expected, rtol=1e-5, atol=1e-6)
+    with everything_float64(monkeypatch):
+        tokens = features(encoder.double().eval(), standardized(images))
+        vit = classifier.double().eval().vit
+        torch.testing.assert_close(vit.forward_features(standardized(images)), tokens, **CLOSE)
+        pooled = tokens[:, 1:].mean(1)
+        if not frozen:
+            pooled = F.layer_norm(pooled, pooled.shape[1:], eps=1e-6)
+        expected = F.linear(pooled, vit.head.weight, vit.head.bias)
+        torch.testing.assert_close(classifier(images)["logits"], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -82,31 +89,31 @@ def test_every_trained_parameter_is_in_one_group_at_the_right_rate(
         assert group["weight_decay"] == (0.05 if decays else 0.0), name
 
 
-MIXED = {"augment__mixup": 0.8, "augment__cutmix": 1.0, "augment__smoothing": 0.1}
+MIXED = {"augment__mixup": 0.8, "augment__cutmix": 1.0, "augment__label_smoothing": 0.1}
 RANDOM = {
-    "drop path": {"head__drop_path": 0.5},
+    "drop path": {"model__drop_path_rate": 0.5},
     "mixup": {"augment__mixup": 0.8},
     "cutmix": {"augment__cutmix": 1.0},
-    "erasing": {"augment__erasing": 1.0},
-    "all": {**MIXED, "augment__erasing": 0.5, "head__drop_path": 0.5},
+    "erasing": {"augment__random_erasing": 1.0},
+    "all": {**MIXED, "augment__random_erasing": 0.5, "model__drop_path_rate": 0.5},
 }
 
 
 def lively(config: FinetuneConfig) -> Classifier:
-    """With a head that is not nearly nothing."""
+    """With a head that is not near zero."""
     classifier, _ = build_classifier(config)
     torch.nn.init.normal_(classifier.vit.head.weight)
     return classifier
 
 
 @pytest.mark.parametrize("part", RANDOM)
-def test_what_is_random_depends_on_where_it_is_alone(part: str, tmp_path: Path):
+def test_randomness_depends_on_seed_step_micro_batch_and_rank_alone(part: str, tmp_path: Path):
     classifier = lively(configure(tmp_path, **RANDOM[part]))
-    images, mask_indices = batch()
+    images, labels = batch()
 
     def loss(*where: int) -> float:
         seed_step(*where)
-        return classifier(images.clone(), mask_indices)["loss"].item()
+        return classifier(images.clone(), labels)["loss"].item()
 
     here = [loss(0, 3, part, rank) for part in (0, 1) for rank in (0, 1)]
     assert here == [loss(0, 3, part, rank) for part in (0, 1) for rank in (0, 1)]
@@ -116,60 +123,65 @@ def test_what_is_random_depends_on_where_it_is_alone(part: str, tmp_path: Path):
     assert classifier(images)["logits"].equal(classifier(images)["logits"]), "evaluation draws nothing"
 
 
-def test_mixed_losses_are_timms(tmp_path: Path):
+def test_mixed_losses_are_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Erasing before mixing, as timm's loader does; the soft targets' cross entropy."""
-    classifier = lively(configure(tmp_path, **MIXED, augment__erasing=0.5))
-    images, mask_indices = batch()
-    for step in range(6):
-        seed_step(step)
-        ours = classifier(images, mask_indices)["loss"]
-        seed_step(step)
-        pixels = RandomErasing(0.5, mode="pixel", max_count=1, device="cpu")(standardised(images))
-        mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1, num_classes=5)
-        pixels, target = mixup(pixels, mask_indices["label"])
-        torch.testing.assert_close(ours, SoftTargetCrossEntropy()(classifier.vit(pixels), target))
+    classifier = lively(configure(tmp_path, **MIXED, augment__random_erasing=0.5))
+    images, labels = batch()
+    with everything_float64(monkeypatch):
+        classifier.double()
+        for step in range(6):
+            seed_step(step)
+            ours = classifier(images, labels)["loss"]
+            seed_step(step)
+            pixels = RandomErasing(0.5, mode="pixel", max_count=1, device="cpu")(standardized(images))
+            mixup = Mixup(0.8, 1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1, num_classes=5)
+            pixels, target = mixup(pixels, labels)
+            torch.testing.assert_close(ours, SoftTargetCrossEntropy()(classifier.vit(pixels), target), **CLOSE)
 
 
-def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path):
-    classifier = lively(configure(tmp_path, augment__smoothing=0.2))
-    images, mask_indices = batch()
-    soft = F.one_hot(mask_indices["label"], 5) * 0.8 + 0.2 / 5
-    expected = -(soft * F.log_softmax(classifier.vit(standardised(images)), -1)).sum(-1).mean()
-    torch.testing.assert_close(classifier(images, mask_indices)["loss"], expected)
+def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    classifier = lively(configure(tmp_path, augment__label_smoothing=0.2))
+    images, labels = batch()
+    with everything_float64(monkeypatch):
+        classifier.double()
+        soft = F.one_hot(labels, 5) * 0.8 + 0.2 / 5
+        expected = -(soft * F.log_softmax(classifier.vit(standardized(images)), -1)).sum(-1).mean()
+        torch.testing.assert_close(classifier(images, labels)["loss"], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("part", ["tuned", "probe"])
-def test_a_few_images_are_learned_by_heart(part: str, tmp_path: Path):
+def test_a_few_images_are_memorized(part: str, tmp_path: Path):
     probe = {"start__trained_blocks": 0, "head__kind": "batchnorm"} if part == "probe" else {}
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), optim__base_lr=0.3, **probe)
     classifier, _ = build_classifier(config)
     optimizer = build_optimizer(classifier.vit, config, stage=0)
-    images, mask_indices = batch(10)
+    images, labels = batch(10)
     for _ in range(80):
         optimizer.zero_grad()
-        classifier(images, mask_indices)["loss"].backward()
+        classifier(images, labels)["loss"].backward()
         optimizer.step()
-    assert (classifier.eval()(images)["logits"].argmax(1) == mask_indices["label"]).all()
+    assert (classifier.eval()(images)["logits"].argmax(1) == labels).all()
 
 
 @torch.no_grad()
-def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path):
+def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = encoder_file(tmp_path)
     config = configure(tmp_path, start__checkpoint=path, start__trained_blocks=0, head__kind="batchnorm")
     classifier, _ = build_classifier(config)
     for _ in range(3):
         classifier(*batch(seed=4))  # moves the running statistics
-    classifier.eval()
-    save_classifier(classifier.state_dict(), config, (), tmp_path / "model.safetensors")
-    vit = build_vit("vit_tiny", 4, SIZE, "relative", 5, "avg", fc_norm=False).eval()
-    vit.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     images, _ = batch(seed=5)
-    torch.testing.assert_close(vit(standardised(images)), classifier(images)["logits"], rtol=1e-4, atol=1e-5)
+    with everything_float64(monkeypatch):
+        classifier.double().eval()
+        save_classifier(classifier.state_dict(), config, (), tmp_path / "model.safetensors")
+        vit = build_vit(EncoderSpec("vit_tiny", 4, SIZE, "relative"), 5, "avg", fc_norm=False).eval()
+        vit.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+        torch.testing.assert_close(vit(standardized(images)), classifier(images)["logits"], **CLOSE)
 
 
 def test_positions_are_resized_to_the_images(tmp_path: Path):
     path = encoder_file(tmp_path, "sincos")
-    config = configure(tmp_path, start__checkpoint=path, model__position="sincos", data__size="[12,16]")
+    config = configure(tmp_path, start__checkpoint=path, model__position="sincos", data__image_size="[12,16]")
     classifier, report = build_classifier(config)
     assert classifier.vit.pos_embed.shape == (1, 1 + 3 * 4, TINY.dim)
     assert "2x3 -> 3x4 patches" in report

@@ -1,4 +1,4 @@
-"""The commands that evaluate, on two ranks: what they print is what one process computes."""
+"""The commands that evaluate: on two ranks they print what one process computes."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import commands_in_turn
-from helpers.labelled import run_command, write_classes, write_classifier
+from helpers.labeled_images import run_command, write_classes, write_classifier
 from safetensors.torch import save_file
 
 from data.eval_loader import EvalLoader
@@ -14,9 +14,11 @@ from data.image_folder import load_samples
 from data.pack import pack
 from data.sources import list_source
 from downstream.checkpoints.weights import load_encoder
-from downstream.classify.evaluate import evaluate, load_classifier
-from downstream.classify.robustness import Evaluator, _prepare
-from downstream.classify.robustness.layouts import imagenet
+from downstream.classify.evaluate import evaluate
+from downstream.classify.robustness.datasets import imagenet
+from downstream.classify.robustness.evaluator import Evaluator, prepare
+from downstream.classify.trained_classifier import load_classifier
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS, Arch, ViT
 from pretrain.probe import probe
 from pretrain.trainer.launch import World
@@ -27,12 +29,12 @@ NAMES = [f"c{number}" for number in range(7)]
 
 @pytest.fixture(autouse=True)
 def _whole_tiny(monkeypatch: pytest.MonkeyPatch):
-    """The ranks are other processes, with a real ViT-Ti."""
+    """The ranks are other processes, with the real ViT-Ti."""
     monkeypatch.setitem(ARCHS, "vit_tiny", Arch(192, 12, 3))
 
 
 def test_on_two_ranks(tmp_path: Path):
-    """Nothing is divided by two ranks of batches of 4 or 64; shards and folders."""
+    """With batches of 4 and 64 that two ranks do not fill, of shards and of folders."""
     train = write_classes(tmp_path / "train", NAMES, 5, bad=1)
     val = write_classes(tmp_path / "val", NAMES, 3, bad=2, first=100)
     pack(list_source(train), tmp_path / "shards", samples_per_shard=13, bad="skip")
@@ -40,14 +42,14 @@ def test_on_two_ranks(tmp_path: Path):
     seven = write_classifier(tmp_path / "seven.safetensors", 7)
     thousand = write_classifier(tmp_path / "thousand.safetensors", 1000)
     torch.manual_seed(0)
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": "relative"}
-    save_file(ViT("vit_tiny", 16, (2, 2)).state_dict(), tmp_path / "encoder.safetensors", facts)
+    encoder = ViT("vit_tiny", 16, (2, 2))
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", EncoderSpec.of(encoder).to_metadata())
 
     small, large = ["--batch", "4", "--workers", "1"], ["--batch", "64", "--workers", "0"]
-    package, neighbours = "downstream.classify", ["--train", tmp_path / "shards", "--val", val, "--k", 3]
+    package, knn_options = "downstream.classify", ["--train", tmp_path / "shards", "--val", val, "--k", 3]
     commands = [
         [f"{package}.evaluate", seven, "--data", val, *small],
-        [f"{package}.knn", tmp_path / "encoder.safetensors", *neighbours, *small],
+        [f"{package}.knn", tmp_path / "encoder.safetensors", *knn_options, *small],
         [f"{package}.robustness", thousand, "--on", f"a={adversarial}", *large],
     ]
     arguments = json.dumps([[str(argument) for argument in command] for command in commands])
@@ -57,8 +59,8 @@ def test_on_two_ranks(tmp_path: Path):
 
     assert "2 of 21 images cannot be decoded and count as wrong: c0/000, c1/001" in err
     trained = load_classifier(seven, CPU)
-    place = {"rank": 0, "world": 1, "workers": 0, "device": CPU}
-    assert json.loads(accuracy) == evaluate(trained.predict, load_samples(val), size=(32, 32), batch=9, **place)
+    one_rank = {"rank": 0, "world_size": 1, "num_workers": 0, "device": CPU}
+    assert json.loads(accuracy) == evaluate(trained.predict, load_samples(val), size=(32, 32), batch=9, **one_rank)
 
     encoder, _ = load_encoder(tmp_path / "encoder.safetensors")
     sets = [EvalLoader(load_samples(path), size=(32, 32), batch=9) for path in (tmp_path / "shards", val)]
@@ -69,11 +71,11 @@ def test_on_two_ranks(tmp_path: Path):
     assert "a            top1" in table
     assert "200 images, 1 undecodable" in table
     trained = load_classifier(thousand, CPU)
-    alone = Evaluator(trained.predict, (32, 32), batch=50, workers=0, place=(World(0, 1, 0), CPU))
-    assert json.loads(robust) == {"a": _prepare("a", {"a": str(adversarial)})(alone)}
+    alone = Evaluator(trained.predict, (32, 32), batch=50, workers=0, world=World(0, 1, 0), device=CPU)
+    assert json.loads(robust) == {"a": prepare("a", {"a": str(adversarial)})(alone)}
 
 
-def test_what_a_user_can_mend_is_one_line(tmp_path: Path):
+def test_an_error_of_the_user_is_one_line(tmp_path: Path):
     write_classes(tmp_path / "val", ["x"], 1)
     missing = tmp_path / "none.safetensors"
     code, _, err = run_command("-m", "downstream.classify.evaluate", missing, "--data", tmp_path / "val")

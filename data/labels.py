@@ -1,0 +1,53 @@
+"""Checks of labels and of class names, for everything that reads labeled samples."""
+
+from collections.abc import Sequence
+
+from data.image_folder import Samples
+from data.scan import NO_LABEL
+
+
+def check_labels(samples: Samples, num_classes: int | None = None, key: str = "") -> None:
+    """Every sample needs a label, below `num_classes` where that is given.
+
+    Args:
+        samples: shards or a folder.
+        num_classes: how many classes there are.
+        key: of the configuration that says so, for the message.
+
+    Raises:
+        ValueError: says how many samples have no such label, and names the first of them.
+    """
+    labels = samples.label
+    bad = labels < 0
+    if num_classes is not None:
+        bad |= labels >= num_classes
+    if not bad.any():
+        return
+    first = int(bad.argmax())
+    problem = f"{int(bad.sum())} of {len(samples)} samples in {samples.root} have no label"
+    if num_classes is None:
+        raise ValueError(
+            f"{problem}, for example '{samples.keys[first]}': use class folders, or shards with .cls files"
+        )
+    raise ValueError(
+        f"{problem} in 0..{num_classes - 1} ({key}={num_classes}): labels go from {labels.min()} to {labels.max()} "
+        f"({NO_LABEL}: none), '{samples.keys[first]}' has {labels[first]}"
+    )
+
+
+def check_same_classes(
+    classes: Sequence[str], where: str, other_classes: Sequence[str], other_where: str, advice: str
+) -> None:
+    """Raises ValueError where a label means one class in one place and another in the other.
+
+    Sets without class names (nothing in `classes` or in `other_classes`) are taken to agree, and so are those of which
+    one has more classes than the other.
+
+    Args:
+        classes, other_classes: names of the classes, in the order of their labels.
+        where, other_where: what has these classes, for the message.
+        advice: what to do about it, for the message.
+    """
+    for label, (name, other) in enumerate(zip(classes, other_classes, strict=False)):
+        if name != other:
+            raise ValueError(f"label {label} is '{name}' in {where} and '{other}' in {other_where}: {advice}")

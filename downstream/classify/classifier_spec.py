@@ -1,0 +1,41 @@
+"""The one record of what a classifier is beyond its encoder: written into the metadata of its file, and read back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.models.encoder_spec import EncoderSpec
+
+
+@dataclass(frozen=True)
+class ClassifierSpec:
+    """What is needed to rebuild a classifier.
+
+    Attributes:
+        encoder: what it is built on.
+        num_classes: outputs of its head.
+        pool: `avg` of the patch tokens, or `token`, the class token.
+        class_names: in the order of the labels; empty where the shards that it was trained on have none.
+    """
+
+    encoder: EncoderSpec
+    num_classes: int
+    pool: str
+    class_names: tuple[str, ...] = ()
+
+    def to_metadata(self) -> dict[str, str]:
+        """As a safetensors file keeps it."""
+        metadata = {**self.encoder.to_metadata(), "num_classes": str(self.num_classes), "pool": self.pool}
+        if self.class_names:
+            metadata["class_names"] = json.dumps(list(self.class_names))
+        return metadata
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "ClassifierSpec | None":
+        """None where a file does not say that it is a classifier."""
+        encoder = EncoderSpec.from_metadata(metadata)
+        if encoder is None or not metadata.keys() >= {"num_classes", "pool"}:
+            return None
+        names = tuple(json.loads(metadata.get("class_names", "[]")))
+        return cls(encoder, int(metadata["num_classes"]), metadata["pool"], names)
