@@ -1,5 +1,6 @@
 """Typed sections of a recipe, and how a YAML file and dotted overrides become one. Nothing here knows a key by name."""
 
+import ast
 import difflib
 from collections.abc import Collection
 from pathlib import Path
@@ -39,7 +40,7 @@ def load_config(kind: type[AnySection], recipe: str, overrides: list[str], recip
             key to change.
     """
     choices = {name for name, field in kind.model_fields.items() if len(_sections(field.annotation)) > 1}
-    raw = merge(read_recipe(recipe, recipes, choices), parse_overrides(overrides), choices)
+    raw = merge(read_recipe(recipe, recipes, choices), parse_overrides(overrides, kind), choices)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -101,25 +102,57 @@ def merge(base: dict[str, Any], over: dict[str, Any], choices: Collection[str] =
     return merged
 
 
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """['optim.base_lr=1e-3', ...] -> {'optim': {'base_lr': ...}}; values are YAML.
+def parse_overrides(arguments: list[str], schema: type[BaseModel] | None = None) -> dict[str, Any]:
+    """['optim.base_lr=1e-3', ...] -> {'optim': {'base_lr': 0.001}}; values as of `parse_value`.
+
+    Args:
+        schema: where it has a text (`name`), a number is that text: `name=007` is '007'.
 
     Raises:
         ValueError: an argument that is not `dotted.key=value`.
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
             raise ValueError(f"{argument!r} is not an override: write section.key=value, for example train.epochs=100")
         try:
-            nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"{argument!r}: {value!r} is not a YAML value; are brackets or quotes closed?") from None
+            nested = parse_value(text)
+        except ValueError as error:
+            raise ValueError(f"{argument!r}: {error}") from None
+        if isinstance(nested, int | float) and schema is not None and _is_text(key, schema):
+            nested = text
         for part in reversed(key.split(".")):
             nested = {part: nested}
         overrides = merge(overrides, nested)
     return overrides
+
+
+def parse_value(text: str) -> Any:
+    """The value that is typed after `key=`: a literal of Python's, `(1333, 800)`, `1e-4` or `None`; else YAML.
+
+    YAML reads these three as strings, and Python does not read `true`, `[random, simple]` or words without quotes.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    else:
+        if isinstance(value, str | int | float | list | tuple | dict | None):
+            return value
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a YAML value; are brackets or quotes closed?") from None
+
+
+def _is_text(key: str, schema: type[BaseModel]) -> bool:
+    section, path, rest = _locate(tuple(key.split(".")), schema)
+    field = section.model_fields.get(path[-1]) if path and not rest else None
+    return field is not None and (field.annotation is str or str in get_args(field.annotation))
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:

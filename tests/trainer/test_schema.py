@@ -1,0 +1,109 @@
+"""Overrides on the command line, and what of a configuration a run may not change when it continues."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+
+from pretrain.trainer.config import RunConfig
+from pretrain.trainer.schema import MAY_CHANGE, Section, load_config, parse_overrides, parse_value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("100", 100),
+        ("1.5", 1.5),
+        ("1e-4", 1e-4),
+        ("-2E3", -2000.0),
+        ("(1333, 800)", (1333, 800)),
+        ("[(1333, 800), (1000, 600)]", [(1333, 800), (1000, 600)]),
+        ("[224, 160]", [224, 160]),
+        ("[0.9, 1e-3]", [0.9, 1e-3]),
+        ("['disc', 'box']", ["disc", "box"]),
+        ("[disc, box]", ["disc", "box"]),
+        ("{'lr': 1e-3}", {"lr": 1e-3}),
+        ("{name: lars}", {"name": "lars"}),
+        ("None", None),
+        ("null", None),
+        ("", None),
+        ("true", True),
+        ("True", True),
+        ("false", False),
+        ("zero1", "zero1"),
+        ("'100'", "100"),
+        ('"a b"', "a b"),
+        ("a b", "a b"),
+        ("runs/lomar=2", "runs/lomar=2"),
+        ("/data/{000..127}.tar", "/data/{000..127}.tar"),
+        ("/data/{0,1}.tar", "/data/{0,1}.tar"),
+        ("nan", "nan"),  # a Section refuses it; YAML's own .nan is not finite either
+        ("rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_a_value_is_a_python_literal_or_yaml(text: str, value: Any):
+    parsed = parse_value(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", ["[224", "'a", "{a: 1", "(1, 2): [", "@x"])
+def test_a_value_that_is_neither_is_refused(text: str):
+    with pytest.raises(ValueError, match="is not a YAML value; are brackets or quotes closed"):
+        parse_value(text)
+
+
+def test_overrides_nest_and_the_last_one_wins():
+    assert parse_overrides(["a.b.c=1", "a.d=x", "a.b.c=2"]) == {"a": {"b": {"c": 2}, "d": "x"}}
+
+
+def test_a_number_is_text_where_the_schema_has_text(tmp_path: Path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: 2024\ndata: {shards: /nowhere}\n")
+    assert load_config(RunConfig, str(recipe), [], tmp_path).name == "2024"
+    for name in ("007", "12e45", "1.50", "2024"):  # a commit's hash may look like a number
+        assert load_config(RunConfig, str(recipe), [f"name={name}", f"data.shards={name}"], tmp_path).name == name
+    config = load_config(RunConfig, str(recipe), ["optim.base_lr=1e-3", "data.image_size=(160, 224)"], tmp_path)
+    assert (config.optim.base_lr, config.data.image_size) == (1e-3, (160, 224))
+
+
+class Inner(Section):
+    kept: int = 1
+    free: Annotated[int, MAY_CHANGE] = 2
+
+
+class Outer(Section):
+    inner: Inner = Inner()
+    other: Annotated[Inner | None, MAY_CHANGE] = None
+    size: tuple[int, int] = (3, 4)
+
+
+def test_the_resume_signature_is_all_that_is_not_marked():
+    assert Outer(other=Inner()).resume_signature() == {"inner": {"kept": 1}, "size": [3, 4]}
+
+
+def test_only_keys_that_do_not_change_the_weights_are_marked():
+    """A new key of a shared section is compared when a run continues, unless it is added here, too."""
+
+    def marked(section: type[Section], prefix: str = "") -> set[str]:
+        found = set()
+        for name, field in section.model_fields.items():
+            if MAY_CHANGE in field.metadata:
+                found.add(prefix + name)
+            elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                found |= marked(field.annotation, f"{prefix}{name}.")
+        return found
+
+    assert marked(RunConfig) == {
+        "name",
+        "runs",
+        "model.grad_checkpointing",
+        "data.shards",  # compared by its index's fingerprint
+        "data.num_workers",
+        "data.max_skipped_images",
+        "train.gradient_accumulation_steps",
+        "train.ds_config",  # compared by its ZeRO stage
+        "train.max_nonfinite_steps",
+        "checkpoint",
+        "log",
+    }
