@@ -4,8 +4,9 @@
     mm     OUT.pth for mmengine's loader: {"state_dict": our names, "meta": how to rebuild the encoder}
     hf     a Hugging Face folder with a model card: for transformers' ViTModel if positions are absolute, else for timm
 
-RUN_OR_FILE is whatever `downstream.checkpoints.weights.load_encoder` reads. Every export is read back by what it is meant for;
-where its features are not those of the source, to 1e-5 on random images, it fails and nothing is left behind.
+RUN_OR_FILE is whatever `downstream.checkpoints.weights.load_encoder` reads. Every export is loaded by the library that
+it is for, and its features of random images are compared with the source's in float64. If they differ, the export fails
+and nothing is left behind. The files are in fp32.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import timm
 import torch
@@ -23,102 +25,105 @@ from safetensors.torch import save
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from downstream.checkpoints.compare import FLOAT64_TOLERANCE, feature_difference
+from downstream.checkpoints.files import Weights
 from downstream.checkpoints.formats import Report
 from downstream.checkpoints.model_card import write_card
 from downstream.checkpoints.timm_models import SIZES, model_name
-from downstream.checkpoints.weights import Size, features, load_encoder, max_difference, position
-from pretrain.models.vit import ARCHS, ViT
+from downstream.checkpoints.weights import Size, build_encoder, features, load_encoder, read_encoder
+from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.models.vit import ViT
 
-TOLERANCE = 1e-5
+TimmOptions = dict[str, int | str | tuple[int, int]]
 
 
 class Export:
-    """An encoder on its way to another library."""
+    """An encoder on its way to another library.
 
-    def __init__(self, encoder: ViT, report: Report):
-        self.encoder, self.report = encoder, report
-        self.arch = next(name for name, arch in ARCHS.items() if arch == encoder.arch)
-        self.height, self.width = (side * encoder.patch_size for side in encoder.grid)
-        self.facts = {
-            **report.facts,
-            "arch": self.arch,
-            "patch": str(encoder.patch_size),
-            "size": f"{self.height}x{self.width}",
-            "position": position(encoder),
-            "weights": report.weights,
-        }
+    Args:
+        encoder: in fp32.
+        spec: of the encoder.
+        report: what became of the source's keys.
+    """
+
+    def __init__(self, encoder: ViT, spec: EncoderSpec, report: Report):
+        self.encoder, self.spec, self.report = encoder, spec, report
+        self.metadata = {**spec.to_metadata(), "weights": report.weights}
         self.tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
 
-    def timm_call(self) -> tuple[str, dict[str, Any]]:
+    def timm_call(self) -> tuple[str, TimmOptions]:
         """Name and arguments of `timm.create_model`."""
-        patch, size = self.encoder.patch_size, (self.height, self.width)
-        square = self.height if self.height == self.width else 0
-        if position(self.encoder) == "sincos":
-            named_patch, named_size = (14 if self.arch == "vit_huge" else 16), 224
-            name = f"{self.arch}_patch{named_patch}_{named_size}"
-            options: dict[str, Any] = {"num_classes": 0}
+        arch, patch_size, (height, width) = self.spec.arch, self.spec.patch_size, self.spec.image_size
+        square = height if height == width else 0
+        options: TimmOptions = {}
+        if self.spec.position == "sincos":
+            named_patch, named_size = (14 if arch == "vit_huge" else 16), 224
+            name = f"{arch}_patch{named_patch}_{named_size}"
+            options["num_classes"] = 0
         else:
-            entry = (self.arch, patch, square)
+            entry = (arch, patch_size, square)
             named_patch, named_size = entry[1:] if entry in SIZES else (16, 224)
-            name = model_name(self.arch, named_patch, named_size)
-            options = {} if position(self.encoder) == "relative" else {"position": "bias"}
-        if patch != named_patch:
-            options["patch_size"] = patch
+            name = model_name(arch, named_patch, named_size)
+            if self.spec.position == "bias":
+                options["position"] = "bias"
+        if patch_size != named_patch:
+            options["patch_size"] = patch_size
         if square != named_size:
-            options["img_size"] = square or size
+            options["img_size"] = square or (height, width)
         return name, options
 
     def check(self, compute: Callable[[Tensor], Tensor]) -> float:
-        """The difference of the export's features, on random images, from the encoder's.
+        """The difference of the export's features from the encoder's, as of `feature_difference`.
 
         Raises:
-            ValueError: it is larger than `TOLERANCE`.
+            ValueError: it is larger than `FLOAT64_TOLERANCE`.
         """
-        images = torch.randn(2, 3, self.height, self.width, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            difference = max_difference(features(self.encoder, images), compute(images))
-        if not difference <= TOLERANCE:  # nor NaN
+        difference = feature_difference(self.encoder, compute)
+        if not difference <= FLOAT64_TOLERANCE:  # or NaN
             raise ValueError(
-                f"the export of {self.report.path} computes other features: they differ by {difference:.2g}"
+                f"the export of {self.report.path} computes other features: in float64 they differ by {difference:.2g} "
+                f"of the largest (at most {FLOAT64_TOLERANCE:.0e})"
             )
         return difference
 
 
 def _to_timm(export: Export, out: Path) -> tuple[float, str]:
-    _write_safetensors(out, export.tensors, export.facts)
+    _write_safetensors(out, export.tensors, export.metadata)
     name, options = export.timm_call()
-    model = timm.create_model(name, checkpoint_path=str(out), **options).eval()
-    return export.check(model.forward_features), _timm_usage(export, name, {"checkpoint_path": "{out}", **options})
+    model = timm.create_model(name, checkpoint_path=str(out), **options).double().eval()
+    usage = _timm_usage(export.spec, name, {"checkpoint_path": "{out}", **options})
+    return export.check(model.forward_features), usage
 
 
 def _to_mm(export: Export, out: Path) -> tuple[float, str]:
-    torch.save({"state_dict": export.tensors, "meta": export.facts}, out)
-    encoder, _ = load_encoder(out)
-    kind, patch = position(export.encoder), export.encoder.patch_size
-    if kind == "bias":  # BEiT's tables, which our own backbone has not
-        usage = 'init_cfg=dict(type="Pretrained", checkpoint="{out}")'
+    torch.save({"state_dict": export.tensors, "meta": export.metadata}, out)
+    encoder = load_encoder(out)[0].double()
+    spec, init_cfg = export.spec, 'init_cfg=dict(type="{loader}", checkpoint="{{out}}")'
+    if spec.position == "bias":  # BEiT's tables, which our own backbone does not have
+        usage = init_cfg.format(loader="Pretrained")
     else:
-        start = f'patch={patch}, position="{kind}", checkpoint="{{out}}"'
+        options = f'arch="{spec.arch}", patch_size={spec.patch_size}, position="{spec.position}"'
         usage = (
-            f'backbone=dict(type="PlainViT", arch="{export.arch}", {start})  # of downstream.dense.backbone.plain_vit'
+            f'backbone=dict(type="PlainViT", {options}, {init_cfg.format(loader="EncoderCheckpoint")})'
+            f"  # of downstream.dense.backbone.plain_vit"
         )
     return export.check(lambda images: features(encoder, images)), usage
 
 
 def _to_hf(export: Export, out: Path) -> tuple[float, str]:
     out.mkdir()
-    write = _transformers_folder if position(export.encoder) == "sincos" else _timm_folder
+    write = _transformers_folder if export.spec.position == "sincos" else _timm_folder
     library, difference, usage = write(export, out)
-    card = write_card(export.report, export.facts, library, usage.replace("{out}", "path/to/this/folder"), difference)
+    card = write_card(export.report, export.spec, library, usage.replace("{out}", "path/to/this/folder"), difference)
     (out / "README.md").write_text(card)
     return difference, usage
 
 
 def _timm_folder(export: Export, out: Path) -> tuple[str, float, str]:
     name, options = export.timm_call()
-    _write_safetensors(out / "model.safetensors", export.tensors, export.facts)
-    pixels = {
-        "input_size": [3, export.height, export.width],
+    _write_safetensors(out / "model.safetensors", export.tensors, export.metadata)
+    pretrained_cfg = {
+        "input_size": [3, *export.spec.image_size],
         "mean": list(IMAGENET_DEFAULT_MEAN),
         "std": list(IMAGENET_DEFAULT_STD),
         "interpolation": "bicubic",
@@ -126,11 +131,11 @@ def _timm_folder(export: Export, out: Path) -> tuple[str, float, str]:
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
-    config = {"architecture": name, "num_classes": 0, "model_args": options, "pretrained_cfg": pixels}
+    config = {"architecture": name, "num_classes": 0, "model_args": options, "pretrained_cfg": pretrained_cfg}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).double().eval()
     difference = export.check(model.forward_features)
-    return "timm", difference, _timm_usage(export, "local-dir:{out}", {"pretrained": True})
+    return "timm", difference, _timm_usage(export.spec, "local-dir:{out}", {"pretrained": True})
 
 
 def _transformers_folder(export: Export, out: Path) -> tuple[str, float, str]:
@@ -138,7 +143,7 @@ def _transformers_folder(export: Export, out: Path) -> tuple[str, float, str]:
         from transformers import ViTModel
     except ImportError:
         raise ValueError("a Hugging Face folder of absolute positions needs: pip install -e '.[huggingface]'") from None
-    arch, size = export.encoder.arch, {"height": export.height, "width": export.width}
+    arch, (height, width) = export.encoder.arch, export.spec.image_size
     config = {
         "architectures": ["ViTModel"],
         "model_type": "vit",
@@ -148,14 +153,14 @@ def _transformers_folder(export: Export, out: Path) -> tuple[str, float, str]:
         "intermediate_size": 4 * arch.dim,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
-        "image_size": [export.height, export.width],
-        "patch_size": export.encoder.patch_size,
+        "image_size": [height, width],
+        "patch_size": export.spec.patch_size,
         "qkv_bias": True,
         "torch_dtype": "float32",
     }
     processor = {
         "image_processor_type": "ViTImageProcessor",
-        "size": size,
+        "size": {"height": height, "width": width},
         "resample": 3,  # bicubic
         "image_mean": list(IMAGENET_DEFAULT_MEAN),
         "image_std": list(IMAGENET_DEFAULT_STD),
@@ -164,22 +169,23 @@ def _transformers_folder(export: Export, out: Path) -> tuple[str, float, str]:
     (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
     _write_safetensors(out / "model.safetensors", transformers_names(export.tensors), {"format": "pt"})
     model, info = ViTModel.from_pretrained(str(out), add_pooling_layer=False, output_loading_info=True)
-    if strange := {kind: keys for kind, keys in info.items() if keys}:
-        raise ValueError(f"transformers does not take all parameters of the export: {strange}")
-    difference = export.check(lambda images: model.eval()(images).last_hidden_state)
+    if problems := {kind: keys for kind, keys in info.items() if keys}:
+        raise ValueError(f"transformers does not load all parameters of the export: {problems}")
+    model = model.double().eval()
+    difference = export.check(lambda images: model(images).last_hidden_state)
     usage = 'from transformers import ViTModel\n\nViTModel.from_pretrained("{out}", add_pooling_layer=False)'
     return "transformers", difference, usage
 
 
 def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters under the names of files for transformers' ViTModel, queries, keys and values apart."""
-    stem = {
+    """Our parameters under the names of transformers' ViTModel, which separates queries, keys and values."""
+    outside_blocks = {
         "cls_token": "embeddings.cls_token",
         "pos_embed": "embeddings.position_embeddings",
         "patch_embed.proj": "embeddings.patch_embeddings.projection",
         "norm": "layernorm",
     }
-    layer = {
+    in_block = {
         "norm1": "layernorm_before",
         "norm2": "layernorm_after",
         "attn.proj": "attention.output.dense",
@@ -190,28 +196,28 @@ def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".") if name.endswith(("weight", "bias")) else (name, "", "")
         if not module.startswith("blocks."):
-            renamed[f"{stem[module]}.{kind}".rstrip(".")] = tensor
+            renamed[f"{outside_blocks[module]}.{kind}".rstrip(".")] = tensor
             continue
-        _, number, within = module.split(".", 2)
-        at = f"encoder.layer.{number}."
-        if within == "attn.qkv":
-            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                renamed[f"{at}attention.attention.{part}.{kind}"] = rows.contiguous()
+        _, number, submodule = module.split(".", 2)
+        prefix = f"encoder.layer.{number}."
+        if submodule == "attn.qkv":
+            for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[f"{prefix}attention.attention.{part}.{kind}"] = chunk.contiguous()
         else:
-            renamed[f"{at}{layer[within]}.{kind}"] = tensor
+            renamed[f"{prefix}{in_block[submodule]}.{kind}"] = tensor
     return renamed
 
 
-def _timm_usage(export: Export, name: str, options: dict[str, Any]) -> str:
+def _timm_usage(spec: EncoderSpec, name: str, options: TimmOptions) -> str:
     arguments = ", ".join([f'"{name}"', *(f"{key}={value!r}" for key, value in options.items())]).replace("'", '"')
     lines = ["import timm", f"timm.create_model({arguments})"]
-    if position(export.encoder) != "sincos":
+    if spec.position != "sincos":
         lines.insert(1, "import downstream.checkpoints.timm_models  # of lomar-deepspeed")
     return "\n".join(lines)
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.write_bytes(save(tensors, metadata=metadata))  # its own save_file lets nobody else read the file
+    path.write_bytes(save(tensors, metadata=metadata))  # safetensors' save_file makes files that only the owner reads
 
 
 FORMATS: dict[str, tuple[str, Callable[[Export, Path], tuple[float, str]]]] = {
@@ -222,33 +228,36 @@ FORMATS: dict[str, tuple[str, Callable[[Export, Path], tuple[float, str]]]] = {
 
 
 def export_encoder(
-    path: Path | str, out: Path | str, kind: str, *, size: Size | None = None, weights: Any = None
+    path: Path | str, out: Path | str, kind: str, *, image_size: Size | None = None, weights: Weights | None = None
 ) -> tuple[Report, float, str]:
-    """Loads an encoder, writes it in another format, and reads it back to compare.
+    """Loads an encoder, writes it in another format, and loads that to compare the features.
 
     Args:
-        path, size, weights: as of `load_encoder`.
+        path, image_size, weights: as of `load_encoder`.
         out: the file or folder to make; it must not exist.
         kind: a name of `FORMATS`.
 
     Returns:
-        What became of the source's keys, the largest difference of the features, and how to load the export.
+        What became of the source's keys, the difference of the features as of `feature_difference`, and how to load the
+        export.
 
     Raises:
-        ValueError: as of `load_encoder`, or the export cannot be written there or does not compute the same.
+        ValueError: as of `load_encoder`, or the export cannot be written there or computes other features.
     """
     out = Path(out)
     suffix, write = FORMATS[kind]
     if suffix and out.suffix != suffix:
         raise ValueError(f"{out}: an export for {kind} is a file named *{suffix}")
     if out.exists():
-        raise ValueError(f"{out} is there already: remove it, or give another name")
-    encoder, report = load_encoder(path, size=size, weights=weights)
+        raise ValueError(f"{out} exists already: remove it, or give another name")
+    found = read_encoder(path, weights=weights)
+    encoder, report = build_encoder(found, image_size=image_size)
+    spec = replace(EncoderSpec.of(encoder), method=found.spec.method, epochs=found.spec.epochs)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"unfinished-{out.name}")
-    _remove(unfinished)  # what a killed export left
+    _remove(unfinished)  # of an export that was killed
     try:
-        difference, usage = write(Export(encoder, report), unfinished)
+        difference, usage = write(Export(encoder, spec, report), unfinished)
         os.replace(unfinished, out)
     finally:
         _remove(unfinished)
@@ -267,7 +276,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument("source", metavar="RUN_OR_FILE")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--weights", choices=("online", "ema"), help="default: what the method's authors evaluate")
+    parser.add_argument(
+        "--weights", choices=("online", "ema"), help="default: those that the method's authors evaluate"
+    )
     parser.add_argument(
         "--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width; default: the file's"
     )
@@ -275,12 +286,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     size = tuple(options.size * 2)[:2] if options.size else None
     try:
         report, difference, usage = export_encoder(
-            options.source, options.out, options.format, size=size, weights=options.weights
+            options.source, options.out, options.format, image_size=size, weights=options.weights
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(f"{report}\n{options.out}: features agree to {difference:.1g}; load it with\n{usage}")
+    print(f"{report}\n{options.out}: in float64, features agree to {difference:.1g}; load it with\n{usage}")
     sys.exit(0)
 
 

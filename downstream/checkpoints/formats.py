@@ -1,23 +1,25 @@
 """What the parameters of known checkpoints are called, and how they become our encoder's.
 
-The names of the formats do not collide, so one table serves all: ours, the LoMaR authors', MAE, LUT, SimMIM, BEiT,
-DINO, DINOv2 and timm. Every key of a file is used, dropped for a reason that the table gives, or an error.
+The formats do not use one name for two things, so one table serves all: ours, the LoMaR authors', MAE, LUT, SimMIM,
+BEiT, DINO, DINOv2 and timm. Every key of a file is used, dropped for a reason given in the table, or an error.
 
-Two things our encoder does not have are folded, exactly, into parameters that it has: LayerScale (DINOv2, BEiT) scales
-the rows of the matrix before it, and the class token's own position (DINO, timm) is always added to the class token.
+Two things that our encoder does not have are folded, exactly, into parameters that it has: LayerScale (DINOv2, BEiT)
+scales the rows of the matrix before it, and the class token's own position (DINO, timm) is always added to the class
+token.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.checkpoints.files import Source
+from downstream.checkpoints.find_spec import count_blocks, find_spec
+from pretrain.models.encoder_spec import EncoderSpec
 
 _ANCHOR = "patch_embed.proj.weight"
 
@@ -35,41 +37,41 @@ _RENAMED = (
     (r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
 )
 
-# What of a file is not the encoder's.
+# Keys that are not the encoder's.
 _DROPPED = (
-    (r"decoder_(embed|pred|norm|blocks|pos_embed)\b.*", "the decoder of MAE's pretraining"),
-    (r"encoder_pred\..+", "the pixel head of LoMaR's pretraining"),
-    (r"lm_head\..+", "the token head of BEiT's pretraining"),
+    (r"decoder_(embed|pred|norm|blocks|pos_embed)\b.*", "MAE's decoder"),
+    (r"encoder_pred\..+", "LoMaR's prediction head"),
+    (r"lm_head\..+", "BEiT's token prediction head"),
     (r"mask_token", "the mask token of pretraining"),
     (r"(head|predictor)\.\d+\..+", "a projection head of LUT"),
     (r"(head|fc)\.(weight|bias)", "a classifier"),
-    (r"(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_index", "an index that is computed anew"),
+    (r"(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_index", "an index that is recomputed"),
 )
 
-# What stands beside an encoder that has a prefix.
-_BESIDE = (
+# Keys without the encoder's prefix, in a file where it has one.
+_OUTSIDE = (
     (r"decoder\..+", "the decoder of pretraining"),
-    (r"(head|dino_head|ibot_head)\..+", "a head of self-distillation or a classifier"),
+    (r"(head|dino_head|ibot_head)\..+", "a self-distillation head or a classifier"),
     (r"(mask_token|predictor\..+)", "the predictor of pretraining"),
 )
 
 _REFUSED = (
-    (r"register_tokens|reg_token|storage_tokens", "register tokens: this encoder has a class token only"),
-    (r"dist_token|head_dist\..+", "a distillation token: this encoder has a class token only"),
-    (r"fc_norm\..+", "a norm that was trained behind an average pool: this encoder norms every token"),
-    (r"blocks\.\d+\.mlp\.(w12|w3|w1|w2)\..+", "a gated MLP: this encoder's has two matrices"),
-    (r"blocks\.\d+\.attn\.(q_norm|k_norm)\..+", "norms of queries and keys, which this encoder has not"),
-    (r"norm_pre\..+", "a norm before the blocks, which this encoder has not"),
-    (r"rope\b.*", "rotary positions, which this encoder has not"),
+    (r"register_tokens|reg_token|storage_tokens", "register tokens: this encoder has only a class token"),
+    (r"dist_token|head_dist\..+", "a distillation token: this encoder has only a class token"),
+    (r"fc_norm\..+", "a norm that was trained after average pooling: this encoder normalizes every token"),
+    (r"blocks\.\d+\.mlp\.(w12|w3|w1|w2)\..+", "a gated MLP: this encoder's MLP has two matrices"),
+    (r"blocks\.\d+\.attn\.(q_norm|k_norm)\..+", "norms of queries and keys, which this encoder does not have"),
+    (r"norm_pre\..+", "a norm before the blocks, which this encoder does not have"),
+    (r"rope\b.*", "rotary positions, which this encoder does not have"),
 )
 
 
 @dataclass(repr=False)
 class Report:
-    """What became of every key of a file; printed, a line for each reason.
+    """What became of every key of a file; printed with a line for each reason.
 
     Attributes:
-        path, weights, facts: the file, which weights of it, and what it says of itself; see `files.Source`.
+        path, weights: the file, and which of its weights were read; see `files.Source`.
         used: parameter of the encoder -> the file's keys that it was made of.
         folded, resized: parameter of the encoder -> what was done to it.
         dropped: key of the file -> why.
@@ -77,7 +79,6 @@ class Report:
 
     path: Path
     weights: str
-    facts: dict[str, str]
     used: dict[str, tuple[str, ...]] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     resized: dict[str, str] = field(default_factory=dict)
@@ -86,35 +87,62 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.weights} weights)"]
         lines.append(f"  used     {len({key for keys in self.used.values() for key in keys})} keys")
-        for title in ("folded", "resized", "dropped"):
-            done: dict[str, list[str]] = {}
-            for key, what in getattr(self, title).items():
-                done.setdefault(what, []).append(key)
-            for what, keys in done.items():
+        for title, reasons in (("folded", self.folded), ("resized", self.resized), ("dropped", self.dropped)):
+            by_reason: dict[str, list[str]] = {}
+            for key, reason in reasons.items():
+                by_reason.setdefault(reason, []).append(key)
+            for reason, keys in by_reason.items():
                 names = list(dict.fromkeys(_any_block(key) for key in keys))
-                named = ", ".join(names[:3]) + (", ..." if names[3:] else "")
-                lines.append(f"  {title:8} {len(keys)} ({named}): {what}")
+                shown = ", ".join(names[:3]) + (", ..." if names[3:] else "")
+                lines.append(f"  {title:8} {len(keys)} ({shown}): {reason}")
         return "\n".join(lines)
 
 
-class Translated(NamedTuple):
-    """An encoder's parameters by our names, in fp32 and in the sizes of the file.
+@dataclass(frozen=True)
+class EncoderWeights:
+    """An encoder out of a file, in the sizes of the file.
 
-    `grid` are the rows and columns of patches that the file was made for, None where nothing in it says.
+    Attributes:
+        spec: what it is; method and epochs where the file says.
+        size_known: whether the image size of `spec` is the file's; where it tells none, that is 224 pixels, rounded
+            down to whole patches.
+        state: its parameters by our names, in fp32.
+        report: what became of the file's keys.
     """
 
+    spec: EncoderSpec
+    size_known: bool
     state: dict[str, Tensor]
-    grid: tuple[int, int] | None
     report: Report
 
 
-def translate(source: Source) -> Translated:
-    """Names, drops and folds; nothing is resized yet.
+def translate(source: Source) -> EncoderWeights:
+    """Renames, drops and folds; nothing is resized yet.
 
     Raises:
-        ValueError: no encoder or several in the file, or keys that this project cannot explain or express.
+        ValueError: no encoder or several in the file, keys that this project cannot explain or express, or a record
+            that contradicts the tensors.
     """
-    report = Report(source.path, source.weights, source.facts)
+    report = Report(source.path, source.weights)
+    state, problems = _rename_keys(source, report)
+    _join_biases(state, report)
+    _share_bias(state, report)
+    _fold_layer_scale(state, report)
+    problems |= {key: "unknown" for name, keys in report.used.items() if not _KEPT.fullmatch(name) for key in keys}
+    if problems:
+        raise ValueError(f"{source.path} has keys that this encoder cannot use:\n{_grouped(problems)}")
+    spec, size_known = find_spec(source, state)
+    if spec.position == "relative" and "pos_embed" in state:
+        del state["pos_embed"]
+        (key,) = report.used.pop("pos_embed")
+        report.dropped[key] = "a table that LoMaR's code never adds: its positions are in the relative tables"
+    if "pos_embed" in state and "cls_token" in state:
+        _fold_class_position(state, report, spec.grid if size_known else None)
+    return EncoderWeights(spec, size_known, state, report)
+
+
+def _rename_keys(source: Source, report: Report) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Parameters by our names, as far as they have one, in fp32; and the keys that are refused, with the reasons."""
     prefix = _find_prefix(source)
     wrapper = "module." if prefix.startswith("module.") else ""
     state: dict[str, Tensor] = {}
@@ -125,7 +153,7 @@ def translate(source: Source) -> Translated:
             reason, refusal = _match(name, _DROPPED), _match(name, _REFUSED)
         else:
             name = key.removeprefix(wrapper)
-            reason, refusal = _match(name, _BESIDE) or ("the method's own" if source.ours else None), None
+            reason, refusal = _match(name, _OUTSIDE) or ("the method's own" if source.ours else None), None
         if reason == "a classifier":
             reason = f"a classifier of {len(tensor)} classes"
         if name.startswith("fc_norm.") and f"{prefix}norm.weight" in source.tensors:
@@ -138,20 +166,7 @@ def translate(source: Source) -> Translated:
             assert name not in state, f"two keys for {name}"
             state[name] = tensor.float()
             report.used[name] = (key,)
-    grid = _find_grid(source, state)
-    if any("rpe_k" in name for name in state) and "pos_embed" in state:
-        del state["pos_embed"]
-        (key,) = report.used.pop("pos_embed")
-        report.dropped[key] = "a table that LoMaR's code never adds: its position is in the relative tables"
-    _join_biases(state, report)
-    _share_bias(state, report)
-    _fold_layer_scale(state, report)
-    if "pos_embed" in state and "cls_token" in state:
-        _fold_class_position(state, report, grid)
-    problems |= {key: "unknown" for name, keys in report.used.items() if not _KEPT.fullmatch(name) for key in keys}
-    if problems:
-        raise ValueError(f"{source.path} has keys that this encoder cannot use:\n{_grouped(problems)}")
-    return Translated(state, grid, report)
+    return state, problems
 
 
 def _find_prefix(source: Source) -> str:
@@ -240,23 +255,5 @@ def _fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[i
         report.used["cls_token"] += report.used["pos_embed"]
 
 
-def _find_grid(source: Source, state: dict[str, Tensor]) -> tuple[int, int] | None:
-    if "size" in source.facts:
-        height, width = map(int, source.facts["size"].split("x"))
-        return height // int(source.facts["patch"]), width // int(source.facts["patch"])
-    biases = [tensor for name, tensor in state.items() if name.endswith("relative_position_bias_table")]
-    if "pos_embed" in state:
-        count = state["pos_embed"].shape[1]
-        sides = [round(n**0.5) for n in (count - 1, count) if round(n**0.5) ** 2 == n]  # with a class token, or without
-    else:
-        sides = [(side + 1) // 2 for side in (round((len(table) - 3) ** 0.5) for table in biases[:1])]
-    return (sides[0], sides[0]) if sides else None
-
-
 def _any_block(key: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)
-
-
-def count_blocks(state: Iterable[str]) -> int:
-    """One more than the largest number of a block."""
-    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)

@@ -7,7 +7,7 @@ from torch import Tensor
 def resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A bias table for another grid, as BEiT's authors resize it: near offsets keep their values, far ones stretch.
 
-    (Stretching all alike, bicubically, would give an offset of one patch the bias of a fraction of one.)
+    (Bicubic interpolation stretches all alike: an offset of one patch would get the bias of a fraction of one.)
 
     Args:
         table: ((2h-1)(2w-1) + 3, heads), in fp32.
@@ -21,7 +21,8 @@ def resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 def _stretch(old: int, new: int) -> Tensor:
     """(2*old-1, 2*new-1): linear interpolation along one axis of a table, its entries placed in geometric progression.
 
-    The places 1, 1+q, 1+q+q^2, ... with q such that the outermost fall together; a table that shrinks loses its edges.
+    The entries are at 1, 1+q, 1+q+q^2, ... with q such that the outermost ones coincide; a table that shrinks loses its
+    edges.
     """
     if old == 1:
         return torch.ones(1, 2 * new - 1)
@@ -32,10 +33,10 @@ def _stretch(old: int, new: int) -> Tensor:
             q = (low + high) / 2
             low, high = (low, q) if sum(q**k for k in range(old - 1)) > new - 1 else (q, high)
     outward = torch.tensor([sum(q**k for k in range(n)) for n in range(old)], dtype=torch.float64)
-    places = torch.cat([-outward.flip(0), outward[1:]])
-    wanted = torch.arange(1 - new, new, dtype=torch.float64).clamp(places[0], places[-1])
-    right = torch.searchsorted(places, wanted).clamp(1, len(places) - 1)
-    share = (wanted - places[right - 1]) / (places[right] - places[right - 1])
-    weights = torch.zeros(len(places), len(wanted), dtype=torch.float64)
-    weights.scatter_add_(0, (right - 1)[None], (1 - share)[None])
-    return weights.scatter_add_(0, right[None], share[None]).float()
+    entries = torch.cat([-outward.flip(0), outward[1:]])
+    wanted = torch.arange(1 - new, new, dtype=torch.float64).clamp(entries[0], entries[-1])
+    right = torch.searchsorted(entries, wanted).clamp(1, len(entries) - 1)
+    fraction = (wanted - entries[right - 1]) / (entries[right] - entries[right - 1])
+    weights = torch.zeros(len(entries), len(wanted), dtype=torch.float64)
+    weights.scatter_add_(0, (right - 1)[None], (1 - fraction)[None])
+    return weights.scatter_add_(0, right[None], fraction[None]).float()

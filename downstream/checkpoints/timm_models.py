@@ -1,8 +1,8 @@
-"""Our encoders as timm models: `import downstream.checkpoints.timm_models`, then `timm.create_model("lomar_vit_base_patch16_224")`.
+"""Our encoders as timm models, registered by `import downstream.checkpoints.timm_models`.
 
-They are timm's own VisionTransformer (drop path, pooling, `forward_intermediates`, layer-decay groups, heads) with our
-attention in its blocks, so the parameters keep their names. Absolute positions need nothing of this: such an encoder
-is a plain `vit_*` of timm.
+Then `timm.create_model("lomar_vit_base_patch16_224")` makes timm's own VisionTransformer (drop path, pooling,
+`forward_intermediates`, layer-decay groups, heads) with our attention in its blocks, so the parameters keep their
+names. Encoders with absolute positions do not need this: they are timm's plain `vit_*`.
 """
 
 import sys
@@ -24,18 +24,18 @@ __all__ = ["LoMaRViT"]
 
 
 class _TimmAttention(Attention):
-    """Under timm's signature: what timm calls a mask carries the relative position of every pair of tokens."""
+    """Under timm's signature: what timm calls a mask are the buckets, the relative position of every pair of tokens."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, attn_mask)
 
 
 class _TimmBlock(Block):
-    """timm's block around our attention. timm checkpoints no block that has a mask, so this one does it itself."""
+    """timm's block with our attention. timm does not checkpoint blocks that get a mask, so this one does it itself."""
 
     def __init__(self, dim: int, num_heads: int, relative_position: dict[str, Any], **options: Any):
         if options.get("attn_drop") or options.get("proj_drop"):
-            raise ValueError("attn_drop_rate and proj_drop_rate are not there: use drop_path_rate")
+            raise ValueError("attn_drop_rate and proj_drop_rate are not supported: use drop_path_rate")
         super().__init__(dim, num_heads, **options)
         self.attn = _TimmAttention(dim, num_heads, **relative_position)
         self.recompute = False
@@ -46,8 +46,8 @@ class _TimmBlock(Block):
         return super().forward(x, attn_mask)
 
 
-@lru_cache  # a copy to the device in each forward would make the host wait for it
-@torch.inference_mode(False)  # or what was first made for an evaluation could not be trained with
+@lru_cache  # a copy to the device in each forward pass would make the host wait for it
+@torch.inference_mode(False)  # tensors made in inference mode, in an evaluation, could not be trained with later
 def _on_device(buckets: Callable[[int, int], Tensor], grid: tuple[int, int], device: torch.device) -> Tensor:
     return buckets(*grid).to(device)
 
@@ -62,12 +62,11 @@ class LoMaRViT(VisionTransformer):
 
     def __init__(self, position: str = "relative", **options: Any):
         if position not in ("relative", "bias"):
-            raise ValueError(f"position={position!r}: relative or bias; absolute positions are timm's own vit_* models")
+            raise ValueError(f"position={position!r}: relative or bias; for absolute positions use timm's own vit_*")
         self.position = position
-        patch = options["patch_size"]
-        size = options.get("img_size", 224)
+        patch_size, size = options["patch_size"], options.get("img_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
-        grid = (height // patch, width // patch)
+        grid = (height // patch_size, width // patch_size)
         relative = {"relative": True} if position == "relative" else {"relative": False, "bias_grid": grid}
 
         def block(**block_options: Any) -> _TimmBlock:
@@ -82,7 +81,7 @@ class LoMaRViT(VisionTransformer):
             return _on_device(grid_buckets, grid, images.device)
         if grid != self.patch_embed.grid_size:
             raise ValueError(
-                f"the bias tables are of {self.patch_embed.grid_size} patches, the images of {grid}: resize one"
+                f"the bias tables are for {self.patch_embed.grid_size} patches, the images have {grid}: resize one"
             )
         return _on_device(offset_buckets, grid, images.device)
 
@@ -104,7 +103,7 @@ class LoMaRViT(VisionTransformer):
         return super().no_weight_decay() | biases
 
 
-# A name's patch and size are defaults: `patch_size` and `img_size` of create_model override them.
+# Patch size and image size in a name are defaults: `patch_size` and `img_size` of create_model override them.
 SIZES = [
     *((arch, 16, 224) for arch in ARCHS),
     *((arch, 16, size) for arch in ("vit_base", "vit_large") for size in (384, 448)),
@@ -114,8 +113,8 @@ SIZES = [
 ]
 
 
-def model_name(arch: str, patch: int, size: int) -> str:
-    return f"lomar_{arch}_patch{patch}_{size}"
+def model_name(arch: str, patch_size: int, image_size: int) -> str:
+    return f"lomar_{arch}_patch{patch_size}_{image_size}"
 
 
 default_cfgs = generate_default_cfgs(
@@ -138,12 +137,12 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(arch: str, patch: int, size: int) -> None:
-    name = model_name(arch, patch, size)
+def _register(arch: str, patch_size: int, image_size: int) -> None:
+    name = model_name(arch, patch_size, image_size)
 
     def entrypoint(pretrained: bool = False, **options: Any) -> nn.Module:
         dim, depth, heads = ARCHS[arch]
-        defaults = {"patch_size": patch, "img_size": size, "num_classes": 0}
+        defaults = {"patch_size": patch_size, "img_size": image_size, "num_classes": 0}
         fixed = {"embed_dim": dim, "depth": depth, "num_heads": heads}
         out_indices = options.pop("out_indices", 3)
         return build_model_with_cfg(
@@ -155,7 +154,7 @@ def _register(arch: str, patch: int, size: int) -> None:
         )
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f"{arch} with relative position, patches of {patch} pixels, images of {size}."
+    entrypoint.__doc__ = f"{arch} with relative position, patches of {patch_size} pixels, images of {image_size}."
     setattr(sys.modules[__name__], name, entrypoint)
     register_model(entrypoint)
 

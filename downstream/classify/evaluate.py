@@ -57,19 +57,22 @@ def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier
         ValueError: it is damaged, or no such classifier.
     """
     source = read_source(path)
-    facts, tensors = source.facts, source.tensors
-    if "pool" not in facts or "head.weight" not in tensors:
-        raise ValueError(f"{path} is no classifier of this project: it lacks arch, patch, size, position, pool or head")
-    height, width = (int(side) for side in facts["size"].split("x"))
+    spec, metadata, tensors = source.spec, source.metadata, source.tensors
+    if spec is None or "pool" not in metadata or "head.weight" not in tensors:
+        raise ValueError(
+            f"{path} is no classifier of this project: it lacks arch, patch_size, image_size, position, pool or head"
+        )
     classes, own_norm = len(tensors["head.weight"]), "fc_norm.weight" in tensors
-    names = tuple(json.loads(facts.get("names", "[]")))
-    arch, patch = facts["arch"], int(facts["patch"])
-    model = build_vit(arch, patch, (height, width), facts["position"], classes, facts["pool"], fc_norm=own_norm)
+    names = tuple(json.loads(metadata.get("names", "[]")))
+    model = build_vit(
+        spec.arch, spec.patch_size, spec.image_size, spec.position, classes, metadata["pool"], fc_norm=own_norm
+    )
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {arch}/{patch}: {str(error).splitlines()[-1].strip()}") from None
-    return TrainedClassifier(Path(path), model.to(device).eval(), (height, width), classes, names)
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{path} does not fit {spec.arch}/{spec.patch_size}: {reason}") from None
+    return TrainedClassifier(Path(path), model.to(device).eval(), spec.image_size, classes, names)
 
 
 def evaluate(

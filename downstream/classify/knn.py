@@ -20,7 +20,7 @@ def _command(options: argparse.Namespace, place: Place) -> dict[str, Any]:
     world, device = place
     train, val = load_samples(options.train), load_samples(options.val)
     check_sets(train, val, options.k)
-    encoder, _ = load_encoder(options.encoder, size=options.size, weights=options.weights)
+    encoder, _ = load_encoder(options.encoder, image_size=options.size, weights=options.weights)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     known, asked = (
         EvalLoader(

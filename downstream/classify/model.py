@@ -14,8 +14,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from downstream.checkpoints.files import read_source
+from downstream.checkpoints.formats import translate
 from downstream.checkpoints.timm_models import LoMaRViT
-from downstream.checkpoints.weights import fill
+from downstream.checkpoints.weights import fill_encoder
 from downstream.classify.config import AugmentConfig, FinetuneConfig
 from pretrain.models.heads import SyncBatchNorm
 from pretrain.models.patches import normalize_pixels
@@ -136,11 +137,11 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, names: Seq
     if pool_norm:  # in the place of the encoder's last norm, which nothing else here would use
         tensors |= {f"norm.{kind}": tensors.pop(f"fc_norm.{kind}") for kind in ("weight", "bias")}
     try:
-        report = fill(encoder, replace(source, tensors=tensors))
+        report = fill_encoder(encoder, translate(replace(source, tensors=tensors)))
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}; set model.* to what it is, or give another") from None
     kept = {}
-    if config.head.kind == "linear" and source.facts.get("names") == json.dumps(list(names)):
+    if config.head.kind == "linear" and source.metadata.get("names") == json.dumps(list(names)):
         kept = {kind: tensors[f"head.{kind}"] for kind in ("weight", "bias")}
         for name in ("head.weight", "head.bias"):
             del report.dropped[name]

@@ -1,6 +1,6 @@
 """Self-attention with contextual relative position (iRPE "product" on keys), as LoMaR uses it.
 
-`RelativeBias` is BEiT's and SimMIM's kind, for encoders that `downstream.checkpoints.weights` loads; no method trains it.
+`RelativeBias` is BEiT's and SimMIM's kind, for encoders that `downstream.checkpoints` loads; no method trains it.
 
 Shapes: B sequences, H heads, L tokens, C channels of a head.
 """

@@ -1,4 +1,4 @@
-"""The one record of what an encoder is: written into the metadata of its file, and read back from there."""
+"""What an encoder is: written into the metadata of its file, and read back from there."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class EncoderSpec:
         patch_size: side of a patch in pixels.
         image_size: (height, width) in pixels.
         position: `relative`, `bias` or `sincos`; the last is any absolute table, also a learned one.
-        method: that pretrained it, where known.
-        epochs: for how long, where known.
+        method: the pretraining method, where known.
+        epochs: of its training, where known.
     """
 
     arch: str

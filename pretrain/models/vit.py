@@ -45,6 +45,11 @@ def sincos_positions(dim: int, height: int, width: int) -> Tensor:
     return torch.cat([cols.sin(), cols.cos(), rows.sin(), rows.cos()], dim=1).float()
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """What the residual stream is kept in: fp32 also under autocast, as in the authors' code; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _PatchProjection(nn.Conv2d):
     """timm's `patch_embed.proj` applied to patches that are already cut: a matrix product, on just those given."""
 
@@ -118,7 +123,7 @@ class ViT(nn.Module):
 
     @property
     def position(self) -> str:
-        """`relative`, `bias` or `sincos`; the last is any absolute table, of which a loaded one may be a learned one."""
+        """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one that was loaded."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
 
     def forward(self, tokens: Tensor, buckets: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
@@ -134,8 +139,7 @@ class ViT(nn.Module):
         Returns:
             (B, 1+L, D), the class token first.
         """
-        # The residual stream stays in fp32 under autocast, as in the authors' code.
-        x = tokens.float()
+        x = at_least_fp32(tokens)
         if start == 0:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks[start:stop]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from downstream.checkpoints.files import Weights
 from downstream.checkpoints.formats import Report
-from downstream.checkpoints.weights import features, load_encoder, max_difference, position
+from downstream.checkpoints.compare import max_difference
+from downstream.checkpoints.weights import build_encoder, features, read_encoder
 from downstream.dense.backbone.relative_position import resize_positions
 from pretrain.models.vit import ARCHS, ViT
 
@@ -30,10 +31,10 @@ def load_start(backbone: "PlainViT", path: str, weights: Weights | None) -> Repo
             backbone makes other features of it than the encoder.
     """
     try:
-        encoder, report = load_encoder(path, weights=weights)
-        if encoder.patch_size != backbone.patch:
-            size = (encoder.grid[0] * backbone.patch, encoder.grid[1] * backbone.patch)
-            encoder, report = load_encoder(path, size=size, patch=backbone.patch, weights=weights)
+        found = read_encoder(path, weights=weights)
+        rows, cols = found.spec.grid
+        size = (rows * backbone.patch, cols * backbone.patch)
+        encoder, report = build_encoder(found, image_size=size, patch_size=backbone.patch)
     except ValueError as error:
         raise ValueError(f"model.backbone.checkpoint: {error}") from None
     _check(backbone, encoder, path)
@@ -55,7 +56,7 @@ def _check(backbone: "PlainViT", encoder: ViT, path: str) -> None:
             f"model.backbone.checkpoint={path} is {stored}, model.backbone.arch is {mine}: set it to {stored} "
             f"(a config of that size), or give another checkpoint"
         )
-    kind = position(encoder)
+    kind = encoder.position
     if kind == "bias":
         raise ValueError(
             f"model.backbone.checkpoint={path} has learned relative bias tables (BEiT's, SimMIM's), and the backbone "
