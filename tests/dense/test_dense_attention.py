@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from downstream.dense.backbone import attention as module
 from downstream.dense.backbone.attention import DecomposedAttention, GridAttention, RelativeAttention, attend_fused
-from downstream.dense.backbone.plain_vit import attention as module
 from downstream.dense.backbone.relative_position import decomposed_terms
 
 KINDS = ("relative", "decomposed")
@@ -56,7 +56,7 @@ def test_equals_attention_pair_by_pair(kind, grid, window, class_token, table, m
     wanted = with_gradients(lambda x: naive_attention(attention, x, grid, window), x, parameters)
     of_row = 2 * 2 * grid[1] * x.shape[1]
     for limit in (2**22, 1, 2 * of_row):
-        monkeypatch.setitem(module._LOGITS, "cpu", limit)
+        monkeypatch.setitem(module._MAX_LOGITS, "cpu", limit)
         found = with_gradients(lambda x: attention(x, grid, window), x, parameters)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -101,7 +101,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_a_whole_image_never_exist(kind, monkeypatch):
     side, heads = 32, 2
-    monkeypatch.setitem(module._LOGITS, "cpu", 2 * heads * side**3)
+    monkeypatch.setitem(module._MAX_LOGITS, "cpu", 2 * heads * side**3)
     attention = build(kind, (side, side))
     x = tokens(side**2).float()[:1].requires_grad_()
     kept: dict[int, int] = {}

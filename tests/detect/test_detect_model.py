@@ -150,7 +150,7 @@ def test_draws_what_is_found(weights: tuple[Path, Path], tmp_path: Path, capfd: 
     (photos / "empty.jpg").touch()
     assert run_draw(*weights, photos, out, "--score", 0.5) == 0
     said = capfd.readouterr()
-    assert "2 pictures in" in said.out
+    assert "2 images drawn in" in said.out
     assert "2 images cannot be decoded" in said.err
     assert "broken.png" in said.err
     assert "empty.jpg" in said.err
