@@ -14,7 +14,14 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
-from downstream.dense.data_checks import check_datasets, check_exists, find_missing, first_names, is_local, read_image_size
+from downstream.dense.data_checks import (
+    check_datasets,
+    check_exists,
+    find_missing,
+    first_names,
+    is_local,
+    read_image_size,
+)
 from downstream.dense.mmengine.dataset_keys import class_names
 from downstream.detect.coco_boxes import BoxCounts, count_boxes
 from downstream.detect.detector_keys import annotation_file, image_folder

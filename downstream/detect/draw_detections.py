@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 1 and one clear error."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--score", metavar="S", type=_probability, default=0.5, help="draw detections with at least this score (default 0.5)"
+        "--score",
+        metavar="S",
+        type=_probability,
+        default=0.5,
+        help="draw detections with at least this score (default 0.5)",
     )
     options = parser.parse_args(arguments)
     prepare = functools.partial(_prepare, options.score)

@@ -160,7 +160,9 @@ def _check_masks(key: str, counts: MaskCounts, classes: int, reduces: bool) -> N
     if counts.outside:
         labels = sorted({label for found in counts.outside.values() for label in found})
         valid = f"{int(reduces)} to {classes - 1 + int(reduces)}, and {'0 and ' if reduces else ''}255 for none"
-        hint = "are they numbered from 1? then give reduce_zero_label=true" if not reduces and labels == [classes] else ""
+        hint = (
+            "are they numbered from 1? then give reduce_zero_label=true" if not reduces and labels == [classes] else ""
+        )
         raise ValueError(
             f"{key}: labels {first_names(list(map(str, labels)))} in masks {first_names(list(counts.outside))}: with "
             f"{classes} classes and reduce_zero_label={reduces} they are {valid}; {hint or 'name all in classes'}"
@@ -179,7 +181,9 @@ def _check_crops(key: str, dataset: Any, counts: MaskCounts) -> list[str]:
         if step.type.endswith("Resize") and "scale" in step:
             least, most = step.get("ratio_range", (1.0, 1.0))
             if any(min(_resized(size, step.scale, least)) < 0.5 for size in sizes):
-                raise ValueError(f"{key}: an image would be resized to a height or width of 0: it is too narrow, remove it")
+                raise ValueError(
+                    f"{key}: an image would be resized to a height or width of 0: it is too narrow, remove it"
+                )
             sizes = [_resized(size, step.scale, most) for size in sizes]
         elif step.type.endswith("RandomCrop"):
             height, width = as_pair("size", step.crop_size)

@@ -67,8 +67,9 @@ def test_equals_attention_pair_by_pair(kind, grid, window, class_token, table, m
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("grid", [(4, 5), (7, 3)])
 def test_the_fused_form_is_the_same_and_torch_has_a_kernel_for_it(grid, class_token):
-    q, k, v = torch.randn(3, 2, 2, grid[0] * grid[1] + class_token, 8, generator=torch.Generator().manual_seed(1))
-    attention = build("decomposed", grid, dim=16)
+    shape = (3, 2, 2, grid[0] * grid[1] + class_token, 8)
+    q, k, v = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    attention = build("decomposed", grid, dim=16).double()
     patches = q[:, :, int(class_token) :]
     terms = decomposed_terms(patches, attention.rel_pos_h, attention.rel_pos_w, grid).detach()
 
@@ -82,7 +83,7 @@ def test_the_fused_form_is_the_same_and_torch_has_a_kernel_for_it(grid, class_to
         fused = gradients(lambda *t: attend_fused(*t, grid))
     by_rows = gradients(lambda *t: module.attend_by_rows(*t, module.decomposed_bias, grid))
     for a, b in zip(fused, by_rows, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 class Largest(TorchDispatchMode):

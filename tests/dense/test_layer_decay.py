@@ -93,7 +93,7 @@ def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
             model,
             {
                 "type": kind,
-                "constructor": "LayerDecay",
+                "constructor": LayerDecayOptimWrapperConstructor.__name__,
                 "paramwise_cfg": {"layer_decay": DECAY},
                 "optimizer": optimizer,
                 "clip_grad": {"max_norm": 1.0},

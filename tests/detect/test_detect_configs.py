@@ -62,7 +62,10 @@ def test_recipe_is_vitdets(name: str):
     assert backbone.drop_path_rate == DROP_PATH[arch]
     wrapper = cfg.optim_wrapper
     assert (wrapper.type, wrapper.dtype, wrapper.get("clip_grad")) == ("AmpOptimWrapper", "bfloat16", None)
-    assert (wrapper.constructor, wrapper.paramwise_cfg) == (LayerDecayOptimWrapperConstructor.__name__, {"layer_decay": LAYER_DECAY[arch]})
+    assert (wrapper.constructor, wrapper.paramwise_cfg) == (
+        LayerDecayOptimWrapperConstructor.__name__,
+        {"layer_decay": LAYER_DECAY[arch]},
+    )
     assert wrapper.optimizer.to_dict() == {
         "type": "AdamW",
         "lr": 1e-4 * cfg.auto_scale_lr.base_batch_size / 64,

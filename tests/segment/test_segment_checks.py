@@ -178,9 +178,7 @@ def test_odd_things_are_counted(root: Path):
 
 
 def test_crops_larger_than_every_image(root: Path):
-    with pytest.raises(
-        ValueError, match=r"no image fills a crop of 512 x 512 .* give a smaller size, or a larger"
-    ):
+    with pytest.raises(ValueError, match=r"no image fills a crop of 512 x 512 .* give a smaller size, or a larger"):
         check(config(root, size=512))
     cfg = config(root)
     cfg.train_dataloader.dataset.pipeline[2].ratio_range = (0.001, 2.0)
@@ -202,7 +200,9 @@ def test_heads_and_classes_must_agree(root: Path):
 def test_settings_that_would_stop_mmseg_later(root: Path):
     cfg = config(root)
     cfg.val_dataloader.batch_size = 2
-    with pytest.raises(ValueError, match=r"val_dataloader.batch_size=2: images of an evaluation differ in size: give 1"):
+    with pytest.raises(
+        ValueError, match=r"val_dataloader.batch_size=2: images of an evaluation differ in size: give 1"
+    ):
         check(cfg)
     cfg = config(root)
     cfg.train_dataloader.dataset.pipeline[1].reduce_zero_label = True

@@ -19,6 +19,7 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 from safetensors.torch import save_file
 
+from downstream.checkpoints.compare import float64_copy
 from downstream.checkpoints.weights import features, load_encoder
 from downstream.dense.backbone.loading import compare_features, load_start
 from downstream.dense.backbone.plain_vit import PlainViT
@@ -145,17 +146,17 @@ def test_every_map_is_the_encoders(kind: str, tmp_path: Path):
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", facts)
     for size in (224, 512):
         backbone = PlainViT("vit_tiny", 16, size, kind, window_size=0, class_token=True, out_indices=OUT)
-        load_start(backbone.eval(), str(tmp_path / "encoder.safetensors"), None)
-        expected, _ = load_encoder(tmp_path / "encoder.safetensors", image_size=size)
-        maps = backbone(images(size, size))
+        load_start(backbone, str(tmp_path / "encoder.safetensors"), None)
+        expected = float64_copy(load_encoder(tmp_path / "encoder.safetensors", image_size=size)[0])
+        maps = float64_copy(backbone)(images(size, size).double())
         made: dict[torch.nn.Module, torch.Tensor] = {}
         for block in expected.blocks:
             block.register_forward_hook(lambda block, given, out, made=made: made.update({block: out}))
-        last = features(expected, images(size, size))
+        last = features(expected, images(size, size).double())
         for number, found in zip(OUT, maps, strict=True):
             tokens = last if number == 11 else made[expected.blocks[number]]
             on_grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (size // 16, size // 16))
-            torch.testing.assert_close(found, on_grid, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, on_grid, rtol=1e-9, atol=1e-9)
 
 
 def test_an_early_map_that_is_not_the_encoders_is_found(tmp_path: Path):
@@ -166,7 +167,7 @@ def test_an_early_map_that_is_not_the_encoders_is_found(tmp_path: Path):
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", facts)
     backbone = PlainViT("vit_tiny", 16, 32, window_size=0, class_token=True, out_indices=OUT)
     load_start(backbone, str(tmp_path / "encoder.safetensors"), None)
-    assert compare_features(backbone, encoder) < 1e-5
+    assert compare_features(backbone, encoder) < 1e-12
 
     class Early(PlainViT):
         def encode(self, *arguments: Any) -> list[torch.Tensor]:
@@ -220,7 +221,9 @@ def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, ade:
 
 def test_frozen_encoder_is_never_in_training(cfg: Config):
     torch.manual_seed(0)
-    frozen = PlainViT("vit_tiny", 16, 64, window_size=0, class_token=True, out_indices=OUT, drop_path_rate=0.9, frozen=True)
+    frozen = PlainViT(
+        "vit_tiny", 16, 64, window_size=0, class_token=True, out_indices=OUT, drop_path_rate=0.9, frozen=True
+    )
     frozen.train()
     assert not any(module.training for module in frozen.modules())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())

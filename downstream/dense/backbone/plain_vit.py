@@ -145,7 +145,9 @@ class PlainViT(BaseModule):
         table = sincos_positions(dim, *self.grid)[None]
         self.pos_embed = nn.Parameter(table) if position == "sincos" else None
         self.blocks = nn.ModuleList(
-            Block(self.arch, self._attention(i), drop_path_rate * i / max(depth - 1, 1), parallel_conv, i in conv_blocks)
+            Block(
+                self.arch, self._attention(i), drop_path_rate * i / max(depth - 1, 1), parallel_conv, i in conv_blocks
+            )
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)

@@ -25,7 +25,9 @@ def last_checkpoint(work_dir: str) -> Path | None:
     for found in (path, Path(work_dir) / path.name):  # the folder may have been moved
         if found.exists():
             return found
-    raise ValueError(f"{named} names {path}, which does not exist: restore it, or write the name of another one into the file")
+    raise ValueError(
+        f"{named} names {path}, which does not exist: restore it, or write the name of another one into the file"
+    )
 
 
 def find_weights(name: str) -> str:

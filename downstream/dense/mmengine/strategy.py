@@ -110,7 +110,9 @@ class ZeroStrategy(BaseStrategy):
         if self.start:
             # Before the engine copies or partitions the parameters.
             _load_checkpoint_to_model(model, _load_checkpoint(self.start, map_location="cpu"))
-        self.optim_wrapper = self.build_optim_wrapper({**_without_engine_keys(optim_wrapper), "type": "ZeroOptimWrapper"}, model)
+        self.optim_wrapper = self.build_optim_wrapper(
+            {**_without_engine_keys(optim_wrapper), "type": "ZeroOptimWrapper"}, model
+        )
         optimizer = self.optim_wrapper.optimizer
         optimizer.param_groups = _trainable(optimizer.param_groups)
         stage3 = self.settings.get("zero_optimization", {}).get("stage", 0) == 3
