@@ -195,8 +195,8 @@ def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -
             vanishing = [image["file_name"] for image in used if _short_side(image, least) < 0.5]
             if vanishing:
                 raise ValueError(
-                    f"{found.key}: {first_names(vanishing)} would be resized to a height or width of 0: they are too narrow, "
-                    f"remove them or give {found.key}.filter_cfg.min_size"
+                    f"{found.key}: {first_names(vanishing)} would be resized to a height or width of 0: they are too "
+                    f"narrow, remove them or give {found.key}.filter_cfg.min_size"
                 )
             window = cfg.model.backbone.get("window_size", 0) * cfg.model.backbone.get("patch_size", 16)
             narrow = sum(_short_side(image, most) < window for image in used)

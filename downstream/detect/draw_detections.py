@@ -1,7 +1,7 @@
 """Draws what a detector finds: `python -m downstream.detect.draw_detections CONFIG WEIGHTS IMAGES OUT [--score 0.5]`.
 
-CONFIG and WEIGHTS are as for downstream/detect/train_detector.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES is
-an image or a folder; in OUT a drawing of each has the same name, with masks, boxes, classes and scores.
+CONFIG and WEIGHTS are as for downstream/detect/train_detector.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES
+is an image or a folder; in OUT a drawing of each has the same name, with masks, boxes, classes and scores.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draws what a segmentor predicts: `python -m downstream.segment.draw_segments CONFIG WEIGHTS IMAGES OUT [--opacity 0.6]`.
+"""Draws predictions: `python -m downstream.segment.draw_segments CONFIG WEIGHTS IMAGES OUT [--opacity 0.6]`.
 
 CONFIG and WEIGHTS are as for downstream/segment/train_segmentor.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES
 is an image or a folder; in OUT a drawing of each has the same name, with a color and a name for each class. Images are

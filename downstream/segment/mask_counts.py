@@ -42,7 +42,7 @@ def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce
     Args:
         key: of the data set, for messages.
         pairs: paths of images and of their masks.
-        classes: labels are 0 to classes - 1, or 1 to classes with `reduce_zero_label`; the others are 255, or 0 as well.
+        classes: labels are 0 to classes - 1 and 255 for none, or with `reduce_zero_label` 1 to classes and 0 or 255.
         reduce_zero_label: as mmseg's.
     """
     first = int(reduce_zero_label)
@@ -80,6 +80,9 @@ def _read(key: str, image: str, mask: str) -> tuple[Size, dict[int, int]] | str:
         return f"{key}: {mask} has {labels.shape[2]} channels: a mask has one, with the number of a pixel's class"
     if labels.shape != size:
         (rows, cols), (height, width) = labels.shape, size
-        return f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: it belongs to another version of the image"
+        return (
+            f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: it belongs to another version of "
+            f"the image"
+        )
     values, numbers = np.unique(labels, return_counts=True)
     return size, dict(zip(map(int, values), map(int, numbers), strict=True))

@@ -10,11 +10,11 @@ from downstream.dense.mmengine.dataset_keys import SPLITS, below_root, datasets,
 
 
 def propagate_keys(cfg: Any) -> None:
-    """Fills in data sets, pipelines and the model from the top of an mmengine Config, in place; a key that is None changes nothing.
+    """Fills in data sets, pipelines and the model from the top of an mmengine Config, in place.
 
-    As `propagate_data_keys`, and:
-    `classes`, names in the order of their labels: their number is every head's `num_classes`; a data set with classes of
-    its own becomes a BaseSegDataset instead of an ADE20KDataset.
+    A key that is None changes nothing. As `propagate_data_keys`, and:
+    `classes`, names in the order of their labels: their number is every head's `num_classes`; an ADE20KDataset with
+    other classes becomes a BaseSegDataset.
     `reduce_zero_label`, whether label 0 is ignored and the first class is 1: of every data set.
     `size`, pixels or (height, width): of the crops of training, of the padded batches, of the images that the backbone
     is built for, and of the windows of an evaluation; `stride`: between these windows.

@@ -109,9 +109,9 @@ BAD = {
     "16 bits": (deep, r"labels 256 in masks 00000001.png"),
     "from one": (from_one, r"labels 3 in masks .*are they numbered from 1\? then give reduce_zero_label=true"),
     "nothing": (empty, r"no pixel of the masks read has a class: is reduce_zero_label=False right"),
-    "no mask at all": (lambda r: (r / MASKS / name(3)).write_text("oops"), r"00000003.png cannot be read as an image"),
+    "no mask at all": (lambda r: (r / MASKS / name(3)).write_text("oops"), r"00000003.png cannot be read as an"),
     "cut off": (lambda r: (r / MASKS / name(3)).write_bytes((r / MASKS / name(3)).read_bytes()[:60]), r"00000003.png"),
-    "no image": (lambda r: (r / IMAGES / "00000003.jpg").write_text("oops"), r"00000003.jpg cannot be read as an image"),
+    "no image": (lambda r: (r / IMAGES / "00000003.jpg").write_text("oops"), r"00000003.jpg cannot be read as an"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint into a backbone, strictly, and the proof that the backbone computes the features that were pretrained."""
+"""A checkpoint into a backbone, strictly, and a check that the backbone computes the encoder's features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -119,7 +119,7 @@ def compare_features(backbone: PlainViT, encoder: ViT) -> float:
         As of `max_difference`: relative to the largest feature; NaN if a feature is.
     """
     # While mmengine initializes, every module refers to the parameters of the whole model: they are not copied.
-    skipped = {id(getattr(backbone, "_params_init_info", None)): None}
+    skipped: dict[int, object] = {id(getattr(backbone, "_params_init_info", None)): None}
     backbone_copy, encoder_copy = float64_copy(backbone, skipped), float64_copy(encoder)
     rows, cols = encoder.grid
     images = random_images(rows * encoder.patch_size, cols * encoder.patch_size)

@@ -24,7 +24,7 @@ class Mlp(nn.Module):
 
 
 class ActivatedLinear(nn.Linear):
-    """linear(gelu(x)), computed in x's precision. A module of its own because ZeRO-3 gathers weights module by module."""
+    """linear(gelu(x)), computed in x's precision. It is a module because ZeRO-3 gathers weights by modules."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _ActivatedLinear.apply(x, self.weight, self.bias)

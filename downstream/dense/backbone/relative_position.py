@@ -20,7 +20,7 @@ _AXIS = math.isqrt(CLASS_BUCKET)
 
 
 class BucketTerms(RelativeKey):
-    """LoMaR's table. The terms are the query's product with every bucket's vector; `product_bias` makes the bias of them."""
+    """LoMaR's table. The terms are the query's products with all buckets; `product_bias` makes the bias."""
 
     def forward(self, q: Tensor) -> Tensor:  # type: ignore[override]
         """(N, h, L, C) queries -> (N, h, L, 50)."""
@@ -105,7 +105,7 @@ def one_hot_keys(grid: Grid, device: torch.device, dtype: torch.dtype, class_tok
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Resizes an absolute table (1, N, D) from one grid to another, bicubically as in `downstream.checkpoints.weights`."""
+    """Resizes an absolute table (1, N, D) from one grid to another, bicubic as in `downstream.checkpoints.weights`."""
     if old == new:
         return table
     return resample_abs_pos_embed(table, list(new), old_size=list(old), num_prefix_tokens=0)

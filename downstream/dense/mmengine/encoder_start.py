@@ -17,7 +17,7 @@ def set_start(cfg: Any, checkpoint: str | None, weights: str | None) -> None:
     """
     if checkpoint is None and weights is None:
         return
-    backbone = cfg.model.get("backbone") or {}
+    backbone: Any = cfg.model.get("backbone") or {}
     if backbone.get("type") != "PlainViT":
         raise ValueError(
             f"start.checkpoint={checkpoint} is for model.backbone.type=PlainViT, and this is {backbone.get('type')}: "

@@ -66,7 +66,7 @@ class ResumeHook(Hook):
 
 
 def plain_numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """As floats, since mmseg's are numpy's; None for what is not finite, such as the IoU of a class without any pixel."""
+    """As floats (mmseg's are numpy's); None where not finite, such as the IoU of a class without any pixel."""
     numbers = {name: float(value) for name, value in metrics.items()}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
@@ -76,7 +76,7 @@ def _evaluations(runner: Any) -> Path:
 
 
 def _evaluate_missed(runner: Any, done: int) -> None:
-    """Makes up for an evaluation that a kill or a signal prevented, after `done` epochs or iterations, as the loop counts."""
+    """Does the evaluation that a kill or a signal prevented; `done` are epochs or iterations, as the loop counts."""
     loop = runner.train_loop
     last = runner.iter == runner.max_iters
     if runner.val_loop is None or not done or done < loop.val_begin or (done % loop.val_interval and not last):

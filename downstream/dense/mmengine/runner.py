@@ -1,4 +1,4 @@
-"""Runs a job on all ranks: by mmengine's Runner, or by its FlexibleRunner on ZeRO; resumed and stopped like all runs."""
+"""Runs a job on all ranks by mmengine's Runner, or by its FlexibleRunner on ZeRO; resumes and stops like all runs."""
 
 import copy
 import json

@@ -218,6 +218,6 @@ def _remove_hooks(model: nn.Module) -> None:
 
 
 def _trainable(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without frozen parameters and empty groups: DeepSpeed deletes empty ones, which would shift the schedules' groups."""
+    """Without frozen parameters and empty groups: DeepSpeed deletes empty groups, which schedules count."""
     kept = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     return [group for group in kept if group["params"]]
