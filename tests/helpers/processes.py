@@ -19,9 +19,10 @@ import pytest
 
 from pretrain.models import vit
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
 RUN = str(ROOT / "pretrain" / "run.py")
-CLASSIFY = str(ROOT / "downstream" / "classify" / "run.py")
+CLASSIFY = str(ROOT / "downstream" / "classify" / "finetune.py")
 SMALL = patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2))  # within it, the smallest encoder has two narrow blocks
 
 # Ranks are forked from a server that has imported what takes long, and then are processes like any other: a start
@@ -70,7 +71,7 @@ def _become(script: str, arguments: list[str], environment: dict[str, str], cwd:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    sys.path[:0] = [str(Path(script).parent), str(ROOT)]
+    sys.path[:0] = [str(Path(script).parent), str(ROOT), str(TESTS)]
     sys.argv = [script, *arguments]
     with SMALL if script in (RUN, CLASSIFY) else contextlib.nullcontext():
         runpy.run_path(script, run_name="__main__")

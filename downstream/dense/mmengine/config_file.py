@@ -134,7 +134,7 @@ def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
         ValueError: there is no such key.
     """
     if key == "work_dir":
-        raise ValueError("work_dir is made of two keys: give name=, and runs= for another parent folder than runs")
+        raise ValueError("work_dir is runs/NAME: give name=, and runs= for another parent folder")
     *above, last = key.split(".")
     tree: Any = cfg
     for depth, part in enumerate([*above, last]):
@@ -143,7 +143,7 @@ def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
             parent = ".".join([*above, last][:depth])
             if depth == 0:  # or the first part of a key of the run is meant
                 run_key = next((known for known in _RUN_KEYS if known.startswith(f"{part}.")), None)
-                near = nearest(key, list(_RUN_KEYS)) if run_key else nearest(part, [*names, *_RUN_KEYS])
+                near = nearest(key, list(_RUN_KEYS)) if run_key else nearest(part, [*{*names, *_RUN_KEYS}])
                 raise ValueError(f"unknown key {key}: {near}")
             raise ValueError(f"unknown key {key}: in {parent}, {nearest(part, names)}")
         step = int(part) if isinstance(tree, list) else part
