@@ -1,4 +1,4 @@
-"""What detection and segmentation check before a model is built: mmcv's compiled operators, and files."""
+"""Checks of detection and segmentation before a model is built: mmcv's compiled operators, and files."""
 
 import importlib
 import os
@@ -11,19 +11,19 @@ from PIL import Image, UnidentifiedImageError
 from downstream.dense.mmengine.dataset_keys import datasets
 
 SHOWN_NAMES = 5
-TURNED = {5, 6, 7, 8}  # EXIF orientations that swap height and width, which mmcv's decoder obeys
+TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width, which mmcv's decoder applies
 
 
 def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, str], str]) -> list[str]:
-    """One line about each data set.
+    """Checks each data set; returns a line about each.
 
     Args:
         cfg: an mmengine Config.
-        splits: of train, val and test.
+        splits: any of train, val and test.
         check: (dotted key, data set, split) -> the line. It raises ValueError where something is wrong.
 
     Raises:
-        ValueError: a line for each data set in which something is wrong.
+        ValueError: one line for each data set in which something is wrong.
     """
     check_ops()
     lines, problems = [], []
@@ -39,17 +39,17 @@ def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, s
 
 
 def check_ops() -> None:
-    """Raises ValueError where mmcv has no compiled operators, or ones that were built for another torch."""
+    """Raises ValueError where mmcv has no compiled operators, or operators that were built for another torch."""
     try:
         importlib.import_module("mmcv._ext")
     except ImportError as error:
         raise ValueError(
-            f"mmcv's compiled operators cannot be loaded ({error}): python -m downstream.doctor says how to mend it"
+            f"mmcv's compiled operators cannot be loaded ({error}): python -m downstream.doctor says how to fix it"
         ) from None
 
 
 def find_missing(folder: str, names: Iterable[str]) -> list[str]:
-    """Those of `names`, paths below `folder`, that are not there; each folder is listed once, no file is looked at."""
+    """Those of `names`, paths below `folder`, that do not exist; each folder is listed once, no file is opened."""
     listed: dict[str, set[str]] = {}
     missing = []
     for name in names:
@@ -68,28 +68,28 @@ def first_names(names: list[str]) -> str:
 
 
 def is_local(path: str) -> bool:
-    """Whether it is a path of this machine's, not an address of a store (s3://...), of which nothing is checked."""
+    """Whether it is a path on this machine, and not a URL (s3://...), which is not checked."""
     return "://" not in path
 
 
 def check_exists(key: str, path: str, kind: str) -> None:
-    """Raises ValueError where `path`, which the config gives as `key`, is no file (or folder)."""
+    """Raises ValueError where `path`, the value of `key` in the configuration, is no file (or folder)."""
     found = Path(path).is_file() if kind == "file" else Path(path).is_dir()
     if not found:
         nearest = next((str(parent) for parent in Path(path).parents if parent.is_dir()), "/")
-        raise ValueError(f"{key}: no {kind} {path} ({nearest} is there)")
+        raise ValueError(f"{key}: no {kind} {path} ({nearest} exists)")
 
 
-def image_size(key: str, path: str) -> tuple[int, int]:
-    """(height, width) as mmcv's decoder makes them, from the file's head.
+def read_image_size(key: str, path: str) -> tuple[int, int]:
+    """(height, width) after mmcv's decoder, from the file's header.
 
     Raises:
-        ValueError: it is no image.
+        ValueError: it is not an image.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(0x0112) in TURNED
+            transposed = image.getexif().get(0x0112) in TRANSPOSED
     except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{key}: {path} is no image that can be read: {error}") from None
-    return (width, height) if turned else (height, width)
+        raise ValueError(f"{key}: {path} cannot be read as an image: {error}") from None
+    return (width, height) if transposed else (height, width)

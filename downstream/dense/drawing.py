@@ -1,4 +1,4 @@
-"""What the commands that draw predictions on images share."""
+"""The commands that draw predictions on images, but for what is of detection or of segmentation."""
 
 import argparse
 import sys
@@ -18,7 +18,8 @@ from tqdm import tqdm
 from data.scan import IMAGE_EXTENSIONS
 from downstream.dense.data_checks import check_ops, first_names
 from downstream.dense.mmengine.checkpoint_files import find_weights, refuse_pickles
-from downstream.dense.mmengine.config_file import load
+from downstream.dense.mmengine.config_file import load_job
+from downstream.dense.mmengine.encoder_start import clear_start
 
 Draw = Callable[[np.ndarray, str], None]
 
@@ -27,47 +28,47 @@ def load_model(cfg: Any, weights: str, scope: str, device: torch.device) -> nn.M
     """The model of an mmengine Config with these weights, in eval mode.
 
     Args:
-        cfg: changed: its backbone starts from nothing.
+        cfg: changed: no encoder is loaded.
         weights: a file.
         scope: `mmdet` or `mmseg`.
-        device: where it shall be.
+        device: of the model.
 
     Raises:
-        ValueError: the file is damaged, holds more than weights, or is of another model.
+        ValueError: the file is damaged, holds more than weights, or holds the weights of another model.
     """
     refuse_pickles()
     import_modules_from_strings(**cfg.get("custom_imports") or {"imports": []})
     init_default_scope(scope)
-    cfg.model.backbone.checkpoint = None  # the weights are those of the whole model
+    clear_start(cfg)  # the weights are those of the whole model
     model: nn.Module = MODELS.build(cfg.model)
     content = CheckpointLoader.load_checkpoint(weights, map_location="cpu")
     tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
     try:
         model.load_state_dict(tensors)
     except (RuntimeError, AttributeError, TypeError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{weights} is of another model than the configuration: {said[:300]}") from None
+        message = " ".join(str(error).split())
+        raise ValueError(f"{weights} is of another model than the configuration: {message[:300]}") from None
     return model.to(device).eval()
 
 
-def find_images(given: Path) -> list[tuple[Path, Path]]:
-    """Each image and its place below the output folder.
+def find_images(path: Path) -> list[tuple[Path, Path]]:
+    """Each image and its path relative to the output folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no image.
     """
-    if given.is_file():
-        return [(given, Path(given.name))]
-    if not given.is_dir():
-        raise ValueError(f"no image or folder {given}")
-    found = sorted(path for path in given.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-    if not found:
-        raise ValueError(f"{given}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it")
-    return [(path, path.relative_to(given)) for path in found]
+    if path.is_file():
+        return [(path, Path(path.name))]
+    if not path.is_dir():
+        raise ValueError(f"no image or folder {path}")
+    images = sorted(file for file in path.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+    if not images:
+        raise ValueError(f"{path}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it")
+    return [(file, file.relative_to(path)) for file in images]
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Of `CONFIG WEIGHTS IMAGES OUT`."""
+    """The parser of `CONFIG WEIGHTS IMAGES OUT`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("weights", metavar="WEIGHTS")
@@ -79,43 +80,43 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def run_draw(
     options: argparse.Namespace,
     configs: Path,
-    spread: Callable[[Any], None],
+    propagate: Callable[[Any], None],
     prepare: Callable[[Any, str, torch.device], Draw],
 ) -> int:
-    """The whole command, but for what draws.
+    """The whole command, given a function that draws.
 
     Args:
         options: of `make_parser`.
-        configs, spread: as of `downstream.dense.mmengine.config_file.load`.
-        prepare: (configuration, file of weights, device) -> what takes an image, (H, W, 3) uint8 in BGR, and the file
-            into which it is drawn.
+        configs, propagate: as of `downstream.dense.mmengine.config_file.load_job`.
+        prepare: (configuration, file of weights, device) -> a function of an image, (H, W, 3) uint8 in BGR, and of the
+            file that the drawn image is written to.
 
     Returns:
         The exit code.
 
     Raises:
-        ValueError: settings, weights or images that are not what they should be.
+        ValueError: the configuration, the weights or the images cannot be used.
     """
     check_ops()
     out: Path = options.out
     if out.resolve() == (options.images if options.images.is_dir() else options.images.parent).resolve():
-        raise ValueError(f"{out} is where the images are: give another folder for the drawn ones")
-    cfg = load(options.config, [], configs, spread).cfg
+        raise ValueError(f"{out} is where the images are: give another folder for the drawn images")
+    cfg = load_job(options.config, [], configs, propagate).cfg
     images = find_images(options.images)
     draw = prepare(cfg, find_weights(options.weights), _device())
     unreadable = []
-    for path, place in tqdm(images, desc="drawing", unit=" images", disable=None):
+    for path, relative in tqdm(images, desc="drawing", unit=" images", disable=None):
         image = mmcv.imread(str(path)) if path.stat().st_size else None
         if image is None:
             unreadable.append(str(path))
             continue
-        (out / place).parent.mkdir(parents=True, exist_ok=True)
-        draw(image, str(out / place))
+        (out / relative).parent.mkdir(parents=True, exist_ok=True)
+        draw(image, str(out / relative))
     if unreadable:
         print(f"{len(unreadable)} images cannot be decoded: {first_names(unreadable)}", file=sys.stderr)
     if len(unreadable) == len(images):
         raise ValueError(f"{options.images}: no image that can be decoded")
-    print(f"{len(images) - len(unreadable)} pictures in {out}")
+    print(f"{len(images) - len(unreadable)} images drawn in {out}")
     return 0
 
 

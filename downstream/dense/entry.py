@@ -1,32 +1,49 @@
-"""What the entries of detection and segmentation share; nothing of mmengine is needed to say that it is missing."""
+"""The commands that train a detector or a segmentor, but for what is of one of them.
 
+Neither mmengine nor DeepSpeed is imported before it is needed: a command says what is missing, and DeepSpeed looks for
+its accelerator as soon as it is imported.
+"""
+
+import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
+from downstream.dense.job import Job
+from pretrain.trainer import main as command_line
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from downstream.dense.mmengine.config_file import Job
+
+def main(description: str | None, configs: Path, propagate: Callable[[Any], None], checks: str) -> NoReturn:
+    """Trains by a configuration, or evaluates a checkpoint, and ends the process.
+
+    Args:
+        description: of the command, for --help.
+        configs: the folder of the shipped configurations.
+        propagate: copies keys at the top of a configuration to where they are read.
+        checks: a module with a function `check`, as of `downstream.dense.mmengine.runner.run`; it is imported when
+            all ranks have started, since it needs mmdet or mmseg.
+    """
+    load = functools.partial(_load, configs=configs, propagate=propagate)
+    command_line.main(description, load, functools.partial(_train, checks=checks), recipe="CONFIG")
 
 
-def read_job(name: str, changes: list[str], configs: Path, spread: Callable[[Any], None]) -> "Job":
-    """As `downstream.dense.mmengine.config_file.load`; ValueError as well where mmengine is not installed."""
+def _load(name: str, overrides: list[str], configs: Path, propagate: Callable[[Any], None]) -> Job:
+    """As `load_job`; ValueError also where mmengine is not installed."""
     try:
-        from downstream.dense.mmengine.config_file import load
+        from downstream.dense.mmengine.config_file import load_job
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{error}: `python -m downstream.doctor` says how to get what detection and segmentation need"
+            f"{error}: `python -m downstream.doctor` says how to install what detection and segmentation need"
         ) from None
-    return load(name, changes, configs, spread)
+    return load_job(name, overrides, configs, propagate)
 
 
-def train_job(job: "Job", world: World, check: Callable[[Any, list[str]], list[str]]) -> None:
-    """The whole job, on all ranks; `check` as of `downstream.dense.mmengine.job.run`."""
+def _train(job: Job, world: World, checks: str) -> None:
     init_distributed(world)
-    # This imports DeepSpeed, which looks for its accelerator at once.
-    from downstream.dense.mmengine.job import run
+    from downstream.dense.mmengine.runner import run
 
     with RunFolder(Path(job.cfg.work_dir)).locked(world.is_main and not job.test):
-        run(job, world, check)
+        run(job, world, importlib.import_module(checks).check)

@@ -1,4 +1,4 @@
-"""What a detection config says once, at its top, put everywhere that mmdet reads it: `data_root` and `classes`."""
+"""Copies `data_root` and `classes` from the top of a detection config to wherever mmdet reads them."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from downstream.dense.mmengine.dataset_keys import SPLITS, below_root, datasets,
 def propagate_keys(cfg: Any) -> None:
     """Fills in data sets, evaluators and heads from the top of an mmengine Config, in place.
 
-    Beside what `propagate_data_keys` does, the evaluators read the annotation file of their data set, and `num_classes` of
-    both heads becomes the length of `classes`, where that is not None.
+    As `propagate_data_keys`; the evaluators also read the annotation file of their data set, and `num_classes` of both
+    heads becomes the length of `classes`, where that is not None.
 
     Raises:
-        ValueError: `classes` is no list of different names.
+        ValueError: `classes` is not a list of different names.
     """
     propagate_data_keys(cfg)
     if cfg.get("classes") is not None:
@@ -26,7 +26,7 @@ def propagate_keys(cfg: Any) -> None:
 
 
 def annotation_file(dataset: Any) -> str:
-    """Its path as mmdet finds it."""
+    """Its path as mmdet resolves it."""
     return below_root(dataset, dataset.ann_file)
 
 

@@ -1,7 +1,7 @@
 """Draws what a detector finds: `python -m downstream.detect.draw_detections CONFIG WEIGHTS IMAGES OUT [--score 0.5]`.
 
-CONFIG and WEIGHTS are those of downstream/detect/train_detector.py; of a training, WORK_DIR/config.py and WORK_DIR. IMAGES is one
-image or a folder; OUT gets a picture of the same name for each, with masks, boxes, classes and scores.
+CONFIG and WEIGHTS are as for downstream/detect/train_detector.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES
+is an image or a folder; in OUT a drawing of each has the same name, with masks, boxes, classes and scores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def _prepare(score: float, cfg: Any, weights: str, device: torch.device) -> Draw:
     model = load_model(cfg, weights, "mmdet", device)
-    model.cfg = cfg  # as mmdet wants it
+    model.cfg = cfg  # where mmdet looks for it
     dataset = next(dataset for _, dataset in datasets(cfg, "test"))
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = {"classes": class_names(dataset, DATASETS.get(dataset.type)), "palette": "random"}
@@ -40,7 +40,7 @@ def _prepare(score: float, cfg: Any, weights: str, device: torch.device) -> Draw
     return draw
 
 
-def _share(text: str) -> float:
+def _probability(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError("between 0 and 1")
@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 1 and one clear error."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--score", metavar="S", type=_share, default=0.5, help="draw what has at least this (default 0.5)"
+        "--score",
+        metavar="S",
+        type=_probability,
+        default=0.5,
+        help="draw detections with at least this score (default 0.5)",
     )
     options = parser.parse_args(arguments)
     prepare = functools.partial(_prepare, options.score)

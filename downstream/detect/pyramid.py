@@ -1,4 +1,4 @@
-"""ViTDet's simple feature pyramid: five maps out of the backbone's last one."""
+"""ViTDet's simple feature pyramid: five maps from the backbone's last one."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ MODELS.register_module(name="LN2d", module=LayerNorm2d)
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):
-    """Maps of a quarter, an eighth, a 16th, a 32nd and a 64th of the image, where a patch has 16 pixels.
+    """Maps at strides of 4, 8, 16, 32 and 64 pixels for patches of 16 pixels.
 
-    Each scale has layers of its own: transposed convolutions up, a pool down, then a 1x1 and a 3x3 convolution, each
-    with a layer norm. The last map is the one before it, subsampled, as the region proposals want it.
+    Each scale has its own layers: transposed convolutions up or a pool down, then a 1x1 and a 3x3 convolution, each
+    with a layer norm. The last map is the one before it, subsampled, for the region proposals.
 
     Args:
-        in_channels: of the backbone's map, divided by 4.
+        in_channels: of the backbone's map, a multiple of 4.
         out_channels: of all maps.
     """
 
@@ -54,6 +54,6 @@ class SimpleFeaturePyramid(BaseModule):
         Halves are rounded up.
         """
         (last,) = maps
-        # mmcv's RoIAlign takes memory for rows of channels, which what LayerNorm2d makes is not.
+        # mmcv's RoIAlign assumes contiguous memory, which the output of LayerNorm2d does not have.
         pyramid = [scale(last).contiguous() for scale in self.scales]
         return (*pyramid, F.max_pool2d(pyramid[-1], 1, 2))

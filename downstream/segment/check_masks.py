@@ -1,6 +1,6 @@
-"""What is wrong with a segmentation config's data, found before any model is built.
+"""Checks the data of a segmentation config before any model is built.
 
-A training looks at names, and into some masks of each split. All masks are read by
+A training checks names, and some masks of each split. All masks are read by
 `python -m downstream.segment.check_masks CONFIG data_root=FOLDER [KEY=value ...]`, with the arguments of
 downstream/segment/train_segmentor.py.
 """
@@ -21,8 +21,9 @@ from mmseg.registry import DATASETS
 
 from data.parallel import report_errors
 from downstream.dense.data_checks import check_datasets, check_exists, find_missing, first_names, is_local
-from downstream.dense.mmengine.config_file import load
+from downstream.dense.mmengine.config_file import load_job
 from downstream.dense.mmengine.dataset_keys import class_names
+from downstream.dense.mmengine.encoder_start import has_start
 from downstream.segment.mask_counts import MaskCounts, count_masks
 from downstream.segment.segmentor_keys import as_pair, flatten_steps, heads, image_folder, mask_folder, propagate_keys
 
@@ -31,19 +32,20 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def check(cfg: Any, splits: Sequence[str] = ("train", "val"), opened: int | None = OPENED_MASKS) -> list[str]:
-    """One line about each data set.
+    """Checks each data set; returns a line about each.
 
     Args:
         cfg: an mmengine Config.
-        splits: of train, val and test.
-        opened: how many masks of a data set are read, from its whole length; None: all.
+        splits: any of train, val and test.
+        opened: how many masks of a data set are read, evenly spaced; None: all.
 
     Raises:
-        ValueError: something is wrong; a line for each data set, with the file and the key to change.
+        ValueError: something is wrong; one line for each data set, with the file and the key to change.
     """
-    backbone = cfg.model.backbone
-    if "train" in splits and backbone.get("frozen") and not (backbone.get("checkpoint") or cfg.get("load_from")):
-        raise ValueError("model.backbone.frozen=True without an encoder would freeze noise: give checkpoint=FILE")
+    if "train" in splits and cfg.model.backbone.get("frozen") and not (has_start(cfg) or cfg.get("load_from")):
+        raise ValueError(
+            "model.backbone.frozen=True without an encoder would freeze random weights: give start.checkpoint=FILE"
+        )
     return check_datasets(cfg, splits, functools.partial(_check_dataset, cfg, opened))
 
 
@@ -57,25 +59,25 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
     check_heads(cfg, key, classes)
     _check_loading(cfg, key, dataset, split)
     if not is_local(image_folder(dataset)):
-        return f"{image_folder(dataset)} is not on this machine and not checked"
-    names, odd = find_pairs(key, dataset, kind)
+        return f"{image_folder(dataset)} is not on this machine and is not checked"
+    names, notes = find_pairs(key, dataset, kind)
     pairs = [(os.path.join(image_folder(dataset), a), os.path.join(mask_folder(dataset), b)) for a, b in names]
     step = math.ceil(len(pairs) / opened) if opened else 1
-    # A subset of a type's own classes is a relabelling of its masks, which keep their labels.
+    # With a subset of its type's classes the labels in the files are still those of all classes.
     labels = tuple(kind.METAINFO.get("classes") or classes)
     reduces = bool(_setting(dataset, kind, "reduce_zero_label"))
     counts = count_masks(key, pairs[::step], len(labels), reduces)
     _check_masks(key, counts, len(labels), reduces)
     if split == "train":
-        odd += _check_crops(key, dataset, counts)
+        notes += _check_crops(key, dataset, counts)
     if opened is None:
-        unseen = [name for label, name in enumerate(labels, int(reduces)) if not counts.pixels[label]]
-        odd += [f"no pixel of {len(unseen)} classes: {first_names(unseen)}"] if unseen else []
-    return ", ".join([f"{len(pairs)} images, {len(pairs[::step])} of the masks read", *odd])
+        absent = [name for label, name in enumerate(labels, int(reduces)) if not counts.pixels[label]]
+        notes += [f"no pixel of {len(absent)} classes: {first_names(absent)}"] if absent else []
+    return ", ".join([f"{len(pairs)} images, {len(pairs[::step])} of the masks read", *notes])
 
 
 def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]], list[str]]:
-    """Names of images and of their masks, below their folders, as mmseg pairs them; and what is odd about them.
+    """Paths of images and of their masks relative to their folders, as mmseg pairs them, and notes about unused masks.
 
     Args:
         key: of the data set, for messages.
@@ -83,7 +85,7 @@ def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]]
         kind: its type, a class of mmseg.
 
     Raises:
-        ValueError: a folder is not there or has no images, or images have no mask.
+        ValueError: a folder does not exist or has no images, or images have no mask.
     """
     images, masks = image_folder(dataset), mask_folder(dataset)
     check_exists(f"{key}.data_prefix.img_path", images, "folder")
@@ -99,22 +101,22 @@ def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]]
         stems = [name.removesuffix(suffix) for name in _files_below(images) if name.endswith(suffix)]
     if not stems:
         others = sorted({os.path.splitext(name)[1] for name in _files_below(images)})
-        there = f"only {first_names(others)}: set {key}.img_suffix" if others else "it is empty"
-        raise ValueError(f"{key}: no image *{suffix} in {images}; {there}")
+        present = f"only {first_names(others)}: set {key}.img_suffix" if others else "it is empty"
+        raise ValueError(f"{key}: no image *{suffix} in {images}; {present}")
     if missing := find_missing(masks, [stem + mask_suffix for stem in stems]):
         raise ValueError(
             f"{key}: {len(missing)} of the {len(stems)} images have no mask in {masks}: {first_names(missing)}; is "
             f"{key}.data_prefix.seg_map_path right, and seg_map_suffix={mask_suffix}, and everything unpacked?"
         )
-    wanted = {stem + mask_suffix for stem in stems}
-    beside = [name for name in _files_below(masks) if name.endswith(mask_suffix) and name not in wanted]
-    listed = bool(dataset.get("ann_file"))  # then others may be of another split
-    odd = [f"{len(beside)} masks have no image (not used)"] if beside and not listed else []
-    return [(stem + suffix, stem + mask_suffix) for stem in sorted(stems)], odd
+    paired = {stem + mask_suffix for stem in stems}
+    unpaired = [name for name in _files_below(masks) if name.endswith(mask_suffix) and name not in paired]
+    listed = bool(dataset.get("ann_file"))  # then the others may be of another split
+    notes = [f"{len(unpaired)} masks have no image (not used)"] if unpaired and not listed else []
+    return [(stem + suffix, stem + mask_suffix) for stem in sorted(stems)], notes
 
 
 def _files_below(folder: str) -> list[str]:
-    """Without hidden ones, as mmengine lists them: some systems put a ._name.jpg beside each name.jpg."""
+    """Without hidden files, as mmengine lists them: some systems write a ._name.jpg next to each name.jpg."""
     found = ((os.path.relpath(parent, folder), names) for parent, _, names in os.walk(folder, followlinks=True))
     names = ((parent, name) for parent, names in found for name in names if not name.startswith("."))
     return [os.path.normpath(os.path.join(*path)) for path in names]
@@ -131,7 +133,7 @@ def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
 
 
 def _setting(dataset: Any, kind: Any, name: str) -> Any:
-    """A data set's own, or its type's default."""
+    """The data set's own value, or the default of its type."""
     if dataset.get(name) is not None:
         return dataset[name]
     known = (inspect.signature(base.__init__).parameters for base in kind.__mro__)
@@ -141,13 +143,13 @@ def _setting(dataset: Any, kind: Any, name: str) -> Any:
 def _check_loading(cfg: Any, key: str, dataset: Any, split: str) -> None:
     batch = cfg[f"{split}_dataloader"].get("batch_size", 1)
     if split != "train" and batch != 1:
-        raise ValueError(f"{split}_dataloader.batch_size={batch}: images of a test differ in size: give 1")
+        raise ValueError(f"{split}_dataloader.batch_size={batch}: images of an evaluation differ in size: give 1")
     for step in flatten_steps(dataset.pipeline):
         own = step.get("reduce_zero_label") if step.type.endswith("LoadAnnotations") else None
         if own is not None and own != dataset.get("reduce_zero_label", own):
             raise ValueError(
                 f"{key}.pipeline: LoadAnnotations has reduce_zero_label={own}, its data set "
-                f"{dataset.reduce_zero_label}: delete it from the pipeline, which asks the data set"
+                f"{dataset.reduce_zero_label}: delete it from the pipeline, which takes the data set's"
             )
 
 
@@ -158,43 +160,47 @@ def _check_masks(key: str, counts: MaskCounts, classes: int, reduces: bool) -> N
     if counts.outside:
         labels = sorted({label for found in counts.outside.values() for label in found})
         valid = f"{int(reduces)} to {classes - 1 + int(reduces)}, and {'0 and ' if reduces else ''}255 for none"
-        hint = "are they numbered from 1? then reduce_zero_label=true" if not reduces and labels == [classes] else ""
+        hint = (
+            "are they numbered from 1? then give reduce_zero_label=true" if not reduces and labels == [classes] else ""
+        )
         raise ValueError(
             f"{key}: labels {first_names(list(map(str, labels)))} in masks {first_names(list(counts.outside))}: with "
             f"{classes} classes and reduce_zero_label={reduces} they are {valid}; {hint or 'name all in classes'}"
         )
     if len(counts.unlabelled) == len(counts.sizes):
-        raise ValueError(f"{key}: not one pixel of the masks read has a class: is reduce_zero_label={reduces} right?")
+        raise ValueError(f"{key}: no pixel of the masks read has a class: is reduce_zero_label={reduces} right?")
 
 
 def _check_crops(key: str, dataset: Any, counts: MaskCounts) -> list[str]:
-    """What is odd about sizes; raises ValueError where an image would shrink to nothing, or none fills a crop."""
-    odd = []
+    """Notes about sizes; raises ValueError where an image would be resized to nothing, or no image fills a crop."""
+    notes = []
     if counts.unlabelled:
-        odd.append(f"{len(counts.unlabelled)} masks without a labelled pixel")
+        notes.append(f"{len(counts.unlabelled)} masks without a labelled pixel")
     sizes: list[tuple[float, float]] = list(counts.sizes)
     for step in flatten_steps(dataset.pipeline):
         if step.type.endswith("Resize") and "scale" in step:
             least, most = step.get("ratio_range", (1.0, 1.0))
             if any(min(_resized(size, step.scale, least)) < 0.5 for size in sizes):
-                raise ValueError(f"{key}: an image would shrink to a height or width of 0: it is too narrow, remove it")
+                raise ValueError(
+                    f"{key}: an image would be resized to a height or width of 0: it is too narrow, remove it"
+                )
             sizes = [_resized(size, step.scale, most) for size in sizes]
         elif step.type.endswith("RandomCrop"):
             height, width = as_pair("size", step.crop_size)
             narrow = sum(size[0] < height or size[1] < width for size in sizes)
             if narrow == len(sizes):
                 raise ValueError(
-                    f"{key}: no image ever fills a crop of {height} x {width} pixels (height x width), not even the "
-                    f"largest of up to {max(size[0] for size in sizes):.0f} x {max(size[1] for size in sizes):.0f}: "
+                    f"{key}: no image fills a crop of {height} x {width} pixels (height x width); the largest "
+                    f"is up to {max(size[0] for size in sizes):.0f} x {max(size[1] for size in sizes):.0f}: "
                     f"give a smaller size, or a larger scale"
                 )
             if narrow:
-                odd.append(f"{narrow} images never fill a crop of {height} x {width} pixels and are padded")
-    return odd
+                notes.append(f"{narrow} images never fill a crop of {height} x {width} pixels and are padded")
+    return notes
 
 
 def _resized(size: tuple[float, float], scale: Sequence[int], ratio: float) -> tuple[float, float]:
-    """As mmcv does it where a ratio is kept: as large as fits into both sides, whichever way it lies."""
+    """As mmcv resizes with keep_ratio: to the largest size that fits into both sides, portrait or landscape."""
     factor = min(max(scale) * ratio / max(size), min(scale) * ratio / min(size))
     return size[0] * factor, size[1] * factor
 
@@ -203,12 +209,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 1 and one clear error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("changes", metavar="KEY=value", nargs="*")
+    parser.add_argument("overrides", metavar="KEY=value", nargs="*")
     return report_errors(functools.partial(_run, parser.parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
-    cfg = load(options.config, options.changes, CONFIGS, propagate_keys).cfg
+    cfg = load_job(options.config, options.overrides, CONFIGS, propagate_keys).cfg
     import_modules_from_strings(**cfg.get("custom_imports") or {"imports": []})
     splits = [split for split in ("train", "val") if cfg.get(f"{split}_dataloader")]
     print(*check(cfg, splits, opened=None), sep="\n")

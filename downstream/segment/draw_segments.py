@@ -1,8 +1,8 @@
-"""Draws what a segmentor sees: `python -m downstream.segment.draw_segments CONFIG WEIGHTS IMAGES OUT [--opacity 0.6]`.
+"""Draws predictions: `python -m downstream.segment.draw_segments CONFIG WEIGHTS IMAGES OUT [--opacity 0.6]`.
 
-CONFIG and WEIGHTS are those of downstream/segment/train_segmentor.py; of a training, WORK_DIR/config.py and WORK_DIR. IMAGES is one
-image or a folder; OUT gets a picture of the same name for each, with a colour and a name for each class. Images are
-resized and cut as in the configuration's test.
+CONFIG and WEIGHTS are as for downstream/segment/train_segmentor.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES
+is an image or a folder; in OUT a drawing of each has the same name, with a color and a name for each class. Images are
+resized and cut into windows as in the configuration's test.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def _prepare(opacity: float, cfg: Any, weights: str, device: torch.device) -> Dr
     return draw
 
 
-def _share(text: str) -> float:
+def _opacity(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError("above 0, at most 1")
@@ -53,7 +53,7 @@ def _share(text: str) -> float:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 0, or 1 and one clear error."""
     parser = make_parser(__doc__)
-    parser.add_argument("--opacity", metavar="A", type=_share, default=0.6, help="of the colours (default 0.6)")
+    parser.add_argument("--opacity", metavar="A", type=_opacity, default=0.6, help="of the colors (default 0.6)")
     options = parser.parse_args(arguments)
     prepare = functools.partial(_prepare, options.opacity)
     return report_errors(lambda: run_draw(options, CONFIGS, propagate_keys, prepare))

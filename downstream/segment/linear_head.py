@@ -1,4 +1,4 @@
-"""The smallest head there is, to see what an encoder's features are worth by themselves."""
+"""A linear head, to evaluate the features of a frozen encoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @MODELS.register_module()
 class LinearHead(BaseDecodeHead):
-    """One matrix for all places of one map, behind a norm; logits are resized to the image like those of any head.
+    """A norm and a 1x1 convolution on one map; logits are resized to the image like those of any head.
 
     Args:
         in_channels: of the map.
         norm_cfg: of the norm.
-        others: as of mmseg's heads.
+        others: arguments of mmseg's heads.
     """
 
     def __init__(self, in_channels: int, norm_cfg: dict[str, Any], **others: Any):

@@ -1,4 +1,4 @@
-"""What stands in the masks of a data set, read as mmseg reads them: found before a training stumbles over it."""
+"""Counts the labels in the masks of a data set, read as mmseg reads them."""
 
 import os
 from collections import Counter
@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.parallel import default_workers
-from downstream.dense.data_checks import image_size
+from downstream.dense.data_checks import read_image_size
 
 IGNORED = 255
 Size = tuple[int, int]
@@ -19,13 +19,13 @@ Size = tuple[int, int]
 
 @dataclass
 class MaskCounts:
-    """What was found in pairs of an image and its mask.
+    """Counts over pairs of an image and its mask.
 
     Attributes:
-        pixels: how many there are of each label, as it stands in the files.
+        pixels: the number of pixels of each label in the files.
         sizes: (height, width) of the images, in the order of the pairs.
-        unlabelled: masks in which all is ignored.
-        outside: names of masks with labels that are no class, and these labels.
+        unlabelled: masks in which every pixel is ignored.
+        outside: names of masks with labels that are not a class, and these labels.
         broken: what is wrong with a pair that cannot be used.
     """
 
@@ -37,16 +37,16 @@ class MaskCounts:
 
 
 def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce_zero_label: bool) -> MaskCounts:
-    """Reads all of these masks, and of the images their sizes.
+    """Reads all of these masks, and the sizes of the images.
 
     Args:
         key: of the data set, for messages.
         pairs: paths of images and of their masks.
-        classes: labels are 0 to classes - 1, or one more where `reduce_zero_label`, whose 0 is none; 255 is none.
+        classes: labels are 0 to classes - 1 and 255 for none, or with `reduce_zero_label` 1 to classes and 0 or 255.
         reduce_zero_label: as mmseg's.
     """
     first = int(reduce_zero_label)
-    nothing = {IGNORED, 0} if reduce_zero_label else {IGNORED}
+    ignored = {IGNORED, 0} if reduce_zero_label else {IGNORED}
     counts = MaskCounts()
     with ThreadPoolExecutor(default_workers()) as pool:
         read = pool.map(lambda pair: _read(key, *pair), pairs)
@@ -58,28 +58,31 @@ def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce
             size, labels = found
             counts.sizes.append(size)
             counts.pixels.update(labels)
-            if beyond := [n for n in labels if n not in nothing and not first <= n < first + classes]:
-                counts.outside[os.path.basename(mask)] = beyond
-            if labels.keys() <= nothing:
+            if outside := [n for n in labels if n not in ignored and not first <= n < first + classes]:
+                counts.outside[os.path.basename(mask)] = outside
+            if labels.keys() <= ignored:
                 counts.unlabelled.append(mask)
     return counts
 
 
 def _read(key: str, image: str, mask: str) -> tuple[Size, dict[int, int]] | str:
-    """The image's size, and how many pixels have which label; or what is wrong."""
+    """The image's size and the number of pixels of each label, or what is wrong."""
     try:
-        size = image_size(key, image)
+        size = read_image_size(key, image)
     except ValueError as error:
         return str(error)
     try:
         with Image.open(mask) as file:
             labels = np.asarray(file)
     except (ValueError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        return f"{key}: {mask} is no image that can be read: {error}"
+        return f"{key}: {mask} cannot be read as an image: {error}"
     if labels.ndim != 2:
         return f"{key}: {mask} has {labels.shape[2]} channels: a mask has one, with the number of a pixel's class"
     if labels.shape != size:
         (rows, cols), (height, width) = labels.shape, size
-        return f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: it is of another version of it"
+        return (
+            f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: it belongs to another version of "
+            f"the image"
+        )
     values, numbers = np.unique(labels, return_counts=True)
     return size, dict(zip(map(int, values), map(int, numbers), strict=True))

@@ -1,6 +1,6 @@
-"""What a segmentation config says once, at its top, put everywhere that mmseg reads it.
+"""Copies keys from the top of a segmentation config to wherever mmseg reads them.
 
-`data_root` and `classes` as in detection, `reduce_zero_label`, and the sizes `size`, `stride` and `scale`.
+They are `data_root` and `classes` as in detection, `reduce_zero_label`, and the sizes `size`, `stride` and `scale`.
 """
 
 from collections.abc import Iterator
@@ -10,44 +10,44 @@ from downstream.dense.mmengine.dataset_keys import SPLITS, below_root, datasets,
 
 
 def propagate_keys(cfg: Any) -> None:
-    """Fills in data sets, pipelines and the model from the top of an mmengine Config, in place; None leaves as it is.
+    """Fills in data sets, pipelines and the model from the top of an mmengine Config, in place.
 
-    Beside what `propagate_data_keys` does:
-    `classes`, names in the order of their labels, are the length of every head's `num_classes`; a set with classes of
-    its own is no ADE20KDataset but any BaseSegDataset.
-    `reduce_zero_label`, whether label 0 is nothing and the first class is 1, reaches every data set.
-    `size`, pixels or (height, width), is what training cuts out, batches are padded to, the backbone was built for, and
-    a test's windows have; `stride` is from window to window.
-    `scale`, (long, short) sides, is what images are resized to, in training times a random ratio.
+    A key that is None changes nothing. As `propagate_data_keys`, and:
+    `classes`, names in the order of their labels: their number is every head's `num_classes`; an ADE20KDataset with
+    other classes becomes a BaseSegDataset.
+    `reduce_zero_label`, whether label 0 is ignored and the first class is 1: of every data set.
+    `size`, pixels or (height, width): of the crops of training, of the padded batches, of the images that the backbone
+    is built for, and of the windows of an evaluation; `stride`: between these windows.
+    `scale`, (long, short) side: what images are resized to, in training times a random ratio.
 
     Raises:
-        ValueError: `classes` is no list of at least two different names, or a size is not one.
+        ValueError: `classes` is not a list of at least two different names, or a size is not one.
     """
     propagate_data_keys(cfg)
     classes = cfg.get("classes")
     if classes is not None and len(classes) < 2:
-        raise ValueError(f"classes={classes!r}: at least two, one of which may be what is around the other")
+        raise ValueError(f"classes={classes!r}: give at least two; one of them may be the background")
     for split in SPLITS:
         for _, dataset in datasets(cfg, split):
             if classes is not None and dataset.type == "ADE20KDataset":
                 dataset.type = "BaseSegDataset"
             if cfg.get("reduce_zero_label") is not None:
                 dataset.reduce_zero_label = cfg.reduce_zero_label
-            _spread_sizes(cfg, dataset.pipeline)
-    _spread_sizes(cfg, cfg.get("tta_pipeline") or [])
+            _propagate_sizes(cfg, dataset.pipeline)
+    _propagate_sizes(cfg, cfg.get("tta_pipeline") or [])
     if classes is not None:
         for _, head in heads(cfg):
             head.num_classes = len(classes)
     if cfg.get("size") is not None:
-        size = as_pair("size", cfg.size, cfg.model.backbone.get("patch", 1))
-        cfg.model.data_preprocessor.size = cfg.model.backbone.size = size
+        size = as_pair("size", cfg.size, cfg.model.backbone.get("patch_size", 1))
+        cfg.model.data_preprocessor.size = cfg.model.backbone.img_size = size
         if cfg.model.test_cfg.mode == "slide":
             cfg.model.test_cfg.crop_size = size
     if cfg.get("stride") is not None and cfg.model.test_cfg.mode == "slide":
         cfg.model.test_cfg.stride = as_pair("stride", cfg.stride)
 
 
-def _spread_sizes(cfg: Any, steps: Any) -> None:
+def _propagate_sizes(cfg: Any, steps: Any) -> None:
     for step in flatten_steps(steps):
         if "crop_size" in step and cfg.get("size") is not None:
             step.crop_size = as_pair("size", cfg.size)
@@ -56,7 +56,7 @@ def _spread_sizes(cfg: Any, steps: Any) -> None:
 
 
 def flatten_steps(steps: Any) -> Iterator[Any]:
-    """The steps of a pipeline, and in place of TestTimeAug's those that it combines."""
+    """The steps of a pipeline; in place of TestTimeAug, the steps that it combines."""
     for step in steps:
         if isinstance(step, dict):
             yield from flatten_steps(step["transforms"]) if "transforms" in step else [step]
@@ -68,7 +68,7 @@ def as_pair(key: str, value: Any, multiple: int = 1) -> tuple[int, int]:
     """One number twice, or two; ValueError in terms of `key` where they are none, or no multiples."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in pair):
-        what = "pixels" if multiple == 1 else f"multiples of {multiple} pixels, of model.backbone.patch"
+        what = "pixels" if multiple == 1 else f"multiples of {multiple} pixels, of model.backbone.patch_size"
         raise ValueError(f"{key}={value!r}: a number of {what}, or two of them")
     return pair
 
@@ -76,11 +76,11 @@ def as_pair(key: str, value: Any, multiple: int = 1) -> tuple[int, int]:
 def heads(cfg: Any) -> Iterator[tuple[str, Any]]:
     """The heads of an mmseg model with their dotted keys."""
     yield "model.decode_head", cfg.model.decode_head
-    beside = cfg.model.get("auxiliary_head") or []
-    if isinstance(beside, dict):
-        yield "model.auxiliary_head", beside
+    auxiliary = cfg.model.get("auxiliary_head") or []
+    if isinstance(auxiliary, dict):
+        yield "model.auxiliary_head", auxiliary
     else:
-        for number, head in enumerate(beside):
+        for number, head in enumerate(auxiliary):
             yield f"model.auxiliary_head.{number}", head
 
 

@@ -1,40 +1,19 @@
-"""Trains a segmentor: `deepspeed downstream/segment/train_segmentor.py CONFIG checkpoint=FILE [KEY=value ...]`, or by others.
+"""Trains a segmentor: `deepspeed downstream/segment/train_segmentor.py CONFIG start.checkpoint=FILE [KEY=value ...]`.
 
-CONFIG is an mmengine configuration or the name of one in downstream/segment/configs. A training that was stopped
-continues when the same command is given again; with test=FILE a checkpoint is evaluated instead, and
-with tta=true beside it on several sizes of each image and their mirror images.
+CONFIG is an mmengine configuration or the name of one in downstream/segment/configs; torchrun, srun and python start it
+as well. A training that was stopped continues when the same command is given again; with test=FILE a checkpoint is
+evaluated instead, with tta=true on several sizes of each image and their mirror images.
 """
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts us as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts this file as a script
 
-from downstream.dense.entry import read_job, train_job
+from downstream.dense.entry import main
 from downstream.segment.segmentor_keys import propagate_keys
-from pretrain.trainer.launch import World
-from pretrain.trainer.main import main
-
-if TYPE_CHECKING:
-    from downstream.dense.mmengine.config_file import Job
 
 CONFIGS = Path(__file__).parent / "configs"
 
-
-def read(name: str, changes: list[str]) -> "Job":
-    return read_job(name, changes, CONFIGS, propagate_keys)
-
-
-def train(job: "Job", world: World) -> None:
-    train_job(job, world, _check)
-
-
-def _check(cfg: Any, splits: list[str]) -> list[str]:
-    from downstream.segment.check_masks import check  # of mmseg, which is imported when the ranks have started
-
-    return check(cfg, splits)
-
-
 if __name__ == "__main__":
-    main(__doc__, read, train, recipe="CONFIG")
+    main(__doc__, CONFIGS, propagate_keys, checks="downstream.segment.check_masks")

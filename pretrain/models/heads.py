@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as collective
 from torch import Tensor, nn
 
-from pretrain.models.vit import init_weights
+from pretrain.models.vit import at_least_fp32, init_weights
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(nn.Module):
-    """Batch normalisation of (R, D) rows by the statistics of all ranks' rows; in fp32, whatever goes in.
+    """Batch normalisation of (R, D) rows by the statistics of all ranks' rows; in fp32 also under autocast.
 
     Unless `affine`, a learned scale and shift do not follow.
 
@@ -38,7 +38,7 @@ class SyncBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
+        x = at_least_fp32(x)
         if not self.training:
             mean, var = self.running_mean, self.running_var
         else:

@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 from mmengine.config import Config
 
-from downstream.dense.mmengine.config_file import Job, load
+from downstream.dense.job import Job
+from downstream.dense.mmengine.config_file import load_job
 from downstream.detect.train_detector import CONFIGS
+from pretrain.trainer.engine import read_ds_config
 
-TINY = str(Path(__file__).parent / "tiny_mask_rcnn.py")
-
-
-def load_here(*changes: str, name: str = TINY) -> Job:
-    return load(name, list(changes), CONFIGS, lambda cfg: None)
+TINY = str(Path(__file__).parents[1] / "helpers" / "tiny_mask_rcnn.py")
 
 
-def test_changes_reach_the_configuration():
+def load_here(*overrides: str, name: str = TINY) -> Job:
+    return load_job(name, list(overrides), CONFIGS, lambda cfg: None)
+
+
+def test_overrides_reach_the_configuration():
     job = load_here(
         "train_cfg.max_epochs=25",
         "optim_wrapper.optimizer.lr=1e-4",
@@ -25,8 +27,8 @@ def test_changes_reach_the_configuration():
         "train_pipeline.3.prob=0",
         "optim_wrapper.clip_grad={'max_norm': 1.0}",
         "load_from=other.pth",
-        "precision=bf16",
-        "engine=zero2",
+        "train.precision=bf16",
+        "train.ds_config=zero2",
         "test=runs/x",
         "resume=false",
     )
@@ -35,20 +37,20 @@ def test_changes_reach_the_configuration():
     assert cfg.param_scheduler[1].milestones == [22, 24]
     assert cfg.optim_wrapper.clip_grad == {"max_norm": 1.0}
     assert (cfg.optim_wrapper.type, cfg.optim_wrapper.dtype) == ("AmpOptimWrapper", "bfloat16")
-    assert Path(job.engine or "").read_text().count('"stage": 2') == 1
+    assert read_ds_config(job.ds_config or "")["zero_optimization"]["stage"] == 2
     assert (job.test, job.resume, cfg.load_from) == ("runs/x", False, "other.pth")
 
 
 def test_defaults():
     job = load_here()
-    assert (job.engine, job.test, job.resume) == (None, None, True)
+    assert (job.ds_config, job.test, job.resume) == (None, None, True)
     assert job.cfg.work_dir == "runs/tiny_mask_rcnn"
     assert job.cfg.randomness.seed == 0
     assert job.cfg.optim_wrapper.type == "OptimWrapper"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("override", "words"),
     [
         ("train_cfg.max_epoch=3", "unknown key train_cfg.max_epoch: in train_cfg, did you mean max_epochs?"),
         ("modl.neck=3", "unknown key modl.neck: did you mean model?"),
@@ -56,25 +58,25 @@ def test_defaults():
         ("train_cfg.max_epochs.end=3", "train_cfg.max_epochs is a value, 2"),
         ("train_cfg.max_epochs=ten", "train_cfg.max_epochs='ten': it is a number in the configuration (2)"),
         ("train_dataloader.persistent_workers=1", "it is true or false"),
-        ("optim_wrapper.optimizer=AdamW", "it is a group of keys: change one of them"),
-        ("train_cfg.max_epochs", "is not a change: write KEY=value"),
-        ("--lr=3", "is not a change: write KEY=value"),
-        ("checkpoint=x.pth", "unknown key model.backbone.checkpoint"),  # a ResNet has none
-        ("precision=fp16", "precision='fp16': fp32 or bf16"),
-        ("resume=yes", "resume='yes': true continues"),
+        ("optim_wrapper.optimizer=AdamW", "it is a group of keys: override one of them"),
+        ("train_cfg.max_epochs", "is not an override: write KEY=value"),
+        ("--lr=3", "is not an override: write KEY=value"),
+        ("start.checkpoint=x.pth", "start.checkpoint=x.pth is for model.backbone.type=PlainViT, and this is ResNet"),
+        ("train.precision=fp16", "train.precision='fp16': fp32 or bf16"),
+        ("resume=often", "resume='often': true or false"),
         ("optim_wrapper.type=ApexOptimWrapper", "OptimWrapper (fp32) or AmpOptimWrapper (bf16)"),
     ],
 )
-def test_refused_change(change: str, words: str):
+def test_refused_override(override: str, words: str):
     with pytest.raises(ValueError, match=re.escape(words)):
-        load_here(change)
+        load_here(override)
 
 
 def test_refused_configuration(tmp_path: Path):
     with pytest.raises(ValueError, match="did you mean vitdet_vitb_lomar_25ep"):
         load_here(name="vitdet_vitb_lomar_25e")
     (tmp_path / "bad.py").write_text("model = dict(\n")
-    with pytest.raises(ValueError, match=r"bad\.py is no configuration that mmengine reads: "):
+    with pytest.raises(ValueError, match=r"bad\.py cannot be read as a configuration: "):
         load_here(name=str(tmp_path / "bad.py"))
 
 
@@ -85,7 +87,7 @@ def test_configuration_of_mmseg_is_found(tmp_path: Path):
 
 @pytest.mark.parametrize(("enable", "rate"), [("true", 1e-3 * 24 / 16), ("false", 1e-3)])
 def test_learning_rate_counts_accumulation(enable: str, rate: float):
-    from downstream.dense.mmengine.job import _scale_lr
+    from downstream.dense.mmengine.runner import _scale_lr
     from pretrain.trainer.launch import World
 
     cfg = load_here(
@@ -110,8 +112,8 @@ def test_batches_from_the_middle_are_the_rest():
     batches.sampler.set_epoch(4)
     whole = list(batches)
     assert len(whole) == len(batches) == 12
-    assert {place.turn for batch in whole for place in batch} == {4}
-    batches.first = 5
+    assert {index.epoch for batch in whole for index in batch} == {4}
+    batches.start = 5
     assert list(batches) == whole[5:]
     assert list(batches) == whole  # the next pass is whole again
 
@@ -121,13 +123,13 @@ def test_few_images_are_refused():
         samplers(4, 2, 3)
 
 
-def test_place_survives_its_way_to_a_worker():
+def test_seeded_index_is_pickled_for_a_worker():
     import pickle
 
-    from downstream.dense.mmengine.data_order import Place
+    from downstream.dense.mmengine.data_order import SeededIndex
 
-    place = pickle.loads(pickle.dumps(Place(7, turn=3)))
-    assert (place, place.turn) == (7, 3)
+    index = pickle.loads(pickle.dumps(SeededIndex(7, epoch=3)))
+    assert (index, index.epoch) == (7, 3)
 
 
 def test_dumped_configuration_is_one_again(tmp_path: Path):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from downstream.dense.backbone import attention as module
 from downstream.dense.backbone.attention import DecomposedAttention, GridAttention, RelativeAttention, attend_fused
-from downstream.dense.backbone.plain_vit import attention as module
 from downstream.dense.backbone.relative_position import decomposed_terms
 
 KINDS = ("relative", "decomposed")
@@ -56,7 +56,7 @@ def test_equals_attention_pair_by_pair(kind, grid, window, class_token, table, m
     wanted = with_gradients(lambda x: naive_attention(attention, x, grid, window), x, parameters)
     of_row = 2 * 2 * grid[1] * x.shape[1]
     for limit in (2**22, 1, 2 * of_row):
-        monkeypatch.setitem(module._LOGITS, "cpu", limit)
+        monkeypatch.setitem(module._MAX_LOGITS, "cpu", limit)
         found = with_gradients(lambda x: attention(x, grid, window), x, parameters)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -67,8 +67,9 @@ def test_equals_attention_pair_by_pair(kind, grid, window, class_token, table, m
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("grid", [(4, 5), (7, 3)])
 def test_the_fused_form_is_the_same_and_torch_has_a_kernel_for_it(grid, class_token):
-    q, k, v = torch.randn(3, 2, 2, grid[0] * grid[1] + class_token, 8, generator=torch.Generator().manual_seed(1))
-    attention = build("decomposed", grid, dim=16)
+    shape = (3, 2, 2, grid[0] * grid[1] + class_token, 8)
+    q, k, v = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    attention = build("decomposed", grid, dim=16).double()
     patches = q[:, :, int(class_token) :]
     terms = decomposed_terms(patches, attention.rel_pos_h, attention.rel_pos_w, grid).detach()
 
@@ -82,7 +83,7 @@ def test_the_fused_form_is_the_same_and_torch_has_a_kernel_for_it(grid, class_to
         fused = gradients(lambda *t: attend_fused(*t, grid))
     by_rows = gradients(lambda *t: module.attend_by_rows(*t, module.decomposed_bias, grid))
     for a, b in zip(fused, by_rows, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 class Largest(TorchDispatchMode):
@@ -101,7 +102,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_a_whole_image_never_exist(kind, monkeypatch):
     side, heads = 32, 2
-    monkeypatch.setitem(module._LOGITS, "cpu", 2 * heads * side**3)
+    monkeypatch.setitem(module._MAX_LOGITS, "cpu", 2 * heads * side**3)
     attention = build(kind, (side, side))
     x = tokens(side**2).float()[:1].requires_grad_()
     kept: dict[int, int] = {}

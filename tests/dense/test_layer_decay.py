@@ -9,9 +9,8 @@ from mmengine.model import BaseModule
 from mmengine.optim import AmpOptimWrapper, MultiStepLR, OptimWrapper, build_optim_wrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 
-from downstream.dense.mmengine import layer_decay as optim_module
 from downstream.dense.backbone.plain_vit import PlainViT
-from downstream.dense.mmengine.layer_decay import layer_decay_groups
+from downstream.dense.mmengine.layer_decay import LayerDecayOptimWrapperConstructor, layer_decay_groups
 from pretrain.models.vit import ARCHS, Arch
 
 DECAY = 0.5
@@ -31,11 +30,11 @@ class Detector(BaseModule):
             4,
             16,
             position,
-            window=0,
+            window_size=0,
             class_token=True,
             conv_blocks=(1,),
             parallel_conv=True,
-            out_blocks=(2,),
+            out_indices=(2,),
         )
         self.backbone_neck = torch.nn.Conv2d(8, 4, 1)
         self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
@@ -94,7 +93,7 @@ def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
             model,
             {
                 "type": kind,
-                "constructor": "LayerDecay",
+                "constructor": LayerDecayOptimWrapperConstructor.__name__,
                 "paramwise_cfg": {"layer_decay": DECAY},
                 "optimizer": optimizer,
                 "clip_grad": {"max_norm": 1.0},
@@ -115,7 +114,7 @@ def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
 @pytest.mark.parametrize("paramwise", [None, {}, {"layer_decay": 0.5, "bias_lr_mult": 2}, {"decay_rate": 0.5}])
 def test_other_options_are_refused(paramwise):
     with pytest.raises(ValueError, match=r"needs optim_wrapper\.paramwise_cfg"):
-        optim_module.LayerDecayOptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1.0}}, paramwise)
+        LayerDecayOptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1.0}}, paramwise)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])

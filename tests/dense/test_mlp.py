@@ -28,7 +28,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 def results(mlp: Mlp | TimmMlp, forward: Forward, bf16: bool) -> list[Tensor]:
     """The output, and the gradients of the input and of each parameter."""
-    x = tokens().requires_grad_()
+    x = tokens().requires_grad_() if bf16 else tokens(torch.float64).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = forward(x)
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
@@ -38,7 +38,8 @@ def results(mlp: Mlp | TimmMlp, forward: Forward, bf16: bool) -> list[Tensor]:
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("again", [False, True])
 def test_it_is_timms(bf16: bool, again: bool):
-    ours, timms = build(Mlp), build(TimmMlp)
+    dtype = torch.float32 if bf16 else torch.float64
+    ours, timms = build(Mlp).to(dtype), build(TimmMlp).to(dtype)
     assert ours.state_dict().keys() == timms.state_dict().keys()
     found = results(ours, partial(recomputed, ours) if again else ours, bf16)
     for a, b in zip(found, results(timms, timms, bf16), strict=True):

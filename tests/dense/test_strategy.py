@@ -7,8 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dense_jobs import CONFIG, run_jobs
-from helpers.dense_runs import groups, last, logged, measured, said, write_engines
+from helpers.dense_jobs import CONFIG, folder_name, run_jobs
+from helpers.dense_runs import (
+    ended_with,
+    evaluations,
+    last_checkpoint,
+    logged,
+    parameter_groups,
+    write_engines,
+)
 from helpers.processes import Processes
 from helpers.tiny_coco import make_coco
 
@@ -29,24 +36,32 @@ EMPTY = [
     "train_dataloader.dataset.filter_cfg.filter_empty_gt=False",
 ]
 REFUSED = {
-    "engine": ("zero2", [], "was trained with engine=: continue it so"),
-    "no engine": ("plain", ["engine=zero2"], "was trained without engine=: continue it so"),
-    "another engine": ("zero2", ["engine=zero3"], "engine was 'ZeRO 2' and is 'ZeRO 3'"),
+    "engine": ("zero2", [], "was trained with train.ds_config=: continue it the same way"),
+    "no engine": ("plain", ["train.ds_config=zero2"], "was trained without train.ds_config=: continue it the same way"),
+    "another engine": ("zero2", ["train.ds_config=zero3"], "train.ds_config was 'ZeRO 2' and is 'ZeRO 3'"),
     "another batch": ("plain", ["train_dataloader.batch_size=2"], "train_dataloader.batch_size was 1 and is 2"),
     "another rate": ("plain", ["optim_wrapper.optimizer.lr=1e-4"], "optim_wrapper.optimizer was"),
-    "another schedule": ("zero2", ["engine=zero2", "param_scheduler.1.milestones=[2]"], "param_scheduler was"),
+    "another schedule": ("zero2", ["train.ds_config=zero2", "param_scheduler.1.milestones=[2]"], "param_scheduler was"),
     "another model": ("new", ["test=FOLDER/plain", "model.neck.out_channels=16"], "is of another model: neck."),
     "a pickle": ("new", ["test=FOLDER/pickle.pth"], "holds more than tensors and plain values (posix.system)"),
     "a damaged file": ("new", ["load_from=FOLDER/cut_off.pth"], "is damaged or no checkpoint"),
     "no file": ("new", ["test=FOLDER/nowhere"], "nowhere is no checkpoint: give a .pth file"),
-    "stage 0": ("new", ["engine=zero0"], "leave out engine="),
-    "a key of ours": ("new", ["engine=FOLDER/owned.json"], "delete it there and set optim_wrapper.clip_grad"),
-    "clipping": ("new", ["engine=zero1", "optim_wrapper.clip_grad={'type': 'value', 'clip_value': 1}"], "of type 2"),
-    "bf16": ("new", ["precision=bf16"], "mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1"),
-    "averages": ("new", ["config=FOLDER/averaged.py", "engine=zero2"], "EMAHook is for the plain Runner"),
-    "a new train_cfg": ("new", ["train_cfg={'max_epochs': 1}"], "change keys of it one by one"),
+    "stage 0": ("new", ["train.ds_config=zero0"], "leave out train.ds_config"),
+    "a key of ours": ("new", ["train.ds_config=FOLDER/owned.json"], "delete it there and set optim_wrapper.clip_grad"),
+    "clipping": (
+        "new",
+        ["train.ds_config=zero1", "optim_wrapper.clip_grad={'type': 'value', 'clip_value': 1}"],
+        "of type 2",
+    ),
+    "bf16": (
+        "new",
+        ["train.precision=bf16"],
+        "mmengine's bf16 needs a GPU: give train.precision=fp32, or train.ds_config=zero1",
+    ),
+    "averages": ("new", ["config=FOLDER/averaged.py", "train.ds_config=zero2"], "EMAHook is for mmengine's Runner"),
+    "a new train_cfg": ("new", ["train_cfg={'max_epochs': 1}"], "override its keys one by one"),
     "accumulation": ("new", ["optim_wrapper.accumulative_counts=5"], "an epoch has 4 batches a rank, fewer than"),
-    "iterations": ("new", [*ENDLESS, "optim_wrapper.accumulative_counts=4"], "train_cfg.max_iters=6 is not divided"),
+    "iterations": ("new", [*ENDLESS, "optim_wrapper.accumulative_counts=4"], "train_cfg.max_iters=6 is not a multiple"),
 }
 
 
@@ -59,7 +74,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., Processes]) -> Path:
-    """The work_dirs of all jobs."""
+    """The run folders of all jobs."""
     root = tmp_path_factory.mktemp("jobs")
     make_coco(root / "data")
     annotations = root / "data" / "annotations"
@@ -82,30 +97,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
     jobs |= {"zero3": [*STEPS, *engine["zero3"], *predictions]}
     for name, when in {"plain": "4,1", "zero2": "4,0", "zero3": "3,1"}.items():
         jobs[f"{name} stopped"] = [*STEPS, *engine[name], f"signal={when}"]
-        jobs[f"{name} continued"] = [*STEPS, *engine[name], f"work_dir={root}/{name} stopped"]
+        jobs[f"{name} continued"] = [*STEPS, *engine[name], f"name={name}-stopped"]
     endless = [f"config={root}/averaged.py", *ENDLESS]
     jobs["endless"] = endless
     jobs["endless stopped"] = [*endless, "signal=2,1"]
-    jobs["endless continued"] = [*endless, f"work_dir={root}/endless stopped"]
+    jobs["endless continued"] = [*endless, "name=endless-stopped"]
     jobs["zero2 from plain"] = [*short, *engine["zero2"], f"load_from={root}/plain"]
     jobs["plain from zero3"] = [*short, f"load_from={root}/zero3/epoch_2"]
     jobs["zero3 tested"] = [f"test={root}/zero3", f"test_evaluator.outfile_prefix={root}/test"]
-    jobs["bf16"] = [*short, *engine["zero1"], "precision=bf16"]
+    jobs["bf16"] = [*short, *engine["zero1"], "train.precision=bf16"]
     for name in ("plain", "zero3"):
         jobs[f"{name} empty"] = [*short, *engine[name], *EMPTY]
     keep = "default_hooks.checkpoint.max_keep_ckpts=1"
     jobs["plain full"] = ["train_cfg.max_epochs=3", keep, "full=8,0"]
     jobs["zero2 full"] = ["train_cfg.max_epochs=3", keep, "full=8,1", *engine["zero2"]]
-    for name, (work_dir, changes, _) in REFUSED.items():
-        changes = [change.replace("FOLDER", str(root)) for change in changes]
-        jobs[f"refused {name}"] = [*(STEPS if work_dir != "new" else []), f"work_dir={root}/{work_dir}", *changes]
+    for name, (run_name, overrides, _) in REFUSED.items():
+        overrides = [override.replace("FOLDER", str(root)) for override in overrides]
+        jobs[f"refused {name}"] = [*(STEPS if run_name != "new" else []), f"name={run_name}", *overrides]
     run_jobs(start_once, root, jobs)
     return root
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
-    plain, zero = last(folder / "plain"), last(folder / engine)
+    plain, zero = last_checkpoint(folder / "plain"), last_checkpoint(folder / engine)
     assert len(logged(plain, "loss")) == 8
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     assert len(logged(plain, "grad_norm")) == 4
@@ -118,7 +133,7 @@ def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
 
 
 def test_images_without_objects_train_zero3_as_well(folder: Path):
-    plain, zero = (logged(last(folder / f"{name} empty"), "loss") for name in ("plain", "zero3"))
+    plain, zero = (logged(last_checkpoint(folder / f"{name}-empty"), "loss") for name in ("plain", "zero3"))
     assert len(plain) == 4
     assert zero == pytest.approx(plain, rel=1e-5)
 
@@ -126,7 +141,7 @@ def test_images_without_objects_train_zero3_as_well(folder: Path):
 def test_groups_keep_their_rates(folder: Path):
     """The heads' is half of the others' from beginning to end; ZeRO has no group of what is frozen."""
     for engine in ("plain", "zero1", "zero2", "zero3"):
-        found = groups(folder / engine)
+        found = parameter_groups(folder / engine)
         scales = [1.0, 2.0, 0.5] if engine == "plain" else [1.0, 0.5]
         assert [group["lr"] for group in found] == pytest.approx([5e-4 * scale for scale in scales]), engine
         assert [group["initial_lr"] for group in found] == pytest.approx([1e-3 * scale for scale in scales]), engine
@@ -146,9 +161,9 @@ def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, 
 
     Augmentation is random in all of them.
     """
-    assert said(folder, f"{name} stopped") == words
-    assert said(folder, f"{name} continued") == ""
-    whole, again = last(folder / name), last(folder / f"{name} stopped")
+    assert ended_with(folder, f"{name} stopped") == words
+    assert ended_with(folder, f"{name} continued") == ""
+    whole, again = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
     for scalar in ("loss", "loss_mask", "lr"):
         assert logged(again, scalar) == logged(whole, scalar)
     assert (again["meta"]["epoch"], again["meta"]["iter"]) == (whole["meta"]["epoch"], whole["meta"]["iter"])
@@ -156,26 +171,26 @@ def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, 
     for part in whole.keys() & {"state_dict", "ema_state_dict"}:
         for key, tensor in whole[part].items():
             assert torch.equal(tensor, again[part][key]), key
-    rows = measured(folder / f"{name} stopped")
+    rows = evaluations(folder / f"{name}-stopped")
     # Each evaluation once: the one that a stop at an epoch's end kept from being done as well.
     assert [row["iter"] for row in rows] == ([6] if name == "endless" else [4, 8])
 
 
 def test_images_differ_from_epoch_to_epoch(folder: Path):
     """Or the same bits would prove little."""
-    content = last(folder / "plain")
+    content = last_checkpoint(folder / "plain")
     assert len(set(logged(content, "loss_rpn_bbox"))) == 8
 
 
 def test_weights_go_from_one_to_the_other(folder: Path):
-    zero, plain = last(folder / "zero2 from plain"), last(folder / "plain from zero3")
+    zero, plain = (last_checkpoint(folder / folder_name(job)) for job in ("zero2 from plain", "plain from zero3"))
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)  # the weights are nearly the same
-    assert abs(logged(zero, "loss")[0] - logged(last(folder / "plain"), "loss")[0]) > 0.1  # and no new ones
+    assert abs(logged(zero, "loss")[0] - logged(last_checkpoint(folder / "plain"), "loss")[0]) > 0.1  # and no new ones
 
 
 def test_zero3_predicts_what_its_file_predicts(folder: Path):
     """In training by a copy that the ranks' parts fill; by the plain Runner from the file."""
-    assert said(folder, "zero3 tested") == ""
+    assert ended_with(folder, "zero3 tested") == ""
     for kind in ("bbox", "segm"):
         first, second = (json.loads((folder / f"{run}.{kind}.json").read_text()) for run in ("val", "test"))
         assert len(first) >= 10
@@ -183,9 +198,9 @@ def test_zero3_predicts_what_its_file_predicts(folder: Path):
 
 
 def test_bf16_keeps_fp32_weights(folder: Path):
-    content = last(folder / "bf16")
+    content = last_checkpoint(folder / "bf16")
     assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
-    whole = logged(last(folder / "plain"), "loss")[0]
+    whole = logged(last_checkpoint(folder / "plain"), "loss")[0]
     assert logged(content, "loss")[0] == pytest.approx(whole, rel=0.02)
     assert logged(content, "loss")[0] != whole
 
@@ -193,16 +208,16 @@ def test_bf16_keeps_fp32_weights(folder: Path):
 @pytest.mark.parametrize("name", ["plain", "zero2"])
 def test_full_disk_loses_nothing_older(folder: Path, name: str):
     """`max_keep_ckpts=1`: the second checkpoint has replaced the first one, the third cannot be written."""
-    words = said(folder, f"{name} full")
+    words = ended_with(folder, f"{name} full")
     assert "epoch_3" in words
     assert "could not be written" in words
-    work_dir = folder / f"{name} full"
-    assert last(work_dir)["meta"]["epoch"] == 2
+    work_dir = folder / f"{name}-full"
+    assert last_checkpoint(work_dir)["meta"]["epoch"] == 2
     assert sorted(p.name.removesuffix(".pth") for p in work_dir.glob("epoch_*")) == ["epoch_2"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(folder: Path, name: str):
-    words = said(folder, f"refused {name}")
+    words = ended_with(folder, f"refused {name}")
     assert REFUSED[name][2] in words
     assert "\n" not in words

@@ -81,8 +81,8 @@ BAD = {
     "no area": (lambda c: first(c).pop("area"), r"annotations 1 lack bbox .*, area or"),
     "no mask": (lambda c: first(c).update(segmentation=[]), r"annotations 1 have no segmentation"),
     "other mask": (lambda c: run_length(c, [5, 7]), r"annotations 1 have masks of another size"),
-    "all outside": (lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]], r"not one box"),
-    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"not one box"),
+    "all outside": (lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]], r"no box of the classes"),
+    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"no box of the classes"),
 }  # fmt: skip
 
 
@@ -107,11 +107,11 @@ def test_everything_wrong_is_told_at_once(cfg: Config, root: Path):
 
 ODD = {
     "crowd": (lambda c: first(c).update(iscrowd=1), -1, "1 crowds (ignored)"),
-    "outside": (lambda c: first(c).update(bbox=[128, 10, 9, 9]), -1, "1 boxes outside of their image or without area"),
+    "outside": (lambda c: first(c).update(bbox=[128, 10, 9, 9]), -1, "1 boxes outside their image or without area"),
     "left of it": (lambda c: first(c).update(bbox=[-9, 10, 9, 9]), -1, "1 boxes outside"),
     "thin": (lambda c: first(c).update(bbox=[5, 5, 0.5, 9]), -1, "1 boxes outside"),
     "no area": (lambda c: first(c).update(area=0), -1, "1 boxes outside"),
-    "reaching": (lambda c: first(c).update(bbox=[100, 10, 30, 9]), 0, "1 boxes reach out of their image (clipped)"),
+    "reaching": (lambda c: first(c).update(bbox=[100, 10, 30, 9]), 0, "1 boxes extend beyond their image (clipped)"),
     "by half a pixel": (lambda c: first(c).update(bbox=[100, 10, 28.5, 9]), 0, ""),
     "another category": (lambda c: first(c).update(category_id=77), -1, "1 boxes of other categories (skipped)"),
     "another image": (lambda c: first(c).update(image_id=77), -1, "1 annotations of images that are not listed"),
@@ -204,7 +204,7 @@ def test_small_and_narrow_images(cfg: Config, root: Path):
     dataset.filter_cfg.min_size = 8
     assert check(cfg)[0].endswith("1 images never fill a window of 224 pixels and are padded")
     dataset.pipeline[2].ratio_range = (0.003, 2.0)
-    with pytest.raises(ValueError, match=r"narrow\.jpg would shrink to a height or width of 0"):
+    with pytest.raises(ValueError, match=r"narrow\.jpg would be resized to a height or width of 0"):
         check(cfg)
     dataset.filter_cfg.min_size = 500
     with pytest.raises(ValueError, match=r"all images with boxes are smaller than filter_cfg.min_size=500"):
@@ -224,7 +224,7 @@ def test_turned_photographs_are_what_the_decoder_makes_of_them(cfg: Config, root
 
 def test_what_is_no_image(cfg: Config, root: Path):
     (root / "train2017" / f"{0:012d}.jpg").write_text("oops")
-    with pytest.raises(ValueError, match=r"000000000000.jpg is no image that can be read"):
+    with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image"):
         check(cfg)
 
 

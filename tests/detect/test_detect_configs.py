@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from downstream.dense.mmengine.layer_decay import LayerDecayOptimWrapperConstructor
 from downstream.detect.detector_keys import propagate_keys
 from pretrain.models.vit import ARCHS
 
@@ -48,20 +49,23 @@ def test_recipe_is_vitdets(name: str):
     backbone = cfg.model.backbone
     arch = {"b": "vit_base", "l": "vit_large", "h": "vit_huge"}[re.match(r"vit\w+_vit(\w)_", name)[1]]
     width, depth = ARCHS[arch].dim, ARCHS[arch].depth
-    assert (backbone.arch, backbone.patch, backbone.size) == (arch, 16, 1024)
+    assert (backbone.arch, backbone.patch_size, backbone.img_size) == (arch, 16, 1024)
     assert backbone.position == ("sincos" if "_mae_" in name else "relative")
-    assert (backbone.out_blocks, cfg.model.neck.in_channels) == ((depth - 1,), width)
+    assert (backbone.out_indices, cfg.model.neck.in_channels) == ((depth - 1,), width)
     quarters = tuple(depth * part // 4 - 1 for part in (1, 2, 3, 4))
     globally = () if name.endswith(("_global", "_conv")) else quarters
-    assert (backbone.window, backbone.global_blocks) == (0 if name.endswith("_global") else 14, globally)
+    assert (backbone.window_size, backbone.global_blocks) == (0 if name.endswith("_global") else 14, globally)
     assert backbone.get("conv_blocks", ()) == (quarters if name.endswith("_conv") else ())
     assert backbone.get("parallel_conv", False) == name.startswith("vitae")
     assert backbone.grad_checkpointing == name.endswith("24gb")
-    assert backbone.checkpoint is None  # every command changes it
-    assert backbone.drop_path == DROP_PATH[arch]
+    assert backbone.init_cfg is None  # every command sets it
+    assert backbone.drop_path_rate == DROP_PATH[arch]
     wrapper = cfg.optim_wrapper
     assert (wrapper.type, wrapper.dtype, wrapper.get("clip_grad")) == ("AmpOptimWrapper", "bfloat16", None)
-    assert (wrapper.constructor, wrapper.paramwise_cfg) == ("LayerDecay", {"layer_decay": LAYER_DECAY[arch]})
+    assert (wrapper.constructor, wrapper.paramwise_cfg) == (
+        LayerDecayOptimWrapperConstructor.__name__,
+        {"layer_decay": LAYER_DECAY[arch]},
+    )
     assert wrapper.optimizer.to_dict() == {
         "type": "AdamW",
         "lr": 1e-4 * cfg.auto_scale_lr.base_batch_size / 64,
@@ -78,7 +82,7 @@ def test_recipe_is_vitdets(name: str):
 @pytest.mark.parametrize("name", RECIPES)
 def test_head_says_what_the_config_does(name: str):
     cfg, head = load(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
-    command = re.search(r"run\.py (\S+) checkpoint=\S+ data_root=/data/coco", head)
+    command = re.search(r"train_detector\.py (\S+) \\\s+start\.checkpoint=\S+ data_root=/data/coco", head)
     assert command[1] == name
     images, ranks, batch, accumulation = map(
         int, re.search(r"(\d+) images: (\d+) ranks x (\d+) x (\d+)", head).groups()
@@ -94,7 +98,7 @@ def test_heads_and_images(name: str):
     """1024 pixels with a jitter of 0.1 to 2, whole squares, ImageNet's numbers in RGB, ViTDet's heads."""
     cfg = load(name)
     size = 256 if "tiny" in name else 1024
-    assert cfg.model.data_preprocessor.pad_size_divisor == cfg.model.backbone.size == size
+    assert cfg.model.data_preprocessor.pad_size_divisor == cfg.model.backbone.img_size == size
     assert cfg.model.data_preprocessor.bgr_to_rgb
     assert cfg.model.data_preprocessor.mean == pytest.approx([255 * mean for mean in (0.485, 0.456, 0.406)])
     assert cfg.model.data_preprocessor.std == pytest.approx([255 * std for std in (0.229, 0.224, 0.225)])

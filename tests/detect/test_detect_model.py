@@ -97,8 +97,8 @@ def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, root
 def test_regions_are_cut_where_they_are(model: Any, autocast: bool):
     """By mmcv's operator out of the maps as the neck makes them, against torchvision's; and the gradients of that."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        made = [m.detach() for m in model.neck([torch.randn(2, 192, 16, 16)])[:4]]
-    rois = torch.tensor([[0, 3, 5, 60, 70], [1, 100, 20, 250, 240], [1, 0, 0, 30, 30.0]])
+        made = [m.detach().double() for m in model.neck([torch.randn(2, 192, 16, 16)])[:4]]
+    rois = torch.tensor([[0, 3, 5, 60, 70], [1, 100, 20, 250, 240], [1, 0, 0, 30, 30.0]]).double()
     ours, theirs = ([m.clone(memory_format=torch.preserve_format).requires_grad_() for m in made] for _ in range(2))
     extractor = model.roi_head.bbox_roi_extractor
     cut = extractor(ours, rois)
@@ -150,7 +150,7 @@ def test_draws_what_is_found(weights: tuple[Path, Path], tmp_path: Path, capfd: 
     (photos / "empty.jpg").touch()
     assert run_draw(*weights, photos, out, "--score", 0.5) == 0
     said = capfd.readouterr()
-    assert "2 pictures in" in said.out
+    assert "2 images drawn in" in said.out
     assert "2 images cannot be decoded" in said.err
     assert "broken.png" in said.err
     assert "empty.jpg" in said.err

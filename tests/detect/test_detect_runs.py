@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.dense_runs import BIN, ROOT, last, launch, measured, write_engines
+from helpers.dense_runs import BIN, ROOT, evaluations, last_checkpoint, launch, write_engines
 from helpers.naive_attention import randomized
 from helpers.tiny_coco import make_coco
 from safetensors.torch import save_file
@@ -19,12 +19,12 @@ from pretrain.models.vit import ViT
 
 pytestmark = pytest.mark.engine
 
-CHANGES = ["classes=['disc','box']", "train_cfg.max_epochs=1", "train_dataloader.batch_size=1"]
+OVERRIDES = ["classes=['disc','box']", "train_cfg.max_epochs=1", "train_dataloader.batch_size=1"]
 
 
-def run(*command: str, changes: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*command: str, overrides: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     entry = str(ROOT / "downstream/detect/train_detector.py")
-    return launch(*command, entry, "vitdet_tiny_pennfudan", *CHANGES, *changes, cwd=cwd)
+    return launch(*command, entry, "vitdet_tiny_pennfudan", *OVERRIDES, *overrides, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("detect")
     make_coco(folder / "coco", train=4, val=2)
     torch.manual_seed(0)
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "64x64", "position": "relative"}
+    facts = {"arch": "vit_tiny", "patch_size": "16", "image_size": "64x64", "position": "relative"}
     save_file(randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict(), folder / "encoder.safetensors", facts)
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29642"]
-    changes = ["checkpoint=encoder.safetensors", "data_root=coco/", "work_dir=work", *write_engines(folder)["zero3"]]
-    done = run(*launcher, changes=changes, cwd=folder)
+    overrides = ["start.checkpoint=encoder.safetensors", "data_root=coco/", "runs=.", "name=work"]
+    done = run(*launcher, overrides=[*overrides, *write_engines(folder)["zero3"]], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks x train_dataloader.batch_size=1 x optim_wrapper.accumulative_counts=1 = 2 images" in done.stdout
     return folder
@@ -50,7 +50,7 @@ def test_deepspeed_trains(trained: Path):
 
 def test_it_started_from_the_encoder(trained: Path):
     """After two steps of the warm-up the weights are nearly what they were; but they have been trained."""
-    weights = last(trained / "work")["state_dict"]
+    weights = last_checkpoint(trained / "work")["state_dict"]
     torch.manual_seed(0)
     encoder = randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict()
     for name in ("blocks.3.attn.qkv.weight", "blocks.11.attn.rpe_k.lookup_table_weight"):
@@ -59,10 +59,10 @@ def test_it_started_from_the_encoder(trained: Path):
 
 
 def test_python_tests_what_was_trained(trained: Path):
-    done = run(sys.executable, changes=["data_root=coco/", "work_dir=tested", "test=work"], cwd=trained)
+    done = run(sys.executable, overrides=["data_root=coco/", "name=tested", "test=work"], cwd=trained)
     assert done.returncode == 0, done.stdout + done.stderr
     tested = json.loads(done.stdout.splitlines()[-1])
-    (row,) = measured(trained / "work")
+    (row,) = evaluations(trained / "work")
     assert {"coco/bbox_mAP", "coco/segm_mAP"} <= tested.keys()
     for name in tested.keys() - {"time", "data_time"}:
         assert tested[name] == row[name], name
@@ -74,7 +74,7 @@ def test_torchrun_ends_when_one_rank_fails(trained: Path):
     path = trained / "damaged/train2017/000000000001.jpg"
     path.write_bytes(b"no image")
     launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29643"]
-    done = run(*launcher, changes=["data_root=damaged/", "work_dir=failed"], cwd=trained)
+    done = run(*launcher, overrides=["data_root=damaged/", "runs=.", "name=failed"], cwd=trained)
     assert done.returncode == 1
     assert "starts" in done.stdout  # it had passed the checks
     assert not list((trained / "failed").glob("epoch_*"))

@@ -45,11 +45,11 @@ def test_the_scales_layers_are_vitdets():
 
 
 def test_heads_may_say_ln2d():
-    _, norm = build_norm_layer({"type": "LN2d"}, 6)
-    x = torch.randn(2, 6, 3, 4)
+    norm = build_norm_layer({"type": "LN2d"}, 6)[1].double()
+    x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
     expected = F.layer_norm(x.permute(0, 2, 3, 1), (6,), eps=norm.eps).permute(0, 3, 1, 2)
     torch.testing.assert_close(norm(x), expected)
     layer = ConvModule(6, 5, 3, padding=1, norm_cfg={"type": "LN2d"})
-    assert layer(x).shape == (2, 5, 3, 4)
+    assert layer(x.float()).shape == (2, 5, 3, 4)
     assert isinstance(layer.norm, nn.LayerNorm)
     assert layer.conv.bias is None

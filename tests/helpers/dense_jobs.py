@@ -1,8 +1,8 @@
 """Trainings of tiny models, one after the other in the ranks of one launch: a start costs more than a training.
 
-As a script this is one rank. A job is a list of changes, as a user writes them behind CONFIG. Among them may be
-`config=FILE`, `signal=N,R`, which rank R gets before iteration N, and `full=N,R`, from which on it can write no large
-files. What a job ended with is in `<name>-rank<N>.txt`.
+As a script this is one rank. A job is a list of overrides, as a user types them after CONFIG. Among them may be
+`config=FILE`, `signal=N,R`, which rank R gets before iteration N, and `full=N,R`, from which on it cannot write large
+files. The error or message that a job ended with is in `<name>-rank<N>.txt`.
 """
 
 import gc
@@ -18,21 +18,25 @@ from typing import Any
 
 CONFIG = Path(__file__).parent / "tiny_mask_rcnn.py"
 ACCIDENTS = ("signal=", "full=")
+MODULES = {
+    "detect": ("downstream.detect.detector_keys", "downstream.detect.coco_checks"),
+    "segment": ("downstream.segment.segmentor_keys", "downstream.segment.check_masks"),
+}
 
 
 def run_jobs(
     start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]], config: Path = CONFIG, task: str = "detect"
 ) -> None:
-    """Each job in its work_dir `folder`/<name>, unless it names another.
+    """Each job in the run folder `folder`/<name>, unless it gives another `name=`.
 
     Args:
         start: of `processes.starter`.
-        folder: where the data are and work_dirs will be.
+        folder: of the data, and parent of the run folders.
         jobs: by their names.
         config: of those that do not name another.
         task: the package in downstream.
     """
-    jobs = {name: [f"config={config}", *changes] for name, changes in jobs.items()}
+    jobs = {name: [f"config={config}", *overrides] for name, overrides in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps({"task": task, "jobs": jobs}))
     start(folder, script=__file__, processes=2).finish(timeout=400)
 
@@ -40,28 +44,28 @@ def run_jobs(
 def main(folder: Path) -> None:
     import torch
 
-    from pretrain.trainer import faults
-    from pretrain.trainer.launch import exit_process, find_world
+    from pretrain.trainer import signals
+    from pretrain.trainer.launch import exit_process, find_world, init_distributed
 
-    faults.watch_signals()
+    signals.watch_signals()
     world = find_world()
-    start(world)
+    init_distributed(world)
     from mmengine.hooks import Hook
     from mmengine.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
     from yapf.yapflib import yapf_api
 
-    from downstream.dense.mmengine.config_file import load
-    from downstream.dense.mmengine.job import run
+    from downstream.dense.mmengine.config_file import load_job
+    from downstream.dense.mmengine.runner import run
 
     plan = json.loads((folder / "jobs.json").read_text())
-    check = importlib.import_module(f"downstream.{plan['task']}.checks").check
-    spread = importlib.import_module(f"downstream.{plan['task']}.settings").propagate_keys
-    # A configuration is laid out for readers whenever it is logged or saved, which takes longer than these trainings.
+    keys, checks = MODULES[plan["task"]]
+    propagate, check = importlib.import_module(keys).propagate_keys, importlib.import_module(checks).check
+    # A configuration is formatted for readers whenever it is logged or saved, which takes longer than these trainings.
     yapf_api.FormatCode = lambda text, **style: (text, False)
 
     @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
     class TwoRates:
-        """The heads learn at half the rate, and a group between them not at all."""
+        """The heads have half the learning rate, and a group between the others and theirs is not trained."""
 
         def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):
             self.wrapper = dict(optim_wrapper_cfg)
@@ -79,7 +83,7 @@ def main(folder: Path) -> None:
 
     @HOOKS.register_module()
     class Accident(Hook):
-        """What happens to one rank before an iteration: a scheduler's signal, or a disk that takes no more."""
+        """What happens to one rank before an iteration: a scheduler's signal, or a full disk."""
 
         priority = "VERY_HIGH"
 
@@ -94,21 +98,21 @@ def main(folder: Path) -> None:
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
 
-    for name, changes in plan["jobs"].items():
-        faults._received.clear()
-        accidents = [change for change in changes if change.startswith(ACCIDENTS)]
-        config = [change.removeprefix("config=") for change in changes if change.startswith("config=")][-1]
-        changes = [change for change in changes if not change.startswith((*ACCIDENTS, "config="))]
-        changes = [f"data_root={folder}/data/", f"work_dir={folder / name}", *changes]
-        job = load(config, changes, CONFIG.parent, spread)
+    for name, typed in plan["jobs"].items():
+        signals._received.clear()
+        accidents = [override for override in typed if override.startswith(ACCIDENTS)]
+        config = [override.removeprefix("config=") for override in typed if override.startswith("config=")][-1]
+        overrides = [override for override in typed if not override.startswith((*ACCIDENTS, "config="))]
+        overrides = [f"data_root={folder}/data/", f"runs={folder}", f"name={folder_name(name)}", *overrides]
+        job = load_job(config, overrides, CONFIG.parent, propagate)
         job.cfg.experiment_name = name  # mmengine keeps what one run logged for the next of that name
         job.cfg.custom_hooks = [*job.cfg.get("custom_hooks", []), *map(accident_hook, accidents)]
-        said = Path(folder / f"{name}-rank{world.rank}.txt")
-        said.write_text("")
+        ended_with = Path(folder / f"{name}-rank{world.rank}.txt")
+        ended_with.write_text("")
         try:
             run(job, world, check)
-        except (ValueError, OSError, faults.Stopped) as words:
-            said.write_text(str(words))
+        except (ValueError, OSError, signals.Stopped) as error:
+            ended_with.write_text(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         end_workers()
         gc.collect()
@@ -118,16 +122,21 @@ def main(folder: Path) -> None:
 
 
 def end_workers() -> None:
-    """The garbage collector would end them too, but it closes their queues first: each waits 5 s for its last word."""
+    """The garbage collector would end them too, but closes their queues first, and then waits 5 s for each worker."""
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-    for passing in [thing for thing in gc.get_objects() if isinstance(thing, _MultiProcessingDataLoaderIter)]:
-        passing._shutdown_workers()
+    for iterator in [thing for thing in gc.get_objects() if isinstance(thing, _MultiProcessingDataLoaderIter)]:
+        iterator._shutdown_workers()
+
+
+def folder_name(job: str) -> str:
+    """The name of a job's run folder."""
+    return job.replace(" ", "-")
 
 
 def accident_hook(accident: str) -> dict[str, Any]:
-    kind, _, place = accident.partition("=")
-    before, rank = place.split(",")
+    kind, _, when = accident.partition("=")
+    before, rank = when.split(",")
     return {"type": "Accident", "kind": kind, "before": int(before), "rank": int(rank)}
 
 

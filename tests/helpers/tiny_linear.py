@@ -3,7 +3,7 @@
 _base_ = ["tiny_upernet.py"]
 
 model = dict(
-    backbone=dict(out_blocks=(11,), frozen=True),
+    backbone=dict(out_indices=(11,), frozen=True),
     neck=None,
     decode_head=dict(
         _delete_=True,

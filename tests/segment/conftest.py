@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from downstream.segment.segmentor_keys import propagate_keys
 
-CONFIG = Path(__file__).parent / "tiny_upernet.py"
+CONFIG = Path(__file__).parents[1] / "helpers" / "tiny_upernet.py"
 
 
 @pytest.fixture(scope="module")

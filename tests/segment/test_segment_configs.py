@@ -12,7 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
 
-from downstream.dense.mmengine.config_file import load as load_command
+from downstream.dense.mmengine.config_file import load_job
+from downstream.dense.mmengine.layer_decay import LayerDecayOptimWrapperConstructor
 from downstream.segment.segmentor_keys import flatten_steps, propagate_keys
 from downstream.segment.train_segmentor import CONFIGS
 from pretrain.models.vit import ARCHS
@@ -50,17 +51,17 @@ def test_recipe_is_the_published_one(name: str):
     backbone, linear = cfg.model.backbone, name.startswith("linear")
     arch = {"b": "vit_base", "l": "vit_large", "h": "vit_huge"}[re.match(r"\w+_vit(\w)_", name)[1]]
     size = 640 if name.endswith("640") else 512
-    assert (backbone.arch, backbone.patch, backbone.size) == (arch, 16, (size, size))
+    assert (backbone.arch, backbone.patch_size, backbone.img_size) == (arch, 16, (size, size))
     assert backbone.position == ("sincos" if "_mae_" in name else "relative")
-    assert (backbone.window, backbone.class_token, backbone.drop_path) == (0, True, 0.1)
-    assert backbone.out_blocks == ((11,) if linear else OUT_BLOCKS[arch])
+    assert (backbone.window_size, backbone.class_token, backbone.drop_path_rate) == (0, True, 0.1)
+    assert backbone.out_indices == ((11,) if linear else OUT_BLOCKS[arch])
     assert backbone.frozen == (linear or name.endswith("frozen"))
     assert backbone.grad_checkpointing == name.endswith("24gb")
-    assert backbone.checkpoint is None  # every command changes it
+    assert backbone.init_cfg is None  # every command sets it
     wrapper = cfg.optim_wrapper
     assert (wrapper.type, wrapper.dtype, wrapper.get("clip_grad")) == ("AmpOptimWrapper", "bfloat16", None)
     assert (wrapper.constructor, wrapper.paramwise_cfg.layer_decay) == (
-        "LayerDecay",
+        LayerDecayOptimWrapperConstructor.__name__,
         1 if linear else LAYER_DECAY[arch],
     )
     assert wrapper.optimizer.to_dict() == {
@@ -82,7 +83,7 @@ def test_recipe_is_the_published_one(name: str):
 def test_head_says_what_the_config_does(name: str):
     cfg, head = load(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     data = "camvid" if "tiny" in name else "ade"
-    assert re.search(r"run\.py (\S+) checkpoint=\S+ data_root=/data/" + data, head)[1] == name
+    assert re.search(r"train_segmentor\.py (\S+) \\\s+start\.checkpoint=\S+ data_root=/data/" + data, head)[1] == name
     arithmetic = r"(\d+) images: (\d+) ranks? x (\d+) x (\d+)"
     images, ranks, batch, accumulation = map(int, re.search(arithmetic, head).groups())
     assert ranks * batch * accumulation == images == cfg.auto_scale_lr.base_batch_size
@@ -128,7 +129,7 @@ def test_heads_fit_their_maps(name: str):
     with torch.device("meta"):
         model: Any = MODELS.build(cfg.model)
         dim, classes = ARCHS[cfg.model.backbone.arch].dim, 11 if "tiny" in name else 150
-        maps = [torch.zeros(2, dim, 32, 32) for _ in model.backbone.out_blocks]
+        maps = [torch.zeros(2, dim, 32, 32) for _ in model.backbone.out_indices]
     if name.startswith("linear"):
         assert not model.with_neck
         assert not model.with_auxiliary_head
@@ -172,19 +173,19 @@ def test_own_set_in_a_few_lines(tmp_path: Path):
         assert dataset.pipeline[1 if split == "train" else 2].type == "LoadAnnotations"
     override = re.search(r"data_root=\S+ classes=.*", head)[0].replace("'", "")
     changes = re.match(r"(data_root=\S+) (classes=\[.*\]) (reduce_zero_label=\S+)", override).groups()
-    assert load_command("upernet_vitb_lomar_160k", list(changes), CONFIGS, propagate_keys).cfg.classes == [
+    assert load_job("upernet_vitb_lomar_160k", list(changes), CONFIGS, propagate_keys).cfg.classes == [
         "soil",
         "wheat",
     ]
 
 
 def command(*changes: str) -> Config:
-    return load_command("upernet_vitb_mae_160k", list(changes), CONFIGS, propagate_keys).cfg
+    return load_job("upernet_vitb_mae_160k", list(changes), CONFIGS, propagate_keys).cfg
 
 
 def test_sizes_reach_every_place():
     cfg = command("size=320", "stride=200", "scale=[900,300]", "data_root=/data/mine")
-    assert cfg.model.data_preprocessor.size == cfg.model.backbone.size == cfg.model.test_cfg.crop_size == (320, 320)
+    assert cfg.model.data_preprocessor.size == cfg.model.backbone.img_size == cfg.model.test_cfg.crop_size == (320, 320)
     assert cfg.model.test_cfg.stride == (200, 200)
     assert cfg.train_dataloader.dataset.pipeline[3].crop_size == (320, 320)
     scaled = [cfg.train_dataloader.dataset.pipeline[2], cfg.val_dataloader.dataset.pipeline[1]]
@@ -193,7 +194,7 @@ def test_sizes_reach_every_place():
     assert cfg.test_dataloader.dataset.data_root == "/data/mine"
     cfg.size, cfg.stride = (320, 640), [200, 400]  # from a file: high and wide
     propagate_keys(cfg)
-    assert (cfg.model.backbone.size, cfg.model.test_cfg.stride) == ((320, 640), (200, 400))
+    assert (cfg.model.backbone.img_size, cfg.model.test_cfg.stride) == ((320, 640), (200, 400))
     assert command("model.test_cfg.mode=whole", "size=320").model.test_cfg.mode == "whole"
 
 
@@ -202,14 +203,14 @@ def test_sizes_reach_every_place():
     [
         ("classes=person", "classes='person': give different names"),
         ('classes=["a", "a"]', "give different names in the order of the annotations"),
-        ('classes=["a"]', "at least two, one of which may be what is around"),
-        ("size=500", "size=500: a number of multiples of 16 pixels, of model.backbone.patch, or two of them"),
+        ('classes=["a"]', "give at least two; one of them may be the background"),
+        ("size=500", "size=500: a number of multiples of 16 pixels, of model.backbone.patch_size, or two of them"),
         ("stride=0", "stride=0: a number of pixels, or two of them"),
         ("scale=[2048]", "scale=[2048]: a number of pixels"),
-        ("model.decode_head.num_classes=7", "the configuration puts 2 there, from a key at its top: change that one"),
-        ("model.test_cfg.crop_size=(256,256)", "the configuration puts (512, 512) there, from a key at its top"),
-        ("train_dataloader.dataset.data_root=x", "from a key at its top"),
-        ("tta=true", "tta=True: true evaluates test=FILE on augmented images as well"),
+        ("model.decode_head.num_classes=7", "a key at the top of the configuration sets it to 2: override that one"),
+        ("model.test_cfg.crop_size=(256,256)", "a key at the top of the configuration sets it to (512, 512)"),
+        ("train_dataloader.dataset.data_root=x", "a key at the top of the configuration sets it to"),
+        ("tta=true", "tta=True: it is for evaluations: give test=FILE as well"),
     ],
 )
 def test_refused_change(change: str, words: str):

@@ -36,7 +36,7 @@ def test_draws_what_is_seen(weights: tuple[Path, Path], model: Any, tmp_path: Pa
     (photos / "broken.png").write_text("no image")
     assert run_draw(*weights, photos, out, "--opacity", 1) == 0
     said = capfd.readouterr()
-    assert "2 pictures in" in said.out
+    assert "2 images drawn in" in said.out
     assert "1 images cannot be decoded" in said.err
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(augmentations)
     pixels = torch.tensor(np.array(Image.open(photos / "a.png"))[:, :, ::-1].copy()).permute(2, 0, 1)

@@ -19,13 +19,14 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 from safetensors.torch import save_file
 
+from downstream.checkpoints.compare import float64_copy
 from downstream.checkpoints.weights import features, load_encoder
 from downstream.dense.backbone.loading import compare_features, load_start
 from downstream.dense.backbone.plain_vit import PlainViT
 from downstream.dense.mmengine.hooks import Fp32OutputsHook, plain_numbers
 from pretrain.models.vit import ViT
 
-CONFIG = Path(__file__).parent / "tiny_upernet.py"
+CONFIG = Path(__file__).parents[1] / "helpers" / "tiny_upernet.py"
 OUT = (3, 5, 7, 11)
 
 
@@ -141,32 +142,32 @@ def test_every_map_is_the_encoders(kind: str, tmp_path: Path):
     for name, parameter in encoder.named_parameters():
         if name.endswith(("bias", "lookup_table_weight")):
             parameter.normal_(std=0.2)
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "224x224", "position": kind}
+    facts = {"arch": "vit_tiny", "patch_size": "16", "image_size": "224x224", "position": kind}
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", facts)
     for size in (224, 512):
-        backbone = PlainViT("vit_tiny", 16, size, kind, window=0, class_token=True, out_blocks=OUT)
-        load_start(backbone.eval(), str(tmp_path / "encoder.safetensors"), None)
-        expected, _ = load_encoder(tmp_path / "encoder.safetensors", size=size)
-        maps = backbone(images(size, size))
+        backbone = PlainViT("vit_tiny", 16, size, kind, window_size=0, class_token=True, out_indices=OUT)
+        load_start(backbone, str(tmp_path / "encoder.safetensors"), None)
+        expected = float64_copy(load_encoder(tmp_path / "encoder.safetensors", image_size=size)[0])
+        maps = float64_copy(backbone)(images(size, size).double())
         made: dict[torch.nn.Module, torch.Tensor] = {}
         for block in expected.blocks:
             block.register_forward_hook(lambda block, given, out, made=made: made.update({block: out}))
-        last = features(expected, images(size, size))
+        last = features(expected, images(size, size).double())
         for number, found in zip(OUT, maps, strict=True):
             tokens = last if number == 11 else made[expected.blocks[number]]
             on_grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (size // 16, size // 16))
-            torch.testing.assert_close(found, on_grid, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found, on_grid, rtol=1e-9, atol=1e-9)
 
 
 def test_an_early_map_that_is_not_the_encoders_is_found(tmp_path: Path):
     """What is lost behind an early block alone: its map comes out of another block than it is said to."""
     torch.manual_seed(0)
     encoder = ViT("vit_tiny", 16, (2, 2))
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "32x32", "position": "relative"}
+    facts = {"arch": "vit_tiny", "patch_size": "16", "image_size": "32x32", "position": "relative"}
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", facts)
-    backbone = PlainViT("vit_tiny", 16, 32, window=0, class_token=True, out_blocks=OUT)
+    backbone = PlainViT("vit_tiny", 16, 32, window_size=0, class_token=True, out_indices=OUT)
     load_start(backbone, str(tmp_path / "encoder.safetensors"), None)
-    assert compare_features(backbone, encoder) < 1e-5
+    assert compare_features(backbone, encoder) < 1e-12
 
     class Early(PlainViT):
         def encode(self, *arguments: Any) -> list[torch.Tensor]:
@@ -220,12 +221,14 @@ def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, ade:
 
 def test_frozen_encoder_is_never_in_training(cfg: Config):
     torch.manual_seed(0)
-    frozen = PlainViT("vit_tiny", 16, 64, window=0, class_token=True, out_blocks=OUT, drop_path=0.9, frozen=True)
+    frozen = PlainViT(
+        "vit_tiny", 16, 64, window_size=0, class_token=True, out_indices=OUT, drop_path_rate=0.9, frozen=True
+    )
     frozen.train()
     assert not any(module.training for module in frozen.modules())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
     assert not frozen(images(64, 64))[0].requires_grad
-    assert PlainViT("vit_tiny", 16, 64, window=0, out_blocks=OUT).train().training
+    assert PlainViT("vit_tiny", 16, 64, window_size=0, out_indices=OUT).train().training
 
 
 @torch.no_grad()

@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dense_jobs import run_jobs
-from helpers.dense_runs import BIN, ROOT, groups, last, launch, logged, measured, said, write_engines
+from helpers.dense_jobs import folder_name, run_jobs
+from helpers.dense_runs import (
+    BIN,
+    ROOT,
+    ended_with,
+    evaluations,
+    last_checkpoint,
+    launch,
+    logged,
+    parameter_groups,
+    write_engines,
+)
 from helpers.processes import Processes
 from helpers.tiny_ade import make_ade
 from safetensors.torch import load_file, save_file
@@ -18,15 +28,15 @@ from pretrain.models.vit import ViT
 
 pytestmark = pytest.mark.engine
 
-HERE = Path(__file__).parent
-CONFIG, LINEAR = HERE / "tiny_upernet.py", HERE / "tiny_linear.py"
+HELPERS = Path(__file__).parents[1] / "helpers"
+CONFIG, LINEAR = HELPERS / "tiny_upernet.py", HELPERS / "tiny_linear.py"
 ENGINES = ("plain", "zero1", "zero2", "zero3")
 REFUSED = {
     "tta": (["test=FOLDER/plain", "tta=true", "tta_model=None"], "tta=true: the configuration has no tta_model"),
     "another model": (["test=FOLDER/plain", "model.decode_head.channels=8"], "is of another model: decode_head."),
-    "frozen noise": (["model.backbone.frozen=true"], "would freeze noise: give checkpoint=FILE"),
+    "frozen noise": (["model.backbone.frozen=true"], "would freeze random weights: give start.checkpoint=FILE"),
     "labels": (['classes=["ground", "disc"]'], "labels 2 in masks 0000"),
-    "another encoder": (["checkpoint=FOLDER/encoder.safetensors", "model.backbone.position=sincos"],
+    "another encoder": (["start.checkpoint=FOLDER/encoder.safetensors", "model.backbone.position=sincos"],
                         "has relative tables (LoMaR's), and model.backbone.position is sincos"),
 }  # fmt: skip
 
@@ -34,17 +44,17 @@ REFUSED = {
 def encoder_file(folder: Path) -> Path:
     torch.manual_seed(0)
     encoder = ViT("vit_tiny", 16, (14, 14))
-    facts = {"arch": "vit_tiny", "patch": "16", "size": "224x224", "position": "relative"}
+    facts = {"arch": "vit_tiny", "patch_size": "16", "image_size": "224x224", "position": "relative"}
     save_file(encoder.state_dict(), folder / "encoder.safetensors", facts)
     return folder / "encoder.safetensors"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., Processes]) -> Path:
-    """The work_dirs of all jobs."""
+    """The run folders of all jobs."""
     root = tmp_path_factory.mktemp("jobs")
     make_ade(root / "data")
-    encoder = f"checkpoint={encoder_file(root)}"
+    encoder = f"start.checkpoint={encoder_file(root)}"
     engine = write_engines(root)
     short = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
     jobs: dict[str, list[str]] = {}
@@ -53,15 +63,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
         jobs[name] = [encoder, *engine[name]]
         if rank is not None:
             jobs[f"{name} stopped"] = [encoder, *engine[name], f"signal=2,{rank}"]
-            jobs[f"{name} continued"] = [encoder, *engine[name], f"work_dir={root}/{name} stopped"]
-    jobs["bf16"] = [encoder, *short, *engine["zero1"], "precision=bf16"]
+            jobs[f"{name} continued"] = [encoder, *engine[name], f"name={name}-stopped"]
+    jobs["bf16"] = [encoder, *short, *engine["zero1"], "train.precision=bf16"]
     jobs["tested"] = [f"test={root}/zero3"]
     jobs["augmented"] = [f"test={root}/plain", "tta=true"]
     for name in ("plain", "zero3"):
         jobs[f"frozen {name}"] = [encoder, *short, *engine[name], "model.backbone.frozen=true"]
     jobs["linear"] = [f"config={LINEAR}", encoder, *short, *engine["zero2"]]
-    for name, (changes, _) in REFUSED.items():
-        jobs[f"refused {name}"] = [change.replace("FOLDER", str(root)) for change in changes]
+    for name, (overrides, _) in REFUSED.items():
+        jobs[f"refused {name}"] = [override.replace("FOLDER", str(root)) for override in overrides]
     run_jobs(start_once, root, jobs, CONFIG, "segment")
     return root
 
@@ -74,29 +84,31 @@ def assert_same_weights(first: dict[str, Any], second: dict[str, Any], rtol: flo
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
-    plain, zero = last(folder / "plain"), last(folder / engine)
+    plain, zero = last_checkpoint(folder / "plain"), last_checkpoint(folder / engine)
     for name in ("loss", "decode.loss_ce", "aux.loss_ce"):
         assert len(logged(plain, name)) == 4
         assert len(set(logged(plain, name))) == 4
         assert logged(zero, name) == pytest.approx(logged(plain, name), rel=1e-5)
     assert_same_weights(zero, plain, rtol=1e-4, atol=1e-5)
-    (row,), (expected,) = measured(folder / engine), measured(folder / "plain")
+    (row,), (expected,) = evaluations(folder / engine), evaluations(folder / "plain")
     assert row["mIoU"] == pytest.approx(expected["mIoU"], abs=0.5)
     assert {"mIoU", "mAcc", "aAcc"} < row.keys()
 
 
 @pytest.mark.parametrize("name", ["plain", "zero3"])
 def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str):
-    assert said(folder, f"{name} stopped") == "SIGUSR1: saved and stopped after step 3 of 4; run it again to go on"
-    assert said(folder, f"{name} continued") == ""
-    whole, again = last(folder / name), last(folder / f"{name} stopped")
+    assert (
+        ended_with(folder, f"{name} stopped") == "SIGUSR1: saved and stopped after step 3 of 4; run it again to go on"
+    )
+    assert ended_with(folder, f"{name} continued") == ""
+    whole, again = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
     assert logged(again, "loss") == logged(whole, "loss")
     assert_same_weights(again, whole, rtol=0, atol=0)
-    assert measured(folder / f"{name} stopped") == measured(folder / name)
+    assert evaluations(folder / f"{name}-stopped") == evaluations(folder / name)
 
 
 def test_bf16_keeps_fp32_weights(folder: Path):
-    content, whole = last(folder / "bf16"), logged(last(folder / "plain"), "loss")[0]
+    content, whole = last_checkpoint(folder / "bf16"), logged(last_checkpoint(folder / "plain"), "loss")[0]
     assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
     assert logged(content, "loss")[0] == pytest.approx(whole, rel=0.02)
     assert logged(content, "loss")[0] != whole
@@ -106,14 +118,14 @@ def test_a_file_measures_what_the_training_measured(folder: Path):
     """In ZeRO-3's training by a copy that the ranks' parts fill; here by the plain Runner from the file."""
     (log,) = (folder / "tested").glob("*/*.json")
     tested = json.loads(log.read_text().splitlines()[-1])
-    (row,) = measured(folder / "zero3")
+    (row,) = evaluations(folder / "zero3")
     assert [tested[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]
 
 
 def test_augmented_test_sees_other_images(folder: Path):
-    assert said(folder, "augmented") == ""
+    assert ended_with(folder, "augmented") == ""
     (log,) = (folder / "augmented").glob("*/*.json")
-    (row,) = measured(folder / "plain")
+    (row,) = evaluations(folder / "plain")
     augmented = json.loads(log.read_text().splitlines()[-1])
     assert 0 < augmented["aAcc"] <= 100
     assert augmented["aAcc"] != row["aAcc"]
@@ -122,36 +134,36 @@ def test_augmented_test_sees_other_images(folder: Path):
 @pytest.mark.parametrize("name", ["frozen plain", "frozen zero3", "linear"])
 def test_frozen_encoder_stays(folder: Path, name: str):
     """What is saved of it is what was loaded, and the optimiser knows the rest alone."""
-    content = last(folder / name)
+    content = last_checkpoint(folder / folder_name(name))
     encoder = load_file(folder / "encoder.safetensors")
     state = content["state_dict"]
     kept = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
     assert kept.keys() == encoder.keys()
     for key, tensor in kept.items():
         assert torch.equal(tensor, encoder[key]), key
-    assert {group["lr_scale"] for group in groups(folder / name)} == {1.0}
+    assert {group["lr_scale"] for group in parameter_groups(folder / folder_name(name))} == {1.0}
     assert len(set(logged(content, "loss"))) == 2
 
 
 def test_frozen_is_the_same_with_and_without_zero(folder: Path):
-    plain, zero = last(folder / "frozen plain"), last(folder / "frozen zero3")
+    plain, zero = last_checkpoint(folder / "frozen-plain"), last_checkpoint(folder / "frozen-zero3")
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     assert_same_weights(zero, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(folder: Path, name: str):
-    words = said(folder, f"refused {name}")
+    words = ended_with(folder, f"refused {name}")
     assert REFUSED[name][1] in words
 
 
-def run(*command: str, changes: list[str], cwd: Path) -> str:
-    done = launch(*command, str(ROOT / "downstream/segment/train_segmentor.py"), str(CONFIG), *changes, cwd=cwd)
+def run(*command: str, overrides: list[str], cwd: Path) -> str:
+    done = launch(*command, str(ROOT / "downstream/segment/train_segmentor.py"), str(CONFIG), *overrides, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-STILL = ["model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0", "model.backbone.drop_path=0"]
+STILL = ["model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0", "model.backbone.drop_path_rate=0"]
 
 
 def test_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
@@ -159,13 +171,19 @@ def test_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
 
     What a model draws by itself differs from rank to rank, so there is none of it.
     """
-    common = [f"data_root={folder}/data", *STILL, "train_cfg.max_iters=2", "default_hooks.checkpoint.interval=2"]
+    common = [
+        f"data_root={folder}/data",
+        "runs=.",
+        *STILL,
+        "train_cfg.max_iters=2",
+        "default_hooks.checkpoint.interval=2",
+    ]
     deepspeed = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29646"]
-    output = run(*deepspeed, changes=[*common, "work_dir=two", "engine=zero2"], cwd=tmp_path)
+    output = run(*deepspeed, overrides=[*common, "name=two", "train.ds_config=zero2"], cwd=tmp_path)
     assert "2 ranks x train_dataloader.batch_size=2 x optim_wrapper.accumulative_counts=1 = 4 images" in output
-    run(sys.executable, changes=[*common, "work_dir=one", "train_dataloader.batch_size=4"], cwd=tmp_path)
-    assert_same_weights(last(tmp_path / "two"), last(tmp_path / "one"), rtol=1e-3, atol=2e-5)
-    tested = run(sys.executable, changes=[f"data_root={folder}/data", "test=one", "work_dir=again"], cwd=tmp_path)
-    (row,) = measured(tmp_path / "one")
+    run(sys.executable, overrides=[*common, "name=one", "train_dataloader.batch_size=4"], cwd=tmp_path)
+    assert_same_weights(last_checkpoint(tmp_path / "two"), last_checkpoint(tmp_path / "one"), rtol=1e-3, atol=2e-5)
+    tested = run(sys.executable, overrides=[f"data_root={folder}/data", "test=one", "name=again"], cwd=tmp_path)
+    (row,) = evaluations(tmp_path / "one")
     found = json.loads(tested.splitlines()[-1])
     assert [found[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]

@@ -1,11 +1,10 @@
 """Self-attention over grids of tokens, in windows or whole, with relative position, in little memory.
 
-At 1024 pixels the logits of a ViT-B's global block are 800 MB, and autograd keeps several such tensors. Here none of
-them ever exists whole: logits and bias are made for some rows of queries at a time, and again in the backward pass.
+At 1024 pixels the logits of a ViT-B's global block are 800 MB, and autograd keeps several such tensors. Here they
+never exist as a whole: logits and bias are computed for some rows of queries at a time, and again in the backward pass.
 
-Windows that the grid cuts off at its right and bottom edge are attended over as they are, not padded: what a token sees
-is what shares its window, and there is nothing to mask. There are at most four shapes of windows; those of one shape
-are one batch.
+Windows that the grid cuts off at its right and bottom edge are not padded: a token attends to the tokens of its window
+that exist, and there is nothing to mask. There are at most four window shapes; the windows of one shape are one batch.
 
 Shapes: B images, N grids (images, or windows of one shape), h heads, L tokens, C channels of a head, D width.
 """
@@ -22,14 +21,14 @@ from downstream.dense.backbone.relative_position import (
     Grid,
     decomposed_bias,
     decomposed_terms,
-    key_places,
+    one_hot_keys,
     product_bias,
-    stretch_table,
+    resize_table,
 )
 from pretrain.models.attention import attend
 
-# How many logits exist at a time: few are little memory, many are few calls of large kernels.
-_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+# How many logits exist at a time: fewer need less memory, more need fewer kernel calls.
+_MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 
 Bias = Callable[[Tensor, Grid, int, bool], Tensor]
 
@@ -39,23 +38,25 @@ def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, g
 
     Args:
         q, k, v: (N, h, L, C), L = H*W or, with a class token in front, 1 + H*W.
-        terms: (N, h, L, K), what `bias` makes its logits of, `product_bias` or `decomposed_bias`.
+        terms: (N, h, L, K), the first argument of `bias`.
+        bias: `product_bias` or `decomposed_bias`.
 
     Returns:
         (N, h, L, C)
     """
     height, width = grid
-    first = q.shape[2] - height * width
-    assert first in (0, 1), (q.shape, grid)
-    rows = max(1, _LOGITS[q.device.type] // (q.shape[0] * q.shape[1] * width * q.shape[2]))
+    num_prefix_tokens = q.shape[2] - height * width
+    assert num_prefix_tokens in (0, 1), (q.shape, grid)
+    rows = max(1, _MAX_LOGITS[q.device.type] // (q.shape[0] * q.shape[1] * width * q.shape[2]))
     counts = [min(rows, height - top) * width for top in range(0, height, rows)]
-    # `split` rather than slices: the gradients of slices would each be padded to the whole.
-    parts = list(zip(q.split([first, *counts], 2), terms.split([first, *counts], 2), strict=True))
-    # All biases of the class token's query are one number, which softmax does not see.
-    out = [attend(parts[0][0], k, v, None)] if first else []
+    # `split` rather than slices: the gradient of each slice would be padded to the whole tensor.
+    lengths = [num_prefix_tokens, *counts]
+    parts = list(zip(q.split(lengths, 2), terms.split(lengths, 2), strict=True))
+    # All keys have the same bias for the class token's query, which does not change its softmax.
+    out = [attend(parts[0][0], k, v, None)] if num_prefix_tokens else []
 
     def some_rows(some_q: Tensor, some_terms: Tensor, k: Tensor, v: Tensor, top: int) -> Tensor:
-        return attend(some_q, k, v, bias(some_terms, grid, top, bool(first)))
+        return attend(some_q, k, v, bias(some_terms, grid, top, bool(num_prefix_tokens)))
 
     for number, (some_q, some_terms) in enumerate(parts[1:]):
         arguments = (some_q, some_terms, k, v, number * rows)
@@ -67,18 +68,18 @@ def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, g
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, grid: Grid) -> Tensor:
-    """The same for `decomposed_terms`, by one of torch's fused kernels, in which no logits exist at all.
+    """The same for `decomposed_terms`, by one of torch's fused kernels, which never store the logits.
 
     q.k + bias is one product of longer vectors, (q, terms) and (k, its row and column one-hot). Values are padded to
-    their length, which flash attention asks for, and that to a multiple of 8. On a CPU torch's kernel is slower than
-    `attend_by_rows`: three times the arithmetic, and in bf16 far from what matrix products reach.
+    their length, as flash attention requires, and that to a multiple of 8. On a CPU torch's kernel is slower than
+    `attend_by_rows`: three times the arithmetic, and in bf16 far below the speed of matrix products.
     """
     channels = q.shape[-1]
-    places = key_places(grid, q.device, q.dtype, k.shape[2] > grid[0] * grid[1])
+    keys = one_hot_keys(grid, q.device, q.dtype, k.shape[2] > grid[0] * grid[1])
     long_q = torch.cat([q * channels**-0.5, terms.to(q.dtype)], dim=-1)
-    long_k = torch.cat([k, places.expand(*k.shape[:2], -1, -1)], dim=-1)
-    odd = -long_q.shape[-1] % 8
-    long_q, long_k = F.pad(long_q, (0, odd)), F.pad(long_k, (0, odd))
+    long_k = torch.cat([k, keys.expand(*k.shape[:2], -1, -1)], dim=-1)
+    padding = -long_q.shape[-1] % 8
+    long_q, long_k = F.pad(long_q, (0, padding)), F.pad(long_k, (0, padding))
     long_v = F.pad(v, (0, long_q.shape[-1] - channels))
     return F.scaled_dot_product_attention(long_q, long_k, long_v, scale=1.0)[..., :channels]
 
@@ -96,20 +97,20 @@ class GridAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, grid: Grid, window: int = 0) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, window_size: int = 0) -> Tensor:
         """(B, L, D) tokens in raster order -> (B, L, D).
 
         Args:
-            x: L = H*W, or 1 + H*W with a class token in front, which sees all and is seen by all.
+            x: L = H*W, or 1 + H*W with a class token in front, which attends to all tokens and they to it.
             grid: (H, W).
-            window: side of the windows, from the top left corner; 0 for one that is the whole grid.
+            window_size: side of the windows in tokens, from the top left corner; 0 for attention over the whole grid.
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if window == 0:
+        if window_size == 0:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             return self.proj(self.attend(q, k, v, grid, False).transpose(1, 2).flatten(2))
         assert x.shape[1] == grid[0] * grid[1], "a class token belongs to no window"
-        (heights, rows), (widths, cols) = _cut(grid[0], window), _cut(grid[1], window)
+        (heights, rows), (widths, cols) = _split_side(grid[0], window_size), _split_side(grid[1], window_size)
         bands = []
         for band, row in zip(qkv.unflatten(1, grid).split(heights, 1), rows, strict=True):
             areas = zip(band.split(widths, 2), cols, strict=True)
@@ -117,7 +118,7 @@ class GridAttention(nn.Module):
         return self.proj(torch.cat(bands, dim=1).flatten(1, 2))
 
     def _attend_windows(self, qkv: Tensor, window: Grid) -> Tensor:
-        """(B, Y, X, 3, h, C) of an area that windows of one shape fill -> (B, Y, X, D)."""
+        """(B, Y, X, 3, h, C) of an area that is divided into windows of one shape -> (B, Y, X, D)."""
         B, Y, X, _, h, C = qkv.shape
         rows, cols = window
         cells = qkv.view(B, Y // rows, rows, X // cols, cols, 3, h, C)
@@ -132,7 +133,7 @@ class GridAttention(nn.Module):
 
 
 class RelativeAttention(GridAttention):
-    """With LoMaR's contextual relative position; a bucket is an offset in patches, whatever the grid."""
+    """With LoMaR's contextual relative position; buckets are offsets in patches and do not depend on the grid."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads)
@@ -143,12 +144,12 @@ class RelativeAttention(GridAttention):
 
 
 class DecomposedAttention(GridAttention):
-    """With ViTDet's decomposed relative position: zero at first, so that the position is the one pretrained with.
+    """With ViTDet's decomposed relative position: zero at first, so that training starts with the pretrained positions.
 
     Args:
         dim, heads: width, and how many heads share it.
-        grid: rows and columns that the tables are for, a window's or the image's. For a larger or smaller image they
-            are interpolated, as in ViTDet; windows at the edge use what they need of them.
+        grid: rows and columns that the tables are for, of a window or of the image. For a larger or smaller image
+            they are interpolated, as in ViTDet; windows at the edge use a part of them.
     """
 
     def __init__(self, dim: int, heads: int, grid: Grid):
@@ -160,17 +161,18 @@ class DecomposedAttention(GridAttention):
         table_h: Tensor = self.rel_pos_h
         table_w: Tensor = self.rel_pos_w
         if not windowed:
-            table_h, table_w = stretch_table(table_h, grid[0]), stretch_table(table_w, grid[1])
-        first = q.shape[2] - grid[0] * grid[1]
-        terms = F.pad(decomposed_terms(q[:, :, first:], table_h, table_w, grid), (0, 0, first, 0))
+            table_h, table_w = resize_table(table_h, grid[0]), resize_table(table_w, grid[1])
+        num_prefix_tokens = q.shape[2] - grid[0] * grid[1]
+        terms = decomposed_terms(q[:, :, num_prefix_tokens:], table_h, table_w, grid)
+        terms = F.pad(terms, (0, 0, num_prefix_tokens, 0))
         if q.is_cuda:
             return attend_fused(q, k, v, terms, grid)
         return attend_by_rows(q, k, v, terms, decomposed_bias, grid)
 
 
-def _cut(length: int, window: int) -> tuple[list[int], list[int]]:
-    """The extents of a side's whole windows and of the cut one behind them, and the side of a window in each."""
-    rest = length % window
-    extents, sides = [length - rest, rest], [window, rest]
+def _split_side(length: int, window_size: int) -> tuple[list[int], list[int]]:
+    """The lengths of the part of a side that whole windows fill and of the rest, and the size of a window in each."""
+    rest = length % window_size
+    extents, sides = [length - rest, rest], [window_size, rest]
     kept = [number for number in (0, 1) if extents[number]]
     return [extents[number] for number in kept], [sides[number] for number in kept]

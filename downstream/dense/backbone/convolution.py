@@ -1,4 +1,4 @@
-"""Convolutions beside or behind the blocks, for grids of tokens.
+"""Convolutions parallel to a block's attention or after a block, on grids of tokens.
 
 Shapes: B images, L tokens of a (H, W) grid, with or without a class token in front, D width.
 """
@@ -14,17 +14,17 @@ from pretrain.models.vit import init_weights
 
 
 def on_grid(convolutions: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-    """Applies (B, D, H, W) -> (B, D, H, W) to (B, L, D) tokens; a class token gets zeros."""
-    first = x.shape[1] - grid[0] * grid[1]
-    image = x[:, first:].transpose(1, 2).unflatten(2, grid)
-    return F.pad(convolutions(image).flatten(2).transpose(1, 2), (0, 0, first, 0))
+    """Applies (B, D, H, W) -> (B, D, H, W) to (B, L, D) tokens; zeros for a class token."""
+    num_prefix_tokens = x.shape[1] - grid[0] * grid[1]
+    image = x[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
+    return F.pad(convolutions(image).flatten(2).transpose(1, 2), (0, 0, num_prefix_tokens, 0))
 
 
 @MODELS.register_module(name="RankBN")
 class ChannelBatchNorm(SyncBatchNorm):
-    """Batch normalisation of (B, D, H, W) by the statistics of all ranks' places; `norm_cfg=dict(type="RankBN")`.
+    """Batch normalization of (B, D, H, W) by the statistics of all ranks; `norm_cfg=dict(type="RankBN")`.
 
-    Not SyncBN: that has no CPU path, and mmengine converts to it under its own launchers only.
+    Not SyncBN, which has no CPU path and which mmengine converts to under its own launchers only.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class ChannelBatchNorm(SyncBatchNorm):
 
 
 def propagation(dim: int) -> nn.Sequential:
-    """ViTDet's cross-window propagation, a bottleneck to be added to its input. Zero at first, by its last norm."""
+    """ViTDet's cross-window propagation: a residual bottleneck, whose last norm is zero at first."""
     half = dim // 2
     last = LayerNorm2d(dim)
     layers = nn.Sequential(
@@ -51,9 +51,9 @@ def propagation(dim: int) -> nn.Sequential:
 
 
 def parallel_branch(dim: int) -> nn.Sequential:
-    """What ViTAE's parallel convolution adds to attention. Zero at first, by its last convolution.
+    """ViTAE's convolutions parallel to attention; the last one is zero at first.
 
-    Convolutions in groups of 4 channels, D -> 4D -> D, with batch normalisation and SiLU between them.
+    In groups of 4 channels, D -> 4D -> D, with batch normalization and SiLU between them.
     """
     last = nn.Conv2d(4 * dim, dim, 3, padding=1, groups=dim // 4)
     layers = nn.Sequential(

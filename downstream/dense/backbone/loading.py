@@ -1,76 +1,96 @@
-"""A checkpoint into a backbone, strictly, and the proof that the backbone makes of images what pretraining made."""
+"""A checkpoint into a backbone, strictly, and a check that the backbone computes the encoder's features."""
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from mmengine.logging import print_log
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
+from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
 from downstream.checkpoints.files import Weights
 from downstream.checkpoints.formats import Report
-from downstream.checkpoints.compare import max_difference
 from downstream.checkpoints.weights import build_encoder, features, read_encoder
+from downstream.dense.backbone.plain_vit import PlainViT
 from downstream.dense.backbone.relative_position import resize_positions
 from pretrain.models.vit import ARCHS, ViT
-
-if TYPE_CHECKING:
-    from downstream.dense.backbone.plain_vit import PlainViT
 
 # Parameters of a backbone that no encoder has.
 FRESH = (".parallel.", ".propagate.", ".rel_pos_h", ".rel_pos_w")
 
-_TOLERANCE = 1e-5
+
+@WEIGHT_INITIALIZERS.register_module()
+class EncoderCheckpoint:
+    """Starts a `PlainViT` from an encoder: `init_cfg=dict(type="EncoderCheckpoint", checkpoint=FILE)`.
+
+    On the command line of our entries: `start.checkpoint=FILE`, and `start.weights=ema`.
+
+    Args:
+        checkpoint, weights: as of `downstream.checkpoints.weights.load_encoder`.
+    """
+
+    wholemodule = False  # mmengine sets it; a backbone is always filled as a whole
+
+    def __init__(self, checkpoint: str, weights: Weights | None = None):
+        self.checkpoint, self.weights = checkpoint, weights
+
+    def __call__(self, module: nn.Module) -> None:
+        """Raises ValueError where the module is not a `PlainViT`, and as `load_start`."""
+        if not isinstance(module, PlainViT):
+            raise ValueError(f"init_cfg: EncoderCheckpoint fills a PlainViT, not a {type(module).__name__}")
+        print_log(str(load_start(module, self.checkpoint, self.weights)), logger="current")
 
 
-def load_start(backbone: "PlainViT", path: str, weights: Weights | None) -> Report:
+def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report:
     """Fills a backbone, all but its `FRESH` parameters, and compares features.
 
     Raises:
-        ValueError: as of `load_encoder`; the file is of another architecture, patch or kind of position; or the
-            backbone makes other features of it than the encoder.
+        ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position; or the
+            backbone computes other features with its weights than the encoder.
     """
     try:
         found = read_encoder(path, weights=weights)
         rows, cols = found.spec.grid
-        size = (rows * backbone.patch, cols * backbone.patch)
-        encoder, report = build_encoder(found, image_size=size, patch_size=backbone.patch)
+        size = (rows * backbone.patch_size, cols * backbone.patch_size)
+        encoder, report = build_encoder(found, image_size=size, patch_size=backbone.patch_size)
     except ValueError as error:
-        raise ValueError(f"model.backbone.checkpoint: {error}") from None
+        raise ValueError(f"start.checkpoint: {error}") from None
     _check(backbone, encoder, path)
     _fill(backbone, encoder, report)
     difference = compare_features(backbone, encoder)
-    if not difference <= _TOLERANCE:
+    if not difference <= FLOAT64_TOLERANCE:
         raise ValueError(
-            f"model.backbone.checkpoint={path}: the backbone's features differ from the encoder's by {difference:.1e} "
-            f"(at most {_TOLERANCE:.0e}): this must not happen; please report it with the file's report:\n{report}"
+            f"start.checkpoint={path}: the backbone's features differ from the encoder's by {difference:.1e} of the "
+            f"largest (at most {FLOAT64_TOLERANCE:.0e}): this must not happen; please report it with the report on "
+            f"the file:\n{report}"
         )
     return report
 
 
-def _check(backbone: "PlainViT", encoder: ViT, path: str) -> None:
+def _check(backbone: PlainViT, encoder: ViT, path: str) -> None:
     names = {arch: name for name, arch in ARCHS.items()}
-    stored, mine = names[encoder.arch], names[backbone.arch]
-    if stored != mine:
+    stored, expected = names[encoder.arch], names[backbone.arch]
+    if stored != expected:
         raise ValueError(
-            f"model.backbone.checkpoint={path} is {stored}, model.backbone.arch is {mine}: set it to {stored} "
+            f"start.checkpoint={path} is {stored}, model.backbone.arch is {expected}: set it to {stored} "
             f"(a config of that size), or give another checkpoint"
         )
     kind = encoder.position
     if kind == "bias":
         raise ValueError(
-            f"model.backbone.checkpoint={path} has learned relative bias tables (BEiT's, SimMIM's), and the backbone "
+            f"start.checkpoint={path} has learned relative bias tables (BEiT's, SimMIM's), and the backbone "
             f"offers position=relative or sincos only: give another checkpoint"
         )
     if kind != backbone.position:
         tables = {"relative": "relative tables (LoMaR's)", "sincos": "an absolute position table and no relative ones"}
         raise ValueError(
-            f"model.backbone.checkpoint={path} has {tables[kind]}, and model.backbone.position is {backbone.position}: "
+            f"start.checkpoint={path} has {tables[kind]}, and model.backbone.position is {backbone.position}: "
             f"set model.backbone.position={kind}, or give another checkpoint"
         )
 
 
-def _fill(backbone: "PlainViT", encoder: ViT, report: Report) -> None:
+def _fill(backbone: PlainViT, encoder: ViT, report: Report) -> None:
     state = encoder.state_dict()
     if backbone.cls_token is None:
         del state["cls_token"]
@@ -89,38 +109,40 @@ def _fill(backbone: "PlainViT", encoder: ViT, report: Report) -> None:
 
 
 @torch.no_grad()
-def compare_features(backbone: "PlainViT", encoder: ViT) -> float:
-    """The largest difference of both's tokens behind any of `out_blocks`, of random images of the encoder's size.
+def compare_features(backbone: PlainViT, encoder: ViT) -> float:
+    """The largest difference of the two's tokens after any of `out_indices`, of random images of the encoder's size.
 
     The backbone's windows are off and it gets the encoder's class token and positions, if it has none or those of
-    another grid. The comparison is done by a copy, in fp32 on the CPU.
+    another grid. Both are compared as copies in float64 on the CPU.
+
+    Returns:
+        As of `max_difference`: relative to the largest feature; NaN if a feature is.
     """
-    # While mmengine initialises, every module refers to the parameters of the whole model: they are not copied.
-    beside = {id(getattr(backbone, "_params_init_info", None)): None}
-    twin = copy.deepcopy(backbone, beside).cpu().float().eval()
+    # While mmengine initializes, every module refers to the parameters of the whole model: they are not copied.
+    skipped: dict[int, object] = {id(getattr(backbone, "_params_init_info", None)): None}
+    backbone_copy, encoder_copy = float64_copy(backbone, skipped), float64_copy(encoder)
     rows, cols = encoder.grid
-    shape = (2, 3, rows * encoder.patch_size, cols * encoder.patch_size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    x, grid = twin.embed(images, None)
+    images = random_images(rows * encoder.patch_size, cols * encoder.patch_size)
+    x, grid = backbone_copy.embed(images, None)
     if backbone.position == "sincos":
-        x = x + encoder.pos_embed[:, 1:]
-    class_token: Tensor = encoder.cls_token if twin.cls_token is None else twin.cls_token
+        x = x + encoder_copy.pos_embed[:, 1:]
+    class_token: Tensor = encoder_copy.cls_token if backbone_copy.cls_token is None else backbone_copy.cls_token
     x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
-    found = twin.encode(x, grid, (0,) * len(twin.blocks))
-    expected = _outputs(encoder, images, twin.out_blocks)
+    found = backbone_copy.encode(x, grid, (0,) * len(backbone_copy.blocks))
+    expected = _outputs(encoder_copy, images, backbone_copy.out_indices)
     differences = [max_difference(*pair) for pair in zip(found, expected, strict=True)]
     return float(torch.tensor(differences).max())  # NaN if one of them is
 
 
-def _outputs(encoder: ViT, images: Tensor, numbers: Sequence[int]) -> list[Tensor]:
-    """What the encoder's blocks of these numbers make, and in place of the last one's, what its norm makes of that."""
-    made: dict[nn.Module, Tensor] = {}
+def _outputs(encoder: ViT, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+    """The outputs of the encoder's blocks with these indices; of the last block, that of the norm after it."""
+    outputs: dict[nn.Module, Tensor] = {}
 
-    def keep(block: nn.Module, given: tuple[Any, ...], out: Tensor) -> None:
-        made[block] = out
+    def keep(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        outputs[block] = output
 
     hooks = [block.register_forward_hook(keep) for block in encoder.blocks]
-    made[encoder.blocks[-1]] = features(encoder, images)
+    outputs[encoder.blocks[-1]] = features(encoder, images)
     for hook in hooks:
         hook.remove()
-    return [made[encoder.blocks[number]] for number in numbers]
+    return [outputs[encoder.blocks[index]] for index in indices]

@@ -1,4 +1,4 @@
-"""A block's MLP in less memory: of its two wide maps, one is kept for the backward pass."""
+"""A block's MLP in less memory: one of its two hidden activations is kept for the backward pass."""
 
 from typing import Any
 
@@ -11,27 +11,27 @@ class Mlp(nn.Module):
     """linear(gelu(linear(x))), with timm's parameter names; (..., D) -> (..., D).
 
     Args:
-        dim, hidden: D, and the width of what is between.
+        dim, hidden_dim: D, and the width between the two matrices.
     """
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = ActivatedLinear(hidden, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = ActivatedLinear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x))
 
 
 class ActivatedLinear(nn.Linear):
-    """linear(gelu(x)), computed in x's precision. A module of its own, for ZeRO 3 gathers weights by modules."""
+    """linear(gelu(x)), computed in x's precision. It is a module because ZeRO-3 gathers weights by modules."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _ActivatedLinear.apply(x, self.weight, self.bias)
 
 
 class _ActivatedLinear(torch.autograd.Function):
-    """Keeps x and the weight itself, neither gelu(x) nor the copy of the weight that autocast would keep."""
+    """Saves x and the weight itself, not gelu(x) nor the copy of the weight that autocast would save."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
-        of_weight = rows.mT @ F.gelu(x).flatten(0, -2)
-        of_x = torch.ops.aten.gelu_backward(gradient @ weight.to(x.dtype), x)
-        return of_x, of_weight, rows.sum(0)
+        tokens = gradient.flatten(0, -2)
+        weight_gradient = tokens.mT @ F.gelu(x).flatten(0, -2)
+        x_gradient = torch.ops.aten.gelu_backward(gradient @ weight.to(x.dtype), x)
+        return x_gradient, weight_gradient, tokens.sum(0)

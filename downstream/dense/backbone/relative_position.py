@@ -1,7 +1,7 @@
-"""Relative position on grids: per query a few terms, from which the bias of any of its keys is made when it is needed.
+"""Relative position on grids: a few terms per query, from which the bias of any key is computed when it is needed.
 
 Shapes: N grids (images or windows) of `grid` = (H, W) tokens, h heads, C channels of a head. Tokens are in raster
-order; a class token, where there is one, comes in front of them.
+order, after the class token if there is one.
 """
 
 import math
@@ -20,19 +20,19 @@ _AXIS = math.isqrt(CLASS_BUCKET)
 
 
 class BucketTerms(RelativeKey):
-    """LoMaR's table. The terms are the query's product with every bucket; `product_bias` puts them in place."""
+    """LoMaR's table. The terms are the query's products with all buckets; `product_bias` makes the bias."""
 
     def forward(self, q: Tensor) -> Tensor:  # type: ignore[override]
         """(N, h, L, C) queries -> (N, h, L, 50)."""
         return q @ self.lookup_table_weight[0]
 
 
-@lru_cache  # a copy to the device in each forward would make the host wait for it
-@torch.inference_mode(False)  # or what was first made for an evaluation could not be trained with
+@lru_cache  # or each forward pass would copy it to the device and make the host wait
+@torch.inference_mode(False)  # or a tensor that an evaluation cached could not be used in training
 def _axis_one_hot(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(side, side, 7): which of an axis's buckets each pair of places falls into."""
-    places = torch.arange(side)
-    buckets = product_buckets(places, torch.zeros_like(places)) // _AXIS
+    """(side, side, 7): which of an axis's buckets each pair of positions falls into."""
+    positions = torch.arange(side)
+    buckets = product_buckets(positions, torch.zeros_like(positions)) // _AXIS
     return F.one_hot(buckets, _AXIS).to(device, dtype)
 
 
@@ -77,11 +77,11 @@ def decomposed_terms(q: Tensor, table_h: Tensor, table_w: Tensor, grid: Grid) ->
 
 def _per_pair(table: Tensor, side: int) -> Tensor:
     """(side, side, C) of (2n-1, C), n >= side."""
-    places = torch.arange(side, device=table.device)
-    return F.embedding(places[:, None] - places + len(table) // 2, table)
+    positions = torch.arange(side, device=table.device)
+    return F.embedding(positions[:, None] - positions + len(table) // 2, table)
 
 
-def stretch_table(table: Tensor, side: int) -> Tensor:
+def resize_table(table: Tensor, side: int) -> Tensor:
     """(2n-1, C) -> (2*side-1, C), linearly interpolated."""
     if len(table) == 2 * side - 1:
         return table
@@ -90,14 +90,14 @@ def stretch_table(table: Tensor, side: int) -> Tensor:
 
 def decomposed_bias(terms: Tensor, grid: Grid, top: int = 0, class_token: bool = False) -> Tensor:
     """As `product_bias`, of `decomposed_terms` (N, h, R*W, H + W); the class token's is zero."""
-    del top  # the terms know their query's place
+    del top  # the terms are already those of their query's position
     rows, cols = terms.split(grid, dim=-1)
     bias = (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(-2)
     return F.pad(bias, (1, 0)) if class_token else bias
 
 
-def key_places(grid: Grid, device: torch.device, dtype: torch.dtype, class_token: bool) -> Tensor:
-    """(L, H + W): ones at each key's row and column, so that `decomposed_terms` times it are the bias."""
+def one_hot_keys(grid: Grid, device: torch.device, dtype: torch.dtype, class_token: bool) -> Tensor:
+    """(L, H + W): each key's row and column one-hot, so that the product of `decomposed_terms` and this is the bias."""
     height, width = grid
     rows = torch.eye(height, device=device, dtype=dtype).repeat_interleave(width, 0)
     cols = torch.eye(width, device=device, dtype=dtype).repeat(height, 1)
@@ -105,7 +105,7 @@ def key_places(grid: Grid, device: torch.device, dtype: torch.dtype, class_token
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """An absolute table (1, N, D) of one grid for another, bicubically as in `downstream.checkpoints.weights`."""
+    """Resizes an absolute table (1, N, D) from one grid to another, bicubic as in `downstream.checkpoints.weights`."""
     if old == new:
         return table
     return resample_abs_pos_embed(table, list(new), old_size=list(old), num_prefix_tokens=0)

@@ -1,4 +1,4 @@
-"""Checkpoints of mmengine's layout: where they are, and how they are read."""
+"""Finds checkpoints in mmengine's layout, and reads them without running anything that a file says."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def last_checkpoint(work_dir: str) -> Path | None:
     """The newest checkpoint of a training, a file or ZeRO's folder; None where there is none.
 
     Raises:
-        ValueError: what `last_checkpoint` names is not there.
+        ValueError: the checkpoint that the file `last_checkpoint` names does not exist.
     """
     named = Path(work_dir) / "last_checkpoint"
     if not named.is_file():
@@ -25,11 +25,13 @@ def last_checkpoint(work_dir: str) -> Path | None:
     for found in (path, Path(work_dir) / path.name):  # the folder may have been moved
         if found.exists():
             return found
-    raise ValueError(f"{named} names {path}, which is not there: restore it, or write the name of another one into it")
+    raise ValueError(
+        f"{named} names {path}, which does not exist: restore it, or write the name of another one into the file"
+    )
 
 
 def find_weights(name: str) -> str:
-    """The file of weights of a checkpoint: of mmengine's file, of ZeRO's folder, or of a training's folder.
+    """The file with the weights of a checkpoint, given as mmengine's file, ZeRO's folder, or the folder of a run.
 
     Raises:
         ValueError: there is none.
@@ -40,20 +42,20 @@ def find_weights(name: str) -> str:
     if path is not None and path.is_dir():
         path = path / WEIGHTS
     if path is None or not path.is_file():
-        raise ValueError(f"{name} is no checkpoint: give a .pth file, a checkpoint's folder or a work_dir")
+        raise ValueError(f"{name} is no checkpoint: give a .pth file, a checkpoint's folder or the folder of a run")
     return str(path)
 
 
 def refuse_pickles() -> None:
-    """From now on mmengine reads tensors, plain values and its own log buffers, and runs nothing that a file says.
+    """From now on mmengine reads tensors, plain values and its own log buffers only.
 
-    By itself it reads a file that wants more a second time, and then does run it.
+    Without this it would read a file with anything else a second time, and run the code in it.
     """
     CheckpointLoader.register_scheme(prefixes="", loader=_read, force=True)
 
 
-def _statistic(owner: Any, name: str) -> Any:
-    """All that log buffers need of `getattr`."""
+def _getattr_of_buffer(owner: Any, name: str) -> Any:
+    """`getattr`, restricted to what the pickles of mmengine's log buffers need."""
     if owner is not HistoryBuffer or name.startswith("_"):
         raise UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
     return getattr(owner, name)
@@ -61,7 +63,7 @@ def _statistic(owner: Any, name: str) -> Any:
 
 def _read(filename: str, map_location: Any = None) -> Any:
     allowed = [kind for kind in get_torch_safe_globals() if kind is not getattr]
-    allowed.append((_statistic, "builtins.getattr"))
+    allowed.append((_getattr_of_buffer, "builtins.getattr"))
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(filename, map_location=map_location, weights_only=True)

@@ -1,15 +1,16 @@
-"""The command line of trainings on mmengine: a configuration, changes to it, and the words that are ours."""
+"""The command line of trainings on mmengine: a configuration, overrides of its keys, and keys of the run."""
 
-import ast
 import functools
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, utils
 
-from pretrain.trainer.schema import nearest
+from downstream.dense.job import Job
+from downstream.dense.mmengine.encoder_start import set_start
+from pretrain.trainer.schema import nearest, parse_value
 
 # mmengine looks for a package of the original name where a configuration inherits "mmseg::...".
 utils.MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
@@ -17,9 +18,21 @@ utils.MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
 # And for each inherited file it parses an index of all models that the package has.
 utils.load = functools.cache(utils.load)
 
-WORDS = ("checkpoint", "engine", "precision", "resume", "test", "tta")
+# Keys of the run, with the names that they have in the recipes of pretraining; no configuration has them.
+_RUN_KEYS: dict[str, Any] = {
+    "name": None,
+    "runs": None,
+    "resume": True,
+    "test": None,
+    "tta": False,
+    "start.checkpoint": None,
+    "start.weights": None,
+    "train.ds_config": None,
+    "train.precision": None,
+}
+_CHOICES = {"start.weights": ("online", "ema"), "train.precision": ("fp32", "bf16")}
 
-# Keys of mmengine that every configuration may set, whether it names them or not.
+# Keys of mmengine that can be overridden even if the configuration does not set them.
 _DEFAULTS = {
     "load_from": None,
     "randomness": {"seed": 0},
@@ -30,32 +43,16 @@ _DEFAULTS = {
 }
 
 
-@dataclass
-class Job:
-    """What a command asks for.
+def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable[[Config], None]) -> Job:
+    """A configuration, by path or by the name of one in the folder `configs`, under `KEY=value` overrides.
 
-    Attributes:
-        cfg: the configuration with all changes.
-        engine: a file of DeepSpeed's keys; None is the plain Runner.
-        resume: whether what `work_dir` holds is continued.
-        test: a checkpoint to evaluate instead of training.
-        tta: whether it is evaluated on augmented images as well, by the configuration's `tta_model`.
-    """
+    `propagate` then copies the keys at the configuration's top to wherever else they are read; a copy cannot be
+    overridden.
 
-    cfg: Config
-    engine: str | None
-    resume: bool
-    test: str | None
-    tta: bool = False
-
-
-def load(name: str, changes: list[str], configs: Path, spread: Callable[[Config], None]) -> Job:
-    """A configuration, by path or by the name of one in the folder `configs`, with `KEY=value` changes.
-
-    `spread` then puts what the configuration says once wherever else it belongs; there it is not to be changed.
-
-    Beside the configuration's own keys there are: `checkpoint=FILE` (short for model.backbone.checkpoint),
-    `engine=zero1|zero2|zero3|FILE`, `precision=fp32|bf16`, `resume=false`, `test=FILE` and `tta=true`.
+    Besides the configuration's own keys there are those of the run: `name=` (its folder is runs/NAME; by default the
+    configuration's name) and `runs=`, `start.checkpoint=FILE` and `start.weights=online|ema` (short for
+    `model.backbone.init_cfg`), `train.ds_config=zero1|zero2|zero3|FILE`, `train.precision=fp32|bf16`, `resume=false`,
+    `test=FILE` and `tta=true`.
 
     Raises:
         ValueError: no such configuration or key, or a value of another type than the configuration's.
@@ -63,30 +60,27 @@ def load(name: str, changes: list[str], configs: Path, spread: Callable[[Config]
     cfg = _read(_find(name, configs))
     for key, value in _DEFAULTS.items():
         _set_default(cfg, key, value)
-    if not cfg.get("work_dir"):
-        cfg.work_dir = f"runs/{Path(name).stem}"
-    words: dict[str, Any] = {}
-    changed: dict[str, Any] = {}
-    for change in changes:
-        key, equals, text = change.partition("=")
+    run, overridden = dict(_RUN_KEYS), {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise ValueError(f"{change!r} is not a change: write KEY=value, for example train_cfg.max_epochs=25")
-        if key in WORDS:
-            words[key] = _value(text)
+            raise ValueError(f"{override!r} is not an override: write KEY=value, for example train_cfg.max_epochs=25")
+        try:
+            value = parse_value(text)
+        except ValueError as error:
+            raise ValueError(f"{override!r}: {error}") from None
+        if key in run:
+            run[key] = _check_run_key(key, value, text)
         else:
-            changed[key] = _value(text)
-            _change(cfg, key, changed[key])
-    if "checkpoint" in words:
-        _change(cfg, "model.backbone.checkpoint", words["checkpoint"])
-    _set_precision(cfg, words.get("precision"))
-    spread(cfg)
-    _check_spread(cfg, changed)
-    resume = words.get("resume", True)
-    if not isinstance(resume, bool):
-        raise ValueError(f"resume={resume!r}: true continues what work_dir holds, which is done unless false is said")
-    if words.get("tta", False) not in (True, False) or (words.get("tta") and not words.get("test")):
-        raise ValueError(f"tta={words['tta']!r}: true evaluates test=FILE on augmented images as well")
-    return Job(cfg, _engine_file(words.get("engine")), resume, words.get("test"), words.get("tta", False))
+            overridden[key] = _override(cfg, key, value, text)
+    if run["tta"] and not run["test"]:
+        raise ValueError("tta=True: it is for evaluations: give test=FILE as well")
+    cfg.work_dir = _work_dir(run, cfg.get("work_dir") or f"runs/{Path(name).stem}")
+    set_start(cfg, run["start.checkpoint"], run["start.weights"])
+    _set_precision(cfg, run["train.precision"])
+    propagate(cfg)
+    _check_overridden(cfg, overridden)
+    return Job(cfg, run["train.ds_config"], run["resume"], run["test"], run["tta"])
 
 
 def _find(name: str, configs: Path) -> Path:
@@ -99,10 +93,10 @@ def _find(name: str, configs: Path) -> Path:
 
 def _read(path: Path) -> Config:
     try:
-        # What it imports comes later: DeepSpeed's accelerator is not decided yet.
+        # Its modules are imported later: DeepSpeed's accelerator is not chosen yet.
         return Config.fromfile(path, import_custom_modules=False)
     except Exception as error:  # whatever its Python raises
-        raise ValueError(f"{path} is no configuration that mmengine reads: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path} cannot be read as a configuration: {type(error).__name__}: {error}") from None
 
 
 def _set_default(tree: Any, key: str, value: Any) -> None:
@@ -113,26 +107,45 @@ def _set_default(tree: Any, key: str, value: Any) -> None:
             _set_default(tree[key], inner, default)
 
 
-def _value(text: str) -> Any:
-    """Python's literals, and the words that YAML has for some of them."""
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _check_run_key(key: str, value: Any, text: str) -> Any:
+    """The value of a key of the run; ValueError where it has another type or is not one of its choices."""
+    if isinstance(_RUN_KEYS[key], bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{key}={value!r}: true or false")
+        return value
+    if value is None:
+        return None
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise ValueError(f"{key}={value!r}: {' or '.join(_CHOICES[key])}")
+    if key == "name" and not re.fullmatch(r"[\w-][\w.-]*", text):
+        raise ValueError(f"name={text!r}: the name of a folder in runs=, of letters, digits, '_', '-' and '.'")
+    return text
 
 
-def _place(cfg: Config, key: str) -> tuple[Any, Any]:
-    """What holds the value of a dotted key, and the last step to it."""
+def _work_dir(run: dict[str, Any], default: str) -> str:
+    """The folder of the run: `runs`/`name`, each by default as in `default`."""
+    return str(Path(run["runs"] or Path(default).parent) / (run["name"] or Path(default).name))
+
+
+def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
+    """The dictionary or list that holds the value of a dotted key, and the last part of the key.
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    if key == "work_dir":
+        raise ValueError("work_dir is runs/NAME: give name=, and runs= for another parent folder")
     *above, last = key.split(".")
     tree: Any = cfg
     for depth, part in enumerate([*above, last]):
-        keys = [str(n) for n in range(len(tree))] if isinstance(tree, list) else list(map(str, tree))
-        if part not in keys:
-            place = ".".join([*above, last][:depth])
-            raise ValueError(f"unknown key {key}: {f'in {place}, ' if place else ''}{nearest(part, keys)}")
+        names = [str(n) for n in range(len(tree))] if isinstance(tree, list) else list(map(str, tree))
+        if part not in names:
+            parent = ".".join([*above, last][:depth])
+            if depth == 0:  # or the first part of a key of the run is meant
+                run_key = next((known for known in _RUN_KEYS if known.startswith(f"{part}.")), None)
+                near = nearest(key, list(_RUN_KEYS)) if run_key else nearest(part, [*{*names, *_RUN_KEYS}])
+                raise ValueError(f"unknown key {key}: {near}")
+            raise ValueError(f"unknown key {key}: in {parent}, {nearest(part, names)}")
         step = int(part) if isinstance(tree, list) else part
         if depth < len(above):
             tree = tree[step]
@@ -141,21 +154,24 @@ def _place(cfg: Config, key: str) -> tuple[Any, Any]:
     return tree, step
 
 
-def _change(cfg: Config, key: str, value: Any) -> None:
-    tree, step = _place(cfg, key)
-    if wrong := _wrong_type(tree[step], value):
-        raise ValueError(f"{key}={value!r}: {wrong}")
+def _override(cfg: Config, key: str, value: Any, text: str) -> Any:
+    tree, step = _find_key(cfg, key)
+    if isinstance(tree[step], str) and isinstance(value, int | float):
+        value = text
+    if problem := _wrong_type(tree[step], value):
+        raise ValueError(f"{key}={value!r}: {problem}")
     tree[step] = value
+    return value
 
 
-def _check_spread(cfg: Config, changed: dict[str, Any]) -> None:
-    """Raises ValueError where a change was overwritten by what stands once, at the configuration's top."""
-    for key, value in changed.items():
-        tree, step = _place(cfg, key)
+def _check_overridden(cfg: Config, overridden: dict[str, Any]) -> None:
+    """Raises ValueError where the value of an override was replaced by that of a key at the configuration's top."""
+    for key, value in overridden.items():
+        tree, step = _find_key(cfg, key)
         if tree[step] != value:
             raise ValueError(
-                f"{key}={value!r}: the configuration puts {_short(tree[step])} there, from a key at its top: "
-                f"change that one"
+                f"{key}={value!r}: a key at the top of the configuration sets it to {_shorten(tree[step])}: override "
+                f"that one"
             )
 
 
@@ -163,32 +179,23 @@ def _wrong_type(old: Any, new: Any) -> str | None:
     kinds: list[tuple[tuple[type, ...], str]] = [
         ((bool,), "true or false"),
         ((int, float), "a number"),
-        ((dict,), "a group of keys: change one of them"),
+        ((dict,), "a group of keys: override one of them"),
         ((list, tuple), "a list"),
-        ((str,), "a word"),
+        ((str,), "a text"),
     ]
-    for types, words in kinds:
+    for types, description in kinds:
         if isinstance(old, types):
             fits = isinstance(new, types) and (bool in types or not isinstance(new, bool))
-            return None if fits or new is None else f"it is {words} in the configuration ({_short(old)})"
-    return None  # it was None: anything may stand there
+            return None if fits or new is None else f"it is {description} in the configuration ({_shorten(old)})"
+    return None  # it was None, which says nothing of its type
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def _engine_file(engine: Any) -> str | None:
-    if engine is None:
-        return None
-    shipped = Path(__file__).parents[2] / "ds_configs" / f"{engine}.json"
-    return str(shipped) if shipped.is_file() else str(engine)
-
-
 def _set_precision(cfg: Config, precision: str | None) -> None:
-    if precision not in (None, "fp32", "bf16"):
-        raise ValueError(f"precision={precision!r}: fp32 or bf16")
     wrapper: ConfigDict = cfg.optim_wrapper
     if precision is not None:
         for key in ("dtype", "loss_scale"):
@@ -200,4 +207,4 @@ def _set_precision(cfg: Config, precision: str | None) -> None:
     if kind == "AmpOptimWrapper":
         if wrapper.setdefault("dtype", "bfloat16") != "bfloat16":
             raise ValueError(f"optim_wrapper.dtype={wrapper.dtype!r}: only bfloat16, which needs no loss scale")
-        wrapper["loss_scale"] = 1.0  # no scaling; but a gradient that is not finite refuses the step
+        wrapper["loss_scale"] = 1.0  # no scaling; but a step with a gradient that is not finite is skipped

@@ -1,9 +1,9 @@
-"""Where a training on mmengine is, so that it continues with the bits that it would have had.
+"""Order and seeds of the training data on mmengine, so that a resumed training has the bits of one without a stop.
 
 mmengine draws augmentations from its workers' generators and what the model draws (samples of regions, drop path) from
-the process's, and saves neither. Here both are seeded by where the training is: by (seed, epoch, image) before an image
-is read, and by (seed, iteration, rank) before a forward pass. Then nothing random need be saved, and the middle of an
-epoch is as good a place to stop as its end.
+the process's, and saves neither. Here both are seeded by the progress of the training: by (seed, epoch, image) before
+an image is read, and by (seed, iteration, rank) before a forward pass. Then no generator need be saved, and a training
+can stop in the middle of an epoch as well as at its end.
 """
 
 from collections.abc import Iterator
@@ -17,32 +17,36 @@ from torch.utils.data import BatchSampler, Dataset, Sampler
 from pretrain.trainer.loop import seed_step
 
 
-class Place(int):
-    """The number of an image that says when it is drawn, too: in which epoch, or in which batch of an endless order."""
+class SeededIndex(int):
+    """The index of an image, and with it the number that seeds its augmentations.
 
-    turn: int
+    Attributes:
+        epoch: the number of the epoch, or of the batch in an infinite order.
+    """
 
-    def __new__(cls, image: int, turn: int) -> "Place":
-        place = super().__new__(cls, image)
-        place.turn = turn
-        return place
+    epoch: int
 
-    def __reduce__(self) -> tuple[Any, ...]:  # on its way to a worker
-        return Place, (int(self), self.turn)
+    def __new__(cls, index: int, epoch: int) -> "SeededIndex":
+        seeded = super().__new__(cls, index)
+        seeded.epoch = epoch
+        return seeded
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to be sent to a worker
+        return SeededIndex, (int(self), self.epoch)
 
 
 @DATA_SAMPLERS.register_module()
 class ResumableBatches:
-    """A rank's batches, as lists of `Place`, from any batch on.
+    """A rank's batches, as lists of `SeededIndex`, from any batch on.
 
-    Batches at an epoch's end that make no whole optimiser step are left out: they would be half of a step that a
-    checkpoint cannot hold. The next epoch is shuffled anew, so these are other images each time.
+    Batches at an epoch's end that make no whole optimizer step are left out, since a checkpoint cannot hold a part of
+    one. The next epoch is shuffled anew, so these are other images each time.
 
     Args:
         sampler: mmengine's `DefaultSampler` or `InfiniteSampler`.
         batch_size: of a rank.
-        accumulation: batches of an optimiser step.
-        batches: the batch sampler that the configuration asks for, if any.
+        accumulation: batches of an optimizer step.
+        batches: the configuration's batch sampler, if it has one.
         drop_last: whether a batch that is not full is left out.
 
     Raises:
@@ -59,7 +63,7 @@ class ResumableBatches:
     ):
         if not isinstance(sampler, DefaultSampler | InfiniteSampler):
             raise ValueError(
-                f"train_dataloader.sampler.type={type(sampler).__name__} cannot be continued in the middle: use "
+                f"train_dataloader.sampler.type={type(sampler).__name__} cannot be resumed in the middle: use "
                 f"DefaultSampler (epochs) or InfiniteSampler (iterations)"
             )
         self.sampler, self.batch_size, self.accumulation = sampler, batch_size, accumulation
@@ -68,8 +72,8 @@ class ResumableBatches:
             if batches
             else BatchSampler(sampler, batch_size, drop_last)
         )
-        self.endless = isinstance(sampler, InfiniteSampler)
-        self.first = 0  # the next pass begins here
+        self.infinite = isinstance(sampler, InfiniteSampler)
+        self.start = 0  # the number of the first batch of the next pass
         if not len(self):
             raise ValueError(
                 f"an epoch has {len(self.batches)} batches a rank, fewer than optim_wrapper.accumulative_counts="
@@ -79,22 +83,22 @@ class ResumableBatches:
     def __len__(self) -> int:
         return len(self.batches) // self.accumulation * self.accumulation
 
-    def __iter__(self) -> Iterator[list[Place]]:
-        first, self.first = self.first, 0
+    def __iter__(self) -> Iterator[list[SeededIndex]]:
+        start, self.start = self.start, 0
         for number, batch in enumerate(self.batches):
-            if number == len(self) and not self.endless:
+            if number == len(self) and not self.infinite:
                 return
-            if number >= first:
-                turn = number if self.endless else self.sampler.epoch
-                yield [Place(image, turn) for image in batch]
+            if number >= start:
+                epoch = number if self.infinite else self.sampler.epoch
+                yield [SeededIndex(index, epoch) for index in batch]
 
 
 @DATASETS.register_module()
 class SeededDataset(Dataset[Any]):
-    """A data set whose augmentations depend on the seed, the epoch and the image alone.
+    """A data set whose augmentations depend on nothing but the seed, the epoch and the image.
 
     Args:
-        dataset: mmengine's configuration of it.
+        dataset: its configuration, as of mmengine.
         seed: of the training.
     """
 
@@ -108,36 +112,36 @@ class SeededDataset(Dataset[Any]):
     def full_init(self) -> None:
         self.dataset.full_init()
 
-    def get_data_info(self, image: int) -> dict[str, Any]:
-        return dict(self.dataset.get_data_info(int(image)))
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        return dict(self.dataset.get_data_info(int(index)))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: Place) -> Any:
-        seed_step(self.seed, place.turn, int(place))
-        return self.dataset[int(place)]
+    def __getitem__(self, index: SeededIndex) -> Any:
+        seed_step(self.seed, index.epoch, int(index))
+        return self.dataset[int(index)]
 
 
 def wrap_train_data(cfg: Config) -> None:
-    """Puts the two above around the training data of a configuration."""
+    """Wraps the training data of a configuration in the two classes above."""
     loader = cfg.train_dataloader
-    loader.dataset = {"type": "PlacedImages", "dataset": loader.dataset, "seed": cfg.randomness.seed}
+    loader.dataset = {"type": SeededDataset.__name__, "dataset": loader.dataset, "seed": cfg.randomness.seed}
     loader.batch_sampler = {
-        "type": "PlacedBatches",
+        "type": ResumableBatches.__name__,
         "batches": loader.get("batch_sampler"),
         "accumulation": cfg.optim_wrapper.accumulative_counts,
         "drop_last": loader.pop("drop_last", False),
     }
     if not by_epoch(cfg):
-        cfg.train_cfg.fast_forward_on_resume = True  # mmengine's would load all images again to skip them
+        cfg.train_cfg.fast_forward_on_resume = True  # or mmengine would load all images again to skip them
 
 
 def by_epoch(cfg: Config) -> bool:
-    """Whether a configuration counts its training in epochs; ValueError where it does not say."""
+    """Whether a configuration counts its training in epochs; ValueError where it says neither that nor iterations."""
     if not {"by_epoch", "type"} & cfg.train_cfg.keys():
         raise ValueError(
-            f"train_cfg={dict(cfg.train_cfg)} has neither type nor by_epoch: change keys of it one by one, for example "
+            f"train_cfg={dict(cfg.train_cfg)} has neither type nor by_epoch: override its keys one by one, for example "
             f"train_cfg.max_epochs=25"
         )
     return bool(cfg.train_cfg.get("by_epoch", cfg.train_cfg.get("type", "").startswith("EpochBased")))

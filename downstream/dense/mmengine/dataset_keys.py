@@ -1,4 +1,4 @@
-"""What configurations of detection and of segmentation say once, at their top, put into every data set."""
+"""The data sets of a configuration, and the keys at its top that are copied into each of them."""
 
 import os
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ SPLITS = ("train", "val", "test")
 
 
 def propagate_data_keys(cfg: Any) -> None:
-    """`data_root` becomes that of every data set of an mmengine Config; `classes` as well, where it is not None.
+    """Copies `data_root` and `classes`, where they are not None, into every data set of an mmengine Config.
 
     Raises:
-        ValueError: `classes` is no list of different names.
+        ValueError: `classes` is not a list of different names.
     """
     classes = cfg.get("classes")
     if classes is not None:
@@ -30,7 +30,7 @@ def propagate_data_keys(cfg: Any) -> None:
 
 
 def datasets(cfg: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """The data sets of a split with their dotted keys; of wrappers, what they wrap."""
+    """(dotted key, data set) of each data set of a split; for wrappers, those that they wrap."""
     loader = cfg.get(f"{split}_dataloader")
     if loader is not None:
         yield from _unwrap(f"{split}_dataloader.dataset", loader.dataset)
@@ -40,17 +40,22 @@ def _unwrap(key: str, dataset: Any) -> Iterator[tuple[str, Any]]:
     if "dataset" in dataset:
         yield from _unwrap(f"{key}.dataset", dataset.dataset)
     elif "datasets" in dataset:
-        for number, one in enumerate(dataset.datasets):
-            yield from _unwrap(f"{key}.datasets.{number}", one)
+        for number, inner in enumerate(dataset.datasets):
+            yield from _unwrap(f"{key}.datasets.{number}", inner)
     else:
         yield key, dataset
 
 
 def below_root(dataset: Any, path: str) -> str:
-    """A path as mmengine's data sets find it: below their root, unless it is absolute."""
+    """A path as mmengine's data sets resolve it: below their root, unless it is absolute."""
     return os.path.join(dataset.get("data_root") or "", path)
 
 
 def class_names(dataset: Any, kind: Any) -> tuple[str, ...]:
-    """What the heads' numbers mean: the data set's own names, or those of its type, a class of mmdet or mmseg."""
+    """The names of the classes, in the order of the heads' outputs: the data set's own or those of its type.
+
+    Args:
+        dataset: its configuration.
+        kind: its type, a class of mmdet or mmseg.
+    """
     return tuple((dataset.get("metainfo") or {}).get("classes") or kind.METAINFO.get("classes") or ())

@@ -1,4 +1,4 @@
-"""Hooks of mmengine's runners: what makes a training continue exactly, save without losing anything, and stop."""
+"""Hooks of mmengine's runners, by which a training resumes exactly, saves without losing anything, and stops."""
 
 import json
 import math
@@ -18,56 +18,55 @@ from pretrain.trainer.checkpoint import first_problem, write_durably
 from pretrain.trainer.loop import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 
-# mmdet's heads are called as modules; mmseg calls the `forward` of a head itself, and the last thing in it is conv_seg.
-BORDERS = ("neck", "rpn_head", "bbox_head", "mask_head", "conv_seg")
+# mmdet's heads are called as modules; mmseg calls the `forward` of a head itself, whose last module is conv_seg.
+FP32_OUTPUTS = ("neck", "rpn_head", "bbox_head", "mask_head", "conv_seg")
 
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Seeds forward passes by where they are, and continues where the checkpoint was.
+    """Seeds forward passes by their iteration and rank, and continues from the iteration of the checkpoint.
 
     Args:
         seed: of the training.
-        trained_as: what must be the same when a training continues; it is kept in its checkpoints.
+        signature: what must be the same when a training is resumed; it is saved in its checkpoints.
         strict: whether what is loaded must be the whole model (a checkpoint to continue from or to test).
-        continues: whether a training continues.
+        resumes: whether a training is resumed.
     """
 
-    priority = "LOWEST"  # a missed evaluation is measured when all other hooks are ready
+    priority = "LOWEST"  # a missed evaluation is made up for when all other hooks are ready
 
-    def __init__(self, seed: int, trained_as: dict[str, Any], strict: bool, continues: bool):
-        self.seed, self.strict, self.continues = seed, strict, continues
-        self.trained_as = dict(trained_as)  # no mmengine type: it is saved
+    def __init__(self, seed: int, signature: dict[str, Any], strict: bool, resumes: bool):
+        self.seed, self.strict, self.resumes = seed, strict, resumes
+        self.signature = dict(signature)  # a plain dict: it is saved
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError, naming what differs, where the checkpoint is of another training or model."""
-        if self.continues:
-            before = checkpoint["meta"].get("trained_as", {})
-            check_same(before, self.trained_as, runner.work_dir)
+        if self.resumes:
+            check_signature(checkpoint["meta"].get("resume_signature", {}), self.signature, runner.work_dir)
         if self.strict:
             check_model(checkpoint["state_dict"], _unwrap(runner.model))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["meta"]["trained_as"] = self.trained_as
+        checkpoint["meta"]["resume_signature"] = self.signature
 
     def before_train(self, runner: Any) -> None:
         batches = runner.train_dataloader.batch_sampler
-        batches.first = runner.iter - (0 if batches.endless else runner.epoch * len(batches))
-        if batches.first == 0 or batches.endless:
-            _evaluate_missed(runner, runner.iter if batches.endless else runner.epoch)
+        batches.start = runner.iter - (0 if batches.infinite else runner.epoch * len(batches))
+        if batches.start == 0 or batches.infinite:
+            _evaluate_missed(runner, runner.iter if batches.infinite else runner.epoch)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         seed_step(self.seed, runner.iter, 0, runner.rank)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if runner.rank == 0:
-            row = {"epoch": runner.epoch, "iter": runner.iter, **plain_numbers(metrics or {})}
+            record = {"epoch": runner.epoch, "iter": runner.iter, **plain_numbers(metrics or {})}
             with _evaluations(runner).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(record) + "\n")
 
 
 def plain_numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """What JSON has words for: mmseg's are of numpy; None for what is not finite, a class without any pixel."""
+    """As floats (mmseg's are numpy's); None where not finite, such as the IoU of a class without any pixel."""
     numbers = {name: float(value) for name, value in metrics.items()}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
@@ -76,22 +75,22 @@ def _evaluations(runner: Any) -> Path:
     return Path(runner.work_dir) / "evaluation.jsonl"
 
 
-def _evaluate_missed(runner: Any, turn: int) -> None:
-    """What a kill or a signal kept from being measured. `turn` counts epochs or iterations, as the loop does."""
+def _evaluate_missed(runner: Any, done: int) -> None:
+    """Does the evaluation that a kill or a signal prevented; `done` are epochs or iterations, as the loop counts."""
     loop = runner.train_loop
     last = runner.iter == runner.max_iters
-    if runner.val_loop is None or not turn or turn < loop.val_begin or (turn % loop.val_interval and not last):
+    if runner.val_loop is None or not done or done < loop.val_begin or (done % loop.val_interval and not last):
         return
     file = _evaluations(runner)
-    rows = file.read_text().splitlines() if file.is_file() else []
-    measured = [runner.iter in (json.loads(row)["iter"] for row in rows)]
-    dist.broadcast_object_list(measured)  # the main rank's file counts
-    if not measured[0]:
+    lines = file.read_text().splitlines() if file.is_file() else []
+    evaluated = [runner.iter in (json.loads(line)["iter"] for line in lines)]
+    dist.broadcast_object_list(evaluated)  # the main rank's file counts
+    if not evaluated[0]:
         runner.val_loop.run()
 
 
-def check_same(before: dict[str, Any], now: dict[str, Any], work_dir: str) -> None:
-    """Raises ValueError, naming every difference, where a checkpoint was trained as something else."""
+def check_signature(before: dict[str, Any], now: dict[str, Any], work_dir: str) -> None:
+    """Raises ValueError, naming every difference, where a checkpoint is of another training."""
     different = [
         f"{key} was {before.get(key, 'unset')!r} and is {value!r}"
         for key, value in now.items()
@@ -100,21 +99,21 @@ def check_same(before: dict[str, Any], now: dict[str, Any], work_dir: str) -> No
     if different:
         raise ValueError(
             f"the checkpoint in {work_dir} is of another training: {'; '.join(different)}; set these back, or start "
-            f"anew with another work_dir= (and with load_from={work_dir} from its weights)"
+            f"anew with another name= (and with load_from={work_dir} from its weights)"
         )
 
 
 def check_model(state: dict[str, Any], model: Any) -> None:
-    """Raises ValueError where a checkpoint's tensors are not the model's: mmengine would load what fits."""
-    # ZeRO-3 leaves a parameter's own shape empty and keeps the whole one beside it.
-    whole = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.state_dict(keep_vars=True).items()}
-    theirs = {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in state.items()}
-    problems = [f"{name} is missing" for name in whole if name not in theirs]
-    problems += [f"{name} is not of this model" for name in theirs if name not in whole]
+    """Raises ValueError where a checkpoint's tensors are not the model's: mmengine would load those that fit."""
+    # Under ZeRO-3 a parameter is empty and has its whole shape in an attribute.
+    expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.state_dict(keep_vars=True).items()}
+    found = {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in state.items()}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not of this model" for name in found if name not in expected]
     problems += [
-        f"{name} is {theirs[name]} and should be {shape}"
-        for name, shape in whole.items()
-        if theirs.get(name, shape) != shape
+        f"{name} is {found[name]} and should be {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -122,7 +121,7 @@ def check_model(state: dict[str, Any], model: Any) -> None:
 
 
 def _unwrap(model: Any) -> Any:
-    """The model itself, of what wraps it for ranks and for augmented tests."""
+    """The model inside the wrappers for several ranks and for test-time augmentation."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
@@ -130,34 +129,33 @@ def _unwrap(model: Any) -> Any:
 
 @HOOKS.register_module()
 class Fp32OutputsHook(Hook):
-    """Under bf16's autocast, necks and heads hand over fp32.
+    """Under bf16's autocast, necks and heads return fp32.
 
-    mmdet casts the boxes of regions to the type of the features that it cuts there: in bf16 that rounds 1000 pixels to
-    multiples of 4. It sorts proposals by the sigmoid of their logits: in bf16 many good ones would be equal. mmcv's ops
-    know no bf16 at all. mmseg resizes logits before it looks for the largest. Inside of these modules autocast goes on
-    as before.
+    mmdet casts boxes to the type of the features that it crops: in bf16 that rounds 1000 pixels to multiples of 4. It
+    sorts proposals by the sigmoid of their logits: in bf16 many good ones would be equal. mmcv's operators do not
+    support bf16. mmseg resizes logits before it takes the largest. Inside these modules autocast works as before.
     """
 
     def before_train(self, runner: Any) -> None:
         for name, module in _unwrap(runner.model).named_modules():
-            if name.split(".")[-1] in BORDERS:
-                module.register_forward_hook(_hand_over)
+            if name.split(".")[-1] in FP32_OUTPUTS:
+                module.register_forward_hook(_to_fp32)
 
 
-def _hand_over(module: Any, inputs: Any, outputs: Any) -> Any:
+def _to_fp32(module: Any, inputs: Any, outputs: Any) -> Any:
     return apply_to(outputs, lambda value: isinstance(value, Tensor), lambda tensor: tensor.float())
 
 
 @HOOKS.register_module()
 class DurableCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, by which a kill loses nothing older, and which saves and stops on a signal.
+    """mmengine's CheckpointHook, but a kill while it saves loses no older checkpoint, and a signal saves and stops.
 
     mmengine deletes an old checkpoint before it writes the new one, and overwrites the file that names the newest. Here
-    a checkpoint is written aside and moved into place, then named, and only then an old one is deleted.
+    a checkpoint is written under another name and moved into place, then named, and only then an old one is deleted.
 
     Args:
-        accumulation: micro-batches of an optimiser step: a checkpoint cannot hold a part of one.
-        suffix: of checkpoints' names.
+        accumulation: micro-batches of an optimizer step: a checkpoint cannot hold a part of one.
+        suffix: of the checkpoints' names.
     """
 
     def __init__(self, accumulation: int, suffix: str, **kwargs: Any):
@@ -171,22 +169,21 @@ class DurableCheckpointHook(CheckpointHook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         batches, done = runner.train_dataloader.batch_sampler, runner.iter + 1
-        if done % self.accumulation or (not batches.endless and done % len(batches) == 0):
-            return  # an epoch's end has its own place to stop, where all that belongs to it has been done
-        self._stop_if_told(runner, done, f"iter_{done}", by_epoch=False)
+        if done % self.accumulation or (not batches.infinite and done % len(batches) == 0):
+            return  # at an epoch's end it is stopped below, when all that belongs to the epoch has been done
+        self._stop_on_signal(runner, done, f"iter_{done}", by_epoch=False)
 
     def after_train_epoch(self, runner: Any) -> None:
         super().after_train_epoch(runner)
-        if not runner.train_dataloader.batch_sampler.endless:
-            self._stop_if_told(runner, runner.iter, f"epoch_{runner.epoch + 1}", by_epoch=True)
+        if not runner.train_dataloader.batch_sampler.infinite:
+            self._stop_on_signal(runner, runner.iter, f"epoch_{runner.epoch + 1}", by_epoch=True)
 
-    def _stop_if_told(self, runner: Any, done: int, name: str, by_epoch: bool) -> None:
+    def _stop_on_signal(self, runner: Any, done: int, name: str, by_epoch: bool) -> None:
         signal = self.stop.agreed()
         if not signal or done == runner.max_iters:
             return
         if self.last_ckpt is None or Path(self.last_ckpt).stem != name:
             self._publish(runner, name, {}, by_epoch)
-        # slurm/_train.sh looks for these words
         raise Stopped(f"{signal}: saved and stopped after step {done} of {runner.max_iters}; run it again to go on")
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
@@ -195,22 +192,22 @@ class DurableCheckpointHook(CheckpointHook):
     def _publish(self, runner: Any, name: str, meta: dict[str, Any], by_epoch: bool) -> None:
         """Writes a checkpoint; all ranks together. Raises OSError, on all of them, where the disk does not take it."""
         folder = Path(self.out_dir)
-        aside, path = folder / "unfinished", folder / f"{name}{self.suffix}"
+        temporary, path = folder / "unfinished", folder / f"{name}{self.suffix}"
         self.last_ckpt = str(path)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)
         if runner.rank == 0:
-            _remove(aside)
+            _remove(temporary)
         dist.barrier()
         problem = None
         try:
-            runner.save_checkpoint(str(folder), aside.name, meta=meta, by_epoch=by_epoch)
+            runner.save_checkpoint(str(folder), temporary.name, meta=meta, by_epoch=by_epoch)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             problem = str(error)
         problem = first_problem(problem)
         if problem is None and runner.rank == 0:
             try:
-                _remove(path)  # the same place again, after a fallback to an older one
-                aside.rename(path)
+                _remove(path)  # it exists if the training fell back to an older one
+                temporary.rename(path)
                 write_durably(Path(runner.work_dir) / "last_checkpoint", str(path))
                 self._delete_old(folder)
             except OSError as error:

@@ -1,4 +1,4 @@
-"""Layer decay for mmengine: parameters close to the image learn more slowly."""
+"""Layer decay for mmengine: a smaller learning rate for layers closer to the image."""
 
 import re
 from typing import Any
@@ -13,26 +13,26 @@ _NOT_DECAYED = re.compile(r".*(cls_token|pos_embed|rel_pos_[hw])")
 
 
 def layer_decay_groups(model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter exactly once; a group for each layer, and for what of it does not decay.
+    """Every trainable parameter exactly once; for each layer a group with and one without weight decay.
 
-    `lr_scale` is layer_decay ** (blocks above + 1), for tokens and patches with all blocks above; 1 for what follows
-    the blocks. Vectors, class token, positions and decomposed tables do not decay; LoMaR's tables do, as in
-    pretraining. Call it before ZeRO-3 empties the shapes.
+    `lr_scale` is layer_decay ** (blocks above + 1), with all blocks above for patch embedding, class token and
+    positions; 1 for what follows the blocks. Vectors, class token, positions and decomposed tables have no weight
+    decay; LoMaR's tables have, as in pretraining. Call it before ZeRO-3 partitions parameters and empties their shapes.
 
     Args:
-        model: has one `PlainViT` in it.
-        lr: of the model's head.
+        model: contains one `PlainViT`.
+        lr: of the model's heads.
         weight_decay: of matrices.
-        layer_decay: of the learning rate from block to block, above 0 and up to 1.
+        layer_decay: factor of the learning rate from one block to the one before it, above 0 and at most 1.
 
     Returns:
-        Groups of an optimiser, `lr` in each, from the image upwards.
+        Groups of an optimizer with their `lr`, from the image upwards.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"optim_wrapper.paramwise_cfg.layer_decay={layer_decay}: above 0, at most 1")
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, PlainViT)]
     if len(found) != 1:
-        raise ValueError(f"constructor=LayerDecay needs a model with one PlainViT, this has {len(found)}")
+        raise ValueError(f"layer decay needs a model with one PlainViT, this has {len(found)}")
     prefix, backbone = found[0][0] + "." if found[0][0] else "", found[0][1]
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     depth = len(backbone.blocks)
@@ -51,7 +51,7 @@ def layer_decay_groups(model: nn.Module, *, lr: float, weight_decay: float, laye
 
 
 def _layer(name: str, depth: int) -> int:
-    """The layer of one of the backbone's parameters: 0 in front of the blocks, depth + 1 behind them."""
+    """The layer of one of the backbone's parameters: 0 before the blocks, depth + 1 after them."""
     if block := re.match(r"blocks\.(\d+)\.", name):
         return int(block[1]) + 1
     return 0 if name.startswith(("patch_embed.", "cls_token", "pos_embed")) else depth + 1
@@ -59,15 +59,15 @@ def _layer(name: str, depth: int) -> int:
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor:
-    """`optim_wrapper=dict(constructor="LayerDecay", paramwise_cfg=dict(layer_decay=0.7), optimizer=...)`.
+    """`optim_wrapper=dict(constructor=<this class's name>, paramwise_cfg=dict(layer_decay=0.7), optimizer=...)`.
 
-    The optimiser's `lr` is the head's. Schedulers of mmengine scale each group's own.
+    The optimizer's `lr` is that of the heads. Schedulers of mmengine scale each group's own.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):
         if not paramwise_cfg or paramwise_cfg.keys() != {"layer_decay"}:
             raise ValueError(
-                f"constructor=LayerDecay needs optim_wrapper.paramwise_cfg=dict(layer_decay=...), not {paramwise_cfg}"
+                f"layer decay needs optim_wrapper.paramwise_cfg=dict(layer_decay=...), not {paramwise_cfg}"
             )
         self.wrapper_cfg = dict(optim_wrapper_cfg)
         self.optimizer_cfg = dict(self.wrapper_cfg.pop("optimizer"))
@@ -76,7 +76,7 @@ class LayerDecayOptimWrapperConstructor:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         optimizer_cfg = dict(self.optimizer_cfg)
         optimizer_cfg["params"] = layer_decay_groups(
-            getattr(model, "module", model),  # of a wrapper
+            getattr(model, "module", model),  # inside a wrapper
             lr=optimizer_cfg["lr"],
             weight_decay=optimizer_cfg.get("weight_decay", 0.0),
             layer_decay=self.layer_decay,

@@ -1,8 +1,8 @@
-"""mmengine's FlexibleRunner on DeepSpeed's ZeRO: a model, an optimiser and schedules of an mmengine configuration.
+"""mmengine's FlexibleRunner on DeepSpeed's ZeRO: a model, an optimizer and schedules of an mmengine configuration.
 
-A checkpoint is a folder: DeepSpeed's files, a set a rank, and `weights.pth` in mmengine's usual layout, with the whole
-weights, the schedules and where the training is. So the plain Runner reads what ZeRO has written; ZeRO starts from
-what the plain Runner has written by `load_from`.
+A checkpoint is a folder: the files of DeepSpeed for each rank, and `weights.pth` in mmengine's usual layout, with the
+whole weights, the schedules and the progress of the training. So mmengine's Runner reads what ZeRO has written; ZeRO
+starts from what the Runner has written by `load_from`.
 """
 
 import copy
@@ -28,10 +28,10 @@ WEIGHTS = "weights.pth"  # in a checkpoint's folder
 
 @OPTIM_WRAPPERS.register_module()
 class ZeroOptimWrapper(DeepSpeedOptimWrapper):
-    """What mmengine's loops and schedules see of the engine's optimiser."""
+    """The engine's optimizer for mmengine's loops and schedules."""
 
     def step(self, **kwargs: Any) -> None:
-        """A micro-step; at an optimiser step it logs the gradient's norm, as mmengine does where it clips."""
+        """A micro-batch; at an optimizer step it logs the gradient's norm, as mmengine does where it clips."""
         last = self.model.is_gradient_accumulation_boundary()
         self.model.step()
         if last and self.model.gradient_clipping():
@@ -45,13 +45,13 @@ class ZeroOptimWrapper(DeepSpeedOptimWrapper):
 class ZeroModel(MMDeepSpeedEngineWrapper):
     """The engine as the runner's model.
 
-    Under ZeRO-3 it predicts by a whole copy, filled when an evaluation begins. The engine gathers parameters from all
-    ranks whenever one of them is used, and a detector uses them as often as an image needs: where one rank's image has
-    nothing in it and the others' have, they would wait for each other for ever.
+    Under ZeRO-3 it predicts with a whole copy, filled when an evaluation begins. The engine gathers parameters from all
+    ranks whenever one of them is used, and how often a detector uses them depends on the image: where one rank's image
+    is empty and the others' are not, the ranks would wait for each other for ever.
 
     Args:
         engine: DeepSpeed's.
-        predictor: the engine's module, or under ZeRO-3 a copy from before it was partitioned.
+        predictor: the engine's module, or under ZeRO-3 a copy made before it was partitioned.
     """
 
     def __init__(self, engine: Any, predictor: nn.Module):
@@ -80,13 +80,13 @@ class ZeroModel(MMDeepSpeedEngineWrapper):
 
 @STRATEGIES.register_module()
 class ZeroStrategy(BaseStrategy):
-    """Builds what the runner trains, and saves and continues it.
+    """Builds what the runner trains, saves it and resumes it.
 
     mmengine's own DeepSpeedStrategy cannot be built with current versions of DeepSpeed.
 
     Args:
-        settings: all of DeepSpeed's keys (`pretrain.trainer.engine.complete`).
-        start: a checkpoint in mmengine's layout whose weights the training starts from.
+        settings: all of DeepSpeed's keys (`pretrain.trainer.engine.complete_settings`).
+        start: a file in mmengine's layout whose weights the training starts from.
     """
 
     def __init__(self, *, settings: dict[str, Any], start: str | None = None, **kwargs: Any):
@@ -102,15 +102,17 @@ class ZeroStrategy(BaseStrategy):
         compile: Any = False,
         dispatch_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Model, optimiser and schedules for `FlexibleRunner.train`; all ranks together."""
-        assert optim_wrapper is not None, "evaluations are the plain Runner's"
+        """Model, optimizer and schedules for `FlexibleRunner.train`; all ranks together."""
+        assert optim_wrapper is not None, "mmengine's Runner evaluates"
         self.dispatch_kwargs.update(dispatch_kwargs or {})
         model = self._init_model_weights(self.build_model(model))
         assert isinstance(model, nn.Module)
         if self.start:
-            # Before the engine copies or cuts up the parameters.
+            # Before the engine copies or partitions the parameters.
             _load_checkpoint_to_model(model, _load_checkpoint(self.start, map_location="cpu"))
-        self.optim_wrapper = self.build_optim_wrapper({**_of_engine(optim_wrapper), "type": "ZeroOptimWrapper"}, model)
+        self.optim_wrapper = self.build_optim_wrapper(
+            {**_without_engine_keys(optim_wrapper), "type": "ZeroOptimWrapper"}, model
+        )
         optimizer = self.optim_wrapper.optimizer
         optimizer.param_groups = _trainable(optimizer.param_groups)
         stage3 = self.settings.get("zero_optimization", {}).get("stage", 0) == 3
@@ -119,8 +121,8 @@ class ZeroStrategy(BaseStrategy):
             model=model, optimizer=optimizer, config=self.settings
         )
         if stage3:
-            _unhook(model)
-        # After: DeepSpeed counts its steps by wrapping the optimiser's own, and so do mmengine's schedules.
+            _remove_hooks(model)
+        # After: DeepSpeed counts steps by wrapping the optimizer's `step`, and so do mmengine's schedules.
         self.optim_wrapper.model = engine
         self.model = ZeroModel(engine, predictor)
         if param_scheduler is not None:
@@ -136,10 +138,10 @@ class ZeroStrategy(BaseStrategy):
         extra_ckpt: dict[str, Any] | None = None,
         callback: Any = None,
     ) -> None:
-        """Writes a folder; without the optimiser, a file of the weights. All ranks together.
+        """Writes a folder, or without the optimizer a file with the weights; all ranks together.
 
         Raises:
-            OSError: the disk did not take it, on all ranks.
+            OSError: it could not be written; raised on all ranks.
         """
         folder, engine = Path(filename), self.model.model
         problem = self._save_engine(folder) if save_optimizer else None
@@ -162,7 +164,7 @@ class ZeroStrategy(BaseStrategy):
     def _save_engine(self, folder: Path) -> str | None:
         engine = self.model.model
         engine.checkpoint_engine = files = SafeCheckpointEngine(engine._config)
-        engine._copy_recovery_script = lambda folder: None  # on a full disk it would raise on one rank alone
+        engine._copy_recovery_script = lambda folder: None  # on a full disk it would raise on one rank only
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         return str(files.failure) if files.failure else None
 
@@ -175,10 +177,10 @@ class ZeroStrategy(BaseStrategy):
         map_location: Any = "default",
         callback: Any = None,
     ) -> dict[str, Any]:
-        """Continues from a checkpoint's folder; all ranks together.
+        """Resumes from a checkpoint's folder; all ranks together.
 
         Returns:
-            What `weights.pth` says beside the weights.
+            The rest of `weights.pth`.
         """
         folder, engine = Path(filename), self.model.model
         content: dict[str, Any] = _load_checkpoint(str(folder / WEIGHTS), map_location="cpu")
@@ -193,21 +195,21 @@ class ZeroStrategy(BaseStrategy):
         return content
 
     def load_checkpoint(self, filename: str, **kwargs: Any) -> dict[str, Any]:
-        """Not to be had: ZeRO has copied the weights by then."""
-        raise ValueError(f"give {filename} to the strategy as `start`")
+        """Not possible: ZeRO has copied the weights by now."""
+        raise ValueError(f"pass {filename} to the strategy as `start`")
 
 
-def _of_engine(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
-    """mmengine's optimiser wrapper without what the engine does itself."""
-    done = ("accumulative_counts", "clip_grad", "dtype", "loss_scale")
-    return {key: value for key, value in optim_wrapper.items() if key not in done}
+def _without_engine_keys(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
+    """mmengine's optimizer wrapper without what the engine does itself."""
+    engine_keys = ("accumulative_counts", "clip_grad", "dtype", "loss_scale")
+    return {key: value for key, value in optim_wrapper.items() if key not in engine_keys}
 
 
-def _unhook(model: nn.Module) -> None:
-    """Takes ZeRO-3's hooks off modules without parameters.
+def _remove_hooks(model: nn.Module) -> None:
+    """Removes ZeRO-3's hooks from modules without parameters, for which there is nothing to gather.
 
-    It stops where ranks do not call the same modules in the same order, and a head calls its modules of losses for
-    some images only: for others there is nothing to compare with. There is nothing to gather for these modules.
+    ZeRO-3 raises where ranks do not call the same modules in the same order, and a head calls its losses, which are
+    modules, only for images that have objects.
     """
     for module in model.modules():
         if next(module.parameters(), None) is None:
@@ -216,6 +218,6 @@ def _unhook(model: nn.Module) -> None:
 
 
 def _trainable(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups without frozen parameters, and without empty groups: DeepSpeed deletes those, and schedules would slip."""
+    """Without frozen parameters and empty groups: DeepSpeed deletes empty groups, which schedules count."""
     kept = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     return [group for group in kept if group["params"]]

@@ -1,6 +1,7 @@
 """As vitdet_vitb_lomar_25ep, with ViTAE's branch of convolutions beside the attention of each block.
 
-    deepspeed downstream/detect/train_detector.py vitae_vitb_lomar_25ep checkpoint=runs/my-run data_root=/data/coco
+    deepspeed downstream/detect/train_detector.py vitae_vitb_lomar_25ep \
+        start.checkpoint=runs/my-run data_root=/data/coco
 
 A step is 64 images: 8 ranks x 4 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
 so that it stays 64. LoMaR's paper, Table 2: 51.8 box AP, 46.0 mask AP. Not run by us.

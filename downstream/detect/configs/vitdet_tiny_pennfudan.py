@@ -1,6 +1,7 @@
 """A small Mask R-CNN on Penn-Fudan's 136 street photographs with people, to see all parts at work on two CPU cores.
 
-    python downstream/detect/train_detector.py vitdet_tiny_pennfudan checkpoint=runs/my-run data_root=/data/pennfudan
+    python downstream/detect/train_detector.py vitdet_tiny_pennfudan \
+        start.checkpoint=runs/my-run data_root=/data/pennfudan
 
 A step is 4 images, 34 steps an epoch. The heads are a quarter as wide as ViTDet's and see an eighth of the regions. It
 is no published recipe and its AP says nothing of others; in fp32, which a CPU likes best.
@@ -14,7 +15,7 @@ width = 64
 extractor = dict(out_channels=width)
 model = dict(
     data_preprocessor=dict(pad_size_divisor=size),
-    backbone=dict(arch="vit_tiny", size=size, window=7),
+    backbone=dict(arch="vit_tiny", img_size=size, window_size=7),
     neck=dict(in_channels=192, out_channels=width),
     rpn_head=dict(in_channels=width, feat_channels=width),
     roi_head=dict(
@@ -39,7 +40,7 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
-    constructor="LayerDecay",
+    constructor="LayerDecayOptimWrapperConstructor",
     paramwise_cfg=dict(layer_decay=0.7),
     optimizer=dict(type="AdamW", lr=5e-4, betas=(0.9, 0.999), weight_decay=0.1),
 )

@@ -1,6 +1,7 @@
 """ViTDet Mask R-CNN, ViT-B pretrained by MAE, COCO, 100 epochs: fixed positions, decomposed relative ones from zero.
 
-    deepspeed downstream/detect/train_detector.py vitdet_vitb_mae_100ep checkpoint=runs/my-run data_root=/data/coco
+    deepspeed downstream/detect/train_detector.py vitdet_vitb_mae_100ep \
+        start.checkpoint=runs/my-run data_root=/data/coco
 
 A step is 64 images: 8 ranks x 4 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
 so that it stays 64. detectron2's ViTDet: 51.6 and 45.9 (box AP, mask AP). Not run by us.

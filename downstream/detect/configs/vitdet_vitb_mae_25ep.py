@@ -1,6 +1,7 @@
 """ViTDet Mask R-CNN, ViT-B pretrained by MAE, COCO, 25 epochs: fixed positions, decomposed relative ones from zero.
 
-    deepspeed downstream/detect/train_detector.py vitdet_vitb_mae_25ep checkpoint=runs/my-run data_root=/data/coco
+    deepspeed downstream/detect/train_detector.py vitdet_vitb_mae_25ep \
+        start.checkpoint=runs/my-run data_root=/data/coco
 
 A step is 64 images: 8 ranks x 4 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
 so that it stays 64. LoMaR's paper, Table 2: 51.1 box AP, 45.4 mask AP. Not run by us.

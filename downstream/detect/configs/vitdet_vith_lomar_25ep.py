@@ -1,16 +1,16 @@
 """ViTDet Mask R-CNN, ViT-H pretrained by LoMaR, COCO, 25 epochs.
 
-    deepspeed downstream/detect/train_detector.py vitdet_vith_lomar_25ep checkpoint=runs/my-run data_root=/data/coco engine=zero1
+    deepspeed downstream/detect/train_detector.py vitdet_vith_lomar_25ep \
+        start.checkpoint=runs/my-run data_root=/data/coco train.ds_config=zero1
 
-A step is 64 images: 32 ranks x 1 x 2 micro-batches. On other numbers of ranks, choose
-optim_wrapper.accumulative_counts so that it stays 64. No published number: LoMaR's paper has ViT-B only. Not run by
-us.
+A step is 64 images: 32 ranks x 1 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
+so that it stays 64. No published number: LoMaR's paper has ViT-B only. Not run by us.
 """
 
 _base_ = ["_base_/vitdet.py"]
 
 model = dict(
-    backbone=dict(arch="vit_huge", global_blocks=(7, 15, 23, 31), out_blocks=(31,), drop_path=0.5),
+    backbone=dict(arch="vit_huge", global_blocks=(7, 15, 23, 31), out_indices=(31,), drop_path_rate=0.5),
     neck=dict(in_channels=1280),
 )
 optim_wrapper = dict(paramwise_cfg=dict(layer_decay=0.9))

@@ -1,6 +1,7 @@
 """One linear layer on the last block of a frozen ViT-B pretrained by LoMaR, ADE20K, 40k iterations.
 
-    deepspeed downstream/segment/train_segmentor.py linear_vitb_lomar_40k checkpoint=runs/my-run data_root=/data/ade
+    deepspeed downstream/segment/train_segmentor.py linear_vitb_lomar_40k \
+        start.checkpoint=runs/my-run data_root=/data/ade
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
 it stays 16. DINOv2's linear protocol: batch normalisation and one matrix, AdamW with a learning rate of 1e-3 and a
@@ -10,7 +11,7 @@ weight decay of 1e-4. No published number for LoMaR. Not run by us.
 _base_ = ["_base_/upernet.py"]
 
 model = dict(
-    backbone=dict(out_blocks=(11,), frozen=True),
+    backbone=dict(out_indices=(11,), frozen=True),
     neck=None,
     decode_head=dict(
         _delete_=True,

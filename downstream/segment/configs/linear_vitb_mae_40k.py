@@ -1,6 +1,7 @@
 """As linear_vitb_lomar_40k, pretrained by MAE or LUT: absolute positions.
 
-    deepspeed downstream/segment/train_segmentor.py linear_vitb_mae_40k checkpoint=runs/my-run data_root=/data/ade
+    deepspeed downstream/segment/train_segmentor.py linear_vitb_mae_40k \
+        start.checkpoint=runs/my-run data_root=/data/ade
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
 it stays 16. No published number. Not run by us.

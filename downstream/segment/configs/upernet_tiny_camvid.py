@@ -1,6 +1,7 @@
 """A small UperNet on CamVid's 123 frames of driving, to see all parts at work on two CPU cores.
 
-    python downstream/segment/train_segmentor.py upernet_tiny_camvid checkpoint=runs/my-run data_root=/data/camvid
+    python downstream/segment/train_segmentor.py upernet_tiny_camvid \
+        start.checkpoint=runs/my-run data_root=/data/camvid
 
 A step is 4 images: 1 rank x 4 x 1 micro-batch, and there are 1500 of them. The heads are 64 channels wide and look at
 windows of 256 pixels. It is no published recipe and its mIoU says nothing of others; in fp32, which a CPU likes best.
@@ -27,7 +28,7 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
-    constructor="LayerDecay",
+    constructor="LayerDecayOptimWrapperConstructor",
     paramwise_cfg=dict(layer_decay=0.65),
     optimizer=dict(type="AdamW", lr=5e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )

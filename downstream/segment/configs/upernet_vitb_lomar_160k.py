@@ -1,6 +1,7 @@
 """UperNet, ViT-B pretrained by LoMaR, ADE20K, 160k iterations.
 
-    deepspeed downstream/segment/train_segmentor.py upernet_vitb_lomar_160k checkpoint=runs/my-run data_root=/data/ade
+    deepspeed downstream/segment/train_segmentor.py upernet_vitb_lomar_160k \
+        start.checkpoint=runs/my-run data_root=/data/ade
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
 it stays 16. LoMaR's abstract has 0.2 mIoU more than MAE's encoder, which has 48.1 by MAE's paper. Not run by us.

@@ -1,6 +1,7 @@
 """UperNet, ViT-L pretrained by LoMaR, ADE20K, 160k iterations.
 
-    deepspeed downstream/segment/train_segmentor.py upernet_vitl_lomar_160k checkpoint=runs/my-run data_root=/data/ade engine=zero1
+    deepspeed downstream/segment/train_segmentor.py upernet_vitl_lomar_160k \
+        start.checkpoint=runs/my-run data_root=/data/ade train.ds_config=zero1
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
 it stays 16. No published number: LoMaR's papers have ViT-B only. Layer decay is between the 0.65 and 0.8 of others. Not
@@ -11,7 +12,7 @@ _base_ = ["_base_/upernet.py"]
 
 dim = 1024
 model = dict(
-    backbone=dict(arch="vit_large", out_blocks=(7, 11, 15, 23)),
+    backbone=dict(arch="vit_large", out_indices=(7, 11, 15, 23)),
     neck=dict(embed_dim=dim),
     decode_head=dict(in_channels=[dim, dim, dim, dim], channels=dim),
     auxiliary_head=dict(in_channels=dim),

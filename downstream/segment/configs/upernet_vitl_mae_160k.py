@@ -1,6 +1,7 @@
 """UperNet, ViT-L pretrained by MAE or LUT, ADE20K, 160k iterations: absolute positions, relative ones from zero.
 
-    deepspeed downstream/segment/train_segmentor.py upernet_vitl_mae_160k checkpoint=runs/my-run data_root=/data/ade engine=zero1
+    deepspeed downstream/segment/train_segmentor.py upernet_vitl_mae_160k \
+        start.checkpoint=runs/my-run data_root=/data/ade train.ds_config=zero1
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
 it stays 16. MAE's paper: 53.6 mIoU. Layer decay is between the 0.65 and 0.8 of others. Not run by us.

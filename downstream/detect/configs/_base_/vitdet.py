@@ -23,6 +23,7 @@ heads; gradients are not clipped.
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::common/lsj-100e_coco-instance.py"]
 custom_imports = dict(
     imports=[
+        "downstream.dense.backbone.loading",  # EncoderCheckpoint
         "downstream.dense.backbone.plain_vit",
         "downstream.dense.mmengine.layer_decay",
         "downstream.detect.pyramid",
@@ -42,15 +43,15 @@ model = dict(
         _delete_=True,
         type="PlainViT",
         arch="vit_base",
-        patch=16,
-        size=size,
+        patch_size=16,
+        img_size=size,
         position="relative",
-        window=14,
+        window_size=14,
         global_blocks=(2, 5, 8, 11),
-        out_blocks=(11,),
-        drop_path=0.1,
+        out_indices=(11,),
+        drop_path_rate=0.1,
         grad_checkpointing=False,
-        checkpoint=None,
+        init_cfg=None,
     ),
     neck=dict(_delete_=True, type="SimpleFeaturePyramid", in_channels=768, out_channels=256),
     rpn_head=dict(num_convs=2),
@@ -90,7 +91,7 @@ optim_wrapper = dict(
     dtype="bfloat16",
     loss_scale=1.0,
     accumulative_counts=2,
-    constructor="LayerDecay",
+    constructor="LayerDecayOptimWrapperConstructor",
     paramwise_cfg=dict(layer_decay=0.7),
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
 )

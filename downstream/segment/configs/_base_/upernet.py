@@ -30,6 +30,7 @@ _base_ = [
 ]
 custom_imports = dict(
     imports=[
+        "downstream.dense.backbone.loading",  # EncoderCheckpoint
         "downstream.dense.backbone.plain_vit",
         "downstream.dense.mmengine.layer_decay",
         "downstream.segment.linear_head",
@@ -53,17 +54,17 @@ model = dict(
         _delete_=True,
         type="PlainViT",
         arch="vit_base",
-        patch=16,
-        size=size,
+        patch_size=16,
+        img_size=size,
         position="relative",
-        window=0,
+        window_size=0,
         global_blocks=(),
         class_token=True,
-        out_blocks=(3, 5, 7, 11),
-        drop_path=0.1,
+        out_indices=(3, 5, 7, 11),
+        drop_path_rate=0.1,
         grad_checkpointing=False,
         frozen=False,
-        checkpoint=None,
+        init_cfg=None,
     ),
     neck=dict(embed_dim=dim, norm_cfg=norm),
     decode_head=dict(in_channels=[dim, dim, dim, dim], channels=dim, num_classes=150, norm_cfg=norm),
@@ -113,7 +114,7 @@ optim_wrapper = dict(
     type="AmpOptimWrapper",
     dtype="bfloat16",
     loss_scale=1.0,
-    constructor="LayerDecay",
+    constructor="LayerDecayOptimWrapperConstructor",
     paramwise_cfg=dict(layer_decay=0.65),
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )

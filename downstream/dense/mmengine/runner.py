@@ -1,4 +1,4 @@
-"""A job on all ranks: mmengine's plain Runner, or its FlexibleRunner on ZeRO, continued and stopped like all runs."""
+"""Runs a job on all ranks by mmengine's Runner, or by its FlexibleRunner on ZeRO; resumes and stops like all runs."""
 
 import copy
 import json
@@ -11,17 +11,18 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.utils import import_modules_from_strings
 
+from downstream.dense.job import Job
 from downstream.dense.mmengine.checkpoint_files import find_weights, last_checkpoint, refuse_pickles
-from downstream.dense.mmengine.config_file import Job
 from downstream.dense.mmengine.data_order import by_epoch, wrap_train_data
 from downstream.dense.mmengine.dataset_keys import datasets
+from downstream.dense.mmengine.encoder_start import clear_start
 from downstream.dense.mmengine.hooks import DurableCheckpointHook, Fp32OutputsHook, ResumeHook, plain_numbers
 from downstream.dense.mmengine.strategy import ZeroStrategy
 from pretrain.trainer.checkpoint import first_problem
 from pretrain.trainer.engine import OWNED, complete_settings, read_ds_config, zero_stage
 from pretrain.trainer.launch import World
 
-_PRECISION = "precision"
+# Keys of DeepSpeed that the configuration or the command owns.
 _OWNED = OWNED | {
     "train_batch_size": "train_dataloader.batch_size",
     "train_micro_batch_size_per_gpu": "train_dataloader.batch_size",
@@ -29,23 +30,19 @@ _OWNED = OWNED | {
     "gradient_clipping": "optim_wrapper.clip_grad",
     "optimizer": "optim_wrapper.optimizer",
     "scheduler": "param_scheduler",
-    "bf16": _PRECISION,
-    "fp16": _PRECISION,
-    "torch_autocast": _PRECISION,
-    "data_types": _PRECISION,
-    "activation_checkpointing": "model.backbone.checkpoint_blocks",
+    "activation_checkpointing": "model.backbone.grad_checkpointing",
 }
 
 
 def run(job: Job, world: World, check: Callable[[Config, list[str]], list[str]]) -> None:
-    """Trains, or evaluates a checkpoint; the process group is there.
+    """Trains, or evaluates a checkpoint; after `init_distributed`.
 
     Args:
-        check: looks at the configuration and at the data of some splits, on the main rank; a line about each. It
-            raises ValueError where something is wrong.
+        check: (configuration, splits) -> a line about each data set; called on the main rank. It raises ValueError
+            where something is wrong with the configuration or the data.
 
     Raises:
-        ValueError: as `check`, or settings or a checkpoint that do not fit.
+        ValueError: as `check`, or settings or a checkpoint that do not fit together.
         Stopped: a signal came, and everything is saved.
         OSError: a checkpoint could not be written.
     """
@@ -62,7 +59,7 @@ def run(job: Job, world: World, check: Callable[[Config, list[str]], list[str]])
 
 
 def _on_main(world: World, function: Callable[[], None]) -> None:
-    """Calls it on the main rank; its error is that of all ranks."""
+    """Calls it on the main rank; where it raises there, all ranks raise ValueError."""
     problem = None
     if world.is_main:
         try:
@@ -74,12 +71,12 @@ def _on_main(world: World, function: Callable[[], None]) -> None:
 
 
 def _test(cfg: Config, checkpoint: str, tta: bool, world: World) -> None:
-    """COCO's numbers, or whatever `test_evaluator` measures, as a JSON object in the last line."""
+    """Prints what `test_evaluator` measures as a JSON object, in the last line."""
     cfg.load_from, cfg.resume = find_weights(checkpoint), False
-    _forget_start(cfg)
+    clear_start(cfg)
     if tta:
         _augment_test(cfg)
-    _add_hook(cfg, {}, strict=True, continues=False)
+    _add_hook(cfg, {}, strict=True, resumes=False)
     metrics = _plain_runner(cfg, world).test()
     if world.is_main:
         print(json.dumps(plain_numbers(metrics)), flush=True)
@@ -90,54 +87,56 @@ def _augment_test(cfg: Config) -> None:
         raise ValueError("tta=true: the configuration has no tta_model and tta_pipeline")
     for _, dataset in datasets(cfg, "test"):
         dataset.pipeline = cfg.tta_pipeline
-    # Said here, or mmengine would give the model another one, which stands at the top of mmseg's configurations.
+    # Set here, or mmengine would take another one, from the top of mmseg's configurations.
     preprocessor = cfg.model.get("data_preprocessor")
     cfg.model = {**cfg.tta_model, "module": cfg.model, "data_preprocessor": preprocessor}
 
 
 def _train(cfg: Config, job: Job, world: World) -> None:
     last = last_checkpoint(cfg.work_dir) if job.resume else None
-    if last is not None and last.is_dir() != bool(job.engine):
+    if last is not None and last.is_dir() != bool(job.ds_config):
         raise ValueError(
-            f"{cfg.work_dir} was trained {'with' if last.is_dir() else 'without'} engine=: continue it so, or start "
-            f"anew with another work_dir= and load_from={cfg.work_dir}"
+            f"{cfg.work_dir} was trained {'with' if last.is_dir() else 'without'} train.ds_config=: continue it the "
+            f"same way, or start anew with another name= and load_from={cfg.work_dir}"
         )
-    settings = _settings(cfg, job.engine, world) if job.engine else None
+    settings = _ds_settings(cfg, job.ds_config, world) if job.ds_config else None
     if settings is None and cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
-        raise ValueError("mmengine's bf16 needs a GPU: give precision=fp32, or engine=zero1, which has it on CPUs, too")
+        raise ValueError(
+            "mmengine's bf16 needs a GPU: give train.precision=fp32, or train.ds_config=zero1, which has it on CPUs too"
+        )
     accumulation = _check_steps(cfg)
-    say = _scale_lr(cfg, world)
-    as_asked = copy.deepcopy(cfg)
-    # mmengine would draw a seed, and after a stop another; ranks are told apart in PlaceHook.
+    batch_line = _scale_lr(cfg, world)
+    as_given = copy.deepcopy(cfg)
+    # mmengine would draw another seed after each stop; ResumeHook seeds ranks differently.
     cfg.randomness.update(seed=cfg.randomness.seed or 0, diff_rank_seed=False)
     wrap_train_data(cfg)
     hook = cfg.default_hooks.checkpoint
     hook.update(type=DurableCheckpointHook.__name__, accumulation=accumulation, suffix="" if settings else ".pth")
     hook.by_epoch = by_epoch(cfg)
-    _add_hook(cfg, _trained_as(cfg, settings, world), strict=last is not None, continues=last is not None)
+    _add_hook(cfg, _resume_signature(cfg, settings, world), strict=last is not None, resumes=last is not None)
     if cfg.optim_wrapper.type == "AmpOptimWrapper":
         cfg.custom_hooks.append({"type": Fp32OutputsHook.__name__})
     if last is not None:
-        _forget_start(cfg)
+        clear_start(cfg)
     start = find_weights(cfg.load_from) if cfg.load_from and last is None else None
     cfg.resume, cfg.load_from = last is not None, str(last) if last else start
     runner = _zero_runner(cfg, settings, start) if settings else _plain_runner(cfg, world)
     if world.is_main:
-        begin = f"continues from {last}" if last else f"starts from the weights in {start}" if start else "starts"
-        print(f"{say}; {begin}", flush=True)
-        as_asked.dump(Path(cfg.work_dir) / "config.py")  # mmengine has dumped what we made of it
+        origin = f"continues from {last}" if last else f"starts from the weights in {start}" if start else "starts"
+        print(f"{batch_line}; {origin}", flush=True)
+        as_given.dump(Path(cfg.work_dir) / "config.py")  # mmengine has dumped it with all that was added here
     runner.train()
 
 
-def _trained_as(cfg: Config, settings: dict[str, Any] | None, world: World) -> dict[str, Any]:
-    """What a training that continues must have in common with its checkpoint."""
+def _resume_signature(cfg: Config, settings: dict[str, Any] | None, world: World) -> dict[str, Any]:
+    """What a training that is resumed must have in common with its checkpoint."""
     return {
-        "engine": f"ZeRO {zero_stage(settings)}" if settings else "none",
+        "train.ds_config": f"ZeRO {zero_stage(settings)}" if settings else "none",
         "the number of ranks": world.size,
         "train_dataloader.batch_size": cfg.train_dataloader.batch_size,
         "optim_wrapper.accumulative_counts": cfg.optim_wrapper.accumulative_counts,
         "optim_wrapper.type": cfg.optim_wrapper.type,
-        # These two are in the checkpoint as well, and what is there would silently win.
+        # These two are in the checkpoint as well, whose values would silently win.
         "optim_wrapper.optimizer": str(cfg.optim_wrapper.optimizer),
         "param_scheduler": str(cfg.get("param_scheduler")),
         "randomness.seed": cfg.randomness.seed,
@@ -145,14 +144,14 @@ def _trained_as(cfg: Config, settings: dict[str, Any] | None, world: World) -> d
 
 
 def _plain_runner(cfg: Config, world: World) -> Runner:
-    """With the group that there is already: mmengine would make one itself, and cannot on CPUs."""
+    """In the process group that exists already: mmengine would make one itself, and cannot on CPUs."""
     cfg.launcher = "pytorch" if world.size > 1 else "none"
     if not torch.cuda.is_available():
         cfg.model_wrapper_cfg = {
             "type": "MMDistributedDataParallel",
             "broadcast_buffers": False,
             "find_unused_parameters": cfg.find_unused_parameters,
-            "device_ids": None,  # mmengine's default is a GPU
+            "device_ids": None,  # mmengine's default are GPUs
         }
     return Runner.from_cfg(cfg)
 
@@ -166,23 +165,26 @@ def _zero_runner(cfg: Config, settings: dict[str, Any], start: str | None) -> Fl
     return FlexibleRunner.from_cfg(cfg)
 
 
-def _settings(cfg: Config, engine: str, world: World) -> dict[str, Any]:
+def _ds_settings(cfg: Config, ds_config: str, world: World) -> dict[str, Any]:
     """All of DeepSpeed's keys.
 
     Raises:
-        ValueError: as `read_ds_config`, or what ZeRO does not do.
+        ValueError: as `read_ds_config`, or settings that are for mmengine's Runner only.
     """
     clip = dict(cfg.optim_wrapper.clip_grad or {})
     if clip and (clip.get("type", "norm") != "norm" or float(clip.get("norm_type", 2)) != 2):
-        raise ValueError(f"optim_wrapper.clip_grad={clip}: with engine= gradients are clipped by their norm of type 2")
+        raise ValueError(f"optim_wrapper.clip_grad={clip}: DeepSpeed clips gradients by their norm of type 2")
     if cfg.get("compile"):
-        raise ValueError("compile is for the plain Runner: delete it, or leave out engine=")
+        raise ValueError("compile is for mmengine's Runner: delete it, or leave out train.ds_config")
     if any(hook["type"] == "EMAHook" for hook in cfg.get("custom_hooks") or []):
-        # It copies parameters, which ZeRO 3 cuts up, and mmengine's FlexibleRunner loads before the hook can.
-        raise ValueError("EMAHook is for the plain Runner: delete it from custom_hooks, or leave out engine=")
-    keys = read_ds_config(engine, _OWNED)
+        # It copies parameters, which ZeRO-3 partitions, and mmengine's FlexibleRunner loads before the hook can.
+        raise ValueError("EMAHook is for mmengine's Runner: delete it from custom_hooks, or leave out train.ds_config")
+    keys = read_ds_config(ds_config, _OWNED)
     if not zero_stage(keys):
-        raise ValueError(f"{engine} is of ZeRO stage 0, which is what the plain Runner does: leave out engine=")
+        raise ValueError(
+            f"train.ds_config={ds_config} is ZeRO stage 0, which is what mmengine's Runner does: leave out "
+            f"train.ds_config"
+        )
     return complete_settings(
         keys,
         micro_batch=cfg.train_dataloader.batch_size,
@@ -204,14 +206,14 @@ def _check_steps(cfg: Config) -> int:
         }
         for key, value in counted.items():
             if value > 0 and value % accumulation:
-                raise ValueError(f"{key}={value} is not divided by optim_wrapper.accumulative_counts={accumulation}")
+                raise ValueError(f"{key}={value} is not a multiple of optim_wrapper.accumulative_counts={accumulation}")
     return accumulation
 
 
 def _scale_lr(cfg: Config, world: World) -> str:
-    """The arithmetic of a step, in words. Scales the learning rate if `auto_scale_lr.enable`.
+    """The batch size and learning rate of a step, as a line. Scales the learning rate if `auto_scale_lr.enable`.
 
-    mmengine does not count accumulation where it scales.
+    mmengine does not count accumulation when it scales.
     """
     per_rank, accumulation = cfg.train_dataloader.batch_size, cfg.optim_wrapper.accumulative_counts
     batch, base = world.size * per_rank * accumulation, cfg.auto_scale_lr.get("base_batch_size")
@@ -231,13 +233,7 @@ def _scale_lr(cfg: Config, world: World) -> str:
     )
 
 
-def _add_hook(cfg: Config, trained_as: dict[str, Any], strict: bool, continues: bool) -> None:
-    hook = {"type": ResumeHook.__name__, "trained_as": trained_as, "strict": strict, "continues": continues}
+def _add_hook(cfg: Config, signature: dict[str, Any], strict: bool, resumes: bool) -> None:
+    hook = {"type": ResumeHook.__name__, "signature": signature, "strict": strict, "resumes": resumes}
     hook["seed"] = cfg.randomness.seed
     cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), hook]
-
-
-def _forget_start(cfg: Config) -> None:
-    """What is loaded is the whole model: where its encoder came from may be gone."""
-    if "checkpoint" in cfg.model.backbone:
-        cfg.model.backbone.checkpoint = None

@@ -1,0 +1,23 @@
+"""What a command of detection or segmentation asks for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration and how it is run.
+
+    Attributes:
+        cfg: an mmengine Config, with all overrides.
+        ds_config: DeepSpeed's engine keys, a name in ds_configs/ or a file; None is mmengine's own Runner.
+        resume: whether the training in `work_dir`, if there is one, is continued.
+        test: a checkpoint to evaluate instead of training.
+        tta: whether it is evaluated with test-time augmentation, by the configuration's `tta_model`.
+    """
+
+    cfg: Any
+    ds_config: str | None = None
+    resume: bool = True
+    test: str | None = None
+    tta: bool = False

@@ -1,0 +1,47 @@
+"""The encoder that a training starts from: `model.backbone.init_cfg` of type EncoderCheckpoint."""
+
+from typing import Any
+
+_TYPE = "EncoderCheckpoint"  # of downstream.dense.backbone.loading, which a configuration imports
+
+
+def set_start(cfg: Any, checkpoint: str | None, weights: str | None) -> None:
+    """Makes `start.checkpoint` and `start.weights` the backbone's `init_cfg`; None leaves what the configuration has.
+
+    Args:
+        cfg: an mmengine Config; changed.
+        checkpoint, weights: as of `EncoderCheckpoint`.
+
+    Raises:
+        ValueError: another backbone than ours, or weights of no checkpoint.
+    """
+    if checkpoint is None and weights is None:
+        return
+    backbone: Any = cfg.model.get("backbone") or {}
+    if backbone.get("type") != "PlainViT":
+        raise ValueError(
+            f"start.checkpoint={checkpoint} is for model.backbone.type=PlainViT, and this is {backbone.get('type')}: "
+            f"give load_from=FILE for the weights of a whole model"
+        )
+    before = [init for init in _init_cfgs(backbone) if init.get("type") == _TYPE]
+    given = {"checkpoint": checkpoint, "weights": weights}
+    init = {"type": _TYPE, **(before[0] if before else {}), **{k: v for k, v in given.items() if v is not None}}
+    if init.get("checkpoint") is None:
+        raise ValueError(f"start.weights={weights} says which weights of a checkpoint: give start.checkpoint=FILE")
+    backbone.init_cfg = init
+
+
+def has_start(cfg: Any) -> bool:
+    """Whether the backbone starts from an encoder's checkpoint."""
+    return any(init.get("type") == _TYPE for init in _init_cfgs(cfg.model.backbone))
+
+
+def clear_start(cfg: Any) -> None:
+    """For a model that is loaded as a whole: its encoder's checkpoint is not needed and may be gone."""
+    if has_start(cfg):
+        cfg.model.backbone.init_cfg = None
+
+
+def _init_cfgs(backbone: Any) -> list[Any]:
+    init = backbone.get("init_cfg")
+    return [] if init is None else [init] if isinstance(init, dict) else list(init)
