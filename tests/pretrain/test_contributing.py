@@ -54,15 +54,18 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         (copy / file).parent.mkdir(exist_ok=True)
         (copy / file).write_text(code_block(text, file, language))
-    apply_diff(
-        copy / "pretrain/methods/__init__.py", code_block(text, "pretrain/methods/__init__.py", "diff")
-    )
+    apply_diff(copy / "pretrain/methods/__init__.py", code_block(text, "pretrain/methods/__init__.py", "diff"))
     return copy
 
 
 def run(project: Path, *command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=project, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
+        [sys.executable, *command],
+        cwd=project,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
