@@ -17,8 +17,8 @@ COPIED = ("data", "pretrain", "ds_configs", "tests/helpers", "tests/conftest.py"
 
 
 def code_block(text: str, file: str, language: str) -> str:
-    """The block that follows where a file is named."""
-    found = re.search(rf"`{re.escape(file)}`(?:(?!```).)*\n```{language}\n(.*?)```", text, re.DOTALL)
+    """The block that follows the paragraph that names a file."""
+    found = re.search(rf"`{re.escape(file)}`(?:(?!\n\n).)*\n\n```{language}\n(.*?)```", text, re.DOTALL)
     assert found, f"CONTRIBUTING.md has no {language} block for {file}"
     return found[1]
 
