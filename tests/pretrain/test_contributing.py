@@ -1,0 +1,105 @@
+"""The worked example of CONTRIBUTING.md is added to a copy of the project, and works there as written."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("data", "pretrain", "ds_configs", "tests/helpers", "tests/conftest.py", "pyproject.toml")
+
+
+def code_block(text: str, file: str, language: str) -> str:
+    """The block that follows the paragraph that names a file."""
+    found = re.search(rf"`{re.escape(file)}`(?:(?!\n\n).)*\n\n```{language}\n(.*?)```", text, re.DOTALL)
+    assert found, f"CONTRIBUTING.md has no {language} block for {file}"
+    return found[1]
+
+
+def apply_diff(path: Path, diff: str) -> None:
+    """Replaces each hunk's old lines, which must be in the file exactly once, by its new ones."""
+    source = path.read_text()
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if not line.startswith("+"))
+        new = "".join(line[1:] for line in lines if not line.startswith("-"))
+        assert source.count(old) == 1, f"{path.name} has changed; CONTRIBUTING.md shows:\n{old}"
+        source = source.replace(old, new)
+    path.write_text(source)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with the example's files in it."""
+    copy = tmp_path_factory.mktemp("project")
+    for name in COPIED:
+        source, target = ROOT / name, copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for file, language in {
+        "pretrain/methods/inpainting.py": "python",
+        "pretrain/recipes/inpainting_vitb16_224_300e.yaml": "yaml",
+        "tests/pretrain/test_inpainting.py": "python",
+    }.items():
+        (copy / file).parent.mkdir(exist_ok=True)
+        (copy / file).write_text(code_block(text, file, language))
+    apply_diff(copy / "pretrain/methods/__init__.py", code_block(text, "pretrain/methods/__init__.py", "diff"))
+    return copy
+
+
+def run(project: Path, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=project,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_the_examples_own_tests_pass(project: Path):
+    said = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pretrain/test_inpainting.py")
+    assert "6 passed" in said
+
+
+def test_the_example_is_formatted_and_typed_like_everything_else(project: Path):
+    files = ("pretrain/methods/inpainting.py", "pretrain/methods/__init__.py", "tests/pretrain/test_inpainting.py")
+    run(project, "-m", "ruff", "format", "--check", "--no-cache", *files)
+    run(project, "-m", "ruff", "check", "--no-cache", *files)
+    run(project, "-m", "mypy", "--no-incremental", "-p", "pretrain.methods")
+
+
+@pytest.mark.engine
+def test_the_example_trains_through_the_usual_command(project: Path, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for number in range(32):
+        Image.fromarray(rng.integers(0, 256, (80, 96, 3), dtype=np.uint8)).save(tmp_path / f"{number}.jpg")
+    run(project, "-m", "data.pack", str(tmp_path), "shards")
+    keys = "name=try model.arch=vit_tiny data.image_size=64 data.num_workers=0 method.hole_size=2 train.epochs=2 \
+        train.global_batch_size=16 train.gradient_accumulation_steps=1 optim.warmup_epochs=1 train.precision=fp32"
+    run(project, "pretrain/run.py", "inpainting_vitb16_224_300e", "data.shards=shards", *keys.split())
+    folder = project / "runs" / "try"
+    assert (folder / "reconstructions.png").exists()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == {"name": "inpainting", "hole_size": 2}
+    with safe_open(folder / "encoder.safetensors", "pt") as file:
+        assert file.metadata()["method"] == "inpainting"
+
+
+def test_the_line_for_the_engine_tests_is_an_entry_of_their_dictionary():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    entry = code_block(text, "tests/engine/test_every_method.py", "python")
+    assert eval(f"{{{entry}}}", {"RELATIVE": {"arch": "vit_tiny"}})["inpainting"]["method"]["name"] == "inpainting"

@@ -1,0 +1,250 @@
+"""What the docs name exists: links, commands with their recipes and values, files, configuration keys."""
+
+import itertools
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+
+from downstream.classify.config import FinetuneConfig
+from downstream.classify.config import load as load_finetune
+from downstream.classify.sweep import configure, parse_grid
+from pretrain.config import PretrainConfig
+from pretrain.config import load as load_pretrain
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md") for path in ROOT.glob(pattern))
+RECIPES = sorted([*ROOT.glob("pretrain/recipes/*.yaml"), *ROOT.glob("downstream/classify/recipes/*.yaml")])
+CONFIGS = sorted([*ROOT.glob("downstream/detect/configs/*.py"), *ROOT.glob("downstream/segment/configs/*.py")])
+JOBS = sorted(ROOT.glob("slurm/*.sh"))
+FOLDERS = "data|pretrain|downstream|ds_configs|slurm|benchmarks|tests|docs"
+EXAMPLE = "inpainting"  # CONTRIBUTING.md adds it; tests/pretrain/test_contributing.py runs it
+
+# Where the commands that take a recipe or a configuration look for it.
+SHIPPED = {
+    "pretrain/run.py": ("pretrain/recipes", "yaml"),
+    "downstream/classify/finetune.py": ("downstream/classify/recipes", "yaml"),
+    "downstream.classify.sweep": ("downstream/classify/recipes", "yaml"),
+    "downstream/detect/train_detector.py": ("downstream/detect/configs", "py"),
+    "downstream/segment/train_segmentor.py": ("downstream/segment/configs", "py"),
+    "downstream.segment.check_masks": ("downstream/segment/configs", "py"),
+}
+
+
+def named(paths: list[Path]) -> Any:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def read(path: Path) -> str:
+    """A page's text, without what the changelog's tables say was there before."""
+    text = path.read_text()
+    return re.sub(r"^\| `[^|]+` \|", "|", text, flags=re.MULTILINE) if path.name == "CHANGELOG.md" else text
+
+
+# Links
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@named(PAGES)
+def test_links_lead_somewhere(path: Path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        file, _, anchor = target.partition("#")
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), f"{target}: no such file"
+        assert not anchor or anchor in anchors(page), f"{target}: no such heading"
+
+
+# Commands
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The words of every command that runs something of ours, without environment variables, comments and brackets."""
+    text = read(path)
+    if path.suffix != ".md":
+        comments = (line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
+        text = text.split('"""')[1] if path.suffix == ".py" else "\n".join(comments)
+    text = text.replace("\\\n", " ").replace("`", "\n")
+    for line in text.splitlines():
+        if re.search(r"\b(python|deepspeed|torchrun|sbatch)\b", line) and not re.search(
+            r"\[|RECIPE\b|\.\.\.$|^\s*-", line
+        ):
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError:  # prose with an apostrophe
+                continue
+            for place, word in enumerate(words):
+                if word in ("python", "deepspeed", "torchrun", "sbatch"):
+                    yield words[place:]
+                    break
+
+
+def split_command(words: list[str]) -> tuple[str, list[str]] | None:
+    """(script or module, its arguments) of a command; None where it runs nothing of ours."""
+    if "-m" in words[:4]:
+        place = words.index("-m") + 1
+    else:
+        place = next((n for n, word in enumerate(words) if re.fullmatch(rf"(?:{FOLDERS})/\S+\.(?:py|sh)", word)), 0)
+    return (words[place], words[place + 1 :]) if place else None
+
+
+ALL = [*PAGES, *RECIPES, *CONFIGS, *JOBS]
+
+
+@named(ALL)
+def test_commands_run_what_exists(path: Path):
+    for words in commands(path):
+        target, arguments = split_command(words) or (None, [])
+        if target is None or not re.match(rf"(?:{FOLDERS})[/.]", target):
+            continue
+        file = target if "/" in target else target.replace(".", "/") + ".py"
+        package = ROOT / target.replace(".", "/") / "__main__.py"
+        assert (ROOT / file).is_file() or package.is_file(), f"{target}: no such command"
+        if target in SHIPPED and arguments:
+            check_arguments(target, arguments)
+
+
+def check_arguments(target: str, arguments: list[str]) -> None:
+    """The recipe or configuration exists, and a recipe takes the overrides."""
+    folder, suffix = SHIPPED[target]
+    name, overrides = arguments[0], arguments[1:]
+    if EXAMPLE in name:
+        return
+    shipped = ROOT / folder / f"{name}.{suffix}"
+    assert shipped.is_file() or (ROOT / name).is_file(), f"{target} {name}: no such recipe"
+    recipe = str(shipped if shipped.is_file() else ROOT / name)
+    if target == "downstream.classify.sweep":
+        grid = [value for option, value in itertools.pairwise(overrides) if option == "--grid"]
+        keys = [word for word in overrides if "=" in word and word not in grid]
+        configure(recipe, keys, parse_grid(grid))
+    elif suffix == "yaml":
+        problem = refusal(load_pretrain if target == "pretrain/run.py" else load_finetune, recipe, overrides)
+        # Files that the reader has, and keys that a command that is no whole one leaves out.
+        assert problem is None or re.search(r"'?/data/|is not set", problem), problem
+
+
+def refusal(load: Callable[[str, list[str]], Any], recipe: str, overrides: list[str]) -> str | None:
+    """Why a recipe does not take overrides, if it does not."""
+    try:
+        load(recipe, [word for word in overrides if "=" in word])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+# Files
+
+
+@named(PAGES)
+def test_files_that_are_named_exist(path: Path):
+    for cell in re.split(r"[|\n]", read(path)):
+        for name in re.findall(rf"`((?:{FOLDERS})/[^`\s]+)`(?! \(new)", cell):
+            if "<" in name or EXAMPLE in name:
+                continue
+            choices = re.split(r"[{},]", name)
+            names = [name] if len(choices) == 1 else [choices[0] + part + choices[-1] for part in choices[1:-1]]
+            for single in names:
+                assert list(ROOT.glob(single.rstrip("/"))), f"{single}: no such file"
+
+
+def test_the_map_of_the_architecture_has_every_module_and_no_other():
+    page = (ROOT / "docs/architecture.md").read_text()
+    drawn = set(re.findall(r"\b(\w+)\.py\b", page.split("```")[1]))
+    there = {
+        path.stem
+        for package in ("data", "pretrain", "downstream")
+        for path in (ROOT / package).rglob("*.py")
+        if path.stem not in ("__init__", "__main__") and "configs" not in path.parts
+    }
+    assert drawn - there == set(), "on the map, but not there"
+    assert there - drawn == set(), "not on the map"
+
+
+# Configuration keys
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [section for inner in get_args(annotation) for section in sections(inner)]
+
+
+def exists(key: str) -> bool:
+    """Whether a dotted key is one of pretraining or fine-tuning; `section.*` is one if the section is."""
+    kinds: list[type[BaseModel]] = [PretrainConfig, FinetuneConfig]
+    for part in key.split("."):
+        if part == "*":
+            return bool(kinds)
+        fields = [kind.model_fields[part] for kind in kinds if part in kind.model_fields]
+        if not fields:
+            return False
+        kinds = [section for field in fields for section in sections(field.annotation)]
+    return True
+
+
+SECTIONS = sorted(
+    {
+        name
+        for kind in (PretrainConfig, FinetuneConfig)
+        for name, field in kind.model_fields.items()
+        if sections(field.annotation)
+    }
+)
+FILES = r"py|json|jsonl|yaml|safetensors|png|pth|md|tar|out|txt"
+MM = "backbone|test_cfg|decode_head|neck|data_preprocessor|roi_head"  # model.* of mmdet's and mmseg's configurations
+KEY = re.compile(
+    rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(?!(?:{FILES})\b|(?:{MM})\b)(\*|[a-z_]\w*)(?:\.[a-z_]\w*)?(?!\w|\.py)"
+)
+
+
+def keys_in(text: str) -> set[str]:
+    """Dotted keys of a configuration; modules have the name of a section, `data`, too."""
+    text = re.sub(r"(?:-m|import|from) \S+", "", text)
+    text = re.sub(r"```(?:python|diff).*?```", "", text, flags=re.DOTALL)
+    return {found[0] for found in KEY.finditer(text)}
+
+
+@named([path for path in [*PAGES, *RECIPES] if path.name != "CHANGELOG.md"])
+def test_configuration_keys_exist(path: Path):
+    text = path.read_text()
+    if path.suffix == ".yaml":
+        text = "\n".join(line for line in text.splitlines() if "#" in line)
+    unknown = [key for key in keys_in(text) if not exists(key) and "hole_size" not in key]
+    assert not unknown, f"no such key: {', '.join(sorted(unknown))}"
+
+
+def test_key_finder():
+    assert keys_in("give `train.epochs=3` and data.crop, not model.safetensors nor `python -m data.pack`") == {
+        "train.epochs",
+        "data.crop",
+    }
+    assert exists("method.window_size")
+    assert exists("target.sha256")
+    assert exists("augment.*")
+    assert not exists("method.windows")
+    assert not exists("data.size")
+
+
+def test_renamed_keys_of_the_changelog_are_the_new_ones():
+    rows = re.findall(r"^\| `([^|]+)` \| `([^|]+)` \|", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    for old, new in rows:
+        for key in keys_in(new):
+            assert exists(key), f"{old} -> {new}: no such key"
+        if "=" not in old:
+            assert not exists(old), f"{old} -> {new}: the old key exists"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
