@@ -1,7 +1,7 @@
 """Plain pre-norm Vision Transformers, Ti to H, with timm's parameter names.
 
-A method calls the parts in turn: `patch_embed` (patches -> tokens), `pos_embed` where position is absolute, and the
-encoder itself (class token + tokens -> blocks -> norm). Which tokens enter is the method's business.
+A method calls the parts in turn: `patch_embed` (patches -> tokens), `pos_embed` if position is absolute, and the
+encoder itself (class token + tokens -> blocks -> norm). The method decides which tokens enter.
 """
 
 from typing import NamedTuple
@@ -46,7 +46,7 @@ def sincos_positions(dim: int, height: int, width: int) -> Tensor:
 
 
 class _PatchProjection(nn.Conv2d):
-    """timm's `patch_embed.proj` applied to patches that are already cut: a matrix product, on just those given."""
+    """timm's `patch_embed.proj` for patches that are already cut out: a matrix product on the given ones only."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
@@ -86,8 +86,8 @@ class ViT(nn.Module):
         patch_size: side of a patch in pixels.
         grid: rows and columns of the image's patches; contextual relative position does not depend on it.
         relative: contextual relative position in every block instead of fixed sin-cos positions.
-        checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
-        bias: a learned relative bias (BEiT's, SimMIM's) in every block instead of either.
+        grad_checkpointing: recompute each block in the backward pass: less memory, a third more compute.
+        bias: a learned relative bias (BEiT's, SimMIM's) in every block, instead of both.
     """
 
     pos_embed: Tensor
@@ -108,7 +108,7 @@ class ViT(nn.Module):
         dim = self.arch.dim
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
+        if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimizer's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         bias_grid = grid if bias else None
         self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid) for _ in range(self.arch.depth))
@@ -118,18 +118,18 @@ class ViT(nn.Module):
 
     @property
     def position(self) -> str:
-        """`relative`, `bias` or `sincos`; the last is any absolute table, of which a loaded one may be a learned one."""
+        """`relative`, `bias` or `sincos`; the last means any absolute table, even a learned one."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
 
     def forward(self, tokens: Tensor, buckets: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Puts the class token in front and encodes, all at once or in two parts, between which tokens may join.
+        """Prepends the class token and encodes, all at once or in two parts, between which tokens may be added.
 
         Args:
-            tokens: (B, L, D) patch tokens, positions already added where they are absolute; from a `start` on, the
-                class token is already in front of them.
+            tokens: (B, L, D) patch tokens, with absolute positions already added; from a later `start`, with the class
+                token already in front of them.
             buckets: the relative position of every pair of the 1 + L tokens: `grid_buckets` or `pair_buckets`, or
                 `offset_buckets` for a learned bias.
-            start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
+            start, stop: the blocks to apply; the final norm follows the last block only.
 
         Returns:
             (B, 1+L, D), the class token first.
@@ -147,7 +147,7 @@ class ViT(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform matrices (the patch projection seen as one), zero biases, unit norms."""
+    """MAE's initialization: Xavier-uniform matrices (also the patch projection), zero biases, norms of weight one."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim == 4 else module.weight)
         if module.bias is not None:
