@@ -1,5 +1,6 @@
-"""Shards -> encoder weights.
+"""Pretraining: image shards -> encoder weights.
 
-`run.py` is the entry and `loop.py` the one step loop for every method. A method (`methods/`) is an `nn.Module` that
-owns encoder, predictor and loss; `engine.py` wraps it in a DeepSpeed engine; `checkpoint.py` saves and resumes it.
+`run.py` is the entry point. A method (`methods/`) is an `nn.Module` that owns encoder (`models/`), predictor and loss;
+`build.py` makes it from a configuration (`config.py`, `recipes/`). `trainer/` trains it, as it does the classifiers of
+`downstream/`: launch, engine, step loop, checkpoints, logs. `finish.py` writes the encoder at the end.
 """

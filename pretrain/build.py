@@ -1,4 +1,4 @@
-"""Configuration -> method, teacher and what is measured."""
+"""Builds the method, its teacher and the evaluation of a configuration."""
 
 import torch
 
@@ -15,7 +15,7 @@ from pretrain.trainer.loop import Evaluation
 
 
 def build_method(config: PretrainConfig) -> Method | LUT:
-    """The method around its encoder, initialised from the seed alone: the same weights on every rank."""
+    """The method, initialized from the seed alone: the same weights on every rank."""
     torch.manual_seed(config.seed)
     model = config.model
     encoder = ViT(model.arch, model.patch_size, config.grid, model.position == "relative", model.grad_checkpointing)
@@ -28,7 +28,7 @@ def build_method(config: PretrainConfig) -> Method | LUT:
 
 
 def build_ema(config: PretrainConfig, method: Method | LUT, device: torch.device) -> NoEMA:
-    """The teacher of a method that has not been partitioned yet."""
+    """The teacher, if the method has one; the method is not partitioned yet."""
     if isinstance(method, LUT):
         return Teacher(method, device, bf16=config.train.precision == "bf16")
     return NoEMA()
@@ -37,7 +37,7 @@ def build_ema(config: PretrainConfig, method: Method | LUT, device: torch.device
 def build_evaluation(
     config: PretrainConfig, method: Method | LUT, world: World, device: torch.device
 ) -> Evaluation | None:
-    """What the loop measures of a method that has not been partitioned yet."""
+    """The probe, if there is one; the method is not partitioned yet."""
     if config.probe is None:
         return None
     probe = Probe(config, method.encoder, world, device)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -19,12 +19,12 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class ProbeConfig(Section):
-    """k-NN and ridge regression on frozen features during the run; the training is the same with and without it."""
+    """k-NN and ridge regression on frozen features during the run; training is the same with and without it."""
 
-    train: str = Field(description="labelled shards or class folders, among which neighbours are searched")
-    val: str = Field(description="labelled shards or class folders, which are classified")
-    every_epochs: int = Field(ge=1, description="the end of training is measured as well")
-    k: int = Field(20, ge=1, description="neighbours that vote")
+    train: str = Field(description="labelled shards or class folders, among which neighbors are searched")
+    val: str = Field(description="labelled shards or class folders to classify")
+    every_epochs: int = Field(ge=1, description="epochs between measurements; the end of training is measured as well")
+    k: int = Field(20, ge=1, description="neighbors that vote")
 
 
 class PretrainConfig(RunConfig):
@@ -42,7 +42,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:
-        """How each view of a sample is augmented: one view, or the two of LUT."""
+        """How each view of a sample is augmented: one view, or LUT's two."""
         (first,), lut = super().augmentations, self.lut
         if lut is None:
             return (first,)
@@ -50,7 +50,7 @@ class PretrainConfig(RunConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_target(cls, raw: Any) -> Any:
+    def _complete_target(cls, raw: object) -> object:
         """Completes `target` with the method's default; `method: mae` and `target: tokens` are sections of a name."""
         if not isinstance(raw, dict):
             return raw
@@ -91,7 +91,7 @@ class PretrainConfig(RunConfig):
 
 
 def check_add_on(add_on: str, method: str) -> None:
-    """Raises ValueError where an add-on is not defined for a method."""
+    """Raises ValueError if an add-on is not defined for a method."""
     if add_on not in METHODS[method].add_ons:
         defined = [name for name in METHODS if add_on in METHODS[name].add_ons]
         raise ValueError(f"{add_on} is defined for {', '.join(defined)}, not for {method}: leave it out")

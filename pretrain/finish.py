@@ -1,4 +1,4 @@
-"""The end of a run: its encoder, its loss curve and its reconstructions, from the trained weights."""
+"""Writes the results of a run: the encoder, the loss curve and reconstructions by the trained weights."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from pretrain.trainer.metrics import read_metrics
 
 
 def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's part of the weights of a module that has an `encoder`, under timm's names."""
+    """The encoder's weights, under timm's names, out of those of a module that has an `encoder`."""
     prefix = next(name for name, module in method.named_modules() if module is method.encoder) + "."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path) -> None:
-    """With what is needed to rebuild it in the file's metadata."""
+    """Writes a safetensors file whose metadata is the `EncoderSpec`."""
     model, size = config.model, config.data.height_width
     spec = EncoderSpec(
         model.arch, model.patch_size, size, model.position, config.method.name, epochs=config.train.epochs
@@ -35,7 +35,7 @@ def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path)
 def draw_reconstructions(
     state: dict[str, Tensor], config: PretrainConfig, index: Index, path: Path, device: torch.device
 ) -> None:
-    """Reconstructs the first images of an unshuffled pass with the trained weights in fp32, without an engine."""
+    """Draws reconstructions of a few training images by the trained weights, in fp32 and without an engine."""
     method = build_method(config)
     method.load_state_dict(state)
     method.to(device).eval()
@@ -47,16 +47,16 @@ def draw_reconstructions(
         mask_sampler=method.mask_sampler(),
         augmentations=config.augmentations,
     )
-    # An epoch that is never trained on: its crops and masks are new to the model.
-    unseen = config.train.epochs * loader.steps_per_epoch
-    ((batch,),) = loader.batches(unseen, unseen + 1)
+    # The epoch after the last one: its crops and masks are new to the model.
+    step = config.train.epochs * loader.steps_per_epoch
+    ((batch,),) = loader.batches(step, step + 1)
     batch = batch.to(device)
     images = method.reconstruct(batch.images, batch.mask_indices)
     draw_image_grid({name: column.cpu() for name, column in images.items()}, path)
 
 
 def finish(run: Run, index: Index) -> None:
-    """Writes the encoder, the teacher's if there is one, and the images; called by all ranks together."""
+    """Writes the encoder, the teacher's encoder if there is one, and the figures; called by all ranks together."""
     config, folder = run.config, run.folder
     assert isinstance(config, PretrainConfig)
     state = gather_state_dict(run.engine, run.world)

@@ -1,7 +1,7 @@
-"""The principal components of patches, for MAE's PCA target: ``python -m pretrain.fit_pca SHARDS OUT``.
+"""Computes the principal components of patches, for MAE's PCA target: ``python -m pretrain.fit_pca SHARDS OUT``.
 
-Goes through random crops as a run would see them (their first epoch's) and gathers mean and covariance of their
-standardised patches in float64. The same shards and options give the same components, whatever the workers.
+Takes the random crops of a run's first epoch and accumulates mean and covariance of their standardized patches in
+float64. The same shards and options give the same components, whatever the number of workers.
 """
 
 import argparse
@@ -21,19 +21,19 @@ from data.parallel import default_workers, report_errors
 from pretrain.methods.targets.pca import principal_components
 from pretrain.models.patches import normalize_pixels, patchify
 
-BATCH = 32  # bounds the memory: 32 crops of 224 px are 6272 patches, 38 MB in float64
+BATCH = 32  # limits memory: 32 crops of 224 px are 6272 patches, 38 MB in float64
 
 
 class Covariance:
-    """Mean and covariance of patches of P values that arrive in parts, in float64."""
+    """Accumulates mean and covariance of patches of P values, in float64."""
 
-    def __init__(self, values: int):
+    def __init__(self, num_values: int):
         self.count = 0
-        self.sum = torch.zeros(values, dtype=torch.float64)
-        self.products = torch.zeros(values, values, dtype=torch.float64)
+        self.sum = torch.zeros(num_values, dtype=torch.float64)
+        self.products = torch.zeros(num_values, num_values, dtype=torch.float64)
 
     def add(self, patches: Tensor) -> None:
-        """(n, P) standardised patches."""
+        """(n, P) standardized patches."""
         patches = patches.double()
         self.count += len(patches)
         self.sum += patches.sum(0)
@@ -48,34 +48,34 @@ class Covariance:
 def fit(
     shards: str, *, patch: int, components: int, images: int, size: int, seed: int, workers: int
 ) -> tuple[dict[str, Tensor], float]:
-    """The tensors of the file, `mean` (P,), `components` (K, P) and `variance` (K,), and the share of it they hold.
+    """The file's tensors, `mean` (P,), `components` (K, P), `variance` (K,), and the share of variance they explain.
 
     Raises:
-        ValueError: settings that do not fit together or shards that cannot be used.
+        ValueError: settings that do not fit together, or unusable shards.
     """
-    values = patch**2 * 3
+    num_values = patch**2 * 3
     if min(patch, images) < 1:
         raise ValueError(f"--patch {patch} and --images {images} must be at least 1")
     if size % patch:
         raise ValueError(f"--size {size} is no multiple of --patch {patch}")
-    if not 0 < components <= values:
-        raise ValueError(f"--components {components}: a patch of {patch}x{patch} pixels has 1 to {values}")
+    if not 0 < components <= num_values:
+        raise ValueError(f"--components {components}: a patch of {patch}x{patch} pixels has 1 to {num_values}")
     index = load_index(shards)
     batch = min(BATCH, images, len(index))
     loader = Loader(index, size=(size, size), batch=batch, seed=seed, num_workers=workers)
     steps = min(images // batch, loader.steps_per_epoch)
-    covariance = Covariance(values)
-    for (micro,) in tqdm(loader.batches(0, steps), total=steps, desc="covariance", unit="batch", disable=None):
-        covariance.add(normalize_pixels(patchify(micro.images, patch)).flatten(0, 1))
-    if covariance.count <= values:
+    covariance = Covariance(num_values)
+    for (micro_batch,) in tqdm(loader.batches(0, steps), total=steps, desc="covariance", unit="batch", disable=None):
+        covariance.add(normalize_pixels(patchify(micro_batch.images, patch)).flatten(0, 1))
+    if covariance.count <= num_values:
         raise ValueError(
-            f"{covariance.count} patches do not determine {values} components: pack more images, or raise --images"
+            f"{covariance.count} patches do not determine {num_values} components: pack more images, or raise --images"
         )
     mean, matrix = covariance.result()
-    found, variance = principal_components(matrix, components)
-    tensors = {"mean": mean, "components": found, "variance": variance}
-    held = float(variance.sum() / matrix.trace())
-    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}, held
+    vectors, variance = principal_components(matrix, components)
+    tensors = {"mean": mean, "components": vectors, "variance": variance}
+    explained = float(variance.sum() / matrix.trace())
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}, explained
 
 
 def main() -> int:
@@ -83,21 +83,23 @@ def main() -> int:
     parser.add_argument("shards", metavar="SHARDS", help="a folder of tar shards, one tar, or a brace pattern")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for example pca16.safetensors")
     parser.add_argument("--patch", type=int, default=16, help="side of a patch in pixels: the run's model.patch_size")
-    parser.add_argument("--components", type=int, default=96, help="how many of the largest; 96 in MAE's paper")
-    parser.add_argument("--images", type=int, default=10_000, help="how many crops to look at, at most an epoch")
+    parser.add_argument("--components", type=int, default=96, help="how many of the largest to keep; 96 in MAE's paper")
+    parser.add_argument("--images", type=int, default=10_000, help="how many crops to use, at most one epoch")
     parser.add_argument("--size", type=int, default=224, help="side of a crop in pixels: the run's data.image_size")
-    parser.add_argument("--seed", type=int, default=0, help="of the crops")
+    parser.add_argument("--seed", type=int, default=0, help="of the random crops")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes that decode")
     options = vars(parser.parse_args())
     out: Path = options.pop("out")
 
     def write() -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tensors, held = fit(**options)
+        tensors, explained = fit(**options)
         temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
         save_file(tensors, temporary)
         temporary.replace(out)
-        print(f"{out}: {options['components']} of {options['patch'] ** 2 * 3} components, {held:.1%} of the variance")
+        print(
+            f"{out}: {options['components']} of {options['patch'] ** 2 * 3} components, {explained:.1%} of the variance"
+        )
         print(f"target.name=pca target.file={out}")
         print(f"target.sha256={hashlib.sha256(out.read_bytes()).hexdigest()}")
         return 0

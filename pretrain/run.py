@@ -20,8 +20,8 @@ from pretrain.trainer.run_folder import RunFolder
 
 
 def pretrain(config: PretrainConfig, world: World) -> None:
-    """The whole run, on all ranks."""
-    index = load_index(config.data.shards)  # before the process group is there: reading many shards takes its time
+    """A whole run; called on every rank."""
+    index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
     device = init_distributed(world)
     folder = RunFolder(Path(config.runs) / config.name)
     with folder.locked(world.is_main):
@@ -30,7 +30,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 
 
 def _train(config: PretrainConfig, world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
-    # These import DeepSpeed, which looks for its accelerator at once.
+    # These import DeepSpeed, which chooses its accelerator on import.
     from pretrain.build import build_ema, build_evaluation, build_method
     from pretrain.finish import finish
     from pretrain.trainer.assemble import Parts, assemble, build_loader

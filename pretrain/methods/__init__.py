@@ -1,4 +1,4 @@
-"""The methods. A new one costs one file beside this, one entry in `METHODS` and one in `AnyMethodConfig`."""
+"""The methods. A new one needs one file in this folder, one entry in `METHODS` and one in `AnyMethodConfig`."""
 
 from typing import Annotated
 

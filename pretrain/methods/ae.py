@@ -1,7 +1,7 @@
-"""AE(k), the auto-encoder of LC-MAE's Table 3: MAE without masks, whose tokens predict what surrounds them.
+"""AE(k), the auto-encoder of LC-MAE's Table 3: MAE without masks; each token predicts its surroundings.
 
-Every patch is encoded, and every token predicts the k x k pixels around its own centre: k = 16 copies the input, a
-larger k widens the receptive field.
+Every patch is encoded, and every token predicts the k x k pixels around its center: with k = 16 that is the patch
+itself, a larger k asks for the surroundings as well.
 
 Shapes: B images, N patches of p x p pixels, K = k*k*3 values of a block.
 """
@@ -25,36 +25,36 @@ from pretrain.trainer.config import ModelConfig
 
 
 def sample_masks(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Nothing is masked, so nothing is drawn."""
+    """No arrays: nothing is masked."""
     return {}
 
 
-def centred_blocks(images: Tensor, patch_size: int, block_size: int) -> Tensor:
-    """The `block_size` x `block_size` pixels around every patch's centre; beyond the border the image is mirrored.
+def centered_blocks(images: Tensor, patch_size: int, block_size: int) -> Tensor:
+    """The `block_size` x `block_size` pixels around every patch's center; beyond the border the image is mirrored.
 
     Args:
         images: (B, H, W, 3) uint8.
 
     Returns:
-        (B, N, K) in the dtype of the images, laid out as `patchify` does a patch.
+        (B, N, K) in the dtype of the images; values in the order of `patchify`.
     """
     margin = (block_size - patch_size) // 2
     channels = images.permute(0, 3, 1, 2).float()
-    around = F.pad(channels, (margin,) * 4, mode="reflect").to(images.dtype)
-    blocks = around.unfold(2, block_size, patch_size).unfold(3, block_size, patch_size)  # (B, 3, rows, cols, k, k)
+    padded = F.pad(channels, (margin,) * 4, mode="reflect").to(images.dtype)
+    blocks = padded.unfold(2, block_size, patch_size).unfold(3, block_size, patch_size)  # (B, 3, rows, cols, k, k)
     return blocks.permute(0, 2, 3, 4, 5, 1).reshape(len(images), -1, block_size * block_size * 3)
 
 
 class AutoEncoder(Method):
     """Encoder on all patches, transformer decoder without mask tokens, loss on the block around every patch."""
 
-    targets = frozenset({"pixels"})  # of a block; nothing is masked, so no add-on has anything to do
+    targets = frozenset({"pixels"})  # of a block; no add-on applies, since nothing is masked
 
     class Config(MethodConfig):
-        """The auto-encoder's own keys; Table 3's k is `block_size`: 16, 48, 80 or 112 at `model.patch_size=16`."""
+        """The auto-encoder's own keys; `block_size` is Table 3's k: 16, 48, 80 or 112 at `model.patch_size=16`."""
 
         name: Literal["ae"] = "ae"
-        block_size: int = Field(112, ge=1, description="side in pixels of what a token predicts")
+        block_size: int = Field(112, ge=1, description="side in pixels of the block that a token predicts")
         decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
         decoder_depth: int = Field(8, ge=1)
         decoder_num_heads: int = Field(16, ge=1)
@@ -79,7 +79,7 @@ class AutoEncoder(Method):
             check_heads(self.decoder_embed_dim, self.decoder_num_heads)
 
     def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):
-        assert pr_mim is None, "the configuration refuses it: nothing is masked"
+        assert pr_mim is None, "refused by the configuration: nothing is masked"
         super().__init__(config, encoder, target)
         self.config, self.encoder, self.target = config, encoder, target
         arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
@@ -90,27 +90,27 @@ class AutoEncoder(Method):
         return sample_masks
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        truth = centred_blocks(images, self.encoder.patch_size, self.config.block_size)
+        truth = centered_blocks(images, self.encoder.patch_size, self.config.block_size)
         return {"loss": self.target.loss(self._predict(images), truth)}
 
     def _predict(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> the blocks' prediction (B, N, K)."""
+        """(B, H, W, 3) uint8 -> the prediction of the blocks, (B, N, K)."""
         patches = patchify(images, self.encoder.patch_size)
         tokens = self.encoder.patch_embed(normalize_pixels(patches)) + self.encoder.pos_embed[:, 1:]
-        every = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
-        return self.decoder(self.encoder(tokens), every)
+        positions = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
+        return self.decoder(self.encoder(tokens), positions)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original` and `reconstruction`, put together from the centre patch of each block: (B, H, W, 3) uint8."""
+        """`original` and `reconstruction`, assembled from the center patch of each block: (B, H, W, 3) uint8."""
         patch_size, block_size = self.encoder.patch_size, self.config.block_size
         margin = (block_size - patch_size) // 2
-        centre = slice(margin, margin + patch_size)
-        truth = centred_blocks(images, patch_size, block_size)
+        center = slice(margin, margin + patch_size)
+        truth = centered_blocks(images, patch_size, block_size)
         rendered = self.target.render(self._predict(images), truth)
         return {"original": images} | {
             name: unpatchify(
-                blocks.unflatten(2, (block_size, block_size, 3))[:, :, centre, centre].flatten(2), self.encoder.grid
+                blocks.unflatten(2, (block_size, block_size, 3))[:, :, center, center].flatten(2), self.encoder.grid
             )
             for name, blocks in rendered.items()
         }

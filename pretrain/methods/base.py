@@ -1,4 +1,4 @@
-"""The contract of a method: what the step loop, the data loader and the add-ons need of it.
+"""The interface of a method: what the step loop, the data loader and the add-ons require.
 
 Shapes: B images, N patches of an image, V of them visible, M masked, D the encoder's width.
 """
@@ -22,32 +22,32 @@ MaskSampler = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 
 class MethodConfig(Section):
-    """The keys of a method; its `name` is a literal by which the method is chosen."""
+    """The keys of a method; `name` is a literal that selects the method."""
 
     name: str
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
-        """Raises ValueError, naming the key to change, where the keys do not fit an image's grid or the encoder."""
+        """Raises ValueError, naming the key to change, if the keys do not fit the image's grid or the encoder."""
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-        """Patches that are encoded together (of an image, or of a window), and how many of them are masked."""
+        """The number of patches encoded together (of an image or of a window), and how many of them are masked."""
         raise NotImplementedError
 
     def check_pr_mim(self) -> None:
-        """Raises ValueError where these keys leave PR-MIM nothing to do."""
+        """Raises ValueError if PR-MIM has nothing to do with these keys."""
 
     def check_lut(self) -> None:
-        """Raises ValueError where these keys do not go with LUT."""
+        """Raises ValueError if LUT cannot be used with these keys."""
 
 
 class Method(nn.Module, ABC):
     """Owns encoder, predictor and loss. Parameters are used only inside the `forward` of the module that owns them.
 
     Attributes:
-        add_ons: names of the add-ons that the method is defined for.
+        add_ons: names of the add-ons that are defined for the method.
         targets: names of the targets that it can predict.
-        default_target: what it predicts where no target is named.
-        encoder: what all this is for.
+        default_target: the target if the configuration names none.
+        encoder: the model to pretrain.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -63,32 +63,32 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def mask_sampler(self) -> MaskSampler:
-        """A picklable function that draws one sample's mask indices; the data workers call it."""
+        """A picklable function that draws the mask indices of one sample; called in the data workers."""
 
     @abstractmethod
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """(B, H, W, 3) uint8 images -> the batch's `loss`, and detached terms of it under names of their own."""
+        """(B, H, W, 3) uint8 images -> the batch's `loss` and, by other names, its detached terms."""
 
     @abstractmethod
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """Images to look at, by name: (B, H, W, 3) uint8; sizes may differ from name to name."""
+        """Images to look at, by name: (B, H, W, 3) uint8, of a size that may differ between names."""
 
 
 class LossAndTokens(NamedTuple):
-    """What a method computes of a batch, for LUT."""
+    """The results of a batch that LUT needs."""
 
-    loss: Tensor  # () of the images that are predicted
+    loss: Tensor  # scalar, of the images that are predicted
     visible_tokens: Tensor  # (B, V, D) encoded visible tokens of all images
-    positions: Tensor  # (B, V) grid position in the image of each
+    positions: Tensor  # (B, V) grid positions of these tokens in the image
 
 
 class ContextMethod(Method):
-    """A method that LUT can be added to.
+    """A method that supports LUT.
 
     Attributes:
-        mask_grid: rows and columns of what is masked as one: the image's grid of patches, or a window's.
+        mask_grid: rows and columns of patches that share a mask: those of the image, or of a window.
         mask_cell: side, in patches, of the squares that are masked together.
-        pr_mim: the settings of that add-on.
+        pr_mim: PR-MIM's settings, if it is used.
     """
 
     mask_grid: Grid
@@ -102,4 +102,4 @@ class ContextMethod(Method):
     def compute_loss(
         self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> LossAndTokens:
-        """The loss of the first `num_predicted` images, of all unless given, and all encoded visible tokens."""
+        """The loss of the first `num_predicted` images (default: all), and the encoded visible tokens of all."""

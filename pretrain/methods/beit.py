@@ -1,7 +1,7 @@
-"""BEiT (Bao et al.): predicts the codes that a frozen tokenizer gives the masked patches.
+"""BEiT (Bao et al.): predicts the codes of the masked patches by a frozen tokenizer.
 
-All patches of the image enter the encoder, a token in place of the masked ones, and a linear layer classifies those
-over the vocabulary. LoMaR + BEiT (LoMaR, section 4.2) is `lomar` with codes as its target.
+All patches of the image enter the encoder, with mask tokens in place of the masked ones, whose outputs a linear layer
+classifies over the vocabulary. LoMaR + BEiT (LoMaR, section 4.2) is `lomar` with codes as its target.
 
 Shapes: B images, N patches of an image, M of them masked, V codes.
 """
@@ -44,10 +44,10 @@ class BEiT(Method):
     default_target = TokensConfig()
 
     class Config(MethodConfig):
-        """BEiT's own keys; the tokenizer is the `target`."""
+        """BEiT's own keys; the tokenizer is part of `target`."""
 
         name: Literal["beit"] = "beit"
-        mask_type: Literal["block", "random"] = Field("block", description="how the masked patches lie")
+        mask_type: Literal["block", "random"] = Field("block", description="shape of the masked region")
         mask_ratio: float = Field(0.4, gt=0, lt=1, description="share of the image's patches that is predicted")
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
@@ -74,14 +74,14 @@ class BEiT(Method):
         return {"loss": self.target.loss(prediction, truth)}
 
     def _predict(self, patches: Tensor, mask_indices: MaskIndices) -> Tensor:
-        """(B, N, P) uint8 patches -> the masked ones' prediction: (B, M, V) logits of codes."""
+        """(B, N, P) uint8 patches -> the prediction of the masked ones, (B, M, V)."""
         pixels = normalize_pixels(gather_tokens(patches, mask_indices["visible"]))
         prediction, _ = self.predictor(self.encoder, pixels, **mask_indices)
         return prediction
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and what the target shows of each image, (B, H, W, 3) uint8."""
+        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
         patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
         truth = gather_tokens(self.target.ground_truth(images, patches), masked)
         predicted = self.target.render(self._predict(patches, mask_indices), truth)

@@ -1,13 +1,13 @@
 """LC-MAE (Yue et al.): MAE's reconstruction with its implicit contrastive terms made explicit.
 
-Two masks of one image pass through the same MAE. Beside the reconstruction, the predictions of a patch that is masked
-twice should agree (cross-view), and those of two patches should be as similar as the patches themselves (in-view).
+Each image passes through the same MAE under two masks. In addition to the reconstruction, the two predictions of a
+patch masked in both should agree (cross-view), and those of two patches should be as similar as the patches (in-view).
 
 Shapes: B images, N patches of an image, M of them masked, V visible, P = p*p*3, E width of the projected vectors v.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,9 +26,11 @@ from pretrain.models.vit import ViT, init_weights
 from pretrain.trainer.config import ModelConfig
 
 
-def sample_masks(rng: np.random.Generator, **keys: Any) -> dict[str, np.ndarray]:
+def sample_masks(
+    rng: np.random.Generator, *, grid: Grid, mask_type: str, count: int, pr_mim: PRMIMConfig | None
+) -> dict[str, np.ndarray]:
     """`mae.sample_masks` twice, for m1 and m2: `visible` (2, V), `masked` (2, M) and `kept` (2, K)."""
-    views = [mae.sample_masks(rng, **keys) for _ in range(2)]
+    views = [mae.sample_masks(rng, grid=grid, mask_type=mask_type, count=count, pr_mim=pr_mim) for _ in range(2)]
     return {name: np.stack([view[name] for view in views]) for name in views[0]}
 
 
@@ -38,10 +40,10 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cross_view_loss(v1: Tensor, v2: Tensor, masked1: Tensor, masked2: Tensor) -> Tensor:
-    """Eq. 5: 1 - cos(v_i^m1, v_i^m2), averaged over the patches that both masks hide, then over images.
+    """Eq. 5: 1 - cos(v_i^m1, v_i^m2), averaged over the patches that are masked twice, then over images.
 
-    Each image counts the same, however many patches its masks share, so a batch may be split in any way. An image
-    whose masks share none (impossible when more than half is masked) adds zero.
+    Every image has the same weight, however many patches its masks share, so a batch can be split in any way. If the
+    masks share none (impossible when more than half is masked), the image adds zero.
 
     Args:
         v1, v2: (B, M, E) fp32.
@@ -57,7 +59,7 @@ def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
 
     Args:
         v: (B, M, E) fp32.
-        x: (B, M, P) fp32, the pixels as the encoder would get them, not normalised by patch.
+        x: (B, M, P) fp32, the pixels as the encoder gets them, not normalized by patch.
     """
     pairs = v.shape[1] * (v.shape[1] - 1) / 2
     difference = (cosines(v, v) - cosines(x, x)).abs().triu(1)  # i < j: the matrix is symmetric
@@ -72,8 +74,8 @@ class LCMAE(MAE):
     class Config(MAEConfig):
         """MAE's keys with a decoder of two blocks, the weights of the three losses, and the projector.
 
-        Table 1's settings are `w_mae`, `w_cross`, `w_in` = (a) 1 1 1, (b) 1 0 0, (c) 0 1 0, (d) 0 0 1, (e) 1 1 0,
-        (f) 1 0 1, (g) 0 1 1. All see two masks of an image. Table 2's decoders are values of `decoder`.
+        Table 1's settings of `w_mae`, `w_cross`, `w_in` are (a) 1 1 1, (b) 1 0 0, (c) 0 1 0, (d) 0 0 1, (e) 1 1 0,
+        (f) 1 0 1, (g) 0 1 1. All use two masks per image. Table 2's decoders are values of `decoder`.
         """
 
         name: Literal["lc_mae"] = "lc_mae"
@@ -118,7 +120,7 @@ class LCMAE(MAE):
         )
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """The loss of a batch, and those of its terms that count, detached and not weighted: `mae`, `cross`, `in`.
+        """The loss of a batch and its terms with non-zero weight, detached and unweighted: `mae`, `cross`, `in`.
 
         Args:
             images: (B, H, W, 3) uint8.
@@ -127,30 +129,30 @@ class LCMAE(MAE):
         patches = patchify(images, self.encoder.patch_size)
         views = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
         masked = views["masked"]
-        both = patches.repeat_interleave(2, dim=0)  # an image's two views follow each other
+        both = patches.repeat_interleave(2, dim=0)  # the two views of an image are adjacent
         prediction = self._predict(both, **views)  # (2B, M, num_outputs)
-        hidden = gather_tokens(both, masked)
+        masked_patches = gather_tokens(both, masked)
         truth = gather_tokens(self.target.ground_truth(images, patches).repeat_interleave(2, dim=0), masked)
         v = None if self.proj is None else self.proj(prediction).float()  # eq. 5 and 6: v = p(h(x, m))
-        with torch.autocast(images.device.type, enabled=False):  # cosines are matrix products: bf16 would round them
-            terms = self._losses(prediction, v, truth, hidden, masked)
+        with torch.autocast(images.device.type, enabled=False):  # cosines are matrix products, which bf16 would round
+            terms = self._losses(prediction, v, truth, masked_patches, masked)
         loss = sum(getattr(self.config, f"w_{name}") * term for name, term in terms.items())
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     def _losses(
-        self, prediction: Tensor, v: Tensor | None, truth: Tensor, hidden: Tensor, masked: Tensor
+        self, prediction: Tensor, v: Tensor | None, truth: Tensor, masked_patches: Tensor, masked: Tensor
     ) -> dict[str, Tensor]:
-        """The terms whose weight is not zero; the two views of an image follow each other."""
+        """The terms with non-zero weight; the two views of an image are adjacent."""
         config, terms = self.config, {}
         if config.w_mae:
             terms["mae"] = self.target.loss(prediction, truth)
         if v is not None and config.w_cross:
             terms["cross"] = cross_view_loss(v[::2], v[1::2], masked[::2], masked[1::2])
         if v is not None and config.w_in:
-            terms["in"] = in_view_loss(v, normalize_pixels(hidden))
+            terms["in"] = in_view_loss(v, normalize_pixels(masked_patches))
         return terms
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and `reconstruction` of each image under m1, (B, H, W, 3) uint8."""
+        """As `MAE.reconstruct`, under the first mask."""
         return super().reconstruct(images, {name: array[:, 0] for name, array in mask_indices.items()})

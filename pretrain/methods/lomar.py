@@ -1,13 +1,13 @@
 """LoMaR: local masked reconstruction (Chen et al., section 3.2).
 
-Per image, W random windows of K x K patches; inside each, a share of the patches is masked and predicted from the
+Each image has W random windows of K x K patches; in each, a share of the patches is masked and predicted from the
 visible ones. Windows never attend to each other: they are a batch dimension. Every image draws its own W distinct
-windows (the authors' code draws windows once a batch, and pairs them so that an image gets one window W times).
+windows (the authors' code draws windows once per batch, and assigns them so that an image gets one window W times).
 
-With codes of a tokenizer as the target and `mask_type=block` it is section 4.2's LoMaR + BEiT. Fig. 5's asymmetric
-architecture is MAE's, for windows: a decoder has the mask tokens, not the encoder.
+With a tokenizer's codes as the target and `mask_type=block` this is section 4.2's LoMaR + BEiT. Fig. 5's asymmetric
+architecture is MAE's, applied to windows: the mask tokens are in a decoder, not in the encoder.
 
-Shapes: B images, G windows in all (B*W), L = K*K patches of a window, M of them masked, D width, P = p*p*3.
+Shapes: B images, G = B*W windows, L = K*K patches of a window, M of them masked, D width, P = p*p*3.
 """
 
 import functools
@@ -47,7 +47,7 @@ from pretrain.trainer.config import ModelConfig
 def sample_masks(
     rng: np.random.Generator, *, grid: Grid, config: "LoMaR.Config", pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """What is random about one sample of LoMaR.
+    """The random windows and masks of one sample.
 
     Returns:
         `positions` (W, L): the grid position in the image of each patch of each window; `visible` (W, L-M), `masked`
@@ -73,17 +73,17 @@ class LoMaR(ContextMethod):
         name: Literal["lomar"] = "lomar"
         num_windows: int = Field(4, ge=1, description="windows per image, W: 4 at 224, 6 at 384, 9 at 448")
         window_size: int = Field(7, ge=2, description="side of a window in patches, K")
-        mask_type: Literal["random", "block"] = Field("random", description="block: BEiT's, in each window")
+        mask_type: Literal["random", "block"] = Field("random", description="block: BEiT's masks, in each window")
         mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
         architecture: Literal["simple", "asymmetric"] = Field(
             "simple",
-            description="mask tokens in the encoder, or, as in MAE, in a decoder, which has the next three keys",
+            description="mask tokens in the encoder or, as in MAE, in a decoder with the next three keys",
         )
         decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
         decoder_depth: int = Field(8, ge=1)
         decoder_num_heads: int = Field(16, ge=1)
         mask_token_block: int = Field(
-            0, ge=0, description="block at which mask tokens enter; the blocks before it see visible patches only"
+            0, ge=0, description="block before which mask tokens enter; earlier blocks see visible patches only"
         )
 
         @property
@@ -138,12 +138,12 @@ class LoMaR(ContextMethod):
     def _predict(
         self, windows: Tensor, indices: MaskIndices, num_predicted: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(G, L, P) uint8 patches -> as `Predictor`."""
+        """(G, L, P) uint8 patches -> the results of `Predictor`."""
         pixels = normalize_pixels(gather_tokens(windows, indices["visible"]))
         return self.predictor(self.encoder, pixels, **indices, num_predicted=num_predicted)
 
     def _truth(self, images: Tensor, patches: Tensor, mask_indices: MaskIndices) -> Tensor:
-        """The target of the masked patches of the windows of B images: (B*W, M, ...)."""
+        """The target of the masked patches in the windows of B images: (B*W, M, ...)."""
         B = len(images)
         positions = mask_indices["positions"][:B].gather(2, mask_indices["masked"][:B])
         truth = gather_tokens(self.target.ground_truth(images, patches), positions.flatten(1))
@@ -154,7 +154,7 @@ class LoMaR(ContextMethod):
         """The paper's Fig. 7 for the first window of each image.
 
         Returns:
-            `original` (B, H, W, 3), and of the window `window`, `masked` and what the target shows, (B, K*p, K*p, 3);
+            `original` (B, H, W, 3), and `window`, `masked` and the target's renderings of the window, (B, K*p, K*p, 3);
             uint8.
         """
         first = {name: array[:, :1] for name, array in mask_indices.items()}

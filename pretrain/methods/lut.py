@@ -1,11 +1,11 @@
-"""LUT: the visible tokens learn the context of the whole image (Kim et al., section 3), an add-on.
+"""LUT, an add-on: the visible tokens learn the context of the whole image (Kim et al., section 3).
 
-Two views of an image pass through the same method, showing it disjoint sets of patches. A view's encoded visible
-tokens, averaged, are to predict what a momentum encoder makes of *all* patches of the other view. Pixels are predicted
-in the first view alone. The second one is also changed in colour.
+Two views of an image pass through the same method with disjoint sets of visible patches. The mean of a view's encoded
+visible tokens is trained to predict the features that a momentum encoder computes from *all* patches of the other view.
+The method's own target is predicted in the first view only; the second view also gets color augmentations.
 
-Shapes: B images, N patches, V visible ones, D width. Views come as (B, 2, ...), and go through the encoder as (2B,
-...), all first ones before all second ones.
+Shapes: B images, N patches, V visible ones, D width. Views are given as (B, 2, ...) and encoded as (2B, ...),
+all first views before all second views.
 """
 
 import copy
@@ -31,7 +31,7 @@ from pretrain.trainer.schema import Section
 
 
 class LUTConfig(Section):
-    """The add-on's keys; Table 4's ablations are values of these, of `data.crop` and of `method.mask_ratio`."""
+    """The add-on's keys; Table 4's ablations change these, `data.crop` and `method.mask_ratio`."""
 
     alpha: float = Field(0.25, gt=0, description="weight of the context loss: 1.0 for ViT-S, 0.25 for ViT-B and L")
     loss: Literal["cosine", "infonce", "smooth_l1"] = "cosine"
@@ -39,14 +39,14 @@ class LUTConfig(Section):
     supervision: Literal["pooled", "tokens"] = Field(
         "pooled", description="the mean of the visible tokens, or each against the same position of the other view"
     )
-    momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at the start; follows a cosine")
+    momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at the start; rises along a cosine")
     final_momentum: float = Field(1.0, ge=0, le=1, description="of the teacher at the end")
     hidden_dim: int = Field(4096, ge=1, description="width of the heads' hidden layer")
-    color_jitter: float = Field(0.8, ge=0, le=1, description="probability of changing the second view's colours")
+    color_jitter: float = Field(0.8, ge=0, le=1, description="probability of changing the second view's colors")
     three_augment: bool = Field(True, description="grayscale, solarize or blur the second view")
 
     def check(self, patches: int, masked: int, micro_batch: int) -> None:
-        """Raises ValueError where two disjoint sets of visible patches do not fit, or keys do not go together."""
+        """Raises ValueError if two disjoint sets of visible patches do not fit, or keys cannot be combined."""
         visible = patches - masked
         if 2 * visible > patches:
             raise ValueError(
@@ -57,27 +57,27 @@ class LUTConfig(Section):
             raise ValueError("lut.loss=infonce compares images: set lut.supervision=pooled")
         if micro_batch < 2:
             raise ValueError(
-                "lut normalises over the images of a micro-batch on all ranks, and there is one: raise "
+                "lut normalizes over the images of a micro-batch on all ranks, and there is one: raise "
                 "train.global_batch_size or lower train.gradient_accumulation_steps"
             )
 
 
 def disjoint_mask(rng: np.random.Generator, masked: np.ndarray, grid: Grid, cell: int) -> np.ndarray:
-    """A mask that shows as many patches as another, and none of those.
+    """A mask with as many visible patches as another, and none in common.
 
     Together the two are disjoint slices of one permutation, as in the authors' code.
 
     Args:
-        masked: (R, N) bool, where whole squares of `cell` x `cell` patches of a grid are masked or visible.
+        masked: (R, N) bool, in which squares of `cell` x `cell` patches are entirely masked or entirely visible.
 
     Returns:
         (R, N) bool.
     """
     rows, cols = grid[0] // cell, grid[1] // cell
-    hidden = masked.reshape(-1, rows, cell, cols, cell)[:, :, 0, :, 0].reshape(-1, rows * cols)
-    order = np.where(hidden, rng.random(hidden.shape), 2.0).argsort(axis=1)
-    num_visible = int((~hidden[0]).sum())
-    other = np.ones_like(hidden)
+    masked_cells = masked.reshape(-1, rows, cell, cols, cell)[:, :, 0, :, 0].reshape(-1, rows * cols)
+    order = np.where(masked_cells, rng.random(masked_cells.shape), 2.0).argsort(axis=1)
+    num_visible = int((~masked_cells[0]).sum())
+    other = np.ones_like(masked_cells)
     np.put_along_axis(other, order[:, :num_visible], False, axis=1)
     return other.reshape(-1, rows, cols).repeat(cell, axis=1).repeat(cell, axis=2).reshape(masked.shape)
 
@@ -95,7 +95,7 @@ def sample_masks(
 
 
 class TeacherModel(nn.Module):
-    """What the momentum encoder makes of whole views; it has a projector and no predictor."""
+    """The momentum encoder with its projector, applied to whole views."""
 
     buckets: Tensor | None
 
@@ -106,7 +106,7 @@ class TeacherModel(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 2, H, W, 3) uint8 -> (2B, 1, D), or (2B, N, D) of single tokens; fp32."""
+        """(B, 2, H, W, 3) uint8 -> features (2B, 1, D), or of each token (2B, N, D); fp32."""
         patches = patchify(images.transpose(0, 1).flatten(0, 1), self.encoder.patch_size)
         tokens = self.encoder.patch_embed(normalize_pixels(patches))
         if not self.encoder.relative:
@@ -130,7 +130,7 @@ class LUT(nn.Module):
         return self.method.encoder
 
     def mask_sampler(self) -> MaskSampler:
-        """As of `Method`, for two views."""
+        """As `Method.mask_sampler`, for two views."""
         method = self.method
         return functools.partial(
             sample_masks,
@@ -141,21 +141,21 @@ class LUT(nn.Module):
         )
 
     def teacher_model(self) -> TeacherModel:
-        """A copy of `averaged_modules`."""
+        """The teacher: a copy of `averaged_modules`."""
         encoder, projector = copy.deepcopy(self.encoder), copy.deepcopy(self.projector)
         return TeacherModel(encoder, projector, self.config.supervision == "pooled")
 
     def averaged_modules(self) -> list[nn.Module]:
-        """What the teacher is a moving average of: `teacher_model`'s modules, in the same order."""
+        """The modules that the teacher averages, in the order of `teacher_model`'s."""
         return [self.encoder, self.projector]
 
     def forward(self, images: Tensor, mask_indices: MaskIndices, teacher_features: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch and, detached and not weighted, its terms `mim` and `context`.
+        """The loss of a batch and its terms, detached and unweighted: `mim` and `context`.
 
         Args:
             images: (B, 2, H, W, 3) uint8.
             mask_indices: (B, 2, ...) each.
-            teacher_features: (2B, 1, D) or (2B, N, D), what the teacher makes of the same images.
+            teacher_features: (2B, 1, D) or (2B, N, D), the teacher's features of the same images.
         """
         B = len(images)
         views = {name: array.transpose(0, 1).flatten(0, 1) for name, array in mask_indices.items()}
@@ -165,7 +165,7 @@ class LUT(nn.Module):
         return {"loss": loss, "mim": output.loss.detach(), "context": context.detach()}
 
     def _context_loss(self, output: LossAndTokens, teacher_features: Tensor, B: int) -> Tensor:
-        """Both directions, averaged: each view's visible tokens against the teacher's features of the other one."""
+        """The mean over both directions: a view's visible tokens against the teacher's features of the other view."""
         if self.config.supervision == "pooled":
             features = output.visible_tokens.mean(1, keepdim=True)
             other = teacher_features.roll(B, 0)
@@ -173,7 +173,7 @@ class LUT(nn.Module):
             features = output.visible_tokens
             other = gather_tokens(teacher_features.roll(B, 0), output.positions)
         terms = []
-        for view in (slice(0, B), slice(B, 2 * B)):  # batch statistics of one view at a time [code]
+        for view in (slice(0, B), slice(B, 2 * B)):  # batch statistics of one view at a time, as in the authors' code
             predicted = self.predictor(self.projector(features[view].flatten(0, 1)))
             with torch.autocast(predicted.device.type, enabled=False):
                 terms.append(self._distance(predicted.float(), other[view].flatten(0, 1)))
@@ -192,18 +192,18 @@ class LUT(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """The method's own, of the first view of each image."""
+        """The method's own reconstructions, of the first view of each image."""
         first = {name: array[:, 0] for name, array in mask_indices.items()}
         return self.method.reconstruct(images[:, 0].contiguous(), first)
 
 
 class Teacher(EMA):
-    """The momentum encoder: a moving average that computes features of the images that the method trains on.
+    """The momentum encoder as a moving average; computes features of the images that the method trains on.
 
     Args:
-        method: whose `averaged_modules` it follows; not partitioned by ZeRO-3 yet.
-        device: where the images are.
-        bf16: whether it computes under autocast, as the engine does.
+        method: the one that is trained; not partitioned by ZeRO-3 yet.
+        device: that of the images.
+        bf16: whether to compute under autocast, as the engine does.
     """
 
     def __init__(self, method: LUT, device: torch.device, bf16: bool):
@@ -219,10 +219,10 @@ class Teacher(EMA):
             return {"teacher_features": self.model(images)}
 
 
-def _gather_over_ranks(rows: Tensor) -> tuple[Tensor, int]:
-    """All ranks' (R, D) rows, as many on each, without gradients, and where this rank's begin."""
+def _gather_over_ranks(vectors: Tensor) -> tuple[Tensor, int]:
+    """The (R, D) vectors of all ranks, without gradients, and the index of this rank's first; equally many on each."""
     if not dist.is_initialized():
-        return rows, 0
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts), dist.get_rank() * len(rows)
+        return vectors, 0
+    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, vectors.contiguous())
+    return torch.cat(parts), dist.get_rank() * len(vectors)

@@ -1,4 +1,4 @@
-"""MAE: masked autoencoders (He et al.). The encoder sees the visible patches alone; a decoder fills in the others.
+"""MAE: masked autoencoders (He et al.). The encoder sees only the visible patches; a decoder predicts the others.
 
 The ablations of its Table 1 are keys: decoder (a, b), `encoder_mask_tokens` (c), the `target` (d), `mask_type` and
 `mask_ratio` (f).
@@ -40,7 +40,7 @@ def sample_masks(
 class MAEConfig(MethodConfig):
     """The keys that MAE and LC-MAE share."""
 
-    mask_type: Literal["random", "block", "grid"] = Field("random", description="how the masked patches lie")
+    mask_type: Literal["random", "block", "grid"] = Field("random", description="shape of the masked region")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
     encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
     decoder: Literal["transformer", "average", "conv"] = Field(
@@ -129,7 +129,7 @@ class MAE(ContextMethod):
         return LossAndTokens(loss, encoded[:, 1 : 1 + visible.shape[1]], visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D); then mask tokens, if any."""
+        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D), then any mask tokens."""
         pos_embed = self.encoder.pos_embed[0, 1:]
         tokens = self.encoder.patch_embed(normalize_pixels(gather_tokens(patches, visible))) + pos_embed[visible]
         if self.mask_tokens is not None:
@@ -137,18 +137,18 @@ class MAE(ContextMethod):
         return self.encoder(tokens)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """What `_encode` returns -> the masked patches' prediction (B, M, num_outputs)."""
+        """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""
         if self.mask_tokens is None:
             return self.decoder(encoded, visible, masked, kept)
         return self.decoder(encoded, torch.cat([visible, kept], dim=1), masked)
 
     def _predict(self, patches: Tensor, **mask_indices: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> the masked ones' prediction (B, M, num_outputs)."""
+        """(B, N, P) uint8 patches -> prediction of the masked ones (B, M, num_outputs)."""
         return self._decode(self._encode(patches, **mask_indices), **mask_indices)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and what the target shows of each image, (B, H, W, 3) uint8."""
+        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
         patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
         prediction = self._predict(patches, **mask_indices)
         predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))

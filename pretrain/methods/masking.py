@@ -1,6 +1,6 @@
-"""Which patches are predicted: pure NumPy, drawn in the data workers.
+"""Random masks and windows: pure NumPy, drawn in the data workers.
 
-`masked == True` means predicted, everywhere. Grids are (rows, columns) of patches.
+`masked` arrays are true at patches to predict. Grids are (rows, columns) of patches.
 """
 
 import math
@@ -11,7 +11,7 @@ Grid = tuple[int, int]
 
 
 def random_masked(rng: np.random.Generator, rows: int, length: int, count: int) -> np.ndarray:
-    """`count` of `length` positions masked in each row, uniformly.
+    """Masks `count` of `length` positions in each row, uniformly.
 
     Returns:
         (rows, length) bool.
@@ -39,13 +39,13 @@ def block_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray
         w = min(max(round(math.sqrt(area / aspect)), 1), width)
         top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
         block = masked[top : top + h, left : left + w]
-        fresh = rng.permutation(np.argwhere(~block))[:missing]
-        block[fresh[:, 0], fresh[:, 1]] = True
+        new = rng.permutation(np.argwhere(~block))[:missing]
+        block[new[:, 0], new[:, 1]] = True
     return masked.reshape(-1)
 
 
 def grid_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray:
-    """MAE's regular grid: of every 2 x 2 patches the same one is visible, and three are predicted.
+    """MAE's regular grid: of every 2 x 2 patches the top left one is visible, and three are predicted.
 
     Returns:
         (N,) bool in raster order.
@@ -74,8 +74,8 @@ def random_windows(rng: np.random.Generator, count: int, size: int, grid: Grid) 
         (count, size*size) int64: the grid positions of each window's patches, both in raster order.
     """
     height, width = grid
-    places = (height - size + 1, width - size + 1)
-    top, left = np.unravel_index(rng.choice(places[0] * places[1], count, replace=False), places)
+    corners = (height - size + 1, width - size + 1)  # possible rows and columns of a window's first patch
+    top, left = np.unravel_index(rng.choice(corners[0] * corners[1], count, replace=False), corners)
     inside = np.arange(size)[:, None] * width + np.arange(size)
     return (top * width + left)[:, None] + inside.reshape(1, -1)
 
@@ -91,30 +91,30 @@ def split_positions(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_windows(count: int, size: int, grid: Grid) -> None:
-    """Raises ValueError where a grid cannot hold `count` distinct windows of `size` x `size` patches."""
+    """Raises ValueError if a grid cannot hold `count` distinct windows of `size` x `size` patches."""
     if size > min(grid):
         raise ValueError(
             f"method.window_size={size} is larger than the image's grid of {grid[0]}x{grid[1]} patches: "
             f"set method.window_size to at most {min(grid)}, or data.image_size larger"
         )
-    places = (grid[0] - size + 1) * (grid[1] - size + 1)
-    if count > places:
+    num_corners = (grid[0] - size + 1) * (grid[1] - size + 1)
+    if count > num_corners:
         raise ValueError(
             f"method.num_windows={count}, but a window of {size}x{size} patches fits in only "
-            f"{places} places on a grid of {grid[0]}x{grid[1]}: set method.num_windows to at most {places}"
+            f"{num_corners} places on a grid of {grid[0]}x{grid[1]}: set method.num_windows to at most {num_corners}"
         )
 
 
-def check_masked(ratio: float, masked: int, patches: int, whose: str) -> None:
-    """Raises ValueError where a ratio masks none or all of the patches of a window or an image."""
+def check_masked(ratio: float, masked: int, patches: int, owner: str) -> None:
+    """Raises ValueError if a ratio masks none or all patches of a window or an image."""
     if not 0 < masked < patches:
         raise ValueError(
-            f"method.mask_ratio={ratio} masks {masked} of {whose} {patches} patches: "
+            f"method.mask_ratio={ratio} masks {masked} of {owner} {patches} patches: "
             f"at least one must be masked and one visible"
         )
 
 
 def check_random_masks(mask_type: str) -> None:
-    """Raises ValueError where masks are of a type that LUT cannot split in two."""
+    """Raises ValueError if masks are of a type of which LUT cannot draw two disjoint ones."""
     if mask_type != "random":
         raise ValueError(f"lut draws two disjoint random masks: set method.mask_type=random, not {mask_type}")

@@ -1,8 +1,8 @@
-"""PR-MIM: reconstruct only part of the masked tokens, and fill in the others by one cheap convolution (an add-on).
+"""PR-MIM, an add-on: reconstruct only part of the masked tokens, and the others by one cheap convolution.
 
 Of the masked tokens, the *kept* ones go through the transformer; the *thrown* ones do not. Afterwards a depth-wise
-convolution over the grid makes each thrown token out of its neighbours, so that all masked patches are supervised
-(section 3.2; `models/aggregation.py`). Which tokens are kept is drawn in the data workers (section 3.3).
+convolution over the grid computes each thrown token from its neighborhood, so that all masked patches are supervised
+(section 3.2; `models/aggregation.py`). The kept tokens are drawn in the data workers (section 3.3).
 
 Shapes: R images or windows of N patches, M of them masked, K kept.
 """
@@ -24,14 +24,14 @@ class PRMIMConfig(Section):
     throw_ratio: float = Field(0.5, gt=0, lt=1, description="share of all patches that is thrown, rho_d")
     sampling: Literal["furthest", "random"] = "furthest"
     aggregation: AggregationKind = Field(
-        "conv", description="what makes the thrown tokens; in the paper, training with average fails to converge"
+        "conv", description="how thrown tokens are computed; in the paper, training with average fails to converge"
     )
     kernel_size: Literal[3, 5, 7, 9, 11] = Field(
-        7, description="side in patches of the neighbourhood that is aggregated; not of transformer"
+        7, description="side in patches of the aggregated neighborhood; not used by transformer"
     )
 
     def num_kept(self, patches: int, masked: int) -> int:
-        """M - floor(N * rho_d), K; raises ValueError where nothing would be left to decode."""
+        """M - floor(N * rho_d), K; raises ValueError if nothing would be left to decode."""
         thrown = int(patches * self.throw_ratio)
         if masked - thrown < 1:
             raise ValueError(
@@ -42,10 +42,10 @@ class PRMIMConfig(Section):
 
 
 def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count: int, width: int) -> np.ndarray:
-    """Algorithm 1: the first token at random, then always the one furthest (Euclidean) from those already kept.
+    """Algorithm 1: the first token at random, then always the one furthest (Euclidean) from all kept so far.
 
     Args:
-        rng: of the first token.
+        rng: draws the first token.
         masked: (M,) grid positions.
         count: how many to keep, K.
         width: columns of the grid.
@@ -55,7 +55,7 @@ def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count:
     """
     points = np.stack(np.divmod(masked, width), axis=1)
     chosen = [int(rng.integers(len(masked)))]
-    # Squared distances to the nearest kept token: integers, so that ties are ties on every machine.
+    # Squared distances to the nearest kept token, as integers, so that ties are equal on every machine.
     nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
     for _ in range(count - 1):
         chosen.append(int(nearest.argmax()))
@@ -66,26 +66,26 @@ def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count:
 def build_mask_indices(
     rng: np.random.Generator, masked: np.ndarray, pr_mim: PRMIMConfig | None, width: int
 ) -> dict[str, np.ndarray]:
-    """The indices that a method works with.
+    """The index arrays of a method.
 
     Args:
-        rng: of the choice of kept ones, if any are thrown.
+        rng: draws the kept positions, if any are thrown.
         masked: (R, N) bool, the same number in each row.
-        pr_mim: throws some of them.
+        pr_mim: settings; None keeps all of them.
         width: columns of the grid.
 
     Returns:
         `visible` (R, V), `masked` (R, M) and of those `kept` (R, K): positions, ascending, int64.
     """
-    visible, hidden = split_positions(masked)
-    kept = choose_kept(rng, hidden, pr_mim, masked.shape[1], width) if pr_mim else hidden
-    return {"visible": visible, "masked": hidden, "kept": kept}
+    visible, masked_positions = split_positions(masked)
+    kept = choose_kept(rng, masked_positions, pr_mim, masked.shape[1], width) if pr_mim else masked_positions
+    return {"visible": visible, "masked": masked_positions, "kept": kept}
 
 
 def choose_kept(
     rng: np.random.Generator, masked: np.ndarray, pr_mim: PRMIMConfig, patches: int, width: int
 ) -> np.ndarray:
-    """The kept ones of each row of masked positions: (R, M) -> (R, K), ascending."""
+    """Chooses the kept ones in each row of masked positions: (R, M) -> (R, K), ascending."""
     count = pr_mim.num_kept(patches, masked.shape[1])
     if pr_mim.sampling == "furthest":
         return np.stack([furthest_point_sampling(rng, row, count, width) for row in masked])
@@ -93,5 +93,5 @@ def choose_kept(
 
 
 def build_aggregation(pr_mim: PRMIMConfig | None, arch: Arch, grid: Grid) -> SpatialAggregation | None:
-    """What makes the thrown tokens of a transformer `arch` on a grid, if any are thrown."""
+    """The module that computes the thrown tokens of a transformer `arch` on a grid, if any are thrown."""
     return SpatialAggregation(pr_mim.aggregation, arch, grid, pr_mim.kernel_size) if pr_mim else None

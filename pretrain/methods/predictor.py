@@ -1,10 +1,10 @@
 """From the visible patches of a sequence, a window or an image, to a prediction of its masked ones.
 
-`Predictor`, of LoMaR, SimMIM and BEiT: mask tokens in the encoder, and a linear head on what becomes of them. Three
-settings meet here: which masked tokens enter the encoder (all, or PR-MIM's kept ones), before which block they enter
-(0, or later), and what makes the tokens that never entered (PR-MIM's spatial aggregation).
+`Predictor`, of LoMaR, SimMIM and BEiT: mask tokens in the encoder, and a linear head on their outputs. It combines
+three settings: which mask tokens enter the encoder (all, or PR-MIM's kept ones), before which block they enter (0, or
+later), and how the tokens that never entered are computed (PR-MIM's spatial aggregation).
 
-`AsymmetricPredictor`, LoMaR's ablation: visible patches alone in the encoder, mask tokens in a decoder, as in MAE.
+`AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE.
 
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
@@ -22,7 +22,7 @@ from pretrain.trainer.config import ModelConfig
 
 
 def check_mask_token_block(block: int, model: ModelConfig) -> None:
-    """Raises ValueError where mask tokens would enter after the last block."""
+    """Raises ValueError if mask tokens would enter after the last block."""
     depth = ARCHS[model.arch].depth
     if block >= depth:
         raise ValueError(
@@ -47,7 +47,7 @@ class Predictor(nn.Module):
     """Predicts the masked patches of a sequence from its visible ones, through an encoder that it does not own.
 
     Args:
-        encoder: whose width, patch size and kind of position it fits.
+        encoder: determines width, patch size and kind of position.
         grid: rows and columns of a sequence: a window's, or the image's.
         num_outputs: values predicted for each masked patch.
         mask_token_block: the block of the encoder before which mask tokens enter.
@@ -78,27 +78,27 @@ class Predictor(nn.Module):
         positions: Tensor | None = None,
         num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Only visible patches are embedded and only masked ones go through the head: the rest is never computed.
+        """Only visible patches are embedded and only masked ones go through the head: nothing else is computed.
 
         Args:
-            encoder: the one it was made for.
-            pixels: (G, V, P) the visible patches, standardised.
+            encoder: the one given at construction.
+            pixels: (G, V, P) the visible patches, standardized.
             visible, masked, kept: (G, V), (G, M) and (G, K) positions within the sequence.
-            positions: (G, L) the image's grid position of each patch of a sequence; a sequence is an image without.
-            num_predicted: only so many of the first sequences are predicted, S; all of them unless given.
+            positions: (G, L) grid position in the image of each patch of a sequence; by default a sequence is an image.
+            num_predicted: the number of sequences to predict, S, the first ones; by default all.
 
         Returns:
-            The masked patches' (S, M, num_outputs), and the encoded visible tokens (G, V, D).
+            Predictions of the masked patches (S, M, num_outputs), and the encoded visible tokens (G, V, D).
         """
-        every = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
-        positions = every if positions is None else positions
+        all_indices = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
+        positions = all_indices if positions is None else positions
         visible_tokens = encoder.patch_embed(pixels) + absolute_position(encoder, positions, visible)
         if self.mask_token_block:
             relative = relative_position(encoder, self.buckets, visible)
             visible_tokens = encoder(visible_tokens, relative, stop=self.mask_token_block)
         raster_order = visible.shape[1] + kept.shape[1] == self.length
-        if raster_order:  # then the buckets are the same for all sequences
-            entered = every
+        if raster_order:  # the buckets are then the same for all sequences
+            entered = all_indices
             tokens = self._insert_visible(encoder, visible_tokens, positions, visible, entered)
             buckets = self.buckets if encoder.relative else None
         else:
@@ -109,19 +109,19 @@ class Predictor(nn.Module):
         encoded = encoder(tokens, buckets, start=self.mask_token_block)[:, 1:]
         first, masked = encoded[:num_predicted], masked[:num_predicted]
         if self.aggregation is None:
-            hidden = gather_tokens(first, masked)
+            masked_tokens = gather_tokens(first, masked)
         else:
-            hidden = self.aggregation(first, entered[:num_predicted], masked)
+            masked_tokens = self.aggregation(first, entered[:num_predicted], masked)
         encoded_visible = gather_tokens(encoded, visible) if raster_order else encoded[:, : visible.shape[1]]
-        return self.head(self.norm(hidden)), encoded_visible
+        return self.head(self.norm(masked_tokens)), encoded_visible
 
     def _insert_visible(
-        self, encoder: ViT, visible_tokens: Tensor, positions: Tensor, visible: Tensor, every: Tensor
+        self, encoder: ViT, visible_tokens: Tensor, positions: Tensor, visible: Tensor, indices: Tensor
     ) -> Tensor:
-        """Visible tokens (after a class token, if late) among mask tokens everywhere else, in raster order."""
+        """Visible tokens among mask tokens at all other positions, in raster order, after a class token if there is one."""
         num_class_tokens = 1 if self.mask_token_block else 0
         class_token, patch_tokens = visible_tokens[:, :num_class_tokens], visible_tokens[:, num_class_tokens:]
-        tokens = self._mask_tokens(encoder, positions, every).to(patch_tokens.dtype)
+        tokens = self._mask_tokens(encoder, positions, indices).to(patch_tokens.dtype)
         inserted = tokens.scatter(1, visible.unsqueeze(-1).expand_as(patch_tokens), patch_tokens)
         return torch.cat([class_token, inserted], dim=1)
 
@@ -130,12 +130,12 @@ class Predictor(nn.Module):
 
 
 class AsymmetricPredictor(nn.Module):
-    """Predicts the masked patches by a decoder that has the mask tokens; the encoder has the visible patches alone.
+    """Predicts the masked patches by a decoder with mask tokens; the encoder sees only the visible patches.
 
-    Called as `Predictor`. The decoder's fixed positions are those within the sequence.
+    Called as `Predictor`. The decoder's fixed positions are those in the sequence.
 
     Args:
-        encoder: whose width and kind of position it fits.
+        encoder: determines width and kind of position.
         grid: rows and columns of a sequence: a window's, or the image's.
         num_outputs: values predicted for each masked patch.
         arch: the decoder's.
@@ -167,10 +167,10 @@ class AsymmetricPredictor(nn.Module):
 
 
 def absolute_position(encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor | float:
-    """The encoder's fixed positions, (G, T, D), of the patches at `indices` (G, T) of sequences at `positions` (G, L)."""
+    """The encoder's fixed positions, (G, T, D), of patches `indices` (G, T) of sequences at `positions` (G, L)."""
     return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + positions.gather(1, indices)]
 
 
 def relative_position(encoder: ViT, buckets: Tensor, indices: Tensor) -> Tensor | None:
-    """The relative positions, if the encoder has any, of a class token and the patches at `indices` (G, T)."""
+    """The relative positions, if the encoder has any, of a class token and patches `indices` (G, T)."""
     return pair_buckets(buckets, indices) if encoder.relative else None

@@ -1,4 +1,4 @@
-"""SimMIM (Xie et al.): all patches enter the encoder, a token in place of the masked ones; one linear layer, L1.
+"""SimMIM (Xie et al.): all patches enter the encoder, mask tokens replacing the masked ones; a linear head; L1.
 
 Shapes: B images, N patches of an image, M of them masked, V visible, D width, P = p*p*3.
 """
@@ -31,7 +31,7 @@ def sample_masks(
 
 
 class SimMIM(ContextMethod):
-    """Encoder on everything, linear head, by default L1 on the masked patches' pixels, which are not normalised."""
+    """Encoder on everything, linear head, by default L1 on the masked patches' pixels without normalization."""
 
     add_ons = frozenset({"pr_mim", "lut"})
     default_target = PixelsConfig(norm_pix=False, loss="l1")
@@ -44,7 +44,7 @@ class SimMIM(ContextMethod):
         mask_ratio: float = Field(0.6, gt=0, lt=1, description="share of the squares that is predicted")
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-            """All patches of an image, and those of ceil(squares * ratio) squares."""
+            """Patches of an image, and those in ceil(squares * ratio) squares."""
             side = self.mask_patch_size // patch_size
             cells = math.prod(grid) // side**2
             return math.prod(grid), math.ceil(cells * self.mask_ratio) * side**2
@@ -55,7 +55,7 @@ class SimMIM(ContextMethod):
             if self.mask_patch_size % patch_size or not side or grid[0] % side or grid[1] % side:
                 height, width = grid[0] * patch_size, grid[1] * patch_size
                 divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
-                nearest = min((n * patch_size for n in divisors), key=lambda cell: abs(cell - self.mask_patch_size))
+                nearest = min((n * patch_size for n in divisors), key=lambda size: abs(size - self.mask_patch_size))
                 raise ValueError(
                     f"method.mask_patch_size={self.mask_patch_size} must be a multiple of model.patch_size="
                     f"{patch_size} that divides the image of {height}x{width} pixels: set "
@@ -89,13 +89,13 @@ class SimMIM(ContextMethod):
     def _predict(
         self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, N, P) uint8 patches -> as `Predictor`."""
+        """(B, N, P) uint8 patches -> the results of `Predictor`."""
         pixels = normalize_pixels(gather_tokens(patches, mask_indices["visible"]))
         return self.predictor(self.encoder, pixels, **mask_indices, num_predicted=num_predicted)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and what the target shows of each image, (B, H, W, 3) uint8."""
+        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
         patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
         prediction, _ = self._predict(patches, mask_indices)
         predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))

@@ -1,1 +1,1 @@
-"""Vision Transformers that know nothing of masking: a method decides what enters them."""
+"""Vision Transformers and their parts, independent of masking: a method decides which tokens enter them."""

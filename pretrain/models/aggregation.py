@@ -1,8 +1,8 @@
-"""PR-MIM's spatial aggregation: makes the tokens that skipped the transformer from those that did not (its Table 12).
+"""PR-MIM's spatial aggregation: computes the thrown tokens from those that went through the transformer (Table 12).
 
-Thrown tokens are zero at first. Each module sees the whole grid; its output at known tokens is not used.
+Thrown tokens are zero at first. Each module gets the whole grid; its output at the other positions is not used.
 
-Shapes: R rows (images or windows) of N patches on a grid, T of them known, M to predict, D width.
+Shapes: R sequences (images or windows) of N patches on a grid, T of them with a token, M to predict, D width.
 """
 
 from typing import Literal
@@ -19,18 +19,18 @@ AggregationKind = Literal["conv", "average", "transformer", "convnext"]
 
 
 class SpatialAggregation(nn.Module):
-    """Makes the thrown tokens; all others stay as they are.
+    """Computes the thrown tokens; all others stay unchanged.
 
     Args:
-        kind: the way to make them.
-        arch: width and heads of the transformer that the tokens come from.
+        kind: how to compute them.
+        arch: width and heads of the transformer from which the tokens come.
         grid: rows and columns.
-        kernel_size: side of the neighbourhood in patches; `transformer` has none.
+        kernel_size: side of the neighborhood in patches; not used by `transformer`.
     """
 
     def __init__(self, kind: AggregationKind, arch: Arch, grid: Grid, kernel_size: int):
         super().__init__()
-        self.patches = grid[0] * grid[1]
+        self.num_patches = grid[0] * grid[1]
         if kind == "transformer":
             self.aggregate: nn.Module = TransformerAggregation(arch, grid)
         elif kind == "average":
@@ -49,16 +49,19 @@ class SpatialAggregation(nn.Module):
             masked: (R, M) the positions to predict.
         """
         R, _, D = tokens.shape
-        known = tokens.new_zeros(R, self.patches, D).scatter(1, positions.unsqueeze(-1).expand_as(tokens), tokens)
-        present = torch.zeros_like(known[..., :1], dtype=torch.bool).scatter(1, positions.unsqueeze(-1), True)
-        filled = torch.where(present, known, self.aggregate(known, present))
+        scattered = tokens.new_zeros(R, self.num_patches, D).scatter(
+            1, positions.unsqueeze(-1).expand_as(tokens), tokens
+        )
+        present = torch.zeros_like(scattered[..., :1], dtype=torch.bool).scatter(1, positions.unsqueeze(-1), True)
+        filled = torch.where(present, scattered, self.aggregate(scattered, present))
         return filled.gather(1, masked.unsqueeze(-1).expand(-1, -1, D))
 
 
 class ConvAggregation(nn.Module):
     """The paper's choice: one depth-wise convolution.
 
-    Called with the known tokens among zeros, (R, N, D), and where they are, (R, N, 1); so are the classes below.
+    The arguments, here and in the classes below, are the tokens on the grid, (R, N, D) with zeros for the thrown ones,
+    and a mask of the positions with a token, (R, N, 1).
     """
 
     def __init__(self, dim: int, grid: Grid, kernel_size: int):
@@ -66,19 +69,19 @@ class ConvAggregation(nn.Module):
         self.grid = grid
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
-    def forward(self, known: Tensor, present: Tensor) -> Tensor:
-        return as_tokens(self.conv(as_image(known, self.grid)))
+    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
+        return as_tokens(self.conv(as_image(tokens, self.grid)))
 
 
 class AverageAggregation(nn.Module):
-    """The mean of the known tokens in the neighbourhood; zero where there are none."""
+    """The mean of the tokens in the neighborhood; zero if there are none."""
 
     def __init__(self, grid: Grid, kernel_size: int):
         super().__init__()
         self.grid, self.kernel_size = grid, kernel_size
 
-    def forward(self, known: Tensor, present: Tensor) -> Tensor:
-        total, share = self._pool(known), self._pool(present.to(known.dtype))  # both of the kernel's area
+    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
+        total, share = self._pool(tokens), self._pool(present.to(tokens.dtype))  # both divided by the kernel's area
         return total / share.clamp(min=self.kernel_size**-2)
 
     def _pool(self, tokens: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class AverageAggregation(nn.Module):
 
 
 class TransformerAggregation(nn.Module):
-    """One block over the whole grid. Fixed positions are added: without them all thrown tokens would become one."""
+    """One block over the whole grid. Fixed positions are added: without them all thrown tokens would be equal."""
 
     pos_embed: Tensor
 
@@ -96,20 +99,20 @@ class TransformerAggregation(nn.Module):
         self.block = Block(arch, relative=False)
         self.register_buffer("pos_embed", sincos_positions(arch.dim, *grid), persistent=False)
 
-    def forward(self, known: Tensor, present: Tensor) -> Tensor:
-        return self.block(known + self.pos_embed, None)
+    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
+        return self.block(tokens + self.pos_embed, None)
 
 
 class ConvNeXtAggregation(ConvAggregation):
-    """A ConvNeXt block, MLP(norm(depth-wise convolution(x))); its residual would add the zeros of the thrown tokens."""
+    """A ConvNeXt block, MLP(norm(depth-wise convolution(x))); a residual would only add the thrown tokens' zeros."""
 
     def __init__(self, dim: int, grid: Grid, kernel_size: int):
         super().__init__(dim, grid, kernel_size)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim)
 
-    def forward(self, known: Tensor, present: Tensor) -> Tensor:
-        return self.mlp(self.norm(super().forward(known, present)))
+    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
+        return self.mlp(self.norm(super().forward(tokens, present)))
 
 
 def as_image(tokens: Tensor, grid: Grid) -> Tensor:

@@ -20,7 +20,7 @@ NUM_BUCKETS = CLASS_BUCKET + 1
 
 
 def _axis_bucket(offset: int) -> int:
-    """The bucket, -3..3, of an offset in patches along one axis: near offsets exactly, far ones by their logarithm."""
+    """The bucket, -3..3, of an offset in patches along one axis: near ones exactly, distant ones by their logarithm."""
     distance = abs(offset)
     if distance <= _ALPHA:
         return offset
@@ -29,7 +29,7 @@ def _axis_bucket(offset: int) -> int:
 
 
 def product_buckets(rows: Tensor, cols: Tensor) -> Tensor:
-    """The bucket of every (query, key) pair of patches; `methods.md`'s "product" rule.
+    """The bucket of every (query, key) pair of patches, by iRPE's "product" rule.
 
     Args:
         rows, cols: (..., L) integer grid positions of the patches, in patches.
@@ -52,23 +52,23 @@ def grid_buckets(height: int, width: int) -> Tensor:
 
 
 def pair_buckets(buckets: Tensor, index: Tensor) -> Tensor:
-    """The buckets of some of a grid's tokens, which differ from sequence to sequence.
+    """The buckets of a subset of a grid's tokens, a different one for each sequence.
 
     Args:
         buckets: (1+N, 1+N) int64 of `grid_buckets`.
-        index: (B, T) grid positions; the class token comes in front of them.
+        index: (B, T) grid positions; the class token is put in front of them.
 
     Returns:
-        (B, 1+T, 1+T, NUM_BUCKETS) one-hot: a matrix product with it is deterministic on a GPU, a gather's gradient not.
+        (B, 1+T, 1+T, NUM_BUCKETS) one-hot: a matrix product is deterministic on a GPU, the gradient of a gather is not.
     """
-    at = F.pad(1 + index, (1, 0))
+    tokens = F.pad(1 + index, (1, 0))
     dtype = torch.get_autocast_dtype(index.device.type) if torch.is_autocast_enabled(index.device.type) else None
-    ids = buckets[at.unsqueeze(2), at.unsqueeze(1)]
+    ids = buckets[tokens.unsqueeze(2), tokens.unsqueeze(1)]
     return F.one_hot(ids, NUM_BUCKETS).to(dtype or torch.get_default_dtype())
 
 
 class RelativeKey(nn.Module):
-    """A learned vector per bucket, shared by the heads of a layer; the query meets it *unscaled*, as in iRPE's code."""
+    """A learned vector per bucket, shared by the heads of a layer; the query is *unscaled*, as in iRPE's code."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -77,12 +77,12 @@ class RelativeKey(nn.Module):
     def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
         """Bias of the logits: q_i . r[bucket(i, j)].
 
-        One matrix product per query position instead of a gather over all logits: as fast, and deterministic in
-        its backward on a GPU, where gather's is not.
+        One matrix product per query position instead of a gather over all logits: as fast, and its backward pass is
+        deterministic on a GPU, unlike that of a gather.
 
         Args:
             q: (B, H, L, C) queries.
-            buckets: (L, L) int64, the same for all sequences, or one-hot of each as from `pair_buckets`.
+            buckets: (L, L) int64, the same for all sequences, or one-hot for each sequence as from `pair_buckets`.
 
         Returns:
             (B, H, L, L)
@@ -108,7 +108,7 @@ def offset_buckets(height: int, width: int) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """A learned number per head and exact offset, whatever the query says. The table fits one grid only."""
+    """A learned number per head and exact offset, independent of the query. The table fits one grid only."""
 
     def __init__(self, heads: int, grid: tuple[int, int]):
         super().__init__()
@@ -133,9 +133,9 @@ class Attention(nn.Module):
     """Multi-head self-attention with timm's parameter names, plus `rpe_k` or `rpe_bias` where position is relative.
 
     Args:
-        dim, heads: width, and how many heads share it.
-        relative: contextual relative position.
-        bias_grid: the grid of a learned relative bias instead.
+        dim, heads: width and number of heads.
+        relative: whether position is contextual and relative.
+        bias_grid: the grid of a learned relative bias, used instead.
     """
 
     def __init__(self, dim: int, heads: int, relative: bool, bias_grid: tuple[int, int] | None = None):
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         self.rpe_bias = RelativeBias(heads, bias_grid) if bias_grid else None
 
     def forward(self, x: Tensor, buckets: Tensor | None) -> Tensor:
-        """(B, L, D) -> (B, L, D); `buckets` as the relative position wants them, None where position is absolute."""
+        """(B, L, D) -> (B, L, D); `buckets` for the kind of relative position, None if position is absolute."""
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         bias = None

@@ -1,4 +1,4 @@
-"""MAE's decoder, a narrow transformer over the encoded visible tokens and mask tokens, and two that only look nearby.
+"""MAE's decoder, a narrow transformer over encoded visible tokens and mask tokens, and two local decoders.
 
 Shapes: B images, N patches of an image, V of them visible, M masked, D the encoder's width.
 """
@@ -12,21 +12,21 @@ from pretrain.models.vit import Arch, Block, init_weights, sincos_positions
 
 
 def check_heads(dim: int, heads: int) -> None:
-    """Raises ValueError where a decoder's width cannot be cut into its heads."""
+    """Raises ValueError if a decoder's width is not divisible by its number of heads."""
     if dim % heads:
         raise ValueError(f"method.decoder_embed_dim={dim} is not divided by method.decoder_num_heads={heads}")
 
 
 class Decoder(nn.Module):
-    """Tokens carry fixed sin-cos positions, so their order does not matter and nothing is put back in raster order.
+    """A transformer. Tokens have fixed sin-cos positions, so their order does not matter and is not restored.
 
     Args:
-        encoder_dim: width of what comes in.
-        arch: its own width, blocks and heads.
+        encoder_dim: width of the encoded tokens.
+        arch: the decoder's width, blocks and heads.
         grid: rows and columns of the image's patches.
         num_outputs: values predicted for each patch.
-        aggregation: makes the masked tokens that did not go through the blocks (`aggregation.py`).
-        mask_tokens: False for no mask tokens of its own: there are none (an auto-encoder), or the encoder has them.
+        aggregation: computes the masked tokens that do not go through the blocks (`aggregation.py`).
+        mask_tokens: whether it has mask tokens; not for an auto-encoder, nor if the encoder has them.
     """
 
     pos_embed: Tensor
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
             encoded: (B, 1+V, D) class token and encoded tokens.
             visible: (B, V) their grid positions; those of encoded mask tokens come last.
             masked: (B, M) grid positions.
-            kept: (B, K) those of the masked ones that get a mask token here; all of them unless there is an `aggregation`.
+            kept: (B, K) those of `masked` that get a mask token here; all of them unless there is an `aggregation`.
 
         Returns:
             (B, M, num_outputs), or (B, V, num_outputs) without `masked`.
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
 
 
 class _FilledGrid(nn.Module):
-    """The encoded image: visible tokens at their places, a mask token at the others, sin-cos positions on all."""
+    """The encoded image: visible tokens at their positions, a mask token at the others; plus sin-cos positions."""
 
     pos_embed: Tensor
 
@@ -96,15 +96,15 @@ class _FilledGrid(nn.Module):
 
     def forward(self, encoded: Tensor, visible: Tensor) -> Tensor:
         """(B, 1+V, D) with the class token, which is dropped, and (B, V) positions -> (B, N, D) in raster order."""
-        seen = encoded[:, 1:].float()
-        tokens = self.mask_token.expand(len(seen), len(self.pos_embed), -1)
-        return tokens.scatter(1, visible.unsqueeze(-1).expand_as(seen), seen) + self.pos_embed
+        visible_tokens = encoded[:, 1:].float()
+        tokens = self.mask_token.expand(len(visible_tokens), len(self.pos_embed), -1)
+        return tokens.scatter(1, visible.unsqueeze(-1).expand_as(visible_tokens), visible_tokens) + self.pos_embed
 
 
 class AverageDecoder(nn.Module):
     """LC-MAE's "weighted average" (Table 2): a fixed 5x5 Gaussian, sigma 1, over the filled grid, then an MLP.
 
-    The Gaussian's weights sum to one over the patches that are there, so the grid's border does not fade. Called as
+    The Gaussian's weights sum to one over the patches inside the grid, so the border does not fade. Called as
     `Decoder`.
     """
 
@@ -124,7 +124,7 @@ class AverageDecoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """LC-MAE's "conv layer" (Table 2): one 5x5 convolution of the filled grid, zeros around it. Called as `Decoder`."""
+    """LC-MAE's "conv layer" (Table 2): one 5x5 convolution of the filled grid, zero-padded. Called as `Decoder`."""
 
     def __init__(self, encoder_dim: int, grid: tuple[int, int], num_outputs: int):
         super().__init__()
@@ -139,7 +139,7 @@ class ConvDecoder(nn.Module):
 
 
 def gaussian_average(height: int, width: int, sigma: float = 1.0, reach: int = 2) -> Tensor:
-    """(N, N) weights of every patch's neighbours up to `reach` rows and columns away; each row sums to one."""
+    """(N, N) weights of every patch's neighbors up to `reach` rows and columns away; each row sums to one."""
     rows = torch.arange(height).repeat_interleave(width)
     cols = torch.arange(width).repeat(height)
     down, right = rows[:, None] - rows, cols[:, None] - cols

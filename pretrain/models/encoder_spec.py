@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """What an encoder is: written into the metadata of its file, and read back from there."""
+=======
+"""The description of an encoder, stored in the metadata of its file."""
+>>>>>>> core
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,15 +14,21 @@ from pretrain.models.vit import ARCHS, ViT
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What is needed to rebuild an encoder, and where known how it was trained.
+    """All that is needed to rebuild an encoder and, if known, how it was trained.
 
     Attributes:
         arch: a name of `ARCHS`.
         patch_size: side of a patch in pixels.
         image_size: (height, width) in pixels.
+<<<<<<< HEAD
         position: `relative`, `bias` or `sincos`; the last is any absolute table, also a learned one.
         method: the pretraining method, where known.
         epochs: of its training, where known.
+=======
+        position: `relative`, `bias` or `sincos`; the last means any absolute table, even a learned one.
+        method: by which it was pretrained, if known.
+        epochs: of pretraining, if known.
+>>>>>>> core
     """
 
     arch: str
@@ -35,30 +45,34 @@ class EncoderSpec:
 
     @classmethod
     def of(cls, encoder: ViT) -> "EncoderSpec":
-        """Of an encoder that exists."""
-        arch = next(name for name, known in ARCHS.items() if known == encoder.arch)
+        """The spec of an existing encoder."""
+        arch = next(name for name, arch in ARCHS.items() if arch == encoder.arch)
         height, width = (side * encoder.patch_size for side in encoder.grid)
         return cls(arch, encoder.patch_size, (height, width), encoder.position)
 
     def build(self) -> ViT:
-        """A freshly initialised encoder."""
+        """A freshly initialized encoder."""
         relative, bias = self.position == "relative", self.position == "bias"
         return ViT(self.arch, self.patch_size, self.grid, relative, bias=bias)
 
     def to_metadata(self) -> dict[str, str]:
-        """As a safetensors file keeps it."""
-        known = {"method": self.method, "epochs": self.epochs}
+        """As metadata of a safetensors file."""
+        optional = {"method": self.method, "epochs": self.epochs}
         return {
             "arch": self.arch,
             "patch_size": str(self.patch_size),
             "image_size": f"{self.image_size[0]}x{self.image_size[1]}",
             "position": self.position,
-            **{key: str(value) for key, value in known.items() if value is not None},
+            **{key: str(value) for key, value in optional.items() if value is not None},
         }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "EncoderSpec | None":
+<<<<<<< HEAD
         """None where a file says nothing of the kind, as those of others do."""
+=======
+        """None if the metadata does not describe an encoder, as in files from other projects."""
+>>>>>>> core
         if not metadata or not metadata.keys() >= {"arch", "patch_size", "image_size", "position"}:
             return None
         height, width = map(int, metadata["image_size"].split("x"))
@@ -74,7 +88,7 @@ class EncoderSpec:
 
     @classmethod
     def from_signature(cls, signature: Mapping[str, Any], epochs: int | None = None) -> "EncoderSpec":
-        """Of a pretraining run, by its resume signature. Raises KeyError where it is none."""
+        """The spec of a pretraining run, from its resume signature. Raises KeyError if it is not one."""
         model, size = signature["model"], signature["data"]["image_size"]
         height, width = height_width(size)
         method = signature["method"]["name"]

@@ -1,4 +1,4 @@
-"""What an encoder makes of whole images."""
+"""Features of whole images."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +8,7 @@ from pretrain.models.vit import ViT
 
 
 def features(encoder: ViT, images: Tensor) -> Tensor:
-    """(B, 3, H, W) standardised pixels of the encoder's size -> (B, 1+N, D), the class token first."""
+    """(B, 3, H, W) standardized pixels of the encoder's image size -> (B, 1+N, D), the class token first."""
     embed = encoder.patch_embed.proj
     patches = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size)
     assert patches.shape[2:] == encoder.grid, (patches.shape, encoder.grid)

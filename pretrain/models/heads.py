@@ -1,6 +1,6 @@
-"""The MLP heads of methods that compare features, with batch normalisation over all ranks.
+"""The MLP heads of methods that compare features, with batch normalization over all ranks.
 
-Torch's SyncBatchNorm refuses to work on a CPU, so the few lines of it that are needed stand here.
+Torch's SyncBatchNorm does not work on CPUs, so the few lines of it that are needed are implemented here.
 """
 
 import torch
@@ -12,18 +12,21 @@ from pretrain.models.vit import at_least_fp32, init_weights
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of all ranks' tensors, through which gradients flow back to all ranks."""
+    """The sum over all ranks; gradients flow back to all of them."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         return collective.all_reduce(x)
     return x
 
 
 class SyncBatchNorm(nn.Module):
+<<<<<<< HEAD
     """Batch normalisation of (R, D) rows by the statistics of all ranks' rows; in fp32 also under autocast.
+=======
+    """Batch normalization of (R, D) vectors by the statistics over all ranks, in fp32 whatever the input's dtype.
+>>>>>>> core
 
-    Unless `affine`, a learned scale and shift do not follow.
-
-    In eval mode rows are normalised by the running statistics, which a batch that is not finite leaves alone.
+    A learned scale and shift follow if `affine`. In eval mode the running statistics are used; a batch that is not
+    finite does not change them.
     """
 
     running_mean: Tensor
@@ -42,22 +45,27 @@ class SyncBatchNorm(nn.Module):
         if not self.training:
             mean, var = self.running_mean, self.running_var
         else:
-            total = _sum_over_ranks(torch.cat([x.sum(0), x.new_full((1,), len(x))]))  # ranks may differ in their rows
-            mean, rows = total[:-1] / total[-1], total[-1].detach()
-            var = _sum_over_ranks((x - mean).square().sum(0)) / rows
-            self._follow(mean.detach(), var.detach() * rows / (rows - 1))
+            total = _sum_over_ranks(
+                torch.cat([x.sum(0), x.new_full((1,), len(x))])
+            )  # ranks may have different numbers of vectors
+            mean, count = total[:-1] / total[-1], total[-1].detach()
+            var = _sum_over_ranks((x - mean).square().sum(0)) / count
+            self._update_running(mean.detach(), var.detach() * count / (count - 1))
         x = (x - mean) * (var + self.eps).rsqrt()
         return x if self.weight is None or self.bias is None else x * self.weight + self.bias
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
-        for running, seen in ((self.running_mean, mean), (self.running_var, var)):
-            running.copy_(torch.where(seen.isfinite(), running.lerp(seen, self.momentum), running))
+    def _update_running(self, mean: Tensor, var: Tensor) -> None:
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            running.copy_(torch.where(batch.isfinite(), running.lerp(batch, self.momentum), running))
 
 
-def mlp_head(dim: int, hidden: int) -> nn.Sequential:
-    """Two linear layers without biases, batch normalisation and ReLU between them: (R, D) -> (R, D)."""
+def mlp_head(dim: int, hidden_dim: int) -> nn.Sequential:
+    """Linear, batch normalization, ReLU, linear, without biases: (R, D) -> (R, D)."""
     head = nn.Sequential(
-        nn.Linear(dim, hidden, bias=False), SyncBatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, dim, bias=False)
+        nn.Linear(dim, hidden_dim, bias=False),
+        SyncBatchNorm(hidden_dim),
+        nn.ReLU(),
+        nn.Linear(hidden_dim, dim, bias=False),
     )
     return head.apply(init_weights)

@@ -1,4 +1,4 @@
-"""Pixels <-> patches, and their normalisation.
+"""Pixels <-> patches, and their normalization.
 
 Shapes: B images or windows, H x W pixels, N patches of p x p pixels, P = p*p*3 values of a patch, channels last.
 """
@@ -22,9 +22,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, N, P) patches of a grid -> (B, H, W, 3); the inverse of `patchify`."""
     B, _, P = patches.shape
-    patch = round((P // 3) ** 0.5)
-    x = patches.view(B, *grid, patch, patch, 3)
-    return x.transpose(2, 3).reshape(B, grid[0] * patch, grid[1] * patch, 3)
+    patch_size = round((P // 3) ** 0.5)
+    x = patches.view(B, *grid, patch_size, patch_size, 3)
+    return x.transpose(2, 3).reshape(B, grid[0] * patch_size, grid[1] * patch_size, 3)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -47,14 +47,14 @@ def cut_windows(patches: Tensor, mask_indices: dict[str, Tensor]) -> tuple[Tenso
     return windows.view(*indices["positions"].shape, -1), indices
 
 
-@lru_cache  # a copy to the device each step would make the host wait for it
+@lru_cache  # copying to the device in each step would block the host
 def _pixel_statistics(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(values, device=device).repeat(length // 3) for values in (_MEAN, _STD))
     return mean, std
 
 
 def normalize_pixels(patches: Tensor) -> Tensor:
-    """(..., P) uint8 patches -> float32, each channel standardised by ImageNet's statistics."""
+    """(..., P) uint8 patches -> float32, each channel standardized by ImageNet's statistics."""
     mean, std = _pixel_statistics(patches.shape[-1], patches.device)
     return (patches.float() / 255 - mean) / std
 
@@ -72,19 +72,19 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Each (..., P) fp32 patch by its own statistics: MAE's and LoMaR's "normalised pixels" target."""
+    """Each (..., P) fp32 patch by its own statistics: MAE's and LoMaR's "normalized pixels" target."""
     mean, std = patch_statistics(patches)
     return (patches - mean) / std
 
 
 def pixel_target(patches: Tensor, norm_pix: bool) -> Tensor:
-    """What is predicted of (..., P) uint8 patches: standardised pixels, by the patch's own statistics if `norm_pix`."""
+    """The target of (..., P) uint8 patches: standardized pixels, with `norm_pix` by the patch's own statistics."""
     pixels = normalize_pixels(patches)
     return normalize_patches(pixels) if norm_pix else pixels
 
 
 def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> Tensor:
-    """A prediction of `pixel_target` as uint8 pixels; `norm_pix` needs the true patches' statistics."""
+    """A prediction of `pixel_target` as uint8 pixels; with `norm_pix`, by the true patches' statistics."""
     prediction = prediction.float()
     if norm_pix:
         mean, std = patch_statistics(normalize_pixels(patches))
@@ -95,18 +95,18 @@ def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> Ten
 def render_predictions(
     patches: Tensor, masked: Tensor, predicted: dict[str, Tensor], grid: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """What the model saw, and what it predicted.
+    """Images of the model's input and of its predictions.
 
     Args:
         patches: (B, N, P) uint8, all patches of a grid.
         masked: (B, M) positions of the masked ones.
-        predicted: (B, M, P) uint8, the pixels to show in their place, by name.
+        predicted: (B, M, P) uint8, pixels to show at the masked positions, by name.
         grid: rows and columns.
 
     Returns:
-        `masked`, with grey in place of the masked patches, and an image for each name: (B, H, W, 3) uint8.
+        `masked`, with gray at the masked positions, and an image for each name: (B, H, W, 3) uint8.
     """
-    where = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
-    rendered = {"masked": patches.scatter(1, where, 128)}
-    rendered |= {name: patches.scatter(1, where, pixels) for name, pixels in predicted.items()}
+    index = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+    rendered = {"masked": patches.scatter(1, index, 128)}
+    rendered |= {name: patches.scatter(1, index, pixels) for name, pixels in predicted.items()}
     return {name: unpatchify(image, grid) for name, image in rendered.items()}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pretrain.config import load
 from pretrain.methods import METHODS
-from pretrain.methods.ae import centred_blocks
+from pretrain.methods.ae import centered_blocks
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.patches import patchify, pixel_target
 from pretrain.trainer.config import ModelConfig
@@ -222,7 +222,7 @@ def test_ae_shows_the_centers_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
     model = build(AE | {"block_size": 6, "target": {"norm_pix": True}})
     images, mask_indices = random_images(model), random_mask_indices(model)
     assert mask_indices == {}
-    monkeypatch.setattr(model, "_predict", lambda images: pixel_target(centred_blocks(images, PATCH_SIZE, 6), True))
+    monkeypatch.setattr(model, "_predict", lambda images: pixel_target(centered_blocks(images, PATCH_SIZE, 6), True))
     assert (model.reconstruct(images, mask_indices)["reconstruction"] == images).all()
 
 

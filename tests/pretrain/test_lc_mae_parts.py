@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import reference_lc_mae as naive
 
-from pretrain.methods.ae import centred_blocks
+from pretrain.methods.ae import centered_blocks
 from pretrain.methods.lc_mae import cross_view_loss, in_view_loss
 from pretrain.models.decoder import gaussian_average
 from pretrain.models.patches import patchify
@@ -49,7 +49,7 @@ def test_the_gaussian_average_has_sigma_1_and_reaches_two_patches(grid: tuple[in
 @pytest.mark.parametrize("block_size", [2, 4, 6, 8])
 def test_blocks_are_the_pixels_around_a_patch_mirrored_at_the_border(block_size: int):
     images = torch.randint(0, 256, (2, 6, 8, 3), generator=torch.Generator().manual_seed(0)).byte()
-    blocks = centred_blocks(images, PATCH_SIZE, block_size)
+    blocks = centered_blocks(images, PATCH_SIZE, block_size)
     assert blocks.dtype == torch.uint8
     for b, i in np.ndindex(2, 12):
         assert (blocks[b, i] == naive.block_around(images[b], *divmod(i, 4), PATCH_SIZE, block_size)).all()

@@ -1,4 +1,4 @@
-"""What is predicted of a masked patch, and what a prediction costs: pixels, PCA coefficients or a tokenizer's codes."""
+"""Targets of a masked patch and their losses: pixels, PCA coefficients or a tokenizer's codes."""
 
 from typing import Annotated
 
@@ -16,10 +16,10 @@ AnyTargetConfig = Annotated[PixelsConfig | PCAConfig | TokensConfig, Field(discr
 
 
 def build_target(config: TargetConfig, grid: Grid, patch_size: int) -> PatchTarget:
-    """The target of a configuration, for images of a grid of patches.
+    """Builds the target of a configuration, for images of a grid of patches.
 
     Raises:
-        ValueError: its file is not what it should be.
+        ValueError: its file is not a valid one.
     """
     if isinstance(config, PCAConfig):
         return PCATarget(config, patch_size)

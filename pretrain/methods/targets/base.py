@@ -1,4 +1,4 @@
-"""The contract of a reconstruction target.
+"""The interface of a reconstruction target.
 
 Shapes: B images, N patches of an image, M of them predicted, P = p*p*3 values of a patch.
 """
@@ -11,26 +11,26 @@ from pretrain.trainer.schema import Section
 
 
 class TargetConfig(Section):
-    """The keys of a target; its `name` is a literal by which the target is chosen."""
+    """The keys of a target; `name` is a literal that selects the target."""
 
     name: str
 
     def check(self, patch_size: int) -> None:
-        """Raises ValueError, naming the key to change, where the target is not one of such patches."""
+        """Raises ValueError, naming the key to change, if the target does not fit patches of this size."""
 
 
 class PatchTarget(ABC):
-    """What is predicted. No `nn.Module`: nothing in it is trained, saved, exported or partitioned.
+    """The quantity to predict. Not an `nn.Module`: nothing in it is trained, saved, exported or partitioned.
 
     Attributes:
-        num_outputs: values that a model predicts for each patch.
+        num_outputs: number of values to predict for each patch.
     """
 
     num_outputs: int
 
     @abstractmethod
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
-        """What the targets of all patches are made of, in raster order.
+        """The data from which `loss` computes the targets of all patches, in raster order.
 
         Args:
             images: (B, H, W, 3) uint8.
@@ -42,24 +42,24 @@ class PatchTarget(ABC):
 
     @abstractmethod
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """The mean over all (B, M, num_outputs) predictions, in fp32; `truth` (B, M, ...) of the same patches."""
+        """The mean over all (B, M, num_outputs) predictions, in fp32, given the ground truth (B, M, ...) of these patches."""
 
     @abstractmethod
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """Pixels of the predicted patches to look at, by name: (B, M, P) uint8."""
+        """Pixels of the predicted patches, to look at, by name: (B, M, P) uint8."""
 
 
 def as_sha256(key: str, given: str | None, actual: str, what: str) -> str:
-    """The digest of what is used, so that a run's folder and its checkpoints name it.
+    """Checks a configured SHA-256 and returns the actual one, which a run's folder and checkpoints then record.
 
     Args:
         key: the dotted key.
-        given: what the configuration says, if it does.
-        actual: the digest of what is there.
-        what: it is, for the message.
+        given: the configured digest, if any.
+        actual: the digest of the file or tokenizer.
+        what: its name, for the message.
 
     Raises:
-        ValueError: the configuration asks for another.
+        ValueError: the two differ.
     """
     if given is not None and given.lower() != actual:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The largest PCA coefficients of a patch's standardised pixels (96 of 768 in MAE's table 1d); squared error.
 
-The components are a small file that `python -m pretrain.fit_pca` makes out of shards: found once and not during
-training, so that no run depends on when or by how many ranks they were found, and named by the SHA-256 of their file.
+The components are in a small file, computed from shards by `python -m pretrain.fit_pca`: once and not during training, so
+that a run does not depend on when or by how many ranks they were computed. They are identified by the file's SHA-256.
 """
 
 import hashlib
@@ -20,24 +20,24 @@ from pretrain.trainer.schema import MAY_CHANGE
 
 
 class PCAConfig(TargetConfig):
-    """The keys of `target.name=pca`; after reading, `sha256` is always that of the file."""
+    """The keys of `target.name=pca`; once validated, `sha256` is always that of the file."""
 
     name: Literal["pca"] = "pca"
-    file: Annotated[str, MAY_CHANGE] = Field(description="what `python -m pretrain.fit_pca SHARDS FILE` wrote")
-    sha256: str | None = Field(None, description="refuse any other file; unset, it is filled in")
+    file: Annotated[str, MAY_CHANGE] = Field(description="written by `python -m pretrain.fit_pca SHARDS FILE`")
+    sha256: str | None = Field(None, description="refuse any other file; filled in if unset")
 
     @field_validator("file")
     @classmethod
-    def _exists(cls, file: str) -> str:
+    def _file_exists(cls, file: str) -> str:
         if not Path(file).is_file():
             raise ValueError(f"target.file={file!r} is no file: make it with `python -m pretrain.fit_pca SHARDS FILE`")
         return file
 
     @field_validator("sha256")
     @classmethod
-    def _is_of_the_file(cls, given: str | None, info: ValidationInfo) -> str | None:
+    def _sha256_matches_the_file(cls, given: str | None, info: ValidationInfo) -> str | None:
         if "file" not in info.data:
-            return given  # it is wrong, and reported
+            return given  # the file is invalid, which is reported
         actual = hashlib.sha256(Path(info.data["file"]).read_bytes()).hexdigest()
         return as_sha256("target.sha256", given, actual, info.data["file"])
 
@@ -46,7 +46,7 @@ class PCAConfig(TargetConfig):
 
 
 class PCATarget(PatchTarget):
-    """Coefficients of the components of a file."""
+    """The coefficients of the stored components."""
 
     def __init__(self, config: PCAConfig, patch_size: int):
         mean, components = read_components(config.file, patch_size)
@@ -57,17 +57,17 @@ class PCATarget(PatchTarget):
         return patches
 
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        with torch.autocast(truth.device.type, enabled=False):  # a matrix product: bf16 would round the target
-            self._move(truth.device)
+        with torch.autocast(truth.device.type, enabled=False):  # a matrix product, which would round the target to bf16
+            self._to(truth.device)
             coefficients = (normalize_pixels(truth) - self.mean) @ self.components.T
         return (prediction.float() - coefficients).square().mean()
 
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """What the predicted coefficients span; the smaller ones are missing."""
-        self._move(truth.device)
+        """The patches given by the predicted coefficients; smaller components are missing."""
+        self._to(truth.device)
         return {"reconstruction": to_pixels(prediction.float() @ self.components + self.mean)}
 
-    def _move(self, device: torch.device) -> None:
+    def _to(self, device: torch.device) -> None:
         self.mean, self.components = self.mean.to(device), self.components.to(device)
 
 
@@ -75,7 +75,7 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
     """The mean (P,) and the components (K, P), largest variance first, of standardised patches.
 
     Raises:
-        ValueError: another kind of file, or components of patches of another size.
+        ValueError: not a file of components, or of components for another patch size.
     """
     try:
         stored = load_file(file)
@@ -84,21 +84,21 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"target.file={file!r} holds no components ({error}): make it with `python -m pretrain.fit_pca SHARDS FILE`"
         ) from None
-    values = patch_size**2 * 3
-    if len(mean) != values:
+    num_values = patch_size**2 * 3
+    if len(mean) != num_values:
         raise ValueError(
-            f"target.file={file!r} is of patches of {len(mean)} values, and model.patch_size={patch_size} has {values}: "
-            f"make one with `python -m pretrain.fit_pca SHARDS FILE --patch {patch_size}`"
+            f"target.file={file!r} is of patches of {len(mean)} values, and model.patch_size={patch_size} has "
+            f"{num_values}: make one with `python -m pretrain.fit_pca SHARDS FILE --patch {patch_size}`"
         )
     return mean, components
 
 
 def principal_components(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The eigenvectors of the largest eigenvalues, each with its largest entry positive: a sign means nothing.
+    """The eigenvectors of the largest eigenvalues; signs are arbitrary: each one's largest entry is made positive.
 
     Args:
         covariance: (P, P) float64, symmetric.
-        count: how many, K.
+        count: the number of components, K.
 
     Returns:
         Components (K, P), orthonormal, and their variances (K,), largest first.

@@ -1,4 +1,4 @@
-"""Pixels: standardised by ImageNet's statistics or, with `norm_pix`, by each patch's own (MAE, section 3)."""
+"""Pixels, standardized by ImageNet's statistics; with `norm_pix`, then by each patch's own (MAE, section 3)."""
 
 from typing import Literal
 
@@ -13,12 +13,12 @@ class PixelsConfig(TargetConfig):
     """The keys of `target.name=pixels`."""
 
     name: Literal["pixels"] = "pixels"
-    norm_pix: bool = Field(True, description="normalise each patch by its own mean and variance")
+    norm_pix: bool = Field(True, description="normalize each patch by its own mean and variance")
     loss: Literal["mse", "l1"] = Field("mse", description="squared or absolute error")
 
 
 class PixelTarget(PatchTarget):
-    """The patch's own pixels."""
+    """The pixels of the patch."""
 
     def __init__(self, config: PixelsConfig, patch_size: int):
         self.norm_pix, self.l1, self.num_outputs = config.norm_pix, config.loss == "l1", patch_size**2 * 3

@@ -1,7 +1,7 @@
 """Frozen image tokenizers: a code of a fixed vocabulary for every patch, BEiT's target.
 
-A tokenizer is no part of the trained model. It is deliberately not an `nn.Module`, so that a method that holds one
-neither trains, saves nor exports it, and no ZeRO stage partitions it. What it is, is named by a SHA-256.
+A tokenizer is not part of the trained model. It is deliberately not an `nn.Module`, so that a method that holds one does
+not train, save or export it, and no ZeRO stage partitions it. It is identified by a SHA-256.
 
 Shapes: B images, H x W pixels, N patches of p x p pixels, P = p*p*3, V codes.
 """
@@ -22,25 +22,25 @@ from torch import Tensor
 from pretrain.methods.masking import Grid
 from pretrain.models.patches import normalize_patches, normalize_pixels, patchify
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # what transformers calls them in a folder
-_IMAGES_AT_ONCE = 32  # bounds the memory for B * N * V distances or logits
-_DALLE_PATCH = 8  # pixels a side for which DALL-E's encoder gives one code
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # their names in transformers' folders
+_IMAGES_AT_ONCE = 32  # limits the memory for B * N * V distances or logits
+_DALLE_PATCH = 8  # side in pixels of the square for which DALL-E's encoder gives one code
 _DALLE_EPS = 0.1  # its pixels lie in 0.1..0.9: the support of the logit-Laplace distribution it was trained with
 
 
 def weights_sha256(weights: str | None) -> str:
-    """The digest of DALL-E's weights. Raises ValueError where there are none."""
+    """The digest of DALL-E's weights. Raises ValueError if there are none."""
     return hashlib.sha256(weights_file(weights).read_bytes()).hexdigest()
 
 
 def random_projection_sha256(seed: int, vocab_size: int, code_dim: int) -> str:
-    """A digest of all that determines a `RandomProjection`."""
+    """A digest of everything that determines a `RandomProjection`."""
     spec = f"random_projection 1: seed={seed} codes={vocab_size} dim={code_dim}"
     return hashlib.sha256(spec.encode()).hexdigest()
 
 
 def weights_file(weights: str | None) -> Path:
-    """The file that holds the weights. Raises ValueError, saying where to get one, where there is none."""
+    """The file of the weights. Raises ValueError, saying where to get one, if there is none."""
     if weights is None:
         raise ValueError(
             "target.tokenizer=dalle needs target.weights: a file or folder of FlavaImageCodebook's "
@@ -57,7 +57,7 @@ def weights_file(weights: str | None) -> Path:
 
 
 class Tokenizer(ABC):
-    """Codes of whole images: frozen, without gradients, in full precision whatever the engine's."""
+    """Computes codes of images: frozen, without gradients, in full precision whatever the engine's."""
 
     _device: torch.device | None = None
 
@@ -65,24 +65,24 @@ class Tokenizer(ABC):
     def __call__(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 images -> (B, N) int64 codes of their patches in raster order."""
         if self._device != images.device:
-            self._move(images.device)
+            self._to(images.device)
             self._device = images.device
         with torch.autocast(images.device.type, enabled=False):
             return torch.cat([self._encode(part) for part in images.split(_IMAGES_AT_ONCE)])
 
     @abstractmethod
-    def _move(self, device: torch.device) -> None: ...
+    def _to(self, device: torch.device) -> None: ...
 
     @abstractmethod
     def _encode(self, images: Tensor) -> Tensor: ...
 
 
 class RandomProjection(Tokenizer):
-    """BEST-RQ's quantiser (Chiu et al.) on patches: the code that points most into the direction of a fixed projection.
+    """BEST-RQ's quantizer (Chiu et al.) for patches: the code with the largest cosine to a fixed random projection.
 
-    Each patch is normalised by its own mean and variance first, so that a code names structure, not brightness. NumPy's
-    legacy generator makes the numbers, whose stream never changes, and float64 keeps rounding from choosing the code:
-    every device gives the same codes.
+    Each patch is first normalized by its own mean and variance, so that codes describe structure, not brightness. The
+    numbers come from NumPy's legacy generator, whose stream never changes, and float64 keeps rounding from changing
+    codes: every device gives the same ones.
     """
 
     def __init__(self, seed: int, vocab_size: int, code_dim: int, patch_size: int):
@@ -92,7 +92,7 @@ class RandomProjection(Tokenizer):
         self.codes = F.normalize(codes, dim=1)
         self.projection = torch.from_numpy(rng.standard_normal((patch_size**2 * 3, code_dim)))
 
-    def _move(self, device: torch.device) -> None:
+    def _to(self, device: torch.device) -> None:
         self.codes, self.projection = self.codes.to(device), self.projection.to(device)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -103,15 +103,15 @@ class RandomProjection(Tokenizer):
 class Dalle(Tokenizer):
     """DALL-E's discrete VAE encoder, BEiT's tokenizer, as transformers' `FlavaImageCodebook`.
 
-    The image is resized to 8 pixels a patch here, on the device: the data workers are the scarcer resource, and the
-    codes then are of just those pixels that the model sees. (BEiT's authors resize the crop from the source image.)
+    The image is resized to 8 pixels per patch here, on the device: the data workers are the scarcer resource, and the
+    codes then belong to exactly the pixels that the model sees. (BEiT's authors resize the crop from the source image.)
     """
 
     def __init__(self, weights: str | None, vocab_size: int, grid: Grid):
         self.grid = grid
         self.model = _codebook(weights_file(weights), vocab_size)
 
-    def _move(self, device: torch.device) -> None:
+    def _to(self, device: torch.device) -> None:
         self.model.to(device)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Dalle(Tokenizer):
 
 
 def _codebook(path: Path, vocab_size: int) -> Any:
-    """The frozen `FlavaImageCodebook` of a weight file; its sizes are read off the weights' shapes."""
+    """The frozen `FlavaImageCodebook` of a weight file; its sizes are taken from the weights' shapes."""
     try:
         from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
     except ImportError:
@@ -136,10 +136,10 @@ def _codebook(path: Path, vocab_size: int) -> Any:
     state = _read_weights(path)
     blocks = len({name.split(".")[3] for name in state if name.startswith("blocks.group_1.group.block_")})
     try:
-        hidden, stored_size = len(state["blocks.input.bias"]), len(state["blocks.output.conv.bias"])
-        with torch.device("meta"):  # no time, and none of the run's random numbers, for weights that are replaced
+        hidden_size, stored_size = len(state["blocks.input.bias"]), len(state["blocks.output.conv.bias"])
+        with torch.device("meta"):  # takes no time and none of the run's random numbers
             model = FlavaImageCodebook(
-                FlavaImageCodebookConfig(num_blocks_per_group=blocks, hidden_size=hidden, vocab_size=stored_size)
+                FlavaImageCodebookConfig(num_blocks_per_group=blocks, hidden_size=hidden_size, vocab_size=stored_size)
             )
         model.load_state_dict(state, assign=True)
     except (KeyError, RuntimeError, ZeroDivisionError) as error:
@@ -157,7 +157,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, and nothing that is executed."""
+    """Reads tensors by name; executes no code from the file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -17,24 +17,24 @@ from pretrain.trainer.schema import MAY_CHANGE
 
 
 class TokensConfig(TargetConfig):
-    """The keys of `target.name=tokens`; after reading, `sha256` is always that of the tokenizer that is used."""
+    """The keys of `target.name=tokens`; once validated, `sha256` is always that of the tokenizer."""
 
     name: Literal["tokens"] = "tokens"
     tokenizer: Literal["random_projection", "dalle"] = "random_projection"
     vocab_size: int = Field(8192, ge=2, description="number of codes")
-    seed: int = Field(0, ge=0, lt=2**32, description="random_projection: of the projection and of the codes")
+    seed: int = Field(0, ge=0, lt=2**32, description="random_projection: seed of the projection and the codes")
     code_dim: int = Field(16, ge=1, description="random_projection: width of a code")
     weights: Annotated[str | None, MAY_CHANGE] = Field(
         None, description="dalle: weights of FlavaImageCodebook, a file or its folder"
     )
-    sha256: str | None = Field(None, description="refuse any other tokenizer; unset, it is filled in")
+    sha256: str | None = Field(None, description="refuse any other tokenizer; filled in if unset")
 
     @field_validator("sha256")
     @classmethod
-    def _is_of_what_is_used(cls, given: str | None, info: ValidationInfo) -> str | None:
+    def _sha256_matches_the_tokenizer(cls, given: str | None, info: ValidationInfo) -> str | None:
         keys = info.data
         if keys.keys() < {"tokenizer", "vocab_size", "seed", "code_dim", "weights"}:
-            return given  # another key is wrong, and reported
+            return given  # another key is invalid, which is reported
         if keys["tokenizer"] == "dalle":
             actual = weights_sha256(keys["weights"])
         elif keys["weights"] is not None:
@@ -45,7 +45,7 @@ class TokensConfig(TargetConfig):
 
 
 class TokenTarget(PatchTarget):
-    """The code of the tokenizer for each patch."""
+    """The tokenizer's code for each patch."""
 
     def __init__(self, config: TokensConfig, grid: Grid, patch_size: int):
         self.patch_size, self.num_outputs = patch_size, config.vocab_size
@@ -62,13 +62,13 @@ class TokenTarget(PatchTarget):
         return F.cross_entropy(prediction.float().flatten(0, 1), truth.flatten())
 
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """Codes have no pixels: each is a flat colour of its own. A patch is right where both images agree."""
+        """Codes have no pixels: each is drawn in its own color. A prediction is right where both images agree."""
         codes = {"codes": truth[..., 0], "predicted codes": prediction.argmax(-1)}
-        return {name: false_colours(code, self.patch_size**2 * 3) for name, code in codes.items()}
+        return {name: false_colors(code, self.patch_size**2 * 3) for name, code in codes.items()}
 
 
-def false_colours(codes: Tensor, values: int) -> Tensor:
-    """(..., M) codes -> (..., M, values) uint8 patches of one colour a code; similar colours mean nothing."""
+def false_colors(codes: Tensor, values: int) -> Tensor:
+    """(..., M) codes -> (..., M, values) uint8 patches in one color per code; similar colors do not mean similar codes."""
     factors = torch.tensor([151, 89, 37], device=codes.device)
-    colours = (codes.unsqueeze(-1) * factors + codes.unsqueeze(-1) // factors) % 256
-    return colours.byte().tile(values // 3)
+    colors = (codes.unsqueeze(-1) * factors + codes.unsqueeze(-1) // factors) % 256
+    return colors.byte().tile(values // 3)
