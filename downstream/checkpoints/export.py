@@ -105,7 +105,7 @@ def _to_mm(export: Export, out: Path) -> tuple[float, str]:
         options = f'arch="{spec.arch}", patch_size={spec.patch_size}, position="{spec.position}"'
         usage = (
             f'backbone=dict(type="PlainViT", {options}, {init_cfg.format(loader="EncoderCheckpoint")})'
-            f"  # of downstream.dense.backbone.plain_vit"
+            f"  # of downstream.dense.backbone.loading"
         )
     return export.check(lambda images: features(encoder, images)), usage
 

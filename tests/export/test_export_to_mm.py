@@ -8,7 +8,7 @@ from helpers.naive_attention import randomized
 from mmengine.registry import MODELS
 from safetensors.torch import save_file
 
-import downstream.dense.backbone.plain_vit
+import downstream.dense.backbone.loading
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
 from downstream.checkpoints.export import export_encoder
 from downstream.checkpoints.weights import features, load_encoder
@@ -26,7 +26,7 @@ def test_the_printed_backbone_is_the_encoder(kind: str, tmp_path: Path):
     _, _, usage = export_encoder(tmp_path / "encoder.safetensors", tmp_path / "out.pth", "mm")
 
     config = eval(usage.removeprefix("backbone="))
-    assert downstream.dense.backbone.plain_vit.__name__ in usage  # what a configuration imports
+    assert downstream.dense.backbone.loading.__name__ in usage  # what a configuration imports
     as_pretrained = {"img_size": (24, 32), "window_size": 0, "class_token": True}
     backbone = MODELS.build({**config, **as_pretrained})
     backbone.init_weights()
