@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""What an encoder is: written into the metadata of its file, and read back from there."""
-=======
 """The description of an encoder, stored in the metadata of its file."""
->>>>>>> core
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +16,9 @@ class EncoderSpec:
         arch: a name of `ARCHS`.
         patch_size: side of a patch in pixels.
         image_size: (height, width) in pixels.
-<<<<<<< HEAD
-        position: `relative`, `bias` or `sincos`; the last is any absolute table, also a learned one.
-        method: the pretraining method, where known.
-        epochs: of its training, where known.
-=======
         position: `relative`, `bias` or `sincos`; the last means any absolute table, even a learned one.
         method: by which it was pretrained, if known.
         epochs: of pretraining, if known.
->>>>>>> core
     """
 
     arch: str
@@ -68,11 +58,7 @@ class EncoderSpec:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "EncoderSpec | None":
-<<<<<<< HEAD
-        """None where a file says nothing of the kind, as those of others do."""
-=======
         """None if the metadata does not describe an encoder, as in files from other projects."""
->>>>>>> core
         if not metadata or not metadata.keys() >= {"arch", "patch_size", "image_size", "position"}:
             return None
         height, width = map(int, metadata["image_size"].split("x"))

@@ -19,11 +19,7 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(nn.Module):
-<<<<<<< HEAD
-    """Batch normalisation of (R, D) rows by the statistics of all ranks' rows; in fp32 also under autocast.
-=======
     """Batch normalization of (R, D) vectors by the statistics over all ranks, in fp32 whatever the input's dtype.
->>>>>>> core
 
     A learned scale and shift follow if `affine`. In eval mode the running statistics are used; a batch that is not
     finite does not change them.
