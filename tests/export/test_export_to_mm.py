@@ -1,4 +1,4 @@
-"""What `downstream.checkpoints.export --format mm` prints is what a configuration of mmengine takes."""
+"""The configuration that `downstream.checkpoints.export --format mm` prints builds the exported encoder."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import downstream.dense.backbone.loading
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
 from downstream.checkpoints.export import export_encoder
 from downstream.checkpoints.weights import features, load_encoder
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ViT
 
 
@@ -20,15 +21,15 @@ from pretrain.models.vit import ViT
 def test_the_printed_backbone_is_the_encoder(kind: str, tmp_path: Path):
     torch.manual_seed(3)
     encoder = randomized(ViT("vit_tiny", 8, (3, 4), kind == "relative"))
-    facts = {"arch": "vit_tiny", "patch_size": "8", "image_size": "24x32", "position": kind}
-    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", facts)
+    spec = EncoderSpec.of(encoder)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", spec.to_metadata())
     _, _, usage = export_encoder(tmp_path / "encoder.safetensors", tmp_path / "out.pth", "mm")
 
     config = eval(usage.removeprefix("backbone="))
     assert downstream.dense.backbone.loading.__name__ in usage  # what a configuration imports
-    whole = {"img_size": (24, 32), "window_size": 0, "class_token": True}
-    whole["out_indices"] = (encoder.arch.depth - 1,)
-    backbone = MODELS.build({**config, **whole}).eval()
+    last_block = encoder.arch.depth - 1
+    as_pretrained = {"img_size": (24, 32), "window_size": 0, "class_token": True, "out_indices": (last_block,)}
+    backbone = MODELS.build({**config, **as_pretrained}).eval()
     backbone.init_weights()
     images = random_images(24, 32)
     loaded = float64_copy(load_encoder(tmp_path / "out.pth")[0])
