@@ -118,7 +118,7 @@ class Predictor(nn.Module):
     def _insert_visible(
         self, encoder: ViT, visible_tokens: Tensor, positions: Tensor, visible: Tensor, indices: Tensor
     ) -> Tensor:
-        """Visible tokens among mask tokens at all other positions, in raster order, after a class token if there is one."""
+        """Visible tokens among mask tokens at all other positions, in raster order, after any class token."""
         num_class_tokens = 1 if self.mask_token_block else 0
         class_token, patch_tokens = visible_tokens[:, :num_class_tokens], visible_tokens[:, num_class_tokens:]
         tokens = self._mask_tokens(encoder, positions, indices).to(patch_tokens.dtype)

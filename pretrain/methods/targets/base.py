@@ -42,7 +42,7 @@ class PatchTarget(ABC):
 
     @abstractmethod
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """The mean over all (B, M, num_outputs) predictions, in fp32, given the ground truth (B, M, ...) of these patches."""
+        """The mean over all (B, M, num_outputs) predictions, in fp32; `truth` (B, M, ...) of the same patches."""
 
     @abstractmethod
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:

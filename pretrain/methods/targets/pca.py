@@ -1,7 +1,7 @@
 """The largest PCA coefficients of a patch's standardised pixels (96 of 768 in MAE's table 1d); squared error.
 
-The components are in a small file, computed from shards by `python -m pretrain.fit_pca`: once and not during training, so
-that a run does not depend on when or by how many ranks they were computed. They are identified by the file's SHA-256.
+The components are in a small file, computed from shards by `python -m pretrain.fit_pca`: once and not during training,
+so that a run does not depend on when or by how many ranks this was done. The file's SHA-256 identifies them.
 """
 
 import hashlib

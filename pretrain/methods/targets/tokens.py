@@ -68,7 +68,7 @@ class TokenTarget(PatchTarget):
 
 
 def false_colors(codes: Tensor, values: int) -> Tensor:
-    """(..., M) codes -> (..., M, values) uint8 patches in one color per code; similar colors do not mean similar codes."""
+    """(..., M) codes -> (..., M, values) uint8 patches in one color per code; similar colors mean nothing."""
     factors = torch.tensor([151, 89, 37], device=codes.device)
     colors = (codes.unsqueeze(-1) * factors + codes.unsqueeze(-1) // factors) % 256
     return colors.byte().tile(values // 3)
