@@ -5,7 +5,7 @@
 The usual way pads the grid to whole windows and adds the bias of relative position to a whole attention map: ViTDet's
 decomposed bias, or LoMaR's gathered by bucket (padded keys are masked, or features would differ); its MLPs are timm's.
 All else is shared. Both must give the same features and gradients before anything is timed. Repetitions alternate (A B,
-then B A); times are medians, ratios are medians over pairs of neighbouring steps. Memory: what is kept for the backward
+then B A); times are medians, ratios are medians over pairs of neighboring steps. Memory: what is kept for the backward
 pass, and the peak above the model alone; on a CPU that is the resident memory of a process that makes a single step.
 `--quick` takes a smaller encoder and image. The last line of the output is one JSON object.
 """
@@ -122,7 +122,7 @@ def _partition(x: Tensor, window: int) -> Tensor:
 
 
 def build(case: Case, device: str) -> dict[str, nn.Module]:
-    """Equal weights; what is zero at first is not, or a wrong bias would not be seen."""
+    """Equal weights; parameters that start at zero do not, so that a wrong bias would show."""
     torch.manual_seed(0)
     last = 23 if case.arch == "vit_large" else 11
     every = (last + 1) // 4

@@ -67,7 +67,7 @@ def _rand_augment(policy: str, side: int) -> Callable[[Image.Image], Image.Image
     return augment
 
 
-def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: Any) -> Image.Image:
+def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: object) -> Image.Image:
     """timm keeps 0 bits at the highest magnitude, which gives black and which Pillow refuses since version 13."""
     return posterize(image, bits, **options) if bits else Image.new("RGB", image.size)
 

@@ -101,7 +101,7 @@ def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
 
 
 def center_crop(width: int, height: int, aspect: float = 1.0, fraction: float = 0.875) -> Box:
-    """The central crop of evaluation: ``fraction`` of the largest centred box of the target's shape.
+    """The central crop of evaluation: ``fraction`` of the largest centered box of the target's shape.
 
     0.875 corresponds to the usual "resize the short side to 256, crop 224", without the resize in between.
     """

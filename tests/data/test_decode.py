@@ -91,7 +91,7 @@ def colors(image: Image.Image, format: str, **options: object) -> np.ndarray:
     return decode(encode(image, format, **options), whole, (32, 32)).reshape(-1, 3).astype(int)
 
 
-def test_greyscale() -> None:
+def test_grayscale() -> None:
     pixels = colors(Image.new("L", (64, 64), 77), "JPEG")
     assert abs(pixels - 77).max() <= 1
 
@@ -101,7 +101,7 @@ def test_cmyk_with_adobes_inversion() -> None:
     assert abs(pixels - [255, 0, 0]).max() <= 4
 
 
-def test_16_bit_greyscale_is_scaled_not_clipped() -> None:
+def test_16_bit_grayscale_is_scaled_not_clipped() -> None:
     ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
     ours = decode(encode(Image.fromarray(ramp), "PNG"), whole, (64, 64))
     assert abs(ours[..., 0] - ramp / 257).max() <= 0.51

@@ -53,7 +53,7 @@ def test_workers_change_nothing(index: Index, workers: int) -> None:
 
 
 def test_crops_are_torchvisions_resize_256_and_crop_224(tmp_path: Path) -> None:
-    """The resize in between, whose size torchvision rounds, shifts edges by a fraction of a pixel."""
+    """torchvision rounds the size of the resize in between, which shifts edges by a fraction of a pixel."""
     write_tar(tmp_path / "one.tar", [("a.png", encode(smooth_image(0, 400, 300), "PNG"))])
     (batch,) = EvalLoader(load_index(tmp_path), size=(224, 224), batch=1).batches()
     theirs = tv.center_crop(tv.resize(smooth_image(0, 400, 300), 256, tv.InterpolationMode.BICUBIC), 224)

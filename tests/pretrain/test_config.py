@@ -159,7 +159,7 @@ def test_overrides_win_key_by_key_and_later_ones_over_earlier(recipe: str):
         recipe, ["method.mask_ratio=0.5", "optim.base_lr=1e-3", "optim.base_lr=2e-3", "data.image_size=[160, 224]"]
     )
     assert config.method.mask_ratio == 0.5
-    assert config.method.num_windows == 2, "its neighbours stay"
+    assert config.method.num_windows == 2, "its other keys stay"
     assert config.optim.base_lr == 2e-3
     assert config.data.shards == "/nowhere"
     assert config.grid == (10, 14)

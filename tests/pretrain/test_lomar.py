@@ -28,7 +28,7 @@ CASES = [
     pytest.param({}, id="relative-norm_pix"),
     pytest.param(PIXELS, id="relative-pixels"),
     pytest.param({"relative": False}, id="absolute"),
-    # A window of 5 reaches the shared buckets (offsets 2-3 and 4) and, on this grid, overlaps its neighbour.
+    # A window of 5 reaches the shared buckets (offsets 2-3 and 4) and, on this grid, overlaps the other one.
     pytest.param({"window_size": 5, "num_windows": 2, "grid": (5, 7), "mask_ratio": 0.8}, id="wide"),
     pytest.param({"mask_token_block": 1}, id="late"),
     pytest.param({"mask_token_block": 1, "relative": False}, id="late-absolute"),
@@ -187,7 +187,7 @@ def test_bf16_autocast_is_close_to_fp32_with_an_fp32_loss():
 def test_overfits_one_batch(case: dict):
     model = tiny_lomar(patch_size=4, arch=TINY._replace(dim=64), **case)
     losses = train(model, random_images(model), random_mask_indices(model))
-    assert losses[0] > 0.9, "normalised targets have variance one"
+    assert losses[0] > 0.9, "normalized targets have variance one"
     assert losses[-1] < 0.25 * losses[0]
 
 

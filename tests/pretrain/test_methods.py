@@ -128,15 +128,15 @@ def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bo
     randomize(model)
     images, mask_indices = random_images(model), random_mask_indices(model)
     before = model.reconstruct(images, mask_indices)
-    grey = before["masked"]
-    assert (grey == before["original"]).any()
+    masked = before["masked"]
+    assert (masked == before["original"]).any()
     patches = GRID[0] * GRID[1]
-    shown = (grey != before["original"]).reshape(len(images), -1).float().mean(1)
-    assert torch.all(shown <= len(mask_indices["masked"][0]) / patches)
+    changed = (masked != before["original"]).reshape(len(images), -1).float().mean(1)
+    assert torch.all(changed <= len(mask_indices["masked"][0]) / patches)
     if isinstance(model.target, PixelTarget) and model.target.norm_pix:
         return  # a normalized prediction is rendered with the true patch's statistics
     predicted = "predicted codes" if target_name(keys) == "tokens" else "reconstruction"
-    torch.testing.assert_close(model.reconstruct(grey, mask_indices)[predicted], before[predicted])
+    torch.testing.assert_close(model.reconstruct(masked, mask_indices)[predicted], before[predicted])
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)

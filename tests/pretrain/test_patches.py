@@ -33,12 +33,12 @@ def test_unpatchify_inverts_patchify(images: torch.Tensor):
     assert torch.equal(unpatchify(patchify(images, 4), (3, 5)), images)
 
 
-def test_take_picks_rows_for_each_image():
+def test_tokens_are_gathered_for_each_image():
     x = torch.arange(24).view(2, 4, 3)
     assert torch.equal(gather_tokens(x, torch.tensor([[3, 0], [1, 1]])), torch.stack([x[0, [3, 0]], x[1, [1, 1]]]))
 
 
-def test_pixels_are_standardised_by_channel_and_come_back():
+def test_pixels_are_standardized_by_channel_and_restored():
     bytes_of_patches = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.reshape(64, 12)  # all values, all channels
     normal = normalize_pixels(bytes_of_patches)
     assert normal.dtype == torch.float32
@@ -49,7 +49,7 @@ def test_pixels_are_standardised_by_channel_and_come_back():
     assert to_pixels(torch.full((1, 12), -99.0)).eq(0).all()
 
 
-def test_patches_are_normalised_by_mean_and_unbiased_variance():
+def test_patches_are_normalized_by_mean_and_unbiased_variance():
     patches = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(0)) * 3 + 2
     normal = normalize_patches(patches)
     for i in range(3):

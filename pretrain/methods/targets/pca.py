@@ -1,4 +1,4 @@
-"""The largest PCA coefficients of a patch's standardised pixels (96 of 768 in MAE's table 1d); squared error.
+"""The largest PCA coefficients of a patch's standardized pixels (96 of 768 in MAE's table 1d); squared error.
 
 The components are in a small file, computed from shards by `python -m pretrain.fit_pca`: once and not during training,
 so that a run does not depend on when or by how many ranks this was done. The file's SHA-256 identifies them.
@@ -72,7 +72,7 @@ class PCATarget(PatchTarget):
 
 
 def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
-    """The mean (P,) and the components (K, P), largest variance first, of standardised patches.
+    """The mean (P,) and the components (K, P), largest variance first, of standardized patches.
 
     Raises:
         ValueError: not a file of components, or of components for another patch size.
