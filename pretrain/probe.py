@@ -88,7 +88,7 @@ def check_sets(train: Samples, val: Samples, k: int) -> None:
     if train.classes and val.classes and len(train.classes) != len(val.classes):
         raise ValueError(f"{train.root} has {len(train.classes)} classes, {val.root} has {len(val.classes)}: {advice}")
     if k > len(train):
-        raise ValueError(f"k={k} neighbours, but {train.root} has {len(train)} images: set k lower")
+        raise ValueError(f"k={k} neighbors, but {train.root} has {len(train)} images: set k lower")
 
 
 @torch.no_grad()

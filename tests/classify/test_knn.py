@@ -165,13 +165,13 @@ def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: P
     assert config.resume_signature() == other.resume_signature()
     with pytest.raises(ValueError, match=r"unknown key probe\.neighbours"):
         load(recipe(photos, tmp_path), ["probe.neighbours=3"])
-    with pytest.raises(ValueError, match=r"k=50 neighbours, but .* has 48 images"):
+    with pytest.raises(ValueError, match=r"k=50 neighbors, but .* has 48 images"):
         Probe(load(recipe(photos, tmp_path), ["probe.k=50"]), ViT("vit_tiny", 16, (2, 2)), World(0, 1, 0), CPU)
 
 
 def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):
     train, val = (load_samples(photos / name) for name in ("train", "val"))
-    with pytest.raises(ValueError, match=r"k=49 neighbours, but .*train has 48 images: set k lower"):
+    with pytest.raises(ValueError, match=r"k=49 neighbors, but .*train has 48 images: set k lower"):
         check_sets(train, val, 49)
     other = load_samples(write_classes(tmp_path / "other", ["a", "b", "c", "d", "e", "g"], 1))
     with pytest.raises(
