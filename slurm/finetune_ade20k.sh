@@ -1,7 +1,7 @@
 #!/bin/bash
-# Fine-tunes a ViT-B, from the project's root:
-#   sbatch --nodes=1 slurm/finetune_ade20k.sh data_root=/data/ade checkpoint=runs/pre work_dir=runs/mysegmentor
-# sbatch's own options stand before the script, the recipe's keys after it; RECIPE= chooses another recipe.
+# Fine-tunes a ViT-B and UperNet on ADE20K, from the project's root:
+#   sbatch --nodes=1 slurm/finetune_ade20k.sh data_root=/data/ade start.checkpoint=runs/pre name=myrun
+# sbatch's options go before the script, the recipe's keys after it; RECIPE= in the environment chooses another recipe.
 #SBATCH --job-name=finetune_ade20k
 #SBATCH --nodes=1
 #SBATCH --time=24:00:00

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Fine-tunes a ViT-B, from the project's root:
+# Fine-tunes a ViT-B on ImageNet-1K, from the project's root:
 #   sbatch --nodes=1 slurm/finetune_in1k.sh data.shards=/data/in1k val.shards=/data/in1k-val start.checkpoint=runs/pre name=myrun
-# sbatch's own options stand before the script, the recipe's keys after it; RECIPE= chooses another recipe.
+# sbatch's options go before the script, the recipe's keys after it; RECIPE= in the environment chooses another recipe.
 #SBATCH --job-name=finetune_in1k
 #SBATCH --nodes=1
 #SBATCH --time=24:00:00

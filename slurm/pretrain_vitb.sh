@@ -1,8 +1,8 @@
 #!/bin/bash
 # Pretrains a ViT-B, from the project's root:
 #   sbatch --nodes=4 slurm/pretrain_vitb.sh data.shards=/data/in1k name=myrun
-# sbatch's own options stand before the script, the recipe's keys after it; RECIPE= chooses another recipe.
-#SBATCH --job-name=lomar_vitb
+# sbatch's options go before the script, the recipe's keys after it; RECIPE= in the environment chooses another recipe.
+#SBATCH --job-name=pretrain_vitb
 #SBATCH --nodes=1
 #SBATCH --time=24:00:00
 #SBATCH --gpus-per-node=8

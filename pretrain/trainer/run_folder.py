@@ -92,6 +92,8 @@ def versions() -> dict[str, str | None]:
 
 def git_state() -> str:
     """'<commit>', '<commit> with changes', or 'not a git checkout'."""
+    if not (_ROOT / ".git").exists():  # an installed wheel may lie in a checkout of something else
+        return "not a git checkout"
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty= with changes"],

@@ -127,6 +127,10 @@ def test_weights_that_explode_are_never_written_and_the_samples_are_named(
     output = "".join(run.outputs())
     assert all(process.returncode == 1 for process in run.all), output
     assert "3 steps in a row had no finite gradient (train.max_nonfinite_steps)" in output
+    for rank in (0, 1):
+        log = (tmp_path / "runs" / "tiny" / "logs" / f"rank{rank}.log").read_text()
+        assert "WARNING pretrain.trainer.loop: step 1: the gradient is not finite" in log
+        assert f"ERROR pretrain.trainer.main: error on rank {rank}: 3 steps in a row had no finite gradient" in log
     named = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "nonfinite.jsonl").read_text().splitlines()]
     assert len(named) == 3
     assert all(len(set(row["samples"])) == 8 for row in named)

@@ -73,7 +73,8 @@ def tuning(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[...,
 
 @pytest.fixture(scope="module")
 def whole(tuning: Path, start_once: Callable[..., Any]) -> Path:
-    start_once(tuning, f"runs={tuning.parent}", "name=whole", script=CLASSIFY).finish()
+    output = start_once(tuning, f"runs={tuning.parent}", "name=whole", script=CLASSIFY).finish()
+    assert "encoder.safetensors" in output, "what became of the start is logged"
     return tuning.parent / "whole"
 
 

@@ -90,6 +90,9 @@ def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
     run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: they agree
     output = run.finish()
     assert "SIGUSR1: saved and stopped after step" in output
+    for rank in (0, 1):
+        log = (tmp_path / "runs" / "stopped" / "logs" / f"rank{rank}.log").read_text()
+        assert "SIGUSR1: saved and stopped after step" in log
     start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every_steps=1000").finish()
     assert_same_run(unstopped, tmp_path / "runs" / "stopped")
 

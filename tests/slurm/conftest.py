@@ -88,16 +88,16 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """61 pictures of two classes, packed by our own command."""
-    augmentations, shards = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
+    """61 images of two classes, packed by our own command."""
+    images, shards = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     for number in range(61):
-        folder = augmentations / ("odd" if number % 2 else "even")
+        folder = images / ("odd" if number % 2 else "even")
         folder.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((112, 96)).save(folder / f"{number:02d}.jpg")
     subprocess.run(
-        [sys.executable, "-m", "data.pack", str(augmentations), str(shards)], cwd=ROOT, check=True, capture_output=True
+        [sys.executable, "-m", "data.pack", str(images), str(shards)], cwd=ROOT, check=True, capture_output=True
     )
     return shards
 
@@ -139,7 +139,8 @@ def tuning(write_recipe: Callable[..., Path], shards: Path) -> Path:
     """A classifier, measured after each of its epochs."""
     return write_recipe(
         "tuning",
-        head={"num_classes": 2, "drop_path": 0.1},
+        head={"num_classes": 2},
+        model={"arch": "vit_tiny", "drop_path_rate": 0.1},
         val={"shards": str(shards)},
         train={"epochs": 4, "global_batch_size": 8, "precision": "fp32"},
         log={"every_steps": 1},

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slurm
 STEPS = 8 * 7
-ODD = "data.image_size=[64, 80]"  # a space and brackets must reach the trainer as one argument
+ODD = "data.image_size=[64, 80]"  # with its space and brackets it must reach the trainer as one argument
 
 
 def submit(
@@ -77,6 +77,8 @@ def test_usr1_saves_requeues_and_continues(cluster: Cluster, recipe: Path, whole
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
     check_same_end(job, folder, whole, restarts=1)
     assert "stopped by a signal, and requeued" in job.logs()
+    logs = cluster.project / "slurm" / "logs" / f"pretrain_vitb-{job.number}"
+    assert [path.name for path in logs.glob("*-stopped")] == ["attempt0-stopped"]
 
 
 def test_preempted_job_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
@@ -125,7 +127,7 @@ def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, t
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), job.logs()
-    assert re.search(r"stopped by a signal, and requeued(?s:.*)continues from step_", job.logs()), job.logs()
+    assert re.search(r"stopped by a signal, and requeued(?s:.*)resumes from step_", job.logs()), job.logs()
     assert [row["step"] for row in rows(folder)] == list(range(1, 4 * 7 + 1))
     measured = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert [(row["step"], row["images"]) for row in measured] == [(7 * epoch, 61) for epoch in range(1, 5)]
@@ -147,7 +149,7 @@ def rank_process(rank: int, argument: str) -> int:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.bach=8", "error: unknown key train.bach: did you mean batch?"),
+        ("train.global_batch_siz=8", "error: unknown key train.global_batch_siz: did you mean global_batch_size?"),
         ("data.shards=/nowhere/shards", "/nowhere/shards"),
     ],
 )
@@ -155,4 +157,4 @@ def test_failure_is_said_and_not_requeued(cluster: Cluster, recipe: Path, overri
     job = submit(cluster, recipe, "name=wrong", override, ranks=2)
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "1:0"), job.logs()
-    assert message in (cluster.project / f"lomar_vitb-{job.number}.out").read_text(), job.logs()
+    assert message in (cluster.project / f"pretrain_vitb-{job.number}.out").read_text(), job.logs()

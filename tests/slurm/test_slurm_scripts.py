@@ -9,15 +9,15 @@ from helpers.slurm_cluster import Cluster
 
 FOLDER = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(FOLDER.glob("[!_]*.sh"))
-# What a script may choose: its name, its nodes, its entry and its recipe.
+# What differs between scripts: the name, the nodes, the entry and the recipe.
 CHOICES = [
     r"^#SBATCH --job-name=\w+$",
     r"^#SBATCH --nodes=\d+$",
     r"^RECIPE=\$\{RECIPE:-(\w+)\}$",
-    r"^# (?:Pretrains|Fine-tunes) a ViT-\w",
+    r"^# (?:Pretrains|Fine-tunes) a ViT-\w(?: and \w+)?(?: on [\w-]+)?, from the project's root:$",
     r"^#   sbatch --nodes=\d slurm/(?:pretrain_vit\w|finetune_\w+)\.sh "
-    r"(?:data\.shards=/data/in1k .*name=myrun|data_root=/data/(?:coco|ade) .*work_dir=runs/my(?:detector|segmentor))$",
-    r"^ENTRY=(\S+/run\.py)$",
+    r"(?:data\.shards=/data/in1k|data_root=/data/(?:coco|ade)) .*name=myrun$",
+    r"^ENTRY=(\S+\.py)$",
 ]
 
 
@@ -45,9 +45,14 @@ def test_recipe_exists(script: Path) -> None:
     (recipe,) = re.findall(CHOICES[2], script.read_text(), flags=re.MULTILINE)
     (entry,) = re.findall(CHOICES[-1], script.read_text(), flags=re.MULTILINE)
     assert (FOLDER.parent / entry).is_file()
-    mmengines = script.stem in ("finetune_ade20k", "finetune_coco")
-    shipped = "configs/{}.py" if mmengines else "recipes/{}.yaml"
+    is_dense = script.stem in ("finetune_ade20k", "finetune_coco")
+    shipped = "configs/{}.py" if is_dense else "recipes/{}.yaml"
     assert (FOLDER.parent / entry).parent.joinpath(shipped.format(recipe)).is_file()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_job_is_named_after_its_script(script: Path) -> None:
+    assert f"#SBATCH --job-name={script.stem}\n" in script.read_text()
 
 
 def test_scripts_set_no_hyper_parameter() -> None:
