@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from downstream.checkpoints.files import read_source
+from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.model import build_vit
 from pretrain.models.vit import ViT
 
@@ -137,7 +138,7 @@ def test_what_is_frozen_stays_and_all_else_moves(stage: str, job: str, trained: 
 
 def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable[..., Any]):
     folder, _ = trained("zero3")
-    with pytest.raises(ValueError, match="is of a classifier, not of a pretraining") as error:
+    with pytest.raises(ValueError, match="is a checkpoint of a classifier, not of a pretraining") as error:
         read_source(folder / "tuned" / "whole" / "checkpoints" / f"step_{STEPS:08d}")
     assert str(encoder) in str(error.value)
 
@@ -145,11 +146,11 @@ def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable
 def rebuilt(path: Path) -> Any:
     """From the file alone: timm's model by its metadata, filled strictly."""
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    state, size = load_file(path), tuple(map(int, metadata["image_size"].split("x")))
-    options = {"classes": int(metadata["classes"]), "pool": metadata["pool"], "fc_norm": "fc_norm.weight" in state}
+        spec = ClassifierSpec.from_metadata(file.metadata())
+    state = load_file(path)
+    assert spec is not None
     with SMALL:
-        vit = build_vit(metadata["arch"], int(metadata["patch_size"]), size, metadata["position"], **options)
+        vit = build_vit(spec.encoder, spec.num_classes, spec.pool, fc_norm="fc_norm.weight" in state)
     vit.load_state_dict(state, strict=True)
     return vit
 

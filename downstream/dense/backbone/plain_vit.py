@@ -17,6 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from data.transforms import height_width
 from downstream.dense.backbone.attention import DecomposedAttention, GridAttention, RelativeAttention
 from downstream.dense.backbone.convolution import on_grid, parallel_branch, propagation
 from downstream.dense.backbone.mlp import Mlp
@@ -112,7 +113,7 @@ class PlainViT(BaseModule):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ):
         super().__init__(init_cfg)
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = height_width(img_size)
         if arch not in ARCHS:
             raise ValueError(f"model.backbone.arch={arch!r}: one of {', '.join(ARCHS)}")
         self.arch, self.patch_size, self.position = ARCHS[arch], patch_size, position
