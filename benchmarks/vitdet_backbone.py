@@ -128,11 +128,11 @@ def build(case: Case, device: str) -> dict[str, nn.Module]:
     every = (last + 1) // 4
     ours = PlainViT(
         case.arch,
-        size=case.size,
+        img_size=case.size,
         position=case.position,
         global_blocks=range(every - 1, last + 1, every),
-        out_blocks=(last,),
-        drop_path=0.0,
+        out_indices=(last,),
+        drop_path_rate=0.0,
     )
     for name, parameter in ours.named_parameters():
         if "rel_pos" in name or "rpe_k" in name:
