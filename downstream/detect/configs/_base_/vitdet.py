@@ -1,7 +1,7 @@
 """ViTDet Mask R-CNN on ViT-B, COCO at 1024 pixels with large-scale jitter: mmdet's own configs with these changes.
 
-A data set of your own in COCO's format needs overrides only if it has COCO's layout (`annotations/instances_{train,val}2017.json`,
-`train2017/`, `val2017/`):
+A data set of your own in COCO's format needs overrides only if it has COCO's layout
+(`annotations/instances_{train,val}2017.json`, `train2017/`, `val2017/`):
 
     data_root=/data/birds classes='["robin", "wren"]'
 
