@@ -1,4 +1,4 @@
-"""The backbone: what it computes, what it loads and proves, what it refuses."""
+"""The backbone: what it computes, loads, compares and refuses."""
 
 import re
 from collections.abc import Iterator
@@ -68,8 +68,8 @@ def encoder_file(folder: Path, kind: str = "relative", grid: tuple[int, int] = (
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @torch.no_grad()
-def test_whole_it_is_the_pretrained_encoder(kind: str, tmp_path: Path):
-    """At the checkpoint's size, seen through `forward` and through `features`."""
+def test_without_windows_it_is_the_pretrained_encoder(kind: str, tmp_path: Path):
+    """At the checkpoint's size, by `forward` and by `features`."""
     path = encoder_file(tmp_path, kind)
     backbone = whole(position=kind, img_size=(12, 16), init_cfg=start(path))
     backbone.init_weights()
@@ -108,8 +108,8 @@ def facts(size: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("conv", [False, True])
-def test_loading_fills_everything_but_what_pretraining_has_not(kind: str, conv: bool, tmp_path: Path):
-    """Windows, no class token, convolutions: the parity check passes, and the report says what was left aside."""
+def test_loading_fills_everything_that_pretraining_has(kind: str, conv: bool, tmp_path: Path):
+    """Windows, no class token, convolutions: the parity check passes, and the report lists what was dropped."""
     path = encoder_file(tmp_path, kind)
     options = {"conv_blocks": (0, 3), "parallel_conv": True, "global_blocks": ()} if conv else {}
     backbone = build(position=kind, init_cfg=start(path), **options)
@@ -126,11 +126,11 @@ def test_loading_fills_everything_but_what_pretraining_has_not(kind: str, conv: 
     assert bool(fresh) == (conv or kind == "sincos")
 
 
-def test_the_class_token_of_the_backbone_is_compared_too(tmp_path: Path):
+def test_the_class_token_is_compared(tmp_path: Path):
     path = encoder_file(tmp_path)
     backbone = whole()
     load_start(backbone, str(path), None)
-    backbone.cls_token.data[..., ::2] += 1  # to the same on all channels, norms are blind
+    backbone.cls_token.data[..., ::2] += 1  # norms remove the same number added to all channels
     assert compare_features(backbone, load_encoder(path)[0]) > 1e-4
 
 
@@ -159,7 +159,7 @@ def test_patches_of_14_pixels_become_16(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_other_features_are_an_error(kind: str, tmp_path: Path):
-    """The check looks at the backbone's own parameters: one that went wrong after loading is found."""
+    """The backbone's own parameters are compared: one that changed after loading is found."""
     path = encoder_file(tmp_path, kind)
     broken = build(position=kind)
     load_start(broken, str(path), None)
@@ -170,7 +170,7 @@ def test_other_features_are_an_error(kind: str, tmp_path: Path):
     assert len(parameters) >= 4 + 12
     for parameter in parameters:
         kept = parameter.detach().clone()
-        # Not by a constant: to those, keys and norms are blind.
+        # Not by a constant, which keys and norms would remove.
         parameter.data += torch.randn(kept.shape, generator=torch.Generator().manual_seed(1))
         changed = compare_features(broken, encoder)
         parameter.data.copy_(kept)
@@ -203,7 +203,7 @@ def test_other_checkpoints_are_refused(kind: str, options: dict[str, Any], messa
             backbone.init_weights()
 
 
-def test_a_checkpoint_that_is_not_there(tmp_path: Path):
+def test_missing_checkpoint(tmp_path: Path):
     with pytest.raises(ValueError, match=r"start\.checkpoint: no checkpoint"):
         build(init_cfg=start(tmp_path / "none.pth")).init_weights()
 
@@ -223,12 +223,12 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path):
         ({"conv_blocks": (-1,)}, "conv_blocks=(-1,)"),
     ],
 )
-def test_settings_that_contradict_each_other(options: dict[str, Any], message: str):
+def test_contradicting_settings(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         build(**options)
 
 
-def test_images_that_the_patch_does_not_divide():
+def test_image_size_is_a_multiple_of_the_patch_size():
     with pytest.raises(ValueError, match=r"images of 24x30 pixels .* model\.backbone\.patch_size=4: set pad"):
         build()(images(24, 30))
 
@@ -241,7 +241,7 @@ def test_maps_of_any_size(kind: str, height: int):
 
 
 @torch.no_grad()
-def test_the_last_map_is_normed_and_the_others_are_not():
+def test_only_the_last_map_is_normalized():
     backbone = randomized(build(out_indices=(3, 1))).eval().double()
     first, last = backbone(images(24, 32).double())
     rest = first.flatten(2).transpose(1, 2)
@@ -251,8 +251,8 @@ def test_the_last_map_is_normed_and_the_others_are_not():
 
 
 @torch.no_grad()
-def test_windows_are_where_they_are_said_to_be():
-    """A pixel reaches the whole map through the global block alone, and its own window without it."""
+def test_windows_limit_what_a_pixel_reaches():
+    """A pixel reaches the whole map through the global block only, and its own window without one."""
     pixels = images(24, 32, 1)
     other = pixels.clone()
     other[0, :, 0, 0] += 1
@@ -265,7 +265,7 @@ def test_windows_are_where_they_are_said_to_be():
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("options", [{"conv_blocks": (0, 2)}, {"parallel_conv": True}])
-def test_convolutions_add_nothing_at_first_and_learn(kind: str, options: dict[str, Any]):
+def test_convolutions_are_zero_at_first_and_are_trained(kind: str, options: dict[str, Any]):
     plain, convolved = build(position=kind), build(position=kind, **options)
     state = randomized(plain).state_dict()
     convolved.load_state_dict(state, strict=False)
@@ -285,7 +285,7 @@ def test_convolutions_add_nothing_at_first_and_learn(kind: str, options: dict[st
 
 
 def test_the_parallel_branch_is_torchs_convolutions_and_batch_norm():
-    """Of the block's input, beside attention."""
+    """Of the block's input, added to attention."""
     branch = randomized(parallel_branch(16)).double()
     torchs = nn.Sequential(nn.Conv2d(16, 64, 3, 1, 1, groups=4), nn.BatchNorm2d(64), nn.SiLU(),
                            nn.Conv2d(64, 16, 3, 1, 1, groups=4)).double()  # fmt: skip
@@ -295,8 +295,8 @@ def test_the_parallel_branch_is_torchs_convolutions_and_batch_norm():
     torch.testing.assert_close(branch[1].running_var, torchs[1].running_var)
     block = randomized(build(parallel_conv=True)).blocks[1].eval().double()
     tokens = x.flatten(2).transpose(1, 2)
-    beside = block.parallel(x).flatten(2).transpose(1, 2)
-    attended = tokens + block.attn(block.norm1(tokens), (5, 7), 3) + beside
+    convolved = block.parallel(x).flatten(2).transpose(1, 2)
+    attended = tokens + block.attn(block.norm1(tokens), (5, 7), 3) + convolved
     expected = attended + block.mlp(block.norm2(attended))
     torch.testing.assert_close(block(tokens, (5, 7), 3), expected)
 

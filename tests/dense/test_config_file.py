@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from mmengine.config import Config
 
+from downstream.dense.backbone.loading import EncoderCheckpoint
 from downstream.dense.job import Job
 from downstream.dense.mmengine.config_file import load_job
+from downstream.dense.mmengine.encoder_start import clear_start, set_start
 from downstream.detect.train_detector import CONFIGS
 from pretrain.trainer.engine import read_ds_config
 
@@ -41,6 +43,38 @@ def test_overrides_reach_the_configuration():
     assert (job.test, job.resume, cfg.load_from) == ("runs/x", False, "other.pth")
 
 
+def test_name_and_runs():
+    assert load_here("name=first").cfg.work_dir == "runs/first"
+    assert load_here("name=007", "runs=/data/runs").cfg.work_dir == "/data/runs/007"
+    assert load_here("runs=elsewhere").cfg.work_dir == "elsewhere/tiny_mask_rcnn"
+
+
+def test_dumped_configuration_keeps_its_folder(tmp_path: Path):
+    load_here("name=first").cfg.dump(tmp_path / "config.py")
+    assert load_here(name=str(tmp_path / "config.py")).cfg.work_dir == "runs/first"
+    assert load_here("name=second", name=str(tmp_path / "config.py")).cfg.work_dir == "runs/second"
+
+
+def test_start_becomes_the_backbones_init_cfg():
+    job = load_here("start.checkpoint=runs/mae", "start.weights=ema", name="vitdet_vitb_lomar_25ep")
+    expected = {"type": "EncoderCheckpoint", "checkpoint": "runs/mae", "weights": "ema"}
+    assert job.cfg.model.backbone.init_cfg == expected
+    assert EncoderCheckpoint.__name__ == expected["type"]
+    cfg = load_here("start.checkpoint=7", name="vitdet_vitb_lomar_25ep").cfg
+    assert cfg.model.backbone.init_cfg == {"type": "EncoderCheckpoint", "checkpoint": "7"}
+    set_start(cfg, None, "online")
+    assert cfg.model.backbone.init_cfg == {"type": "EncoderCheckpoint", "checkpoint": "7", "weights": "online"}
+    clear_start(cfg)
+    assert cfg.model.backbone.init_cfg is None
+
+
+def test_initializers_of_others_are_kept():
+    cfg = load_here().cfg
+    cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": "resnet.pth"}
+    clear_start(cfg)
+    assert cfg.model.backbone.init_cfg.type == "Pretrained"
+
+
 def test_defaults():
     job = load_here()
     assert (job.ds_config, job.test, job.resume) == (None, None, True)
@@ -63,6 +97,13 @@ def test_defaults():
         ("--lr=3", "is not an override: write KEY=value"),
         ("start.checkpoint=x.pth", "start.checkpoint=x.pth is for model.backbone.type=PlainViT, and this is ResNet"),
         ("train.precision=fp16", "train.precision='fp16': fp32 or bf16"),
+        ("train.precison=bf16", "unknown key train.precison: did you mean train.precision?"),
+        ("checkpoint=x.pth", "unknown key checkpoint: did you mean start.checkpoint?"),
+        ("start.weights=ema", "start.weights=ema is for model.backbone.type=PlainViT"),
+        ("start.weights=mean", "start.weights='mean': online or ema"),
+        ("work_dir=runs/x", "work_dir is runs/NAME: give name=, and runs= for another parent folder"),
+        ("name=runs/x", "name='runs/x': the name of a folder in runs="),
+        ("classes=['disc'", "is not a YAML value"),
         ("resume=often", "resume='often': true or false"),
         ("optim_wrapper.type=ApexOptimWrapper", "OptimWrapper (fp32) or AmpOptimWrapper (bf16)"),
     ],
@@ -70,6 +111,15 @@ def test_defaults():
 def test_refused_override(override: str, words: str):
     with pytest.raises(ValueError, match=re.escape(words)):
         load_here(override)
+
+
+def test_weights_without_a_checkpoint():
+    with pytest.raises(ValueError, match=r"start\.weights=ema .*: give start\.checkpoint=FILE"):
+        load_here("start.weights=ema", name="vitdet_vitb_lomar_25ep")
+
+
+def test_text_may_be_a_number():
+    assert load_here("data_root=7").cfg.data_root == "7"
 
 
 def test_refused_configuration(tmp_path: Path):
@@ -93,8 +143,8 @@ def test_learning_rate_counts_accumulation(enable: str, rate: float):
     cfg = load_here(
         "optim_wrapper.accumulative_counts=4", "train_dataloader.batch_size=3", f"auto_scale_lr.enable={enable}"
     ).cfg
-    said = _scale_lr(cfg, World(0, 2, 0))
-    assert "2 ranks x train_dataloader.batch_size=3 x optim_wrapper.accumulative_counts=4 = 24 images a step" in said
+    line = _scale_lr(cfg, World(0, 2, 0))
+    assert "2 ranks x train_dataloader.batch_size=3 x optim_wrapper.accumulative_counts=4 = 24 images a step" in line
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(rate)
     assert not cfg.auto_scale_lr.enable  # mmengine would do it again
 
@@ -107,7 +157,7 @@ def samplers(count: int, batch: int, accumulation: int, **keys: Any) -> Any:
     return ResumableBatches(DefaultSampler(list(range(count)), seed=1), batch, accumulation, **keys)
 
 
-def test_batches_from_the_middle_are_the_rest():
+def test_batches_from_the_middle_on():
     batches = samplers(23, 2, 3)
     batches.sampler.set_epoch(4)
     whole = list(batches)
@@ -118,7 +168,7 @@ def test_batches_from_the_middle_are_the_rest():
     assert list(batches) == whole  # the next pass is whole again
 
 
-def test_few_images_are_refused():
+def test_too_few_images_for_a_step():
     with pytest.raises(ValueError, match="an epoch has 2 batches a rank, fewer than"):
         samplers(4, 2, 3)
 
@@ -132,7 +182,7 @@ def test_seeded_index_is_pickled_for_a_worker():
     assert (index, index.epoch) == (7, 3)
 
 
-def test_dumped_configuration_is_one_again(tmp_path: Path):
+def test_dumped_configuration_can_be_loaded(tmp_path: Path):
     job = load_here("train_cfg.max_epochs=7")
     job.cfg.dump(tmp_path / "config.py")
     assert load_here(name=str(tmp_path / "config.py")).cfg.train_cfg.max_epochs == 7

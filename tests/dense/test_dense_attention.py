@@ -1,4 +1,4 @@
-"""Attention over grids: the same as pair by pair under a mask, whatever it is computed in, and never whole."""
+"""Attention over grids equals attention pair by pair under a mask, in any chunks, and never stores all logits."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def with_gradients(function, x: Tensor, parameters: list[nn.Parameter]) -> list[
     ],
 )
 def test_equals_attention_pair_by_pair(kind, grid, window, class_token, table, monkeypatch):
-    """Outputs and all gradients; whole, and in chunks of one and of two rows."""
+    """Outputs and all gradients; at once, and in chunks of one and of two rows."""
     attention = build(kind, table or ((window, window) if window else grid)).double()
     x = tokens(grid[0] * grid[1] + class_token)
     parameters = list(attention.parameters())
@@ -66,7 +66,7 @@ def test_equals_attention_pair_by_pair(kind, grid, window, class_token, table, m
 
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("grid", [(4, 5), (7, 3)])
-def test_the_fused_form_is_the_same_and_torch_has_a_kernel_for_it(grid, class_token):
+def test_fused_attention_is_the_same_and_torch_has_a_kernel_for_it(grid, class_token):
     shape = (3, 2, 2, grid[0] * grid[1] + class_token, 8)
     q, k, v = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     attention = build("decomposed", grid, dim=16).double()
@@ -100,7 +100,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_a_whole_image_never_exist(kind, monkeypatch):
+def test_logits_of_a_whole_image_are_never_stored(kind, monkeypatch):
     side, heads = 32, 2
     monkeypatch.setitem(module._MAX_LOGITS, "cpu", 2 * heads * side**3)
     attention = build(kind, (side, side))
@@ -123,7 +123,7 @@ def test_logits_of_a_whole_image_never_exist(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [0, 3])
-def test_bf16_rounds_and_a_repetition_gives_the_same_bits(kind, window):
+def test_bf16_is_close_and_deterministic(kind, window):
     attention = build(kind, (3, 3) if window else (7, 8), dim=32)
     x = torch.randn(2, 56, 32, generator=torch.Generator().manual_seed(5))
     results = []

@@ -1,4 +1,4 @@
-"""Layer decay in mmengine's optimiser wrappers."""
+"""Layer decay in mmengine's optimizer wrappers."""
 
 from collections.abc import Iterator
 from unittest.mock import patch
@@ -48,7 +48,7 @@ def named_groups(model: Detector, groups: list[dict]) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("position", ["relative", "sincos"])
-def test_every_parameter_once_with_the_scale_of_its_layer(position: str):
+def test_every_parameter_is_in_one_group_with_the_scale_of_its_layer(position: str):
     model = Detector(position)
     groups = layer_decay_groups(model, lr=0.1, weight_decay=0.2, layer_decay=DECAY)
     found = named_groups(model, groups)
@@ -118,7 +118,7 @@ def test_other_options_are_refused(paramwise):
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])
-def test_a_decay_that_is_none(decay: float):
+def test_layer_decay_out_of_range(decay: float):
     with pytest.raises(ValueError, match="above 0, at most 1"):
         layer_decay_groups(Detector(), lr=1.0, weight_decay=0.0, layer_decay=decay)
 

@@ -1,4 +1,4 @@
-"""The MLP that makes its activation again: what timm's computes, in less memory."""
+"""The MLP that recomputes its activation: equal to timm's, in less memory."""
 
 import weakref
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def results(mlp: Mlp | TimmMlp, forward: Forward, bf16: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("again", [False, True])
-def test_it_is_timms(bf16: bool, again: bool):
+def test_equals_timms_mlp(bf16: bool, again: bool):
     dtype = torch.float32 if bf16 else torch.float64
     ours, timms = build(Mlp).to(dtype), build(TimmMlp).to(dtype)
     assert ours.state_dict().keys() == timms.state_dict().keys()
@@ -53,7 +53,7 @@ def test_gradients_are_finite_differences():
 
 
 @pytest.mark.parametrize(("kind", "kept"), [(Mlp, 1), (TimmMlp, 2)])
-def test_how_many_wide_maps_and_copies_of_weights_are_kept(kind: type[Mlp] | type[TimmMlp], kept: int):
+def test_one_hidden_activation_and_no_copy_of_the_weights_are_saved(kind: type[Mlp] | type[TimmMlp], kept: int):
     mlp = build(kind)
     with torch.autocast("cpu", torch.bfloat16), saved_storages(mlp) as storages:
         out = mlp(tokens().requires_grad_())
@@ -63,7 +63,7 @@ def test_how_many_wide_maps_and_copies_of_weights_are_kept(kind: type[Mlp] | typ
     del out
 
 
-def test_under_recomputation_no_wide_map_is_kept():
+def test_recomputation_saves_no_hidden_activation():
     mlp = build(Mlp)
     seen = []
     mlp.fc1.register_forward_hook(lambda module, inputs, out: seen.append(weakref.ref(out)))

@@ -1,4 +1,4 @@
-"""Real trainings of a small Mask R-CNN by two processes: the plain Runner and ZeRO are one another's reference."""
+"""Real trainings of a small Mask R-CNN by two processes: mmengine's Runner and ZeRO are each other's reference."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ ENDLESS = [
     "train_dataloader.persistent_workers=False",
     "default_hooks.checkpoint.interval=6",
 ]
-# Half of the images have nothing in them, so that ranks call other modules of the heads.
+# Half of the images have no object, so that ranks call different modules of the heads.
 EMPTY = [
     "train_dataloader.dataset.ann_file=annotations/half.json",
     "train_dataloader.dataset.filter_cfg.filter_empty_gt=False",
@@ -132,14 +132,14 @@ def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
         torch.testing.assert_close(zero["state_dict"][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_images_without_objects_train_zero3_as_well(folder: Path):
+def test_zero3_trains_on_images_without_objects(folder: Path):
     plain, zero = (logged(last_checkpoint(folder / f"{name}-empty"), "loss") for name in ("plain", "zero3"))
     assert len(plain) == 4
     assert zero == pytest.approx(plain, rel=1e-5)
 
 
-def test_groups_keep_their_rates(folder: Path):
-    """The heads' is half of the others' from beginning to end; ZeRO has no group of what is frozen."""
+def test_groups_keep_their_learning_rates(folder: Path):
+    """The heads' rate is half of the others' throughout; ZeRO has no group of frozen parameters."""
     for engine in ("plain", "zero1", "zero2", "zero3"):
         found = parameter_groups(folder / engine)
         scales = [1.0, 2.0, 0.5] if engine == "plain" else [1.0, 0.5]
@@ -157,7 +157,7 @@ def test_groups_keep_their_rates(folder: Path):
     ],
 )
 def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, words: str):
-    """Stopped within an epoch, at an epoch's end, and in an endless order with a running average of the weights.
+    """Stopped within an epoch, at an epoch's end, and in an infinite order with a moving average of the weights.
 
     Augmentation is random in all of them.
     """
@@ -172,24 +172,26 @@ def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, 
         for key, tensor in whole[part].items():
             assert torch.equal(tensor, again[part][key]), key
     rows = evaluations(folder / f"{name}-stopped")
-    # Each evaluation once: the one that a stop at an epoch's end kept from being done as well.
+    # Each evaluation once, also the one that a stop at an epoch's end prevented.
     assert [row["iter"] for row in rows] == ([6] if name == "endless" else [4, 8])
 
 
-def test_images_differ_from_epoch_to_epoch(folder: Path):
-    """Or the same bits would prove little."""
+def test_augmentations_differ_between_epochs(folder: Path):
+    """Or equal bits would prove little."""
     content = last_checkpoint(folder / "plain")
     assert len(set(logged(content, "loss_rpn_bbox"))) == 8
 
 
-def test_weights_go_from_one_to_the_other(folder: Path):
+def test_zero_and_the_runner_start_from_each_others_weights(folder: Path):
     zero, plain = (last_checkpoint(folder / folder_name(job)) for job in ("zero2 from plain", "plain from zero3"))
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)  # the weights are nearly the same
-    assert abs(logged(zero, "loss")[0] - logged(last_checkpoint(folder / "plain"), "loss")[0]) > 0.1  # and no new ones
+    assert (
+        abs(logged(zero, "loss")[0] - logged(last_checkpoint(folder / "plain"), "loss")[0]) > 0.1
+    )  # and not the initial ones
 
 
-def test_zero3_predicts_what_its_file_predicts(folder: Path):
-    """In training by a copy that the ranks' parts fill; by the plain Runner from the file."""
+def test_zero3_predicts_as_its_checkpoint_does(folder: Path):
+    """In training by a copy that is filled from the ranks' parts; by mmengine's Runner from the file."""
     assert ended_with(folder, "zero3 tested") == ""
     for kind in ("bbox", "segm"):
         first, second = (json.loads((folder / f"{run}.{kind}.json").read_text()) for run in ("val", "test"))
@@ -206,7 +208,7 @@ def test_bf16_keeps_fp32_weights(folder: Path):
 
 
 @pytest.mark.parametrize("name", ["plain", "zero2"])
-def test_full_disk_loses_nothing_older(folder: Path, name: str):
+def test_full_disk_loses_no_older_checkpoint(folder: Path, name: str):
     """`max_keep_ckpts=1`: the second checkpoint has replaced the first one, the third cannot be written."""
     words = ended_with(folder, f"{name} full")
     assert "epoch_3" in words

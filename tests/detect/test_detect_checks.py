@@ -1,4 +1,4 @@
-"""Bad data of every kind, planted in a set that is right: one error that names it, or a number in the line."""
+"""Bad data of every kind, planted in a correct data set: one error that names it, or a number in the line."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def change(root: Path, edit: Callable[[Content], object], file: str = TRAIN) -> 
     (root / file).write_text(json.dumps(content))
 
 
-def test_a_set_that_is_right(cfg: Config, root: Path):
+def test_correct_data_set(cfg: Config, root: Path):
     train, val = check(cfg)
     boxes = len(json.loads((root / TRAIN).read_text())["annotations"])
     assert train == f"train_dataloader.dataset: 8 of 8 images, {boxes} boxes"
@@ -87,25 +87,25 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_is_an_error(cfg: Config, root: Path, name: str):
-    edit, says = BAD[name]
+def test_bad_data_is_an_error(cfg: Config, root: Path, name: str):
+    edit, message = BAD[name]
     change(root, edit)
-    with pytest.raises(ValueError, match=says) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         check(cfg)
-    message = str(caught.value)
-    assert message.startswith("train_dataloader.dataset")
-    assert "\n" not in message
-    assert TRAIN in message
+    error = str(caught.value)
+    assert error.startswith("train_dataloader.dataset")
+    assert "\n" not in error
+    assert TRAIN in error
 
 
-def test_everything_wrong_is_told_at_once(cfg: Config, root: Path):
+def test_all_data_sets_are_reported_at_once(cfg: Config, root: Path):
     change(root, lambda c: c["images"][5].update(file_name="gone.jpg"))
     change(root, lambda c: c.update(annotations=[]), VAL)
     with pytest.raises(ValueError, match=r"gone\.jpg.*\nval_dataloader\.dataset\.ann_file: .*no annotations"):
         check(cfg)
 
 
-ODD = {
+UNUSUAL = {
     "crowd": (lambda c: first(c).update(iscrowd=1), -1, "1 crowds (ignored)"),
     "outside": (lambda c: first(c).update(bbox=[128, 10, 9, 9]), -1, "1 boxes outside their image or without area"),
     "left of it": (lambda c: first(c).update(bbox=[-9, 10, 9, 9]), -1, "1 boxes outside"),
@@ -120,17 +120,17 @@ ODD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_what_is_odd_is_counted_as_mmdet_counts(cfg: Config, root: Path, name: str):
-    """`used` is compared with what mmdet's own loader leaves over."""
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unused_annotations_are_counted_as_mmdet_does(cfg: Config, root: Path, name: str):
+    """The number of used boxes is compared with what mmdet's own loader keeps."""
     from mmdet.datasets import CocoDataset
 
-    edit, less, says = ODD[name]
+    edit, change_of_count, note = UNUSUAL[name]
     before = len(json.loads((root / TRAIN).read_text())["annotations"])
     change(root, edit)
     line = check(cfg, ["train"])[0]
-    assert f" {before + less} boxes" in line
-    assert (says in line) if says else line.endswith("boxes")
+    assert f" {before + change_of_count} boxes" in line
+    assert (note in line) if note else line.endswith("boxes")
     loaded = CocoDataset(
         ann_file=TRAIN,
         data_root=str(root),
@@ -139,15 +139,15 @@ def test_what_is_odd_is_counted_as_mmdet_counts(cfg: Config, root: Path, name: s
         serialize_data=False,
     )
     instances = [one for number in range(len(loaded)) for one in loaded.get_data_info(number)["instances"]]
-    assert sum(not one["ignore_flag"] for one in instances) == before + less
+    assert sum(not one["ignore_flag"] for one in instances) == before + change_of_count
 
 
-def test_other_category_of_the_file_is_skipped(cfg: Config, root: Path):
+def test_other_categories_of_the_file_are_skipped(cfg: Config, root: Path):
     change(root, lambda c: (c["categories"].append({"id": 3, "name": "star"}), first(c).update(category_id=3)))
     assert "1 boxes of other categories (skipped)" in check(cfg)[0]
 
 
-def test_run_lengths_need_bitmaps(cfg: Config, root: Path):
+def test_run_length_masks_need_bitmaps(cfg: Config, root: Path):
     change(root, run_length)
     cfg.train_dataloader.dataset.pipeline[1].poly2mask = False
     with pytest.raises(ValueError, match=r"1 masks of .* give train_dataloader.dataset.pipeline.1.poly2mask=True"):
@@ -170,7 +170,7 @@ def test_classes_and_heads_must_agree(cfg: Config, config: Config, root: Path):
         check(cfg)
 
 
-def test_files_and_folders_that_are_not_there(cfg: Config, root: Path):
+def test_missing_files_and_folders(cfg: Config, root: Path):
     cfg.train_dataloader.dataset.data_prefix.img = "photos/"
     cfg.val_dataloader.dataset.ann_file = cfg.val_evaluator.ann_file = f"{root}/val.json"
     with pytest.raises(ValueError, match=r"train_dataloader.dataset.data_prefix.img: no folder .*/photos/ ") as caught:
@@ -185,7 +185,7 @@ def test_evaluator_of_another_file(cfg: Config, root: Path):
 
 
 @pytest.mark.parametrize("content", ["{", '{"images": [1', "[]", '"text"', "\x80"])
-def test_files_that_are_cut_off_or_no_annotations(cfg: Config, root: Path, content: str):
+def test_truncated_and_other_files(cfg: Config, root: Path, content: str):
     (root / TRAIN).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"train_dataloader.dataset.ann_file: .*(not JSON|no images)"):
         check(cfg)
@@ -211,7 +211,7 @@ def test_small_and_narrow_images(cfg: Config, root: Path):
         check(cfg)
 
 
-def test_turned_photographs_are_what_the_decoder_makes_of_them(cfg: Config, root: Path):
+def test_rotated_photographs_have_the_size_that_mmcv_decodes(cfg: Config, root: Path):
     path = root / "train2017" / f"{0:012d}.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -222,7 +222,7 @@ def test_turned_photographs_are_what_the_decoder_makes_of_them(cfg: Config, root
     check(cfg)
 
 
-def test_what_is_no_image(cfg: Config, root: Path):
+def test_file_that_is_no_image(cfg: Config, root: Path):
     (root / "train2017" / f"{0:012d}.jpg").write_text("oops")
     with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image"):
         check(cfg)
@@ -235,7 +235,7 @@ def test_mmcv_without_operators(cfg: Config, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """COCO's size: 118,287 names in two folders, in well under a second, by two listings."""
+    """COCO's size: 118,287 names in two folders, in well under a second, and each folder is listed once."""
     listed = []
     names = [f"{half}/{number:012d}.jpg" for number in range(118_287) for half in "ab"]
     monkeypatch.setattr(

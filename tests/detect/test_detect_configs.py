@@ -1,4 +1,4 @@
-"""Every config of downstream/detect/configs against ViTDet's published numbers, and its head against what it does."""
+"""Every config of downstream/detect/configs against ViTDet's published numbers, and against its own docstring."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ def load(name: str) -> Config:
     return cfg
 
 
-def test_all_that_was_promised_is_there():
+def test_every_promised_config_exists():
     vitdet = {f"vitdet_vit{a}_{m}_{e}ep" for a in "blh" for m in ("lomar", "mae") for e in (25, 100)}
     small = {f"vitdet_vit{a}_lomar_25ep_24gb" for a in "blh"}
     kinds = {
@@ -80,7 +80,7 @@ def test_recipe_is_vitdets(name: str):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_head_says_what_the_config_does(name: str):
+def test_docstring_agrees_with_the_config(name: str):
     cfg, head = load(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     command = re.search(r"train_detector\.py (\S+) \\\s+start\.checkpoint=\S+ data_root=/data/coco", head)
     assert command[1] == name
@@ -94,8 +94,8 @@ def test_head_says_what_the_config_does(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_heads_and_images(name: str):
-    """1024 pixels with a jitter of 0.1 to 2, whole squares, ImageNet's numbers in RGB, ViTDet's heads."""
+def test_images_and_heads(name: str):
+    """1024 pixels with a jitter of 0.1 to 2, squares, ImageNet's mean and deviation in RGB, ViTDet's heads."""
     cfg = load(name)
     size = 256 if "tiny" in name else 1024
     assert cfg.model.data_preprocessor.pad_size_divisor == cfg.model.backbone.img_size == size
@@ -114,13 +114,13 @@ def test_heads_and_images(name: str):
     assert (heads.bbox_head.type, heads.bbox_head.norm_cfg.type) == ("Shared4Conv1FCBBoxHead", "LN2d")
     assert (heads.mask_head.type, heads.mask_head.norm_cfg.type) == ("FCNMaskHead", "LN2d")
     assert heads.bbox_head.num_classes == heads.mask_head.num_classes == (1 if "tiny" in name else 80)
-    assert not {"times", "dataset"} & cfg.train_dataloader.dataset.keys()  # an epoch is an epoch
+    assert not {"times", "dataset"} & cfg.train_dataloader.dataset.keys()  # images are not repeated in an epoch
     assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
     assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
 
 
-def test_own_set_in_six_lines(tmp_path: Path):
-    """What the head of the base promises, read from there."""
+def test_own_data_set_in_six_lines(tmp_path: Path):
+    """The example in the docstring of the base config."""
     head = (CONFIGS / "_base_" / "vitdet.py").read_text().split('"""')[1]
     lines = re.search(r"( {4}_base_ = .*?)\n\n", head, re.DOTALL)[1]
     own = tmp_path / "birds.py"
@@ -135,7 +135,7 @@ def test_own_set_in_six_lines(tmp_path: Path):
         assert split == "train" or cfg[f"{split}_evaluator"].ann_file == "/data/birds/val.json"
 
 
-def test_settings_reach_wrapped_sets_and_keep_absolute_files():
+def test_keys_reach_wrapped_data_sets_and_keep_absolute_files():
     cfg = load("vitdet_vitb_lomar_25ep")
     inner = cfg.train_dataloader.dataset.to_dict()
     cfg.train_dataloader.dataset = {
@@ -151,7 +151,7 @@ def test_settings_reach_wrapped_sets_and_keep_absolute_files():
 
 
 @pytest.mark.parametrize("classes", ["person", [], [1, 2]])
-def test_classes_that_are_no_names(classes: object):
+def test_classes_must_be_names(classes: object):
     cfg = load("vitdet_vitb_lomar_25ep")
     cfg.classes = classes
     with pytest.raises(ValueError, match="classes="):

@@ -1,4 +1,4 @@
-"""The small config as mmdet builds it: a training step, predictions and pictures, through mmcv's real operators."""
+"""The small config as mmdet builds it: a training step, predictions and drawings, with mmcv's real operators."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,13 +46,13 @@ def model(cfg: Config) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _borders(model: Any) -> None:
-    """As in a training under bf16; in fp32 they change nothing."""
+def _fp32_outputs(model: Any) -> None:
+    """As in a training under bf16; in fp32 it changes nothing."""
     Fp32OutputsHook().before_train(SimpleNamespace(model=model))
 
 
 def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)  # of the regions that are drawn, and of drop path
+    torch.manual_seed(0)  # for the sampled regions and drop path
     model.train().zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         total, terms = model.parse_losses(model(**model.data_preprocessor(batch, True), mode="loss"))
@@ -61,7 +61,7 @@ def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, to
 
 
 def test_training_step_in_both_precisions(model: Any, cfg: Config):
-    """Every parameter gets a finite fp32 gradient; what bf16 changes is small."""
+    """Every parameter gets a finite fp32 gradient; bf16 changes little."""
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
     whole, terms = losses(model, batch, autocast=False)
     assert {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"} < terms.keys()
@@ -74,7 +74,7 @@ def test_training_step_in_both_precisions(model: Any, cfg: Config):
         assert parameter.grad.isfinite().all(), name
 
 
-def test_images_are_whole_squares(model: Any, cfg: Config):
+def test_batches_are_padded_to_squares(model: Any, cfg: Config):
     for loader, training in ((cfg.train_dataloader, True), (cfg.val_dataloader, False)):
         batch = next(iter(Runner.build_dataloader(loader, seed=0)))
         data = model.data_preprocessor(batch, training)
@@ -83,8 +83,8 @@ def test_images_are_whole_squares(model: Any, cfg: Config):
             assert {sample.gt_instances.masks.masks.shape[1:] for sample in data["data_samples"]} == {(256, 256)}
 
 
-def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, root: Path):
-    """From a file's RGB, by ImageNet's mean and deviation: 128 x 96 pixels, doubled."""
+def test_pixels_are_standardized_as_in_pretraining(model: Any, cfg: Config, root: Path):
+    """From a file's RGB, by ImageNet's mean and deviation; 128 x 96 pixels, resized to twice the size."""
     batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
     pixels = mmcv.imresize(np.array(Image.open(root / "val2017" / f"{0:012d}.jpg")), (256, 192)) / 255.0
     expected = (pixels - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
@@ -94,8 +94,8 @@ def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, root
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_regions_are_cut_where_they_are(model: Any, autocast: bool):
-    """By mmcv's operator out of the maps as the neck makes them, against torchvision's; and the gradients of that."""
+def test_roi_align_equals_torchvisions(model: Any, autocast: bool):
+    """mmcv's operator on the neck's maps against torchvision's, outputs and gradients."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         made = [m.detach().double() for m in model.neck([torch.randn(2, 192, 16, 16)])[:4]]
     rois = torch.tensor([[0, 3, 5, 60, 70], [1, 100, 20, 250, 240], [1, 0, 0, 30, 30.0]]).double()
@@ -109,7 +109,9 @@ def test_regions_are_cut_where_they_are(model: Any, autocast: bool):
         for number, level in enumerate(levels)
     ]
     torch.testing.assert_close(cut, torch.cat(cuts))
-    weights = torch.randn_like(cut).transpose(1, 2).contiguous().transpose(1, 2)  # of a norm over the channels
+    weights = (
+        torch.randn_like(cut).transpose(1, 2).contiguous().transpose(1, 2)
+    )  # in the memory layout of a norm over the channels
     for result in (cut, torch.cat(cuts)):
         (result * weights).sum().backward()
     for level in set(levels):
@@ -125,7 +127,7 @@ def test_proposals_are_sorted_in_fp32(model: Any):
 
 @pytest.fixture(scope="module")
 def weights(model: Any, cfg: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A configuration and weights as a training leaves them; the classifier likes discs, so that something is found."""
+    """A configuration and weights as a training writes them; the classifier prefers discs, to detect some."""
     folder = tmp_path_factory.mktemp("trained")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["roi_head.bbox_head.fc_cls.bias"] = torch.tensor([4.0, 0.0, -4.0])
@@ -138,24 +140,24 @@ def run_draw(*arguments: object) -> int:
     return draw.main([str(argument) for argument in arguments])
 
 
-def test_draws_what_is_found(weights: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_drawings_of_detections(weights: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     photos, out = tmp_path / "photos", tmp_path / "out"
     (photos / "below").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    augmentations = {"a.png": (90, 120), "below/b.png": (100, 70)}
-    for name, size in augmentations.items():
+    sizes = {"a.png": (90, 120), "below/b.png": (100, 70)}
+    for name, size in sizes.items():
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / name)
     (photos / "notes.txt").write_text("no image")
     (photos / "broken.png").write_text("no image either")
     (photos / "empty.jpg").touch()
     assert run_draw(*weights, photos, out, "--score", 0.5) == 0
-    said = capfd.readouterr()
-    assert "2 images drawn in" in said.out
-    assert "2 images cannot be decoded" in said.err
-    assert "broken.png" in said.err
-    assert "empty.jpg" in said.err
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(augmentations)
-    for name, size in augmentations.items():
+    output = capfd.readouterr()
+    assert "2 images drawn in" in output.out
+    assert "2 images cannot be decoded" in output.err
+    assert "broken.png" in output.err
+    assert "empty.jpg" in output.err
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(sizes)
+    for name, size in sizes.items():
         before, after = (np.array(Image.open(folder / name)) for folder in (photos, out))
         assert after.shape == (*size, 3)
         assert (before != after).mean() > 0.05
@@ -204,11 +206,11 @@ def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, root: Path, ca
         "no image that can be decoded": (config, trained, tmp_path / "oops.png", tmp_path / "out"),
         "is where the images are": (config, trained, photos, photos),
     }
-    for says, arguments in cases.items():
-        assert run_draw(*arguments) == 1, says
-        said = capfd.readouterr()
-        assert said.err.strip().splitlines()[-1].startswith("error: "), said.err
-        assert says in said.err.strip().splitlines()[-1]
-        assert "I was run" not in said.out + said.err
+    for message, arguments in cases.items():
+        assert run_draw(*arguments) == 1, message
+        output = capfd.readouterr()
+        assert output.err.strip().splitlines()[-1].startswith("error: "), output.err
+        assert message in output.err.strip().splitlines()[-1]
+        assert "I was run" not in output.out + output.err
     with pytest.raises(SystemExit):
         run_draw(config, trained, photos, tmp_path / "out", "--score", 2)

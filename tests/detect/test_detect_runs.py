@@ -1,4 +1,4 @@
-"""`downstream/detect/train_detector.py` as a user types it, under each launcher; srun is tried in tests/slurm.
+"""`downstream/detect/train_detector.py` as a user types it, under each launcher; tests/slurm tests srun.
 
 The shipped configuration of the smallest encoder, from a checkpoint, on ZeRO 3 with every parameter partitioned.
 """
@@ -48,8 +48,8 @@ def test_deepspeed_trains(trained: Path):
     assert len(list((trained / "work/epoch_1").glob("*_optim_states.pt"))) == 2
 
 
-def test_it_started_from_the_encoder(trained: Path):
-    """After two steps of the warm-up the weights are nearly what they were; but they have been trained."""
+def test_training_starts_from_the_encoder(trained: Path):
+    """After two steps of the warm-up the weights have changed, but little."""
     weights = last_checkpoint(trained / "work")["state_dict"]
     torch.manual_seed(0)
     encoder = randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict()
@@ -58,7 +58,7 @@ def test_it_started_from_the_encoder(trained: Path):
         assert not weights[f"backbone.{name}"].equal(encoder[name]), name
 
 
-def test_python_tests_what_was_trained(trained: Path):
+def test_python_evaluates_what_was_trained(trained: Path):
     done = run(sys.executable, overrides=["data_root=coco/", "name=tested", "test=work"], cwd=trained)
     assert done.returncode == 0, done.stdout + done.stderr
     tested = json.loads(done.stdout.splitlines()[-1])
@@ -69,7 +69,7 @@ def test_python_tests_what_was_trained(trained: Path):
 
 
 def test_torchrun_ends_when_one_rank_fails(trained: Path):
-    """The one that gets the damaged image; the check of the data opens every second image of so many."""
+    """The rank that gets the damaged image; the check of the data opens only every second image of so many."""
     make_coco(trained / "damaged", train=32)
     path = trained / "damaged/train2017/000000000001.jpg"
     path.write_bytes(b"no image")

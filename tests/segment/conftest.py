@@ -1,4 +1,4 @@
-"""Real trainings on mmengine, as those of detection, with the same jobs and processes; and a tiny model."""
+"""A tiny data set in ADE20K's layout and a tiny segmentor."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def cfg(ade: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def model(cfg: Config) -> Any:
-    """Its norms have seen something, and its classifier has opinions."""
+    """With running statistics and a classifier that are not those of a new model."""
     init_default_scope("mmseg")
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)

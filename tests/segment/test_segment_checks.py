@@ -1,4 +1,4 @@
-"""Bad data of every kind, planted in a set that is right: one error that names it, or a number in the line."""
+"""Bad data of every kind, planted in a correct data set: one error that names it, or a number in the line."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ def paint(root: Path, number: int, label: int, rows: slice = slice(10, 12)) -> N
     Image.fromarray(mask).save(path)
 
 
-def test_a_set_that_is_right(root: Path):
+def test_correct_data_set(root: Path):
     cfg = config(root)
     train, val = check(cfg)
     assert train == "train_dataloader.dataset: 8 images, 8 of the masks read"
@@ -73,7 +73,7 @@ def colours(root: Path) -> None:
 
 
 def deep(root: Path) -> None:
-    """mmseg would take 256 for 0."""
+    """mmseg would read 256 as 0."""
     mask = np.array(Image.open(root / MASKS / name(1))).astype(np.uint16)
     mask[20] = 256
     Image.fromarray(mask).save(root / MASKS / name(1))
@@ -85,7 +85,7 @@ def empty(root: Path) -> None:
 
 
 def turned(root: Path) -> None:
-    """mmcv's decoder obeys this, and the mask lies still."""
+    """mmcv's decoder rotates the image, but not the mask."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = root / IMAGES / "00000000.jpg"
@@ -116,16 +116,16 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_is_wrong_is_an_error(root: Path, kind: str):
-    spoil, says = BAD[kind]
-    spoil(root)
-    with pytest.raises(ValueError, match=says) as caught:
+def test_bad_data_is_an_error(root: Path, kind: str):
+    damage, message = BAD[kind]
+    damage(root)
+    with pytest.raises(ValueError, match=message) as caught:
         check(config(root))
     assert str(caught.value).startswith("train_dataloader.dataset")
     assert "\n" not in str(caught.value)
 
 
-def test_everything_wrong_is_told_at_once(root: Path):
+def test_all_data_sets_are_reported_at_once(root: Path):
     no_mask(root)
     (root / "images" / "validation" / "00000001.jpg").write_text("oops")
     with pytest.raises(ValueError, match=r"00000005.png.*\nval_dataloader.dataset: .*00000001.jpg"):
@@ -133,7 +133,7 @@ def test_everything_wrong_is_told_at_once(root: Path):
 
 
 def test_labels_from_one(root: Path):
-    """With `reduce_zero_label` 0 and 255 are nothing, and the last class is one further."""
+    """With `reduce_zero_label` 0 and 255 are ignored, and labels begin at 1."""
     from_one(root)
     train, _ = check(config(root, reduce_zero_label=True))
     assert train.endswith("8 of the masks read")
@@ -142,8 +142,8 @@ def test_labels_from_one(root: Path):
         check(config(root, reduce_zero_label=True))
 
 
-def test_what_is_checked_is_what_mmseg_reads(root: Path):
-    """Its own loader's names, labels and classes, of masks with a palette and from 1."""
+def test_checks_read_masks_as_mmseg_does(root: Path):
+    """Compared with its own loader: names, labels and classes, of masks with a palette and labels from 1."""
     from mmseg.registry import DATASETS
 
     from downstream.segment.mask_counts import count_masks
@@ -151,7 +151,7 @@ def test_what_is_checked_is_what_mmseg_reads(root: Path):
     from_one(root)
     for path in (root / MASKS).iterdir():
         mask = Image.open(path)
-        mask.putpalette(list(range(255, -1, -1)) * 3)  # the colours of labels are not the labels
+        mask.putpalette(list(range(255, -1, -1)) * 3)  # colors of the labels, which are not read
         mask.save(path)
     cfg = config(root, reduce_zero_label=True)
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": [{"type": "LoadAnnotations"}]})
@@ -165,14 +165,14 @@ def test_what_is_checked_is_what_mmseg_reads(root: Path):
     assert loaded.metainfo["classes"] == CLASSES
 
 
-def test_odd_things_are_counted(root: Path):
+def test_unused_masks_and_small_images_are_counted(root: Path):
     Image.new("L", (128, 96), 255).save(root / MASKS / name(0))
     Image.new("L", (9, 9)).save(root / MASKS / "beside.png")
     (root / IMAGES / "._00000000.jpg").write_text("hidden")
     train, _ = check(config(root, scale=(256, 48)))
     assert train.endswith("1 masks have no image (not used), 1 masks without a labelled pixel")
-    # The short side is at most twice 40, which is more than 64; and at most twice 64 of a long side leave the third
-    # kind of image, 64 x 150, with 54 rows.
+    # The short side is resized to at most 2 * 40 > 64; with long sides of at most 2 * 64 the images of 64 x 150 have
+    # 54 rows.
     assert "never fill" not in check(config(root, scale=(256, 40)))[0]
     assert "2 images never fill a crop of 64 x 64 pixels and are padded" in check(config(root, scale=(64, 64)))[0]
 
@@ -197,7 +197,7 @@ def test_heads_and_classes_must_agree(root: Path):
         check(cfg)
 
 
-def test_settings_that_would_stop_mmseg_later(root: Path):
+def test_settings_that_mmseg_would_refuse_later(root: Path):
     cfg = config(root)
     cfg.val_dataloader.batch_size = 2
     with pytest.raises(
@@ -217,15 +217,15 @@ def test_settings_that_would_stop_mmseg_later(root: Path):
     check(cfg)
 
 
-def test_what_a_type_of_sets_has_by_itself(root: Path):
-    """Suffixes and `reduce_zero_label` of mmseg's classes, which a config need not repeat."""
+def test_defaults_of_a_data_set_type(root: Path):
+    """Suffixes and `reduce_zero_label` of mmseg's data set types, which a config need not repeat."""
     cfg = config(root, reduce_zero_label=None)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.pop("reduce_zero_label", None)
     cfg.train_dataloader.dataset.type = "CityscapesDataset"
     with pytest.raises(ValueError, match=r"no image \*_leftImg8bit.png in .*only .jpg"):
         check(cfg)
-    cfg.train_dataloader.dataset.type = "ADE20KDataset"  # three of whose classes are named otherwise
+    cfg.train_dataloader.dataset.type = "ADE20KDataset"  # it has 150 other classes
     assert "masks read" in check(cfg, ["val"])[0]
     paint(root, 0, 200)
     with pytest.raises(ValueError, match=r"labels 200 in .* with 150 classes .*=True they are 1 to 150"):
@@ -233,7 +233,7 @@ def test_what_a_type_of_sets_has_by_itself(root: Path):
 
 
 def test_lists_of_names(root: Path):
-    """mmseg's `ann_file`: masks of others are not missed, and names that are not there are."""
+    """mmseg's `ann_file`: other masks are not reported as unused, missing images are an error."""
     (root / "train.txt").write_text("00000001\n00000003\n")
     cfg = config(root)
     cfg.train_dataloader.dataset.ann_file = "train.txt"
@@ -243,7 +243,7 @@ def test_lists_of_names(root: Path):
         check(cfg)
 
 
-def test_a_training_reads_some_masks_and_the_command_all(root: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_training_reads_some_masks_and_the_command_reads_all(root: Path, capfd: pytest.CaptureFixture[str]):
     paint(root, 3, 9)  # of eight masks the even ones are read
     assert "8 images, 4 of the masks read" in check(config(root), opened=4)[0]
     sizes = [f"data_root={root}", "size=64", "stride=43", "scale=[256,64]"]
@@ -254,7 +254,7 @@ def test_a_training_reads_some_masks_and_the_command_all(root: Path, capfd: pyte
     assert "8 images, 8 of the masks read, no pixel of 1 classes: star" in capfd.readouterr().out
 
 
-def test_what_cannot_be_looked_into_is_said(root: Path):
+def test_data_that_cannot_be_checked_is_reported(root: Path):
     cfg = config(root)
     cfg.train_dataloader.dataset.type = "BaseCDDataset"
     cfg.val_dataloader.dataset.data_root = "s3://bucket/set"

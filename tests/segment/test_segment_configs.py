@@ -1,4 +1,4 @@
-"""Every config of downstream/segment/configs against the published recipe, and its head against what it does."""
+"""Every config of downstream/segment/configs against the published recipe, and against its own docstring."""
 
 import copy
 import functools
@@ -36,7 +36,7 @@ def load(name: str) -> Config:
     return cfg
 
 
-def test_all_that_was_promised_is_there():
+def test_every_promised_config_exists():
     upernet = {f"upernet_vit{a}_{m}_160k" for a in "blh" for m in ("lomar", "mae")}
     large = {f"upernet_vitl_{m}_160k_640" for m in ("lomar", "mae")}
     small = {f"upernet_vit{a}_lomar_160k_24gb" for a in "blh"}
@@ -80,7 +80,7 @@ def test_recipe_is_the_published_one(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_head_says_what_the_config_does(name: str):
+def test_docstring_agrees_with_the_config(name: str):
     cfg, head = load(name), (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     data = "camvid" if "tiny" in name else "ade"
     assert re.search(r"train_segmentor\.py (\S+) \\\s+start\.checkpoint=\S+ data_root=/data/" + data, head)[1] == name
@@ -94,7 +94,7 @@ def test_head_says_what_the_config_does(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_images_and_tests(name: str):
-    """Published crops and windows, ratios of both tests, ImageNet's numbers in RGB."""
+    """Published crops and windows, ratios of both evaluations, ImageNet's mean and deviation in RGB."""
     cfg = load(name)
     size = 256 if "tiny" in name else 640 if name.endswith("640") else 512
     scale, stride = (4 * size, size), {256: 170, 512: 341, 640: 426}[size]
@@ -122,7 +122,7 @@ def test_images_and_tests(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_fit_their_maps(name: str):
-    """Built without memory; four maps of UperNet, or the one of a linear head, at 512 pixels."""
+    """Built on the meta device; four maps for UperNet or one for a linear head, at 512 pixels."""
     cfg = load(name)
     import_modules_from_strings(**cfg.custom_imports)
     init_default_scope("mmseg")
@@ -147,7 +147,7 @@ def test_heads_fit_their_maps(name: str):
 
 
 @pytest.mark.parametrize("name", ["upernet_vitb_lomar_160k", "linear_vitb_mae_40k"])
-def test_ade20k_is_mmsegs(name: str):
+def test_ade20k_is_as_in_mmseg(name: str):
     cfg = load(name)
     for split, folder in (("train", "training"), ("val", "validation"), ("test", "validation")):
         dataset = cfg[f"{split}_dataloader"].dataset
@@ -156,8 +156,8 @@ def test_ade20k_is_mmsegs(name: str):
     assert cfg.val_evaluator.type == cfg.test_evaluator.type == "IoUMetric"
 
 
-def test_own_set_in_a_few_lines(tmp_path: Path):
-    """What the head of the base promises, read from there."""
+def test_own_data_set_in_a_few_lines(tmp_path: Path):
+    """The example in the docstring of the base config."""
     head = (CONFIGS / "_base_" / "upernet.py").read_text().split('"""')[1]
     lines = re.search(r"( {4}_base_ = .*?)\n\n", head, re.DOTALL)[1]
     own = tmp_path / "fields.py"
@@ -171,19 +171,19 @@ def test_own_set_in_a_few_lines(tmp_path: Path):
         assert dataset.data_prefix == {"img_path": f"{folder}/", "seg_map_path": f"{folder}_masks/"}
         assert (dataset.metainfo.classes, dataset.reduce_zero_label) == (("soil", "wheat"), False)
         assert dataset.pipeline[1 if split == "train" else 2].type == "LoadAnnotations"
-    override = re.search(r"data_root=\S+ classes=.*", head)[0].replace("'", "")
-    changes = re.match(r"(data_root=\S+) (classes=\[.*\]) (reduce_zero_label=\S+)", override).groups()
-    assert load_job("upernet_vitb_lomar_160k", list(changes), CONFIGS, propagate_keys).cfg.classes == [
+    typed = re.search(r"data_root=\S+ classes=.*", head)[0].replace("'", "")
+    overrides = re.match(r"(data_root=\S+) (classes=\[.*\]) (reduce_zero_label=\S+)", typed).groups()
+    assert load_job("upernet_vitb_lomar_160k", list(overrides), CONFIGS, propagate_keys).cfg.classes == [
         "soil",
         "wheat",
     ]
 
 
-def command(*changes: str) -> Config:
-    return load_job("upernet_vitb_mae_160k", list(changes), CONFIGS, propagate_keys).cfg
+def command(*overrides: str) -> Config:
+    return load_job("upernet_vitb_mae_160k", list(overrides), CONFIGS, propagate_keys).cfg
 
 
-def test_sizes_reach_every_place():
+def test_sizes_reach_every_key():
     cfg = command("size=320", "stride=200", "scale=[900,300]", "data_root=/data/mine")
     assert cfg.model.data_preprocessor.size == cfg.model.backbone.img_size == cfg.model.test_cfg.crop_size == (320, 320)
     assert cfg.model.test_cfg.stride == (200, 200)
@@ -192,14 +192,14 @@ def test_sizes_reach_every_place():
     scaled += [step for step in flatten_steps(cfg.tta_pipeline) if "scale" in step]
     assert [step.scale for step in scaled] == [(900, 300)] * 8
     assert cfg.test_dataloader.dataset.data_root == "/data/mine"
-    cfg.size, cfg.stride = (320, 640), [200, 400]  # from a file: high and wide
+    cfg.size, cfg.stride = (320, 640), [200, 400]  # from a file: (height, width)
     propagate_keys(cfg)
     assert (cfg.model.backbone.img_size, cfg.model.test_cfg.stride) == ((320, 640), (200, 400))
     assert command("model.test_cfg.mode=whole", "size=320").model.test_cfg.mode == "whole"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("override", "message"),
     [
         ("classes=person", "classes='person': give different names"),
         ('classes=["a", "a"]', "give different names in the order of the annotations"),
@@ -213,7 +213,7 @@ def test_sizes_reach_every_place():
         ("tta=true", "tta=True: it is for evaluations: give test=FILE as well"),
     ],
 )
-def test_refused_change(change: str, words: str):
-    classes = [] if change.startswith("classes") else ['classes=["a", "b"]']
-    with pytest.raises(ValueError, match=re.escape(words)):
-        command(*classes, change)
+def test_refused_override(override: str, message: str):
+    classes = [] if override.startswith("classes") else ['classes=["a", "b"]']
+    with pytest.raises(ValueError, match=re.escape(message)):
+        command(*classes, override)

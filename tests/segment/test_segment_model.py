@@ -1,4 +1,4 @@
-"""The tiny config as mmseg builds it: its maps, its windows, its numbers."""
+"""The tiny config as mmseg builds it: its maps, its windows, its metrics."""
 
 import copy
 import math
@@ -42,8 +42,8 @@ def test_strides_of_the_maps(model: Any):
 
 
 @torch.no_grad()
-def test_each_scale_comes_from_its_own_block_and_place(model: Any):
-    """The map of stride 16 is the third block's as it is; nothing is shifted by the others."""
+def test_each_scale_comes_from_its_block_and_is_aligned(model: Any):
+    """The map of stride 16 is the third block's output itself; resizing shifts none of the others."""
     maps = [m.requires_grad_(False) for m in model.backbone(images(64, 64))]
     assert torch.equal(model.neck(maps)[2], maps[2])
     for number, stride in enumerate((4, 8, 16, 32)):
@@ -57,7 +57,7 @@ def test_each_scale_comes_from_its_own_block_and_place(model: Any):
 
 
 def slide_naively(model: Any, image: torch.Tensor, crop: int, stride: int) -> np.ndarray:
-    """(3, H, W) -> (classes, H, W): the mean, in float64, of all windows that see a pixel; the last ones lie inside."""
+    """(3, H, W) -> (classes, H, W): the float64 mean over all windows with a pixel; the last ones end at the border."""
     _, height, width = image.shape
     total, seen = np.zeros((len(CLASSES), height, width)), np.zeros((height, width))
     tops = {min(number * stride, max(height - crop, 0)) for number in range(math.ceil(height / stride))}
@@ -75,13 +75,13 @@ def slide_naively(model: Any, image: torch.Tensor, crop: int, stride: int) -> np
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 129), (107, 150), (150, 64), (33, 200)])
 @torch.no_grad()
-def test_sliding_windows_are_a_naive_loop(model: Any, size: tuple[int, int]):
-    """Through the preprocessor, which pads to strides of 32: of any aspect, and smaller than a window."""
+def test_sliding_windows_equal_a_naive_loop(model: Any, size: tuple[int, int]):
+    """With the preprocessor, which pads to strides of 32; of any aspect ratio, and smaller than a window."""
     height, width = size
     image = images(height, width)[0]
     sample = SegDataSample(metainfo={"ori_shape": size, "img_shape": size})
     kept = model.data_preprocessor.mean, model.data_preprocessor.std
-    pixels = image[[2, 1, 0]] * kept[1].flip(0) + kept[0].flip(0)  # its decoder makes BGR
+    pixels = image[[2, 1, 0]] * kept[1].flip(0) + kept[0].flip(0)  # mmseg reads images as BGR
     (found,) = model.test_step({"inputs": [pixels], "data_samples": [sample]})
     padded = F.pad(image, (0, -width % 32, 0, -height % 32))
     expected = slide_naively(model, padded, 64, 43)[:, :height, :width]
@@ -91,7 +91,7 @@ def test_sliding_windows_are_a_naive_loop(model: Any, size: tuple[int, int]):
 
 @torch.no_grad()
 def test_whole_images_of_any_aspect(model: Any, cfg: Config):
-    """Without windows; logits come back at the size of the file."""
+    """Without windows; logits have the size of the file."""
     model.test_cfg.mode = "whole"
     try:
         batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
@@ -108,13 +108,13 @@ def test_whole_images_of_any_aspect(model: Any, cfg: Config):
         model.test_cfg.mode = "slide"
 
 
-def test_measures_are_a_loop_over_pixels():
+def test_metrics_equal_a_loop_over_pixels():
     rng = np.random.default_rng(0)
     metric = IoUMetric()
     metric.dataset_meta = {"classes": ("a", "b", "c", "d")}
     hits, truth, guess, labelled = np.zeros(4), np.zeros(4), np.zeros(4), 0
     for size in ((7, 9), (5, 4)):
-        label = rng.integers(0, 3, size)  # no pixel is a d: its IoU and accuracy are of nothing, and left out
+        label = rng.integers(0, 3, size)  # no pixel is a d: it has no IoU and no accuracy, and is left out
         label[0] = 255
         predicted = rng.integers(0, 3, size)
         sample = {"pred_sem_seg": {"data": torch.tensor(predicted)}, "gt_sem_seg": {"data": torch.tensor(label)}}
@@ -135,8 +135,8 @@ def test_measures_are_a_loop_over_pixels():
 
 @pytest.mark.parametrize("kind", ["relative", "sincos"])
 @torch.no_grad()
-def test_every_map_is_the_encoders(kind: str, tmp_path: Path):
-    """At 224 and at 512 pixels, behind each block that comes out."""
+def test_every_map_equals_the_encoders(kind: str, tmp_path: Path):
+    """At 224 and at 512 pixels, of each returned block."""
     torch.manual_seed(0)
     encoder = ViT("vit_tiny", 16, (14, 14), kind == "relative")
     for name, parameter in encoder.named_parameters():
@@ -159,8 +159,8 @@ def test_every_map_is_the_encoders(kind: str, tmp_path: Path):
             torch.testing.assert_close(found, on_grid, rtol=1e-9, atol=1e-9)
 
 
-def test_an_early_map_that_is_not_the_encoders_is_found(tmp_path: Path):
-    """What is lost behind an early block alone: its map comes out of another block than it is said to."""
+def test_a_wrong_early_map_is_found(tmp_path: Path):
+    """One map is that of another block than `out_indices` says."""
     torch.manual_seed(0)
     encoder = ViT("vit_tiny", 16, (2, 2))
     facts = {"arch": "vit_tiny", "patch_size": "16", "image_size": "32x32", "position": "relative"}
@@ -179,7 +179,7 @@ def test_an_early_map_that_is_not_the_encoders_is_found(tmp_path: Path):
 
 
 def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)  # of what is dropped
+    torch.manual_seed(0)  # for dropout and drop path
     model.train().zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         total, terms = model.parse_losses(model(**model.data_preprocessor(copy.deepcopy(batch), True), mode="loss"))
@@ -188,7 +188,7 @@ def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, to
 
 
 def test_training_step_in_both_precisions(model: Any, cfg: Config):
-    """Every parameter gets a finite fp32 gradient; under bf16 neck and logits are fp32, as the heads are told."""
+    """Every parameter gets a finite fp32 gradient; under bf16 neck and logits return fp32."""
     own = copy.deepcopy(model)
     Fp32OutputsHook().before_train(SimpleNamespace(model=own))
     handed = {}
@@ -209,7 +209,7 @@ def test_training_step_in_both_precisions(model: Any, cfg: Config):
         assert parameter.grad.isfinite().all(), name
 
 
-def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, ade: Path):
+def test_pixels_are_standardized_as_in_pretraining(model: Any, cfg: Config, ade: Path):
     batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
     seen = model.data_preprocessor(batch, False)["inputs"][0]
     image = Image.open(ade / "images/validation/00000000.jpg").resize((85, 64), Image.BILINEAR)
@@ -219,7 +219,7 @@ def test_pixels_are_standardised_as_in_pretraining(model: Any, cfg: Config, ade:
     assert not seen[:, :, 85:].any()
 
 
-def test_frozen_encoder_is_never_in_training(cfg: Config):
+def test_frozen_encoder_is_always_in_eval_mode(cfg: Config):
     torch.manual_seed(0)
     frozen = PlainViT(
         "vit_tiny", 16, 64, window_size=0, class_token=True, out_indices=OUT, drop_path_rate=0.9, frozen=True
@@ -232,7 +232,7 @@ def test_frozen_encoder_is_never_in_training(cfg: Config):
 
 
 @torch.no_grad()
-def test_linear_head_is_a_norm_and_a_matrix():
+def test_linear_head_is_a_norm_and_a_linear_layer():
     Config.fromfile(CONFIG)  # registers the head
     head = MODELS.build({
         "type": "LinearHead", "in_channels": 8, "in_index": 0, "num_classes": 3, "norm_cfg": {"type": "RankBN"},
@@ -242,9 +242,9 @@ def test_linear_head_is_a_norm_and_a_matrix():
     head.conv_seg.weight.normal_()
     x = torch.randn(2, 8, 5, 4)
     norm = head.norm
-    spread = (x - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
+    normalized = (x - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
     expected = (
-        torch.einsum("ncyx,kc->nkyx", spread, head.conv_seg.weight[:, :, 0, 0]) + head.conv_seg.bias[:, None, None]
+        torch.einsum("ncyx,kc->nkyx", normalized, head.conv_seg.weight[:, :, 0, 0]) + head.conv_seg.bias[:, None, None]
     )
     torch.testing.assert_close(head.eval()([x]), expected, rtol=1e-4, atol=1e-5)
     assert sum(parameter.numel() for parameter in head.parameters()) == 8 * 3 + 3 + 2 * 8

@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
     engine = write_engines(root)
     short = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
     jobs: dict[str, list[str]] = {}
-    # In this order: ZeRO-3 exchanges torch's linear layer in a process for good, for one that rounds otherwise.
+    # In this order: ZeRO-3 replaces torch's linear layer in a process for good, by one that rounds differently.
     for name, rank in (("plain", 1), ("zero1", None), ("zero2", None), ("zero3", 0)):
         jobs[name] = [encoder, *engine[name]]
         if rank is not None:
@@ -114,15 +114,15 @@ def test_bf16_keeps_fp32_weights(folder: Path):
     assert logged(content, "loss")[0] != whole
 
 
-def test_a_file_measures_what_the_training_measured(folder: Path):
-    """In ZeRO-3's training by a copy that the ranks' parts fill; here by the plain Runner from the file."""
+def test_a_checkpoint_evaluates_as_in_training(folder: Path):
+    """In ZeRO-3's training by a copy that is filled from the ranks' parts; here by mmengine's Runner from the file."""
     (log,) = (folder / "tested").glob("*/*.json")
     tested = json.loads(log.read_text().splitlines()[-1])
     (row,) = evaluations(folder / "zero3")
     assert [tested[name] for name in ("mIoU", "mAcc", "aAcc")] == [row[name] for name in ("mIoU", "mAcc", "aAcc")]
 
 
-def test_augmented_test_sees_other_images(folder: Path):
+def test_test_time_augmentation_changes_the_result(folder: Path):
     assert ended_with(folder, "augmented") == ""
     (log,) = (folder / "augmented").glob("*/*.json")
     (row,) = evaluations(folder / "plain")
@@ -132,8 +132,8 @@ def test_augmented_test_sees_other_images(folder: Path):
 
 
 @pytest.mark.parametrize("name", ["frozen plain", "frozen zero3", "linear"])
-def test_frozen_encoder_stays(folder: Path, name: str):
-    """What is saved of it is what was loaded, and the optimiser knows the rest alone."""
+def test_frozen_encoder_does_not_change(folder: Path, name: str):
+    """It is saved as it was loaded, and the optimizer has only the other parameters."""
     content = last_checkpoint(folder / folder_name(name))
     encoder = load_file(folder / "encoder.safetensors")
     state = content["state_dict"]
@@ -145,7 +145,7 @@ def test_frozen_encoder_stays(folder: Path, name: str):
     assert len(set(logged(content, "loss"))) == 2
 
 
-def test_frozen_is_the_same_with_and_without_zero(folder: Path):
+def test_zero_trains_a_frozen_encoders_head_as_the_plain_runner(folder: Path):
     plain, zero = last_checkpoint(folder / "frozen-plain"), last_checkpoint(folder / "frozen-zero3")
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     assert_same_weights(zero, plain, rtol=1e-4, atol=1e-5)
@@ -166,10 +166,10 @@ def run(*command: str, overrides: list[str], cwd: Path) -> str:
 STILL = ["model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0", "model.backbone.drop_path_rate=0"]
 
 
-def test_numbers_of_ranks_agree(folder: Path, tmp_path: Path):
-    """Two ranks with two images each, and one with all: with norms over all ranks, one training.
+def test_one_and_two_ranks_train_alike(folder: Path, tmp_path: Path):
+    """Two ranks with two images each train as one with all four, since norms are over all ranks.
 
-    What a model draws by itself differs from rank to rank, so there is none of it.
+    Dropout and drop path, which are drawn for each rank, are off.
     """
     common = [
         f"data_root={folder}/data",

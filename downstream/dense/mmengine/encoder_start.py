@@ -19,8 +19,9 @@ def set_start(cfg: Any, checkpoint: str | None, weights: str | None) -> None:
         return
     backbone: Any = cfg.model.get("backbone") or {}
     if backbone.get("type") != "PlainViT":
+        typed = f"start.checkpoint={checkpoint}" if checkpoint else f"start.weights={weights}"
         raise ValueError(
-            f"start.checkpoint={checkpoint} is for model.backbone.type=PlainViT, and this is {backbone.get('type')}: "
+            f"{typed} is for model.backbone.type=PlainViT, and this is {backbone.get('type')}: "
             f"give load_from=FILE for the weights of a whole model"
         )
     before = [init for init in _init_cfgs(backbone) if init.get("type") == _TYPE]

@@ -196,7 +196,7 @@ def _ds_settings(cfg: Config, ds_config: str, world: World) -> dict[str, Any]:
 
 
 def _check_steps(cfg: Config) -> int:
-    """The micro-batches of an optimiser step, which must divide what is counted in iterations."""
+    """The micro-batches of an optimizer step; ValueError where it does not divide what is counted in iterations."""
     accumulation = int(cfg.optim_wrapper.accumulative_counts)
     if not by_epoch(cfg):
         counted = {

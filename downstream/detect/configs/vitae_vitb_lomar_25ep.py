@@ -1,4 +1,4 @@
-"""As vitdet_vitb_lomar_25ep, with ViTAE's branch of convolutions beside the attention of each block.
+"""As vitdet_vitb_lomar_25ep, with ViTAE's convolutions parallel to the attention of each block.
 
     deepspeed downstream/detect/train_detector.py vitae_vitb_lomar_25ep \
         start.checkpoint=runs/my-run data_root=/data/coco

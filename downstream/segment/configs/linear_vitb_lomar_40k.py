@@ -4,8 +4,8 @@
         start.checkpoint=runs/my-run data_root=/data/ade
 
 A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
-it stays 16. DINOv2's linear protocol: batch normalisation and one matrix, AdamW with a learning rate of 1e-3 and a
-weight decay of 1e-4. No published number for LoMaR. Not run by us.
+it stays 16. DINOv2's linear protocol: batch normalization and one linear layer, AdamW with a learning rate of 1e-3 and
+a weight decay of 1e-4. No published number for LoMaR. Not run by us.
 """
 
 _base_ = ["_base_/upernet.py"]

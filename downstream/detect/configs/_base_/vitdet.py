@@ -1,12 +1,12 @@
-"""ViTDet Mask R-CNN on ViT-B, COCO at 1024 pixels with large-scale jitter: mmdet's own, but for what stands here.
+"""ViTDet Mask R-CNN on ViT-B, COCO at 1024 pixels with large-scale jitter: mmdet's own configs with these changes.
 
-Your own set in COCO's format, by overrides if it has COCO's layout (`annotations/instances_{train,val}2017.json`,
-`train2017/`, `val2017/`):
+A data set of your own in COCO's format needs overrides only if it has COCO's layout
+(`annotations/instances_{train,val}2017.json`, `train2017/`, `val2017/`):
 
     data_root=/data/birds classes='["robin", "wren"]'
 
-or by a config of your own. Classes are named in the order of the annotation file. `data_root` and `classes` are put
-wherever mmdet wants them (data sets, evaluators, heads) when our commands read the file:
+and else a config of your own. Classes are named in the order of the annotation file. `data_root` and `classes` are
+copied to wherever mmdet reads them (data sets, evaluators, heads) when our commands load the config:
 
     _base_ = ["vitdet_vitb_lomar_25ep.py"]    # or its path
     data_root = "/data/birds/"
@@ -16,7 +16,7 @@ wherever mmdet wants them (data sets, evaluators, heads) when our commands read 
     test_dataloader = val_dataloader
 
 Where the published recipe (detectron2's `mask_rcnn_vitdet_b_100ep`) and mmdet's defaults differ, this follows the
-former: 1024 pixels in training and test, padded to the whole square; two convolutions in the RPN, layer norm in the
+former: 1024 pixels in training and evaluation, padded to a square; two convolutions in the RPN, layer norm in the
 heads; gradients are not clipped.
 """
 
@@ -36,8 +36,8 @@ size = 1024
 norm = dict(type="LN2d")
 
 model = dict(
-    # mmdet's mean and deviation are ImageNet's in 0 to 255 and RGB, as in pretraining; its pixels are read as BGR.
-    # Padding to a multiple of the whole size makes every batch the square that the backbone was built for.
+    # mmdet's mean and deviation are ImageNet's in 0 to 255 and RGB, as in pretraining; it reads pixels as BGR.
+    # Padding to a multiple of the image size makes every batch the square that the backbone is built for.
     data_preprocessor=dict(pad_size_divisor=size),
     backbone=dict(
         _delete_=True,
@@ -70,7 +70,7 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=4,
     num_workers=8,
-    dataset=dict(  # mmdet repeats it four times an epoch; here an epoch is an epoch
+    dataset=dict(  # mmdet repeats it four times per epoch; here it is read once
         _delete_=True,
         type="CocoDataset",
         data_root=data_root,
@@ -83,8 +83,8 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=4, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# bf16 needs no loss scale, having the range of fp32, and its autocast keeps weights, norms, gradients and AdamW's
-# states in fp32; a gradient that is not finite refuses the step. detectron2's recipe is in fp16.
+# bf16 has the range of fp32 and needs no loss scale; autocast keeps weights, norms, gradients and AdamW's states in
+# fp32; a step with a gradient that is not finite is skipped. detectron2's recipe is in fp16.
 optim_wrapper = dict(
     _delete_=True,
     type="AmpOptimWrapper",
@@ -104,6 +104,6 @@ schedule_100ep = [warm_up, dict(type="MultiStepLR", by_epoch=True, begin=0, end=
 param_scheduler = schedule_25ep
 train_cfg = dict(max_epochs=25, val_interval=5)
 
-default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))  # save_best="coco/segm_mAP" keeps the best as well
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))  # save_best="coco/segm_mAP" also keeps the best
 visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
 randomness = dict(seed=0)

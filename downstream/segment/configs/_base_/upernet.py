@@ -1,13 +1,13 @@
-"""UperNet on ViT-B, ADE20K at 512 pixels, 160k iterations: mmseg's own, but for what stands here.
+"""UperNet on ViT-B, ADE20K at 512 pixels, 160k iterations: mmseg's own configs with these changes.
 
-Your own set, by overrides if it has ADE20K's layout (`images/{training,validation}/*.jpg`,
-`annotations/{training,validation}/*.png`, a class's number in each pixel of a mask, 255 where there is none):
+A data set of your own needs overrides only if it has ADE20K's layout (`images/{training,validation}/*.jpg`,
+`annotations/{training,validation}/*.png`, the number of a class in each pixel of a mask, 255 where it has none):
 
     data_root=/data/fields classes='["soil", "wheat"]' reduce_zero_label=false
 
-or by a config of your own. Classes are named in the order of their numbers, from 0, or from 1 with
-`reduce_zero_label=true`, where 0 is none, as in ADE20K. What stands at the top is put wherever mmseg wants it (data
-sets, pipelines, heads, windows) when our commands read the file:
+and else a config of your own. Classes are named in the order of their numbers, from 0, or from 1 with
+`reduce_zero_label=true`, where 0 is no class, as in ADE20K. The keys at the top are copied to wherever mmseg reads them
+(data sets, pipelines, heads, windows) when our commands load the config:
 
     _base_ = ["upernet_vitb_lomar_160k.py"]    # or its path
     data_root = "/data/fields/"
@@ -17,9 +17,9 @@ sets, pipelines, heads, windows) when our commands read the file:
     val_dataloader = dict(dataset=dict(data_prefix=dict(img_path="val/", seg_map_path="val_masks/")))
     test_dataloader = val_dataloader
 
-The recipe is mmseg's `mae-base_upernet_8xb2-amp-160k_ade20k-512x512`, which has the numbers of LUT's Table E. Two
+The recipe is mmseg's `mae-base_upernet_8xb2-amp-160k_ade20k-512x512`, with the settings of LUT's Table E. Two
 things differ: relative position is the encoder's own (LoMaR's) or ViTDet's, from zero (MAE's encoders), and precision
-is bf16. The last map is normed as in pretraining; those of other blocks are as they are.
+is bf16. The last map is normalized as in pretraining; those of other blocks are not.
 """
 
 _base_ = [
@@ -47,8 +47,8 @@ norm = dict(type="RankBN")
 dim = 768
 
 model = dict(
-    # mmseg's mean and deviation are ImageNet's in 0 to 255 and RGB, as in pretraining; its pixels are read as BGR.
-    # Images of a test are padded until the coarsest map, of stride 32, has whole pixels.
+    # mmseg's mean and deviation are ImageNet's in 0 to 255 and RGB, as in pretraining; it reads pixels as BGR.
+    # Images of an evaluation are padded to a multiple of the stride of the coarsest map, 32.
     data_preprocessor=dict(size=(size, size), test_cfg=dict(size_divisor=32)),
     backbone=dict(
         _delete_=True,
@@ -84,10 +84,10 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations"),  # behind the resize: masks keep their size
+    dict(type="LoadAnnotations"),  # after the resize: masks keep their size
     dict(type="PackSegInputs"),
 ]
-# With `tta=true`. Ratios are of the test's own scale, as BEiT's and MAE's, not of the files' sizes, as mmseg's.
+# With `tta=true`. Ratios are of `scale`, as in BEiT and MAE, not of the files' sizes, as in mmseg.
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
@@ -107,8 +107,8 @@ train_dataloader = dict(batch_size=2, num_workers=8, dataset=dict(pipeline=train
 val_dataloader = dict(batch_size=1, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# bf16 needs no loss scale, having the range of fp32, and its autocast keeps weights, norms, gradients and AdamW's
-# states in fp32; a gradient that is not finite refuses the step.
+# bf16 has the range of fp32 and needs no loss scale; autocast keeps weights, norms, gradients and AdamW's states in
+# fp32; a step with a gradient that is not finite is skipped.
 optim_wrapper = dict(
     _delete_=True,
     type="AmpOptimWrapper",
@@ -125,8 +125,8 @@ param_scheduler = [
 ]
 train_cfg = dict(max_iters=160000, val_interval=16000)
 
-# save_best="mIoU" keeps the best as well. A lost node costs 2000 iterations.
+# save_best="mIoU" also keeps the best. A lost node costs at most 2000 iterations.
 default_hooks = dict(checkpoint=dict(interval=2000, max_keep_ckpts=2))
 visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
-env_cfg = dict(cudnn_benchmark=False)  # or a training that continues would not have the same bits
+env_cfg = dict(cudnn_benchmark=False)  # or a resumed training would not have the same bits
 randomness = dict(seed=0)
