@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import importlib
+import inspect
 import itertools
 import re
 import shlex
@@ -110,10 +112,11 @@ def test_commands_run_what_exists(path: Path):
         target, arguments = split_command(words) or (None, [])
         if target is None or not re.match(rf"(?:{FOLDERS})[/.]", target):
             continue
-        file = target if "/" in target else target.replace(".", "/") + ".py"
-        package = ROOT / target.replace(".", "/") / "__main__.py"
-        assert (ROOT / file).is_file() or package.is_file(), f"{target}: no such command"
-        parsers = "".join(parser.read_text() for parser in (ROOT / file).parent.glob("*.py"))
+        module = target.replace(".", "/")
+        files = [target] if "/" in target else [f"{module}.py", f"{module}/__main__.py"]
+        file = next((ROOT / name for name in files if (ROOT / name).is_file()), None)
+        assert file, f"{target}: no such command"
+        parsers = "".join(parser.read_text() for parser in file.parent.glob("*.py"))
         for option in (word for word in arguments if word.startswith("--")):
             assert f'"{option}"' in parsers, f"{target} {option}: no such option"
         if target in SHIPPED and arguments:
@@ -163,6 +166,20 @@ def refusal(load: Callable[[str, list[str]], Any], recipe: str, overrides: list[
     except ValueError as error:
         return str(error)
     return None
+
+
+@named(sorted(ROOT.glob("docs/*.md")))
+def test_python_calls_what_exists(path: Path):
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        tree, there = ast.parse(block), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                there |= {name.name: getattr(module, name.name) for name in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in there:
+                keywords = {keyword.arg or "": None for keyword in node.keywords}
+                inspect.signature(there[node.func.id]).bind(*node.args, **keywords)
 
 
 # Files
