@@ -12,6 +12,7 @@ from data.transforms import Box
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP")
+CHANNELS = 3  # of every image: RGB
 
 # Pillow warns from 89 megapixels on, once per worker; our own limit refuses the image instead.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

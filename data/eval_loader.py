@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import BadImage, decode
+from data.decode import CHANNELS, BadImage, decode
 from data.image_folder import Samples, reader_of
 from data.transforms import center_crop
 from data.workers import in_workers
@@ -101,7 +101,7 @@ class _CropDecoder:
         self._box = functools.partial(center_crop, aspect=size[1] / size[0], fraction=crop_fraction(size))
 
     def __call__(self, indices: np.ndarray) -> EvalBatch:
-        images = torch.zeros((len(indices), *self._size, 3), dtype=torch.uint8)
+        images = torch.zeros((len(indices), *self._size, CHANNELS), dtype=torch.uint8)
         pixels, readable = images.numpy(), np.zeros(len(indices), bool)
         labels = np.full(len(indices), -1, np.int64)
         for i, sample in enumerate(indices.tolist()):

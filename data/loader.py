@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.augment import color_jitter, rand_augment, three_augment
-from data.decode import BadImage, decode
+from data.decode import CHANNELS, BadImage, decode
 from data.index import Index
 from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
 from data.reader import ShardReader
@@ -154,7 +154,7 @@ class _MicroBatchDecoder:
 
     def __call__(self, request: _Request) -> Batch:
         epoch, samples = request
-        images = torch.empty((len(samples), len(self._augmentations), *self._size, 3), dtype=torch.uint8)
+        images = torch.empty((len(samples), len(self._augmentations), *self._size, CHANNELS), dtype=torch.uint8)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
         for i, sample in enumerate(samples.tolist()):

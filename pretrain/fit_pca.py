@@ -19,7 +19,7 @@ from data.index import load_index
 from data.loader import Loader
 from data.parallel import default_workers, report_errors
 from pretrain.methods.targets.pca import principal_components
-from pretrain.models.patches import normalize_pixels, patchify
+from pretrain.models.patches import normalize_pixels, patchify, values_per_patch
 
 BATCH = 32  # limits memory: 32 crops of 224 px are 6272 patches, 38 MB in float64
 
@@ -53,7 +53,7 @@ def fit(
     Raises:
         ValueError: settings that do not fit together, or unusable shards.
     """
-    num_values = patch**2 * 3
+    num_values = values_per_patch(patch)
     if min(patch, images) < 1:
         raise ValueError(f"--patch {patch} and --images {images} must be at least 1")
     if size % patch:
@@ -98,7 +98,8 @@ def main() -> int:
         save_file(tensors, temporary)
         temporary.replace(out)
         print(
-            f"{out}: {options['components']} of {options['patch'] ** 2 * 3} components, {explained:.1%} of the variance"
+            f"{out}: {options['components']} of {values_per_patch(options['patch'])} components, "
+            f"{explained:.1%} of the variance"
         )
         print(f"target.name=pca target.file={out}")
         print(f"target.sha256={hashlib.sha256(out.read_bytes()).hexdigest()}")

@@ -1,5 +1,9 @@
 """What the docs name exists: links, commands with their recipes and values, files, configuration keys."""
 
+import ast
+import functools
+import importlib
+import inspect
 import itertools
 import re
 import shlex
@@ -108,9 +112,13 @@ def test_commands_run_what_exists(path: Path):
         target, arguments = split_command(words) or (None, [])
         if target is None or not re.match(rf"(?:{FOLDERS})[/.]", target):
             continue
-        file = target if "/" in target else target.replace(".", "/") + ".py"
-        package = ROOT / target.replace(".", "/") / "__main__.py"
-        assert (ROOT / file).is_file() or package.is_file(), f"{target}: no such command"
+        module = target.replace(".", "/")
+        files = [target] if "/" in target else [f"{module}.py", f"{module}/__main__.py"]
+        file = next((ROOT / name for name in files if (ROOT / name).is_file()), None)
+        assert file, f"{target}: no such command"
+        parsers = "".join(parser.read_text() for parser in file.parent.glob("*.py"))
+        for option in (word for word in arguments if word.startswith("--")):
+            assert f'"{option}"' in parsers, f"{target} {option}: no such option"
         if target in SHIPPED and arguments:
             check_arguments(target, arguments)
 
@@ -128,10 +136,27 @@ def check_arguments(target: str, arguments: list[str]) -> None:
         grid = [value for option, value in itertools.pairwise(overrides) if option == "--grid"]
         keys = [word for word in overrides if "=" in word and word not in grid]
         configure(recipe, keys, parse_grid(grid))
-    elif suffix == "yaml":
+    elif suffix == "py":
+        texts = [path.read_text() for path in [shipped, *shipped.parent.glob("_base_/*.py")]]
+        for key in (word.partition("=")[0] for word in overrides if "=" in word):
+            of_mmengine = any(re.search(rf"^{key.split('.')[0]} = ", text, re.MULTILINE) for text in texts)
+            assert key in run_keys() or of_mmengine, f"{target} {name} {key}=: no such key"
+    else:
         problem = refusal(load_pretrain if target == "pretrain/run.py" else load_finetune, recipe, overrides)
         # Files that the reader has, and keys that a command that is no whole one leaves out.
         assert problem is None or re.search(r"'?/data/|is not set", problem), problem
+
+
+@functools.cache
+def run_keys() -> set[str]:
+    """The keys that detection and segmentation add to mmengine's; read without mmengine."""
+    source = (ROOT / "downstream/dense/mmengine/config_file.py").read_text()
+    (value,) = (
+        node.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "_RUN_KEYS"
+    )
+    return set(ast.literal_eval(value))
 
 
 def refusal(load: Callable[[str, list[str]], Any], recipe: str, overrides: list[str]) -> str | None:
@@ -141,6 +166,20 @@ def refusal(load: Callable[[str, list[str]], Any], recipe: str, overrides: list[
     except ValueError as error:
         return str(error)
     return None
+
+
+@named(sorted(ROOT.glob("docs/*.md")))
+def test_python_calls_what_exists(path: Path):
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        tree, there = ast.parse(block), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                there |= {name.name: getattr(module, name.name) for name in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in there:
+                keywords = {keyword.arg or "": None for keyword in node.keywords}
+                inspect.signature(there[node.func.id]).bind(*node.args, **keywords)
 
 
 # Files

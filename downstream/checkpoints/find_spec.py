@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from data.decode import CHANNELS
 from downstream.checkpoints.files import Source
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS
@@ -62,8 +63,8 @@ def count_blocks(state: Iterable[str]) -> int:
 
 def _find_patch_size(path: Path, state: Mapping[str, Tensor]) -> int:
     shape = tuple(state["patch_embed.proj.weight"].shape)
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-        raise ValueError(f"{path} embeds patches by {shape}; this encoder has square patches of 3 channels")
+    if len(shape) != 4 or shape[1] != CHANNELS or shape[2] != shape[3]:
+        raise ValueError(f"{path} embeds patches by {shape}; this encoder has square patches of {CHANNELS} channels")
     return int(shape[2])
 
 

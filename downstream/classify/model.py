@@ -11,6 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from data.decode import CHANNELS
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.formats import translate
 from downstream.checkpoints.timm_models import LoMaRViT
@@ -68,7 +69,7 @@ def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any)
     """
     dim, depth, heads = ARCHS[encoder.arch]
     options |= {"patch_size": encoder.patch_size, "img_size": encoder.image_size, "global_pool": pool}
-    options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes}
+    options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes, "in_chans": CHANNELS}
     if encoder.position == "sincos":
         return VisionTransformer(**options)
     return LoMaRViT(position=encoder.position, **options)

@@ -19,7 +19,7 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import Decoder, check_heads
-from pretrain.models.patches import normalize_pixels, patchify, unpatchify
+from pretrain.models.patches import normalize_pixels, patchify, unpatchify, values_per_patch
 from pretrain.models.vit import Arch, ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -42,7 +42,7 @@ def centered_blocks(images: Tensor, patch_size: int, block_size: int) -> Tensor:
     channels = images.permute(0, 3, 1, 2).float()
     padded = F.pad(channels, (margin,) * 4, mode="reflect").to(images.dtype)
     blocks = padded.unfold(2, block_size, patch_size).unfold(3, block_size, patch_size)  # (B, 3, rows, cols, k, k)
-    return blocks.permute(0, 2, 3, 4, 5, 1).reshape(len(images), -1, block_size * block_size * 3)
+    return blocks.permute(0, 2, 3, 4, 5, 1).reshape(len(images), -1, values_per_patch(block_size))
 
 
 class AutoEncoder(Method):
@@ -83,7 +83,7 @@ class AutoEncoder(Method):
         super().__init__(config, encoder, target)
         self.config, self.encoder, self.target = config, encoder, target
         arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
-        num_outputs = config.block_size**2 * 3
+        num_outputs = values_per_patch(config.block_size)
         self.decoder = Decoder(encoder.arch.dim, arch, encoder.grid, num_outputs, mask_tokens=False)
 
     def mask_sampler(self) -> MaskSampler:
@@ -110,7 +110,7 @@ class AutoEncoder(Method):
         rendered = self.target.render(self._predict(images), truth)
         return {"original": images} | {
             name: unpatchify(
-                blocks.unflatten(2, (block_size, block_size, 3))[:, :, center, center].flatten(2), self.encoder.grid
+                blocks.unflatten(2, (block_size, block_size, -1))[:, :, center, center].flatten(2), self.encoder.grid
             )
             for name, blocks in rendered.items()
         }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
-from pretrain.methods.targets import PatchTarget, PixelsConfig, TargetConfig
+from pretrain.methods.targets import TARGETS, PatchTarget, PixelsConfig, TargetConfig
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.schema import Section
@@ -45,14 +45,14 @@ class Method(nn.Module, ABC):
 
     Attributes:
         add_ons: names of the add-ons that are defined for the method.
-        targets: names of the targets that it can predict.
+        targets: names of the targets that it can predict; all of them unless it says otherwise.
         default_target: the target if the configuration names none.
         encoder: the model to pretrain.
     """
 
     Config: ClassVar[type[MethodConfig]]
     add_ons: ClassVar[frozenset[str]] = frozenset()
-    targets: ClassVar[frozenset[str]] = frozenset({"pixels", "pca", "tokens"})
+    targets: ClassVar[frozenset[str]] = frozenset(TARGETS)
     default_target: ClassVar[TargetConfig] = PixelsConfig(norm_pix=True)
 
     encoder: ViT

@@ -8,8 +8,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from data.decode import CHANNELS
+
 # ImageNet's mean and standard deviation of RGB in 0..1.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def values_per_patch(patch_size: int) -> int:
+    """P = p*p*3."""
+    return patch_size**2 * CHANNELS
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -22,9 +29,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, N, P) patches of a grid -> (B, H, W, 3); the inverse of `patchify`."""
     B, _, P = patches.shape
-    patch_size = round((P // 3) ** 0.5)
-    x = patches.view(B, *grid, patch_size, patch_size, 3)
-    return x.transpose(2, 3).reshape(B, grid[0] * patch_size, grid[1] * patch_size, 3)
+    patch_size = round((P // CHANNELS) ** 0.5)
+    x = patches.view(B, *grid, patch_size, patch_size, CHANNELS)
+    return x.transpose(2, 3).reshape(B, grid[0] * patch_size, grid[1] * patch_size, CHANNELS)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -49,7 +56,7 @@ def cut_windows(patches: Tensor, mask_indices: dict[str, Tensor]) -> tuple[Tenso
 
 @lru_cache  # copying to the device in each step would block the host
 def _pixel_statistics(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).repeat(length // 3) for values in (_MEAN, _STD))
+    mean, std = (torch.tensor(values, device=device).repeat(length // CHANNELS) for values in (_MEAN, _STD))
     return mean, std
 
 

@@ -12,6 +12,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.decode import CHANNELS
 from pretrain.models.attention import Attention
 
 
@@ -62,7 +63,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
-        self.proj = _PatchProjection(3, dim, patch_size, patch_size)
+        self.proj = _PatchProjection(CHANNELS, dim, patch_size, patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.proj(patches)

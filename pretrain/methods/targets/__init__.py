@@ -10,7 +10,9 @@ from pretrain.methods.targets.pca import PCAConfig, PCATarget
 from pretrain.methods.targets.pixels import PixelsConfig, PixelTarget
 from pretrain.methods.targets.tokens import TokensConfig, TokenTarget
 
-__all__ = ["AnyTargetConfig", "PCAConfig", "PatchTarget", "PixelsConfig", "TargetConfig", "TokensConfig"]
+__all__ = ["TARGETS", "AnyTargetConfig", "PCAConfig", "PatchTarget", "PixelsConfig", "TargetConfig", "TokensConfig"]
+
+TARGETS: dict[str, type[TargetConfig]] = {"pixels": PixelsConfig, "pca": PCAConfig, "tokens": TokensConfig}
 
 AnyTargetConfig = Annotated[PixelsConfig | PCAConfig | TokensConfig, Field(discriminator="name")]
 

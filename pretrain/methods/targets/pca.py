@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
-from pretrain.models.patches import normalize_pixels, to_pixels
+from pretrain.models.patches import normalize_pixels, to_pixels, values_per_patch
 from pretrain.trainer.schema import MAY_CHANGE
 
 
@@ -84,7 +84,7 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"target.file={file!r} holds no components ({error}): make it with `python -m pretrain.fit_pca SHARDS FILE`"
         ) from None
-    num_values = patch_size**2 * 3
+    num_values = values_per_patch(patch_size)
     if len(mean) != num_values:
         raise ValueError(
             f"target.file={file!r} is of patches of {len(mean)} values, and model.patch_size={patch_size} has "

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
-from pretrain.models.patches import pixel_target, predicted_pixels
+from pretrain.models.patches import pixel_target, predicted_pixels, values_per_patch
 
 
 class PixelsConfig(TargetConfig):
@@ -21,7 +21,8 @@ class PixelTarget(PatchTarget):
     """The pixels of the patch."""
 
     def __init__(self, config: PixelsConfig, patch_size: int):
-        self.norm_pix, self.l1, self.num_outputs = config.norm_pix, config.loss == "l1", patch_size**2 * 3
+        self.norm_pix, self.l1 = config.norm_pix, config.loss == "l1"
+        self.num_outputs = values_per_patch(patch_size)
 
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
         return patches

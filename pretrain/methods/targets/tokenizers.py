@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.methods.masking import Grid
-from pretrain.models.patches import normalize_patches, normalize_pixels, patchify
+from pretrain.models.patches import normalize_patches, normalize_pixels, patchify, values_per_patch
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # their names in transformers' folders
 _IMAGES_AT_ONCE = 32  # limits the memory for B * N * V distances or logits
@@ -90,7 +90,7 @@ class RandomProjection(Tokenizer):
         codes = torch.from_numpy(rng.standard_normal((vocab_size, code_dim)))
         self.patch_size = patch_size
         self.codes = F.normalize(codes, dim=1)
-        self.projection = torch.from_numpy(rng.standard_normal((patch_size**2 * 3, code_dim)))
+        self.projection = torch.from_numpy(rng.standard_normal((values_per_patch(patch_size), code_dim)))
 
     def _to(self, device: torch.device) -> None:
         self.codes, self.projection = self.codes.to(device), self.projection.to(device)

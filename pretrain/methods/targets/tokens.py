@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.tokenizers import Dalle, RandomProjection, random_projection_sha256, weights_sha256
+from pretrain.models.patches import values_per_patch
 from pretrain.trainer.schema import MAY_CHANGE
 
 
@@ -64,7 +65,7 @@ class TokenTarget(PatchTarget):
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """Codes have no pixels: each is drawn in its own color. A prediction is right where both images agree."""
         codes = {"codes": truth[..., 0], "predicted codes": prediction.argmax(-1)}
-        return {name: false_colors(code, self.patch_size**2 * 3) for name, code in codes.items()}
+        return {name: false_colors(code, values_per_patch(self.patch_size)) for name, code in codes.items()}
 
 
 def false_colors(codes: Tensor, values: int) -> Tensor:
