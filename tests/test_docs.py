@@ -123,6 +123,13 @@ def test_commands_run_what_exists(path: Path):
             check_arguments(target, arguments)
 
 
+@named(PAGES)
+def test_targets_of_make_exist(path: Path):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make (?:[A-Z]+=\S+ )?([a-z]+)", read(path), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: no such target"
+
+
 def check_arguments(target: str, arguments: list[str]) -> None:
     """The recipe or configuration exists, and a recipe takes the overrides."""
     folder, suffix = SHIPPED[target]
