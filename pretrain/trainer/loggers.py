@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pretrain.trainer.config import RunConfig
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
 
@@ -58,11 +59,11 @@ class Loggers(MetricLogger):
             logger.close()
 
 
-def build_loggers(folder: RunFolder, name: str, start: int, total: int, is_main: bool) -> Loggers:
+def build_loggers(config: RunConfig, folder: RunFolder, start: int, total: int, is_main: bool) -> Loggers:
     """The loggers of a run from step `start` to step `total`; none unless `is_main`."""
     if not is_main:
         return Loggers()
-    return Loggers([JsonLines(folder, start), TensorBoard(folder, start), ProgressBar(name, start, total)])
+    return Loggers([JsonLines(folder, start), TensorBoard(folder, start), ProgressBar(config.name, start, total)])
 
 
 class JsonLines(MetricLogger):

@@ -78,7 +78,7 @@ def train(run: Run) -> None:
     """
     config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(), state.step
-    loggers = build_loggers(run.folder, config.name, state.step, total, run.world.is_main)
+    loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
     with contextlib.closing(loggers):
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
         for micro_batches, waited in _timed(run.loader.batches(state.step, total)):

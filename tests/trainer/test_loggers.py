@@ -145,11 +145,12 @@ def test_loggers_are_closed_when_a_training_fails(process_group: None, tmp_path:
 
 
 def test_a_run_has_all_loggers_on_the_main_rank_and_none_elsewhere(tmp_path: Path):
-    loggers = build_loggers(RunFolder(tmp_path), "tiny", 0, 10, is_main=True)
+    config = RunConfig.model_validate({"name": "tiny", "data": {"shards": "unused"}})
+    loggers = build_loggers(config, RunFolder(tmp_path), 0, 10, is_main=True)
     assert [type(logger) for logger in loggers.loggers] == [JsonLines, TensorBoard, ProgressBar]
     loggers.close()
     silent = tmp_path / "other"
-    others = build_loggers(RunFolder(silent), "tiny", 0, 10, is_main=False)
+    others = build_loggers(config, RunFolder(silent), 0, 10, is_main=False)
     others.step()
     others.log_metrics(METRICS)
     others.log_evaluation({"step": 3, "epoch": 0.75})
