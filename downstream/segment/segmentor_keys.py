@@ -6,6 +6,7 @@ They are `data_root` and `classes` as in detection, `reduce_zero_label`, and the
 from collections.abc import Iterator
 from typing import Any
 
+from data.transforms import height_width
 from downstream.dense.mmengine.dataset_keys import SPLITS, below_root, datasets, propagate_data_keys
 
 
@@ -66,8 +67,11 @@ def flatten_steps(steps: Any) -> Iterator[Any]:
 
 def as_pair(key: str, value: Any, multiple: int = 1) -> tuple[int, int]:
     """One number twice, or two; ValueError in terms of `key` where they are none, or no multiples."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in pair):
+    try:
+        pair = height_width(value)
+    except (TypeError, ValueError):
+        pair = (0, 0)
+    if not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in pair):
         what = "pixels" if multiple == 1 else f"multiples of {multiple} pixels, of model.backbone.patch_size"
         raise ValueError(f"{key}={value!r}: a number of {what}, or two of them")
     return pair
