@@ -129,12 +129,7 @@ class PlainViT(BaseModule):
                 f"{window_size}), or class_token=False"
             )
         depth = self.arch.depth
-        _check_blocks("conv_blocks", conv_blocks, depth)
-        _check_blocks("out_indices", out_indices, depth)
-        if window_size:
-            _check_blocks("global_blocks", global_blocks, depth)
-        if depth - 1 not in out_indices:
-            raise ValueError(f"model.backbone.out_indices={tuple(out_indices)} leaves out the last block, {depth - 1}")
+        _check_blocks(depth, conv_blocks, global_blocks if window_size else (), out_indices)
         self.grid = (height // patch_size, width // patch_size)
         self.window_sizes = tuple(0 if i in global_blocks else window_size for i in range(depth))
         self.out_indices = tuple(sorted(out_indices))
@@ -207,10 +202,16 @@ class PlainViT(BaseModule):
         return out
 
 
-def _check_blocks(key: str, blocks: Sequence[int], depth: int) -> None:
-    wrong = [number for number in blocks if not 0 <= number < depth]
-    if wrong or len(set(blocks)) < len(blocks):
-        raise ValueError(f"model.backbone.{key}={tuple(blocks)}: give different blocks from 0 to {depth - 1}")
+def _check_blocks(
+    depth: int, conv_blocks: Sequence[int], global_blocks: Sequence[int], out_indices: Sequence[int]
+) -> None:
+    """Raises ValueError where one of these names a block that does not exist, or one twice."""
+    named = {"conv_blocks": conv_blocks, "out_indices": out_indices, "global_blocks": global_blocks}
+    for key, blocks in named.items():
+        if len(set(blocks)) < len(blocks) or not all(0 <= number < depth for number in blocks):
+            raise ValueError(f"model.backbone.{key}={tuple(blocks)}: give different blocks from 0 to {depth - 1}")
+    if depth - 1 not in out_indices:
+        raise ValueError(f"model.backbone.out_indices={tuple(out_indices)} leaves out the last block, {depth - 1}")
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
