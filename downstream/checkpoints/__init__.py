@@ -1,1 +1,1 @@
-""""""
+"""Any known checkpoint into our encoder (`weights`), and our encoder into other libraries (`export`)."""
