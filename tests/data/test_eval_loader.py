@@ -129,7 +129,8 @@ def test_a_file_that_has_gone_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_leaving_early_ends_the_workers_which_ignore_signals(index: Index) -> None:
     batches = EvalLoader(index, size=SIZE, batch=1, num_workers=2).batches()
-    next(batches)
+    for _ in range(2):  # one from each: both workers have started
+        next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:

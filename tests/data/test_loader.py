@@ -203,7 +203,7 @@ def test_killed_worker_is_an_error_not_a_hang(index: Index) -> None:
 def test_signals_to_the_whole_job_do_not_affect_workers(index: Index) -> None:
     """As sent by a scheduler; here to the workers only."""
     steps = loader(index, num_workers=2).batches(0, 8)
-    ours = [next(steps)]
+    ours = [next(steps), next(steps)]  # one from each: both workers have started
     for worker in multiprocessing.active_children():
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             os.kill(worker.pid or 0, number)
