@@ -1,4 +1,4 @@
-"""What contributors run: `make` explains its targets, `make check` needs no mmcv, and hooks run from the environment."""
+"""Tools of contributors: `make` explains its targets, `make check` needs no mmcv, hooks run from the environment."""
 
 import re
 import shutil
