@@ -1,38 +1,55 @@
-# The quick start and the tests, in a virtual environment of the project's own. Cluster users: README.md, "Install".
+# The quick start and the tests, in a virtual environment of the project's own. On clusters: docs/installation.md.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# With GPUs DeepSpeed starts a process for each; without, it would start just one.
+# With GPUs DeepSpeed starts a process for each; without, it would start only one.
 PROCESSES = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_accelerators 2')")
 
-.PHONY: pretrain test lint install clean
+# The fast tests: no DeepSpeed engines, no Slurm, no mmcv; on all cores.
+FAST := -n logical --maxprocesses 8 -m "not engine and not slurm and not slow and not mm"
+NEED_MM := tests/dense tests/detect tests/segment tests/export/test_export_to_mm.py tests/slurm/test_dense_jobs.py
+
+.PHONY: help pretrain check test test-avx2 lint install hooks clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## */\1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
 pretrain: install  ## the quick start: LoMaR on photographs, a few minutes on two cores
 	python -m data.samples shards/samples
 	deepspeed $(PROCESSES) pretrain/run.py pretrain/recipes/quickstart.yaml
 
-test: lint .venv/mm  ## everything that must pass
+check: lint  ## lint and the fast tests: under three minutes on two cores, without mmcv
+	python -m pytest $(FAST) $(NEED_MM:%=--ignore=%)
+
+test: lint .venv/mm  ## lint and all tests
 	python -m pytest
 
-lint: install
+test-avx2: .venv/mm  ## part of the tests, on what a processor without AVX-512 computes
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m pytest $(FAST) tests/pretrain tests/classify \
+		tests/checkpoints tests/export tests/dense tests/detect tests/segment
+
+lint: install  ## ruff and mypy
 	ruff check .
 	ruff format --check .
 	mypy
 
-install: .venv/installed
+install: .venv/installed  ## the virtual environment .venv, without mmcv
+
+hooks: install  ## run the hooks of .pre-commit-config.yaml before every commit
+	pre-commit install
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-# mmcv compiles its ops against the torch that is there, hence no isolation: 10 minutes on two cores, once.
+# mmcv compiles its ops against the installed torch, hence no build isolation: 10 minutes on two cores, once.
 .venv/mm: .venv/installed
 	$(BIN)/python -m pip install -q -c constraints.txt "setuptools>=80" wheel ninja psutil packaging
-	MMCV_WITH_OPS=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[test,mm]"
+	MMCV_WITH_OPS=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev,mm]"
 	touch $@
 
-clean:
+clean:  ## delete the virtual environment, all runs and the samples' shards
 	rm -rf .venv runs shards

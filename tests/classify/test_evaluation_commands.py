@@ -33,6 +33,7 @@ def _whole_tiny(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(ARCHS, "vit_tiny", Arch(192, 12, 3))
 
 
+@pytest.mark.slow
 def test_on_two_ranks(tmp_path: Path):
     """With batches of 4 and 64 that two ranks do not fill, of shards and of folders."""
     train = write_classes(tmp_path / "train", NAMES, 5, bad=1)

@@ -75,6 +75,7 @@ def test_the_summary_is_best_mean_and_deviation():
     assert summary["std"] == pytest.approx(statistics.stdev(scores))
 
 
+@pytest.mark.engine
 def test_a_real_grid_runs_and_a_failing_run_is_named(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     command = [recipe, "--launcher", sys.executable, "--grid", "optim.base_lr=1e-3,1e-9"]
     with pytest.raises(SystemExit) as ended:

@@ -50,6 +50,7 @@ def only(findings: list[Finding]) -> Finding:
     return findings[0]
 
 
+@pytest.mark.mm
 def test_mmcv_that_works():
     finding = only(list(doctor.check_mmcv()))
     assert (finding.status, finding.fix) == ("ok", "")

@@ -71,6 +71,7 @@ def run(project: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_examples_own_tests_pass(project: Path):
     said = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pretrain/test_inpainting.py")
     assert "6 passed" in said
