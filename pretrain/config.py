@@ -38,7 +38,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def task(self) -> str:
-        return self.method.name
+        return f"{self.method.name} (target: {self.target.name})"
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:
