@@ -139,12 +139,26 @@ def test_another_training_is_refused_with_the_difference(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     shutil.copytree(whole(*ACCUMULATED), tmp_path / "runs" / "tiny")
-    run = start(recipe, "optim.base_lr=0.5", "method.num_windows=3")
+    changed = ["optim.base_lr=0.5", "method.num_windows=3", "target.norm_pix=false", "train.precision=bf16", "seed=1"]
+    run = start(recipe, *changed)
     output = "".join(run.outputs())
     assert "method.num_windows was 2 and is 3" in output
     assert "optim.base_lr was 0.01 and is 0.5" in output
+    assert "target.norm_pix was True and is False" in output
+    assert "train.precision was 'fp32' and is 'bf16'" in output
+    assert "train.epochs was 2 and is 1" in output
+    assert "seed was 0 and is 1" in output
     assert "another name=" in output
     assert all(p.returncode == 1 for p in run.all)
+
+
+def test_keys_on_which_the_weights_do_not_depend_may_change(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    shutil.copytree(whole(*ACCUMULATED), tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns(LAST))
+    changed = ["model.grad_checkpointing=true", "data.num_workers=0", "data.max_skipped_images=3"]
+    changed += ["train.gradient_accumulation_steps=1", "train.max_nonfinite_steps=3", "checkpoint.keep_last=1"]
+    assert f"resumes from {BEFORE}" in start(recipe, *ACCUMULATED, *changed, "log.every_steps=5").finish()
 
 
 def test_state_is_small_plain_and_written_in_the_manifest(whole: Callable[..., Path]):
