@@ -6,8 +6,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # With GPUs DeepSpeed starts a process for each; without, it would start only one.
 PROCESSES = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_accelerators 2')")
 
-# The fast tests: no DeepSpeed engines, no Slurm, no mmcv; on all cores.
-FAST := -n logical --maxprocesses 8 -m "not engine and not slurm and not slow and not mm"
+# The fast tests start no processes of several ranks, so they run on all cores; the others one after the other.
+SLOW := engine or slurm or slow or mm
+FAST := -n logical --maxprocesses 8 -m "not ($(SLOW))"
 NEED_MM := tests/dense tests/detect tests/segment tests/export/test_export_to_mm.py tests/slurm/test_dense_jobs.py
 
 .PHONY: help pretrain check test test-avx2 lint install hooks clean
@@ -23,7 +24,8 @@ check: lint  ## lint and the fast tests: under three minutes on two cores, witho
 	python -m pytest $(FAST) $(NEED_MM:%=--ignore=%)
 
 test: lint .venv/mm  ## lint and all tests
-	python -m pytest
+	python -m pytest $(FAST)
+	python -m pytest -m "$(SLOW)"
 
 test-avx2: .venv/mm  ## part of the tests, on what a processor without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m pytest $(FAST) tests/pretrain tests/classify \
