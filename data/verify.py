@@ -104,11 +104,11 @@ def _read_or_build(shards: str, reindex: bool) -> Index:
 
 
 def _summary(index: Index) -> str:
-    labelled = index.label[index.label != NO_LABEL]
-    labels = f"{labelled.min()} to {labelled.max()}" if len(labelled) else "none"
+    labeled = index.label[index.label != NO_LABEL]
+    labels = f"{labeled.min()} to {labeled.max()}" if len(labeled) else "none"
     return (
         f"{len(index)} samples in {len(index.shards)} shards, {index.shard_bytes.sum() / 1e9:.3f} GB; "
-        f"mean image {index.length.mean() / 1e3:.1f} kB; labels {labels}, {len(index) - len(labelled)} without, "
+        f"mean image {index.length.mean() / 1e3:.1f} kB; labels {labels}, {len(index) - len(labeled)} without, "
         f"{len(index.classes)} class names; fingerprint {index.fingerprint}"
     )
 

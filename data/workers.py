@@ -43,7 +43,7 @@ def in_workers(
         batch_size=None,  # one request is one batch, made by one worker
         collate_fn=_unchanged,
         num_workers=workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         timeout=WORKER_TIMEOUT if workers else 0,
         generator=torch.Generator(),  # the default is the global generator, from which the model is initialized
@@ -106,8 +106,10 @@ def _kill_at_exit() -> None:
         _kill(_RUNNING)
 
 
-def _start_worker(worker: int) -> None:
-    """Leaves signals to the main process: a scheduler sends them to the whole job, and the current step must complete.
+def ignore_signals(worker: int) -> None:
+    """A `worker_init_fn` by which workers leave signals to the main process.
+
+    A scheduler sends them to the whole job, and the current step must complete.
 
     A worker still ends when the main process tells it to or has died, and is killed if it does not. DataLoader has
     limited it to one thread.

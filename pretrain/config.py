@@ -21,8 +21,8 @@ RECIPES = Path(__file__).parent / "recipes"
 class ProbeConfig(Section):
     """k-NN and ridge regression on frozen features during the run; training is the same with and without it."""
 
-    train: str = Field(description="labelled shards or class folders, among which neighbors are searched")
-    val: str = Field(description="labelled shards or class folders to classify")
+    train: str = Field(description="labeled shards or class folders, among which neighbors are searched")
+    val: str = Field(description="labeled shards or class folders to classify")
     every_epochs: int = Field(ge=1, description="epochs between measurements; the end of training is measured as well")
     k: int = Field(20, ge=1, description="neighbors that vote")
 

@@ -7,7 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay
 
 from downstream.classify.config import FinetuneConfig
-from pretrain.trainer.optim import NonfiniteGuard, build_adamw
+from pretrain.trainer.nonfinite import NonfiniteGuard
+from pretrain.trainer.optim import build_adamw
 
 
 class GuardedLars(NonfiniteGuard, Lars):

@@ -73,7 +73,7 @@ def is_local(path: str) -> bool:
 
 
 def check_exists(key: str, path: str, kind: str) -> None:
-    """Raises ValueError where `path`, the value of `key` in the configuration, is no file (or folder)."""
+    """Raises ValueError where `path`, the value of `key` in the configuration, is not a file (or folder)."""
     found = Path(path).is_file() if kind == "file" else Path(path).is_dir()
     if not found:
         nearest = next((str(parent) for parent in Path(path).parents if parent.is_dir()), "/")

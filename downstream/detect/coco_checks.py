@@ -92,7 +92,7 @@ def read_annotations(key: str, path: str) -> Annotations:
             )
         repeated = [str(number) for number, times in Counter(e["id"] for e in entries).items() if times > 1]
         if repeated:
-            raise ValueError(f"{key}.ann_file: {path}: {name} share the id {first_names(repeated)}: number them anew")
+            raise ValueError(f"{key}.ann_file: {path}: {name} share the id {first_names(repeated)}: renumber them")
     return Annotations(key, path, content["images"], content["categories"], content["annotations"])
 
 

@@ -167,15 +167,15 @@ def _check_masks(key: str, counts: MaskCounts, classes: int, reduces: bool) -> N
             f"{key}: labels {first_names(list(map(str, labels)))} in masks {first_names(list(counts.outside))}: with "
             f"{classes} classes and reduce_zero_label={reduces} they are {valid}; {hint or 'name all in classes'}"
         )
-    if len(counts.unlabelled) == len(counts.sizes):
+    if len(counts.unlabeled) == len(counts.sizes):
         raise ValueError(f"{key}: no pixel of the masks read has a class: is reduce_zero_label={reduces} right?")
 
 
 def _check_crops(key: str, dataset: Any, counts: MaskCounts) -> list[str]:
     """Notes about sizes; raises ValueError where an image would be resized to nothing, or no image fills a crop."""
     notes = []
-    if counts.unlabelled:
-        notes.append(f"{len(counts.unlabelled)} masks without a labelled pixel")
+    if counts.unlabeled:
+        notes.append(f"{len(counts.unlabeled)} masks without a labeled pixel")
     sizes: list[tuple[float, float]] = list(counts.sizes)
     for step in flatten_steps(dataset.pipeline):
         if step.type.endswith("Resize") and "scale" in step:

@@ -24,14 +24,14 @@ class MaskCounts:
     Attributes:
         pixels: the number of pixels of each label in the files.
         sizes: (height, width) of the images, in the order of the pairs.
-        unlabelled: masks in which every pixel is ignored.
+        unlabeled: masks in which every pixel is ignored.
         outside: names of masks with labels that are not a class, and these labels.
         broken: what is wrong with a pair that cannot be used.
     """
 
     pixels: Counter[int] = field(default_factory=Counter)
     sizes: list[Size] = field(default_factory=list)
-    unlabelled: list[str] = field(default_factory=list)
+    unlabeled: list[str] = field(default_factory=list)
     outside: dict[str, list[int]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
 
@@ -61,7 +61,7 @@ def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce
             if outside := [n for n in labels if n not in ignored and not first <= n < first + classes]:
                 counts.outside[os.path.basename(mask)] = outside
             if labels.keys() <= ignored:
-                counts.unlabelled.append(mask)
+                counts.unlabeled.append(mask)
     return counts
 
 

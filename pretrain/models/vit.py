@@ -152,7 +152,7 @@ class ViT(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform matrices (the patch projection seen as one), zero biases, unit norms."""
+    """MAE's initialization: Xavier-uniform matrices (the patch projection seen as one), zero biases, unit norms."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1) if module.weight.ndim == 4 else module.weight)
         if module.bias is not None:

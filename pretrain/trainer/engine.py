@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data.order import check_divisible
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.launch import World
-from pretrain.trainer.optim import NonfiniteGuard
+from pretrain.trainer.nonfinite import NonfiniteGuard
 from pretrain.trainer.schema import nearest
 
 _ROOT = Path(__file__).parents[2]

@@ -2,13 +2,11 @@
 
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from data.loader import Batch, Loader
@@ -22,6 +20,7 @@ from pretrain.trainer.metrics import Meter, read_metrics
 from pretrain.trainer.nonfinite import Diverged, list_samples, poison_nonfinite
 from pretrain.trainer.optim import learning_rate, set_learning_rate
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 
 T = TypeVar("T")
@@ -113,14 +112,6 @@ def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
         engine.backward(poison_nonfinite(losses["loss"]))
         engine.step()
     return lr
-
-
-def seed_step(*key: int) -> None:
-    """Seeds what a module draws by itself (drop path, mixup) by this key alone: no generator state needs saving."""
-    (word,) = np.random.SeedSequence(key).generate_state(1)
-    torch.manual_seed(int(word))
-    np.random.seed(word)
-    random.seed(int(word))
 
 
 def _list_skipped(run: Run, micro_batches: list[Batch]) -> int:

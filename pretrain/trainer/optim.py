@@ -1,13 +1,14 @@
-"""Parameter groups, the learning-rate schedule, and optimizers that refuse non-finite gradients."""
+"""Parameter groups, the learning-rate schedule, and AdamW."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from pretrain.trainer.config import OptimConfig, RunConfig
+from pretrain.trainer.nonfinite import NonfiniteGuard
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -36,28 +37,6 @@ def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
     """Sets the rate of every group, scaled by its `lr_scale`. DeepSpeed's schedulers would overwrite such scales."""
     for group in groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
-
-
-class NonfiniteGuard(torch.optim.Optimizer):
-    """A mixin that gives an optimizer what DeepSpeed's ZeRO optimizers have and its stage 0 lacks.
-
-    It clips the gradient, records the norm before that, and skips a step whose gradient is not finite. DeepSpeed reads
-    `overflow` and `_global_grad_norm` after `step`.
-    """
-
-    clip_grad = 0.0
-    overflow = False
-    _global_grad_norm = 0.0
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
-        self._global_grad_norm = norm.item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if not self.overflow:
-            super().step()
 
 
 class GuardedAdamW(NonfiniteGuard, torch.optim.AdamW):

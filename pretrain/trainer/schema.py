@@ -49,7 +49,10 @@ def load_config(schema: type[AnySection], recipe: str, overrides: list[str], rec
 
 def nearest(name: str, names: list[str]) -> str:
     """'did you mean x?', or all valid names where none is close."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = [
+        known for known in names if name in known.split("_")
+    ]  # `windows` is `num_windows` rather than `window_size`
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(sorted(names))}"
 
 

@@ -126,7 +126,7 @@ def test_the_card_tells_what_the_run_recorded(run: Path, tmp_path: Path):
     for told in (
         "library_name: timm",
         "vit_tiny_patch16, 64x80 pixels, lomar",
-        "2 steps, 1 of 1 epochs, 8 samples seen of a data set of 8 images",
+        "2 steps, 1 of 1 epochs, 8 samples of a data set of 8 images",
         f"last logged loss: {last['loss']:.4g}\n",
         "2 processes on",
         "ZeRO stage 3",

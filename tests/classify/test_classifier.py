@@ -21,7 +21,7 @@ from downstream.classify.finish import save_classifier
 from downstream.classify.model import Classifier, build_classifier, build_vit
 from downstream.classify.optimizers import build_optimizer, layer_decay_groups
 from pretrain.models.encoder_spec import EncoderSpec
-from pretrain.trainer.loop import seed_step
+from pretrain.trainer.seed import seed_step
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # in float64
 

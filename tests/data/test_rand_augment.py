@@ -88,5 +88,5 @@ def test_labels_are_those_of_the_images_shown_even_of_replacements(tmp_path: Pat
         assert all(label % 5 for label in batch.labels.tolist())
         replaced += len(batch.skipped)
     assert replaced == 8
-    ((unlabelled,),) = Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0).batches(0, 1)
-    assert unlabelled.labels is None
+    ((unlabeled,),) = Loader(load_index(tmp_path), size=(16, 16), batch=10, seed=0).batches(0, 1)
+    assert unlabeled.labels is None

@@ -3,9 +3,13 @@
 The shipped configuration of the smallest encoder, from a checkpoint, on ZeRO 3 with every parameter partitioned.
 """
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,3 +82,27 @@ def test_torchrun_ends_when_one_rank_fails(trained: Path):
     assert done.returncode == 1
     assert "starts" in done.stdout  # it had passed the checks
     assert not list((trained / "failed").glob("epoch_*"))
+
+
+def test_a_signal_to_all_processes_saves(trained: Path):
+    """`scancel` sends it to the data workers as well."""
+    entry = str(ROOT / "downstream/detect/train_detector.py")
+    overrides = [*OVERRIDES, "train_cfg.max_epochs=1000", "default_hooks.logger.interval=1", "train.precision=fp32"]
+    overrides += ["train_dataloader.num_workers=2", "data_root=coco/", "runs=.", "name=cancelled"]
+    output = trained / "cancelled.txt"
+    with output.open("w") as file:
+        command = [sys.executable, "-u", entry, "vitdet_tiny_pennfudan", *overrides]
+        process = subprocess.Popen(command, cwd=trained, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while "Epoch(train)" not in output.read_text():
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, output.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert "SIGTERM: saved and stopped after step" in output.read_text()
+    assert last_checkpoint(trained / "cancelled")["state_dict"]

@@ -95,6 +95,7 @@ def test_two_packages_of_one_name(fake: Callable[[dict[str, str]], Path], monkey
     root = fake(
         {
             "mmsegmentation-1.2.2.dist-info/METADATA": "Name: mmsegmentation\nVersion: 1.2.2\n",
+            "onedl_mmsegmentation-1.4.2.dist-info/METADATA": "Name: onedl-mmsegmentation\nVersion: 1.4.2\n",
             "mmseg.py": "__version__ = '1.2.2'",
         }
     )

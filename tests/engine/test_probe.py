@@ -25,9 +25,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def labelled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def labeled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of three classes, each with a color of its own: 21 to train on, 11 to classify, of which one cannot be read."""
-    root = tmp_path_factory.mktemp("labelled")
+    root = tmp_path_factory.mktemp("labeled")
     rng = np.random.default_rng(0)
     for number in range(32):
         path = root / ("train" if number < 21 else "val") / f"class{number % 3}" / f"{number}.jpg"
@@ -50,10 +50,10 @@ def test_probed_or_not(
     write_recipe: Callable[..., Path],
     start: Callable[..., Any],
     tmp_path: Path,
-    labelled_photos: Path,
+    labeled_photos: Path,
 ):
     (tmp_path / "engine.json").write_text(json.dumps(engine_keys(stage)))
-    section = {"train": str(labelled_photos / "train"), "val": str(labelled_photos / "val"), "every_epochs": 1, "k": 5}
+    section = {"train": str(labeled_photos / "train"), "val": str(labeled_photos / "val"), "every_epochs": 1, "k": 5}
     common = [
         f"train.ds_config={tmp_path / 'engine.json'}",
         "train.global_batch_size=16",
@@ -74,7 +74,7 @@ def test_probed_or_not(
     with SMALL:
         encoder = ViT("vit_tiny", 16, (4, 5)).eval()
     encoder.load_state_dict(load_file(runs / "probed" / "encoder.safetensors"))
-    sets = [EvalLoader(load_samples(labelled_photos / name), size=(64, 80), batch=8) for name in ("train", "val")]
+    sets = [EvalLoader(load_samples(labeled_photos / name), size=(64, 80), batch=8) for name in ("train", "val")]
     expected = probe(encoder, *sets, k=5, device=CPU)
     assert {name: rows[-1][name] for name in METRICS} == pytest.approx(expected)
     assert 1 / 3 < expected["linear_top1"] < 1

@@ -22,9 +22,9 @@ from downstream.classify.model import Classifier, build_classifier
 from helpers.processes import SMALL
 from helpers.steps import BATCH, MIDDLE, POISONED, STEPS, FixedBatches, do_jobs, global_batch, poison, small_settings
 from pretrain.trainer.launch import World
-from pretrain.trainer.loop import seed_step
 from pretrain.trainer.optim import learning_rate
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.seed import seed_step
 
 CLASSES = 6  # even: what ZeRO-3 fills parts of an odd number up with is whatever was in memory
 

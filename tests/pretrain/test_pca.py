@@ -166,7 +166,7 @@ def test_the_resolved_recipe_pins_the_file(components_file: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["target.file=/nowhere"], r"target\.file='/nowhere' is no file: make it with"),
+        (["target.file=/nowhere"], r"target\.file='/nowhere' is not a file: make it with"),
         (["target.fille=x"], r"unknown key target\.fille: did you mean file"),
         (["target.sha256=abc"], r"not target\.sha256=abc"),
         (["model.patch_size=8"], "patches of 48 values, and model.patch_size=8 has 192"),

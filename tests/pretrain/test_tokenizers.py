@@ -157,10 +157,10 @@ def test_wrong_weights_are_refused(weights: Path, codebook: Any, tmp_path: Path)
     (tmp_path / "empty.bin").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.bin")
     for name in ("other.safetensors", "more.safetensors", "shape.safetensors"):
-        with pytest.raises(ValueError, match="holds no weights of FlavaImageCodebook"):
+        with pytest.raises(ValueError, match="does not contain weights of FlavaImageCodebook"):
             dalle(tmp_path / name)
     for name in ("text.safetensors", "text.bin", "empty.bin", "list.bin"):
-        with pytest.raises(ValueError, match=r"is no file of plain weights|is no dictionary of tensors"):
+        with pytest.raises(ValueError, match=r"is not a file of plain weights|is not a dictionary of tensors"):
             dalle(tmp_path / name)
     with pytest.raises(ValueError, match=r"set target\.vocab_size=24"):
         dalle(weights, vocab_size=8192)
@@ -178,7 +178,7 @@ class Malicious:
 
 def test_a_malicious_pickle_does_not_run(tmp_path: Path):
     torch.save({"blocks.input.bias": Malicious(tmp_path / "ran")}, tmp_path / "evil.bin")
-    with pytest.raises(ValueError, match="is no file of plain weights"):
+    with pytest.raises(ValueError, match="is not a file of plain weights"):
         dalle(tmp_path / "evil.bin")
     assert not (tmp_path / "ran").exists()
 

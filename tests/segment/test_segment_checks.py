@@ -170,7 +170,7 @@ def test_unused_masks_and_small_images_are_counted(root: Path):
     Image.new("L", (9, 9)).save(root / MASKS / "beside.png")
     (root / IMAGES / "._00000000.jpg").write_text("hidden")
     train, _ = check(config(root, scale=(256, 48)))
-    assert train.endswith("1 masks have no image (not used), 1 masks without a labelled pixel")
+    assert train.endswith("1 masks have no image (not used), 1 masks without a labeled pixel")
     # The short side is resized to at most 2 * 40 > 64; with long sides of at most 2 * 64 the images of 64 x 150 have
     # 54 rows.
     assert "never fill" not in check(config(root, scale=(256, 40)))[0]

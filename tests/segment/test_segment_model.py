@@ -112,7 +112,7 @@ def test_metrics_equal_a_loop_over_pixels():
     rng = np.random.default_rng(0)
     metric = IoUMetric()
     metric.dataset_meta = {"classes": ("a", "b", "c", "d")}
-    hits, truth, guess, labelled = np.zeros(4), np.zeros(4), np.zeros(4), 0
+    hits, truth, guess, labeled = np.zeros(4), np.zeros(4), np.zeros(4), 0
     for size in ((7, 9), (5, 4)):
         label = rng.integers(0, 3, size)  # no pixel is a d: it has no IoU and no accuracy, and is left out
         label[0] = 255
@@ -124,12 +124,12 @@ def test_metrics_equal_a_loop_over_pixels():
                 hits[true] += true == seen
                 truth[true] += 1
                 guess[seen] += 1
-                labelled += 1
+                labeled += 1
     found = plain_numbers(metric.compute_metrics(metric.results))
     union = truth + guess - hits
     assert found["mIoU"] == pytest.approx(100 * np.mean((hits / np.maximum(union, 1))[:3]), abs=0.01)
     assert found["mAcc"] == pytest.approx(100 * np.mean((hits / np.maximum(truth, 1))[:3]), abs=0.01)
-    assert found["aAcc"] == pytest.approx(100 * hits.sum() / labelled, abs=0.01)
+    assert found["aAcc"] == pytest.approx(100 * hits.sum() / labeled, abs=0.01)
     assert plain_numbers({"mIoU": np.float32("nan")}) == {"mIoU": None}
 
 

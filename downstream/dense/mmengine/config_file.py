@@ -181,7 +181,7 @@ def _wrong_type(old: Any, new: Any) -> str | None:
         ((int, float), "a number"),
         ((dict,), "a group of keys: override one of them"),
         ((list, tuple), "a list"),
-        ((str,), "a text"),
+        ((str,), "a string"),
     ]
     for types, description in kinds:
         if isinstance(old, types):

@@ -11,10 +11,12 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.registry import DATA_SAMPLERS, DATASETS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
-from pretrain.trainer.loop import seed_step
+from data.workers import ignore_signals
+from downstream.dense.mmengine.dataset_keys import SPLITS
+from pretrain.trainer.seed import seed_step
 
 
 class SeededIndex(int):
@@ -121,6 +123,16 @@ class SeededDataset(Dataset[Any]):
     def __getitem__(self, index: SeededIndex) -> Any:
         seed_step(self.seed, index.epoch, int(index))
         return self.dataset[int(index)]
+
+
+FUNCTIONS.register_module(module=ignore_signals)
+
+
+def shield_workers(cfg: Config) -> None:
+    """Data workers leave signals to their rank, so that a job that is told to stop can complete its step and save."""
+    for split in SPLITS:
+        if loader := cfg.get(f"{split}_dataloader"):
+            loader.worker_init_fn = {"type": ignore_signals.__name__}
 
 
 def wrap_train_data(cfg: Config) -> None:

@@ -15,7 +15,7 @@ from mmengine.utils import apply_to
 from torch import Tensor
 
 from pretrain.trainer.checkpoint import first_problem, write_durably
-from pretrain.trainer.loop import seed_step
+from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 
 # mmdet's heads are called as modules; mmseg calls the `forward` of a head itself, whose last module is conv_seg.

@@ -13,7 +13,7 @@ from mmengine.utils import import_modules_from_strings
 
 from downstream.dense.job import Job
 from downstream.dense.mmengine.checkpoint_files import find_weights, last_checkpoint, refuse_pickles
-from downstream.dense.mmengine.data_order import by_epoch, wrap_train_data
+from downstream.dense.mmengine.data_order import by_epoch, shield_workers, wrap_train_data
 from downstream.dense.mmengine.dataset_keys import datasets
 from downstream.dense.mmengine.encoder_start import clear_start
 from downstream.dense.mmengine.hooks import DurableCheckpointHook, Fp32OutputsHook, ResumeHook, plain_numbers
@@ -97,7 +97,7 @@ def _train(cfg: Config, job: Job, world: World) -> None:
     if last is not None and last.is_dir() != bool(job.ds_config):
         raise ValueError(
             f"{cfg.work_dir} was trained {'with' if last.is_dir() else 'without'} train.ds_config=: continue it the "
-            f"same way, or start anew with another name= and load_from={cfg.work_dir}"
+            f"same way, or start a new run with another name= and load_from={cfg.work_dir}"
         )
     settings = _ds_settings(cfg, job.ds_config, world) if job.ds_config else None
     if settings is None and cfg.optim_wrapper.type == "AmpOptimWrapper" and not torch.cuda.is_available():
@@ -110,6 +110,7 @@ def _train(cfg: Config, job: Job, world: World) -> None:
     # mmengine would draw another seed after each stop; ResumeHook seeds ranks differently.
     cfg.randomness.update(seed=cfg.randomness.seed or 0, diff_rank_seed=False)
     wrap_train_data(cfg)
+    shield_workers(cfg)
     hook = cfg.default_hooks.checkpoint
     hook.update(type=DurableCheckpointHook.__name__, accumulation=accumulation, suffix="" if settings else ".pth")
     hook.by_epoch = by_epoch(cfg)

@@ -47,7 +47,7 @@ class ZeroModel(MMDeepSpeedEngineWrapper):
 
     Under ZeRO-3 it predicts with a whole copy, filled when an evaluation begins. The engine gathers parameters from all
     ranks whenever one of them is used, and how often a detector uses them depends on the image: where one rank's image
-    is empty and the others' are not, the ranks would wait for each other for ever.
+    is empty and the others' are not, the ranks would wait for each other forever.
 
     Args:
         engine: DeepSpeed's.

@@ -30,7 +30,9 @@ class PCAConfig(TargetConfig):
     @classmethod
     def _file_exists(cls, file: str) -> str:
         if not Path(file).is_file():
-            raise ValueError(f"target.file={file!r} is no file: make it with `python -m pretrain.fit_pca SHARDS FILE`")
+            raise ValueError(
+                f"target.file={file!r} is not a file: make it with `python -m pretrain.fit_pca SHARDS FILE`"
+            )
         return file
 
     @field_validator("sha256")

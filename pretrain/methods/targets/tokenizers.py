@@ -144,7 +144,7 @@ def _codebook(path: Path, vocab_size: int) -> Any:
         model.load_state_dict(state, assign=True)
     except (KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"{path} holds no weights of FlavaImageCodebook ({_first_line(error)}): give those of "
+            f"{path} does not contain weights of FlavaImageCodebook ({_first_line(error)}): give those of "
             f"facebook/flava-image-codebook, not of OpenAI's package or of a whole FLAVA"
         ) from None
     if stored_size != vocab_size:
@@ -164,9 +164,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is no file of plain weights, which is all that is read: give model.safetensors, or a "
+            f"{path} is not a file of plain weights, which is all that is read: give model.safetensors, or a "
             f"pytorch_model.bin of tensors alone ({_first_line(error)})"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no dictionary of tensors: give the weights of FlavaImageCodebook")
+        raise ValueError(f"{path} is not a dictionary of tensors: give the weights of FlavaImageCodebook")
     return state
