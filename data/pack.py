@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="SOURCE", help="image folder, or a list file of path[<TAB>label] lines")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
-    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N")
+    parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do about unreadable files")
     parser.add_argument("--prefix", default="train", help="shards are called PREFIX-000000.tar")
     args = parser.parse_args(argv)
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.out,
             prefix=args.prefix,
             samples_per_shard=args.samples_per_shard,
-            workers=args.workers,
+            workers=args.num_workers,
             bad=args.bad,
         )
         left_out = len(source.files) - len(index)

@@ -119,12 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     parser.add_argument("--reindex", action="store_true", help="delete the index and build it again first")
-    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N")
+    parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     args = parser.parse_args(argv)
 
     def command() -> int:
         index = _read_or_build(args.shards, args.reindex)
-        problems = check_shards(index, decode=args.decode, workers=args.workers)
+        problems = check_shards(index, decode=args.decode, workers=args.num_workers)
         print(_summary(index))
         for problem in islice(problems, SHOWN_PROBLEMS):
             print(f"wrong: {problem}", file=sys.stderr)

@@ -4,7 +4,7 @@ import torch
 
 from pretrain.config import PretrainConfig
 from pretrain.methods import METHODS
-from pretrain.methods.base import ContextMethod, Method
+from pretrain.methods.base import LUTMethod, Method
 from pretrain.methods.lut import LUT, Teacher
 from pretrain.methods.targets import build_target
 from pretrain.models.vit import ViT
@@ -23,7 +23,7 @@ def build_method(config: PretrainConfig) -> Method | LUT:
     method = METHODS[config.method.name](config.method, encoder, target, config.pr_mim)
     if config.lut is None:
         return method
-    assert isinstance(method, ContextMethod)
+    assert isinstance(method, LUTMethod)
     return LUT(config.lut, method)
 
 

@@ -46,27 +46,29 @@ class Covariance:
 
 
 def fit(
-    shards: str, *, patch: int, components: int, images: int, size: int, seed: int, workers: int
+    shards: str, *, patch_size: int, components: int, images: int, image_size: int, seed: int, num_workers: int
 ) -> tuple[dict[str, Tensor], float]:
     """The file's tensors, `mean` (P,), `components` (K, P), `variance` (K,), and the share of variance they explain.
 
     Raises:
         ValueError: settings that do not fit together, or unusable shards.
     """
-    num_values = values_per_patch(patch)
-    if min(patch, images) < 1:
-        raise ValueError(f"--patch {patch} and --images {images} must be at least 1")
-    if size % patch:
-        raise ValueError(f"--size {size} is no multiple of --patch {patch}")
+    num_values = values_per_patch(patch_size)
+    if min(patch_size, images) < 1:
+        raise ValueError(f"--patch-size {patch_size} and --images {images} must be at least 1")
+    if image_size % patch_size:
+        raise ValueError(f"--image-size {image_size} is no multiple of --patch-size {patch_size}")
     if not 0 < components <= num_values:
-        raise ValueError(f"--components {components}: a patch of {patch}x{patch} pixels has 1 to {num_values}")
+        raise ValueError(
+            f"--components {components}: a patch of {patch_size}x{patch_size} pixels has 1 to {num_values}"
+        )
     index = load_index(shards)
     batch = min(BATCH, images, len(index))
-    loader = Loader(index, size=(size, size), batch=batch, seed=seed, num_workers=workers)
+    loader = Loader(index, size=(image_size, image_size), batch=batch, seed=seed, num_workers=num_workers)
     steps = min(images // batch, loader.steps_per_epoch)
     covariance = Covariance(num_values)
     for (micro_batch,) in tqdm(loader.batches(0, steps), total=steps, desc="covariance", unit="batch", disable=None):
-        covariance.add(normalize_pixels(patchify(micro_batch.images, patch)).flatten(0, 1))
+        covariance.add(normalize_pixels(patchify(micro_batch.images, patch_size)).flatten(0, 1))
     if covariance.count <= num_values:
         raise ValueError(
             f"{covariance.count} patches do not determine {num_values} components: pack more images, or raise --images"
@@ -82,12 +84,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="SHARDS", help="a folder of tar shards, one tar, or a brace pattern")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for example pca16.safetensors")
-    parser.add_argument("--patch", type=int, default=16, help="side of a patch in pixels: the run's model.patch_size")
+    parser.add_argument(
+        "--patch-size", type=int, default=16, help="side of a patch in pixels: the run's model.patch_size"
+    )
     parser.add_argument("--components", type=int, default=96, help="how many of the largest to keep; 96 in MAE's paper")
     parser.add_argument("--images", type=int, default=10_000, help="how many crops to use, at most one epoch")
-    parser.add_argument("--size", type=int, default=224, help="side of a crop in pixels: the run's data.image_size")
+    parser.add_argument(
+        "--image-size", type=int, default=224, help="side of a crop in pixels: the run's data.image_size"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random crops")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes that decode")
+    parser.add_argument("--num-workers", type=int, default=default_workers(), help="processes that decode")
     options = vars(parser.parse_args())
     out: Path = options.pop("out")
 
@@ -98,7 +104,7 @@ def main() -> int:
         save_file(tensors, temporary)
         temporary.replace(out)
         print(
-            f"{out}: {options['components']} of {values_per_patch(options['patch'])} components, "
+            f"{out}: {options['components']} of {values_per_patch(options['patch_size'])} components, "
             f"{explained:.1%} of the variance"
         )
         print(f"target.name=pca target.file={out}")

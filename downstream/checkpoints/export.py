@@ -280,10 +280,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         "--weights", choices=("online", "ema"), help="default: those that the method's authors evaluate"
     )
     parser.add_argument(
-        "--size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width; default: the file's"
+        "--image-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width; default: the file's"
     )
     options = parser.parse_args(arguments)
-    size = tuple(options.size * 2)[:2] if options.size else None
+    size = tuple(options.image_size * 2)[:2] if options.image_size else None
     try:
         report, difference, usage = export_encoder(
             options.source, options.out, options.format, image_size=size, weights=options.weights

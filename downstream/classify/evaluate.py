@@ -105,10 +105,10 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
         trained.predict,
         samples,
         size=trained.image_size,
-        batch=options.batch,
+        batch=options.batch_size,
         rank=world.rank,
         world_size=world.size,
-        num_workers=options.workers,
+        num_workers=options.num_workers,
         device=device,
     )
 

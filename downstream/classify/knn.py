@@ -22,16 +22,16 @@ from pretrain.trainer.launch import World
 def _command(options: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
     train, val = load_samples(options.train), load_samples(options.val)
     check_sets(train, val, options.k)
-    encoder, _ = load_encoder(options.encoder, image_size=options.size, weights=options.weights)
+    encoder, _ = load_encoder(options.encoder, image_size=options.image_size, weights=options.weights)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     bank, queries = (
         EvalLoader(
             samples,
             size=(height, width),
-            batch=options.batch,
+            batch=options.batch_size,
             rank=world.rank,
             world_size=world.size,
-            num_workers=options.workers,
+            num_workers=options.num_workers,
         )
         for samples in (train, val)
     )
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         "--pool", choices=("mean", "class"), default="mean", help="mean of the patch tokens, or the class token (DINO)"
     )
     parser.add_argument("--weights", choices=("online", "ema"), help="default: what the authors of the method evaluate")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="default: that of the file")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default: that of the file")
     add_loading_options(parser)
     run_on_ranks(_command, parser.parse_args(arguments))
 

@@ -82,7 +82,7 @@ class LossAndTokens(NamedTuple):
     positions: Tensor  # (B, V) grid positions of these tokens in the image
 
 
-class ContextMethod(Method):
+class LUTMethod(Method):
     """A method that supports LUT.
 
     Attributes:

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import ContextMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.masking import (
     Grid,
     block_masked,
@@ -62,7 +62,7 @@ def sample_masks(
     return {"positions": positions, **build_mask_indices(rng, masked, pr_mim, config.window_size)}
 
 
-class LoMaR(ContextMethod):
+class LoMaR(LUTMethod):
     """Encoder on windows with mask tokens and a linear head, or with a decoder; loss on the masked patches."""
 
     add_ons = frozenset({"pr_mim", "lut"})

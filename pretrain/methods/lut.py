@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import ContextMethod, LossAndTokens, MaskIndices, MaskSampler
+from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.models.attention import grid_buckets
@@ -119,7 +119,7 @@ class TeacherModel(nn.Module):
 class LUT(nn.Module):
     """L = L_method + alpha * L_context (eq. 3) around a method."""
 
-    def __init__(self, config: LUTConfig, method: ContextMethod):
+    def __init__(self, config: LUTConfig, method: LUTMethod):
         super().__init__()
         self.config, self.method = config, method
         dim = method.encoder.arch.dim

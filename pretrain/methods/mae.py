@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import ContextMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.masking import Grid, block_masked, check_masked, check_random_masks, grid_masked, random_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, build_mask_indices
 from pretrain.methods.predictor import MaskTokens
@@ -82,7 +82,7 @@ class MAEConfig(MethodConfig):
         check_random_masks(self.mask_type)
 
 
-class MAE(ContextMethod):
+class MAE(LUTMethod):
     """Encoder on the visible patches, transformer decoder, loss on the masked patches."""
 
     add_ons = frozenset({"pr_mim", "lut"})

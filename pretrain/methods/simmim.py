@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pretrain.methods.base import ContextMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.masking import Grid, cell_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import Predictor
@@ -30,7 +30,7 @@ def sample_masks(
     return {name: array[0] for name, array in indices.items()}
 
 
-class SimMIM(ContextMethod):
+class SimMIM(LUTMethod):
     """Encoder on everything, linear head, by default L1 on the masked patches' pixels without normalization."""
 
     add_ons = frozenset({"pr_mim", "lut"})

@@ -46,7 +46,7 @@ def test_on_two_ranks(tmp_path: Path):
     encoder = ViT("vit_tiny", 16, (2, 2))
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", EncoderSpec.of(encoder).to_metadata())
 
-    small, large = ["--batch", "4", "--workers", "1"], ["--batch", "64", "--workers", "0"]
+    small, large = ["--batch-size", "4", "--num-workers", "1"], ["--batch-size", "64", "--num-workers", "0"]
     package, knn_options = "downstream.classify", ["--train", tmp_path / "shards", "--val", val, "--k", 3]
     commands = [
         [f"{package}.evaluate", seven, "--data", val, *small],

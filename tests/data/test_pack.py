@@ -35,7 +35,7 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 
 def test_class_folders(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shards"
-    assert main([str(classes), str(out), "--samples-per-shard", "8", "--workers", "2"]) == 0
+    assert main([str(classes), str(out), "--samples-per-shard", "8", "--num-workers", "2"]) == 0
     output = capsys.readouterr()
     assert "21 samples of 3 classes in 3 shards" in output.out
     assert "1 .txt" in output.err
@@ -64,12 +64,12 @@ def test_flat_folder_and_list(tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     for name in ("b.jpg", "a.jpg", "sub/c.jpg"):
         (folder / name).write_bytes(jpeg(0))
-    assert main([str(folder), str(tmp_path / "from_folder"), "--workers", "1"]) == 0
+    assert main([str(folder), str(tmp_path / "from_folder"), "--num-workers", "1"]) == 0
     index = load_index(tmp_path / "from_folder")
     assert (list(index.keys), index.label.tolist(), index.classes) == (["a", "b", "sub/c"], [-1] * 3, ())
 
     (folder / "list.txt").write_text("sub/c.jpg\t5\nb.jpg\t2\n\n")
-    assert main([str(folder / "list.txt"), str(tmp_path / "from_list"), "--workers", "1", "--prefix", "val"]) == 0
+    assert main([str(folder / "list.txt"), str(tmp_path / "from_list"), "--num-workers", "1", "--prefix", "val"]) == 0
     index = load_index(tmp_path / "from_list")
     assert (list(index.keys), index.label.tolist()) == (["b", "sub/c"], [2, 5])
     assert index.shards == ("val-000000.tar",)
@@ -115,7 +115,7 @@ def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.Capture
     out = tmp_path / "shards"
     (classes / "cat" / "img.1 x.JPEG").write_bytes(jpeg(0, 300, 200)[:2000])
     (classes / "tench" / "img.5 x.JPEG").write_bytes(b"<html>")
-    command = [str(classes), str(out), "--samples-per-shard", "8", "--workers", "1"]
+    command = [str(classes), str(out), "--samples-per-shard", "8", "--num-workers", "1"]
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "2 of 21 files are not readable" in error
@@ -136,13 +136,13 @@ def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
-    assert main([str(tmp_path), str(tmp_path / "out"), "--bad", "skip", "--workers", "1"]) == 1
+    assert main([str(tmp_path), str(tmp_path / "out"), "--bad", "skip", "--num-workers", "1"]) == 1
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
 def test_packing_again(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "shards"
-    command = [str(classes), str(out), "--workers", "1"]
+    command = [str(classes), str(out), "--num-workers", "1"]
     assert main(command) == 0
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert main(command) == 0
@@ -164,7 +164,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     for number in range(60):
         (images / f"{number:03d}.png").write_bytes(encode(smooth_image(number, 500, 500), "PNG", compress_level=1))
     out, staging = tmp_path / "out", tmp_path / "out" / ".pack"
-    command = [str(images), str(out), "--samples-per-shard", "1", "--workers", "2"]
+    command = [str(images), str(out), "--samples-per-shard", "1", "--num-workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "data.pack", *command])
     while len(list(staging.glob("*.tar"))) < 3:
         assert process.poll() is None
@@ -184,14 +184,14 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     assert not staging.exists()
     kept = {name: (out / name).stat().st_mtime_ns for name in finished}
     assert kept == finished
-    assert main([*command[:1], str(tmp_path / "other"), *command[2:4], "--workers", "1"]) == 0
+    assert main([*command[:1], str(tmp_path / "other"), *command[2:4], "--num-workers", "1"]) == 0
     assert shard_bytes(out) == shard_bytes(tmp_path / "other")
     assert len(load_index(out)) == 60
 
 
 def test_killed_while_publishing(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    command = [str(classes), str(out), "--samples-per-shard", "8", "--workers", "1"]
+    command = [str(classes), str(out), "--samples-per-shard", "8", "--num-workers", "1"]
     replace, published = os.replace, []
 
     def killed(source: Path, target: Path) -> None:

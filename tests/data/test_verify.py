@@ -9,7 +9,7 @@ from data.verify import main
 
 
 def test_intact_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(shards), "--decode", "--workers", "2"]) == 0
+    assert main([str(shards), "--decode", "--num-workers", "2"]) == 0
     output = capsys.readouterr().out
     assert "53 samples in 3 shards" in output
     assert "labels 0 to 2, 0 without" in output
@@ -18,8 +18,8 @@ def test_intact_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_an_undecodable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "x.tar", [("good.jpg", jpeg(0)), ("bad.jpg", jpeg(0, 300, 200)[:2000])])
-    assert main([str(tmp_path), "--workers", "1"]) == 0
-    assert main([str(tmp_path), "--workers", "1", "--decode"]) == 1
+    assert main([str(tmp_path), "--num-workers", "1"]) == 0
+    assert main([str(tmp_path), "--num-workers", "1", "--decode"]) == 1
     offset = load_index(tmp_path).offset[1]
     assert f"x.tar: 'bad' at byte {offset} cannot be decoded" in capsys.readouterr().err
 
@@ -27,7 +27,7 @@ def test_an_undecodable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 def test_every_changed_shard_is_named(shards: Path, index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     os.truncate(shards / "train-000000.tar", 5000)
     write_tar(shards / "train-000002.tar", [("other.jpg", jpeg(1))])
-    assert main([str(shards), "--workers", "1"]) == 1
+    assert main([str(shards), "--num-workers", "1"]) == 1
     output = capsys.readouterr()
     assert "train-000000.tar: truncated" in output.err
     assert "train-000002.tar: 1 samples, the index says 7" in output.err
@@ -40,9 +40,9 @@ def test_same_size_but_other_content(shards: Path, index: Index, capsys: pytest.
     data = path.read_bytes()
     end = int(index.offset[-1]) - 512  # the last sample's header
     path.write_bytes(data[:end] + data[end:].replace(b"img052", b"img250"))
-    assert main([str(shards), "--workers", "1"]) == 1
+    assert main([str(shards), "--num-workers", "1"]) == 1
     assert "img250" in capsys.readouterr().err
-    assert main([str(shards), "--workers", "1", "--reindex"]) == 0
+    assert main([str(shards), "--num-workers", "1", "--reindex"]) == 0
     assert load_index(shards).keys[52].endswith("img250")
 
 

@@ -168,7 +168,7 @@ def test_command_says_what_was_used_and_how_to_load(tmp_path: Path, capsys: pyte
     path, _ = originals.lut(tmp_path)
     arguments = [str(path), str(tmp_path / "out.safetensors"), "--format", "timm"]
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--weights", "ema", "--size", "16", "8"])
+        main([*arguments, "--weights", "ema", "--image-size", "16", "8"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     for part in (

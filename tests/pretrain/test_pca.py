@@ -23,7 +23,7 @@ from pretrain.trainer.checkpoint import TrainState, check_continues
 
 ROOT = Path(__file__).parents[2]
 PATCH, VALUES = 4, 48
-KEYS: dict[str, Any] = {"patch": PATCH, "images": 100, "size": 16, "seed": 3}
+KEYS: dict[str, Any] = {"patch_size": PATCH, "images": 100, "image_size": 16, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def components_file(shards: str, tmp_path: Path) -> Path:
-    tensors, _ = fit(shards, components=6, workers=0, **KEYS)
+    tensors, _ = fit(shards, components=6, num_workers=0, **KEYS)
     save_file(tensors, tmp_path / "pca.safetensors")
     return tmp_path / "pca.safetensors"
 
@@ -57,7 +57,7 @@ def cropped_patches(shards: str) -> np.ndarray:
 
 
 def test_the_components_are_numpys(shards: str):
-    tensors, held = fit(shards, components=VALUES, workers=0, **KEYS)
+    tensors, held = fit(shards, components=VALUES, num_workers=0, **KEYS)
     patches = cropped_patches(shards)
     mean = patches.mean(0)
     _, singular, right = np.linalg.svd(patches - mean, full_matrices=False)
@@ -95,7 +95,7 @@ def test_more_components_reconstruct_better(shards: str, tmp_path: Path):
     truth = patchify(batch.images, PATCH)
     errors = []
     for count in (1, 3, 9, 24, VALUES):
-        tensors, _ = fit(shards, components=count, workers=0, **KEYS)
+        tensors, _ = fit(shards, components=count, num_workers=0, **KEYS)
         save_file(tensors, tmp_path / f"{count}.safetensors")
         target = PCATarget(PCAConfig(file=str(tmp_path / f"{count}.safetensors")), PATCH)
         assert target.num_outputs == count
@@ -121,7 +121,9 @@ def test_the_target_is_fp32_under_autocast(components_file: Path):
 
 def test_the_command_gives_the_same_file_whatever_the_workers(shards: str, components_file: Path, tmp_path: Path):
     out = tmp_path / "made.safetensors"
-    options = [f"--{name}={value}" for name, value in {**KEYS, "components": 6, "workers": 2}.items()]
+    options = [
+        f"--{name.replace('_', '-')}={value}" for name, value in {**KEYS, "components": 6, "num_workers": 2}.items()
+    ]
     command = [sys.executable, "-m", "pretrain.fit_pca", shards, str(out), *options]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "6 of 48 components" in output
@@ -193,7 +195,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"size": 18}, "--size 18 is no multiple of --patch 4"),
+        ({"image_size": 18}, "--image-size 18 is no multiple of --patch-size 4"),
         ({"components": 49}, "--components 49: a patch of 4x4 pixels has 1 to 48"),
         ({"components": 0}, "--components 0"),
         ({"images": 0}, "--images 0 must be at least 1"),
@@ -202,4 +204,4 @@ def test_another_kind_of_file_is_refused(tmp_path: Path):
 )
 def test_options_that_do_not_fit_are_refused(keys: dict, says: str, shards: str):
     with pytest.raises(ValueError, match=says):
-        fit(shards, **{"components": 6, "workers": 0, **KEYS, **keys})
+        fit(shards, **{"components": 6, "num_workers": 0, **KEYS, **keys})

@@ -55,7 +55,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     trained = load_classifier(options.checkpoint, device)
     check_classifier(trained)
     prepared = {name: prepare(name, paths) for name in paths}  # all are checked before the first is evaluated
-    evaluator = Evaluator(trained.predict, trained.image_size, options.batch, options.workers, world, device)
+    evaluator = Evaluator(trained.predict, trained.image_size, options.batch_size, options.num_workers, world, device)
     results = {}
     for name, measure in prepared.items():
         results[name] = measure(evaluator)

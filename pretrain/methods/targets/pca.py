@@ -90,7 +90,7 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
     if len(mean) != num_values:
         raise ValueError(
             f"target.file={file!r} is of patches of {len(mean)} values, and model.patch_size={patch_size} has "
-            f"{num_values}: make one with `python -m pretrain.fit_pca SHARDS FILE --patch {patch_size}`"
+            f"{num_values}: make one with `python -m pretrain.fit_pca SHARDS FILE --patch-size {patch_size}`"
         )
     return mean, components
 
