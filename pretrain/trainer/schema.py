@@ -110,26 +110,35 @@ def parse_overrides(arguments: list[str], schema: type[BaseModel] | None = None)
     """['optim.base_lr=1e-3', ...] -> {'optim': {'base_lr': 0.001}}; values as of `parse_value`.
 
     Args:
-        schema: where it has a text (`name`), a number is that text: `name=007` is '007'.
+        schema: where it has a string (`name`), a number is kept as typed: `name=007` is '007'.
 
     Raises:
         ValueError: an argument that is not `dotted.key=value`.
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals or not key or key.startswith("-"):
-            raise ValueError(f"{argument!r} is not an override: write section.key=value, for example train.epochs=100")
-        try:
-            nested = parse_value(text)
-        except ValueError as error:
-            raise ValueError(f"{argument!r}: {error}") from None
+        key, text, nested = split_override(argument, "section.key=value, for example train.epochs=100")
         if isinstance(nested, int | float) and schema is not None and _is_text(key, schema):
             nested = text
         for part in reversed(key.split(".")):
             nested = {part: nested}
         overrides = merge(overrides, nested)
     return overrides
+
+
+def split_override(argument: str, form: str) -> tuple[str, str, Any]:
+    """The key, the text after it, and the value that this is; `form` is what an override looks like, for the error.
+
+    Raises:
+        ValueError: an argument that is not `key=value`.
+    """
+    key, equals, text = argument.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ValueError(f"{argument!r} is not an override: write {form}")
+    try:
+        return key, text, parse_value(text)
+    except ValueError as error:
+        raise ValueError(f"{argument!r}: {error}") from None
 
 
 def parse_value(text: str) -> Any:

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict, utils
 
 from downstream.dense.job import Job
 from downstream.dense.mmengine.encoder_start import set_start
-from pretrain.trainer.schema import nearest, parse_value
+from pretrain.trainer.schema import nearest, split_override
 
 # mmengine looks for a package of the original name where a configuration inherits "mmseg::...".
 utils.MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
@@ -62,13 +62,7 @@ def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable
         _set_default(cfg, key, value)
     run, overridden = dict(_RUN_KEYS), {}
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key or key.startswith("-"):
-            raise ValueError(f"{override!r} is not an override: write KEY=value, for example train_cfg.max_epochs=25")
-        try:
-            value = parse_value(text)
-        except ValueError as error:
-            raise ValueError(f"{override!r}: {error}") from None
+        key, text, value = split_override(override, "KEY=value, for example train_cfg.max_epochs=25")
         if key in run:
             run[key] = _check_run_key(key, value, text)
         else:
