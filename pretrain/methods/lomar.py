@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.masking import (
     Grid,
     block_masked,

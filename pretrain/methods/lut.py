@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.models.attention import grid_buckets

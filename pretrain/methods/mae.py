@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.masking import Grid, block_masked, check_masked, check_random_masks, grid_masked, random_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, build_mask_indices
 from pretrain.methods.predictor import MaskTokens

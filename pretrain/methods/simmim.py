@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pretrain.methods.base import LUTMethod, LossAndTokens, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.masking import Grid, cell_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import Predictor
