@@ -25,10 +25,7 @@ def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str,
 
 def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path) -> None:
     """Writes a safetensors file whose metadata is the `EncoderSpec`."""
-    model, size = config.model, config.data.height_width
-    spec = EncoderSpec(
-        model.arch, model.patch_size, size, model.position, config.method.name, epochs=config.train.epochs
-    )
+    spec = EncoderSpec.from_signature(config.resume_signature(), config.train.epochs)
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, spec.to_metadata()))
 
 

@@ -39,16 +39,16 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     from pretrain.trainer.optim import build_adamw, parameter_groups
     from pretrain.trainer.report import log_outputs
 
-    stage = zero_stage(ds_settings(config, world.size))
+    settings = ds_settings(config, world.size)
     method = build_method(config)
     parts = Parts(
         method,
-        build_adamw(parameter_groups(method, config.optim.weight_decay), config, stage),
+        build_adamw(parameter_groups(method, config.optim.weight_decay), config, zero_stage(settings)),
         build_ema(config, method, device),
         build_loader(config, index, world, mask_sampler=method.mask_sampler()),
         build_evaluation(config, method, world, device),
     )
-    run = assemble(config, world, device, folder, index, parts)
+    run = assemble(config, world, device, folder, index, settings, parts)
     train(run)
     finish(run, index)
     log_outputs(run)

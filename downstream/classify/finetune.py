@@ -51,7 +51,7 @@ def _train(
     from pretrain.trainer.loop import train
     from pretrain.trainer.report import log_outputs
 
-    stage = zero_stage(ds_settings(config, world.size))
+    settings = ds_settings(config, world.size)
     check_mixing(config, world)
     check_train_and_val(index, val, config.head.num_classes)
     # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
@@ -61,12 +61,12 @@ def _train(
         _log.info("%s", loaded)
     parts = Parts(
         classifier,
-        build_optimizer(classifier.vit, config, stage),
+        build_optimizer(classifier.vit, config, zero_stage(settings)),
         build_ema(config, classifier, device),
         build_loader(config, index, world, labels=True),
         build_evaluation(config, val, world, device),
     )
-    run = assemble(config, world, device, folder, index, parts)
+    run = assemble(config, world, device, folder, index, settings, parts)
     train(run)
     finish(run, index.classes)
     log_outputs(run)

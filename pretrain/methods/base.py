@@ -4,12 +4,11 @@ Shapes: B images, N patches of an image, V of them visible, M masked, D the enco
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
-import numpy as np
 from torch import Tensor, nn
 
+from data.loader import MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import TARGETS, PatchTarget, PixelsConfig, TargetConfig
@@ -18,7 +17,6 @@ from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.schema import Section
 
 MaskIndices = dict[str, Tensor]  # (B, ...) int64 each: the arrays of a mask sampler, stacked over images
-MaskSampler = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 
 class MethodConfig(Section):

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.ema import NoEMA
-from pretrain.trainer.engine import build_engine, ds_settings, effective_settings
+from pretrain.trainer.engine import build_engine, effective_settings
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation, Run
 from pretrain.trainer.report import describe_run
@@ -39,17 +40,24 @@ class Parts:
 
 
 def assemble(
-    config: RunConfig, world: World, device: torch.device, folder: RunFolder, index: Index, parts: Parts
+    config: RunConfig,
+    world: World,
+    device: torch.device,
+    folder: RunFolder,
+    index: Index,
+    settings: dict[str, Any],
+    parts: Parts,
 ) -> Run:
     """Builds the engine, resumes from the newest checkpoint if there is one, and logs it; called by all ranks together.
 
     Args:
         index: the training samples.
+        settings: DeepSpeed's keys, of `ds_settings`.
 
     Raises:
-        ValueError: as `ds_settings` and `Checkpoints.resume`.
+        ValueError: as `Checkpoints.resume`.
     """
-    engine = build_engine(parts.module, parts.optimizer, config, ds_settings(config, world.size))
+    engine = build_engine(parts.module, parts.optimizer, config, settings)
     fresh = TrainState(
         fingerprint=index.fingerprint,
         world_size=world.size,

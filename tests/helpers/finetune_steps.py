@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -154,11 +153,10 @@ def train_small(
 
     loader: Any = FixedBatches(config, draw_label, world)
     index: Any = NoIndex()
-    stage = zero_stage(small_settings(config, world.size))
-    optimizer = build_optimizer(classifier.vit, config, stage)
+    settings = small_settings(config, world.size)
+    optimizer = build_optimizer(classifier.vit, config, zero_stage(settings))
     parts = Parts(classifier, optimizer, build_ema(config, classifier, device), loader)
-    with patch("pretrain.trainer.assemble.ds_settings", small_settings):
-        run = assemble(config, world, device, folder, index, parts)
+    run = assemble(config, world, device, folder, index, settings, parts)
     began = run.state.step
     train(run)
     finish(run, ())

@@ -11,15 +11,6 @@ from pretrain.config import RECIPES, load
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> str:
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        "name: small\nmethod: {name: lomar, num_windows: 2}\ndata: {shards: /nowhere}\noptim: {warmup_epochs: 5}\n"
-    )
-    return str(path)
-
-
 @pytest.mark.parametrize(
     ("override", "says"),
     [
