@@ -1,4 +1,4 @@
-"""LoMaR as a first research implementation would write it; `lomar_step.py` measures ours against it.
+"""LoMaR as a first research implementation would write it; `step.py` measures ours against it.
 
 It embeds the whole image, copies the token map once for each window and gathers from the copies, assigns mask tokens by
 boolean index, gathers the relative bias out of the scores of all buckets, and sends every token through the head and
@@ -127,3 +127,28 @@ class NaiveLoMaR(nn.Module):
         p = self.patch_size
         x = images.reshape(B, C, H // p, p, W // p, p)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+
+
+def randomize_tables(ours: LoMaR) -> None:
+    """The relative tables are zero at first, which would hide a wrong bias."""
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lookup_table" in name:
+                parameter.normal_(std=0.3)
+
+
+def assert_equal_steps(ours: LoMaR, naive: NaiveLoMaR, batch: tuple[Tensor, dict[str, Tensor]], bf16: bool) -> None:
+    """The same loss to rounding, and gradients of all parameters in the same direction."""
+    losses, gradients = [], []
+    for model in (ours, naive):
+        with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):
+            loss = model(*batch)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name.removeprefix("predictor."): p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+    tolerance, least = (5e-3, 0.98) if bf16 else (1e-5, 0.9999)
+    assert abs(losses[0] - losses[1]) < tolerance * losses[1], f"losses differ: {losses}"
+    for name, gradient in gradients[0].items():
+        cosine = torch.cosine_similarity(gradient.flatten(), gradients[1][name].flatten(), dim=0).item()
+        assert cosine > least, f"the gradients of {name} differ: cosine {cosine:.5f}"

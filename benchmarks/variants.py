@@ -1,0 +1,119 @@
+"""The training steps that the speed benchmarks compare: LoMaR, its fast variants and MAE, built from recipes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.build import build_method
+from pretrain.config import PretrainConfig, load
+from pretrain.methods.base import Method
+from pretrain.models.vit import ARCHS
+from pretrain.trainer.optim import build_adamw, parameter_groups
+
+LOMAR, MAE = "lomar_vitb16_224_400e", "mae_vitb16_224_1600e"
+NAMES = {
+    "lomar": "LoMaR",
+    "late": "LoMaR, late mask tokens",
+    "pr": "LoMaR + PR-MIM 50 %",
+    "fast": "LoMaR, late + PR-MIM",
+    "mae": "MAE",
+}
+WINDOWS = {224: 4, 384: 6, 448: 9}  # Fig. 4 of LoMaR
+Loss = Callable[[], Tensor]
+
+
+def image_side(arch: str, size: int) -> int:
+    """`size`, or for ViT-H/14, the next multiple of its patches."""
+    patch = patch_size(arch)
+    return math.ceil(size / patch) * patch
+
+
+def patch_size(arch: str) -> int:
+    return 14 if arch == "vit_huge" else 16
+
+
+def load_variant(variant: str, arch: str, size: int, *overrides: str) -> PretrainConfig:
+    """The configuration of a key of `NAMES` at a size of `WINDOWS`; `late` is after two thirds of the blocks."""
+    keys = [
+        "data.shards=none",
+        f"model.arch={arch}",
+        f"model.patch_size={patch_size(arch)}",
+        f"data.image_size={image_side(arch, size)}",
+        "optim.base_lr=1e-6",  # on random images the recipe's would diverge without its warm-up
+        *overrides,
+    ]
+    if variant == "mae":
+        return load(MAE, keys)
+    keys.append(f"method.num_windows={WINDOWS[size]}")
+    if variant in ("late", "fast"):
+        keys.append(f"method.mask_token_block={ARCHS[arch].depth * 2 // 3}")
+    if variant in ("pr", "fast"):
+        keys.append("pr_mim.throw_ratio=0.5")
+    return load(LOMAR, keys)
+
+
+def build(config: PretrainConfig, device: torch.device) -> Method:
+    """The method on its device."""
+    method = build_method(config)
+    assert isinstance(method, Method)
+    return method.to(device)
+
+
+def draw_batch(method: Method, config: PretrainConfig, images: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Random pixels and the method's mask indices, on the device of the method."""
+    device = next(method.parameters()).device
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (images, *config.data.height_width, 3), generator=generator, dtype=torch.uint8)
+    sampler = method.mask_sampler()
+    samples = [sampler(np.random.default_rng(i)) for i in range(images)]
+    indices = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+    return pixels.to(device), {name: array.to(device) for name, array in indices.items()}
+
+
+@dataclass
+class Trainee:
+    """A model that trains on the same batch again and again.
+
+    Attributes:
+        model: what `loss` calls.
+        loss: the forward pass on the batch, without autocast.
+        images: of the batch.
+    """
+
+    model: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    images: int
+    device: torch.device
+
+    def autocast_loss(self) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.loss()
+
+    def step(self) -> None:
+        self.autocast_loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def forward_flops(self) -> float:
+        """Of an image's forward pass, counted; a step's are three times that.
+
+        Not all of torch's fused kernels are counted, so attention is done without them meanwhile.
+        """
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.autocast_loss()
+        return counter.get_total_flops() / self.images
+
+
+def trainee(config: PretrainConfig, images: int, device: torch.device) -> Trainee:
+    """A method of this project with its own optimizer."""
+    method = build(config, device)
+    batch = draw_batch(method, config, images)
+    optimizer = build_adamw(parameter_groups(method, config.optim.weight_decay), config, stage=1)
+    return Trainee(method, lambda: method(*batch)["loss"], optimizer, images, device)
