@@ -14,6 +14,7 @@ from pretrain.build import build_method
 from pretrain.config import PretrainConfig, load
 from pretrain.methods.base import Method
 from pretrain.models.vit import ARCHS
+from pretrain.numerics import apply_numerics, choose_numerics
 from pretrain.trainer.optim import build_adamw, parameter_groups
 
 LOMAR, MAE = "lomar_vitb16_224_400e", "mae_vitb16_224_1600e"
@@ -59,9 +60,11 @@ def load_variant(variant: str, arch: str, size: int, *overrides: str) -> Pretrai
 
 
 def build(config: PretrainConfig, device: torch.device) -> Method:
-    """The method on its device."""
-    method = build_method(config)
+    """The method, initialized on its device, with the kernels and the compiler that a run of ZeRO stage 1 has there."""
+    with device:
+        method = build_method(config)
     assert isinstance(method, Method)
+    apply_numerics(method, choose_numerics(config, device, stage=1))
     return method.to(device)
 
 

@@ -1,0 +1,141 @@
+"""Everything that has to be measured on a GPU, in eight minutes of one: ceilings, the window kernel, the training steps.
+
+    python benchmarks/gpu.py OUT [--seconds 480] [--dry] [--resume] [--only NAME ...] [--lomar-path L] [--mae-path M]
+
+Sections run in the order of what they decide. One that would not end before the deadline is left out, one that fails
+leaves the others alone, and both are said; OUT/gpu.json grows with each. `--resume` goes on with what an earlier call
+with the same OUT left out. `--only` runs the sections whose names contain one of the words. `--lomar-path` and
+`--mae-path`, checkouts of the authors' code, are measured in the same run. `--dry` tries the command on a CPU, with
+a tiny encoder and without the kernel, in under two minutes. The last line of the output is one JSON object.
+
+It needs torch, torchvision, triton, timm, numpy, pydantic and pyyaml; the section `engine` also what `pretrain/run.py`
+needs, DeepSpeed and webdataset among it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from benchmarks.gpu_ceilings import attention_choice, ceilings, environment
+from benchmarks.gpu_goals import print_goals
+from benchmarks.gpu_kernel import against_torch, right, sweep
+from benchmarks.gpu_session import Session
+from benchmarks.gpu_table import Cell, authors_cells, first_cells, further_cells, measure, second_cells
+
+
+class Section(NamedTuple):
+    name: str
+    kind: str  # sections of a kind take about as long
+    needs: float  # seconds
+    run: Callable[[Session], None]
+
+
+def cells(wanted: list[Cell], checkouts: dict[str, Path]) -> list[Section]:
+    """Sections that fill cells of the table."""
+    return [
+        Section(
+            cell.name,
+            "compiled step" if cell.compiled else "step",
+            45 if cell.compiled else 12,
+            measure(cell, checkouts[cell.variant] if cell.column == "authors" else None),
+        )
+        for cell in wanted
+    ]
+
+
+def engine_sections(*runs: tuple[str, bool]) -> list[Section]:
+    """Real runs, each of a DeepSpeed file and of the fast variant or not."""
+
+    def section(ds_config: str, fast: bool) -> Callable[[Session], None]:
+        def run(session: Session) -> None:
+            from benchmarks.gpu_engine import Run, engine  # imports webdataset, which not every machine has
+
+            engine(Run(ds_config, fast))(session)
+
+        return run
+
+    return [
+        Section(f"engine: {'fast' if fast else 'lomar'}, {ds_config}", "engine", 100, section(ds_config, fast))
+        for ds_config, fast in runs
+    ]
+
+
+def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
+    """All sections, those that decide most first."""
+    start = [
+        Section("environment", "environment", 5, environment),
+        Section("ceilings", "ceilings", 15, ceilings),
+        Section("attention: torch's choice", "attention", 10, attention_choice),
+        Section("kernel: right?", "right", 40, right),
+        Section("kernel: B, all 50 tokens", "kernel", 15, against_torch("B, all 50 tokens")),
+    ]
+    kernel = [
+        Section(f"kernel: {name}", "kernel", 15, against_torch(name))
+        for name in ("B, PR-MIM's 26", "B, visible 11", "L, all 50 tokens", "H, all 50 tokens")
+    ]
+    sweeps = [
+        Section(f"kernel: sweep of {name}", "sweep", 60, sweep(name))
+        for name in ("B, all 50 tokens", "H, all 50 tokens", "B, PR-MIM's 26", "B, visible 11")
+    ]
+    theirs = authors_cells(list(checkouts))
+    if dry:
+        tried = [
+            *first_cells(),
+            Cell("vit_base", 448, "fast", "now"),
+            Cell("vit_base", 224, "lomar", "now, bf16 residual"),
+        ]
+        return [
+            *start,
+            *kernel,
+            *sweeps,
+            *cells([*tried, *theirs[: len(checkouts)]], checkouts),
+            *engine_sections(("zero0", True)),
+        ]
+    return [
+        *start,
+        *cells([*first_cells(), *theirs[: len(checkouts)]], checkouts),
+        *kernel,
+        *sweeps[:1],
+        *cells(second_cells(), checkouts),
+        *engine_sections(("zero1", False), ("zero0", True)),
+        *sweeps[1:],
+        *cells([*further_cells(), *theirs[len(checkouts) :]], checkouts),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME")
+    for kind in ("lomar", "mae"):
+        parser.add_argument(f"--{kind}-path", type=Path, metavar=kind[0].upper())
+    arguments = parser.parse_args()
+    if not arguments.dry and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --dry tries the command without one")
+    paths = {"lomar": arguments.lomar_path, "mae": arguments.mae_path}
+    session = Session(
+        arguments.out, arguments.seconds, torch.device("cpu" if arguments.dry else "cuda"), arguments.resume
+    )
+    for section in sections(arguments.dry, {kind: path for kind, path in paths.items() if path}):
+        if any(word in section.name for word in arguments.only):
+            session.section(*section)
+    reached = print_goals(session)
+    failed = session.failed()
+    session.say(f"sections that failed: {'; '.join(failed) or 'none'}")
+    environment_of = session.results.get("environment", {})
+    print(json.dumps({**environment_of, "dry": arguments.dry, "failed": failed, "goals": reached}))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

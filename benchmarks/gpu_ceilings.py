@@ -1,0 +1,90 @@
+"""What the GPU can do at most: copies, matrix products of the shapes of our layers, and torch's choice of attention."""
+
+import os
+import platform
+import shutil
+import subprocess
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu_session import Session, median_ms
+from pretrain.models.vit import ARCHS
+
+TOKENS = 51_200  # of 256 images of 4 windows of 50
+SDPA_NAMES = {0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}  # torch.nn.attention.SDPBackend's values
+
+
+def environment(session: Session) -> None:
+    """Versions, and the card."""
+    info = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+    if session.dry:
+        info["device"] = f"dry run on a CPU ({platform.machine()})"
+    else:
+        card = torch.cuda.get_device_properties(session.device)
+        info |= {
+            "device": card.name,
+            "memory_gib": round(card.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "nvidia_smi": _nvidia_smi(),
+        }
+    session.keep("environment", info)
+    session.say(", ".join(f"{key} {value}" for key, value in info.items()))
+
+
+def _nvidia_smi() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "there is no nvidia-smi"
+    query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
+    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr.strip()
+
+
+def ceilings(session: Session) -> None:
+    """TB/s of a copy; TFLOP/s of each product, of the gradient of its input and of that of its weight."""
+    device = session.device
+    source = torch.empty(2**20 if session.dry else 2**31, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rows: dict[str, object] = {}
+    rows["copy TB/s"] = round(2 * source.numel() / median_ms(lambda: target.copy_(source), device) / 1e9, 2)
+    session.say(f"copy {rows['copy TB/s']} TB/s")
+    del source, target
+    products = {"square": (8192, 8192, 8192)}
+    for arch in ("vit_base", "vit_large", "vit_huge"):
+        dim = ARCHS[arch].dim
+        for layer, inputs, outputs in (("qkv", dim, 3 * dim), ("fc1", dim, 4 * dim), ("fc2", 4 * dim, dim)):
+            products[f"{arch} {layer}"] = (TOKENS if arch == "vit_base" else TOKENS // 2, inputs, outputs)
+    if session.dry:
+        products = {"tiny": (64, 32, 32)}
+    for name, (tokens, inputs, outputs) in products.items():
+        x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
+        w = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+        dy = torch.randn(tokens, outputs, device=device, dtype=torch.bfloat16)
+        calls = (lambda: x @ w.T, lambda: dy @ w, lambda: dy.T @ x)  # noqa: B023 - called at once
+        speeds = [round(2 * tokens * inputs * outputs / median_ms(call, device) / 1e9) for call in calls]
+        rows[f"TFLOP/s {name} {tokens}x{inputs}x{outputs}"] = speeds
+        session.say(f"{name:14} {tokens} x {inputs} x {outputs}: forward, input's, weight's gradient: {speeds} TFLOP/s")
+    session.keep("ceilings", rows)
+
+
+def attention_choice(session: Session) -> None:
+    """Which kernel torch takes if it is free to choose: without a bias, with one, and with one that has a gradient."""
+    rows = {}
+    for name, tokens, heads, channels in (
+        ("LoMaR B", 50, 12, 64),
+        ("LoMaR H", 50, 16, 80),
+        ("MAE encoder B 224", 50, 12, 64),
+        ("MAE decoder 224", 197, 16, 32),
+        ("MAE decoder 448", 785, 16, 32),
+    ):
+        q = torch.randn(8, heads, tokens, channels, device=session.device, dtype=torch.bfloat16, requires_grad=True)
+        bias = torch.randn(8, heads, tokens, -(-tokens // 8) * 8, device=session.device, dtype=torch.bfloat16)
+        choices = {"no bias": None}
+        if name.startswith("LoMaR"):
+            choices |= {"bias": bias[..., :tokens], "bias with gradient": bias.requires_grad_()[..., :tokens]}
+        for kind, mask in choices.items():
+            F.scaled_dot_product_attention(q, q, q, attn_mask=mask).sum().backward()  # it works as well
+            rows[f"{name}, {kind}"] = SDPA_NAMES[torch._fused_sdp_choice(q, q, q, attn_mask=mask)]
+            session.say(f"torch's attention, {name}, {kind}: {rows[f'{name}, {kind}']}")
+    session.keep("attention_choice", rows)

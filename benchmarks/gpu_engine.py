@@ -1,0 +1,109 @@
+"""A real run of `pretrain/run.py` on one GPU: DeepSpeed's engine, the data loader, and how long steps wait for data."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.gpu_session import Session
+from benchmarks.variants import LOMAR
+from data.pack import pack
+from data.sources import list_source
+from pretrain.trainer.metrics import read_metrics
+
+RUN = Path(__file__).resolve().parents[1] / "pretrain" / "run.py"
+PHOTOGRAPHS, COPIES = 128, 8
+LOG_EVERY = 5
+WARMUP_LOGS = 3  # their steps compile, start workers and fill queues
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained: LoMaR B/16 at 224, or its fast variant, by a file of ds_configs/."""
+
+    ds_config: str
+    fast: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"engine: {'fast' if self.fast else 'lomar'}, {self.ds_config}"
+
+
+def make_shards(folder: Path) -> Path:
+    """Shards of 1,024 JPEGs of about 500 x 375 pixels and 100 KB, like ImageNet's: smooth noise, each eight times."""
+    photographs, shards = folder / "photographs", folder / "shards"
+    if not shards.exists():
+        photographs.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(PHOTOGRAPHS):
+            coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), 3)
+            fine = rng.normal(0, 12, (375, 500, 3))
+            image = Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8))
+            image.save(photographs / f"{number:04d}_0.jpg", quality=90)
+            for copy in range(1, COPIES):
+                os.link(photographs / f"{number:04d}_0.jpg", photographs / f"{number:04d}_{copy}.jpg")
+        pack(list_source(photographs), shards, samples_per_shard=128)
+    return shards
+
+
+def engine(run: Run) -> Callable[[Session], None]:
+    """The section that starts a run in a process of its own, and reads its metrics."""
+
+    def section(session: Session) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            batch, steps = (8, 25) if session.dry else (256, 80)
+            images = PHOTOGRAPHS * COPIES
+            command = [
+                *(sys.executable, str(RUN), LOMAR, "name=engine", f"runs={folder / 'runs'}"),
+                f"data.shards={make_shards(folder)}",
+                f"data.num_workers={1 if session.dry else max((os.cpu_count() or 2) - 1, 1)}",
+                *(f"train.global_batch_size={batch}", "train.gradient_accumulation_steps=1"),
+                *(f"train.epochs={max(-(-steps * batch // images), 2)}", "optim.warmup_epochs=1"),
+                *(f"log.every_steps={LOG_EVERY}", "log.num_reconstructions=1", f"train.ds_config={run.ds_config}"),
+                *(["model.arch=vit_tiny"] if session.dry else []),
+                *(["method.mask_token_block=8", "pr_mim.throw_ratio=0.5"] if run.fast else []),
+            ]
+            rows = _start(command, folder, session)
+        if not rows:
+            raise ValueError("the run ended before it logged a step of normal speed")
+        result = {
+            "batch": batch,
+            "logged": len(rows),
+            "images_per_s": statistics.median(row["images_per_s"] for row in rows),
+            "data_wait": statistics.median(row["data_wait"] for row in rows),
+            "loss": rows[-1]["loss"],
+            "command": command[2:],
+        }
+        session.keep("engine", session.table("engine") | {run.name: result})
+        session.say(
+            f"{run.name}: {result['images_per_s']:.0f} images/s, {100 * result['data_wait']:.0f} % of the time waiting "
+            f"for data of {os.cpu_count()} cores; loss {result['loss']:.3f}"
+        )
+
+    return section
+
+
+def _start(command: list[str], folder: Path, session: Session) -> list[dict]:
+    """The logged metrics of a run that ends by itself or, if it takes too long, is ended."""
+    limit = max(session.left(), 20)
+    log = folder / "log.txt"
+    with log.open("w") as file:
+        try:
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=True)
+        except subprocess.TimeoutExpired:
+            session.say(f"the run was ended after {limit:.0f} s")
+        except subprocess.CalledProcessError as error:
+            raise ChildProcessError(f"exit status {error.returncode}:\n{log.read_text()[-3000:]}") from None
+    environment = folder / "runs" / "engine" / "environment.json"
+    if environment.exists():
+        session.keep("engine_environment", json.loads(environment.read_text()))
+    return read_metrics(folder / "runs" / "engine" / "metrics.jsonl")[WARMUP_LOGS:]

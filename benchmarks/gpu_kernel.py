@@ -1,0 +1,234 @@
+"""The kernel for attention in windows: is it right, how is it best started, and is it faster than torch's attention?"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from benchmarks.gpu_session import Session, free_memory, median_ms
+from pretrain.models import window_attention
+from pretrain.models.attention import attend
+from pretrain.models.relative_position import RelativeKey, grid_buckets, pair_buckets
+from pretrain.models.sdpa import set_deterministic
+from pretrain.models.window_attention import Launch, window_tokens
+
+SIZE = 7  # patches along a side of a window
+RESERVE = 30  # seconds that a sweep leaves
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, against float64 from the same inputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Windows of one layer of one step: those of the table's batches.
+
+    Attributes:
+        patches: of a window, besides the class token; all 49 are in raster order.
+    """
+
+    windows: int
+    patches: int
+    heads: int
+    channels: int
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """qkv (G, L, 3, H, C), table (C, 50), and the patches (G, T) if they are not all."""
+        torch.manual_seed(0)
+        G, L = self.windows, 1 + self.patches
+        qkv = torch.randn(G, L, 3, self.heads, self.channels, device=device).to(dtype)
+        table = 0.3 * torch.randn(self.channels, 50, device=device)
+        everything = self.patches == SIZE * SIZE
+        some = torch.rand(G, SIZE * SIZE, device=device).argsort(1)[:, : self.patches]
+        return qkv, table, None if everything else some
+
+
+SHAPES = {
+    "B, all 50 tokens": Shape(1024, 49, 12, 64),
+    "B, PR-MIM's 26": Shape(1024, 25, 12, 64),
+    "B, visible 11": Shape(1024, 10, 12, 64),
+    "L, all 50 tokens": Shape(512, 49, 16, 64),
+    "H, all 50 tokens": Shape(256, 49, 16, 80),
+}
+FORWARD = [
+    Launch(*x) for x in ((1, 4, 1), (1, 8, 1), (2, 4, 2), (4, 4, 1), (4, 4, 2), (4, 4, 3), (4, 8, 2), (12, 4, 2))
+]
+BACKWARD = [Launch(*x) for x in ((1, 4, 1), (1, 8, 1), (2, 8, 2), (4, 4, 2), (4, 8, 1), (4, 8, 2), (12, 8, 2))]
+
+
+def reference(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Tensor:
+    """(G, L, H, C), by gathers and whole maps, in the dtype of its inputs."""
+    tokens = torch.arange(1 + SIZE * SIZE, device=qkv.device)[None]
+    if patches is not None:
+        tokens = F.pad(1 + patches, (1, 0))
+    ids = grid_buckets(SIZE, SIZE).to(qkv.device)[tokens[:, :, None], tokens[:, None, :]]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    terms = q @ table
+    bias = terms.gather(3, ids[:, None].expand(*terms.shape[:3], -1))
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
+    return (logits.softmax(-1) @ v).transpose(1, 2)
+
+
+def by_kernel(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[], Tensor]:
+    tokens = window_tokens(SIZE, patches, qkv.device)
+    return lambda: window_attention.window_attention(qkv, table, tokens)
+
+
+def by_torch(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[], Tensor]:
+    """What the project does without the kernel: a bias of all logits, and torch's attention."""
+    key, buckets = RelativeKey(qkv.shape[-1]), grid_buckets(SIZE, SIZE).to(qkv.device)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def call() -> Tensor:
+        with torch.autocast(qkv.device.type, qkv.dtype):
+            position = buckets if patches is None else pair_buckets(buckets, patches)
+            bias = functional_call(key, {"lookup_table_weight": table[None]}, (q, position))
+            return attend(q, k, v, bias).transpose(1, 2)
+
+    return call
+
+
+def right(session: Session) -> None:
+    """Outputs and gradients against float64, and the same bits twice; in a dry run, of torch's attention."""
+    make = by_torch if session.dry else by_kernel
+    set_deterministic(True)
+    rows = session.table("kernel_right")
+    for dtype, (name, shape) in itertools.product(TOLERANCE, SHAPES.items()):
+        few = replace(shape, windows=2 if session.dry else 64)
+        row = _errors(make, *few.inputs(session.device, dtype))
+        errors = {part: error for part, error in row.items() if part != "same bits twice"}
+        row["ok"] = row["same bits twice"] and all(error < TOLERANCE[dtype] for error in errors.values())
+        rows[f"{name}, {dtype}"] = row
+        session.keep("kernel_right", rows)
+        numbers = ", ".join(f"{part} {error:.1e}" for part, error in errors.items())
+        session.say(f"{name}, {dtype}: {numbers}; same bits twice: {row['same bits twice']}; ok: {row['ok']}")
+    wrong = [name for name, row in rows.items() if not row["ok"]]
+    if wrong:
+        raise ArithmeticError(f"wrong, or other bits the second time: {wrong}")
+
+
+def is_right(session: Session) -> bool:
+    """Whether `right` ended and found nothing wrong."""
+    return session.results["sections"].get("kernel: right?", "").startswith("done")
+
+
+def _errors(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None) -> dict[str, Any]:
+    results = []
+    for _ in range(2):
+        x, t = qkv.clone().requires_grad_(), table.clone().requires_grad_()
+        out = make(x, t, patches)()
+        dout = torch.ones_like(out) * torch.arange(out.shape[-1], device=out.device).remainder(7).sub(3)
+        out.backward(dout)
+        results.append((out.detach(), x.grad, t.grad))
+    # The kernel reads the table in the dtype of the products.
+    x, t = qkv.double().requires_grad_(), table.to(qkv.dtype).double().requires_grad_()
+    out = reference(x, t, patches)
+    out.backward(dout.double())
+    exact = (out.detach(), x.grad, t.grad)
+    errors = {
+        part: float((ours.double() - true).norm() / true.norm())
+        for part, ours, true in zip(("out", "dqkv", "dtable"), results[0], exact, strict=True)
+    }
+    same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    return {**errors, "same bits twice": same}
+
+
+@contextlib.contextmanager
+def launched(forward: Launch | None = None, backward: Launch | None = None) -> Iterator[None]:
+    """Starts the kernels in another way than the project does."""
+    with contextlib.ExitStack() as stack:
+        for name, launch in (("forward_launch", forward), ("backward_launch", backward)):
+            if launch is not None:
+                stack.enter_context(patch.object(window_attention, name, lambda *_, launch=launch: launch))
+        yield
+
+
+def against_torch(name: str) -> Callable[[Session], None]:
+    """Times one layer's attention at a key of `SHAPES`, by the kernel and by torch, and says which is faster."""
+
+    def section(session: Session) -> None:
+        shape = replace(SHAPES[name], windows=4) if session.dry else SHAPES[name]
+        inputs = shape.inputs(session.device, torch.bfloat16)
+        rows: dict[str, Any] = {}
+        for label, make, deterministic in (
+            ("kernel", by_kernel, True),
+            ("torch, deterministic", by_torch, True),
+            ("torch, fastest", by_torch, False),
+        ):
+            if session.dry and make is by_kernel:
+                continue  # it is for GPUs
+            set_deterministic(deterministic)
+            rows[label] = _times(make, *inputs, session)
+            session.say(f"{name}, {label}: " + ", ".join(f"{part} {ms:.3f} ms" for part, ms in rows[label].items()))
+        if "kernel" in rows:
+            best = min(rows[label]["both"] for label in rows if label != "kernel")
+            rows["faster"] = (
+                "kernel" if rows["kernel"]["both"] < best else "torch: the kernel should not be the default"
+            )
+            session.say(f"{name}: faster is {rows['faster']} ({best / rows['kernel']['both']:.2f}x)")
+        session.keep("kernel_against_torch", session.table("kernel_against_torch") | {name: rows})
+
+    return section
+
+
+def _times(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None, session: Session) -> dict[str, float]:
+    """Milliseconds of the forward pass without a graph, and of both passes."""
+    qkv, table = qkv.requires_grad_(), table.requires_grad_()
+    call = make(qkv, table, patches)
+    repetitions = 2 if session.dry else 20
+    with torch.no_grad():
+        forward = median_ms(call, session.device, repetitions)
+        dout = torch.randn_like(call())
+
+    def both() -> None:
+        qkv.grad = table.grad = None
+        call().backward(dout)
+
+    return {"forward": forward, "both": median_ms(both, session.device, repetitions)}
+
+
+def sweep(name: str) -> Callable[[Session], None]:
+    """Times the kernel at a key of `SHAPES` in each of the ways to start it; the fastest is not taken by itself."""
+
+    def section(session: Session) -> None:
+        if session.dry:
+            return session.say("the kernel is for GPUs")
+        inputs = SHAPES[name].inputs(session.device, torch.bfloat16)
+        rows: dict[str, Any] = {}
+        for direction, launches in (("forward", FORWARD), ("backward", BACKWARD)):
+            for launch in launches:
+                label = f"{direction}: {launch.heads} heads, {launch.warps} warps, {launch.stages} stages"
+                if SHAPES[name].heads % launch.heads:
+                    continue
+                if session.left() < RESERVE:
+                    rows[label] = "left out: no time"
+                    continue
+                rows[label] = _launch_times(by_kernel, inputs, session, direction, launch)
+                session.say(f"{name}, {label}: {rows[label]}")
+                session.keep("kernel_sweep", session.table("kernel_sweep") | {name: rows})
+        measured = {label: ms for label, ms in rows.items() if isinstance(ms, float)}
+        for direction in ("forward", "backward"):
+            best = min((label for label in measured if label.startswith(direction)), key=measured.__getitem__)
+            session.say(f"{name}: best {best}: {measured[best]} ms")
+
+    return section
+
+
+def _launch_times(
+    make: Callable, inputs: tuple[Tensor, Tensor, Tensor | None], session: Session, direction: str, launch: Launch
+) -> float | str:
+    """Milliseconds: of the forward pass alone, or of both, of which only the backward's start differs."""
+    from triton.errors import TritonError
+
+    try:
+        with launched(**{direction: launch}):
+            times = _times(make, *inputs, session)
+    except TritonError as error:  # such as too much shared memory: a result of the sweep
+        free_memory()
+        return f"{type(error).__name__}: {error}"[:200]
+    return round(times["forward" if direction == "forward" else "both"], 4)

@@ -1,0 +1,129 @@
+"""The results of `gpu.py`: written as they come, in sections that end in time and fail alone."""
+
+import faulthandler
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GRACE = 90  # seconds past the deadline after which a section that hangs is ended, and the command with it
+
+
+class Session:
+    """One run of the command.
+
+    Attributes:
+        device: what everything is measured on; the CPU in a dry run.
+        results: by name; `sections` says how each section ended.
+    """
+
+    def __init__(self, out: Path, seconds: float, device: torch.device, resume: bool):
+        """With `resume`, sections that ended before, well or not, are not run again, and their results stay."""
+        self.device, self._seconds, self._start = device, seconds, time.monotonic()
+        self._file = out / "gpu.json"
+        out.mkdir(parents=True, exist_ok=True)
+        self.results: dict[str, Any] = {"sections": {}}
+        if resume and self._file.exists():
+            self.results = json.loads(self._file.read_text())
+        self._durations: dict[str, float] = {}
+        faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+
+    @property
+    def dry(self) -> bool:
+        return self.device.type == "cpu"
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self._seconds - (time.monotonic() - self._start)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:4.0f} s] {text}", flush=True)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Puts a result into the file."""
+        self.results[name] = value
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=1))
+        temporary.replace(self._file)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A result that is a table, to which rows are added."""
+        return self.results.setdefault(name, {})
+
+    def section(self, name: str, kind: str, needs: float, function: Callable[["Session"], None]) -> None:
+        """Runs a section, unless it was run before or would start too late.
+
+        Args:
+            kind: sections of one kind take about as long; the longest so far replaces `needs`.
+            needs: seconds that it may take.
+        """
+        sections = self.results["sections"]
+        if sections.get(name, "left out").startswith(("done", "error")):
+            return
+        needs = min(self._durations.get(kind, needs), self._seconds)
+        if self.left() < needs:
+            sections[name] = f"left out: it may take {needs:.0f} s, and {max(self.left(), 0):.0f} s are left"
+            self.say(f"{name}: {sections[name]}")
+            return self.keep("sections", sections)
+        self.say(f"== {name}")
+        start = time.monotonic()
+        try:
+            function(self)
+            sections[name] = f"done in {time.monotonic() - start:.0f} s"
+        except Exception as error:  # the others still run; this one's error is a result
+            sections[name] = f"error: {type(error).__name__}: {error}"[:1000]
+            self.keep("tracebacks", self.table("tracebacks") | {name: traceback.format_exc()})
+            traceback.print_exc()
+        self._durations[kind] = max(self._durations.get(kind, 0), time.monotonic() - start)
+        self.keep("sections", sections)
+        free_memory()
+        if sections[name].startswith("error"):
+            self._restart_if_broken()
+
+    def _restart_if_broken(self) -> None:
+        """After an illegal memory access nothing works in this process any more: a new one goes on with what is left."""
+        if self.dry:
+            return
+        try:
+            torch.zeros(1, device=self.device).add(1).item()
+        except RuntimeError:
+            self.say("the GPU cannot be used any more by this process; a new one goes on")
+            words = [word for word in sys.argv if word != "--resume"]
+            os.execv(sys.executable, [sys.executable, *words, "--resume", "--seconds", f"{self.left():.0f}"])
+
+    def failed(self) -> list[str]:
+        return [name for name, status in self.results["sections"].items() if status.startswith("error")]
+
+
+def free_memory() -> None:
+    """Gives back what the last section held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def median_ms(function: Callable[[], object], device: torch.device, repetitions: int = 10, warmup: int = 3) -> float:
+    """Milliseconds of a call; on a GPU the calls are queued without waiting for each other."""
+    for _ in range(warmup):
+        function()
+    if device.type == "cpu":
+        times = [time.perf_counter()]
+        for _ in range(repetitions):
+            function()
+            times.append(time.perf_counter())
+        return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))

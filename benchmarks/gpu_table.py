@@ -1,0 +1,190 @@
+"""Training steps on one GPU: encoders x sizes x variants, as they were before kernel, compiler and fused AdamW, and now.
+
+A step is forward, backward and AdamW on one batch that stays on the GPU, in plain PyTorch; MFU is three times the
+counted FLOPs of a forward pass over 989 TFLOP/s, an H100's dense bf16. "MAE" is ours with torch's fused attention: the
+fastest that torch has, although its backward pass may give other bits each time, except in the column that says so.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.authors import authors_trainee
+from benchmarks.gpu_kernel import is_right
+from benchmarks.gpu_session import Session, free_memory, median_ms
+from benchmarks.variants import Trainee, build, draw_batch, image_side, load_variant
+from pretrain.numerics import choose_numerics
+from pretrain.trainer.optim import build_adamw, parameter_groups
+
+PEAK_FLOPS = 989e12
+# The micro-batches of the recipes.
+IMAGES = {
+    ("vit_base", 224): 256, ("vit_base", 384): 128, ("vit_base", 448): 128,
+    ("vit_large", 224): 128, ("vit_large", 384): 64, ("vit_large", 448): 64,
+    ("vit_huge", 224): 64, ("vit_huge", 384): 32, ("vit_huge", 448): 32,
+}  # fmt: skip
+BEFORE = ("model.attention=sdpa", "model.compile=off", "train.deterministic=false")
+# The keys of each column, besides those that every LoMaR or MAE has.
+COLUMNS = {
+    "before": BEFORE,
+    "now": (),
+    "now, bf16 residual": ("model.residual=bf16",),
+    "now, without the kernel": ("model.attention=sdpa",),
+    "now, deterministic": ("train.deterministic=true",),
+    "authors": (),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table; `variant` is a key of `variants.NAMES`, `column` of `COLUMNS`."""
+
+    arch: str
+    size: int
+    variant: str
+    column: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch} {self.size} {self.variant}, {self.column}"
+
+    @property
+    def compiled(self) -> bool:
+        return self.column.startswith("now")
+
+    def overrides(self, session: Session) -> tuple[str, ...]:
+        keys = ["train.deterministic=false"] if self.variant == "mae" else []
+        if self.compiled and not session.dry and not is_right(session):
+            keys.append("model.attention=sdpa")  # no speed is worth anything with a kernel that is wrong
+        return (*keys, *COLUMNS[self.column])
+
+
+def _both(arch: str, size: int, *variants: str) -> list[Cell]:
+    return [Cell(arch, size, variant, column) for variant in variants for column in ("now", "before")]
+
+
+def first_cells() -> list[Cell]:
+    """What decides most."""
+    return [
+        *_both("vit_base", 224, "lomar", "fast", "mae"),
+        Cell("vit_base", 224, "lomar", "now, without the kernel"),
+    ]
+
+
+def second_cells() -> list[Cell]:
+    return [
+        *_both("vit_large", 224, "lomar", "fast", "mae"),
+        *_both("vit_base", 448, "fast", "mae"),
+        Cell("vit_huge", 224, "lomar", "now"),
+    ]
+
+
+def further_cells() -> list[Cell]:
+    """The rest of the table, most wanted first; those of `first_cells` and `second_cells` are left out."""
+    wanted = [
+        Cell("vit_base", 224, "lomar", "now, bf16 residual"),
+        Cell("vit_large", 224, "lomar", "now, bf16 residual"),
+        *_both("vit_base", 384, "fast", "mae"),
+        *_both("vit_base", 224, "late", "pr"),
+        Cell("vit_base", 224, "pr", "now, without the kernel"),
+        Cell("vit_base", 224, "mae", "now, deterministic"),
+        *_both("vit_large", 448, "fast", "mae"),
+        *_both("vit_large", 384, "fast", "mae"),
+        Cell("vit_huge", 224, "lomar", "before"),
+        *_both("vit_huge", 224, "fast", "mae"),
+    ]
+    for arch, size in IMAGES:
+        wanted += _both(arch, size, "lomar", "late", "pr", "fast", "mae")
+    earlier = {*first_cells(), *second_cells()}
+    return [cell for cell in dict.fromkeys(wanted) if cell not in earlier]
+
+
+def authors_cells(kinds: list[str]) -> list[Cell]:
+    return [Cell(arch, size, kind, "authors") for arch, size in IMAGES for kind in kinds]
+
+
+def measure(cell: Cell, checkout: Path | None = None) -> Callable[[Session], None]:
+    """The section that fills a cell; `checkout` is of the authors' code, for their column."""
+
+    def section(session: Session) -> None:
+        arch, images = (cell.arch, IMAGES[cell.arch, cell.size]) if not session.dry else ("vit_tiny", 1)
+        flops = _forward_flops(arch, cell.size, cell.variant, session)
+        while True:
+            try:
+                row = _measure(cell, arch, images, checkout, session)
+                break
+            except torch.OutOfMemoryError:
+                if images == 1:
+                    raise
+            images //= 2
+            free_memory()
+            session.say(f"{cell.name}: out of memory; now with {images} images")
+        speed = 3 * flops * row["images_per_s"]
+        row |= {**asdict(cell), "side": image_side(arch, cell.size), "tflops": speed / 1e12, "mfu": speed / PEAK_FLOPS}
+        session.keep("cells", session.table("cells") | {cell.name: row})
+        session.say(
+            f"{cell.name:44}{row['images']:4} images {row['ms']:8.1f} ms {row['images_per_s']:8.0f} images/s"
+            f"  MFU {100 * row['mfu']:4.1f} %  {row['peak_gib']:5.1f} GiB  first step {row['first_step_s']:.0f} s"
+        )
+
+    return section
+
+
+def _forward_flops(arch: str, size: int, variant: str, session: Session) -> float:
+    """Of one image, counted without kernel and compiler, once for each variant."""
+    known, key = session.table("forward_flops"), f"{arch} {size} {variant}"
+    if key not in known:
+        known[key] = _trainee(arch, size, variant, BEFORE, 1, session.device).forward_flops()
+        free_memory()
+    return known[key]
+
+
+def _trainee(
+    arch: str, size: int, variant: str, overrides: tuple[str, ...], images: int, device: torch.device
+) -> Trainee:
+    config = load_variant(variant, arch, size, *overrides)
+    method = build(config, device)
+    groups = parameter_groups(method, config.optim.weight_decay)
+    if overrides == BEFORE:
+        optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas, foreach=True)
+    else:
+        optimizer = build_adamw(groups, config, stage=1)
+    batch = draw_batch(method, config, images)
+    return Trainee(method, lambda: method(*batch)["loss"], optimizer, images, device)
+
+
+def _measure(cell: Cell, arch: str, images: int, checkout: Path | None, session: Session) -> dict[str, Any]:
+    """Times a step; nothing of the model is left when it returns."""
+    device, numerics = session.device, "the authors'"
+    torch._dynamo.reset()
+    if checkout is not None:
+        model = authors_trainee(cell.variant, checkout, arch, cell.size, images, device)
+    else:
+        overrides = cell.overrides(session)
+        model = _trainee(arch, cell.size, cell.variant, overrides, images, device)
+        numerics = str(choose_numerics(load_variant(cell.variant, arch, cell.size, *overrides), device, stage=1))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    model.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    ms = median_ms(model.step, device, repetitions=2 if session.dry else 10, warmup=0 if session.dry else 3)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    loss = float(model.autocast_loss().detach())
+    assert loss == loss, f"{cell.name}: the loss is not a number"
+    return {
+        "images": images,
+        "ms": ms,
+        "images_per_s": images / ms * 1e3,
+        "peak_gib": peak / 2**30,
+        "first_step_s": first,
+        "loss": loss,
+        "numerics": numerics,
+    }
