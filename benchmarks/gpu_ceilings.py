@@ -44,12 +44,8 @@ def _nvidia_smi() -> str:
 def ceilings(session: Session) -> None:
     """TB/s of a copy; TFLOP/s of each product, of the gradient of its input and of that of its weight."""
     device = session.device
-    source = torch.empty(2**20 if session.dry else 2**31, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    rows: dict[str, object] = {}
-    rows["copy TB/s"] = round(2 * source.numel() / median_ms(lambda: target.copy_(source), device) / 1e9, 2)
+    rows: dict[str, object] = {"copy TB/s": _copy_speed(2**20 if session.dry else 2**31, device)}
     session.say(f"copy {rows['copy TB/s']} TB/s")
-    del source, target
     products = {"square": (8192, 8192, 8192)}
     for arch in ("vit_base", "vit_large", "vit_huge"):
         dim = ARCHS[arch].dim
@@ -66,6 +62,12 @@ def ceilings(session: Session) -> None:
         rows[f"TFLOP/s {name} {tokens}x{inputs}x{outputs}"] = speeds
         session.say(f"{name:14} {tokens} x {inputs} x {outputs}: forward, input's, weight's gradient: {speeds} TFLOP/s")
     session.keep("ceilings", rows)
+
+
+def _copy_speed(size: int, device: torch.device) -> float:
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return round(2 * size / median_ms(lambda: target.copy_(source), device) / 1e9, 2)
 
 
 def attention_choice(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -89,7 +90,7 @@ class Session:
             self._restart_if_broken()
 
     def _restart_if_broken(self) -> None:
-        """After an illegal memory access nothing works in this process any more: a new one goes on with what is left."""
+        """After an illegal memory access nothing works in this process any more: a new one does what is left."""
         if self.dry:
             return
         try:
@@ -119,11 +120,11 @@ def median_ms(function: Callable[[], object], device: torch.device, repetitions:
         for _ in range(repetitions):
             function()
             times.append(time.perf_counter())
-        return 1e3 * statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
+        return 1e3 * statistics.median(b - a for a, b in itertools.pairwise(times))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
     events[0].record()
     for event in events[1:]:
         function()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))

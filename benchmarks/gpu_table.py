@@ -1,11 +1,10 @@
-"""Training steps on one GPU: encoders x sizes x variants, as they were before kernel, compiler and fused AdamW, and now.
+"""Training steps on one GPU: encoders x sizes x variants, before kernel, compiler and fused AdamW, and now.
 
 A step is forward, backward and AdamW on one batch that stays on the GPU, in plain PyTorch; MFU is three times the
 counted FLOPs of a forward pass over 989 TFLOP/s, an H100's dense bf16. "MAE" is ours with torch's fused attention: the
 fastest that torch has, although its backward pass may give other bits each time, except in the column that says so.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,12 +27,13 @@ IMAGES = {
     ("vit_large", 224): 128, ("vit_large", 384): 64, ("vit_large", 448): 64,
     ("vit_huge", 224): 64, ("vit_huge", 384): 32, ("vit_huge", 448): 32,
 }  # fmt: skip
+BF16 = "now, bf16 residual"
 BEFORE = ("model.attention=sdpa", "model.compile=off", "train.deterministic=false")
 # The keys of each column, besides those that every LoMaR or MAE has.
 COLUMNS = {
     "before": BEFORE,
     "now": (),
-    "now, bf16 residual": ("model.residual=bf16",),
+    BF16: ("model.residual=bf16",),
     "now, without the kernel": ("model.attention=sdpa",),
     "now, deterministic": ("train.deterministic=true",),
     "authors": (),
@@ -87,8 +87,8 @@ def second_cells() -> list[Cell]:
 def further_cells() -> list[Cell]:
     """The rest of the table, most wanted first; those of `first_cells` and `second_cells` are left out."""
     wanted = [
-        Cell("vit_base", 224, "lomar", "now, bf16 residual"),
-        Cell("vit_large", 224, "lomar", "now, bf16 residual"),
+        Cell("vit_base", 224, "lomar", BF16),
+        Cell("vit_large", 224, "lomar", BF16),
         *_both("vit_base", 384, "fast", "mae"),
         *_both("vit_base", 224, "late", "pr"),
         Cell("vit_base", 224, "pr", "now, without the kernel"),
