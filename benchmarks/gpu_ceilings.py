@@ -72,7 +72,7 @@ def _copy_speed(size: int, device: torch.device) -> float:
 
 def attention_choice(session: Session) -> None:
     """Which kernel torch takes if it is free to choose: without a bias, with one, and with one that has a gradient."""
-    rows = {}
+    rows, batch = {}, 1 if session.dry else 8
     for name, tokens, heads, channels in (
         ("LoMaR B", 50, 12, 64),
         ("LoMaR H", 50, 16, 80),
@@ -80,8 +80,8 @@ def attention_choice(session: Session) -> None:
         ("MAE decoder 224", 197, 16, 32),
         ("MAE decoder 448", 785, 16, 32),
     ):
-        q = torch.randn(8, heads, tokens, channels, device=session.device, dtype=torch.bfloat16, requires_grad=True)
-        bias = torch.randn(8, heads, tokens, -(-tokens // 8) * 8, device=session.device, dtype=torch.bfloat16)
+        q = torch.randn(batch, heads, tokens, channels, device=session.device, dtype=torch.bfloat16, requires_grad=True)
+        bias = torch.randn(batch, heads, tokens, -(-tokens // 8) * 8, device=session.device, dtype=torch.bfloat16)
         choices = {"no bias": None}
         if name.startswith("LoMaR"):
             choices |= {"bias": bias[..., :tokens], "bias with gradient": bias.requires_grad_()[..., :tokens]}

@@ -20,8 +20,6 @@ from data.sources import list_source
 from pretrain.trainer.metrics import read_metrics
 
 RUN = Path(__file__).resolve().parents[1] / "pretrain" / "run.py"
-PHOTOGRAPHS, COPIES = 128, 8
-LOG_EVERY = 5
 WARMUP_LOGS = 3  # their steps compile, start workers and fill queues
 
 
@@ -37,20 +35,20 @@ class Run:
         return f"engine: {'fast' if self.fast else 'lomar'}, {self.ds_config}"
 
 
-def make_shards(folder: Path) -> Path:
-    """Shards of 1,024 JPEGs of about 500 x 375 pixels and 100 KB, like ImageNet's: smooth noise, each eight times."""
-    photographs, shards = folder / "photographs", folder / "shards"
-    if not shards.exists():
-        photographs.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(PHOTOGRAPHS):
-            coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), 3)
-            fine = rng.normal(0, 12, (375, 500, 3))
-            image = Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8))
-            image.save(photographs / f"{number:04d}_0.jpg", quality=90)
-            for copy in range(1, COPIES):
-                os.link(photographs / f"{number:04d}_0.jpg", photographs / f"{number:04d}_{copy}.jpg")
-        pack(list_source(photographs), shards, samples_per_shard=128)
+def make_shards(folder: Path, photographs: int, copies: int) -> Path:
+    """Shards of JPEGs of 500 x 375 pixels and about 100 KB, like ImageNet's: smooth noise, each in several copies."""
+    images, shards = folder / "images", folder / "shards"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(photographs):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+        noisy = np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+        first = images / f"{number:04d}_0.jpg"
+        Image.fromarray(noisy).save(first, quality=90)
+        for copy in range(1, copies):
+            os.link(first, images / f"{number:04d}_{copy}.jpg")
+    pack(list_source(images), shards, samples_per_shard=128)
     return shards
 
 
@@ -60,15 +58,15 @@ def engine(run: Run) -> Callable[[Session], None]:
     def section(session: Session) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            batch, steps = (8, 25) if session.dry else (256, 80)
-            images = PHOTOGRAPHS * COPIES
+            # 80 steps of 256 images, or 12 of 2
+            photographs, copies, batch, epochs, every = (8, 1, 2, 3, 2) if session.dry else (128, 8, 256, 20, 5)
             command = [
                 *(sys.executable, str(RUN), LOMAR, "name=engine", f"runs={folder / 'runs'}"),
-                f"data.shards={make_shards(folder)}",
+                f"data.shards={make_shards(folder, photographs, copies)}",
                 f"data.num_workers={1 if session.dry else max((os.cpu_count() or 2) - 1, 1)}",
                 *(f"train.global_batch_size={batch}", "train.gradient_accumulation_steps=1"),
-                *(f"train.epochs={max(-(-steps * batch // images), 2)}", "optim.warmup_epochs=1"),
-                *(f"log.every_steps={LOG_EVERY}", "log.num_reconstructions=1", f"train.ds_config={run.ds_config}"),
+                *(f"train.epochs={epochs}", "optim.warmup_epochs=1"),
+                *(f"log.every_steps={every}", "log.num_reconstructions=1", f"train.ds_config={run.ds_config}"),
                 *(["model.arch=vit_tiny"] if session.dry else []),
                 *(["method.mask_token_block=8", "pr_mim.throw_ratio=0.5"] if run.fast else []),
             ]

@@ -82,7 +82,7 @@ class Session:
         except Exception as error:  # the others still run; this one's error is a result
             sections[name] = f"error: {type(error).__name__}: {error}"[:1000]
             self.keep("tracebacks", self.table("tracebacks") | {name: traceback.format_exc()})
-            traceback.print_exc()
+            self.say("\n".join((*traceback.format_exc().splitlines()[-5:-1], sections[name])))
         self._durations[kind] = max(self._durations.get(kind, 0), time.monotonic() - start)
         self.keep("sections", sections)
         free_memory()
