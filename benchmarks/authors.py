@@ -2,7 +2,8 @@
 
 They were written for timm 0.3.2 and older numpy. Only what no longer exists is put in their place: the unused
 `qk_scale` of timm's `Block`, `numpy.float`, and `easydict` where it is not installed. timm's `Block` is today's, with
-fused attention; LoMaR's is its own.
+fused attention; LoMaR's is its own. iRPE's CUDA operator (`rpe_ops`) is used if it is built and can be imported, else
+iRPE's own fallback in PyTorch, which says so.
 """
 
 import functools
@@ -10,6 +11,7 @@ import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,7 +76,10 @@ def _import(checkout: Path, name: str, repository: str) -> types.ModuleType:
         if importlib.util.find_spec("easydict") is None:
             sys.modules["easydict"] = types.ModuleType("easydict")
             sys.modules["easydict"].EasyDict = types.SimpleNamespace  # type: ignore[attr-defined]
-        return importlib.import_module(name)
+        with warnings.catch_warnings():  # those of today's timm; that iRPE's CUDA operator is not built is still said
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="Overwriting .* in registry")
+            return importlib.import_module(name)
     finally:
         sys.path.remove(str(checkout))
         for added in sys.modules.keys() - before:  # both checkouts have a package `util`

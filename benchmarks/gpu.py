@@ -114,12 +114,16 @@ def main() -> None:
     if not arguments.dry and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --dry tries the command without one")
     paths = {"lomar": arguments.lomar_path, "mae": arguments.mae_path}
+    if arguments.dry:
+        torch.set_num_threads(1)  # nothing is measured, and threads wait for each other on a busy machine
     session = Session(
         arguments.out, arguments.seconds, torch.device("cpu" if arguments.dry else "cuda"), arguments.resume
     )
     for section in sections(arguments.dry, {kind: path for kind, path in paths.items() if path}):
         if any(word in section.name for word in arguments.only):
             session.section(*section)
+    if arguments.dry:
+        session.say("a dry run: its figures mean nothing")
     reached = print_goals(session)
     failed = session.failed()
     session.say(f"sections that failed: {'; '.join(failed) or 'none'}")

@@ -1,8 +1,8 @@
 """The kernel for attention in windows: is it right, how is it best started, is it faster than torch's attention?"""
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -136,14 +136,14 @@ def _errors(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None) 
     return {**errors, "same bits twice": same}
 
 
-@contextlib.contextmanager
-def launched(forward: Launch | None = None, backward: Launch | None = None) -> Iterator[None]:
-    """Starts the kernels in another way than the project does."""
-    with contextlib.ExitStack() as stack:
-        for name, launch in (("forward_launch", forward), ("backward_launch", backward)):
-            if launch is not None:
-                stack.enter_context(patch.object(window_attention, name, lambda *_, launch=launch: launch))
-        yield
+def launched(direction: str, launch: Launch) -> AbstractContextManager:
+    """Within it the kernel of one direction is started in another way than the project does."""
+    chosen = window_attention.choose_launch
+
+    def choose(backward: bool, *rest: Any) -> Launch:
+        return launch if backward == (direction == "backward") else chosen(backward, *rest)
+
+    return patch.object(window_attention, "choose_launch", choose)
 
 
 def against_torch(name: str) -> Callable[[Session], None]:
@@ -223,7 +223,7 @@ def _launch_times(
     from triton.errors import TritonError
 
     try:
-        with launched(**{direction: launch}):
+        with launched(direction, launch):
             times = _times(make, *inputs, session)
     except TritonError as error:  # such as too much shared memory: a result of the sweep
         free_memory()
