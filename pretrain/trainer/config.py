@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from data.transforms import Augmentation, height_width
 from pretrain.trainer.schema import MAY_CHANGE, Section
 
+AUTO = "auto"  # `train.ds_config`: chosen when the run starts
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -66,7 +67,9 @@ class TrainConfig(Section):
     )
     precision: Literal["bf16", "fp32"] = "bf16"
     ds_config: Annotated[str, MAY_CHANGE] = Field(
-        "zero1", description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file"
+        AUTO,
+        description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file; auto: those of the run's newest "
+        "checkpoint, else zero1 from two ranks on and zero0 on one",
     )
     max_nonfinite_steps: Annotated[int, MAY_CHANGE] = Field(
         10, ge=1, description="consecutive steps with a non-finite gradient before the run stops"
