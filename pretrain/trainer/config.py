@@ -126,6 +126,15 @@ class RunConfig(Section):
         """base_lr * batch / 256: the linear scaling rule."""
         return self.optim.base_lr * self.train.global_batch_size / 256
 
+    def memory_advice(self, ranks: int) -> str:
+        """The keys to change where a GPU's memory is full, as what to do."""
+        accumulation = self.train.gradient_accumulation_steps
+        micro_batch = self.train.global_batch_size // (ranks * accumulation)
+        advice = [f"train.gradient_accumulation_steps higher than {accumulation} (the micro-batch is {micro_batch})"]
+        if not self.model.grad_checkpointing:
+            advice.append("model.grad_checkpointing=true")
+        return f"set {', '.join(advice)}, or start a new run with a higher ZeRO stage (train.ds_config)"
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RunConfig":
         patch = self.model.patch_size
