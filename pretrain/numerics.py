@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import nn
 from torch.utils._triton import has_triton
 
@@ -115,12 +116,19 @@ def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
     A copy that is made of a module afterwards is not compiled: torch drops that from copies.
     """
     set_deterministic(numerics.sdpa == "deterministic")
+    options = _compiler_options(numerics) if numerics.compile else {}
     for part in module.modules():
         if isinstance(part, ViT):
             part.window_kernel = numerics.attention == "triton"
             part.residual_dtype = torch.bfloat16 if numerics.residual == "bf16" else None
         if numerics.compile and isinstance(part, Block | PatchEmbed):
-            part.compile(dynamic=False)  # one graph for all blocks of a shape
+            part.compile(dynamic=False, options=options)  # one graph for all blocks of a shape
         target = getattr(part, "target", None)
         if numerics.compile and isinstance(target, PatchTarget):
-            target.loss = torch.compile(target.loss, dynamic=False)  # type: ignore[method-assign]
+            target.loss = torch.compile(target.loss, dynamic=False, options=options)  # type: ignore[method-assign]
+
+
+def _compiler_options(numerics: Numerics) -> dict[str, Any]:
+    """Of torch's Inductor: without its deterministic mode, it times kernels that add up in different orders."""
+    known = numerics.sdpa == "deterministic" and "deterministic" in torch._inductor.list_options()  # since torch 2.10
+    return {"deterministic": True} if known else {}
