@@ -19,7 +19,9 @@ from pretrain.config import PretrainConfig
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.sdpa import set_deterministic
 from pretrain.models.vit import ARCHS, Block, PatchEmbed, ViT
-from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE
+from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE, worst_error
+
+_KERNEL_TOLERANCE = 0.02  # relative; rounding to bf16 gives 0.004
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,26 @@ def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs a GPU of compute capability 8.0 (A100), not {torch.cuda.get_device_name(device)}"
     return _compiler_obstacle()
+
+
+def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
+    """Compares the kernel with the formula, on this very device, before hours are spent with it.
+
+    Raises:
+        ValueError: it does not compile, does not run or is wrong here.
+    """
+    arch, (size, _) = ARCHS[config.model.arch], config.method.sequence_grid(config.grid)
+    failure = None
+    try:
+        error = worst_error(size, arch.heads, arch.dim // arch.heads, device, torch.bfloat16)
+        problem = "" if error < _KERNEL_TOLERANCE else f"its results are wrong by {error:.1e}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # Triton's errors have no class in common
+        failure, problem = raised, f"{type(raised).__name__}: {raised}".splitlines()[0]
+    if problem:
+        message = f"the kernel for attention in windows does not work here ({problem}): set model.attention=sdpa"
+        raise ValueError(message) from failure
 
 
 def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
