@@ -60,6 +60,7 @@ def engine(run: Run) -> Callable[[Session], None]:
             folder = Path(temporary)
             # 80 steps of 256 images, or 12 of 2
             photographs, copies, batch, epochs, every = (8, 1, 2, 3, 2) if session.dry else (128, 8, 256, 20, 5)
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"} if session.dry else dict(os.environ)
             command = [
                 *(sys.executable, str(RUN), LOMAR, "name=engine", f"runs={folder / 'runs'}"),
                 f"data.shards={make_shards(folder, photographs, copies)}",
@@ -70,7 +71,7 @@ def engine(run: Run) -> Callable[[Session], None]:
                 *(["model.arch=vit_tiny"] if session.dry else []),
                 *(["method.mask_token_block=8", "pr_mim.throw_ratio=0.5"] if run.fast else []),
             ]
-            rows = _start(command, folder, session)
+            rows = _start(command, environment, folder, session)
         if not rows:
             raise ValueError("the run ended before it logged a step of normal speed")
         result = {
@@ -90,18 +91,18 @@ def engine(run: Run) -> Callable[[Session], None]:
     return section
 
 
-def _start(command: list[str], folder: Path, session: Session) -> list[dict]:
+def _start(command: list[str], environment: dict[str, str], folder: Path, session: Session) -> list[dict]:
     """The logged metrics of a run that ends by itself or, if it takes too long, is ended."""
     limit = max(session.left(), 20)
     log = folder / "log.txt"
     with log.open("w") as file:
         try:
-            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=True)
+            subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=True)
         except subprocess.TimeoutExpired:
             session.say(f"the run was ended after {limit:.0f} s")
         except subprocess.CalledProcessError as error:
             raise ChildProcessError(f"exit status {error.returncode}:\n{log.read_text()[-3000:]}") from None
-    environment = folder / "runs" / "engine" / "environment.json"
-    if environment.exists():
-        session.keep("engine_environment", json.loads(environment.read_text()))
+    record = folder / "runs" / "engine" / "environment.json"
+    if record.exists():
+        session.keep("engine_environment", json.loads(record.read_text()))
     return read_metrics(folder / "runs" / "engine" / "metrics.jsonl")[WARMUP_LOGS:]

@@ -19,7 +19,7 @@ GRACE = 90  # seconds past the deadline after which a section that hangs is ende
 
 
 class Session:
-    """One run of the command.
+    """One run of the command; within it, whatever hangs long past the deadline is ended with the process.
 
     Attributes:
         device: what everything is measured on; the CPU in a dry run.
@@ -35,7 +35,13 @@ class Session:
         if resume and self._file.exists():
             self.results = json.loads(self._file.read_text())
         self._durations: dict[str, float] = {}
-        faulthandler.dump_traceback_later(seconds + GRACE, exit=True)
+
+    def __enter__(self) -> "Session":
+        faulthandler.dump_traceback_later(self._seconds + GRACE, exit=True, file=sys.__stderr__)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
 
     @property
     def dry(self) -> bool:

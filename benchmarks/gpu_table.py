@@ -14,11 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.authors import authors_trainee
-from benchmarks.gpu_kernel import is_right
+from benchmarks.gpu_kernel import is_wrong
 from benchmarks.gpu_session import Session, free_memory, median_ms
-from benchmarks.variants import Trainee, build, draw_batch, image_side, load_variant
+from benchmarks.variants import image_side, load_variant, trainee
 from pretrain.numerics import choose_numerics
-from pretrain.trainer.optim import build_adamw, parameter_groups
 
 PEAK_FLOPS = 989e12
 # The micro-batches of the recipes.
@@ -27,14 +26,14 @@ IMAGES = {
     ("vit_large", 224): 128, ("vit_large", 384): 64, ("vit_large", 448): 64,
     ("vit_huge", 224): 64, ("vit_huge", 384): 32, ("vit_huge", 448): 32,
 }  # fmt: skip
-BF16 = "now, bf16 residual"
+BF16, SDPA = "now, bf16 residual", "now, without the kernel"
 BEFORE = ("model.attention=sdpa", "model.compile=off", "train.deterministic=false")
 # The keys of each column, besides those that every LoMaR or MAE has.
 COLUMNS = {
     "before": BEFORE,
     "now": (),
     BF16: ("model.residual=bf16",),
-    "now, without the kernel": ("model.attention=sdpa",),
+    SDPA: ("model.attention=sdpa",),
     "now, deterministic": ("train.deterministic=true",),
     "authors": (),
 }
@@ -59,8 +58,8 @@ class Cell:
 
     def overrides(self, session: Session) -> tuple[str, ...]:
         keys = ["train.deterministic=false"] if self.variant == "mae" else []
-        if self.compiled and not session.dry and not is_right(session):
-            keys.append("model.attention=sdpa")  # no speed is worth anything with a kernel that is wrong
+        if self.compiled and is_wrong(session):
+            keys.append("model.attention=sdpa")  # the speed of a kernel that is wrong is worth nothing
         return (*keys, *COLUMNS[self.column])
 
 
@@ -72,16 +71,20 @@ def first_cells() -> list[Cell]:
     """What decides most."""
     return [
         *_both("vit_base", 224, "lomar", "fast", "mae"),
-        Cell("vit_base", 224, "lomar", "now, without the kernel"),
+        Cell("vit_base", 224, "lomar", SDPA),
     ]
 
 
 def second_cells() -> list[Cell]:
-    return [
-        *_both("vit_large", 224, "lomar", "fast", "mae"),
-        *_both("vit_base", 448, "fast", "mae"),
-        Cell("vit_huge", 224, "lomar", "now"),
+    cells = [
+        ("vit_large", 224, "lomar"),
+        ("vit_base", 448, "fast"),
+        ("vit_base", 448, "mae"),
+        ("vit_huge", 224, "lomar"),
+        ("vit_large", 224, "fast"),
+        ("vit_large", 224, "mae"),
     ]
+    return [Cell(*cell, column) for column in ("now", "before") for cell in cells]
 
 
 def further_cells() -> list[Cell]:
@@ -91,11 +94,10 @@ def further_cells() -> list[Cell]:
         Cell("vit_large", 224, "lomar", BF16),
         *_both("vit_base", 384, "fast", "mae"),
         *_both("vit_base", 224, "late", "pr"),
-        Cell("vit_base", 224, "pr", "now, without the kernel"),
+        Cell("vit_base", 224, "pr", SDPA),
         Cell("vit_base", 224, "mae", "now, deterministic"),
         *_both("vit_large", 448, "fast", "mae"),
         *_both("vit_large", 384, "fast", "mae"),
-        Cell("vit_huge", 224, "lomar", "before"),
         *_both("vit_huge", 224, "fast", "mae"),
     ]
     for arch, size in IMAGES:
@@ -139,23 +141,10 @@ def _forward_flops(arch: str, size: int, variant: str, session: Session) -> floa
     """Of one image, counted without kernel and compiler, once for each variant."""
     known, key = session.table("forward_flops"), f"{arch} {size} {variant}"
     if key not in known:
-        known[key] = _trainee(arch, size, variant, BEFORE, 1, session.device).forward_flops()
+        config = load_variant(variant, arch, size, *BEFORE)
+        known[key] = trainee(config, 1, session.device).forward_flops()
         free_memory()
     return known[key]
-
-
-def _trainee(
-    arch: str, size: int, variant: str, overrides: tuple[str, ...], images: int, device: torch.device
-) -> Trainee:
-    config = load_variant(variant, arch, size, *overrides)
-    method = build(config, device)
-    groups = parameter_groups(method, config.optim.weight_decay)
-    if overrides == BEFORE:
-        optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas, foreach=True)
-    else:
-        optimizer = build_adamw(groups, config, stage=1)
-    batch = draw_batch(method, config, images)
-    return Trainee(method, lambda: method(*batch)["loss"], optimizer, images, device)
 
 
 def _measure(cell: Cell, arch: str, images: int, checkout: Path | None, session: Session) -> dict[str, Any]:
@@ -165,9 +154,9 @@ def _measure(cell: Cell, arch: str, images: int, checkout: Path | None, session:
     if checkout is not None:
         model = authors_trainee(cell.variant, checkout, arch, cell.size, images, device)
     else:
-        overrides = cell.overrides(session)
-        model = _trainee(arch, cell.size, cell.variant, overrides, images, device)
-        numerics = str(choose_numerics(load_variant(cell.variant, arch, cell.size, *overrides), device, stage=1))
+        config = load_variant(cell.variant, arch, cell.size, *cell.overrides(session))
+        model = trainee(config, images, device, fused=cell.column != "before")
+        numerics = str(choose_numerics(config, device, stage=1))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()

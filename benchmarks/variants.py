@@ -112,9 +112,13 @@ class Trainee:
         return counter.get_total_flops() / self.images
 
 
-def trainee(config: PretrainConfig, images: int, device: torch.device) -> Trainee:
-    """A method of this project with its own optimizer."""
+def trainee(config: PretrainConfig, images: int, device: torch.device, fused: bool = True) -> Trainee:
+    """A method of this project with its optimizer: AdamW in one kernel or, as it was before, in several."""
     method = build(config, device)
     batch = draw_batch(method, config, images)
-    optimizer = build_adamw(parameter_groups(method, config.optim.weight_decay), config, stage=1)
+    groups = parameter_groups(method, config.optim.weight_decay)
+    if fused:
+        optimizer = build_adamw(groups, config, stage=1)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas, foreach=True)
     return Trainee(method, lambda: method(*batch)["loss"], optimizer, images, device)

@@ -1,0 +1,164 @@
+"""benchmarks/gpu.py: the table has every cell, and sections end in time, fail alone and go on where they stopped."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_kernel, gpu_table
+from benchmarks.gpu_goals import FAST_OVER_MAE, goals
+from benchmarks.gpu_session import Session
+from benchmarks.gpu_table import BF16, IMAGES, SDPA, Cell
+from benchmarks.variants import NAMES
+from pretrain.models import vit
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    return Session(tmp_path, 100, CPU, resume=False)
+
+
+def written(folder: Path) -> dict:
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_the_table_has_every_cell_once_and_what_decides_most_comes_first(tmp_path: Path):
+    names = [section.name for section in gpu.sections(False, {"lomar": tmp_path, "mae": tmp_path})]
+    assert len(names) == len(set(names))
+    for arch, size in IMAGES:
+        for column in ("now", "before"):
+            assert {Cell(arch, size, variant, column).name for variant in NAMES} <= set(names)
+        assert {Cell(arch, size, kind, "authors").name for kind in ("lomar", "mae")} <= set(names)
+    for column in (BF16, SDPA):
+        assert Cell("vit_base", 224, "lomar", column).name in names
+    assert Cell("vit_large", 224, "lomar", BF16).name in names
+    assert {arch for arch, _ in IMAGES} == {"vit_base", "vit_large", "vit_huge"}
+    position = {name: place for place, name in enumerate(names)}
+    order = [gpu_kernel.RIGHT, "vit_base 224 lomar, now", "vit_large 224 lomar, now", "vit_huge 448 pr, before"]
+    assert sorted(order, key=position.__getitem__) == order
+
+
+def test_goals_are_met_not_met_or_not_measured():
+    cells = {
+        "vit_base 224 fast, now": {"images_per_s": 1900.0},
+        "vit_base 224 mae, now": {"images_per_s": 1000.0},
+        "vit_base 448 fast, now": {"images_per_s": 300.0},
+        "vit_base 448 mae, now": {"images_per_s": 100.0},
+        "vit_huge 224 lomar, now": {"images_per_s": 1.0, "mfu": 0.51},
+    }
+    said = {goal.name: str(goal) for goal in goals(cells)}
+    assert said["fast_over_mae vit_base 224"] == "fast_over_mae vit_base 224: 1.90 (goal: 1.8, met)"
+    assert said["fast_over_mae vit_base 448"] == "fast_over_mae vit_base 448: 3.00 (goal: 3.3, NOT met)"
+    assert said["mfu lomar vit_huge 224"] == "mfu lomar vit_huge 224: 0.51 (goal: 0.5, met)"
+    assert said["fast_over_mae vit_large 384"] == "fast_over_mae vit_large 384: not measured (goal: 1.6)"
+    assert said["lomar_over_authors vit_base 224"].endswith("not measured (goal: 2)")
+    assert len(said) == len(FAST_OVER_MAE) + 3
+
+
+def test_a_section_that_fails_leaves_the_others_alone(session: Session, tmp_path: Path, capsys):
+    def fail(_: Session) -> None:
+        raise ValueError("no such shape")
+
+    session.section("first", "a", 1, fail)
+    session.section("second", "b", 1, lambda session: session.keep("value", 3))
+    found = written(tmp_path)
+    assert found["sections"]["first"] == "error: ValueError: no such shape"
+    assert "in fail" in found["tracebacks"]["first"]
+    assert found["sections"]["second"].startswith("done")
+    assert found["value"] == 3
+    assert session.failed() == ["first"]
+    assert "error: ValueError: no such shape" in capsys.readouterr().out
+
+
+def test_what_would_not_end_in_time_is_left_out_and_done_on_resume(tmp_path: Path, capsys):
+    session = Session(tmp_path, 0.5, CPU, resume=False)
+    done = []
+    session.section("first", "slow", 0, lambda _: time.sleep(0.3))
+    session.section("second", "slow", 0, lambda _: done.append("second"))  # the first of its kind took longer
+    assert written(tmp_path)["sections"]["second"].startswith("left out: it may take ")
+    assert "second: left out" in capsys.readouterr().out
+    again = Session(tmp_path, 100, CPU, resume=True)
+    again.section("first", "slow", 0, lambda _: done.append("first"))
+    again.section("second", "slow", 0, lambda _: done.append("second"))
+    assert done == ["second"]
+    assert all(status.startswith("done") for status in written(tmp_path)["sections"].values())
+
+
+def test_out_of_memory_halves_the_batch(session: Session, monkeypatch: pytest.MonkeyPatch, capsys):
+    tried = []
+
+    def measured(cell: Cell, arch: str, images: int, checkout: None, session: Session) -> dict[str, float]:
+        tried.append(images)
+        if images > 64:
+            raise torch.OutOfMemoryError("no room")
+        return {"images": images, "ms": 1.0, "images_per_s": 1e3 * images, "peak_gib": 1.0, "first_step_s": 1.0}
+
+    monkeypatch.setattr(gpu_table, "_measure", measured)
+    monkeypatch.setattr(gpu_table, "_forward_flops", lambda *_: 1e9)
+    monkeypatch.setattr(Session, "dry", False)
+    gpu_table.measure(Cell("vit_base", 224, "lomar", "now"))(session)
+    assert tried == [256, 128, 64]
+    row = session.results["cells"]["vit_base 224 lomar, now"]
+    assert row["images"] == 64
+    assert row["mfu"] == pytest.approx(3 * 1e9 * 64e3 / 989e12)
+    assert "out of memory; now with 64 images" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_not_timed_as_now(session: Session):
+    cell, old = Cell("vit_base", 224, "fast", "now"), Cell("vit_base", 224, "fast", "before")
+    assert cell.overrides(session) == ()
+    session.results["sections"][gpu_kernel.RIGHT] = "error: ArithmeticError: wrong"
+    assert cell.overrides(session) == ("model.attention=sdpa",)
+    assert old.overrides(session) == gpu_table.BEFORE
+
+
+@pytest.mark.parametrize("patches", [49, 25, 10])
+def test_the_reference_of_the_kernel_is_our_attention(patches: int):
+    inputs = gpu_kernel.Shape(windows=2, patches=patches, heads=2, channels=8).inputs(CPU, torch.bfloat16)
+    row = gpu_kernel._errors(gpu_kernel.by_torch, *inputs)
+    assert row.pop("same bits twice")
+    assert max(row.values()) < 1e-2
+    without_position = gpu_kernel._errors(lambda qkv, table, some: gpu_kernel.by_torch(qkv, 0 * table, some), *inputs)
+    assert without_position["out"] > 1e-1
+
+
+def test_dry_run_of_some_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setitem(vit.ARCHS, "vit_tiny", vit.Arch(dim=24, depth=3, heads=2))
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    only = ["environment", "ceilings", "kernel: B, visible 11", "vit_base 224 lomar"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--dry", "--only", *only])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (end.value.code, last["failed"], last["dry"]) == (0, [], True)
+    assert written(tmp_path)["cells"].keys() == {
+        f"vit_base 224 lomar, {column}" for column in ("now", "before", BF16, SDPA)
+    }
+
+
+@pytest.mark.slow
+def test_dry_run_of_everything(tmp_path: Path):
+    command = [sys.executable, "benchmarks/gpu.py", str(tmp_path), "--dry"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = written(tmp_path)
+    assert found["sections"].keys() == {section.name for section in gpu.sections(True, {})}
+    assert all(status.startswith("done") for status in found["sections"].values())
+    assert found["engine"]["engine: fast, zero0"]["data_wait"] >= 0
+    assert json.loads(done.stdout.splitlines()[-1])["failed"] == []
+
+
+def test_without_a_gpu_the_command_names_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "torch finds no GPU here; --dry tries the command without one" in capsys.readouterr().err
