@@ -56,7 +56,7 @@ def engine(run: Run) -> Callable[[Session], None]:
     """The section that starts a run in a process of its own, and reads its metrics."""
 
     def section(session: Session) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
             folder = Path(temporary)
             # 80 steps of 256 images, or 12 of 2
             photographs, copies, batch, epochs, every = (8, 1, 2, 3, 2) if session.dry else (128, 8, 256, 20, 5)
