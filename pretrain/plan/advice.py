@@ -1,5 +1,6 @@
 """What would make a planned run faster: other settings, planned in the same way."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,7 @@ def advise(plan: Plan) -> list[Advice]:
     advice = [item for item in found if item and item.gain >= LEAST_GAIN]
     without_wait = plan.step.total / (plan.step.total - plan.step.data)
     if without_wait >= LEAST_GAIN:
-        workers = -(-plan.loader_cores // plan.cluster.gpus)
-        advice.append(Advice(f"data.num_workers={workers:.0f}", without_wait, "so many cores for each GPU"))
+        advice.append(Advice(f"data.num_workers={_workers(plan)}", without_wait, "so many cores for each GPU"))
         advice.append(
             Advice("python -m data.pack --short-side 288 --quality 90", min(without_wait, 3.2), "smaller photographs")
         )
@@ -81,8 +81,18 @@ def _planned(plan: Plan, changes: dict[str, Any], note: str) -> Advice | None:
         other = make_plan(config, plan.cluster, plan.images, numerics, trace)
     except (ValidationError, ValueError):
         return None  # these keys do not fit this recipe, so they are no advice
-    gain = plan.hours / other.hours
     if not other.fits and plan.fits:
         return None
-    keys = " ".join(f"{section}.{key}={value}" for section, keys in changes.items() for key, value in keys.items())
-    return Advice(keys, gain, note)
+    keys = [f"{section}.{key}={value}" for section, values in changes.items() for key, value in values.items()]
+    if other.step.data:  # the gain of the change itself, and what the loader then needs
+        keys.append(f"data.num_workers={_workers(other)}")
+    return Advice(" ".join(keys), _hours_without_wait(plan) / _hours_without_wait(other), note)
+
+
+def _workers(plan: Plan) -> int:
+    """Of each rank, so that its GPU does not wait."""
+    return math.ceil(plan.loader_cores / plan.cluster.gpus)
+
+
+def _hours_without_wait(plan: Plan) -> float:
+    return plan.hours * (1 - plan.step.data / plan.step.total)

@@ -17,7 +17,7 @@ from pretrain.trainer.engine import read_ds_config
 
 @dataclass(frozen=True)
 class StageMemory:
-    """One ZeRO stage: its memory at the recipe's micro-batch, and the largest micro-batch; with checkpointing as well."""
+    """A ZeRO stage: memory at the recipe's micro-batch and the largest micro-batch, without and with checkpointing."""
 
     zero: Zero
     memory: Memory
@@ -137,9 +137,7 @@ def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
     """Raises ValueError as `make_plan`."""
     train, gpus = config.train, cluster.gpus
     if train.precision == "bf16" and not cluster.gpu.bf16:
-        raise ValueError(
-            "this GPU has no bf16: set train.precision=fp32, or choose one of the Ampere generation or newer"
-        )
+        raise ValueError("this GPU does not compute in bf16: set train.precision=fp32, or take an a100, l40s or newer")
     try:
         check_divisible(train.global_batch_size, gpus, train.gradient_accumulation_steps)
     except ValueError as error:

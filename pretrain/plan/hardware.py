@@ -112,8 +112,9 @@ def build_cluster(gpu: str, gpus: int, per_node: int = 8, network: float | None 
         ValueError: an unknown GPU, no GPUs, or GPUs that do not fill nodes.
     """
     kind = find_gpu(gpu)
-    if gpus < 1 or per_node < 1:
-        raise ValueError(f"--gpus {gpus} and --gpus-per-node {per_node} must be at least 1")
+    for option, number in (("--gpus", gpus), ("--gpus-per-node", per_node)):
+        if number < 1:
+            raise ValueError(f"{option} {number} must be at least 1")
     if network is not None and network <= 0:
         raise ValueError(f"--link {network:g} is the Gb/s of a node's network, and must be above 0")
     per_node = min(per_node, gpus)

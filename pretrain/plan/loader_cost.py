@@ -13,7 +13,7 @@ DECODE = 1.69e-3  # seconds, of a photograph
 VIEW = 0.38e-3  # of a view, besides its pixels: reading, drawing, flipping, batching
 PIXEL = 0.16e-3 / 224**2  # of each pixel of a view
 COLOR_JITTER, THREE_AUGMENT = 2.8e-3 / 224**2, 0.86e-3 / 224**2  # of each pixel, where it is applied
-# Of each sample on every rank: shard, offset, length, label, and the key (20 characters) with its end; an epoch's order.
+# Of each sample on every rank: shard, offset, length, label, the key (20 characters) and its end; an epoch's order.
 INDEX_BYTES = 4 + 8 + 8 + 4 + 20 + 8 + 8
 
 

@@ -1,7 +1,7 @@
 """Memory of a GPU by ZeRO stage, and the largest micro-batch that fits.
 
-The formulas are those of DeepSpeed 0.19 with fp32 parameters (autocast) and torch's fused AdamW; `benchmarks/plan_check.py`
-compares them with what real engines allocate.
+The formulas are those of DeepSpeed 0.19 with fp32 parameters (autocast) and torch's fused AdamW;
+`benchmarks/plan_check.py` compares them with what real engines allocate.
 """
 
 import math
@@ -77,7 +77,7 @@ class Memory:
 
 
 def activation_bytes(trace: Trace, numerics: Numerics, checkpointing: bool) -> float:
-    """Bytes kept for the backward pass, for each image; with checkpointing, those of one recomputed block among them."""
+    """Bytes kept for the backward pass, for each image; with checkpointing, one recomputed block's among them."""
     kept, largest = trace.ends.kept, 0.0
     for call in trace.calls:
         if call.backward:
@@ -126,7 +126,7 @@ def engine_buffers(parameters: int, zero: Zero, gpus: int) -> tuple[float, float
 def step_memory(
     trace: Trace, numerics: Numerics, zero: Zero, gpus: int, images: int, checkpointing: bool = False
 ) -> Memory:
-    """The peak of a step with micro-batches of `images`: at the start of the backward pass, or in the optimizer's step."""
+    """A step's peak with micro-batches of `images`: as the backward pass starts, or in the optimizer's step."""
     weights, gradients, optimizer = state_memory(trace.parameters, zero, gpus)
     in_backward, in_step = engine_buffers(trace.parameters, zero, gpus)
     activations = images * activation_bytes(trace, numerics, checkpointing)

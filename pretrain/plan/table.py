@@ -100,18 +100,22 @@ def _step(plan: Plan) -> str:
         f"  {name:24}{seconds * 1e3:10,.1f}{seconds / step.total:7.0%}" for name, seconds in parts.items() if seconds
     ]
     if plan.cluster.gpus > 1:
-        lines.append(
-            f"communication: {plan.cluster.link} {communication.node_bytes / 1e9:.2f} GB a GPU in "
-            f"{communication.node_seconds * 1e3:.1f} ms"
-            + (
-                f"; network {communication.network_bytes / 1e9:.2f} GB a node in "
-                f"{communication.network_seconds * 1e3:.1f} ms at {plan.cluster.network:g} Gb/s"
-                if plan.cluster.nodes > 1
-                else ""
-            )
-            + f"; in all {communication.seconds * 1e3:.1f} ms, of which {communication.exposed * 1e3:.1f} are not hidden"
-        )
+        lines += _links(plan)
     return "\n".join(lines)
+
+
+def _links(plan: Plan) -> list[str]:
+    cluster, sent = plan.cluster, plan.communication
+    lines = ["communication of a step:"]
+    lines.append(
+        f"  {cluster.link + ' within a node':24}{sent.node_seconds * 1e3:10,.1f}   {sent.node_bytes / 1e9:.2f} GB a GPU"
+    )
+    if cluster.nodes > 1:
+        name = f"network, {cluster.network:g} Gb/s"
+        size = f"{sent.network_bytes / 1e9:.2f} GB a node"
+        lines.append(f"  {name:24}{sent.network_seconds * 1e3:10,.1f}   {size}")
+    lines.append(f"  {'both at once':24}{sent.seconds * 1e3:10,.1f}   {sent.exposed * 1e3:,.1f} of it not hidden")
+    return lines
 
 
 def _host(plan: Plan) -> str:

@@ -10,7 +10,7 @@ Shapes: B images, R sequences (images or windows), L tokens of a sequence with t
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,7 @@ def trace_method(config: PretrainConfig) -> Trace:
     with _ParametersOnMeta():
         method = build_method(config.model_copy(update={"model": model}))
         teacher = method.teacher_model() if isinstance(method, LUT) else None
-    calls: Counter[tuple[Any, ...]] = Counter()
+    calls: Counter[BlockCall] = Counter()
     for module in (method, teacher) if teacher else (method,):
         _pass_over_blocks(module, calls)
     bf16 = config.train.precision == "bf16"
@@ -107,7 +107,7 @@ def trace_method(config: PretrainConfig) -> Trace:
         counted.append(_run(method, teacher, images, mask_indices, bf16))
     forward, backward, moved, kept = (last - first for first, last in zip(*counted, strict=True))
     return Trace(
-        tuple(BlockCall(rows / SIZES[-1], *shape[:3], count, *shape[3:]) for (rows, *shape), count in calls.items()),
+        tuple(replace(call, sequences=call.sequences / SIZES[-1], blocks=count) for call, count in calls.items()),
         Ends(forward, backward, moved, kept, fixed_bytes=counted[0][2] - SIZES[0] * moved),
         sum(p.numel() for p in method.parameters()),
         sum(p.numel() for p in teacher.parameters()) if teacher else 0,
@@ -125,7 +125,7 @@ class _ParametersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _pass_over_blocks(module: nn.Module, calls: Counter[tuple[Any, ...]]) -> None:
+def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
     """Blocks record their calls and return their input; all other modules get weights, zeros, on the CPU."""
     inside: set[nn.Module] = set()
     for name, block in module.named_modules():
@@ -141,10 +141,10 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[tuple[Any, ...]]) -> Non
                     other._parameters[key] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
 
 
-def _record(block: Block, encoder: bool, calls: Counter[tuple[Any, ...]], x: Tensor, *_: Any) -> Tensor:
-    attention = block.attn
-    backward = torch.is_grad_enabled()
-    calls[(*x.shape, attention.heads, attention.rpe_k is not None, encoder, backward)] += 1
+def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, *_: Any) -> Tensor:
+    sequences, tokens, dim = x.shape
+    relative, backward = block.attn.rpe_k is not None, torch.is_grad_enabled()
+    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward)] += 1
     return x
 
 
