@@ -82,7 +82,7 @@ def _how_to_fit(plan: Plan) -> str:
 
 
 def _step(plan: Plan) -> str:
-    step, communication = plan.step, plan.communication
+    step = plan.step
     parts = {
         "matrix products": step.matrices,
         "attention": step.attention,
