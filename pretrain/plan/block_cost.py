@@ -70,8 +70,7 @@ _ELEMENTWISE = {
 
 def elementwise_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     """Bytes that the element-wise operators of a block move for each token."""
-    residual = "fp32" if numerics.precision == "fp32" else numerics.residual
-    units = _ELEMENTWISE[numerics.precision, residual, numerics.compile]
+    units = _ELEMENTWISE[numerics.precision, _residual(call, numerics), numerics.compile]
     return Pass(units.forward * call.dim, units.backward * call.dim)
 
 
@@ -146,7 +145,12 @@ def kept_bytes(call: BlockCall, numerics: Numerics) -> float:
 
 def input_bytes(call: BlockCall, numerics: Numerics) -> float:
     """Bytes of a block's input for each token: all that `model.grad_checkpointing` keeps."""
-    return (4 if numerics.precision == "fp32" or numerics.residual == "fp32" else 2) * call.dim
+    return (4.0 if _residual(call, numerics) == "fp32" else 2.0) * call.dim
+
+
+def _residual(call: BlockCall, numerics: Numerics) -> Literal["fp32", "bf16"]:
+    """The dtype of the residual stream; a decoder's is always fp32."""
+    return numerics.residual if numerics.precision == "bf16" and call.encoder else "fp32"
 
 
 def _attention_kept(call: BlockCall, numerics: Numerics) -> float:
@@ -160,7 +164,7 @@ def _attention_kept(call: BlockCall, numerics: Numerics) -> float:
     logsumexp = 4.0 * call.heads
     if not call.relative:
         return logsumexp
-    return logsumexp + x + bias + bias * _up(call.tokens, 8) / call.tokens  # q's copy, the bias, the aligned bias
+    return logsumexp + x + bias * _up(call.tokens, 8) / call.tokens  # q's copy, the bias in aligned rows
 
 
 def _width(numerics: Numerics) -> int:

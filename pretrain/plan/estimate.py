@@ -1,11 +1,11 @@
 """The plan of a recipe on a cluster: the parts of a step, the run's hours, memory by ZeRO stage, and what limits."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from data.order import check_divisible, steps_per_epoch
 from pretrain.config import PretrainConfig
-from pretrain.plan.block_cost import AttentionKind, Numerics
+from pretrain.models.window_attention import MAX_WINDOW_SIZE
+from pretrain.plan.block_cost import Numerics
 from pretrain.plan.communication import Communication
 from pretrain.plan.hardware import Cluster
 from pretrain.plan.loader_cost import INDEX_BYTES, JPEG_BYTES, core_seconds
@@ -171,9 +171,27 @@ def _stage_memory(cluster: Cluster, numerics: Numerics, trace: Trace, micro_batc
 
 
 def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
-    """What `auto` means on a GPU, as the run chooses it: compiled below stage 3, Triton's kernel where it works."""
-    model, zero = config.model, own_zero(config, cluster.gpus)
-    compiled, attention = getattr(model, "compile", "off"), getattr(model, "attention", "sdpa")
-    residual: Literal["fp32", "bf16"] = getattr(model, "residual", "fp32")
-    kind: AttentionKind = "sdpa" if attention == "sdpa" or config.train.precision == "fp32" else "triton"
-    return Numerics(compiled == "on" or (compiled == "auto" and zero.stage < 3), residual, kind, config.train.precision)
+    """What `auto` means on a GPU, as `pretrain.numerics` chooses it there.
+
+    Raises:
+        ValueError: a setting that cannot work; the message names the key to change.
+    """
+    model, stage, precision = config.model, own_zero(config, cluster.gpus).stage, config.train.precision
+    if model.compile == "on" and stage == 3:
+        raise ValueError("model.compile=on loses gradients in ZeRO stage 3: set model.compile=off, or another stage")
+    if model.residual == "bf16" and precision != "bf16":
+        raise ValueError("model.residual=bf16 needs train.precision=bf16")
+    rows, cols = config.method.sequence_grid(config.grid)
+    windows = model.position == "relative" and rows == cols <= MAX_WINDOW_SIZE and precision == "bf16"
+    if model.attention == "triton" and not windows:
+        raise ValueError(
+            f"model.attention=triton is for bf16 and relative position in windows of up to {MAX_WINDOW_SIZE}x"
+            f"{MAX_WINDOW_SIZE} patches, not for {precision}, {model.position} and {rows}x{cols}: set "
+            f"model.attention=auto"
+        )
+    return Numerics(
+        compile=model.compile != "off" and stage < 3,
+        residual=model.residual,
+        attention="triton" if model.attention != "sdpa" and windows else "sdpa",
+        precision=precision,
+    )

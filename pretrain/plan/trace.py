@@ -130,7 +130,7 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
     inside: set[nn.Module] = set()
     for name, block in module.named_modules():
         if isinstance(block, Block):
-            encoder = "encoder.blocks" in name and not name.startswith("decoder")
+            encoder = "encoder.blocks." in name
             block.forward = functools.partial(_record, block, encoder, calls)  # type: ignore[method-assign]
             inside.update(block.modules())
     for other in module.modules():
