@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from benchmarks.gpu_session import Session, free_memory, median_ms
 from pretrain.models import window_attention
-from pretrain.models.attention import attend
-from pretrain.models.relative_position import RelativeKey, grid_buckets, pair_buckets
+from pretrain.models.attention import RelativeKey, attend
+from pretrain.models.relative_position import grid_buckets, pair_buckets
 from pretrain.models.sdpa import set_deterministic
 from pretrain.models.window_attention import Launch, window_tokens
 

@@ -35,6 +35,7 @@ COLUMNS = {
     BF16: ("model.residual=bf16",),
     SDPA: ("model.attention=sdpa",),
     "now, deterministic": ("train.deterministic=true",),
+    "now, not deterministic": ("train.deterministic=false",),
     "authors": (),
 }
 
@@ -92,6 +93,7 @@ def further_cells() -> list[Cell]:
     wanted = [
         Cell("vit_base", 224, "lomar", BF16),
         Cell("vit_large", 224, "lomar", BF16),
+        Cell("vit_base", 224, "fast", "now, not deterministic"),
         *_both("vit_base", 384, "fast", "mae"),
         *_both("vit_base", 224, "late", "pr"),
         Cell("vit_base", 224, "pr", SDPA),
