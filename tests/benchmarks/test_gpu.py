@@ -1,6 +1,7 @@
 """benchmarks/gpu.py: the table has every cell, and sections end in time, fail alone and go on where they stopped."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -75,6 +76,22 @@ def test_a_section_that_fails_leaves_the_others_alone(session: Session, tmp_path
     assert found["value"] == 3
     assert session.failed() == ["first"]
     assert "error: ValueError: no such shape" in capsys.readouterr().out
+
+
+def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "out", "--seconds", "480", "--only", "vit"])
+    session = Session(tmp_path, 480, torch.device("cuda"), resume=False)
+    with monkeypatch.context() as broken:
+        broken.setattr(torch, "zeros", fail)
+        session.section("first", "a", 1, fail)
+    assert written(tmp_path)["sections"]["first"].startswith("error: RuntimeError: an illegal memory access")
+    assert started[0][1:-1] == ["gpu.py", "out", "--seconds", "480", "--only", "vit", "--resume", "--seconds"]
+    assert 470 < float(started[0][-1]) <= 480
 
 
 def test_what_would_not_end_in_time_is_left_out_and_done_on_resume(tmp_path: Path, capsys):
