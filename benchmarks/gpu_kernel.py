@@ -121,13 +121,13 @@ def _errors(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None) 
     for _ in range(2):
         x, t = qkv.clone().requires_grad_(), table.clone().requires_grad_()
         out = make(x, t, patches)()
-        dout = torch.ones_like(out) * torch.arange(out.shape[-1], device=out.device).remainder(7).sub(3)
-        out.backward(dout)
+        upstream = torch.ones_like(out) * torch.arange(out.shape[-1], device=out.device).remainder(7).sub(3)
+        out.backward(upstream)
         results.append((out.detach(), x.grad, t.grad))
     # The kernel reads the table in the dtype of the products.
     x, t = qkv.double().requires_grad_(), table.to(qkv.dtype).double().requires_grad_()
     out = reference(x, t, patches)
-    out.backward(dout.double())
+    out.backward(upstream.double())
     exact = (out.detach(), x.grad, t.grad)
     errors = {
         part: float((ours.double() - true).norm() / true.norm())
@@ -181,11 +181,11 @@ def _times(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None, s
     repetitions = 2 if session.dry else 20
     with torch.no_grad():
         forward = median_ms(call, session.device, repetitions)
-        dout = torch.randn_like(call())
+        upstream = torch.randn_like(call())
 
     def both() -> None:
         qkv.grad = table.grad = None
-        call().backward(dout)
+        call().backward(upstream)
 
     return {"forward": forward, "both": median_ms(both, session.device, repetitions)}
 
