@@ -134,6 +134,7 @@ class Evidence:
             f"train.global_batch_size={self.sizes.batch}",
             f"train.epochs={epochs}",
             f"optim.warmup_epochs={epochs / 10}",
+            'model.compile="off"',  # compiling each method anew would take minutes of the ten
             *PRETRAINED[variant],
         ]
         return self.train(pretrain, load_pretrain, "pretrain.yaml", overrides)

@@ -24,18 +24,15 @@ FAST = {
     "method": {"name": "lomar", "num_windows": 2, "mask_token_block": 8},
     "pr_mim": {"throw_ratio": 0.5, "kernel_size": 7},
 }
+EAGER, COMPILED = {"arch": "vit_tiny", "compile": "off"}, {"arch": "vit_tiny", "compile": "on"}
 TRAININGS: dict[str, dict[str, Any]] = {
-    "lomar": {},
-    "lomar_fast": FAST,
-    "mae": {"method": MAE, "model": {"arch": "vit_tiny", "position": "sincos"}},
-    "compiled": FAST,
+    "lomar": {"model": EAGER},
+    "lomar_fast": FAST | {"model": EAGER},
+    "mae": {"method": MAE, "model": EAGER | {"position": "sincos"}},
+    "compiled": FAST | {"model": COMPILED},
 }
-EAGER, COMPILED = "model.compile=off", "model.compile=on"
+LONG = "train.epochs=4"
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-
-
-def overrides(training: str) -> tuple[str, ...]:
-    return "train.epochs=4", COMPILED if training == "compiled" else EAGER
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def recipes(
 @pytest.fixture(scope="module")
 def stages(recipes: dict[str, Path], command: Callable[..., Command]) -> dict[str, Command]:
     """A run of LoMaR in each ZeRO stage."""
-    return {stage: command(recipes["lomar"], EAGER, f"train.ds_config={stage}", f"name={stage}") for stage in STAGES}
+    return {stage: command(recipes["lomar"], f"train.ds_config={stage}", f"name={stage}") for stage in STAGES}
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +57,10 @@ def killed(recipes: dict[str, Path], command: Callable[..., Command], stages: di
     one gets a copy of it.
     """
     runs = recipes["lomar"].parent / "runs"
-    first = {name: command(recipe, *overrides(name), f"name={name}-killed") for name, recipe in recipes.items()}
-    undisturbed = [
-        command(recipe, *overrides(name), f"name={name}") for name, recipe in recipes.items() if name != "compiled"
-    ]
+    first = {name: command(recipe, LONG, f"name={name}-killed") for name, recipe in recipes.items()}
+    undisturbed = [command(recipe, LONG, f"name={name}") for name, recipe in recipes.items() if name != "compiled"]
     kill_after_a_checkpoint({runs / f"{name}-killed": run for name, run in first.items()})
-    again = [command(recipe, *overrides(name), f"name={name}-killed") for name, recipe in recipes.items()]
+    again = [command(recipe, LONG, f"name={name}-killed") for name, recipe in recipes.items()]
     for run in again:
         assert re.search(r"resumes from step_000000[0-3]", run.finish())
     shutil.copytree(
@@ -73,7 +68,7 @@ def killed(recipes: dict[str, Path], command: Callable[..., Command], stages: di
         runs / "compiled",
         ignore=shutil.ignore_patterns("checkpoints", "*.jsonl", "*.safetensors", "*.png", "logs"),
     )
-    undisturbed.append(command(recipes["compiled"], *overrides("compiled"), "name=compiled"))
+    undisturbed.append(command(recipes["compiled"], LONG, "name=compiled"))
     for run in undisturbed:
         assert "starts at step 0" in run.finish()
     return {name: runs / name for name in recipes}
@@ -126,9 +121,9 @@ def test_out_of_memory_is_one_clear_line(
         tmp_path,
         "too_large",
         method={"name": "simmim", "mask_patch_size": 8},
-        model={"arch": "vit_base", "patch_size": 8},
+        model={"arch": "vit_base", "patch_size": 8, "compile": "off"},
     )
-    run = command(recipe, "data.image_size=1024", "train.global_batch_size=64", EAGER)
+    run = command(recipe, "data.image_size=1024", "train.global_batch_size=64")
     (output,) = run.outputs()
     assert run.returncode == 1
     assert_one_line(output)
