@@ -90,15 +90,15 @@ class Done:
         ends = [0, *(row["step"] for row in self.rows)]
         return sum(row["step_s"] * (end - start) for row, start, end in zip(self.rows, ends, ends[1:], strict=False))
 
-    def summary(self, prefix: str) -> dict[str, float]:
-        rates = {key: statistics.mean(row[key] for row in self.rows[1:] or self.rows) for key in ("data_wait",)}
-        images = self.rows[-1]["epoch"] / self.steps  # epochs of one step
+    def summary(self, prefix: str, batch: int) -> dict[str, float]:
+        """For a row of the results; waiting for data is a share of the time."""
         return {
-            f"{prefix}_epochs": round(images * self.steps, 2),
+            f"{prefix}_epochs": self.rows[-1]["epoch"],
             f"{prefix}_steps": self.steps,
             f"{prefix}_minutes": round(self.training_s / 60, 3),
             f"{prefix}_step_ms": round(1000 * self.step_s, 2),
-            f"{prefix}_data_wait": round(rates["data_wait"], 4),
+            f"{prefix}_images_per_s": round(batch / self.step_s),
+            f"{prefix}_data_wait": round(statistics.mean(row["data_wait"] for row in self.rows), 4),
         }
 
 
@@ -160,8 +160,8 @@ class Evidence:
             "variant": variant,
             "top1": read_metrics(tuned.folder / "evaluation.jsonl")[-1]["top1"],
             "minutes": round((tuned.training_s + (pretrained.training_s if pretrained else 0.0)) / 60, 3),
-            **(pretrained.summary("pretrain") if pretrained else {}),
-            **tuned.summary("finetune"),
+            **(pretrained.summary("pretrain", self.sizes.batch) if pretrained else {}),
+            **tuned.summary("finetune", self.sizes.finetune_batch),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
         self.results.append(row)
@@ -177,7 +177,8 @@ class Evidence:
         timed = {name: self.pretrain(f"timed-{label(name)}", name, sizes.timed_epochs) for name in PRETRAINED}
         # What a run costs beyond its steps: workers that start, reconstructions, an encoder that is written.
         besides = statistics.mean(done.seconds - done.training_s for done in timed.values())
-        left = 0.95 * (self.deadline - time.monotonic()) - len(timed) * besides - (len(timed) + 1) * first.seconds
+        left = 0.95 * (self.deadline - time.monotonic()) - (2 * len(timed) + 1) * besides
+        left -= (len(timed) + 1) * first.training_s
         share = left / (len(timed) + 1)  # seconds of each pretraining
         print(f"{share:.0f} s for each pretraining, {first.training_s:.0f} s of fine-tuning after it", flush=True)
         for number, (name, before) in enumerate(timed.items()):

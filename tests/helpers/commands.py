@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.processes import ROOT, RUN
+from helpers.processes import RUN
 
 SECONDS = 240.0 if torch.cuda.is_available() else 1500.0  # a few CPU cores that all runs share
 
@@ -23,7 +23,7 @@ class Command:
 
     def __init__(self, arguments: list[str], said: Path):
         self.arguments, self._said = arguments, said
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         with said.open("w") as file:
