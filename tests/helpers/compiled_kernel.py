@@ -1,4 +1,4 @@
-"""`python -m helpers.compiled_kernel`: the window kernels compiled for sm_90, without a GPU; what they need, as JSON."""
+"""`python -m helpers.compiled_kernel`: what the window kernels need on sm_90, as JSON; compiled without a GPU."""
 
 import json
 import re
