@@ -108,7 +108,9 @@ class Evidence:
 
     def __init__(self, shards: Path, out: Path, minutes: float, sizes: Sizes):
         self.shards, self.out, self.sizes = shards, out, sizes
-        self.start = time.monotonic() - (time.time() - psutil.Process().create_time())  # imports take seconds
+        # Imports took seconds already; in some containers the start of a process is not known, but they took no minute.
+        imports = min(max(time.time() - psutil.Process().create_time(), 0), 60)
+        self.start = time.monotonic() - imports
         self.deadline = self.start + 60 * minutes
         self.world = find_world()
         self.results: list[dict[str, Any]] = []
