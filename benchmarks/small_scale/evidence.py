@@ -159,13 +159,14 @@ class Evidence:
         return self.train(finetune, load_finetune, "finetune.yaml", overrides)
 
     def add(self, variant: str, tuned: Done, pretrained: Done | None = None) -> None:
+        environment = json.loads(((pretrained or tuned).folder / "environment.json").read_text())
         row = {
             "variant": variant,
             "top1": read_metrics(tuned.folder / "evaluation.jsonl")[-1]["top1"],
             "minutes": round((tuned.training_s + (pretrained.training_s if pretrained else 0.0)) / 60, 3),
             **(pretrained.summary("pretrain", self.sizes.batch) if pretrained else {}),
             **tuned.summary("finetune", self.sizes.finetune_batch),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            **{key: environment[key] for key in ("numerics", "device", "git")},  # kernels; the GPU; our version
         }
         self.results.append(row)
         with (self.out / "results.jsonl").open("a") as file:

@@ -33,7 +33,7 @@ def draw(count: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     return qkv, table, torch.randn(WINDOWS, 1 + count, HEADS, channels, generator=generator).to(dtype)
 
 
-def exact(qkv: Tensor, table: Tensor, dout: Tensor, patches: Tensor | None) -> list[Tensor]:
+def exact(qkv: Tensor, table: Tensor, upstream: Tensor, patches: Tensor | None) -> list[Tensor]:
     """Output and gradients by the formula, in float64 on the CPU."""
     qkv, table = qkv.double().requires_grad_(), table.double().requires_grad_()
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -45,7 +45,7 @@ def exact(qkv: Tensor, table: Tensor, dout: Tensor, patches: Tensor | None) -> l
     bias = terms.gather(3, buckets[:, None].expand(-1, HEADS, -1, -1))
     out = ((q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
     out = out.transpose(1, 2)
-    return [out.detach(), *torch.autograd.grad(out, (qkv, table), dout.double())]
+    return [out.detach(), *torch.autograd.grad(out, (qkv, table), upstream.double())]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -58,14 +58,14 @@ def test_the_window_kernel(count: int, channels: int, dtype: torch.dtype, device
     expected = exact(*inputs, patches)
     if device.type != "cuda":
         pytest.skip("the kernel runs on GPUs; tests/pretrain has Triton's interpreter")
-    qkv, table, dout = (tensor.to(device) for tensor in inputs)
+    qkv, table, upstream = (tensor.to(device) for tensor in inputs)
     tokens = window_tokens(WINDOW, None if patches is None else patches.to(device), device)
     results = []
     for _ in range(2):
         leaves = qkv.detach().requires_grad_(), table.detach().requires_grad_()
         out = window_attention(*leaves, tokens)
         assert out.dtype == dtype
-        results.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     for name, first, second, wanted in zip(("out", "qkv", "table"), *results, expected, strict=True):
         assert torch.equal(first, second), f"{name} has other bits the second time"
         assert relative_error(first, wanted) < 4 * EPSILON[dtype], name
