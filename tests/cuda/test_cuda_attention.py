@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pretrain.models.relative_position import CLASS_BUCKET, grid_buckets
-from pretrain.models.sdpa import set_deterministic
-from pretrain.models.window_attention import window_attention, window_tokens
 from torch import Tensor
 
 from pretrain.models.attention import attend
+from pretrain.models.relative_position import CLASS_BUCKET, grid_buckets
+from pretrain.models.sdpa import set_deterministic
+from pretrain.models.window_attention import window_attention, window_tokens
 
 pytestmark = pytest.mark.cuda
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
