@@ -1,5 +1,6 @@
 """Batches on their way to a GPU: in pinned memory, and equal when they arrive."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,28 +9,47 @@ import torch
 from helpers.gpu_steps import build, cases, configure
 
 from data.index import load_index
-from data.loader import Loader
+from data.loader import Batch, Loader
+from pretrain.trainer.prefetch import prefetch
 
 pytestmark = pytest.mark.cuda
 
 
 def test_batches_are_pinned_and_arrive_as_they_were_made(device: torch.device, shards: Path):
-    """Copies that nobody waits for would read memory that is pageable too late, or twice."""
+    """With nothing but the stream to wait for a copy: while it is read it must not change."""
     config = configure(cases()["lomar-late-pr_mim"])
     sampler = build(config, torch.device("cpu")).mask_sampler()  # type: ignore[operator]
     settings: dict[str, Any] = {"size": (128, 160), "batch": 16, "seed": 3, "mask_sampler": sampler}
     index = load_index(shards)
-    pinned = Loader(index, num_workers=2, **settings).batches(0, 10)
-    plain = Loader(index, num_workers=0, **settings).batches(0, 10)
-    steps = 0
-    for (batch,), (expected,) in zip(pinned, plain, strict=True):
-        steps += 1
-        assert batch.images.is_pinned() == (device.type == "cuda")
-        assert all(index.is_pinned() == (device.type == "cuda") for index in batch.mask_indices.values())
-        there = batch.to(device)
-        assert there.images.device == device
-        assert torch.equal(there.images.cpu(), expected.images)
-        assert there.mask_indices.keys() == expected.mask_indices.keys()
+    in_memory = list(Loader(index, num_workers=0, **settings).batches(0, 10))
+    pinned = []
+
+    def remembered() -> Iterator[list[Batch]]:
+        for step in Loader(index, num_workers=2, **settings).batches(0, 10):
+            pinned.append(all(tensor.is_pinned() for tensor in (step[0].images, *step[0].mask_indices.values())))
+            yield step
+
+    arrived = list(prefetch(remembered(), device))
+    assert pinned == [device.type == "cuda"] * 10
+    for (batch, _), (expected,) in zip(arrived, in_memory, strict=True):
+        assert batch.images.device == device
+        assert torch.equal(batch.images.cpu(), expected.images)
+        assert batch.mask_indices.keys() == expected.mask_indices.keys()
         for name, wanted in expected.mask_indices.items():
-            assert torch.equal(there.mask_indices[name].cpu(), wanted), name
-    assert steps == 10
+            assert torch.equal(batch.mask_indices[name].cpu(), wanted), name
+
+
+def test_what_is_computed_is_computed_of_the_right_batch(device: torch.device):
+    """Memory that is given to the next copy too early, or a copy that is not waited for, gives other sums."""
+    cuda = device.type == "cuda"
+    steps, side, size = (200, 4096, (64, 224, 224, 3)) if cuda else (20, 64, (2, 8, 8, 3))
+    memory = [torch.full(size, number, dtype=torch.uint8, pin_memory=cuda) for number in range(8)]
+    work = torch.randn(side, side, device=device)
+    batches = ([Batch(memory[n % 8], {}, None, torch.arange(2), (), ())] for n in range(steps))
+    sums = []
+    for batch, _ in prefetch(batches, device):
+        work = (work @ work).softmax(-1)  # keeps the device behind the host
+        sums.append(batch.images.sum(dtype=torch.int64))
+        del batch
+    count = torch.Size(size).numel()
+    assert torch.stack(sums).tolist() == [n % 8 * count for n in range(steps)]
