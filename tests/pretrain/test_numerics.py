@@ -94,6 +94,24 @@ def test_a_gpu_without_bf16_is_refused(gpu: pytest.MonkeyPatch):
     assert chosen("train.precision=fp32").attention == "sdpa"
 
 
+@pytest.mark.parametrize(
+    ("error", "problem"), [(0.5, r"wrong by 5\.0e-01"), (float("nan"), "wrong by nan"), (None, "no ptxas")]
+)
+def test_a_kernel_that_does_not_work_here_is_refused(
+    error: float | None, problem: str, monkeypatch: pytest.MonkeyPatch
+):
+    def worst_error(*_: Any) -> float:
+        if error is None:
+            raise RuntimeError("no ptxas\nat line 3")
+        return error
+
+    monkeypatch.setattr(numerics, "worst_error", worst_error)
+    with pytest.raises(ValueError, match=rf"does not work here \(.*{problem}\): set model\.attention=sdpa"):
+        numerics.check_window_kernel(load(LOMAR, ["data.shards=none"]), GPU)
+    monkeypatch.setattr(numerics, "worst_error", lambda *_: 0.004)
+    numerics.check_window_kernel(load(LOMAR, ["data.shards=none"]), GPU)
+
+
 def test_a_bf16_residual_stream_is_near_the_fp32_one():
     losses: dict[str, Any] = {}
     for residual in ("fp32", "bf16"):
