@@ -17,6 +17,10 @@ from helpers.processes import RUN
 
 SECONDS = 240.0 if torch.cuda.is_available() else 1500.0  # a few CPU cores that all runs share
 
+# Of the environment: what a launcher sets, and where to keep compiled code, which importing torch's compiler sets.
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
 
 class Command:
     """A run of pretrain/run.py, for whoever waits for `Processes` as well."""
@@ -24,7 +28,7 @@ class Command:
     def __init__(self, arguments: list[str], said: Path):
         self.arguments, self._said = arguments, said
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        for name in (*LAUNCHERS, *CACHES):
             environment.pop(name, None)
         with said.open("w") as file:
             self._process = subprocess.Popen(
