@@ -29,7 +29,7 @@ def draw(count: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     """qkv, the table and a gradient of the output, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(WINDOWS, 1 + count, 3, HEADS, channels, generator=generator).to(dtype)
-    table = torch.randn(channels, CLASS_BUCKET + 1, generator=generator) * 0.2
+    table = (torch.randn(channels, CLASS_BUCKET + 1, generator=generator) * 0.2).to(dtype).float()
     return qkv, table, torch.randn(WINDOWS, 1 + count, HEADS, channels, generator=generator).to(dtype)
 
 
@@ -52,7 +52,7 @@ def exact(qkv: Tensor, table: Tensor, upstream: Tensor, patches: Tensor | None) 
 @pytest.mark.parametrize("channels", [64, 80])
 @pytest.mark.parametrize("count", [49, 25, 10], ids=["all 50 tokens", "PR-MIM's 26", "11 visible"])
 def test_the_window_kernel(count: int, channels: int, dtype: torch.dtype, device: torch.device):
-    """Within a few roundings of float64, and the same bits twice."""
+    """Near float64, and the same bits twice. Rounding P, dS and the results costs 0.6 epsilon, emulated in torch."""
     patches = draw_patches(count)
     inputs = draw(count, channels, dtype)
     expected = exact(*inputs, patches)
@@ -68,7 +68,7 @@ def test_the_window_kernel(count: int, channels: int, dtype: torch.dtype, device
         results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
     for name, first, second, wanted in zip(("out", "qkv", "table"), *results, expected, strict=True):
         assert torch.equal(first, second), f"{name} has other bits the second time"
-        assert relative_error(first, wanted) < 4 * EPSILON[dtype], name
+        assert relative_error(first, wanted) < 2 * EPSILON[dtype], name
 
 
 def relative_error(measured: Tensor, wanted: Tensor) -> float:
