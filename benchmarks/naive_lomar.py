@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.targets.pixels import PixelTarget
-from pretrain.models.attention import NUM_BUCKETS, grid_buckets
+from pretrain.models.relative_position import NUM_BUCKETS, grid_buckets
 from pretrain.models.vit import Arch
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from benchmarks.saved import saved_storages
 from downstream.dense.backbone.attention import DecomposedAttention, GridAttention
 from downstream.dense.backbone.plain_vit import PlainViT
-from pretrain.models.attention import NUM_BUCKETS, product_buckets
+from pretrain.models.relative_position import NUM_BUCKETS, product_buckets
 
 NAMES = ("ours", "usual")
 MODES = ("forward", "both")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,10 +12,24 @@ from pretrain.methods import METHODS, AnyMethodConfig
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
-from pretrain.trainer.config import RunConfig
+from pretrain.trainer.config import ModelConfig, RunConfig
 from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class PretrainModelConfig(ModelConfig):
+    """The encoder, and how it is computed; `numerics.py` resolves the latter."""
+
+    compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
+        "auto", description="torch.compile of the blocks and both ends of the network; auto: on a GPU, not in ZeRO 3"
+    )
+    attention: Annotated[Literal["auto", "triton", "sdpa"], MAY_CHANGE] = Field(
+        "auto", description="attention in windows; triton: a kernel of our own, auto: on a GPU where it serves"
+    )
+    residual: Annotated[Literal["fp32", "bf16"], MAY_CHANGE] = Field(
+        "fp32", description="precision of the encoder's residual stream; bf16: less memory and time, less exact sums"
+    )
 
 
 class ProbeConfig(Section):
@@ -30,6 +44,7 @@ class ProbeConfig(Section):
 class PretrainConfig(RunConfig):
     """A pretraining run."""
 
+    model: PretrainModelConfig = PretrainModelConfig()
     method: AnyMethodConfig
     target: AnyTargetConfig
     pr_mim: PRMIMConfig | None = None

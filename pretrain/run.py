@@ -4,6 +4,7 @@ RECIPE is a YAML file or the name of one in pretrain/recipes. A run that was sto
 is given again.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
 from pretrain.trainer.run_folder import RunFolder
+
+_log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig, world: World) -> None:
@@ -33,6 +36,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     # These import DeepSpeed, which chooses its accelerator on import.
     from pretrain.build import build_ema, build_evaluation, build_method
     from pretrain.finish import finish
+    from pretrain.numerics import apply_numerics, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
     from pretrain.trainer.engine import ds_settings, zero_stage
     from pretrain.trainer.loop import train
@@ -40,13 +44,21 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     from pretrain.trainer.report import log_outputs
 
     settings = ds_settings(config, world.size)
+    numerics = choose_numerics(config, device, zero_stage(settings))
+    if numerics.why_sdpa and world.is_main:
+        _log.info("attention in windows is torch's, not our kernel's: %s", numerics.why_sdpa)
+    folder.cache_compiled()
     method = build_method(config)
+    ema = build_ema(config, method, device)
+    for module in filter(None, (method, ema.model)):
+        apply_numerics(module, numerics)
     parts = Parts(
         method,
         build_adamw(parameter_groups(method, config.optim.weight_decay), config, zero_stage(settings)),
-        build_ema(config, method, device),
+        ema,
         build_loader(config, index, world, mask_sampler=method.mask_sampler()),
         build_evaluation(config, method, world, device),
+        numerics.signature(),
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.transforms import height_width
-from pretrain.models.attention import Attention, grid_buckets, offset_buckets
+from pretrain.models.attention import Attention
+from pretrain.models.relative_position import grid_buckets, offset_buckets
 from pretrain.models.vit import ARCHS
 
 __all__ = ["LoMaRViT"]

@@ -45,6 +45,7 @@ def _train(
     from downstream.classify.finish import finish
     from downstream.classify.model import build_classifier
     from downstream.classify.optimizers import build_optimizer
+    from pretrain.models.sdpa import set_deterministic
     from pretrain.trainer.assemble import Parts, assemble, build_loader
     from pretrain.trainer.checkpoint_layout import checkpoint_names
     from pretrain.trainer.engine import ds_settings, zero_stage
@@ -52,6 +53,7 @@ def _train(
     from pretrain.trainer.report import log_outputs
 
     settings = ds_settings(config, world.size)
+    set_deterministic(config.train.deterministic)
     check_mixing(config, world)
     check_train_and_val(index, val, config.head.num_classes)
     # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
@@ -65,6 +67,7 @@ def _train(
         build_ema(config, classifier, device),
         build_loader(config, index, world, labels=True),
         build_evaluation(config, val, world, device),
+        {"device": device.type, "deterministic": config.train.deterministic},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)

@@ -19,7 +19,7 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import Decoder, check_heads
-from pretrain.models.patches import normalize_pixels, patchify, unpatchify, values_per_patch
+from pretrain.models.patches import patchify, unpatchify, values_per_patch
 from pretrain.models.vit import Arch, ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -96,7 +96,7 @@ class AutoEncoder(Method):
     def _predict(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> the prediction of the blocks, (B, N, K)."""
         patches = patchify(images, self.encoder.patch_size)
-        tokens = self.encoder.patch_embed(normalize_pixels(patches)) + self.encoder.pos_embed[:, 1:]
+        tokens = self.encoder.patch_embed(patches) + self.encoder.pos_embed[:, 1:]
         positions = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
         return self.decoder(self.encoder(tokens), positions)
 

@@ -31,6 +31,10 @@ class MethodConfig(Section):
         """The number of patches encoded together (of an image or of a window), and how many of them are masked."""
         raise NotImplementedError
 
+    def sequence_grid(self, grid: Grid) -> Grid:
+        """Rows and columns of the patches that are encoded together: those of the image, or of a window."""
+        return grid
+
     def check_pr_mim(self) -> None:
         """Raises ValueError if PR-MIM has nothing to do with these keys."""
 

@@ -20,7 +20,7 @@ from pretrain.methods.masking import Grid, block_masked, check_masked, random_ma
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import Predictor
 from pretrain.methods.targets import PatchTarget, TokensConfig
-from pretrain.models.patches import gather_tokens, normalize_pixels, patchify, render_predictions
+from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -75,8 +75,8 @@ class BEiT(Method):
 
     def _predict(self, patches: Tensor, mask_indices: MaskIndices) -> Tensor:
         """(B, N, P) uint8 patches -> the prediction of the masked ones, (B, M, V)."""
-        pixels = normalize_pixels(gather_tokens(patches, mask_indices["visible"]))
-        prediction, _ = self.predictor(self.encoder, pixels, **mask_indices)
+        visible = gather_tokens(patches, mask_indices["visible"])
+        prediction, _ = self.predictor(self.encoder, visible, **mask_indices)
         return prediction
 
     @torch.no_grad()

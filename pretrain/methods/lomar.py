@@ -35,7 +35,6 @@ from pretrain.models.decoder import check_heads
 from pretrain.models.patches import (
     cut_windows,
     gather_tokens,
-    normalize_pixels,
     patchify,
     render_predictions,
     unpatchify,
@@ -94,6 +93,9 @@ class LoMaR(LUTMethod):
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
             return self.window_size**2, self.num_masked
 
+        def sequence_grid(self, grid: Grid) -> Grid:
+            return self.window_size, self.window_size
+
         def check(self, grid: Grid, model: ModelConfig) -> None:
             check_windows(self.num_windows, self.window_size, grid)
             check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")
@@ -139,8 +141,8 @@ class LoMaR(LUTMethod):
         self, windows: Tensor, indices: MaskIndices, num_predicted: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """(G, L, P) uint8 patches -> the results of `Predictor`."""
-        pixels = normalize_pixels(gather_tokens(windows, indices["visible"]))
-        return self.predictor(self.encoder, pixels, **indices, num_predicted=num_predicted)
+        visible = gather_tokens(windows, indices["visible"])
+        return self.predictor(self.encoder, visible, **indices, num_predicted=num_predicted)
 
     def _truth(self, images: Tensor, patches: Tensor, mask_indices: MaskIndices) -> Tensor:
         """The target of the masked patches in the windows of B images: (B*W, M, ...)."""

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
-from pretrain.models.attention import grid_buckets
 from pretrain.models.heads import mlp_head
-from pretrain.models.patches import gather_tokens, normalize_pixels, patchify
+from pretrain.models.patches import gather_tokens, patchify
+from pretrain.models.relative_position import grid_buckets
 from pretrain.models.vit import ViT
 from pretrain.trainer.ema import EMA
 from pretrain.trainer.schema import Section
@@ -108,7 +108,7 @@ class TeacherModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 2, H, W, 3) uint8 -> features (2B, 1, D), or of each token (2B, N, D); fp32."""
         patches = patchify(images.transpose(0, 1).flatten(0, 1), self.encoder.patch_size)
-        tokens = self.encoder.patch_embed(normalize_pixels(patches))
+        tokens = self.encoder.patch_embed(patches)
         if not self.encoder.relative:
             tokens = tokens + self.encoder.pos_embed[:, 1:]
         encoded = self.encoder(tokens, self.buckets)[:, 1:]

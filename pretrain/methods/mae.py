@@ -21,7 +21,7 @@ from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, build_mask_i
 from pretrain.methods.predictor import MaskTokens
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder, check_heads
-from pretrain.models.patches import gather_tokens, normalize_pixels, patchify, render_predictions
+from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.vit import Arch, ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -131,7 +131,7 @@ class MAE(LUTMethod):
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D), then any mask tokens."""
         pos_embed = self.encoder.pos_embed[0, 1:]
-        tokens = self.encoder.patch_embed(normalize_pixels(gather_tokens(patches, visible))) + pos_embed[visible]
+        tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
         if self.mask_tokens is not None:
             tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
         return self.encoder(tokens)

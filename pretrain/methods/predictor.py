@@ -9,15 +9,19 @@ later), and how the tokens that never entered are computed (PR-MIM's spatial agg
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
-from pretrain.models.attention import grid_buckets, pair_buckets
+from pretrain.models.attention import Position
 from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens
+from pretrain.models.relative_position import grid_buckets, pair_buckets
 from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
+from pretrain.models.window_attention import window_tokens
 from pretrain.trainer.config import ModelConfig
 
 
@@ -71,7 +75,7 @@ class Predictor(nn.Module):
     def forward(
         self,
         encoder: ViT,
-        pixels: Tensor,
+        patches: Tensor,
         visible: Tensor,
         masked: Tensor,
         kept: Tensor,
@@ -82,7 +86,7 @@ class Predictor(nn.Module):
 
         Args:
             encoder: the one given at construction.
-            pixels: (G, V, P) the visible patches, standardized.
+            patches: (G, V, P) uint8, the visible ones.
             visible, masked, kept: (G, V), (G, M) and (G, K) positions within the sequence.
             positions: (G, L) grid position in the image of each patch of a sequence; by default a sequence is an image.
             num_predicted: the number of sequences to predict, S, the first ones; by default all.
@@ -92,21 +96,21 @@ class Predictor(nn.Module):
         """
         all_indices = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
         positions = all_indices if positions is None else positions
-        visible_tokens = encoder.patch_embed(pixels) + absolute_position(encoder, positions, visible)
+        visible_tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
         if self.mask_token_block:
-            relative = relative_position(encoder, self.buckets, visible)
-            visible_tokens = encoder(visible_tokens, relative, stop=self.mask_token_block)
+            position = relative_position(encoder, self.buckets, visible)
+            visible_tokens = encoder(visible_tokens, position, stop=self.mask_token_block)
         raster_order = visible.shape[1] + kept.shape[1] == self.length
-        if raster_order:  # the buckets are then the same for all sequences
+        if raster_order:  # the relative positions are then the same for all sequences
             entered = all_indices
             tokens = self._insert_visible(encoder, visible_tokens, positions, visible, entered)
-            buckets = self.buckets if encoder.relative else None
+            position = relative_position(encoder, self.buckets, None)
         else:
             entered = torch.cat([visible, kept], dim=1)
             mask_tokens = self._mask_tokens(encoder, positions, kept).to(visible_tokens.dtype)
             tokens = torch.cat([visible_tokens, mask_tokens], dim=1)
-            buckets = relative_position(encoder, self.buckets, entered)
-        encoded = encoder(tokens, buckets, start=self.mask_token_block)[:, 1:]
+            position = relative_position(encoder, self.buckets, entered)
+        encoded = encoder(tokens, position, start=self.mask_token_block)[:, 1:]
         first, masked = encoded[:num_predicted], masked[:num_predicted]
         if self.aggregation is None:
             masked_tokens = gather_tokens(first, masked)
@@ -153,14 +157,14 @@ class AsymmetricPredictor(nn.Module):
     def forward(
         self,
         encoder: ViT,
-        pixels: Tensor,
+        patches: Tensor,
         visible: Tensor,
         masked: Tensor,
         kept: Tensor,
         positions: Tensor,
         num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        tokens = encoder.patch_embed(pixels) + absolute_position(encoder, positions, visible)
+        tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
         encoded = encoder(tokens, relative_position(encoder, self.buckets, visible))
         first = slice(num_predicted)
         return self.decoder(encoded[first], visible[first], masked[first], kept[first]), encoded[:, 1:]
@@ -171,6 +175,16 @@ def absolute_position(encoder: ViT, positions: Tensor, indices: Tensor) -> Tenso
     return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + positions.gather(1, indices)]
 
 
-def relative_position(encoder: ViT, buckets: Tensor, indices: Tensor) -> Tensor | None:
-    """The relative positions, if the encoder has any, of a class token and patches `indices` (G, T)."""
-    return pair_buckets(buckets, indices) if encoder.relative else None
+def relative_position(encoder: ViT, buckets: Tensor, indices: Tensor | None) -> Position | None:
+    """The relative positions, if the encoder has any, of a class token and some patches of each sequence.
+
+    Args:
+        encoder: determines the kind of position.
+        buckets: `grid_buckets` of the sequence's grid.
+        indices: (G, T) the patches; None for all of them in raster order.
+    """
+    if not encoder.relative:
+        return None
+    if encoder.window_kernel:
+        return window_tokens(math.isqrt(len(buckets)), indices, buckets.device)
+    return buckets if indices is None else pair_buckets(buckets, indices)

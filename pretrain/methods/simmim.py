@@ -17,7 +17,7 @@ from pretrain.methods.masking import Grid, cell_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import Predictor
 from pretrain.methods.targets import PatchTarget, PixelsConfig
-from pretrain.models.patches import gather_tokens, normalize_pixels, patchify, render_predictions
+from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -90,8 +90,8 @@ class SimMIM(LUTMethod):
         self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, N, P) uint8 patches -> the results of `Predictor`."""
-        pixels = normalize_pixels(gather_tokens(patches, mask_indices["visible"]))
-        return self.predictor(self.encoder, pixels, **mask_indices, num_predicted=num_predicted)
+        visible = gather_tokens(patches, mask_indices["visible"])
+        return self.predictor(self.encoder, visible, **mask_indices, num_predicted=num_predicted)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:

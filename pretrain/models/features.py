@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.attention import grid_buckets, offset_buckets
+from pretrain.models.relative_position import grid_buckets, offset_buckets
 from pretrain.models.vit import ViT
 
 

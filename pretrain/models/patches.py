@@ -54,21 +54,33 @@ def cut_windows(patches: Tensor, mask_indices: dict[str, Tensor]) -> tuple[Tenso
     return windows.view(*indices["positions"].shape, -1), indices
 
 
-@lru_cache  # copying to the device in each step would block the host
+def _channel_values(values: tuple[float, float, float], length: int, device: torch.device) -> Tensor:
+    """The values of red, green and blue, repeated; made on the device, since a copy to it would block the host."""
+    channel = torch.arange(length, device=device) % CHANNELS
+    red, green, blue = values
+    return torch.where(channel == 0, red, torch.where(channel == 1, green, blue))
+
+
+@lru_cache
 def _pixel_statistics(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).repeat(length // CHANNELS) for values in (_MEAN, _STD))
-    return mean, std
+    return _channel_values(_MEAN, length, device), _channel_values(_STD, length, device)
+
+
+def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
+    # Compiled code computes them where they are used, and its compiler warns of the cache.
+    statistics = _pixel_statistics.__wrapped__ if torch.compiler.is_compiling() else _pixel_statistics
+    return statistics(patches.shape[-1], patches.device)
 
 
 def normalize_pixels(patches: Tensor) -> Tensor:
     """(..., P) uint8 patches -> float32, each channel standardized by ImageNet's statistics."""
-    mean, std = _pixel_statistics(patches.shape[-1], patches.device)
+    mean, std = _mean_and_std(patches)
     return (patches.float() / 255 - mean) / std
 
 
 def to_pixels(patches: Tensor) -> Tensor:
     """The inverse of `normalize_pixels`, rounded and clamped to uint8."""
-    mean, std = _pixel_statistics(patches.shape[-1], patches.device)
+    mean, std = _mean_and_std(patches)
     return ((patches * std + mean) * 255).round().clamp(0, 255).byte()
 
 

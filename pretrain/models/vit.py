@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.decode import CHANNELS
-from pretrain.models.attention import Attention
+from pretrain.models.attention import Attention, Position
+from pretrain.models.patches import normalize_pixels
 
 
 class Arch(NamedTuple):
@@ -59,14 +60,14 @@ class _PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """(..., p*p*3) float patches, channels last within a patch -> (..., D) tokens."""
+    """(..., p*p*3) uint8 patches, channels last within a patch -> standardized -> (..., D) tokens."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
         self.proj = _PatchProjection(CHANNELS, dim, patch_size, patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(patches)
+        return self.proj(normalize_pixels(patches))
 
 
 class Block(nn.Module):
@@ -79,8 +80,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(arch.dim, eps=1e-6)
         self.mlp = Mlp(arch.dim, 4 * arch.dim)
 
-    def forward(self, x: Tensor, buckets: Tensor | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), buckets)
+    def forward(self, x: Tensor, position: Position | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), position)
         return x + self.mlp(self.norm2(x))
 
 
@@ -94,9 +95,15 @@ class ViT(nn.Module):
         relative: contextual relative position in every block instead of fixed sin-cos positions.
         checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
         bias: a learned relative bias (BEiT's, SimMIM's) in every block instead of either.
+
+    Attributes:
+        residual_dtype: of the residual stream, if it is not to be `at_least_fp32`.
+        window_kernel: whether callers should give `WindowTokens` where they could give buckets.
     """
 
     pos_embed: Tensor
+    residual_dtype: torch.dtype | None = None
+    window_kernel: bool = False
 
     def __init__(
         self,
@@ -127,27 +134,29 @@ class ViT(nn.Module):
         """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one that was loaded."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
 
-    def forward(self, tokens: Tensor, buckets: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, position: Position | None = None, start: int = 0, stop: int | None = None
+    ) -> Tensor:
         """Puts the class token in front and encodes, all at once or in two parts, between which tokens may join.
 
         Args:
             tokens: (B, L, D) patch tokens, positions already added where they are absolute; from a `start` on, the
                 class token is already in front of them.
-            buckets: the relative position of every pair of the 1 + L tokens: `grid_buckets` or `pair_buckets`, or
-                `offset_buckets` for a learned bias.
+            position: the relative position of every pair of the 1 + L tokens: `grid_buckets`, `pair_buckets` or
+                `window_tokens`, or `offset_buckets` for a learned bias.
             start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
 
         Returns:
             (B, 1+L, D), the class token first.
         """
-        x = at_least_fp32(tokens)
+        x = at_least_fp32(tokens) if self.residual_dtype is None else tokens.to(self.residual_dtype)
         if start == 0:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks[start:stop]:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, buckets, use_reentrant=False)
+                x = checkpoint(block, x, position, use_reentrant=False)
             else:
-                x = block(x, buckets)
+                x = block(x, position)
         return self.norm(x) if stop is None else x
 
 

@@ -1,7 +1,7 @@
 """Assembles the parts of a run, and resumes it where it has a checkpoint."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Parts:
         module: not partitioned yet; `forward(images, **batch.model_inputs())` returns a dictionary with the `loss`.
         optimizer: of its parameters, for the ZeRO stage in use.
         evaluation: what is measured during training, if anything.
+        numerics: how a step is computed, beyond the configuration; a run resumes with the same.
     """
 
     module: nn.Module
@@ -37,6 +38,7 @@ class Parts:
     ema: NoEMA
     loader: Loader
     evaluation: Evaluation | None = None
+    numerics: dict[str, Any] = field(default_factory=dict)
 
 
 def assemble(
@@ -63,6 +65,7 @@ def assemble(
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),
         resume_signature=config.resume_signature(),
+        numerics=parts.numerics,
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     state, resumed = checkpoints.resume(engine, parts.ema, fresh)
@@ -70,8 +73,10 @@ def assemble(
     if world.is_main:
         effective = effective_settings(engine)
         folder.config.write_text(config.to_yaml())
-        folder.write_environment(deepspeed=effective, world_size=world.size, samples=len(index))
-        _log.info("%s", describe_run(run, effective, len(index), resumed))
+        folder.write_environment(
+            deepspeed=effective, numerics=parts.numerics, world_size=world.size, samples=len(index)
+        )
+        _log.info("%s", describe_run(run, effective, parts.numerics, len(index), resumed))
     return run
 
 

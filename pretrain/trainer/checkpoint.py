@@ -157,6 +157,7 @@ class Checkpoints:
             return fresh, None
         name, state = found
         check_continues(state, fresh)
+        self._check_numerics(state, fresh)
         engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
         if state.zero_stage and state.world_size != self.world.size:
             self._load_converted(engine, name)
@@ -164,7 +165,19 @@ class Checkpoints:
             path, _ = engine.load_checkpoint(str(self.folder), tag=name)
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
         ema.load(self.folder / name)
-        return replace(state, world_size=self.world.size), name
+        return replace(state, world_size=self.world.size, numerics=fresh.numerics), name
+
+    def _check_numerics(self, state: TrainState, now: TrainState) -> None:
+        """Refuses, or says, that the run would continue with other bits than it would have had."""
+        changed = _differences(state.numerics, now.numerics)
+        if changed and self.config.exact_resume:
+            raise ValueError(
+                f"the run would not continue with the same bits: {', '.join(changed)}; change these back "
+                f"(model.compile, model.attention, model.residual, train.deterministic, the device), or set "
+                f"checkpoint.exact_resume=false"
+            )
+        if changed and self.world.is_main:
+            _log.warning("the run continues with other bits: %s", ", ".join(changed))
 
     def _load_converted(self, engine: Any, name: str) -> None:
         converted = self.folder / CONVERTED
@@ -195,12 +208,7 @@ def first_problem(mine: str | None) -> str | None:
 
 def check_continues(state: TrainState, now: TrainState) -> None:
     """Raises ValueError, naming every difference, where a checkpoint is of a different training."""
-    before, after = _flatten(state.resume_signature), _flatten(now.resume_signature)
-    differences = [
-        f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+    differences = _differences(state.resume_signature, now.resume_signature)
     if state.fingerprint != now.fingerprint:
         differences.append("data.shards has different samples (the fingerprint of the index differs)")
     if state.zero_stage != now.zero_stage:
@@ -216,6 +224,15 @@ def check_continues(state: TrainState, now: TrainState) -> None:
             + "\n  ".join(differences)
             + "\nstart a new run with another name=, or change these back"
         )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,6 +38,7 @@ class TrainState:
     world_size: int = 1
     zero_stage: int = 0
     resume_signature: dict[str, Any] = field(default_factory=dict)  # of the configuration
+    numerics: dict[str, Any] = field(default_factory=dict)  # kernels and precisions: others give other bits
 
 
 def checkpoint_name(step: int) -> str:

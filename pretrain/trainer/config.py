@@ -65,6 +65,9 @@ class TrainConfig(Section):
         1, ge=1, description="micro-batches of one optimizer step"
     )
     precision: Literal["bf16", "fp32"] = "bf16"
+    deterministic: Annotated[bool, MAY_CHANGE] = Field(
+        True, description="attention on a GPU gives the same bits twice, as an exact resume needs; false: the fastest"
+    )
     ds_config: Annotated[str, MAY_CHANGE] = Field(
         "zero1", description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file"
     )
@@ -79,6 +82,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(2, ge=1)
     keep_every_steps: int = Field(0, ge=0, description="never delete checkpoints at multiples of this; 0: none")
+    exact_resume: bool = Field(
+        True, description="refuse to resume where compile, attention or residual differ; false: warn and continue"
+    )
 
 
 class LogConfig(Section):

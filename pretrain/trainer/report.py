@@ -12,7 +12,9 @@ from pretrain.trainer.run_folder import RunFolder, git_state, versions
 _log = logging.getLogger(__name__)
 
 
-def describe_run(run: Run, effective: dict[str, Any], samples: int, resumed: str | None) -> str:
+def describe_run(
+    run: Run, effective: dict[str, Any], numerics: dict[str, Any], samples: int, resumed: str | None
+) -> str:
     """The model, batch sizes, length, engine settings, versions, and where the run starts."""
     config, world = run.config, run.world
     train, (height, width) = config.train, config.data.height_width
@@ -27,6 +29,7 @@ def describe_run(run: Run, effective: dict[str, Any], samples: int, resumed: str
         f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs, "
         f"{run.total_steps} steps\n"
         f"DeepSpeed uses {json.dumps(effective)}\n"
+        f"computes with {json.dumps(numerics)}\n"
         f"versions {json.dumps(versions())}\n"
         f"{f'resumes from {resumed}' if resumed else 'starts at step 0'}; writes to {run.folder.root}/"
     )

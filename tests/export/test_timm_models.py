@@ -10,7 +10,7 @@ from helpers.originals import images
 from timm.optim import param_groups_layer_decay
 
 from downstream.checkpoints.timm_models import SIZES, model_name
-from pretrain.models.attention import NUM_BUCKETS, offset_buckets
+from pretrain.models.relative_position import NUM_BUCKETS, offset_buckets
 from pretrain.models.vit import ARCHS, ViT
 
 TINY = {"patch_size": 4, "img_size": 12}

@@ -11,8 +11,9 @@ from helpers import reference
 from helpers.tiny import randomize, tiny_vit
 from timm.models.vision_transformer import VisionTransformer
 
-from pretrain.models.attention import CLASS_BUCKET, attend, grid_buckets, product_buckets
-from pretrain.models.patches import patchify
+from pretrain.models.attention import attend
+from pretrain.models.patches import normalize_pixels, patchify
+from pretrain.models.relative_position import CLASS_BUCKET, grid_buckets, product_buckets
 from pretrain.models.vit import PatchEmbed, ViT, sincos_positions
 
 TIMM_NAMES = {
@@ -36,6 +37,11 @@ def test_weights_have_the_names_and_shapes_of_timm(arch: str, timm_name: str):
     assert theirs["pos_embed"] == (1, (224 // patch) ** 2 + 1, theirs["cls_token"][-1])
 
 
+def random_images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 12, 20, 3), generator=generator, dtype=torch.uint8)
+
+
 def test_absolute_encoder_computes_what_timm_computes():
     ours = tiny_vit(patch_size=4, grid=(3, 5), relative=False)
     randomize(ours)
@@ -46,17 +52,18 @@ def test_absolute_encoder_computes_what_timm_computes():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = 1e-6
     theirs.load_state_dict(ours.state_dict(), strict=True)  # pos_embed too, though timm learns it
-    images = torch.randn(2, 12, 20, 3, generator=torch.Generator().manual_seed(0))
+    images = random_images()
     tokens = ours.patch_embed(patchify(images, 4)) + ours.pos_embed[:, 1:]
     # The class token's sin-cos position is zero, so timm's addition to it changes nothing.
-    torch.testing.assert_close(ours(tokens), theirs.forward_features(images.permute(0, 3, 1, 2)), atol=1e-5, rtol=1e-5)
+    expected = theirs.forward_features(normalize_pixels(images).permute(0, 3, 1, 2))
+    torch.testing.assert_close(ours(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_patch_embedding_is_the_convolution_of_its_weights():
     embed = PatchEmbed(4, 8)
     torch.nn.init.normal_(embed.proj.bias)
-    images = torch.randn(2, 12, 20, 3, generator=torch.Generator().manual_seed(0))
-    convolved = F.conv2d(images.permute(0, 3, 1, 2), embed.proj.weight, embed.proj.bias, stride=4)
+    images = random_images()
+    convolved = F.conv2d(normalize_pixels(images).permute(0, 3, 1, 2), embed.proj.weight, embed.proj.bias, stride=4)
     torch.testing.assert_close(embed(patchify(images, 4)), convolved.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,230 @@
+"""Attention within windows, with contextual relative position, by a kernel of its own: for CUDA, bf16 and fp16.
+
+Torch's fused attention takes the relative position as a bias of all logits, which goes through memory six times a step.
+Here a token brings its place in the window instead: 0 is the class token's, 1 + K*row + column a patch's, 63 padding's.
+The tokens may be all of a window, or some of them, others in each window (PR-MIM, late mask tokens).
+
+Shapes: G windows of K x K patches, L tokens of a window (with the class token), H heads, C channels of a head.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.models.relative_position import CLASS_BUCKET, NUM_BUCKETS, axis_buckets, grid_buckets
+
+PLACES = 64  # also the padded number of buckets
+MAX_WINDOW_SIZE = 7  # with a larger one, a bucket has more than 3 x 3 keys, and there are more than 64 places
+MAX_HEAD_DIM = 128
+_AXIS = 7  # buckets along one axis
+
+
+class WindowTokens(NamedTuple):
+    """Which tokens windows have, as the kernels read it; N is L rounded up to a power of two that leaves padding."""
+
+    buckets: Tensor  # (64, 64) int8: the bucket of each pair of places
+    keys: Tensor  # (2, 3, 64, 64) int8, of `_keys_of_buckets`
+    place: Tensor  # (G or 1, N) int8: the place of each token, 63 for padding
+    token: Tensor  # (G or 1, 64) int8: the token at each place, or a padding token
+    in_order: bool  # whether each token's place is its own number
+
+
+def window_tokens(size: int, patches: Tensor | None, device: torch.device) -> WindowTokens:
+    """The class token and some patches of windows of `size` x `size` patches.
+
+    Args:
+        size: K, at most `MAX_WINDOW_SIZE`.
+        patches: (G, T) int64 positions within the windows, in any order; None for all of them in raster order.
+    """
+    all_patches = patches is None
+    if patches is None:
+        patches = torch.arange(size * size, device=device)[None]
+    rows, T = patches.shape
+    padded = max(16, 1 << (1 + T).bit_length())
+    place = F.pad(F.pad(1 + patches, (1, 0)), (0, padded - 1 - T), value=PLACES - 1)
+    order = torch.arange(1 + T, device=device).expand(rows, -1)
+    token = patches.new_full((rows, PLACES), padded - 1).scatter(1, place[:, : 1 + T], order)
+    in_order = all_patches and padded == PLACES
+    return WindowTokens(*_tables(size, device), place.to(torch.int8), token.to(torch.int8), in_order)
+
+
+@lru_cache
+def _tables(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    outside = PLACES - 1 - size * size
+    buckets = F.pad(grid_buckets(size, size), (0, outside, 0, outside), value=CLASS_BUCKET)
+    return buckets.to(device, torch.int8), _keys_of_buckets(size).to(device)
+
+
+def _keys_of_buckets(size: int) -> Tensor:
+    """Of which keys each bucket's gradient is the sum, for each query's place, in two stages of three summands.
+
+    Stage 1 adds the keys of one row that share a column's bucket c, into place 7*row + c; the class key goes to 49.
+    Stage 2 adds those that share a row's bucket r, into bucket 7*r + c. A missing summand is 63, a place that is empty.
+    A class query has none: its bias is one number, which softmax ignores.
+
+    Returns:
+        (2, 3, 64, 64) int8.
+    """
+    keys = torch.full((2, 3, PLACES, PLACES), PLACES - 1, dtype=torch.int8)
+    axis = axis_buckets(size)  # axis[i][j]: 0..6
+    for row in range(size):
+        for col in range(size):
+            query = 1 + row * size + col
+            for bucket in range(_AXIS):
+                same_col = [j for j in range(size) if axis[col][j] == bucket]
+                same_row = [j for j in range(size) if axis[row][j] == bucket]
+                for m, key_col in enumerate(same_col):
+                    for key_row in range(size):
+                        keys[0, m, query, key_row * _AXIS + bucket] = 1 + key_row * size + key_col
+                for m, key_row in enumerate(same_row):
+                    for other in range(_AXIS):
+                        keys[1, m, query, bucket * _AXIS + other] = key_row * _AXIS + other
+            keys[0, 0, query, CLASS_BUCKET] = 0
+            keys[1, 0, query, CLASS_BUCKET] = CLASS_BUCKET
+    return keys
+
+
+class Launch(NamedTuple):
+    """How a kernel is started: heads of one program, warps, stages of its pipeline."""
+
+    heads: int
+    warps: int
+    stages: int
+
+
+def choose_launch(backward: bool, padded: int, heads: int, head_dim: int, hopper: bool) -> Launch:
+    """By what the compiler reports, not by time: on sm_90 none of these spills registers into memory.
+
+    Several heads a program mean fewer partial sums of the table's gradient; before sm_90 registers do not suffice.
+
+    Args:
+        backward: which of the two kernels.
+        padded: N.
+        heads, head_dim: H and C.
+        hopper: whether the GPU has compute capability 9.0 or more.
+    """
+    warps = 8 if padded == PLACES and (backward or not hopper) else 4
+    if not hopper or head_dim > 64:
+        return Launch(1, 8 if head_dim > 64 else warps, 1)
+    return Launch(next(n for n in (4, 3, 2, 1) if heads % n == 0), warps, 2)
+
+
+def _launch(qkv: Tensor, place: Tensor, backward: bool) -> Launch:
+    hopper = not qkv.is_cuda or torch.cuda.get_device_capability(qkv.device) >= (9, 0)
+    return choose_launch(backward, place.shape[1], qkv.shape[3], qkv.shape[4], hopper)
+
+
+@torch.library.custom_op("lomar::window_attention", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    table: Tensor,
+    buckets: Tensor,
+    keys: Tensor,
+    place: Tensor,
+    token: Tensor,
+    in_order: bool,
+) -> Tensor:
+    from pretrain.models.window_kernels import forward_kernel  # Triton is not there on every machine
+
+    G, L, _, H, C = qkv.shape
+    N = place.shape[1]
+    out = qkv.new_empty(G, L, H, C)
+    heads, warps, stages = _launch(qkv, place, backward=False)
+    forward_kernel[(G, H // heads)](
+        qkv, table.to(qkv.dtype), buckets, place, out, C**-0.5, H, _row_stride(place),
+        L=L, N=N, C=C, CP=_padded_channels(C), NB=PLACES, HEADS=heads, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("lomar::window_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    buckets: Tensor,
+    keys: Tensor,
+    place: Tensor,
+    token: Tensor,
+    in_order: bool,
+) -> tuple[Tensor, Tensor]:
+    from pretrain.models.window_kernels import backward_kernel
+
+    G, L, _, H, C = qkv.shape
+    N = place.shape[1]
+    dqkv = torch.empty_like(qkv)
+    heads, warps, stages = _launch(qkv, place, backward=True)
+    dtable = qkv.new_empty(G * (H // heads), C, PLACES, dtype=torch.float32)
+    backward_kernel[(G, H // heads)](
+        qkv, table.to(qkv.dtype), buckets, keys, place, token, dout.contiguous(), dqkv, dtable, C**-0.5, H,
+        _row_stride(place), _row_stride(token),
+        L=L, N=N, C=C, CP=_padded_channels(C), NB=PLACES, HEADS=heads, SUBSET=not in_order,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dqkv, dtable.sum(0)
+
+
+@_forward.register_fake
+def _(
+    qkv: Tensor,
+    table: Tensor,
+    buckets: Tensor,
+    keys: Tensor,
+    place: Tensor,
+    token: Tensor,
+    in_order: bool,
+) -> Tensor:
+    G, L, _, H, C = qkv.shape
+    return qkv.new_empty(G, L, H, C)
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    buckets: Tensor,
+    keys: Tensor,
+    place: Tensor,
+    token: Tensor,
+    in_order: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(qkv), torch.empty_like(table)
+
+
+def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.in_order = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    dqkv, dtable = _backward(dout, *ctx.saved_tensors, ctx.in_order)
+    return dqkv, dtable, None, None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+def _row_stride(rows: Tensor) -> int:
+    return rows.shape[1] if len(rows) > 1 else 0
+
+
+def _padded_channels(channels: int) -> int:
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def window_attention(qkv: Tensor, table: Tensor, tokens: WindowTokens) -> Tensor:
+    """softmax(q k^T / sqrt(C) + q . table[bucket]) v within each window.
+
+    Args:
+        qkv: (G, L, 3, H, C) contiguous bf16 or fp16, as the linear layer gives it.
+        table: (C, 50) of any dtype: `RelativeKey`'s vectors, shared by the heads.
+        tokens: which they are.
+
+    Returns:
+        (G, L, H, C), of `qkv`'s dtype.
+    """
+    return _forward(qkv, F.pad(table.float(), (0, PLACES - NUM_BUCKETS)), *tokens)

@@ -1,0 +1,126 @@
+"""How a step is computed where the configuration leaves it open: which kernels, compiled or not, in what precision.
+
+Another choice gives other bits, so a run records its own, and resumes with another only if it is told to.
+"""
+
+import os
+import shutil
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._triton import has_triton
+
+from pretrain.config import PretrainConfig
+from pretrain.methods.targets import PatchTarget
+from pretrain.models.sdpa import set_deterministic
+from pretrain.models.vit import ARCHS, Block, PatchEmbed, ViT
+from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What was chosen.
+
+    Attributes:
+        compile: whether blocks, the patch embedding and the loss are compiled.
+        attention: `triton`, the kernel for windows, or `sdpa`.
+        residual: `fp32` or `bf16`.
+        sdpa: `deterministic` or `fastest` kernels of torch on a GPU; `cpu` without one.
+        why_sdpa: why the kernel for windows is not used; empty if it is.
+    """
+
+    compile: bool
+    attention: str
+    residual: str
+    sdpa: str
+    why_sdpa: str = ""
+
+    def signature(self) -> dict[str, Any]:
+        """What a checkpoint records."""
+        return {key: value for key, value in asdict(self).items() if key != "why_sdpa"}
+
+
+def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) -> Numerics:
+    """Resolves `model.compile`, `model.attention` and `train.deterministic` for a device and a ZeRO stage.
+
+    Raises:
+        ValueError: a setting that cannot work here; the message names the key to change.
+    """
+    model, cuda = config.model, device.type == "cuda"
+    if cuda and config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"{name} has no bf16: set train.precision=fp32 (GPUs since the A100 have it)")
+    if model.residual == "bf16" and config.train.precision != "bf16":
+        raise ValueError("model.residual=bf16 needs train.precision=bf16")
+    obstacle = window_kernel_obstacle(config, device)
+    if model.attention == "triton" and obstacle:
+        raise ValueError(f"model.attention=triton cannot be used: {obstacle}; set model.attention=auto")
+    return Numerics(
+        compile=_choose_compile(model.compile, device, stage),
+        attention="triton" if model.attention != "sdpa" and not obstacle else "sdpa",
+        residual=model.residual,
+        sdpa=("deterministic" if config.train.deterministic else "fastest") if cuda else "cpu",
+        why_sdpa="model.attention=sdpa" if model.attention == "sdpa" else obstacle,
+    )
+
+
+def _choose_compile(wish: str, device: torch.device, stage: int) -> bool:
+    if wish == "on" and stage == 3:
+        raise ValueError(
+            "model.compile=on loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8, without an error: set "
+            "model.compile=off, or train.ds_config=zero2"
+        )
+    obstacle = _compiler_obstacle()
+    if wish == "on" and obstacle:
+        raise ValueError(f"model.compile=on cannot be used: {obstacle}; install it, or set model.compile=off")
+    return wish == "on" or (wish == "auto" and device.type == "cuda" and stage < 3 and not obstacle)
+
+
+def _compiler_obstacle() -> str:
+    """What is missing to compile at run time: torch and Triton compile the C code that starts their kernels."""
+    if torch.cuda.is_available() and not has_triton():
+        return "Triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "there is no C compiler (gcc)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.is_file() else f"{header} is missing (the system's package python3-dev or python3-devel)"
+
+
+def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
+    """Why the kernel for windows cannot be used; empty if it can."""
+    rows, cols = config.method.sequence_grid(config.grid)
+    arch = ARCHS[config.model.arch]
+    if config.model.position != "relative":
+        return f"it is for model.position=relative, not {config.model.position}"
+    if rows != cols or rows > MAX_WINDOW_SIZE:
+        return f"it has windows of up to {MAX_WINDOW_SIZE}x{MAX_WINDOW_SIZE} patches, not {rows}x{cols}"
+    if arch.dim // arch.heads > MAX_HEAD_DIM:
+        return f"it has heads of up to {MAX_HEAD_DIM} channels, not {arch.dim // arch.heads}"
+    if config.train.precision != "bf16":
+        return f"it computes in bf16, not train.precision={config.train.precision}"
+    if device.type != "cuda":
+        return f"it runs on GPUs, not on the {device.type.upper()}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 (A100), not {torch.cuda.get_device_name(device)}"
+    return _compiler_obstacle()
+
+
+def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
+    """Prepares a method, or a teacher, before the engine is built.
+
+    A copy that is made of a module afterwards is not compiled: torch drops that from copies.
+    """
+    set_deterministic(numerics.sdpa == "deterministic")
+    for part in module.modules():
+        if isinstance(part, ViT):
+            part.window_kernel = numerics.attention == "triton"
+            part.residual_dtype = torch.bfloat16 if numerics.residual == "bf16" else None
+        if numerics.compile and isinstance(part, Block | PatchEmbed):
+            part.compile(dynamic=False)  # one graph for all blocks of a shape
+        target = getattr(part, "target", None)
+        if numerics.compile and isinstance(target, PatchTarget):
+            target.loss = torch.compile(target.loss, dynamic=False)  # type: ignore[method-assign]
