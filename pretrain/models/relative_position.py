@@ -102,10 +102,19 @@ class RelativeKey(nn.Module):
         """
         table = self.lookup_table_weight[0]
         if buckets.ndim == 2:
-            bias = torch.einsum("bhic,ijc->bhij", q, F.embedding(_pad_keys(buckets), table.T))
+            bias = torch.einsum("bhic,ijc->bhij", q, _vectors(_pad_keys(buckets), table))
         else:
             bias = torch.einsum("bhik,bijk->bhij", q @ table, buckets)
         return bias[..., : q.shape[2]]
+
+
+def _vectors(buckets: Tensor, table: Tensor) -> Tensor:
+    """The vector of each bucket: (L, L) and (C, NUM_BUCKETS) -> (L, L, C)."""
+    if not buckets.is_cuda:
+        return F.embedding(buckets, table.T)
+    # Compiled, the gradient of an embedding is a sum by atomic additions: not deterministic.
+    with torch.autocast("cuda", enabled=False):
+        return F.one_hot(buckets, NUM_BUCKETS).to(table.dtype) @ table.T
 
 
 def offset_buckets(height: int, width: int) -> Tensor:

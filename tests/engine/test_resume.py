@@ -57,6 +57,23 @@ def test_killed_and_continued_ends_with_the_same_bits(
     assert_same_run(unbroken, broken)
 
 
+def test_other_kernels_or_precisions_are_refused_unless_asked_for(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    moved = tmp_path / "runs" / "moved"
+    shutil.copytree(whole(*settings("zero1")), moved, ignore=shutil.ignore_patterns(LAST))
+    again = (recipe, *settings("zero1"), "name=moved", "model.residual=bf16")
+    (first, _) = (processes := start(*again)).outputs()
+    assert all(rank.returncode == 1 for rank in processes.all)
+    assert "residual was 'fp32' and is 'bf16'" in first
+    assert "checkpoint.exact_resume=false" in first
+    continued = start(*again, "checkpoint.exact_resume=false").finish()
+    assert f"resumes from {BEFORE}" in continued
+    assert "continues with other bits: residual was" in continued
+    recorded = json.loads((moved / "checkpoints" / LAST / "manifest.json").read_text())["state"]["numerics"]
+    assert recorded == {"compile": False, "attention": "sdpa", "residual": "bf16", "sdpa": "cpu"}
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [("zero0", 1), ("zero1", 4), ("zero2", 1)])
 def test_another_number_of_ranks_continues(
     stage: str, ranks: int, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
