@@ -88,6 +88,27 @@ def test_another_number_of_ranks_continues(
     assert f"resumes from {LAST}" in start(*again, processes=ranks).finish()
 
 
+def test_the_default_engine_is_chosen_by_the_ranks_and_then_kept(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    """From two ranks to one and back, without a word about the engine."""
+
+    def engine(run: Path) -> tuple[int, str]:
+        settings = json.loads((run / "environment.json").read_text())["deepspeed"]
+        return settings["zero_stage"], settings["basic_optimizer"]
+
+    of_two, run = whole(TWENTY_STEPS), tmp_path / "runs" / "tiny"
+    assert engine(of_two) == (1, "AdamW")
+    shutil.copytree(of_two, run, ignore=shutil.ignore_patterns(LAST))
+    output = start(recipe, TWENTY_STEPS, processes=1).finish()
+    assert f"resumes from {BEFORE}" in output
+    assert '"zero_stage": 1' in output
+    assert engine(run) == (1, "AdamW")
+    assert f"resumes from {LAST}" in start(recipe, TWENTY_STEPS, processes=2).finish()
+    start(recipe, "name=alone", processes=1).finish()
+    assert engine(tmp_path / "runs" / "alone") == (0, "GuardedAdamW")
+
+
 def test_zero3_refuses_another_number_of_ranks(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):

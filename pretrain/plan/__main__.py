@@ -1,0 +1,58 @@
+"""Plans a pretraining run without a GPU or images: memory, time, loader cores, and what limits.
+
+    python -m pretrain.plan lomar_vitb16_224_400e --gpus 8 --gpu h100
+    python -m pretrain.plan lomar_vith14_224_1600e train.ds_config=zero3 --gpus 64 --gpu a100 --images 1000000000
+
+Nothing is measured: docs/planning.md has the formulas, and how far they are off where that is known.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from pretrain.plan.hardware import GPUS, build_cluster
+
+
+def main() -> int:
+    """Exit code 0, or 1 with one line that names what to change."""
+    options = _parser().parse_intermixed_args()
+    os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, or it warns that there is no GPU
+    from pretrain.config import load
+    from pretrain.plan.advice import advise
+    from pretrain.plan.estimate import check_gpus, choose_numerics, make_plan
+    from pretrain.plan.table import as_json, render
+    from pretrain.plan.trace import trace_method
+
+    try:
+        cluster = build_cluster(options.gpu, options.gpus, options.gpus_per_node, options.link)
+        config = load(options.recipe, ["data.shards=unused", *options.overrides])
+        check_gpus(config, cluster)
+        plan = make_plan(config, cluster, options.images, choose_numerics(config, cluster), trace_method(config))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    advice = advise(plan)
+    print(json.dumps(as_json(plan, options.gpu, advice)) if options.json else render(plan, options.gpu, advice))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe of pretrain/recipes, or a YAML file")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
+    parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a node (default: 8, or all if fewer)")
+    parser.add_argument(
+        "--link", type=float, metavar="GBITS", help="Gb/s of all network adapters of a node (default: the GPU's usual)"
+    )
+    parser.add_argument("--images", type=int, default=1_281_167, help="of the training set (default: ImageNet-1K)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What would make a planned run faster: other settings, planned in the same way."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from pretrain.config import PretrainConfig
+from pretrain.methods import METHODS
+from pretrain.models.vit import ARCHS
+from pretrain.plan.estimate import Plan, choose_numerics, make_plan
+from pretrain.plan.trace import trace_method
+from pretrain.trainer.schema import merge
+
+LEAST_GAIN = 1.03
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change and what it gives.
+
+    Attributes:
+        change: keys, or what to do.
+        gain: how many times faster the run would be.
+        note: what else it changes.
+    """
+
+    change: str
+    gain: float
+    note: str = ""
+
+
+def advise(plan: Plan) -> list[Advice]:
+    """Changes that are worth it, the largest gain first."""
+    found = [_planned(plan, changes, note) for changes, note in _candidates(plan)]
+    advice = [item for item in found if item and item.gain >= LEAST_GAIN]
+    without_wait = plan.step.total / (plan.step.total - plan.step.data)
+    if without_wait >= LEAST_GAIN:
+        advice.append(Advice(f"data.num_workers={_workers(plan)}", without_wait, "so many cores for each GPU"))
+        advice.append(
+            Advice("python -m data.pack --short-side 288 --quality 90", min(without_wait, 3.2), "smaller photographs")
+        )
+    return sorted(advice, key=lambda item: -item.gain)
+
+
+def _candidates(plan: Plan) -> list[tuple[dict[str, Any], str]]:
+    config, gpus = plan.config, plan.cluster.gpus
+    model, method = config.model, config.method
+    candidates: list[tuple[dict[str, Any], str]] = []
+    if not plan.numerics.compile and plan.zero.stage < 3:
+        candidates.append(({"model": {"compile": "on"}}, ""))
+    if plan.numerics.residual == "fp32" and config.train.precision == "bf16":
+        candidates.append(({"model": {"residual": "bf16"}}, "less exact"))
+    if plan.numerics.attention == "sdpa":
+        candidates.append(({"model": {"attention": "triton"}}, ""))
+    if model.grad_checkpointing:
+        candidates.append(({"model": {"grad_checkpointing": False}}, "if the memory is enough"))
+    if "pr_mim" in METHODS[method.name].add_ons and not config.pr_mim:
+        candidates.append(({"pr_mim": {"throw_ratio": 0.5}}, "another method: PR-MIM"))
+    if getattr(method, "mask_token_block", None) == 0:
+        block = ARCHS[model.arch].depth * 2 // 3
+        candidates.append(({"method": {"mask_token_block": block}}, "another method: late mask tokens"))
+        if not config.pr_mim:
+            both = {"method": {"mask_token_block": block}, "pr_mim": {"throw_ratio": 0.5}}
+            candidates.append((both, "another method: both"))
+    if gpus > 1 and plan.zero.stage != 1:
+        candidates.append(({"train": {"ds_config": "zero1"}}, ""))
+    doubled = config.train.global_batch_size * 2
+    if doubled <= plan.images:
+        more = {"train": {"global_batch_size": doubled}}
+        candidates.append((more, "half as many updates, each with twice the learning rate"))
+    return candidates
+
+
+def _planned(plan: Plan, changes: dict[str, Any], note: str) -> Advice | None:
+    try:
+        config = PretrainConfig.model_validate(merge(plan.config.model_dump(), changes, ("method", "target")))
+        numerics = choose_numerics(config, plan.cluster)
+        trace = trace_method(config) if changes.keys() & {"method", "pr_mim"} else plan.trace
+        other = make_plan(config, plan.cluster, plan.images, numerics, trace)
+    except (ValidationError, ValueError):
+        return None  # these keys do not fit this recipe, so they are no advice
+    if not other.fits and plan.fits:
+        return None
+    keys = [f"{section}.{key}={value}" for section, values in changes.items() for key, value in values.items()]
+    if other.step.data:  # the gain of the change itself, and what the loader then needs
+        keys.append(f"data.num_workers={_workers(other)}")
+    return Advice(" ".join(keys), _hours_without_wait(plan) / _hours_without_wait(other), note)
+
+
+def _workers(plan: Plan) -> int:
+    """Of each rank, so that its GPU does not wait."""
+    return math.ceil(plan.loader_cores / plan.cluster.gpus)
+
+
+def _hours_without_wait(plan: Plan) -> float:
+    return plan.hours * (1 - plan.step.data / plan.step.total)

@@ -1,0 +1,197 @@
+"""The plan of a recipe on a cluster: the parts of a step, the run's hours, memory by ZeRO stage, and what limits."""
+
+from dataclasses import dataclass, replace
+
+from data.order import check_divisible, steps_per_epoch
+from pretrain.config import PretrainConfig
+from pretrain.models.window_attention import MAX_WINDOW_SIZE
+from pretrain.plan.block_cost import Numerics
+from pretrain.plan.communication import Communication
+from pretrain.plan.hardware import Cluster
+from pretrain.plan.loader_cost import INDEX_BYTES, JPEG_BYTES, core_seconds
+from pretrain.plan.memory import GIB, Memory, Zero, largest_micro_batch, step_memory
+from pretrain.plan.step_time import Step, image_flops, peak, step_time
+from pretrain.plan.trace import Trace
+from pretrain.trainer.engine import read_ds_config
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A ZeRO stage: memory at the recipe's micro-batch and the largest micro-batch, without and with checkpointing."""
+
+    zero: Zero
+    memory: Memory
+    largest: int
+    checkpointed: Memory
+    largest_checkpointed: int
+
+
+@dataclass(frozen=True)
+class NodeNeeds:
+    """What a node must provide besides GPUs.
+
+    Attributes:
+        loader_cores: that decode as fast as its GPUs compute.
+        read_rate: GB/s of photographs.
+        index_memory: GiB for the index of all samples and their order, which every rank holds.
+    """
+
+    loader_cores: float
+    read_rate: float
+    index_memory: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner says about a recipe on a cluster."""
+
+    config: PretrainConfig
+    cluster: Cluster
+    images: int
+    numerics: Numerics
+    zero: Zero
+    trace: Trace
+    micro_batch: int
+    step: Step
+    communication: Communication
+    stages: tuple[StageMemory, ...]
+
+    @property
+    def steps(self) -> int:
+        train = self.config.train
+        return train.epochs * steps_per_epoch(self.images, train.global_batch_size)
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all GPUs together."""
+        return self.config.train.global_batch_size / self.step.total
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.step.total / 3600
+
+    @property
+    def mfu(self) -> float:
+        """Model flops (a backward pass counts twice) of the data sheet's peak."""
+        rate = self.images_per_second / self.cluster.gpus * image_flops(self.trace)
+        return rate / (peak(self.cluster.gpu, self.numerics) * 1e12)
+
+    @property
+    def limit(self) -> str:
+        """What most of a step is spent on; the loader, if GPUs wait for it."""
+        limits = self.step.limits
+        return "data" if limits["data"] > 0.02 * self.step.total else max(limits, key=lambda name: limits[name])
+
+    @property
+    def memory(self) -> Memory:
+        """Of the recipe's own stage."""
+        stage = next(stage for stage in self.stages if stage.zero.stage == self.zero.stage)
+        return stage.checkpointed if self.config.model.grad_checkpointing else stage.memory
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.cluster.gpu.memory * GIB
+
+    @property
+    def loader_cores(self) -> float:
+        """Cores that decode as fast as the GPUs compute, in all nodes together."""
+        rate = self.config.train.global_batch_size / (self.step.total - self.step.data)
+        return rate * self.core_seconds
+
+    @property
+    def node_needs(self) -> "NodeNeeds":
+        """What a node must provide besides GPUs."""
+        per_node = self.loader_cores / self.core_seconds / self.cluster.nodes
+        return NodeNeeds(
+            self.loader_cores / self.cluster.nodes,
+            per_node * JPEG_BYTES / 1e9,
+            self.cluster.per_node * self.images * INDEX_BYTES / GIB,
+        )
+
+    @property
+    def core_seconds(self) -> float:
+        return core_seconds(self.config.data.height_width, self.config.augmentations)
+
+
+def make_plan(config: PretrainConfig, cluster: Cluster, images: int, numerics: Numerics, trace: Trace) -> Plan:
+    """The plan of a configuration.
+
+    Raises:
+        ValueError: GPUs that do not divide the batch, a GPU that cannot compute in the recipe's precision, or fewer
+            images than a batch.
+    """
+    check_gpus(config, cluster)
+    train = config.train
+    steps_per_epoch(images, train.global_batch_size)
+    zero = own_zero(config, cluster.gpus)
+    micro_batch = train.global_batch_size // (cluster.gpus * train.gradient_accumulation_steps)
+    step, communication = step_time(config, cluster, numerics, zero, trace, micro_batch)
+    stages = tuple(
+        _stage_memory(cluster, numerics, trace, micro_batch, zero if zero.stage == stage else shipped_zero(stage))
+        for stage in range(4)
+    )
+    return Plan(config, cluster, images, numerics, zero, trace, micro_batch, step, communication, stages)
+
+
+def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
+    """Raises ValueError as `make_plan`."""
+    train, gpus = config.train, cluster.gpus
+    if train.precision == "bf16" and not cluster.gpu.bf16:
+        raise ValueError("this GPU does not compute in bf16: set train.precision=fp32, or take an a100, l40s or newer")
+    try:
+        check_divisible(train.global_batch_size, gpus, train.gradient_accumulation_steps)
+    except ValueError as error:
+        quotient = train.global_batch_size // train.gradient_accumulation_steps
+        counts = [n for n in range(1, min(quotient, 4 * gpus) + 1) if quotient % n == 0]
+        raise ValueError(f"{error}; with this batch --gpus may be {', '.join(map(str, counts))}") from None
+
+
+def own_zero(config: PretrainConfig, gpus: int) -> Zero:
+    """The engine keys of the recipe; `auto` is stage 1 from two GPUs on."""
+    name = config.train.ds_config
+    if name == "auto":
+        name = "zero1" if gpus > 1 else "zero0"
+    return Zero.of(read_ds_config(name))
+
+
+def shipped_zero(stage: int) -> Zero:
+    """The engine keys of ds_configs/ for a stage."""
+    return Zero.of(read_ds_config(f"zero{stage}"))
+
+
+def _stage_memory(cluster: Cluster, numerics: Numerics, trace: Trace, micro_batch: int, zero: Zero) -> StageMemory:
+    if zero.stage == 3:  # torch.compile loses gradients there
+        numerics = replace(numerics, compile=False)
+    found: list[tuple[Memory, int]] = []
+    for checkpointing in (False, True):
+        memory = step_memory(trace, numerics, zero, cluster.gpus, micro_batch, checkpointing)
+        largest = largest_micro_batch(trace, numerics, zero, cluster.gpus, cluster.gpu.memory * GIB, checkpointing)
+        found.append((memory, largest))
+    return StageMemory(zero, *found[0], *found[1])
+
+
+def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
+    """What `auto` means on a GPU, as `pretrain.numerics` chooses it there.
+
+    Raises:
+        ValueError: a setting that cannot work; the message names the key to change.
+    """
+    model, stage, precision = config.model, own_zero(config, cluster.gpus).stage, config.train.precision
+    if model.compile == "on" and stage == 3:
+        raise ValueError("model.compile=on loses gradients in ZeRO stage 3: set model.compile=off, or another stage")
+    if model.residual == "bf16" and precision != "bf16":
+        raise ValueError("model.residual=bf16 needs train.precision=bf16")
+    rows, cols = config.method.sequence_grid(config.grid)
+    windows = model.position == "relative" and rows == cols <= MAX_WINDOW_SIZE and precision == "bf16"
+    if model.attention == "triton" and not windows:
+        raise ValueError(
+            f"model.attention=triton is for bf16 and relative position in windows of up to {MAX_WINDOW_SIZE}x"
+            f"{MAX_WINDOW_SIZE} patches, not for {precision}, {model.position} and {rows}x{cols}: set "
+            f"model.attention=auto"
+        )
+    return Numerics(
+        compile=model.compile != "off" and stage < 3,
+        residual=model.residual,
+        attention="triton" if model.attention != "sdpa" and windows else "sdpa",
+        precision=precision,
+    )

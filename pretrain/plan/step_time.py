@@ -1,0 +1,196 @@
+"""The time of an optimizer step, by part."""
+
+from dataclasses import dataclass
+
+from pretrain.config import PretrainConfig
+from pretrain.plan.block_cost import (
+    Numerics,
+    attention_bytes,
+    attention_flops,
+    attention_work,
+    elementwise_bytes,
+    kernel,
+    matrix_flops,
+)
+from pretrain.plan.communication import Communication, step_communication
+from pretrain.plan.hardware import GPU, Cluster, stream_rate
+from pretrain.plan.loader_cost import core_seconds
+from pretrain.plan.memory import Zero
+from pretrain.plan.trace import BlockCall, Trace
+
+# The share of the best matrix product's rate that those of a block of width D reach, 51,200 tokens at a time.
+_WIDTH_SHARE = ((192, 0.50), (384, 0.65), (512, 0.72), (768, 0.80), (1024, 0.84), (1280, 0.86))
+ENDS_SHARE = 0.7  # the same of the products outside of blocks
+ATTENTION_SHARE = 0.35  # of the same rate, in attention kernels
+_SLOWER = {"triton": 1.25, "sdpa": 1.35, "unfused": 1.0}  # than the time that attention's bytes take
+COMPILED_ENDS = 1 / 3  # of the bytes of the ends, once compiled
+LAUNCH = 8e-6  # seconds of the host for a kernel
+_LAUNCHES = {True: 35, False: 92}  # of a block's two passes, compiled or not
+_END_LAUNCHES = 120
+BETWEEN_STEPS = {True: 1e-3, False: 0.3e-3}  # seconds; DeepSpeed's ZeRO optimizers wait for the gradient's norm
+ADAMW_BYTES = 32  # of a parameter, fused, with the norm
+ZERO_BYTES = 40  # of a parameter: what ZeRO's flat copies move
+CAST_BYTES = 18  # of a parameter: to bf16, and its gradient back
+AVERAGE_BYTES = 12  # of a teacher's parameter
+HOST_RATE = 20e9  # bytes a second of the host's memory for each GPU, a guess; AdamW runs there with offload_optimizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimizer step, by part.
+
+    Attributes:
+        matrices: products of the blocks and outside of them.
+        attention: its core, between the qkv projection and the output's.
+        elementwise: all other operators of the blocks.
+        ends: the operators outside of the blocks that are no products.
+        recomputed: the forward passes that `model.grad_checkpointing` repeats.
+        casts: weights to bf16, and their gradients back.
+        optimizer: AdamW, ZeRO's copies, a teacher's average.
+        communication: what the backward pass does not hide.
+        host: the GPU waits for the host to launch kernels.
+        data: the GPU waits for the loader.
+    """
+
+    matrices: float
+    attention: float
+    elementwise: float
+    ends: float
+    recomputed: float
+    casts: float
+    optimizer: float
+    communication: float
+    host: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Seconds by what they are spent on."""
+        memory = self.attention + self.elementwise + self.ends + self.recomputed + self.casts + self.optimizer
+        return {
+            "compute": self.matrices,
+            "memory bandwidth": memory,
+            "communication": self.communication,
+            "launching kernels": self.host,
+            "data": self.data,
+        }
+
+
+def peak(gpu: GPU, numerics: Numerics) -> float:
+    """TFLOP/s of matrix products by the data sheet."""
+    return gpu.tflops if numerics.precision == "bf16" else gpu.fp32_tflops
+
+
+def image_flops(trace: Trace) -> float:
+    """Model flops of an image in a training step."""
+    flops = trace.ends.forward_flops + trace.ends.backward_flops
+    for call in trace.calls:
+        tokens = call.blocks * call.sequences * call.tokens
+        flops += (3 if call.backward else 1) * tokens * (matrix_flops(call) + attention_flops(call))
+    return flops
+
+
+def step_time(
+    config: PretrainConfig, cluster: Cluster, numerics: Numerics, zero: Zero, trace: Trace, micro_batch: int
+) -> tuple[Step, Communication]:
+    """An optimizer step of the configuration with micro-batches of `micro_batch` images on each GPU."""
+    gpu, times = cluster.gpu, config.train.gradient_accumulation_steps
+    rate = stream_rate(gpu)
+    forward, backward = _passes(trace, numerics, gpu, micro_batch)
+    ends_bytes = (trace.ends.bytes * micro_batch + trace.ends.fixed_bytes) * (COMPILED_ENDS if numerics.compile else 1)
+    ends = ends_bytes / rate
+    casts = CAST_BYTES * trace.parameters / rate if numerics.precision == "bf16" else 0.0
+    recomputed = sum(forward.values()) if config.model.grad_checkpointing else 0.0
+    busy = sum(forward.values()) + sum(backward.values()) + recomputed + ends + casts
+    optimizer = _optimizer(trace, zero, cluster)
+    communication = step_communication(
+        trace.parameters,
+        zero,
+        cluster,
+        times,
+        sum(forward.values()) + ends / 3,
+        sum(backward.values()) + recomputed + ends * 2 / 3,
+    )
+    host = times * max(_launches(trace, numerics) * LAUNCH - busy, 0.0) + BETWEEN_STEPS[zero.stage > 0]
+    computed = times * busy + optimizer + communication.exposed + host
+    loaded = _loader_seconds(config, cluster)
+    step = Step(
+        matrices=times * (forward["matrices"] + backward["matrices"]),
+        attention=times * (forward["attention"] + backward["attention"]),
+        elementwise=times * (forward["elementwise"] + backward["elementwise"]),
+        ends=times * ends,
+        recomputed=times * recomputed,
+        casts=times * casts,
+        optimizer=optimizer,
+        communication=communication.exposed,
+        host=host,
+        data=max(loaded - computed, 0.0),
+    )
+    return step, communication
+
+
+def _passes(trace: Trace, numerics: Numerics, gpu: GPU, micro_batch: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of the forward and of the backward pass of a micro-batch."""
+    best, rate = peak(gpu, numerics) * 1e12 * gpu.gemm_share, stream_rate(gpu)
+    forward, backward = (dict.fromkeys(("matrices", "attention", "elementwise"), 0.0) for _ in range(2))
+    forward["matrices"] = micro_batch * trace.ends.forward_flops / (best * ENDS_SHARE)
+    backward["matrices"] = micro_batch * trace.ends.backward_flops / (best * ENDS_SHARE)
+    for call in trace.calls:
+        tokens = micro_batch * call.blocks * call.sequences * call.tokens
+        matrices = tokens * matrix_flops(call) / (best * _width_share(call.dim))
+        moved, attention = elementwise_bytes(call, numerics), _attention_seconds(call, numerics, best, rate)
+        forward["matrices"] += matrices
+        forward["attention"] += tokens * attention[0]
+        forward["elementwise"] += tokens * moved.forward / rate
+        if call.backward:
+            backward["matrices"] += 2 * matrices
+            backward["attention"] += tokens * attention[1]
+            backward["elementwise"] += tokens * moved.backward / rate
+    return forward, backward
+
+
+def _attention_seconds(call: BlockCall, numerics: Numerics, best: float, rate: float) -> tuple[float, float]:
+    """Forward and backward, for each token: whatever takes longer, its bytes or its products."""
+    moved, work = attention_bytes(call, numerics), attention_work(call, numerics)
+    slower = _SLOWER[kernel(call, numerics)] / rate
+    forward, backward = (
+        max(moved_bytes * slower, flops / (best * ATTENTION_SHARE))
+        for moved_bytes, flops in zip(moved, work, strict=True)
+    )
+    return forward, backward
+
+
+def _width_share(dim: int) -> float:
+    """Between the widths of `_WIDTH_SHARE` linearly."""
+    widths, shares = zip(*_WIDTH_SHARE, strict=True)
+    above = next((i for i, width in enumerate(widths) if width >= dim), len(widths) - 1)
+    if above == 0 or widths[above] <= dim:
+        return float(shares[above])
+    part = (dim - widths[above - 1]) / (widths[above] - widths[above - 1])
+    return float(shares[above - 1] + part * (shares[above] - shares[above - 1]))
+
+
+def _optimizer(trace: Trace, zero: Zero, cluster: Cluster) -> float:
+    rate, share = stream_rate(cluster.gpu), trace.parameters / (cluster.gpus if zero.stage else 1)
+    seconds = AVERAGE_BYTES * trace.averaged / rate
+    if zero.stage:
+        seconds += ZERO_BYTES * (share if zero.stage == 3 else trace.parameters) / rate
+    if zero.offload_optimizer:  # gradients there, weights back, by PCIe
+        return seconds + 2 * 4 * share / (cluster.gpu.pcie * 1e9) + ADAMW_BYTES * share / HOST_RATE
+    return seconds + ADAMW_BYTES * share / rate
+
+
+def _launches(trace: Trace, numerics: Numerics) -> float:
+    blocks = sum(call.blocks * (1.0 if call.backward else 1 / 3) for call in trace.calls)
+    return blocks * _LAUNCHES[numerics.compile] + _END_LAUNCHES
+
+
+def _loader_seconds(config: PretrainConfig, cluster: Cluster) -> float:
+    """Seconds that `data.num_workers` processes of each rank need for a step's images."""
+    cores = max(config.data.num_workers, 1)
+    samples = config.train.global_batch_size / cluster.gpus
+    return samples * core_seconds(config.data.height_width, config.augmentations) / cores

@@ -1,0 +1,186 @@
+"""A plan to read, and as JSON."""
+
+from dataclasses import asdict
+from typing import Any
+
+from pretrain.plan.advice import Advice
+from pretrain.plan.estimate import Plan, StageMemory
+from pretrain.plan.hardware import Cluster
+from pretrain.plan.loader_cost import JPEG_BYTES
+from pretrain.plan.memory import GIB, Memory
+from pretrain.plan.step_time import image_flops
+
+_COLUMNS = ("weights", "gradients", "optimizer", "deepspeed", "casts", "activations", "workspace", "teacher")
+
+
+def render(plan: Plan, gpu: str, advice: list[Advice]) -> str:
+    """The whole plan, for a console of 100 characters."""
+    return "\n\n".join([_head(plan, gpu), _memory(plan, gpu), _step(plan), _host(plan), _limits(plan, advice)])
+
+
+def _head(plan: Plan, gpu: str) -> str:
+    config, cluster, numerics = plan.config, plan.cluster, plan.numerics
+    train = config.train
+    size = "x".join(map(str, config.data.height_width))
+    return "\n".join(
+        [
+            f"{config.name}: {config.task}, {config.model.arch}/{config.model.patch_size} at {size}, "
+            f"{plan.trace.parameters / 1e6:.1f} M parameters, {image_flops(plan.trace) / 1e9:.1f} GFLOP an image",
+            f"{cluster.gpus} x {gpu} in {_count(cluster.nodes, 'node')} of {cluster.per_node}, ZeRO {plan.zero.stage}; "
+            f"compile {'on' if numerics.compile else 'off'}, residual {numerics.residual}, "
+            f"attention {numerics.attention}, {numerics.precision}",
+            f"batch {train.global_batch_size} = {_count(cluster.gpus, 'GPU')} x {train.gradient_accumulation_steps} "
+            f"accumulation x {plan.micro_batch}",
+            f"{plan.images:,} images, {train.epochs} epochs: {plan.steps:,} steps, {plan.hours:,.1f} hours, "
+            f"{plan.hours * cluster.gpus:,.0f} GPU-hours; {plan.images_per_second:,.0f} images/s, "
+            f"MFU {plan.mfu:.0%}",
+        ]
+    )
+
+
+def _memory(plan: Plan, gpu: str) -> str:
+    capacity = plan.cluster.gpu.memory
+    lines = [
+        f"GiB of a GPU ({capacity:g} on {gpu}) at the peak of a step, and the largest micro-batch that fits",
+        f"{'ZeRO':22}" + "".join(f"{name:>12}" for name in _COLUMNS) + f"{'total':>8}{'largest':>9}",
+    ]
+    for stage in plan.stages:
+        for checkpointing in (False, True):
+            memory = stage.checkpointed if checkpointing else stage.memory
+            largest = stage.largest_checkpointed if checkpointing else stage.largest
+            own = stage.zero.stage == plan.zero.stage and checkpointing == plan.config.model.grad_checkpointing
+            name = (
+                f"{'*' if own else ' '} {stage.zero.stage}{_offload(stage)}{', checkpointing' if checkpointing else ''}"
+            )
+            cells = "".join(f"{getattr(memory, column) / GIB:12.2f}" for column in _COLUMNS)
+            lines.append(f"{name:22}{cells}{memory.total / GIB:8.1f}{largest:9,}")
+    if not plan.fits:
+        lines.append(f"does not fit: {_how_to_fit(plan)}")
+    return "\n".join(lines)
+
+
+def _offload(stage: StageMemory) -> str:
+    return " offload" if stage.zero.offload_optimizer else ""
+
+
+def _how_to_fit(plan: Plan) -> str:
+    """The accumulation with which the recipe's own stage fits, or another stage or checkpointing where none does."""
+    train, gpus = plan.config.train, plan.cluster.gpus
+    own = next(stage for stage in plan.stages if stage.zero.stage == plan.zero.stage)
+    checkpointing = plan.config.model.grad_checkpointing
+    largest = own.largest_checkpointed if checkpointing else own.largest
+    share = train.global_batch_size // gpus
+    accumulation = next((n for n in range(1, share + 1) if share % n == 0 and share // n <= largest), None)
+    if accumulation is not None:
+        return f"set train.gradient_accumulation_steps={accumulation}"
+    if not checkpointing and own.largest_checkpointed:
+        return "set model.grad_checkpointing=true"
+    fitting = [stage.zero.stage for stage in plan.stages if max(stage.largest, stage.largest_checkpointed)]
+    if fitting:
+        return f"set train.ds_config=zero{fitting[0]}, with model.grad_checkpointing=true where needed"
+    return "not one image fits on this GPU in any stage; take a larger GPU or model.arch smaller"
+
+
+def _step(plan: Plan) -> str:
+    step = plan.step
+    parts = {
+        "matrix products": step.matrices,
+        "attention": step.attention,
+        "element-wise": step.elementwise,
+        "outside of blocks": step.ends,
+        "recomputed": step.recomputed,
+        "weight casts": step.casts,
+        "optimizer": step.optimizer,
+        "communication, exposed": step.communication,
+        "waiting for the host": step.host,
+        "waiting for data": step.data,
+    }
+    lines = [f"ms of a step: {step.total * 1e3:,.1f}"]
+    lines += [
+        f"  {name:24}{seconds * 1e3:10,.1f}{seconds / step.total:7.0%}" for name, seconds in parts.items() if seconds
+    ]
+    if plan.cluster.gpus > 1:
+        lines += _links(plan)
+    return "\n".join(lines)
+
+
+def _links(plan: Plan) -> list[str]:
+    cluster, sent = plan.cluster, plan.communication
+    lines = ["communication of a step:"]
+    lines.append(
+        f"  {cluster.link + ' within a node':24}{sent.node_seconds * 1e3:10,.1f}   {sent.node_bytes / 1e9:.2f} GB a GPU"
+    )
+    if cluster.nodes > 1:
+        name = f"network, {cluster.network:g} Gb/s"
+        size = f"{sent.network_bytes / 1e9:.2f} GB a node"
+        lines.append(f"  {name:24}{sent.network_seconds * 1e3:10,.1f}   {size}")
+    lines.append(f"  {'both at once':24}{sent.seconds * 1e3:10,.1f}   {sent.exposed * 1e3:,.1f} of it not hidden")
+    return lines
+
+
+def _host(plan: Plan) -> str:
+    needs, workers = plan.node_needs, plan.config.data.num_workers
+    return (
+        f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute (data.num_workers="
+        f"{workers} on {_count(plan.cluster.per_node, 'rank')} are {workers * plan.cluster.per_node}), "
+        f"{needs.read_rate:.2f} GB/s are read,\n"
+        f"{needs.index_memory:,.1f} GiB of the host's memory hold the index; all photographs are "
+        f"{plan.images * JPEG_BYTES / 1e12:,.2f} TB at {JPEG_BYTES / 1e3:.0f} KB each"
+    )
+
+
+def _limits(plan: Plan, advice: list[Advice]) -> str:
+    total = plan.step.total
+    shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in plan.step.limits.items() if seconds)
+    lines = [f"limited by {plan.limit} ({shares})"]
+    if advice:
+        lines.append("what would help:")
+        width = max(len(item.change) for item in advice)
+        lines += [f"  {item.gain:5.2f}x  {item.change:{width}}  {item.note}".rstrip() for item in advice]
+    return "\n".join(lines)
+
+
+def as_json(plan: Plan, gpu: str, advice: list[Advice]) -> dict[str, Any]:
+    """All of the plan's numbers; bytes and seconds without units in their names, unless said."""
+    return {
+        "recipe": plan.config.name,
+        "gpu": gpu,
+        "gpus": plan.cluster.gpus,
+        "gpus_per_node": plan.cluster.per_node,
+        "network_gbits": plan.cluster.network,
+        "images": plan.images,
+        "parameters": plan.trace.parameters,
+        "flops_per_image": image_flops(plan.trace),
+        "numerics": asdict(plan.numerics),
+        "zero_stage": plan.zero.stage,
+        "micro_batch": plan.micro_batch,
+        "steps": plan.steps,
+        "step_seconds": plan.step.total,
+        "step_parts": asdict(plan.step),
+        "communication": asdict(plan.communication),
+        "images_per_second": plan.images_per_second,
+        "mfu": plan.mfu,
+        "hours": plan.hours,
+        "gpu_hours": plan.hours * plan.cluster.gpus,
+        "memory": [_stage_json(stage, plan.cluster) for stage in plan.stages],
+        "fits": plan.fits,
+        "node": asdict(plan.node_needs),
+        "limit": plan.limit,
+        "advice": [asdict(item) for item in advice],
+    }
+
+
+def _stage_json(stage: StageMemory, cluster: Cluster) -> dict[str, Any]:
+    def memory(found: Memory, largest: int) -> dict[str, Any]:
+        return {**asdict(found), "total": found.total, "largest_micro_batch": largest}
+
+    return {
+        "stage": stage.zero.stage,
+        "gpu_bytes": cluster.gpu.memory * GIB,
+        "plain": memory(stage.memory, stage.largest),
+        "checkpointing": memory(stage.checkpointed, stage.largest_checkpointed),
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,219 @@
+"""What a method computes: one forward and backward pass of the real method, in which transformer blocks are recorded
+and passed over, and everything else ("the ends": cutting, embedding, heads, targets, loss) is counted as it runs.
+
+Thus any method can be planned, the blocks cost nothing to run, and nothing is said twice about which tokens a method
+sends where. The blocks' costs follow from their shapes (`block_cost.py`).
+
+Shapes: B images, R sequences (images or windows), L tokens of a sequence with the class token.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.decode import CHANNELS
+from pretrain.build import build_method
+from pretrain.config import PretrainConfig
+from pretrain.methods.base import Method
+from pretrain.methods.lut import LUT
+from pretrain.models.vit import Block
+
+SIZES = (2, 3)  # of the traced batches: what a step has once, not for each image, is told apart by their difference
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Equal calls of transformer blocks.
+
+    Attributes:
+        sequences: for each image, in one block; a fraction where only some images pass.
+        tokens: of a sequence.
+        blocks: how many blocks are called so.
+        relative: whether position is contextual and relative.
+        encoder: whether it is a block of the encoder, which `model.grad_checkpointing` recomputes.
+        backward: whether there is a backward pass; a teacher has none.
+    """
+
+    sequences: float
+    tokens: int
+    dim: int
+    heads: int
+    blocks: int
+    relative: bool
+    encoder: bool
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Everything outside of the blocks.
+
+    Attributes:
+        forward_flops, backward_flops: of matrix products, for each image.
+        bytes: read and written by all operators of both passes, one after the other; for each image.
+        kept: bytes kept for the backward pass, for each image.
+        fixed_bytes: read and written once in a micro-batch, however many images it has: weights and their gradients.
+    """
+
+    forward_flops: float
+    backward_flops: float
+    bytes: float
+    kept: float
+    fixed_bytes: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A method's work.
+
+    Attributes:
+        parameters: that are trained.
+        averaged: of a teacher.
+        image_bytes: of the pixels of a sample, all views.
+    """
+
+    calls: tuple[BlockCall, ...]
+    ends: Ends
+    parameters: int
+    averaged: int
+    image_bytes: int
+
+
+def trace_method(config: PretrainConfig) -> Trace:
+    """Traces the method of a configuration on the CPU: tenths of a second, and no memory for the blocks' weights."""
+    model = config.model.model_copy(update={"grad_checkpointing": False})
+    with _ParametersOnMeta():
+        method = build_method(config.model_copy(update={"model": model}))
+        teacher = method.teacher_model() if isinstance(method, LUT) else None
+    calls: Counter[BlockCall] = Counter()
+    for module in (method, teacher) if teacher else (method,):
+        _pass_over_blocks(module, calls)
+    bf16 = config.train.precision == "bf16"
+    counted = []
+    for size in SIZES:
+        calls.clear()
+        method.zero_grad()  # or the second backward pass would add to the first's gradients
+        images, mask_indices = _draw_batch(method, config, size)
+        counted.append(_run(method, teacher, images, mask_indices, bf16))
+    forward, backward, moved, kept = (last - first for first, last in zip(*counted, strict=True))
+    return Trace(
+        tuple(replace(call, sequences=call.sequences / SIZES[-1], blocks=count) for call, count in calls.items()),
+        Ends(forward, backward, moved, kept, fixed_bytes=counted[0][2] - SIZES[0] * moved),
+        sum(p.numel() for p in method.parameters()),
+        sum(p.numel() for p in teacher.parameters()) if teacher else 0,
+        images[0].numel(),
+    )
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Modules allocate their parameters by `torch.empty`: these get no memory and are not initialized."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
+    """Blocks record their calls and return their input; all other modules get weights, zeros, on the CPU."""
+    inside: set[nn.Module] = set()
+    for name, block in module.named_modules():
+        if isinstance(block, Block):
+            encoder = "encoder.blocks." in name
+            block.forward = functools.partial(_record, block, encoder, calls)  # type: ignore[method-assign]
+            inside.update(block.modules())
+    for other in module.modules():
+        if other not in inside:
+            for key, parameter in other._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    zeros = torch.zeros(parameter.shape)
+                    other._parameters[key] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+
+
+def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, *_: Any) -> Tensor:
+    sequences, tokens, dim = x.shape
+    relative, backward = block.attn.rpe_k is not None, torch.is_grad_enabled()
+    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward)] += 1
+    return x
+
+
+def _draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    views = (len(config.augmentations),) if config.lut else ()
+    images = torch.zeros((size, *views, *config.data.height_width, CHANNELS), dtype=torch.uint8)
+    samples = [method.mask_sampler()(np.random.default_rng(i)) for i in range(size)]
+    return images, {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+
+
+def _run(
+    method: Method | LUT, teacher: nn.Module | None, images: Tensor, mask_indices: dict[str, Tensor], bf16: bool
+) -> tuple[int, int, int, int]:
+    """One pass: flops forward (a teacher's with them) and backward, bytes moved, and bytes kept for the backward."""
+    saved, moved = _Saved(method), _Moved()
+    with moved:
+        with FlopCounterMode(display=False) as forward, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            inputs = {}
+            if teacher is not None:
+                with torch.no_grad():
+                    inputs["teacher_features"] = teacher(images)
+            with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+                loss = method(images, mask_indices, **inputs)["loss"]
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    return forward.get_total_flops(), _backward_flops(forward, backward), moved.bytes, saved.bytes
+
+
+def _backward_flops(forward: FlopCounterMode, backward: FlopCounterMode) -> int:
+    """Those of a depth-wise convolution are twice its forward's: torch counts them as a full convolution's."""
+    convolutions = forward.get_flop_counts().get("Global", {}).get(torch.ops.aten.convolution, 0)
+    counts = backward.get_flop_counts().get("Global", {})
+    others = sum(flops for kind, flops in counts.items() if kind is not torch.ops.aten.convolution_backward)
+    return int(others + 2 * convolutions)
+
+
+class _Saved:
+    """The bytes that autograd saves, without the method's own weights."""
+
+    def __init__(self, method: nn.Module):
+        self.storages = {p.untyped_storage().data_ptr(): 0 for p in method.parameters() if not p.is_meta}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+
+class _Moved(TorchDispatchMode):
+    """Counts what operators read and write; views move nothing, and an expanded tensor is read once."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = {t.untyped_storage()._cdata: _size(t) for t in _tensors((args, kwargs))}
+        written = {t.untyped_storage()._cdata: _size(t) for t in _tensors(out)}
+        if written.keys() - read.keys() or func._schema.is_mutable:  # neither: a view
+            self.bytes += sum(read.values()) + sum(written.values())
+        return out
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _size(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
