@@ -19,6 +19,8 @@ from benchmarks.fake_gpu import Count, count
 from benchmarks.graphs import count_graphs
 from pretrain.config import PretrainConfig, load
 from pretrain.models.vit import ARCHS, Arch, Block
+from pretrain.plan.block_cost import AttentionKind, Numerics, attention_flops, kept_bytes, matrix_flops
+from pretrain.plan.trace import trace_method
 
 DEPTH, LATE = 6, 4
 D, H = 32, 2
@@ -127,6 +129,23 @@ def test_the_window_kernel_keeps_neither_bias_nor_queries_nor_sums(name: str):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_more_is_kept_for_the_backward_pass_than_was_recorded(name: str):
     assert counted(name, window_kernel=name != "mae").kept <= RECORDED[name]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_planner_says_the_same(name: str, attention: AttentionKind):
+    """Its formulas know shapes only; small differences are what a whole step keeps once."""
+    recipe, overrides = METHODS[name]
+    config = load(recipe, ["data.shards=none", *overrides])
+    trace, numerics = trace_method(config), Numerics(attention=attention)
+    flops, kept = trace.ends.forward_flops, trace.ends.kept
+    for call in trace.calls:
+        tokens = call.sequences * call.tokens * call.blocks
+        flops += tokens * (matrix_flops(call) + attention_flops(call))
+        kept += tokens * kept_bytes(call, numerics)
+    counted_here = count(config, window_kernel=attention == "triton" and name != "mae")
+    assert kept == pytest.approx(counted_here.kept, rel=0.02)
+    assert flops == pytest.approx(counted_here.flops, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "graphs"), [("lomar", 1), ("late", 2), ("pr", 1), ("fast", 2), ("mae", 2)])
