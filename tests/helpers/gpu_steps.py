@@ -6,13 +6,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from pretrain.numerics import apply_numerics, choose_numerics
 from torch import Tensor, nn
 
 from pretrain.build import build_method
 from pretrain.config import PretrainConfig
 from pretrain.methods import METHODS
 from pretrain.models import vit
+from pretrain.numerics import apply_numerics, choose_numerics
 
 BATCH = 8
 ARCH = vit.Arch(128, 2, 2)  # heads of 64 channels, as in the larger ones
