@@ -10,6 +10,7 @@ from benchmarks import step
 from benchmarks.naive_lomar import NaiveLoMaR, assert_equal_steps, randomize_tables
 from benchmarks.step import Case
 from benchmarks.variants import NAMES, build, draw_batch, load_variant, trainee
+from pretrain.config import RECIPES, load
 from pretrain.methods.lomar import LoMaR
 from pretrain.models import vit
 
@@ -43,6 +44,20 @@ def test_the_variants_are_those_of_the_methods_keys():
     }  # fmt: skip
     assert {name for name, config in configs.items() if config.pr_mim} == {"pr", "fast"}
     assert {config.method.num_windows for name, config in configs.items() if name != "mae"} == {9}
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("lomar_fast_*.yaml")))
+def test_the_fast_variant_is_that_of_the_recipes(recipe: str):
+    shipped = load(recipe, ["data.shards=none"])
+    size = 384 if shipped.data.image_size == 378 else shipped.data.image_size
+    timed = load_variant("fast", shipped.model.arch, size)
+    for section in ("model", "method", "target", "pr_mim"):
+        assert getattr(timed, section) == getattr(shipped, section), section
+    assert timed.data.height_width == shipped.data.height_width
+
+
+def test_there_is_a_fast_recipe_for_every_size():
+    assert len(list(RECIPES.glob("lomar_fast_*.yaml"))) == 9
 
 
 def test_counted_flops_are_in_the_order_of_the_work():
