@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.transforms import Augmentation
 from pretrain.methods import METHODS, AnyMethodConfig
@@ -30,6 +30,12 @@ class PretrainModelConfig(ModelConfig):
     residual: Annotated[Literal["fp32", "bf16"], MAY_CHANGE] = Field(
         "fp32", description="precision of the encoder's residual stream; bf16: less memory and time, less exact sums"
     )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _on_and_off_are_words(cls, value: object) -> object:
+        """YAML reads them as booleans."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class ProbeConfig(Section):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor
 from torch import nn
 from torch.utils._triton import has_triton
 
@@ -18,7 +19,9 @@ from pretrain.config import PretrainConfig
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.sdpa import set_deterministic
 from pretrain.models.vit import ARCHS, Block, PatchEmbed, ViT
-from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE
+from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE, worst_error
+
+_KERNEL_TOLERANCE = 0.02  # relative; rounding to bf16 gives 0.004
 
 
 @dataclass(frozen=True)
@@ -109,18 +112,45 @@ def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
     return _compiler_obstacle()
 
 
+def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
+    """Compares the kernel with the formula, on this very device, before hours are spent with it.
+
+    Raises:
+        ValueError: it does not compile, does not run or is wrong here.
+    """
+    arch, (size, _) = ARCHS[config.model.arch], config.method.sequence_grid(config.grid)
+    failure = None
+    try:
+        error = worst_error(size, arch.heads, arch.dim // arch.heads, device, torch.bfloat16)
+        problem = "" if error < _KERNEL_TOLERANCE else f"its results are wrong by {error:.1e}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # Triton's errors have no class in common
+        failure, problem = raised, f"{type(raised).__name__}: {raised}".splitlines()[0]
+    if problem:
+        message = f"the kernel for attention in windows does not work here ({problem}): set model.attention=sdpa"
+        raise ValueError(message) from failure
+
+
 def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
     """Prepares a method, or a teacher, before the engine is built.
 
     A copy that is made of a module afterwards is not compiled: torch drops that from copies.
     """
     set_deterministic(numerics.sdpa == "deterministic")
+    options = _compiler_options(numerics) if numerics.compile else {}
     for part in module.modules():
         if isinstance(part, ViT):
             part.window_kernel = numerics.attention == "triton"
             part.residual_dtype = torch.bfloat16 if numerics.residual == "bf16" else None
         if numerics.compile and isinstance(part, Block | PatchEmbed):
-            part.compile(dynamic=False)  # one graph for all blocks of a shape
+            part.compile(dynamic=False, options=options)  # one graph for all blocks of a shape
         target = getattr(part, "target", None)
         if numerics.compile and isinstance(target, PatchTarget):
-            target.loss = torch.compile(target.loss, dynamic=False)  # type: ignore[method-assign]
+            target.loss = torch.compile(target.loss, dynamic=False, options=options)  # type: ignore[method-assign]
+
+
+def _compiler_options(numerics: Numerics) -> dict[str, Any]:
+    """Of torch's Inductor: without its deterministic mode, it times kernels that add up in different orders."""
+    known = numerics.sdpa == "deterministic" and "deterministic" in torch._inductor.list_options()  # since torch 2.10
+    return {"deterministic": True} if known else {}

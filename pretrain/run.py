@@ -36,7 +36,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     # These import DeepSpeed, which chooses its accelerator on import.
     from pretrain.build import build_ema, build_evaluation, build_method
     from pretrain.finish import finish
-    from pretrain.numerics import apply_numerics, choose_numerics
+    from pretrain.numerics import apply_numerics, check_window_kernel, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
     from pretrain.trainer.engine import ds_settings, zero_stage
     from pretrain.trainer.loop import train
@@ -48,6 +48,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     if numerics.why_sdpa and world.is_main:
         _log.info("attention in windows is torch's, not our kernel's: %s", numerics.why_sdpa)
     folder.cache_compiled()
+    if numerics.attention == "triton":
+        check_window_kernel(config, device)
     method = build_method(config)
     ema = build_ema(config, method, device)
     for module in filter(None, (method, ema.model)):

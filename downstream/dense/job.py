@@ -21,3 +21,11 @@ class Job:
     resume: bool = True
     test: str | None = None
     tta: bool = False
+
+    def memory_advice(self, ranks: int) -> str:
+        """The keys to change where a GPU's memory is full, as what to do."""
+        loader = "test_dataloader" if self.test else "train_dataloader"
+        advice = f"set {loader}.batch_size lower than {self.cfg[loader]['batch_size']}"
+        if self.test:
+            return advice
+        return f"{advice} and optim_wrapper.accumulative_counts higher, or model.backbone.grad_checkpointing=true"

@@ -1,15 +1,74 @@
 """Self-attention, with relative position or without.
 
+`RelativeKey` is LoMaR's contextual kind (iRPE "product" on keys). `RelativeBias` is BEiT's and SimMIM's kind, for
+encoders that `downstream.checkpoints` loads; no method trains it.
+
 Shapes: B sequences, H heads, L tokens, C channels of a head.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.relative_position import RelativeBias, RelativeKey
+from pretrain.models.relative_position import NUM_BUCKETS, pad_keys
 from pretrain.models.sdpa import fused_attention
 from pretrain.models.window_attention import WindowTokens, window_attention
 
 Position = Tensor | WindowTokens  # of all pairs of tokens: buckets, or what the window kernel reads instead
+
+
+class RelativeKey(nn.Module):
+    """A learned vector per bucket, shared by the heads of a layer; the query is *unscaled*, as in iRPE's code."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.lookup_table_weight = nn.Parameter(torch.zeros(1, head_dim, NUM_BUCKETS))
+
+    def forward(self, q: Tensor, position: Position) -> Tensor:
+        """Bias of the logits, q_i . r[bucket(i, j)]; or, for tokens of windows, attention as a whole by their kernel.
+
+        The bias is one matrix product per query position instead of a gather over all logits: as fast, and its backward
+        pass is deterministic on a GPU, unlike that of a gather. The kernel is called here, and not by `Attention`,
+        since in ZeRO-3 the table is there only while this module runs.
+
+        Args:
+            q: (B, H, L, C) queries; for the kernel, queries, keys and values (B, L, 3, H, C).
+            position: (L, L) int64 buckets, the same for all sequences, or one-hot for each sequence as from
+                `pair_buckets`; or `WindowTokens`.
+
+        Returns:
+            (B, H, L, L); of the kernel (B, L, H, C).
+        """
+        table = self.lookup_table_weight[0]
+        if isinstance(position, WindowTokens):
+            return window_attention(q, table, position)
+        if position.ndim == 2:
+            bias = torch.einsum("bhic,ijc->bhij", q, _vectors(pad_keys(position), table))
+        else:
+            bias = torch.einsum("bhik,bijk->bhij", q @ table, position)
+        return bias[..., : q.shape[2]]
+
+
+def _vectors(buckets: Tensor, table: Tensor) -> Tensor:
+    """The vector of each bucket: (L, L) and (C, NUM_BUCKETS) -> (L, L, C)."""
+    if not buckets.is_cuda:
+        return F.embedding(buckets, table.T)
+    # Compiled, the gradient of an embedding is a sum by atomic additions: not deterministic.
+    with torch.autocast("cuda", enabled=False):
+        return F.one_hot(buckets, NUM_BUCKETS).to(table.dtype) @ table.T
+
+
+class RelativeBias(nn.Module):
+    """A learned number per head and exact offset, independent of the query. The table fits one grid only."""
+
+    def __init__(self, heads: int, grid: tuple[int, int]):
+        super().__init__()
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
+
+    def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
+        """(1, H, L, L), to be added to the logits; `buckets` (L, L) int64 as from `offset_buckets`."""
+        return F.embedding(buckets, self.relative_position_bias_table).permute(2, 0, 1)[None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,7 +103,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
         if isinstance(position, WindowTokens):
             assert self.rpe_k is not None
-            return self.proj(window_attention(qkv, self.rpe_k.lookup_table_weight[0], position).flatten(2))
+            return self.proj(self.rpe_k(qkv, position).flatten(2))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         bias = None
         for relative in (self.rpe_k, self.rpe_bias):

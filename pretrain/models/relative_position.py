@@ -1,6 +1,4 @@
-"""Relative position: LoMaR's contextual kind (iRPE "product" on keys), as a bias of attention's logits.
-
-`RelativeBias` is BEiT's and SimMIM's kind, for encoders that `downstream.checkpoints` loads; no method trains it.
+"""Relative positions of pairs of tokens as bucket ids: LoMaR's (iRPE "product"), and BEiT's exact offsets.
 
 Shapes: B sequences, H heads, L tokens, C channels of a head.
 """
@@ -9,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 # iRPE's piecewise index function with the LoMaR authors' constants: an axis has 2 * 3 + 1 = 7 buckets.
 _ALPHA, _BETA, _GAMMA = 1.9, 3.8, 15.2
@@ -70,42 +68,14 @@ def pair_buckets(buckets: Tensor, index: Tensor) -> Tensor:
     """
     tokens = F.pad(1 + index, (1, 0))
     dtype = torch.get_autocast_dtype(index.device.type) if torch.is_autocast_enabled(index.device.type) else None
-    ids = _pad_keys(buckets[tokens.unsqueeze(2), tokens.unsqueeze(1)])
+    ids = pad_keys(buckets[tokens.unsqueeze(2), tokens.unsqueeze(1)])
     return F.one_hot(ids, NUM_BUCKETS).to(dtype or torch.get_default_dtype())
 
 
-def _pad_keys(buckets: Tensor) -> Tensor:
+def pad_keys(buckets: Tensor) -> Tensor:
     """On a GPU, more keys up to a multiple of 8: fused attention would copy a bias whose rows are not aligned so."""
     missing = -buckets.shape[-1] % 8 if buckets.is_cuda else 0
     return F.pad(buckets, (0, missing), value=CLASS_BUCKET) if missing else buckets
-
-
-class RelativeKey(nn.Module):
-    """A learned vector per bucket, shared by the heads of a layer; the query is *unscaled*, as in iRPE's code."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.lookup_table_weight = nn.Parameter(torch.zeros(1, head_dim, NUM_BUCKETS))
-
-    def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
-        """Bias of the logits: q_i . r[bucket(i, j)].
-
-        One matrix product per query position instead of a gather over all logits: as fast, and its backward pass is
-        deterministic on a GPU, unlike that of a gather.
-
-        Args:
-            q: (B, H, L, C) queries.
-            buckets: (L, L) int64, the same for all sequences, or one-hot for each sequence as from `pair_buckets`.
-
-        Returns:
-            (B, H, L, L)
-        """
-        table = self.lookup_table_weight[0]
-        if buckets.ndim == 2:
-            bias = torch.einsum("bhic,ijc->bhij", q, F.embedding(_pad_keys(buckets), table.T))
-        else:
-            bias = torch.einsum("bhik,bijk->bhij", q @ table, buckets)
-        return bias[..., : q.shape[2]]
 
 
 def offset_buckets(height: int, width: int) -> Tensor:
@@ -120,16 +90,3 @@ def offset_buckets(height: int, width: int) -> Tensor:
     buckets = F.pad(ids, (1, 0, 1, 0), value=offsets)
     buckets[1:, 0], buckets[0, 0] = offsets + 1, offsets + 2
     return buckets
-
-
-class RelativeBias(nn.Module):
-    """A learned number per head and exact offset, independent of the query. The table fits one grid only."""
-
-    def __init__(self, heads: int, grid: tuple[int, int]):
-        super().__init__()
-        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
-
-    def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
-        """(1, H, L, L), to be added to the logits; `buckets` (L, L) int64 as from `offset_buckets`."""
-        return F.embedding(buckets, self.relative_position_bias_table).permute(2, 0, 1)[None]

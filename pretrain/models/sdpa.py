@@ -15,10 +15,11 @@ _deterministic = False
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """Chooses the kernels of this process: those of `fused_attention`, and of all other callers as far as one can."""
+    """Chooses this process' CUDA kernels: of `fused_attention`, and as far as one can those that others call."""
     global _deterministic
     _deterministic = deterministic
     torch.backends.cuda.enable_cudnn_sdp(not deterministic)
+    torch.backends.cudnn.deterministic = deterministic  # convolutions: PR-MIM's, among others
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -228,3 +228,33 @@ def window_attention(qkv: Tensor, table: Tensor, tokens: WindowTokens) -> Tensor
         (G, L, H, C), of `qkv`'s dtype.
     """
     return _forward(qkv, F.pad(table.float(), (0, PLACES - NUM_BUCKETS)), *tokens)
+
+
+@torch.no_grad()
+def worst_error(size: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> float:
+    """The kernels against the formula in float64, on random windows: the largest relative error of any result.
+
+    Also compiles the kernels for windows of `size` x `size` patches. NaN if a result is not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    L = 1 + size * size
+    shapes = ((2, L, 3, heads, head_dim), (head_dim, NUM_BUCKETS), (2, L, heads, head_dim))
+    qkv, table, dout = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    results = []
+    for there, precision in ((device, dtype), (torch.device("cpu"), torch.float64)):
+        qkv, table = (tensor.detach().to(there, precision).requires_grad_() for tensor in (qkv, table))
+        with torch.enable_grad():
+            if precision == dtype:
+                out = window_attention(qkv, table, window_tokens(size, None, there))
+            else:
+                out = _formula(qkv, table, grid_buckets(size, size))
+        gradients = torch.autograd.grad(out, (qkv, table), dout.to(there, precision))
+        results.append([tensor.cpu().double() for tensor in (out, *gradients)])
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+
+
+def _formula(qkv: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    bias = torch.einsum("gihc,ijc->ghij", q, table.T[buckets])
+    logits = torch.einsum("gihc,gjhc->ghij", q, k) * q.shape[-1] ** -0.5 + bias
+    return torch.einsum("ghij,gjhc->gihc", logits.softmax(-1), v)

@@ -31,6 +31,7 @@ from pretrain.trainer.config import CheckpointConfig
 from pretrain.trainer.elastic import convert, load_universal
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
+from pretrain.trainer.optim import keep_fused
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
 _log = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ class Checkpoints:
         else:
             path, _ = engine.load_checkpoint(str(self.folder), tag=name)
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
+        keep_fused(engine.basic_optimizer)
         ema.load(self.folder / name)
         return replace(state, world_size=self.world.size, numerics=fresh.numerics), name
 

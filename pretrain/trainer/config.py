@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from data.transforms import Augmentation, height_width
 from pretrain.trainer.schema import MAY_CHANGE, Section
 
+AUTO = "auto"  # `train.ds_config`: chosen when the run starts
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -69,7 +70,9 @@ class TrainConfig(Section):
         True, description="attention on a GPU gives the same bits twice, as an exact resume needs; false: the fastest"
     )
     ds_config: Annotated[str, MAY_CHANGE] = Field(
-        "zero1", description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file"
+        AUTO,
+        description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file; auto: those of the run's newest "
+        "checkpoint, else zero1 from two ranks on and zero0 on one",
     )
     max_nonfinite_steps: Annotated[int, MAY_CHANGE] = Field(
         10, ge=1, description="consecutive steps with a non-finite gradient before the run stops"
@@ -128,6 +131,15 @@ class RunConfig(Section):
     def peak_lr(self) -> float:
         """base_lr * batch / 256: the linear scaling rule."""
         return self.optim.base_lr * self.train.global_batch_size / 256
+
+    def memory_advice(self, ranks: int) -> str:
+        """The keys to change where a GPU's memory is full, as what to do."""
+        accumulation = self.train.gradient_accumulation_steps
+        micro_batch = self.train.global_batch_size // (ranks * accumulation)
+        advice = [f"train.gradient_accumulation_steps higher than {accumulation} (the micro-batch is {micro_batch})"]
+        if not self.model.grad_checkpointing:
+            advice.append("model.grad_checkpointing=true")
+        return f"set {', '.join(advice)}, or start a new run with a higher ZeRO stage (train.ds_config)"
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RunConfig":

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.order import check_divisible
-from pretrain.trainer.config import RunConfig
+from pretrain.trainer.checkpoint_layout import checkpoint_names, read_state
+from pretrain.trainer.config import AUTO, RunConfig
 from pretrain.trainer.launch import World
 from pretrain.trainer.nonfinite import NonfiniteGuard
+from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.schema import nearest
 
 _ROOT = Path(__file__).parents[2]
@@ -58,8 +61,35 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
     return keys
 
 
+def choose_ds_config(config: RunConfig, world_size: int) -> str:
+    """`train.ds_config`; for `auto`, the name in ds_configs/ that it stands for.
+
+    That is the ZeRO stage of the run's newest checkpoint: it continues when the number of ranks has changed. A new run
+    has stage 1 from two ranks on, whose communication overlaps with the backward pass, and stage 0 on one rank, which
+    never waits for the device. All ranks of a process group call it together, and do as the first.
+    """
+    if config.train.ds_config != AUTO:
+        return config.train.ds_config
+    stage = [_checkpoint_stage(RunFolder(Path(config.runs) / config.name).checkpoints)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(stage)  # a shared disk may not show all ranks the same
+    return f"zero{int(world_size > 1) if stage[0] is None else stage[0]}"
+
+
+def _checkpoint_stage(checkpoints: Path) -> int | None:
+    """The ZeRO stage of a run, by the newest checkpoint whose manifest is readable; None if there is none."""
+    for name in checkpoint_names(checkpoints):
+        try:
+            return read_state(checkpoints / name).zero_stage
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # `Checkpoints.resume` says what is damaged
+    return None
+
+
 def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     """All of DeepSpeed's keys for a run; those with surprising defaults are written out.
+
+    All ranks of a process group call it together.
 
     Raises:
         ValueError: as `read_ds_config`, or ranks and micro-batches do not divide the global batch.
@@ -68,7 +98,7 @@ def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     accumulation = train.gradient_accumulation_steps
     check_divisible(train.global_batch_size, world_size, accumulation)
     return complete_settings(
-        read_ds_config(train.ds_config),
+        read_ds_config(choose_ds_config(config, world_size)),
         micro_batch=train.global_batch_size // (world_size * accumulation),
         accumulation=accumulation,
         world_size=world_size,
@@ -98,6 +128,7 @@ def complete_settings(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
         **keys,
     }
 
@@ -140,8 +171,10 @@ def effective_settings(engine: Any) -> dict[str, Any]:
         "gradient_accumulation_dtype": str(accumulation_dtype),
         "optimizer": type(engine.optimizer).__name__,
         "basic_optimizer": type(engine.basic_optimizer).__name__,
+        "fused_optimizer": bool(engine.basic_optimizer.defaults.get("fused")),
         "offload_optimizer": str(engine.zero_offload_optimizer()),
         "overlap_comm": engine.zero_overlap_comm(),
+        "reduce_bucket_size": engine.zero_reduce_bucket_size(),
     }
 
 

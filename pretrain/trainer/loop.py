@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -17,13 +17,13 @@ from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import Loggers, build_loggers
 from pretrain.trainer.metrics import Meter, read_metrics
-from pretrain.trainer.nonfinite import Diverged, list_samples, poison_nonfinite
+from pretrain.trainer.nonfinite import Diverged, applied_later, list_samples, poison_nonfinite
 from pretrain.trainer.optim import learning_rate, set_learning_rate
+from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -41,9 +41,23 @@ class Evaluation:
     measure: Callable[[Any, NoEMA], dict[str, float]]
 
 
+@dataclass(frozen=True)
+class TakenStep:
+    """An optimizer step of which the state does not know yet whether it changed the weights."""
+
+    step: int
+    keys: list[str]  # of this rank's samples
+    applied: Callable[[], bool]  # of `applied_later`
+
+
 @dataclass
 class Run:
-    """All parts of a run, and its state."""
+    """All parts of a run, and its state.
+
+    Attributes:
+        taken: the last step, until `_settle` has counted it in `state`.
+        skipped_images: on this rank, since it started.
+    """
 
     config: RunConfig
     world: World
@@ -55,7 +69,8 @@ class Run:
     checkpoints: Checkpoints
     state: TrainState
     evaluation: Evaluation | None = None
-    skipped_images: int = 0  # on this rank, since it started
+    taken: TakenStep | None = None
+    skipped_images: int = 0
 
     @property
     def total_steps(self) -> int:
@@ -78,19 +93,22 @@ def train(run: Run) -> None:
     config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(), state.step
     loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
-    with contextlib.closing(loggers):
+    batches = prefetch(run.loader.batches(state.step, total), run.device)
+    with contextlib.closing(loggers), contextlib.closing(batches):
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
-        for micro_batches, waited in _timed(run.loader.batches(state.step, total)):
-            lr = _step(run, micro_batches, meter)
-            meter.add_step(config.train.global_batch_size, waited, _list_skipped(run, micro_batches))
-            _update_state(run, micro_batches)
+        while state.step < total:
+            lr = _step(run, batches, meter)
             loggers.step()
             signal = stop.agreed()
             last = bool(signal) or state.step == total
-            if last or state.step % config.log.every_steps == 0:
+            logs = last or state.step % config.log.every_steps == 0
+            saves = last or state.step % config.checkpoint.every_steps == 0
+            if logs or saves or _evaluates(run) or run.ema.model is not None:
+                _settle(run)
+            if logs:
                 loggers.log_metrics(_metrics(run, meter, lr))
                 meter.reset()
-            if last or state.step % config.checkpoint.every_steps == 0:
+            if saves:
                 saved = _save(run, saved, required=last)
             if signal and state.step < total:
                 raise Stopped(
@@ -99,24 +117,36 @@ def train(run: Run) -> None:
             _evaluate(run, loggers, meter)
 
 
-def _step(run: Run, micro_batches: list[Batch], meter: Meter) -> float:
-    """One optimizer step; returns its learning rate."""
-    config, engine = run.config, run.engine
-    lr = learning_rate(run.state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim)
-    set_learning_rate(engine.optimizer.param_groups, lr)
-    for number, batch in enumerate(micro_batches):
-        seed_step(config.seed, run.state.step, number, run.world.rank)
-        batch = batch.to(run.device)
+def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> float:
+    """One optimizer step, with `run.taken` for what is not known of it yet; returns its learning rate."""
+    config, engine, state = run.config, run.engine, run.state
+    accumulation = config.train.gradient_accumulation_steps
+    keys: list[str] = []
+    skipped: list[str] = []
+    waited = 0.0
+    for number in range(accumulation):
+        batch, seconds = next(batches)
+        keys, skipped, waited = [*keys, *batch.keys], [*skipped, *batch.skipped], waited + seconds
+        seed_step(config.seed, state.step, number, run.world.rank)
         losses = engine(batch.images, **batch.model_inputs(), **run.ema.model_inputs(batch.images))
         meter.add_losses(losses)
         engine.backward(poison_nonfinite(losses["loss"]))
+        if number == accumulation - 1:
+            _settle(run)  # as late as possible: the learning rate depends on it
+            lr = learning_rate(
+                state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
+            )
+            set_learning_rate(engine.optimizer.param_groups, lr)
         engine.step()
+    state.step += 1
+    state.samples += config.train.global_batch_size
+    run.taken = TakenStep(state.step, keys, applied_later(engine))
+    meter.add_step(config.train.global_batch_size, waited, _list_skipped(run, skipped))
     return lr
 
 
-def _list_skipped(run: Run, micro_batches: list[Batch]) -> int:
+def _list_skipped(run: Run, skipped: list[str]) -> int:
     """Records the images that could not be decoded and were replaced; returns how many, or raises as `train` does."""
-    skipped = [reason for batch in micro_batches for reason in batch.skipped]
     if skipped:
         with run.folder.skipped_images.open("a") as file:
             file.writelines(f"{reason}\n" for reason in skipped)
@@ -129,21 +159,24 @@ def _list_skipped(run: Run, micro_batches: list[Batch]) -> int:
     return len(skipped)
 
 
-def _update_state(run: Run, micro_batches: list[Batch]) -> None:
-    """Counts the step; if the optimizer skipped it, records its samples."""
+def _settle(run: Run) -> None:
+    """Counts the step that was taken, if it is not counted yet; if the optimizer refused it, records its samples.
+
+    Until then nothing waits for the device to know. Called by all ranks together.
+    """
+    taken, run.taken = run.taken, None
+    if taken is None:
+        return
     state, train = run.state, run.config.train
-    state.step += 1
-    state.samples += train.global_batch_size
-    if run.engine.was_step_applied():
+    if taken.applied():
         state.updates += 1
         state.consecutive_nonfinite = 0
         run.ema.update(state.updates / run.total_steps)
         return
     state.consecutive_nonfinite += 1
-    keys = [key for batch in micro_batches for key in batch.keys]
-    list_samples(run.folder.nonfinite, state.step, keys, run.world)
+    list_samples(run.folder.nonfinite, taken.step, taken.keys, run.world)
     count = state.consecutive_nonfinite
-    _log.warning("step %d: the gradient is not finite; the weights did not move (%d in a row)", state.step, count)
+    _log.warning("step %d: the gradient is not finite; the weights did not move (%d in a row)", taken.step, count)
     if count >= train.max_nonfinite_steps:
         raise Diverged(
             f"{count} steps in a row had no finite gradient (train.max_nonfinite_steps); their samples are "
@@ -163,12 +196,18 @@ def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
     }
 
 
+def _evaluates(run: Run) -> bool:
+    """Whether an evaluation is due after this step."""
+    if run.evaluation is None or run.state.step == 0:
+        return False
+    every = run.evaluation.every_epochs * run.loader.steps_per_epoch
+    return run.state.step % every == 0 or run.state.step == run.total_steps
+
+
 def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
-    """Evaluates if this step is due and not evaluated yet; the time it takes does not count as training time."""
+    """Evaluates if it is due and not done yet; the time it takes does not count as training time."""
     state, evaluation = run.state, run.evaluation
-    if evaluation is None or state.step == 0:
-        return
-    if state.step % (evaluation.every_epochs * run.loader.steps_per_epoch) and state.step < run.total_steps:
+    if evaluation is None or not _evaluates(run):
         return
     measured = [state.step in (row["step"] for row in read_metrics(run.folder.evaluation))]
     torch.distributed.broadcast_object_list(measured)  # the main rank's file counts
@@ -193,14 +232,3 @@ def _save(run: Run, saved: int, required: bool) -> int:
         raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")
     _log.warning("%s; training continues, and tries again in %d steps", problem, run.config.checkpoint.every_steps)
     return saved
-
-
-def _timed(batches: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Each item, with the seconds spent waiting for it."""
-    while True:
-        start = time.perf_counter()
-        try:
-            item = next(batches)
-        except StopIteration:
-            return
-        yield item, time.perf_counter() - start

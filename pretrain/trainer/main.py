@@ -3,10 +3,13 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Protocol, TypeVar
+
+import torch
 
 from pretrain.trainer.launch import World, exit_process, find_world
 from pretrain.trainer.logs import log_to_console
@@ -14,7 +17,15 @@ from pretrain.trainer.nonfinite import Diverged
 from pretrain.trainer.run_folder import package_version
 from pretrain.trainer.signals import Stopped, watch_signals
 
-AnyConfig = TypeVar("AnyConfig")
+
+class TrainingConfig(Protocol):
+    """What `main` asks of a configuration."""
+
+    def memory_advice(self, ranks: int) -> str:
+        """The keys to change where a GPU's memory is full, as what to do."""
+
+
+AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 _log = logging.getLogger(__name__)
 
 STOPPED_FILE = "LOMAR_STOPPED_FILE"  # of the environment: by this file slurm/_train.sh knows that it is to requeue
@@ -55,6 +66,13 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
     except Stopped as stopped:
         _log.info("%s", stopped)
         return _mark_stopped() if world.is_main else 0
+    except torch.OutOfMemoryError as error:
+        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        more = f" ({wanted[1]} more were asked for)" if wanted else ""
+        _log.error(
+            "error on rank %d: the GPU's memory is full%s: %s", world.rank, more, config.memory_advice(world.size)
+        )
+        return 1
     except (ValueError, Diverged, OSError) as error:
         _log.error("error on rank %d: %s", world.rank, error)
         return 1

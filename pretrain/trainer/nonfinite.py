@@ -1,9 +1,9 @@
 """Non-finite gradients: the optimizer skips the step on every rank, and its samples are listed."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,20 +33,53 @@ def list_samples(path: Path, step: int, keys: list[str], world: World) -> None:
 class NonfiniteGuard(torch.optim.Optimizer):
     """A mixin that gives an optimizer what DeepSpeed's ZeRO optimizers have and its stage 0 lacks.
 
-    It clips the gradient, records the norm before that, and skips a step whose gradient is not finite. DeepSpeed reads
-    `overflow` and `_global_grad_norm` after `step`.
+    It clips the gradient, records the norm before that, and refuses a step whose gradient is not finite: weights,
+    moments and step counts keep their bits. With a fused optimizer no step waits for the device to know:
+    `applied_later` tells the host. DeepSpeed reads `_global_grad_norm` after `step`.
+
+    Attributes:
+        refused: () float32 on the device, 1 if the last step was refused, else 0.
     """
 
     clip_grad = 0.0
-    overflow = False
-    _global_grad_norm = 0.0
+    refused: Tensor
+    _global_grad_norm: float | Tensor = 0.0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad or math.inf)
-        self._global_grad_norm = norm.item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if not self.overflow:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip_grad:  # by a norm that is not finite it spoils the gradient, which is refused anyway
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        self._global_grad_norm = norm
+        self.refused = norm.isfinite().logical_not().float()
+        if getattr(self, "_step_supports_amp_scaling", False):
+            self.found_inf = self.refused  # torch's fused kernels read it under this name, and do nothing if it is 1
             super().step()
+        elif not self.refused:  # other optimizers wait for the device
+            super().step()
+
+
+def applied_later(engine: Any) -> Callable[[], bool]:
+    """Whether the optimizer step that was just taken changed the weights.
+
+    Returns:
+        A function that says so. In stage 0 it waits for the device, if that is not done with the step yet; DeepSpeed's
+        ZeRO optimizers have waited already.
+    """
+    if not isinstance(engine.optimizer, NonfiniteGuard):
+        applied = bool(engine.was_step_applied())  # the next micro-batch forgets it
+        return lambda: applied
+    refused = engine.optimizer.refused
+    if refused.device.type == "cpu":
+        return lambda: not refused
+    copied = torch.empty_like(refused, device="cpu", pin_memory=True)
+    copied.copy_(refused, non_blocking=True)
+    ready = torch.cuda.current_stream(refused.device).record_event()
+
+    def read() -> bool:
+        ready.synchronize()
+        return not copied
+
+    return read

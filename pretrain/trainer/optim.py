@@ -44,6 +44,20 @@ class GuardedAdamW(NonfiniteGuard, torch.optim.AdamW):
 
 
 def build_adamw(groups: list[dict[str, Any]], config: RunConfig, stage: int) -> torch.optim.Optimizer:
-    """AdamW, guarded in ZeRO stage 0."""
+    """AdamW in one kernel, guarded in ZeRO stage 0."""
     kind = torch.optim.AdamW if stage else GuardedAdamW
-    return kind(groups, lr=config.peak_lr, betas=config.optim.betas)
+    return kind(groups, lr=config.peak_lr, betas=config.optim.betas, fused=True)
+
+
+def keep_fused(optimizer: torch.optim.Optimizer) -> None:
+    """Call it when the optimizer's state was loaded: the options of the one that was saved must not win.
+
+    A fused optimizer reads its step counts on the device; DeepSpeed loads them to the CPU when ranks have changed.
+    """
+    if not optimizer.defaults.get("fused"):
+        return
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device)

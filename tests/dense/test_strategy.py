@@ -106,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
     jobs["plain from zero3"] = [*short, f"load_from={root}/zero3/epoch_2"]
     jobs["zero3 tested"] = [f"test={root}/zero3", f"test_evaluator.outfile_prefix={root}/test"]
     jobs["bf16"] = [*short, *engine["zero1"], "train.precision=bf16"]
-    for name in ("plain", "zero3"):
+    for name in ("plain", "zero1", "zero2", "zero3"):
         jobs[f"{name} empty"] = [*short, *engine[name], *EMPTY]
     keep = "default_hooks.checkpoint.max_keep_ckpts=1"
     jobs["plain full"] = ["train_cfg.max_epochs=3", keep, "full=8,0"]
@@ -132,8 +132,10 @@ def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
         torch.testing.assert_close(zero["state_dict"][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_zero3_trains_on_images_without_objects(folder: Path):
-    plain, zero = (logged(last_checkpoint(folder / f"{name}-empty"), "loss") for name in ("plain", "zero3"))
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_zero_trains_on_images_without_objects(folder: Path, engine: str):
+    """Gradients become ready in one order on all ranks, though their images differ: ZeRO's buckets need that."""
+    plain, zero = (logged(last_checkpoint(folder / f"{name}-empty"), "loss") for name in ("plain", engine))
     assert len(plain) == 4
     assert zero == pytest.approx(plain, rel=1e-5)
 

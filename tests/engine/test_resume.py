@@ -57,6 +57,23 @@ def test_killed_and_continued_ends_with_the_same_bits(
     assert_same_run(unbroken, broken)
 
 
+def test_other_kernels_or_precisions_are_refused_unless_asked_for(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    moved = tmp_path / "runs" / "moved"
+    shutil.copytree(whole(*settings("zero1")), moved, ignore=shutil.ignore_patterns(LAST))
+    again = (recipe, *settings("zero1"), "name=moved", "model.residual=bf16")
+    (first, _) = (processes := start(*again)).outputs()
+    assert all(rank.returncode == 1 for rank in processes.all)
+    assert "residual was 'fp32' and is 'bf16'" in first
+    assert "checkpoint.exact_resume=false" in first
+    continued = start(*again, "checkpoint.exact_resume=false").finish()
+    assert f"resumes from {BEFORE}" in continued
+    assert "continues with other bits: residual was" in continued
+    recorded = json.loads((moved / "checkpoints" / LAST / "manifest.json").read_text())["state"]["numerics"]
+    assert recorded == {"compile": False, "attention": "sdpa", "residual": "bf16", "sdpa": "cpu"}
+
+
 @pytest.mark.parametrize(("stage", "ranks"), [("zero0", 1), ("zero1", 4), ("zero2", 1)])
 def test_another_number_of_ranks_continues(
     stage: str, ranks: int, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
@@ -69,6 +86,27 @@ def test_another_number_of_ranks_continues(
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-6)
     assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
     assert f"resumes from {LAST}" in start(*again, processes=ranks).finish()
+
+
+def test_the_default_engine_is_chosen_by_the_ranks_and_then_kept(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    """From two ranks to one and back, without a word about the engine."""
+
+    def engine(run: Path) -> tuple[int, str]:
+        settings = json.loads((run / "environment.json").read_text())["deepspeed"]
+        return settings["zero_stage"], settings["basic_optimizer"]
+
+    of_two, run = whole(TWENTY_STEPS), tmp_path / "runs" / "tiny"
+    assert engine(of_two) == (1, "AdamW")
+    shutil.copytree(of_two, run, ignore=shutil.ignore_patterns(LAST))
+    output = start(recipe, TWENTY_STEPS, processes=1).finish()
+    assert f"resumes from {BEFORE}" in output
+    assert '"zero_stage": 1' in output
+    assert engine(run) == (1, "AdamW")
+    assert f"resumes from {LAST}" in start(recipe, TWENTY_STEPS, processes=2).finish()
+    start(recipe, "name=alone", processes=1).finish()
+    assert engine(tmp_path / "runs" / "alone") == (0, "GuardedAdamW")
 
 
 def test_zero3_refuses_another_number_of_ranks(

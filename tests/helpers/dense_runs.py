@@ -14,10 +14,14 @@ BIN = Path(sys.executable).parent
 
 
 def write_engines(folder: Path) -> dict[str, list[str]]:
-    """Writes files of DeepSpeed's keys; returns the override that takes each; `plain` is mmengine's Runner."""
+    """Writes files of DeepSpeed's keys; returns the override that takes each; `plain` is mmengine's Runner.
+
+    They are the shipped ones, but for buckets of which a small model fills several.
+    """
     engines: dict[str, list[str]] = {"plain": []}
     for stage in (1, 2, 3):
-        zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+        zero: dict[str, Any] = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())["zero_optimization"]
+        zero["reduce_bucket_size"] = 30_000
         if stage == 3:  # by default all parameters of so small a model would stay gathered
             for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
                 zero[f"stage3_{key}"] = 0

@@ -13,7 +13,7 @@ from helpers.naive_attention import bucket
 from helpers.tiny import loss_and_gradients, random_images, random_mask_indices, randomize, tiny_lomar
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.vit import Arch
-from pretrain.models.window_attention import window_attention, window_tokens
+from pretrain.models.window_attention import window_attention, window_tokens, worst_error
 
 # size of a window, patches that are tokens (None: all), channels of a head
 CASES: tuple[tuple[int, int | None, int], ...] = (
@@ -84,6 +84,7 @@ if __name__ == "__main__":
     errors = {
         f"{size}x{size}, {count}, {channels}": kernel_errors(size, count, channels) for size, count, channels in CASES
     }
+    errors["worst_error"] = {"worst": worst_error(7, 2, 64, torch.device("cpu"), torch.float32)}
     errors["LoMaR"] = method_errors()
     errors["late"] = method_errors(mask_token_block=1)
     errors["late + PR-MIM"] = method_errors(mask_token_block=1, pr_mim=half)

@@ -1,13 +1,24 @@
 """The schedule and the optimizer."""
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
+from helpers.host_reads import HostReads
 from torch import nn
 
-from pretrain.trainer.config import OptimConfig
-from pretrain.trainer.optim import GuardedAdamW, learning_rate, parameter_groups, set_learning_rate
+from pretrain.trainer.config import OptimConfig, RunConfig
+from pretrain.trainer.nonfinite import NonfiniteGuard
+from pretrain.trainer.optim import (
+    GuardedAdamW,
+    build_adamw,
+    keep_fused,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
 
 PER_EPOCH, EPOCHS, PEAK = 10, 100, 2.4e-3
 
@@ -52,11 +63,20 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
 
 
-def optimizers() -> tuple[list[nn.Module], GuardedAdamW, torch.optim.AdamW]:
+class GuardedSGD(NonfiniteGuard, torch.optim.SGD):
+    """An optimizer that does not read `found_inf` by itself, as LARS."""
+
+
+KINDS = {"fused": (GuardedAdamW, torch.optim.AdamW), "others": (GuardedSGD, torch.optim.SGD)}
+
+
+def optimizers(kind: str = "fused") -> tuple[list[nn.Module], Any, torch.optim.Optimizer]:
     models = [small_model(), small_model()]
-    arguments = {"lr": 1e-2, "betas": (0.9, 0.95)}
-    guarded = GuardedAdamW(parameter_groups(models[0], 0.05), **arguments)
-    return models, guarded, torch.optim.AdamW(parameter_groups(models[1], 0.05), **arguments)
+    options: Any = {"lr": 1e-2, **({"fused": True, "betas": (0.9, 0.95)} if kind == "fused" else {"momentum": 0.9})}
+    guarded, plain = (
+        of(parameter_groups(model, 0.05), **options) for of, model in zip(KINDS[kind], models, strict=True)
+    )
+    return models, guarded, plain
 
 
 def set_gradients(models: list[nn.Module], step: int) -> None:
@@ -66,35 +86,116 @@ def set_gradients(models: list[nn.Module], step: int) -> None:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_guarded_adamw_is_adamw_bit_for_bit_on_finite_gradients():
-    models, guarded, plain = optimizers()
+def clip(optimizer: torch.optim.Optimizer, limit: float) -> torch.Tensor:
+    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], limit)
+
+
+def assert_same_weights(models: list[nn.Module]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_guarded_optimizer_is_the_plain_one_bit_for_bit_on_finite_gradients(kind: str):
+    models, guarded, plain = optimizers(kind)
     start = [p.clone() for p in models[0].parameters()]
     for step in range(5):
         set_gradients(models, step)
         guarded.step()
         plain.step()
-    assert not guarded.overflow
+        assert not guarded.refused
     norm = torch.cat([p.grad.flatten() for p in models[0].parameters()]).norm()
-    assert guarded._global_grad_norm == pytest.approx(norm.item(), rel=1e-6)
-    for before, ours, theirs in zip(start, models[0].parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert not torch.equal(ours, before)
+    assert float(guarded._global_grad_norm) == pytest.approx(norm.item(), rel=1e-6)
+    assert_same_weights(models)
+    for before, after in zip(start, models[0].parameters(), strict=True):
+        assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_clips_as_torch_does(kind: str):
+    models, guarded, plain = optimizers(kind)
+    guarded.clip_grad = 0.1
+    for step in range(3):
+        set_gradients(models, step)
+        guarded.step()
+        norm = clip(plain, 0.1)
+        plain.step()
+        assert torch.equal(guarded._global_grad_norm, norm)
+    assert_same_weights(models)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_guarded_adamw_skips_a_non_finite_gradient_and_continues(bad: float):
-    models, guarded, plain = optimizers()
+@pytest.mark.parametrize("refused_step", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_refuses_a_non_finite_gradient_and_continues(kind: str, refused_step: int, bad: float, limit: float):
+    """Weights, moments and step counts are those of a training that never had that step."""
+    models, guarded, plain = optimizers(kind)
+    guarded.clip_grad = limit
+    for step in range(5):
+        set_gradients(models, step)
+        if step == refused_step:
+            models[0][2].bias.grad[1] = bad
+            weights, state = copy.deepcopy([list(models[0].parameters()), guarded.state_dict()["state"]])
+            guarded.step()
+            assert guarded.refused
+            assert not math.isfinite(guarded._global_grad_norm)
+            assert all(torch.equal(a, b) for a, b in zip(weights, models[0].parameters(), strict=True))
+            assert step == 0 or same_state(state, guarded.state_dict()["state"])
+            continue
+        guarded.step()
+        if limit:
+            clip(plain, limit)
+        plain.step()
+        assert not guarded.refused
+    assert_same_weights(models)
+    assert same_state(guarded.state_dict()["state"], plain.state_dict()["state"])
+
+
+def same_state(first: dict[int, Any], second: dict[int, Any]) -> bool:
+    assert first
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[number][key]) for number, state in first.items() for key, value in state.items()
+    )
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("fused", 0), ("others", 1)])
+def test_a_fused_step_reads_nothing_off_the_device(kind: str, reads: int):
+    models, guarded, _ = optimizers(kind)
+    guarded.clip_grad = 0.1
+    for step in range(3):
+        set_gradients(models, step)
+        with HostReads() as mode:
+            guarded.step()
+        assert mode.count == reads
+    with HostReads() as mode:
+        assert not guarded.refused
+    assert mode.count == 1, "the mode sees what it is for"
+
+
+def test_adamw_is_fused_in_every_stage():
+    config = RunConfig(name="x", data={"shards": "unused"})
+    for stage in range(4):
+        optimizer = build_adamw(parameter_groups(small_model(), 0.05), config, stage)
+        assert all(group["fused"] for group in optimizer.param_groups)
+        assert isinstance(optimizer, NonfiniteGuard) == (stage == 0)
+
+
+def test_loading_does_not_bring_back_the_options_of_the_optimizer_that_was_saved():
+    """A step count as DeepSpeed's universal checkpoints hold it, on the CPU and of whatever type."""
+    models, guarded, _ = optimizers()
+    saved = torch.optim.AdamW(parameter_groups(models[1], 0.05), lr=1e-2, betas=(0.9, 0.95))
     set_gradients(models, 0)
-    guarded.step()
-    plain.step()
+    saved.step()
+    guarded.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert not any(group["fused"] for group in guarded.param_groups), "torch lets the saved options win"
+    first = next(iter(guarded.state.values()))
+    first["step"] = first["step"].double()
+    keep_fused(guarded)
+    assert all(group["fused"] for group in guarded.param_groups)
+    assert {state["step"].dtype for state in guarded.state.values()} == {torch.float32}
     set_gradients(models, 1)
-    models[0][2].bias.grad[1] = bad
+    models[0].load_state_dict(models[1].state_dict())
     guarded.step()
-    assert guarded.overflow
-    assert not math.isfinite(guarded._global_grad_norm)
-    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
-    set_gradients(models, 2)  # moments and step counts were left alone as well
-    guarded.step()
-    plain.step()
-    assert not guarded.overflow
-    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    saved.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

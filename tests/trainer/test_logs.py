@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
+from downstream.dense.job import Job
 from pretrain.trainer import main as entry
+from pretrain.trainer.config import ModelConfig, RunConfig
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import ProgressBar
 from pretrain.trainer.logs import log_to_console, log_to_file
 from pretrain.trainer.nonfinite import Diverged
 from pretrain.trainer.signals import Stopped
 
+CONFIG = RunConfig(
+    name="x", data={"shards": "unused"}, train={"global_batch_size": 64, "gradient_accumulation_steps": 4}
+)
 MAIN, OTHER = World(0, 2, 0), World(1, 2, 1)
 OURS = logging.getLogger("pretrain.trainer.loop")
 LIBRARY = logging.getLogger("library")
@@ -116,7 +122,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., o
         raise SystemExit(code)
 
     def run(error: Exception | None, rank: int = 0) -> object:
-        def train(config: None, world: World) -> None:
+        def train(config: RunConfig, world: World) -> None:
             log_to_file(tmp_path / "logs", world)
             if error is not None:
                 raise error
@@ -125,7 +131,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., o
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         with pytest.raises(SystemExit) as ended:
-            entry.main("", lambda recipe, overrides: None, train)
+            entry.main("", lambda recipe, overrides: CONFIG, train)
         return ended.value.code
 
     monkeypatch.setattr(entry, "exit_process", exit_process)
@@ -143,6 +149,36 @@ def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
     assert capsys.readouterr().err == f"error on rank {rank}: {error}\n"
     logged = (tmp_path / "logs" / f"rank{rank}.log").read_text()
     assert logged.endswith(f" ERROR pretrain.trainer.main: error on rank {rank}: {error}\n")
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.93 GiB is free."
+)
+
+
+@pytest.mark.parametrize(("said", "more"), [(CUDA_SAYS, " (2.50 GiB more were asked for)"), ("out of memory", "")])
+def test_a_full_gpu_is_one_line_with_the_keys_to_change(
+    said: str, more: str, run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run_main(torch.OutOfMemoryError(said), rank=1) == 1
+    line = (
+        f"error on rank 1: the GPU's memory is full{more}: set train.gradient_accumulation_steps higher than 4 (the "
+        "micro-batch is 8), model.grad_checkpointing=true, or start a new run with a higher ZeRO stage "
+        "(train.ds_config)\n"
+    )
+    assert capsys.readouterr().err == line
+    assert (tmp_path / "logs" / "rank1.log").read_text().endswith(line)
+
+
+def test_the_advice_does_not_name_what_is_done_already():
+    config = CONFIG.model_copy(update={"model": ModelConfig(grad_checkpointing=True)})
+    assert "grad_checkpointing" not in config.memory_advice(2)
+
+
+def test_a_full_gpu_in_detection_and_segmentation_names_their_keys():
+    cfg = {"train_dataloader": {"batch_size": 4}, "test_dataloader": {"batch_size": 3}}
+    assert Job(cfg).memory_advice(2).startswith("set train_dataloader.batch_size lower than 4 and ")
+    assert Job(cfg, test="last.pth").memory_advice(2) == "set test_dataloader.batch_size lower than 3"
 
 
 def test_an_unexpected_error_leaves_its_traceback_in_both(

@@ -102,6 +102,7 @@ def test_only_keys_that_do_not_change_the_weights_are_marked():
         "data.num_workers",
         "data.max_skipped_images",
         "train.gradient_accumulation_steps",
+        "train.deterministic",
         "train.ds_config",  # compared by its ZeRO stage
         "train.max_nonfinite_steps",
         "checkpoint",

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from pretrain.models.relative_position import CLASS_BUCKET, RelativeKey, product_buckets
+from pretrain.models.attention import RelativeKey
+from pretrain.models.relative_position import CLASS_BUCKET, product_buckets
 
 Grid = tuple[int, int]
 

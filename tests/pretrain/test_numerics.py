@@ -1,0 +1,165 @@
+"""How a step is computed: what is chosen on which device, what is refused, and what a module then does."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import loss_and_gradients, random_images, random_mask_indices, tiny_lomar
+
+from pretrain import numerics
+from pretrain.config import load
+from pretrain.models import sdpa
+from pretrain.models.relative_position import pair_buckets
+from pretrain.models.vit import Block
+from pretrain.numerics import Numerics, apply_numerics, choose_numerics
+
+LOMAR = "lomar_vitb16_224_400e"
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What torch says about an H100 with Triton and a compiler."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
+    monkeypatch.setattr(numerics, "_compiler_obstacle", lambda: "")
+    return monkeypatch
+
+
+def chosen(*overrides: str, recipe: str = LOMAR, device: torch.device = GPU, stage: int = 1) -> Numerics:
+    return choose_numerics(load(recipe, ["data.shards=none", *overrides]), device, stage)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_gets_the_kernel_compiled_blocks_and_deterministic_attention():
+    for recipe in (LOMAR, "lomar_vith14_224_1600e", "lomar_pr_vitb16_224_400e"):
+        assert chosen(recipe=recipe) == Numerics(True, "triton", "fp32", "deterministic")
+
+
+def test_a_cpu_gets_neither():
+    found = chosen(device=CPU)
+    assert (found.compile, found.attention, found.sdpa) == (False, "sdpa", "cpu")
+    assert "GPU" in found.why_sdpa
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("overrides", "recipe", "why"),
+    [
+        (["method.window_size=8"], LOMAR, "8x8"),
+        (["train.precision=fp32"], LOMAR, "bf16"),
+        (["model.position=sincos"], LOMAR, "sincos"),
+        (["model.attention=sdpa"], LOMAR, "model.attention=sdpa"),
+        ([], "mae_vitb16_224_1600e", "sincos"),
+        (["model.position=relative"], "simmim_vitb16_224_800e", "14x14"),
+    ],
+)
+def test_what_the_kernel_does_not_serve_falls_back_and_says_why(overrides: list[str], recipe: str, why: str):
+    found = chosen(*overrides, recipe=recipe)
+    assert found.attention == "sdpa"
+    assert why in found.why_sdpa
+
+
+@pytest.mark.usefixtures("gpu")
+def test_stage_3_is_not_compiled():
+    assert not chosen(stage=3).compile
+    with pytest.raises(ValueError, match=r"model\.compile=on loses gradients in ZeRO stage 3"):
+        chosen("model.compile=on", stage=3)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_wishes_that_cannot_be_met_are_refused():
+    with pytest.raises(ValueError, match=r"model\.attention=triton cannot be used: .*8x8"):
+        chosen("model.attention=triton", "method.window_size=8")
+    with pytest.raises(ValueError, match=r"model\.residual=bf16 needs train\.precision=bf16"):
+        chosen("model.residual=bf16", "train.precision=fp32")
+
+
+def test_without_a_compiler_nothing_is_compiled(gpu: pytest.MonkeyPatch):
+    gpu.setattr(numerics, "_compiler_obstacle", lambda: "there is no C compiler (gcc)")
+    found = chosen()
+    assert (found.compile, found.attention, found.why_sdpa) == (False, "sdpa", "there is no C compiler (gcc)")
+    for wish in ("model.compile=on", "model.attention=triton"):
+        with pytest.raises(ValueError, match=rf"{wish} cannot be used: there is no C compiler"):
+            chosen(wish)
+
+
+def test_a_gpu_without_bf16_is_refused(gpu: pytest.MonkeyPatch):
+    gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    gpu.setattr(torch.cuda, "get_device_name", lambda device: "V100")
+    with pytest.raises(ValueError, match=r"V100 has no bf16: set train\.precision=fp32"):
+        chosen()
+    assert chosen("train.precision=fp32").attention == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"), [(0.5, r"wrong by 5\.0e-01"), (float("nan"), "wrong by nan"), (None, "no ptxas")]
+)
+def test_a_kernel_that_does_not_work_here_is_refused(
+    error: float | None, problem: str, monkeypatch: pytest.MonkeyPatch
+):
+    def worst_error(*_: Any) -> float:
+        if error is None:
+            raise RuntimeError("no ptxas\nat line 3")
+        return error
+
+    monkeypatch.setattr(numerics, "worst_error", worst_error)
+    with pytest.raises(ValueError, match=rf"does not work here \(.*{problem}\): set model\.attention=sdpa"):
+        numerics.check_window_kernel(load(LOMAR, ["data.shards=none"]), GPU)
+    monkeypatch.setattr(numerics, "worst_error", lambda *_: 0.004)
+    numerics.check_window_kernel(load(LOMAR, ["data.shards=none"]), GPU)
+
+
+def test_a_bf16_residual_stream_is_near_the_fp32_one():
+    losses: dict[str, Any] = {}
+    for residual in ("fp32", "bf16"):
+        method = tiny_lomar()
+        seen: list[torch.dtype] = []
+        method.encoder.blocks[1].register_forward_pre_hook(
+            lambda module, inputs, seen=seen: seen.append(inputs[0].dtype)
+        )
+        apply_numerics(method, Numerics(False, "sdpa", residual, "cpu"))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses[residual], gradients = loss_and_gradients(method, random_images(method), random_mask_indices(method))
+        assert seen == [torch.bfloat16 if residual == "bf16" else torch.float32]
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    assert losses["fp32"] != losses["bf16"]
+    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.01, atol=0)
+
+
+def test_compiled_modules_are_not_compiled_in_copies():
+    """The teacher and the probe copy the encoder: they must compute with their own weights."""
+    method = tiny_lomar()
+    apply_numerics(method, Numerics(True, "sdpa", "fp32", "cpu"))
+    blocks = [module for module in method.modules() if isinstance(module, Block)]
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    copied = copy.deepcopy(method.encoder)
+    assert all(block._compiled_call_impl is None for block in copied.blocks)
+
+
+def test_deterministic_attention_calls_operators_that_exist(monkeypatch: pytest.MonkeyPatch):
+    """On torch's `meta` device: shapes and names, since the kernels themselves need a GPU."""
+    monkeypatch.setattr(sdpa, "_deterministic", True)
+    q, k, v = (torch.empty(2, 3, 50, 16, device="meta", requires_grad=True) for _ in range(3))
+    for bias in (
+        None,
+        torch.empty(2, 3, 50, 50, device="meta", requires_grad=True),
+        torch.empty(3, 50, 50, device="meta"),
+    ):
+        out = sdpa.fused_attention(q, k, v, bias)
+        assert out.shape == q.shape
+        out.sum().backward()
+        assert q.grad is not None
+        assert q.grad.shape == q.shape
+        if bias is not None and bias.requires_grad:
+            assert bias.grad is not None
+            assert bias.grad.shape == bias.shape
+
+
+def test_buckets_of_subsets_are_one_hot():
+    buckets = torch.randint(0, 50, (10, 10))
+    one_hot = pair_buckets(buckets, torch.tensor([[0, 4], [8, 2]]))
+    assert one_hot.shape == (2, 3, 3, 50), "padded keys are for GPUs only"
+    assert (one_hot.argmax(-1)[0] == buckets[[0, 1, 5]][:, [0, 1, 5]]).all()
