@@ -111,7 +111,7 @@ def count_kept(config: PretrainConfig) -> float:
 def check_counts(quick: bool) -> list[Row]:
     arch = "vit_small" if quick else "vit_base"
     rows = []
-    for name, (recipe, *overrides) in tqdm(COUNTED.items(), desc="flops and kept bytes", disable=None):
+    for name, (recipe, *overrides) in tqdm(COUNTED.items(), desc="flops and kept bytes"):
         config = load(recipe, ["data.shards=none", f"model.arch={arch}", *overrides])
         trace = trace_method(config)
         rows.append(Row("flops", name, "GFLOP", count_flops(config) / 1e9, forward_flops(trace) / 1e9))
@@ -124,7 +124,7 @@ def check_memory(quick: bool) -> list[Row]:
     """One image a rank, so that what is measured is weights, gradients, optimizer and DeepSpeed, not activations."""
     rows = []
     cases = [(stage, ranks) for ranks in ((1, 2) if quick else (1, 2, 4)) for stage in range(4)]
-    for stage, ranks in tqdm(cases, desc="ZeRO", disable=None):
+    for stage, ranks in tqdm(cases, desc="ZeRO"):
         config = load(
             LOMAR,
             [
@@ -234,7 +234,7 @@ PUBLISHED: list[tuple[str, str, float, Callable[[], float]]] = [
 
 def check_published() -> list[Row]:
     return [
-        Row("published", name, unit, truth, planned()) for name, unit, truth, planned in tqdm(PUBLISHED, disable=None)
+        Row("published", name, unit, truth, planned()) for name, unit, truth, planned in tqdm(PUBLISHED)
     ]
 
 

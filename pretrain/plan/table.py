@@ -10,7 +10,16 @@ from pretrain.plan.loader_cost import JPEG_BYTES
 from pretrain.plan.memory import GIB, Memory
 from pretrain.plan.step_time import image_flops
 
-_COLUMNS = ("weights", "gradients", "optimizer", "deepspeed", "casts", "activations", "workspace", "teacher")
+_COLUMNS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "AdamW",
+    "deepspeed": "engine",
+    "casts": "casts",
+    "activations": "kept",
+    "workspace": "work",
+    "teacher": "teacher",
+}
 
 
 def render(plan: Plan, gpu: str, advice: list[Advice]) -> str:
@@ -42,7 +51,7 @@ def _memory(plan: Plan, gpu: str) -> str:
     capacity = plan.cluster.gpu.memory
     lines = [
         f"GiB of a GPU ({capacity:g} on {gpu}) at the peak of a step, and the largest micro-batch that fits",
-        f"{'ZeRO':22}" + "".join(f"{name:>12}" for name in _COLUMNS) + f"{'total':>8}{'largest':>9}",
+        f"{'ZeRO':22}" + "".join(f"{name:>9}" for name in _COLUMNS.values()) + f"{'total':>8}{'largest':>9}",
     ]
     for stage in plan.stages:
         for checkpointing in (False, True):
@@ -52,7 +61,7 @@ def _memory(plan: Plan, gpu: str) -> str:
             name = (
                 f"{'*' if own else ' '} {stage.zero.stage}{_offload(stage)}{', checkpointing' if checkpointing else ''}"
             )
-            cells = "".join(f"{getattr(memory, column) / GIB:12.2f}" for column in _COLUMNS)
+            cells = "".join(f"{getattr(memory, column) / GIB:9.2f}" for column in _COLUMNS)
             lines.append(f"{name:22}{cells}{memory.total / GIB:8.1f}{largest:9,}")
     if not plan.fits:
         lines.append(f"does not fit: {_how_to_fit(plan)}")
