@@ -2,34 +2,40 @@
 
     python benchmarks/cost.py [--quick]
 
-Nothing is timed. The forward pass is counted; the backward pass of matrix products costs twice as much, so a step's
-ratios are the same (torch's counter counts the backward of a depth-wise convolution as a full one's). A teacher's
-forward pass, which has no backward, counts as a third. Both are relative to the method without the add-on and are
-printed next to PR-MIM's own figures (its Tables 2 and 4).
+Nothing is timed. The forward pass is counted, as it runs on a GPU in bf16 (`fake_gpu.py`); the backward pass of matrix
+products costs twice as much, so a step's ratios are the same (torch's counter counts the backward of a depth-wise
+convolution as a full one's). A teacher's forward pass, which has no backward, counts as a third.
+
+What is kept is counted twice where the kernel for windows serves. With torch's fused attention the relative position is
+a bias: it is kept, with a copy of the queries, the sums of the softmax, and one-hot positions where sequences differ.
+The kernel keeps the linear layer's output as it is, and int8 places of the tokens, one set for all blocks. (A compiler
+decides anew what it keeps and what it computes again; that is not counted.)
+
+The first table is each method, relative to the one without the add-on and next to PR-MIM's own figures (its Tables 2
+and 4). The second is the fast recipes at every size, relative to LoMaR and to MAE; the last counts the graphs that
+torch.compile makes of the blocks, none of which is broken.
 `--quick` counts a smaller encoder. The last line of the output is one JSON object.
 """
 
 import argparse
 import json
 import sys
+import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from benchmarks.saved import saved_storages
-from pretrain.build import build_ema, build_method
-from pretrain.config import PretrainConfig, load
-from pretrain.methods.base import Method
-from pretrain.methods.lut import LUT
+from benchmarks.fake_gpu import count
+from benchmarks.graphs import count_graphs
+from pretrain.config import load
+from pretrain.models.window_attention import MAX_WINDOW_SIZE
 
-BATCH = 2
 MAE, SIMMIM, LOMAR = "mae_vitb16_224_1600e", "simmim_vitb16_224_800e", "lomar_vitb16_224_400e"
+PR = "pr_mim.throw_ratio=0.5"
 
 
 @dataclass(frozen=True)
@@ -61,55 +67,121 @@ CASES = [
     Case("LoMaR + LUT", "lut_lomar_vitb16_224_400e", base="LoMaR"),
     Case("LoMaR, late (block 8)", LOMAR, ("method.mask_token_block=8",), "LoMaR"),
     Case("LoMaR, asymmetric", LOMAR, ("method.architecture=asymmetric",), "LoMaR"),
-    Case("LoMaR, late + PR 50 %", LOMAR, ("method.mask_token_block=8", "pr_mim.throw_ratio=0.5"), "LoMaR"),
+    Case("LoMaR, late + PR 50 %", LOMAR, ("method.mask_token_block=8", PR), "LoMaR"),
 ]
 
 
-def draw_batch(method: Method | LUT, config: PretrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    views = (len(config.augmentations),) if config.lut else ()
-    images = torch.randint(0, 256, (BATCH, *views, *config.data.height_width, 3), dtype=torch.uint8)
-    samples = [method.mask_sampler()(np.random.default_rng(i)) for i in range(BATCH)]
-    return images, {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+@dataclass(frozen=True)
+class Scale:
+    """An encoder at one image size, and at which of its blocks late mask tokens enter: two thirds of the depth."""
+
+    encoder: str
+    size: int
+    num_windows: int
+    mask_token_block: int
+    lomar: str
+    mae: str
+
+    def cases(self) -> list[Case]:
+        size = f"data.image_size={self.size}"
+        windows, late = f"method.num_windows={self.num_windows}", f"method.mask_token_block={self.mask_token_block}"
+        return [
+            Case("MAE", self.mae, (size,)),
+            Case("LoMaR", self.lomar, (size, windows)),
+            Case("late", self.lomar, (size, windows, late)),
+            Case("PR 50 %", self.lomar, (size, windows, PR)),
+            Case("late + PR 50 %", self.lomar, (size, windows, late, PR)),
+        ]
 
 
-def count(case: Case, arch: str) -> dict[str, float]:
-    """G multiply-adds of an image's forward pass, and MiB that it keeps for the backward."""
-    overrides = ["data.shards=none", f"model.arch={arch}", *case.overrides]
-    config = load(case.recipe, overrides)
-    method = build_method(config)
-    ema = build_ema(config, method, torch.device("cpu"))
-    images, mask_indices = draw_batch(method, config)
-    with FlopCounterMode(display=False) as without_backward:
-        teacher_outputs = ema.model_inputs(images)
-    with FlopCounterMode(display=False) as forward, saved_storages(method) as saved:
-        loss = method(images, mask_indices, **teacher_outputs)["loss"]
-    assert torch.isfinite(loss)
-    flops = forward.get_total_flops() + without_backward.get_total_flops() / 3
+SCALES = [
+    Scale(encoder, size, num_windows, block, lomar, mae)
+    for encoder, block, lomar, mae, sizes in (
+        ("ViT-B/16", 8, LOMAR, MAE, (224, 384, 448)),
+        ("ViT-L/16", 16, "lomar_vitl16_224_1600e", "mae_vitl16_224_1600e", (224, 384, 448)),
+        ("ViT-H/14", 21, "lomar_vith14_224_1600e", "mae_vith14_224_1600e", (224, 378, 448)),
+    )
+    for size, num_windows in zip(sizes, (4, 6, 9), strict=True)
+]
+
+
+def count_case(case: Case, arch: str = "") -> dict[str, float]:
+    """G multiply-adds of an image's forward pass, and MiB that it keeps, with torch's attention and with the kernel."""
+    config = load(case.recipe, ["data.shards=none", *([f"model.arch={arch}"] if arch else []), *case.overrides])
+    counted = count(config)
+    rows, cols = config.method.sequence_grid(config.grid)
+    kernel_serves = config.model.position == "relative" and rows == cols <= MAX_WINDOW_SIZE
     return {
-        "forward_gmacs": flops / 2e9 / BATCH,
-        "saved_mib": sum(saved.values()) / 2**20 / BATCH,
+        "forward_gmacs": counted.flops / 2e9,
+        "saved_mib": counted.kept / 2**20,
+        "saved_by_kernel_mib": (count(config, window_kernel=True) if kernel_serves else counted).kept / 2**20,
     }
+
+
+def print_methods(arch: str) -> list[dict]:
+    """The first table; returns its rows."""
+    print(f"{'':28}{'forward':>9}{'kept':>9}{'kernel':>9}{'forward':>9}{'kept':>8}{'paper':>15}")
+    print(f"{arch + '/16, 224 px':28}{'G MAC':>9}{'MiB':>9}{'MiB':>9}{'ratio':>9}{'ratio':>8}{'FLOPs  memory':>15}")
+    results: dict[str, dict] = {}
+    for case in progress(CASES):
+        counted = count_case(case, arch)
+        base = results.get(case.base, counted)
+        ratios = {f"{key}_ratio": counted[key] / base[key] for key in ("forward_gmacs", "saved_mib")}
+        results[case.name] = {**asdict(case), **counted, **ratios}
+        paper = f"{case.paper[0]:.2f}    {case.paper[1]:.2f}" if case.paper else ""
+        tqdm.write(
+            f"{case.name:28}{counted['forward_gmacs']:9.2f}{counted['saved_mib']:9.1f}"
+            f"{counted['saved_by_kernel_mib']:9.1f}{ratios['forward_gmacs_ratio']:9.2f}"
+            f"{ratios['saved_mib_ratio']:8.2f}{paper:>15}"
+        )
+    return list(results.values())
+
+
+def print_scales(scales: list[Scale], arch: str) -> list[dict]:
+    """The second table; returns its rows. Ratios of what is kept are those of the best attention that there is."""
+    print(f"\n{'':32}{'forward':>9}{'kept':>9}{'kernel':>9}{'of LoMaR':>16}{'of MAE':>16}")
+    print(f"{'':32}{'G MAC':>9}{'MiB':>9}{'MiB':>9}{'FLOPs  kept':>16}{'FLOPs  kept':>16}")
+    rows: list[dict] = []
+    for scale in progress(scales):
+        counted = {case.name: count_case(case, arch) for case in progress(scale.cases())}
+        for name, cost in counted.items():
+            ratios = {
+                base: [cost[key] / counted[base][key] for key in ("forward_gmacs", "saved_by_kernel_mib")]
+                for base in ("LoMaR", "MAE")
+            }
+            rows.append({"encoder": scale.encoder, "size": scale.size, "name": name, **cost, "ratios": ratios})
+            tqdm.write(
+                f"{f'{arch or scale.encoder} {scale.size} {name}':32}{cost['forward_gmacs']:9.2f}"
+                f"{cost['saved_mib']:9.1f}{cost['saved_by_kernel_mib']:9.1f}"
+                + "".join(f"{flops:10.2f}  {kept:.2f}" for flops, kept in ratios.values())
+            )
+    return rows
+
+
+def print_graphs() -> dict[str, int]:
+    """The graphs of the second table's methods, which do not depend on the encoder's width."""
+    graphs = {}
+    for case in progress(SCALES[0].cases()):
+        config = load(case.recipe, ["data.shards=none", "model.arch=vit_tiny", *case.overrides])
+        graphs[case.name] = count_graphs(config)
+    print("\ngraphs of the blocks:", ", ".join(f"{name} {number}" for name, number in graphs.items()))
+    return graphs
+
+
+def progress(cases: Iterable) -> Iterable:
+    """A bar, which does not stay."""
+    return tqdm(cases, leave=False, disable=None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    arch = "vit_tiny" if parser.parse_args().quick else "vit_base"
-    print(f"{'':28}{'forward':>9}{'kept':>9}{'forward':>9}{'kept':>8}{'paper':>15}")
-    print(f"{arch + '/16, 224 px':28}{'G MAC':>9}{'MiB':>9}{'ratio':>9}{'ratio':>8}{'FLOPs  memory':>15}")
-    results: dict[str, dict] = {}
-    for case in CASES:
-        counted = count(case, arch)
-        base = results.get(case.base, counted)
-        counted |= {f"{key}_ratio": counted[key] / base[key] for key in ("forward_gmacs", "saved_mib")}
-        results[case.name] = {**asdict(case), **counted}
-        paper = f"{case.paper[0]:.2f}    {case.paper[1]:.2f}" if case.paper else ""
-        print(
-            f"{case.name:28}{counted['forward_gmacs']:9.2f}{counted['saved_mib']:9.1f}"
-            f"{counted['forward_gmacs_ratio']:9.2f}{counted['saved_mib_ratio']:8.2f}{paper:>15}",
-            flush=True,
-        )
-    print(json.dumps({"arch": arch, "batch": BATCH, "cases": list(results.values())}))
+    quick = parser.parse_args().quick
+    warnings.filterwarnings("ignore", message="CUDA is not available")  # a teacher's autocast
+    arch = "vit_tiny" if quick else "vit_base"
+    methods = print_methods(arch)
+    scales = print_scales(SCALES[:1] if quick else SCALES, arch if quick else "")
+    print(json.dumps({"arch": arch, "cases": methods, "fast": scales, "graphs": print_graphs()}))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ From bytes to batches, in five steps:
    the first step, how many samples and steps an epoch has.
 3. ``order`` shuffles all samples of an epoch and cuts the result into global batches, micro-batches and ranks: no I/O,
    no state. The samples of a step depend on (seed, step, global batch) and on nothing else.
-4. ``reader`` fetches one sample's bytes with one ``pread``; ``decode`` turns them into the pixels of one crop, which
+4. ``reader`` fetches one sample's bytes with one ``pread``; ``decode`` turns them into the pixels of its crops, which
    ``transforms`` drew from a generator seeded by (seed, epoch, sample).
 5. ``loader`` does 3 and 4 in worker processes and yields one list of micro-batches per step.
 

@@ -1,17 +1,21 @@
-"""Bytes of a JPEG, PNG or WebP file -> uint8 RGB pixels of one crop, decoding no more than needed."""
+"""Bytes of a JPEG, PNG or WebP file -> uint8 RGB pixels of its crops, decoding no more than needed."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.transforms import Box
 
+Margins = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right; in pixels of the target
+
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
 FORMATS = ("JPEG", "PNG", "WEBP")
+REDUCIBLE = ("JPEG", "MPO")  # MPO: a JPEG with further images after the first
 CHANNELS = 3  # of every image: RGB
 
 # Pillow warns from 89 megapixels on, once per worker; our own limit refuses the image instead.
@@ -20,6 +24,16 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 class BadImage(Exception):  # noqa: N818  # a state of the data, not of the program
     """Bytes that are not a usable image; the text is the reason."""
+
+
+class Crop(NamedTuple):
+    """Which part of an image is shown."""
+
+    choose_box: Callable[[int, int], Box]
+    """(width, height) of the image -> box in its pixels. The part of the box that lies outside the image is filled by
+    reflection."""
+    flip: bool = False
+    """Mirror left to right."""
 
 
 def decode(
@@ -37,10 +51,8 @@ def decode(
 
     Args:
         data: the file's bytes.
-        choose_box: (width, height) of the image -> box in its pixels. Called once, before the pixels are decoded. The
-            part of the box that lies outside the image is filled by reflection.
+        choose_box, flip: as in `Crop`.
         size: (H, W) of the result.
-        flip: mirror left to right.
         border: pixels on each side that do not belong to the image: cut off first, so that no filter reads them.
 
     Returns:
@@ -50,14 +62,35 @@ def decode(
         BadImage: truncated, not an image, over 100 megapixels or a side under 8 pixels. No other exception, whatever
             the bytes.
     """
+    return decode_crops(data, [Crop(choose_box, flip)], size, border)[0]
+
+
+def decode_crops(data: bytes, crops: Sequence[Crop], size: tuple[int, int], border: int = 0) -> list[np.ndarray]:
+    """Several crops of one image, each with exactly the pixels that ``decode`` gives.
+
+    The header is read once and every box is chosen once, before the pixels are decoded. Crops share one decoding,
+    unless libjpeg would decode them at different reductions: then there is one for each reduction, because a crop out
+    of the other's would have other pixels.
+
+    Args and errors are those of ``decode``.
+    """
     image = _open(data)
     if border:
         image = _cut(image, border)
-    box = choose_box(image.width, image.height)
+    width, height = image.size
+    boxes = [crop.choose_box(width, height) for crop in crops]
+    decoded: dict[int, _Decoded] = {}  # by reduction
+    pixels = []
     try:
-        return _render(image, box, size, flip)
+        for crop, box in zip(crops, boxes, strict=True):
+            inside, target, beyond = _inside(box, (width, height), size)
+            reduction = _reduction(inside, target) if image.format in REDUCIBLE else 1
+            if reduction not in decoded:
+                decoded[reduction] = _decode(_open(data) if decoded else image, reduction)
+            pixels.append(_render(decoded[reduction], inside, target, beyond, crop.flip))
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
         raise BadImage(_reason(error)) from error
+    return pixels
 
 
 def check_image(data: bytes) -> str:
@@ -72,8 +105,7 @@ def check_image(data: bytes) -> str:
         _to_rgb(image)
     except Exception as error:
         raise BadImage(_reason(error)) from error
-    name = image.format
-    return "JPEG" if name == "MPO" else str(name)  # MPO: a JPEG with further images after the first
+    return "JPEG" if image.format in REDUCIBLE else str(image.format)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -97,19 +129,29 @@ def _cut(image: Image.Image, border: int) -> Image.Image:
         raise BadImage(_reason(error)) from error
 
 
-def _render(image: Image.Image, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
-    inside, size, beyond = _inside(box, image.size, size)
-    pixels = _resize(image, inside, size)
-    if any(map(any, beyond)):
-        pixels = Image.fromarray(np.pad(np.asarray(pixels), (*beyond, (0, 0)), mode="reflect"))
-    if flip:  # here and not on the array: NumPy is slow at reversing pixels of three bytes
-        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(pixels)
+class _Decoded(NamedTuple):
+    image: Image.Image  # RGB or L
+    scale: float  # pixels of the file for one of `image`
 
 
-def _inside(
-    box: Box, image_size: tuple[int, int], size: tuple[int, int]
-) -> tuple[Box, tuple[int, int], tuple[tuple[int, int], tuple[int, int]]]:
+def _decode(image: Image.Image, reduction: int) -> _Decoded:
+    """All pixels of an opened image, at 1/reduction of its size if it is a JPEG; those of RGB and L only when used."""
+    width, scale = image.width, 1.0
+    if reduction > 1:
+        drafted = image.draft(None, (width // reduction, image.height // reduction))
+        if drafted is not None:  # libjpeg rounds the reduced size up, so the scale comes from its result
+            scale = width / drafted[1][2]
+    return _Decoded(image if image.mode in ("RGB", "L") else _to_rgb(image), scale)
+
+
+def _reduction(inside: Box, size: tuple[int, int]) -> int:
+    """1, 2, 4 or 8: libjpeg decodes a crop that is at least so many times its target for a fraction of the work."""
+    left, top, right, bottom = inside
+    times = min((right - left) / size[1], (bottom - top) / size[0])
+    return next((reduction for reduction in (8, 4, 2) if times >= reduction), 1)
+
+
+def _inside(box: Box, image_size: tuple[int, int], size: tuple[int, int]) -> tuple[Box, tuple[int, int], Margins]:
     """The part of a box inside a (width, height) image, its (H, W) in the result, and the rows and columns outside."""
     left, top, right, bottom = box
     inside = max(left, 0), max(top, 0), min(right, image_size[0]), min(bottom, image_size[1])
@@ -119,23 +161,17 @@ def _inside(
     return inside, (size[0] - above - below, size[1] - before - after), ((above, below), (before, after))
 
 
-def _resize(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
-    height, width = size
-    left, top, right, bottom = box
-    full = image.size
-    reduction = int(min((right - left) / width, (bottom - top) / height))
-    if reduction >= 2:
-        # A crop at least twice the target: libjpeg decodes at 1/2, 1/4 or 1/8 for a fraction of the work (JPEG only,
-        # `draft` does nothing for other formats). It rounds the reduced size up, so the scale comes from its result.
-        drafted = image.draft(None, (full[0] // reduction, full[1] // reduction))
-        if drafted is not None:
-            scale = full[0] / drafted[1][2]
-            reduced = image.size
-            left, top = left / scale, top / scale
-            right, bottom = min(right / scale, reduced[0]), min(bottom / scale, reduced[1])
-    pixels = image if image.mode in ("RGB", "L") else _to_rgb(image)
-    pixels = pixels.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    return pixels if pixels.mode == "RGB" else pixels.convert("RGB")
+def _render(decoded: _Decoded, inside: Box, size: tuple[int, int], beyond: Margins, flip: bool) -> np.ndarray:
+    scale, (width, height) = decoded.scale, decoded.image.size
+    left, top, right, bottom = (side / scale for side in inside)
+    box = left, top, min(right, width), min(bottom, height)
+    pixels = decoded.image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    pixels = pixels if pixels.mode == "RGB" else pixels.convert("RGB")
+    if any(map(any, beyond)):
+        pixels = Image.fromarray(np.pad(np.asarray(pixels), (*beyond, (0, 0)), mode="reflect"))
+    if flip:  # here and not on the array: NumPy is slow at reversing pixels of three bytes
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(pixels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

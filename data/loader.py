@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.augment import color_jitter, rand_augment, three_augment
-from data.decode import CHANNELS, BadImage, decode
+from data.decode import CHANNELS, BadImage, Crop, decode_crops
 from data.index import Index
 from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
 from data.reader import ShardReader
@@ -192,11 +192,14 @@ class _MicroBatchDecoder:
 
     def _augment(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
         """Writes all views of a sample; a replacement uses the random numbers of the sample that it replaces."""
-        data = self._reader.read(shown)
+        rngs, crops = [], []
         for view, augmentation in enumerate(self._augmentations):
             rng = sample_rng(self._seed, epoch, sample, CROP_STREAMS[view])
             flipped = flip_decision(rng, augmentation.flip)  # first: a crop draws a varying number of times
-            pixels = decode(data, functools.partial(augmentation.box, rng, size=self._size), self._size, flipped)
+            crops.append(Crop(functools.partial(augmentation.box, rng, size=self._size), flipped))
+            rngs.append(rng)
+        decoded = decode_crops(self._reader.read(shown), crops, self._size)
+        for view, (rng, augmentation, pixels) in enumerate(zip(rngs, self._augmentations, decoded, strict=True)):
             if augmentation.color_jitter:
                 pixels = color_jitter(rng, pixels, augmentation.color_jitter)
             if augmentation.rand_augment:

@@ -1,12 +1,15 @@
 """Does it help, and what does it cost? Small encoders pretrained by each method, then fine-tuned on few labels.
 
     python benchmarks/small_scale/run.py SHARDS OUT [--seeds 3] [--epochs 100] [--finetune-epochs 100] [--quick]
+    python benchmarks/small_scale/run.py SHARDS|TAR OUT --gpu [--minutes 10] [--dry]
 
 SHARDS holds three folders of shards, made of Caltech-101 by `python -m data.pack`: `all` (pretraining, labels unused),
 `train` (30 images a class) and `val` (20 a class). Every variant is compared at equal epochs and at equal wall-clock,
 that of LoMaR: the time of a step is measured first, for all of them one after the other, so that the machine may be
 busy with other work later. Training from scratch and LoMaR run with all seeds, the others with the first. A command
 that was interrupted continues where it stopped. The last line of the output is one JSON object.
+
+`--gpu` is another experiment, sized for ten minutes of one GPU: see evidence.py. It packs a tar of photos by itself.
 """
 
 import argparse
@@ -108,8 +111,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--finetune-epochs", type=int, default=100)
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs of each: shows that it works")
+    parser.add_argument("--gpu", action="store_true", help="a larger encoder for a set time on one GPU: evidence.py")
+    parser.add_argument("--minutes", type=float, default=10, help="with --gpu: when it ends")
+    parser.add_argument("--dry", action="store_true", help="with --gpu: tiny, on a CPU; shows that it works")
     options = parser.parse_args()
     options.shards, options.out = options.shards.absolute(), options.out.absolute()
+    if options.gpu:
+        import evidence  # imports all that trains
+
+        evidence.run(options)
     if options.quick:
         options.seeds, options.epochs, options.finetune_epochs = 1, 2, 2
     step_s = {name: time_step(name, options) for name in PRETRAINED}

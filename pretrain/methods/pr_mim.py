@@ -7,6 +7,8 @@ convolution over the grid computes each thrown token from its neighborhood, so t
 Shapes: R images or windows of N patches, M of them masked, K kept.
 """
 
+import functools
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -41,26 +43,43 @@ class PRMIMConfig(Section):
         return masked - thrown
 
 
-def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count: int, width: int) -> np.ndarray:
+@functools.lru_cache
+def squared_distances(height: int, width: int) -> np.ndarray:
+    """(N, N) between the positions of a grid, as integers, so that ties are equal on every machine; read-only."""
+    rows, cols = np.divmod(np.arange(height * width), width)
+    distances = np.subtract.outer(rows, rows) ** 2 + np.subtract.outer(cols, cols) ** 2
+    # The narrowest signed type: a window's table is 2 KB, a row of it one vector register or two.
+    distances = distances.astype(np.min_scalar_type(-int(distances.max()) - 1))
+    distances.flags.writeable = False
+    return distances
+
+
+def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count: int, grid: Grid) -> np.ndarray:
     """Algorithm 1: the first token at random, then always the one furthest (Euclidean) from all kept so far.
 
+    All rows at once: NumPy's calls, not their arithmetic, are what it costs.
+
     Args:
-        rng: draws the first token.
-        masked: (M,) grid positions.
-        count: how many to keep, K.
-        width: columns of the grid.
+        rng: draws the first token of each row.
+        masked: (R, M) positions in the grid; of several that are equally far the first in the grid is taken.
+        count: how many to keep in each row, K.
+        grid: its rows and columns.
 
     Returns:
-        (K,) positions, ascending.
+        (R, K) positions, ascending, int64.
     """
-    points = np.stack(np.divmod(masked, width), axis=1)
-    chosen = [int(rng.integers(len(masked)))]
-    # Squared distances to the nearest kept token, as integers, so that ties are equal on every machine.
-    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
-    for _ in range(count - 1):
-        chosen.append(int(nearest.argmax()))
-        np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1), out=nearest)
-    return np.sort(masked[chosen])
+    distances, rows = squared_distances(*grid), np.arange(len(masked))
+    kept = np.empty((count, len(masked)), dtype=np.int64)
+    kept[0] = masked[rows, rng.integers(masked.shape[1], size=len(masked))]
+    # To the nearest kept token, of every position in the grid; visible ones are below all others and stay so.
+    nearest = np.full((len(masked), len(distances)), -1, dtype=distances.dtype)
+    nearest[rows[:, None], masked] = np.iinfo(distances.dtype).max
+    to_last = np.empty_like(nearest)
+    for last, following in itertools.pairwise(kept):
+        distances.take(last, axis=0, out=to_last, mode="clip")  # the other modes go through a buffer
+        np.minimum(nearest, to_last, out=nearest)
+        nearest.argmax(axis=1, out=following)
+    return np.sort(kept.T, axis=1)
 
 
 def build_mask_indices(
@@ -88,7 +107,7 @@ def choose_kept(
     """Chooses the kept ones in each row of masked positions: (R, M) -> (R, K), ascending."""
     count = pr_mim.num_kept(patches, masked.shape[1])
     if pr_mim.sampling == "furthest":
-        return np.stack([furthest_point_sampling(rng, row, count, width) for row in masked])
+        return furthest_point_sampling(rng, masked, count, (patches // width, width))
     return np.sort(rng.permuted(masked, axis=1)[:, :count], axis=1)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 _PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow")
 _ROOT = Path(__file__).parents[2]
@@ -49,6 +50,8 @@ class RunFolder:
 
         Called before anything is compiled.
         """
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]  # torch sets it on import, to a folder in the node's /tmp
         for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torchinductor"), ("TRITON_CACHE_DIR", "triton")):
             os.environ.setdefault(variable, str((self.compiled / name).absolute()))
 

@@ -7,7 +7,8 @@ from helpers.shard_tools import encode, jpeg, smooth_image
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from data.decode import BadImage, check_image, decode
+from data import decode as decoding
+from data.decode import BadImage, Crop, check_image, decode, decode_crops
 from data.transforms import Box
 
 
@@ -74,6 +75,57 @@ def test_reduced_decoding_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     decode(data, whole, (100, 100))
     decode(data, whole, (301, 300))
     assert loaded == [(200, 150), (800, 600)]
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+FILES = {
+    "jpeg": jpeg(3, 150, 110),
+    "large jpeg": jpeg(4, 1003, 701),
+    "progressive": encode(smooth_image(5, 600, 500), "JPEG", progressive=True),
+    "gray jpeg": encode(smooth_image(6, 333, 444).convert("L"), "JPEG"),
+    "cmyk": encode(smooth_image(7, 420, 310).convert("CMYK"), "JPEG"),
+    "exif": encode(smooth_image(8, 400, 300), "JPEG", exif=EXIF),
+    "mpo": encode(smooth_image(9, 640, 480), "MPO", save_all=True, append_images=[smooth_image(10, 640, 480)]),
+    "png": encode(smooth_image(11, 640, 480), "PNG"),
+    "palette png": encode(smooth_image(12, 300, 200).convert("P"), "PNG", transparency=bytes([0])),
+    "webp": encode(smooth_image(13, 500, 400), "WEBP"),
+}
+
+
+def count_decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    reductions: list[int] = []
+    decode_file = decoding._decode
+    monkeypatch.setattr(
+        decoding, "_decode", lambda image, reduction: reductions.append(reduction) or decode_file(image, reduction)
+    )
+    return reductions
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_crops_of_one_decoding_have_the_pixels_of_two(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a whole image, inner crops of several sizes, and one that reaches beyond the image."""
+    width, height = Image.open(io.BytesIO(FILES[name])).size
+    boxes = [(0, 0, width, height), (9, 5, width - 20, height - 30), (40, 31, 97, 99), (-6, -6, width - 9, height - 5)]
+    crops = [Crop(lambda w, h, box=box: box, flip) for box in boxes for flip in (False, True)]
+    alone = [decode(FILES[name], crop.choose_box, (48, 40), crop.flip) for crop in crops]
+    reductions = count_decodings(monkeypatch)
+    together = decode_crops(FILES[name], crops, (48, 40))
+    assert all(np.array_equal(*pair) for pair in zip(together, alone, strict=True))
+    assert len(reductions) == len(set(reductions)) < len(crops)
+    if "png" in name or name == "webp":
+        assert reductions == [1]
+
+
+def test_the_header_is_read_once_and_the_pixels_once_for_each_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda *a, opener=Image.open, **k: opened.append(1) or opener(*a, **k))
+    reductions = count_decodings(monkeypatch)
+    near, far = Crop(lambda w, h: (10, 10, 310, 310)), Crop(lambda w, h: (0, 0, 900, 700))
+    decode_crops(jpeg(0, 1000, 800), [near, near, Crop(lambda w, h: (5, 9, 400, 300), flip=True)], (224, 224))
+    assert (reductions, len(opened)) == ([1], 1)
+    decode_crops(jpeg(0, 1000, 800), [near, far, near, far], (224, 224))
+    assert (reductions, len(opened)) == ([1, 1, 2], 3)
 
 
 def test_the_box_is_chosen_once_from_the_images_size() -> None:
@@ -143,7 +195,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_bytes(name: str) -> None:
     data, reason = BAD[name]
-    for attempt in (lambda: decode(data, whole, (32, 32)), lambda: check_image(data)):
+    attempts = (
+        lambda: decode(data, whole, (32, 32)),
+        lambda: decode_crops(data, [Crop(whole), Crop(whole, flip=True)], (32, 32)),
+        lambda: check_image(data),
+    )
+    for attempt in attempts:
         with pytest.raises(BadImage, match=reason) as caught:
             attempt()
         assert "0x" not in str(caught.value)  # no addresses: a reason is the same in every process

@@ -7,6 +7,7 @@ import yaml
 
 from pretrain.build import build_method
 from pretrain.config import RECIPES, load
+from pretrain.models.vit import ARCHS
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -203,7 +204,7 @@ def test_shipped_recipes_load_and_read_back(name: str, tmp_path: Path):
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
-    """ViT-H has patches of 14 pixels; what they do not divide is refused, and the refusal says what to set."""
+    """ViT-H has patches of 14 pixels; what does not fit an encoder is refused, and the refusal says what to set."""
     keys = ["data.shards=/nowhere", f"model.arch={arch}"]
     if "beit" in name:
         keys += [f"target.weights={_some_file(tmp_path)}"]
@@ -212,11 +213,25 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
         keys += ["model.patch_size=14"]
         needed += ["data.image_size=378"] if "_384_" in name else []
         needed += ["method.mask_patch_size=28"] if "simmim" in name else []
+    if ("_fast_vitl" in name or "_fast_vith" in name) and ARCHS[arch].depth == 12:
+        needed += ["method.mask_token_block=11"]
     for key in needed:
         with pytest.raises(ValueError, match=key.partition("=")[0] + ".*" + key.partition("=")[2]):
             load(name, keys)
     config = load(name, [*keys, *needed])
     assert config.model.arch == arch
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "_fast_" in name])
+def test_fast_recipes_are_late_mask_tokens_and_pr_mim(name: str):
+    config = load(name, ["data.shards=/nowhere"])
+    size = int(name.split("_")[3])
+    assert config.data.image_size == size
+    assert config.method.mask_token_block == ARCHS[config.model.arch].depth * 2 // 3
+    assert config.method.num_windows == {224: 4, 378: 6, 384: 6, 448: 9}[size]
+    assert (config.pr_mim.throw_ratio, config.pr_mim.sampling, config.pr_mim.aggregation) == (0.5, "furthest", "conv")
+    assert config.train.global_batch_size % (8 * config.train.gradient_accumulation_steps) == 0
+    assert config.train.epochs == int(name.split("_")[4][:-1])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import loss_and_gradients, random_images, random_mask_indices, tiny_lomar
+from helpers.tiny import loss_and_gradients, random_images, random_mask_indices, randomize, tiny_lomar
 
 from pretrain import numerics
 from pretrain.config import load
@@ -137,6 +137,20 @@ def test_compiled_modules_are_not_compiled_in_copies():
     assert all(block._compiled_call_impl is not None for block in blocks)
     copied = copy.deepcopy(method.encoder)
     assert all(block._compiled_call_impl is None for block in copied.blocks)
+
+
+def test_compiled_blocks_inside_activation_checkpointing_have_the_same_gradients():
+    results = []
+    for compiled in (False, True):
+        method = tiny_lomar(grad_checkpointing=True)
+        randomize(method)
+        for block in method.encoder.blocks:
+            if compiled:
+                block.compile(backend="aot_eager", dynamic=False, fullgraph=True)
+        results.append(loss_and_gradients(method, random_images(method), random_mask_indices(method)))
+    (loss, gradients), (compiled_loss, compiled_gradients) = results
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_gradients, gradients)
 
 
 def test_deterministic_attention_calls_operators_that_exist(monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.build import build_method
 from pretrain.config import load
+from pretrain.methods.masking import random_masked, split_positions
 from pretrain.methods.pr_mim import PRMIMConfig, choose_kept, furthest_point_sampling
 from pretrain.models.aggregation import SpatialAggregation
 from pretrain.models.vit import Arch
@@ -31,13 +32,49 @@ def algorithm_1(first: int, masked: list[int], count: int, width: int) -> list[i
     return [position for position, kept in zip(masked, s, strict=True) if kept]
 
 
+def one_row(rng: np.random.Generator, masked: np.ndarray, count: int, width: int) -> np.ndarray:
+    """The same for one row of positions with integer distances, its first token drawn."""
+    points = np.stack(np.divmod(masked, width), axis=1)
+    chosen = [int(rng.integers(len(masked)))]
+    nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
+    for _ in range(count - 1):
+        chosen.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
+    return np.sort(masked[chosen])
+
+
 @pytest.mark.parametrize(("height", "width", "count"), [(14, 14, 49), (7, 9, 5), (3, 20, 12), (14, 14, 1)])
 def test_furthest_sampling_is_algorithm_1(height: int, width: int, count: int):
     for seed in range(10):
         masked = np.sort(np.random.default_rng(seed).permutation(height * width)[: int(0.75 * height * width)])
         first = int(np.random.default_rng((seed, 1)).integers(len(masked)))
-        kept = furthest_point_sampling(np.random.default_rng((seed, 1)), masked, count, width)
-        assert kept.tolist() == algorithm_1(first, masked.tolist(), count, width)
+        kept = furthest_point_sampling(np.random.default_rng((seed, 1)), masked[None], count, (height, width))
+        assert kept[0].tolist() == algorithm_1(first, masked.tolist(), count, width)
+
+
+@pytest.mark.parametrize(
+    ("rows", "grid", "masked", "count"),
+    [
+        (4, (7, 7), 39, 15),  # LoMaR at 224
+        (9, (7, 7), 39, 1),
+        (6, (7, 7), 39, 39),
+        (3, (5, 9), 30, 12),
+        (1, (14, 14), 147, 49),  # MAE
+        (2, (14, 14), 147, 146),
+        (1, (28, 28), 588, 60),
+        (2, (3, 200), 450, 20),  # its squared distances need more than 16 bits
+    ],
+)
+def test_all_rows_at_once_are_the_rows_one_after_the_other(rows: int, grid: tuple[int, int], masked: int, count: int):
+    """Bit for bit and with the same draws: a run's masks are those of a loop over its windows."""
+    for seed in range(30):
+        vectorized, looped = np.random.default_rng(seed), np.random.default_rng(seed)
+        positions = split_positions(random_masked(np.random.default_rng((seed, 2)), rows, grid[0] * grid[1], masked))[1]
+        kept = furthest_point_sampling(vectorized, positions, count, grid)
+        assert kept.dtype == np.int64
+        for row, chosen in zip(positions, kept, strict=True):
+            assert np.array_equal(chosen, one_row(looped, row, count, grid[1]))
+        assert vectorized.bit_generator.state == looped.bit_generator.state
 
 
 def test_furthest_is_more_dispersed_than_random():

@@ -1,0 +1,55 @@
+"""Batches on their way to a GPU: in pinned memory, and equal when they arrive."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.gpu_steps import build, cases, configure
+
+from data.index import load_index
+from data.loader import Batch, Loader
+from pretrain.trainer.prefetch import prefetch
+
+pytestmark = pytest.mark.cuda
+
+
+def test_batches_are_pinned_and_arrive_as_they_were_made(device: torch.device, shards: Path):
+    """With nothing but the stream to wait for a copy: while it is read it must not change."""
+    config = configure(cases()["lomar-late-pr_mim"])
+    sampler = build(config, torch.device("cpu")).mask_sampler()  # type: ignore[operator]
+    settings: dict[str, Any] = {"size": (128, 160), "batch": 16, "seed": 3, "mask_sampler": sampler}
+    index = load_index(shards)
+    in_memory = list(Loader(index, num_workers=0, **settings).batches(0, 10))
+    pinned = []
+
+    def remembered() -> Iterator[list[Batch]]:
+        for step in Loader(index, num_workers=2, **settings).batches(0, 10):
+            pinned.append(all(tensor.is_pinned() for tensor in (step[0].images, *step[0].mask_indices.values())))
+            yield step
+
+    arrived = list(prefetch(remembered(), device))
+    assert pinned == [device.type == "cuda"] * 10
+    for (batch, _), (expected,) in zip(arrived, in_memory, strict=True):
+        assert batch.images.device == device
+        assert torch.equal(batch.images.cpu(), expected.images)
+        assert batch.mask_indices.keys() == expected.mask_indices.keys()
+        for name, wanted in expected.mask_indices.items():
+            assert torch.equal(batch.mask_indices[name].cpu(), wanted), name
+
+
+def test_what_is_computed_is_computed_of_the_right_batch(device: torch.device):
+    """Memory that is given to the next copy too early, or a copy that is not waited for, gives other sums."""
+    cuda = device.type == "cuda"
+    steps, side, size = (200, 4096, (64, 224, 224, 3)) if cuda else (20, 64, (2, 8, 8, 3))
+    memory = [torch.full(size, number, dtype=torch.uint8, pin_memory=cuda) for number in range(8)]
+    work = torch.randn(side, side, device=device)
+    batches = ([Batch(memory[n % 8], {}, None, torch.arange(2), (), ())] for n in range(steps))
+    sums = []
+    for batch, _ in prefetch(batches, device):
+        work = (work @ work).softmax(-1)  # keeps the device behind the host
+        sums.append(batch.images.sum(dtype=torch.int64))
+        del batch
+    count = torch.Size(size).numel()
+    assert torch.stack(sums).tolist() == [n % 8 * count for n in range(steps)]

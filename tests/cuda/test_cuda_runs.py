@@ -1,0 +1,137 @@
+"""Real runs on a GPU, by the command: they continue with the same bits, and ZeRO changes nothing.
+
+Many run at the same time: they are small, and starting takes longer than their steps.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.commands import SECONDS, Command
+from helpers.rank_checks import assert_same_run
+
+from pretrain.trainer.metrics import read_metrics
+
+pytestmark = pytest.mark.cuda
+
+MAE = {"name": "mae", "decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 2}
+FAST = {
+    "method": {"name": "lomar", "num_windows": 2, "mask_token_block": 8},
+    "pr_mim": {"throw_ratio": 0.5, "kernel_size": 7},
+}
+EAGER, COMPILED = {"arch": "vit_tiny", "compile": "off"}, {"arch": "vit_tiny", "compile": "on"}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "lomar": {"model": EAGER},
+    "lomar_fast": FAST | {"model": EAGER},
+    "mae": {"method": MAE, "model": EAGER | {"position": "sincos"}},
+    "compiled": FAST | {"model": COMPILED},
+}
+LONG = "train.epochs=4"
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def recipes(
+    device: torch.device, write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: write_recipe(folder, name, **sections) for name, sections in TRAININGS.items()}
+
+
+@pytest.fixture(scope="module")
+def stages(recipes: dict[str, Path], command: Callable[..., Command]) -> dict[str, Command]:
+    """A run of LoMaR in each ZeRO stage."""
+    return {stage: command(recipes["lomar"], f"train.ds_config={stage}", f"name={stage}") for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def killed(recipes: dict[str, Path], command: Callable[..., Command], stages: dict[str, Command]) -> dict[str, Path]:
+    """The folders of runs that were killed after a checkpoint and continued, and beside them undisturbed ones.
+
+    What a compiled run computes depends on what the compiler chose, which is kept in the run's folder: the undisturbed
+    one gets a copy of it.
+    """
+    runs = recipes["lomar"].parent / "runs"
+    first = {name: command(recipe, LONG, f"name={name}-killed") for name, recipe in recipes.items()}
+    undisturbed = [command(recipe, LONG, f"name={name}") for name, recipe in recipes.items() if name != "compiled"]
+    kill_after_a_checkpoint({runs / f"{name}-killed": run for name, run in first.items()})
+    again = [command(recipe, LONG, f"name={name}-killed") for name, recipe in recipes.items()]
+    for run in again:
+        assert re.search(r"resumes from step_000000[0-3]", run.finish())
+    shutil.copytree(
+        runs / "compiled-killed",
+        runs / "compiled",
+        ignore=shutil.ignore_patterns("checkpoints", "*.jsonl", "*.safetensors", "*.png", "logs"),
+    )
+    undisturbed.append(command(recipes["compiled"], LONG, "name=compiled"))
+    for run in undisturbed:
+        assert "starts at step 0" in run.finish()
+    return {name: runs / name for name in recipes}
+
+
+def kill_after_a_checkpoint(running: dict[Path, Command], seconds: float = SECONDS) -> None:
+    """Each run as soon as its folder has a checkpoint."""
+    deadline = time.monotonic() + seconds
+    while running:
+        assert time.monotonic() < deadline, f"no checkpoint in {list(running)}"
+        for folder, run in list(running.items()):
+            assert run.returncode is None, run.outputs()
+            if (folder / "checkpoints" / "step_00000005" / "manifest.json").exists():
+                run.kill()
+                assert not (folder / "encoder.safetensors").exists(), "the run ended before it was killed"
+                del running[folder]
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_killed_and_continued_ends_with_the_same_bits(training: str, killed: dict[str, Path]):
+    folder = killed[training]
+    assert_same_run(folder, folder.with_name(f"{folder.name}-killed"))
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_every_zero_stage_computes_the_same(stage: str, stages: dict[str, Command], recipes: dict[str, Path]):
+    """As far as bf16 lets it: a weight that differs in its last fp32 bit may be rounded to another bf16 number."""
+    for run in stages.values():
+        run.finish()
+    one, other = (read_metrics(recipes["lomar"].parent / "runs" / name / "metrics.jsonl") for name in ("zero0", stage))
+    assert len(one) == 10
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+    assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-2)
+    assert one[-1]["loss"] < one[0]["loss"]
+
+
+def test_compiled_is_close_to_eager(killed: dict[str, Path]):
+    eager, compiled = (read_metrics(killed[name] / "metrics.jsonl") for name in ("lomar_fast", "compiled"))
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in eager], rel=2e-2)
+
+
+def test_out_of_memory_is_one_clear_line(
+    device: torch.device, write_recipe: Callable[..., Path], command: Callable[..., Command], tmp_path: Path
+):
+    """64 images of 16,384 tokens each, which would need half a terabyte."""
+    if device.type != "cuda":
+        pytest.skip("on a CPU the system would kill us")
+    recipe = write_recipe(
+        tmp_path,
+        "too_large",
+        method={"name": "simmim", "mask_patch_size": 8},
+        model=EAGER | {"arch": "vit_base", "patch_size": 8, "position": "sincos"},
+    )
+    run = command(recipe, "data.image_size=1024", "train.global_batch_size=64")
+    (output,) = run.outputs()
+    assert run.returncode == 1
+    assert_one_line(output)
+
+
+def assert_one_line(output: str) -> None:
+    """Where the memory is full, output says so in one line, with the key to change."""
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if "memory is full" in line]
+    assert line.startswith("error on rank 0: the GPU's memory is full")
+    assert "train.gradient_accumulation_steps higher than 1 (the micro-batch is 64)" in line
