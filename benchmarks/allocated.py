@@ -7,14 +7,24 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.cost import draw_batch
 from pretrain.config import PretrainConfig
+from pretrain.methods.base import Method
+from pretrain.methods.lut import LUT
+
+
+def draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Random images and masks."""
+    views = (len(config.augmentations),) if config.lut else ()
+    images = torch.randint(0, 256, (size, *views, *config.data.height_width, 3), dtype=torch.uint8)
+    samples = [method.mask_sampler()(np.random.default_rng(i)) for i in range(size)]
+    return images, {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
 class Allocated(TorchDispatchMode):
@@ -90,8 +100,7 @@ def _run(rank: int, ranks: int, port: int, config: PretrainConfig, sender: Conne
         optimizer = build_adamw(groups, config, zero_stage(settings))
         engine = build_engine(method, optimizer, config, settings)
         del method, groups, optimizer
-        images, mask_indices = draw_batch(engine.module, config)
-        images, mask_indices = images[:1], {name: array[:1] for name, array in mask_indices.items()}
+        images, mask_indices = draw_batch(engine.module, config, 1)
         for _ in range(3):
             allocated.peak = allocated.now
             for _ in range(config.train.gradient_accumulation_steps):

@@ -3,13 +3,15 @@
     python benchmarks/plan_check.py [--quick]
 
 1. flops of a forward pass, counted by torch in the real method;
-2. bytes kept for the backward pass under bf16 autocast, of the real method on the CPU, for each image; the planner's
-   formula for a CPU's attention, which writes its logits to memory, is compared (a GPU keeps other things);
+2. bytes kept for the backward pass under bf16 autocast, for each image: of the real method on the CPU, against the
+   formula of a CPU's attention, which writes its logits to memory; and on a GPU that is not there (`fake_gpu.py`), with
+   SDPA and with the window kernel;
 3. memory of 1, 2 and 4 real DeepSpeed processes in every ZeRO stage: after a step, and at its peak;
 4. hours and rates that papers report, planned as far as possible as their authors computed: eager, fp32 residual,
    attention through memory. docs/planning.md says why they are off.
 
-`--quick` takes a small encoder for 1 and 2, and no 4 processes. Minutes on two cores. The last line is one JSON object.
+`--quick` takes a smaller encoder on the CPU, and no 4 processes. Minutes on two cores. The last line is one JSON
+object.
 """
 
 import argparse
@@ -25,8 +27,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.allocated import measure_step
-from benchmarks.cost import LOMAR, MAE, SIMMIM, draw_batch
+from benchmarks import fake_gpu
+from benchmarks.allocated import draw_batch, measure_step
+from benchmarks.cost import LOMAR, MAE, SIMMIM
 from benchmarks.saved import saved_storages
 from pretrain.build import build_ema, build_method
 from pretrain.config import PretrainConfig, load
@@ -87,38 +90,43 @@ def count_flops(config: PretrainConfig) -> float:
     """Of an image's forward pass, a teacher's with it."""
     method = build_method(config)
     ema = build_ema(config, method, torch.device("cpu"))
-    images, mask_indices = draw_batch(method, config)
+    images, mask_indices = draw_batch(method, config, 2)
     with FlopCounterMode(display=False) as counter:
         method(images, mask_indices, **ema.model_inputs(images))
     return counter.get_total_flops() / len(images)
 
 
 def count_kept(config: PretrainConfig) -> float:
-    """Bytes of an image: the difference between a batch of two and one of one, or of four and two for LUT."""
+    """Bytes that one image more keeps."""
     method = build_method(config)
     ema = build_ema(config, method, torch.device("cpu"))
-    images, mask_indices = draw_batch(method, config)
     kept = []
-    for copies in (1, 2):
-        batch = images.repeat(copies, *[1] * (images.ndim - 1))
-        indices = {name: array.repeat(copies, *[1] * (array.ndim - 1)) for name, array in mask_indices.items()}
-        inputs = ema.model_inputs(batch)
+    for size in (2, 3):
+        images, mask_indices = draw_batch(method, config, size)
+        inputs = ema.model_inputs(images)
         with torch.autocast("cpu", torch.bfloat16), saved_storages(method) as saved:
-            loss = method(batch, indices, **inputs)["loss"]
+            loss = method(images, mask_indices, **inputs)["loss"]
         kept.append(sum(saved.values()))
         del loss
-    return (kept[1] - kept[0]) / len(images)
+    return kept[1] - kept[0]
 
 
 def check_counts(quick: bool) -> list[Row]:
-    arch = "vit_small" if quick else "vit_base"
     rows = []
     for name, (recipe, *overrides) in tqdm(COUNTED.items(), desc="flops and kept bytes"):
-        config = load(recipe, ["data.shards=none", f"model.arch={arch}", *overrides])
-        trace = trace_method(config)
-        rows.append(Row("flops", name, "GFLOP", count_flops(config) / 1e9, forward_flops(trace) / 1e9))
-        planned = activation_bytes(trace, ON_CPU, checkpointing=False)
-        rows.append(Row("kept", name, "MiB", count_kept(config) / 2**20, planned / 2**20))
+        for device, arch in (("CPU", "vit_tiny" if quick else "vit_small"), ("GPU", "vit_base")):
+            config = load(recipe, ["data.shards=none", f"model.arch={arch}", *overrides])
+            trace = trace_method(config)
+            if device == "CPU":
+                kept = {"unfused": count_kept(config)}
+                rows.append(Row("flops", name, "GFLOP", count_flops(config) / 1e9, forward_flops(trace) / 1e9))
+            else:
+                kept = {"sdpa": fake_gpu.count(config).kept}
+                if config.model.position == "relative":
+                    kept["triton"] = fake_gpu.count(config, window_kernel=True).kept
+            for kind, truth in kept.items():
+                planned = activation_bytes(trace, Numerics(attention=kind), checkpointing=False)
+                rows.append(Row(f"kept, {device}", f"{name}, {kind}", "MiB", truth / 2**20, planned / 2**20))
     return rows
 
 
