@@ -10,6 +10,7 @@ from pretrain.plan.loader_cost import JPEG_BYTES
 from pretrain.plan.memory import GIB, Memory
 from pretrain.plan.step_time import image_flops
 
+USUAL_MEMORY = 1024  # GiB of a node's host
 _COLUMNS = {
     "weights": "weights",
     "gradients": "grads",
@@ -129,11 +130,12 @@ def _links(plan: Plan) -> list[str]:
 
 def _host(plan: Plan) -> str:
     needs, workers = plan.node_needs, plan.config.data.num_workers
+    warning = ", MORE THAN NODES USUALLY HAVE" if needs.index_memory > USUAL_MEMORY else ""
     return (
         f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute (data.num_workers="
         f"{workers} on {_count(plan.cluster.per_node, 'rank')} are {workers * plan.cluster.per_node}), "
         f"{needs.read_rate:.2f} GB/s are read,\n"
-        f"{needs.index_memory:,.1f} GiB of the host's memory hold the index; all photographs are "
+        f"{needs.index_memory:,.1f} GiB of the host's memory hold the index{warning}; all photographs are "
         f"{plan.images * JPEG_BYTES / 1e12:,.2f} TB at {JPEG_BYTES / 1e3:.0f} KB each"
     )
 

@@ -251,6 +251,8 @@ def test_a_thousand_gpus_and_ten_billion_images(monkeypatch: pytest.MonkeyPatch,
     assert found["node"]["index_memory"] > 1000  # GiB: what a run of this size lacks first
     assert sum(found["step_parts"].values()) == pytest.approx(found["step_seconds"])
     assert [stage["stage"] for stage in found["memory"]] == [0, 1, 2, 3]
+    assert run_command(monkeypatch, LOMAR, *arguments, "--images", "10000000000") == 0
+    assert "MORE THAN NODES USUALLY HAVE" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
