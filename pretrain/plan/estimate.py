@@ -12,7 +12,7 @@ from pretrain.plan.loader_cost import INDEX_BYTES, JPEG_BYTES, core_seconds
 from pretrain.plan.memory import GIB, Memory, Zero, largest_micro_batch, step_memory
 from pretrain.plan.step_time import Step, image_flops, peak, step_time
 from pretrain.plan.trace import Trace
-from pretrain.trainer.engine import read_ds_config
+from pretrain.trainer.engine import choose_ds_config, read_ds_config
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,8 @@ def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
 
 
 def own_zero(config: PretrainConfig, gpus: int) -> Zero:
-    """The engine keys of the recipe; `auto` is stage 1 from two GPUs on."""
-    name = config.train.ds_config
-    if name == "auto":
-        name = "zero1" if gpus > 1 else "zero0"
-    return Zero.of(read_ds_config(name))
+    """The engine keys of the recipe, `auto` chosen as a run does: a run that exists keeps its stage."""
+    return Zero.of(read_ds_config(choose_ds_config(config, gpus)))
 
 
 def shipped_zero(stage: int) -> Zero:

@@ -118,7 +118,9 @@ def engine_buffers(parameters: int, zero: Zero, gpus: int) -> tuple[float, float
         return 0.0, _FP32 * float(min(parameters, DEFAULT_BUCKET))
     flat = 0.0 if zero.offload_optimizer else share  # this rank's gradients as one tensor
     if zero.stage == 3:
-        live = _FP32 * min(parameters, LIVE) + _FP32 * min(parameters, PREFETCH) / gpus
+        live = float(_FP32 * min(parameters, LIVE))
+        if gpus > 1:  # this rank's part of what is collected at once, as one tensor
+            live += _FP32 * min(parameters, PREFETCH) / gpus
         return bucket + live, bucket + flat
     return bucket * (2 if zero.overlap else 1), flat
 

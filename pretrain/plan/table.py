@@ -10,7 +10,17 @@ from pretrain.plan.loader_cost import JPEG_BYTES
 from pretrain.plan.memory import GIB, Memory
 from pretrain.plan.step_time import image_flops
 
-_COLUMNS = ("weights", "gradients", "optimizer", "deepspeed", "casts", "activations", "workspace", "teacher")
+USUAL_MEMORY = 1024  # GiB of a node's host
+_COLUMNS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "AdamW",
+    "deepspeed": "engine",
+    "casts": "casts",
+    "activations": "kept",
+    "workspace": "work",
+    "teacher": "teacher",
+}
 
 
 def render(plan: Plan, gpu: str, advice: list[Advice]) -> str:
@@ -42,7 +52,7 @@ def _memory(plan: Plan, gpu: str) -> str:
     capacity = plan.cluster.gpu.memory
     lines = [
         f"GiB of a GPU ({capacity:g} on {gpu}) at the peak of a step, and the largest micro-batch that fits",
-        f"{'ZeRO':22}" + "".join(f"{name:>12}" for name in _COLUMNS) + f"{'total':>8}{'largest':>9}",
+        f"{'ZeRO':22}" + "".join(f"{name:>9}" for name in _COLUMNS.values()) + f"{'total':>8}{'largest':>9}",
     ]
     for stage in plan.stages:
         for checkpointing in (False, True):
@@ -52,7 +62,7 @@ def _memory(plan: Plan, gpu: str) -> str:
             name = (
                 f"{'*' if own else ' '} {stage.zero.stage}{_offload(stage)}{', checkpointing' if checkpointing else ''}"
             )
-            cells = "".join(f"{getattr(memory, column) / GIB:12.2f}" for column in _COLUMNS)
+            cells = "".join(f"{getattr(memory, column) / GIB:9.2f}" for column in _COLUMNS)
             lines.append(f"{name:22}{cells}{memory.total / GIB:8.1f}{largest:9,}")
     if not plan.fits:
         lines.append(f"does not fit: {_how_to_fit(plan)}")
@@ -120,11 +130,12 @@ def _links(plan: Plan) -> list[str]:
 
 def _host(plan: Plan) -> str:
     needs, workers = plan.node_needs, plan.config.data.num_workers
+    warning = ", MORE THAN NODES USUALLY HAVE" if needs.index_memory > USUAL_MEMORY else ""
     return (
         f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute (data.num_workers="
         f"{workers} on {_count(plan.cluster.per_node, 'rank')} are {workers * plan.cluster.per_node}), "
         f"{needs.read_rate:.2f} GB/s are read,\n"
-        f"{needs.index_memory:,.1f} GiB of the host's memory hold the index; all photographs are "
+        f"{needs.index_memory:,.1f} GiB of the host's memory hold the index{warning}; all photographs are "
         f"{plan.images * JPEG_BYTES / 1e12:,.2f} TB at {JPEG_BYTES / 1e3:.0f} KB each"
     )
 
