@@ -53,7 +53,7 @@ class _MemoryEfficient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         q, k, v, bias, out, logsumexp, seed, offset = ctx.saved_tensors
         dq, dk, dv, dbias = torch.ops.aten._efficient_attention_backward(
-            grad, q, k, v, bias, out, None, None, q.shape[1], k.shape[1], logsumexp, 0.0, seed, offset,
+            grad.contiguous(), q, k, v, bias, out, None, None, q.shape[1], k.shape[1], logsumexp, 0.0, seed, offset,
             custom_mask_type=0, bias_requires_grad=ctx.needs_input_grad[3], num_splits_key=1,
         )  # fmt: skip
         return dq, dk, dv, dbias if ctx.needs_input_grad[3] else None

@@ -12,6 +12,7 @@ from pretrain.config import load
 from pretrain.models import sdpa
 from pretrain.models.relative_position import pair_buckets
 from pretrain.models.vit import Block
+from pretrain.models.window_attention import window_attention, window_tokens
 from pretrain.numerics import Numerics, apply_numerics, choose_numerics
 
 LOMAR = "lomar_vitb16_224_400e"
@@ -153,16 +154,17 @@ def test_compiled_blocks_inside_activation_checkpointing_have_the_same_gradients
     torch.testing.assert_close(compiled_gradients, gradients)
 
 
-def test_deterministic_attention_calls_operators_that_exist(monkeypatch: pytest.MonkeyPatch):
-    """On torch's `meta` device: shapes and names, since the kernels themselves need a GPU."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_deterministic_attention_calls_operators_that_exist(compiled: bool, monkeypatch: pytest.MonkeyPatch):
+    """On torch's `meta` device: shapes and names, since the kernels need a GPU. Compiled, it is one graph."""
     monkeypatch.setattr(sdpa, "_deterministic", True)
+    attention: Any = sdpa.fused_attention
+    if compiled:
+        attention = torch.compile(attention, backend="aot_eager", fullgraph=True, dynamic=False)
     q, k, v = (torch.empty(2, 3, 50, 16, device="meta", requires_grad=True) for _ in range(3))
-    for bias in (
-        None,
-        torch.empty(2, 3, 50, 50, device="meta", requires_grad=True),
-        torch.empty(3, 50, 50, device="meta"),
-    ):
-        out = sdpa.fused_attention(q, k, v, bias)
+    learned = torch.empty(2, 3, 50, 50, device="meta", requires_grad=True)
+    for bias in (None, learned, torch.empty(3, 50, 50, device="meta")):
+        out = attention(q, k, v, bias)
         assert out.shape == q.shape
         out.sum().backward()
         assert q.grad is not None
@@ -170,6 +172,21 @@ def test_deterministic_attention_calls_operators_that_exist(monkeypatch: pytest.
         if bias is not None and bias.requires_grad:
             assert bias.grad is not None
             assert bias.grad.shape == bias.shape
+
+
+def test_the_window_kernel_is_one_operator_of_a_graph():
+    """Torch's compiler sees its shapes and its gradient, not its inside."""
+    tokens = window_tokens(7, None, torch.device("meta"))
+    qkv = torch.empty(4, 50, 3, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    table = torch.empty(64, 50, device="meta", requires_grad=True)
+    compiled = torch.compile(window_attention, backend="aot_eager", fullgraph=True, dynamic=False)
+    out = compiled(qkv, table, tokens)
+    assert (out.shape, out.dtype) == ((4, 50, 2, 64), torch.bfloat16)
+    out.sum().backward()
+    assert qkv.grad is not None
+    assert table.grad is not None
+    assert (qkv.grad.shape, qkv.grad.dtype) == (qkv.shape, torch.bfloat16)
+    assert (table.grad.shape, table.grad.dtype) == (table.shape, torch.float32)
 
 
 def test_buckets_of_subsets_are_one_hot():
