@@ -45,8 +45,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
 
     settings = ds_settings(config, world.size)
     numerics = choose_numerics(config, device, zero_stage(settings))
-    if numerics.why_sdpa and world.is_main:
-        _log.info("attention in windows is torch's, not our kernel's: %s", numerics.why_sdpa)
+    if numerics.why_sdpa and device.type == "cuda" and config.model.position == "relative" and world.is_main:
+        _log.info("the kernel for attention in windows is not used: %s", numerics.why_sdpa)
     folder.cache_compiled()
     if numerics.attention == "triton":
         check_window_kernel(config, device)

@@ -51,10 +51,10 @@ class RelativeKey(nn.Module):
 
 def _vectors(buckets: Tensor, table: Tensor) -> Tensor:
     """The vector of each bucket: (L, L) and (C, NUM_BUCKETS) -> (L, L, C)."""
-    if not buckets.is_cuda:
+    if not (buckets.is_cuda or torch.compiler.is_compiling()):
         return F.embedding(buckets, table.T)
-    # Compiled, the gradient of an embedding is a sum by atomic additions: not deterministic.
-    with torch.autocast("cuda", enabled=False):
+    # Compiled, the gradient of an embedding is a sum by atomic additions on every device: not deterministic.
+    with torch.autocast(buckets.device.type, enabled=False):
         return F.one_hot(buckets, NUM_BUCKETS).to(table.dtype) @ table.T
 
 

@@ -31,11 +31,19 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if bias is not None:
-        bias = bias.expand(len(q), -1, -1, -1)
-        if bias.stride(2) % _ALIGNMENT:
-            L = bias.shape[-1]
-            bias = F.pad(bias, (0, -L % _ALIGNMENT))[..., :L]
+        bias = aligned(bias.to(q.dtype)).expand(len(q), -1, -1, -1)
     return _MemoryEfficient.apply(q, k, v, bias).transpose(1, 2)
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """The same (..., L, L) bias, copied if its rows do not lie in memory as the operator, which does not look, wants.
+
+    Keys lie side by side, and every row begins at a multiple of 8 elements.
+    """
+    L = bias.shape[-1]
+    if bias.stride(-1) == 1 and all(stride % _ALIGNMENT == 0 for stride in bias.stride()[:-1]):
+        return bias
+    return F.pad(bias.contiguous(), (0, -L % _ALIGNMENT))[..., :L]
 
 
 class _MemoryEfficient(torch.autograd.Function):

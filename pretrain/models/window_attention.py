@@ -104,7 +104,7 @@ def choose_launch(backward: bool, padded: int, heads: int, head_dim: int, hopper
         backward: which of the two kernels.
         padded: N.
         heads, head_dim: H and C.
-        hopper: whether the GPU has compute capability 9.0 or more.
+        hopper: whether the GPU has compute capability 9.x: an H100 or H200.
     """
     warps = 8 if padded == PLACES and (backward or not hopper) else 4
     if not hopper or head_dim > 64:
@@ -113,7 +113,7 @@ def choose_launch(backward: bool, padded: int, heads: int, head_dim: int, hopper
 
 
 def _launch(qkv: Tensor, place: Tensor, backward: bool) -> Launch:
-    hopper = not qkv.is_cuda or torch.cuda.get_device_capability(qkv.device) >= (9, 0)
+    hopper = not qkv.is_cuda or torch.cuda.get_device_capability(qkv.device)[0] == 9
     return choose_launch(backward, place.shape[1], qkv.shape[3], qkv.shape[4], hopper)
 
 
@@ -231,13 +231,17 @@ def window_attention(qkv: Tensor, table: Tensor, tokens: WindowTokens) -> Tensor
 
 
 @torch.no_grad()
-def worst_error(size: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> float:
-    """The kernels against the formula in float64, on random windows: the largest relative error of any result.
+def worst_error(size: int, count: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> float:
+    """The kernels against the formula in float64: the largest relative error of any result; NaN if one is not finite.
 
-    Also compiles the kernels for windows of `size` x `size` patches. NaN if a result is not finite.
+    On random windows of `size` x `size` patches, `count` of which are tokens. Also compiles the kernels for these.
     """
     generator = torch.Generator().manual_seed(0)
-    L = 1 + size * size
+    L = 1 + count
+    some = torch.rand(2, size * size, generator=generator).argsort(1)[:, :count]
+    patches = None if count == size * size else some
+    index = torch.arange(L).expand(2, -1) if patches is None else F.pad(1 + patches, (1, 0))
+    buckets = grid_buckets(size, size)[index[:, :, None], index[:, None, :]]
     shapes = ((2, L, 3, heads, head_dim), (head_dim, NUM_BUCKETS), (2, L, heads, head_dim))
     qkv, table, dout = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     results = []
@@ -245,9 +249,10 @@ def worst_error(size: int, heads: int, head_dim: int, device: torch.device, dtyp
         qkv, table = (tensor.detach().to(there, precision).requires_grad_() for tensor in (qkv, table))
         with torch.enable_grad():
             if precision == dtype:
-                out = window_attention(qkv, table, window_tokens(size, None, there))
+                tokens = window_tokens(size, patches if patches is None else patches.to(there), there)
+                out = window_attention(qkv, table, tokens)
             else:
-                out = _formula(qkv, table, grid_buckets(size, size))
+                out = _formula(qkv, table, buckets)
         gradients = torch.autograd.grad(out, (qkv, table), dout.to(there, precision))
         results.append([tensor.cpu().double() for tensor in (out, *gradients)])
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
@@ -255,6 +260,6 @@ def worst_error(size: int, heads: int, head_dim: int, device: torch.device, dtyp
 
 def _formula(qkv: Tensor, table: Tensor, buckets: Tensor) -> Tensor:
     q, k, v = qkv.unbind(2)
-    bias = torch.einsum("gihc,ijc->ghij", q, table.T[buckets])
+    bias = torch.einsum("gihc,gijc->ghij", q, table.T[buckets])
     logits = torch.einsum("gihc,gjhc->ghij", q, k) * q.shape[-1] ** -0.5 + bias
     return torch.einsum("ghij,gjhc->gihc", logits.softmax(-1), v)

@@ -90,6 +90,20 @@ def test_attention_without_a_bias(length: int, device: torch.device):
         assert relative_error(one, wanted) < 4 * EPSILON[torch.bfloat16], name
 
 
+def test_attention_with_a_learned_bias_in_fp32(device: torch.device):
+    """BEiT's and SimMIM's, under autocast: the bias comes in fp32, and heads are its last dimension in memory."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 16, 197, 64, generator=generator).bfloat16() for _ in range(4)]
+    bias = torch.randn(197, 197, 16, generator=generator).permute(2, 0, 1)[None]
+    leaves = [tensor.double().requires_grad_() for tensor in inputs[:3]]
+    out = F.scaled_dot_product_attention(*leaves, attn_mask=bias.double())
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, inputs[3].double())]
+    set_deterministic(True)
+    results = run_attention([tensor.to(device) for tensor in inputs], bias.to(device).requires_grad_())
+    for name, result, wanted in zip(("out", "q", "k", "v"), results, expected, strict=True):
+        assert relative_error(result, wanted) < 4 * EPSILON[torch.bfloat16], name
+
+
 def run_attention(inputs: list[Tensor], bias: Tensor | None = None) -> list[Any]:
     leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
     out = attend(*leaves, bias)

@@ -84,7 +84,9 @@ if __name__ == "__main__":
     errors = {
         f"{size}x{size}, {count}, {channels}": kernel_errors(size, count, channels) for size, count, channels in CASES
     }
-    errors["worst_error"] = {"worst": worst_error(7, 2, 64, torch.device("cpu"), torch.float32)}
+    errors["worst_error"] = {
+        str(count): worst_error(7, count, 2, 64, torch.device("cpu"), torch.float32) for count in (49, 10)
+    }
     errors["LoMaR"] = method_errors()
     errors["late"] = method_errors(mask_token_block=1)
     errors["late + PR-MIM"] = method_errors(mask_token_block=1, pr_mim=half)
