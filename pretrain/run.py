@@ -47,7 +47,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     numerics = choose_numerics(config, device, zero_stage(settings))
     if numerics.why_sdpa and device.type == "cuda" and config.model.position == "relative" and world.is_main:
         _log.info("the kernel for attention in windows is not used: %s", numerics.why_sdpa)
-    folder.cache_compiled()
+    if numerics.compile or numerics.attention == "triton":
+        folder.cache_compiled()
     if numerics.attention == "triton":
         check_window_kernel(config, device)
     method = build_method(config)

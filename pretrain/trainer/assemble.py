@@ -17,7 +17,7 @@ from pretrain.trainer.engine import build_engine, effective_settings
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation, Run
 from pretrain.trainer.report import describe_run
-from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.run_folder import RunFolder, device_name, versions
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def assemble(
         zero_stage=engine.zero_optimization_stage(),
         resume_signature=config.resume_signature(),
         numerics=parts.numerics,
+        machine={"device": device_name(), **{name: versions()[name] for name in ("torch", "triton", "deepspeed")}},
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     state, resumed = checkpoints.resume(engine, parts.ema, fresh)

@@ -167,7 +167,7 @@ class Checkpoints:
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
         keep_fused(engine.basic_optimizer)
         ema.load(self.folder / name)
-        return replace(state, world_size=self.world.size, numerics=fresh.numerics), name
+        return replace(state, world_size=self.world.size, numerics=fresh.numerics, machine=fresh.machine), name
 
     def _check_numerics(self, state: TrainState, now: TrainState) -> None:
         """Refuses, or says, that the run would continue with other bits than it would have had."""
@@ -180,6 +180,9 @@ class Checkpoints:
             )
         if changed and self.world.is_main:
             _log.warning("the run continues with other bits: %s", ", ".join(changed))
+        elsewhere = _differences(state.machine, now.machine)
+        if elsewhere and self.world.is_main:
+            _log.warning("the run may continue with other bits: %s", ", ".join(elsewhere))
 
     def _load_converted(self, engine: Any, name: str) -> None:
         converted = self.folder / CONVERTED

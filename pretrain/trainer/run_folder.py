@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-_PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow")
+_PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "triton", "deepspeed", "timm", "webdataset", "numpy", "pillow")
 _ROOT = Path(__file__).parents[2]
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class RunFolder:
             **facts,
             "versions": versions(),
             "git": git_state(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "device": device_name(),
             "host": socket.gethostname(),
             "command": sys.argv,
         }
@@ -100,6 +100,11 @@ def versions() -> dict[str, str | None]:
     """Versions of Python, CUDA and the packages that matter."""
     packages = {name: package_version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
+
+
+def device_name() -> str:
+    """The model of this rank's GPU, or of the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
 
 
 def git_state() -> str:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def test_other_kernels_or_precisions_are_refused_unless_asked_for(
 ):
     moved = tmp_path / "runs" / "moved"
     shutil.copytree(whole(*settings("zero1")), moved, ignore=shutil.ignore_patterns(LAST))
+    manifest = moved / "checkpoints" / BEFORE / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(f'"torch": "{version("torch")}"', '"torch": "2.9.0"'))
     again = (recipe, *settings("zero1"), "name=moved", "model.residual=bf16")
     (first, _) = (processes := start(*again)).outputs()
     assert all(rank.returncode == 1 for rank in processes.all)
@@ -70,6 +73,7 @@ def test_other_kernels_or_precisions_are_refused_unless_asked_for(
     continued = start(*again, "checkpoint.exact_resume=false").finish()
     assert f"resumes from {BEFORE}" in continued
     assert "continues with other bits: residual was" in continued
+    assert "may continue with other bits: torch was '2.9.0'" in continued
     recorded = json.loads((moved / "checkpoints" / LAST / "manifest.json").read_text())["state"]["numerics"]
     assert recorded == {"compile": False, "attention": "sdpa", "residual": "bf16", "sdpa": "cpu"}
 
