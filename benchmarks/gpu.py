@@ -8,7 +8,7 @@ with the same OUT left out. `--only` runs the sections whose names contain one o
 `--mae-path`, checkouts of the authors' code, are measured in the same run. `--dry` tries the command on a CPU, with
 a tiny encoder and without the kernel, in under two minutes. The last line of the output is one JSON object.
 
-It needs what `pretrain/run.py` needs, and Triton.
+It needs what `pretrain/run.py` needs, DeepSpeed included, and Triton.
 """
 
 import argparse

@@ -16,6 +16,7 @@ from benchmarks.gpu_session import Session
 from benchmarks.gpu_table import BF16, IMAGES, SDPA, Cell
 from benchmarks.variants import NAMES
 from pretrain.models import vit
+from pretrain.models.relative_position import pair_buckets
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -78,7 +79,10 @@ def test_a_section_that_fails_leaves_the_others_alone(session: Session, tmp_path
     assert "error: ValueError: no such shape" in capsys.readouterr().out
 
 
-def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("noticed", ["in the section", "as the section ends"])
+def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(
+    noticed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -86,9 +90,11 @@ def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(tmp_path:
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "out", "--seconds", "480", "--only", "vit"])
     session = Session(tmp_path, 480, torch.device("cuda"), resume=False)
-    with monkeypatch.context() as broken:
-        broken.setattr(torch, "zeros", fail)
-        session.section("first", "a", 1, fail)
+    with monkeypatch.context() as broken:  # then every call fails
+        broken.setattr(torch.cuda, "is_available", lambda: True)
+        for owner, name in ((torch, "zeros"), (torch.cuda, "empty_cache"), (torch.cuda, "synchronize")):
+            broken.setattr(owner, name, fail)
+        session.section("first", "a", 1, fail if noticed == "in the section" else lambda _: None)
     assert written(tmp_path)["sections"]["first"].startswith("error: RuntimeError: an illegal memory access")
     assert started[0][1:-1] == ["gpu.py", "out", "--seconds", "480", "--only", "vit", "--resume", "--seconds"]
     assert 470 < float(started[0][-1]) <= 480
@@ -144,6 +150,21 @@ def test_the_reference_of_the_kernel_is_our_attention(patches: int):
     assert max(row.values()) < 1e-2
     without_position = gpu_kernel._errors(lambda qkv, table, some: gpu_kernel.by_torch(qkv, 0 * table, some), *inputs)
     assert without_position["out"] > 1e-1
+
+
+def test_torch_is_not_timed_with_the_buckets_that_a_step_makes_once(monkeypatch: pytest.MonkeyPatch):
+    made = []
+
+    def counted(*tensors: torch.Tensor) -> torch.Tensor:
+        made.append(pair_buckets(*tensors))
+        return made[-1]
+
+    monkeypatch.setattr(gpu_kernel, "pair_buckets", counted)
+    call = gpu_kernel.by_torch(
+        *gpu_kernel.Shape(windows=2, patches=10, heads=2, channels=8).inputs(CPU, torch.bfloat16)
+    )
+    assert torch.equal(call(), call())
+    assert [position.dtype for position in made] == [torch.bfloat16]
 
 
 def test_dry_run_of_some_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
