@@ -121,6 +121,7 @@ def make_plan(config: PretrainConfig, cluster: Cluster, images: int, numerics: N
             images than a batch.
     """
     check_gpus(config, cluster)
+    numerics = replace(numerics, hopper=cluster.gpu.hopper)
     train = config.train
     steps_per_epoch(images, train.global_batch_size)
     zero = own_zero(config, cluster.gpus)
@@ -191,4 +192,5 @@ def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
         residual=model.residual,
         attention="triton" if model.attention != "sdpa" and windows else "sdpa",
         precision=precision,
+        hopper=cluster.gpu.hopper,
     )

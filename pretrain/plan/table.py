@@ -97,6 +97,7 @@ def _step(plan: Plan) -> str:
         "matrix products": step.matrices,
         "attention": step.attention,
         "element-wise": step.elementwise,
+        "depth-wise convolution": step.convolution,
         "outside of blocks": step.ends,
         "recomputed": step.recomputed,
         "weight casts": step.casts,
