@@ -64,6 +64,9 @@ def _memory(plan: Plan, gpu: str) -> str:
             )
             cells = "".join(f"{getattr(memory, column) / GIB:9.2f}" for column in _COLUMNS)
             lines.append(f"{name:22}{cells}{memory.total / GIB:8.1f}{largest:9,}")
+    found = [memory for stage in plan.stages for memory in (stage.memory, stage.checkpointed)]
+    if not all(memory.activations for memory in found):
+        lines.append("kept 0.00: the peak is in the optimizer's step, when nothing is kept")
     if not plan.fits:
         lines.append(f"does not fit: {_how_to_fit(plan)}")
     return "\n".join(lines)
