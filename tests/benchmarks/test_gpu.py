@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernel, gpu_table
+from benchmarks import gpu, gpu_convolution, gpu_kernel, gpu_table
 from benchmarks.gpu_goals import FAST_OVER_MAE, goals
 from benchmarks.gpu_session import Session
 from benchmarks.gpu_table import BF16, IMAGES, SDPA, Cell
@@ -43,7 +43,13 @@ def test_the_table_has_every_cell_once_and_what_decides_most_comes_first(tmp_pat
     assert Cell("vit_large", 224, "lomar", BF16).name in names
     assert {arch for arch, _ in IMAGES} == {"vit_base", "vit_large", "vit_huge"}
     position = {name: place for place, name in enumerate(names)}
-    order = [gpu_kernel.RIGHT, "vit_base 224 lomar, now", "vit_large 224 lomar, now", "vit_huge 448 pr, before"]
+    order = [
+        gpu_convolution.NAME,
+        gpu_kernel.RIGHT,
+        "vit_base 224 lomar, now",
+        "vit_large 224 lomar, now",
+        "vit_huge 448 pr, before",
+    ]
     assert sorted(order, key=position.__getitem__) == order
 
 
@@ -165,6 +171,29 @@ def test_torch_is_not_timed_with_the_buckets_that_a_step_makes_once(monkeypatch:
     )
     assert torch.equal(call(), call())
     assert [position.dtype for position in made] == [torch.bfloat16]
+
+
+def test_the_convolution_is_timed_in_both_layouts_and_as_it_is_set(session: Session, monkeypatch: pytest.MonkeyPatch):
+    seen = set()
+
+    def times(module: gpu_convolution.ConvAggregation, tokens: torch.Tensor, session: Session) -> dict[str, float]:
+        def look(_: object, inputs: tuple[torch.Tensor]) -> None:
+            last = inputs[0].is_contiguous(memory_format=torch.channels_last)
+            assert last or inputs[0].is_contiguous()
+            seen.add((tuple(inputs[0].shape), last, torch.backends.cudnn.deterministic))
+
+        module.conv.register_forward_pre_hook(look)
+        return measured(module, tokens, session)
+
+    measured = gpu_convolution._times
+    monkeypatch.setattr(gpu_convolution, "_times", times)
+    with torch.backends.cudnn.flags(deterministic=False):
+        gpu_convolution.convolution(session)
+    shapes = [(2, dim, 7, 7) for dim in (768, 1024, 1280)]
+    assert seen == {(shape, last, fixed) for shape in shapes for last in (True, False) for fixed in (True, False)}
+    rows = session.results["convolution"]
+    assert len(rows) == len(seen)
+    assert all(row["forward"] > 0 and row["both"] > 0 for row in rows.values())
 
 
 def test_dry_run_of_some_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
