@@ -66,7 +66,7 @@ def _memory(plan: Plan, gpu: str) -> str:
             lines.append(f"{name:22}{cells}{memory.total / GIB:8.1f}{largest:9,}")
     found = [memory for stage in plan.stages for memory in (stage.memory, stage.checkpointed)]
     if not all(memory.activations for memory in found):
-        lines.append("kept 0.00: the peak is in the optimizer's step, when nothing is kept")
+        lines.append("casts and kept 0.00: the peak is in the optimizer's step, which has neither")
     if not plan.fits:
         lines.append(f"does not fit: {_how_to_fit(plan)}")
     return "\n".join(lines)

@@ -294,7 +294,7 @@ def test_a_peak_in_the_optimizers_step_is_said(monkeypatch: pytest.MonkeyPatch, 
     assert run_command(monkeypatch, LOMAR, *small, "--gpus", "8", "--gpu", "h100") == 0
     out = capsys.readouterr().out
     assert "     0.00     0.00" in next(line for line in out.splitlines() if line.startswith("* 0"))
-    assert "kept 0.00: the peak is in the optimizer's step" in out
+    assert "casts and kept 0.00: the peak is in the optimizer's step" in out
 
 
 def test_less_work_is_advised_with_its_gain():
@@ -339,7 +339,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_the_table_has_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     assert run_command(monkeypatch, "--gpus", "16", LOMAR, "--gpu", "H100", "train.epochs=100", "--link", "200") == 0
     out = capsys.readouterr().out
-    assert "kept 0.00" not in out
+    assert "casts and kept 0.00" not in out
     for part in ("GPU-hours", "largest", "matrix products", "NVLink", "network, 200 Gb/s", "cores", "limited by"):
         assert part in out
 
