@@ -1,4 +1,4 @@
-"""Everything that has to be measured on a GPU, in eight minutes of one: ceilings, the window kernel, training steps.
+"""Everything that has to be measured on a GPU, in eight minutes of one: ceilings, our kernels, training steps.
 
     python benchmarks/gpu.py OUT [--seconds 480] [--dry] [--resume] [--only NAME ...] [--lomar-path L] [--mae-path M]
 
@@ -8,7 +8,7 @@ with the same OUT left out. `--only` runs the sections whose names contain one o
 `--mae-path`, checkouts of the authors' code, are measured in the same run. `--dry` tries the command on a CPU, with
 a tiny encoder and without the kernel, in under two minutes. The last line of the output is one JSON object.
 
-It needs what `pretrain/run.py` needs, and Triton.
+It needs what `pretrain/run.py` needs, DeepSpeed included, and Triton.
 """
 
 import argparse
@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.gpu_ceilings import attention_choice, ceilings, environment
+from benchmarks.gpu_convolution import NAME as CONVOLUTION
+from benchmarks.gpu_convolution import convolution
 from benchmarks.gpu_goals import print_goals
 from benchmarks.gpu_kernel import RIGHT, against_torch, right, sweep
 from benchmarks.gpu_session import Session
@@ -74,6 +76,7 @@ def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
         Section("environment", "environment", 5, environment),
         Section("ceilings", "ceilings", 15, ceilings),
         Section("attention: torch's choice", "attention", 10, attention_choice),
+        Section(CONVOLUTION, "convolution", 10, convolution),
         Section(RIGHT, "right", 50, right),
         Section("kernel: B, all 50 tokens", "kernel", 15, against_torch("B, all 50 tokens")),
     ]

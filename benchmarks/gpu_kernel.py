@@ -78,13 +78,17 @@ def by_kernel(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[]
 
 
 def by_torch(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[], Tensor]:
-    """What the project does without the kernel: a bias of all logits, and torch's attention."""
+    """What the project does without the kernel: a bias of all logits, and torch's attention.
+
+    A step makes the buckets once for all blocks, so they are no part of the call.
+    """
     key, buckets = RelativeKey(qkv.shape[-1]), grid_buckets(SIZE, SIZE).to(qkv.device)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    with torch.autocast(qkv.device.type, qkv.dtype):
+        position = buckets if patches is None else pair_buckets(buckets, patches)
 
     def call() -> Tensor:
         with torch.autocast(qkv.device.type, qkv.dtype):
-            position = buckets if patches is None else pair_buckets(buckets, patches)
             bias = functional_call(key, {"lookup_table_weight": table[None]}, (q, position))
             return attend(q, k, v, bias).transpose(1, 2)
 

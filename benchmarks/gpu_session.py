@@ -84,6 +84,8 @@ class Session:
         start = time.monotonic()
         try:
             function(self)
+            if not self.dry:
+                torch.cuda.synchronize()  # an error of a kernel that still runs is this section's
             sections[name] = f"done in {time.monotonic() - start:.0f} s"
         except Exception as error:  # the others still run; this one's error is a result
             sections[name] = f"error: {type(error).__name__}: {error}"[:1000]
@@ -91,15 +93,14 @@ class Session:
             self.say("\n".join((*traceback.format_exc().splitlines()[-5:-1], sections[name])))
         self._durations[kind] = max(self._durations.get(kind, 0), time.monotonic() - start)
         self.keep("sections", sections)
-        free_memory()
-        if sections[name].startswith("error"):
-            self._restart_if_broken()
+        self._free_memory_or_restart()
 
-    def _restart_if_broken(self) -> None:
+    def _free_memory_or_restart(self) -> None:
         """After an illegal memory access nothing works in this process any more: a new one does what is left."""
         if self.dry:
-            return
+            return free_memory()
         try:
+            free_memory()  # which fails as well
             torch.zeros(1, device=self.device).add(1).item()
         except RuntimeError:
             self.say("the GPU cannot be used any more by this process; a new one goes on")

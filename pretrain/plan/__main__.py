@@ -25,6 +25,8 @@ def main() -> int:
     from pretrain.plan.trace import trace_method
 
     try:
+        if options.images < 1:
+            raise ValueError(f"--images {options.images} must be at least 1")
         cluster = build_cluster(options.gpu, options.gpus, options.gpus_per_node, options.link)
         config = load(options.recipe, ["data.shards=unused", *options.overrides])
         check_gpus(config, cluster)

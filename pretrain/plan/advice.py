@@ -81,10 +81,14 @@ def _planned(plan: Plan, changes: dict[str, Any], note: str) -> Advice | None:
         return None  # these keys do not fit this recipe, so they are no advice
     if not other.fits and plan.fits:
         return None
-    keys = [f"{section}.{key}={value}" for section, values in changes.items() for key, value in values.items()]
+    keys = [f"{section}.{key}={_yaml(value)}" for section, values in changes.items() for key, value in values.items()]
     if other.step.data:  # the gain of the change itself, and what the loader then needs
         keys.append(f"data.num_workers={_workers(other)}")
     return Advice(" ".join(keys), _hours_without_wait(plan) / _hours_without_wait(other), note)
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _workers(plan: Plan) -> int:

@@ -9,6 +9,7 @@ Shapes: N tokens in sequences of L tokens (with the class token), H heads of C c
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from pretrain.models.window_attention import MAX_WINDOW_SIZE, PLACES, choose_launch
 from pretrain.plan.trace import BlockCall
 
 AttentionKind = Literal["triton", "sdpa", "unfused"]
@@ -26,12 +27,14 @@ class Numerics:
         attention: the kernel where position is relative; elsewhere `triton` means SDPA. `unfused` writes the logits to
             memory, as a CPU does, and the code of MAE's and LoMaR's authors.
         precision: of the whole training; fp32 means no autocast.
+        hopper: whether the GPU has compute capability 9.0 or more, by which the window kernel is started.
     """
 
     compile: bool = False
     residual: Literal["fp32", "bf16"] = "fp32"
     attention: AttentionKind = "sdpa"
     precision: Literal["bf16", "fp32"] = "bf16"
+    hopper: bool = True
 
 
 class Pass(NamedTuple):
@@ -79,8 +82,8 @@ def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     x = _width(numerics) * call.dim  # one of q, k, v, o, or of their gradients
     bias = _width(numerics) * call.heads * call.tokens
     kind = kernel(call, numerics)
-    if kind == "triton":  # reads q, k, v, writes o; reads these and do, writes dq, dk, dv into one tensor
-        return Pass(4 * x, 7 * x)
+    if kind == "triton":  # reads q, k, v, writes o; reads these but o, and do, writes dq, dk, dv into one tensor
+        return Pass(4 * x, 7 * x + 2 * table_gradient_bytes(call, numerics))
     if kind == "unfused":
         return _unfused_bytes(call, numerics, x, bias)
     if not call.relative:  # backward: reads q, k, v, o, do, writes dq, dk, dv, and stacks them
@@ -91,6 +94,23 @@ def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     # the kernel; its bias gradient cut, then into q and into the table; dq, dk, dv stacked
     backward = (2 * x + 8 * x + aligned + gradient) + (gradient + bias) + (bias + x) + (3 * x) + (bias + x) + 6 * x
     return Pass(forward, backward)
+
+
+def table_gradient_bytes(call: BlockCall, numerics: Numerics) -> float:
+    """Bytes for each token of the table's gradient as the window kernel writes it, to be summed by another kernel.
+
+    Each program writes its own part, C x 64 in fp32: one for each window and group of heads.
+    """
+    if kernel(call, numerics) != "triton":
+        return 0.0
+    channels = call.dim // call.heads
+    launch = choose_launch(True, _padded_tokens(call), call.heads, channels, numerics.hopper)
+    return call.heads / launch.heads * channels * PLACES * 4.0 / call.tokens
+
+
+def _padded_tokens(call: BlockCall) -> int:
+    """Of the window kernel's tiles: a power of two that leaves padding."""
+    return max(16, 1 << call.tokens.bit_length())
 
 
 def _unfused_bytes(call: BlockCall, numerics: Numerics, x: float, logits: float) -> Pass:
@@ -113,7 +133,7 @@ def attention_work(call: BlockCall, numerics: Numerics) -> Pass:
     if kind == "unfused":
         return Pass(attention_flops(call), 2 * attention_flops(call))
     if kind == "triton":  # tiles of a power of two, 3 products forward and 8 backward, the bias's table among them
-        places = max(16, 1 << (call.tokens - 1).bit_length())
+        places = _padded_tokens(call)
         width = 1 << (call.dim // call.heads - 1).bit_length()
         product = 2.0 * places * width * max(places, ROWS) * call.heads / call.tokens
         return Pass(3 * product, 8 * product)
@@ -124,7 +144,7 @@ def attention_work(call: BlockCall, numerics: Numerics) -> Pass:
 
 def kernel(call: BlockCall, numerics: Numerics) -> AttentionKind:
     """The kernel that a call gets: Triton's is for contextual relative position in windows of up to 7x7 patches."""
-    if numerics.attention == "triton" and (not call.relative or call.tokens > 1 + 7 * 7):
+    if numerics.attention == "triton" and (not call.relative or call.tokens > 1 + MAX_WINDOW_SIZE**2):
         return "sdpa"
     return numerics.attention
 

@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from data.order import check_divisible, steps_per_epoch
 from pretrain.config import PretrainConfig
-from pretrain.models.window_attention import MAX_WINDOW_SIZE
+from pretrain.models.vit import ARCHS
+from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE
+from pretrain.numerics import window_kernel_obstacle
 from pretrain.plan.block_cost import Numerics
 from pretrain.plan.communication import Communication
 from pretrain.plan.hardware import Cluster
@@ -121,6 +125,7 @@ def make_plan(config: PretrainConfig, cluster: Cluster, images: int, numerics: N
             images than a batch.
     """
     check_gpus(config, cluster)
+    numerics = replace(numerics, hopper=cluster.gpu.hopper)
     train = config.train
     steps_per_epoch(images, train.global_batch_size)
     zero = own_zero(config, cluster.gpus)
@@ -134,16 +139,20 @@ def make_plan(config: PretrainConfig, cluster: Cluster, images: int, numerics: N
 
 
 def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
-    """Raises ValueError as `make_plan`."""
+    """Raises ValueError, with the numbers of GPUs and the accumulations that divide the batch, as `make_plan`."""
     train, gpus = config.train, cluster.gpus
     if train.precision == "bf16" and not cluster.gpu.bf16:
         raise ValueError("this GPU does not compute in bf16: set train.precision=fp32, or take an a100, l40s or newer")
     try:
         check_divisible(train.global_batch_size, gpus, train.gradient_accumulation_steps)
     except ValueError as error:
-        quotient = train.global_batch_size // train.gradient_accumulation_steps
-        counts = [n for n in range(1, min(quotient, 4 * gpus) + 1) if quotient % n == 0]
-        raise ValueError(f"{error}; with this batch --gpus may be {', '.join(map(str, counts))}") from None
+        batch, accumulation = train.global_batch_size, train.gradient_accumulation_steps
+        counts = [n for n in range(1, 4 * gpus + 1) if batch % (n * accumulation) == 0]
+        times = [n for n in range(1, batch // gpus + 1) if batch % (n * gpus) == 0]
+        others = [f"--gpus may be {', '.join(map(str, counts))}"] if counts else []
+        if times:
+            others.append(f"train.gradient_accumulation_steps {', '.join(map(str, times))}")
+        raise ValueError(f"{error}" + (f"; with this batch {', or '.join(others)}" if others else "")) from None
 
 
 def own_zero(config: PretrainConfig, gpus: int) -> Zero:
@@ -179,16 +188,16 @@ def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
     if model.residual == "bf16" and precision != "bf16":
         raise ValueError("model.residual=bf16 needs train.precision=bf16")
     rows, cols = config.method.sequence_grid(config.grid)
+    arch = ARCHS[model.arch]
     windows = model.position == "relative" and rows == cols <= MAX_WINDOW_SIZE and precision == "bf16"
+    windows = windows and arch.dim // arch.heads <= MAX_HEAD_DIM
     if model.attention == "triton" and not windows:
-        raise ValueError(
-            f"model.attention=triton is for bf16 and relative position in windows of up to {MAX_WINDOW_SIZE}x"
-            f"{MAX_WINDOW_SIZE} patches, not for {precision}, {model.position} and {rows}x{cols}: set "
-            f"model.attention=auto"
-        )
+        obstacle = window_kernel_obstacle(config, torch.device("cpu"))  # it names the configuration's first
+        raise ValueError(f"model.attention=triton cannot be used: {obstacle}; set model.attention=auto")
     return Numerics(
         compile=model.compile != "off" and stage < 3,
         residual=model.residual,
         attention="triton" if model.attention != "sdpa" and windows else "sdpa",
         precision=precision,
+        hopper=cluster.gpu.hopper,
     )

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pretrain.plan.block_cost import Numerics, input_bytes, kept_bytes
+from pretrain.plan.block_cost import Numerics, input_bytes, kept_bytes, table_gradient_bytes
 from pretrain.plan.trace import Trace
 
 GIB = 2.0**30
@@ -90,9 +90,20 @@ def activation_bytes(trace: Trace, numerics: Numerics, checkpointing: bool) -> f
     return kept + largest
 
 
-def workspace_bytes(trace: Trace) -> float:
-    """Bytes for each image: the gradients of a block's widest maps (8 + 8 D), of its residual stream and its norms."""
-    return max((24.0 * call.dim * call.sequences * call.tokens for call in trace.calls), default=0.0)
+def workspace_bytes(trace: Trace, numerics: Numerics) -> float:
+    """Bytes for each image: what the backward pass of a block needs at once.
+
+    24 D in the MLP: the gradients of its widest maps (8 + 8 D), of the residual stream and the norms. In attention 12 D
+    (of the residual stream 4 D, its output 2 D, q, k and v 6 D) and the window kernel's parts of its table's gradient.
+    """
+    return max(
+        (
+            max(24.0 * call.dim, 12.0 * call.dim + table_gradient_bytes(call, numerics)) * call.sequences * call.tokens
+            for call in trace.calls
+            if call.backward
+        ),
+        default=0.0,
+    )
 
 
 def state_memory(parameters: int, zero: Zero, gpus: int) -> tuple[float, float, float]:
@@ -132,7 +143,7 @@ def step_memory(
     weights, gradients, optimizer = state_memory(trace.parameters, zero, gpus)
     in_backward, in_step = engine_buffers(trace.parameters, zero, gpus)
     activations = images * activation_bytes(trace, numerics, checkpointing)
-    gradients_in_flight = images * workspace_bytes(trace)
+    gradients_in_flight = images * workspace_bytes(trace, numerics)
     casts = 2.0 * trace.parameters if numerics.precision == "bf16" else 0.0
     teacher = float(_FP32 * trace.averaged)
     fragments = FRAGMENTATION * (activations + gradients_in_flight)

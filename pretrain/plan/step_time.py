@@ -21,6 +21,7 @@ from pretrain.plan.trace import BlockCall, Trace
 # The share of the best matrix product's rate that those of a block of width D reach, 51,200 tokens at a time.
 _WIDTH_SHARE = ((192, 0.50), (384, 0.65), (512, 0.72), (768, 0.80), (1024, 0.84), (1280, 0.86))
 ENDS_SHARE = 0.7  # the same of the products outside of blocks
+DEPTHWISE_SHARE = 0.5  # of the peak in fp32 outside of tensor cores that a depth-wise convolution reaches, a guess
 ATTENTION_SHARE = 0.35  # of the same rate, in attention kernels
 _SLOWER = {"triton": 1.25, "sdpa": 1.35, "unfused": 1.0}  # than the time that attention's bytes take
 COMPILED_ENDS = 1 / 3  # of the bytes of the ends, once compiled
@@ -43,8 +44,9 @@ class Step:
         matrices: products of the blocks and outside of them.
         attention: its core, between the qkv projection and the output's.
         elementwise: all other operators of the blocks.
-        ends: the operators outside of the blocks that are no products.
-        recomputed: the forward passes that `model.grad_checkpointing` repeats.
+        convolution: PR-MIM's depth-wise one, both passes.
+        ends: the other operators outside of the blocks that are no products.
+        recomputed: the forward passes of the encoder's blocks that `model.grad_checkpointing` repeats.
         casts: weights to bf16, and their gradients back.
         optimizer: AdamW, ZeRO's copies, a teacher's average.
         communication: what the backward pass does not hide.
@@ -55,6 +57,7 @@ class Step:
     matrices: float
     attention: float
     elementwise: float
+    convolution: float
     ends: float
     recomputed: float
     casts: float
@@ -72,7 +75,7 @@ class Step:
         """Seconds by what they are spent on."""
         memory = self.attention + self.elementwise + self.ends + self.recomputed + self.casts + self.optimizer
         return {
-            "compute": self.matrices,
+            "compute": self.matrices + self.convolution,
             "memory bandwidth": memory,
             "communication": self.communication,
             "launching kernels": self.host,
@@ -100,28 +103,32 @@ def step_time(
     """An optimizer step of the configuration with micro-batches of `micro_batch` images on each GPU."""
     gpu, times = cluster.gpu, config.train.gradient_accumulation_steps
     rate = stream_rate(gpu)
-    forward, backward = _passes(trace, numerics, gpu, micro_batch)
-    ends_bytes = (trace.ends.bytes * micro_batch + trace.ends.fixed_bytes) * (COMPILED_ENDS if numerics.compile else 1)
-    ends = ends_bytes / rate
+    forward, backward, recomputed = _passes(trace, numerics, gpu, micro_batch)
+    if not config.model.grad_checkpointing:
+        recomputed = 0.0
+    ends_bytes = (trace.ends.bytes - trace.ends.depthwise.bytes) * micro_batch + trace.ends.fixed_bytes
+    ends = ends_bytes * (COMPILED_ENDS if numerics.compile else 1) / rate
+    convolution = _depthwise_seconds(trace, gpu, micro_batch)
+    outside = ends + convolution
     casts = CAST_BYTES * trace.parameters / rate if numerics.precision == "bf16" else 0.0
-    recomputed = sum(forward.values()) if config.model.grad_checkpointing else 0.0
-    busy = sum(forward.values()) + sum(backward.values()) + recomputed + ends + casts
+    busy = sum(forward.values()) + sum(backward.values()) + recomputed + outside + casts
     optimizer = _optimizer(trace, zero, cluster)
     communication = step_communication(
         trace.parameters,
         zero,
         cluster,
         times,
-        sum(forward.values()) + ends / 3,
-        sum(backward.values()) + recomputed + ends * 2 / 3,
+        sum(forward.values()) + outside / 3,
+        sum(backward.values()) + recomputed + outside * 2 / 3,
     )
-    host = times * max(_launches(trace, numerics) * LAUNCH - busy, 0.0) + BETWEEN_STEPS[zero.stage > 0]
+    host = times * max(_launches(trace, numerics, config) * LAUNCH - busy, 0.0) + BETWEEN_STEPS[zero.stage > 0]
     computed = times * busy + optimizer + communication.exposed + host
     loaded = _loader_seconds(config, cluster)
     step = Step(
         matrices=times * (forward["matrices"] + backward["matrices"]),
         attention=times * (forward["attention"] + backward["attention"]),
         elementwise=times * (forward["elementwise"] + backward["elementwise"]),
+        convolution=times * convolution,
         ends=times * ends,
         recomputed=times * recomputed,
         casts=times * casts,
@@ -133,12 +140,17 @@ def step_time(
     return step, communication
 
 
-def _passes(trace: Trace, numerics: Numerics, gpu: GPU, micro_batch: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of the forward and of the backward pass of a micro-batch."""
+def _passes(
+    trace: Trace, numerics: Numerics, gpu: GPU, micro_batch: int
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Seconds of the forward and of the backward pass of a micro-batch, and of what checkpointing computes again: the
+    forward pass of the encoder's blocks, not of a teacher's or decoder's."""
     best, rate = peak(gpu, numerics) * 1e12 * gpu.gemm_share, stream_rate(gpu)
     forward, backward = (dict.fromkeys(("matrices", "attention", "elementwise"), 0.0) for _ in range(2))
-    forward["matrices"] = micro_batch * trace.ends.forward_flops / (best * ENDS_SHARE)
-    backward["matrices"] = micro_batch * trace.ends.backward_flops / (best * ENDS_SHARE)
+    ends = trace.ends
+    forward["matrices"] = micro_batch * (ends.forward_flops - ends.depthwise.flops) / (best * ENDS_SHARE)
+    backward["matrices"] = micro_batch * (ends.backward_flops - 2 * ends.depthwise.flops) / (best * ENDS_SHARE)
+    recomputed = 0.0
     for call in trace.calls:
         tokens = micro_batch * call.blocks * call.sequences * call.tokens
         matrices = tokens * matrix_flops(call) / (best * _width_share(call.dim))
@@ -150,7 +162,16 @@ def _passes(trace: Trace, numerics: Numerics, gpu: GPU, micro_batch: int) -> tup
             backward["matrices"] += 2 * matrices
             backward["attention"] += tokens * attention[1]
             backward["elementwise"] += tokens * moved.backward / rate
-    return forward, backward
+        if call.backward and call.encoder:
+            recomputed += matrices + tokens * (attention[0] + moved.forward / rate)
+    return forward, backward, recomputed
+
+
+def _depthwise_seconds(trace: Trace, gpu: GPU, micro_batch: int) -> float:
+    """Of both passes: tensor cores do not help where a channel is a product of its own."""
+    depthwise = trace.ends.depthwise
+    computed = 3 * depthwise.flops / (gpu.fp32_tflops * 1e12 * DEPTHWISE_SHARE)
+    return micro_batch * max(depthwise.bytes / stream_rate(gpu), computed)
 
 
 def _attention_seconds(call: BlockCall, numerics: Numerics, best: float, rate: float) -> tuple[float, float]:
@@ -184,8 +205,11 @@ def _optimizer(trace: Trace, zero: Zero, cluster: Cluster) -> float:
     return seconds + ADAMW_BYTES * share / rate
 
 
-def _launches(trace: Trace, numerics: Numerics) -> float:
-    blocks = sum(call.blocks * (1.0 if call.backward else 1 / 3) for call in trace.calls)
+def _launches(trace: Trace, numerics: Numerics, config: PretrainConfig) -> float:
+    blocks = 0.0
+    for call in trace.calls:
+        recomputed = config.model.grad_checkpointing and call.encoder and call.backward
+        blocks += call.blocks * ((1.0 if call.backward else 1 / 3) + (1 / 3 if recomputed else 0.0))
     return blocks * _LAUNCHES[numerics.compile] + _END_LAUNCHES
 
 

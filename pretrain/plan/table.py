@@ -64,6 +64,9 @@ def _memory(plan: Plan, gpu: str) -> str:
             )
             cells = "".join(f"{getattr(memory, column) / GIB:9.2f}" for column in _COLUMNS)
             lines.append(f"{name:22}{cells}{memory.total / GIB:8.1f}{largest:9,}")
+    found = [memory for stage in plan.stages for memory in (stage.memory, stage.checkpointed)]
+    if not all(memory.activations for memory in found):
+        lines.append("casts and kept 0.00: the peak is in the optimizer's step, which has neither")
     if not plan.fits:
         lines.append(f"does not fit: {_how_to_fit(plan)}")
     return "\n".join(lines)
@@ -97,6 +100,7 @@ def _step(plan: Plan) -> str:
         "matrix products": step.matrices,
         "attention": step.attention,
         "element-wise": step.elementwise,
+        "depth-wise convolution": step.convolution,
         "outside of blocks": step.ends,
         "recomputed": step.recomputed,
         "weight casts": step.casts,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from data.decode import CHANNELS
 from pretrain.build import build_method
@@ -59,7 +59,7 @@ class Ends:
     """Everything outside of the blocks.
 
     Attributes:
-        forward_flops, backward_flops: of matrix products, for each image.
+        forward_flops, backward_flops: of matrix products and convolutions, for each image.
         bytes: read and written by all operators of both passes, one after the other; for each image.
         kept: bytes kept for the backward pass, for each image.
         fixed_bytes: read and written once in a micro-batch, however many images it has: weights and their gradients.
@@ -70,6 +70,20 @@ class Ends:
     bytes: float
     kept: float
     fixed_bytes: float
+    depthwise: "Depthwise"
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """What of the ends is depth-wise convolutions, PR-MIM's, for each image.
+
+    Attributes:
+        flops: of the forward pass; the backward pass has twice as many.
+        bytes: read and written in both passes.
+    """
+
+    flops: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -105,10 +119,10 @@ def trace_method(config: PretrainConfig) -> Trace:
         method.zero_grad()  # or the second backward pass would add to the first's gradients
         images, mask_indices = _draw_batch(method, config, size)
         counted.append(_run(method, teacher, images, mask_indices, bf16))
-    forward, backward, moved, kept = (last - first for first, last in zip(*counted, strict=True))
+    forward, backward, moved, kept, *depthwise = (last - first for first, last in zip(*counted, strict=True))
     return Trace(
         tuple(replace(call, sequences=call.sequences / SIZES[-1], blocks=count) for call, count in calls.items()),
-        Ends(forward, backward, moved, kept, fixed_bytes=counted[0][2] - SIZES[0] * moved),
+        Ends(forward, backward, moved, kept, counted[0][2] - SIZES[0] * moved, Depthwise(*depthwise)),
         sum(p.numel() for p in method.parameters()),
         sum(p.numel() for p in teacher.parameters()) if teacher else 0,
         images[0].numel(),
@@ -157,8 +171,9 @@ def _draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tupl
 
 def _run(
     method: Method | LUT, teacher: nn.Module | None, images: Tensor, mask_indices: dict[str, Tensor], bf16: bool
-) -> tuple[int, int, int, int]:
-    """One pass: flops forward (a teacher's with them) and backward, bytes moved, and bytes kept for the backward."""
+) -> tuple[int, ...]:
+    """One pass: flops forward (a teacher's with them) and backward, bytes moved, bytes kept for the backward, and the
+    forward flops and moved bytes of depth-wise convolutions."""
     saved, moved = _Saved(method), _Moved()
     with moved:
         with FlopCounterMode(display=False) as forward, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -170,15 +185,10 @@ def _run(
                 loss = method(images, mask_indices, **inputs)["loss"]
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    return forward.get_total_flops(), _backward_flops(forward, backward), moved.bytes, saved.bytes
-
-
-def _backward_flops(forward: FlopCounterMode, backward: FlopCounterMode) -> int:
-    """Those of a depth-wise convolution are twice its forward's: torch counts them as a full convolution's."""
-    convolutions = forward.get_flop_counts().get("Global", {}).get(torch.ops.aten.convolution, 0)
-    counts = backward.get_flop_counts().get("Global", {})
-    others = sum(flops for kind, flops in counts.items() if kind is not torch.ops.aten.convolution_backward)
-    return int(others + 2 * convolutions)
+    forward_flops = forward.get_total_flops()
+    # Torch counts the backward pass of a depth-wise convolution as a full convolution's.
+    backward_flops = backward.get_total_flops() - moved.depthwise_miscounted + 2 * moved.depthwise_flops
+    return forward_flops, backward_flops, moved.bytes, saved.bytes, moved.depthwise_flops, moved.depthwise_bytes
 
 
 class _Saved:
@@ -201,14 +211,27 @@ class _Moved(TorchDispatchMode):
     """Counts what operators read and write; views move nothing, and an expanded tensor is read once."""
 
     bytes = 0
+    depthwise_bytes = 0
+    depthwise_flops = 0  # forward
+    depthwise_miscounted = 0  # backward, as torch counts them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         read = {t.untyped_storage()._cdata: _size(t) for t in _tensors((args, kwargs))}
         written = {t.untyped_storage()._cdata: _size(t) for t in _tensors(out)}
         if written.keys() - read.keys() or func._schema.is_mutable:  # neither: a view
-            self.bytes += sum(read.values()) + sum(written.values())
+            moved = sum(read.values()) + sum(written.values())
+            self.bytes += moved
+            self._count_depthwise(func, args, out, moved)
         return out
+
+    def _count_depthwise(self, func: Any, args: Any, out: Any, moved: int) -> None:
+        if func is torch.ops.aten.convolution.default and args[8] > 1:  # groups
+            self.depthwise_bytes += moved
+            self.depthwise_flops += 2 * out.numel() * args[1][0].numel()
+        elif func is torch.ops.aten.convolution_backward.default and args[9] > 1:
+            self.depthwise_bytes += moved
+            self.depthwise_miscounted += flop_registry[func.overloadpacket](*args, out_val=out)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernel, gpu_table
+from benchmarks import gpu, gpu_convolution, gpu_kernel, gpu_table
 from benchmarks.gpu_goals import FAST_OVER_MAE, goals
 from benchmarks.gpu_session import Session
 from benchmarks.gpu_table import BF16, IMAGES, SDPA, Cell
 from benchmarks.variants import NAMES
 from pretrain.models import vit
+from pretrain.models.relative_position import pair_buckets
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -42,7 +43,13 @@ def test_the_table_has_every_cell_once_and_what_decides_most_comes_first(tmp_pat
     assert Cell("vit_large", 224, "lomar", BF16).name in names
     assert {arch for arch, _ in IMAGES} == {"vit_base", "vit_large", "vit_huge"}
     position = {name: place for place, name in enumerate(names)}
-    order = [gpu_kernel.RIGHT, "vit_base 224 lomar, now", "vit_large 224 lomar, now", "vit_huge 448 pr, before"]
+    order = [
+        gpu_convolution.NAME,
+        gpu_kernel.RIGHT,
+        "vit_base 224 lomar, now",
+        "vit_large 224 lomar, now",
+        "vit_huge 448 pr, before",
+    ]
     assert sorted(order, key=position.__getitem__) == order
 
 
@@ -78,7 +85,10 @@ def test_a_section_that_fails_leaves_the_others_alone(session: Session, tmp_path
     assert "error: ValueError: no such shape" in capsys.readouterr().out
 
 
-def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("noticed", ["in the section", "as the section ends"])
+def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(
+    noticed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
@@ -86,9 +96,11 @@ def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(tmp_path:
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "out", "--seconds", "480", "--only", "vit"])
     session = Session(tmp_path, 480, torch.device("cuda"), resume=False)
-    with monkeypatch.context() as broken:
-        broken.setattr(torch, "zeros", fail)
-        session.section("first", "a", 1, fail)
+    with monkeypatch.context() as broken:  # then every call fails
+        broken.setattr(torch.cuda, "is_available", lambda: True)
+        for owner, name in ((torch, "zeros"), (torch.cuda, "empty_cache"), (torch.cuda, "synchronize")):
+            broken.setattr(owner, name, fail)
+        session.section("first", "a", 1, fail if noticed == "in the section" else lambda _: None)
     assert written(tmp_path)["sections"]["first"].startswith("error: RuntimeError: an illegal memory access")
     assert started[0][1:-1] == ["gpu.py", "out", "--seconds", "480", "--only", "vit", "--resume", "--seconds"]
     assert 470 < float(started[0][-1]) <= 480
@@ -144,6 +156,44 @@ def test_the_reference_of_the_kernel_is_our_attention(patches: int):
     assert max(row.values()) < 1e-2
     without_position = gpu_kernel._errors(lambda qkv, table, some: gpu_kernel.by_torch(qkv, 0 * table, some), *inputs)
     assert without_position["out"] > 1e-1
+
+
+def test_torch_is_not_timed_with_the_buckets_that_a_step_makes_once(monkeypatch: pytest.MonkeyPatch):
+    made = []
+
+    def counted(*tensors: torch.Tensor) -> torch.Tensor:
+        made.append(pair_buckets(*tensors))
+        return made[-1]
+
+    monkeypatch.setattr(gpu_kernel, "pair_buckets", counted)
+    call = gpu_kernel.by_torch(
+        *gpu_kernel.Shape(windows=2, patches=10, heads=2, channels=8).inputs(CPU, torch.bfloat16)
+    )
+    assert torch.equal(call(), call())
+    assert [position.dtype for position in made] == [torch.bfloat16]
+
+
+def test_the_convolution_is_timed_in_both_layouts_and_as_it_is_set(session: Session, monkeypatch: pytest.MonkeyPatch):
+    seen = set()
+
+    def times(module: gpu_convolution.ConvAggregation, tokens: torch.Tensor, session: Session) -> dict[str, float]:
+        def look(_: object, inputs: tuple[torch.Tensor]) -> None:
+            last = inputs[0].is_contiguous(memory_format=torch.channels_last)
+            assert last or inputs[0].is_contiguous()
+            seen.add((tuple(inputs[0].shape), last, torch.backends.cudnn.deterministic))
+
+        module.conv.register_forward_pre_hook(look)
+        return measured(module, tokens, session)
+
+    measured = gpu_convolution._times
+    monkeypatch.setattr(gpu_convolution, "_times", times)
+    with torch.backends.cudnn.flags(deterministic=False):
+        gpu_convolution.convolution(session)
+    shapes = [(2, dim, 7, 7) for dim in (768, 1024, 1280)]
+    assert seen == {(shape, last, fixed) for shape in shapes for last in (True, False) for fixed in (True, False)}
+    rows = session.results["convolution"]
+    assert len(rows) == len(seen)
+    assert all(row["forward"] > 0 and row["both"] > 0 for row in rows.values())
 
 
 def test_dry_run_of_some_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
