@@ -58,8 +58,7 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
     if cuda and config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"{name} has no bf16: set train.precision=fp32 (GPUs since the A100 have it)")
-    if model.residual == "bf16" and config.train.precision != "bf16":
-        raise ValueError("model.residual=bf16 needs train.precision=bf16")
+    check_settings(config, stage)
     obstacle = window_kernel_obstacle(config, device)
     if model.attention == "triton" and obstacle:
         raise ValueError(f"model.attention=triton cannot be used: {obstacle}; set model.attention=auto")
@@ -72,12 +71,18 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
     )
 
 
-def _choose_compile(wish: str, device: torch.device, stage: int) -> bool:
-    if wish == "on" and stage == 3:
+def check_settings(config: PretrainConfig, stage: int) -> None:
+    """Raises ValueError for settings that work together on no device."""
+    if config.model.residual == "bf16" and config.train.precision != "bf16":
+        raise ValueError("model.residual=bf16 needs train.precision=bf16")
+    if config.model.compile == "on" and stage == 3:
         raise ValueError(
             "model.compile=on loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8, without an error: set "
             "model.compile=off, or train.ds_config=zero2"
         )
+
+
+def _choose_compile(wish: str, device: torch.device, stage: int) -> bool:
     obstacle = _compiler_obstacle()
     if wish == "on" and obstacle:
         raise ValueError(f"model.compile=on cannot be used: {obstacle}; install it, or set model.compile=off")
@@ -95,7 +100,18 @@ def _compiler_obstacle() -> str:
 
 
 def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
-    """Why the kernel for windows cannot be used; empty if it can."""
+    """Why the kernel for windows cannot be used on a device; empty if it can."""
+    if unserved := unserved_by_window_kernel(config):
+        return unserved
+    if device.type != "cuda":
+        return f"it runs on GPUs, not on the {device.type.upper()}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 (A100), not {torch.cuda.get_device_name(device)}"
+    return _compiler_obstacle()
+
+
+def unserved_by_window_kernel(config: PretrainConfig) -> str:
+    """Why the kernel for windows cannot be used on any device; empty if it can."""
     rows, cols = config.method.sequence_grid(config.grid)
     arch = ARCHS[config.model.arch]
     if config.model.position != "relative":
@@ -106,11 +122,7 @@ def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
         return f"it has heads of up to {MAX_HEAD_DIM} channels, not {arch.dim // arch.heads}"
     if config.train.precision != "bf16":
         return f"it computes in bf16, not train.precision={config.train.precision}"
-    if device.type != "cuda":
-        return f"it runs on GPUs, not on the {device.type.upper()}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs a GPU of compute capability 8.0 (A100), not {torch.cuda.get_device_name(device)}"
-    return _compiler_obstacle()
+    return ""
 
 
 def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:

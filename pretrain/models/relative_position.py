@@ -12,8 +12,8 @@ from torch import Tensor
 # iRPE's piecewise index function with the LoMaR authors' constants: an axis has 2 * 3 + 1 = 7 buckets.
 _ALPHA, _BETA, _GAMMA = 1.9, 3.8, 15.2
 _REACH = 3
-_AXIS = 2 * _REACH + 1
-CLASS_BUCKET = _AXIS * _AXIS
+AXIS_BUCKETS = 2 * _REACH + 1
+CLASS_BUCKET = AXIS_BUCKETS * AXIS_BUCKETS
 NUM_BUCKETS = CLASS_BUCKET + 1
 
 
@@ -45,7 +45,7 @@ def product_buckets(rows: Tensor, cols: Tensor) -> Tensor:
     table = torch.tensor([_axis_bucket(d) for d in range(-span, span + 1)], device=rows.device)
     row_bucket = table[rows[..., :, None] - rows[..., None, :] + span]
     col_bucket = table[cols[..., :, None] - cols[..., None, :] + span]
-    return (row_bucket + _REACH) * _AXIS + col_bucket + _REACH
+    return (row_bucket + _REACH) * AXIS_BUCKETS + col_bucket + _REACH
 
 
 def grid_buckets(height: int, width: int) -> Tensor:

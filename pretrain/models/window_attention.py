@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.relative_position import CLASS_BUCKET, NUM_BUCKETS, axis_buckets, grid_buckets
+from pretrain.models.relative_position import AXIS_BUCKETS, CLASS_BUCKET, NUM_BUCKETS, axis_buckets, grid_buckets
 
 PLACES = 64  # also the padded number of buckets
 MAX_WINDOW_SIZE = 7  # with a larger one, a bucket has more than 3 x 3 keys, and there are more than 64 places
 MAX_HEAD_DIM = 128
-_AXIS = 7  # buckets along one axis
 
 
 class WindowTokens(NamedTuple):
@@ -43,12 +42,17 @@ def window_tokens(size: int, patches: Tensor | None, device: torch.device) -> Wi
     if patches is None:
         patches = torch.arange(size * size, device=device)[None]
     rows, T = patches.shape
-    padded = max(16, 1 << (1 + T).bit_length())
+    padded = padded_tokens(1 + T)
     place = F.pad(F.pad(1 + patches, (1, 0)), (0, padded - 1 - T), value=PLACES - 1)
     order = torch.arange(1 + T, device=device).expand(rows, -1)
     token = patches.new_full((rows, PLACES), padded - 1).scatter(1, place[:, : 1 + T], order)
     in_order = all_patches and padded == PLACES
     return WindowTokens(*_tables(size, device), place.to(torch.int8), token.to(torch.int8), in_order)
+
+
+def padded_tokens(tokens: int) -> int:
+    """N, for L tokens of a window: a power of two that leaves padding, at least 16."""
+    return max(16, 1 << tokens.bit_length())
 
 
 @lru_cache
@@ -73,15 +77,15 @@ def _keys_of_buckets(size: int) -> Tensor:
     for row in range(size):
         for col in range(size):
             query = 1 + row * size + col
-            for bucket in range(_AXIS):
+            for bucket in range(AXIS_BUCKETS):
                 same_col = [j for j in range(size) if axis[col][j] == bucket]
                 same_row = [j for j in range(size) if axis[row][j] == bucket]
                 for m, key_col in enumerate(same_col):
                     for key_row in range(size):
-                        keys[0, m, query, key_row * _AXIS + bucket] = 1 + key_row * size + key_col
+                        keys[0, m, query, key_row * AXIS_BUCKETS + bucket] = 1 + key_row * size + key_col
                 for m, key_row in enumerate(same_row):
-                    for other in range(_AXIS):
-                        keys[1, m, query, bucket * _AXIS + other] = key_row * _AXIS + other
+                    for other in range(AXIS_BUCKETS):
+                        keys[1, m, query, bucket * AXIS_BUCKETS + other] = key_row * AXIS_BUCKETS + other
             keys[0, 0, query, CLASS_BUCKET] = 0
             keys[1, 0, query, CLASS_BUCKET] = CLASS_BUCKET
     return keys

@@ -9,11 +9,10 @@ Shapes: N tokens in sequences of L tokens (with the class token), H heads of C c
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pretrain.models.window_attention import MAX_WINDOW_SIZE, PLACES, choose_launch
+from pretrain.models.window_attention import MAX_WINDOW_SIZE, PLACES, choose_launch, padded_tokens
 from pretrain.plan.trace import BlockCall
 
 AttentionKind = Literal["triton", "sdpa", "unfused"]
-NUM_BUCKETS = 50  # of the relative position's table
 ROWS = 64  # attention kernels work on tiles of so many tokens
 
 
@@ -27,7 +26,7 @@ class Numerics:
         attention: the kernel where position is relative; elsewhere `triton` means SDPA. `unfused` writes the logits to
             memory, as a CPU does, and the code of MAE's and LoMaR's authors.
         precision: of the whole training; fp32 means no autocast.
-        hopper: whether the GPU has compute capability 9.0 or more, by which the window kernel is started.
+        hopper: whether the GPU has compute capability 9.x, by which the window kernel is started.
     """
 
     compile: bool = False
@@ -104,13 +103,8 @@ def table_gradient_bytes(call: BlockCall, numerics: Numerics) -> float:
     if kernel(call, numerics) != "triton":
         return 0.0
     channels = call.dim // call.heads
-    launch = choose_launch(True, _padded_tokens(call), call.heads, channels, numerics.hopper)
+    launch = choose_launch(True, padded_tokens(call.tokens), call.heads, channels, numerics.hopper)
     return call.heads / launch.heads * channels * PLACES * 4.0 / call.tokens
-
-
-def _padded_tokens(call: BlockCall) -> int:
-    """Of the window kernel's tiles: a power of two that leaves padding."""
-    return max(16, 1 << call.tokens.bit_length())
 
 
 def _unfused_bytes(call: BlockCall, numerics: Numerics, x: float, logits: float) -> Pass:
@@ -133,7 +127,7 @@ def attention_work(call: BlockCall, numerics: Numerics) -> Pass:
     if kind == "unfused":
         return Pass(attention_flops(call), 2 * attention_flops(call))
     if kind == "triton":  # tiles of a power of two, 3 products forward and 8 backward, the bias's table among them
-        places = _padded_tokens(call)
+        places = padded_tokens(call.tokens)
         width = 1 << (call.dim // call.heads - 1).bit_length()
         product = 2.0 * places * width * max(places, ROWS) * call.heads / call.tokens
         return Pass(3 * product, 8 * product)

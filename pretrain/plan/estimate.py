@@ -2,13 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from data.order import check_divisible, steps_per_epoch
 from pretrain.config import PretrainConfig
-from pretrain.models.vit import ARCHS
-from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE
-from pretrain.numerics import window_kernel_obstacle
+from pretrain.numerics import check_settings, unserved_by_window_kernel
 from pretrain.plan.block_cost import Numerics
 from pretrain.plan.communication import Communication
 from pretrain.plan.hardware import Cluster
@@ -182,22 +178,15 @@ def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
     Raises:
         ValueError: a setting that cannot work; the message names the key to change.
     """
-    model, stage, precision = config.model, own_zero(config, cluster.gpus).stage, config.train.precision
-    if model.compile == "on" and stage == 3:
-        raise ValueError("model.compile=on loses gradients in ZeRO stage 3: set model.compile=off, or another stage")
-    if model.residual == "bf16" and precision != "bf16":
-        raise ValueError("model.residual=bf16 needs train.precision=bf16")
-    rows, cols = config.method.sequence_grid(config.grid)
-    arch = ARCHS[model.arch]
-    windows = model.position == "relative" and rows == cols <= MAX_WINDOW_SIZE and precision == "bf16"
-    windows = windows and arch.dim // arch.heads <= MAX_HEAD_DIM
-    if model.attention == "triton" and not windows:
-        obstacle = window_kernel_obstacle(config, torch.device("cpu"))  # it names the configuration's first
+    model, stage = config.model, own_zero(config, cluster.gpus).stage
+    check_settings(config, stage)
+    obstacle = unserved_by_window_kernel(config)
+    if model.attention == "triton" and obstacle:
         raise ValueError(f"model.attention=triton cannot be used: {obstacle}; set model.attention=auto")
     return Numerics(
         compile=model.compile != "off" and stage < 3,
         residual=model.residual,
-        attention="triton" if model.attention != "sdpa" and windows else "sdpa",
-        precision=precision,
+        attention="triton" if model.attention != "sdpa" and not obstacle else "sdpa",
+        precision=config.train.precision,
         hopper=cluster.gpu.hopper,
     )
