@@ -22,7 +22,7 @@ class GPU:
         pcie: GB/s of its PCIe slot.
         network: Gb/s of all network adapters of a node as the maker or clouds build it.
         bf16: whether it computes in bf16.
-        hopper: whether its compute capability is 9.0 or more, by which the window kernel is started.
+        hopper: whether its compute capability is 9.x, by which the window kernel is started.
     """
 
     tflops: float
@@ -43,7 +43,7 @@ class GPU:
 # not found measured: 0.75, a guess, and 0.65 where the power limit is far below that of an SXM module (L40S, L4).
 UNMEASURED, POWER_LIMITED = 0.75, 0.65
 GPUS = {
-    "b200": GPU(2250, 0.776, 80, 8000, 178, 900, 64, 3200, hopper=True),
+    "b200": GPU(2250, 0.776, 80, 8000, 178, 900, 64, 3200),
     "gh200": GPU(989, 0.830, 67, 4000, 94, 450, 64, 400, hopper=True),
     "h200": GPU(989, 0.803, 67, 4800, 139, 450, 64, 3200, hopper=True),
     "h100": GPU(989, 0.803, 67, 3350, 79, 450, 64, 3200, hopper=True),
@@ -55,7 +55,7 @@ GPUS = {
     "a6000": GPU(155, UNMEASURED, 38.7, 768, 47, 0, 32, 100),
     "a10": GPU(125, POWER_LIMITED, 31.2, 600, 22, 0, 32, 100),
     "l4": GPU(121, POWER_LIMITED, 30.3, 300, 22, 0, 32, 100),
-    "rtx5090": GPU(210, UNMEASURED, 105, 1792, 31, 0, 64, 10, hopper=True),
+    "rtx5090": GPU(210, UNMEASURED, 105, 1792, 31, 0, 64, 10),
     "rtx4090": GPU(165, UNMEASURED, 82.6, 1008, 23, 0, 32, 10),
     "rtx3090": GPU(71, UNMEASURED, 35.6, 936, 23, 0, 32, 10),
     "v100": GPU(125, UNMEASURED, 15.7, 900, 31, 150, 16, 100, bf16=False),
