@@ -24,6 +24,7 @@ CHANNELS = 3  # of every image: RGB
 _LIMIT = f"{MAX_PIXELS // 1_000_000} megapixels: make it smaller, or cut it into parts"
 WHITE_16_BITS, WHITE_12_BITS = 65535, 4095
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 4
+_ORIENTATION, _UPRIGHT = 274, 1  # EXIF 2.3, table 4
 _WITHOUT_WHITE = {"F": "floating-point", "I": "signed or 32-bit", "LAB": "CIELAB"}  # by Pillow's modes
 
 # Pillow warns of odd metadata, and from 89 megapixels on, once per worker. Metadata does not matter here, and our own
@@ -47,6 +48,8 @@ class ImageFacts(NamedTuple):
     is_gray: bool
     has_more_pictures: bool
     """An animation, or pages; a photograph with previews (MPO) does not count."""
+    is_turned: bool
+    """EXIF says that it is to be shown turned or mirrored."""
 
 
 class Crop(NamedTuple):
@@ -70,7 +73,7 @@ def decode(
 
     Without reduced JPEG decoding the pixels are those of torchvision's ``resized_crop`` on the whole image, except for
     the two source pixels next to an inner edge of the box, where the filter uses the true neighbors beyond the edge.
-    EXIF orientation is ignored and transparency dropped, as torchvision's ImageFolder does.
+    EXIF orientation is ignored (but in TIFF files) and transparency dropped, as torchvision's ImageFolder does.
 
     Args:
         data: the file's bytes.
@@ -133,6 +136,7 @@ def check_image(data: bytes) -> ImageFacts:
             used_bits=_used_bits(image, stored_as),
             is_gray=image.mode.startswith("I;16"),
             has_more_pictures=has_more_pictures,
+            is_turned=_is_turned(image),
         )
     except Exception as error:
         raise BadImage(_reason(error)) from error
@@ -144,7 +148,8 @@ def rewrite_16_bit_gray(data: bytes, bits: int) -> bytes:
     Raises:
         BadImage: values need more bits; or as ``decode``.
     """
-    image, white = _open(data), 2**bits - 1
+    image = _open(data)
+    white = min(2**bits - 1, _white(image))
     try:
         image.load()
         gray = np.asarray(image)
@@ -251,6 +256,13 @@ def _white(image: Image.Image) -> int:
 def _is_negative(image: Image.Image) -> bool:
     """Whether 0 is white, as some TIFF files of X-rays have it; Pillow undoes it for 8 bits alone."""
     return bool(getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT  # Pillow has done what a TIFF file says
+    except Exception:  # damaged metadata raises anything, and does not make the pixels worse
+        return False
 
 
 def _used_bits(image: Image.Image, stored_as: str) -> int | None:

@@ -105,6 +105,10 @@ def _advice(folder: Path, name: str) -> str:
         return "; write / in place of \\"
     if readable(name).encode() != name.encode("utf-8", "surrogateescape"):
         return "; the line is no UTF-8: save the list as UTF-8"
+    if os.path.exists(name):
+        return (
+            f"; paths are relative to the list's folder, and this one is relative to {os.getcwd()}: move the list there"
+        )
     return "" if os.path.isabs(name) else f" in {folder}"
 
 

@@ -7,7 +7,7 @@ SHOWN = 10  # names in a message
 
 
 def readable(name: str) -> str:
-    r"""A file's name as valid text of one line: bytes that are no UTF-8 as in ``caf\xe9``, tabs as ``\t``."""
+    r"""A file's name as valid text of one line: bytes that are no UTF-8 as in ``na\xefve``, tabs as ``\t``."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return text.replace("\n", r"\n").replace("\r", r"\r").replace("\t", r"\t")
 

@@ -59,6 +59,8 @@ def pack(
         raise ValueError(f"--samples-per-shard {samples_per_shard} must be at least 1")
     if bits is not None and not 1 <= bits <= 16:
         raise ValueError(f"--bits {bits} must be from 1 to 16")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
     staging = out / STAGING
     plan: dict[str, str | int] = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
@@ -141,8 +143,8 @@ def _list(path: Path, out: Path, classes_file: Path | None, labels: bool) -> Sou
     source = list_source(path, classes_file, labels)
     if source.unsorted:
         raise ValueError(
-            f"{path}: {source.unsorted} images lie beside folders of images, so it is not clear whether the folders "
-            "are classes: move them into folders of their classes, or give --no-labels if there are none"
+            f"{path}: images ({source.unsorted}) lie beside folders of images, so it is not clear whether the folders "
+            "are classes: move the images into folders of their classes, or give --no-labels if there are no classes"
         )
     if source.ignored:
         note([f"ignored, not images by name: {describe_ignored(source.ignored)}"])
@@ -196,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         left_out = len(source.files) - len(index)
         if empty := empty_classes(index):
-            note([f"{len(empty)} classes have no images: {shown(empty)}"])
+            note([f"classes without images: {shown(empty)}"])
         print(_summary(index, args.out), *class_table(index), sep="\n")
         if left_out:
             print(f"{left_out} unreadable files left out, see {args.out / REJECTED_FILE}")

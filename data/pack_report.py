@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,13 +25,17 @@ class PackReport:
     rejected: list[str] = field(default_factory=list)  # lines of a file's name, a tab and the reason
     gray_bits: Counter[int] = field(default_factory=Counter)  # of pictures with 16 bits a value: bits used -> pictures
     color_bits: Counter[int] = field(default_factory=Counter)
+    images: int = 0  # packed
     more_pictures: int = 0  # files with several, of which the first is used
+    turned: int = 0  # by EXIF
 
     def add(self, facts: ImageFacts) -> None:
         """Counts a packed image."""
+        self.images += 1
         if facts.used_bits is not None:
             (self.gray_bits if facts.is_gray else self.color_bits)[facts.used_bits] += 1
         self.more_pictures += facts.has_more_pictures
+        self.turned += facts.is_turned
 
     def write(self, path: Path) -> None:
         """Writes a file for `read`."""
@@ -53,7 +57,9 @@ class PackReport:
             merged.rejected += report.rejected
             merged.gray_bits += report.gray_bits
             merged.color_bits += report.color_bits
+            merged.images += report.images
             merged.more_pictures += report.more_pictures
+            merged.turned += report.turned
         return merged
 
     def remarks(self) -> Iterator[str]:
@@ -71,7 +77,15 @@ class PackReport:
                     + advice.format(most=most, largest=2**most - 1)
                 )
         if self.more_pictures:
-            yield f"{self.more_pictures} files have several pictures (animations or pages): the first is used"
+            yield (
+                f"the first picture alone is used of files with several (animations, pages): {self.more_pictures} of "
+                f"{self.images}"
+            )
+        if self.turned:
+            yield (
+                "images stored lying or mirrored, with an EXIF orientation, are used as they are stored: "
+                f"{self.turned} of {self.images}; `exiftran -ai` turns JPEG files without loss, before packing"
+            )
 
     def refusal(self, files: int, out: Path) -> str:
         """The message where rejected files are not to be left out."""
@@ -86,22 +100,22 @@ class PackReport:
 
 def class_table(index: Index) -> list[str]:
     """Lines of label, images and name of each class; of many classes some, and the smallest and the largest."""
-    labels = index.label[index.label != NO_LABEL]
-    if not len(labels):
+    present, counted = np.unique(index.label[index.label != NO_LABEL], return_counts=True)
+    images = dict.fromkeys(range(len(index.classes)), 0) | dict(zip(present.tolist(), counted.tolist(), strict=True))
+    if not images:
         return []
-    counts = np.bincount(labels, minlength=len(index.classes))
-    names: Sequence[str] = index.classes or [""] * len(counts)
-    rows = [f"  {label:5d} {count:9d}  {name}" for label, (count, name) in enumerate(zip(counts, names, strict=False))]
+    names = {label: index.classes[label] if label < len(index.classes) else "" for label in images}
+    rows = [f"  {label:5d} {count:9d}  {names[label]}".rstrip() for label, count in images.items()]
     if len(rows) > SHOWN_CLASSES:
-        low, high = int(counts.argmin()), int(counts.argmax())
+        low, high = min(images, key=images.__getitem__), max(images, key=images.__getitem__)
         half = SHOWN_CLASSES // 2
         rows = [
             *rows[:half],
-            f"  ... {len(counts) - 2 * half} more; from {counts[low]} images ({names[low] or low}) to {counts[high]} "
+            f"  ... {len(rows) - 2 * half} more; from {images[low]} images ({names[low] or low}) to {images[high]} "
             f"({names[high] or high})",
             *rows[-half:],
         ]
-    return ["  label    images  class", *(row.rstrip() for row in rows)]
+    return ["  label    images  class", *rows]
 
 
 def empty_classes(index: Index) -> list[str]:

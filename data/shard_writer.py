@@ -69,7 +69,7 @@ def without_unreadable_classes(source: Source, workers: int, bits: int | None) -
         source,
         classes=tuple(source.classes[label] for label in found),
         files=tuple(file._replace(label=number.get(file.label, NO_LABEL)) for file in source.files),
-    ), (f"{len(lost)} folders without a readable image are no classes: {shown(lost)}",)
+    ), (f"folders without a readable image are no classes: {shown(lost)}",)
 
 
 def _readable_label(images: _Class) -> int:

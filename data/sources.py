@@ -144,8 +144,8 @@ def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool) -> Sou
         walk.enter(str(root))
     if walk.unreadable:
         raise ValueError(
-            f"{root}: {len(walk.unreadable)} files or folders cannot be read (no permission, or a link to nowhere): "
-            f"{shown(walk.unreadable)}: `chmod -R u+rX` gives permission"
+            f"{root}: files or folders that cannot be read, without permission or links to nowhere: "
+            f"{shown(walk.unreadable)}; `chmod -R u+rX` gives permission"
         )
     walk.images.sort(key=lambda image: image[0])
     folders = sorted({name.split("/")[0] for name, _ in walk.images if "/" in name})
@@ -157,7 +157,7 @@ def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool) -> Sou
     number = number_classes(classes)
     unknown = [name for name in folders if same_name(name) not in number]
     if unknown:
-        raise ValueError(f"{root}: {len(unknown)} folders are no classes of --classes: {shown(unknown)}")
+        raise ValueError(f"{root}: folders that are no classes of --classes: {shown(unknown)}")
     broken = [name for name in folders if "\n" in name or "\r" in name]
     if broken:
         raise ValueError(f"{root}: a class cannot have a line break in its name: rename {shown(broken)}")
@@ -180,12 +180,11 @@ def _remarks(root: Path, walk: _Walk, folders: list[str], given: bool) -> tuple[
     empty = sorted(set(walk.top) - set(folders))
     if empty and not given:
         remarks.append(
-            f"{len(empty)} folders without images are no classes: {shown(empty)}; --classes FILE, a list of all "
-            "classes, keeps them"
+            f"folders without images are no classes: {shown(empty)}; --classes FILE, a list of all classes, keeps them"
         )
     escaped = [name for name in folders if readable(name) != name]
     if escaped:
-        remarks.append(f"{len(escaped)} names of folders are no UTF-8, and are written like this: {shown(escaped)}")
+        remarks.append(f"names of folders that are no UTF-8 are written like this: {shown(escaped)}")
     nested = next((name for name, _ in walk.images if name.count("/") > 1), None)
     if nested:
         top, inner, _ = readable(nested).split("/", 2)

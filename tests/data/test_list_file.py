@@ -17,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("a.jpg", "b.jpg", "sub/c d.jpg", "tab\there.jpg", "-1.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as file:
+    with open(os.fsencode(tmp_path) + b"/na\xefve.jpg", "wb") as file:
         file.write(b"x")
     return tmp_path
 
@@ -39,7 +39,7 @@ def test_forms_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert read(folder, f"{folder}/a.jpg\t1\n") == {f"{folder}/a.jpg": 1}
     monkeypatch.setenv("HOME", str(folder))
     assert read(folder, "~/sub/c d.jpg\t1\n") == {f"{folder}/sub/c d.jpg": 1}
-    assert read(folder, b"caf\xe9.jpg\t1\n") == {"caf\udce9.jpg": 1}  # the bytes that the file system has
+    assert read(folder, b"na\xefve.jpg\t1\n") == {"na\udcefve.jpg": 1}  # the bytes that the file system has
 
 
 def test_labels_that_are_names_are_numbered_by_the_class_list(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_labels_may_be_left_out(folder: Path) -> None:
         ("sub\\c d.jpg\t1\n", r"write / in place of \\"),
         ("sub\t1\n", "'sub' is not a file"),
         ("a.jpg\nb.jpg\n./a.jpg\t1\n", "line 3: './a.jpg' is on line 1 already"),
-        (b"caf\xe8.jpg\n", r"line 1: 'caf\\xe8.jpg': no such file; the line is no UTF-8"),
+        (b"na\xe8ve.jpg\n", r"line 1: 'na\\xe8ve.jpg': no such file; the line is no UTF-8"),
         ("a.jpg".encode("utf-16"), "is UTF-16: save the list as UTF-8"),
         (b"PAR1\0\0", "not a text file"),
     ],
@@ -90,6 +90,14 @@ def test_lines_that_are_not_right_are_quoted(folder: Path, text: str | bytes, me
 def test_labels_that_are_not_on_the_class_list(folder: Path, label: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(folder, f"a.jpg\t{label}\n", "cat", "dog")
+
+
+def test_paths_relative_to_another_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "lists").mkdir()
+    (folder / "lists" / "list.txt").write_text("a.jpg\n")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"'a\.jpg': no such file; paths are relative to the list's folder"):
+        list_source(folder / "lists" / "list.txt")
 
 
 def test_of_many_wrong_lines_the_first_are_shown(folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_flat_folder_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (folder / name).write_bytes(jpeg(0))
     command = [str(folder), str(tmp_path / "from_folder"), "--num-workers", "1"]
     assert main(command) == 1
-    assert "2 images lie beside folders of images" in capsys.readouterr().err
+    assert "images (2) lie beside folders of images" in capsys.readouterr().err
     assert main([*command, "--no-labels"]) == 0
     assert "3 samples without labels in 1 shards" in capsys.readouterr().out
     index = load_index(tmp_path / "from_folder")

@@ -67,7 +67,7 @@ def test_images_by_their_suffix(tmp_path: Path, suffix: str) -> None:
 def test_folders_that_are_perhaps_no_classes_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "all", "train/cat/0.jpg", "train/dog/1.jpg", "empty/readme.txt")
     empty, nested, only = list_source(tmp_path / "all").remarks
-    assert empty.startswith("1 folders without images are no classes: 'empty'; --classes FILE")
+    assert empty.startswith("folders without images are no classes: 'empty'; --classes FILE")
     assert "images in 'train/cat' are of class 'train'" in nested
     assert nested.endswith(f"pack {tmp_path / 'all' / 'train'}")
     assert only.startswith("'train' is the only class; if it is none, --no-labels")
@@ -94,7 +94,7 @@ def test_given_classes_keep_their_numbers(tmp_path: Path) -> None:
     assert source.classes == ("cow", "bee", "ant")
     assert labels(source) == {"ant/0.jpg": 2, "cow/0.jpg": 0}
     touch(tmp_path / "val", "dog/0.jpg", "eel/0.jpg")
-    with pytest.raises(ValueError, match="2 folders are no classes of --classes: 'dog', 'eel'"):
+    with pytest.raises(ValueError, match="folders that are no classes of --classes: 'dog', 'eel'"):
         list_source(tmp_path / "val", tmp_path / "c.txt")
 
 
@@ -105,7 +105,7 @@ def test_given_classes_keep_their_numbers(tmp_path: Path) -> None:
         (b"cat\n\ndog\n", "line 2: is empty"),
         (b"cat\ndog\n\n", "line 3: is empty"),
         (b"", "is empty"),
-        (b"caf\xe9\nthe\ncaf\xe9\n", r"line 3: 'caf\\xe9' is on line 1 already"),
+        (b"na\xefve\nthe\nna\xefve\n", r"line 3: 'na\\xefve' is on line 1 already"),
     ],
 )
 def test_class_lists_that_are_not_right(tmp_path: Path, content: bytes, message: str) -> None:
@@ -118,14 +118,14 @@ def test_class_lists_that_are_not_right(tmp_path: Path, content: bytes, message:
 
 def test_names_of_classes_in_other_encodings(tmp_path: Path) -> None:
     """A folder in Latin-1; a list from Windows; macOS's decomposed accents."""
-    touch(tmp_path / "in", b"caf\xe9/x.jpg", unicodedata.normalize("NFD", "thé") + "/x.jpg")
+    touch(tmp_path / "in", b"na\xefve/x.jpg", unicodedata.normalize("NFD", "thé") + "/x.jpg")
     source = list_source(tmp_path / "in")
-    assert source.classes == (r"caf\xe9", unicodedata.normalize("NFD", "thé"))
-    assert r"no UTF-8, and are written like this: 'caf\xe9'" in source.remarks[0]
-    assert [file.key for file in source.files] == ["caf_xe9/x", "the_/x"]
-    (tmp_path / "c.txt").write_bytes("\ufeffthé\r\n".encode() + b"caf\xe9\r\n")
+    assert source.classes == (r"na\xefve", unicodedata.normalize("NFD", "thé"))
+    assert r"no UTF-8 are written like this: 'na\xefve'" in source.remarks[0]
+    assert [file.key for file in source.files] == ["na_xefve/x", "the_/x"]
+    (tmp_path / "c.txt").write_bytes("\ufeffthé\r\n".encode() + b"na\xefve\r\n")
     source = list_source(tmp_path / "in", tmp_path / "c.txt")
-    assert source.classes == ("thé", r"caf\xe9")
+    assert source.classes == ("thé", r"na\xefve")
     assert [file.label for file in source.files] == [1, 0]
     with pytest.raises(ValueError, match=r"line break in its name: rename 'a\\nb'"):
         list_source(touch(tmp_path / "in", "a\nb/x.jpg"))
@@ -145,7 +145,7 @@ def test_what_cannot_be_read_is_named_before_anything_is_packed(
 
     monkeypatch.setattr(sources.os, "scandir", closed)  # root may read everything
     monkeypatch.setattr(sources.os, "access", lambda path, mode: "1.jpg" not in path and access(path, mode))
-    with pytest.raises(ValueError, match=r"3 files or folders cannot be read .*'cat/1.jpg', 'cat/2.jpg', 'dog/'"):
+    with pytest.raises(ValueError, match=r"files or folders that cannot be read, .*'cat/1.jpg', 'cat/2.jpg', 'dog/'"):
         list_source(tmp_path)
 
 

@@ -1,0 +1,38 @@
+"""The examples of docs/data.md, run."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers.shard_tools import jpeg
+
+from data.index import load_index
+from data.pack import main
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+
+
+def test_shards_with_several_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(jpeg(0))
+    (tmp_path / "photos" / "tags.csv").write_text("file,tags\na.jpg,0 5\nb.jpg,1\n")
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert list(load_index(tmp_path / "shards").keys) == ["a", "b"]
+    assert b'{"labels": [0, 5]}' in (tmp_path / "shards" / "train-000000.tar").read_bytes()
+
+
+def test_a_list_with_names_as_labels(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(jpeg(0))
+    (example,) = re.findall(r"```bash\n(printf.*?)```", PAGE, re.DOTALL)
+    *writes, command = example.replace("/data", str(tmp_path)).strip().splitlines()
+    for line in writes:
+        subprocess.run(line, shell=True, check=True)
+    assert main(command.split()[3:]) == 0
+    index = load_index(tmp_path / "shards")
+    assert (index.classes, index.label.tolist()) == (("cat", "dog"), [0, 1])
