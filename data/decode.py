@@ -166,6 +166,8 @@ def _open(data: bytes) -> Image.Image:
     """Reads the header only."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # Pillow's text has a memory address in it
+        raise BadImage(_what_else(data)) from error
     except Exception as error:
         raise BadImage(_reason(error)) from error
     width, height = image.size
@@ -274,9 +276,15 @@ def _used_bits(image: Image.Image, stored_as: str) -> int | None:
     return 8 + int(np.max(colors)).bit_length()
 
 
+def _what_else(data: bytes) -> str:
+    if not data:
+        return "an empty file"
+    if data.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in place of the image: `git lfs pull` gets it"
+    return "not a JPEG, PNG, WebP, BMP, TIFF, GIF or JPEG 2000 image"
+
+
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG, PNG, WebP, BMP, TIFF, GIF or JPEG 2000 image"  # Pillow's text has a memory address in it
     if isinstance(error, Image.DecompressionBombError):
         return f"over {_LIMIT}"
     return f"{error}" or type(error).__name__

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.class_list import number_classes, same_name
-from data.names import readable
+from data.names import is_utf_8, readable
 from data.scan import IMAGE_EXTENSIONS, NO_LABEL
 
 MAX_LABEL = 2**31 - 1
@@ -103,7 +103,7 @@ def _advice(folder: Path, name: str) -> str:
             return f"; there is {called} behind the path where a tab, and then the label alone, should be"
     if "\\" in name and _stat(folder, name.replace("\\", "/")):
         return "; write / in place of \\"
-    if readable(name).encode() != name.encode("utf-8", "surrogateescape"):
+    if not is_utf_8(name):
         return "; the line is no UTF-8: save the list as UTF-8"
     if os.path.exists(name):
         return (

@@ -12,6 +12,12 @@ def readable(name: str) -> str:
     return text.replace("\n", r"\n").replace("\r", r"\r").replace("\t", r"\t")
 
 
+def is_utf_8(name: str) -> bool:
+    """Whether a file's name is, whatever encoding Python takes file names for."""
+    content = name.encode("utf-8", "surrogateescape")
+    return content.decode("utf-8", "replace").encode() == content
+
+
 def shown(names: Sequence[str]) -> str:
     """Some of the names, quoted, and how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""

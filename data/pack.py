@@ -158,6 +158,8 @@ def _summary(index: Index, out: Path) -> str:
         what = f"of {len(index.classes)} classes"
     else:
         what = f"with labels from {labels.min()} to {labels.max()}" if len(labels) else "without labels"
+    if 0 < len(labels) < len(index):
+        what += f" ({len(index) - len(labels)} without a label)"
     return f"{len(index)} samples {what} in {len(index.shards)} shards in {out}"
 
 

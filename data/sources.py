@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data.class_list import number_classes, read_classes, same_name
 from data.list_file import read_list
-from data.names import SHOWN, readable, shown
+from data.names import SHOWN, is_utf_8, readable, shown
 from data.scan import IMAGE_EXTENSIONS, NO_LABEL
 
 # Folders that archives, file managers and file systems leave among images; they are ignored like hidden ones.
@@ -150,6 +150,11 @@ def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool) -> Sou
     walk.images.sort(key=lambda image: image[0])
     folders = sorted({name.split("/")[0] for name, _ in walk.images if "/" in name})
     unsorted = sum("/" not in name for name, _ in walk.images)
+    if given is not None and unsorted:
+        raise ValueError(
+            f"{root}: images ({unsorted}) lie in no folder of a class, which --classes numbers: move them into folders "
+            "of their classes, or give a list with their labels"
+        )
     if not labels or unsorted:
         files = tuple(_source_file(name, stat, NO_LABEL) for name, stat in walk.images)
         return Source(root, files, ignored=walk.ignored, unsorted=unsorted if labels and folders else 0)
@@ -158,6 +163,12 @@ def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool) -> Sou
     unknown = [name for name in folders if same_name(name) not in number]
     if unknown:
         raise ValueError(f"{root}: folders that are no classes of --classes: {shown(unknown)}")
+    if len({same_name(name) for name in folders}) < len(folders):
+        counts = Counter(map(same_name, folders))
+        raise ValueError(
+            f"{root}: folders whose names differ only in how accents are written: "
+            f"{shown([name for name in counts if counts[name] > 1])}: rename one of them, or move its images"
+        )
     broken = [name for name in folders if "\n" in name or "\r" in name]
     if broken:
         raise ValueError(f"{root}: a class cannot have a line break in its name: rename {shown(broken)}")
@@ -182,7 +193,7 @@ def _remarks(root: Path, walk: _Walk, folders: list[str], given: bool) -> tuple[
         remarks.append(
             f"folders without images are no classes: {shown(empty)}; --classes FILE, a list of all classes, keeps them"
         )
-    escaped = [name for name in folders if readable(name) != name]
+    escaped = [name for name in folders if not is_utf_8(name)]
     if escaped:
         remarks.append(f"names of folders that are no UTF-8 are written like this: {shown(escaped)}")
     nested = next((name for name, _ in walk.images if name.count("/") > 1), None)

@@ -194,7 +194,8 @@ def test_orientation_of_tiff_is_applied() -> None:
 
 
 BAD = {
-    "empty": (b"", "not a JPEG"),
+    "empty": (b"", "an empty file"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n", "`git lfs pull` gets it"),
     "text": (b"<html>404</html>" * 50, "not a JPEG"),
     "icon": (encode(smooth_image(0, 64, 64), "ICO"), "not a JPEG"),
     "truncated jpeg": (jpeg(0, 300, 200)[:1500], "truncated"),

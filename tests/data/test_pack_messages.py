@@ -190,12 +190,12 @@ def test_out_within_the_folder_that_is_packed(tmp_path: Path, capsys: pytest.Cap
 
 def test_numbered_labels_without_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A table of what is there, whatever the largest number."""
-    for name in "abc":
+    for name in "abcd":
         write(tmp_path / f"{name}.jpg")
-    (tmp_path / "list.txt").write_text("a.jpg\t2000000000\nb.jpg\t7\nc.jpg\t7\n")
+    (tmp_path / "list.txt").write_text("a.jpg\t2000000000\nb.jpg\t7\nc.jpg\t7\nd.jpg\n")
     assert pack(tmp_path / "list.txt", tmp_path / "out") == 0
     summary, _, *rows = capsys.readouterr().out.splitlines()
-    assert summary.startswith("3 samples with labels from 7 to 2000000000 in 1 shards")
+    assert summary.startswith("4 samples with labels from 7 to 2000000000 (1 without a label) in 1 shards")
     assert [row.split() for row in rows] == [["7", "2"], ["2000000000", "1"]]
 
 

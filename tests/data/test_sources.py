@@ -80,6 +80,8 @@ def test_images_beside_folders_of_images_leave_all_without_a_label(tmp_path: Pat
     assert (source.unsorted, source.classes, set(labels(source).values())) == (2, (), {-1})
     assert list_source(tmp_path, labels=False).unsorted == 0
     assert list_source(touch(tmp_path / "flat", "0.jpg", "notes/a.txt")).unsorted == 0
+    with pytest.raises(ValueError, match=r"images \(1\) lie in no folder of a class"):
+        list_source(tmp_path / "flat", classes_file(tmp_path / "c.txt", "cat"))
 
 
 def classes_file(path: Path, *lines: str) -> Path:
@@ -127,6 +129,8 @@ def test_names_of_classes_in_other_encodings(tmp_path: Path) -> None:
     source = list_source(tmp_path / "in", tmp_path / "c.txt")
     assert source.classes == ("thé", r"na\xefve")
     assert [file.label for file in source.files] == [1, 0]
+    with pytest.raises(ValueError, match="differ only in how accents are written: 'thé'"):
+        list_source(touch(tmp_path / "twice", "thé/x.jpg", unicodedata.normalize("NFD", "thé") + "/y.jpg"))
     with pytest.raises(ValueError, match=r"line break in its name: rename 'a\\nb'"):
         list_source(touch(tmp_path / "in", "a\nb/x.jpg"))
 
