@@ -24,6 +24,8 @@ CHANNELS = 3  # of every image: RGB
 _LIMIT = f"{MAX_PIXELS // 1_000_000} megapixels: make it smaller, or cut it into parts"
 WHITE_16_BITS, WHITE_12_BITS = 65535, 4095
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 4
+_TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis")  # ISO/IEC 23008-12
 _ORIENTATION, _UPRIGHT = 274, 1  # EXIF 2.3, table 4
 _WITHOUT_WHITE = {"F": "floating-point", "I": "signed or 32-bit", "LAB": "CIELAB"}  # by Pillow's modes
 
@@ -281,6 +283,10 @@ def _what_else(data: bytes) -> str:
         return "an empty file"
     if data.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS in place of the image: `git lfs pull` gets it"
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        return "a HEIC or AVIF image: convert it to JPEG or PNG"
+    if data[:4] in _TIFF_MARKS:
+        return "a TIFF file that is damaged, or has other channels than gray, RGB or CMYK of up to 16 bits: convert it"
     return "not a JPEG, PNG, WebP, BMP, TIFF, GIF or JPEG 2000 image"
 
 

@@ -56,7 +56,8 @@ def read_list(path: Path, classes: Sequence[str] | None = None, labels: bool = T
                 raise ValueError(f"'{readable(file.name)}' is on line {before} already: delete one of them")
             files.append(file)
         except ValueError as error:
-            header = position == 1 and os.path.splitext(text.partition("\t")[0])[1].lstrip(".") not in IMAGE_EXTENSIONS
+            suffix = os.path.splitext(text.partition("\t")[0])[1].lower().lstrip(".")
+            header = position == 1 and suffix not in IMAGE_EXTENSIONS
             problems.append(f"line {position}: {error}{'; if it is a header, delete the line' if header else ''}")
     if problems:
         more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""

@@ -60,7 +60,9 @@ def without_unreadable_classes(source: Source, workers: int, bits: int | None) -
         files[file.label].append(file)
     classes = [_Class(source.root, label, tuple(members), bits) for label, members in files.items()]
     workers = workers if len(classes) > _MANY_CLASSES else 1  # of most, one image is decoded
-    found = sorted(label for label in run_parallel(_readable_label, classes, workers, "classes", "class") if label >= 0)
+    found = sorted(
+        label for label in run_parallel(_readable_label, classes, workers, "checking classes", "class") if label >= 0
+    )
     if not found or len(found) == len(source.classes):
         return source, ()
     number = {label: position for position, label in enumerate(found)}

@@ -193,16 +193,38 @@ def test_orientation_of_tiff_is_applied() -> None:
     assert np.array_equal(decode(data, whole, (80, 40)), np.rot90(np.asarray(image), -1))
 
 
+def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
+    """An uncompressed gray TIFF, written by hand as Pillow writes neither 12 bits nor 0 for white."""
+    if bits == 12:
+        pairs = values.reshape(-1, 2).astype(int)
+        packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
+        pixels = packed.astype(np.uint8).tobytes()
+    else:
+        pixels = values.astype("<u2").tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
+
+
 BAD = {
     "empty": (b"", "an empty file"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n", "`git lfs pull` gets it"),
     "text": (b"<html>404</html>" * 50, "not a JPEG"),
     "icon": (encode(smooth_image(0, 64, 64), "ICO"), "not a JPEG"),
+    "heic": (bytes(3) + b"\x18ftypheic" + bytes(40), "a HEIC or AVIF image: convert it"),
+    "tiff of six channels": (
+        tiff(np.zeros((64, 64), np.uint16), 16, 1).replace(
+            struct.pack("<HHII", 277, 4, 1, 1), struct.pack("<HHII", 277, 4, 1, 6)
+        ),
+        "has other channels than gray",
+    ),
     "truncated jpeg": (jpeg(0, 300, 200)[:1500], "truncated"),
     "header only": (jpeg(0)[:100], "not a JPEG|Truncated File Read"),
     "truncated png": (encode(smooth_image(0, 200, 200), "PNG")[:3000], "truncated|broken"),
     "truncated webp": (encode(smooth_image(0, 200, 200), "WEBP")[:300], "decode|truncated|broken|not a JPEG"),
-    "truncated tiff": (encode(smooth_image(0, 200, 200), "TIFF")[:3000], "truncated|broken|not a JPEG|bytes"),
+    "truncated tiff": (encode(smooth_image(0, 200, 200), "TIFF")[:3000], "truncated|damaged"),
     "truncated bmp": (encode(smooth_image(0, 200, 200), "BMP")[:3000], "truncated"),
     "truncated gif": (encode(smooth_image(0, 200, 200), "GIF")[:3000], "truncated"),
     "truncated jp2": (encode(smooth_image(0, 200, 200), "JPEG2000")[:2000], "broken"),
@@ -267,21 +289,6 @@ def test_animations_and_pages_show_their_first_picture() -> None:
         assert check_image(data).has_more_pictures
         assert abs(decode(data, whole, (32, 32)).astype(int) - [10, 200, 30]).max() <= 5, format
     assert not check_image(FILES["mpo"]).has_more_pictures  # a photograph with a preview
-
-
-def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
-    """An uncompressed gray TIFF, written by hand as Pillow writes neither 12 bits nor 0 for white."""
-    if bits == 12:
-        pairs = values.reshape(-1, 2).astype(int)
-        packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
-        pixels = packed.astype(np.uint8).tobytes()
-    else:
-        pixels = values.astype("<u2").tobytes()
-    height, width = values.shape
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(pixels)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
-    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
 
 
 def test_tiff_that_declares_12_bits_or_white_as_zero() -> None:
