@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decode import ImageFacts
+from data.image_facts import ImageFacts
 from data.index import Index
 from data.scan import NO_LABEL
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.decode import BadImage, ImageFacts, check_image, rewrite_16_bit_gray
+from data.image_facts import ImageFacts, check_image, rewrite_16_bit_gray
+from data.image_file import BadImage
 from data.names import readable, shown
 from data.pack_report import PackReport
 from data.parallel import run_parallel

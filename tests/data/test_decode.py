@@ -11,7 +11,9 @@ from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import InterpolationMode
 
 from data import decode as decoding
-from data.decode import FORMATS, BadImage, Crop, check_image, decode, decode_crops, rewrite_16_bit_gray
+from data.decode import Crop, decode, decode_crops
+from data.image_facts import check_image, rewrite_16_bit_gray
+from data.image_file import FORMATS, BadImage
 from data.transforms import Box
 
 
