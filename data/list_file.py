@@ -83,6 +83,7 @@ def _listed(folder: Path, text: str, numbers: Mapping[str, int] | None, labels: 
         raise ValueError(f"'{readable(name)}' is not a file")
     if not os.access(folder / name, os.R_OK):
         raise ValueError(f"'{readable(name)}': no permission to read it: `chmod +r` gives it")
+    name = name.removeprefix("./")  # as `find .` writes it
     return ListedFile(name, _label(label.strip(), numbers) if labels else NO_LABEL, found)
 
 

@@ -36,3 +36,19 @@ def test_a_list_with_names_as_labels(tmp_path: Path) -> None:
     assert main(command.split()[3:]) == 0
     index = load_index(tmp_path / "shards")
     assert (index.classes, index.label.tolist()) == (("cat", "dog"), [0, 1])
+
+
+def test_a_tenth_for_validation(tmp_path: Path) -> None:
+    for name in ("cat", "hot dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            (tmp_path / "photos" / name / f"{number}.jpg").write_bytes(jpeg(0))
+    (example,) = re.findall(r"```bash\n(\(cd.*?)```", PAGE, re.DOTALL)
+    divide, *commands = example.replace("/data", str(tmp_path)).split("\npython -m data.pack ")
+    subprocess.run(divide, shell=True, check=True)
+    for command in commands:
+        assert main(command.split()) == 0
+    train, val = (load_index(tmp_path / "shards" / name) for name in ("train", "val"))
+    assert train.classes == val.classes == ("cat", "hot dog")
+    assert train.label.tolist() == [0] * 9 + [1] * 9
+    assert list(val.keys) == ["cat/9", "hot_dog/9"]

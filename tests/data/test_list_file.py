@@ -37,6 +37,7 @@ def test_forms_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert read(folder, "tab\there.jpg\t3\n-1.jpg\t4\n") == {"tab\there.jpg": 3, "-1.jpg": 4}
     assert read(folder, "tab\there.jpg\n") == {"tab\there.jpg": -1}
     assert read(folder, f"{folder}/a.jpg\t1\n") == {f"{folder}/a.jpg": 1}
+    assert read(folder, "./a.jpg\t1\n") == {"a.jpg": 1}
     monkeypatch.setenv("HOME", str(folder))
     assert read(folder, "~/sub/c d.jpg\t1\n") == {f"{folder}/sub/c d.jpg": 1}
     assert read(folder, b"na\xefve.jpg\t1\n") == {"na\udcefve.jpg": 1}  # the bytes that the file system has
@@ -73,7 +74,7 @@ def test_labels_may_be_left_out(folder: Path) -> None:
         (" a.jpg\t1\n", "the path stands without quotes and spaces"),
         ("sub\\c d.jpg\t1\n", r"write / in place of \\"),
         ("sub\t1\n", "'sub' is not a file"),
-        ("a.jpg\nb.jpg\n./a.jpg\t1\n", "line 3: './a.jpg' is on line 1 already"),
+        ("a.jpg\nb.jpg\n./a.jpg\t1\n", "line 3: 'a.jpg' is on line 1 already"),
         (b"na\xe8ve.jpg\n", r"line 1: 'na\\xe8ve.jpg': no such file; the line is no UTF-8"),
         ("a.jpg".encode("utf-16"), "is UTF-16: save the list as UTF-8"),
         (b"PAR1\0\0", "not a text file"),
