@@ -126,17 +126,25 @@ def _waited_for(made: Any, processes: Sequence[BaseProcess], source: object) -> 
             _raise_if_dead(processes, finished=True)
             if "DataLoader timed out" not in str(error):
                 raise
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"no batch for {WORKER_TIMEOUT:.0f} seconds from {len(processes)} data workers, which are alive "
-                    f"and read {source}: does this storage still answer?"
-                ) from None
-            look = _while_waiting.get()
-            if look is not None:
-                look()
+            try:
+                _look_while_waiting(deadline, len(processes), source)
+            except BaseException:
+                _kill(processes)  # DataLoader would wait 5 seconds for each of them
+                raise
             continue
         yield item
         deadline = time.monotonic() + WORKER_TIMEOUT
+
+
+def _look_while_waiting(deadline: float, workers: int, source: object) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(
+            f"no batch for {WORKER_TIMEOUT:.0f} seconds from {workers} data workers, which are alive and read "
+            f"{source}: does this storage still answer?"
+        )
+    look = _while_waiting.get()
+    if look is not None:
+        look()
 
 
 @contextmanager
