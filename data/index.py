@@ -16,6 +16,7 @@ import braceexpand
 import numpy as np
 from tqdm import tqdm
 
+from data.names import read_lines
 from data.scan import ShardContent, scan_shard
 
 FORMAT = 1
@@ -202,7 +203,7 @@ def _index(root: Path, names: tuple[str, ...], shard_bytes: np.ndarray, contents
         length=length,
         label=label,
         keys=Keys.of([key for content in contents for key in content.keys]),
-        classes=tuple(classes_file.read_text("utf-8").splitlines()) if classes_file.exists() else (),
+        classes=tuple(read_lines(classes_file)) if classes_file.exists() else (),
         fingerprint=digest.hexdigest(),
     )
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2")
 NO_LABEL = -1
 MAX_LABEL_BYTES = 32
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decode import BadImage, check_image
+from data.image_facts import check_image
+from data.image_file import BadImage
 from data.index import HOW_TO_REINDEX, Index, find_shards, index_paths, load_index, read_index
 from data.parallel import default_workers, report_errors, run_parallel
 from data.scan import NO_LABEL, ShardContent, scan_shard

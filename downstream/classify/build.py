@@ -34,7 +34,7 @@ def check_train_and_val(index: Index, val: Index, num_classes: int) -> None:
                 f"but head.num_classes={num_classes}"
             )
     where, val_where = f"data.shards ({index.root})", f"val.shards ({val.root})"
-    check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes")
+    check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes (--classes)")
 
 
 def check_mixing(config: FinetuneConfig, world: World) -> None:
