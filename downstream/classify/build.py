@@ -71,7 +71,7 @@ def build_evaluation(config: FinetuneConfig, index: Index, world: World, device:
                 logits: Tensor = model(images)["logits"]
             return logits
 
-        return evaluate(
+        predictions, counts = evaluate(
             predict,
             index,
             size=config.data.height_width,
@@ -81,6 +81,7 @@ def build_evaluation(config: FinetuneConfig, index: Index, world: World, device:
             num_workers=config.data.num_workers,
             device=device,
         )
+        return {**predictions.summary(), **counts}
 
     @torch.no_grad()
     def measure(engine: Any, ema: NoEMA) -> dict[str, float]:
