@@ -42,6 +42,7 @@ def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, class_name
     encoder = EncoderSpec(
         model.arch, model.patch_size, config.data.height_width, model.position, epochs=config.train.epochs
     )
+    assert head.num_classes is not None
     spec = ClassifierSpec(encoder, head.num_classes, head.pool, tuple(class_names))
     tensors = _fold_norm({name.removeprefix("vit."): tensor for name, tensor in state.items()})
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, spec.to_metadata()))

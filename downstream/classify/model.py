@@ -1,5 +1,6 @@
 """A timm Vision Transformer as the training loop takes it: from uint8 images and labels to a loss, or to logits."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,12 +109,11 @@ def build_classifier(
     """
     torch.manual_seed(config.seed)
     model, start, head = config.model, config.start, config.head
-    spec = EncoderSpec(model.arch, model.patch_size, config.data.height_width, model.position)
+    assert head.num_classes is not None
+    spec, own_norm = _encoder_spec(config), _has_own_norm(config)
     encoder = spec.build()
-    # As in MAE's and LoMaR's fine-tuning, the pool gets a norm of its own instead of the encoder's last one. A frozen
-    # encoder keeps its norm: nothing below the pool could adapt to a new one.
-    own_norm = head.pool == "avg" and start.trained_blocks is None
-    started = _load_start(encoder, config, own_norm, class_names) if start.checkpoint and load_start else _Start()
+    _check_blocks(config, len(encoder.blocks))
+    started = _load_start(encoder, config, class_names) if start.checkpoint and load_start else _Start()
     vit = build_vit(spec, head.num_classes, head.pool, fc_norm=own_norm, drop_path_rate=model.drop_path_rate)
     _fill(vit, encoder, own_norm, started.pool_norm)
     if model.grad_checkpointing:
@@ -128,7 +128,32 @@ def build_classifier(
     return Classifier(vit, head.num_classes, config.augment), started.report
 
 
-def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_names: Sequence[str]) -> _Start:
+def check_start(config: FinetuneConfig) -> None:
+    """Raises ValueError, as `build_classifier`, where the start does not fit; needs no data, and makes no weights."""
+    if config.start.checkpoint is None:
+        return
+    with torch.device("meta"):
+        encoder = _encoder_spec(config).build()
+    _check_blocks(config, len(encoder.blocks))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # nothing is to be copied
+        _load_start(encoder, config, ())
+
+
+def _encoder_spec(config: FinetuneConfig) -> EncoderSpec:
+    model = config.model
+    return EncoderSpec(model.arch, model.patch_size, config.data.height_width, model.position)
+
+
+def _has_own_norm(config: FinetuneConfig) -> bool:
+    """Whether the pool gets a norm of its own instead of the encoder's last one, as in MAE's and LoMaR's fine-tuning.
+
+    A frozen encoder keeps its norm: nothing below the pool could adapt to a new one.
+    """
+    return config.head.pool == "avg" and config.start.trained_blocks is None
+
+
+def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]) -> _Start:
     """Fills the encoder from `start.checkpoint`; raises ValueError as `build_classifier`."""
     start = config.start
     assert start.checkpoint
@@ -137,7 +162,7 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_name
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None
     tensors = dict(source.tensors)
-    pool_norm = own_norm and "fc_norm.weight" in tensors and "norm.weight" not in tensors
+    pool_norm = _has_own_norm(config) and "fc_norm.weight" in tensors and "norm.weight" not in tensors
     if pool_norm:  # loaded as the encoder's last norm, which would otherwise stay unused
         tensors |= {f"norm.{kind}": tensors.pop(f"fc_norm.{kind}") for kind in ("weight", "bias")}
     try:
@@ -153,6 +178,11 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_name
             del report.dropped[name]
             report.used[name] = (name,)
     return _Start(str(report), pool_norm, kept)
+
+
+def _check_blocks(config: FinetuneConfig, depth: int) -> None:
+    if (config.start.trained_blocks or 0) > depth:
+        raise ValueError(f"start.trained_blocks={config.start.trained_blocks}: the encoder has {depth} blocks")
 
 
 def _fill(vit: VisionTransformer, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
@@ -175,8 +205,6 @@ def _freeze(vit: VisionTransformer, trained_blocks: int | None) -> None:
     if trained_blocks is None:
         return
     blocks = list(vit.blocks)
-    if trained_blocks > len(blocks):
-        raise ValueError(f"start.trained_blocks={trained_blocks}: the encoder has {len(blocks)} blocks")
     vit.requires_grad_(False)
     after = [vit.norm, vit.head] if trained_blocks else [vit.head]
     for module in blocks[len(blocks) - trained_blocks :] + after:
