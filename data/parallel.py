@@ -1,5 +1,6 @@
 """Shared by the command lines of this package: worker processes with a progress bar, and one-line errors."""
 
+import io
 import multiprocessing
 import os
 import sys
@@ -23,6 +24,9 @@ def default_workers() -> int:
 
 def report_errors(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code; errors that a user can fix become one line on stderr and code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may have bytes or letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except BrokenProcessPool:
