@@ -117,13 +117,14 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape).flush()
 
 
-def describe_rows(loader: EvalLoader, readable: Tensor) -> Iterator[tuple[str, int | str, str, int]]:
-    """`COLUMNS` of each row; no label and no class is an empty string."""
+def describe_rows(loader: EvalLoader, readable: Tensor) -> Iterator[tuple[str, str, str, int]]:
+    """`COLUMNS` of each row; no label and no class is an empty string, several are separated by semicolons."""
     samples, classes = loader.samples, loader.samples.classes
     for sample, can_be_decoded in zip(loader.indices.tolist(), readable.tolist(), strict=True):
-        label = int(samples.label[sample])
-        name = classes[label] if 0 <= label < len(classes) else ""
-        yield sample_name(samples, sample), "" if label == NO_LABEL else label, name, int(can_be_decoded)
+        labels = [int(samples.label[sample])] if samples.multi_labels is None else samples.multi_labels[sample]
+        known = [label for label in labels if label != NO_LABEL]
+        names = [classes[label] for label in known if label < len(classes)]
+        yield sample_name(samples, sample), ";".join(map(str, known)), ";".join(names), int(can_be_decoded)
 
 
 def write_parquet(features: Path, loader: EvalLoader, readable: Tensor, path: Path) -> None:
@@ -135,7 +136,8 @@ def write_parquet(features: Path, loader: EvalLoader, readable: Tensor, path: Pa
     kind = pa.from_numpy_dtype(array.dtype)
     for side in reversed(array.shape[1:]):
         kind = pa.list_(kind, side)
-    types = (pa.string(), pa.int32(), pa.string(), pa.bool_(), kind)
+    one_label = loader.samples.multi_labels is None
+    types = (pa.string(), pa.int32() if one_label else pa.string(), pa.string(), pa.bool_(), kind)
     schema = pa.schema(list(zip((*COLUMNS, "features"), types, strict=True)))
     described = describe_rows(loader, readable)
     step = max(CHUNK_BYTES // array[0].nbytes, 1)
@@ -148,7 +150,7 @@ def write_parquet(features: Path, loader: EvalLoader, readable: Tensor, path: Pa
             keys, labels, names, can_be_decoded = zip(*(next(described) for _ in chunk), strict=True)
             columns = [
                 list(keys),
-                [None if label == "" else label for label in labels],
+                [(int(label) if one_label else label) if label else None for label in labels],
                 [name or None for name in names],
                 [bool(value) for value in can_be_decoded],
             ]
@@ -217,7 +219,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         "--block", type=int, metavar="N", help="the output of block N from 1 on; default: the encoder's, after its norm"
     )
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: that of the file")
-    parser.add_argument("--weights", choices=("online", "ema"), help="default: what the authors of the method evaluate")
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="online, ema, or an encoder's name in the file; default: what its authors evaluate",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the file")
     add_loading_options(parser)
     run_on_ranks(_command, parser.parse_args(arguments))

@@ -85,6 +85,8 @@ def check_sets(train: Samples, val: Samples, k: int) -> None:
     """Raises ValueError if the two sets cannot be used together."""
     for samples in (train, val):
         check_labels(samples)
+        if samples.multi_labels is not None:
+            raise ValueError(f"{samples.root} has lists of labels, k-NN needs one label for each image")
     advice = "the probe's train and val need the same classes"
     check_same_classes(train.classes, str(train.root), val.classes, str(val.root), advice)
     if train.classes and val.classes and len(train.classes) != len(val.classes):

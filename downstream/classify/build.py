@@ -23,7 +23,7 @@ def build_ema(config: FinetuneConfig, classifier: Classifier, device: torch.devi
 
 
 def build_evaluation(config: FinetuneConfig, samples: Samples, world: World, device: torch.device) -> Evaluation:
-    """Top-1 and top-5 on the validation images, of the weights and of their moving average (`ema_*`).
+    """Accuracy (of lists of labels, mAP) on the validation images, of the weights and their moving average (`ema_*`).
 
     Args:
         config: the run's.
@@ -56,7 +56,7 @@ def build_evaluation(config: FinetuneConfig, samples: Samples, world: World, dev
         engine.train()
         if ema.model is not None:
             averaged = accuracy(ema.model)
-            measured |= {f"ema_{name}": averaged[name] for name in ("top1", "top5")}
+            measured |= {f"ema_{name}": averaged[name] for name in ("top1", "top5", "map") if name in averaged}
         return measured
 
     return Evaluation(config.val.every_epochs, measure)

@@ -25,7 +25,7 @@ def with_classes_of_data(config: FinetuneConfig, index: Index, val: Samples) -> 
         return config
     for key, samples in {"data.shards": index, "val.shards": val}.items():
         _check_labels(key, samples)
-    num_classes = len(index.classes) or 1 + int(max(index.label.max(), val.label.max()))
+    num_classes = len(index.classes) or 1 + max(int(labels_in(samples).max()) for samples in (index, val))
     if num_classes < 2:
         raise ValueError(
             f"data.shards: {index.root} has one class, a classifier needs at least two: pack a folder with a folder "
@@ -39,8 +39,8 @@ def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
     """Checks that both sets have labels of the same `num_classes` classes; warns of classes without training images.
 
     Raises:
-        ValueError: samples without a label, or with one that is not a class; another number of classes; or a label
-            that is one class in training and another in validation, by their names.
+        ValueError: lists of labels in one set alone; samples without a label, or with one that is not a class; another
+            number of classes; or a label that is one class in training and another in validation, by their names.
     """
     where, val_where = f"data.shards ({index.root})", f"val.shards ({val.root})"
     check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes")
@@ -51,7 +51,10 @@ def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
                 f"{key}: {samples.root} has {len(samples.classes)} classes ({samples.classes[0]}, ...), "
                 f"but head.num_classes={num_classes}, by default those of data.shards"
             )
-    missing = np.flatnonzero(np.bincount(index.label, minlength=num_classes) == 0).tolist()
+    if (index.multi_labels is None) != (val.multi_labels is None):
+        lists, single = (where, val_where) if index.multi_labels is not None else (val_where, where)
+        raise ValueError(f"{lists} has lists of labels, {single} one label for each image: write both in one way")
+    missing = np.flatnonzero(np.bincount(labels_in(index), minlength=num_classes) == 0).tolist()
     if missing:
         names = [index.classes[label] if index.classes else f"label {label}" for label in missing[:MAX_NAMED]]
         more = f" and {len(missing) - MAX_NAMED} more" if missing[MAX_NAMED:] else ""
@@ -62,6 +65,11 @@ def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
             ", ".join(names),
             more,
         )
+
+
+def labels_in(samples: Samples) -> np.ndarray:
+    """int32, all labels of all images, in no order of use."""
+    return samples.label if samples.multi_labels is None else samples.multi_labels.classes
 
 
 def _check_labels(key: str, samples: Samples, num_classes: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """Accuracy of a classifier: `python -m downstream.classify.evaluate CHECKPOINT --data SHARDS_OR_FOLDER`.
 
 Top-1, top-5, the mean over classes of their accuracy, and the expected calibration error; `--out FOLDER` writes the
-accuracy of each class, the confusion matrix and a reliability diagram as tables and pictures. Also with torchrun, srun
+accuracy of each class, the confusion matrix and a reliability diagram as tables and pictures. Where
+images have lists of labels: the mean average precision, and that of each class. Also with torchrun, srun
 or deepspeed, on any number of processes: each image counts once, and one that cannot be decoded counts as wrong. The
 last line of the output is a JSON object.
 """
@@ -17,9 +18,10 @@ from torch import Tensor
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples, load_samples
 from data.labels import check_labels, check_same_classes
+from data.multi_labels import MultiLabels
 from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
 from downstream.classify.evaluation_report import write_report
-from downstream.classify.scores import NOTHING, Predictions, predict_one_label
+from downstream.classify.scores import NOTHING, MultiLabelPredictions, Predictions, predict_one_label
 from downstream.classify.trained_classifier import TrainedClassifier, load_classifier
 from downstream.own_images import count_images
 from pretrain.trainer.launch import World
@@ -41,12 +43,12 @@ def evaluate(
     world_size: int,
     num_workers: int,
     device: torch.device,
-) -> tuple[Predictions, dict[str, int]]:
+) -> tuple[Predictions | MultiLabelPredictions, dict[str, int]]:
     """Predictions for all samples, each counted once; called by all ranks together, and the same on all of them.
 
     Args:
         predict: uint8 (B, H, W, 3) on the device -> logits (B, C). Every rank calls it equally often.
-        samples: all of them labeled.
+        samples: all of them labeled, with one class each or with lists of classes.
         size: (H, W) of the central crops.
         batch: images per batch of each rank.
         rank, world_size: this process and how many there are.
@@ -61,6 +63,9 @@ def evaluate(
         ValueError: samples without labels, or labels beyond the logits.
     """
     check_labels(samples)
+    loader = EvalLoader(samples, size=size, batch=batch, rank=rank, world_size=world_size, num_workers=num_workers)
+    if samples.multi_labels is not None:
+        return _evaluate_lists(predict, loader, samples.multi_labels, device)
     labels = torch.from_numpy(samples.label).long()
     num_classes = 0
 
@@ -72,12 +77,26 @@ def evaluate(
             raise ValueError(f"{samples.root} has label {labels.max()}, the classifier {num_classes} classes")
         return predict_one_label(logits, labels[indices].to(device))
 
-    loader = EvalLoader(samples, size=size, batch=batch, rank=rank, world_size=world_size, num_workers=num_workers)
     found, readable = compute_per_sample(compute, loader, device, "evaluating")
     hits, predicted, confidence = found[:, :2].long(), found[:, 2].long(), found[:, 3]
     predicted = torch.where(readable, predicted, NOTHING)
     counts = count_images(loader, readable, COUNT_AS_WRONG)
     return Predictions(labels, hits, predicted, confidence, num_classes), counts
+
+
+def _evaluate_lists(
+    predict: Predict, loader: EvalLoader, lists: MultiLabels, device: torch.device
+) -> tuple[MultiLabelPredictions, dict[str, int]]:
+    lowest = torch.finfo(torch.float32).min
+
+    def compute(images: Tensor, _: Tensor) -> Tensor:
+        logits = predict(images)
+        return torch.where(torch.isfinite(logits), logits, lowest)
+
+    scores, readable = compute_per_sample(compute, loader, device, "evaluating")
+    scores[~readable] = lowest
+    labels = torch.from_numpy(lists.rows(loader.indices, scores.shape[1])).bool()
+    return MultiLabelPredictions(labels, scores), count_images(loader, readable, COUNT_AS_WRONG)
 
 
 def check_classes(trained: TrainedClassifier, samples: Samples) -> None:

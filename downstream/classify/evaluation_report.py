@@ -7,7 +7,12 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from downstream.classify.scores import CALIBRATION_BINS, Predictions, expected_calibration_error
+from downstream.classify.scores import (
+    CALIBRATION_BINS,
+    MultiLabelPredictions,
+    Predictions,
+    expected_calibration_error,
+)
 from downstream.own_images import write_csv
 
 matplotlib.use("Agg")  # no display on a cluster
@@ -17,7 +22,7 @@ MAX_NAMED = 60  # classes whose names fit beside a picture
 MAX_NUMBERS = 20  # classes whose counts fit into its cells
 
 
-def write_report(folder: Path, predictions: Predictions, class_names: Sequence[str]) -> None:
+def write_report(folder: Path, predictions: Predictions | MultiLabelPredictions, class_names: Sequence[str]) -> None:
     """Writes the files, replacing those of an earlier evaluation.
 
         per_class.csv             class, label, images, accuracy
@@ -25,19 +30,30 @@ def write_report(folder: Path, predictions: Predictions, class_names: Sequence[s
         calibration.csv           bins of the confidence: from, to, images, mean confidence, accuracy
         reliability.png           accuracy over confidence
 
+    Of lists of labels only per_class.csv, with the average precision.
+
     Args:
         folder: is made if it does not exist.
         predictions: of all images.
         class_names: in the order of the labels; without them classes are called by their labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(class_names) or [str(label) for label in range(predictions.num_classes)]
-    images, accuracy = predictions.images_per_class().tolist(), predictions.accuracy_per_class().tolist()
+    images = predictions.images_per_class().tolist()
+    names = list(class_names) or [str(label) for label in range(len(images))]
+    if isinstance(predictions, Predictions):
+        score, scores = "accuracy", predictions.accuracy_per_class()
+    else:
+        score, scores = "average precision", predictions.average_precision_per_class()
     write_csv(
         folder / "per_class.csv",
-        ("class", "label", "images", "accuracy"),
-        ((name, label, images[label], _number(accuracy[label])) for label, name in enumerate(names)),
+        ("class", "label", "images", score),
+        ((name, label, images[label], _number(scores[label].item())) for label, name in enumerate(names)),
     )
+    if isinstance(predictions, Predictions):
+        _write_single_label(folder, predictions, names)
+
+
+def _write_single_label(folder: Path, predictions: Predictions, names: list[str]) -> None:
     matrix = predictions.confusion_matrix()
     write_csv(
         folder / "confusion_matrix.csv",

@@ -86,13 +86,13 @@ def _train(
         classifier,
         build_optimizer(classifier.vit, config, zero_stage(settings)),
         build_ema(config, classifier, device),
-        build_loader(config, index, world, labels=True),
+        build_loader(config, index, world, labels=True, num_classes=config.head.num_classes),
         build_evaluation(config, val, world, device),
         {"device": device.type, "deterministic": config.train.deterministic},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)
-    finish(run, index.classes)
+    finish(run, index.classes, index.multi_labels is not None)
     log_outputs(run)
 
 

@@ -39,24 +39,43 @@ class Classifier(nn.Module):
     def __init__(self, vit: VisionTransformer, num_classes: int, augment: AugmentConfig):
         super().__init__()
         self.vit, self.augment = vit, augment
-        self.mixup = None
-        if augment.mixes:
-            self.mixup = Mixup(
-                augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=num_classes
-            )
+        self.num_classes = num_classes
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """(B, H, W, 3) uint8 images -> the `loss` for labels (B,); without labels their `logits` (B, C)."""
+        """(B, H, W, 3) uint8 images -> the `loss` for labels; without labels their `logits` (B, C).
+
+        Args:
+            images: of which those of a training batch are augmented.
+            labels: int64 (B,), one class each: cross entropy; or float (B, C) of 0 and 1, any number of classes each:
+                the mean over images and classes of the binary cross entropy.
+        """
         pixels = normalize_pixels(images).permute(0, 3, 1, 2)
         if labels is None:
             return {"logits": self.vit(pixels).float()}
-        target, smoothing = labels, self.augment.label_smoothing
         if self.augment.random_erasing:
             pixels = RandomErasing(self.augment.random_erasing, mode="pixel", device=pixels.device)(pixels)
-        if self.mixup:
-            pixels, target = self.mixup(pixels, target)
+        if labels.ndim == 2:
+            return {"loss": self._binary_loss(pixels, labels)}
+        target, smoothing = labels, self.augment.label_smoothing
+        if self.augment.mixes:
+            mixup = Mixup(
+                self.augment.mixup, self.augment.cutmix, label_smoothing=smoothing, num_classes=self.num_classes
+            )
+            pixels, target = mixup(pixels, target)
             smoothing = 0.0  # it is in the mixed targets
         return {"loss": F.cross_entropy(self.vit(pixels).float(), target, label_smoothing=smoothing)}
+
+    def _binary_loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Of lists of labels: those of an image are mixed with its partner's in the shares that their pixels have."""
+        if self.augment.mixes:
+            # timm mixes the numbers of classes. With a class of its own for each image it tells the shares.
+            mixup = Mixup(self.augment.mixup, self.augment.cutmix, label_smoothing=0.0, num_classes=len(labels))
+            pixels, mixed = mixup(pixels, torch.arange(len(labels), device=labels.device))
+            share = mixed.diagonal()[:, None]
+            labels = share * labels + (1 - share) * labels.flip(0)
+        smoothing = self.augment.label_smoothing
+        target = labels * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(self.vit(pixels).float(), target)
 
 
 def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any) -> VisionTransformer:

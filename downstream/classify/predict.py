@@ -3,8 +3,9 @@
 MODEL is a classifier's file, or the folder of its run. IMAGES is an image, a folder of images of any nesting, or
 shards; labels are not needed. For each image the most probable classes and their probabilities are printed, or written
 to a CSV file with the columns key, class_1, probability_1, class_2 and so on; a row is empty where the image cannot be
-decoded. Also with torchrun, srun or deepspeed, on any number of processes. The last line of the output is a JSON
-object.
+decoded. Of a classifier that was trained on lists of labels every class has a probability of its own, and those below
+0.5 are left out. Also with torchrun, srun or deepspeed, on any number of processes. The last line of the output is a
+JSON object.
 """
 
 import argparse
@@ -41,7 +42,8 @@ def most_probable(
     top = min(top, trained.num_classes)
 
     def compute(images: Tensor, _: Tensor) -> Tensor:
-        probability, label = trained.predict(images).double().softmax(1).topk(top)
+        logits = trained.predict(images).double()
+        probability, label = (logits.sigmoid() if trained.multi_label else logits.softmax(1)).topk(top)
         return torch.cat([probability, label.double()], dim=1)
 
     found, readable = compute_per_sample(compute, loader, device, "predicting")
@@ -68,7 +70,7 @@ def _cells(name: str, pairs: list[tuple[str, float]], places: int) -> list[str]:
 
 
 def _command(options: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
-    if options.top < 1 or not 0 <= options.threshold <= 1:
+    if options.top < 1 or not 0 <= (options.threshold or 0) <= 1:
         raise ValueError(f"--top {options.top} must be at least 1, --threshold {options.threshold} between 0 and 1")
     samples = load_images(options.images)
     trained = load_classifier(options.model, device)
@@ -85,7 +87,8 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     if not world.is_main:
         return {}
     names = trained.class_names or [str(label) for label in range(trained.num_classes)]
-    rows = named_rows(loader, names, predictions, options.threshold)
+    default = 0.5 if trained.multi_label else 0.0
+    rows = named_rows(loader, names, predictions, default if options.threshold is None else options.threshold)
     if options.out is None:
         for name, pairs in rows:
             print(f"{name}: {', '.join(f'{label} {share:.1%}' for label, share in pairs) or '-'}")
@@ -104,7 +107,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument("images", metavar="IMAGES")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes for each image; default: 5")
     parser.add_argument(
-        "--threshold", type=float, default=0.0, metavar="P", help="leave out classes that are less probable"
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="leave out classes that are less probable; default: 0, and 0.5 where several classes may be right",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write a table instead of printing")
     add_loading_options(parser)

@@ -22,6 +22,7 @@ class TrainedClassifier:
         image_size: (H, W) of its images.
         num_classes: outputs of its head.
         class_names: in the order of the labels; empty where the shards that it was trained on have none.
+        multi_label: whether each output is a decision of its own.
     """
 
     path: Path
@@ -29,6 +30,7 @@ class TrainedClassifier:
     image_size: tuple[int, int]
     num_classes: int
     class_names: tuple[str, ...]
+    multi_label: bool = False
 
     def predict(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> logits (B, C), in fp32."""
@@ -56,4 +58,5 @@ def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} does not fit {encoder.arch}/{encoder.patch_size}: {reason}") from None
-    return TrainedClassifier(Path(path), model.to(device).eval(), encoder.image_size, num_classes, spec.class_names)
+    model.to(device).eval()
+    return TrainedClassifier(Path(path), model, encoder.image_size, num_classes, spec.class_names, spec.multi_label)
