@@ -1,15 +1,14 @@
-"""What the parameters of known checkpoints are called, and how they become our encoder's.
+"""The parameters of known checkpoints, by whatever names, become our encoder's.
 
-The formats do not use one name for two things, so one table serves all: ours, the LoMaR authors', MAE, LUT, SimMIM,
-BEiT, DINO, DINOv2 and timm. Every key of a file is used, dropped for a reason given in the table, or an error.
+`names.py` has the libraries' tables. Every key of a file is used, dropped for a reason given there, or an error.
 
-Two things that our encoder does not have are folded, exactly, into parameters that it has: LayerScale (DINOv2, BEiT)
-scales the rows of the matrix before it, and the class token's own position (DINO, timm) is always added to the class
-token.
+What our encoder does not have is folded, exactly, into parameters that it has: LayerScale (DINOv2, BEiT) scales the
+rows of the matrix before it, the class token's own position (DINO, timm) is always added to the class token, and pixels
+of other statistics than ImageNet's (BEiT) change the kernel that embeds them.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,51 +18,23 @@ from torch import Tensor
 
 from downstream.checkpoints.files import Source
 from downstream.checkpoints.find_spec import count_blocks, find_spec
+from downstream.checkpoints.names import (
+    BIAS_TABLE,
+    CLASSIFIER,
+    DROPPED,
+    LIBRARIES,
+    REFUSED,
+    Library,
+    find_encoders,
+    is_kept,
+    match,
+    rename,
+)
+from downstream.checkpoints.pixels import IMAGENET, Pixels, find_pixels, fold_pixels
 from pretrain.models.encoder_spec import EncoderSpec
 
-_ANCHOR = "patch_embed.proj.weight"
-
-_KEPT = re.compile(
-    r"cls_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
-    r"|blocks\.\d+\.((norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
-    r"|attn\.rpe_k\.lookup_table_weight|attn\.rpe_bias\.relative_position_bias_table)"
-)
-_BIAS_TABLE = "attn.rpe_bias.relative_position_bias_table"
-
-# A file's name -> ours.
-_RENAMED = (
-    (r"blocks\.\d+\.(\d+)\.(.+)", r"blocks.\1.\2"),  # DINOv2 in training: chunks of blocks, numbered throughout
-    (r"blocks\.(\d+)\.attn\.relative_position_bias_table", rf"blocks.\1.{_BIAS_TABLE}"),
-    (r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
-)
-
-# Keys that are not the encoder's.
-_DROPPED = (
-    (r"decoder_(embed|pred|norm|blocks|pos_embed)\b.*", "MAE's decoder"),
-    (r"encoder_pred\..+", "LoMaR's prediction head"),
-    (r"lm_head\..+", "BEiT's token prediction head"),
-    (r"mask_token", "the mask token of pretraining"),
-    (r"(head|predictor)\.\d+\..+", "a projection head of LUT"),
-    (r"(head|fc)\.(weight|bias)", "a classifier"),
-    (r"(blocks\.\d+\.attn|rel_pos_bias)\.relative_position_index", "an index that is recomputed"),
-)
-
-# Keys without the encoder's prefix, in a file where it has one.
-_OUTSIDE = (
-    (r"decoder\..+", "the decoder of pretraining"),
-    (r"(head|dino_head|ibot_head)\..+", "a self-distillation head or a classifier"),
-    (r"(mask_token|predictor\..+)", "the predictor of pretraining"),
-)
-
-_REFUSED = (
-    (r"register_tokens|reg_token|storage_tokens", "register tokens: this encoder has only a class token"),
-    (r"dist_token|head_dist\..+", "a distillation token: this encoder has only a class token"),
-    (r"fc_norm\..+", "a norm that was trained after average pooling: this encoder normalizes every token"),
-    (r"blocks\.\d+\.mlp\.(w12|w3|w1|w2)\..+", "a gated MLP: this encoder's MLP has two matrices"),
-    (r"blocks\.\d+\.attn\.(q_norm|k_norm)\..+", "norms of queries and keys, which this encoder does not have"),
-    (r"norm_pre\..+", "a norm before the blocks, which this encoder does not have"),
-    (r"rope\b.*", "rotary positions, which this encoder does not have"),
-)
+_UNKNOWN = "unknown"
+_HEAD_NORM = "the norm of a classifier"
 
 
 @dataclass(repr=False)
@@ -72,6 +43,8 @@ class Report:
 
     Attributes:
         path, weights: the file, and which of its weights were read; see `files.Source`.
+        library: whose names its keys are.
+        pixels: what is known of the pixels that it was trained on.
         used: parameter of the encoder -> the file's keys that it was made of.
         folded, resized: parameter of the encoder -> what was done to it.
         dropped: key of the file -> why.
@@ -79,6 +52,8 @@ class Report:
 
     path: Path
     weights: str
+    library: str = ""
+    pixels: str = ""
     used: dict[str, tuple[str, ...]] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     resized: dict[str, str] = field(default_factory=dict)
@@ -87,6 +62,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.path} ({self.weights} weights)"]
         lines.append(f"  used     {len({key for keys in self.used.values() for key in keys})} keys")
+        lines[-1] += f" under {self.library} names" if self.library else ""
+        lines += [f"  pixels   {self.pixels}"] if self.pixels else []
         for title, reasons in (("folded", self.folded), ("resized", self.resized), ("dropped", self.dropped)):
             by_reason: dict[str, list[str]] = {}
             for key, reason in reasons.items():
@@ -108,83 +85,129 @@ class EncoderWeights:
             down to whole patches.
         state: its parameters by our names, in fp32.
         report: what became of the file's keys.
+        head: what a classifier has after the encoder, by timm's names, in fp32.
+        pool_norm: whether the encoder's last norm is the one behind a classifier's pool, as there is no other.
     """
 
     spec: EncoderSpec
     size_known: bool
     state: dict[str, Tensor]
     report: Report
+    head: dict[str, Tensor] = field(default_factory=dict)
+    pool_norm: bool = False
 
 
-def translate(source: Source) -> EncoderWeights:
+def translate(source: Source, pixels: Pixels | None = None) -> EncoderWeights:
     """Renames, drops and folds; nothing is resized yet.
+
+    Args:
+        source: what was read.
+        pixels: that the weights were trained on; None: as `find_pixels` finds.
 
     Raises:
         ValueError: no encoder or several in the file, keys that this project cannot explain or express, or a record
             that contradicts the tensors.
     """
-    report = Report(source.path, source.weights)
-    state, problems = _rename_keys(source, report)
+    prefix, library = _find_encoder(source)
+    report = Report(source.path, source.weights, library.title)
+    state, head, problems = _rename_keys(source, prefix, library, report)
+    _join_projections(state, report)
     _join_biases(state, report)
     _share_bias(state, report)
     _fold_layer_scale(state, report)
-    problems |= {key: "unknown" for name, keys in report.used.items() if not _KEPT.fullmatch(name) for key in keys}
+    problems |= {key: _UNKNOWN for name, keys in report.used.items() if not is_kept(name) for key in keys}
     if problems:
-        raise ValueError(f"{source.path} has keys that this encoder cannot use:\n{_grouped(problems)}")
+        raise ValueError(
+            f"{source.path} ({library.title} names) has keys that this encoder cannot use:\n{_grouped(problems)}"
+        )
+    pool_norm = _move_pool_norm(state, head, report)
     spec, size_known = find_spec(source, state)
     if spec.position == "relative" and "pos_embed" in state:
         del state["pos_embed"]
         (key,) = report.used.pop("pos_embed")
         report.dropped[key] = "a table that LoMaR's code never adds: its positions are in the relative tables"
-    if "pos_embed" in state and "cls_token" in state:
+    if "pos_embed" in state:
         _fold_class_position(state, report, spec.grid if size_known else None)
-    return EncoderWeights(spec, size_known, state, report)
+    theirs, report.pixels = find_pixels(source, state, pixels)
+    if theirs != IMAGENET:
+        fold_pixels(state, theirs)
+        report.folded |= dict.fromkeys(("patch_embed.proj.weight", "patch_embed.proj.bias"), f"pixels of {theirs}")
+    return EncoderWeights(spec, size_known, state, report, head, pool_norm)
 
 
-def _rename_keys(source: Source, report: Report) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Parameters by our names, as far as they have one, in fp32; and the keys that are refused, with the reasons."""
-    prefix = _find_prefix(source)
-    wrapper = "module." if prefix.startswith("module.") else ""
+def _find_encoder(source: Source) -> tuple[str, Library]:
+    """The prefix of the encoder's names, and whose names they are."""
+    found = find_encoders(source.tensors)
+    if source.prefix in found:
+        return source.prefix, found[source.prefix]
+    if len(found) != 1:
+        known = "; ".join(f"{library.title} {library.anchor}" for library in LIBRARIES)
+        what = f"{len(found)} encoders ({', '.join(found)})" if found else f"no key that embeds patches ({known})"
+        raise ValueError(f"{source.path} has {what}: it must hold one Vision Transformer")
+    return next(iter(found.items()))
+
+
+def _rename_keys(
+    source: Source, prefix: str, library: Library, report: Report
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
+    """Parameters by our names, as far as they have one, those of a classifier, and why other keys are refused."""
+    encoders = find_encoders(source.tensors)
     state: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
     problems: dict[str, str] = {}
     for key, tensor in source.tensors.items():
-        if key.startswith(prefix):
-            name = _rename(key.removeprefix(prefix))
-            reason, refusal = _match(name, _DROPPED), _match(name, _REFUSED)
-        else:
-            name = key.removeprefix(wrapper)
-            reason, refusal = _match(name, _OUTSIDE) or ("the method's own" if source.ours else None), None
-        if reason == "a classifier":
-            reason = f"a classifier of {len(tensor)} classes"
-        if name.startswith("fc_norm.") and f"{prefix}norm.weight" in source.tensors:
-            reason, refusal = "the norm of a classifier", None
-        if reason:
+        owner = max((other for other in encoders if key.startswith(other)), key=len, default=None)
+        name, reason = _explain(key, owner, prefix, library)
+        if reason == _UNKNOWN and source.ours:
+            reason = "the method's own"
+        if CLASSIFIER.fullmatch(name) and reason is None:
+            head[name] = tensor.float()
+            of_probe = match(name, DROPPED[-3:-2])
+            reason = of_probe or (_HEAD_NORM if "norm" in name else f"a classifier of {len(tensor)} classes")
+        refusal = match(name, REFUSED) if reason is None else None
+        if reason == _UNKNOWN or refusal:
+            problems[key] = refusal or _UNKNOWN
+        elif reason := reason or match(name, DROPPED):
             report.dropped[key] = reason
-        elif refusal:
-            problems[key] = refusal
         else:
             assert name not in state, f"two keys for {name}"
             state[name] = tensor.float()
             report.used[name] = (key,)
-    return state, problems
+    return state, head, problems
 
 
-def _find_prefix(source: Source) -> str:
-    anchors = [key for key in source.tensors if key == _ANCHOR or key.endswith("." + _ANCHOR)]
-    if len(anchors) != 1:
-        found = f"{len(anchors)} encoders ({', '.join(anchors)})" if anchors else f"no key {_ANCHOR}"
-        raise ValueError(f"{source.path} has {found}: it must hold one Vision Transformer")
-    return anchors[0].removesuffix(_ANCHOR)
+def _explain(key: str, owner: str | None, prefix: str, library: Library) -> tuple[str, str | None]:
+    """Our name of a key, and why it is not the encoder's, as far as its place in the file tells.
+
+    Args:
+        key: of the file.
+        owner: the prefix of the encoder that it belongs to; None where that is none.
+        prefix: of the encoder that is read.
+        library: whose names it has.
+    """
+    if owner == prefix:
+        return rename(library, key.removeprefix(prefix)), None
+    if owner is not None:
+        return key, f"another encoder of the file, {owner.rstrip('.') or 'the one without a prefix'}"
+    plain = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+    name = rename(library, plain)
+    if library.outside and name == plain:
+        return name, match(name, library.outside) or _UNKNOWN
+    return name, None
 
 
-def _rename(name: str) -> str:
-    for pattern, ours in _RENAMED:
-        name = re.sub(rf"^(?:{pattern})$", ours, name)
-    return name
-
-
-def _match(name: str, table: Iterable[tuple[str, str]]) -> str | None:
-    return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)
+def _move_pool_norm(state: dict[str, Tensor], head: dict[str, Tensor], report: Report) -> bool:
+    """Takes the norm behind a classifier's pool as the encoder's last one, where there is no other."""
+    if "norm.weight" in state or "fc_norm.weight" not in head:
+        return False
+    for kind in ("weight", "bias"):
+        name = f"norm.{kind}"
+        state[name] = head[f"fc_norm.{kind}"]
+        (key,) = (key for key, reason in report.dropped.items() if reason == _HEAD_NORM and key.endswith(kind))
+        report.used[name] = (key,)
+        report.folded[name] = "the norm behind a classifier's pool, here of every token: there is no other last norm"
+        del report.dropped[key]
+    return True
 
 
 def _grouped(problems: dict[str, str]) -> str:
@@ -202,6 +225,19 @@ def _merge(
         if part != into:
             del state[part], report.used[part]
     report.used[into], report.folded[into] = keys, what
+
+
+def _join_projections(state: dict[str, Tensor], report: Report) -> None:
+    """Transformers has three matrices for queries, keys and values; of BEiT's, keys have no bias, which is a zero."""
+    for q_name in [name for name in state if name.endswith(".attn.q.weight")]:
+        at = q_name.removesuffix("q.weight")
+        if at + "k.bias" not in state and at + "q.bias" in state:
+            state[at + "q_bias"], report.used[at + "q_bias"] = state.pop(at + "q.bias"), report.used.pop(at + "q.bias")
+            state[at + "v_bias"], report.used[at + "v_bias"] = state.pop(at + "v.bias"), report.used.pop(at + "v.bias")
+        for kind in ("weight", "bias"):
+            parts = [f"{at}{part}.{kind}" for part in "qkv"]
+            if all(part in state for part in parts):
+                _merge(state, report, f"{at}qkv.{kind}", parts, lambda *three: torch.cat(three), "three joined")
 
 
 def _join_biases(state: dict[str, Tensor], report: Report) -> None:
@@ -225,7 +261,7 @@ def _share_bias(state: dict[str, Tensor], report: Report) -> None:
     if shared in state:
         table, keys = state.pop(shared), report.used.pop(shared)
         for depth in range(count_blocks(state)):
-            name = f"blocks.{depth}.{_BIAS_TABLE}"
+            name = f"blocks.{depth}.{BIAS_TABLE}"
             state[name], report.used[name], report.folded[name] = table.clone(), keys, "one table shared by all blocks"
 
 
@@ -248,7 +284,7 @@ def _fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[i
     if grid and table.shape[1] == grid[0] * grid[1]:
         state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
         report.folded["pos_embed"] = "no position for the class token: zeros"
-    elif table[:, 0].any():
+    elif "cls_token" in state and table[:, 0].any():
         state["cls_token"] = state["cls_token"] + table[:, :1]
         state["pos_embed"] = F.pad(table[:, 1:], (0, 0, 1, 0))
         report.folded["cls_token"] = "its position added to it, and zeros there"

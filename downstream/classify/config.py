@@ -32,7 +32,10 @@ class StartConfig(Section):
         None,
         description="a run or a file that downstream.checkpoints.export reads, or a classifier; none: from scratch",
     )
-    weights: Literal["online", "ema"] | None = Field(None, description="none: what the authors of the method evaluate")
+    weights: str | None = Field(
+        None,
+        description="online, ema, or the name of one of the file's encoders; none: what the method's authors evaluate",
+    )
     trained_blocks: int | None = Field(
         None,
         ge=0,

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
             output of the encoder.
 
     Returns:
-        (B, 1+N, D), the class token first.
+        (B, 1+N, D), the class token first; where there is none, the mean of the others.
 
     Raises:
         ValueError: images of a size that the encoder's positions are not for, or that patches do not divide; or no
@@ -36,7 +37,8 @@ def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
     if not (encoder.relative or encoder.bias):
-        return encoder(tokens + encoder.pos_embed[:, 1:], stop=block)
+        tokens = encoder(tokens + encoder.pos_embed[:, 1:], stop=block)
+        return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
     buckets = grid_buckets(rows, cols) if encoder.relative else offset_buckets(rows, cols)
     return encoder(tokens, buckets.to(images.device), stop=block)
 
