@@ -33,8 +33,9 @@ def load_images(path: str | Path) -> Samples:
 
 
 def sample_name(samples: Samples, sample: int) -> str:
-    """A sample's key in shards; a file's path below its folder."""
-    return samples.keys[sample] if isinstance(samples, Index) else samples.names[sample]
+    r"""A sample's key in shards, a file's path below its folder; bytes that are no UTF-8 as in ``na\xefve``."""
+    name = samples.keys[sample] if isinstance(samples, Index) else samples.names[sample]
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def count_images(loader: EvalLoader, readable: Tensor, consequence: str) -> dict[str, int]:
@@ -57,8 +58,8 @@ def count_images(loader: EvalLoader, readable: Tensor, consequence: str) -> dict
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table as spreadsheets and pandas read it; names that are no UTF-8 keep their bytes."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    """A table as spreadsheets and pandas read it."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

@@ -1,6 +1,7 @@
 """Predictions on unlabelled images: the most probable classes, by name, as text and as a table."""
 
 import csv
+import os
 import re
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def test_one_image_is_printed(classifier: Path, photos: Path, capsys: pytest.Cap
     said = printed(capsys, classifier, photos / "trip" / "day 2" / "c.jpg", "--top", 2)
     assert list(said) == ["c.jpg"]
     assert re.fullmatch(r"c\d \d+\.\d%, c\d \d+\.\d%", said["c.jpg"])
+
+
+def test_a_name_of_other_bytes_is_written_as_text(
+    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    os.rename(photos / "a.jpg", os.fsencode(photos) + b"/na\xefve, no.jpg")
+    assert r"na\xefve, no.jpg" in printed(capsys, classifier, photos)
+    run_in_process(predict, classifier, photos, "--out", tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["key"] == r"na\xefve, no.jpg"
 
 
 def test_a_threshold_leaves_out_what_is_unlikely(classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
