@@ -9,11 +9,13 @@ JSON object.
 """
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor
 
 from data.eval_loader import EvalLoader
@@ -48,6 +50,17 @@ def most_probable(
 
     found, readable = compute_per_sample(compute, loader, device, "predicting")
     return found[:, :top], found[:, top:].long(), readable
+
+
+def name_classes(trained: TrainedClassifier) -> list[str]:
+    """The classes' names, or else their labels; ImageNet's WordNet ids as `Egyptian cat (n02124075)`."""
+    names = list(trained.class_names) or [str(label) for label in range(trained.num_classes)]
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    wordnet = ImageNetInfo("imagenet-22k")
+    if not set(names) <= set(wordnet.label_names()):
+        return names
+    return [f"{wordnet.label_name_to_description(name).split(',')[0]} ({name})" for name in names]
 
 
 def named_rows(
@@ -86,9 +99,10 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     counts = count_images(loader, predictions[-1], "have no prediction")
     if not world.is_main:
         return {}
-    names = trained.class_names or [str(label) for label in range(trained.num_classes)]
     default = 0.5 if trained.multi_label else 0.0
-    rows = named_rows(loader, names, predictions, default if options.threshold is None else options.threshold)
+    rows = named_rows(
+        loader, name_classes(trained), predictions, default if options.threshold is None else options.threshold
+    )
     if options.out is None:
         for name, pairs in rows:
             print(f"{name}: {', '.join(f'{label} {share:.1%}' for label, share in pairs) or '-'}")

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_shards_without_class_names_are_called_by_their_labels(tmp_path: Path, c
     said = printed(capsys, unnamed, tmp_path / "shards", "--top", 1)
     assert list(said) == ["c0/000", "c0/002", "c1/001", "c1/003"]
     assert all(re.fullmatch(r"[0-6] \d+\.\d%", line) for line in said.values())
+
+
+def test_classes_of_imagenet_are_called_by_their_meaning(classifier: Path):
+    trained = load_classifier(classifier, CPU)
+    assert predict.name_classes(trained) == NAMES
+    assert predict.name_classes(replace(trained, class_names=())) == list("0123456")
+    cats = replace(trained, class_names=("n02124075", "n02012849", "n03126707"))
+    assert predict.name_classes(cats) == ["Egyptian cat (n02124075)", "crane (n02012849)", "crane (n03126707)"]
+    assert predict.name_classes(replace(trained, class_names=("n00000000",))) == ["n00000000"]
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path):
