@@ -100,9 +100,8 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     if not world.is_main:
         return {}
     default = 0.5 if trained.multi_label else 0.0
-    rows = named_rows(
-        loader, name_classes(trained), predictions, default if options.threshold is None else options.threshold
-    )
+    threshold = default if options.threshold is None else options.threshold
+    rows = named_rows(loader, name_classes(trained), predictions, threshold)
     if options.out is None:
         for name, pairs in rows:
             print(f"{name}: {', '.join(f'{label} {share:.1%}' for label, share in pairs) or '-'}")

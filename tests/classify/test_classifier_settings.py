@@ -224,11 +224,12 @@ def test_recipes_load_and_name_themselves(recipe: str):
         "python -m downstream.classify.sweep" if recipe.startswith("transfer") else "downstream/classify/finetune.py"
     )
     assert f"{command} {recipe} data.shards=" in comment
-    assert f"batch {config.train.global_batch_size} = 8 GPUs" in comment
-    parts = re.search(r"= 8 GPUs x (?:(\d+) accumulation x )?(\d+)", comment)
+    batch = config.train.global_batch_size
+    parts = re.search(rf"batch {batch} = (\d) GPUs? x (?:(\d+) accumulation x )?(\d+)", comment)
     assert parts
-    assert int(parts[1] or 1) == config.train.gradient_accumulation_steps
-    assert 8 * int(parts[1] or 1) * int(parts[2]) == config.train.global_batch_size
+    assert int(parts[1]) == (1 if "_own_" in recipe else 8)
+    assert int(parts[2] or 1) == config.train.gradient_accumulation_steps
+    assert int(parts[1]) * int(parts[2] or 1) * int(parts[3]) == batch
 
 
 def test_the_resume_signature_holds_what_the_weights_depend_on(tmp_path: Path):
