@@ -81,8 +81,8 @@ class EvalLoader:
         return -(-len(self.indices) // (self.batch * self.world_size))
 
     def batches(self) -> Generator[EvalBatch, None, None]:
-        """Raises ValueError and RuntimeError as `Loader.batches` does."""
-        return in_workers(self._decoder, self._requests(), self.num_workers)
+        """Raises the errors that `Loader.batches` raises."""
+        return in_workers(self._decoder, self._requests(), self.num_workers, self.samples.root)
 
     def _requests(self) -> Iterator[np.ndarray]:
         for number in range(len(self)):

@@ -126,9 +126,9 @@ class Loader:
 
         Raises:
             ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
-            RuntimeError: a worker died or its storage stopped answering.
+            ChildProcessError, TimeoutError: a worker died, or its storage stopped answering.
         """
-        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._num_workers)
+        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._num_workers, self._index.root)
         with contextlib.closing(batches):
             for _ in range(start_step, end_step):
                 yield list(islice(batches, self._accumulation))
