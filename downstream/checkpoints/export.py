@@ -27,8 +27,8 @@ from torch import Tensor
 
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, feature_difference
-from downstream.checkpoints.formats import Report
 from downstream.checkpoints.model_card import write_card
+from downstream.checkpoints.report import Report
 from downstream.checkpoints.timm_models import SIZES, model_name
 from downstream.checkpoints.weights import Size, build_encoder, features, load_encoder, read_encoder
 from pretrain.models.encoder_spec import EncoderSpec

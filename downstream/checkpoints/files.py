@@ -116,8 +116,8 @@ def _read_folder(folder: Path, weights: Weights | None) -> Source:
         return _read_files(folder, weights, hub)
     if not run.config.is_file():
         raise ValueError(
-            f"{folder} is neither a run's folder (no {run.config.name}) nor one of its checkpoints, nor a folder of the "
-            f"Hugging Face hub (no {CONFIG})"
+            f"{folder} is neither a run's folder (no {run.config.name}) nor one of its checkpoints, nor a folder of "
+            f"the Hugging Face hub (no {CONFIG})"
         )
     encoder, classifier = (run.encoder_ema, run.model_ema) if weights == "ema" else (run.encoder, run.model)
     for file in (encoder, classifier):

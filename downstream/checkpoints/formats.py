@@ -8,18 +8,21 @@ of other statistics than ImageNet's (BEiT) change the kernel that embeds them.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.checkpoints.files import Source
-from downstream.checkpoints.find_spec import count_blocks, find_spec
+from downstream.checkpoints.find_spec import find_spec
+from downstream.checkpoints.fold import (
+    fold_class_position,
+    fold_layer_scale,
+    join_biases,
+    join_projections,
+    share_bias,
+)
 from downstream.checkpoints.names import (
-    BIAS_TABLE,
     CLASSIFIER,
     DROPPED,
     LIBRARIES,
@@ -31,48 +34,11 @@ from downstream.checkpoints.names import (
     rename,
 )
 from downstream.checkpoints.pixels import IMAGENET, Pixels, find_pixels, fold_pixels
+from downstream.checkpoints.report import Report, group_problems
 from pretrain.models.encoder_spec import EncoderSpec
 
 _UNKNOWN = "unknown"
 _HEAD_NORM = "the norm of a classifier"
-
-
-@dataclass(repr=False)
-class Report:
-    """What became of every key of a file; printed with a line for each reason.
-
-    Attributes:
-        path, weights: the file, and which of its weights were read; see `files.Source`.
-        library: whose names its keys are.
-        pixels: what is known of the pixels that it was trained on.
-        used: parameter of the encoder -> the file's keys that it was made of.
-        folded, resized: parameter of the encoder -> what was done to it.
-        dropped: key of the file -> why.
-    """
-
-    path: Path
-    weights: str
-    library: str = ""
-    pixels: str = ""
-    used: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    folded: dict[str, str] = field(default_factory=dict)
-    resized: dict[str, str] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{self.path} ({self.weights} weights)"]
-        lines.append(f"  used     {len({key for keys in self.used.values() for key in keys})} keys")
-        lines[-1] += f" under {self.library} names" if self.library else ""
-        lines += [f"  pixels   {self.pixels}"] if self.pixels else []
-        for title, reasons in (("folded", self.folded), ("resized", self.resized), ("dropped", self.dropped)):
-            by_reason: dict[str, list[str]] = {}
-            for key, reason in reasons.items():
-                by_reason.setdefault(reason, []).append(key)
-            for reason, keys in by_reason.items():
-                names = list(dict.fromkeys(_any_block(key) for key in keys))
-                shown = ", ".join(names[:3]) + (", ..." if names[3:] else "")
-                lines.append(f"  {title:8} {len(keys)} ({shown}): {reason}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -86,6 +52,7 @@ class EncoderWeights:
         state: its parameters by our names, in fp32.
         report: what became of the file's keys.
         head: what a classifier has after the encoder, by timm's names, in fp32.
+        head_keys: the file's keys of it.
         pool_norm: whether the encoder's last norm is the one behind a classifier's pool, as there is no other.
     """
 
@@ -94,6 +61,7 @@ class EncoderWeights:
     state: dict[str, Tensor]
     report: Report
     head: dict[str, Tensor] = field(default_factory=dict)
+    head_keys: dict[str, str] = field(default_factory=dict)
     pool_norm: bool = False
 
 
@@ -110,29 +78,31 @@ def translate(source: Source, pixels: Pixels | None = None) -> EncoderWeights:
     """
     prefix, library = _find_encoder(source)
     report = Report(source.path, source.weights, library.title)
-    state, head, problems = _rename_keys(source, prefix, library, report)
-    _join_projections(state, report)
-    _join_biases(state, report)
-    _share_bias(state, report)
-    _fold_layer_scale(state, report)
+    state, head, head_keys, problems = _rename_keys(source, prefix, library, report)
+    join_projections(state, report)
+    join_biases(state, report)
+    share_bias(state, report)
+    fold_layer_scale(state, report)
     problems |= {key: _UNKNOWN for name, keys in report.used.items() if not is_kept(name) for key in keys}
     if problems:
         raise ValueError(
-            f"{source.path} ({library.title} names) has keys that this encoder cannot use:\n{_grouped(problems)}"
+            f"{source.path} ({library.title} names) has keys that this encoder cannot use:\n{group_problems(problems)}"
         )
-    pool_norm = _move_pool_norm(state, head, report)
+    pool_norm = "norm.weight" not in state and "fc_norm.weight" in head
+    if pool_norm:
+        _move_pool_norm(state, head, head_keys, report)
     spec, size_known = find_spec(source, state)
     if spec.position == "relative" and "pos_embed" in state:
         del state["pos_embed"]
         (key,) = report.used.pop("pos_embed")
         report.dropped[key] = "a table that LoMaR's code never adds: its positions are in the relative tables"
     if "pos_embed" in state:
-        _fold_class_position(state, report, spec.grid if size_known else None)
+        fold_class_position(state, report, spec.grid if size_known else None)
     theirs, report.pixels = find_pixels(source, state, pixels)
     if theirs != IMAGENET:
         fold_pixels(state, theirs)
         report.folded |= dict.fromkeys(("patch_embed.proj.weight", "patch_embed.proj.bias"), f"pixels of {theirs}")
-    return EncoderWeights(spec, size_known, state, report, head, pool_norm)
+    return EncoderWeights(spec, size_known, state, report, head, head_keys, pool_norm)
 
 
 def _find_encoder(source: Source) -> tuple[str, Library]:
@@ -147,21 +117,25 @@ def _find_encoder(source: Source) -> tuple[str, Library]:
     return next(iter(found.items()))
 
 
-def _rename_keys(
-    source: Source, prefix: str, library: Library, report: Report
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
-    """Parameters by our names, as far as they have one, those of a classifier, and why other keys are refused."""
+class _Renamed(NamedTuple):
+    """A file's parameters by timm's names, in fp32, and the keys of those of a classifier and of the refused ones."""
+
+    state: dict[str, Tensor]
+    head: dict[str, Tensor]
+    head_keys: dict[str, str]
+    problems: dict[str, str]
+
+
+def _rename_keys(source: Source, prefix: str, library: Library, report: Report) -> _Renamed:
     encoders = find_encoders(source.tensors)
-    state: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
-    problems: dict[str, str] = {}
+    state, head, head_keys, problems = renamed = _Renamed({}, {}, {}, {})
     for key, tensor in source.tensors.items():
         owner = max((other for other in encoders if key.startswith(other)), key=len, default=None)
         name, reason = _explain(key, owner, prefix, library)
         if reason == _UNKNOWN and source.ours:
             reason = "the method's own"
         if CLASSIFIER.fullmatch(name) and reason is None:
-            head[name] = tensor.float()
+            head[name], head_keys[name] = tensor.float(), key
             of_probe = match(name, DROPPED[-3:-2])
             reason = of_probe or (_HEAD_NORM if "norm" in name else f"a classifier of {len(tensor)} classes")
         refusal = match(name, REFUSED) if reason is None else None
@@ -173,7 +147,7 @@ def _rename_keys(
             assert name not in state, f"two keys for {name}"
             state[name] = tensor.float()
             report.used[name] = (key,)
-    return state, head, problems
+    return renamed
 
 
 def _explain(key: str, owner: str | None, prefix: str, library: Library) -> tuple[str, str | None]:
@@ -196,100 +170,12 @@ def _explain(key: str, owner: str | None, prefix: str, library: Library) -> tupl
     return name, None
 
 
-def _move_pool_norm(state: dict[str, Tensor], head: dict[str, Tensor], report: Report) -> bool:
-    """Takes the norm behind a classifier's pool as the encoder's last one, where there is no other."""
-    if "norm.weight" in state or "fc_norm.weight" not in head:
-        return False
+def _move_pool_norm(
+    state: dict[str, Tensor], head: dict[str, Tensor], head_keys: dict[str, str], report: Report
+) -> None:
+    """Takes the norm behind a classifier's pool as the encoder's last one."""
     for kind in ("weight", "bias"):
-        name = f"norm.{kind}"
-        state[name] = head[f"fc_norm.{kind}"]
-        (key,) = (key for key, reason in report.dropped.items() if reason == _HEAD_NORM and key.endswith(kind))
-        report.used[name] = (key,)
+        name, key = f"norm.{kind}", head_keys[f"fc_norm.{kind}"]
+        state[name], report.used[name] = head[f"fc_norm.{kind}"], (key,)
         report.folded[name] = "the norm behind a classifier's pool, here of every token: there is no other last norm"
         del report.dropped[key]
-    return True
-
-
-def _grouped(problems: dict[str, str]) -> str:
-    groups = {(_any_block(key), why): None for key, why in problems.items()}
-    return "\n".join(f"  {key}: {why}" for key, why in groups)
-
-
-def _merge(
-    state: dict[str, Tensor], report: Report, into: str, parts: list[str], how: Callable[..., Tensor], what: str
-) -> None:
-    """Makes `into` out of the named parts, which are then gone."""
-    state[into] = how(*(state[part] for part in parts))
-    keys = tuple(key for part in parts for key in report.used[part])
-    for part in parts:
-        if part != into:
-            del state[part], report.used[part]
-    report.used[into], report.folded[into] = keys, what
-
-
-def _join_projections(state: dict[str, Tensor], report: Report) -> None:
-    """Transformers has three matrices for queries, keys and values; of BEiT's, keys have no bias, which is a zero."""
-    for q_name in [name for name in state if name.endswith(".attn.q.weight")]:
-        at = q_name.removesuffix("q.weight")
-        if at + "k.bias" not in state and at + "q.bias" in state:
-            state[at + "q_bias"], report.used[at + "q_bias"] = state.pop(at + "q.bias"), report.used.pop(at + "q.bias")
-            state[at + "v_bias"], report.used[at + "v_bias"] = state.pop(at + "v.bias"), report.used.pop(at + "v.bias")
-        for kind in ("weight", "bias"):
-            parts = [f"{at}{part}.{kind}" for part in "qkv"]
-            if all(part in state for part in parts):
-                _merge(state, report, f"{at}qkv.{kind}", parts, lambda *three: torch.cat(three), "three joined")
-
-
-def _join_biases(state: dict[str, Tensor], report: Report) -> None:
-    """BEiT's and SimMIM's attention has a bias on queries and values; keys have none, which is a zero."""
-    for q_name in [name for name in state if name.endswith(".attn.q_bias")]:
-        at = q_name.removesuffix("q_bias")
-        if at + "v_bias" in state:
-            _merge(
-                state,
-                report,
-                at + "qkv.bias",
-                [q_name, at + "v_bias"],
-                lambda q, v: torch.cat([q, torch.zeros_like(q), v]),
-                "biases of queries and values, and zeros for the keys",
-            )
-
-
-def _share_bias(state: dict[str, Tensor], report: Report) -> None:
-    """While BEiT and SimMIM pretrain, all blocks share one table."""
-    shared = "rel_pos_bias.relative_position_bias_table"
-    if shared in state:
-        table, keys = state.pop(shared), report.used.pop(shared)
-        for depth in range(count_blocks(state)):
-            name = f"blocks.{depth}.{BIAS_TABLE}"
-            state[name], report.used[name], report.folded[name] = table.clone(), keys, "one table shared by all blocks"
-
-
-def _fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
-    """gamma * (W x + b) = (gamma W) x + gamma b."""
-    for gamma in [name for name in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
-        matrix = gamma.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        scale = state.pop(gamma)
-        (key,) = report.used.pop(gamma)
-        for name in (matrix + ".weight", matrix + ".bias"):
-            if name in state:
-                state[name] = state[name] * (scale[:, None] if state[name].ndim == 2 else scale)
-                report.used[name] += (key,)
-                report.folded[name] = "LayerScale"
-
-
-def _fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None) -> None:
-    """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token."""
-    table = state["pos_embed"]
-    if grid and table.shape[1] == grid[0] * grid[1]:
-        state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
-        report.folded["pos_embed"] = "no position for the class token: zeros"
-    elif "cls_token" in state and table[:, 0].any():
-        state["cls_token"] = state["cls_token"] + table[:, :1]
-        state["pos_embed"] = F.pad(table[:, 1:], (0, 0, 1, 0))
-        report.folded["cls_token"] = "its position added to it, and zeros there"
-        report.used["cls_token"] += report.used["pos_embed"]
-
-
-def _any_block(key: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", key)

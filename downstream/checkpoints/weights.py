@@ -24,7 +24,8 @@ from data.transforms import height_width
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.find_spec import fits_grid
-from downstream.checkpoints.formats import EncoderWeights, Report, translate
+from downstream.checkpoints.formats import EncoderWeights, translate
+from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.features import features as features  # of what is loaded here

@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +11,16 @@ from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from data.decode import CHANNELS
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.formats import translate
-from downstream.checkpoints.timm_models import LoMaRViT
+from downstream.checkpoints.timm_models import build_vit
 from downstream.checkpoints.weights import fill_encoder
 from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.config import AugmentConfig, FinetuneConfig
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.heads import SyncBatchNorm
 from pretrain.models.patches import normalize_pixels
-from pretrain.models.vit import ARCHS, ViT
+from pretrain.models.vit import ViT
 
 
 class Classifier(nn.Module):
@@ -76,23 +74,6 @@ class Classifier(nn.Module):
         smoothing = self.augment.label_smoothing
         target = labels * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(self.vit(pixels).float(), target)
-
-
-def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any) -> VisionTransformer:
-    """timm's model around an encoder of ours, freshly initialized.
-
-    Args:
-        encoder: what the model's blocks are.
-        num_classes: outputs of the head.
-        pool: timm's `global_pool`: avg or token.
-        options: further ones of timm's VisionTransformer.
-    """
-    dim, depth, heads = ARCHS[encoder.arch]
-    options |= {"patch_size": encoder.patch_size, "img_size": encoder.image_size, "global_pool": pool}
-    options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes, "in_chans": CHANNELS}
-    if encoder.position == "sincos":
-        return VisionTransformer(**options)
-    return LoMaRViT(position=encoder.position, **options)
 
 
 @dataclass(frozen=True)
@@ -180,23 +161,20 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         source = read_source(start.checkpoint, start.weights)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None
-    tensors = dict(source.tensors)
-    pool_norm = _has_own_norm(config) and "fc_norm.weight" in tensors and "norm.weight" not in tensors
-    if pool_norm:  # loaded as the encoder's last norm, which would otherwise stay unused
-        tensors |= {f"norm.{kind}": tensors.pop(f"fc_norm.{kind}") for kind in ("weight", "bias")}
     try:
-        report = fill_encoder(encoder, translate(replace(source, tensors=tensors)))
+        found = translate(source)
+        report = fill_encoder(encoder, found)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}; set model.* to match it, or use another") from None
     kept = {}
     spec = ClassifierSpec.from_metadata(source.metadata)
     same_classes = spec is not None and spec.class_names == tuple(class_names) != ()
     if config.head.kind == "linear" and same_classes:
-        kept = {kind: tensors[f"head.{kind}"] for kind in ("weight", "bias")}
+        kept = {kind: found.head[f"head.{kind}"] for kind in ("weight", "bias")}
         for name in ("head.weight", "head.bias"):
             del report.dropped[name]
             report.used[name] = (name,)
-    return _Start(str(report), pool_norm, kept)
+    return _Start(str(report), _has_own_norm(config) and found.pool_norm, kept)
 
 
 def _check_blocks(config: FinetuneConfig, depth: int) -> None:

@@ -1,4 +1,4 @@
-"""What else pickles of others hold: harmless values are read, without their packages, and other files are recognized."""
+"""What else pickles of others hold: harmless values are read, without their packages; other files are recognized."""
 
 import argparse
 import collections

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
-from downstream.checkpoints.formats import Report
+from downstream.checkpoints.report import Report
 from downstream.checkpoints.weights import build_encoder, features, read_encoder
 from downstream.dense.backbone.plain_vit import PlainViT
 from downstream.dense.backbone.relative_position import resize_positions
