@@ -10,6 +10,8 @@ from torch import Tensor
 
 from data.decode import CHANNELS, BadImage, decode
 from data.image_folder import Samples, reader_of
+from data.multi_labels import LabelReader
+from data.scan import NO_LABEL
 from data.transforms import center_crop
 from data.workers import in_workers
 
@@ -21,7 +23,7 @@ class EvalBatch:
     """B samples of one rank; after the last sample comes padding."""
 
     images: Tensor  # uint8 RGB, (B, H, W, 3); black where there is no readable image
-    labels: Tensor  # int64 (B,), -1 = none
+    labels: Tensor  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, of sets with lists if C was given
     samples: Tensor  # int64 (B,), index of the sample, or PADDING
     readable: Tensor  # bool (B,), false where the image could not be decoded, and for padding
 
@@ -48,6 +50,7 @@ class EvalLoader:
         num_workers: int = 0,
         subset: np.ndarray | None = None,
         border: int = 0,
+        num_classes: int | None = None,
     ) -> None:
         """Starts no processes.
 
@@ -59,6 +62,7 @@ class EvalLoader:
             num_workers: processes that decode; 0 decodes in this one.
             subset: the indices of the samples to read, ascending; all unless given.
             border: pixels to cut off on each side first.
+            num_classes: how many there are, C, for labels of a set that has lists of them.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
@@ -70,15 +74,15 @@ class EvalLoader:
         self.num_workers = num_workers
         self.indices = np.arange(len(samples)) if subset is None else np.asarray(subset, np.int64)
         assert (np.diff(self.indices) > 0).all(), "ascending, none twice"
-        self._decoder = _CropDecoder(samples, size, border)
+        self._decoder = _CropDecoder(samples, size, border, LabelReader(samples, num_classes))
 
     def __len__(self) -> int:
         """Number of batches on each rank."""
         return -(-len(self.indices) // (self.batch * self.world_size))
 
     def batches(self) -> Generator[EvalBatch, None, None]:
-        """Raises ValueError and RuntimeError as `Loader.batches` does."""
-        return in_workers(self._decoder, self._requests(), self.num_workers)
+        """Raises the errors that `Loader.batches` raises."""
+        return in_workers(self._decoder, self._requests(), self.num_workers, self.samples.root)
 
     def _requests(self) -> Iterator[np.ndarray]:
         for number in range(len(self)):
@@ -95,19 +99,19 @@ def crop_fraction(size: tuple[int, int]) -> float:
 class _CropDecoder:
     """Decodes a batch; lives in the workers."""
 
-    def __init__(self, samples: Samples, size: tuple[int, int], border: int) -> None:
-        self._samples, self._size, self._border = samples, size, border
+    def __init__(self, samples: Samples, size: tuple[int, int], border: int, labels: LabelReader) -> None:
+        self._size, self._border, self._labels = size, border, labels
         self._reader = reader_of(samples)
         self._box = functools.partial(center_crop, aspect=size[1] / size[0], fraction=crop_fraction(size))
 
     def __call__(self, indices: np.ndarray) -> EvalBatch:
         images = torch.zeros((len(indices), *self._size, CHANNELS), dtype=torch.uint8)
         pixels, readable = images.numpy(), np.zeros(len(indices), bool)
-        labels = np.full(len(indices), -1, np.int64)
+        labels = self._labels(indices)
+        labels[indices == PADDING] = 0 if labels.ndim == 2 else NO_LABEL
         for i, sample in enumerate(indices.tolist()):
             if sample == PADDING:
                 continue
-            labels[i] = self._samples.label[sample]
             try:
                 pixels[i] = decode(self._reader.read(sample), self._box, self._size, border=self._border)
                 readable[i] = True

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from data.index import Index, Keys, load_index
+from data.multi_labels import MultiLabels
 from data.names import readable
 from data.reader import ShardReader
+from data.shard_files import holds_shards
 from data.sources import list_source
 
 
@@ -21,6 +23,8 @@ class Folder:
     keys: Keys  # N, the keys that `data.pack` would give them
     label: np.ndarray  # int32 (N,), -1 = none
     classes: tuple[str, ...]  # names of the labels: the class folders, sorted
+    multi_labels: MultiLabels | None = None  # files have none
+    label_problem: str = ""
 
     def __len__(self) -> int:
         return len(self.label)
@@ -59,7 +63,7 @@ def load_samples(path: str | Path) -> Samples:
         ValueError: it is neither.
     """
     folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.tar")):
+    if folder.is_dir() and not holds_shards(folder):
         return list_folder(folder)
     return load_index(path)
 

@@ -1,27 +1,30 @@
 """The index of shards, where every sample lies: built once from tar headers, kept as one ``.npz`` next to them."""
 
-import errno
-import fcntl
 import hashlib
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 from tqdm import tqdm
 
-from data.names import read_lines
-from data.scan import ShardContent, scan_shard
+from data.file_lock import NotWritableError, locked
+from data.messages import one_or_list
+from data.multi_labels import MultiLabels
+from data.scan import ShardContent, describe_unused, scan_shard
+from data.shard_files import find_shards
 
-FORMAT = 1
+FORMAT = 2
 CLASSES_FILE = "classes.txt"
 HOW_TO_REINDEX = "if the shards are as they should be, run `python -m data.verify SHARDS --reindex`"
+_ARRAYS = ("shard_bytes", "shard_sizes", "offset", "length", "label")
 SCAN_THREADS = 8  # the work is mostly waiting for storage, and threads start much faster than processes
 
 
@@ -58,10 +61,12 @@ class Index:
     shard: np.ndarray  # int32 (N,), index of the shard
     offset: np.ndarray  # int64 (N,), first byte of the image in its shard
     length: np.ndarray  # int64 (N,), bytes of the image
-    label: np.ndarray  # int32 (N,), -1 = none
+    label: np.ndarray  # int32 (N,), NO_LABEL = none
+    multi_labels: MultiLabels | None  # where samples have lists of labels, of N samples
+    label_problem: str  # of the first sample whose label means nothing; '' if there is none
     keys: Keys  # N WebDataset keys
     classes: tuple[str, ...]  # names of the labels, from classes.txt; may be empty
-    fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; independent of the folder
+    fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; not of the folder
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -82,7 +87,7 @@ def load_index(shards: str | Path) -> Index:
     """
     root, names = find_shards(shards)
     for path in index_paths(shards):
-        if path.exists():
+        if is_current(path, root):
             return _checked(read_index(path, root), path, names)
     return build_index(shards)
 
@@ -91,8 +96,8 @@ def build_index(shards: str | Path) -> Index:
     """Builds and publishes the index, or loads one that another process publishes meanwhile; raises as `load_index`."""
     root, names = find_shards(shards)
     for path in index_paths(shards):
-        with suppress(_NotWritableError), _lock(path):
-            if not path.exists():
+        with suppress(NotWritableError), locked(path):
+            if not is_current(path, root):
                 _publish(_scan(root, names), path)
             return _checked(read_index(path, root), path, names)
     raise ValueError(
@@ -100,28 +105,10 @@ def build_index(shards: str | Path) -> Index:
     )
 
 
-def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder of a set of shards, absolute, and their sorted names relative to it.
-
-    Raises:
-        ValueError: there are none.
-    """
-    text = str(shards)
-    if "{" in text:
-        paths = [Path(os.path.abspath(name)) for name in braceexpand.braceexpand(text)]
-    elif Path(text).is_dir():
-        paths = [path.absolute() for path in Path(text).glob("*.tar")]
-    else:
-        paths = [Path(os.path.abspath(text))]
-    if not paths:
-        raise ValueError(f"{text}: no shards (*.tar) in this folder; `python -m data.pack` makes them from images")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: no such shard ({len(missing)} of {len(paths)} missing); give a folder of *.tar"
-        )
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    return root, tuple(sorted({path.relative_to(root).as_posix() for path in paths}))
+def read_classes(root: Path) -> tuple[str, ...]:
+    """The names in the list of classes next to shards, in the order of their labels; none without a list."""
+    path = root / CLASSES_FILE
+    return tuple(read_lines(path)) if path.exists() else ()
 
 
 def index_paths(shards: str | Path) -> tuple[Path, Path]:
@@ -129,70 +116,126 @@ def index_paths(shards: str | Path) -> tuple[Path, Path]:
     root, names = find_shards(shards)
     # A subset of a folder has its own index, which must not be mistaken for the index of the whole folder.
     part = "" if Path(shards).is_dir() else "-" + _digest("\n".join(names))[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lomar-deepspeed"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lomar-deepspeed"
+    if not cache.is_absolute():  # no home: a user without an entry in /etc/passwd, as in containers
+        cache = Path(tempfile.gettempdir()) / f"lomar-deepspeed-{os.getuid()}"
     return root / f"index{part}.npz", cache / f"{_digest(str(root))}" / f"index{part}.npz"
+
+
+def is_current(path: Path, root: Path) -> bool:
+    """Whether there is an index of this version at `path`, made with the list of classes that there is now.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return int(stored["format"]) == FORMAT and tuple(map(str, stored["classes"])) == read_classes(root)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not a readable index ({error}); delete it and it is built again")
 
 
 def read_index(path: Path, root: Path) -> Index:
     """Reads an index file without looking at the shards.
 
     Raises:
-        ValueError: it is incomplete or has another format.
+        ValueError: it is damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
-        if int(fields["format"]) != FORMAT:
-            raise ValueError(f"format {fields['format']}")
-        keys = Keys(fields["key_text"], fields["key_ends"])
-        arrays = {name: fields[name] for name in ("shard_bytes", "shard_sizes", "offset", "length", "label")}
-        shard = np.repeat(np.arange(len(arrays["shard_sizes"]), dtype=np.int32), arrays["shard_sizes"])
-        names = tuple(str(name) for name in fields["shards"])
-        classes = tuple(str(name) for name in fields["classes"])
+        arrays = {name: fields[name] for name in _ARRAYS}
+        has_lists = "multi_label_ends" in fields
         return Index(
-            root, names, shard=shard, keys=keys, classes=classes, fingerprint=str(fields["fingerprint"]), **arrays
+            root,
+            shards=tuple(str(name) for name in fields["shards"]),
+            shard=np.repeat(np.arange(len(arrays["shard_sizes"]), dtype=np.int32), arrays["shard_sizes"]),
+            multi_labels=MultiLabels(fields["multi_labels"], fields["multi_label_ends"]) if has_lists else None,
+            label_problem=str(fields["label_problem"]),
+            keys=Keys(fields["key_text"], fields["key_ends"]),
+            classes=tuple(str(name) for name in fields["classes"]),
+            fingerprint=str(fields["fingerprint"]),
+            **arrays,
         )
     except Exception as error:  # zipfile, zlib, NumPy, KeyError: a damaged file may raise anything
-        raise ValueError(f"{path}: not a readable index ({error}); delete it and it is built again") from error
+        raise _unreadable(path, error) from error
+
+
+def check_names(index: Index, path: Path, names: tuple[str, ...]) -> None:
+    """Raises ValueError if shards were added or removed; names all of them."""
+    problems = [
+        f"{index.root / name}: the shard "
+        f"{'is not in the index' if name in names else 'is in the index but gone'} {path}: {HOW_TO_REINDEX}"
+        for name in sorted(set(names) ^ set(index.shards))
+    ]
+    if problems:
+        raise ValueError(one_or_list(problems, "{n} shards were added or removed:"))
 
 
 def _checked(index: Index, path: Path, names: tuple[str, ...]) -> Index:
     """Refuses an index if shards were added or removed or changed size: one stat per shard."""
-    for name in sorted(set(names) ^ set(index.shards)):
-        what = "is not in the index" if name in names else "is in the index but gone"
-        raise ValueError(f"{index.root / name}: the shard {what} {path}: {HOW_TO_REINDEX}")
-    for name, recorded in zip(index.shards, index.shard_bytes, strict=True):
-        size = os.stat(index.root / name).st_size
-        if size != recorded:
-            raise ValueError(
-                f"{index.root / name}: {size} bytes, but the index {path} says {recorded}: {HOW_TO_REINDEX}"
-            )
+    check_names(index, path, names)
+    sizes = [os.stat(index.root / name).st_size for name in index.shards]
+    problems = [
+        f"{index.root / name}: {size} bytes, but the index {path} says {recorded}: {HOW_TO_REINDEX}"
+        for name, size, recorded in zip(index.shards, sizes, index.shard_bytes.tolist(), strict=True)
+        if size != recorded
+    ]
+    if problems:
+        raise ValueError(one_or_list(problems, "{n} shards have changed:"))
     return index
 
 
 def _scan(root: Path, names: tuple[str, ...]) -> Index:
-    paths = [root / name for name in names]
+    classes = read_classes(root)
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def scan(name: str) -> ShardContent | str:
+        try:
+            return scan_shard(root / name, numbers)
+        except (ValueError, OSError) as error:
+            return str(error)
+
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         try:
-            contents = list(
-                tqdm(pool.map(scan_shard, paths), "indexing", len(paths), unit="shard", disable=None, delay=1)
-            )
+            scanned = list(tqdm(pool.map(scan, names), "indexing", len(names), unit="shard", disable=None, delay=1))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # do not read a thousand shards after one was refused
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for a thousand shards
             raise
-    shard_bytes = np.array([path.stat().st_size for path in paths], np.int64)
-    return _index(root, names, shard_bytes, contents)
+    problems = [content for content in scanned if isinstance(content, str)]
+    if problems:
+        raise ValueError(one_or_list(problems, f"{{n}} of {len(names)} shards cannot be used:"))
+    contents = [content for content in scanned if isinstance(content, ShardContent)]
+    unused = sum((content.unused for content in contents), Counter[str]())
+    if unused:
+        print(f"{root}: members of the shards that are not used: {describe_unused(unused)}", file=sys.stderr)
+    shard_bytes = np.array([os.stat(root / name).st_size for name in names], np.int64)
+    return _index(root, names, shard_bytes, contents, classes)
 
 
-def _index(root: Path, names: tuple[str, ...], shard_bytes: np.ndarray, contents: list[ShardContent]) -> Index:
+def _index(
+    root: Path, names: tuple[str, ...], shard_bytes: np.ndarray, contents: list[ShardContent], classes: tuple[str, ...]
+) -> Index:
     sizes = np.array([len(content.offset) for content in contents], np.int64)
-    offset, length, label = (
-        np.concatenate([getattr(content, name) for content in contents]) for name in ("offset", "length", "label")
+    offset, length, label, has_list = (
+        np.concatenate([getattr(content, name) for content in contents])
+        for name in ("offset", "length", "label", "has_list")
     )
-    digest = hashlib.blake2b("\n".join(names).encode(), digest_size=16)
+    keys = Keys.of([key for content in contents for key in content.keys])
+    multi_labels = MultiLabels.join([content.multi_labels for content in contents]) if has_list.any() else None
+    digest = hashlib.blake2b("\n".join(names).encode("utf-8", "surrogateescape"), digest_size=16)
     for array in (shard_bytes, sizes, offset, length, label):
         digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
-    classes_file = root / CLASSES_FILE
+    if multi_labels is not None:
+        for array in (multi_labels.classes, multi_labels.ends):
+            digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+    problems = [content.label_problem for content in contents if content.label_problem]
     return Index(
         root=root,
         shards=names,
@@ -202,9 +245,24 @@ def _index(root: Path, names: tuple[str, ...], shard_bytes: np.ndarray, contents
         offset=offset,
         length=length,
         label=label,
-        keys=Keys.of([key for content in contents for key in content.keys]),
-        classes=tuple(read_lines(classes_file)) if classes_file.exists() else (),
+        multi_labels=multi_labels,
+        label_problem=problems[0] if problems else _problem_of_lists(keys, label, has_list),
+        keys=keys,
+        classes=classes,
         fingerprint=digest.hexdigest(),
+    )
+
+
+def _problem_of_lists(keys: Keys, label: np.ndarray, has_list: np.ndarray) -> str:
+    """Why it is not true of all samples that they have a list of labels, or of none; '' if it is."""
+    if has_list.all() or not has_list.any():
+        return ""
+    other, listed = keys[int(has_list.argmin())], keys[int(has_list.argmax())]
+    lists, others = int(has_list.sum()), int((~has_list).sum())
+    what = "a single label or none" if label[~has_list].max() >= 0 else "none"
+    return (
+        f"{lists} samples have a list of labels, such as '{listed}', and {others} have {what}, such as '{other}': give "
+        f"all of them `labels` in their .json, an empty list where there is no class"
     )
 
 
@@ -213,6 +271,10 @@ def _publish(index: Index, path: Path) -> None:
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    multi = index.multi_labels
+    arrays = {name: getattr(index, name) for name in _ARRAYS}
+    if multi is not None:
+        arrays |= {"multi_labels": multi.classes, "multi_label_ends": multi.ends}
     with open(temporary, "wb") as file:
         np.savez(
             file,
@@ -222,46 +284,12 @@ def _publish(index: Index, path: Path) -> None:
             fingerprint=np.array(index.fingerprint),
             key_text=index.keys.text,
             key_ends=index.keys.ends,
-            **{name: getattr(index, name) for name in ("shard_bytes", "shard_sizes", "offset", "length", "label")},
+            label_problem=np.array(index.label_problem),
+            **arrays,
         )
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-class _NotWritableError(Exception):
-    pass
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds a lock file next to ``path``; the kernel releases the lock when its holder dies, for whatever reason.
-
-    Raises:
-        _NotWritableError: the folder is read-only.
-    """
-    lock = path.with_name(f".{path.name}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise _NotWritableError from error
-        raise
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that writes {path}", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: two processes may build the same index, and both results are right
-        yield
-        # A process that waits for this file, or creates a new one, finds the index published before it is removed.
-        if path.exists():
-            lock.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(text: str) -> str:

@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from data.image_folder import Samples
+from data.multi_labels import MultiLabels
 from data.scan import NO_LABEL
 
 
 def check_labels(samples: Samples, num_classes: int | None = None, key: str = "") -> None:
     """Every sample needs a label, below `num_classes` where that is given.
+
+    Where samples have lists of labels, every number in them is checked, and a list may be empty.
 
     Args:
         samples: shards or a folder.
@@ -15,8 +20,14 @@ def check_labels(samples: Samples, num_classes: int | None = None, key: str = ""
         key: of the configuration that says so, for the message.
 
     Raises:
-        ValueError: says how many samples have no such label, and names the first of them.
+        ValueError: quotes a label that means nothing, or says how many samples have no such label and names the first
+            of them.
     """
+    if samples.label_problem:
+        raise ValueError(f"{samples.root}: {samples.label_problem}")
+    if samples.multi_labels is not None:
+        _check_lists(samples, samples.multi_labels, num_classes, key)
+        return
     labels = samples.label
     bad = labels < 0
     if num_classes is not None:
@@ -34,6 +45,18 @@ def check_labels(samples: Samples, num_classes: int | None = None, key: str = ""
         f"{problem} in 0..{num_classes - 1} ({key}={num_classes}): labels go from {labels.min()} to {labels.max()} "
         f"({NO_LABEL}: none), '{samples.keys[first]}' has {labels[first]}"
     )
+
+
+def _check_lists(samples: Samples, lists: MultiLabels, num_classes: int | None, key: str) -> None:
+    if not len(lists.classes):
+        raise ValueError(f"all lists of labels in {samples.root} are empty: give `labels` in the .json of some samples")
+    highest = int(lists.classes.max())
+    if num_classes is not None and highest >= num_classes:
+        first = int(np.searchsorted(lists.ends, int(lists.classes.argmax()), side="right"))
+        raise ValueError(
+            f"'{samples.keys[first]}' in {samples.root} has the label {highest}, which is not in 0..{num_classes - 1} "
+            f"({key}={num_classes})"
+        )
 
 
 def check_same_classes(

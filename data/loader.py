@@ -13,6 +13,7 @@ from torch import Tensor
 from data.augment import color_jitter, rand_augment, three_augment
 from data.decode import CHANNELS, BadImage, Crop, decode_crops
 from data.index import Index
+from data.multi_labels import LabelReader
 from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
 from data.reader import ShardReader
 from data.transforms import Augmentation, flip_decision
@@ -30,7 +31,7 @@ class Batch:
 
     images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) with two views per sample
     mask_indices: dict[str, Tensor]  # the mask sampler's arrays of each sample, stacked: (B, ...)
-    labels: Tensor | None  # int64 (B,), -1 = none; only if requested
+    labels: Tensor | None  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, of sets with lists; only if requested
     samples: Tensor  # int64 (B,), index of the sample shown in `images`
     keys: tuple[str, ...]  # their keys
     skipped: tuple[str, ...]  # 'key: reason' of each sample that could not be decoded and was replaced
@@ -79,6 +80,7 @@ class Loader:
         mask_sampler: MaskSampler | None = None,
         augmentations: Sequence[Augmentation] = (Augmentation(),),
         labels: bool = False,
+        num_classes: int | None = None,
         num_workers: int = 0,
     ) -> None:
         """Checks the settings; starts no processes.
@@ -94,6 +96,7 @@ class Loader:
                 picklable if workers are not forked.
             augmentations: one per view of a sample, one or two.
             labels: whether batches have labels, which are those of the samples shown, also where they replace others.
+            num_classes: how many there are, C; needed for labels of a set that has lists of them.
             num_workers: processes that decode; 0 decodes in this one.
 
         Raises:
@@ -104,12 +107,16 @@ class Loader:
             raise ValueError(
                 f"size {size}, seed {seed} and num_workers {num_workers}: size must be positive, the others at least 0"
             )
+        if labels and index.multi_labels is not None and num_classes is None:
+            raise ValueError(f"samples in {index.root} have lists of labels: this needs one label for each")
         assert 0 <= rank < world_size
         assert 1 <= len(augmentations) <= len(CROP_STREAMS)
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
-        self._decoder = _MicroBatchDecoder(index, size, seed, mask_sampler, augmentations, labels)
+        self._decoder = _MicroBatchDecoder(
+            index, size, seed, mask_sampler, augmentations, LabelReader(index, num_classes) if labels else None
+        )
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         """For each global step from ``start_step`` up to ``end_step``, this rank's ``accumulation`` micro-batches.
@@ -119,9 +126,9 @@ class Loader:
 
         Raises:
             ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
-            RuntimeError: a worker died or its storage stopped answering.
+            ChildProcessError, TimeoutError: a worker died, or its storage stopped answering.
         """
-        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._num_workers)
+        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._num_workers, self._index.root)
         with contextlib.closing(batches):
             for _ in range(start_step, end_step):
                 yield list(islice(batches, self._accumulation))
@@ -146,7 +153,7 @@ class _MicroBatchDecoder:
         seed: int,
         mask_sampler: MaskSampler | None,
         augmentations: Sequence[Augmentation],
-        labels: bool,
+        labels: LabelReader | None,
     ) -> None:
         self._index, self._size, self._seed, self._labels = index, size, seed, labels
         self._mask_sampler, self._augmentations = mask_sampler, augmentations
@@ -161,7 +168,7 @@ class _MicroBatchDecoder:
             shown[i], reason = self._decode_or_replace(epoch, sample, pixels[i])
             if reason:
                 skipped.append(f"{self._index.keys[sample]}: {reason}")
-        labels = torch.from_numpy(self._index.label[shown].astype(np.int64)) if self._labels else None
+        labels = torch.from_numpy(self._labels(shown)) if self._labels is not None else None
         return Batch(
             images=images.squeeze(1),
             mask_indices=self._sample_masks(epoch, samples),

@@ -22,11 +22,16 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def print_any_name() -> None:
+    """From now on bytes and letters that the terminal's encoding lacks are printed as escapes: file names have them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def report_errors(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit code; errors that a user can fix become one line on stderr and code 1."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names must not end a command where the locale cannot show them
-            stream.reconfigure(errors="backslashreplace")
+    print_any_name()
     try:
         return command()
     except BrokenProcessPool:

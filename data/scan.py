@@ -1,23 +1,28 @@
 """Reads the headers of one tar shard: its samples and the positions of their bytes."""
 
 import re
-import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from data.multi_labels import Label, MultiLabels, UnusableLabel, read_cls, read_json
+from data.tar_members import FOLDER, HARD_LINK, SPARSE, SYMBOLIC_LINK, Member, read_members
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2")
 NO_LABEL = -1
-MAX_LABEL_BYTES = 32
 
 # WebDataset's grammar: the key is the path up to the first dot of the base name, the rest is the (lower-cased)
 # extension.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 # What WebDataset skips: top-level names such as __index__ and everything below such folders.
 _SKIPPED = re.compile(r"__[^/]*__($|/)")
+# What macOS (._x.jpg, __MACOSX) and others hide.
+_HIDDEN = re.compile(r"(^|/)([.](?!/|[.]/)|__MACOSX/)")
+_LABEL_READERS = {"cls": read_cls, "json": read_json}
 # Names of files about the whole data set, found in some shards; any other sample without an image is an error.
 _ABOUT_THE_DATASET = frozenset(
     {"readme", "license", "classes", "labels", "dataset", "dataset_info", "metadata", "info"}
@@ -26,12 +31,16 @@ _ABOUT_THE_DATASET = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class ShardContent:
-    """The samples of one shard, in the order of their bytes; n samples."""
+    """The samples of one shard, in the order of their members; n samples."""
 
     keys: tuple[str, ...]
     offset: np.ndarray  # int64 (n,), first byte of the image in the shard
     length: np.ndarray  # int64 (n,), bytes of the image
     label: np.ndarray  # int32 (n,), NO_LABEL where there is none
+    multi_labels: MultiLabels  # of n samples; none where a sample has no list of labels
+    has_list: np.ndarray  # bool (n,), whether it has one, be it empty
+    label_problem: str = ""  # of the first sample whose label means nothing
+    unused: Counter[str] = field(default_factory=Counter)  # members that nothing is read from, by what they are
 
 
 @dataclass
@@ -40,7 +49,18 @@ class _Sample:
     start: int
     suffixes: set[str] = field(default_factory=set)
     images: list[tuple[str, int, int]] = field(default_factory=list)  # suffix, offset, length
-    label: int = NO_LABEL
+    labels: dict[str, Label] = field(default_factory=dict)  # by the suffix of the member
+    problems: dict[str, str] = field(default_factory=dict)  # of labels that mean nothing, in the same way
+
+    @property
+    def label(self) -> Label:
+        """That of the ``.cls`` member where there are two."""
+        return self.labels["cls"] if "cls" in self.labels else self.labels.get("json")
+
+    @property
+    def problem(self) -> str:
+        """Why it means nothing, or ''."""
+        return "" if "cls" in self.labels else self.problems.get("cls", self.problems.get("json", ""))
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -51,85 +71,118 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match.group(1), match.group(2).lower()
 
 
-def scan_shard(path: Path) -> ShardContent:
-    """Lists the samples of a shard from its tar headers, seeking over the data.
+def scan_shard(path: Path, numbers: Mapping[str, int] | None = None) -> ShardContent:
+    """Lists the samples of a shard from its tar headers, seeking over the images.
+
+    Args:
+        path: the shard.
+        numbers: the classes that labels may name.
 
     Raises:
         ValueError: the file is not a complete, uncompressed tar, or its samples are not usable; says where and what to
             do.
     """
+    unused = Counter[str]()
     with open(path, "rb") as file:
-        samples = list(_samples(path, file))
+        samples = list(_samples(path, file, numbers or {}, unused))
     if not samples:
-        raise ValueError(f"{path}: an empty shard, no sample in it; delete the file or write it again")
+        found = f" (in it: {describe_unused(unused)})" if unused else ""
+        links = "; links have no bytes, `tar -h` packs what they point to" if unused[SYMBOLIC_LINK] else ""
+        raise ValueError(f"{path}: an empty shard, no sample in it{found}; delete the file or write it again{links}")
     images = [_image_of(path, sample) for sample in samples]
+    labels = [sample.label for sample in samples]
+    problems = (f"{path}: sample '{sample.key}': {sample.problem}" for sample in samples if sample.problem)
     return ShardContent(
         keys=tuple(sample.key for sample in samples),
         offset=np.array([offset for _, offset, _ in images], np.int64),
         length=np.array([length for _, _, length in images], np.int64),
-        label=np.array([sample.label for sample in samples], np.int32),
+        label=np.array([label if isinstance(label, int) else NO_LABEL for label in labels], np.int32),
+        multi_labels=MultiLabels.of([label if isinstance(label, tuple) else () for label in labels]),
+        has_list=np.array([isinstance(label, tuple) for label in labels]),
+        label_problem=next(problems, ""),
+        unused=unused,
     )
 
 
-def _samples(path: Path, file: BinaryIO) -> Iterator[_Sample]:
+def describe_unused(unused: Counter[str]) -> str:
+    """The members that nothing is read from, by what they are, the most frequent first."""
+    return ", ".join(f"{count} x {kind}" for kind, count in unused.most_common())
+
+
+def _samples(path: Path, file: BinaryIO, numbers: Mapping[str, int], unused: Counter[str]) -> Iterator[_Sample]:
     keys: set[str] = set()
+    without_bytes: list[Member] = []
     current: _Sample | None = None
-    for member in _members(path, file):
-        name = split_name(member.name)
-        if name is None or not member.isreg():
+    for member in read_members(path, file):
+        if member.kind == FOLDER:
+            continue
+        name = None if _HIDDEN.search(member.name) else split_name(member.name)
+        if name is None:
+            unused[member.kind or _why_no_sample(member.name)] += 1
             continue
         key, suffix = name
+        extension = suffix.rpartition(".")[2]
+        if member.kind:
+            unused[member.kind] += 1
+            if extension in IMAGE_EXTENSIONS or suffix in _LABEL_READERS:
+                without_bytes.append(member)
+            continue
         if current is None or key != current.key:
             if current is not None and _is_a_sample(current):
                 yield current
             if key in keys:
                 raise ValueError(
-                    f"{path}: duplicate key '{key}' at byte {member.offset}; a key may occur once in a shard and its "
+                    f"{path}: duplicate key '{key}' at byte {member.header}; a key may occur once in a shard and its "
                     "members must be adjacent: write the shard again"
                 )
             keys.add(key)
-            current = _Sample(key, member.offset)
+            current = _Sample(key, member.header)
         if suffix in current.suffixes:
             raise ValueError(
-                f"{path}: duplicate key '{key}', two members '{member.name}', the second at byte {member.offset}"
+                f"{path}: duplicate key '{key}', two members '{member.name}', the second at byte {member.header}"
             )
         current.suffixes.add(suffix)
-        if suffix.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            current.images.append((suffix, member.offset_data, member.size))
-        elif suffix == "cls" and member.size <= MAX_LABEL_BYTES:
-            file.seek(member.offset_data)
-            current.label = _label(file.read(member.size))
+        if extension in IMAGE_EXTENSIONS:
+            current.images.append((suffix, member.offset, member.size))
+        elif suffix not in _LABEL_READERS or not _read_label(current, suffix, member, file, numbers):
+            unused[f".{suffix}"] += 1
+    if without_bytes:
+        raise ValueError(_without_bytes(path, without_bytes))
     if current is not None and _is_a_sample(current):
         yield current
 
 
-def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Every tar member. Does not use ``TarFile.next``, which takes a broken header in mid-file for the end."""
-    size = file.seek(0, 2)
-    offset = 0
+def _read_label(sample: _Sample, suffix: str, member: Member, file: BinaryIO, numbers: Mapping[str, int]) -> bool:
+    """Reads the label in a member; returns whether there is one."""
+    file.seek(member.offset)
     try:
-        file.seek(0)
-        tar = tarfile.TarFile(fileobj=file)
-        while True:
-            file.seek(offset)
-            member = tarfile.TarInfo.fromtarfile(tar)
-            end = member.offset_data + (member.size if member.isreg() else 0)
-            if end > size:
-                raise ValueError(
-                    f"{path}: truncated, '{member.name}' at byte {member.offset} should end at byte {end} but the file "
-                    f"ends at {size}; copy or write the shard again"
-                )
-            yield member
-            offset = tar.offset
-    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zero block that ends every complete tar
-        return
-    except tarfile.TarError as error:
-        if size == 0:
-            raise ValueError(f"{path}: an empty file; delete it or write the shard again") from error
-        what = "truncated, no end-of-archive block" if offset >= size else f"no readable tar header ({error})"
-        raise ValueError(
-            f"{path}: {what} at byte {offset}; shards are uncompressed tars: copy or write it again"
-        ) from error
+        label = _LABEL_READERS[suffix](file.read(member.size), numbers)
+    except UnusableLabel as error:
+        sample.problems[suffix] = str(error)
+        return True
+    if label is not None:
+        sample.labels[suffix] = label
+    return label is not None
+
+
+def _why_no_sample(name: str) -> str:
+    if _HIDDEN.search(name):
+        return "hidden file"
+    return "name that begins with __" if _SKIPPED.match(name) else "name without an extension"
+
+
+def _without_bytes(path: Path, members: list[Member]) -> str:
+    """What is wrong with members of samples that are links, devices or the like."""
+    counts, first = Counter(member.kind for member in members), members[0]
+    advice = {
+        SYMBOLIC_LINK: "write the shard again with `tar -h`, which packs what links point to",
+        HARD_LINK: "write the shard again with `tar --hard-dereference`, or with what they point to",
+        SPARSE: "write the shard again without `tar --sparse`",
+    }.get(first.kind, "write the shard again with regular files")
+    return (
+        f"{path}: members of samples whose bytes are not in the tar ({describe_unused(counts)}; the first is "
+        f"'{first.name}' at byte {first.header}): {advice}"
+    )
 
 
 def _is_a_sample(sample: _Sample) -> bool:
@@ -148,12 +201,3 @@ def _image_of(path: Path, sample: _Sample) -> tuple[str, int, int]:
         f"{path}: sample '{sample.key}' at byte {sample.start} has {what} (members: {sorted(sample.suffixes)}); every "
         f"sample needs one member that ends in {', '.join(IMAGE_EXTENSIONS)}: write the shard again"
     )
-
-
-def _label(text: bytes) -> int:
-    """The class number in a ``.cls`` member; class names in text are not numbers and count as no label."""
-    try:
-        label = int(text)
-    except ValueError:
-        return NO_LABEL
-    return label if 0 <= label < 2**31 else NO_LABEL

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,9 +12,11 @@ import numpy as np
 
 from data.image_facts import check_image
 from data.image_file import BadImage
-from data.index import HOW_TO_REINDEX, Index, find_shards, index_paths, load_index, read_index
+from data.index import Index, check_names, index_paths, is_current, load_index, read_index
+from data.multi_labels import MultiLabels
 from data.parallel import default_workers, report_errors, run_parallel
-from data.scan import NO_LABEL, ShardContent, scan_shard
+from data.scan import NO_LABEL, ShardContent, describe_unused, scan_shard
+from data.shard_files import find_shards
 
 SHOWN_PROBLEMS = 50
 
@@ -25,11 +28,20 @@ class _Task:
     path: Path
     size: int
     recorded: ShardContent
+    numbers: dict[str, int]  # of the classes
     decode: bool
 
 
-def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> list[str]:
-    """All problems of the shards of an index, one line each with shard, key and byte.
+@dataclass(frozen=True)
+class Verified:
+    """What was found in shards."""
+
+    problems: list[str]  # one line each with shard, key and byte
+    unused: Counter[str]  # members that nothing is read from, by what they are
+
+
+def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> Verified:
+    """All problems of the shards of an index.
 
     Args:
         index: as read; it may be out of date.
@@ -37,25 +49,32 @@ def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> lis
         workers: processes.
     """
     ends = np.cumsum(index.shard_sizes)
+    numbers = {name: number for number, name in enumerate(index.classes)}
+    multi_labels = index.multi_labels or MultiLabels.of([()] * len(index))
     tasks = []
     for number, (name, end) in enumerate(zip(index.shards, ends.tolist(), strict=True)):
         part = slice(end - int(index.shard_sizes[number]), end)
         keys = tuple(index.keys[sample] for sample in range(part.start, part.stop))
-        recorded = ShardContent(keys, index.offset[part], index.length[part], index.label[part])
-        tasks.append(_Task(index.root / name, int(index.shard_bytes[number]), recorded, decode))
+        arrays = (index.offset[part], index.length[part], index.label[part])
+        lists = multi_labels.part(part.start, part.stop)
+        recorded = ShardContent(keys, *arrays, lists, np.diff(lists.ends, prepend=0) > 0)
+        tasks.append(_Task(index.root / name, int(index.shard_bytes[number]), recorded, numbers, decode))
     results = dict(run_parallel(_check_shard, tasks, workers, "verifying", "shard"))
-    return [problem for task in tasks for problem in results[task.path]]
+    return Verified(
+        [problem for task in tasks for problem in results[task.path].problems],
+        sum((result.unused for result in results.values()), Counter[str]()),
+    )
 
 
-def _check_shard(task: _Task) -> tuple[Path, list[str]]:
+def _check_shard(task: _Task) -> tuple[Path, Verified]:
     try:
-        found = scan_shard(task.path)
+        found = scan_shard(task.path, task.numbers)
     except (ValueError, OSError) as error:
-        return task.path, [str(error)]
+        return task.path, Verified([str(error)], Counter())
     problems = list(_differences(task, found))
     if task.decode:
         problems += _undecodable(task.path, found)
-    return task.path, problems
+    return task.path, Verified(problems, found.unused)
 
 
 def _differences(task: _Task, found: ShardContent) -> list[str]:
@@ -66,8 +85,10 @@ def _differences(task: _Task, found: ShardContent) -> list[str]:
     if len(found.keys) != len(recorded.keys):
         problems.append(f"{task.path}: {len(found.keys)} samples, the index says {len(recorded.keys)}")
     for i, (key, expected) in enumerate(zip(found.keys, recorded.keys, strict=False)):
-        actual = (key, int(found.offset[i]), int(found.length[i]), int(found.label[i]))
-        indexed = (expected, int(recorded.offset[i]), int(recorded.length[i]), int(recorded.label[i]))
+        actual, indexed = (
+            (name, int(content.offset[i]), int(content.length[i]), content.multi_labels[i] or int(content.label[i]))
+            for name, content in ((key, found), (expected, recorded))
+        )
         if actual != indexed:
             problems.append(
                 f"{task.path}: (key, byte, length, label) of sample {i} is {actual}, the index says {indexed}"
@@ -96,21 +117,26 @@ def _read_or_build(shards: str, reindex: bool) -> Index:
         for path in paths:
             path.unlink(missing_ok=True)
     for path in paths:
-        if path.exists():
+        if is_current(path, root):
             index = read_index(path, root)
-            for name in sorted(set(names) ^ set(index.shards)):
-                raise ValueError(f"{root / name}: only in the folder or only in the index: {HOW_TO_REINDEX}")
+            check_names(index, path, names)
             return index
     return load_index(shards)
 
 
-def _summary(index: Index) -> str:
+def _summary(index: Index, unused: Counter[str]) -> str:
     labeled = index.label[index.label != NO_LABEL]
-    labels = f"{labeled.min()} to {labeled.max()}" if len(labeled) else "none"
+    labels, without = f"{labeled.min()} to {labeled.max()}" if len(labeled) else "none", len(index) - len(labeled)
+    if index.multi_labels is not None:
+        classes, empty = index.multi_labels.classes, np.diff(index.multi_labels.ends, prepend=0) == 0
+        labels = f"{classes.min()} to {classes.max()} in lists" if len(classes) else "lists"
+        labels, without = f"{labels} of {len(classes) / len(index):.1f} on average", int(empty.sum())
+    problem = f"; labels cannot be used: {index.label_problem}" if index.label_problem else ""
     return (
         f"{len(index)} samples in {len(index.shards)} shards, {index.shard_bytes.sum() / 1e9:.3f} GB; "
-        f"mean image {index.length.mean() / 1e3:.1f} kB; labels {labels}, {len(index) - len(labeled)} without, "
+        f"mean image {index.length.mean() / 1e3:.1f} kB; labels {labels}, {without} without, "
         f"{len(index.classes)} class names; fingerprint {index.fingerprint}"
+        f"{f'; members not used: {describe_unused(unused)}' if unused else ''}{problem}"
     )
 
 
@@ -125,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         index = _read_or_build(args.shards, args.reindex)
-        problems = check_shards(index, decode=args.decode, workers=args.num_workers)
-        print(_summary(index))
+        verified = check_shards(index, decode=args.decode, workers=args.num_workers)
+        problems = verified.problems
+        print(_summary(index, verified.unused))
         for problem in islice(problems, SHOWN_PROBLEMS):
             print(f"wrong: {problem}", file=sys.stderr)
         if len(problems) > SHOWN_PROBLEMS:

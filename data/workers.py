@@ -2,29 +2,52 @@
 
 import atexit
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.handover import SHARED_MEMORY, Handover, HandoverPacker, shorten_socket_folder, warn_of_pipes
+
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
+POLL = 1.0  # seconds of waiting between looks at workers and signals
+
+_while_waiting: ContextVar[Callable[[], None] | None] = ContextVar("while_waiting", default=None)
+
+
+@contextmanager
+def while_waiting(look: Callable[[], None]) -> Iterator[None]:
+    """Within this context `look` is called every second in which a batch is waited for; what it raises ends that."""
+    before = _while_waiting.set(look)
+    try:
+        yield
+    finally:
+        _while_waiting.reset(before)
 
 
 @dataclass(frozen=True)
 class _Refusal:
-    """A worker's ValueError on its way to the main process, without the traceback that DataLoader would wrap it in."""
+    """A worker's error on its way to the main process, without the traceback that DataLoader would wrap it in."""
 
-    message: str
+    error: ValueError | OSError
+
+    def pin_memory(self) -> "_Refusal":
+        return self
 
 
 def in_workers(
-    make: Callable[[Request], Result], requests: Iterator[Request], workers: int
+    make: Callable[[Request], Result], requests: Iterator[Request], workers: int, source: object = "the data"
 ) -> Generator[Result, None, None]:
     """``make(request)`` for every request, one batch each. Closing the iterator stops the workers.
 
@@ -32,11 +55,39 @@ def in_workers(
         make: picklable, if workers are not forked.
         requests: read in this process, some ahead of the results.
         workers: processes; 0 does everything in this one.
+        source: what is read, for messages.
 
     Raises:
-        ValueError: what ``make`` raised, in a worker or here.
-        RuntimeError: a worker died or its storage stopped responding.
+        ValueError, OSError: what ``make`` raised, in a worker or here.
+        ChildProcessError: a worker died.
+        TimeoutError: no batch for `WORKER_TIMEOUT` seconds.
     """
+    if not workers:
+        for request in requests:
+            result: Any = make(request)
+            yield result.pin_memory() if torch.cuda.is_available() else result
+        return
+    shorten_socket_folder()
+    made = _start(make, requests, workers)
+    processes = list(made._workers)
+    _RUNNING.update(processes)
+    warned = False
+    try:
+        for item in _waited_for(made, processes, source):
+            if isinstance(item, _Refusal):
+                raise item.error
+            if item.problem and not warned:
+                warn_of_pipes(item.problem, item.size / 2**20, workers)
+                warned = True
+            yield item.result
+    finally:
+        made._shutdown_workers()  # now, and not when the last traceback that refers to the iterator is freed
+        _kill(processes)
+
+
+def _start(make: Callable[[Request], Result], requests: Iterator[Request], workers: int) -> Any:
+    """DataLoader's iterator."""
+    before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         _Results(make),
         sampler=_Requests(requests),
@@ -45,21 +96,91 @@ def in_workers(
         num_workers=workers,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
-        timeout=WORKER_TIMEOUT if workers else 0,
+        timeout=POLL,
         generator=torch.Generator(),  # the default is the global generator, from which the model is initialized
     )
-    made: Any = iter(loader)
-    processes = list(made._workers) if workers else []
-    _RUNNING.update(processes)
     try:
-        for item in made:
-            if isinstance(item, _Refusal):
-                raise ValueError(item.message)
-            yield item
+        return iter(loader)
+    except OSError as error:
+        raise OSError(
+            f"data workers cannot be started ({error}): they need semaphores in {SHARED_MEMORY}, so make it writable "
+            f"(docker run --shm-size=8g), or set data.num_workers=0"
+        ) from error
     finally:
-        if processes:
-            made._shutdown_workers()  # now, and not when the last traceback that refers to the iterator is freed
-        _kill(processes)
+        if _in_main_thread():  # DataLoader's handler would raise wherever the main process is when a worker dies
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _waited_for(made: Any, processes: Sequence[BaseProcess], source: object) -> Iterator[Any]:
+    """What DataLoader's iterator gives; while it is waited for, dead workers and signals are noticed."""
+    deadline = time.monotonic() + WORKER_TIMEOUT
+    while True:
+        try:
+            with _dead_workers_raise(processes):
+                item = next(made)
+                if isinstance(item, Handover):
+                    item.result  # noqa: B018 - the worker hands its shared memory over, so it must be alive
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            _raise_if_dead(processes, finished=True)
+            if "DataLoader timed out" not in str(error):
+                raise
+            try:
+                _look_while_waiting(deadline, len(processes), source)
+            except BaseException:
+                _kill(processes)  # DataLoader would wait 5 seconds for each of them
+                raise
+            continue
+        yield item
+        deadline = time.monotonic() + WORKER_TIMEOUT
+
+
+def _look_while_waiting(deadline: float, workers: int, source: object) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(
+            f"no batch for {WORKER_TIMEOUT:.0f} seconds from {workers} data workers, which are alive and read "
+            f"{source}: does this storage still answer?"
+        )
+    look = _while_waiting.get()
+    if look is not None:
+        look()
+
+
+@contextmanager
+def _dead_workers_raise(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """A worker that died in the middle of a message would leave the main process reading the rest forever."""
+    if not _in_main_thread():
+        yield
+        return
+
+    def look(number: int, frame: FrameType | None) -> None:
+        _raise_if_dead(processes)
+
+    before = signal.signal(signal.SIGCHLD, look)
+    try:
+        _raise_if_dead(processes)
+        yield
+    except (EOFError, ConnectionError):
+        time.sleep(POLL)  # a worker that goes away closes its socket first
+        _raise_if_dead(processes)
+        raise
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _raise_if_dead(processes: Sequence[BaseProcess], finished: bool = False) -> None:
+    """Also if one has ended as it should, with `finished`: all do when the last batch has been read."""
+    for process in processes:
+        code = process.exitcode
+        if code or (code == 0 and finished):
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            why = ", as the kernel does where memory is full: lower data.num_workers" if code == -signal.SIGKILL else ""
+            raise ChildProcessError(f"a data worker (process {process.pid}) {how}{why}")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class _Requests(Sampler[Request]):
@@ -70,17 +191,20 @@ class _Requests(Sampler[Request]):
         return self._requests
 
 
-class _Results(Dataset[Result | _Refusal], Generic[Request, Result]):
+class _Results(Dataset[Handover | _Refusal], Generic[Request, Result]):
     """Lives in the workers."""
 
     def __init__(self, make: Callable[[Request], Result]) -> None:
-        self._make = make
+        self._make, self._pack = make, HandoverPacker()
 
-    def __getitem__(self, request: Request) -> Result | _Refusal:
+    def __getitem__(self, request: Request) -> Handover | _Refusal:
         try:
-            return self._make(request)
+            result = self._make(request)
         except ValueError as error:
-            return _Refusal(str(error))
+            return _Refusal(ValueError(str(error)))
+        except OSError as error:
+            return _Refusal(OSError(str(error)))
+        return self._pack(result)
 
 
 def _unchanged(item: Result) -> Result:
@@ -101,9 +225,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 @atexit.register
 def _kill_at_exit() -> None:
     """Python waits at exit for every child: one left by an unfinished loop would block a dying rank forever."""
-    if _RUNNING:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report the kill as an error
-        _kill(_RUNNING)
+    _kill(_RUNNING)
 
 
 def ignore_signals(worker: int) -> None:

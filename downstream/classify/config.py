@@ -32,7 +32,10 @@ class StartConfig(Section):
         None,
         description="a run or a file that downstream.checkpoints.export reads, or a classifier; none: from scratch",
     )
-    weights: Literal["online", "ema"] | None = Field(None, description="none: what the authors of the method evaluate")
+    weights: str | None = Field(
+        None,
+        description="online, ema, or the name of one of the file's encoders; none: what the method's authors evaluate",
+    )
     trained_blocks: int | None = Field(
         None,
         ge=0,
@@ -43,7 +46,9 @@ class StartConfig(Section):
 class HeadConfig(Section):
     """The classification head on the encoder."""
 
-    num_classes: int = Field(ge=2)
+    num_classes: int | None = Field(
+        None, ge=2, description="none: the classes of data.shards, by their names or else their labels"
+    )
     kind: Literal["linear", "batchnorm"] = Field(
         "linear", description="batchnorm: standardize the features over the batch first, as in MAE's linear probe"
     )
@@ -82,7 +87,7 @@ class FinetuneOptimConfig(OptimConfig):
 class ValConfig(Section):
     """Validation during training."""
 
-    shards: str = Field(description="like data.shards, for the validation images")
+    shards: str = Field(description="the validation images: shards, or a folder of class folders")
     every_epochs: int = Field(1, ge=1, description="the end of training is always measured")
     batch_size: int = Field(128, ge=1, description="images per batch on each rank")
 
@@ -93,7 +98,7 @@ class FinetuneConfig(RunConfig):
     model: FinetuneModelConfig = FinetuneModelConfig()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     start: StartConfig = StartConfig()
-    head: HeadConfig
+    head: HeadConfig = HeadConfig()
     augment: AugmentConfig = AugmentConfig()
     ema: EMAConfig | None = None
     val: Annotated[ValConfig, MAY_CHANGE]
@@ -102,7 +107,7 @@ class FinetuneConfig(RunConfig):
     def task(self) -> str:
         parts = {None: "training all of it", 0: "a linear probe"}
         trained = parts.get(self.start.trained_blocks, f"training its last {self.start.trained_blocks} blocks")
-        return f"{self.head.num_classes} classes from {self.start.checkpoint or 'scratch'} ({trained})"
+        return f"{self.head.num_classes or 'all'} classes from {self.start.checkpoint or 'scratch'} ({trained})"
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:

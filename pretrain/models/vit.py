@@ -95,6 +95,7 @@ class ViT(nn.Module):
         relative: contextual relative position in every block instead of fixed sin-cos positions.
         checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
         bias: a learned relative bias (BEiT's, SimMIM's) in every block instead of either.
+        class_token: false in encoders of others that have none (I-JEPA's), for features only.
 
     Attributes:
         residual_dtype: of the residual stream, if it is not to be `at_least_fp32`.
@@ -113,21 +114,24 @@ class ViT(nn.Module):
         relative: bool = True,
         grad_checkpointing: bool = False,
         bias: bool = False,
+        class_token: bool = True,
     ):
         super().__init__()
         assert not (relative and bias), "one kind of position"
+        assert class_token or not (relative or bias), "buckets have a row for the class token"
         self.arch, self.patch_size, self.grid, self.relative = ARCHS[arch], patch_size, grid, relative
         self.grad_checkpointing, self.bias = grad_checkpointing, bias
         dim = self.arch.dim
         self.patch_embed = PatchEmbed(patch_size, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         bias_grid = grid if bias else None
         self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid) for _ in range(self.arch.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
 
     @property
     def position(self) -> str:
@@ -147,11 +151,12 @@ class ViT(nn.Module):
             start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
 
         Returns:
-            (B, 1+L, D), the class token first.
+            (B, 1+L, D), the class token first; (B, L, D) where there is none.
         """
         x = at_least_fp32(tokens) if self.residual_dtype is None else tokens.to(self.residual_dtype)
-        if start == 0:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        if start == 0 and self.cls_token is not None:
+            # A batch size as a number would be fixed in a traced encoder.
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         for block in self.blocks[start:stop]:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, position, use_reentrant=False)

@@ -82,9 +82,14 @@ def assemble(
 
 
 def build_loader(
-    config: RunConfig, index: Index, world: World, mask_sampler: MaskSampler | None = None, labels: bool = False
+    config: RunConfig,
+    index: Index,
+    world: World,
+    mask_sampler: MaskSampler | None = None,
+    labels: bool = False,
+    num_classes: int | None = None,
 ) -> Loader:
-    """This rank's loader of the training samples; `mask_sampler` and `labels` as of `Loader`."""
+    """This rank's loader of the training samples; `mask_sampler`, `labels` and `num_classes` as of `Loader`."""
     return Loader(
         index,
         size=config.data.height_width,
@@ -97,4 +102,5 @@ def build_loader(
         num_workers=config.data.num_workers,
         mask_sampler=mask_sampler,
         labels=labels,
+        num_classes=num_classes,
     )

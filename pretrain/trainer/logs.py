@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.parallel import print_any_name
 from pretrain.trainer.launch import World
 
 _PROJECT = ("data", "pretrain", "downstream", "__main__")  # an entry that a launcher starts as a script is __main__
@@ -28,7 +29,7 @@ class _RankFileHandler(logging.FileHandler):
     """Appends to a rank's file. A disk that is full must not stop a training whose next checkpoint may fit again."""
 
     def __init__(self, path: Path):
-        super().__init__(path, encoding="utf-8")
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
@@ -41,6 +42,7 @@ class _RankFileHandler(logging.FileHandler):
 
 def log_to_console(world: World) -> None:
     """From now on the messages of this project go to the main rank's console; of other ranks only errors do."""
+    print_any_name()
     _replace(_ConsoleHandler(logging.INFO if world.is_main else logging.ERROR), only_ours=True)
     for package in _PROJECT:
         logging.getLogger(package).setLevel(logging.INFO)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data.loader import Batch, Loader
+from data.workers import while_waiting
 from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
@@ -94,7 +95,8 @@ def train(run: Run) -> None:
     stop, meter, saved = StopRequest(), Meter(), state.step
     loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
     batches = prefetch(run.loader.batches(state.step, total), run.device)
-    with contextlib.closing(loggers), contextlib.closing(batches):
+    look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
+    with contextlib.closing(loggers), contextlib.closing(batches), look:
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
         while state.step < total:
             lr = _step(run, batches, meter)
@@ -111,10 +113,22 @@ def train(run: Run) -> None:
             if saves:
                 saved = _save(run, saved, required=last)
             if signal and state.step < total:
-                raise Stopped(
-                    f"{signal}: saved and stopped after step {state.step} of {total}; give the same command to continue"
-                )
+                raise _stopped(run, signal)
             _evaluate(run, loggers, meter)
+
+
+def _stop_while_waiting(run: Run, stop: StopRequest, saved: int) -> None:
+    """Saves and raises Stopped if a signal came and all ranks wait for data, which may never come."""
+    signal = stop.agreed_while_waiting(run.state.step)
+    if signal:
+        _settle(run)
+        _save(run, saved, required=True)
+        raise _stopped(run, f"{signal} while waiting for data")
+
+
+def _stopped(run: Run, why: str) -> Stopped:
+    step = f"step {run.state.step} of {run.total_steps}"
+    return Stopped(f"{why}: saved and stopped after {step}; give the same command to continue")
 
 
 def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> float:
@@ -148,7 +162,7 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
 def _list_skipped(run: Run, skipped: list[str]) -> int:
     """Records the images that could not be decoded and were replaced; returns how many, or raises as `train` does."""
     if skipped:
-        with run.folder.skipped_images.open("a") as file:
+        with run.folder.skipped_images.open("a", encoding="utf-8", errors="surrogateescape") as file:
             file.writelines(f"{reason}\n" for reason in skipped)
     run.skipped_images += len(skipped)
     if run.skipped_images > run.config.data.max_skipped_images:

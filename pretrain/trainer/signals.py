@@ -1,6 +1,8 @@
 """Signals stop a run at a step boundary, on which all ranks agree."""
 
 import signal
+import time
+from collections import Counter
 from types import FrameType
 
 import torch
@@ -13,6 +15,8 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 class Stopped(Exception):  # noqa: N818 - not an error
     """A signal stopped the run at a step boundary; everything is saved."""
 
+
+ROUND_SECONDS = 5.0  # for which a rank that waits for data waits for the others to say that they do, too
 
 _received: list[int] = []
 
@@ -34,9 +38,36 @@ class StopRequest:
     def __init__(self) -> None:
         # On the CPU, so that agreeing never waits for the device.
         self._group = dist.new_group(backend="gloo")
+        self._store = dist.distributed_c10d._get_default_store()
+        self._rounds: Counter[int] = Counter()  # of `agreed_while_waiting`, by the step
 
     def agreed(self) -> str | None:
         """The signal that any rank has received, or None; the same on all ranks."""
         number = torch.tensor(_received[0] if _received else 0)
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         return signal.Signals(int(number)).name if number else None
+
+    def agreed_while_waiting(self, step: int) -> str | None:
+        """As `agreed`, on a rank that waits for data, which may never come: called now and then, after `step`.
+
+        It cannot call `agreed`, which others reach only with its gradients. So ranks that wait tell each other of a
+        signal through the store, and stop if that is what all of them do, within `ROUND_SECONDS`.
+
+        Returns:
+            The signal on all ranks, or None on all of them.
+        """
+        store, told = self._store, "stop/signal"
+        if _received:
+            store.set(told, str(_received[0]))
+        elif not store.check([told]):
+            return None
+        this_round = f"stop/{step}/{self._rounds[step]}"
+        self._rounds[step] += 1
+        decision, deadline = f"{this_round}/decision", time.monotonic() + ROUND_SECONDS
+        if store.add(f"{this_round}/ranks", 1) == dist.get_world_size():
+            store.compare_set(decision, "", "stop")
+        while not store.check([decision]):
+            if time.monotonic() > deadline:
+                store.compare_set(decision, "", "wait")  # unless the last rank has decided just now
+            time.sleep(0.05)
+        return signal.Signals(int(store.get(told))).name if store.get(decision) == b"stop" else None

@@ -54,4 +54,4 @@ def test_user_errors_are_one_line(tmp_path: Path, shards: Path, capsys: pytest.C
     load_index(shards)
     (shards / "train-000001.tar").unlink()
     assert main([str(shards)]) == 1
-    assert "train-000001.tar: only in the folder or only in the index" in capsys.readouterr().err
+    assert "train-000001.tar: the shard is in the index but gone" in capsys.readouterr().err

@@ -100,7 +100,6 @@ def test_defaults():
         ("train.precison=bf16", "unknown key train.precison: did you mean train.precision?"),
         ("checkpoint=x.pth", "unknown key checkpoint: did you mean start.checkpoint?"),
         ("start.weights=ema", "start.weights=ema is for model.backbone.type=PlainViT"),
-        ("start.weights=mean", "start.weights='mean': online or ema"),
         ("work_dir=runs/x", "work_dir is runs/NAME: give name=, and runs= for another parent folder"),
         ("name=runs/x", "name='runs/x': the name of a folder in runs="),
         ("classes=['disc'", "is not a YAML value"),

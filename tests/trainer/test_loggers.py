@@ -2,7 +2,12 @@
 
 import json
 import math
+import multiprocessing
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from data.loader import Batch
+from data.workers import in_workers
+from pretrain.trainer import signals
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import CheckpointConfig, DataConfig, LogConfig, OptimConfig, RunConfig, TrainConfig
 from pretrain.trainer.ema import NoEMA
@@ -193,3 +200,26 @@ def test_without_a_terminal_each_logged_step_is_a_line(capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert out == "step 3/10  loss 0.5000  lr 1.00e-03  80.0 img/s  wait 25%  00:00 left\n"
     assert err == "step 3: top1 0.5\n"
+
+
+def wait_forever(request: int) -> None:
+    time.sleep(1000)
+
+
+def test_a_signal_ends_a_run_whose_data_never_comes(
+    process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from pretrain.trainer.loop import train
+
+    saved: list[int] = []
+    run = stub_run(tmp_path / "run", state=TrainState(step=4))
+    run.checkpoints.save = lambda engine, ema, state: saved.append(state.step)
+    one = islice(run.loader.batches(4, 8), 1)
+    never = ([batch] for batch in in_workers(wait_forever, iter(range(99)), 1))
+    run.loader.batches = lambda start, end: chain(one, never)
+    monkeypatch.setattr(signals, "_received", [])
+    threading.Timer(0.5, signals._received.append, [int(signal.SIGTERM)]).start()
+    with pytest.raises(signals.Stopped, match="SIGTERM while waiting for data: saved and stopped after step 5 of 8"):
+        train(run)
+    assert saved == [5]
+    assert not multiprocessing.active_children()

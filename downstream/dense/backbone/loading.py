@@ -8,9 +8,9 @@ from mmengine.logging import print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
+from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
-from downstream.checkpoints.files import Weights
-from downstream.checkpoints.formats import Report
+from downstream.checkpoints.report import Report
 from downstream.checkpoints.weights import build_encoder, features, read_encoder
 from downstream.dense.backbone.plain_vit import PlainViT
 from downstream.dense.backbone.relative_position import resize_positions
@@ -76,6 +76,10 @@ def _check(backbone: PlainViT, encoder: ViT, path: str) -> None:
             f"start.checkpoint={path} is {stored}, model.backbone.arch is {expected}: set it to {stored} "
             f"(a config of that size), or give another checkpoint"
         )
+    if encoder.cls_token is None and backbone.cls_token is not None:
+        raise ValueError(
+            f"start.checkpoint={path} has no class token: set model.backbone.class_token=False, or give another one"
+        )
     kind = encoder.position
     if kind == "bias":
         raise ValueError(
@@ -92,7 +96,7 @@ def _check(backbone: PlainViT, encoder: ViT, path: str) -> None:
 
 def _fill(backbone: PlainViT, encoder: ViT, report: Report) -> None:
     state = encoder.state_dict()
-    if backbone.cls_token is None:
+    if backbone.cls_token is None and encoder.cls_token is not None:
         del state["cls_token"]
         for key in report.used.pop("cls_token"):
             if key.endswith("cls_token"):  # not a table whose first row was added to it
@@ -126,8 +130,9 @@ def compare_features(backbone: PlainViT, encoder: ViT) -> float:
     x, grid = backbone_copy.embed(images, None)
     if backbone.position == "sincos":
         x = x + encoder_copy.pos_embed[:, 1:]
-    class_token: Tensor = encoder_copy.cls_token if backbone_copy.cls_token is None else backbone_copy.cls_token
-    x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
+    class_token = encoder_copy.cls_token if backbone_copy.cls_token is None else backbone_copy.cls_token
+    if class_token is not None:
+        x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
     found = backbone_copy.encode(x, grid, (0,) * len(backbone_copy.blocks))
     expected = _outputs(encoder_copy, images, backbone_copy.out_indices)
     differences = [max_difference(*pair) for pair in zip(found, expected, strict=True)]
@@ -142,7 +147,8 @@ def _outputs(encoder: ViT, images: Tensor, indices: Sequence[int]) -> list[Tenso
         outputs[block] = output
 
     hooks = [block.register_forward_hook(keep) for block in encoder.blocks]
-    outputs[encoder.blocks[-1]] = features(encoder, images)
+    tokens = features(encoder, images)
+    outputs[encoder.blocks[-1]] = tokens if encoder.cls_token is not None else tokens[:, 1:]  # without their mean
     for hook in hooks:
         hook.remove()
     return [outputs[encoder.blocks[index]] for index in indices]

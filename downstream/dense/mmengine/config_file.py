@@ -30,7 +30,7 @@ _RUN_KEYS: dict[str, Any] = {
     "train.ds_config": None,
     "train.precision": None,
 }
-_CHOICES = {"start.weights": ("online", "ema"), "train.precision": ("fp32", "bf16")}
+_CHOICES = {"train.precision": ("fp32", "bf16")}
 
 # Keys of mmengine that can be overridden even if the configuration does not set them.
 _DEFAULTS = {
@@ -50,7 +50,7 @@ def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable
     overridden.
 
     Besides the configuration's own keys there are those of the run: `name=` (its folder is runs/NAME; by default the
-    configuration's name) and `runs=`, `start.checkpoint=FILE` and `start.weights=online|ema` (short for
+    configuration's name) and `runs=`, `start.checkpoint=FILE` and `start.weights=ema` (short for
     `model.backbone.init_cfg`), `train.ds_config=zero1|zero2|zero3|FILE`, `train.precision=fp32|bf16`, `resume=false`,
     `test=FILE` and `tta=true`.
 

@@ -1,0 +1,107 @@
+"""How a batch gets from a worker process to the main one: through shared memory, or through a pipe where that fails."""
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing import util
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing  # by which tensors are pickled as shared memory
+from torch import Tensor
+
+SHARED_MEMORY = Path("/dev/shm")
+# Of the folder of sockets in TMPDIR: AF_UNIX takes 107 bytes, and the names of the sockets in it add about 35.
+MAX_SOCKET_FOLDER = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Handover:
+    """A result on its way; pickled anew it is just bytes."""
+
+    pickled: bytes
+    problem: str = ""  # why it is not in shared memory; '' if it is
+    size: int = 0  # bytes, if not
+
+    @cached_property
+    def result(self) -> Any:
+        """Unpickled once: its shared memory is handed over a single time."""
+        return pickle.loads(self.pickled)
+
+    def pin_memory(self) -> "Handover":
+        """The same in page-locked memory; DataLoader's pinning thread calls it."""
+        pinned = Handover(b"", self.problem, self.size)
+        pinned.__dict__["result"] = self.result.pin_memory()
+        return pinned
+
+
+class HandoverPacker:
+    """Packs the results of one worker."""
+
+    def __init__(self) -> None:
+        self._problem = ""
+
+    def __call__(self, result: object) -> Handover:
+        """In shared memory, until that fails once: what it leaves behind then is removed, which cannot be so often."""
+        if not self._problem:
+            try:
+                return Handover(bytes(ForkingPickler.dumps(result)))
+            except (OSError, RuntimeError) as error:  # torch raises RuntimeError where there is no room
+                self._problem = str(error)
+                _remove_leftovers()
+        buffer = io.BytesIO()
+        _PlainPickler(buffer, protocol=5).dump(result)
+        return Handover(buffer.getvalue(), self._problem, buffer.tell())
+
+
+class _PlainPickler(pickle.Pickler):
+    """Tensors with their bytes, as arrays: several times as fast as torch's own way."""
+
+    def reducer_override(self, obj: object) -> Any:
+        return (torch.from_numpy, (obj.numpy(),)) if isinstance(obj, Tensor) else NotImplemented
+
+
+def _remove_leftovers() -> None:
+    """Files of this process that torch could not fill; those that it could have no name any more."""
+    for path in SHARED_MEMORY.glob(f"torch_{os.getpid()}_*"):
+        path.unlink(missing_ok=True)
+
+
+def warn_of_pipes(problem: str, megabytes: float, workers: int) -> None:
+    """Says that batches go through pipes, and what helps."""
+    free = "is missing"
+    with contextlib.suppress(OSError):
+        usage = shutil.disk_usage(SHARED_MEMORY)
+        free = f"has {usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB free"
+    _log.warning(
+        "batches of %.0f MiB do not go through shared memory (%s; %s %s) but through pipes, which is slower: make it "
+        "larger, with docker run --shm-size=%dg or --ipc=host, or lower data.num_workers (%d)",
+        *(megabytes, problem, SHARED_MEMORY, free, max(1, round(3 * workers * megabytes / 1024 + 0.5)), workers),
+    )
+
+
+def shorten_socket_folder() -> None:
+    """Chooses a short folder for the sockets of worker processes where TMPDIR is too long for them.
+
+    To be called before they start: they inherit it.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= MAX_SOCKET_FOLDER:
+        return
+    settings: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if settings.get("tempdir"):
+        return
+    for parent in ("/tmp", "/var/tmp", str(SHARED_MEMORY)):
+        with contextlib.suppress(OSError):  # without any, batches go through pipes
+            settings["tempdir"] = folder = tempfile.mkdtemp(prefix="pymp-", dir=parent)
+            util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
+            return

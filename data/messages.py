@@ -1,0 +1,13 @@
+"""Words that messages of this package share."""
+
+from collections.abc import Sequence
+
+SHOWN = 20  # lines
+
+
+def one_or_list(problems: Sequence[str], summary: str) -> str:
+    """The only problem, or a summary with one of the first problems a line; `{n}` in it is how many there are."""
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n  ".join([summary.format(n=len(problems)), *problems[:SHOWN], *more])

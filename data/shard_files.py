@@ -1,0 +1,83 @@
+"""Which files are the shards of a set."""
+
+import os
+from pathlib import Path
+
+import braceexpand
+
+from data.messages import one_or_list
+
+_COMPRESSED = {  # suffix of a compressed tar -> what undoes it
+    **dict.fromkeys((".tar.gz", ".tar.z"), "gzip -d"),
+    ".tar.bz2": "bzip2 -d",
+    ".tar.xz": "xz -d",
+    ".tar.zst": "zstd -d --rm",
+    ".tar.lz4": "lz4 -d --rm",
+    ".tgz": "gzip -d",
+    **dict.fromkeys((".tbz2", ".tbz"), "bzip2 -d"),
+    ".txz": "xz -d",
+    ".tzst": "zstd -d --rm",
+}
+
+
+def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder of a set of shards, absolute, and their sorted names relative to it.
+
+    Raises:
+        ValueError: there are none, or some are missing or compressed; names them.
+    """
+    text = str(shards)
+    if Path(text).is_dir():
+        paths = _tars_in(Path(text).absolute())
+    elif "{" in text:
+        paths = [Path(os.path.abspath(name)) for name in braceexpand.braceexpand(text)]
+    else:
+        paths = [Path(os.path.abspath(text))]
+    if not paths:
+        raise ValueError(f"{text}: no shards (*.tar) in this folder; `python -m data.pack` makes them from images")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        count = f"{len(missing)} of {len(paths)} missing"
+        problems = [f"{path}: no such shard ({count}); give a folder of *.tar" for path in missing]
+        raise ValueError(one_or_list(problems, f"shards are missing, {count}:"))
+    _refuse_compressed([path for path in paths if _suffix_of_compressed(path.name)], len(paths))
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    return root, tuple(sorted({path.relative_to(root).as_posix() for path in paths}))
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder has shards in it, compressed or not."""
+    return any(name.endswith(".tar") or _suffix_of_compressed(name) for name in _visible_names(folder))
+
+
+def _visible_names(folder: Path) -> list[str]:
+    """Of what lies in it; macOS hides files about others in `._x.tar`."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def _tars_in(folder: Path) -> list[Path]:
+    """The shards in a folder; refuses compressed ones, which would be left out."""
+    names = _visible_names(folder)
+    tars = {name for name in names if name.endswith(".tar")}
+    compressed = []
+    for name in names:
+        suffix = _suffix_of_compressed(name)
+        if suffix and name[: -len(suffix)] + ".tar" not in tars:
+            compressed.append(folder / name)
+    _refuse_compressed(compressed, len(tars) + len(compressed))
+    return [folder / name for name in sorted(tars)]
+
+
+def _suffix_of_compressed(name: str) -> str:
+    return next((suffix for suffix in _COMPRESSED if name.lower().endswith(suffix)), "")
+
+
+def _refuse_compressed(compressed: list[Path], shards: int) -> None:
+    if not compressed:
+        return
+    command = _COMPRESSED[_suffix_of_compressed(compressed[0].name)]
+    shown = ", ".join([*(path.name for path in compressed[:5]), *(["..."] if len(compressed) > 5 else [])])
+    raise ValueError(
+        f"{compressed[0].parent}: {len(compressed)} of {shards} shards are compressed ({shown}), and training reads "
+        f"from the middle of a tar: decompress them first, for example `{command} {compressed[0]}`"
+    )

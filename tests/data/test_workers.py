@@ -1,0 +1,138 @@
+"""Worker processes that cannot hand over a batch, die, or get no data."""
+
+import logging
+import multiprocessing
+import os
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import data.handover
+import data.workers
+from data.handover import HandoverPacker
+from data.index import Index
+from data.loader import Loader
+from data.workers import in_workers, while_waiting
+
+
+def batches(index: Index, num_workers: int) -> list[torch.Tensor]:
+    steps = Loader(index, size=(16, 24), batch=24, seed=5, num_workers=num_workers).batches(0, 3)
+    return [batch.images for step in steps for batch in step]
+
+
+def assert_as_without_workers(index: Index, num_workers: int = 2) -> None:
+    for ours, plain in zip(batches(index, num_workers), batches(index, 0), strict=True):
+        assert torch.equal(ours, plain)
+        ours += 1  # the memory is writable
+
+
+@pytest.fixture
+def full_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As torch reports it, with the file that it leaves behind."""
+
+    def dumps(result: object) -> bytes:
+        (tmp_path / f"torch_{os.getpid()}_123_0").touch()
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(data.handover, "ForkingPickler", SimpleNamespace(dumps=dumps))
+    monkeypatch.setattr(data.handover, "SHARED_MEMORY", tmp_path)
+    return tmp_path
+
+
+def test_without_room_in_shared_memory_batches_go_through_pipes(
+    index: Index, full_shared_memory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert_as_without_workers(index)
+    assert not list(full_shared_memory.glob("torch_*")), "what torch left behind is removed"
+    (warning,) = [record.message for record in caplog.records]
+    assert "No space left on device (28)" in warning
+    assert f"{full_shared_memory} has" in warning
+    assert "--shm-size" in warning
+    assert "lower data.num_workers (2)" in warning
+
+
+def test_shared_memory_is_used_where_it_has_room(index: Index, caplog: pytest.LogCaptureFixture) -> None:
+    packed = HandoverPacker()(torch.zeros(1 << 20))
+    assert len(packed.pickled) < 10000
+    assert torch.equal(packed.result, torch.zeros(1 << 20))
+    assert_as_without_workers(index)
+    assert not caplog.records
+
+
+def test_a_long_tmpdir(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A socket's path has at most 107 bytes."""
+    settings: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    monkeypatch.setattr(multiprocessing.current_process(), "_config", {**settings, "tempdir": None})
+    folder = tmp_path / ("scratch" * 15)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    assert_as_without_workers(index)
+    assert not caplog.records, "shared memory, not pipes"
+    assert not list(folder.iterdir())
+
+
+def test_without_a_short_folder_batches_go_through_pipes(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / ("scratch" * 15)
+    folder.mkdir()
+    settings: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    monkeypatch.setattr(multiprocessing.current_process(), "_config", {**settings, "tempdir": str(folder)})
+    with caplog.at_level(logging.WARNING):
+        assert_as_without_workers(index)
+    assert [record.message.count("AF_UNIX path too long") for record in caplog.records] == [1]
+
+
+def test_workers_that_cannot_start_are_one_clear_error(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_semaphores(loader: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(data.workers.DataLoader, "__iter__", no_semaphores)
+    with pytest.raises(OSError, match=r"cannot be started .*Read-only.*/dev/shm.*data\.num_workers=0"):
+        batches(index, 2)
+
+
+def sleep(request: int) -> None:
+    time.sleep(1000)
+
+
+def fail(request: int) -> None:
+    raise OSError(5, "Input/output error", "/storage/a.tar")
+
+
+def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.workers, "WORKER_TIMEOUT", 0.0)
+    with pytest.raises(TimeoutError, match=r"no batch for 0 seconds from 2 data workers.* read /storage: ") as caught:
+        list(in_workers(sleep, iter(range(9)), 2, "/storage"))
+    assert "DataLoader" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_file_system_is_one_line(workers: int) -> None:
+    with pytest.raises(OSError, match=r"Input/output error: '/storage/a\.tar'") as caught:
+        list(in_workers(fail, iter(range(9)), workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_called_while_waiting_can_end_it() -> None:
+    class EndedError(Exception):
+        pass
+
+    def end() -> None:
+        raise EndedError
+
+    start = time.monotonic()
+    with pytest.raises(EndedError), while_waiting(end):
+        list(in_workers(sleep, iter(range(9)), 2))
+    assert time.monotonic() - start < 8, "hanging workers are killed"
+    assert not multiprocessing.active_children()

@@ -1,0 +1,69 @@
+"""A signal that comes while data is waited for."""
+
+import signal
+import threading
+from collections import Counter
+
+import pytest
+import torch.distributed as dist
+
+from pretrain.trainer import signals
+from pretrain.trainer.signals import StopRequest
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has got SIGTERM, and a round of agreement is short."""
+    monkeypatch.setattr(signals, "_received", [int(signal.SIGTERM)])
+    monkeypatch.setattr(signals, "ROUND_SECONDS", 0.3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+
+
+def ranks_of_one_run(count: int) -> list[StopRequest]:
+    store, ranks = dist.HashStore(), []
+    for _ in range(count):
+        rank = StopRequest.__new__(StopRequest)  # its group would need processes
+        rank._store, rank._rounds = store, Counter()
+        ranks.append(rank)
+    return ranks
+
+
+def ask(ranks: list[StopRequest], step: int, times: int = 1) -> list[str | None]:
+    """What each rank's last of several questions is answered, all of them at once; none asks on after a stop."""
+    answers: list[str | None] = [None] * len(ranks)
+
+    def wait(number: int) -> None:
+        for _ in range(times):
+            answers[number] = answers[number] or ranks[number].agreed_while_waiting(step)
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return answers
+
+
+def test_ranks_that_all_wait_stop_together(told: None):
+    assert ask(ranks_of_one_run(3), step=7) == ["SIGTERM"] * 3
+
+
+def test_none_stops_while_one_does_not_wait_and_all_when_it_does(told: None):
+    """Two ranks wait after step 7; the third computes, and waits with them only after step 8."""
+    ranks = ranks_of_one_run(3)
+    assert ask(ranks[:2], step=7, times=2) == [None, None]
+    assert ask(ranks[1:2], step=8) == [None]
+    assert ask(ranks, step=8, times=20) == ["SIGTERM"] * 3
+
+
+def test_a_rank_that_got_no_signal_is_told(told: None, monkeypatch: pytest.MonkeyPatch):
+    ranks = ranks_of_one_run(3)
+    assert ask(ranks[:1], step=7) == [None]
+    monkeypatch.setattr(signals, "_received", [])
+    assert ask(ranks, step=7, times=20) == ["SIGTERM"] * 3
+
+
+def test_without_a_signal_nothing_is_waited_for(told: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(signals, "_received", [])
+    monkeypatch.setattr(signals, "ROUND_SECONDS", 1000.0)
+    assert ask(ranks_of_one_run(2), step=7) == [None, None]
