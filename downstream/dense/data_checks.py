@@ -80,8 +80,13 @@ def check_exists(key: str, path: str, kind: str) -> None:
         raise ValueError(f"{key}: no {kind} {path} ({nearest} exists)")
 
 
-def read_image_size(key: str, path: str) -> tuple[int, int]:
+def read_image_size(key: str, path: str, oriented: bool = True) -> tuple[int, int]:
     """(height, width) after mmcv's decoder, from the file's header.
+
+    Args:
+        key: of the data set, for messages.
+        path: of the image.
+        oriented: whether the decoder applies the EXIF orientation, as of `applies_orientation`.
 
     Raises:
         ValueError: it is not an image.
@@ -89,7 +94,14 @@ def read_image_size(key: str, path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            transposed = image.getexif().get(0x0112) in TRANSPOSED
-    except (OSError, UnidentifiedImageError) as error:
+            transposed = oriented and image.getexif().get(0x0112) in TRANSPOSED
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{key}: {path} cannot be read as an image: {error}") from None
     return (width, height) if transposed else (height, width)
+
+
+def applies_orientation(pipeline: Any) -> bool:
+    """Whether the step of a pipeline that reads images turns them as their EXIF orientation says."""
+    loading: dict[str, Any] = next((step for step in pipeline if step.type.endswith("LoadImageFromFile")), {})
+    color, decoder = loading.get("color_type", "color"), loading.get("imdecode_backend", "cv2")
+    return color in ("color", "grayscale") and decoder in ("cv2", "pillow")
