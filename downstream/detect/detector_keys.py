@@ -78,7 +78,7 @@ def heads(cfg: Any) -> Iterator[tuple[str, Any]]:
     """The heads of an mmdet model that number classes, with their dotted keys; a head may be None or a list."""
     for key in ("bbox_head", "roi_head.bbox_head", "roi_head.mask_head"):
         group, _, name = key.rpartition(".")
-        head = ((cfg.model.get(group) or {}) if group else cfg.model).get(name)
+        head: Any = ((cfg.model.get(group) or {}) if group else cfg.model).get(name)
         several = isinstance(head, list | tuple)
         for number, one in enumerate(head if several else [head]):
             if one is not None and "num_classes" in one:
