@@ -162,8 +162,8 @@ def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
     for name, head in heads(cfg):
         if head.get("ignore_index", IGNORED) != IGNORED:
             raise ValueError(
-                f"{name}.ignore_index={head.ignore_index}: mmseg gives padded pixels the label {IGNORED}: leave it out, "
-                f"and pixels without a class {IGNORED} in the masks"
+                f"{name}.ignore_index={head.ignore_index}: mmseg gives padded pixels the label {IGNORED}: leave it "
+                f"out, and let pixels without a class be {IGNORED} in the masks"
             )
         if head.num_classes != len(classes):
             raise ValueError(
