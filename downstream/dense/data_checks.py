@@ -1,8 +1,9 @@
 """Checks of detection and segmentation before a model is built: mmcv's compiled operators, and files."""
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, s
     if problems:
         raise ValueError("\n".join(problems))
     return lines
+
+
+@contextlib.contextmanager
+def needs_mm() -> Iterator[None]:
+    """Around imports of mmengine, mmdet or mmseg: a ValueError of one sentence where one of them is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error}: `python -m downstream.doctor` says how to install what detection and segmentation need"
+        ) from None
 
 
 def check_ops() -> None:

@@ -49,10 +49,12 @@ class OwnSegDataset(BaseSegDataset):
 
 
 def list_images(folder: str, suffix: str | None, backend_args: dict[str, Any] | None = None) -> list[str]:
-    """The sorted paths below a folder of all images in it that have this suffix, or any of an image."""
+    """The sorted paths below a folder of all files in it that have this suffix, or with None any of an image."""
     suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     found = list_dir_or_file(folder, list_dir=False, recursive=True, backend_args=backend_args)
-    return sorted(name for name in found if (name.endswith(suffix) if suffix else name.lower().endswith(suffixes)))
+    return sorted(
+        name for name in found if (name.endswith(suffix) if suffix is not None else name.lower().endswith(suffixes))
+    )
 
 
 def strip_suffix(name: str, suffix: str | None) -> str:

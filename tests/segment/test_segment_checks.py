@@ -10,8 +10,10 @@ from helpers.tiny_ade import CLASSES, make_ade
 from mmengine.config import Config
 from PIL import Image
 
+from downstream.dense.mmengine.config_file import load_job
 from downstream.segment import check_masks as checks
 from downstream.segment.check_masks import check
+from downstream.segment.mask_pairs import find_pairs
 from downstream.segment.segmentor_keys import propagate_keys
 
 CONFIGS = Path(checks.__file__).parent / "configs"
@@ -20,7 +22,7 @@ IMAGES, MASKS = "images/training", "annotations/training"
 
 @functools.cache
 def _read(name: str) -> Config:
-    return Config.fromfile(CONFIGS / f"{name}.py", import_custom_modules=False)
+    return load_job(name, [], CONFIGS, lambda cfg: None).cfg
 
 
 def config(root: Path, name: str = "upernet_tiny_camvid", **top: object) -> Config:
@@ -181,7 +183,7 @@ def test_images_of_any_suffix_are_used(root: Path):
     cfg = config(root)
     assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": []})
-    pairs, _ = checks.find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
+    pairs, _ = find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
     assert [(str(root / IMAGES / a), str(root / MASKS / b)) for a, b in pairs] == [
         (loaded[n]["img_path"], loaded[n]["seg_map_path"]) for n in range(8)
     ]
@@ -247,7 +249,7 @@ def test_checks_read_masks_as_mmseg_does(root: Path):
         mask.save(path)
     cfg = config(root, reduce_zero_label=True)
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": [{"type": "LoadAnnotations"}]})
-    pairs, _ = checks.find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
+    pairs, _ = find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
     paths = [(str(root / IMAGES / image), str(root / MASKS / mask)) for image, mask in pairs]
     assert paths == [(loaded[n]["img_path"], loaded[n]["seg_map_path"]) for n in range(len(loaded))]
     counts = count_masks("key", paths, [1, 2, 3], {0, 255})
