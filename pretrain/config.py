@@ -12,7 +12,7 @@ from pretrain.methods import METHODS, AnyMethodConfig
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
-from pretrain.trainer.config import ModelConfig, RunConfig
+from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig
 from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,6 +47,25 @@ class ProbeConfig(Section):
     k: int = Field(20, ge=1, description="neighbors that vote")
 
 
+class PretrainStartConfig(StartConfig):
+    """The weights that a new run begins with, of the encoder and of whatever else a file or another run has."""
+
+    run: str | None = Field(
+        None, description="the folder of a pretraining: a new run, from step 0, from all that its newest checkpoint has"
+    )
+    optimizer: bool = Field(False, description="with `run`: the optimizer's moments, too, instead of zeros")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "PretrainStartConfig":
+        if self.run and self.checkpoint:
+            raise ValueError("start.checkpoint and start.run both say where the weights come from: set one of them")
+        if self.weights and not self.checkpoint:
+            raise ValueError("start.weights chooses among the weights of start.checkpoint: set that, or leave it out")
+        if self.optimizer and not self.run:
+            raise ValueError("start.optimizer=true takes the optimizer's moments from start.run: set that as well")
+        return self
+
+
 class PretrainConfig(RunConfig):
     """A pretraining run."""
 
@@ -55,11 +74,17 @@ class PretrainConfig(RunConfig):
     target: AnyTargetConfig
     pr_mim: PRMIMConfig | None = None
     lut: LUTConfig | None = None
+    start: PretrainStartConfig | None = None
     probe: Annotated[ProbeConfig | None, MAY_CHANGE] = None
 
     @property
     def task(self) -> str:
         return f"{self.method.name} (target: {self.target.name})"
+
+    @property
+    def new_run_advice(self) -> str:
+        this = Path(self.runs) / self.name
+        return f"start a new run from the weights of this one: start.run={this} and another name="
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from data.index import Index
 from data.loader import Loader, MaskSampler
-from pretrain.trainer.checkpoint import Checkpoints
+from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.ema import NoEMA
@@ -31,6 +31,7 @@ class Parts:
         optimizer: of its parameters, for the ZeRO stage in use.
         evaluation: what is measured during training, if anything.
         numerics: how a step is computed, beyond the configuration; a run resumes with the same.
+        start: the file that a new run begins with, and its digest, for the record.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class Parts:
     loader: Loader
     evaluation: Evaluation | None = None
     numerics: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, str] = field(default_factory=dict)
 
 
 def assemble(
@@ -66,16 +68,20 @@ def assemble(
         zero_stage=engine.zero_optimization_stage(),
         resume_signature=config.resume_signature(),
         numerics=parts.numerics,
+        start=parts.start,
         machine={"device": device_name(), **{name: versions()[name] for name in ("torch", "triton", "deepspeed")}},
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+    try:
+        state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+    except CannotContinueError as error:
+        raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
     if world.is_main:
         effective = effective_settings(engine)
         folder.config.write_text(config.to_yaml())
         folder.write_environment(
-            deepspeed=effective, numerics=parts.numerics, world_size=world.size, samples=len(index)
+            deepspeed=effective, numerics=parts.numerics, start=state.start, world_size=world.size, samples=len(index)
         )
         _log.info("%s", describe_run(run, effective, parts.numerics, len(index), resumed))
     return run

@@ -39,6 +39,7 @@ class TrainState:
     zero_stage: int = 0
     resume_signature: dict[str, Any] = field(default_factory=dict)  # of the configuration
     numerics: dict[str, Any] = field(default_factory=dict)  # kernels and precisions: others give other bits
+    start: dict[str, str] = field(default_factory=dict)  # the file whose weights it began with, and its SHA-256
     machine: dict[str, Any] = field(default_factory=dict)  # device and versions: others may
 
 

@@ -90,6 +90,15 @@ class CheckpointConfig(Section):
     )
 
 
+class StartConfig(Section):
+    """The weights that a new run begins with; a run that has a checkpoint of its own continues from that."""
+
+    checkpoint: str | None = Field(
+        None, description="a run or a file that downstream.checkpoints.export reads; none: from scratch"
+    )
+    weights: Literal["online", "ema"] | None = Field(None, description="none: what the authors of the method evaluate")
+
+
 class LogConfig(Section):
     """What is logged."""
 
@@ -114,6 +123,11 @@ class RunConfig(Section):
     def task(self) -> str:
         """What is trained, in a few words for the log."""
         raise NotImplementedError
+
+    @property
+    def new_run_advice(self) -> str:
+        """What to do where the run cannot continue as it is configured now: how a new one begins where it ended."""
+        return "start a new run with another name="
 
     @property
     def grid(self) -> tuple[int, int]:
