@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {"data": set(), "pretrain": {"data"}, "downstream": {"data", "pretrain"}}
 MM = {"mmengine", "mmcv", "mmdet", "mmseg"}
 MM_FOLDERS = ("downstream.dense", "downstream.detect", "downstream.segment")
-# An entry is above everything, and nothing is above it: this one hands the readers of other people's weights to `pretrain`.
+# An entry is above everything, and nothing above it: this one hands `pretrain` what reads other people's weights.
 ENTRY = "pretrain.run"
 # What the trainer may use of `pretrain`: itself. A method, a model or a task must not be known to it.
 TRAINER = "pretrain.trainer"
