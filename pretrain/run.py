@@ -21,6 +21,7 @@ from pretrain.start import check_start, find_start
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
+from pretrain.trainer.moments import Moments, read_moments
 from pretrain.trainer.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         build_evaluation(config, method, world, device),
         numerics.signature(),
         loaded.record() if loaded else {},
+        _load_moments(config, loaded),
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)
@@ -88,6 +90,15 @@ def _load_start(config: PretrainConfig, method: Method | LUT, start: Path) -> Lo
         raise ValueError(f"start.{'run' if config.start.run else 'checkpoint'}: {error}") from None
     _log.info("starts from %s", loaded.report)
     return loaded
+
+
+def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moments | None:
+    """Those of the parameters that were taken as they are, if they are asked for."""
+    if loaded is None or config.start is None or not config.start.optimizer:
+        return None
+    moments = read_moments(loaded.path).renamed(loaded.taken)
+    _log.info("the optimizer starts with the moments of %d parameters", len(moments.averages["exp_avg"]))
+    return moments
 
 
 if __name__ == "__main__":

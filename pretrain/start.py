@@ -6,7 +6,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pretrain.config import PretrainConfig
-from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import checkpoint_names
 from pretrain.trainer.launch import World
 from pretrain.trainer.run_folder import RunFolder
@@ -60,6 +59,8 @@ def check_start(config: PretrainConfig, folder: RunFolder) -> None:
 
 
 def _newest_checkpoint(run: str, config: PretrainConfig, world: World) -> Path:
+    from pretrain.trainer.checkpoint import Checkpoints  # imports DeepSpeed, which chooses its accelerator on import
+
     checkpoints = RunFolder(Path(run)).checkpoints
     try:
         found = Checkpoints(checkpoints, world, config.checkpoint).newest_intact()

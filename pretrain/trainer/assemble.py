@@ -16,6 +16,7 @@ from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.engine import build_engine, effective_settings
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation, Run
+from pretrain.trainer.moments import Moments, set_moments
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 
@@ -32,6 +33,7 @@ class Parts:
         evaluation: what is measured during training, if anything.
         numerics: how a step is computed, beyond the configuration; a run resumes with the same.
         start: the file that a new run begins with, and its digest, for the record.
+        moments: that a new run's optimizer begins with, if not with zeros.
     """
 
     module: nn.Module
@@ -41,6 +43,7 @@ class Parts:
     evaluation: Evaluation | None = None
     numerics: dict[str, Any] = field(default_factory=dict)
     start: dict[str, str] = field(default_factory=dict)
+    moments: Moments | None = None
 
 
 def assemble(
@@ -62,6 +65,8 @@ def assemble(
         ValueError: as `Checkpoints.resume`.
     """
     engine = build_engine(parts.module, parts.optimizer, config, settings)
+    if parts.moments:
+        set_moments(engine, parts.moments)
     fresh = TrainState(
         fingerprint=index.fingerprint,
         world_size=world.size,
