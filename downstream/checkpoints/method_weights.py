@@ -69,10 +69,11 @@ def load_method(method: Method | LUT, path: Path | str, weights: Weights | None 
     """
     source = read_source(path, weights)
     report = _fill_encoder(method.encoder, translate(source))
-    state = method.state_dict() if isinstance(method, LUT) else _prefixed(_METHOD, method.state_dict())
-    lines, fitting = _fill_parts(state, source, report)
     changed = {*report.folded, *report.resized}
-    taken = {_ENCODER + name: keys[0] for name, keys in report.used.items() if name not in changed} | fitting
+    taken = {_ENCODER + name: keys[0] for name, keys in report.used.items() if name not in changed}
+    state = method.state_dict() if isinstance(method, LUT) else _prefixed(_METHOD, method.state_dict())
+    lines, filled = _fill_parts(state, source, report)
+    taken |= filled
     if not isinstance(method, LUT):
         taken = {name.removeprefix(_METHOD): key for name, key in taken.items()}
     return LoadedMethod(source.path, "\n".join([str(report), *lines]), taken)

@@ -33,6 +33,7 @@ class Parts:
         evaluation: what is measured during training, if anything.
         numerics: how a step is computed, beyond the configuration; a run resumes with the same.
         start: the file that a new run begins with, and its digest, for the record.
+        code: digests of code that is no part of this project; another may give other bits.
         moments: that a new run's optimizer begins with, if not with zeros.
     """
 
@@ -44,6 +45,7 @@ class Parts:
     numerics: dict[str, Any] = field(default_factory=dict)
     start: dict[str, str] = field(default_factory=dict)
     moments: Moments | None = None
+    code: dict[str, str] = field(default_factory=dict)
 
 
 def assemble(
