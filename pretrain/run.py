@@ -6,6 +6,7 @@ is given again.
 
 import logging
 import sys
+from inspect import getfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pretrain/run.py` starts us as a script
@@ -15,6 +16,7 @@ import torch
 from data.index import Index, load_index
 from downstream.checkpoints.method_weights import LoadedMethod, load_method, load_teacher
 from pretrain.config import PretrainConfig, load
+from pretrain.methods import METHODS
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
 from pretrain.start import check_start, find_start
@@ -22,7 +24,7 @@ from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
 from pretrain.trainer.moments import Moments, read_moments
-from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.run_folder import RunFolder, file_digest
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         numerics.signature(),
         loaded.record() if loaded else {},
         _load_moments(config, loaded),
+        {"method.module": file_digest(getfile(METHODS[config.method.name]))} if config.method.module else {},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)

@@ -7,7 +7,6 @@ What a method has besides its encoder is loaded by parts, called by their names 
 `predictor.head`, or LUT's `projector`. A part is taken whole or not at all.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pretrain.methods.lut import LUT, TeacherModel
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ViT
 from pretrain.trainer.checkpoint_layout import MANIFEST
+from pretrain.trainer.run_folder import file_digest
 
 # Of the parameters' names below, where a method is in a LUT, whose own heads have none; a method alone is named alike.
 _METHOD = "method."
@@ -52,8 +52,9 @@ class LoadedMethod:
     taken: dict[str, str]
 
     def record(self) -> dict[str, str]:
-        """What the run's folder and checkpoints record of it: the path, and the SHA-256 of what was there."""
-        return {"path": str(self.path), "sha256": _digest(self.path)}
+        """What a run records of it: the path and the SHA-256, of a checkpoint's manifest, which has all checksums."""
+        file = self.path / MANIFEST if self.path.is_dir() else self.path
+        return {"path": str(self.path), "sha256": file_digest(file)}
 
 
 def load_method(method: Method | LUT, path: Path | str, weights: Weights | None = None) -> LoadedMethod:
@@ -184,13 +185,3 @@ def _why_not(here: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | N
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of the manifest of a checkpoint's folder, which has the checksums of all of its files."""
-    manifest = path / MANIFEST
-    found = hashlib.sha256()
-    with (manifest if manifest.is_file() else path).open("rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()

@@ -20,6 +20,7 @@ from pretrain.trainer.moments import Moments, set_moments
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 
+_COMPUTES = ("torch", "triton", "deepspeed")  # packages of which another version may give other bits
 _log = logging.getLogger(__name__)
 
 
@@ -76,7 +77,7 @@ def assemble(
         resume_signature=config.resume_signature(),
         numerics=parts.numerics,
         start=parts.start,
-        machine={"device": device_name(), **{name: versions()[name] for name in ("torch", "triton", "deepspeed")}},
+        machine={"device": device_name(), **{name: versions()[name] for name in _COMPUTES}, **parts.code},
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     try:
