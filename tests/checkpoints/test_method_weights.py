@@ -197,10 +197,7 @@ def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeyp
     monkeypatch.setitem(ARCHS, "vit_small", Arch(24, 2, 2))
     method = build(LOMAR | {"model": {"arch": "vit_small", "patch_size": 4}})
     before = state_of(method)
-    with (
-        patch.dict(ARCHS, vit_small=Arch(24, 2, 2)),
-        pytest.raises(ValueError, match=r"set model\.arch=vit_tiny and model\.position=sincos, or"),
-    ):
+    with pytest.raises(ValueError, match=r"set model\.arch=vit_tiny and model\.position=sincos, or"):
         load_method(method, tmp_path / "mae.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     path, _ = originals.simmim(tmp_path)
