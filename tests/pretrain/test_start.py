@@ -10,7 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from pretrain.config import PretrainConfig, load
+from pretrain.run import pretrain
 from pretrain.start import check_start, find_start
+from pretrain.trainer.checkpoint import check_continues
 from pretrain.trainer.checkpoint_layout import MANIFEST, TrainState
 from pretrain.trainer.launch import World
 from pretrain.trainer.run_folder import RunFolder
@@ -48,7 +50,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         (["start.checkpoint=a", "start.run=b"], "set one of them"),
         (["start.run=b", "start.weights=ema"], "start.weights chooses among the weights of start.checkpoint"),
         (["start.checkpoint=a", "start.optimizer=true"], "moments from start.run: set that"),
-        (["start.checkpont=a"], r"unknown key start\.checkpont: did you mean checkpoint\?"),
+        (["start.checkpoints=a"], r"unknown key start\.checkpoints: did you mean checkpoint\?"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides: list[str], says: str, tmp_path: Path):
@@ -67,8 +69,6 @@ def test_what_is_not_there_is_found_before_the_shards_are_read(tmp_path: Path):
     assert "is not the folder of a run: it has no config.yaml" in refusal(f"start.run={tmp_path}")
     (tmp_path / "config.yaml").touch()
     assert "has no checkpoint: let it go on to one (checkpoint.every_steps)" in refusal(f"start.run={tmp_path}")
-    from pretrain.run import pretrain  # it looks for files of weights first
-
     with pytest.raises(ValueError, match="there is no such file"):
         pretrain(configure(tmp_path, f"start.checkpoint={tmp_path}/mae.pth"), WORLD)
 
@@ -96,8 +96,6 @@ def test_a_run_with_a_checkpoint_of_its_own_needs_its_start_no_more(process_grou
 
 
 def test_a_checkpoint_from_before_there_was_a_start_continues(tmp_path: Path):
-    from pretrain.trainer.checkpoint import check_continues
-
     signature = configure(tmp_path).resume_signature()
     before = TrainState(resume_signature={key: value for key, value in signature.items() if key != "start"})
     check_continues(before, TrainState(resume_signature=signature))
