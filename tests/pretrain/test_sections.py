@@ -127,13 +127,8 @@ def test_the_resume_signature_holds_every_key_that_is_not_marked(recipe_name: st
     signature = flatten(config.resume_signature())
     compared = {key for key, may_change in leaves(PretrainConfig) if not may_change}
     resolved = flatten(config.model_dump(mode="json"))
-    sections = {
-        "method",
-        "target",
-        "lut",
-        "pr_mim",
-        "start",
-    }  # of several kinds, or perhaps none: `leaves` has all their keys
+    # Of several kinds, or perhaps none: `leaves` has all their keys.
+    sections = {"method", "target", "lut", "pr_mim", "start"}
     assert signature.keys() <= compared | sections
     assert signature == {key: value for key, value in resolved.items() if key in compared | sections}
     assert {"seed", "optim.base_lr", "train.epochs", "method.mask_ratio", "target.name"} <= signature.keys()
