@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from data.transforms import Augmentation
-from pretrain.methods import METHODS, AnyMethodConfig
+from pretrain.methods import METHODS, AnyMethodConfig, import_methods
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
-from pretrain.trainer.config import ModelConfig, RunConfig
-from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
+from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig
+from pretrain.trainer.schema import MAY_CHANGE, Section, load_config, parse_overrides
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -47,19 +47,52 @@ class ProbeConfig(Section):
     k: int = Field(20, ge=1, description="neighbors that vote")
 
 
+class PretrainStartConfig(StartConfig):
+    """The weights that a new run begins with, of the encoder and of whatever else a file or another run has."""
+
+    run: str | None = Field(
+        None, description="the folder of a pretraining: a new run, from step 0, from all that its newest checkpoint has"
+    )
+    optimizer: bool = Field(False, description="with `run`: the optimizer's moments, too, instead of zeros")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "PretrainStartConfig":
+        if self.run and self.checkpoint:
+            raise ValueError("start.checkpoint and start.run both say where the weights come from: set one of them")
+        if self.weights and not self.checkpoint:
+            raise ValueError("start.weights chooses among the weights of start.checkpoint: set that, or leave it out")
+        if self.optimizer and not self.run:
+            raise ValueError("start.optimizer=true takes the optimizer's moments from start.run: set that as well")
+        return self
+
+
 class PretrainConfig(RunConfig):
-    """A pretraining run."""
+    """A pretraining run.
+
+    Attributes:
+        imported: `method.module` as it was given on the command line, and imported.
+        own_methods: the names of the methods that it defines.
+    """
+
+    imported: ClassVar[str | None] = None
+    own_methods: ClassVar[frozenset[str]] = frozenset()
 
     model: PretrainModelConfig = PretrainModelConfig()
     method: AnyMethodConfig
     target: AnyTargetConfig
     pr_mim: PRMIMConfig | None = None
     lut: LUTConfig | None = None
+    start: PretrainStartConfig | None = None
     probe: Annotated[ProbeConfig | None, MAY_CHANGE] = None
 
     @property
     def task(self) -> str:
         return f"{self.method.name} (target: {self.target.name})"
+
+    @property
+    def new_run_advice(self) -> str:
+        this = Path(self.runs) / self.name
+        return f"start a new run from the weights of this one: start.run={this} and another name="
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:
@@ -81,6 +114,8 @@ class PretrainConfig(RunConfig):
                 raw[section] = {"name": raw[section]}
         method, target = raw.get("method"), raw.get("target") or {}
         name = method.get("name") if isinstance(method, Mapping) else None
+        if isinstance(method, Mapping):
+            cls._check_module(method.get("module"), name)
         if not isinstance(name, str) or name not in METHODS:
             return raw | {"target": PixelsConfig()}  # only the method is reported: what it may predict is unknown
         if isinstance(target, Mapping):
@@ -88,6 +123,20 @@ class PretrainConfig(RunConfig):
             if target.get("name", default.name) == default.name:
                 target = {"name": default.name, **default.model_dump(exclude_unset=True), **target}
         return raw | {"target": target}
+
+    @classmethod
+    def _check_module(cls, module: object, name: object) -> None:
+        """No recipe, and no configuration in the folder of a run, makes a command run code."""
+        if module != cls.imported:
+            raise ValueError(
+                f"method.module={module} is in the recipe alone, and to use it is to run its code: if you trust it, "
+                f"give method.module={module} on the command line"
+            )
+        if module is not None and name not in cls.own_methods:
+            raise ValueError(
+                f"method.module={module} defines {', '.join(sorted(cls.own_methods))}, not {name}: "
+                f"give method.name={min(cls.own_methods)}"
+            )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "PretrainConfig":
@@ -119,5 +168,22 @@ def check_add_on(add_on: str, method: str) -> None:
 
 
 def load(recipe: str, overrides: list[str]) -> PretrainConfig:
-    """The configuration of a recipe; see `load_config`."""
-    return load_config(PretrainConfig, recipe, overrides, RECIPES)
+    """The configuration of a recipe; see `load_config`. A `method.module` among the overrides is imported.
+
+    Raises:
+        ValueError: as `load_config` and `import_methods`.
+    """
+    method = parse_overrides(overrides, PretrainConfig).get("method")
+    module = method.get("module") if isinstance(method, dict) else None
+    schema = PretrainConfig if module is None else _schema_with(str(module))
+    return load_config(schema, recipe, overrides, RECIPES)
+
+
+def _schema_with(module: str) -> type[PretrainConfig]:
+    """`PretrainConfig`, whose `method` may be one that a module outside of this project defines."""
+    own_methods = import_methods(module)
+    configs: Any = Union[tuple(kind.Config for kind in METHODS.values())]  # noqa: UP007 - as many as there are
+    method: Any = Annotated[configs, Field(discriminator="name")]
+    schema = create_model("PretrainConfig", __base__=PretrainConfig, method=(method, ...))
+    schema.imported, schema.own_methods = module, own_methods
+    return schema

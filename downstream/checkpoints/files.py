@@ -152,7 +152,7 @@ def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
     epochs = yaml.safe_load(config.read_text())["train"]["epochs"] if config.is_file() else None
     try:
         signature = read_state(folder).resume_signature
-        spec = None if "start" in signature else EncoderSpec.from_signature(signature, epochs)
+        spec = None if "head" in signature else EncoderSpec.from_signature(signature, epochs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} has no readable {MANIFEST} ({error}): is it a checkpoint of this project?"

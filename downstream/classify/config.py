@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from data.transforms import Augmentation
-from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share
+from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share, StartConfig
+from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -25,17 +26,9 @@ class FinetuneModelConfig(ModelConfig):
     )
 
 
-class StartConfig(Section):
-    """Where the encoder's weights come from."""
+class FinetuneStartConfig(StartConfig):
+    """Where the encoder's weights come from, and which of them are trained; it may be a classifier, too."""
 
-    checkpoint: str | None = Field(
-        None,
-        description="a run or a file that downstream.checkpoints.export reads, or a classifier; none: from scratch",
-    )
-    weights: str | None = Field(
-        None,
-        description="online, ema, or the name of one of the file's encoders; none: what the method's authors evaluate",
-    )
     trained_blocks: int | None = Field(
         None,
         ge=0,
@@ -97,7 +90,7 @@ class FinetuneConfig(RunConfig):
 
     model: FinetuneModelConfig = FinetuneModelConfig()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
-    start: StartConfig = StartConfig()
+    start: FinetuneStartConfig = FinetuneStartConfig()
     head: HeadConfig = HeadConfig()
     augment: AugmentConfig = AugmentConfig()
     ema: EMAConfig | None = None
@@ -108,6 +101,13 @@ class FinetuneConfig(RunConfig):
         parts = {None: "training all of it", 0: "a linear probe"}
         trained = parts.get(self.start.trained_blocks, f"training its last {self.start.trained_blocks} blocks")
         return f"{self.head.num_classes or 'all'} classes from {self.start.checkpoint or 'scratch'} ({trained})"
+
+    @property
+    def new_run_advice(self) -> str:
+        folder = RunFolder(Path(self.runs) / self.name)
+        if not folder.model.is_file():
+            return super().new_run_advice
+        return f"start a new run from this one's model: start.checkpoint={folder.root} and another name="
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:

@@ -56,6 +56,10 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         return load_deepspeed_file(path, map_location)
 
 
+class CannotContinueError(ValueError):
+    """An intact checkpoint is not one that the run, as it is configured now, can continue from."""
+
+
 class Checkpoints:
     """The checkpoints of one run. Every method but `names` is called by all ranks together."""
 
@@ -150,8 +154,9 @@ class Checkpoints:
             The state of the run and the checkpoint's name; `fresh` and None if there are no checkpoints.
 
         Raises:
-            ValueError: all checkpoints are damaged, or the newest is of a different training, or cannot be converted to
-                this number of ranks.
+            CannotContinueError: the newest checkpoint is of a different training, or cannot be converted to this number
+                of ranks.
+            ValueError: all checkpoints are damaged.
         """
         found = self.newest_intact()
         if found is None:
@@ -173,7 +178,7 @@ class Checkpoints:
         """Refuses, or says, that the run would continue with other bits than it would have had."""
         changed = _differences(state.numerics, now.numerics)
         if changed and self.config.exact_resume:
-            raise ValueError(
+            raise CannotContinueError(
                 f"the run would not continue with the same bits: {', '.join(changed)}; change these back "
                 f"(model.compile, model.attention, model.residual, train.deterministic, the device), or set "
                 f"checkpoint.exact_resume=false"
@@ -194,7 +199,7 @@ class Checkpoints:
             problem = convert(self.folder / name, converted / name)
         problem = first_problem(problem)
         if problem:
-            raise ValueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
+            raise CannotContinueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
         load_universal(engine, converted, name)
         dist.barrier()
         if self.world.is_main:
@@ -212,7 +217,7 @@ def first_problem(mine: str | None) -> str | None:
 
 
 def check_continues(state: TrainState, now: TrainState) -> None:
-    """Raises ValueError, naming every difference, where a checkpoint is of a different training."""
+    """Raises CannotContinueError, naming every difference, where a checkpoint is of a different training."""
     differences = _differences(state.resume_signature, now.resume_signature)
     if state.fingerprint != now.fingerprint:
         differences.append("data.shards has different samples (the fingerprint of the index differs)")
@@ -224,10 +229,8 @@ def check_continues(state: TrainState, now: TrainState) -> None:
             f"there were {state.world_size} ranks and are {now.world_size}; ZeRO-3 cannot change the number of ranks"
         )
     if differences:
-        raise ValueError(
-            "the run's checkpoint is of a different training:\n  "
-            + "\n  ".join(differences)
-            + "\nstart a new run with another name=, or change these back"
+        raise CannotContinueError(
+            "the run's checkpoint is of a different training:\n  " + "\n  ".join(differences) + "\nchange these back"
         )
 
 

@@ -21,6 +21,7 @@ UNFINISHED = "unfinished"
 CONVERTED = "converted"  # a checkpoint for another number of ranks, while it is loaded
 MODEL_STATES = "mp_rank_00_model_states.pt"  # whole weights, in ZeRO stages 0 to 2
 STAGE3_MODEL_STATES = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+OPTIMIZER_STATES = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # in ZeRO stages 1 to 3
 STAGE3_OPTIMIZER_STATES = "zero_pp_rank_*_optim_states.pt"
 ANY_MODEL_STATES = "*_model_states.pt"
 _STEP = "step_"
@@ -39,6 +40,7 @@ class TrainState:
     zero_stage: int = 0
     resume_signature: dict[str, Any] = field(default_factory=dict)  # of the configuration
     numerics: dict[str, Any] = field(default_factory=dict)  # kernels and precisions: others give other bits
+    start: dict[str, str] = field(default_factory=dict)  # the file whose weights it began with, and its SHA-256
     machine: dict[str, Any] = field(default_factory=dict)  # device and versions: others may
 
 

@@ -90,6 +90,18 @@ class CheckpointConfig(Section):
     )
 
 
+class StartConfig(Section):
+    """The weights that a new run begins with; a run that has a checkpoint of its own continues from that."""
+
+    checkpoint: str | None = Field(
+        None, description="a run or a file that downstream.checkpoints.export reads; none: from scratch"
+    )
+    weights: str | None = Field(
+        None,
+        description="online, ema, or the name of one of the file's encoders; none: what the method's authors evaluate",
+    )
+
+
 class LogConfig(Section):
     """What is logged."""
 
@@ -114,6 +126,11 @@ class RunConfig(Section):
     def task(self) -> str:
         """What is trained, in a few words for the log."""
         raise NotImplementedError
+
+    @property
+    def new_run_advice(self) -> str:
+        """What to do where the run cannot continue as it is configured now: how a new one begins where it ended."""
+        return "start a new run with another name="
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -94,6 +95,15 @@ class RunFolder:
             "command": sys.argv,
         }
         self.environment.write_text(json.dumps(environment, indent=2, default=str) + "\n")
+
+
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import moment_checks
 from helpers.rank_checks import assert_same_bits, assert_same_run, newest, wait_for
 from safetensors.torch import load_file
 
@@ -190,7 +191,7 @@ def test_another_training_is_refused_with_the_difference(
     assert "train.precision was 'fp32' and is 'bf16'" in output
     assert "train.epochs was 2 and is 1" in output
     assert "seed was 0 and is 1" in output
-    assert "another name=" in output
+    assert f"start.run={tmp_path / 'runs' / 'tiny'} and another name=" in output
     assert all(p.returncode == 1 for p in run.all)
 
 
@@ -201,6 +202,39 @@ def test_keys_on_which_the_weights_do_not_depend_may_change(
     changed = ["model.grad_checkpointing=true", "data.num_workers=0", "data.max_skipped_images=3"]
     changed += ["train.gradient_accumulation_steps=1", "train.max_nonfinite_steps=3", "checkpoint.keep_last=1"]
     assert f"resumes from {BEFORE}" in start(recipe, *ACCUMULATED, *changed, "log.every_steps=5").finish()
+
+
+def test_a_new_run_begins_with_another_ones_weights_and_moments(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    """At another size, engine and number of ranks; its own checkpoints then count, even if the other run is gone."""
+    first = tmp_path / "first"
+    shutil.copytree(whole(*ACCUMULATED), first)
+    keys = (f"start.run={first}", "start.optimizer=true", "data.image_size=[80,64]", "train.ds_config=zero3")
+    output = start(recipe, *keys, processes=1).finish()
+    assert f"starts from {first / 'checkpoints' / LAST} (online weights)" in output
+    assert "predictor.head: taken" in output
+    assert "the optimizer starts with the moments of" in output
+    assert "starts at step 0" in output
+    run = tmp_path / "runs" / "tiny"
+    before, after = (read_metrics(folder / "metrics.jsonl") for folder in (first, run))
+    assert [row["step"] for row in after] == list(range(1, 11))
+    assert after[0]["loss"] < (before[0]["loss"] + before[-1]["loss"]) / 2
+    recorded = json.loads((run / "environment.json").read_text())["start"]
+    assert (
+        recorded == json.loads((run / "checkpoints" / "step_00000010" / "manifest.json").read_text())["state"]["start"]
+    )
+    assert recorded["path"] == str(first / "checkpoints" / LAST)
+    shutil.rmtree(first)
+    again = start(recipe, *keys, processes=1).finish()
+    assert "resumes from step_00000010" in again
+    assert "the start is not loaded again" in again
+    assert json.loads((run / "environment.json").read_text())["start"] == recorded
+
+
+def test_moments_go_from_every_engine_into_another(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    said = start(recipe, tmp_path, script=moment_checks.__file__).finish()
+    assert said.count(": the same") == 4
 
 
 def test_state_is_small_plain_and_written_in_the_manifest(whole: Callable[..., Path]):

@@ -100,6 +100,7 @@ def test_a_run_continues_only_with_equal_keys_but_for_these():
         "data.num_workers",
         "data.shards",
         "log",
+        "method.module",
         "model.attention",
         "model.compile",
         "model.grad_checkpointing",
@@ -126,7 +127,8 @@ def test_the_resume_signature_holds_every_key_that_is_not_marked(recipe_name: st
     signature = flatten(config.resume_signature())
     compared = {key for key, may_change in leaves(PretrainConfig) if not may_change}
     resolved = flatten(config.model_dump(mode="json"))
-    sections = {"method", "target", "lut", "pr_mim"}  # of several kinds, or perhaps none: `leaves` has all their keys
+    # Of several kinds, or perhaps none: `leaves` has all their keys.
+    sections = {"method", "target", "lut", "pr_mim", "start"}
     assert signature.keys() <= compared | sections
     assert signature == {key: value for key, value in resolved.items() if key in compared | sections}
     assert {"seed", "optim.base_lr", "train.epochs", "method.mask_ratio", "target.name"} <= signature.keys()
