@@ -17,6 +17,7 @@ from pretrain.config import PretrainConfig, load
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ _log = logging.getLogger(__name__)
 
 def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
-    index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
+    with report_if_slow(f"the index of {config.data.shards} is read or made"):
+        index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
     device = init_distributed(world)
     folder = RunFolder(Path(config.runs) / config.name)
     with folder.locked(world.is_main):
@@ -50,7 +52,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     if numerics.compile or numerics.attention == "triton":
         folder.cache_compiled()
     if numerics.attention == "triton":
-        check_window_kernel(config, device)
+        with report_if_slow("the kernel for attention in windows is compiled and checked"):
+            check_window_kernel(config, device)
     method = build_method(config)
     ema = build_ema(config, method, device)
     for module in filter(None, (method, ema.model)):

@@ -16,6 +16,7 @@ from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.engine import build_engine, effective_settings
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation, Run
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 
@@ -59,7 +60,8 @@ def assemble(
     Raises:
         ValueError: as `Checkpoints.resume`.
     """
-    engine = build_engine(parts.module, parts.optimizer, config, settings)
+    with report_if_slow("DeepSpeed builds its engine"):
+        engine = build_engine(parts.module, parts.optimizer, config, settings)
     fresh = TrainState(
         fingerprint=index.fingerprint,
         world_size=world.size,
@@ -69,7 +71,8 @@ def assemble(
         machine={"device": device_name(), **{name: versions()[name] for name in ("torch", "triton", "deepspeed")}},
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+    with report_if_slow("the newest checkpoint is looked for, checked and loaded"):
+        state, resumed = checkpoints.resume(engine, parts.ema, fresh)
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
     if world.is_main:
         effective = effective_settings(engine)

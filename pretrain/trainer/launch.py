@@ -14,6 +14,8 @@ from typing import NoReturn
 import psutil
 import torch
 
+from pretrain.trainer.phases import report_if_slow
+
 # Longer than any step or collective, shorter than a wasted night.
 TIMEOUT = timedelta(minutes=30)
 _DEEPSPEED_PORT = "29500"  # of every run, unless --master_port says otherwise
@@ -88,7 +90,8 @@ def init_distributed(world: World) -> torch.device:
         )
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # after DS_ACCELERATOR is decided
+    with report_if_slow("DeepSpeed is imported"):
+        import deepspeed  # after DS_ACCELERATOR is decided
 
     deepspeed.logger.setLevel("WARNING")
     # An inference kernel for CPUs that training never calls. torch guards its build with a lock file that outlives a
@@ -102,7 +105,8 @@ def init_distributed(world: World) -> torch.device:
             )
         torch.cuda.set_device(world.local_rank)
     try:
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        with report_if_slow(f"waiting until all {world.size} ranks have started"):
+            deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
