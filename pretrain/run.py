@@ -19,6 +19,7 @@ from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.signals import Stopped
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 def _train(config: PretrainConfig, world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     # These import DeepSpeed, which chooses its accelerator on import.
     from pretrain.build import build_ema, build_evaluation, build_method
-    from pretrain.finish import finish
+    from pretrain.finish import finish, finish_stopped
     from pretrain.numerics import apply_numerics, check_window_kernel, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
     from pretrain.trainer.engine import ds_settings, zero_stage
@@ -67,7 +68,12 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         numerics.signature(),
     )
     run = assemble(config, world, device, folder, index, settings, parts)
-    train(run)
+    try:
+        train(run)
+    except Stopped:
+        finish_stopped(run, index)
+        log_outputs(run)
+        raise
     finish(run, index)
     log_outputs(run)
 

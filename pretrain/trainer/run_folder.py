@@ -19,6 +19,8 @@ from typing import Any, TextIO
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from pretrain.trainer.checkpoint_layout import checkpoint_name
+
 _PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "triton", "deepspeed", "timm", "webdataset", "numpy", "pillow")
 _ROOT = Path(__file__).parents[2]
 _log = logging.getLogger(__name__)
@@ -45,6 +47,14 @@ class RunFolder:
         self.encoder_ema = root / "encoder_ema.safetensors"
         self.model = root / "model.safetensors"
         self.model_ema = root / "model_ema.safetensors"
+
+    def result(self, path: Path, step: int | None) -> Path:
+        """Where one of the results above goes; `step` is the run's, if it is not over: such a file says so."""
+        return path if step is None else path.with_name(f"{path.stem}_{checkpoint_name(step)}{path.suffix}")
+
+    def partial_results(self) -> list[Path]:
+        """The files of `result` that a run has left which was stopped."""
+        return sorted(self.root.glob("*_step_*.safetensors"))
 
     def cache_compiled(self) -> None:
         """Makes torch and Triton keep what they compile here, unless the environment says where: a requeue starts warm.
