@@ -21,11 +21,11 @@ from data.order import Stream, sample_rng
 from data.parallel import report_errors
 from data.scan import NO_LABEL
 from downstream.checkpoints.files import read_source
-from pretrain.build import build_method
 from pretrain.config import load
 from pretrain.methods.base import MaskIndices, Method
 from pretrain.reconstructions import draw_reconstructions, drawn_method
 from pretrain.trainer.checkpoint_layout import latest_checkpoint, read_state
+from pretrain.trainer.launch import choose_accelerator
 from pretrain.trainer.run_folder import RunFolder
 
 
@@ -54,6 +54,9 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
     Raises:
         ValueError: it is no run of a pretraining, has no checkpoint, or predicts what cannot be shown.
     """
+    choose_accelerator()
+    from pretrain.build import build_method  # imports DeepSpeed
+
     folder = RunFolder(run)
     if not folder.config.is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no {folder.config.name}")

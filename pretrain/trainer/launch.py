@@ -77,6 +77,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def choose_accelerator() -> None:
+    """Tells DeepSpeed where there is no GPU, or it says so at length; called before it is imported."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def init_distributed(world: World) -> torch.device:
     """Joins the process group and picks this rank's device.
 
@@ -88,8 +94,7 @@ def init_distributed(world: World) -> torch.device:
             f"DS_ACCELERATOR=cuda, but torch {torch.__version__} finds no usable GPU: check nvidia-smi and that the "
             f"driver supports CUDA {torch.version.cuda}; to train on the CPU set DS_ACCELERATOR=cpu"
         )
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    choose_accelerator()
     with report_if_slow("DeepSpeed is imported"):
         import deepspeed  # after DS_ACCELERATOR is decided
 
