@@ -74,10 +74,10 @@ def main() -> int:
         step = measure_step(config)
         epochs = choose_epochs(step, config.train.epochs)
         warmup = config.optim.warmup_epochs * epochs / config.train.epochs
-        minutes = step * ENGINE * STEPS_PER_EPOCH * epochs / 60
+        minutes = max(step * ENGINE * STEPS_PER_EPOCH * epochs / 60, 1)
         less = "" if epochs == config.train.epochs else f" instead of {config.train.epochs}, as that is slow"
         print(
-            f"a step takes about {step * ENGINE:.2f} s here: {epochs} epochs{less}, about {max(minutes, 1):.0f} minutes",
+            f"a step takes about {step * ENGINE:.2f} s here: {epochs} epochs{less}, about {minutes:.0f} minutes",
             file=sys.stderr,
         )
     if (epochs, warmup) != (config.train.epochs, config.optim.warmup_epochs):
