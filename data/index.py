@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data.file_lock import NotWritableError, locked
 from data.messages import one_or_list
 from data.multi_labels import MultiLabels
+from data.names import read_lines
 from data.scan import ShardContent, describe_unused, scan_shard
 from data.shard_files import find_shards
 

@@ -24,7 +24,9 @@ from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
 from pretrain.trainer.moments import Moments, read_moments
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder, file_digest
+from pretrain.trainer.signals import Stopped
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
     folder = RunFolder(Path(config.runs) / config.name)
     check_start(config, folder)
-    index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
+    with report_if_slow(f"the index of {config.data.shards} is read or made"):
+        index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
     device = init_distributed(world)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
@@ -43,7 +46,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 def _train(config: PretrainConfig, world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     # These import DeepSpeed, which chooses its accelerator on import.
     from pretrain.build import build_ema, build_evaluation, build_method
-    from pretrain.finish import finish
+    from pretrain.finish import finish, finish_stopped
     from pretrain.numerics import apply_numerics, check_window_kernel, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
     from pretrain.trainer.engine import ds_settings, zero_stage
@@ -58,7 +61,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     if numerics.compile or numerics.attention == "triton":
         folder.cache_compiled()
     if numerics.attention == "triton":
-        check_window_kernel(config, device)
+        with report_if_slow("the kernel for attention in windows is compiled and checked"):
+            check_window_kernel(config, device)
     method = build_method(config)
     start = find_start(config, folder, world)
     loaded = _load_start(config, method, start) if start else None
@@ -79,7 +83,12 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         {"method.module": file_digest(getfile(METHODS[config.method.name]))} if config.method.module else {},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
-    train(run)
+    try:
+        train(run)
+    except Stopped:
+        finish_stopped(run, index)
+        log_outputs(run)
+        raise
     finish(run, index)
     log_outputs(run)
 

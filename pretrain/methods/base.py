@@ -54,6 +54,7 @@ class Method(nn.Module, ABC):
         targets: names of the targets that it can predict; all of them unless it says otherwise.
         default_target: the target if the configuration names none.
         encoder: the model to pretrain.
+        target: what is predicted.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -62,6 +63,7 @@ class Method(nn.Module, ABC):
     default_target: ClassVar[TargetConfig] = PixelsConfig(norm_pix=True)
 
     encoder: ViT
+    target: PatchTarget
 
     @abstractmethod
     def __init__(self, config: MethodConfig, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):

@@ -17,6 +17,7 @@ from pretrain.trainer.engine import build_engine, effective_settings
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation, Run
 from pretrain.trainer.moments import Moments, set_moments
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 
@@ -67,7 +68,8 @@ def assemble(
     Raises:
         ValueError: as `Checkpoints.resume`.
     """
-    engine = build_engine(parts.module, parts.optimizer, config, settings)
+    with report_if_slow("DeepSpeed builds its engine"):
+        engine = build_engine(parts.module, parts.optimizer, config, settings)
     if parts.moments:
         set_moments(engine, parts.moments)
     fresh = TrainState(
@@ -81,7 +83,8 @@ def assemble(
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     try:
-        state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+        with report_if_slow("the newest checkpoint is looked for, checked and loaded"):
+            state, resumed = checkpoints.resume(engine, parts.ema, fresh)
     except CannotContinueError as error:
         raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)

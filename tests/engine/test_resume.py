@@ -133,10 +133,17 @@ def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
     run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: they agree
     output = run.finish()
     assert "SIGUSR1: saved and stopped after step" in output
+    (so_far,) = (tmp_path / "runs" / "stopped").glob("encoder_step_*.safetensors")
+    assert so_far.stem == f"encoder_{newest(tmp_path / 'runs' / 'stopped')}"
+    assert load_file(so_far).keys() == load_file(unstopped / "encoder.safetensors").keys()
+    for name in ("loss.png", "reconstructions.png", so_far.name):
+        assert (tmp_path / "runs" / "stopped" / name).exists()
+        assert f"{tmp_path / 'runs' / 'stopped' / name} " in output
     for rank in (0, 1):
         log = (tmp_path / "runs" / "stopped" / "logs" / f"rank{rank}.log").read_text()
         assert "SIGUSR1: saved and stopped after step" in log
     start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every_steps=1000").finish()
+    assert not so_far.exists(), "the encoder at the end is there"
     assert_same_run(unstopped, tmp_path / "runs" / "stopped")
 
 

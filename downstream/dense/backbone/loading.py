@@ -50,7 +50,8 @@ def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report
             backbone computes other features with its weights than the encoder.
     """
     arch = next(name for name, arch in ARCHS.items() if arch == backbone.arch)
-    encoder, report = read_start(path, weights, arch, backbone.patch_size, backbone.position)
+    class_token = backbone.cls_token is not None
+    encoder, report = read_start(path, weights, arch, backbone.patch_size, backbone.position, class_token)
     _fill(backbone, encoder, report)
     difference = compare_features(backbone, encoder)
     if not difference <= FLOAT64_TOLERANCE:
@@ -63,12 +64,18 @@ def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report
 
 
 def read_start(
-    path: str, weights: Weights | None, arch: str = "vit_base", patch_size: int = 16, position: str = "relative"
+    path: str,
+    weights: Weights | None,
+    arch: str = "vit_base",
+    patch_size: int = 16,
+    position: str = "relative",
+    class_token: bool = False,
 ) -> tuple[ViT, Report]:
     """The encoder that a backbone with these arguments starts from, with patches of its size.
 
     Raises:
-        ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position.
+        ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position, or has no
+            class token where one is needed.
     """
     try:
         found = read_encoder(path, weights=weights)
@@ -82,7 +89,7 @@ def read_start(
             f"start.checkpoint={path} is {stored}, model.backbone.arch is {arch}: set it to {stored} "
             f"(a config of that size), or give another checkpoint"
         )
-    if encoder.cls_token is None and backbone.cls_token is not None:
+    if encoder.cls_token is None and class_token:
         raise ValueError(
             f"start.checkpoint={path} has no class token: set model.backbone.class_token=False, or give another one"
         )
