@@ -1,16 +1,19 @@
 """The configuration of a classifier's training: `load` makes one, frozen and checked, of a recipe and its overrides."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data.transforms import Augmentation
 from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share
-from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
+from pretrain.trainer.recipe import load_config
+from pretrain.trainer.schema import MAY_CHANGE, Section
 
 RECIPES = Path(__file__).parent / "recipes"
+ELSEWHERE = {"pretrain/run.py": Path(__file__).parents[2] / "pretrain" / "recipes"}
 
 
 class FinetuneModelConfig(ModelConfig):
@@ -82,7 +85,7 @@ class FinetuneOptimConfig(OptimConfig):
 class ValConfig(Section):
     """Validation during training."""
 
-    shards: str = Field(description="like data.shards, for the validation images")
+    shards: str = Field(min_length=1, description="like data.shards, for the validation images")
     every_epochs: int = Field(1, ge=1, description="the end of training is always measured")
     batch_size: int = Field(128, ge=1, description="images per batch on each rank")
 
@@ -110,26 +113,24 @@ class FinetuneConfig(RunConfig):
         (first,) = super().augmentations
         return (replace(first, rand_augment=self.augment.randaugment),)
 
-    @model_validator(mode="after")
-    def _check_sections(self) -> "FinetuneConfig":
+    def problems(self) -> Iterator[str]:
+        """As of every training, and what the classifier's sections do not take together."""
+        yield from super().problems()
         start, optim = self.start, self.optim
         if start.checkpoint is None and start.trained_blocks is not None:
-            raise ValueError(
-                f"start.trained_blocks={start.trained_blocks} would freeze random weights: set start.checkpoint"
-            )
+            yield f"start.trained_blocks={start.trained_blocks} would freeze random weights: set start.checkpoint"
+
         if self.head.kind == "batchnorm" and start.trained_blocks != 0:
-            raise ValueError(
-                "head.kind=batchnorm is for linear probes: set start.trained_blocks=0, or head.kind=linear"
-            )
+            yield "head.kind=batchnorm is for linear probes: set start.trained_blocks=0, or head.kind=linear"
+
         if optim.name == "lars" and start.trained_blocks != 0:
-            raise ValueError("optim.name=lars is for linear probes: set start.trained_blocks=0, or optim.name=adamw")
+            yield "optim.name=lars is for linear probes: set start.trained_blocks=0, or optim.name=adamw"
         try:
             self.augmentations  # noqa: B018
         except ValueError as error:
-            raise ValueError(f"augment.randaugment: {error}") from None
-        return self
+            yield f"augment.randaugment: {error}"
 
 
 def load(recipe: str, overrides: list[str]) -> FinetuneConfig:
     """The configuration of a recipe; see `load_config`."""
-    return load_config(FinetuneConfig, recipe, overrides, RECIPES)
+    return load_config(FinetuneConfig, recipe, overrides, RECIPES, ELSEWHERE)

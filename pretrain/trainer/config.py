@@ -1,5 +1,6 @@
 """The sections of every training's configuration; pretraining and fine-tuning add their own."""
 
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import yaml
@@ -26,7 +27,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Training shards, and the crops taken from their images."""
 
-    shards: Annotated[str, MAY_CHANGE] = Field(description="a folder of tar shards, a tar file, or a brace pattern")
+    shards: Annotated[str, MAY_CHANGE] = Field(
+        min_length=1, description="a folder of tar shards, a tar file, or a brace pattern"
+    )
     image_size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
     crop: Literal["random", "simple"] = Field(
         "random", description="random: RandomResizedCrop; simple: DeiT III's, the short side resized, then cropped"
@@ -100,7 +103,9 @@ class LogConfig(Section):
 class RunConfig(Section):
     """The configuration of any training. Its files go to `runs`/`name`."""
 
-    name: Annotated[str, MAY_CHANGE] = Field(coerce_numbers_to_str=True, pattern=r"^[\w-][\w.-]*$")
+    name: Annotated[str, MAY_CHANGE] = Field(
+        pattern=r"^[\w-][\w.-]*$", description="a folder's name of letters, digits, '_', '-' and '.', no '.' in front"
+    )
     runs: Annotated[str, MAY_CHANGE] = "runs"
     seed: int = Field(0, ge=0)
     model: ModelConfig = ModelConfig()
@@ -141,24 +146,35 @@ class RunConfig(Section):
             advice.append("model.grad_checkpointing=true")
         return f"set {', '.join(advice)}, or start a new run with a higher ZeRO stage (train.ds_config)"
 
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> "RunConfig":
+    def problems(self) -> Iterator[str]:
+        """What of the values does not fit together: a sentence each, with the key to change."""
         patch = self.model.patch_size
         for side in self.data.height_width:
             if side < patch or side % patch:
                 near = max(side // patch, 1) * patch
-                raise ValueError(
+                yield (
                     f"data.image_size={self.data.image_size}: {side} is not a multiple of "
                     f"model.patch_size={patch}; the nearest multiples are {near} and {near + patch}"
                 )
         if self.optim.warmup_epochs >= self.train.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be less than train.epochs={self.train.epochs}"
-            )
+            yield f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be less than train.epochs={self.train.epochs}"
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
-            raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first")
+            yield f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if found := "\n".join(dict.fromkeys(self.problems())):
+            raise ValueError(found)
         return self
 
     def to_yaml(self) -> str:
         """The resolved recipe; reading it back gives an equal configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def problem_of(check: Callable[..., object], *arguments: object) -> Iterator[str]:
+    """What a check refuses by a ValueError, if it does."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        yield str(error)
