@@ -14,9 +14,10 @@ import torch
 
 from data.index import Index, load_index
 from pretrain.config import PretrainConfig, load
+from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main
+from pretrain.trainer.main import main, said_once_a_node
 from pretrain.trainer.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ _log = logging.getLogger(__name__)
 
 def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
-    index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
+    with said_once_a_node(world):  # before the process group exists: indexing many shards takes long
+        index = load_index(config.data.shards)
     device = init_distributed(world)
     folder = RunFolder(Path(config.runs) / config.name)
     with folder.locked(world.is_main):
@@ -70,4 +72,4 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
 
 
 if __name__ == "__main__":
-    main(__doc__, load, pretrain)
+    main(__doc__, load, pretrain, check=check_engine)

@@ -14,9 +14,10 @@ import torch
 
 from data.index import Index, load_index
 from downstream.classify.config import FinetuneConfig, load
+from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main
+from pretrain.trainer.main import main, said_once_a_node
 from pretrain.trainer.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -24,17 +25,20 @@ _log = logging.getLogger(__name__)
 
 def finetune(config: FinetuneConfig, world: World) -> None:
     """The whole run, on all ranks."""
-    indices = []  # before joining the process group, as reading many shards takes time
-    for key, shards in {"data.shards": config.data.shards, "val.shards": config.val.shards}.items():
-        try:
-            indices.append(load_index(shards))
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+    with said_once_a_node(world):  # before joining the process group, as reading many shards takes time
+        indices = [_load_index("data.shards", config.data.shards), _load_index("val.shards", config.val.shards)]
     device = init_distributed(world)
     folder = RunFolder(Path(config.runs) / config.name)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
         _train(config, world, device, folder, *indices)
+
+
+def _load_index(key: str, shards: str) -> Index:
+    try:
+        return load_index(shards)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _train(
@@ -76,4 +80,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    main(__doc__, load, finetune)
+    main(__doc__, load, finetune, check=check_engine)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 from typing import NoReturn
 
 import torch
@@ -61,11 +62,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def init_distributed(world: World) -> torch.device:
-    """Joins the process group and picks this rank's device.
+def import_deepspeed(world: World) -> ModuleType:
+    """DeepSpeed, for the accelerator that this process has; it looks for one as soon as it is imported.
 
     Raises:
-        ValueError: DS_ACCELERATOR=cuda without a usable GPU, or another run is listening on the port.
+        ValueError: DS_ACCELERATOR=cuda without a usable GPU.
     """
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -77,12 +78,22 @@ def init_distributed(world: World) -> torch.device:
         # The launchers start several processes on a node and do not set their threads: share the cores.
         threads = max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), 1)
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
-    import deepspeed  # after DS_ACCELERATOR is decided
+    import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
     # An inference kernel for CPUs that training never calls. torch guards its build with a lock file that outlives a
     # killed process: from then on every start would wait forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_distributed(world: World) -> torch.device:
+    """Joins the process group and picks this rank's device.
+
+    Raises:
+        ValueError: as `import_deepspeed`, or another run is listening on the port.
+    """
+    deepspeed = import_deepspeed(world)
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(

@@ -1,11 +1,12 @@
 """What all commands that train have in common: the command line, signals, logging, and errors in one line."""
 
 import argparse
+import contextlib
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
@@ -31,11 +32,27 @@ _log = logging.getLogger(__name__)
 STOPPED_FILE = "LOMAR_STOPPED_FILE"  # of the environment: by this file slurm/_train.sh knows that it is to requeue
 
 
+class SaidByAnotherError(Exception):
+    """An error that the first rank of the node says."""
+
+
+@contextlib.contextmanager
+def said_once_a_node(world: World) -> Iterator[None]:
+    """For what all ranks of a node do alike: a ValueError is said by the first of them."""
+    try:
+        yield
+    except ValueError:
+        if world.local_rank == 0:
+            raise
+        raise SaidByAnotherError from None
+
+
 def main(
     description: str | None,
     load: Callable[[str, list[str]], AnyConfig],
     train: Callable[[AnyConfig, World], None],
     recipe: str = "RECIPE",
+    check: Callable[[AnyConfig, World], object] | None = None,
 ) -> NoReturn:
     """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise.
 
@@ -46,12 +63,15 @@ def main(
         load: (recipe, overrides) -> the checked configuration.
         train: the whole run, on all ranks.
         recipe: what --help calls the first argument.
+        check: what else can be refused at once, before anything is read; the same on every rank, so that one says it.
     """
     watch_signals()
     try:
         world = find_world()
         log_to_console(world)
         config = load(*_parse(description, recipe))
+        if check is not None:
+            check(config, world)
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":  # the same on every rank
             print(f"error: {error}", file=sys.stderr)
@@ -66,6 +86,8 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
     except Stopped as stopped:
         _log.info("%s", stopped)
         return _mark_stopped() if world.is_main else 0
+    except SaidByAnotherError:
+        return 1
     except torch.OutOfMemoryError as error:
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         more = f" ({wanted[1]} more were asked for)" if wanted else ""

@@ -102,9 +102,9 @@ def _shown(problem: Any) -> str:
 
 
 def _wanted(problem: Any, section: type[BaseModel], path: list[str], annotation: Any) -> str:
-    kind, context = problem["type"], problem.get("ctx", {})
+    kind = problem["type"]
     if kind in _LIMITS:
-        return _LIMITS[kind].format(**{name: f"{value:g}" for name, value in context.items() if name != "error"})
+        return _limit(problem)
     field = section.model_fields.get(path[-1]) if path else None
     if kind == "string_pattern_mismatch" and field is not None:
         return f"{field.description}"
@@ -112,6 +112,20 @@ def _wanted(problem: Any, section: type[BaseModel], path: list[str], annotation:
     if words and isinstance(problem["input"], str) and nearest(problem["input"], words).startswith("did"):
         return f"{describe(annotation)}: {nearest(problem['input'], words)}"
     return describe(annotation)
+
+
+def _limit(problem: Any) -> str:
+    numbers = {name: f"{value:g}" for name, value in problem.get("ctx", {}).items() if name != "error"}
+    return _LIMITS[problem["type"]].format(**numbers)
+
+
+def problem_words(problem: Any) -> str:
+    """What is wrong with a value whose section is another library's: `must be at least 0`."""
+    kind = problem["type"]
+    if kind in _LIMITS:
+        return f"must be {_limit(problem)}"
+    named = {"int": int, "float": float, "bool": bool, "string": str}.get(kind.split("_")[0])
+    return f"must be {_TYPES[named]}" if named else str(problem["msg"])
 
 
 def _choices(annotation: Any) -> list[Any]:

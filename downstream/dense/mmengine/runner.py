@@ -19,7 +19,8 @@ from downstream.dense.mmengine.encoder_start import clear_start
 from downstream.dense.mmengine.hooks import DurableCheckpointHook, Fp32OutputsHook, ResumeHook, plain_numbers
 from downstream.dense.mmengine.strategy import ZeroStrategy
 from pretrain.trainer.checkpoint import first_problem
-from pretrain.trainer.engine import OWNED, complete_settings, read_ds_config, zero_stage
+from pretrain.trainer.engine import complete_settings, zero_stage
+from pretrain.trainer.engine_file import OWNED, read_ds_config
 from pretrain.trainer.launch import World
 
 # Keys of DeepSpeed that the configuration or the command owns.
