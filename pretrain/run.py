@@ -59,7 +59,11 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         apply_numerics(module, numerics)
     parts = Parts(
         method,
-        build_adamw(parameter_groups(method, config.optim.weight_decay), config, zero_stage(settings)),
+        build_adamw(
+            parameter_groups(method, config.optim.weight_decay, config.optim.decay_class_token),
+            config,
+            zero_stage(settings),
+        ),
         ema,
         build_loader(config, index, world, mask_sampler=method.mask_sampler()),
         build_evaluation(config, method, world, device),

@@ -23,9 +23,6 @@ class FinetuneModelConfig(ModelConfig):
         "relative",
         description="sincos: any absolute table, like MAE's; bias: a table per block, like BEiT's and SimMIM's",
     )
-    drop_path_rate: float = Field(
-        0.0, ge=0, lt=1, description="stochastic depth of the last block, decreasing linearly to 0 at the first"
-    )
 
 
 class StartConfig(Section):
@@ -46,7 +43,7 @@ class StartConfig(Section):
 class HeadConfig(Section):
     """The classification head on the encoder."""
 
-    num_classes: int = Field(ge=2)
+    num_classes: int = Field(ge=2, description="classes of the training set")
     kind: Literal["linear", "batchnorm"] = Field(
         "linear", description="batchnorm: standardize the features over the batch first, as in MAE's linear probe"
     )
@@ -60,7 +57,7 @@ class AugmentConfig(Section):
     random_erasing: Share = Field(0.0, description="probability of replacing a rectangle with noise")
     mixup: float = Field(0.0, ge=0, description="alpha")
     cutmix: float = Field(0.0, ge=0, description="alpha; with mixup, each batch gets one of the two")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
 
     @property
     def mixes(self) -> bool:
@@ -71,13 +68,13 @@ class AugmentConfig(Section):
 class EMAConfig(Section):
     """An exponential moving average of the weights, evaluated and saved along with them."""
 
-    decay: Share = 0.9999
+    decay: Share = Field(0.9999, description="share of the average that an update keeps")
 
 
 class FinetuneOptimConfig(OptimConfig):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "lars"] = "adamw"
+    name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probes with large batches")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block relative to that of the next")
     momentum: Share = Field(0.9, description="of LARS")
 

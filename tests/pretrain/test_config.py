@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from pretrain.build import build_method
@@ -257,6 +258,24 @@ def test_shipped_recipes_are_those_of_the_paper(name: str, size: int, patch: int
     assert (config.optim.min_lr, config.data.crop_scale, config.data.hflip) == (0, (0.2, 1.0), 0.5)
     if warmup is not None:
         assert config.optim.warmup_epochs == warmup
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "simmim" in name])
+def test_simmim_recipes_train_as_its_authors_code(name: str):
+    config = load(name, ["data.shards=/nowhere"])
+    optim = config.optim
+    assert config.peak_lr == pytest.approx(4e-4), "1e-4 x 2048 / 512"
+    assert (optim.betas, optim.clip_grad, optim.decay_class_token, optim.warmup_epochs) == ((0.9, 0.999), 5, False, 10)
+    assert (config.model.drop_path_rate, config.target.loss, config.target.norm_pix) == (0.1, "l1", False)
+    steps = ("steps", (700,), 0.1) if config.train.epochs == 800 else ("cosine", (), 0.1)
+    assert (optim.schedule, optim.step_epochs, optim.step_factor) == steps
+
+
+def test_drop_path_grows_over_the_blocks_of_the_encoder():
+    config = load("simmim_vits16_224_800e", ["data.shards=/nowhere", "model.drop_path_rate=0.11", "data.image_size=64"])
+    first, *others = build_method(config).encoder.blocks
+    assert isinstance(first.drop_path, torch.nn.Identity)
+    assert [1 - float(block.drop_path.kept_share) for block in others] == pytest.approx([k / 100 for k in range(1, 12)])
 
 
 def test_weights_depend_on_the_seed_alone(recipe: str):

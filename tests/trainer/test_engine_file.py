@@ -52,7 +52,7 @@ def read(tmp_path: Path) -> Read:
     ],
 )
 def test_a_key_that_is_not_for_the_file_is_refused_by_name(keys: dict[str, Any], says: str, read: Read):
-    with pytest.raises(ValueError, match="set|refuses") as error:
+    with pytest.raises(ValueError, match=r"set|refuses") as error:
         read(**keys)
     assert says in str(error.value)
     assert len(str(error.value).splitlines()) == 1
