@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pr
 import torch
 
 from data.index import Index, load_index
-from pretrain.config import PretrainConfig, load
+from pretrain.config import RECIPES, PretrainConfig, load
 from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main, said_once_a_node
 from pretrain.trainer.run_folder import RunFolder
@@ -76,4 +77,4 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
 
 
 if __name__ == "__main__":
-    main(__doc__, load, pretrain, check=check_engine)
+    main(__doc__, load, pretrain, check=check_engine, catalog=Catalog(PretrainConfig, RECIPES, load))

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher start
 import torch
 
 from data.index import Index, load_index
-from downstream.classify.config import FinetuneConfig, load
+from downstream.classify.config import RECIPES, FinetuneConfig, load
 from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main, said_once_a_node
 from pretrain.trainer.run_folder import RunFolder
@@ -80,4 +81,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    main(__doc__, load, finetune, check=check_engine)
+    main(__doc__, load, finetune, check=check_engine, catalog=Catalog(FinetuneConfig, RECIPES, load))

@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol, TypeVar
 import torch
 
 from pretrain.trainer.launch import World, exit_process, find_world
+from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_console
 from pretrain.trainer.nonfinite import Diverged
 from pretrain.trainer.run_folder import package_version
@@ -53,6 +54,7 @@ def main(
     train: Callable[[AnyConfig, World], None],
     recipe: str = "RECIPE",
     check: Callable[[AnyConfig, World], object] | None = None,
+    catalog: Catalog | None = None,
 ) -> NoReturn:
     """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise.
 
@@ -64,12 +66,18 @@ def main(
         train: the whole run, on all ranks.
         recipe: what --help calls the first argument.
         check: what else can be refused at once, before anything is read; the same on every rank, so that one says it.
+        catalog: what --recipes, --keys and --show print, if the command has them.
     """
     watch_signals()
     try:
         world = find_world()
         log_to_console(world)
-        config = load(*_parse(description, recipe))
+        options = _parse(description, recipe, catalog)
+        if (text := _listed(options, catalog)) is not None:
+            if world.is_main:
+                print(text)
+            exit_process(0)
+        config = load(options.recipe, options.overrides)
         if check is not None:
             check(config, world)
     except ValueError as error:
@@ -115,11 +123,32 @@ def _mark_stopped() -> int:
     return 0
 
 
-def _parse(description: str | None, recipe: str) -> tuple[str, list[str]]:
+def _parse(description: str | None, recipe: str, catalog: Catalog | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", metavar=recipe)
+    parser.add_argument("recipe", metavar=recipe, nargs=None if catalog is None else "?")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     parser.add_argument("--version", action="version", version=f"lomar-deepspeed {package_version('lomar-deepspeed')}")
-    options = parser.parse_args()
-    return options.recipe, options.overrides
+    if catalog is None:
+        return parser.parse_args()
+    listing = parser.add_mutually_exclusive_group()
+    listing.add_argument("--recipes", action="store_true", help="list the shipped recipes")
+    listing.add_argument(
+        "--keys", nargs="?", const="", metavar="NAME", help="list all keys, or those of a section or method"
+    )
+    listing.add_argument("--show", action="store_true", help="print the recipe under all overrides")
+    options = parser.parse_intermixed_args()
+    if options.recipe is None and not options.recipes and options.keys is None:
+        parser.error(f"give a {recipe}: --recipes lists the shipped ones")
+    return options
+
+
+def _listed(options: argparse.Namespace, catalog: Catalog | None) -> str | None:
+    """What was asked to be printed, if anything."""
+    if catalog is None:
+        return None
+    if options.recipes:
+        return catalog.list_recipes()
+    if options.keys is not None:
+        return catalog.list_keys(options.keys)
+    return catalog.show(options.recipe, options.overrides) if options.show else None

@@ -22,6 +22,9 @@ _LIMITS = {
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
+COMMAND_LINE = "the command line"
+
+
 @dataclass(frozen=True)
 class Layer:
     """Keys that were set together: by a recipe, by what it extends, or on the command line."""
@@ -45,24 +48,30 @@ def explain(error: ValidationError, schema: type[BaseModel], layers: Sequence[La
     return list(problems.values())
 
 
-def _origin(key: str, layers: Sequence[Layer]) -> str:
-    """The recipe that has set the key; '' where it was the command line."""
+def source_of(key: str, layers: Sequence[Layer]) -> str:
+    """What has set a key; '' where nothing has."""
     for layer in reversed(layers):
         keys: Any = layer.keys
         parts = key.split(".")
         while parts and isinstance(keys, dict) and parts[0] in keys:
             keys = keys[parts.pop(0)]
         if not parts:
-            return "" if layer is layers[-1] else layer.source
+            return layer.source
     return ""
+
+
+def _recipe_of(key: str, layers: Sequence[Layer]) -> str:
+    """The recipe that has set a key; '' where it was the command line."""
+    source = source_of(key, layers)
+    return "" if source == COMMAND_LINE else source
 
 
 def _origins(line: str, key: str, layers: Sequence[Layer]) -> str:
     """Which recipe has set the key, or those keys that a message names with their values."""
     if key:
-        return f" (in {origin})" if (origin := _origin(key, layers)) else ""
+        return f" (in {origin})" if (origin := _recipe_of(key, layers)) else ""
     keys = dict.fromkeys(re.findall(r"\b([a-z_]\w*\.\w+)=", line))
-    sets = [f"{origin} sets {key}" for key in keys if (origin := _origin(key, layers))]
+    sets = [f"{origin} sets {key}" for key in keys if (origin := _recipe_of(key, layers))]
     return f" ({', '.join(sets)})" if sets and len(keys) > 1 else ""
 
 

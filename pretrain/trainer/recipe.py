@@ -7,12 +7,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pretrain.trainer.problems import Layer, explain
+from pretrain.trainer.problems import COMMAND_LINE, Layer, explain
 from pretrain.trainer.schema import Section, choices, nearest, sections_in, split_argument
 from pretrain.trainer.values import Word, convert, read_bracketed, read_yaml
 
 AnySection = TypeVar("AnySection", bound=Section)
-COMMAND_LINE = "the command line"
 
 
 def load_config(
