@@ -1,21 +1,23 @@
 """The configuration of a pretraining run: `load` turns a recipe and its overrides into one frozen, checked object."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import Field, create_model, model_validator
 
 from data.transforms import Augmentation
 from pretrain.methods import METHODS, AnyMethodConfig, import_methods
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
-from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig
-from pretrain.trainer.schema import MAY_CHANGE, Section, load_config, parse_overrides
+from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig, problem_of
+from pretrain.trainer.recipe import load_config, parse_overrides
+from pretrain.trainer.schema import MAY_CHANGE, Section
 
 RECIPES = Path(__file__).parent / "recipes"
+ELSEWHERE = {"downstream/classify/finetune.py": Path(__file__).parents[1] / "downstream" / "classify" / "recipes"}
 
 
 class PretrainModelConfig(ModelConfig):
@@ -30,12 +32,6 @@ class PretrainModelConfig(ModelConfig):
     residual: Annotated[Literal["fp32", "bf16"], MAY_CHANGE] = Field(
         "fp32", description="precision of the encoder's residual stream; bf16: less memory and time, less exact sums"
     )
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _on_and_off_are_words(cls, value: object) -> object:
-        """YAML reads them as booleans."""
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class ProbeConfig(Section):
@@ -76,6 +72,7 @@ class PretrainConfig(RunConfig):
 
     imported: ClassVar[str | None] = None
     own_methods: ClassVar[frozenset[str]] = frozenset()
+    follows: ClassVar[dict[str, str]] = {"target": "method"}
 
     model: PretrainModelConfig = PretrainModelConfig()
     method: AnyMethodConfig
@@ -138,26 +135,35 @@ class PretrainConfig(RunConfig):
                 f"give method.name={min(cls.own_methods)}"
             )
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "PretrainConfig":
+    def problems(self) -> Iterator[str]:
+        """As of every training, and what method, target and add-ons do not take."""
+        sizes = list(super().problems())
+        yield from sizes
+        if any(problem.startswith("data.image_size") for problem in sizes):
+            return  # there is no grid of patches
         method, kind = self.method, METHODS[self.method.name]
-        method.check(self.grid, self.model)
+        unfit = [*problem_of(method.check, self.grid, self.model)]
+        yield from unfit
         if self.target.name not in kind.targets:
-            raise ValueError(
+            yield (
                 f"method {method.name} predicts {' or '.join(sorted(kind.targets))}, not target.name={self.target.name}"
             )
-        self.target.check(self.model.patch_size)
+        yield from problem_of(self.target.check, self.model.patch_size)
+        if not unfit:
+            yield from self._problems_of_add_ons()
+
+    def _problems_of_add_ons(self) -> Iterator[str]:
+        method = self.method
         patches, masked = method.count_patches(self.grid, self.model.patch_size)
         if self.pr_mim:
-            check_add_on("pr_mim", method.name)
-            method.check_pr_mim()
-            self.pr_mim.num_kept(patches, masked)
+            yield from problem_of(check_add_on, "pr_mim", method.name)
+            yield from problem_of(method.check_pr_mim)
+            yield from problem_of(self.pr_mim.num_kept, patches, masked)
         if self.lut:
-            check_add_on("lut", method.name)
-            method.check_lut()
+            yield from problem_of(check_add_on, "lut", method.name)
+            yield from problem_of(method.check_lut)
             micro_batch = self.train.global_batch_size // self.train.gradient_accumulation_steps
-            self.lut.check(patches, masked, micro_batch)
-        return self
+            yield from problem_of(self.lut.check, patches, masked, micro_batch)
 
 
 def check_add_on(add_on: str, method: str) -> None:
@@ -176,7 +182,7 @@ def load(recipe: str, overrides: list[str]) -> PretrainConfig:
     method = parse_overrides(overrides, PretrainConfig).get("method")
     module = method.get("module") if isinstance(method, dict) else None
     schema = PretrainConfig if module is None else _schema_with(str(module))
-    return load_config(schema, recipe, overrides, RECIPES)
+    return load_config(schema, recipe, overrides, RECIPES, ELSEWHERE)
 
 
 def _schema_with(module: str) -> type[PretrainConfig]:

@@ -15,14 +15,16 @@ import torch
 
 from data.index import Index, load_index
 from downstream.checkpoints.method_weights import LoadedMethod, load_method, load_teacher
-from pretrain.config import PretrainConfig, load
+from pretrain.config import RECIPES, PretrainConfig, load
 from pretrain.methods import METHODS
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
 from pretrain.start import check_start, find_start
+from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main
+from pretrain.trainer.main import main, said_once_a_node
 from pretrain.trainer.moments import Moments, read_moments
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder, file_digest
@@ -34,9 +36,10 @@ _log = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
     folder = RunFolder(Path(config.runs) / config.name)
-    check_start(config, folder)
-    with report_if_slow(f"the index of {config.data.shards} is read or made"):
-        index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
+    with said_once_a_node(world):  # before the process group exists: indexing many shards takes long
+        check_start(config, folder)
+        with report_if_slow(f"the index of {config.data.shards} is read or made"):
+            index = load_index(config.data.shards)
     device = init_distributed(world)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
@@ -73,7 +76,11 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         apply_numerics(module, numerics)
     parts = Parts(
         method,
-        build_adamw(parameter_groups(method, config.optim.weight_decay), config, zero_stage(settings)),
+        build_adamw(
+            parameter_groups(method, config.optim.weight_decay, config.optim.decay_class_token),
+            config,
+            zero_stage(settings),
+        ),
         ema,
         build_loader(config, index, world, mask_sampler=method.mask_sampler()),
         build_evaluation(config, method, world, device),
@@ -114,4 +121,4 @@ def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moment
 
 
 if __name__ == "__main__":
-    main(__doc__, load, pretrain)
+    main(__doc__, load, pretrain, check=check_engine, catalog=Catalog(PretrainConfig, RECIPES, load))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.trainer.engine import OWNED
+from pretrain.trainer.engine_file import OWNED
 
 ROOT = Path(__file__).parents[1]
 BELOW = {"data": set(), "pretrain": {"data"}, "downstream": {"data", "pretrain"}}

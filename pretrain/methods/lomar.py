@@ -79,9 +79,9 @@ class LoMaR(LUTMethod):
             "simple",
             description="mask tokens in the encoder or, as in MAE, in a decoder with the next three keys",
         )
-        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
-        decoder_depth: int = Field(8, ge=1)
-        decoder_num_heads: int = Field(16, ge=1)
+        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
+        decoder_depth: int = Field(8, ge=1, description="blocks of the decoder")
+        decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
         mask_token_block: int = Field(
             0, ge=0, description="block before which mask tokens enter; earlier blocks see visible patches only"
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import psutil
@@ -83,11 +84,11 @@ def choose_accelerator() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def init_distributed(world: World) -> torch.device:
-    """Joins the process group and picks this rank's device.
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, for the accelerator that this process has; it looks for one as soon as it is imported.
 
     Raises:
-        ValueError: DS_ACCELERATOR=cuda without a usable GPU, or another run is listening on the port.
+        ValueError: DS_ACCELERATOR=cuda without a usable GPU.
     """
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -96,12 +97,22 @@ def init_distributed(world: World) -> torch.device:
         )
     choose_accelerator()
     with report_if_slow("DeepSpeed is imported"):
-        import deepspeed  # after DS_ACCELERATOR is decided
+        import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
     # An inference kernel for CPUs that training never calls. torch guards its build with a lock file that outlives a
     # killed process: from then on every start would wait forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_distributed(world: World) -> torch.device:
+    """Joins the process group and picks this rank's device.
+
+    Raises:
+        ValueError: as `import_deepspeed`, or another run is listening on the port.
+    """
+    deepspeed = import_deepspeed()
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(

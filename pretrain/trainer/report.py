@@ -17,7 +17,7 @@ def describe_run(
 ) -> str:
     """The model, batch sizes, length, engine settings, versions, and where the run starts."""
     config, world = run.config, run.world
-    train, (height, width) = config.train, config.data.height_width
+    train, optim, (height, width) = config.train, config.optim, config.data.height_width
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())  # ZeRO-3 empties p
     accumulation = train.gradient_accumulation_steps
     micro_batch = train.global_batch_size // (world.size * accumulation)
@@ -25,7 +25,7 @@ def describe_run(
         f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {height}x{width}, "
         f"{parameters / 1e6:.1f}M parameters; git {git_state()}\n"
         f"global batch {train.global_batch_size} = {world.size} ranks x {accumulation} micro-batches x {micro_batch}; "
-        f"learning rate {config.peak_lr:.3g} = {config.optim.base_lr:g} x {train.global_batch_size} / 256\n"
+        f"learning rate {config.peak_lr:.3g} = {optim.base_lr:g} x {train.global_batch_size} / {optim.lr_batch_size}\n"
         f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs, "
         f"{run.total_steps} steps\n"
         f"DeepSpeed uses {json.dumps(effective)}\n"

@@ -114,9 +114,9 @@ def test_a_start_is_checked_before_anything_else(tmp_path: Path):
         ({"head__kind": "batchnorm"}, "head.kind=batchnorm is for linear probes"),
         ({"optim__name": "lars"}, "optim.name=lars is for linear probes"),
         ({"augment__randaugment": "rand-q9"}, "augment.randaugment: rand_augment 'rand-q9'"),
-        ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean mixup?"),
+        ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean augment.mixup?"),
         ({"head__num_classes": 1}, "head.num_classes=1"),
-        ({"val__shards": ""}, "val.shards=None"),
+        ({"val__shards": ""}, "val.shards='': must be longer: it is empty"),
     ],
 )
 def test_a_configuration_that_cannot_work_names_its_key(keys: dict[str, Any], says: str, tmp_path: Path):

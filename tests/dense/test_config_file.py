@@ -12,7 +12,7 @@ from downstream.dense.job import Job
 from downstream.dense.mmengine.config_file import load_job
 from downstream.dense.mmengine.encoder_start import clear_start, set_start
 from downstream.detect.train_detector import CONFIGS
-from pretrain.trainer.engine import read_ds_config
+from pretrain.trainer.engine_file import read_ds_config
 
 TINY = str(Path(__file__).parents[1] / "helpers" / "tiny_mask_rcnn.py")
 

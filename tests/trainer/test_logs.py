@@ -162,6 +162,16 @@ def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
     assert logged.endswith(f" ERROR pretrain.trainer.main: error on rank {rank}: {error}\n")
 
 
+@pytest.mark.parametrize(("rank", "says"), [(0, "error on rank 0: no shards\n"), (1, "")])
+def test_what_all_ranks_of_a_node_find_is_said_once(
+    rank: int, says: str, run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises((ValueError, entry.SaidByAnotherError)) as caught, entry.said_once_a_node(World(rank, 2, rank)):
+        raise ValueError("no shards")
+    assert run_main(caught.value, rank) == 1
+    assert capsys.readouterr().err == says
+
+
 CUDA_SAYS = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.93 GiB is free."
 )

@@ -22,7 +22,8 @@ from downstream.dense.mmengine.encoder_start import check_start, clear_start
 from downstream.dense.mmengine.hooks import DurableCheckpointHook, Fp32OutputsHook, ResumeHook, plain_numbers
 from downstream.dense.mmengine.strategy import ZeroStrategy
 from pretrain.trainer.checkpoint import first_problem
-from pretrain.trainer.engine import OWNED, complete_settings, read_ds_config, zero_stage
+from pretrain.trainer.engine import complete_settings, zero_stage
+from pretrain.trainer.engine_file import OWNED, read_ds_config
 from pretrain.trainer.launch import World
 
 _log = logging.getLogger(__name__)
