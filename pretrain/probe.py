@@ -18,8 +18,7 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples, load_samples
 from data.labels import check_labels, check_same_classes
 from pretrain.config import PretrainConfig
-from pretrain.models.features import features
-from pretrain.models.patches import normalize_pixels
+from pretrain.models.features import image_features
 from pretrain.models.vit import ViT
 from pretrain.trainer.accuracy import topk_hits
 from pretrain.trainer.launch import World
@@ -28,6 +27,7 @@ from pretrain.trainer.per_sample import compute_per_sample
 Pool = Literal["mean", "class"]
 
 TEMPERATURE = 0.07
+MAX_BATCH = 64  # images; as many as downstream.classify.knn takes at once, unless the run has less memory
 MAX_SIMILARITIES = 1 << 27  # in memory at once
 RIDGE = 1e-3  # of the features' mean variance
 METRICS = ("knn_top1", "knn_top5", "knn_plain_top1", "linear_top1")
@@ -49,11 +49,12 @@ class Probe:
         assert config.probe is not None
         train, val = load_samples(config.probe.train), load_samples(config.probe.val)
         check_sets(train, val, config.probe.k)
+        micro_batch = config.train.global_batch_size // (world.size * config.train.gradient_accumulation_steps)
         self.train, self.val = (
             EvalLoader(
                 samples,
                 size=config.data.height_width,
-                batch=config.train.global_batch_size // (world.size * config.train.gradient_accumulation_steps),
+                batch=min(micro_batch, MAX_BATCH),
                 rank=world.rank,
                 world_size=world.size,
                 num_workers=config.data.num_workers,
@@ -61,8 +62,9 @@ class Probe:
             for samples in (train, val)
         )
         self.k = config.probe.k
-        self.device, self.bf16 = device, config.train.precision == "bf16"
+        self.device = device
         self.copy = copy.deepcopy(encoder).eval()
+        self.copy.residual_dtype = None  # in fp32 whatever the run's precision: the numbers of downstream.classify.knn
 
     @torch.no_grad()
     def measure(self, encoder: ViT) -> dict[str, float]:
@@ -74,7 +76,7 @@ class Probe:
             for copied, current in zip(self.copy.parameters(), trained, strict=True):
                 copied.copy_(current)
         try:
-            return probe(self.copy.to(self.device), self.train, self.val, k=self.k, device=self.device, bf16=self.bf16)
+            return probe(self.copy.to(self.device), self.train, self.val, k=self.k, device=self.device)
         finally:
             self.copy.cpu()  # training needs the memory of the device
 
@@ -83,6 +85,8 @@ def check_sets(train: Samples, val: Samples, k: int) -> None:
     """Raises ValueError if the two sets cannot be used together."""
     for samples in (train, val):
         check_labels(samples)
+        if samples.multi_labels is not None:
+            raise ValueError(f"{samples.root} has lists of labels, k-NN needs one label for each image")
     advice = "the probe's train and val need the same classes"
     check_same_classes(train.classes, str(train.root), val.classes, str(val.root), advice)
     if train.classes and val.classes and len(train.classes) != len(val.classes):
@@ -99,7 +103,6 @@ def probe(
     *,
     k: int,
     device: torch.device,
-    bf16: bool = False,
     pool: Pool = "mean",
 ) -> dict[str, float]:
     """Accuracies on all images of `val`; called by all ranks together, with the same result on all of them.
@@ -115,9 +118,9 @@ def probe(
         `METRICS`: k-NN with weighted votes (top-1 and top-5) and with plain ones, and ridge regression. NaN if features
         are not finite.
     """
-    bank, bank_labels, readable = extract(encoder, train, device, bf16, pool, "probe: train")
+    bank, bank_labels, readable = extract(encoder, train, device, pool, "probe: train")
     bank, bank_labels = bank[readable].to(device), bank_labels[readable].to(device)
-    queries, labels, readable = extract(encoder, val, device, bf16, pool, "probe: val")
+    queries, labels, readable = extract(encoder, val, device, pool, "probe: val")
     if not (torch.isfinite(bank).all() and torch.isfinite(queries).all()) or not len(bank):
         return dict.fromkeys(METRICS, math.nan)
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
@@ -138,14 +141,12 @@ def probe(
 
 
 def extract(
-    encoder: ViT, loader: EvalLoader, device: torch.device, bf16: bool, pool: Pool, description: str
+    encoder: ViT, loader: EvalLoader, device: torch.device, pool: Pool, description: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of all images, on all ranks: (N, D) fp32 features of length 1, (N,) labels, and (N,) whether it is readable."""
 
     def compute(images: Tensor, indices: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            tokens = features(encoder, normalize_pixels(images).movedim(-1, 1)).float()
-        return F.normalize(tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(1))
+        return F.normalize(image_features(encoder, images, pool))
 
     computed, readable = compute_per_sample(compute, loader, device, description)
     return computed, torch.from_numpy(loader.samples.label[loader.indices]).long(), readable

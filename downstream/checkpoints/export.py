@@ -25,10 +25,10 @@ from safetensors.torch import save
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, feature_difference
-from downstream.checkpoints.files import Weights
-from downstream.checkpoints.formats import Report
 from downstream.checkpoints.model_card import write_card
+from downstream.checkpoints.report import Report
 from downstream.checkpoints.timm_models import SIZES, model_name
 from downstream.checkpoints.weights import Size, build_encoder, features, load_encoder, read_encoder
 from pretrain.models.encoder_spec import EncoderSpec
@@ -277,7 +277,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument(
-        "--weights", choices=("online", "ema"), help="default: those that the method's authors evaluate"
+        "--weights",
+        metavar="NAME",
+        help="online, ema, or an encoder's name in the file; default: those that the method's authors evaluate",
     )
     parser.add_argument(
         "--image-size", type=int, nargs="+", metavar="PIXELS", help="side, or height and width; default: the file's"

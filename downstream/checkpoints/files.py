@@ -1,25 +1,19 @@
-"""Tensors out of checkpoint files, without running anything that a file says.
+"""Tensors out of checkpoint files, without running anything that a file says."""
 
-Pickles are read by torch's restricted unpickler: tensors, plain values and what `_HARMLESS` lists. Everything else in
-a pickle, which is where malicious ones hide their code, is refused by name and never called.
-"""
-
-import argparse
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from downstream.checkpoints.choose import Weights, choose
+from downstream.checkpoints.hub import CONFIG, HubRecord, is_weights, read_record, weight_files
+from downstream.checkpoints.pickles import damaged, is_safetensors, read_pickle
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.checkpoint_layout import (
     ANY_MODEL_STATES,
@@ -34,53 +28,41 @@ from pretrain.trainer.checkpoint_layout import (
 )
 from pretrain.trainer.run_folder import RunFolder
 
-Weights = Literal["online", "ema"]
-
-# What checkpoints of others hold besides tensors, none of which runs code: the command line (MAE, LoMaR, DINO, LUT);
-# NumPy's numbers (DINO's learning rates), whose module had another name before NumPy 2; a configuration that is a
-# dictionary by another name (SimMIM's; read as one, so that its package need not be installed).
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
-    (OrderedDict, "yacs.config.CfgNode"),
-]
-
-# The keys of state dictionaries in checkpoints. DINO trains its student; its teacher is a moving average of it.
-_ONLINE = ("model", "state_dict", "module", "student")
-_AVERAGED = ("model_ema", "state_dict_ema", "teacher")
-
 
 @dataclass(frozen=True)
 class Source:
     """One set of weights, by the names in its file.
 
     Attributes:
-        path: the file, or the folder of a checkpoint.
-        weights: which set it is; `online` also where a file does not say.
+        path: the file, or the folder of a checkpoint or of the Hugging Face hub.
+        tensors: all of a state dictionary.
+        weights: which set it is: `online`, also where a file does not say, `ema`, or an encoder's name in the file.
+        prefix: of the encoder's names; None where it is still to be found.
         metadata: of the file, as it is; `weights`, and what `ClassifierSpec` adds in a classifier's file.
         spec: of the encoder, as our own files and checkpoints record it.
         ours: whether it is a checkpoint of our training, whose other modules are known not to be the encoder's.
+        hub: what a folder of the Hugging Face hub says.
+        beside: what else a pickle holds besides the weights, by its names.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     weights: Weights = "online"
+    prefix: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     spec: EncoderSpec | None = None
     ours: bool = False
+    hub: HubRecord | None = None
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_source(path: Path | str, weights: Weights | None = None) -> Source:
     """Reads a run's folder, one of its checkpoints (of any ZeRO stage), a safetensors file or a torch pickle.
 
     Args:
-        path: the file or folder.
-        weights: `online` as trained, or `ema`, their moving average. None: those that a method's authors evaluate,
-            DINO's teacher, else the online weights.
+        path: the file or folder; also a folder of the Hugging Face hub, or a file in one.
+        weights: `online` as trained, or `ema`, their moving average, or the name of one of the encoders in the file.
+            None: those that a method's authors evaluate, DINO's and I-JEPA's teacher, else the online weights.
 
     Raises:
         ValueError: the path does not exist, is damaged, could run code, or lacks the requested weights.
@@ -92,21 +74,51 @@ def read_source(path: Path | str, weights: Weights | None = None) -> Source:
         return _read_folder(path, weights)
     if not path.is_file():
         raise ValueError(f"no checkpoint {path}: neither a file nor a folder")
-    if path.suffix == ".safetensors":
+    hub = read_record(path.parent) if is_weights(path) else None
+    if hub is not None and (path.suffix == ".json" or "-of-" in path.name):  # one of several parts, or their index
+        path = path.parent
+    return _read_files(path, weights, hub)
+
+
+def _read_files(path: Path, weights: Weights | None, hub: HubRecord | None) -> Source:
+    """One of the encoders of a file, or of a folder of the hub, whose files are put together."""
+    stored: dict[Any, Any] = {}
+    metadata: dict[str, str] = {}
+    marked: Weights | None = None
+    for part in [path] if path.is_file() else weight_files(path):
+        content, more, marked = _read_content(part)
+        stored |= content
+        metadata |= more
+    choice = choose(path, stored, weights, marked)
+    beside = {str(name): value for name, value in stored.items() if not isinstance(value, Tensor)}
+    spec = _read_spec(path, metadata)
+    return Source(path, choice.tensors, choice.role, choice.prefix, metadata, spec, hub=hub, beside=beside)
+
+
+def _read_content(path: Path) -> tuple[dict[Any, Any], dict[str, str], Weights | None]:
+    """A file's dictionary, its metadata, and which weights it is marked to hold, if it can be marked."""
+    if is_safetensors(path):
         tensors, metadata = _read_safetensors(path)
-        stored: Weights = "ema" if metadata.get("weights") == "ema" or path.stem.endswith("_ema") else "online"
-        if weights not in (None, stored):
-            raise ValueError(f"{path} holds the {stored} weights, not the {weights} ones: give the other file")
-        return Source(path, tensors, stored, metadata, _read_spec(path, metadata))
-    return _choose(path, read_pickle(path), weights)
+        averaged = metadata.get("weights") == "ema" or path.stem.endswith("_ema")
+        return dict(tensors), metadata, "ema" if averaged else "online"
+    stored = read_pickle(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds a {type(stored).__name__}, not a dictionary of tensors")
+    meta = stored.get("meta")
+    return stored, dict(meta) if isinstance(meta, dict) else {}, None
 
 
 def _read_folder(folder: Path, weights: Weights | None) -> Source:
     run = RunFolder(folder)
     if any(folder.glob(ANY_MODEL_STATES)):
         return _read_checkpoint(folder, weights)
+    if hub := read_record(folder):
+        return _read_files(folder, weights, hub)
     if not run.config.is_file():
-        raise ValueError(f"{folder} is neither a run's folder (no {run.config.name}) nor one of its checkpoints")
+        raise ValueError(
+            f"{folder} is neither a run's folder (no {run.config.name}) nor one of its checkpoints, nor a folder of "
+            f"the Hugging Face hub (no {CONFIG})"
+        )
     encoder, classifier = (run.encoder_ema, run.model_ema) if weights == "ema" else (run.encoder, run.model)
     for file in (encoder, classifier):
         if file.is_file():
@@ -122,32 +134,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(_damaged(path, error)) from None
-
-
-def read_pickle(path: Path, more: Sequence[Any] = ()) -> Any:
-    """The content of a file of `torch.save`, new or old format, on the CPU; tensors stay on disk until they are used.
-
-    Args:
-        path: the file.
-        more: further types that are harmless.
-
-    Raises:
-        ValueError: it is cut off or no checkpoint, or it holds something that is not known to be harmless.
-    """
-    try:
-        with torch.serialization.safe_globals([*_HARMLESS, *more]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)|(?:unrecognized function|but got) (.+)", str(error))
-        if named is None:
-            raise ValueError(_damaged(path, error)) from None
-        raise ValueError(
-            f"{path} holds {(named[1] or named[2]).strip()}, which could run code: it is refused. "
-            f"Save its tensors alone, on a machine that trusts it"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise ValueError(_damaged(path, error)) from None
+        raise ValueError(damaged(path, error)) from None
 
 
 def _read_spec(path: Path, metadata: Mapping[str, str]) -> EncoderSpec | None:
@@ -157,51 +144,15 @@ def _read_spec(path: Path, metadata: Mapping[str, str]) -> EncoderSpec | None:
         raise ValueError(f"{path} has metadata that this project did not write ({error})") from None
 
 
-def _damaged(path: Path, error: Exception) -> str:
-    text = str(error)
-    # torch's own advice, before these words, is to read the file without the restrictions.
-    reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()
-    return (
-        f"{path} ({path.stat().st_size} bytes) is cut off, damaged or not a checkpoint: copy it again from its origin "
-        f"({reason[0] if reason else 'it ends early'})"
-    )
-
-
-def _choose(path: Path, stored: Any, weights: Weights | None) -> Source:
-    """One of the sets of weights that a pickle holds."""
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} holds a {type(stored).__name__}, not a dictionary of tensors")
-    names = {
-        "online": next((name for name in _ONLINE if isinstance(stored.get(name), dict)), None),
-        "ema": next((name for name in _AVERAGED if isinstance(stored.get(name), dict)), None),
-    }
-    if not any(names.values()):
-        if weights == "ema":
-            raise ValueError(f"{path} holds one set of weights, which is not marked as averaged: do not ask for ema")
-        return Source(path, _tensors(path, stored))
-    chosen: Weights = weights or ("ema" if names["ema"] == "teacher" or not names["online"] else "online")
-    name = names[chosen]
-    if name is None:
-        raise ValueError(f"{path} has no {chosen} weights, only {', '.join(n for n in names.values() if n)}")
-    meta = stored.get("meta")
-    metadata = meta if isinstance(meta, dict) else {}
-    return Source(path, _tensors(path, stored[name]), chosen, metadata, _read_spec(path, metadata))
-
-
-def _tensors(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if others or not state:
-        raise ValueError(f"{path} holds no dictionary of tensors: {', '.join(others[:5]) or 'it is empty'}")
-    return dict(state)
-
-
 def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
     """The method's fp32 weights, or their moving average, out of one of our checkpoints, and the spec of its run."""
+    if weights not in (None, "online", "ema"):
+        raise ValueError(f"{folder} is a checkpoint of a run, which has online and ema weights: not {weights}")
     config = RunFolder(folder.parent.parent).config
     epochs = yaml.safe_load(config.read_text())["train"]["epochs"] if config.is_file() else None
     try:
         signature = read_state(folder).resume_signature
-        spec = None if "start" in signature else EncoderSpec.from_signature(signature, epochs)
+        spec = None if "head" in signature else EncoderSpec.from_signature(signature, epochs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} has no readable {MANIFEST} ({error}): is it a checkpoint of this project?"

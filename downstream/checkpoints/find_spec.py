@@ -36,9 +36,11 @@ def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
     path, recorded = source.path, source.spec
     patch_size, position, arch = _find_patch_size(path, state), _find_position(path, state), _find_arch(path, state)
     if recorded is None:
-        grid = _find_square_grid(state)
+        _check_heads(source, arch)
+        grid = _find_recorded_grid(source, state, patch_size) or _find_square_grid(state)
         height, width = (side * patch_size for side in grid or (_DEFAULT_SIZE // patch_size,) * 2)
-        return FoundSpec(EncoderSpec(arch, patch_size, (height, width), position), grid is not None)
+        class_token = "cls_token" in state or not _has_a_row_for_each_patch(state, grid)
+        return FoundSpec(EncoderSpec(arch, patch_size, (height, width), position, class_token=class_token), bool(grid))
     for name, found in (("arch", arch), ("patch_size", patch_size), ("position", position)):
         if getattr(recorded, name) != found:
             raise ValueError(f"{path} says {name}={getattr(recorded, name)}, but its tensors are of {name}={found}")
@@ -87,6 +89,30 @@ def _find_arch(path: Path, state: Mapping[str, Tensor]) -> str:
             return name
     known = ", ".join(f"{name} ({arch.dim}, {arch.depth})" for name, arch in ARCHS.items())
     raise ValueError(f"{path} is {dim} wide and has {depth} blocks, which is none of {known}")
+
+
+def _check_heads(source: Source, arch: str) -> None:
+    """Refuses what a record tells and the tensors do not: another number of heads, another activation."""
+    heads = ARCHS[arch].heads
+    problems = source.hub.problems(heads) if source.hub else []
+    if arch == "vit_small" and any("momentum_encoder." in key for key in source.tensors):
+        problems.append(f"MoCo v3's ViT-S has 12 heads (here: {heads})")
+    if problems:
+        raise ValueError(f"{source.path} is not {arch} as this project has it: {', '.join(problems)}")
+
+
+def _has_a_row_for_each_patch(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> bool:
+    """Whether a table of positions has no row for a class token."""
+    return bool(grid) and "pos_embed" in state and state["pos_embed"].shape[1] == math.prod(grid or ())
+
+
+def _find_recorded_grid(source: Source, state: Mapping[str, Tensor], patch_size: int) -> tuple[int, int] | None:
+    """The grid of the image size that a folder of the hub records; None where it does not, or its tables do not fit."""
+    size = source.hub.image_size if source.hub else None
+    if size is None:
+        return None
+    grid = size[0] // patch_size, size[1] // patch_size
+    return grid if fits_grid(state, grid) else None
 
 
 def _find_square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from downstream.checkpoints.formats import Report
+from downstream.checkpoints.report import Report
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.checkpoint_layout import checkpoint_step
 from pretrain.trainer.metrics import read_metrics

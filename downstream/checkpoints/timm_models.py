@@ -17,8 +17,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.decode import CHANNELS
 from data.transforms import height_width
 from pretrain.models.attention import Attention
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.relative_position import grid_buckets, offset_buckets
 from pretrain.models.vit import ARCHS
 
@@ -103,6 +105,23 @@ class LoMaRViT(VisionTransformer):
         """Class token and, as in BEiT, bias tables; LoMaR's authors decay their tables."""
         biases = {name for name, _ in self.named_parameters() if "rpe_bias" in name}
         return super().no_weight_decay() | biases
+
+
+def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any) -> VisionTransformer:
+    """timm's model around an encoder of ours, freshly initialized.
+
+    Args:
+        encoder: what the model's blocks are.
+        num_classes: outputs of the head.
+        pool: timm's `global_pool`: avg or token.
+        options: further ones of timm's VisionTransformer.
+    """
+    dim, depth, heads = ARCHS[encoder.arch]
+    options |= {"patch_size": encoder.patch_size, "img_size": encoder.image_size, "global_pool": pool}
+    options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes, "in_chans": CHANNELS}
+    if encoder.position == "sincos":
+        return VisionTransformer(class_token=encoder.class_token, **options)
+    return LoMaRViT(position=encoder.position, **options)
 
 
 # Patch size and image size in a name are defaults: `patch_size` and `img_size` of create_model override them.

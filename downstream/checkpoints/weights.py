@@ -21,9 +21,11 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from data.transforms import height_width
-from downstream.checkpoints.files import Weights, read_source
+from downstream.checkpoints.choose import Weights
+from downstream.checkpoints.files import read_source
 from downstream.checkpoints.find_spec import fits_grid
-from downstream.checkpoints.formats import EncoderWeights, Report, translate
+from downstream.checkpoints.formats import EncoderWeights, translate
+from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.features import features as features  # of what is loaded here
@@ -107,6 +109,9 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
     if spec.position != "relative":
         resized |= _resize_positions(state, found, mine.grid)
     wanted = encoder.state_dict()
+    if spec.class_token is False and encoder.cls_token is not None:
+        state["cls_token"] = wanted["cls_token"]
+        resized["cls_token"] = "the file has none: it stays as it was initialized"
     if missing := sorted(wanted.keys() - state.keys()):
         raise ValueError(f"{path} lacks {', '.join(missing[:5])}{', ...' if missing[5:] else ''}")
     for name, tensor in state.items():

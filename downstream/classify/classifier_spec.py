@@ -17,18 +17,22 @@ class ClassifierSpec:
         num_classes: outputs of its head.
         pool: `avg` of the patch tokens, or `token`, the class token.
         class_names: in the order of the labels; empty where the shards that it was trained on have none.
+        multi_label: whether an image may be of several classes or none: each output is a decision of its own.
     """
 
     encoder: EncoderSpec
     num_classes: int
     pool: str
     class_names: tuple[str, ...] = ()
+    multi_label: bool = False
 
     def to_metadata(self) -> dict[str, str]:
         """As a safetensors file keeps it."""
         metadata = {**self.encoder.to_metadata(), "num_classes": str(self.num_classes), "pool": self.pool}
         if self.class_names:
             metadata["class_names"] = json.dumps(list(self.class_names))
+        if self.multi_label:
+            metadata["multi_label"] = "true"
         return metadata
 
     @classmethod
@@ -38,4 +42,5 @@ class ClassifierSpec:
         if encoder is None or not metadata.keys() >= {"num_classes", "pool"}:
             return None
         names = tuple(json.loads(metadata.get("class_names", "[]")))
-        return cls(encoder, int(metadata["num_classes"]), metadata["pool"], names)
+        multi_label = metadata.get("multi_label") == "true"
+        return cls(encoder, int(metadata["num_classes"]), metadata["pool"], names, multi_label)

@@ -1,12 +1,15 @@
-"""Top-1 and top-5 of a classifier: `python -m downstream.classify.evaluate CHECKPOINT --data SHARDS_OR_FOLDER`.
+"""Accuracy of a classifier: `python -m downstream.classify.evaluate CHECKPOINT --data SHARDS_OR_FOLDER`.
 
-Also with torchrun, srun or deepspeed, on any number of processes: each image counts once, and one that cannot be
-decoded counts as wrong. The last line of the output is a JSON object.
+Top-1, top-5, the mean over classes of their accuracy, and the expected calibration error; `--out FOLDER` writes the
+accuracy of each class, the confusion matrix and a reliability diagram as tables and pictures. Where
+images have lists of labels: the mean average precision, and that of each class. Also with torchrun, srun
+or deepspeed, on any number of processes: each image counts once, and one that cannot be decoded counts as wrong. The
+last line of the output is a JSON object.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,15 +18,18 @@ from torch import Tensor
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples, load_samples
 from data.labels import check_labels, check_same_classes
+from data.multi_labels import MultiLabels
 from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
+from downstream.classify.evaluation_report import write_report
+from downstream.classify.scores import NOTHING, MultiLabelPredictions, Predictions, predict_one_label
 from downstream.classify.trained_classifier import TrainedClassifier, load_classifier
-from pretrain.trainer.accuracy import topk_hits
+from downstream.own_images import count_images
 from pretrain.trainer.launch import World
-from pretrain.trainer.per_sample import compute_per_sample, unreadable_keys
+from pretrain.trainer.per_sample import compute_per_sample
 
 Predict = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) on the device -> logits (B, C)
 
-MAX_LISTED_KEYS = 20
+COUNT_AS_WRONG = "count as wrong"
 _ADVICE = "evaluate it on the data set that it was trained for"
 
 
@@ -37,12 +43,12 @@ def evaluate(
     world_size: int,
     num_workers: int,
     device: torch.device,
-) -> dict[str, float]:
-    """Accuracy over all samples, each counted once; called by all ranks together, and the same on all of them.
+) -> tuple[Predictions | MultiLabelPredictions, dict[str, int]]:
+    """Predictions for all samples, each counted once; called by all ranks together, and the same on all of them.
 
     Args:
         predict: uint8 (B, H, W, 3) on the device -> logits (B, C). Every rank calls it equally often.
-        samples: all of them labeled.
+        samples: all of them labeled, with one class each or with lists of classes.
         size: (H, W) of the central crops.
         batch: images per batch of each rank.
         rank, world_size: this process and how many there are.
@@ -50,43 +56,47 @@ def evaluate(
         device: where `predict` computes.
 
     Returns:
-        `top1` and `top5` as shares of all `images`, and how many of these were `skipped`: undecodable, therefore
-        wrong, and listed on stderr.
+        The predictions; and of how many `images` how many were `skipped`: undecodable, therefore wrong, and listed on
+        stderr.
 
     Raises:
         ValueError: samples without labels, or labels beyond the logits.
     """
     check_labels(samples)
-    labels = torch.from_numpy(samples.label).long()
-
-    def compute_hits(images: Tensor, indices: Tensor) -> Tensor:
-        logits = predict(images)
-        if labels.max() >= logits.shape[1]:
-            raise ValueError(f"{samples.root} has label {labels.max()}, the classifier {logits.shape[1]} classes")
-        return topk_hits(logits, labels[indices].to(device))
-
     loader = EvalLoader(samples, size=size, batch=batch, rank=rank, world_size=world_size, num_workers=num_workers)
-    hits, readable = compute_per_sample(compute_hits, loader, device, "evaluating")
-    top1, top5 = hits.sum(0).tolist()
-    return {"top1": top1 / len(hits), "top5": top5 / len(hits), **count_images(loader, readable)}
+    if samples.multi_labels is not None:
+        return _evaluate_lists(predict, loader, samples.multi_labels, device)
+    labels = torch.from_numpy(samples.label).long()
+    num_classes = 0
+
+    def compute(images: Tensor, indices: Tensor) -> Tensor:
+        nonlocal num_classes
+        logits = predict(images)
+        num_classes = logits.shape[1]
+        if labels.max() >= num_classes:
+            raise ValueError(f"{samples.root} has label {labels.max()}, the classifier {num_classes} classes")
+        return predict_one_label(logits, labels[indices].to(device))
+
+    found, readable = compute_per_sample(compute, loader, device, "evaluating")
+    hits, predicted, confidence = found[:, :2].long(), found[:, 2].long(), found[:, 3]
+    predicted = torch.where(readable, predicted, NOTHING)
+    counts = count_images(loader, readable, COUNT_AS_WRONG)
+    return Predictions(labels, hits, predicted, confidence, num_classes), counts
 
 
-def count_images(loader: EvalLoader, readable: Tensor) -> dict[str, int]:
-    """How many images there are, and how many of them cannot be decoded; the main rank lists those on stderr.
+def _evaluate_lists(
+    predict: Predict, loader: EvalLoader, lists: MultiLabels, device: torch.device
+) -> tuple[MultiLabelPredictions, dict[str, int]]:
+    lowest = torch.finfo(torch.float32).min
 
-    Args:
-        loader: that the images came from.
-        readable: bool (N,), whether each of its images could be decoded.
-    """
-    keys = unreadable_keys(loader, readable)
-    if keys and loader.rank == 0:
-        more = f" and {len(keys) - MAX_LISTED_KEYS} more" if len(keys) > MAX_LISTED_KEYS else ""
-        print(
-            f"{len(keys)} of {len(readable)} images cannot be decoded and count as wrong: "
-            f"{', '.join(keys[:MAX_LISTED_KEYS])}{more}",
-            file=sys.stderr,
-        )
-    return {"images": len(readable), "skipped": len(keys)}
+    def compute(images: Tensor, _: Tensor) -> Tensor:
+        logits = predict(images)
+        return torch.where(torch.isfinite(logits), logits, lowest)
+
+    scores, readable = compute_per_sample(compute, loader, device, "evaluating")
+    scores[~readable] = lowest
+    labels = torch.from_numpy(lists.rows(loader.indices, scores.shape[1])).bool()
+    return MultiLabelPredictions(labels, scores), count_images(loader, readable, COUNT_AS_WRONG)
 
 
 def check_classes(trained: TrainedClassifier, samples: Samples) -> None:
@@ -101,7 +111,7 @@ def check_classes(trained: TrainedClassifier, samples: Samples) -> None:
 def _command(options: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
     trained, samples = load_classifier(options.checkpoint, device), load_samples(options.data)
     check_classes(trained, samples)
-    return evaluate(
+    predictions, counts = evaluate(
         trained.predict,
         samples,
         size=trained.image_size,
@@ -111,6 +121,9 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
         num_workers=options.num_workers,
         device=device,
     )
+    if options.out and world.is_main:
+        write_report(options.out, predictions, trained.class_names or samples.classes)
+    return {**predictions.summary(), **counts}
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -121,6 +134,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     )
     parser.add_argument(
         "--data", required=True, metavar="SHARDS_OR_FOLDER", help="shards, or a folder of class folders"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for the accuracy of each class, confusion matrix and calibration"
     )
     add_loading_options(parser)
     run_on_ranks(_command, parser.parse_args(arguments))

@@ -6,58 +6,79 @@ was stopped continues when the same command is given again.
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts us as a script
 
 import torch
 
+from data.image_folder import Samples, load_samples
 from data.index import Index, load_index
-from downstream.classify.config import FinetuneConfig, load
+from downstream.classify.checks import check_batches, check_train_and_val, with_classes_of_data
+from downstream.classify.config import RECIPES, FinetuneConfig, load
+from downstream.classify.model import build_classifier, check_start
+from pretrain.trainer.checkpoint_layout import checkpoint_names
+from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main
+from pretrain.trainer.main import main, said_once_a_node
 from pretrain.trainer.run_folder import RunFolder
 
+AnySamples = TypeVar("AnySamples", Index, Samples)
 _log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, world: World) -> None:
     """The whole run, on all ranks."""
-    indices = []  # before joining the process group, as reading many shards takes time
-    for key, shards in {"data.shards": config.data.shards, "val.shards": config.val.shards}.items():
-        try:
-            indices.append(load_index(shards))
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
-    device = init_distributed(world)
     folder = RunFolder(Path(config.runs) / config.name)
+    # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
+    is_new = not checkpoint_names(folder.checkpoints)
+    with said_once_a_node(world):  # before joining the process group, as reading many shards takes time
+        if is_new:
+            check_start(config)
+        index = _load("data.shards", load_index, config.data.shards)
+        val = _load("val.shards", load_samples, config.val.shards)
+        config = with_classes_of_data(config, index, val)
+        assert config.head.num_classes is not None
+        check_train_and_val(index, val, config.head.num_classes)
+        check_batches(config, world, len(index))
+    device = init_distributed(world)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
-        _train(config, world, device, folder, *indices)
+        _train(config, world, device, folder, index, val, is_new)
+
+
+def _load(key: str, load_set: Callable[[str], AnySamples], path: str) -> AnySamples:
+    try:
+        return load_set(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 def _train(
-    config: FinetuneConfig, world: World, device: torch.device, folder: RunFolder, index: Index, val: Index
+    config: FinetuneConfig,
+    world: World,
+    device: torch.device,
+    folder: RunFolder,
+    index: Index,
+    val: Samples,
+    is_new: bool,
 ) -> None:
     # These import DeepSpeed, which looks for its accelerator at once.
-    from downstream.classify.build import build_ema, build_evaluation, check_mixing, check_train_and_val
+    from downstream.classify.build import build_ema, build_evaluation
     from downstream.classify.finish import finish
-    from downstream.classify.model import build_classifier
     from downstream.classify.optimizers import build_optimizer
     from pretrain.models.sdpa import set_deterministic
     from pretrain.trainer.assemble import Parts, assemble, build_loader
-    from pretrain.trainer.checkpoint_layout import checkpoint_names
     from pretrain.trainer.engine import ds_settings, zero_stage
     from pretrain.trainer.loop import train
     from pretrain.trainer.report import log_outputs
 
     settings = ds_settings(config, world.size)
     set_deterministic(config.train.deterministic)
-    check_mixing(config, world)
-    check_train_and_val(index, val, config.head.num_classes)
-    # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
-    is_new = not checkpoint_names(folder.checkpoints)
     classifier, loaded = build_classifier(config, index.classes, load_start=is_new)
     if world.is_main and is_new:
         _log.info("%s", loaded)
@@ -65,15 +86,15 @@ def _train(
         classifier,
         build_optimizer(classifier.vit, config, zero_stage(settings)),
         build_ema(config, classifier, device),
-        build_loader(config, index, world, labels=True),
+        build_loader(config, index, world, labels=True, num_classes=config.head.num_classes),
         build_evaluation(config, val, world, device),
         {"device": device.type, "deterministic": config.train.deterministic},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)
-    finish(run, index.classes)
+    finish(run, index.classes, index.multi_labels is not None)
     log_outputs(run)
 
 
 if __name__ == "__main__":
-    main(__doc__, load, finetune)
+    main(__doc__, load, finetune, check=check_engine, catalog=Catalog(FinetuneConfig, RECIPES, load))

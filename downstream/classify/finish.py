@@ -17,19 +17,25 @@ from pretrain.trainer.metrics import read_metrics
 _NORM = "head.0."  # the batch norm of a linear probe's head, before its matrix
 
 
-def finish(run: Run, class_names: Sequence[str]) -> None:
+def finish(run: Run, class_names: Sequence[str], multi_label: bool = False) -> None:
     """Writes the classifier, its moving average if there is one, and the loss curve. Called by all ranks together."""
     config = run.config
     assert isinstance(config, FinetuneConfig)
     state = gather_state_dict(run.engine, run.world)
     if run.world.is_main:
-        save_classifier(state, config, class_names, run.folder.model)
+        save_classifier(state, config, class_names, run.folder.model, multi_label)
         if run.ema.model is not None:
-            save_classifier(run.ema.state_dict(), config, class_names, run.folder.model_ema)
+            save_classifier(run.ema.state_dict(), config, class_names, run.folder.model_ema, multi_label)
         draw_loss(read_metrics(run.folder.metrics), run.folder.loss_curve)
 
 
-def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, class_names: Sequence[str], path: Path) -> None:
+def save_classifier(
+    state: dict[str, Tensor],
+    config: FinetuneConfig,
+    class_names: Sequence[str],
+    path: Path,
+    multi_label: bool = False,
+) -> None:
     """Writes weights under timm's names, with what is needed to rebuild the model in the file's metadata.
 
     Args:
@@ -37,12 +43,14 @@ def save_classifier(state: dict[str, Tensor], config: FinetuneConfig, class_name
         config: that it was trained with.
         class_names: in the order of the labels; empty where the shards have none.
         path: of the safetensors file.
+        multi_label: whether it was trained on lists of labels.
     """
     model, head = config.model, config.head
     encoder = EncoderSpec(
         model.arch, model.patch_size, config.data.height_width, model.position, epochs=config.train.epochs
     )
-    spec = ClassifierSpec(encoder, head.num_classes, head.pool, tuple(class_names))
+    assert head.num_classes is not None
+    spec = ClassifierSpec(encoder, head.num_classes, head.pool, tuple(class_names), multi_label)
     tensors = _fold_norm({name.removeprefix("vit."): tensor for name, tensor in state.items()})
     path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, spec.to_metadata()))
 

@@ -48,7 +48,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--pool", choices=("mean", "class"), default="mean", help="mean of the patch tokens, or the class token (DINO)"
     )
-    parser.add_argument("--weights", choices=("online", "ema"), help="default: what the authors of the method evaluate")
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="online, ema, or an encoder's name; default: what its authors evaluate",
+    )
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default: that of the file")
     add_loading_options(parser)
     run_on_ranks(_command, parser.parse_args(arguments))

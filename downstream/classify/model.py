@@ -1,8 +1,8 @@
 """A timm Vision Transformer as the training loop takes it: from uint8 images and labels to a loss, or to logits."""
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,16 @@ from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from data.decode import CHANNELS
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.formats import translate
-from downstream.checkpoints.timm_models import LoMaRViT
+from downstream.checkpoints.timm_models import build_vit
 from downstream.checkpoints.weights import fill_encoder
 from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.config import AugmentConfig, FinetuneConfig
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.heads import SyncBatchNorm
 from pretrain.models.patches import normalize_pixels
-from pretrain.models.vit import ARCHS, ViT
+from pretrain.models.vit import ViT
 
 
 class Classifier(nn.Module):
@@ -38,41 +37,43 @@ class Classifier(nn.Module):
     def __init__(self, vit: VisionTransformer, num_classes: int, augment: AugmentConfig):
         super().__init__()
         self.vit, self.augment = vit, augment
-        self.mixup = None
-        if augment.mixes:
-            self.mixup = Mixup(
-                augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=num_classes
-            )
+        self.num_classes = num_classes
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """(B, H, W, 3) uint8 images -> the `loss` for labels (B,); without labels their `logits` (B, C)."""
+        """(B, H, W, 3) uint8 images -> the `loss` for labels; without labels their `logits` (B, C).
+
+        Args:
+            images: of which those of a training batch are augmented.
+            labels: int64 (B,), one class each: cross entropy; or float (B, C) of 0 and 1, any number of classes each:
+                the mean over images and classes of the binary cross entropy.
+        """
         pixels = normalize_pixels(images).permute(0, 3, 1, 2)
         if labels is None:
             return {"logits": self.vit(pixels).float()}
-        target, smoothing = labels, self.augment.label_smoothing
         if self.augment.random_erasing:
             pixels = RandomErasing(self.augment.random_erasing, mode="pixel", device=pixels.device)(pixels)
-        if self.mixup:
-            pixels, target = self.mixup(pixels, target)
+        if labels.ndim == 2:
+            return {"loss": self._binary_loss(pixels, labels)}
+        target, smoothing = labels, self.augment.label_smoothing
+        if self.augment.mixes:
+            mixup = Mixup(
+                self.augment.mixup, self.augment.cutmix, label_smoothing=smoothing, num_classes=self.num_classes
+            )
+            pixels, target = mixup(pixels, target)
             smoothing = 0.0  # it is in the mixed targets
         return {"loss": F.cross_entropy(self.vit(pixels).float(), target, label_smoothing=smoothing)}
 
-
-def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any) -> VisionTransformer:
-    """timm's model around an encoder of ours, freshly initialized.
-
-    Args:
-        encoder: what the model's blocks are.
-        num_classes: outputs of the head.
-        pool: timm's `global_pool`: avg or token.
-        options: further ones of timm's VisionTransformer.
-    """
-    dim, depth, heads = ARCHS[encoder.arch]
-    options |= {"patch_size": encoder.patch_size, "img_size": encoder.image_size, "global_pool": pool}
-    options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes, "in_chans": CHANNELS}
-    if encoder.position == "sincos":
-        return VisionTransformer(**options)
-    return LoMaRViT(position=encoder.position, **options)
+    def _binary_loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Of lists of labels: those of an image are mixed with its partner's in the shares that their pixels have."""
+        if self.augment.mixes:
+            # timm mixes the numbers of classes. With a class of its own for each image it tells the shares.
+            mixup = Mixup(self.augment.mixup, self.augment.cutmix, label_smoothing=0.0, num_classes=len(labels))
+            pixels, mixed = mixup(pixels, torch.arange(len(labels), device=labels.device))
+            share = mixed.diagonal()[:, None]
+            labels = share * labels + (1 - share) * labels.flip(0)
+        smoothing = self.augment.label_smoothing
+        target = labels * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(self.vit(pixels).float(), target)
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,11 @@ def build_classifier(
     """
     torch.manual_seed(config.seed)
     model, start, head = config.model, config.start, config.head
-    spec = EncoderSpec(model.arch, model.patch_size, config.data.height_width, model.position)
+    assert head.num_classes is not None
+    spec, own_norm = _encoder_spec(config), _has_own_norm(config)
     encoder = spec.build()
-    # As in MAE's and LoMaR's fine-tuning, the pool gets a norm of its own instead of the encoder's last one. A frozen
-    # encoder keeps its norm: nothing below the pool could adapt to a new one.
-    own_norm = head.pool == "avg" and start.trained_blocks is None
-    started = _load_start(encoder, config, own_norm, class_names) if start.checkpoint and load_start else _Start()
+    _check_blocks(config, len(encoder.blocks))
+    started = _load_start(encoder, config, class_names) if start.checkpoint and load_start else _Start()
     vit = build_vit(spec, head.num_classes, head.pool, fc_norm=own_norm, drop_path_rate=model.drop_path_rate)
     _fill(vit, encoder, own_norm, started.pool_norm)
     if model.grad_checkpointing:
@@ -128,7 +128,32 @@ def build_classifier(
     return Classifier(vit, head.num_classes, config.augment), started.report
 
 
-def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_names: Sequence[str]) -> _Start:
+def check_start(config: FinetuneConfig) -> None:
+    """Raises ValueError, as `build_classifier`, where the start does not fit; needs no data, and makes no weights."""
+    if config.start.checkpoint is None:
+        return
+    with torch.device("meta"):
+        encoder = _encoder_spec(config).build()
+    _check_blocks(config, len(encoder.blocks))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # nothing is to be copied
+        _load_start(encoder, config, ())
+
+
+def _encoder_spec(config: FinetuneConfig) -> EncoderSpec:
+    model = config.model
+    return EncoderSpec(model.arch, model.patch_size, config.data.height_width, model.position)
+
+
+def _has_own_norm(config: FinetuneConfig) -> bool:
+    """Whether the pool gets a norm of its own instead of the encoder's last one, as in MAE's and LoMaR's fine-tuning.
+
+    A frozen encoder keeps its norm: nothing below the pool could adapt to a new one.
+    """
+    return config.head.pool == "avg" and config.start.trained_blocks is None
+
+
+def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]) -> _Start:
     """Fills the encoder from `start.checkpoint`; raises ValueError as `build_classifier`."""
     start = config.start
     assert start.checkpoint
@@ -136,23 +161,25 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_name
         source = read_source(start.checkpoint, start.weights)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None
-    tensors = dict(source.tensors)
-    pool_norm = own_norm and "fc_norm.weight" in tensors and "norm.weight" not in tensors
-    if pool_norm:  # loaded as the encoder's last norm, which would otherwise stay unused
-        tensors |= {f"norm.{kind}": tensors.pop(f"fc_norm.{kind}") for kind in ("weight", "bias")}
     try:
-        report = fill_encoder(encoder, translate(replace(source, tensors=tensors)))
+        found = translate(source)
+        report = fill_encoder(encoder, found)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}; set model.* to match it, or use another") from None
     kept = {}
     spec = ClassifierSpec.from_metadata(source.metadata)
     same_classes = spec is not None and spec.class_names == tuple(class_names) != ()
     if config.head.kind == "linear" and same_classes:
-        kept = {kind: tensors[f"head.{kind}"] for kind in ("weight", "bias")}
+        kept = {kind: found.head[f"head.{kind}"] for kind in ("weight", "bias")}
         for name in ("head.weight", "head.bias"):
             del report.dropped[name]
             report.used[name] = (name,)
-    return _Start(str(report), pool_norm, kept)
+    return _Start(str(report), _has_own_norm(config) and found.pool_norm, kept)
+
+
+def _check_blocks(config: FinetuneConfig, depth: int) -> None:
+    if (config.start.trained_blocks or 0) > depth:
+        raise ValueError(f"start.trained_blocks={config.start.trained_blocks}: the encoder has {depth} blocks")
 
 
 def _fill(vit: VisionTransformer, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
@@ -175,8 +202,6 @@ def _freeze(vit: VisionTransformer, trained_blocks: int | None) -> None:
     if trained_blocks is None:
         return
     blocks = list(vit.blocks)
-    if trained_blocks > len(blocks):
-        raise ValueError(f"start.trained_blocks={trained_blocks}: the encoder has {len(blocks)} blocks")
     vit.requires_grad_(False)
     after = [vit.norm, vit.head] if trained_blocks else [vit.head]
     for module in blocks[len(blocks) - trained_blocks :] + after:

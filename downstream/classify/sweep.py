@@ -68,7 +68,7 @@ def train(config: FinetuneConfig, launcher: list[str]) -> dict[str, Any]:
 
 
 def summarize(grid: list[list[str]], scores: list[float]) -> dict[str, Any]:
-    """The best setting, and the mean and the deviation (n - 1) of top-1 over the grid, as shares."""
+    """The best setting, and the mean and the deviation (n - 1) of the scores over the grid, as shares."""
     best = max(range(len(grid)), key=scores.__getitem__)
     return {
         "best": scores[best],
@@ -94,8 +94,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         configs = configure(options.recipe, options.overrides, grid)
         scores = []
         for config, setting in zip(configs, grid, strict=True):
-            scores.append(train(config, shlex.split(options.launcher))["top1"])
-            print(f"{config.name} {' '.join(setting)}: top-1 {scores[-1]:.2%}", flush=True)
+            measured = train(config, shlex.split(options.launcher))
+            metric = "top1" if "top1" in measured else "map"  # of lists of labels
+            scores.append(measured[metric])
+            print(f"{config.name} {' '.join(setting)}: {metric} {scores[-1]:.2%}", flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

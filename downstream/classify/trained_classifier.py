@@ -1,14 +1,13 @@
 """A trained classifier from its file, ready to predict."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from downstream.checkpoints.files import read_source
-from downstream.classify.classifier_spec import ClassifierSpec
-from downstream.classify.model import build_vit
+from downstream.checkpoints.classifiers import load_classifier_weights
 from pretrain.models.patches import normalize_pixels
 
 
@@ -21,7 +20,8 @@ class TrainedClassifier:
         model: timm's, in eval mode: standardized pixels (B, 3, H, W) -> logits.
         image_size: (H, W) of its images.
         num_classes: outputs of its head.
-        class_names: in the order of the labels; empty where the shards that it was trained on have none.
+        class_names: in the order of the labels; empty where they are not known.
+        multi_label: whether each output is a decision of its own.
     """
 
     path: Path
@@ -29,6 +29,7 @@ class TrainedClassifier:
     image_size: tuple[int, int]
     num_classes: int
     class_names: tuple[str, ...]
+    multi_label: bool = False
 
     def predict(self, images: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> logits (B, C), in fp32."""
@@ -37,23 +38,21 @@ class TrainedClassifier:
 
 
 def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier:
-    """Reads a classifier that this project saved: timm's parameter names, and in the metadata how to build it.
+    """Reads a classifier that this project saved, or a published one; what became of a published one's keys is printed.
 
     Raises:
-        ValueError: it is damaged, or not such a classifier.
+        ValueError: it is damaged, or no classifier.
     """
-    source = read_source(path)
-    spec, tensors = ClassifierSpec.from_metadata(source.metadata), source.tensors
-    if spec is None or "head.weight" not in tensors:
+    found = load_classifier_weights(path)
+    if found is None:
         raise ValueError(
-            f"{path} is not a classifier of this project: it lacks arch, patch_size, image_size, position, "
-            f"num_classes, pool or a head"
+            f"{path} is no classifier: it lacks a head (head.weight, or fc, classifier), or it is this project's and "
+            f"lacks arch, patch_size, image_size, position, num_classes or pool in its metadata"
         )
-    encoder, num_classes = spec.encoder, len(tensors["head.weight"])
-    model = build_vit(encoder, num_classes, spec.pool, fc_norm="fc_norm.weight" in tensors)
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path} does not fit {encoder.arch}/{encoder.patch_size}: {reason}") from None
-    return TrainedClassifier(Path(path), model.to(device).eval(), encoder.image_size, num_classes, spec.class_names)
+    if found.report.library and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        print(found.report, file=sys.stderr)
+    spec = found.spec
+    model = found.build().to(device)
+    return TrainedClassifier(
+        Path(path), model, spec.encoder.image_size, spec.num_classes, spec.class_names, spec.multi_label
+    )

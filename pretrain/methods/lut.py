@@ -35,7 +35,7 @@ class LUTConfig(Section):
     """The add-on's keys; Table 4's ablations change these, `data.crop` and `method.mask_ratio`."""
 
     alpha: float = Field(0.25, gt=0, description="weight of the context loss: 1.0 for ViT-S, 0.25 for ViT-B and L")
-    loss: Literal["cosine", "infonce", "smooth_l1"] = "cosine"
+    loss: Literal["cosine", "infonce", "smooth_l1"] = Field("cosine", description="the context loss (Table 4d)")
     temperature: float = Field(0.2, gt=0, description="of infonce")
     supervision: Literal["pooled", "tokens"] = Field(
         "pooled", description="the mean of the visible tokens, or each against the same position of the other view"

@@ -25,7 +25,9 @@ class PRMIMConfig(Section):
     """The add-on's keys."""
 
     throw_ratio: float = Field(0.5, gt=0, lt=1, description="share of all patches that is thrown, rho_d")
-    sampling: Literal["furthest", "random"] = "furthest"
+    sampling: Literal["furthest", "random"] = Field(
+        "furthest", description="which masked patches are kept: far from each other, or any"
+    )
     aggregation: AggregationKind = Field(
         "conv", description="how thrown tokens are computed; in the paper, training with average fails to converge"
     )

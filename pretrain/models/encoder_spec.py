@@ -19,6 +19,7 @@ class EncoderSpec:
         position: `relative`, `bias` or `sincos`; the last means any absolute table, even a learned one.
         method: by which it was pretrained, if known.
         epochs: of pretraining, if known.
+        class_token: whether there is one; only encoders of others (I-JEPA's) have none.
     """
 
     arch: str
@@ -27,6 +28,7 @@ class EncoderSpec:
     position: str
     method: str | None = None
     epochs: int | None = None
+    class_token: bool = True
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -38,16 +40,22 @@ class EncoderSpec:
         """The spec of an existing encoder."""
         arch = next(name for name, arch in ARCHS.items() if arch == encoder.arch)
         height, width = (side * encoder.patch_size for side in encoder.grid)
-        return cls(arch, encoder.patch_size, (height, width), encoder.position)
+        return cls(
+            arch, encoder.patch_size, (height, width), encoder.position, class_token=encoder.cls_token is not None
+        )
 
     def build(self) -> ViT:
         """A freshly initialized encoder."""
         relative, bias = self.position == "relative", self.position == "bias"
-        return ViT(self.arch, self.patch_size, self.grid, relative, bias=bias)
+        return ViT(self.arch, self.patch_size, self.grid, relative, bias=bias, class_token=self.class_token)
 
     def to_metadata(self) -> dict[str, str]:
         """As metadata of a safetensors file."""
-        optional = {"method": self.method, "epochs": self.epochs}
+        optional = {
+            "method": self.method,
+            "epochs": self.epochs,
+            "class_token": None if self.class_token else "false",
+        }
         return {
             "arch": self.arch,
             "patch_size": str(self.patch_size),
@@ -70,6 +78,7 @@ class EncoderSpec:
             metadata["position"],
             metadata.get("method"),
             int(epochs) if epochs is not None else None,
+            metadata.get("class_token") != "false",
         )
 
     @classmethod

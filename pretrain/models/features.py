@@ -1,19 +1,74 @@
 """Features of whole images."""
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.models.patches import normalize_pixels
 from pretrain.models.relative_position import grid_buckets, offset_buckets
 from pretrain.models.vit import ViT
 
+Kind = Literal["class", "mean", "patches"]
 
-def features(encoder: ViT, images: Tensor) -> Tensor:
-    """(B, 3, H, W) standardized pixels of the encoder's image size -> (B, 1+N, D), the class token first."""
+
+def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
+    """All tokens of whole images.
+
+    Args:
+        encoder: of any kind of position; with LoMaR's relative one, images of other sizes than its own are encoded too.
+        images: (B, 3, H, W) standardized pixels.
+        block: whose output is wanted, 1 being the first block's, before the encoder's last norm; unless given, the
+            output of the encoder.
+
+    Returns:
+        (B, 1+N, D), the class token first; where there is none, the mean of the others.
+
+    Raises:
+        ValueError: images of a size that the encoder's positions are not for, or that patches do not divide; or no
+            such block.
+    """
+    if block is not None and not 1 <= block <= len(encoder.blocks):
+        raise ValueError(f"block {block}: the encoder has blocks 1 to {len(encoder.blocks)}")
+    rows, cols = encoder.grid
+    if images.shape[-2:] != (rows * encoder.patch_size, cols * encoder.patch_size):
+        rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
-    patches = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size)
-    assert patches.shape[2:] == encoder.grid, (patches.shape, encoder.grid)
-    tokens = patches.flatten(2).transpose(1, 2)
+    tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
     if not (encoder.relative or encoder.bias):
-        return encoder(tokens + encoder.pos_embed[:, 1:])
-    buckets = grid_buckets(*encoder.grid) if encoder.relative else offset_buckets(*encoder.grid)
-    return encoder(tokens, buckets.to(images.device))
+        tokens = encoder(tokens + encoder.pos_embed[:, 1:], stop=block)
+        return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+    buckets = grid_buckets(rows, cols) if encoder.relative else offset_buckets(rows, cols)
+    return encoder(tokens, buckets.to(images.device), stop=block)
+
+
+def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:
+    patch_size, own = encoder.patch_size, "x".join(str(side * encoder.patch_size) for side in encoder.grid)
+    if height % patch_size or width % patch_size or not (height and width):
+        raise ValueError(
+            f"images of {height}x{width} pixels cannot be cut into patches of {patch_size}: give images of {own}"
+        )
+    if not encoder.relative:
+        raise ValueError(
+            f"images of {height}x{width} pixels, but the encoder's positions are for {own}: give images of that size, "
+            f"or load it with image_size=({height}, {width}), which resizes them"
+        )
+    return height // patch_size, width // patch_size
+
+
+def image_features(encoder: ViT, images: Tensor, kind: Kind = "mean", block: int | None = None) -> Tensor:
+    """The features of uint8 images that k-NN compares and `downstream.embed` writes.
+
+    Args:
+        encoder, block: as of `features`.
+        images: (B, H, W, 3) uint8.
+        kind: the `class` token, the `mean` of the patch tokens, or all `patches`.
+
+    Returns:
+        (B, D), or (B, N, D) of patches in raster order.
+    """
+    tokens = features(encoder, normalize_pixels(images).movedim(-1, 1), block)
+    if kind == "class":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(1) if kind == "mean" else tokens[:, 1:]

@@ -1,7 +1,7 @@
 """Results for each sample of an evaluation, computed by all ranks together and the same on all of them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,24 +14,24 @@ from data.eval_loader import PADDING, EvalLoader
 CHUNK = 1 << 24  # elements that are summed over the ranks at once
 
 
-@torch.no_grad()
-def compute_per_sample(
-    compute: Callable[[Tensor, Tensor], Tensor], loader: EvalLoader, device: torch.device, description: str
-) -> tuple[Tensor, Tensor]:
-    """Called by all ranks together; each calls `compute` equally often, on batches of the same shape.
+Compute = Callable[[Tensor, Tensor], Tensor]
 
-    Each sample is computed by one rank, and the others add zeros: the sum over ranks is exact.
+
+def computed_batches(
+    compute: Compute, loader: EvalLoader, device: torch.device, description: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's part, batch by batch; every rank gets equally many, of which the last may have no samples.
 
     Args:
-        compute: ((B, H, W, 3) uint8 images on the device, (B,) sample numbers) -> (B, K). Padding (PADDING) and images
-            that cannot be decoded are black images, whose results are dropped.
+        compute: ((B, H, W, 3) uint8 images on the device, (B,) sample numbers) -> (B, ...). Padding (PADDING) and
+            images that cannot be decoded are black images.
         loader: the samples.
         device: where to compute.
         description: label of the progress bar.
 
-    Returns:
-        (N, K) on the CPU, row i for sample `loader.indices[i]`, zeros if it cannot be decoded; and bool (N,), whether
-        it can be.
+    Yields:
+        Rows (b,) in `loader.indices`, without padding, consecutive ones if the loader has no subset; their results
+        (b, ...) on the CPU; and bool (b,), whether they can be decoded: the others' results mean nothing.
 
     Raises:
         ValueError: no samples; and as `EvalLoader.batches`.
@@ -39,26 +39,49 @@ def compute_per_sample(
     if not len(loader):
         raise ValueError(f"{description}: there are no samples")
     indices = torch.from_numpy(loader.indices)
-    visits, readable = torch.zeros(len(indices), dtype=torch.int64), torch.zeros(len(indices), dtype=torch.int64)
-    results: Tensor | None = None
     quiet = loader.rank != 0 or not sys.stderr.isatty()
     for batch in tqdm(loader.batches(), description, len(loader), unit="batch", leave=False, disable=quiet):
-        values = compute(batch.images.to(device, non_blocking=True), batch.samples).cpu()
-        if results is None:
-            results = torch.zeros((len(indices), values.shape[1]), dtype=values.dtype)
+        with torch.no_grad():
+            values = compute(batch.images.to(device, non_blocking=True), batch.samples).cpu()
         real = batch.samples != PADDING
-        row = torch.searchsorted(indices, batch.samples[real])
-        visits[row] += 1
-        readable[row] += batch.readable[real].long()
-        results[row] = values[real] * batch.readable[real, None].to(values.dtype)
+        yield torch.searchsorted(indices, batch.samples[real]), values[real], batch.readable[real]
+
+
+def compute_per_sample(
+    compute: Compute, loader: EvalLoader, device: torch.device, description: str
+) -> tuple[Tensor, Tensor]:
+    """Called by all ranks together; each calls `compute` equally often, on batches of the same shape.
+
+    Each sample is computed by one rank, and the others add zeros: the sum over ranks is exact.
+
+    Args:
+        compute: as of `computed_batches`, -> (B, K).
+        loader, device, description: as of `computed_batches`.
+
+    Returns:
+        (N, K) on the CPU, row i for sample `loader.indices[i]`, zeros if it cannot be decoded; and bool (N,), whether
+        it can be.
+
+    Raises:
+        ValueError: as `computed_batches`.
+    """
+    count = len(loader.indices)
+    visits, readable = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.int64)
+    results: Tensor | None = None
+    for rows, values, can_be_decoded in computed_batches(compute, loader, device, description):
+        if results is None:
+            results = torch.zeros((count, values.shape[1]), dtype=values.dtype)
+        visits[rows] += 1
+        readable[rows] += can_be_decoded.long()
+        results[rows] = values * can_be_decoded[:, None].to(values.dtype)
     assert results is not None
     for tensor in (results, visits, readable):
-        _sum_over_ranks(tensor, loader.world_size, device)
+        sum_over_ranks(tensor, loader.world_size, device)
     assert (visits == 1).all(), "each sample belongs to one rank"
     return results, readable.bool()
 
 
-def _sum_over_ranks(tensor: Tensor, world: int, device: torch.device) -> None:
+def sum_over_ranks(tensor: Tensor, world: int, device: torch.device) -> None:
     """In place, a chunk at a time: all of it may be larger than the device's memory."""
     if world == 1:
         return

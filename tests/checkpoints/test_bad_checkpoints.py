@@ -98,10 +98,13 @@ def test_what_this_encoder_cannot_express_is_named(key: str, why: str, tmp_path:
     refused(save({**originals.vit().state_dict(), key: noise(16)}, tmp_path), key.replace(".0.", r"\.\*\."), why)
 
 
-def test_a_norm_after_the_pool_is_refused_unless_it_is_a_classifiers(tmp_path: Path):
+def test_a_norm_after_the_pool_is_the_last_one_only_where_there_is_no_other(tmp_path: Path):
     state = originals.vit().state_dict()
     moved = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: w for name, w in state.items()}
-    refused(save(moved, tmp_path), "fc_norm", "average pool")
+    encoder, report = load_encoder(save(moved, tmp_path))
+    assert torch.equal(encoder.norm.weight, state["norm.weight"])
+    assert "behind a classifier's pool" in report.folded["norm.bias"]
+    assert report.used["norm.bias"] == ("fc_norm.bias",)
     both = {**state, "fc_norm.weight": noise(16), "fc_norm.bias": noise(16)}
     assert load_encoder(save(both, tmp_path))[1].dropped["fc_norm.bias"] == "the norm of a classifier"
 
@@ -172,8 +175,10 @@ def test_other_patches_than_14_and_16_are_not_exchanged(tmp_path: Path):
 def test_two_encoders_in_one_file_are_refused(tmp_path: Path):
     state = originals.vit().state_dict()
     both = {**originals.prefixed("encoder.", state), **originals.prefixed("teacher.encoder.", state)}
-    refused(save(both, tmp_path), "2 encoders", r"teacher\.encoder\.patch_embed")
-    refused(save({"conv1.weight": noise(3)}, tmp_path), r"no key patch_embed\.proj\.weight")
+    refused(save(both, tmp_path), "2 encoders: encoder, teacher.encoder", "--weights encoder or start.weights=encoder")
+    refused(save(both, tmp_path), "no student weights, only encoder, teacher.encoder", weights="student")
+    known = r"no key that embeds patches .*patch_embed\.proj\.weight.*transformers"
+    refused(save({"conv1.weight": noise(3)}, tmp_path), known)
 
 
 def test_modules_outside_the_encoder_are_known_or_refused(tmp_path: Path):

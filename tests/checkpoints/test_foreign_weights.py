@@ -10,6 +10,7 @@ from helpers.originals import ORIGINALS, PATCH, SAME_PARAMETERS, SAME_TO_FP32, f
 from safetensors.torch import save_file
 from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
 from timm.models import vision_transformer
+from timm.models.beit import Beit
 from torch import Tensor
 
 from downstream.checkpoints.files import read_source
@@ -130,7 +131,8 @@ def test_bias_tables_resize(make: str, tmp_path: Path):
     size = (5 * PATCH, 4 * PATCH)
     encoder, report = load_encoder(path, image_size=size)
     shared = {"use_shared_rel_pos_bias": True} if make == "simmim" else {"use_rel_pos_bias": True, "num_classes": 5}
-    larger = originals.beit(img_size=size, init_values=0.1, **shared)
+    kind = Beit if make == "simmim" else originals.HalfBeit
+    larger = originals.beit(kind=kind, img_size=size, init_values=0.1, **shared)
     state = dict(model.state_dict())
     for name in [name for name in state if name.endswith("bias_table")]:
         state[name] = resize_bias(state[name], (3, 3), (5, 4))

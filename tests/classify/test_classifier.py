@@ -149,18 +149,64 @@ def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path, monkeypatch: py
         torch.testing.assert_close(classifier(images, labels)["loss"], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("part", ["tuned", "probe"])
+@pytest.mark.parametrize("part", ["tuned", "probe", "lists"])
 def test_a_few_images_are_memorized(part: str, tmp_path: Path):
     probe = {"start__trained_blocks": 0, "head__kind": "batchnorm"} if part == "probe" else {}
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), optim__base_lr=0.3, **probe)
     classifier, _ = build_classifier(config)
     optimizer = build_optimizer(classifier.vit, config, stage=0)
     images, labels = batch(10)
+    labels = lists_of_labels(10) if part == "lists" else labels
     for _ in range(80):
         optimizer.zero_grad()
         classifier(images, labels)["loss"].backward()
         optimizer.step()
-    assert (classifier.eval()(images)["logits"].argmax(1) == labels).all()
+    logits = classifier.eval()(images)["logits"]
+    assert ((logits > 0) == labels).all() if part == "lists" else (logits.argmax(1) == labels).all()
+
+
+def lists_of_labels(count: int = 8) -> torch.Tensor:
+    """float32 (B, 5) of 0 and 1, among them no class and all classes."""
+    labels = torch.rand(count, 5, generator=torch.Generator().manual_seed(6)).lt(0.4).float()
+    labels[0], labels[1] = 0, 1
+    return labels
+
+
+def test_losses_of_lists_of_labels_are_binary_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By hand: -log of the sigmoid of each class, or of one minus it; smoothed towards a half."""
+    classifier = lively(configure(tmp_path, augment__label_smoothing=0.2))
+    images, labels = batch()[0], lists_of_labels()
+    with everything_float64(monkeypatch):
+        classifier.double()
+        share = torch.sigmoid(classifier.vit(standardized(images)))
+        target = labels.double() * 0.8 + 0.1
+        expected = -(target * share.log() + (1 - target) * (1 - share).log()).mean()
+        torch.testing.assert_close(classifier(images, labels.double())["loss"], expected, **CLOSE)
+
+
+def test_mixed_lists_of_labels_have_the_shares_of_the_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A batch of black and white images shows how each was mixed: its labels are mixed in the same shares."""
+    keys = {**MIXED, "augment__label_smoothing": 0.0}
+    classifier = lively(configure(tmp_path, **keys))
+    seen: list[torch.Tensor] = []
+    classifier.vit.register_forward_hook(lambda module, inputs, logits: seen.extend([inputs[0], logits]))
+    images, labels = torch.zeros((8, *SIZE, 3), dtype=torch.uint8), lists_of_labels().double()
+    images[:4] = 255
+    black, white = (standardized(torch.full((1, *SIZE, 3), value, dtype=torch.uint8)) for value in (0, 255))
+    with everything_float64(monkeypatch):
+        classifier.double()
+        shares = set()
+        for step in range(6):
+            seen.clear()
+            seed_step(step)
+            loss = classifier(images, labels)["loss"]
+            pixels, logits = seen
+            white_share = ((pixels - black) / (white - black)).mean((1, 2, 3))
+            own = torch.where(torch.arange(8) < 4, white_share, 1 - white_share)[:, None]
+            expected = F.binary_cross_entropy_with_logits(logits, own * labels + (1 - own) * labels.flip(0))
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+            shares.add(round(own[0].item(), 3))
+        assert len(shares) > 3
 
 
 @torch.no_grad()

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from data.image_folder import Folder
 from data.labels import check_same_classes
-from downstream.classify.build import check_mixing, check_train_and_val
+from downstream.classify.checks import check_batches, check_train_and_val, with_classes_of_data
 from downstream.classify.config import RECIPES, load
+from downstream.classify.finetune import finetune
 from downstream.classify.finish import save_classifier
-from downstream.classify.model import build_classifier
+from downstream.classify.model import build_classifier, check_start
 from downstream.classify.optimizers import build_optimizer
 from downstream.classify.trained_classifier import load_classifier
 from pretrain.trainer.launch import World
@@ -92,6 +93,18 @@ def test_a_start_that_does_not_fit_is_refused(keys: dict[str, Any], says: str, t
     config = configure(tmp_path, **({"start__checkpoint": encoder_file(tmp_path)} | keys))
     with pytest.raises(ValueError, match=re.escape(says)):
         build_classifier(config)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_start(config)
+
+
+def test_a_start_is_checked_before_anything_else(tmp_path: Path):
+    """The data need not even exist."""
+    config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), model__patch_size=2)
+    with pytest.raises(ValueError, match="has patches of 4 pixels, the encoder of 2"):
+        finetune(config, World(0, 1, 0))
+    check_start(configure(tmp_path, start__checkpoint=encoder_file(tmp_path), data__image_size="[16,24]"))
+    with pytest.raises(ValueError, match=r"data\.shards: .*a: no such shard"):
+        finetune(configure(tmp_path, start__checkpoint=encoder_file(tmp_path)), World(0, 1, 0))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +114,9 @@ def test_a_start_that_does_not_fit_is_refused(keys: dict[str, Any], says: str, t
         ({"head__kind": "batchnorm"}, "head.kind=batchnorm is for linear probes"),
         ({"optim__name": "lars"}, "optim.name=lars is for linear probes"),
         ({"augment__randaugment": "rand-q9"}, "augment.randaugment: rand_augment 'rand-q9'"),
-        ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean mixup?"),
+        ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean augment.mixup?"),
         ({"head__num_classes": 1}, "head.num_classes=1"),
-        ({"val__shards": ""}, "val.shards=None"),
+        ({"val__shards": ""}, "val.shards='': must be longer: it is empty"),
     ],
 )
 def test_a_configuration_that_cannot_work_names_its_key(keys: dict[str, Any], says: str, tmp_path: Path):
@@ -141,7 +154,7 @@ def shards(name: str, labels: list[int], classes: tuple[str, ...]) -> Any:
             "2 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from 0 to 7 "
             "(-1: none), 'b' has 5",
         ),
-        ([0, 1, 2], ("cat", "dog", "owl"), "/shards has 3 classes (cat, ...), but head.num_classes=5"),
+        ([0, 1, 2], ("cat", "dog", "owl"), "/shards has 3 classes (cat, ...), but head.num_classes=5, by default"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels: list[int], classes: tuple[str, ...], says: str):
@@ -149,6 +162,35 @@ def test_labels_that_are_no_classes_are_refused(labels: list[int], classes: tupl
     for key, train, val in (("data.shards", bad, good), ("val.shards", good, bad)):
         with pytest.raises(ValueError, match=re.escape(f"{key}: {says}")):
             check_train_and_val(train, val, 5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"), [([0, 1, 1], ("cat", "dog", "owl"), 3), ([0, 3, 1], (), 4), ([0, 0, 0], (), 5)]
+)
+def test_the_classes_of_the_data_are_the_default(
+    labels: list[int], classes: tuple[str, ...], expected: int, tmp_path: Path
+):
+    unset = configure(tmp_path, head__num_classes="null")
+    train, val = shards("/train", labels, classes), shards("/val", [0, 4] if expected == 5 else [1, 0], ())
+    found = with_classes_of_data(unset, train, val)
+    assert found.head.num_classes == expected
+    assert build_classifier(found)[0].vit.head.out_features == expected
+    assert found.resume_signature() == configure(tmp_path, head__num_classes=expected).resume_signature()
+    assert with_classes_of_data(configure(tmp_path), train, val).head.num_classes == 5, "what was given counts"
+
+
+def test_data_without_classes_is_refused(tmp_path: Path):
+    unset = configure(tmp_path, head__num_classes="null")
+    with pytest.raises(ValueError, match=r"data\.shards: 1 of 2 samples in /train have no label, for example 'b'"):
+        with_classes_of_data(unset, shards("/train", [0, -1], ()), shards("/val", [0, 1], ()))
+    with pytest.raises(ValueError, match=r"data\.shards: /train has one class, a classifier needs at least two"):
+        with_classes_of_data(unset, shards("/train", [0, 0], ("cat",)), shards("/val", [0], ("cat",)))
+
+
+def test_classes_without_training_images_are_named(caplog: pytest.LogCaptureFixture):
+    train = shards("/train", [0, 2], ("cat", "dog", "owl"))
+    check_train_and_val(train, shards("/val", [1], ("cat", "dog", "owl")), 3)
+    assert "1 of 3 classes have no image in data.shards and will never be predicted: dog" in caplog.text
 
 
 def test_other_classes_under_the_same_labels_are_refused():
@@ -164,10 +206,12 @@ def test_other_classes_under_the_same_labels_are_refused():
 
 def test_an_odd_micro_batch_cannot_be_mixed(tmp_path: Path):
     config = configure(tmp_path, augment__mixup=0.8, train__global_batch_size=6)
-    check_mixing(config, World(0, 1, 0))
+    check_batches(config, World(0, 1, 0), 6)
     with pytest.raises(ValueError, match=r"each of 2 ranks has 3 at once \(train.global_batch_size=6"):
-        check_mixing(config, World(0, 2, 0))
-    check_mixing(configure(tmp_path, train__global_batch_size=6), World(0, 2, 0))
+        check_batches(config, World(0, 2, 0), 6)
+    check_batches(configure(tmp_path, train__global_batch_size=6), World(0, 2, 0), 6)
+    with pytest.raises(ValueError, match=r"5 samples are fewer than one global batch of 6: lower train\.global_batch"):
+        check_batches(config, World(0, 1, 0), 5)
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -180,11 +224,12 @@ def test_recipes_load_and_name_themselves(recipe: str):
         "python -m downstream.classify.sweep" if recipe.startswith("transfer") else "downstream/classify/finetune.py"
     )
     assert f"{command} {recipe} data.shards=" in comment
-    assert f"batch {config.train.global_batch_size} = 8 GPUs" in comment
-    parts = re.search(r"= 8 GPUs x (?:(\d+) accumulation x )?(\d+)", comment)
+    batch = config.train.global_batch_size
+    parts = re.search(rf"batch {batch} = (\d) GPUs? x (?:(\d+) accumulation x )?(\d+)", comment)
     assert parts
-    assert int(parts[1] or 1) == config.train.gradient_accumulation_steps
-    assert 8 * int(parts[1] or 1) * int(parts[2]) == config.train.global_batch_size
+    assert int(parts[1]) == (1 if "_own_" in recipe else 8)
+    assert int(parts[2] or 1) == config.train.gradient_accumulation_steps
+    assert int(parts[1]) * int(parts[2] or 1) * int(parts[3]) == batch
 
 
 def test_the_resume_signature_holds_what_the_weights_depend_on(tmp_path: Path):

@@ -10,12 +10,13 @@ import torch
 from helpers.labeled_images import write_classes, write_classifier, write_photo
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import confusion_matrix, recall_score, top_k_accuracy_score
 from torch import Tensor
 
 from data.image_folder import Samples, load_samples
 from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.evaluate import check_classes, evaluate
+from downstream.classify.scores import Predictions
 from downstream.classify.trained_classifier import load_classifier
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.accuracy import topk_hits
@@ -24,9 +25,14 @@ CPU = torch.device("cpu")
 NAMES = [f"c{number}" for number in range(7)]
 
 
-def run(predict: Any, samples: Samples, **settings: Any) -> dict[str, float]:
+def predictions(predict: Any, samples: Samples, **settings: Any) -> tuple[Predictions, dict[str, int]]:
     one_rank = {"rank": 0, "world_size": 1, "num_workers": 0, "device": CPU}
     return evaluate(predict, samples, **{"size": (32, 32), "batch": 4, **one_rank, **settings})
+
+
+def run(predict: Any, samples: Samples, **settings: Any) -> dict[str, float]:
+    found, counts = predictions(predict, samples, **settings)
+    return {**found.summary(), **counts}
 
 
 @pytest.fixture
@@ -67,9 +73,17 @@ def test_against_sklearn(photos: Samples, capsys: pytest.CaptureFixture[str]):
         f"top{k}": top_k_accuracy_score(labels[readable], logits[readable], k=k, labels=range(7)) * 21 / 23
         for k in (1, 5)
     }
-    measured = run(pixels_as_logits, photos)
-    assert measured == pytest.approx({**expected, "images": 23, "skipped": 2})
+    predicted = np.where(readable, logits.argmax(1), 7)
+    per_class = recall_score(labels, predicted, labels=range(7), average=None)
+    expected["mean_class_accuracy"] = per_class.mean()
+    found, counts = predictions(pixels_as_logits, photos)
+    measured = {**found.summary(), **counts}
+    assert {name: measured[name] for name in (*expected, "images", "skipped")} == pytest.approx(
+        {**expected, "images": 23, "skipped": 2}
+    )
     assert 0 < measured["top1"] < measured["top5"] < 1
+    assert found.accuracy_per_class().tolist() == pytest.approx(per_class)
+    assert found.confusion_matrix().tolist() == confusion_matrix(labels, predicted, labels=range(8))[:7].tolist()
     assert "2 of 23 images cannot be decoded and count as wrong: c0/000, c1/001" in capsys.readouterr().err
 
 
@@ -119,8 +133,9 @@ def test_what_is_refused(tmp_path: Path, photos: Samples):
     with pytest.raises(ValueError, match=r"1 of 1 samples in .*flat have no label, for example 'a': use class folders"):
         run(pixels_as_logits, load_samples(flat))
     tensors = load_file(checkpoint)
-    save_file(tensors, tmp_path / "other.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="is not a classifier of this project"):
+    encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    save_file(encoder, tmp_path / "other.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="is no classifier: it lacks a head"):
         load_classifier(tmp_path / "other.safetensors", CPU)
     del tensors["blocks.0.norm1.bias"]
     spec = ClassifierSpec(EncoderSpec("vit_tiny", 16, (32, 32), "relative"), 5, "token")

@@ -3,17 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import commands_in_turn
-from helpers.labeled_images import run_command, write_classes, write_classifier
+from helpers.labeled_images import run_command, run_in_process, write_classes, write_classifier
 from safetensors.torch import save_file
 
 from data.eval_loader import EvalLoader
 from data.image_folder import load_samples
 from data.pack import pack
 from data.sources import list_source
+from downstream import embed
 from downstream.checkpoints.weights import load_encoder
+from downstream.classify import predict
 from downstream.classify.evaluate import evaluate
 from downstream.classify.robustness.datasets import imagenet
 from downstream.classify.robustness.evaluator import Evaluator, prepare
@@ -52,16 +55,19 @@ def test_on_two_ranks(tmp_path: Path):
         [f"{package}.evaluate", seven, "--data", val, *small],
         [f"{package}.knn", tmp_path / "encoder.safetensors", *knn_options, *small],
         [f"{package}.robustness", thousand, "--on", f"a={adversarial}", *large],
+        ["downstream.embed", tmp_path / "encoder.safetensors", val, tmp_path / "features.npy", *small],
+        [f"{package}.predict", seven, val, "--out", tmp_path / "predictions.csv", *small],
     ]
     arguments = json.dumps([[str(argument) for argument in command] for command in commands])
     code, out, err = run_command(commands_in_turn.__file__, arguments, ranks=2)
     assert code == 0, err
-    accuracy, knn, table, robust = out.splitlines()[-4:]
+    accuracy, knn, table, robust, embedded, predicted = out.splitlines()[-6:]
 
     assert "2 of 21 images cannot be decoded and count as wrong: c0/000, c1/001" in err
     trained = load_classifier(seven, CPU)
     one_rank = {"rank": 0, "world_size": 1, "num_workers": 0, "device": CPU}
-    assert json.loads(accuracy) == evaluate(trained.predict, load_samples(val), size=(32, 32), batch=9, **one_rank)
+    predictions, counts = evaluate(trained.predict, load_samples(val), size=(32, 32), batch=9, **one_rank)
+    assert json.loads(accuracy) == pytest.approx({**predictions.summary(), **counts})
 
     encoder, _ = load_encoder(tmp_path / "encoder.safetensors")
     sets = [EvalLoader(load_samples(path), size=(32, 32), batch=9) for path in (tmp_path / "shards", val)]
@@ -74,6 +80,16 @@ def test_on_two_ranks(tmp_path: Path):
     trained = load_classifier(thousand, CPU)
     alone = Evaluator(trained.predict, (32, 32), batch=50, workers=0, world=World(0, 1, 0), device=CPU)
     assert json.loads(robust) == {"a": prepare("a", {"a": str(adversarial)})(alone)}
+
+    run_in_process(embed, tmp_path / "encoder.safetensors", val, tmp_path / "alone.npy")
+    assert json.loads(embedded)["shape"] == [21, 192]
+    np.testing.assert_allclose(
+        *(np.load(tmp_path / f"{name}.npy") for name in ("features", "alone")), rtol=1e-4, atol=1e-5
+    )
+    assert (tmp_path / "features.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
+    run_in_process(predict, seven, val, "--out", tmp_path / "alone.csv")
+    assert json.loads(predicted)["skipped"] == 2
+    assert (tmp_path / "predictions.csv").read_text()[:200] == (tmp_path / "alone.csv").read_text()[:200]
 
 
 def test_an_error_of_the_user_is_one_line(tmp_path: Path):

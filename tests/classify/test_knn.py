@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.labeled_images import write_classes
+from helpers.labeled_images import run_in_process, write_classes
+from safetensors.torch import save_file
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 
 from data.eval_loader import EvalLoader
 from data.image_folder import load_samples
 from downstream.checkpoints.weights import features
+from downstream.classify import knn
 from pretrain.config import load
+from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
 from pretrain.probe import METRICS, RIDGE, Probe, check_sets, probe, ridge, votes
@@ -157,6 +160,19 @@ def test_measuring_touches_nothing(photos: Path, tmp_path: Path):
     assert all(module.training for module in encoder.modules())
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), before, strict=True))
     assert values == probe(encoder.eval(), *sets(photos), k=5, device=CPU)
+
+
+def test_a_run_in_bf16_measures_what_the_command_does(photos: Path, tmp_path: Path):
+    """Also where it keeps its residual stream in bf16."""
+    encoder = ViT("vit_tiny", 16, (2, 2))
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", EncoderSpec.of(encoder).to_metadata())
+    encoder.residual_dtype = torch.bfloat16
+    config = load(recipe(photos, tmp_path), ["train.precision=bf16"])
+    in_the_run = Probe(config, encoder, World(0, 1, 0), CPU).measure(encoder)
+    data = ["--train", photos / "train", "--val", photos / "val", "--k", 5]
+    assert in_the_run == run_in_process(knn, tmp_path / "encoder.safetensors", *data)
 
 
 def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: Path):

@@ -31,7 +31,7 @@ from downstream.classify.robustness.datasets import (
     synsets,
 )
 from downstream.classify.robustness.evaluator import SETS, Evaluator, prepare
-from downstream.classify.robustness.metrics import aupr, confidence, mean_corruption_error, occlude, top1_hits
+from downstream.classify.robustness.metrics import confidence, mean_corruption_error, occlude, top1_hits
 from downstream.classify.trained_classifier import TrainedClassifier
 from pretrain.trainer.launch import World
 
@@ -74,16 +74,6 @@ def test_confidence_is_of_the_candidates_alone():
     logits = torch.tensor([[5.0, 1.0, 2.0, 1.0]])
     expected = np.exp(2) / (np.exp(2) + np.exp(1))
     assert confidence(logits, torch.tensor([2, 3])).item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_aupr_against_sklearn_and_by_hand():
-    rng = np.random.default_rng(0)
-    for decimals in (6, 1):  # 1: many scores are equal
-        outliers, inliers = np.round(rng.normal(0.4, 1, 60), decimals), np.round(rng.normal(0, 1, 90), decimals)
-        ours = aupr(torch.from_numpy(outliers), torch.from_numpy(inliers))
-        truth = np.concatenate([np.ones(60), np.zeros(90)])
-        assert ours == pytest.approx(average_precision_score(truth, np.concatenate([outliers, inliers])), rel=1e-12)
-    assert aupr(torch.tensor([3.0, 1.0]), torch.tensor([2.0])) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
 def test_mean_corruption_error_by_hand():

@@ -126,6 +126,21 @@ def test_the_report_is_logged(tmp_path: Path):
     assert "encoder.safetensors (online weights)" in (tmp_path / "log").read_text()
 
 
+@torch.no_grad()
+def test_an_encoder_without_class_token_fills_a_backbone_without_it(tmp_path: Path):
+    """I-JEPA's; its features are those of the tokens alone."""
+    encoder = randomized(ViT("vit_tiny", 4, (3, 4), relative=False, class_token=False))
+    spec = {"arch": "vit_tiny", "patch_size": "4", "image_size": "12x16", "position": "sincos", "class_token": "false"}
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", spec)
+    options = {"position": "sincos", "init_cfg": start(tmp_path / "encoder.safetensors")}
+    backbone = build_backbone(window_size=0, global_blocks=(), img_size=(12, 16), **options)
+    backbone.init_weights()
+    found = float64_copy(backbone)(images(12, 16).double())[-1]
+    assert max_difference(found, encoder_features(encoder, 12, 16)) < 1e-12
+    with pytest.raises(ValueError, match=r"no class token: set model\.backbone\.class_token=False"):
+        whole(img_size=(12, 16), **options).init_weights()
+
+
 def test_patches_of_14_pixels_become_16(tmp_path: Path):
     path = encoder_file(tmp_path, "relative", patch=14)
     backbone = build_backbone(patch_size=16, img_size=(96, 128), init_cfg=start(path))

@@ -13,7 +13,7 @@ from safetensors import safe_open
 import downstream.checkpoints.export
 from downstream.checkpoints.compare import max_difference
 from downstream.checkpoints.export import Export, export_encoder, main
-from downstream.checkpoints.formats import Report
+from downstream.checkpoints.report import Report
 from downstream.checkpoints.timm_models import SIZES
 from downstream.checkpoints.weights import features, load_encoder
 from pretrain.models.encoder_spec import EncoderSpec

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 import downstream.checkpoints.timm_models  # noqa: F401  # registers our models with timm
 from downstream.classify.classifier_spec import ClassifierSpec
 from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.trainer.launch import World
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +56,18 @@ def write_classifier(
     spec = ClassifierSpec(EncoderSpec("vit_tiny", 16, (32, 32), position), num_classes, pool, tuple(class_names))
     save_file(state, path, spec.to_metadata())
     return path
+
+
+def run_in_process(module: Any, *arguments: object) -> dict[str, Any]:
+    """What the command of a module that evaluates returns, on one rank, without a process of its own."""
+    results = []
+
+    def run_here(command: Any, options: Any) -> None:
+        results.append(command(options, World(0, 1, 0), torch.device("cpu")))
+
+    with patch.object(module, "run_on_ranks", run_here):
+        module.main([*map(str, arguments), "--num-workers", "0", "--batch-size", "4"])
+    return results[0]
 
 
 def run_command(*arguments: object, ranks: int = 1) -> tuple[int, str, str]:

@@ -49,13 +49,43 @@ def randomized(model: Any, seed: int = 1) -> Any:
     return model.eval()
 
 
-def vit(seed: int = 1, **options: Any) -> Any:
-    return randomized(VisionTransformer(**{**SHAPE, "num_classes": 0, **options}), seed)
+def vit(seed: int = 1, kind: type[VisionTransformer] = VisionTransformer, **options: Any) -> Any:
+    return randomized(kind(**{**SHAPE, "num_classes": 0, **options}), seed)
 
 
-def beit(seed: int = 1, **options: Any) -> Any:
+class HalfPixels:
+    """As it was trained: given pixels of ImageNet's statistics, it makes them those of mean and deviation 0.5."""
+
+    def forward_features(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return super().forward_features(half_pixels(x), *arguments, **options)  # type: ignore[misc]
+
+
+class HalfBeit(HalfPixels, Beit):
+    """BEiT's."""
+
+
+class HalfViT(HalfPixels, VisionTransformer):
+    """Google's."""
+
+
+class NoClassToken(VisionTransformer):
+    """I-JEPA's; as our features, with the mean of the tokens in front of them."""
+
+    def forward_features(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        tokens = super().forward_features(x, *arguments, **options)
+        return torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+
+
+def half_pixels(images: Tensor) -> Tensor:
+    """(B, 3, H, W) pixels standardized by ImageNet's statistics -> by mean and deviation 0.5."""
+    statistics = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=images.dtype)
+    mean, std = statistics[:, :, None, None]
+    return (images * std + mean - 0.5) / 0.5
+
+
+def beit(seed: int = 1, kind: type[Beit] = Beit, **options: Any) -> Any:
     options = {"qkv_bias": True, "use_abs_pos_emb": False, "global_pool": "token", "num_classes": 0, **options}
-    return randomized(Beit(**{**SHAPE, **options}), seed)
+    return randomized(kind(**{**SHAPE, **options}), seed)
 
 
 def noise(*shape: int) -> Tensor:
@@ -137,14 +167,14 @@ def simmim(folder: Path) -> Original:
 
 
 def beit_pretrained(folder: Path) -> Original:
-    model = beit(init_values=0.1, use_shared_rel_pos_bias=True)
+    model = beit(kind=HalfBeit, init_values=0.1, use_shared_rel_pos_bias=True)
     state = {**model.state_dict(), "mask_token": noise(1, 1, 16), "lm_head.weight": noise(32, 16)}
     torch.save({"model": state}, folder / "beit.pth")
     return Original(folder / "beit.pth", model)
 
 
 def beit_finetuned(folder: Path) -> Original:
-    model = beit(init_values=0.1, use_rel_pos_bias=True, num_classes=5)
+    model = beit(kind=HalfBeit, init_values=0.1, use_rel_pos_bias=True, num_classes=5)
     index = {f"blocks.{i}.attn.relative_position_index": torch.zeros(10, 10) for i in range(2)}
     torch.save({"module": {**model.state_dict(), **index}}, folder / "beit_ft.pth")
     return Original(folder / "beit_ft.pth", model)

@@ -167,7 +167,7 @@ def test_own_data_set_in_a_few_lines(tmp_path: Path):
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 2
     for split, folder in (("train", "train"), ("val", "val"), ("test", "val")):
         dataset = cfg[f"{split}_dataloader"].dataset
-        assert (dataset.type, dataset.data_root) == ("BaseSegDataset", "/data/fields/")
+        assert (dataset.type, dataset.data_root) == ("OwnSegDataset", "/data/fields/")
         assert dataset.data_prefix == {"img_path": f"{folder}/", "seg_map_path": f"{folder}_masks/"}
         assert (dataset.metainfo.classes, dataset.reduce_zero_label) == (("soil", "wheat"), False)
         assert dataset.pipeline[1 if split == "train" else 2].type == "LoadAnnotations"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples, load_samples
-from downstream.classify.evaluate import Predict, count_images
+from downstream.classify.evaluate import COUNT_AS_WRONG, Predict
 from downstream.classify.robustness.datasets import (
     ALEXNET_ERRORS,
     CLASS_MAPS,
@@ -25,7 +25,9 @@ from downstream.classify.robustness.datasets import (
     right_by_real,
     right_classes,
 )
-from downstream.classify.robustness.metrics import aupr, confidence, mean_corruption_error, occlude, top1_hits
+from downstream.classify.robustness.metrics import confidence, mean_corruption_error, occlude, top1_hits
+from downstream.classify.scores import average_precision
+from downstream.own_images import count_images
 from pretrain.trainer.launch import World
 from pretrain.trainer.per_sample import compute_per_sample
 
@@ -77,7 +79,7 @@ class Evaluator:
             return top1_hits(self.predict(images), right[indices].to(images.device), candidates)
 
         hits, readable = compute_per_sample(compute, loader, self.device, name)
-        return {"top1": hits.sum().item() / len(hits), **count_images(loader, readable)}
+        return {"top1": hits.sum().item() / len(hits), **count_images(loader, readable, COUNT_AS_WRONG)}
 
     def confidences(self, name: str, samples: Samples, selected: Tensor, candidates: Tensor) -> Confidences:
         """The classifier's confidence in the selected samples, choosing from the candidate classes alone.
@@ -190,11 +192,11 @@ def _prepare_o(samples: Samples, paths: dict[str, str]) -> Measure:
     def measure(evaluator: Evaluator) -> dict[str, float]:
         outliers = evaluator.confidences("o", samples, torch.ones(len(samples), dtype=torch.bool), candidates)
         inliers = evaluator.confidences("o: val", val, is_inlier, candidates)
-        counts = [count_images(found.loader, found.readable) for found in (outliers, inliers)]
+        counts = [count_images(found.loader, found.readable, COUNT_AS_WRONG) for found in (outliers, inliers)]
         # The worst value for what cannot be decoded, and for logits that are not finite.
         outlier_values = torch.where(outliers.readable, outliers.values, 1.0).nan_to_num(1.0)
         return {
-            "aupr": aupr(-outlier_values, -inliers.values.nan_to_num(0.0)),
+            "aupr": average_precision(-outlier_values, -inliers.values.nan_to_num(0.0)),
             **{key: counts[0][key] + counts[1][key] for key in counts[0]},
         }
 

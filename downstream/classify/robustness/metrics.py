@@ -1,6 +1,5 @@
 """The metrics of the robustness sets: from logits and right classes to a number."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,17 +26,6 @@ def confidence(logits: Tensor, candidates: Tensor) -> Tensor:
     others = torch.full_like(logits, -torch.inf)
     masked = others.index_copy(1, candidates.to(logits.device), logits[:, candidates])
     return masked.double().softmax(1).amax(1)
-
-
-def aupr(outliers: Tensor, inliers: Tensor) -> float:
-    """Area under the precision-recall curve (average precision) of detecting outliers, which should score higher."""
-    scores = torch.cat([outliers, inliers]).numpy()
-    found = np.concatenate([np.ones(len(outliers)), np.zeros(len(inliers))])
-    order = np.argsort(-scores, kind="stable")
-    scores, found = scores[order], found[order].cumsum()
-    last = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # a threshold cannot separate equal scores
-    recall = np.concatenate([[0.0], found[last] / len(outliers)])
-    return float((np.diff(recall) * found[last] / (last + 1)).sum())
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> dict[str, float]:

@@ -1,14 +1,13 @@
 """Finds checkpoints in mmengine's layout, and reads them without running anything that a file says."""
 
-import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 
+from downstream.checkpoints.pickles import read_pickle
 from downstream.dense.mmengine.strategy import WEIGHTS
 
 
@@ -47,7 +46,7 @@ def find_weights(name: str) -> str:
 
 
 def refuse_pickles() -> None:
-    """From now on mmengine reads tensors, plain values and its own log buffers only.
+    """From now on mmengine reads tensors, what `read_pickle` knows to be harmless, and its own log buffers only.
 
     Without this it would read a file with anything else a second time, and run the code in it.
     """
@@ -64,13 +63,5 @@ def _getattr_of_buffer(owner: Any, name: str) -> Any:
 def _read(filename: str, map_location: Any = None) -> Any:
     allowed = [kind for kind in get_torch_safe_globals() if kind is not getattr]
     allowed.append((_getattr_of_buffer, "builtins.getattr"))
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(filename, map_location=map_location, weights_only=True)
-    except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{filename} holds more than tensors and plain values ({wanted[1] if wanted else error}), and is not read"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{filename} is damaged or no checkpoint: {error}") from None
+    # A file that is read again may be overwritten by then.
+    return read_pickle(Path(filename), allowed, map_location=map_location, mmap=False)

@@ -1,0 +1,91 @@
+"""What our encoder does not have, folded exactly into parameters that it has.
+
+Each function changes the parameters, by our names, in place, and tells it in the report.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from downstream.checkpoints.find_spec import count_blocks
+from downstream.checkpoints.names import BIAS_TABLE
+from downstream.checkpoints.report import Report
+
+
+def _merge(
+    state: dict[str, Tensor], report: Report, into: str, parts: list[str], how: Callable[..., Tensor], what: str
+) -> None:
+    """Makes `into` out of the named parts, which are then gone."""
+    state[into] = how(*(state[part] for part in parts))
+    keys = tuple(key for part in parts for key in report.used[part])
+    for part in parts:
+        if part != into:
+            del state[part], report.used[part]
+    report.used[into], report.folded[into] = keys, what
+
+
+def join_projections(state: dict[str, Tensor], report: Report) -> None:
+    """Transformers has three matrices for queries, keys and values; of BEiT's, keys have no bias, which is a zero."""
+    for q_name in [name for name in state if name.endswith(".attn.q.weight")]:
+        at = q_name.removesuffix("q.weight")
+        if at + "k.bias" not in state and at + "q.bias" in state:
+            state[at + "q_bias"], report.used[at + "q_bias"] = state.pop(at + "q.bias"), report.used.pop(at + "q.bias")
+            state[at + "v_bias"], report.used[at + "v_bias"] = state.pop(at + "v.bias"), report.used.pop(at + "v.bias")
+        for kind in ("weight", "bias"):
+            parts = [f"{at}{part}.{kind}" for part in "qkv"]
+            if all(part in state for part in parts):
+                _merge(state, report, f"{at}qkv.{kind}", parts, lambda *three: torch.cat(three), "three joined")
+
+
+def join_biases(state: dict[str, Tensor], report: Report) -> None:
+    """BEiT's and SimMIM's attention has a bias on queries and values; keys have none, which is a zero."""
+    for q_name in [name for name in state if name.endswith(".attn.q_bias")]:
+        at = q_name.removesuffix("q_bias")
+        if at + "v_bias" in state:
+            _merge(
+                state,
+                report,
+                at + "qkv.bias",
+                [q_name, at + "v_bias"],
+                lambda q, v: torch.cat([q, torch.zeros_like(q), v]),
+                "biases of queries and values, and zeros for the keys",
+            )
+
+
+def share_bias(state: dict[str, Tensor], report: Report) -> None:
+    """While BEiT and SimMIM pretrain, all blocks share one table."""
+    shared = "rel_pos_bias.relative_position_bias_table"
+    if shared in state:
+        table, keys = state.pop(shared), report.used.pop(shared)
+        for depth in range(count_blocks(state)):
+            name = f"blocks.{depth}.{BIAS_TABLE}"
+            state[name], report.used[name], report.folded[name] = table.clone(), keys, "one table shared by all blocks"
+
+
+def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
+    """gamma * (W x + b) = (gamma W) x + gamma b."""
+    for gamma in [name for name in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
+        matrix = gamma.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        scale = state.pop(gamma)
+        (key,) = report.used.pop(gamma)
+        for name in (matrix + ".weight", matrix + ".bias"):
+            if name in state:
+                state[name] = state[name] * (scale[:, None] if state[name].ndim == 2 else scale)
+                report.used[name] += (key,)
+                report.folded[name] = "LayerScale"
+
+
+def fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None) -> None:
+    """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token."""
+    table = state["pos_embed"]
+    if grid and table.shape[1] == grid[0] * grid[1]:
+        state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
+        report.folded["pos_embed"] = "no position for the class token: zeros"
+    elif "cls_token" in state and table[:, 0].any():
+        state["cls_token"] = state["cls_token"] + table[:, :1]
+        state["pos_embed"] = F.pad(table[:, 1:], (0, 0, 1, 0))
+        report.folded["cls_token"] = "its position added to it, and zeros there"
+        report.used["cls_token"] += report.used["pos_embed"]

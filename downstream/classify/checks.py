@@ -1,0 +1,96 @@
+"""What is checked of a classifier's training before DeepSpeed starts: its data, batches and number of classes."""
+
+import logging
+
+import numpy as np
+
+from data.image_folder import Samples
+from data.index import Index
+from data.labels import check_labels, check_same_classes
+from data.order import check_divisible, steps_per_epoch
+from downstream.classify.config import FinetuneConfig
+from pretrain.trainer.launch import World
+
+_log = logging.getLogger(__name__)
+MAX_NAMED = 10
+
+
+def with_classes_of_data(config: FinetuneConfig, index: Index, val: Samples) -> FinetuneConfig:
+    """The configuration with `head.num_classes` of the data where it has none: of its class names, else of its labels.
+
+    Raises:
+        ValueError: samples without a label, or fewer than two classes.
+    """
+    if config.head.num_classes is not None:
+        return config
+    for key, samples in {"data.shards": index, "val.shards": val}.items():
+        _check_labels(key, samples)
+    num_classes = len(index.classes) or 1 + max(int(labels_in(samples).max()) for samples in (index, val))
+    if num_classes < 2:
+        raise ValueError(
+            f"data.shards: {index.root} has one class, a classifier needs at least two: pack a folder with a folder "
+            f"for each class"
+        )
+    head = config.head.model_copy(update={"num_classes": num_classes})
+    return config.model_copy(update={"head": head})
+
+
+def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
+    """Checks that both sets have labels of the same `num_classes` classes; warns of classes without training images.
+
+    Raises:
+        ValueError: lists of labels in one set alone; samples without a label, or with one that is not a class; another
+            number of classes; or a label that is one class in training and another in validation, by their names.
+    """
+    where, val_where = f"data.shards ({index.root})", f"val.shards ({val.root})"
+    check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes (--classes)")
+    for key, samples in {"data.shards": index, "val.shards": val}.items():
+        _check_labels(key, samples, num_classes)
+        if samples.classes and len(samples.classes) != num_classes:
+            raise ValueError(
+                f"{key}: {samples.root} has {len(samples.classes)} classes ({samples.classes[0]}, ...), "
+                f"but head.num_classes={num_classes}, by default those of data.shards"
+            )
+    if (index.multi_labels is None) != (val.multi_labels is None):
+        lists, single = (where, val_where) if index.multi_labels is not None else (val_where, where)
+        raise ValueError(f"{lists} has lists of labels, {single} one label for each image: write both in one way")
+    missing = np.flatnonzero(np.bincount(labels_in(index), minlength=num_classes) == 0).tolist()
+    if missing:
+        names = [index.classes[label] if index.classes else f"label {label}" for label in missing[:MAX_NAMED]]
+        more = f" and {len(missing) - MAX_NAMED} more" if missing[MAX_NAMED:] else ""
+        _log.warning(
+            "%d of %d classes have no image in data.shards and will never be predicted: %s%s",
+            len(missing),
+            num_classes,
+            ", ".join(names),
+            more,
+        )
+
+
+def labels_in(samples: Samples) -> np.ndarray:
+    """int32, all labels of all images, in no order of use."""
+    return samples.label if samples.multi_labels is None else samples.multi_labels.classes
+
+
+def _check_labels(key: str, samples: Samples, num_classes: int | None = None) -> None:
+    try:
+        check_labels(samples, num_classes, "head.num_classes")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def check_batches(config: FinetuneConfig, world: World, num_images: int) -> None:
+    """Raises ValueError where the images do not fill a batch, ranks do not divide it, or an image has no partner.
+
+    Mixup and cutmix mix pairs of images.
+    """
+    train = config.train
+    check_divisible(train.global_batch_size, world.size, train.gradient_accumulation_steps)
+    steps_per_epoch(num_images, train.global_batch_size)
+    micro = train.global_batch_size // (world.size * train.gradient_accumulation_steps)
+    if config.augment.mixes and micro % 2:
+        raise ValueError(
+            f"augment.mixup and augment.cutmix mix pairs of images, but each of {world.size} ranks has {micro} at once "
+            f"(train.global_batch_size={train.global_batch_size}, "
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}): make it even"
+        )

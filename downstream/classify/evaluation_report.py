@@ -1,0 +1,117 @@
+"""What `downstream.classify.evaluate --out FOLDER` writes: tables for spreadsheets, and pictures of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from downstream.classify.scores import (
+    CALIBRATION_BINS,
+    MultiLabelPredictions,
+    Predictions,
+    expected_calibration_error,
+)
+from downstream.own_images import write_csv
+
+matplotlib.use("Agg")  # no display on a cluster
+import matplotlib.pyplot as plt
+
+MAX_NAMED = 60  # classes whose names fit beside a picture
+MAX_NUMBERS = 20  # classes whose counts fit into its cells
+
+
+def write_report(folder: Path, predictions: Predictions | MultiLabelPredictions, class_names: Sequence[str]) -> None:
+    """Writes the files, replacing those of an earlier evaluation.
+
+        per_class.csv             class, label, images, accuracy
+        confusion_matrix.csv      a row for each true class, a column for each predicted one; .png: shares of each row
+        calibration.csv           bins of the confidence: from, to, images, mean confidence, accuracy
+        reliability.png           accuracy over confidence
+
+    Of lists of labels only per_class.csv, with the average precision.
+
+    Args:
+        folder: is made if it does not exist.
+        predictions: of all images.
+        class_names: in the order of the labels; without them classes are called by their labels.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images = predictions.images_per_class().tolist()
+    names = list(class_names) or [str(label) for label in range(len(images))]
+    if isinstance(predictions, Predictions):
+        score, scores = "accuracy", predictions.accuracy_per_class()
+    else:
+        score, scores = "average precision", predictions.average_precision_per_class()
+    write_csv(
+        folder / "per_class.csv",
+        ("class", "label", "images", score),
+        ((name, label, images[label], _number(scores[label].item())) for label, name in enumerate(names)),
+    )
+    if isinstance(predictions, Predictions):
+        _write_single_label(folder, predictions, names)
+
+
+def _write_single_label(folder: Path, predictions: Predictions, names: list[str]) -> None:
+    matrix = predictions.confusion_matrix()
+    write_csv(
+        folder / "confusion_matrix.csv",
+        ("true class", *names, "(no prediction)"),
+        ((name, *row) for name, row in zip(names, matrix.tolist(), strict=True)),
+    )
+    _draw_confusion(matrix[:, :-1], names, folder / "confusion_matrix.png")
+    calibration = predictions.calibration()
+    edges = [number / CALIBRATION_BINS for number in range(CALIBRATION_BINS + 1)]
+    write_csv(
+        folder / "calibration.csv",
+        ("confidence from", "to", "images", "mean confidence", "accuracy"),
+        (
+            (f"{low:.4f}", f"{high:.4f}", int(row[0]), *map(_number, row[1:]))
+            for low, high, row in zip(edges, edges[1:], calibration.tolist(), strict=False)
+        ),
+    )
+    _draw_reliability(calibration, folder / "reliability.png")
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value:.6f}"  # NaN: there are no images
+
+
+def _draw_confusion(matrix: Tensor, names: list[str], path: Path) -> None:
+    """Shares of each row, so that rare classes show as clearly as frequent ones."""
+    count = len(names)
+    side = min(max(0.35 * count, 4.0), 16.0)
+    figure, axis = plt.subplots(figsize=(side + 1.5, side), layout="constrained")
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    picture = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(picture, label="share of the true class", shrink=0.8)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    if count <= MAX_NAMED:
+        axis.set_xticks(range(count), names, rotation=90)
+        axis.set_yticks(range(count), names)
+    if count <= MAX_NUMBERS:
+        for row, column in torch.nonzero(matrix).tolist():
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, int(matrix[row, column]), ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_reliability(calibration: Tensor, path: Path) -> None:
+    """Bars of accuracy with the diagonal that they would follow, over bars of how many images each bin has."""
+    width = 1 / CALIBRATION_BINS
+    centers = [(number + 0.5) * width for number in range(CALIBRATION_BINS)]
+    count, _, accuracy = calibration.T.tolist()
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(4.5, 5.5), layout="constrained", sharex=True, height_ratios=(3, 1)
+    )
+    above.bar(centers, [0 if value != value else value for value in accuracy], width * 0.95, color="tab:blue")
+    above.plot([0, 1], [0, 1], color="tab:gray", ls="--", lw=1)
+    above.set(ylabel="accuracy", ylim=(0, 1), xlim=(0, 1))
+    above.set_title(f"expected calibration error {expected_calibration_error(calibration):.2%}")
+    below.bar(centers, count, width * 0.95, color="tab:gray")
+    below.set(xlabel="confidence", ylabel="images")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,65 @@
+"""Images that a model is applied to, labeled or not, and tables about them."""
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from data.eval_loader import EvalLoader
+from data.image_folder import Folder, Samples, load_samples
+from data.index import Index, Keys
+from data.names import readable
+from data.scan import IMAGE_EXTENSIONS, NO_LABEL
+from pretrain.trainer.per_sample import unreadable_keys
+
+MAX_LISTED_KEYS = 20
+
+
+def load_images(path: str | Path) -> Samples:
+    """One image file, a folder of images of any nesting, or shards; labels are not needed.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    file = Path(path)
+    if not file.is_file() or file.suffix == ".tar":
+        return load_samples(path)
+    if file.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+        raise ValueError(f"{file} is no image ({', '.join(IMAGE_EXTENSIONS)}): give an image, a folder or shards")
+    label = np.array([NO_LABEL], np.int32)
+    return Folder(root=file.parent, names=Keys.of([file.name]), keys=Keys.of([file.stem]), label=label, classes=())
+
+
+def sample_name(samples: Samples, sample: int) -> str:
+    r"""A sample's key in shards, a file's path below its folder; bytes that are no UTF-8 as in ``na\xefve``."""
+    return readable(samples.keys[sample] if isinstance(samples, Index) else samples.names[sample])
+
+
+def count_images(loader: EvalLoader, readable: Tensor, consequence: str) -> dict[str, int]:
+    """How many images there are, and how many of them cannot be decoded; the main rank lists those on stderr.
+
+    Args:
+        loader: that the images came from.
+        readable: bool (N,), whether each of its images could be decoded.
+        consequence: what becomes of the others, for the message.
+    """
+    keys = unreadable_keys(loader, readable)
+    if keys and loader.rank == 0:
+        more = f" and {len(keys) - MAX_LISTED_KEYS} more" if len(keys) > MAX_LISTED_KEYS else ""
+        print(
+            f"{len(keys)} of {len(readable)} images cannot be decoded and {consequence}: "
+            f"{', '.join(keys[:MAX_LISTED_KEYS])}{more}",
+            file=sys.stderr,
+        )
+    return {"images": len(readable), "skipped": len(keys)}
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table as spreadsheets and pandas read it."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,126 @@
+"""Weights under the names of transformers, mmpretrain, I-JEPA and MoCo v3: their own features, or a clear refusal."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import originals
+from helpers.originals import SAME_TO_FP32, feature_difference, images
+from helpers.other_libraries import OTHERS, TRANSFORMERS, ijepa, moco_v3, transformers_model
+from safetensors.torch import load_file, save_file
+
+from downstream.checkpoints.export import export_encoder
+from downstream.checkpoints.files import read_source
+from downstream.checkpoints.weights import load_encoder, load_into
+from pretrain.models.vit import ViT
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_models_are_read_from_their_folders(name: str, tmp_path: Path):
+    path, model = transformers_model(tmp_path, name, **TRANSFORMERS[name])
+    encoder, report = load_encoder(path)
+    assert feature_difference(encoder, model, images()) < SAME_TO_FP32
+    assert "under transformers' names" in str(report)
+    used = {key for keys in report.used.values() for key in keys}
+    assert used | report.dropped.keys() == read_source(path).tensors.keys()
+    of_file, _ = load_encoder(path / "model.safetensors")
+    assert feature_difference(of_file, model, images()) < SAME_TO_FP32
+
+
+def test_names_of_transformers_modules_are_read_too(tmp_path: Path):
+    """Since version 5 they differ from those in its files."""
+    _, model = transformers_model(tmp_path, "ViTModel", image_size=12)
+    torch.save(model.model.state_dict(), tmp_path / "state.pth")
+    assert any("layers.0.attention.q_proj" in name for name in model.model.state_dict())
+    encoder, report = load_encoder(tmp_path / "state.pth")
+    model.half = False  # nothing next to the file says so
+    assert feature_difference(encoder, model, images()) < SAME_TO_FP32
+    assert "assumed" in report.pixels
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_several_files_are_put_together(kind: str, tmp_path: Path):
+    path, model = transformers_model(tmp_path, "ViTModel")
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    files = {name: f"{stem}-0000{1 + number % 2}-of-00002.{kind}" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+        save_file(part, path / file) if kind == "safetensors" else torch.save(part, path / file)
+    index = path / f"{stem}.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    for given in (path, index, path / file):
+        assert feature_difference(load_encoder(given)[0], model, images()) < SAME_TO_FP32
+    index.write_text(json.dumps({"weight_map": {**files, "cls_token": "../elsewhere.bin"}}))
+    with pytest.raises(ValueError, match=r"names \.\./elsewhere\.bin, which is not in the folder"):
+        load_encoder(path)
+    index.unlink()
+    with pytest.raises(ValueError, match=r"none of model\.safetensors"):
+        load_encoder(path)
+
+
+def test_what_the_tensors_do_not_tell_is_compared_with_the_record(tmp_path: Path):
+    path, _ = transformers_model(tmp_path, "ViTModel", num_attention_heads=4, hidden_act="relu")
+    with pytest.raises(ValueError, match=r"num_attention_heads=4 \(here: 2\), hidden_act=relu"):
+        load_encoder(path)
+    (path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+        load_encoder(path)
+
+
+def test_sizes_that_are_not_square_are_the_records(tmp_path: Path):
+    path, _ = transformers_model(tmp_path, "ViTModel", image_size=[8, 20])
+    assert load_encoder(path)[0].grid == (2, 5)
+
+
+def test_our_own_folders_are_read_back(tmp_path: Path):
+    for source in ("mae", "lomar"):
+        path, model = originals.ORIGINALS[source](tmp_path)
+        export_encoder(path, tmp_path / "hub", "hf")
+        encoder, _ = load_encoder(tmp_path / "hub")
+        assert feature_difference(encoder, model, images()) < SAME_TO_FP32
+        shutil.rmtree(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_features_are_those_of_the_original(name: str, tmp_path: Path):
+    path, model = OTHERS[name](tmp_path)
+    encoder, report = load_encoder(path)
+    assert feature_difference(encoder, model, images()) < SAME_TO_FP32
+    used = {key for keys in report.used.values() for key in keys}
+    assert used | report.dropped.keys() == read_source(path).tensors.keys()
+    assert ("mmpretrain" in str(report)) == ("mmpretrain" in name)
+
+
+@pytest.mark.parametrize("make", [ijepa, moco_v3])
+def test_one_of_several_encoders_is_chosen_by_name(make: type, tmp_path: Path):
+    names = {"ijepa": ("encoder", "target_encoder"), "moco_v3": ("base_encoder", "momentum_encoder")}[make.__name__]
+    for weights in ("online", "ema", *names):
+        path, model = make(tmp_path, weights)
+        encoder, report = load_encoder(path, weights=weights)
+        assert feature_difference(encoder, model, images()) < SAME_TO_FP32
+        assert report.weights == ("online" if weights in ("online", names[0]) else "ema")
+    with pytest.raises(ValueError, match=f"no student weights, only {', '.join(names)}"):
+        load_encoder(path, weights="student")
+
+
+def test_an_encoder_without_class_token_fills_one_with_it(tmp_path: Path):
+    path, _ = ijepa(tmp_path)
+    encoder = ViT("vit_tiny", originals.PATCH, (3, 3), relative=False)
+    fresh = encoder.cls_token.clone()
+    report = load_into(encoder, path)
+    assert torch.equal(encoder.cls_token, fresh)
+    assert "stays as it was initialized" in report.resized["cls_token"]
+    assert torch.equal(encoder.norm.weight, load_encoder(path)[0].norm.weight)
+    assert load_encoder(path, image_size=20)[1].resized.keys() == {"pos_embed"}
+
+
+def test_moco_v3s_small_encoder_has_other_heads(tmp_path: Path):
+    state = ViT("vit_small", 16, (2, 2), relative=False).state_dict()
+    both = {**originals.prefixed("base_encoder.", state), **originals.prefixed("momentum_encoder.", state)}
+    torch.save({"state_dict": both}, tmp_path / "moco.pth.tar")
+    with pytest.raises(ValueError, match="MoCo v3's ViT-S has 12 heads"):
+        load_encoder(tmp_path / "moco.pth.tar")
