@@ -61,11 +61,7 @@ def write_card(
     size = "x".join(map(str, spec.image_size))
     title = f"{spec.arch}_patch{spec.patch_size}, {size} pixels" + (f", {spec.method}" if spec.method else "")
     run = find_run(report.path)
-    what, task = "A Vision Transformer encoder without a classifier", "image-feature-extraction"
-    if classifier:
-        pooled = "the class token" if classifier.pool == "token" else "the mean of the patch tokens"
-        what = f"A Vision Transformer classifier of {classifier.num_classes} classes, on {pooled}"
-        task = "image-classification"
+    what, task = _describe(classifier)
     parts = [
         "---",
         f"library_name: {library}",
@@ -102,6 +98,14 @@ def write_card(
             "```",
         ]
     return "\n".join(parts) + "\n"
+
+
+def _describe(classifier: ClassifierSpec | None) -> tuple[str, str]:
+    """What the export is, and the hub's name of its task."""
+    if classifier is None:
+        return "A Vision Transformer encoder without a classifier", "image-feature-extraction"
+    pooled = "the class token" if classifier.pool == "token" else "the mean of the patch tokens"
+    return f"A Vision Transformer classifier of {classifier.num_classes} classes, on {pooled}", "image-classification"
 
 
 def _training(report: Report, run: RunFolder | None) -> str:
