@@ -26,7 +26,7 @@ from torch import Tensor
 from data.decode import CHANNELS
 from data.eval_loader import EvalLoader
 from data.scan import NO_LABEL
-from downstream.checkpoints.weights import load_encoder
+from downstream.checkpoints.weights import build_encoder, read_encoder
 from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
 from downstream.own_images import count_images, load_images, sample_name, write_csv
 from pretrain.models.features import Kind, image_features
@@ -45,6 +45,7 @@ def embed(
     *,
     kind: Kind = "mean",
     block: int | None = None,
+    norm_after_pool: bool = False,
     dtype: str = "float32",
     device: torch.device,
 ) -> Tensor:
@@ -56,7 +57,7 @@ def embed(
         encoder: in eval mode, on the device.
         loader: all images of a set.
         path: of the file, which exists only once it is complete.
-        kind, block: as of `image_features`.
+        kind, block, norm_after_pool: as of `image_features`.
         dtype: float32 or float16.
         device: where to compute.
 
@@ -68,7 +69,7 @@ def embed(
     """
 
     def compute(images: Tensor, _: Tensor) -> Tensor:
-        return image_features(encoder, images, kind, block)
+        return image_features(encoder, images, kind, block, norm_after_pool)
 
     unfinished = path.with_name(f"{path.name}.unfinished")
     if loader.rank == 0:
@@ -176,7 +177,8 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     out: Path = options.out
     check_out(out)
     samples = load_images(options.images)
-    encoder, _ = load_encoder(options.encoder, image_size=options.size, weights=options.weights)
+    found = read_encoder(options.encoder, weights=options.weights)
+    encoder, _ = build_encoder(found, image_size=options.size)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     loader = EvalLoader(
         samples,
@@ -188,9 +190,15 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     )
     array = out if out.suffix == ".npy" else out.with_name(f"{out.name}.npy")
     readable = embed(
-        encoder.to(device), loader, array, kind=options.features, block=options.block, dtype=options.dtype,
+        encoder.to(device),
+        loader,
+        array,
+        kind=options.features,
+        block=options.block,
+        norm_after_pool=found.pool_norm,
+        dtype=options.dtype,
         device=device,
-    )  # fmt: skip
+    )
     counts = count_images(loader, readable, "have rows of NaN")
     if not world.is_main:
         return {}
