@@ -88,11 +88,8 @@ def embed(
                 continue
             values[~can_be_decoded] = torch.nan
             readable[at] += can_be_decoded.long()
-            data = values.numpy().astype(dtype).tobytes()
-            start = offset + int(at[0]) * (len(data) // len(at))
-            while data:  # unlike a memory map, this never touches the rows of other ranks, also on a network's disk
-                written = os.pwrite(file.fileno(), data, start)
-                data, start = data[written:], start + written
+            rows = values.numpy().astype(dtype)
+            _write(file.fileno(), rows.tobytes(), offset + int(at[0]) * rows[0].nbytes)
         os.fsync(file.fileno())
     sum_over_ranks(readable, loader.world_size, device)
     if loader.rank == 0:
@@ -104,6 +101,13 @@ def embed(
 def _wait(loader: EvalLoader) -> None:
     if loader.world_size > 1:
         dist.barrier()
+
+
+def _write(file: int, data: bytes, start: int) -> None:
+    """Unlike a memory map, this never touches the rows of other ranks, also on a network's disk."""
+    while data:
+        written = os.pwrite(file, data, start)
+        data, start = data[written:], start + written
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
