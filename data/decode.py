@@ -1,29 +1,20 @@
-"""Bytes of a JPEG, PNG or WebP file -> uint8 RGB pixels of its crops, decoding no more than needed."""
+"""Bytes of an image file -> uint8 RGB pixels of its crops, decoding no more than needed.
 
-import warnings
+Of a file with several pictures (animations, pages, MPO) the first is used.
+"""
+
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from data.image_file import REDUCIBLE, BadImage, open_image, reason, to_rgb
 from data.transforms import Box
 
 Margins = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right; in pixels of the target
 
-MAX_PIXELS = 100_000_000
-MIN_SIDE = 8
-FORMATS = ("JPEG", "PNG", "WEBP")
-REDUCIBLE = ("JPEG", "MPO")  # MPO: a JPEG with further images after the first
 CHANNELS = 3  # of every image: RGB
-
-# Pillow warns from 89 megapixels on, once per worker; our own limit refuses the image instead.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class BadImage(Exception):  # noqa: N818  # a state of the data, not of the program
-    """Bytes that are not a usable image; the text is the reason."""
 
 
 class Crop(NamedTuple):
@@ -47,7 +38,7 @@ def decode(
 
     Without reduced JPEG decoding the pixels are those of torchvision's ``resized_crop`` on the whole image, except for
     the two source pixels next to an inner edge of the box, where the filter uses the true neighbors beyond the edge.
-    EXIF orientation is ignored and transparency dropped, as torchvision's ImageFolder does.
+    EXIF orientation is ignored (but in TIFF files) and transparency dropped, as torchvision's ImageFolder does.
 
     Args:
         data: the file's bytes.
@@ -74,7 +65,7 @@ def decode_crops(data: bytes, crops: Sequence[Crop], size: tuple[int, int], bord
 
     Args and errors are those of ``decode``.
     """
-    image = _open(data)
+    image = open_image(data)
     if border:
         image = _cut(image, border)
     width, height = image.size
@@ -86,47 +77,18 @@ def decode_crops(data: bytes, crops: Sequence[Crop], size: tuple[int, int], bord
             inside, target, beyond = _inside(box, (width, height), size)
             reduction = _reduction(inside, target) if image.format in REDUCIBLE else 1
             if reduction not in decoded:
-                decoded[reduction] = _decode(_open(data) if decoded else image, reduction)
+                decoded[reduction] = _decode(open_image(data) if decoded else image, reduction)
             pixels.append(_render(decoded[reduction], inside, target, beyond, crop.flip))
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
-        raise BadImage(_reason(error)) from error
+        raise BadImage(reason(error)) from error
     return pixels
-
-
-def check_image(data: bytes) -> str:
-    """Decodes the whole image and returns its format by content: 'JPEG', 'PNG' or 'WEBP'.
-
-    Raises:
-        BadImage: as ``decode``.
-    """
-    image = _open(data)
-    try:
-        image.load()
-        _to_rgb(image)
-    except Exception as error:
-        raise BadImage(_reason(error)) from error
-    return "JPEG" if image.format in REDUCIBLE else str(image.format)
-
-
-def _open(data: bytes) -> Image.Image:
-    """Reads the header only."""
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except Exception as error:
-        raise BadImage(_reason(error)) from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} is over {MAX_PIXELS // 1_000_000} megapixels")
-    if min(width, height) < MIN_SIDE:
-        raise BadImage(f"{width} x {height} is under {MIN_SIDE} pixels a side")
-    return image
 
 
 def _cut(image: Image.Image, border: int) -> Image.Image:
     try:
-        return image.crop((border, border, image.width - border, image.height - border))
+        return to_rgb(image).crop((border, border, image.width - border, image.height - border))
     except Exception as error:
-        raise BadImage(_reason(error)) from error
+        raise BadImage(reason(error)) from error
 
 
 class _Decoded(NamedTuple):
@@ -141,7 +103,7 @@ def _decode(image: Image.Image, reduction: int) -> _Decoded:
         drafted = image.draft(None, (width // reduction, image.height // reduction))
         if drafted is not None:  # libjpeg rounds the reduced size up, so the scale comes from its result
             scale = width / drafted[1][2]
-    return _Decoded(image if image.mode in ("RGB", "L") else _to_rgb(image), scale)
+    return _Decoded(image if image.mode in ("RGB", "L") else to_rgb(image), scale)
 
 
 def _reduction(inside: Box, size: tuple[int, int]) -> int:
@@ -172,21 +134,3 @@ def _render(decoded: _Decoded, inside: Box, size: tuple[int, int], beyond: Margi
     if flip:  # here and not on the array: NumPy is slow at reversing pixels of three bytes
         pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(pixels)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16-bit grayscale: Pillow's own conversion would clip everything above 255 to white.
-        gray = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")  # CMYK and YCCK included: Pillow already undid Adobe's inversion
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG, PNG or WebP image"  # Pillow's own text has a memory address in it
-    if isinstance(error, Image.DecompressionBombError):
-        return f"over {MAX_PIXELS // 1_000_000} megapixels"
-    return f"{error}" or type(error).__name__

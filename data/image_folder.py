@@ -1,5 +1,6 @@
 """Images in folders, read in place: for evaluation sets, which need not be packed."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from data.index import Index, Keys, load_index
 from data.multi_labels import MultiLabels
+from data.names import readable
 from data.reader import ShardReader
 from data.shard_files import holds_shards
 from data.sources import list_source
@@ -43,11 +45,15 @@ class FolderReader:
         Raises:
             ValueError: it no longer exists.
         """
-        path = self.folder.root / self.folder.names[sample]
+        name = self.folder.names[sample]
+        path = os.path.join(os.fsencode(self.folder.root), name.encode("utf-8", "surrogateescape"))  # in any locale
         try:
-            return path.read_bytes()
+            with open(path, "rb") as file:
+                return file.read()
         except FileNotFoundError as error:
-            raise ValueError(f"{path}: the file has gone since it was listed: put it back") from error
+            raise ValueError(
+                f"{self.folder.root}/{readable(name)}: the file has gone since it was listed: put it back"
+            ) from error
 
 
 def load_samples(path: str | Path) -> Samples:

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.class_list import number_classes
 from data.file_lock import NotWritableError, locked
 from data.messages import one_or_list
 from data.multi_labels import MultiLabels
+from data.names import read_lines
 from data.scan import ShardContent, describe_unused, scan_shard
 from data.shard_files import find_shards
 
@@ -108,10 +110,10 @@ def build_index(shards: str | Path) -> Index:
 def read_classes(root: Path) -> tuple[str, ...]:
     """The names in the list of classes next to shards, in the order of their labels; none without a list."""
     path = root / CLASSES_FILE
-    if not path.exists():
-        return ()
-    text = path.read_text("utf-8-sig", "surrogateescape").rstrip("\n")
-    return tuple(text.split("\n")) if text else ()
+    lines = read_lines(path) if path.exists() else []
+    while lines and not lines[-1]:
+        del lines[-1]
+    return tuple(lines)
 
 
 def index_paths(shards: str | Path) -> tuple[Path, Path]:
@@ -197,7 +199,7 @@ def _checked(index: Index, path: Path, names: tuple[str, ...]) -> Index:
 
 def _scan(root: Path, names: tuple[str, ...]) -> Index:
     classes = read_classes(root)
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = number_classes(classes)
 
     def scan(name: str) -> ShardContent | str:
         try:

@@ -38,7 +38,8 @@ def check_labels(samples: Samples, num_classes: int | None = None, key: str = ""
     problem = f"{int(bad.sum())} of {len(samples)} samples in {samples.root} have no label"
     if num_classes is None:
         raise ValueError(
-            f"{problem}, for example '{samples.keys[first]}': use class folders, or shards with .cls files"
+            f"{problem}, for example '{samples.keys[first]}': use class folders without images beside them, or "
+            "shards with .cls files"
         )
     raise ValueError(
         f"{problem} in 0..{num_classes - 1} ({key}={num_classes}): labels go from {labels.min()} to {labels.max()} "

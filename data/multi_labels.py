@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from data.class_list import same_name
+
 MAX_LABEL = 2**31 - 1
 _QUOTED = 60  # characters of a label that a message quotes
 
@@ -136,8 +138,8 @@ def _class(value: object, numbers: Mapping[str, int]) -> int | None:
     if isinstance(value, str):
         if re.fullmatch("[+-]?[0-9]{1,12}", value):  # also where a class has this name: `data.pack` writes numbers
             number = int(value)
-        elif value in numbers:
-            return numbers[value]
+        elif (named := numbers.get(same_name(value))) is not None:
+            return named
         elif value == "":
             return None
         else:

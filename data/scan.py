@@ -12,7 +12,7 @@ import numpy as np
 from data.multi_labels import Label, MultiLabels, UnusableLabel, read_cls, read_json
 from data.tar_members import FOLDER, HARD_LINK, SPARSE, SYMBOLIC_LINK, Member, read_members
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2")
 NO_LABEL = -1
 
 # WebDataset's grammar: the key is the path up to the first dot of the base name, the rest is the (lower-cased)

@@ -4,12 +4,19 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
+from data.class_list import number_classes, read_classes, same_name
+from data.list_file import read_list
+from data.names import SHOWN, is_utf_8, readable, shown
 from data.scan import IMAGE_EXTENSIONS, NO_LABEL
+
+# Folders that archives, file managers and file systems leave among images; they are ignored like hidden ones.
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 
 
 class SourceFile(NamedTuple):
@@ -28,8 +35,11 @@ class Source:
 
     root: Path
     files: tuple[SourceFile, ...]
-    classes: tuple[str, ...]  # sorted names of the class folders; empty for flat folders and lists
-    ignored: dict[str, int]  # files without an image's extension: extension -> count
+    classes: tuple[str, ...] = ()  # names of the labels
+    classes_given: bool = False  # by a file; otherwise they are the class folders, sorted
+    ignored: Counter[str] = field(default_factory=Counter)  # what is not packed: kind -> how many
+    unsorted: int = 0  # images beside folders of images, for which no file has a label
+    remarks: tuple[str, ...] = ()  # what the user should know about the classes
 
     def digest(self) -> str:
         """A digest of all files, sizes, modification times and labels."""
@@ -39,31 +49,40 @@ class Source:
         return digest.hexdigest()
 
 
-def list_source(path: str | Path) -> Source:
+def list_source(path: str | Path, classes_file: Path | None = None, labels: bool = True) -> Source:
     """Lists a folder of images or a text file of ``path[<TAB>label]`` lines, paths relative to the text file.
 
     If no image lies directly in a folder, it consists of class folders: the first folder of a file's path is its class,
-    and the sorted classes are numbered from 0.
+    and the sorted classes are numbered from 0. Hidden files and folders and those of `SYSTEM_FOLDERS` are ignored.
+
+    Args:
+        path: of the folder or list.
+        classes_file: names of the classes, one a line, in the order of their labels.
+        labels: False leaves all files without.
 
     Raises:
-        ValueError: nothing to pack, a line that cannot be read, or two files with the same key.
+        ValueError: nothing to pack, files or folders that cannot be read, a line or a class that is not right, or two
+            files with the same key.
     """
     path = Path(path)
+    classes = read_classes(classes_file) if classes_file else None
     if path.is_dir():
-        source = _from_folder(path)
+        source = _from_folder(path, classes, labels)
     elif path.is_file():
-        source = _from_list(path)
+        source = _from_list(path, classes, labels)
     else:
         raise ValueError(f"{path}: no such folder or list file")
     if not source.files:
-        found = ", ".join(f"{count} {extension}" for extension, count in source.ignored.items()) or "nothing"
-        raise ValueError(f"{path}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it; found {found}")
+        raise ValueError(
+            f"{path}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it; found {describe_ignored(source.ignored)}"
+        )
     by_key: dict[str, str] = {}
     for file in source.files:
         other = by_key.setdefault(file.key, file.name)
         if other is not file.name:
             raise ValueError(
-                f"{path}: '{other}' and '{file.name}' would both get the key '{file.key}': rename one of them"
+                f"{path}: '{readable(other)}' and '{readable(file.name)}' would both get the key '{file.key}': "
+                "rename one of them"
             )
     return source
 
@@ -73,53 +92,132 @@ def make_key(name: str) -> str:
 
     A key must not hold a dot (the extension would begin there) nor start with two underscores (WebDataset skips those).
     """
-    return re.sub(r"^_+", "_", re.sub(r"[^\w/-]", "_", os.path.splitext(name)[0].lstrip("/")))
+    return re.sub(r"^_+", "_", re.sub(r"[^\w/-]", "_", os.path.splitext(readable(name))[0].lstrip("/")))
 
 
-def _from_folder(root: Path) -> Source:
-    entries, ignored = [], Counter[str]()
-    for name, entry in _walk(root, set()):
-        extension = os.path.splitext(name)[1].lower()
-        if extension.lstrip(".") in IMAGE_EXTENSIONS:
-            entries.append((name, entry.stat()))
-        else:
-            ignored[extension or os.path.basename(name)] += 1
-    entries.sort(key=lambda entry: entry[0])
-    flat = any("/" not in name for name, _ in entries)
-    classes = [] if flat else sorted({name.split("/")[0] for name, _ in entries})
-    number = {name: label for label, name in enumerate(classes)}
-    files = tuple(
-        SourceFile(name, make_key(name), number.get(name.split("/")[0], NO_LABEL), stat.st_size, stat.st_mtime_ns)
-        for name, stat in entries
-    )
-    return Source(root, files, tuple(classes), dict(ignored))
+@dataclass
+class _Walk:
+    """What is below a folder. Follows links to folders but enters each folder once, so circular links end."""
 
+    bar: tqdm
+    images: list[tuple[str, os.stat_result]] = field(default_factory=list)
+    top: list[str] = field(default_factory=list)  # folders in the first level
+    ignored: Counter[str] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+    visited: set[tuple[int, int]] = field(default_factory=set)
 
-def _walk(root: Path, visited: set[tuple[int, int]], prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Every file below ``root``. Follows links to folders but enters each folder once, so circular links end."""
-    stat = os.stat(root)
-    if (stat.st_dev, stat.st_ino) in visited:
-        return
-    visited.add((stat.st_dev, stat.st_ino))
-    with os.scandir(root) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), visited, f"{prefix}{entry.name}/")
-            else:
-                yield f"{prefix}{entry.name}", entry
-
-
-def _from_list(path: Path) -> Source:
-    files = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        name, _, label = line.partition("\t")
-        if not name.strip():
-            continue
+    def enter(self, folder: str, prefix: str = "") -> None:
         try:
-            stat = os.stat(path.parent / name)
-        except OSError as error:
-            raise ValueError(f"{path}, line {number}: '{name}': {error.strerror}") from error
-        if label and not label.strip().isdecimal():
-            raise ValueError(f"{path}, line {number}: the label '{label}' is not a number from 0 on")
-        files.append(SourceFile(name, make_key(name), int(label or NO_LABEL), stat.st_size, stat.st_mtime_ns))
-    return Source(path.parent, tuple(sorted(files)), (), {})
+            stat = os.stat(folder)
+            if (stat.st_dev, stat.st_ino) in self.visited:
+                return
+            self.visited.add((stat.st_dev, stat.st_ino))
+            with os.scandir(folder) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except PermissionError:
+            self.unreadable.append(prefix or folder)
+            return
+        for entry in entries:
+            hidden = entry.name.startswith(".")
+            extension = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir():
+                if hidden or entry.name in SYSTEM_FOLDERS:
+                    self.ignored[f"folder {readable(entry.name)}"] += 1
+                    continue
+                if not prefix:
+                    self.top.append(entry.name)
+                self.enter(entry.path, f"{prefix}{entry.name}/")
+            elif extension.lstrip(".") not in IMAGE_EXTENSIONS:
+                self.ignored[readable(extension or (entry.name if hidden else "without suffix"))] += 1
+            elif hidden:
+                self.ignored[f"hidden {extension}"] += 1
+            elif not os.access(entry.path, os.R_OK):  # a link to nowhere as well
+                self.unreadable.append(f"{prefix}{entry.name}")
+            else:
+                self.images.append((f"{prefix}{entry.name}", entry.stat()))
+                self.bar.update()
+
+
+def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool) -> Source:
+    with tqdm(desc="listing", unit="file", disable=None, delay=2) as bar:
+        walk = _Walk(bar)
+        walk.enter(str(root))
+    if walk.unreadable:
+        raise ValueError(
+            f"{root}: files or folders that cannot be read, without permission or links to nowhere: "
+            f"{shown(walk.unreadable)}; `chmod -R u+rX` gives permission"
+        )
+    walk.images.sort(key=lambda image: image[0])
+    folders = sorted({name.split("/")[0] for name, _ in walk.images if "/" in name})
+    unsorted = sum("/" not in name for name, _ in walk.images)
+    if given is not None and unsorted:
+        raise ValueError(
+            f"{root}: images ({unsorted}) lie in no folder of a class, which --classes numbers: move them into folders "
+            "of their classes, or give a list with their labels"
+        )
+    if not labels or unsorted:
+        files = tuple(_source_file(name, stat, NO_LABEL) for name, stat in walk.images)
+        return Source(root, files, ignored=walk.ignored, unsorted=unsorted if labels and folders else 0)
+    classes = given or tuple(readable(name) for name in folders)
+    number = number_classes(classes)
+    unknown = [name for name in folders if same_name(name) not in number]
+    if unknown:
+        raise ValueError(f"{root}: folders that are no classes of --classes: {shown(unknown)}")
+    if len({same_name(name) for name in folders}) < len(folders):
+        counts = Counter(map(same_name, folders))
+        raise ValueError(
+            f"{root}: folders whose names differ only in how accents are written: "
+            f"{shown([name for name in counts if counts[name] > 1])}: rename one of them, or move its images"
+        )
+    broken = [name for name in folders if "\n" in name or "\r" in name]
+    if broken:
+        raise ValueError(f"{root}: a class cannot have a line break in its name: rename {shown(broken)}")
+    files = tuple(_source_file(name, stat, number[same_name(name.split("/")[0])]) for name, stat in walk.images)
+    remarks = _remarks(root, walk, folders, given is not None)
+    return Source(root, files, classes, given is not None, walk.ignored, remarks=remarks)
+
+
+def _from_list(path: Path, given: tuple[str, ...] | None, labels: bool) -> Source:
+    files = sorted(_source_file(file.name, file.stat, file.label) for file in read_list(path, given, labels))
+    return Source(path.parent, tuple(files), given or (), given is not None)
+
+
+def _source_file(name: str, stat: os.stat_result, label: int) -> SourceFile:
+    return SourceFile(name, make_key(name), label, stat.st_size, stat.st_mtime_ns)
+
+
+def _remarks(root: Path, walk: _Walk, folders: list[str], given: bool) -> tuple[str, ...]:
+    remarks = []
+    empty = sorted(set(walk.top) - set(folders))
+    if empty and not given:
+        remarks.append(
+            f"folders without images are no classes: {shown(empty)}; --classes FILE, a list of all classes, keeps them"
+        )
+    escaped = [name for name in folders if not is_utf_8(name)]
+    if escaped:
+        remarks.append(f"names of folders that are no UTF-8 are written like this: {shown(escaped)}")
+    nested = next((name for name, _ in walk.images if name.count("/") > 1), None)
+    if nested:
+        top, inner, _ = readable(nested).split("/", 2)
+        remarks.append(
+            f"the class of an image is the folder at the top: images in '{top}/{inner}' are of class '{top}'; if the "
+            f"classes are the folders below, pack {root / top}"
+        )
+    if len(folders) == 1 and not given:
+        remarks.append(
+            f"'{readable(folders[0])}' is the only class; if it is none, --no-labels leaves its images without a label"
+        )
+    return tuple(remarks)
+
+
+def describe_ignored(ignored: Counter[str]) -> str:
+    """What was not taken for images, and what to do about it."""
+    kinds = [f"{count} {kind}" for kind, count in ignored.most_common(SHOWN)]
+    text = ", ".join(kinds) + (f" and {len(ignored) - SHOWN} other kinds" if len(ignored) > SHOWN else "")
+    if ".tar" in ignored:
+        text += "; shards (*.tar) need no packing: data.shards takes them as they are"
+    if ignored.keys() & {".zip", ".tgz", ".gz", ".7z", ".rar"}:
+        text += "; unpack archives first"
+    if ignored.keys() & {".heic", ".heif", ".avif", ".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:
+        text += "; convert other formats to JPEG or PNG first"
+    return text or "nothing"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decode import BadImage, check_image
+from data.image_facts import check_image
+from data.image_file import BadImage
 from data.index import Index, check_names, index_paths, is_current, load_index, read_index
 from data.multi_labels import MultiLabels
 from data.parallel import default_workers, report_errors, run_parallel

@@ -1,14 +1,19 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torchvision.transforms.functional as F
 from helpers.shard_tools import encode, jpeg, smooth_image
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import InterpolationMode
 
 from data import decode as decoding
-from data.decode import BadImage, Crop, check_image, decode, decode_crops
+from data.decode import Crop, decode, decode_crops
+from data.image_facts import check_image, rewrite_16_bit_gray
+from data.image_file import FORMATS, BadImage
 from data.transforms import Box
 
 
@@ -32,7 +37,7 @@ def reference(image: Image.Image, box: tuple[int, int, int, int], size: tuple[in
     return np.asarray(crop).astype(int)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_whole_image_equals_torchvision(format: str) -> None:
     data = encode(smooth_image(0, 150, 110), format)
     from_file = Image.open(io.BytesIO(data))
@@ -176,16 +181,57 @@ def test_orientation_is_ignored() -> None:
     exif[0x0112] = 6
     plain, turned = encode(smooth_image(0, 80, 40), "JPEG"), encode(smooth_image(0, 80, 40), "JPEG", exif=exif)
     assert np.array_equal(decode(plain, whole, (20, 40)), decode(turned, whole, (20, 40)))
+    assert (check_image(plain).is_turned, check_image(turned).is_turned) == (False, True)
+    damaged = turned.replace(b"Exif\0\0MM", b"Exif\0\0XX").replace(b"Exif\0\0II", b"Exif\0\0XX")
+    assert damaged != turned
+    assert not check_image(damaged).is_turned
+
+
+def test_orientation_of_tiff_is_applied() -> None:
+    """By Pillow, which is also what torchvision's ImageFolder then shows."""
+    image = smooth_image(0, 80, 40)
+    data = encode(image, "TIFF", exif=EXIF)
+    assert not check_image(data).is_turned
+    assert np.array_equal(decode(data, whole, (80, 40)), np.rot90(np.asarray(image), -1))
+
+
+def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
+    """An uncompressed gray TIFF, written by hand as Pillow writes neither 12 bits nor 0 for white."""
+    if bits == 12:
+        pairs = values.reshape(-1, 2).astype(int)
+        packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
+        pixels = packed.astype(np.uint8).tobytes()
+    else:
+        pixels = values.astype("<u2").tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + directory
 
 
 BAD = {
-    "empty": (b"", "not a JPEG"),
+    "empty": (b"", "an empty file"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n", "`git lfs pull` gets it"),
     "text": (b"<html>404</html>" * 50, "not a JPEG"),
-    "gif": (encode(smooth_image(0, 64, 64), "GIF"), "not a JPEG"),
+    "icon": (encode(smooth_image(0, 64, 64), "ICO"), "not a JPEG"),
+    "heic": (bytes(3) + b"\x18ftypheic" + bytes(40), "a HEIC or AVIF image: convert it"),
+    "tiff of six channels": (
+        tiff(np.zeros((64, 64), np.uint16), 16, 1).replace(
+            struct.pack("<HHII", 277, 4, 1, 1), struct.pack("<HHII", 277, 4, 1, 6)
+        ),
+        "has other channels than gray",
+    ),
     "truncated jpeg": (jpeg(0, 300, 200)[:1500], "truncated"),
     "header only": (jpeg(0)[:100], "not a JPEG|Truncated File Read"),
     "truncated png": (encode(smooth_image(0, 200, 200), "PNG")[:3000], "truncated|broken"),
     "truncated webp": (encode(smooth_image(0, 200, 200), "WEBP")[:300], "decode|truncated|broken|not a JPEG"),
+    "truncated tiff": (encode(smooth_image(0, 200, 200), "TIFF")[:3000], "truncated|damaged"),
+    "truncated bmp": (encode(smooth_image(0, 200, 200), "BMP")[:3000], "truncated"),
+    "truncated gif": (encode(smooth_image(0, 200, 200), "GIF")[:3000], "truncated"),
+    "truncated jp2": (encode(smooth_image(0, 200, 200), "JPEG2000")[:2000], "broken"),
+    "float tiff": (encode(Image.new("F", (64, 64), 0.5), "TIFF"), "floating-point pixels, .* convert it to 8 bits"),
+    "signed tiff": (encode(Image.new("I", (64, 64), -5), "TIFF"), "signed or 32-bit pixels"),
     "1x1": (encode(smooth_image(0, 1, 1), "PNG"), "1 x 1 is under 8 pixels"),
     "thin": (encode(smooth_image(0, 300, 7), "PNG"), "under 8 pixels"),
 }
@@ -219,7 +265,7 @@ def test_200_megapixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPa
 
 def test_any_damage_gives_an_image_or_bad_image() -> None:
     rng = np.random.default_rng(0)
-    files = [encode(smooth_image(0, 60, 50), format) for format in ("JPEG", "PNG", "WEBP")]
+    files = [encode(smooth_image(0, 60, 50), format) for format in FORMATS]
     refused = 0
     for data in files * 60:
         damaged = bytearray(data)
@@ -233,8 +279,61 @@ def test_any_damage_gives_an_image_or_bad_image() -> None:
 
 
 def test_check_image_names_the_format() -> None:
-    assert [check_image(encode(smooth_image(0, 64, 64), format)) for format in ("JPEG", "PNG", "WEBP")] == [
-        "JPEG",
-        "PNG",
-        "WEBP",
-    ]
+    for format in FORMATS:
+        assert check_image(encode(smooth_image(0, 64, 64), format)) == (format, None, False, False, False)
+    assert check_image(FILES["mpo"]).format == "JPEG"
+
+
+def test_animations_and_pages_show_their_first_picture() -> None:
+    first, second = Image.new("RGB", (64, 64), (10, 200, 30)), Image.new("RGB", (64, 64), (250, 0, 0))
+    for format in ("GIF", "TIFF", "WEBP", "PNG"):
+        data = encode(first, format, save_all=True, append_images=[second])
+        assert check_image(data).has_more_pictures
+        assert abs(decode(data, whole, (32, 32)).astype(int) - [10, 200, 30]).max() <= 5, format
+    assert not check_image(FILES["mpo"]).has_more_pictures  # a photograph with a preview
+
+
+def test_tiff_that_declares_12_bits_or_white_as_zero() -> None:
+    ramp = np.tile(np.linspace(0, 4095, 64).astype(np.uint16), (64, 1))
+    twelve = tiff(ramp, 12, 1)
+    assert abs(decode(twelve, whole, (64, 64))[..., 0] - ramp / 4095 * 255).max() <= 0.51
+    assert check_image(twelve).used_bits is None
+    negative = tiff(ramp * 16, 16, 0)
+    assert abs(decode(negative, whole, (64, 64))[..., 0] - (255 - ramp * 16 / 257)).max() <= 0.51
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG2000"])
+def test_bits_that_gray_pictures_of_16_use(format: str) -> None:
+    for largest, bits in ((4095, 12), (65535, 16), (255, 8)):
+        ramp = np.tile(np.linspace(0, largest, 64).astype(np.uint16), (64, 1))
+        data = encode(Image.fromarray(ramp), format)
+        assert check_image(data) == (format, bits, True, False, False)
+        rewritten = rewrite_16_bit_gray(data, bits)
+        assert check_image(rewritten) == ("PNG", None, False, False, False)
+        assert abs(decode(rewritten, whole, (64, 64))[..., 0] - ramp / largest * 255).max() <= 0.51
+    with pytest.raises(BadImage, match="values up to 255 are over 127, the largest number of 7 bits"):
+        rewrite_16_bit_gray(data, 7)
+
+
+def test_bits_that_colors_of_16_use() -> None:
+    """Pillow writes no 16-bit colors; the pixels of this PNG are values up to 4095."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = np.full((16, 48), 4095, ">u2")
+    scanlines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    data = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
+    )
+    assert check_image(data) == ("PNG", 12, False, False, False)
+    assert (decode(data, whole, (16, 16)) == 15).all()
+
+
+def test_text_and_profiles_of_megabytes_do_not_matter() -> None:
+    note = PngInfo()
+    note.add_text("history", "edited " * 1_000_000, zip=True)
+    image = smooth_image(0, 64, 64)
+    for data in (encode(image, "PNG", pnginfo=note), encode(image, "PNG", icc_profile=bytes(5_000_000))):
+        assert np.array_equal(decode(data, whole, (64, 64)), np.asarray(image))

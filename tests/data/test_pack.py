@@ -13,7 +13,6 @@ from data import pack as pack_module
 from data.index import load_index
 from data.pack import main
 from data.reader import ShardReader
-from data.sources import list_source, make_key
 
 
 @pytest.fixture
@@ -59,12 +58,16 @@ def test_class_folders(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     ]
 
 
-def test_flat_folder_and_list(tmp_path: Path) -> None:
+def test_flat_folder_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "flat"
     (folder / "sub").mkdir(parents=True)
     for name in ("b.jpg", "a.jpg", "sub/c.jpg"):
         (folder / name).write_bytes(jpeg(0))
-    assert main([str(folder), str(tmp_path / "from_folder"), "--num-workers", "1"]) == 0
+    command = [str(folder), str(tmp_path / "from_folder"), "--num-workers", "1"]
+    assert main(command) == 1
+    assert "images (2) lie beside folders of images" in capsys.readouterr().err
+    assert main([*command, "--no-labels"]) == 0
+    assert "3 samples without labels in 1 shards" in capsys.readouterr().out
     index = load_index(tmp_path / "from_folder")
     assert (list(index.keys), index.label.tolist(), index.classes) == (["a", "b", "sub/c"], [-1] * 3, ())
 
@@ -75,40 +78,13 @@ def test_flat_folder_and_list(tmp_path: Path) -> None:
     assert index.shards == ("val-000000.tar",)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("a.jpg\n../gone.jpg\n", "line 2: '../gone.jpg': No such file"), ("a.jpg\tcat\n", "label 'cat' is not a number")],
-)
-def test_list_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        list_source(tmp_path / "list.txt")
-
-
-def test_keys_are_safe_and_collisions_name_both_files(tmp_path: Path) -> None:
-    assert make_key("a b/c.d é.JPEG") == "a_b/c_d_é"
-    assert make_key("__x__/y.jpg") == "_x__/y"  # WebDataset skips what begins with __x__
-    assert make_key(".hidden.jpg") == "_hidden"
-    for name in ("a.b.jpg", "a_b.png"):
-        (tmp_path / name).write_bytes(jpeg(0))
-    with pytest.raises(ValueError, match=r"'a.b.jpg' and 'a_b.png' would both get the key 'a_b'"):
-        list_source(tmp_path)
-
-
 def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.txt").write_text("")
-    assert main([str(tmp_path), str(tmp_path / "out")]) == 1
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.txt").write_text("")
+    assert main([str(tmp_path / "in"), str(tmp_path / "out")]) == 1
     assert "no images" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_a_circle_of_links_ends(tmp_path: Path) -> None:
-    (tmp_path / "cat").mkdir()
-    (tmp_path / "cat" / "a.jpg").write_bytes(jpeg(0))
-    (tmp_path / "cat" / "again").symlink_to(tmp_path)
-    assert [file.name for file in list_source(tmp_path).files] == ["cat/a.jpg"]
 
 
 def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,130 @@
+"""What packing finds out about images, kept for each shard until all are written, and what it says of it."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.image_facts import ImageFacts
+from data.index import Index
+from data.scan import NO_LABEL
+
+DARK_BITS = 14  # a picture that uses so few of 16 bits has at most a quarter of the gray levels left
+SHOWN_CLASSES = 20
+SHOWN_REJECTED = 20
+
+
+@dataclass
+class PackReport:
+    """Of some files."""
+
+    rejected: list[str] = field(default_factory=list)  # lines of a file's name, a tab and the reason
+    gray_bits: Counter[int] = field(default_factory=Counter)  # of pictures with 16 bits a value: bits used -> pictures
+    color_bits: Counter[int] = field(default_factory=Counter)
+    images: int = 0  # packed
+    more_pictures: int = 0  # files with several, of which the first is used
+    turned: int = 0  # by EXIF
+
+    def add(self, facts: ImageFacts) -> None:
+        """Counts a packed image."""
+        self.images += 1
+        if facts.used_bits is not None:
+            (self.gray_bits if facts.is_gray else self.color_bits)[facts.used_bits] += 1
+        self.more_pictures += facts.has_more_pictures
+        self.turned += facts.is_turned
+
+    def write(self, path: Path) -> None:
+        """Writes a file for `read`."""
+        path.write_text(json.dumps(vars(self)), "utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "PackReport":
+        """What `write` wrote."""
+        stored = json.loads(path.read_text("utf-8"))
+        for name in ("gray_bits", "color_bits"):
+            stored[name] = Counter({int(bits): count for bits, count in stored[name].items()})
+        return cls(**stored)
+
+    @classmethod
+    def merge(cls, reports: Iterable["PackReport"]) -> "PackReport":
+        """One of all their files."""
+        merged = cls()
+        for report in reports:
+            merged.rejected += report.rejected
+            merged.gray_bits += report.gray_bits
+            merged.color_bits += report.color_bits
+            merged.images += report.images
+            merged.more_pictures += report.more_pictures
+            merged.turned += report.turned
+        return merged
+
+    def remarks(self) -> Iterator[str]:
+        """What a user may want to change before training."""
+        for bits, kind, advice in (
+            (self.gray_bits, "gray", "--bits {most}, which needs another OUT, makes {largest} white"),
+            (self.color_bits, "color", "scale them to 8 bits before packing if {largest} means white"),
+        ):
+            dark = [used for used in bits if used <= DARK_BITS]
+            if dark:
+                most = max(dark)
+                yield (
+                    f"{sum(bits[used] for used in dark)} of {bits.total()} {kind} pictures of 16 bits have no value "
+                    f"over {2**most - 1} of 65535 ({most} bits), and are used as they are, nearly black: "
+                    + advice.format(most=most, largest=2**most - 1)
+                )
+        if self.more_pictures:
+            yield (
+                f"the first picture alone is used of files with several (animations, pages): {self.more_pictures} of "
+                f"{self.images}"
+            )
+        if self.turned:
+            yield (
+                "images stored lying or mirrored, with an EXIF orientation, are used as they are stored: "
+                f"{self.turned} of {self.images}; `exiftran -ai` turns JPEG files without loss, before packing"
+            )
+
+    def refusal(self, files: int, out: Path) -> str:
+        """The message where rejected files are not to be left out."""
+        shown = "\n".join(f"  {line.replace(chr(9), ': ')}" for line in self.rejected[:SHOWN_REJECTED])
+        left = len(self.rejected) - SHOWN_REJECTED
+        return (
+            f"{len(self.rejected)} of {files} files are not readable images, nothing was published:\n{shown}"
+            + (f"\n  ... and {left} more" if left > 0 else "")
+            + f"\nrun again with --bad skip to leave them out, or fix them, delete {out} and pack again"
+        )
+
+
+def class_table(index: Index) -> list[str]:
+    """Lines of label, images and name of each class; of many classes some, and the smallest and the largest."""
+    present, counted = np.unique(index.label[index.label != NO_LABEL], return_counts=True)
+    images = dict.fromkeys(range(len(index.classes)), 0) | dict(zip(present.tolist(), counted.tolist(), strict=True))
+    if not images:
+        return []
+    names = {label: index.classes[label] if label < len(index.classes) else "" for label in images}
+    rows = [f"  {label:5d} {count:9d}  {names[label]}".rstrip() for label, count in images.items()]
+    if len(rows) > SHOWN_CLASSES:
+        low, high = min(images, key=images.__getitem__), max(images, key=images.__getitem__)
+        half = SHOWN_CLASSES // 2
+        rows = [
+            *rows[:half],
+            f"  ... {len(rows) - 2 * half} more; from {images[low]} images ({names[low] or low}) to {images[high]} "
+            f"({names[high] or high})",
+            *rows[-half:],
+        ]
+    return ["  label    images  class", *rows]
+
+
+def empty_classes(index: Index) -> list[str]:
+    """Names of the classes that no image has."""
+    present = set(np.unique(index.label).tolist())
+    return [name for label, name in enumerate(index.classes) if label not in present]
+
+
+def note(remarks: Iterable[str]) -> None:
+    """Says on stderr what the user should know."""
+    for remark in remarks:
+        print(f"note: {remark}", file=sys.stderr)

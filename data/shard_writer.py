@@ -1,0 +1,156 @@
+"""Writes shards in parallel, each image decoded once to check it, and each shard with a report of its files."""
+
+import errno
+import io
+import os
+import shutil
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.image_facts import ImageFacts, check_image, rewrite_16_bit_gray
+from data.image_file import BadImage
+from data.names import readable, shown
+from data.pack_report import PackReport
+from data.parallel import run_parallel
+from data.scan import NO_LABEL
+from data.sources import Source, SourceFile
+
+_EXTENSIONS = {
+    "JPEG": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "GIF": "gif",
+    "JPEG2000": "jp2",
+}  # by the formats of data.decode
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_HEADERS = 2048  # bytes of a sample in a shard besides the image, at most
+_MANY_CLASSES = 100
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write."""
+
+    root: Path
+    files: tuple[SourceFile, ...]
+    path: Path  # in the staging folder; exists only once the shard is complete
+    bits: int | None
+
+
+@dataclass(frozen=True)
+class _Class:
+    """The files of one class."""
+
+    root: Path
+    label: int
+    files: tuple[SourceFile, ...]
+    bits: int | None
+
+
+def without_unreadable_classes(source: Source, workers: int, bits: int | None) -> tuple[Source, tuple[str, ...]]:
+    """The source with only those class folders that have a readable image, and what to say about the others."""
+    if source.classes_given or not source.classes:
+        return source, ()
+    files = defaultdict(list)
+    for file in source.files:
+        files[file.label].append(file)
+    classes = [_Class(source.root, label, tuple(members), bits) for label, members in files.items()]
+    workers = workers if len(classes) > _MANY_CLASSES else 1  # of most, one image is decoded
+    found = sorted(
+        label for label in run_parallel(_readable_label, classes, workers, "checking classes", "class") if label >= 0
+    )
+    if not found or len(found) == len(source.classes):
+        return source, ()
+    number = {label: position for position, label in enumerate(found)}
+    lost = [name for label, name in enumerate(source.classes) if label not in number]
+    return replace(
+        source,
+        classes=tuple(source.classes[label] for label in found),
+        files=tuple(file._replace(label=number.get(file.label, NO_LABEL)) for file in source.files),
+    ), (f"folders without a readable image are no classes: {shown(lost)}",)
+
+
+def _readable_label(images: _Class) -> int:
+    """The label of a class that has a readable image, NO_LABEL of another."""
+    for file in images.files:
+        try:
+            _prepare((images.root / file.name).read_bytes(), images.bits)
+            return images.label
+        except BadImage:
+            continue
+    return NO_LABEL
+
+
+def _prepare(data: bytes, bits: int | None) -> tuple[bytes, ImageFacts]:
+    """The bytes to pack for those of a file; raises BadImage."""
+    facts = check_image(data)
+    if bits is None or not facts.is_gray:
+        return data, facts
+    return rewrite_16_bit_gray(data, bits), facts._replace(format="PNG", used_bits=None)
+
+
+def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
+    """Writes shards into the staging folder of ``out``.
+
+    Raises:
+        ValueError: there is no room for them, or a file has changed.
+    """
+    needed, free = sum(file.size + _HEADERS for task in tasks for file in task.files), shutil.disk_usage(out).free
+    if needed > free:
+        raise ValueError(
+            f"{out}: the shards need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free: make room, or give "
+            "another OUT"
+        )
+    try:
+        for _ in run_parallel(_write_shard, tasks, workers, "packing", "shard"):
+            pass
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ValueError(
+            f"{out}: the disk or the quota is full ({error.strerror}): make room and run the same command again; it "
+            "continues after the shards that are finished"
+        ) from error
+
+
+def _write_shard(task: ShardTask) -> None:
+    """Writes one shard and, next to it, the report of its files."""
+    report = PackReport()
+    temporary = task.path.with_name(f"{task.path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for source in task.files:
+                data = (task.root / source.name).read_bytes()
+                if len(data) != source.size:
+                    raise ValueError(
+                        f"{task.root / readable(source.name)}: changed while it was being packed: start again"
+                    )
+                try:
+                    data, facts = _prepare(data, task.bits)
+                except BadImage as error:
+                    report.rejected.append(f"{readable(source.name)}\t{error}")
+                    continue
+                report.add(facts)
+                _add(tar, f"{source.key}.{_EXTENSIONS[facts.format]}", data)
+                if source.label != NO_LABEL:
+                    _add(tar, f"{source.key}.cls", str(source.label).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    report.write(report_path(task.path))  # before the rename, which marks the shard as complete
+    os.replace(temporary, task.path)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # no time, no owner: the same files give the same shard, byte for byte
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def report_path(shard: Path) -> Path:
+    """Where the report of a shard in the staging folder is."""
+    return shard.with_suffix(".json")
