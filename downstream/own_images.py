@@ -11,6 +11,7 @@ from torch import Tensor
 from data.eval_loader import EvalLoader
 from data.image_folder import Folder, Samples, load_samples
 from data.index import Index, Keys
+from data.names import readable
 from data.scan import IMAGE_EXTENSIONS, NO_LABEL
 from pretrain.trainer.per_sample import unreadable_keys
 
@@ -24,7 +25,7 @@ def load_images(path: str | Path) -> Samples:
         ValueError: it is none of these.
     """
     file = Path(path)
-    if not file.is_file() or file.suffix == ".tar":
+    if not file.is_file() or ".tar" in file.suffixes:
         return load_samples(path)
     if file.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
         raise ValueError(f"{file} is no image ({', '.join(IMAGE_EXTENSIONS)}): give an image, a folder or shards")
@@ -33,9 +34,8 @@ def load_images(path: str | Path) -> Samples:
 
 
 def sample_name(samples: Samples, sample: int) -> str:
-    r"""A sample's key in shards, a file's path below its folder; bytes that are no UTF-8 as in ``na\xefve``."""
-    name = samples.keys[sample] if isinstance(samples, Index) else samples.names[sample]
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A sample's key in shards, a file's path below its folder; as text of one line."""
+    return readable(samples.keys[sample] if isinstance(samples, Index) else samples.names[sample])
 
 
 def count_images(loader: EvalLoader, readable: Tensor, consequence: str) -> dict[str, int]:
