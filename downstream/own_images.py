@@ -34,7 +34,7 @@ def load_images(path: str | Path) -> Samples:
 
 
 def sample_name(samples: Samples, sample: int) -> str:
-    """A sample's key in shards, a file's path below its folder; as text of one line."""
+    r"""A sample's key in shards, a file's path below its folder; bytes that are no UTF-8 as in ``na\xefve``."""
     return readable(samples.keys[sample] if isinstance(samples, Index) else samples.names[sample])
 
 
