@@ -1,6 +1,7 @@
 """Scores of predictions, against sklearn and plain loops, and the tables and pictures of them."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,17 @@ def test_tables_and_pictures_hold_what_was_predicted(predictions: Predictions, t
     assert sum(map(sum, counted)) == 50
     assert sum(row[-1] for row in counted) == 1
     assert sum(int(row[2]) for row in table(folder / "calibration.csv")[1:]) == 49
+    confused = table(folder / "confusions.csv")[1:]
+    assert [int(row[2]) for row in confused] == sorted((int(row[2]) for row in confused), reverse=True)
+    found = {(true, predicted): int(images) for true, predicted, images, _ in confused}
+    assert found == {
+        (NAMES[true], NAMES[predicted]): counted[true][predicted]
+        for true, predicted in itertools.permutations(range(4), 2)
+        if counted[true][predicted]
+    }
+    assert float(confused[0][3]) == pytest.approx(
+        int(confused[0][2]) / sum(counted[NAMES.index(confused[0][0])]), abs=1e-6
+    )
     for name in ("confusion_matrix.png", "reliability.png"):
         with Image.open(folder / name) as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
