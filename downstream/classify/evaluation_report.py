@@ -108,8 +108,9 @@ def _draw_confusion(matrix: Tensor, names: list[str], path: Path) -> None:
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     if count <= MAX_NAMED:
-        axis.set_xticks(range(count), names, rotation=90)
-        axis.set_yticks(range(count), names)
+        shown = [name.replace("$", r"\$") for name in names]  # not a formula
+        axis.set_xticks(range(count), shown, rotation=90)
+        axis.set_yticks(range(count), shown)
     if count <= MAX_NUMBERS:
         for row, column in torch.nonzero(matrix).tolist():
             color = "white" if shares[row, column] > 0.3 else "black"
