@@ -20,9 +20,9 @@ def cautions(config: RunConfig, samples: int, steps_per_epoch: int) -> Iterator[
     if config.peak_lr < TINY_RATE * (batch / 256) ** 0.5 and batch < base:
         wanted = optim.base_lr * (base / batch) ** 0.5
         yield (
-            f"the learning rate is only {config.peak_lr:.2g}: optim.base_lr={optim.base_lr:g} is for a batch of {base}, "
-            f"and is scaled with train.global_batch_size={batch}. Set a larger batch (train.gradient_accumulation_steps "
-            f"makes room for it), or optim.base_lr={wanted:.1e}, by the root of the batch"
+            f"the learning rate is only {config.peak_lr:.2g}: optim.base_lr={optim.base_lr:g} is for a batch of {base} "
+            f"and scales with train.global_batch_size={batch}. Set a larger batch (train.gradient_accumulation_steps "
+            f"makes room), or optim.base_lr={wanted:.1e}, by the root of the batch"
         )
     if steps_per_epoch < FEW_STEPS:
         unseen = samples - steps_per_epoch * batch

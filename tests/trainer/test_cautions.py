@@ -16,7 +16,7 @@ def said(*overrides: str, recipe: str = "mae_vitb16_224_1600e", samples: int = 1
 
 def test_a_rate_that_a_small_batch_makes_tiny_is_said_with_what_to_set():
     text = said("train.global_batch_size=16")
-    assert text.startswith("the learning rate is only 9.4e-06: optim.base_lr=0.00015 is for a batch of 256")
+    assert text.startswith("the learning rate is only 9.4e-06: optim.base_lr=0.00015 is for a batch of 256 and scales")
     wanted = re.search(r"or (optim\.base_lr=[^,]+),", text)
     assert wanted is not None
     assert said("train.global_batch_size=16", wanted[1]) == ""
