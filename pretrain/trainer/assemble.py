@@ -9,6 +9,7 @@ from torch import nn
 
 from data.index import Index
 from data.loader import Loader, MaskSampler
+from pretrain.trainer.cautions import cautions
 from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
@@ -95,6 +96,8 @@ def assemble(
             deepspeed=effective, numerics=parts.numerics, start=state.start, world_size=world.size, samples=len(index)
         )
         _log.info("%s", describe_run(run, effective, parts.numerics, len(index), resumed))
+        for caution in cautions(config, len(index), run.loader.steps_per_epoch):
+            _log.warning("%s", caution)
     return run
 
 
