@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from downstream.dense.mmengine.config_file import load_job
 from downstream.dense.mmengine.layer_decay import LayerDecayOptimWrapperConstructor
 from downstream.detect.detector_keys import heads, propagate_keys
 from pretrain.models.vit import ARCHS
@@ -198,6 +199,23 @@ def test_own_data_set_in_six_lines(tmp_path: Path):
         assert (dataset.data_root, dataset.ann_file) == ("/data/birds/", file)
         assert dataset.metainfo.classes == ("robin", "wren")
         assert split == "train" or cfg[f"{split}_evaluator"].ann_file == "/data/birds/val.json"
+
+
+def test_own_photographs_as_in_the_docs(tmp_path: Path):
+    """The example for Roboflow's layout."""
+    page = (CONFIGS.parents[2] / "docs" / "detection.md").read_text()
+    own = tmp_path / "birds.py"
+    own.write_text(
+        re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace('["down', f'["{CONFIGS.parents[2]}/down')
+    )
+    cfg = load_job(str(own), [], CONFIGS, propagate_keys).cfg
+    assert cfg.work_dir == "runs/birds"
+    assert cfg.model.roi_head.mask_head is None
+    for split, folder in (("train", "train"), ("val", "valid"), ("test", "valid")):
+        dataset = cfg[f"{split}_dataloader"].dataset
+        assert (dataset.ann_file, dataset.data_prefix.img) == (f"{folder}/_annotations.coco.json", f"{folder}/")
+        assert dataset.metainfo.classes == ("robin", "wren")
+        assert split == "train" or cfg[f"{split}_evaluator"].ann_file == f"/data/birds/{dataset.ann_file}"
 
 
 def test_keys_reach_wrapped_data_sets_and_keep_absolute_files():
