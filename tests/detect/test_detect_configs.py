@@ -160,12 +160,18 @@ def test_detector_of_boxes_alone(keys: dict[str, object]):
 
 
 def test_size_reaches_images_batches_and_backbone():
+    """In place of 1024 x 1024; other sizes of an own pipeline are kept."""
     cfg = load("vitdet_vitb_lomar_25ep")
+    cfg.val_dataloader.dataset.pipeline[1].scale = (1333, 800)
     cfg.size = 512
     propagate_keys(cfg)
     assert cfg.model.backbone.img_size == cfg.model.data_preprocessor.pad_size_divisor == 512
     steps = [step for split in ("train", "val", "test") for step in cfg[f"{split}_dataloader"].dataset.pipeline]
-    assert [tuple(step[key]) for step in steps for key in ("scale", "crop_size") if key in step] == [(512, 512)] * 4
+    assert [tuple(step[key]) for step in steps for key in ("scale", "crop_size") if key in step] == [
+        *[(512, 512)] * 2,
+        (1333, 800),
+        (512, 512),
+    ]
     cfg.size = 500
     with pytest.raises(ValueError, match=r"size=500: the side of a square, a multiple of 16 pixels"):
         propagate_keys(cfg)

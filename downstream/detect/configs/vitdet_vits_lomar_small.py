@@ -13,11 +13,7 @@ published, and were not tuned. Not run by us.
 _base_ = ["_base_/vitdet.py"]
 
 size = 640
-model = dict(
-    data_preprocessor=dict(pad_size_divisor=size),
-    backbone=dict(arch="vit_small", img_size=size),
-    neck=dict(in_channels=384),
-)
+model = dict(backbone=dict(arch="vit_small"), neck=dict(in_channels=384))
 train_pipeline = [
     *_base_.train_pipeline[:2],
     dict(type="RandomResize", scale=(size, size), ratio_range=(0.5, 2.0), keep_ratio=True),
