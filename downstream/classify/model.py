@@ -171,6 +171,9 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
             f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train all of it, with "
             f"head.pool=avg and without start.trained_blocks, or start from the encoder that it came from"
         )
+    if found.pool_norm:  # behind the pool, where it was
+        for kind in ("weight", "bias"):
+            del report.folded[f"norm.{kind}"]
     kept = {}
     spec = ClassifierSpec.from_metadata(source.metadata)
     same_classes = spec is not None and spec.class_names == tuple(class_names) != ()
@@ -179,7 +182,7 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         for name in ("head.weight", "head.bias"):
             del report.dropped[name]
             report.used[name] = (name,)
-    return _Start(str(report), _has_own_norm(config) and found.pool_norm, kept)
+    return _Start(str(report), found.pool_norm, kept)
 
 
 def _check_blocks(config: FinetuneConfig, depth: int) -> None:
