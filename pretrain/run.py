@@ -24,7 +24,7 @@ from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main, said_once_a_node
+from pretrain.trainer.main import main, said_once
 from pretrain.trainer.moments import Moments, read_moments
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder, file_digest
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
     folder = RunFolder(Path(config.runs) / config.name)
-    with said_once_a_node(world):  # before the process group exists: indexing many shards takes long
+    with said_once(world.local_rank):  # before the process group exists: indexing many shards takes long
         check_start(config, folder)
         with report_if_slow(f"the index of {config.data.shards} is read or made"):
             index = load_index(config.data.shards)

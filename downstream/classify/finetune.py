@@ -24,7 +24,7 @@ from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main, said_once_a_node
+from pretrain.trainer.main import main, said_once
 from pretrain.trainer.run_folder import RunFolder
 
 AnySamples = TypeVar("AnySamples", Index, Samples)
@@ -36,7 +36,7 @@ def finetune(config: FinetuneConfig, world: World) -> None:
     folder = RunFolder(Path(config.runs) / config.name)
     # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
     is_new = not checkpoint_names(folder.checkpoints)
-    with said_once_a_node(world):  # before joining the process group, as reading many shards takes time
+    with said_once(world.local_rank):  # before joining the process group, as reading many shards takes time
         if is_new:
             check_start(config)
         index = _load("data.shards", load_index, config.data.shards)

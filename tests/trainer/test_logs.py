@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -162,14 +163,29 @@ def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
     assert logged.endswith(f" ERROR pretrain.trainer.main: error on rank {rank}: {error}\n")
 
 
-@pytest.mark.parametrize(("rank", "says"), [(0, "error on rank 0: no shards\n"), (1, "")])
-def test_what_all_ranks_of_a_node_find_is_said_once(
-    rank: int, says: str, run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises((ValueError, entry.SaidByAnotherError)) as caught, entry.said_once_a_node(World(rank, 2, rank)):
+def refuse(rank: int) -> float:
+    """The seconds after which a rank says what all of them refuse."""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="no shards"), entry.said_once(rank):
         raise ValueError("no shards")
-    assert run_main(caught.value, rank) == 1
-    assert capsys.readouterr().err == says
+    return time.monotonic() - start
+
+
+def test_what_all_ranks_find_is_said_by_the_first_and_by_others_only_if_they_are_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(entry, "PATIENCE", 0.3)
+    assert refuse(0) < 0.3
+    assert refuse(1) >= 0.3
+
+
+def test_a_rank_that_its_launcher_ends_leaves_it_to_the_first(monkeypatch: pytest.MonkeyPatch):
+    def exit_process(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(entry, "exit_process", exit_process)
+    monkeypatch.setattr(entry, "told_to_stop", lambda: True)
+    with pytest.raises(SystemExit) as ended, entry.said_once(1):
+        raise ValueError("no shards")
+    assert ended.value.code == 1
 
 
 CUDA_SAYS = (
