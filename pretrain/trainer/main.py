@@ -31,6 +31,10 @@ class TrainingConfig(Protocol):
 AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 _log = logging.getLogger(__name__)
 
+# What gloo, NCCL and torch's store say on the ranks that are left.
+_LOST_RANK = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited|recvValue failed"
+)
 PATIENCE = 5.0  # seconds for which other ranks leave it to the first to say what is wrong
 STOPPED_FILE = "LOMAR_STOPPED_FILE"  # of the environment: by this file slurm/_train.sh knows that it is to requeue
 
@@ -112,10 +116,17 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
     except (ValueError, Diverged, OSError) as error:
         _log.error("error on rank %d: %s", world.rank, error)
         return 1
-    except Exception:
-        _log.exception("error on rank %d:", world.rank)
+    except Exception as error:
+        if world.size > 1 and _LOST_RANK.search(str(error)):
+            _log.error("error on rank %d: another rank has ended, which says why (%s)", world.rank, _first_line(error))
+        else:
+            _log.exception("error on rank %d:", world.rank)
         return 1
     return 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _mark_stopped() -> int:
