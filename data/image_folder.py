@@ -20,7 +20,7 @@ class Folder:
 
     root: Path
     names: Keys  # N paths relative to `root`
-    keys: Keys  # N, the keys that `data.pack` would give them
+    keys: Keys  # N, the keys that `data.pack` would give them; a.jpg and a.png have the same
     label: np.ndarray  # int32 (N,), -1 = none
     classes: tuple[str, ...]  # names of the labels: the class folders, sorted
     multi_labels: MultiLabels | None = None  # files have none
@@ -70,7 +70,7 @@ def load_samples(path: str | Path) -> Samples:
 
 def list_folder(path: Path) -> Folder:
     """Raises ValueError where there are no images in it."""
-    source = list_source(path)
+    source = list_source(path, unique_keys=False)
     return Folder(
         root=source.root,
         names=Keys.of([file.name for file in source.files]),

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data.class_list import same_name
 from data.names import readable
 
 MAX_LABEL = 2**31 - 1
@@ -138,8 +139,8 @@ def _class(value: object, numbers: Mapping[str, int]) -> int | None:
     if isinstance(value, str):
         if re.fullmatch("[+-]?[0-9]{1,12}", value):  # also where a class has this name: `data.pack` writes numbers
             number = int(value)
-        elif value in numbers:
-            return numbers[value]
+        elif (named := numbers.get(same_name(value))) is not None:
+            return named
         elif value == "":
             return None
         else:

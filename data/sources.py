@@ -49,7 +49,9 @@ class Source:
         return digest.hexdigest()
 
 
-def list_source(path: str | Path, classes_file: Path | None = None, labels: bool = True) -> Source:
+def list_source(
+    path: str | Path, classes_file: Path | None = None, labels: bool = True, unique_keys: bool = True
+) -> Source:
     """Lists a folder of images or a text file of ``path[<TAB>label]`` lines, paths relative to the text file.
 
     If no image lies directly in a folder, it consists of class folders: the first folder of a file's path is its class,
@@ -59,6 +61,7 @@ def list_source(path: str | Path, classes_file: Path | None = None, labels: bool
         path: of the folder or list.
         classes_file: names of the classes, one a line, in the order of their labels.
         labels: False leaves all files without.
+        unique_keys: whether two files with the same key are refused, as shards cannot hold them.
 
     Raises:
         ValueError: nothing to pack, files or folders that cannot be read, a line or a class that is not right, or two
@@ -77,7 +80,7 @@ def list_source(path: str | Path, classes_file: Path | None = None, labels: bool
             f"{path}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it; found {describe_ignored(source.ignored)}"
         )
     by_key: dict[str, str] = {}
-    for file in source.files:
+    for file in source.files if unique_keys else ():
         other = by_key.setdefault(file.key, file.name)
         if other is not file.name:
             raise ValueError(

@@ -26,7 +26,7 @@ from torch import Tensor
 from data.decode import CHANNELS
 from data.eval_loader import EvalLoader
 from data.scan import NO_LABEL
-from downstream.checkpoints.weights import load_encoder
+from downstream.checkpoints.weights import build_encoder, read_encoder
 from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
 from downstream.own_images import count_images, load_images, sample_name, write_csv
 from pretrain.models.features import Kind, image_features
@@ -45,6 +45,7 @@ def embed(
     *,
     kind: Kind = "mean",
     block: int | None = None,
+    norm_after_pool: bool = False,
     dtype: str = "float32",
     device: torch.device,
 ) -> Tensor:
@@ -56,7 +57,7 @@ def embed(
         encoder: in eval mode, on the device.
         loader: all images of a set.
         path: of the file, which exists only once it is complete.
-        kind, block: as of `image_features`.
+        kind, block, norm_after_pool: as of `image_features`.
         dtype: float32 or float16.
         device: where to compute.
 
@@ -68,7 +69,7 @@ def embed(
     """
 
     def compute(images: Tensor, _: Tensor) -> Tensor:
-        return image_features(encoder, images, kind, block)
+        return image_features(encoder, images, kind, block, norm_after_pool)
 
     unfinished = path.with_name(f"{path.name}.unfinished")
     if loader.rank == 0:
@@ -87,11 +88,8 @@ def embed(
                 continue
             values[~can_be_decoded] = torch.nan
             readable[at] += can_be_decoded.long()
-            data = values.numpy().astype(dtype).tobytes()
-            start = offset + int(at[0]) * (len(data) // len(at))
-            while data:  # unlike a memory map, this never touches the rows of other ranks, also on a network's disk
-                written = os.pwrite(file.fileno(), data, start)
-                data, start = data[written:], start + written
+            rows = values.numpy().astype(dtype)
+            _write(file.fileno(), rows.tobytes(), offset + int(at[0]) * rows[0].nbytes)
         os.fsync(file.fileno())
     sum_over_ranks(readable, loader.world_size, device)
     if loader.rank == 0:
@@ -103,6 +101,13 @@ def embed(
 def _wait(loader: EvalLoader) -> None:
     if loader.world_size > 1:
         dist.barrier()
+
+
+def _write(file: int, data: bytes, start: int) -> None:
+    """Unlike a memory map, this never touches the rows of other ranks, also on a network's disk."""
+    while data:
+        written = os.pwrite(file, data, start)
+        data, start = data[written:], start + written
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
@@ -176,7 +181,8 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     out: Path = options.out
     check_out(out)
     samples = load_images(options.images)
-    encoder, _ = load_encoder(options.encoder, image_size=options.size, weights=options.weights)
+    found = read_encoder(options.encoder, weights=options.weights)
+    encoder, _ = build_encoder(found, image_size=options.size)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     loader = EvalLoader(
         samples,
@@ -188,9 +194,15 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     )
     array = out if out.suffix == ".npy" else out.with_name(f"{out.name}.npy")
     readable = embed(
-        encoder.to(device), loader, array, kind=options.features, block=options.block, dtype=options.dtype,
+        encoder.to(device),
+        loader,
+        array,
+        kind=options.features,
+        block=options.block,
+        norm_after_pool=found.pool_norm,
+        dtype=options.dtype,
         device=device,
-    )  # fmt: skip
+    )
     counts = count_images(loader, readable, "have rows of NaN")
     if not world.is_main:
         return {}

@@ -25,7 +25,7 @@ def load_images(path: str | Path) -> Samples:
         ValueError: it is none of these.
     """
     file = Path(path)
-    if not file.is_file() or file.suffix == ".tar":
+    if not file.is_file() or ".tar" in file.suffixes:
         return load_samples(path)
     if file.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
         raise ValueError(f"{file} is no image ({', '.join(IMAGE_EXTENSIONS)}): give an image, a folder or shards")

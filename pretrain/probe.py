@@ -22,7 +22,7 @@ from pretrain.models.features import image_features
 from pretrain.models.vit import ViT
 from pretrain.trainer.accuracy import topk_hits
 from pretrain.trainer.launch import World
-from pretrain.trainer.per_sample import compute_per_sample
+from pretrain.trainer.per_sample import Compute, compute_per_sample
 
 Pool = Literal["mean", "class"]
 
@@ -104,6 +104,7 @@ def probe(
     k: int,
     device: torch.device,
     pool: Pool = "mean",
+    norm_after_pool: bool = False,
 ) -> dict[str, float]:
     """Accuracies on all images of `val`; called by all ranks together, with the same result on all of them.
 
@@ -113,14 +114,19 @@ def probe(
         val: the images that are classified; one that cannot be decoded counts as wrong.
         k: neighbors that vote.
         pool: the `mean` of the patch tokens, or the `class` token, as DINO does.
+        norm_after_pool: as of `image_features`.
 
     Returns:
         `METRICS`: k-NN with weighted votes (top-1 and top-5) and with plain ones, and ridge regression. NaN if features
         are not finite.
     """
-    bank, bank_labels, readable = extract(encoder, train, device, pool, "probe: train")
+
+    def compute(images: Tensor, _: Tensor) -> Tensor:
+        return F.normalize(image_features(encoder, images, pool, norm_after_pool=norm_after_pool))
+
+    bank, bank_labels, readable = extract(compute, train, device, "probe: train")
     bank, bank_labels = bank[readable].to(device), bank_labels[readable].to(device)
-    queries, labels, readable = extract(encoder, val, device, pool, "probe: val")
+    queries, labels, readable = extract(compute, val, device, "probe: val")
     if not (torch.isfinite(bank).all() and torch.isfinite(queries).all()) or not len(bank):
         return dict.fromkeys(METRICS, math.nan)
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
@@ -141,13 +147,9 @@ def probe(
 
 
 def extract(
-    encoder: ViT, loader: EvalLoader, device: torch.device, pool: Pool, description: str
+    compute: Compute, loader: EvalLoader, device: torch.device, description: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all images, on all ranks: (N, D) fp32 features of length 1, (N,) labels, and (N,) whether it is readable."""
-
-    def compute(images: Tensor, indices: Tensor) -> Tensor:
-        return F.normalize(image_features(encoder, images, pool))
-
+    """Of all images, on all ranks: (N, D) fp32 features, (N,) labels, and (N,) whether it is readable."""
     computed, readable = compute_per_sample(compute, loader, device, description)
     return computed, torch.from_numpy(loader.samples.label[loader.indices]).long(), readable
 

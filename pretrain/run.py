@@ -58,7 +58,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     from pretrain.trainer.engine import ds_settings, zero_stage
     from pretrain.trainer.loop import train
     from pretrain.trainer.optim import build_adamw, parameter_groups
-    from pretrain.trainer.report import log_outputs
+    from pretrain.trainer.report import describe_outputs, log_outputs
 
     settings = ds_settings(config, world.size)
     numerics = choose_numerics(config, device, zero_stage(settings))
@@ -95,10 +95,10 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     run = assemble(config, world, device, folder, index, settings, parts)
     try:
         train(run)
-    except Stopped:
+    except Stopped as stopped:
+        _log.info("%s", stopped)  # at once: who has sent the signal may not wait for what follows
         finish_stopped(run, index)
-        log_outputs(run)
-        raise
+        raise Stopped(describe_outputs(run)) from None
     finish(run, index)
     log_outputs(run)
 

@@ -50,7 +50,10 @@ def check_start(config: PretrainConfig, folder: RunFolder) -> None:
     if start.run:
         source = RunFolder(Path(start.run))
         if not source.config.is_file():
-            raise ValueError(f"start.run={start.run} is not the folder of a run: it has no {source.config.name}")
+            raise ValueError(
+                f"start.run={start.run} is not the folder of a run: it has no {source.config.name}; a file, or a single "
+                f"checkpoint of a run, is a start.checkpoint"
+            )
         if not checkpoint_names(source.checkpoints):
             raise ValueError(
                 f"start.run={start.run} has no checkpoint: let it go on to one (checkpoint.every_steps), or start from "

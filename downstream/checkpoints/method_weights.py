@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from downstream.checkpoints.files import Source, Weights, read_source
@@ -28,12 +29,24 @@ from pretrain.trainer.run_folder import file_digest
 _METHOD = "method."
 _ENCODER = "method.encoder."
 
+_LAYER = r"decoder\.decoder_layers\.(\d+)\."
 # Keys of other projects that are not their encoder's -> ours.
 _THEIRS = (
     (r"decoder_(embed|blocks|norm|pred)\.(.+)", r"method.decoder.\1.\2"),  # MAE, LUT
     (r"encoder_pred\.(.+)", r"method.predictor.head.\1"),  # LoMaR
     (r"head\.(\d+\..+)", r"projector.\1"),  # LUT
     (r"predictor\.(\d+\..+)", r"predictor.\1"),  # LUT
+    (r"decoder\.mask_token", r"method.decoder.mask_token"),  # transformers' MAE, as are the rest
+    (r"decoder\.decoder_(embed|norm|pred)\.(.+)", r"method.decoder.\1.\2"),
+    (_LAYER + r"layernorm_before\.(.+)", r"method.decoder.blocks.\1.norm1.\2"),
+    (_LAYER + r"layernorm_after\.(.+)", r"method.decoder.blocks.\1.norm2.\2"),
+    (
+        _LAYER + r"attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.(.+)",
+        r"method.decoder.blocks.\1.attn.\2.\3",
+    ),
+    (_LAYER + r"attention\.(?:output\.dense|o_proj)\.(.+)", r"method.decoder.blocks.\1.attn.proj.\2"),
+    (_LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.(.+)", r"method.decoder.blocks.\1.mlp.fc1.\2"),
+    (_LAYER + r"(?:output\.dense|mlp\.fc2)\.(.+)", r"method.decoder.blocks.\1.mlp.fc2.\2"),
 )
 
 
@@ -129,40 +142,47 @@ def _fill_parts(state: Mapping[str, Tensor], source: Source, report: Report) -> 
         report: of the file's encoder; what is taken here moves from its `dropped` to its `used`.
 
     Returns:
-        A line for each part of the method, and the parameters that were filled -> the file's keys.
+        A line for each part of the method, and the parameters that were filled -> the file's key, where it is one.
     """
-    there, filled, lines = _parts_in(source, report), {}, []
+    there, lines = _parts_in(source, report), []
+    filled: dict[str, str] = {}
     for part in dict.fromkeys(_part(name) for name in state if not name.startswith(_ENCODER)):
         here = {name: tensor for name, tensor in state.items() if _part(name) == part}
-        given = {name: source.tensors[key] for name, key in there.items() if _part(name) == part}
+        given = {
+            name: torch.cat([source.tensors[key] for key in keys]) if keys[1:] else source.tensors[keys[0]]
+            for name, keys in there.items()
+            if _part(name) == part
+        }
         problem = _why_not(here, given)
         lines.append(f"  {part}: {problem or 'taken'}")
         for name in given if problem is None else ():
             here[name].copy_(given[name])
-            filled[name] = there[name]
-            report.used[name] = (there[name],)
-            del report.dropped[there[name]]
+            report.used[name] = there[name]
+            for key in there[name]:
+                del report.dropped[key]
+            filled |= {name: there[name][0]} if len(there[name]) == 1 else {}
     return lines, filled
 
 
-def _parts_in(source: Source, report: Report) -> dict[str, str]:
-    """What a file has besides its encoder: our names -> its keys."""
+def _parts_in(source: Source, report: Report) -> dict[str, tuple[str, ...]]:
+    """What a file has besides its encoder: our names -> its keys, several where we have one matrix of them."""
     if source.ours:
         bare = not any(key.startswith(_ENCODER) for keys in report.used.values() for key in keys)
         prefix = _METHOD if bare and source.weights == "online" else ""
-        return {prefix + key: key for key in report.dropped}
+        return {prefix + key: (key,) for key in report.dropped}
     decodes = any("decoder_embed." in key for key in report.dropped)
     mask_token = f"{_METHOD}{'decoder' if decodes else 'predictor'}.mask_token"
-    names = {}
+    keys = {}
     for key in report.dropped:
-        if key.endswith("num_batches_tracked"):  # a count that our batch normalization does without
-            continue
         theirs = key.removeprefix("module.")
         for pattern, ours in (*_THEIRS, (r"mask_token", mask_token)):
-            if re.fullmatch(pattern, theirs):
-                names[re.sub(pattern, ours, theirs)] = key
-                break
-    return names
+            if re.fullmatch(pattern, theirs) and not key.endswith("num_batches_tracked"):  # which ours does without
+                keys[re.sub(pattern, ours, theirs)] = key
+    joined: dict[str, tuple[str, ...]] = {}
+    for name in sorted(keys, key=lambda name: "qkv".find(name.split(".")[-2])):
+        ours = re.sub(r"\.attn\.[qkv]\.", ".attn.qkv.", name)
+        joined[ours] = (*joined.get(ours, ()), keys[name])
+    return joined
 
 
 def _part(name: str) -> str:
@@ -174,7 +194,7 @@ def _part(name: str) -> str:
 def _why_not(here: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
     """Why a part cannot be taken, if it cannot."""
     if not given:
-        return "not in the file"
+        return "not in the file, by any name known here"
     for name in sorted(here.keys() | given.keys()):
         old, new = (tuple(tensors[name].shape) if name in tensors else None for tensors in (given, here))
         if old != new:

@@ -17,9 +17,11 @@ from downstream.own_images import write_csv
 
 matplotlib.use("Agg")  # no display on a cluster
 import matplotlib.pyplot as plt
+from matplotlib.colors import PowerNorm
 
 MAX_NAMED = 60  # classes whose names fit beside a picture
 MAX_NUMBERS = 20  # classes whose counts fit into its cells
+MAX_CONFUSIONS = 1000
 
 
 def write_report(folder: Path, predictions: Predictions | MultiLabelPredictions, class_names: Sequence[str]) -> None:
@@ -27,6 +29,7 @@ def write_report(folder: Path, predictions: Predictions | MultiLabelPredictions,
 
         per_class.csv             class, label, images, accuracy
         confusion_matrix.csv      a row for each true class, a column for each predicted one; .png: shares of each row
+        confusions.csv            the wrong predictions of one class as another, the most frequent first
         calibration.csv           bins of the confidence: from, to, images, mean confidence, accuracy
         reliability.png           accuracy over confidence
 
@@ -60,6 +63,11 @@ def _write_single_label(folder: Path, predictions: Predictions, names: list[str]
         ("true class", *names, "(no prediction)"),
         ((name, *row) for name, row in zip(names, matrix.tolist(), strict=True)),
     )
+    write_csv(
+        folder / "confusions.csv",
+        ("true class", "predicted class", "images", "share of the true class"),
+        _most_frequent_confusions(matrix[:, :-1], matrix.sum(1), names),
+    )
     _draw_confusion(matrix[:, :-1], names, folder / "confusion_matrix.png")
     calibration = predictions.calibration()
     edges = [number / CALIBRATION_BINS for number in range(CALIBRATION_BINS + 1)]
@@ -74,26 +82,38 @@ def _write_single_label(folder: Path, predictions: Predictions, names: list[str]
     _draw_reliability(calibration, folder / "reliability.png")
 
 
+def _most_frequent_confusions(matrix: Tensor, images: Tensor, names: list[str]) -> list[tuple[str, str, int, str]]:
+    wrong = matrix - matrix.diagonal().diag()
+    pairs = wrong.nonzero()
+    counts = wrong[pairs[:, 0], pairs[:, 1]]
+    order = counts.argsort(descending=True, stable=True)[:MAX_CONFUSIONS]
+    return [
+        (names[true], names[predicted], count, _number(count / images[true].item()))
+        for (true, predicted), count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
+    ]
+
+
 def _number(value: float) -> str:
     return "" if value != value else f"{value:.6f}"  # NaN: there are no images
 
 
 def _draw_confusion(matrix: Tensor, names: list[str], path: Path) -> None:
-    """Shares of each row, so that rare classes show as clearly as frequent ones."""
+    """Shares of each row, so that rare classes show as clearly as frequent ones; small shares are made visible."""
     count = len(names)
     side = min(max(0.35 * count, 4.0), 16.0)
     figure, axis = plt.subplots(figsize=(side + 1.5, side), layout="constrained")
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    picture = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    picture = axis.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     if count <= MAX_NAMED:
-        axis.set_xticks(range(count), names, rotation=90)
-        axis.set_yticks(range(count), names)
+        shown = [name.replace("$", r"\$") for name in names]  # not a formula
+        axis.set_xticks(range(count), shown, rotation=90)
+        axis.set_yticks(range(count), shown)
     if count <= MAX_NUMBERS:
         for row, column in torch.nonzero(matrix).tolist():
-            color = "white" if shares[row, column] > 0.5 else "black"
+            color = "white" if shares[row, column] > 0.3 else "black"
             axis.text(column, row, int(matrix[row, column]), ha="center", va="center", color=color, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -13,7 +13,7 @@ import torch
 
 from data.eval_loader import EvalLoader
 from data.image_folder import load_samples
-from downstream.checkpoints.weights import load_encoder
+from downstream.checkpoints.weights import build_encoder, read_encoder
 from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
 from pretrain.probe import check_sets, probe
 from pretrain.trainer.launch import World
@@ -22,7 +22,8 @@ from pretrain.trainer.launch import World
 def _command(options: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
     train, val = load_samples(options.train), load_samples(options.val)
     check_sets(train, val, options.k)
-    encoder, _ = load_encoder(options.encoder, image_size=options.image_size, weights=options.weights)
+    found = read_encoder(options.encoder, weights=options.weights)
+    encoder, _ = build_encoder(found, image_size=options.image_size)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     bank, queries = (
         EvalLoader(
@@ -35,7 +36,15 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
         )
         for samples in (train, val)
     )
-    return probe(encoder.to(device), bank, queries, k=options.k, device=device, pool=options.pool)
+    return probe(
+        encoder.to(device),
+        bank,
+        queries,
+        k=options.k,
+        device=device,
+        pool=options.pool,
+        norm_after_pool=found.pool_norm,
+    )
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -166,6 +166,11 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         report = fill_encoder(encoder, found)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}; set model.* to match it, or use another") from None
+    if found.pool_norm and not _has_own_norm(config):
+        raise ValueError(
+            f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train all of it, with "
+            f"head.pool=avg and without start.trained_blocks, or start from the encoder that it came from"
+        )
     kept = {}
     spec = ClassifierSpec.from_metadata(source.metadata)
     same_classes = spec is not None and spec.class_names == tuple(class_names) != ()

@@ -67,6 +67,11 @@ def train(config: FinetuneConfig, launcher: list[str]) -> dict[str, Any]:
     return measured[-1]
 
 
+def find_metric(measured: dict[str, Any]) -> str:
+    """What settings are compared by: top-1, or the mean average precision where images have lists of labels."""
+    return "top1" if "top1" in measured else "map"
+
+
 def summarize(grid: list[list[str]], scores: list[float]) -> dict[str, Any]:
     """The best setting, and the mean and the deviation (n - 1) of the scores over the grid, as shares."""
     best = max(range(len(grid)), key=scores.__getitem__)
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         scores = []
         for config, setting in zip(configs, grid, strict=True):
             measured = train(config, shlex.split(options.launcher))
-            metric = "top1" if "top1" in measured else "map"  # of lists of labels
+            metric = find_metric(measured)
             scores.append(measured[metric])
             print(f"{config.name} {' '.join(setting)}: {metric} {scores[-1]:.2%}", flush=True)
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from downstream.dense.mmengine.dataset_keys import datasets
@@ -42,6 +43,8 @@ def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, s
 @contextlib.contextmanager
 def needs_mm() -> Iterator[None]:
     """Around imports of mmengine, mmdet or mmseg: a ValueError of one sentence where one of them is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which mmengine imports, warns that it chose it
     try:
         yield
     except ModuleNotFoundError as error:

@@ -14,7 +14,7 @@ class BoxCounts:
 
     Attributes:
         used: boxes that are trained on or evaluated.
-        images: ids of the images that have a used box.
+        images, categories: ids of those that have a used box.
         annotated: ids of the images that have an annotation of a class, used or not.
         outside: outside their image, thinner than a pixel, or without area.
         fractions: of those, boxes within 0 to 1: of pixels they would be a corner.
@@ -37,6 +37,7 @@ class BoxCounts:
     rle: int = 0
     no_polygon: int = 0
     images: set[Any] = field(default_factory=set)
+    categories: set[Any] = field(default_factory=set)
     annotated: set[Any] = field(default_factory=set)
     malformed: list[str] = field(default_factory=list)
     malformed_mask: list[str] = field(default_factory=list)
@@ -105,6 +106,7 @@ def _count(counts: BoxCounts, annotation: dict[str, Any], height: int, width: in
         return
     counts.used += 1
     counts.images.add(annotation["image_id"])
+    counts.categories.add(annotation["category_id"])
     counts.clipped += x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1
     counts.rle += isinstance(mask, dict)
     counts.no_polygon += bool(mask) and not _usable(mask)

@@ -60,10 +60,21 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     check_heads(cfg, key, classes)
     if split != "train":
         _check_evaluators(cfg, split, found)
+        if dataset.get("indices") is not None:
+            raise ValueError(
+                f"{key}.indices={dataset.indices}: COCO's metrics count all images of {path}, also those that nothing "
+                f"was predicted for: leave it out, or give {key}.ann_file with these alone"
+            )
     check_images(key, dataset, folder, path, found.images)
     counts = count_boxes(found.images, found.annotations, _category_ids(found, classes))
     _check_boxes(dataset, found, counts)
-    return _check_used(cfg, dataset, found, counts) if split == "train" else _describe(found, counts, len(found.images))
+    notes = (
+        _check_used(cfg, dataset, found, counts) if split == "train" else [_describe(found, counts, len(found.images))]
+    )
+    ids = {category["name"]: category["id"] for category in found.categories}
+    if absent := [name for name in classes if ids[name] not in counts.categories]:
+        notes.append(f"no box of {len(absent)} classes: {first_names(absent)}")
+    return ", ".join(notes)
 
 
 def read_annotations(key: str, path: str) -> Annotations:
@@ -212,8 +223,12 @@ def _explain(found: Annotations, counts: BoxCounts) -> str:
     return f": {', '.join(notes)}" if (notes := _notes(counts)) else ""
 
 
-def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -> str:
-    """The line of a training set; raises ValueError where no image is left or one would be resized to nothing."""
+def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -> list[str]:
+    """The line of a training set, in parts.
+
+    Raises:
+        ValueError: no image is left, or one would be resized to nothing.
+    """
     filters = dataset.get("filter_cfg") or {}
     smallest, without_boxes = filters.get("min_size", 0), not filters.get("filter_empty_gt", False)
     kept = [i for i in found.images if without_boxes or i["id"] in counts.annotated]
@@ -238,7 +253,9 @@ def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -
             narrow = sum(_short_side(image, most) < window for image in used)
             if narrow:
                 notes.append(f"{narrow} images never fill a window of {window} pixels and are padded")
-    return ", ".join([_describe(found, counts, len(used)), *notes])
+    if dataset.get("indices") is not None:
+        notes.append(f"and of them {found.key}.indices={dataset.indices}")
+    return [_describe(found, counts, len(used)), *notes]
 
 
 def _short_side(image: dict[str, Any], long_side: float) -> float:

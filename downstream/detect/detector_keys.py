@@ -15,8 +15,8 @@ def propagate_keys(cfg: Any) -> None:
     A key that is None changes nothing. As `propagate_data_keys`; the evaluators also read the annotation file of their
     data set, and:
     `classes`: their number is every head's `num_classes`.
-    `size`, the side of a square in pixels: of the image that the backbone is built for, of padded batches and crops,
-    and what images are resized to, in training times a random ratio.
+    `size`, the side of a square in pixels: of the image that the backbone is built for, and in place of the square that
+    it was: of padded batches and crops, and of what images are resized to, in training times a random ratio.
     `with_masks`: False is a detector of boxes, without a mask head; neither masks nor polygons are read or measured.
     `model.roi_head.mask_head=None` means the same.
 
@@ -28,7 +28,7 @@ def propagate_keys(cfg: Any) -> None:
     if cfg.get("classes") is not None:
         for _, head in heads(cfg):
             head.num_classes = len(cfg.classes)
-    if cfg.get("size") is not None:
+    if cfg.get("size") is not None and "img_size" in cfg.model.backbone:
         _propagate_size(cfg)
     for split in SPLITS:
         for evaluator in evaluators(cfg, split):
@@ -45,14 +45,14 @@ def _propagate_size(cfg: Any) -> None:
         raise ValueError(
             f"size={size!r}: the side of a square, a multiple of {patch} pixels, of model.backbone.patch_size"
         )
-    cfg.model.data_preprocessor.pad_size_divisor = size
-    if "img_size" in cfg.model.backbone:
-        cfg.model.backbone.img_size = size
+    before, cfg.model.backbone.img_size = cfg.model.backbone.img_size, size
+    if cfg.model.data_preprocessor.get("pad_size_divisor") == before:
+        cfg.model.data_preprocessor.pad_size_divisor = size
     for split in SPLITS:
         for _, dataset in datasets(cfg, split):
             for step in dataset.pipeline:
                 for key in ("scale", "crop_size"):
-                    if key in step:
+                    if tuple(step.get(key) or ()) == (before, before):
                         step[key] = (size, size)
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from data.draw import uniforms
 from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
@@ -75,7 +76,7 @@ def disjoint_mask(rng: np.random.Generator, masked: np.ndarray, grid: Grid, cell
     """
     rows, cols = grid[0] // cell, grid[1] // cell
     masked_cells = masked.reshape(-1, rows, cell, cols, cell)[:, :, 0, :, 0].reshape(-1, rows * cols)
-    order = np.where(masked_cells, rng.random(masked_cells.shape), 2.0).argsort(axis=1)
+    order = np.where(masked_cells, uniforms(rng, masked_cells.shape), 2.0).argsort(axis=1)
     num_visible = int((~masked_cells[0]).sum())
     other = np.ones_like(masked_cells)
     np.put_along_axis(other, order[:, :num_visible], False, axis=1)

@@ -57,17 +57,22 @@ def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int
     return height // patch_size, width // patch_size
 
 
-def image_features(encoder: ViT, images: Tensor, kind: Kind = "mean", block: int | None = None) -> Tensor:
+def image_features(
+    encoder: ViT, images: Tensor, kind: Kind = "mean", block: int | None = None, norm_after_pool: bool = False
+) -> Tensor:
     """The features of uint8 images that k-NN compares and `downstream.embed` writes.
 
     Args:
         encoder, block: as of `features`.
         images: (B, H, W, 3) uint8.
         kind: the `class` token, the `mean` of the patch tokens, or all `patches`.
+        norm_after_pool: whether the encoder's last norm is that of a classifier, of the mean and not of every token.
 
     Returns:
         (B, D), or (B, N, D) of patches in raster order.
     """
+    if norm_after_pool and kind == "mean" and block is None:
+        return encoder.norm(image_features(encoder, images, "mean", len(encoder.blocks)))
     tokens = features(encoder, normalize_pixels(images).movedim(-1, 1), block)
     if kind == "class":
         return tokens[:, 0]

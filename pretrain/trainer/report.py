@@ -36,13 +36,14 @@ def describe_run(
 
 
 def log_outputs(run: Run) -> None:
-    """Lists the files that the run has written, at its end or when it was stopped, and waits for all ranks."""
+    """Lists the files that the run has written, and waits for all ranks."""
     if run.world.is_main:
-        _log.info("%s", _describe_outputs(run))
+        _log.info("%s", describe_outputs(run))
     torch.distributed.barrier()  # a launcher may kill the other ranks as soon as one exits
 
 
-def _describe_outputs(run: Run) -> str:
+def describe_outputs(run: Run) -> str:
+    """The files that the run has written, at its end or until it was stopped."""
     folder, newest = run.folder, run.checkpoints.names()[0]
     step = None if run.state.step == run.total_steps else run.state.step
     written = {

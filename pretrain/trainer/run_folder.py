@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pretrain.trainer.checkpoint_layout import checkpoint_name
@@ -71,20 +72,21 @@ class RunFolder:
     def locked(self, is_main: bool = True, patience: float = 10) -> Iterator[None]:
         """Creates and locks the folder: the kernel releases the lock when this process ends, however it ends.
 
-        Only the main rank does so, for all ranks of a run. It waits for up to `patience` seconds, since a requeued job
-        may start while the old one's processes are still ending. Where the settings are refused inside, and nothing
-        has been written yet, it removes the folder.
+        Only the main rank does so, for all ranks of a run, which call it together. It waits for up to `patience`
+        seconds, since a requeued job may start while the old one's processes are still ending. Where the settings are
+        refused inside, and nothing has been written yet, it removes the folder.
 
         Raises:
-            ValueError: another run is writing to this folder.
+            ValueError: another run is writing to this folder; on all ranks.
         """
         if not is_main:
+            _agree(None)
             yield
             return
         is_new = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+") as lock:
-            self._wait_for(lock, patience)
+            _agree(self._wait_for(lock, patience))
             lock.truncate(0)
             lock.write(_describe_process())
             lock.flush()
@@ -95,19 +97,21 @@ class RunFolder:
                     shutil.rmtree(self.root)
                 raise
 
-    def _wait_for(self, lock: TextIO, patience: float) -> None:
+    def _wait_for(self, lock: TextIO, patience: float) -> str | None:
+        """Why the lock cannot be had, if so."""
         deadline = time.monotonic() + patience
         while not _try_lock(lock.fileno()):
             lock.seek(0)
             owner = lock.read().strip()
             if time.monotonic() > deadline:
-                raise ValueError(
+                return (
                     f"another run is writing to {self.root}, and goes on even if its launcher was killed: {owner} "
                     f"saves and stops it, and then the same command continues it; what it says is in {self.logs}. To "
                     f"train something else choose another name="
                 )
             _log.warning("waiting for %s: another run is still writing to it (%s)", self.root, owner)
             time.sleep(5)
+        return None
 
     def write_environment(self, **facts: Any) -> None:
         """Writes environment.json: versions, git state, machine, and what the caller adds."""
@@ -172,6 +176,15 @@ def _describe_process() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     stop = f"scancel {job}" if job else f"kill {os.getpid()}"
     return f"`{stop}` on {socket.gethostname()} (process {os.getpid()}, since {time.strftime('%F %T')})"
+
+
+def _agree(problem: str | None) -> None:
+    """Raises ValueError on all ranks if the main rank has a problem."""
+    found = [problem]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[0]:
+        raise ValueError(found[0])
 
 
 def _try_lock(descriptor: int) -> bool:

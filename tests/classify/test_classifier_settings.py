@@ -244,3 +244,11 @@ def test_the_resume_signature_holds_what_the_weights_depend_on(tmp_path: Path):
     ):
         assert configure(tmp_path, **keys).resume_signature() != before, keys
     assert configure(tmp_path, val__every_epochs=7, data__num_workers=0).resume_signature() == before
+
+
+def test_a_refusal_says_how_a_new_run_starts_from_this_ones_model(tmp_path: Path):
+    config = configure(tmp_path, runs=tmp_path, name="first")
+    assert config.new_run_advice == "start a new run with another name=", "it has no model yet"
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "model.safetensors").touch()
+    assert f"start.checkpoint={tmp_path / 'first'} and another name=" in config.new_run_advice

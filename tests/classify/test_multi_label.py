@@ -19,6 +19,7 @@ from downstream.classify import evaluate, predict
 from downstream.classify.checks import check_train_and_val, with_classes_of_data
 from downstream.classify.finish import save_classifier
 from downstream.classify.model import Classifier, build_classifier
+from downstream.classify.sweep import find_metric
 from downstream.classify.trained_classifier import load_classifier
 from pretrain.probe import check_sets
 from pretrain.trainer.assemble import build_loader
@@ -95,6 +96,12 @@ def test_the_mean_average_precision_is_sklearns(shards: Path, classifier: Path, 
     assert [float(row["average precision"]) for row in rows[:3]] == pytest.approx(expected, abs=1e-6)
     assert rows[3]["average precision"] == ""
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["per_class.csv"]
+
+
+def test_a_sweep_compares_by_it(shards: Path, classifier: Path):
+    measured = run_in_process(evaluate, classifier, "--data", shards)
+    assert find_metric({**measured, "ema_map": 1.0}) == "map"
+    assert find_metric({"top1": 0.5, "top5": 1.0}) == "top1"
 
 
 def test_every_class_is_predicted_for_itself(shards: Path, classifier: Path, capsys: pytest.CaptureFixture[str]):

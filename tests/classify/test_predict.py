@@ -89,6 +89,14 @@ def test_a_name_of_other_bytes_is_written_as_text(
         assert next(csv.DictReader(file))["key"] == r"na\xefve, no.jpg"
 
 
+def test_photographs_of_the_same_name_are_both_predicted(
+    classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As cameras write them; shards could not hold both."""
+    write_photo(photos / "a.png", 9)
+    assert list(printed(capsys, classifier, photos))[:2] == ["a.jpg", "a.png"]
+
+
 def test_a_threshold_leaves_out_what_is_unlikely(classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     everything, likely, certain = (printed(capsys, classifier, photos, "--threshold", share) for share in (0, 0.3, 1))
     assert set(certain.values()) == {"-"}

@@ -1,6 +1,7 @@
 """Scores of predictions, against sklearn and plain loops, and the tables and pictures of them."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from downstream.classify.scores import (
     predict_one_label,
 )
 
-NAMES = ["cat", "dog", "owl", "unicorn"]
+NAMES = ["cat", "dog", "owl $1 a_$", "unicorn"]
 
 
 @pytest.fixture
@@ -95,6 +96,16 @@ def test_tables_and_pictures_hold_what_was_predicted(predictions: Predictions, t
     assert sum(map(sum, counted)) == 50
     assert sum(row[-1] for row in counted) == 1
     assert sum(int(row[2]) for row in table(folder / "calibration.csv")[1:]) == 49
+    confused = table(folder / "confusions.csv")[1:]
+    assert [int(row[2]) for row in confused] == sorted((int(row[2]) for row in confused), reverse=True)
+    found = {(true, predicted): int(images) for true, predicted, images, _ in confused}
+    assert found == {
+        (NAMES[true], NAMES[predicted]): counted[true][predicted]
+        for true, predicted in itertools.permutations(range(4), 2)
+        if counted[true][predicted]
+    }
+    true, _, images, share = confused[0]
+    assert float(share) == pytest.approx(int(images) / sum(counted[NAMES.index(true)]), abs=1e-6)
     for name in ("confusion_matrix.png", "reliability.png"):
         with Image.open(folder / name) as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20

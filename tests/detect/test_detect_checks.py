@@ -181,6 +181,20 @@ def test_images_are_counted_as_mmdet_keeps_them(cfg: Config, root: Path):
     assert load() == 8
 
 
+def test_classes_without_boxes_are_named(cfg: Config, root: Path):
+    change(root, lambda c: [a.update(category_id=1) for a in c["annotations"]])
+    assert check(cfg)[0].endswith("no box of 1 classes: box")
+
+
+def test_part_of_a_set(cfg: Config, root: Path):
+    """Training on it is fine, but pycocotools would count what was not predicted as missed."""
+    cfg.train_dataloader.dataset.indices = 3
+    assert check(cfg)[0].endswith("and of them train_dataloader.dataset.indices=3")
+    cfg.val_dataloader.dataset.indices = 2
+    with pytest.raises(ValueError, match=r"val_dataloader.dataset.indices=2: COCO's metrics count all images of"):
+        check(cfg)
+
+
 def test_boxes_of_two_corners_are_suspected(cfg: Config, root: Path):
     change(root, lambda c: [a.update(bbox=[a["bbox"][0], a["bbox"][1], 120, 110]) for a in c["annotations"]])
     assert "are they [x1, y1, x2, y2]?" in check(cfg)[0]

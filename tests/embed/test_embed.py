@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.labeled_images import run_in_process, write_classes, write_photo
 from helpers.tiny import TINY
+from helpers.tiny_classifier import configure
 from safetensors.torch import save_file
 
 from data.eval_loader import EvalLoader
@@ -19,6 +20,8 @@ from data.pack import pack
 from data.sources import list_source
 from downstream import embed
 from downstream.checkpoints.weights import features
+from downstream.classify.finish import save_classifier
+from downstream.classify.model import build_classifier
 from pretrain.models import vit
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.patches import normalize_pixels
@@ -134,6 +137,21 @@ def test_a_parquet_file_has_the_same_rows(file: Path, photos: Path, tmp_path: Pa
         assert table["label"].to_pylist() == [0] * 5 + [1] * 6
         assert table["class"].to_pylist() == ["ant"] * 5 + ["bee"] * 6
         assert table["readable"].to_pylist() == [False] + [True] * 10
+
+
+def test_of_a_classifier_they_are_what_its_head_reads(photos: Path, tmp_path: Path):
+    config = configure(tmp_path, data__image_size=32, model__patch_size=16)
+    classifier, _ = build_classifier(config)
+    for parameter in classifier.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_classifier(classifier.state_dict(), config, (), tmp_path / "model.safetensors")
+    run_in_process(embed, tmp_path / "model.safetensors", photos, tmp_path / "out.npy")
+    head = classifier.vit.head
+    logits = np.load(tmp_path / "out.npy")[1:] @ head.weight.detach().numpy().T + head.bias.detach().numpy()
+    (batch,) = EvalLoader(load_samples(photos), size=(32, 32), batch=11).batches()
+    with torch.no_grad():
+        expected = classifier.eval()(batch.images)["logits"][1:]
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_what_cannot_work_is_said_first(file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ import yaml
 from helpers.processes import CLASSIFY, ROOT, SMALL
 from helpers.rank_checks import assert_same_run, newest, wait_for
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pretrain.build import build_method
@@ -26,15 +27,21 @@ pytestmark = pytest.mark.engine
 COLORS = {"blue": (40, 60, 200), "green": (60, 180, 50), "red": (210, 50, 40), "yellow": (220, 210, 60)}
 
 
-def pack(folder: Path, count: int, seed: int) -> Path:
-    """Shards of noisy images, `count` of each color, which is their class."""
+def write_images(folder: Path, count: int, seed: int) -> Path:
+    """Folders of noisy images, `count` of each color, which is their class."""
     rng = np.random.default_rng(seed)
     for name, color in COLORS.items():
-        (folder / "images" / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
         for number in range(count):
             pixels = np.clip(color + rng.normal(0, 40, (72, 88, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / name / f"{number:02d}.jpg", quality=90)
-    command = [sys.executable, "-m", "data.pack", str(folder / "images"), str(folder / "shards")]
+            Image.fromarray(pixels).save(folder / name / f"{number:02d}.jpg", quality=90)
+    return folder
+
+
+def pack(folder: Path, count: int, seed: int) -> Path:
+    """Shards of them."""
+    images = write_images(folder / "images", count, seed)
+    command = [sys.executable, "-m", "data.pack", str(images), str(folder / "shards")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder / "shards"
 
@@ -52,8 +59,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[...,
         "model": {"arch": "vit_tiny", "drop_path_rate": 0.1},
         "data": {"shards": str(pack(folder / "train", 11, seed=0)), "image_size": [64, 80], "num_workers": 1},
         "start": {"checkpoint": str(folder / "encoder.safetensors")},
-        "head": {"num_classes": 4},
-        "val": {"shards": str(pack(folder / "val", 7, seed=1)), "batch_size": 4},
+        "val": {"shards": str(write_images(folder / "val", 7, seed=1)), "batch_size": 4},
         "augment": {
             "randaugment": "rand-m9-mstd0.5-inc1",
             "mixup": 0.8,
@@ -121,7 +127,9 @@ def test_what_a_run_leaves_and_measures(whole: Path):
         assert row["top5"] == row["ema_top5"] == 1, "of four classes"
     online, averaged = (load_file(whole / f"{name}.safetensors") for name in ("model", "model_ema"))
     assert online.keys() == averaged.keys()
-    assert online["head.weight"].shape == (4, 32)
+    assert online["head.weight"].shape == (4, 32), "the classes are those of the data"
+    with safe_open(whole / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["class_names"]) == list(COLORS)
     assert not torch.equal(online["head.weight"], averaged["head.weight"])
     assert json.loads((whole / "environment.json").read_text())["deepspeed"]["zero_stage"] == 3
 

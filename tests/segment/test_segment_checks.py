@@ -315,6 +315,15 @@ def test_settings_that_mmseg_would_refuse_later(root: Path):
     check(cfg)
 
 
+def test_small_config_is_for_sets_of_ones_own(root: Path):
+    """Without names of classes it does not take ADE20K's; labels are numbered from 0."""
+    with pytest.raises(ValueError, match=r"train_dataloader.dataset: name the classes, in the order of their labels"):
+        check(config(root, "upernet_vits_lomar_small", classes=None))
+    assert (
+        check(config(root, "upernet_vits_lomar_small"))[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
+    )
+
+
 def test_defaults_of_a_data_set_type(root: Path):
     """Suffixes and `reduce_zero_label` of mmseg's data set types, which a config need not repeat."""
     cfg = config(root, reduce_zero_label=None)

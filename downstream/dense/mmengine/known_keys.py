@@ -7,7 +7,6 @@ variable at a configuration's top that nothing reads is a mistyped key, or one t
 import ast
 import difflib
 import inspect
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -77,8 +76,6 @@ def known_keys(cfg: Any, path: str, group: Any) -> dict[str, Any]:
 
 
 def _find_class(cfg: Any, registry: str, name: str) -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # mmengine imports DeepSpeed, which chooses then
     import mmengine.registry
     from mmengine.utils import import_modules_from_strings
 

@@ -5,8 +5,8 @@ A data set of your own in COCO's format needs overrides only if it has COCO's la
 
     data_root=/data/birds classes='["robin", "wren"]'
 
-and else a config of your own. Classes are named in the order of the annotation file. `data_root` and `classes` are
-copied to wherever mmdet reads them (data sets, evaluators, heads) when our commands load the config:
+and else a config of your own. Classes are named in the order of the annotation file. `data_root`, `classes`, `size` and
+`with_masks` are copied to wherever mmdet reads them (data sets, evaluators, heads) when our commands load the config:
 
     _base_ = ["vitdet_vitb_lomar_25ep.py"]    # or its path
     data_root = "/data/birds/"
