@@ -5,11 +5,14 @@ is given again.
 """
 
 import logging
+import os
 import sys
 from inspect import getfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pretrain/run.py` starts us as a script
+if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one show frames of its C++
 
 import torch
 
@@ -24,7 +27,7 @@ from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main, said_once_a_node
+from pretrain.trainer.main import main, said_once
 from pretrain.trainer.moments import Moments, read_moments
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder, file_digest
@@ -36,7 +39,7 @@ _log = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
     folder = RunFolder(Path(config.runs) / config.name)
-    with said_once_a_node(world):  # before the process group exists: indexing many shards takes long
+    with said_once(world.local_rank):  # before the process group exists: indexing many shards takes long
         check_start(config, folder)
         with report_if_slow(f"the index of {config.data.shards} is read or made"):
             index = load_index(config.data.shards)

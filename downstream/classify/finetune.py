@@ -5,12 +5,15 @@ was stopped continues when the same command is given again.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts us as a script
+if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one show frames of its C++
 
 import torch
 
@@ -24,7 +27,7 @@ from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main, said_once_a_node
+from pretrain.trainer.main import main, said_once
 from pretrain.trainer.run_folder import RunFolder
 
 AnySamples = TypeVar("AnySamples", Index, Samples)
@@ -36,7 +39,7 @@ def finetune(config: FinetuneConfig, world: World) -> None:
     folder = RunFolder(Path(config.runs) / config.name)
     # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
     is_new = not checkpoint_names(folder.checkpoints)
-    with said_once_a_node(world):  # before joining the process group, as reading many shards takes time
+    with said_once(world.local_rank):  # before joining the process group, as reading many shards takes time
         if is_new:
             check_start(config)
         index = _load("data.shards", load_index, config.data.shards)

@@ -27,9 +27,9 @@ def cautions(config: RunConfig, samples: int, steps_per_epoch: int) -> Iterator[
     if steps_per_epoch < FEW_STEPS:
         unseen = samples - steps_per_epoch * batch
         left = f", and {unseen} of the samples are left out of each" if unseen > samples // 10 else ""
-        fitting = max(1 << (samples // 20).bit_length() - 1, 1)
+        fitting = 1 << max((samples // 20).bit_length() - 1, 0)
+        smaller = f"set a smaller batch, such as train.global_batch_size={fitting}; " if fitting >= FEW_STEPS else ""
         yield (
             f"{samples} samples in batches of {batch} are {steps_per_epoch} steps an epoch, "
-            f"{steps_per_epoch * config.train.epochs} in all{left}: set a smaller batch, such as "
-            f"train.global_batch_size={fitting}; docs/small.md is about little data"
+            f"{steps_per_epoch * config.train.epochs} in all{left}: {smaller}docs/small.md is about little data"
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from data.parallel import print_any_name
 from pretrain.trainer.launch import World
 
+VERBOSE = "LOMAR_VERBOSE"  # of the environment: 1 to see what libraries say, too
 _PROJECT = ("data", "pretrain", "downstream", "__main__")  # an entry that a launcher starts as a script is __main__
 
 
@@ -46,10 +48,20 @@ class _RankFileHandler(logging.FileHandler):
             super().close()
 
 
+def is_verbose() -> bool:
+    """Whether libraries may talk."""
+    return os.environ.get(VERBOSE, "0") not in ("", "0")
+
+
 def log_to_console(world: World) -> None:
-    """From now on the messages of this project go to the main rank's console; of other ranks only errors do."""
+    """From now on the messages of this project go to the main rank's console; of other ranks only errors do.
+
+    What libraries warn of goes to the files of `log_to_file`, and to the console as well if `VERBOSE` is set.
+    """
     print_any_name()
-    _replace(_ConsoleHandler(logging.INFO if world.is_main else logging.ERROR), only_ours=True)
+    verbose = is_verbose()
+    logging.captureWarnings(not verbose)
+    _replace(_ConsoleHandler(logging.INFO if world.is_main or verbose else logging.ERROR), only_ours=not verbose)
     for package in _PROJECT:
         logging.getLogger(package).setLevel(logging.INFO)
 

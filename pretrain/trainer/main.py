@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
@@ -17,7 +18,7 @@ from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_console
 from pretrain.trainer.nonfinite import Diverged
 from pretrain.trainer.run_folder import package_version
-from pretrain.trainer.signals import Stopped, watch_signals
+from pretrain.trainer.signals import Stopped, told_to_stop, watch_signals
 
 
 class TrainingConfig(Protocol):
@@ -30,22 +31,33 @@ class TrainingConfig(Protocol):
 AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 _log = logging.getLogger(__name__)
 
+# What gloo, NCCL and torch's store say on the ranks that are left.
+_LOST_RANK = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited|recvValue failed"
+)
+PATIENCE = 5.0  # seconds for which other ranks leave it to the first to say what is wrong
 STOPPED_FILE = "LOMAR_STOPPED_FILE"  # of the environment: by this file slurm/_train.sh knows that it is to requeue
 
 
-class SaidByAnotherError(Exception):
-    """An error that the first rank of the node says."""
-
-
 @contextlib.contextmanager
-def said_once_a_node(world: World) -> Iterator[None]:
-    """For what all ranks of a node do alike: a ValueError is said by the first of them."""
+def said_once(ranks_before: int) -> Iterator[None]:
+    """For what several ranks do alike: the first of them says a ValueError at once, and the others after a while.
+
+    Until then their launcher has ended them, as the first is gone. If they were gone before, it would not be heard.
+
+    Args:
+        ranks_before: how many of these ranks are before this one.
+    """
     try:
         yield
     except ValueError:
-        if world.local_rank == 0:
-            raise
-        raise SaidByAnotherError from None
+        if ranks_before:
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until:
+                if told_to_stop():
+                    exit_process(1)
+                time.sleep(0.1)
+        raise
 
 
 def main(
@@ -73,16 +85,16 @@ def main(
         world = find_world()
         log_to_console(world)
         options = _parse(description, recipe, catalog)
-        if (text := _listed(options, catalog)) is not None:
-            if world.is_main:
-                print(text)
-            exit_process(0)
-        config = load(options.recipe, options.overrides)
-        if check is not None:
-            check(config, world)
+        with said_once(world.rank):
+            if (text := _listed(options, catalog)) is not None:
+                if world.is_main:
+                    print(text)
+                exit_process(0)
+            config = load(options.recipe, options.overrides)
+            if check is not None:
+                check(config, world)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # the same on every rank
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         exit_process(1)
     exit_process(_exit_code(train, config, world))
 
@@ -94,8 +106,6 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
     except Stopped as stopped:
         _log.info("%s", stopped)
         return _mark_stopped() if world.is_main else 0
-    except SaidByAnotherError:
-        return 1
     except torch.OutOfMemoryError as error:
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         more = f" ({wanted[1]} more were asked for)" if wanted else ""
@@ -106,10 +116,17 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
     except (ValueError, Diverged, OSError) as error:
         _log.error("error on rank %d: %s", world.rank, error)
         return 1
-    except Exception:
-        _log.exception("error on rank %d:", world.rank)
+    except Exception as error:
+        if world.size > 1 and _LOST_RANK.search(str(error)):
+            _log.error("error on rank %d: another rank has ended, which says why (%s)", world.rank, _first_line(error))
+        else:
+            _log.exception("error on rank %d:", world.rank)
         return 1
     return 0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _mark_stopped() -> int:

@@ -27,6 +27,11 @@ def watch_signals() -> None:
         signal.signal(number, _remember)
 
 
+def told_to_stop() -> bool:
+    """Whether this process has received a signal."""
+    return bool(_received)
+
+
 def _remember(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait

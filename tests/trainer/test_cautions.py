@@ -30,6 +30,11 @@ def test_few_steps_an_epoch_are_said_with_a_batch_that_has_more():
     assert said(wanted[0], "optim.base_lr=1e-3", samples=5000) == ""
 
 
+@pytest.mark.parametrize("samples", [1, 7, 16, 40])
+def test_next_to_no_samples_are_said_too(samples: int):
+    assert f"{samples} samples in batches of 1 are" in said("train.global_batch_size=1", samples=samples) or samples > 7
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if "beit" not in path.stem))
 def test_shipped_recipes_give_no_reason(name: str):
     samples = {"quickstart": 351}.get(name, 5000 if name.endswith("_small") else 1_281_167)

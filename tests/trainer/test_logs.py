@@ -3,6 +3,8 @@
 import io
 import logging
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -15,7 +17,7 @@ from pretrain.trainer import main as entry
 from pretrain.trainer.config import ModelConfig, RunConfig
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import ProgressBar
-from pretrain.trainer.logs import log_to_console, log_to_file
+from pretrain.trainer.logs import VERBOSE, log_to_console, log_to_file
 from pretrain.trainer.nonfinite import Diverged
 from pretrain.trainer.signals import Stopped
 
@@ -32,6 +34,7 @@ def root_logger() -> Iterator[None]:
     root = logging.getLogger()
     before = list(root.handlers)
     yield
+    logging.captureWarnings(False)
     for handler in set(root.handlers) - set(before):
         root.removeHandler(handler)
         handler.close()
@@ -56,6 +59,36 @@ def test_the_main_rank_talks_and_the_others_only_complain(capsys: pytest.Capture
     log_everything()
     out, err = capsys.readouterr()
     assert (out, err.splitlines()) == ("", ["error on rank"])
+
+
+def warn_as_a_library() -> None:
+    LIBRARY.warning("deprecated")
+    warnings.warn("it will change", FutureWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("verbose", ["", "1"])
+def test_what_libraries_say_is_in_the_file_and_on_the_console_only_if_asked(
+    verbose: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(VERBOSE, verbose)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        log_to_console(MAIN)
+        log_to_file(tmp_path, MAIN)
+        warn_as_a_library()
+    console, file = "".join(capfd.readouterr()), (tmp_path / "rank0.log").read_text()
+    assert ("deprecated" in console, "deprecated" in file) == (bool(verbose), True)
+    assert ("it will change" in console, "it will change" in file) == (False, not verbose), "pytest takes the other"
+
+
+def test_a_rank_that_lost_another_says_so_in_one_line(
+    run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
+):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1\nframes")
+    assert run_main(lost, rank=1) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error on rank 1: another rank has ended, which says why ([gloo")
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("world", [MAIN, OTHER])
@@ -162,14 +195,29 @@ def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
     assert logged.endswith(f" ERROR pretrain.trainer.main: error on rank {rank}: {error}\n")
 
 
-@pytest.mark.parametrize(("rank", "says"), [(0, "error on rank 0: no shards\n"), (1, "")])
-def test_what_all_ranks_of_a_node_find_is_said_once(
-    rank: int, says: str, run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises((ValueError, entry.SaidByAnotherError)) as caught, entry.said_once_a_node(World(rank, 2, rank)):
+def refuse(rank: int) -> float:
+    """The seconds after which a rank says what all of them refuse."""
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="no shards"), entry.said_once(rank):
         raise ValueError("no shards")
-    assert run_main(caught.value, rank) == 1
-    assert capsys.readouterr().err == says
+    return time.monotonic() - start
+
+
+def test_what_all_ranks_find_is_said_by_the_first_and_by_others_only_if_they_are_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(entry, "PATIENCE", 0.3)
+    assert refuse(0) < 0.3
+    assert refuse(1) >= 0.3
+
+
+def test_a_rank_that_its_launcher_ends_leaves_it_to_the_first(monkeypatch: pytest.MonkeyPatch):
+    def exit_process(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(entry, "exit_process", exit_process)
+    monkeypatch.setattr(entry, "told_to_stop", lambda: True)
+    with pytest.raises(SystemExit) as ended, entry.said_once(1):
+        raise ValueError("no shards")
+    assert ended.value.code == 1
 
 
 CUDA_SAYS = (
