@@ -83,7 +83,9 @@ def test_other_classes_get_a_new_head(tmp_path: Path):
     [
         ({"model__position": "sincos"}, "is vit_tiny with relative positions; the encoder is vit_tiny with sincos"),
         ({"model__arch": "vit_small"}, "is vit_tiny with relative positions; the encoder is vit_small"),
+        ({"model__arch": "vit_small", "model__position": "bias"}, "; set model.arch=vit_tiny model.position=relative"),
         ({"model__patch_size": 2}, "has patches of 4 pixels, the encoder of 2"),
+        ({"model__patch_size": 2}, "only 14 and 16 can be exchanged; set model.patch_size=4"),
         ({"start__trained_blocks": 9}, f"start.trained_blocks=9: the encoder has {DEPTH} blocks"),
         ({"start__weights": "ema"}, "holds the online weights, not the ema ones"),
         ({"start__checkpoint": "/nowhere"}, "start.checkpoint: no checkpoint /nowhere"),
