@@ -14,3 +14,7 @@ From bytes to batches, in five steps:
 So no random state needs saving, and a run that resumes at step s, with other ranks or workers, trains on the same
 batches as one that was never interrupted. Nothing here imports ``pretrain``.
 """
+
+from data.user import ensure_user
+
+ensure_user()

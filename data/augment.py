@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as tv
 
+from data.draw import integer, permutation, uniform
+
 # torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1), as the authors of LUT use it.
 _JITTER: tuple[tuple[Callable[[Image.Image, float], Image.Image], float, float], ...] = (
     (tv.adjust_brightness, 0.6, 1.4),
@@ -22,24 +24,23 @@ _BLUR_RADIUS = (0.1, 2.0)  # in pixels
 
 def color_jitter(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> np.ndarray:
     """Brightness, contrast, saturation and hue changed at random and in random order, or nothing: uint8 (H, W, 3)."""
-    if rng.random() >= probability:
+    if uniform(rng) >= probability:
         return pixels
     image = Image.fromarray(pixels)
-    for which in np.argsort(rng.random(len(_JITTER))):
+    for which in permutation(rng, len(_JITTER)):
         adjust, lowest, highest = _JITTER[which]
-        image = adjust(image, lowest + (highest - lowest) * rng.random())
+        image = adjust(image, uniform(rng, lowest, highest))
     return np.asarray(image)
 
 
 def three_augment(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     """Grayscale, solarize or blur, each with the same probability: uint8 (H, W, 3)."""
-    image, which = Image.fromarray(pixels), int(rng.random() * 3)
+    image, which = Image.fromarray(pixels), integer(rng, 3)
     if which == 0:
         return np.asarray(image.convert("L").convert("RGB"))
     if which == 1:
         return np.asarray(ImageOps.solarize(image))
-    lowest, highest = _BLUR_RADIUS
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(lowest + (highest - lowest) * rng.random())))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(uniform(rng, *_BLUR_RADIUS))))
 
 
 def rand_augment(rng: np.random.Generator, pixels: np.ndarray, policy: str) -> np.ndarray:
@@ -49,7 +50,7 @@ def rand_augment(rng: np.random.Generator, pixels: np.ndarray, policy: str) -> n
         policy: as timm writes it, such as `rand-m9-mstd0.5-inc1`.
     """
     augment = _rand_augment(policy, min(pixels.shape[:2]))
-    with _seeded(int(rng.random() * 2**32)):
+    with _seeded(integer(rng, 2**32)):
         return np.asarray(augment(Image.fromarray(pixels)))
 
 
@@ -74,7 +75,10 @@ def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """timm draws from the global generators: within this context they are seeded, after it their state is restored."""
+    """timm draws from the global generators: within this context they are seeded, after it their state is restored.
+
+    Those streams are frozen, unlike `Generator`'s.
+    """
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from data.names import read_lines, readable
 
+CLASSES_FILE = "classes.txt"  # next to shards
+
 
 def read_classes(path: Path) -> tuple[str, ...]:
     """Names of classes, one a line.
@@ -25,6 +27,15 @@ def read_classes(path: Path) -> tuple[str, ...]:
         before = first.setdefault(same_name(name), number)
         if before != number:
             raise ValueError(f"{path}, line {number}: '{name}' is on line {before} already: delete one of them")
+    return tuple(names)
+
+
+def read_classes_of_shards(folder: Path) -> tuple[str, ...]:
+    """The names in the list next to shards, whoever wrote it; none without a list."""
+    path = folder / CLASSES_FILE
+    names = read_lines(path) if path.exists() else []
+    while names and not names[-1]:
+        del names[-1]
     return tuple(names)
 
 

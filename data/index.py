@@ -15,16 +15,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.class_list import number_classes
+from data.class_list import number_classes, read_classes_of_shards
 from data.file_lock import NotWritableError, locked
 from data.messages import one_or_list
 from data.multi_labels import MultiLabels
-from data.names import read_lines
 from data.scan import ShardContent, describe_unused, scan_shard
 from data.shard_files import find_shards
 
 FORMAT = 2
-CLASSES_FILE = "classes.txt"
 HOW_TO_REINDEX = "if the shards are as they should be, run `python -m data.verify SHARDS --reindex`"
 _ARRAYS = ("shard_bytes", "shard_sizes", "offset", "length", "label")
 SCAN_THREADS = 8  # the work is mostly waiting for storage, and threads start much faster than processes
@@ -107,15 +105,6 @@ def build_index(shards: str | Path) -> Index:
     )
 
 
-def read_classes(root: Path) -> tuple[str, ...]:
-    """The names in the list of classes next to shards, in the order of their labels; none without a list."""
-    path = root / CLASSES_FILE
-    lines = read_lines(path) if path.exists() else []
-    while lines and not lines[-1]:
-        del lines[-1]
-    return tuple(lines)
-
-
 def index_paths(shards: str | Path) -> tuple[Path, Path]:
     """Possible paths of the index of a set of shards: next to them, or in the cache if their folder is read-only."""
     root, names = find_shards(shards)
@@ -137,7 +126,9 @@ def is_current(path: Path, root: Path) -> bool:
         return False
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return int(stored["format"]) == FORMAT and tuple(map(str, stored["classes"])) == read_classes(root)
+            return int(stored["format"]) == FORMAT and tuple(map(str, stored["classes"])) == read_classes_of_shards(
+                root
+            )
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -198,7 +189,7 @@ def _checked(index: Index, path: Path, names: tuple[str, ...]) -> Index:
 
 
 def _scan(root: Path, names: tuple[str, ...]) -> Index:
-    classes = read_classes(root)
+    classes = read_classes_of_shards(root)
     numbers = number_classes(classes)
 
     def scan(name: str) -> ShardContent | str:

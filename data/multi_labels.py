@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from data.class_list import same_name
+from data.names import readable
 
 MAX_LABEL = 2**31 - 1
 _QUOTED = 60  # characters of a label that a message quotes
@@ -100,7 +101,7 @@ def read_cls(content: bytes, numbers: Mapping[str, int]) -> int | None:
     Raises:
         UnusableLabel: it is neither.
     """
-    return _class(content.decode("utf-8", "surrogateescape").strip(), numbers)
+    return _class(readable(content.decode("utf-8", "surrogateescape").strip()), numbers)
 
 
 def read_json(content: bytes, numbers: Mapping[str, int]) -> Label:

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.index import CLASSES_FILE, Index, index_paths, load_index
+from data.class_list import CLASSES_FILE
+from data.index import Index, index_paths, load_index
 from data.names import shown, write_lines
 from data.pack_report import PackReport, class_table, empty_classes, note
 from data.parallel import default_workers, report_errors

@@ -86,10 +86,19 @@ def scan_shard(path: Path, numbers: Mapping[str, int] | None = None) -> ShardCon
     with open(path, "rb") as file:
         samples = list(_samples(path, file, numbers or {}, unused))
     if not samples:
-        found = f" (in it: {describe_unused(unused)})" if unused else ""
+        others = f" (in it: {describe_unused(unused)})" if unused else ""
         links = "; links have no bytes, `tar -h` packs what they point to" if unused[SYMBOLIC_LINK] else ""
-        raise ValueError(f"{path}: an empty shard, no sample in it{found}; delete the file or write it again{links}")
-    images = [_image_of(path, sample) for sample in samples]
+        raise ValueError(f"{path}: an empty shard, no sample in it{others}; delete the file or write it again{links}")
+    found = [_image_of(sample) for sample in samples]
+    images = [image for image in found if not isinstance(image, str)]
+    if len(images) < len(samples):
+        first = next(number for number, image in enumerate(found) if isinstance(image, str))
+        count = len(samples) - len(images)
+        more = f", and so have {count - 1} others of {len(samples)}" if count > 1 else ""
+        raise ValueError(
+            f"{path}: sample '{samples[first].key}' at byte {samples[first].start} has {found[first]}{more}; every "
+            f"sample needs one member that ends in {', '.join(IMAGE_EXTENSIONS)}: write the shard again"
+        )
     labels = [sample.label for sample in samples]
     problems = (f"{path}: sample '{sample.key}': {sample.problem}" for sample in samples if sample.problem)
     return ShardContent(
@@ -190,14 +199,12 @@ def _is_a_sample(sample: _Sample) -> bool:
     return bool(sample.images) or not about_the_dataset
 
 
-def _image_of(path: Path, sample: _Sample) -> tuple[str, int, int]:
+def _image_of(sample: _Sample) -> tuple[str, int, int] | str:
+    """Suffix, offset and length of a sample's image, or in words what it has instead of one."""
     images = sample.images
     if len(images) > 1:  # 'x.jpg' and 'x.seg.png': the one with a plain extension is the image
         images = [image for image in images if image[0] in IMAGE_EXTENSIONS]
     if len(images) == 1:
         return images[0]
     what = "no image" if not sample.images else "more than one image"
-    raise ValueError(
-        f"{path}: sample '{sample.key}' at byte {sample.start} has {what} (members: {sorted(sample.suffixes)}); every "
-        f"sample needs one member that ends in {', '.join(IMAGE_EXTENSIONS)}: write the shard again"
-    )
+    return f"{what} (members: {', '.join(f'.{suffix}' for suffix in sorted(sample.suffixes))})"

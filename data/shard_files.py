@@ -34,7 +34,11 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
     else:
         paths = [Path(os.path.abspath(text))]
     if not paths:
-        raise ValueError(f"{text}: no shards (*.tar) in this folder; `python -m data.pack` makes them from images")
+        below = next(Path(text).glob("*/*.tar"), None)
+        advice = "; `python -m data.pack` makes them from images"
+        if below:
+            advice = f", but in those below it, such as {below}: give one of them, or a pattern with {{braces}}"
+        raise ValueError(f"{text}: no shards (*.tar) in this folder{advice}")
     missing = [path for path in paths if not path.is_file()]
     if missing:
         count = f"{len(missing)} of {len(paths)} missing"
@@ -47,7 +51,7 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
 
 def holds_shards(folder: Path) -> bool:
     """Whether a folder has shards in it, compressed or not."""
-    return any(name.endswith(".tar") or _suffix_of_compressed(name) for name in _visible_names(folder))
+    return any(name.lower().endswith(".tar") or _suffix_of_compressed(name) for name in _visible_names(folder))
 
 
 def _visible_names(folder: Path) -> list[str]:
@@ -58,7 +62,7 @@ def _visible_names(folder: Path) -> list[str]:
 def _tars_in(folder: Path) -> list[Path]:
     """The shards in a folder; refuses compressed ones, which would be left out."""
     names = _visible_names(folder)
-    tars = {name for name in names if name.endswith(".tar")}
+    tars = {name for name in names if name.lower().endswith(".tar")}
     compressed = []
     for name in names:
         suffix = _suffix_of_compressed(name)

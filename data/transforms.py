@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from data.draw import uniform
+
 Box = tuple[float, float, float, float]
 
 
@@ -44,7 +46,7 @@ class Augmentation:
 
 def flip_decision(rng: np.random.Generator, probability: float) -> bool:
     """Whether to mirror the image left to right."""
-    return rng.random() < probability
+    return uniform(rng) < probability
 
 
 def random_resized_crop(
@@ -58,7 +60,7 @@ def random_resized_crop(
     """torchvision's ``RandomResizedCrop.get_params``: ten tries, then the largest central crop of an allowed shape.
 
     Args:
-        rng: only ``random()`` is called, the stream that NumPy is least likely to change.
+        rng: from two to forty-two words of it are drawn.
         width, height: of the image, in pixels.
         scale: share of the image's area, lowest and highest.
         ratio: width / height of the crop relative to the target's, lowest and highest.
@@ -66,12 +68,12 @@ def random_resized_crop(
     """
     lowest, highest = ratio[0] * aspect, ratio[1] * aspect
     for _ in range(10):
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
-        shape = math.exp(math.log(lowest) + (math.log(highest) - math.log(lowest)) * rng.random())
+        area = width * height * uniform(rng, *scale)
+        shape = math.exp(uniform(rng, math.log(lowest), math.log(highest)))
         w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < w <= width and 0 < h <= height:
-            top = int(rng.random() * (height - h + 1))
-            left = int(rng.random() * (width - w + 1))
+            top = int(uniform(rng) * (height - h + 1))
+            left = int(uniform(rng) * (width - w + 1))
             return left, top, left + w, top + h
     shape = min(max(width / height, lowest), highest)
     w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
@@ -86,7 +88,7 @@ def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
     beyond the image.
 
     Args:
-        rng: ``random()`` is called twice.
+        rng: two words of it are drawn.
         width, height: of the image, in pixels.
         size: (H, W) of the target.
         padding: in pixels of the target.
@@ -94,7 +96,7 @@ def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
     H, W = size
     scale = min(width / W, height / H)  # pixels of the image for one of the target
     left, top = (
-        int(rng.random() * (int(side / scale) - target + 2 * padding + 1)) - padding
+        int(uniform(rng) * (int(side / scale) - target + 2 * padding + 1)) - padding
         for side, target in ((width, W), (height, H))
     )
     return left * scale, top * scale, (left + W) * scale, (top + H) * scale

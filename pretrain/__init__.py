@@ -4,3 +4,7 @@
 `build.py` makes it from a configuration (`config.py`, `recipes/`). `trainer/` trains it, as it does the classifiers of
 `downstream/`: launch, engine, step loop, checkpoints, logs. `finish.py` writes the encoder at the end.
 """
+
+from data.user import ensure_user
+
+ensure_user()

@@ -18,7 +18,14 @@ def build_method(config: PretrainConfig) -> Method | LUT:
     """The method, initialized from the seed alone: the same weights on every rank."""
     torch.manual_seed(config.seed)
     model = config.model
-    encoder = ViT(model.arch, model.patch_size, config.grid, model.position == "relative", model.grad_checkpointing)
+    encoder = ViT(
+        model.arch,
+        model.patch_size,
+        config.grid,
+        model.position == "relative",
+        model.grad_checkpointing,
+        drop_path_rate=model.drop_path_rate,
+    )
     target = build_target(config.target, encoder.grid, encoder.patch_size)
     method = METHODS[config.method.name](config.method, encoder, target, config.pr_mim)
     if config.lut is None:

@@ -1,21 +1,23 @@
 """The configuration of a pretraining run: `load` turns a recipe and its overrides into one frozen, checked object."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, create_model, model_validator
 
 from data.transforms import Augmentation
-from pretrain.methods import METHODS, AnyMethodConfig
+from pretrain.methods import METHODS, AnyMethodConfig, import_methods
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
-from pretrain.trainer.config import ModelConfig, RunConfig
-from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
+from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig, problem_of
+from pretrain.trainer.recipe import load_config, parse_overrides
+from pretrain.trainer.schema import MAY_CHANGE, Section
 
 RECIPES = Path(__file__).parent / "recipes"
+ELSEWHERE = {"downstream/classify/finetune.py": Path(__file__).parents[1] / "downstream" / "classify" / "recipes"}
 
 
 class PretrainModelConfig(ModelConfig):
@@ -31,12 +33,6 @@ class PretrainModelConfig(ModelConfig):
         "fp32", description="precision of the encoder's residual stream; bf16: less memory and time, less exact sums"
     )
 
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _on_and_off_are_words(cls, value: object) -> object:
-        """YAML reads them as booleans."""
-        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
 
 class ProbeConfig(Section):
     """k-NN and ridge regression on frozen features during the run; training is the same with and without it."""
@@ -47,19 +43,53 @@ class ProbeConfig(Section):
     k: int = Field(20, ge=1, description="neighbors that vote")
 
 
+class PretrainStartConfig(StartConfig):
+    """The weights that a new run begins with, of the encoder and of whatever else a file or another run has."""
+
+    run: str | None = Field(
+        None, description="the folder of a pretraining: a new run, from step 0, from all that its newest checkpoint has"
+    )
+    optimizer: bool = Field(False, description="with `run`: the optimizer's moments, too, instead of zeros")
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "PretrainStartConfig":
+        if self.run and self.checkpoint:
+            raise ValueError("start.checkpoint and start.run both say where the weights come from: set one of them")
+        if self.weights and not self.checkpoint:
+            raise ValueError("start.weights chooses among the weights of start.checkpoint: set that, or leave it out")
+        if self.optimizer and not self.run:
+            raise ValueError("start.optimizer=true takes the optimizer's moments from start.run: set that as well")
+        return self
+
+
 class PretrainConfig(RunConfig):
-    """A pretraining run."""
+    """A pretraining run.
+
+    Attributes:
+        imported: `method.module` as it was given on the command line, and imported.
+        own_methods: the names of the methods that it defines.
+    """
+
+    imported: ClassVar[str | None] = None
+    own_methods: ClassVar[frozenset[str]] = frozenset()
+    follows: ClassVar[dict[str, str]] = {"target": "method"}
 
     model: PretrainModelConfig = PretrainModelConfig()
     method: AnyMethodConfig
     target: AnyTargetConfig
     pr_mim: PRMIMConfig | None = None
     lut: LUTConfig | None = None
+    start: PretrainStartConfig | None = None
     probe: Annotated[ProbeConfig | None, MAY_CHANGE] = None
 
     @property
     def task(self) -> str:
         return f"{self.method.name} (target: {self.target.name})"
+
+    @property
+    def new_run_advice(self) -> str:
+        this = Path(self.runs) / self.name
+        return f"start a new run from the weights of this one: start.run={this} and another name="
 
     @property
     def augmentations(self) -> tuple[Augmentation, ...]:
@@ -81,6 +111,8 @@ class PretrainConfig(RunConfig):
                 raw[section] = {"name": raw[section]}
         method, target = raw.get("method"), raw.get("target") or {}
         name = method.get("name") if isinstance(method, Mapping) else None
+        if isinstance(method, Mapping):
+            cls._check_module(method.get("module"), name)
         if not isinstance(name, str) or name not in METHODS:
             return raw | {"target": PixelsConfig()}  # only the method is reported: what it may predict is unknown
         if isinstance(target, Mapping):
@@ -89,26 +121,49 @@ class PretrainConfig(RunConfig):
                 target = {"name": default.name, **default.model_dump(exclude_unset=True), **target}
         return raw | {"target": target}
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "PretrainConfig":
-        method, kind = self.method, METHODS[self.method.name]
-        method.check(self.grid, self.model)
-        if self.target.name not in kind.targets:
+    @classmethod
+    def _check_module(cls, module: object, name: object) -> None:
+        """No recipe, and no configuration in the folder of a run, makes a command run code."""
+        if module != cls.imported:
             raise ValueError(
+                f"method.module={module} is in the recipe alone, and to use it is to run its code: if you trust it, "
+                f"give method.module={module} on the command line"
+            )
+        if module is not None and name not in cls.own_methods:
+            raise ValueError(
+                f"method.module={module} defines {', '.join(sorted(cls.own_methods))}, not {name}: "
+                f"give method.name={min(cls.own_methods)}"
+            )
+
+    def problems(self) -> Iterator[str]:
+        """As of every training, and what method, target and add-ons do not take."""
+        sizes = list(super().problems())
+        yield from sizes
+        if any(problem.startswith("data.image_size") for problem in sizes):
+            return  # there is no grid of patches
+        method, kind = self.method, METHODS[self.method.name]
+        unfit = [*problem_of(method.check, self.grid, self.model)]
+        yield from unfit
+        if self.target.name not in kind.targets:
+            yield (
                 f"method {method.name} predicts {' or '.join(sorted(kind.targets))}, not target.name={self.target.name}"
             )
-        self.target.check(self.model.patch_size)
+        yield from problem_of(self.target.check, self.model.patch_size)
+        if not unfit:
+            yield from self._problems_of_add_ons()
+
+    def _problems_of_add_ons(self) -> Iterator[str]:
+        method = self.method
         patches, masked = method.count_patches(self.grid, self.model.patch_size)
         if self.pr_mim:
-            check_add_on("pr_mim", method.name)
-            method.check_pr_mim()
-            self.pr_mim.num_kept(patches, masked)
+            yield from problem_of(check_add_on, "pr_mim", method.name)
+            yield from problem_of(method.check_pr_mim)
+            yield from problem_of(self.pr_mim.num_kept, patches, masked)
         if self.lut:
-            check_add_on("lut", method.name)
-            method.check_lut()
+            yield from problem_of(check_add_on, "lut", method.name)
+            yield from problem_of(method.check_lut)
             micro_batch = self.train.global_batch_size // self.train.gradient_accumulation_steps
-            self.lut.check(patches, masked, micro_batch)
-        return self
+            yield from problem_of(self.lut.check, patches, masked, micro_batch)
 
 
 def check_add_on(add_on: str, method: str) -> None:
@@ -119,5 +174,22 @@ def check_add_on(add_on: str, method: str) -> None:
 
 
 def load(recipe: str, overrides: list[str]) -> PretrainConfig:
-    """The configuration of a recipe; see `load_config`."""
-    return load_config(PretrainConfig, recipe, overrides, RECIPES)
+    """The configuration of a recipe; see `load_config`. A `method.module` among the overrides is imported.
+
+    Raises:
+        ValueError: as `load_config` and `import_methods`.
+    """
+    method = parse_overrides(overrides, PretrainConfig).get("method")
+    module = method.get("module") if isinstance(method, dict) else None
+    schema = PretrainConfig if module is None else _schema_with(str(module))
+    return load_config(schema, recipe, overrides, RECIPES, ELSEWHERE)
+
+
+def _schema_with(module: str) -> type[PretrainConfig]:
+    """`PretrainConfig`, whose `method` may be one that a module outside of this project defines."""
+    own_methods = import_methods(module)
+    configs: Any = Union[tuple(kind.Config for kind in METHODS.values())]  # noqa: UP007 - as many as there are
+    method: Any = Annotated[configs, Field(discriminator="name")]
+    schema = create_model("PretrainConfig", __base__=PretrainConfig, method=(method, ...))
+    schema.imported, schema.own_methods = module, own_methods
+    return schema

@@ -1,5 +1,6 @@
-"""Writes the results of a run: the encoder, the loss curve and reconstructions by the trained weights."""
+"""Writes the results of a run: the encoder, the loss curve and reconstructions, by the weights that it has so far."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,10 +12,13 @@ from data.loader import Loader
 from pretrain.build import build_method
 from pretrain.config import PretrainConfig
 from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.reconstructions import draw_reconstructions, drawn_method
 from pretrain.trainer.engine import gather_state_dict
-from pretrain.trainer.figures import draw_image_grid, draw_loss
+from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
+
+_log = logging.getLogger(__name__)
 
 
 def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -23,43 +27,70 @@ def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str,
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path) -> None:
-    """Writes a safetensors file whose metadata is the `EncoderSpec`."""
-    spec = EncoderSpec.from_signature(config.resume_signature(), config.train.epochs)
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, spec.to_metadata()))
+def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path, epochs: int | None = None) -> None:
+    """Writes a safetensors file whose metadata is the `EncoderSpec`; `epochs` of training unless all are over."""
+    spec = EncoderSpec.from_signature(config.resume_signature(), config.train.epochs if epochs is None else epochs)
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    unfinished.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, spec.to_metadata()))
+    unfinished.replace(path)
 
 
-def draw_reconstructions(
-    state: dict[str, Tensor], config: PretrainConfig, index: Index, path: Path, device: torch.device
-) -> None:
-    """Draws reconstructions of a few training images by the trained weights, in fp32 and without an engine."""
+def finish(run: Run, index: Index) -> None:
+    """Writes the encoder, the teacher's encoder if there is one, and the figures; called by all ranks together.
+
+    If the run was stopped before its end, the encoders' files have the step in their names.
+    """
+    config, folder, epochs = run.config, run.folder, int(run.epoch)
+    assert isinstance(config, PretrainConfig)
+    state = gather_state_dict(run.engine, run.world)
+    if not run.world.is_main:
+        return
+    step = None if run.state.step == run.total_steps else run.state.step
+    old = folder.partial_results()
+    save_encoder(encoder_state_dict(run.engine.module, state), config, folder.result(folder.encoder, step), epochs)
+    if run.ema.model is not None:
+        averaged = encoder_state_dict(run.ema.model, run.ema.state_dict())
+        save_encoder(averaged, config, folder.result(folder.encoder_ema, step), epochs)
+    for path in old:
+        if step is None or path not in (folder.result(folder.encoder, step), folder.result(folder.encoder_ema, step)):
+            path.unlink()
+    draw_loss(read_metrics(folder.metrics), folder.loss_curve)
+    _draw_training_images(run, state, config, index)
+
+
+def finish_stopped(run: Run, index: Index) -> None:
+    """As `finish`, after a signal: what cannot be written is said, since the checkpoint is complete."""
+    try:
+        finish(run, index)
+    except (OSError, ValueError) as error:
+        _log.warning("the encoder and figures of the stopped run are not complete: %s", error)
+    torch.distributed.barrier()  # a launcher may kill this rank as soon as another one exits
+
+
+def _draw_training_images(run: Run, state: dict[str, Tensor], config: PretrainConfig, index: Index) -> None:
+    """Draws reconstructions of a few training images, in fp32 and without an engine."""
     method = build_method(config)
     method.load_state_dict(state)
-    method.to(device).eval()
+    method.to(run.device).eval()
     loader = Loader(
         index,
         size=config.data.height_width,
         batch=min(config.log.num_reconstructions, len(index)),
         seed=config.seed,
-        mask_sampler=method.mask_sampler(),
-        augmentations=config.augmentations,
+        mask_sampler=drawn_method(method).mask_sampler(),
+        augmentations=config.augmentations[:1],
     )
     # The epoch after the last one: its crops and masks are new to the model.
     step = config.train.epochs * loader.steps_per_epoch
     ((batch,),) = loader.batches(step, step + 1)
-    batch = batch.to(device)
-    images = method.reconstruct(batch.images, batch.mask_indices)
-    draw_image_grid({name: column.cpu() for name, column in images.items()}, path)
-
-
-def finish(run: Run, index: Index) -> None:
-    """Writes the encoder, the teacher's encoder if there is one, and the figures; called by all ranks together."""
-    config, folder = run.config, run.folder
-    assert isinstance(config, PretrainConfig)
-    state = gather_state_dict(run.engine, run.world)
-    if run.world.is_main:
-        save_encoder(encoder_state_dict(run.engine.module, state), config, folder.encoder)
-        if run.ema.model is not None:
-            save_encoder(encoder_state_dict(run.ema.model, run.ema.state_dict()), config, folder.encoder_ema)
-        draw_loss(read_metrics(folder.metrics), folder.loss_curve)
-        draw_reconstructions(state, config, index, folder.reconstructions, run.device)
+    batch = batch.to(run.device)
+    losses = [row["loss"] for row in read_metrics(run.folder.metrics) if row["loss"] is not None]
+    fell = f", loss {losses[0]:.2f} -> {losses[-1]:.2f}" if losses else ""
+    draw_reconstructions(
+        drawn_method(method),
+        batch.images,
+        batch.mask_indices,
+        run.folder.reconstructions,
+        f"{config.name}: after {run.state.step} of {run.total_steps} steps{fell}",
+        "Training images, in crops and under masks that the model has not seen.",
+    )

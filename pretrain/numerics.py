@@ -15,6 +15,7 @@ import torch._inductor
 from torch import nn
 from torch.utils._triton import has_triton
 
+from data.draw import MASKS
 from pretrain.config import PretrainConfig
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.sdpa import set_deterministic
@@ -34,6 +35,7 @@ class Numerics:
         residual: `fp32` or `bf16`.
         sdpa: torch's kernel on a GPU: `efficient` (the memory-efficient one, deterministic) or `fastest` (which torch
             chooses); `cpu` without one.
+        masks: how they are drawn in the data workers.
         why_sdpa: why the kernel for windows is not used; empty if it is.
     """
 
@@ -41,6 +43,7 @@ class Numerics:
     attention: str
     residual: str
     sdpa: str
+    masks: str = MASKS
     why_sdpa: str = ""
 
     def signature(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ is given again.
 
 import logging
 import sys
+from inspect import getfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pretrain/run.py` starts us as a script
@@ -13,20 +14,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pr
 import torch
 
 from data.index import Index, load_index
-from pretrain.config import PretrainConfig, load
+from downstream.checkpoints.method_weights import LoadedMethod, load_method, load_teacher
+from pretrain.config import RECIPES, PretrainConfig, load
+from pretrain.methods import METHODS
+from pretrain.methods.base import Method
+from pretrain.methods.lut import LUT, TeacherModel
+from pretrain.start import check_start, find_start
+from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main
-from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.main import main, said_once_a_node
+from pretrain.trainer.moments import Moments, read_moments
+from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.run_folder import RunFolder, file_digest
+from pretrain.trainer.signals import Stopped
 
 _log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
-    index = load_index(config.data.shards)  # before the process group exists: indexing many shards takes long
-    device = init_distributed(world)
     folder = RunFolder(Path(config.runs) / config.name)
+    with said_once_a_node(world):  # before the process group exists: indexing many shards takes long
+        check_start(config, folder)
+        with report_if_slow(f"the index of {config.data.shards} is read or made"):
+            index = load_index(config.data.shards)
+    device = init_distributed(world)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
         _train(config, world, device, index, folder)
@@ -35,13 +49,13 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 def _train(config: PretrainConfig, world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     # These import DeepSpeed, which chooses its accelerator on import.
     from pretrain.build import build_ema, build_evaluation, build_method
-    from pretrain.finish import finish
+    from pretrain.finish import finish, finish_stopped
     from pretrain.numerics import apply_numerics, check_window_kernel, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
     from pretrain.trainer.engine import ds_settings, zero_stage
     from pretrain.trainer.loop import train
     from pretrain.trainer.optim import build_adamw, parameter_groups
-    from pretrain.trainer.report import log_outputs
+    from pretrain.trainer.report import describe_outputs, log_outputs
 
     settings = ds_settings(config, world.size)
     numerics = choose_numerics(config, device, zero_stage(settings))
@@ -50,24 +64,61 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     if numerics.compile or numerics.attention == "triton":
         folder.cache_compiled()
     if numerics.attention == "triton":
-        check_window_kernel(config, device)
+        with report_if_slow("the kernel for attention in windows is compiled and checked"):
+            check_window_kernel(config, device)
     method = build_method(config)
+    start = find_start(config, folder, world)
+    loaded = _load_start(config, method, start) if start else None
     ema = build_ema(config, method, device)
+    if start and isinstance(ema.model, TeacherModel):
+        _log.info("%s", load_teacher(ema.model, start))
     for module in filter(None, (method, ema.model)):
         apply_numerics(module, numerics)
     parts = Parts(
         method,
-        build_adamw(parameter_groups(method, config.optim.weight_decay), config, zero_stage(settings)),
+        build_adamw(
+            parameter_groups(method, config.optim.weight_decay, config.optim.decay_class_token),
+            config,
+            zero_stage(settings),
+        ),
         ema,
         build_loader(config, index, world, mask_sampler=method.mask_sampler()),
         build_evaluation(config, method, world, device),
         numerics.signature(),
+        loaded.record() if loaded else {},
+        _load_moments(config, loaded),
+        {"method.module": file_digest(getfile(METHODS[config.method.name]))} if config.method.module else {},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
-    train(run)
+    try:
+        train(run)
+    except Stopped as stopped:
+        _log.info("%s", stopped)  # at once: who has sent the signal may not wait for what follows
+        finish_stopped(run, index)
+        raise Stopped(describe_outputs(run)) from None
     finish(run, index)
     log_outputs(run)
 
 
+def _load_start(config: PretrainConfig, method: Method | LUT, start: Path) -> LoadedMethod:
+    """Fills a method that is not partitioned yet; raises ValueError where that is not possible."""
+    assert config.start
+    try:
+        loaded = load_method(method, start, config.start.weights)
+    except ValueError as error:
+        raise ValueError(f"start.{'run' if config.start.run else 'checkpoint'}: {error}") from None
+    _log.info("starts from %s", loaded.report)
+    return loaded
+
+
+def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moments | None:
+    """Those of the parameters that were taken as they are, if they are asked for."""
+    if loaded is None or config.start is None or not config.start.optimizer:
+        return None
+    moments = read_moments(loaded.path).renamed(loaded.taken)
+    _log.info("the optimizer starts with the moments of %d parameters", len(moments.averages["exp_avg"]))
+    return moments
+
+
 if __name__ == "__main__":
-    main(__doc__, load, pretrain)
+    main(__doc__, load, pretrain, check=check_engine, catalog=Catalog(PretrainConfig, RECIPES, load))

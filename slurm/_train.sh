@@ -2,8 +2,13 @@
 # What every job does, in its batch shell and in the project's root: it starts a rank for each task, and requeues the job
 # if a signal stopped the training before its end. $ENTRY trains the recipe $RECIPE; the job's arguments are overrides.
 
+# slurm/site.sh, if there, prepares the environment or chooses a container: see slurm/site.sh.example.
+PYTHON=(python)
+SRUN_OPTIONS=()
 # shellcheck disable=SC1091
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
+# shellcheck disable=SC1091
+if [ -f slurm/site.sh ]; then . slurm/site.sh || { echo "error: slurm/site.sh failed" >&2; exit 1; }; fi
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
 logs=slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
@@ -19,7 +24,7 @@ trap 'interrupted=yes; kill -USR1 "$srun"' USR1
 # --wait rather than --kill-on-bad-exit, which would kill the rank that was about to report the error.
 # srun does not inherit --cpus-per-task from the job.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 --output="$attempt-rank%t.log" \
-    python -u "$ENTRY" "$RECIPE" "$@" &
+    "${SRUN_OPTIONS[@]}" "${PYTHON[@]}" -u "$ENTRY" "$RECIPE" "$@" &
 srun=$!
 echo "$(date '+%F %T') $SLURM_JOB_NUM_NODES nodes, $SLURM_NTASKS ranks: see $attempt-rank0.log"
 

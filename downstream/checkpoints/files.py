@@ -73,11 +73,20 @@ def read_source(path: Path | str, weights: Weights | None = None) -> Source:
     if path.is_dir():
         return _read_folder(path, weights)
     if not path.is_file():
-        raise ValueError(f"no checkpoint {path}: neither a file nor a folder")
+        raise ValueError(f"no checkpoint {path}: neither a file nor a folder{_advice(str(path))}")
     hub = read_record(path.parent) if is_weights(path) else None
     if hub is not None and (path.suffix == ".json" or "-of-" in path.name):  # one of several parts, or their index
         path = path.parent
     return _read_files(path, weights, hub)
+
+
+def _advice(name: str) -> str:
+    """What to do about the name of something that is elsewhere."""
+    if re.match(r"https?:", name):
+        return "; download it first"
+    if re.fullmatch(r"[\w-]+/[\w-]+[\w.-]*", name) and not Path(name).parent.is_dir():
+        return f"; if it is the Hugging Face hub's, download it first: hf download {name} --local-dir FOLDER"
+    return ""
 
 
 def _read_files(path: Path, weights: Weights | None, hub: HubRecord | None) -> Source:
@@ -152,7 +161,7 @@ def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
     epochs = yaml.safe_load(config.read_text())["train"]["epochs"] if config.is_file() else None
     try:
         signature = read_state(folder).resume_signature
-        spec = None if "start" in signature else EncoderSpec.from_signature(signature, epochs)
+        spec = None if "head" in signature else EncoderSpec.from_signature(signature, epochs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} has no readable {MANIFEST} ({error}): is it a checkpoint of this project?"

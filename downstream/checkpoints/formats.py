@@ -163,7 +163,8 @@ def _explain(key: str, owner: str | None, prefix: str, library: Library) -> tupl
         return rename(library, key.removeprefix(prefix)), None
     if owner is not None:
         return key, f"another encoder of the file, {owner.rstrip('.') or 'the one without a prefix'}"
-    plain = re.sub(r"^(module\.|_orig_mod\.)+", "", key)
+    parent = re.match(r"(.+\.)?(?=\w+\.$)", prefix)  # of `model.encoder.` it is `model.`
+    plain = re.sub(r"^(module\.|_orig_mod\.)+", "", key.removeprefix((parent and parent[0]) or ""))
     name = rename(library, plain)
     if library.outside and name == plain:
         return name, match(name, library.outside) or _UNKNOWN

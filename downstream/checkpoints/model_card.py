@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from downstream.checkpoints.report import Report
+from downstream.classify.classifier_spec import ClassifierSpec
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.checkpoint_layout import checkpoint_step
 from pretrain.trainer.metrics import read_metrics
@@ -39,7 +40,14 @@ def find_run(path: Path) -> RunFolder | None:
     return None
 
 
-def write_card(report: Report, spec: EncoderSpec, library: str, usage: str, difference: float) -> str:
+def write_card(
+    report: Report,
+    spec: EncoderSpec,
+    library: str,
+    usage: str,
+    difference: float,
+    classifier: ClassifierSpec | None = None,
+) -> str:
     """The text of README.md.
 
     Args:
@@ -47,27 +55,30 @@ def write_card(report: Report, spec: EncoderSpec, library: str, usage: str, diff
         spec: of the exported encoder.
         library: Hugging Face's name of the library that loads it, `timm` or `transformers`.
         usage: code that loads it.
-        difference: of the features of source and export, as of `compare.feature_difference`.
+        difference: of the features or logits of source and export, as of `compare.max_difference`.
+        classifier: what it is, where the export is one.
     """
     size = "x".join(map(str, spec.image_size))
     title = f"{spec.arch}_patch{spec.patch_size}, {size} pixels" + (f", {spec.method}" if spec.method else "")
     run = find_run(report.path)
+    what, task = _describe(classifier)
     parts = [
         "---",
         f"library_name: {library}",
-        "pipeline_tag: image-feature-extraction",
+        f"pipeline_tag: {task}",
         f"tags: [{', '.join(['vit', 'masked-image-modeling', *([spec.method] if spec.method else [])])}]",
         "---",
         f"# {title}",
         "",
-        "A Vision Transformer encoder without a classifier, in fp32.",
+        f"{what}, in fp32.",
         "",
         f"- positions: {_POSITIONS[spec.position]}",
-        f"- weights: {report.weights}" + (" (as trained)" if report.weights == "online" else " (moving average)"),
+        f"- weights: {report.weights}"
+        + {"online": " (as trained)", "ema": " (moving average)"}.get(report.weights, " (by their name in the source)"),
         "- pixels: RGB in 0..1, ImageNet's mean and standard deviation"
-        + ("" if run else ", unless its authors say otherwise"),
-        f"- checked: computed in float64 on random images, its features and those of `{report.path.name}` differ by "
-        f"{difference:.1g} of the largest",
+        + (f"; trained on those of {report.pixels}" if report.pixels and not run else ""),
+        f"- checked: computed in float64 on random images, its {'logits' if classifier else 'features'} and those of "
+        f"`{report.path.name}` differ by {difference:.1g} of the largest",
         "",
         "```python",
         usage,
@@ -87,6 +98,14 @@ def write_card(report: Report, spec: EncoderSpec, library: str, usage: str, diff
             "```",
         ]
     return "\n".join(parts) + "\n"
+
+
+def _describe(classifier: ClassifierSpec | None) -> tuple[str, str]:
+    """What the export is, and the hub's name of its task."""
+    if classifier is None:
+        return "A Vision Transformer encoder without a classifier", "image-feature-extraction"
+    pooled = "the class token" if classifier.pool == "token" else "the mean of the patch tokens"
+    return f"A Vision Transformer classifier of {classifier.num_classes} classes, on {pooled}", "image-classification"
 
 
 def _training(report: Report, run: RunFolder | None) -> str:

@@ -58,7 +58,10 @@ _TRANSFORMERS = Library(
         (r"(?:encoder\.relative_position_bias|shared_position_bias)\.(.+)", r"rel_pos_bias.\1"),
         (_LAYER + r"(?:layernorm_before|norm1)\.(.+)", r"blocks.\1.norm1.\2"),
         (_LAYER + r"(?:layernorm_after|norm2)\.(.+)", r"blocks.\1.norm2.\2"),
-        (_LAYER + r"attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.(.+)", r"blocks.\1.attn.\2.\3"),
+        *(
+            (_LAYER + rf"attention\.(?:attention\.)?(?:{name}|{name[0]}_proj)\.(.+)", rf"blocks.\1.attn.{name[0]}.\2")
+            for name in ("query", "key", "value")
+        ),
         (_LAYER + r"attention\.(?:output\.dense|o_proj)\.(.+)", r"blocks.\1.attn.proj.\2"),
         (_LAYER + r"(?:attention\.)*relative_position_bias\.(.+)", r"blocks.\1.attn.rpe_bias.\2"),
         (_LAYER + r"(?:intermediate\.dense|mlp\.fc1)\.(.+)", r"blocks.\1.mlp.fc1.\2"),

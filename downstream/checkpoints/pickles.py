@@ -41,6 +41,11 @@ def _plain_dictionary(*_: Any) -> OrderedDict[Any, Any]:
     return OrderedDict()
 
 
+def _plain_list(*_: Any) -> list[Any]:
+    """In place of a `deque`, which is filled afterwards."""
+    return []
+
+
 _OMEGACONF_NODES = ["Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path", "Enum", "InterpolationResult"]
 
 # What checkpoints of others hold besides tensors, none of which runs code. A pair is a type and the name in the file
@@ -62,6 +67,7 @@ _HARMLESS: list[Any] = [
     *(set, frozenset, slice, range, complex, bytearray, dict, list, tuple, int, float, str, bool),
     *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
     (_plain_dictionary, "collections.defaultdict"),
+    (_plain_list, "collections.deque"),
     # NumPy's numbers and arrays (DINO's learning rates), whose module had another name before NumPy 2.
     *(
         (function, f"numpy.{core}.multiarray.{name}")

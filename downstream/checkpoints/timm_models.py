@@ -80,7 +80,8 @@ class LoMaRViT(VisionTransformer):
 
     def buckets(self, images: Tensor) -> Tensor:
         """The relative position of every pair of the tokens of (B, 3, H, W) images."""
-        grid = tuple(self.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        height, width = self.patch_embed.dynamic_feat_size(images.shape[-2:])
+        grid = (int(height), int(width))  # while tracing they are tensors
         if self.position == "relative":
             return _on_device(grid_buckets, grid, images.device)
         if grid != self.patch_embed.grid_size:

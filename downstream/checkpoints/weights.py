@@ -1,6 +1,6 @@
 """Loads any known checkpoint into our encoder, strictly, and reports what became of every key.
 
-    load_encoder(path, image_size=None, patch_size=None, weights=None) -> encoder, report
+    load_encoder(path, image_size=None, patch_size=None, weights=None, pixels=None) -> encoder, report
     load_into(encoder, path, weights=None) -> report           # an encoder that exists
 
 Both are made of steps for those who decide after a look at what a file holds, which is read once:
@@ -25,6 +25,7 @@ from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.find_spec import fits_grid
 from downstream.checkpoints.formats import EncoderWeights, translate
+from downstream.checkpoints.pixels import Pixels
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
@@ -35,16 +36,23 @@ Size = int | tuple[int, int]
 
 
 def load_encoder(
-    path: Path | str, *, image_size: Size | None = None, patch_size: int | None = None, weights: Weights | None = None
+    path: Path | str,
+    *,
+    image_size: Size | None = None,
+    patch_size: int | None = None,
+    weights: Weights | None = None,
+    pixels: Pixels | None = None,
 ) -> tuple[ViT, Report]:
     """The encoder of a checkpoint.
 
     Args:
-        path: a run's folder, one of its checkpoints, or a file: ours, the LoMaR authors', MAE, LUT, SimMIM, BEiT, DINO,
-            DINOv2, timm.
+        path: a run's folder, one of its checkpoints, a file or a folder of the Hugging Face hub: ours, the LoMaR
+            authors', MAE, LUT, SimMIM, BEiT, DINO, DINOv2, I-JEPA, MoCo v3, timm, transformers, mmpretrain.
         image_size: in pixels, or (height, width); the file's unless given, 224 where it does not say.
         patch_size: side of a patch in pixels; the file's unless given; 14 and 16 may be exchanged.
-        weights: `online`, or `ema` for their moving average; unless given, those that a method's authors evaluate.
+        weights: `online`, `ema` for their moving average, or the name of one of several encoders in the file; unless
+            given, those that a method's authors evaluate.
+        pixels: the statistics of those that the weights were trained on; unless given, as `find_pixels` finds.
 
     Returns:
         The encoder, in fp32 on the CPU in eval mode, and what became of every key.
@@ -53,7 +61,8 @@ def load_encoder(
         ValueError: the file is damaged, could run code, is of an architecture that is not in `ARCHS`, contradicts
             itself, or has a key that is not understood.
     """
-    return build_encoder(read_encoder(path, weights=weights), image_size=image_size, patch_size=patch_size)
+    found = read_encoder(path, weights=weights, pixels=pixels)
+    return build_encoder(found, image_size=image_size, patch_size=patch_size)
 
 
 def load_into(encoder: ViT, path: Path | str, *, weights: Weights | None = None) -> Report:
@@ -69,9 +78,9 @@ def load_into(encoder: ViT, path: Path | str, *, weights: Weights | None = None)
     return fill_encoder(encoder, read_encoder(path, weights=weights))
 
 
-def read_encoder(path: Path | str, *, weights: Weights | None = None) -> EncoderWeights:
+def read_encoder(path: Path | str, *, weights: Weights | None = None, pixels: Pixels | None = None) -> EncoderWeights:
     """What a checkpoint holds, in its own sizes; arguments and errors as of `load_encoder`."""
-    return translate(read_source(path, weights))
+    return translate(read_source(path, weights), pixels)
 
 
 def build_encoder(

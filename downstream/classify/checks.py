@@ -43,7 +43,7 @@ def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
             number of classes; or a label that is one class in training and another in validation, by their names.
     """
     where, val_where = f"data.shards ({index.root})", f"val.shards ({val.root})"
-    check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes")
+    check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes (--classes)")
     for key, samples in {"data.shards": index, "val.shards": val}.items():
         _check_labels(key, samples, num_classes)
         if samples.classes and len(samples.classes) != num_classes:

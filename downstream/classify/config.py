@@ -1,16 +1,20 @@
 """The configuration of a classifier's training: `load` makes one, frozen and checked, of a recipe and its overrides."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data.transforms import Augmentation
-from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share
-from pretrain.trainer.schema import MAY_CHANGE, Section, load_config
+from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share, StartConfig
+from pretrain.trainer.recipe import load_config
+from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.schema import MAY_CHANGE, Section
 
 RECIPES = Path(__file__).parent / "recipes"
+ELSEWHERE = {"pretrain/run.py": Path(__file__).parents[2] / "pretrain" / "recipes"}
 
 
 class FinetuneModelConfig(ModelConfig):
@@ -20,22 +24,11 @@ class FinetuneModelConfig(ModelConfig):
         "relative",
         description="sincos: any absolute table, like MAE's; bias: a table per block, like BEiT's and SimMIM's",
     )
-    drop_path_rate: float = Field(
-        0.0, ge=0, lt=1, description="stochastic depth of the last block, decreasing linearly to 0 at the first"
-    )
 
 
-class StartConfig(Section):
-    """Where the encoder's weights come from."""
+class FinetuneStartConfig(StartConfig):
+    """Where the encoder's weights come from, and which of them are trained; it may be a classifier, too."""
 
-    checkpoint: str | None = Field(
-        None,
-        description="a run or a file that downstream.checkpoints.export reads, or a classifier; none: from scratch",
-    )
-    weights: str | None = Field(
-        None,
-        description="online, ema, or the name of one of the file's encoders; none: what the method's authors evaluate",
-    )
     trained_blocks: int | None = Field(
         None,
         ge=0,
@@ -62,7 +55,7 @@ class AugmentConfig(Section):
     random_erasing: Share = Field(0.0, description="probability of replacing a rectangle with noise")
     mixup: float = Field(0.0, ge=0, description="alpha")
     cutmix: float = Field(0.0, ge=0, description="alpha; with mixup, each batch gets one of the two")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
 
     @property
     def mixes(self) -> bool:
@@ -73,13 +66,13 @@ class AugmentConfig(Section):
 class EMAConfig(Section):
     """An exponential moving average of the weights, evaluated and saved along with them."""
 
-    decay: Share = 0.9999
+    decay: Share = Field(0.9999, description="share of the average that an update keeps")
 
 
 class FinetuneOptimConfig(OptimConfig):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "lars"] = "adamw"
+    name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probes with large batches")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block relative to that of the next")
     momentum: Share = Field(0.9, description="of LARS")
 
@@ -87,7 +80,7 @@ class FinetuneOptimConfig(OptimConfig):
 class ValConfig(Section):
     """Validation during training."""
 
-    shards: str = Field(description="the validation images: shards, or a folder of class folders")
+    shards: str = Field(min_length=1, description="the validation images: shards, or a folder of class folders")
     every_epochs: int = Field(1, ge=1, description="the end of training is always measured")
     batch_size: int = Field(128, ge=1, description="images per batch on each rank")
 
@@ -97,7 +90,7 @@ class FinetuneConfig(RunConfig):
 
     model: FinetuneModelConfig = FinetuneModelConfig()
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
-    start: StartConfig = StartConfig()
+    start: FinetuneStartConfig = FinetuneStartConfig()
     head: HeadConfig = HeadConfig()
     augment: AugmentConfig = AugmentConfig()
     ema: EMAConfig | None = None
@@ -110,31 +103,36 @@ class FinetuneConfig(RunConfig):
         return f"{self.head.num_classes or 'all'} classes from {self.start.checkpoint or 'scratch'} ({trained})"
 
     @property
+    def new_run_advice(self) -> str:
+        folder = RunFolder(Path(self.runs) / self.name)
+        if not folder.model.is_file():
+            return super().new_run_advice
+        return f"start a new run from this one's model: start.checkpoint={folder.root} and another name="
+
+    @property
     def augmentations(self) -> tuple[Augmentation, ...]:
         """How each sample is augmented."""
         (first,) = super().augmentations
         return (replace(first, rand_augment=self.augment.randaugment),)
 
-    @model_validator(mode="after")
-    def _check_sections(self) -> "FinetuneConfig":
+    def problems(self) -> Iterator[str]:
+        """As of every training, and what the classifier's sections do not take together."""
+        yield from super().problems()
         start, optim = self.start, self.optim
         if start.checkpoint is None and start.trained_blocks is not None:
-            raise ValueError(
-                f"start.trained_blocks={start.trained_blocks} would freeze random weights: set start.checkpoint"
-            )
+            yield f"start.trained_blocks={start.trained_blocks} would freeze random weights: set start.checkpoint"
+
         if self.head.kind == "batchnorm" and start.trained_blocks != 0:
-            raise ValueError(
-                "head.kind=batchnorm is for linear probes: set start.trained_blocks=0, or head.kind=linear"
-            )
+            yield "head.kind=batchnorm is for linear probes: set start.trained_blocks=0, or head.kind=linear"
+
         if optim.name == "lars" and start.trained_blocks != 0:
-            raise ValueError("optim.name=lars is for linear probes: set start.trained_blocks=0, or optim.name=adamw")
+            yield "optim.name=lars is for linear probes: set start.trained_blocks=0, or optim.name=adamw"
         try:
             self.augmentations  # noqa: B018
         except ValueError as error:
-            raise ValueError(f"augment.randaugment: {error}") from None
-        return self
+            yield f"augment.randaugment: {error}"
 
 
 def load(recipe: str, overrides: list[str]) -> FinetuneConfig:
     """The configuration of a recipe; see `load_config`."""
-    return load_config(FinetuneConfig, recipe, overrides, RECIPES)
+    return load_config(FinetuneConfig, recipe, overrides, RECIPES, ELSEWHERE)

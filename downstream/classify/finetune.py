@@ -17,12 +17,14 @@ import torch
 from data.image_folder import Samples, load_samples
 from data.index import Index, load_index
 from downstream.classify.checks import check_batches, check_train_and_val, with_classes_of_data
-from downstream.classify.config import FinetuneConfig, load
+from downstream.classify.config import RECIPES, FinetuneConfig, load
 from downstream.classify.model import build_classifier, check_start
 from pretrain.trainer.checkpoint_layout import checkpoint_names
+from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main
+from pretrain.trainer.main import main, said_once_a_node
 from pretrain.trainer.run_folder import RunFolder
 
 AnySamples = TypeVar("AnySamples", Index, Samples)
@@ -34,17 +36,15 @@ def finetune(config: FinetuneConfig, world: World) -> None:
     folder = RunFolder(Path(config.runs) / config.name)
     # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
     is_new = not checkpoint_names(folder.checkpoints)
-    if is_new:
-        check_start(config)
-    # Before joining the process group, as reading many shards takes time.
-    index, val = (
-        _load("data.shards", load_index, config.data.shards),
-        _load("val.shards", load_samples, config.val.shards),
-    )
-    config = with_classes_of_data(config, index, val)
-    assert config.head.num_classes is not None
-    check_train_and_val(index, val, config.head.num_classes)
-    check_batches(config, world, len(index))
+    with said_once_a_node(world):  # before joining the process group, as reading many shards takes time
+        if is_new:
+            check_start(config)
+        index = _load("data.shards", load_index, config.data.shards)
+        val = _load("val.shards", load_samples, config.val.shards)
+        config = with_classes_of_data(config, index, val)
+        assert config.head.num_classes is not None
+        check_train_and_val(index, val, config.head.num_classes)
+        check_batches(config, world, len(index))
     device = init_distributed(world)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
@@ -97,4 +97,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    main(__doc__, load, finetune)
+    main(__doc__, load, finetune, check=check_engine, catalog=Catalog(FinetuneConfig, RECIPES, load))

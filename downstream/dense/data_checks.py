@@ -1,11 +1,13 @@
 """Checks of detection and segmentation before a model is built: mmcv's compiled operators, and files."""
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from downstream.dense.mmengine.dataset_keys import datasets
@@ -36,6 +38,19 @@ def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, s
     if problems:
         raise ValueError("\n".join(problems))
     return lines
+
+
+@contextlib.contextmanager
+def needs_mm() -> Iterator[None]:
+    """Around imports of mmengine, mmdet or mmseg: a ValueError of one sentence where one of them is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which mmengine imports, warns that it chose it
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error}: `python -m downstream.doctor` says how to install what detection and segmentation need"
+        ) from None
 
 
 def check_ops() -> None:
@@ -80,8 +95,13 @@ def check_exists(key: str, path: str, kind: str) -> None:
         raise ValueError(f"{key}: no {kind} {path} ({nearest} exists)")
 
 
-def read_image_size(key: str, path: str) -> tuple[int, int]:
+def read_image_size(key: str, path: str, oriented: bool = True) -> tuple[int, int]:
     """(height, width) after mmcv's decoder, from the file's header.
+
+    Args:
+        key: of the data set, for messages.
+        path: of the image.
+        oriented: whether the decoder applies the EXIF orientation, as of `applies_orientation`.
 
     Raises:
         ValueError: it is not an image.
@@ -89,7 +109,14 @@ def read_image_size(key: str, path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            transposed = image.getexif().get(0x0112) in TRANSPOSED
-    except (OSError, UnidentifiedImageError) as error:
+            transposed = oriented and image.getexif().get(0x0112) in TRANSPOSED
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{key}: {path} cannot be read as an image: {error}") from None
     return (width, height) if transposed else (height, width)
+
+
+def applies_orientation(pipeline: Any) -> bool:
+    """Whether the step of a pipeline that reads images turns them as their EXIF orientation says."""
+    loading: dict[str, Any] = next((step for step in pipeline if step.type.endswith("LoadImageFromFile")), {})
+    color, decoder = loading.get("color_type", "color"), loading.get("imdecode_backend", "cv2")
+    return color in ("color", "grayscale") and decoder in ("cv2", "pillow")

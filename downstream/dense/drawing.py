@@ -1,4 +1,7 @@
-"""The commands that draw predictions on images, but for what is of detection or of segmentation."""
+"""The commands that draw predictions on images, but for what is of detection or of segmentation.
+
+Neither mmengine nor mmcv is imported before it is needed: a command says what is missing.
+"""
 
 import argparse
 import sys
@@ -6,19 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner.checkpoint import CheckpointLoader
-from mmengine.utils import import_modules_from_strings
 from torch import nn
 from tqdm import tqdm
 
 from data.scan import IMAGE_EXTENSIONS
-from downstream.dense.data_checks import check_ops, first_names
-from downstream.dense.mmengine.checkpoint_files import find_weights, refuse_pickles
-from downstream.dense.mmengine.config_file import load_job
+from downstream.dense.data_checks import check_ops, first_names, needs_mm
 from downstream.dense.mmengine.encoder_start import clear_start
 
 Draw = Callable[[np.ndarray, str], None]
@@ -36,6 +33,12 @@ def load_model(cfg: Any, weights: str, scope: str, device: torch.device) -> nn.M
     Raises:
         ValueError: the file is damaged, holds more than weights, or holds the weights of another model.
     """
+    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.runner.checkpoint import CheckpointLoader
+    from mmengine.utils import import_modules_from_strings
+
+    from downstream.dense.mmengine.checkpoint_files import refuse_pickles
+
     refuse_pickles()
     import_modules_from_strings(**cfg.get("custom_imports") or {"imports": []})
     init_default_scope(scope)
@@ -98,6 +101,13 @@ def run_draw(
         ValueError: the configuration, the weights or the images cannot be used.
     """
     check_ops()
+    with needs_mm():
+        import mmcv
+
+        from downstream.dense.mmengine.checkpoint_files import find_weights
+        from downstream.dense.mmengine.config_file import load_job
+        from downstream.dense.mmengine.console import silence_warnings
+    silence_warnings()
     out: Path = options.out
     if out.resolve() == (options.images if options.images.is_dir() else options.images.parent).resolve():
         raise ValueError(f"{out} is where the images are: give another folder for the drawn images")

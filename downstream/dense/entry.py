@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from downstream.dense.data_checks import needs_mm
 from downstream.dense.job import Job
 from pretrain.trainer import main as command_line
 from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.run_folder import RunFolder
 
 
@@ -32,12 +34,8 @@ def main(description: str | None, configs: Path, propagate: Callable[[Any], None
 
 def _load(name: str, overrides: list[str], configs: Path, propagate: Callable[[Any], None]) -> Job:
     """As `load_job`; ValueError also where mmengine is not installed."""
-    try:
+    with needs_mm():
         from downstream.dense.mmengine.config_file import load_job
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error}: `python -m downstream.doctor` says how to install what detection and segmentation need"
-        ) from None
     return load_job(name, overrides, configs, propagate)
 
 
@@ -45,5 +43,7 @@ def _train(job: Job, world: World, checks: str) -> None:
     init_distributed(world)
     from downstream.dense.mmengine.runner import run
 
-    with RunFolder(Path(job.cfg.work_dir)).locked(world.is_main and not job.test):
+    folder = RunFolder(Path(job.cfg.work_dir))
+    with folder.locked(world.is_main and not job.test):
+        log_to_file(folder.logs, world)
         run(job, world, importlib.import_module(checks).check)

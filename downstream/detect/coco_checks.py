@@ -14,19 +14,12 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmdet.registry import DATASETS
 
-from downstream.dense.data_checks import (
-    check_datasets,
-    check_exists,
-    find_missing,
-    first_names,
-    is_local,
-    read_image_size,
-)
+from downstream.dense.data_checks import check_datasets, check_exists, first_names, is_local
 from downstream.dense.mmengine.dataset_keys import class_names
-from downstream.detect.coco_boxes import BoxCounts, count_boxes
-from downstream.detect.detector_keys import annotation_file, image_folder
+from downstream.detect.coco_boxes import BoxCounts, count_boxes, is_finite
+from downstream.detect.coco_images import check_images
+from downstream.detect.detector_keys import annotation_file, evaluators, heads, image_folder
 
-OPENED_IMAGES = 16
 REQUIRED = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name"), "annotations": ("id",)}
 
 
@@ -66,11 +59,22 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     check_classes(found, classes)
     check_heads(cfg, key, classes)
     if split != "train":
-        _check_evaluator(cfg, split, path)
-    _check_images(found, folder)
+        _check_evaluators(cfg, split, found)
+        if dataset.get("indices") is not None:
+            raise ValueError(
+                f"{key}.indices={dataset.indices}: COCO's metrics count all images of {path}, also those that nothing "
+                f"was predicted for: leave it out, or give {key}.ann_file with these alone"
+            )
+    check_images(key, dataset, folder, path, found.images)
     counts = count_boxes(found.images, found.annotations, _category_ids(found, classes))
     _check_boxes(dataset, found, counts)
-    return _check_used(cfg, dataset, found, counts) if split == "train" else _describe(found, counts, len(found.images))
+    notes = (
+        _check_used(cfg, dataset, found, counts) if split == "train" else [_describe(found, counts, len(found.images))]
+    )
+    ids = {category["name"]: category["id"] for category in found.categories}
+    if absent := [name for name in classes if ids[name] not in counts.categories]:
+        notes.append(f"no box of {len(absent)} classes: {first_names(absent)}")
+    return ", ".join(notes)
 
 
 def read_annotations(key: str, path: str) -> Annotations:
@@ -90,10 +94,27 @@ def read_annotations(key: str, path: str) -> Annotations:
             raise ValueError(
                 f"{key}.ann_file: {path}: one of {name} lacks one of {', '.join(fields)}: {str(incomplete)[:100]}"
             )
+        strange = next((e for e in entries if not _has_values(e)), None)
+        if strange is not None:
+            raise ValueError(
+                f"{key}.ann_file: {path}: one of {name} has an id that is neither a number nor text, a name that is no "
+                f"text, or a height or width that is no positive number: {str(strange)[:100]}"
+            )
         repeated = [str(number) for number, times in Counter(e["id"] for e in entries).items() if times > 1]
         if repeated:
             raise ValueError(f"{key}.ann_file: {path}: {name} share the id {first_names(repeated)}: renumber them")
     return Annotations(key, path, content["images"], content["categories"], content["annotations"])
+
+
+def _has_values(entry: dict[str, Any]) -> bool:
+    """Whether what an image, a category or an annotation has of ids, names and sizes can be used."""
+    sides = [entry[key] for key in ("height", "width") if "file_name" in entry]
+    return (
+        isinstance(entry["id"], (int, float, str))
+        and all(isinstance(entry[key], str) for key in ("file_name", "name") if key in entry)
+        and is_finite(sides)
+        and all(side > 0 for side in sides)
+    )
 
 
 def check_classes(found: Annotations, classes: tuple[str, ...]) -> None:
@@ -120,12 +141,11 @@ def check_classes(found: Annotations, classes: tuple[str, ...]) -> None:
 
 def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
     """Raises ValueError where a head predicts another number of classes than the data set has."""
-    for name in ("bbox_head", "mask_head"):
-        head = cfg.model.roi_head.get(name)
-        if head is not None and head.num_classes != len(classes):
+    for name, head in heads(cfg):
+        if head.num_classes != len(classes):
             raise ValueError(
-                f"model.roi_head.{name}.num_classes={head.num_classes}, but {key} has {len(classes)} classes "
-                f"({first_names(list(classes))}): name them in classes, from which both heads take their number"
+                f"{name}.num_classes={head.num_classes}, but {key} has {len(classes)} classes "
+                f"({first_names(list(classes))}): name them in classes, from which all heads take their number"
             )
 
 
@@ -133,62 +153,93 @@ def _category_ids(found: Annotations, classes: tuple[str, ...]) -> set[int]:
     return {category["id"] for category in found.categories if category["name"] in classes}
 
 
-def _check_evaluator(cfg: Any, split: str, path: str) -> None:
-    evaluator = cfg.get(f"{split}_evaluator") or {}
-    file = evaluator.get("ann_file")
-    if file is not None and os.path.abspath(file) != os.path.abspath(path):
-        raise ValueError(f"{split}_evaluator.ann_file={file} is not the file of {split}_dataloader, {path}")
-
-
-def _check_images(found: Annotations, folder: str) -> None:
-    check_exists(f"{found.key}.data_prefix.img", folder, "folder")
-    missing = find_missing(folder, (image["file_name"] for image in found.images))
-    if missing:
-        raise ValueError(
-            f"{found.key}: {len(missing)} of the {len(found.images)} images of {found.path} are not in {folder}: "
-            f"{first_names(missing)}; is data_prefix.img right, and everything unpacked?"
-        )
-    for image in found.images[:: max(len(found.images) // OPENED_IMAGES, 1)]:
-        path = os.path.join(folder, image["file_name"])
-        height, width = read_image_size(found.key, path)
-        if (width, height) != (image["width"], image["height"]):
-            raise ValueError(
-                f"{found.key}: {path} is {width} x {height} pixels, by {found.path} {image['width']} x "
-                f"{image['height']}: its boxes are of another version of the images"
-            )
+def _check_evaluators(cfg: Any, split: str, found: Annotations) -> None:
+    for evaluator in evaluators(cfg, split):
+        file = evaluator.get("ann_file")
+        if file is not None and os.path.abspath(file) != os.path.abspath(found.path):
+            raise ValueError(f"{split}_evaluator.ann_file={file} is not the file of {split}_dataloader, {found.path}")
+        if evaluator.get("type") == "CocoMetric":  # ours takes any
+            wrong = [a for a in found.annotations if not isinstance(a["id"], int) or a["id"] < 1 or "iscrowd" not in a]
+            if wrong:
+                raise ValueError(
+                    f"{found.key}: {found.path}: annotation {wrong[0]['id']!r} has no iscrowd, or an id that is no "
+                    f"number from 1, and pycocotools would measure it wrong: give {split}_evaluator.type="
+                    f"AnyIdsCocoMetric, of downstream.detect.coco_metric"
+                )
 
 
 def _check_boxes(dataset: Any, found: Annotations, counts: BoxCounts) -> None:
-    loading: dict[str, Any] = next((step for step in dataset.pipeline if step.type.endswith("LoadAnnotations")), {})
     source = f"{found.key}: {found.path}"
     if counts.malformed:
         raise ValueError(
             f"{source}: annotations {first_names(counts.malformed)} lack bbox (4 numbers), area or category_id"
         )
-    if loading.get("with_mask"):
-        if counts.no_mask:
-            raise ValueError(f"{source}: annotations {first_names(counts.no_mask)} have no segmentation: remove them")
-        if counts.other_size:
-            raise ValueError(
-                f"{source}: annotations {first_names(counts.other_size)} have masks of another size than the image"
-            )
-        if counts.rle and not loading.get("poly2mask", True):
-            step = list(dataset.pipeline).index(loading)
-            raise ValueError(
-                f"{source}: {counts.rle} masks of single objects are run-length encoded, which mmdet skips with "
-                f"poly2mask=False: give {found.key}.pipeline.{step}.poly2mask=True"
-            )
+    loading: dict[str, Any] = next((step for step in dataset.pipeline if step.type.endswith("LoadAnnotations")), {})
+    if loading.get("with_mask") and counts.used:
+        _check_polygons(dataset, found, counts, loading)
     if not counts.used:
-        raise ValueError(f"{source}: no box of the classes lies inside its image and has an area")
+        raise ValueError(
+            f"{source}: no box of the classes lies inside its image and has an area{_explain(found, counts)}"
+        )
 
 
-def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -> str:
-    """The line of a training set; raises ValueError where no image is left or one would be resized to nothing."""
-    smallest = (dataset.get("filter_cfg") or {}).get("min_size", 0)
-    used = [i for i in found.images if i["id"] in counts.images and min(i["width"], i["height"]) >= smallest]
+def _check_polygons(dataset: Any, found: Annotations, counts: BoxCounts, loading: dict[str, Any]) -> None:
+    source = f"{found.key}: {found.path}"
+    boxes_alone = "give with_masks=false for a detector of boxes alone"
+    if counts.no_mask:
+        how_many = f"{len(counts.no_mask)} of {counts.used + counts.crowd} annotations"
+        raise ValueError(
+            f"{source}: {how_many} have no segmentation ({first_names(counts.no_mask)}): {boxes_alone}, or remove them"
+        )
+    if counts.malformed_mask:
+        raise ValueError(
+            f"{source}: annotations {first_names(counts.malformed_mask)} have a segmentation that is neither a list of "
+            f"polygons, [[x, y, x, y, ...], ...], nor a run-length encoding: {boxes_alone}, or write them so"
+        )
+    if counts.other_size:
+        raise ValueError(
+            f"{source}: annotations {first_names(counts.other_size)} have masks of another size than the image"
+        )
+    if counts.no_polygon == counts.used:
+        raise ValueError(f"{source}: no mask has a polygon of three points, so all would be skipped: {boxes_alone}")
+    if counts.rle and not loading.get("poly2mask", True):
+        step = list(dataset.pipeline).index(loading)
+        raise ValueError(
+            f"{source}: {counts.rle} masks of single objects are run-length encoded, which mmdet skips with "
+            f"poly2mask=False: give {found.key}.pipeline.{step}.poly2mask=True"
+        )
+
+
+def _explain(found: Annotations, counts: BoxCounts) -> str:
+    """Why no annotation is used, as far as it can be told."""
+    first = found.annotations[0]
+    if counts.no_image == len(found.annotations):
+        return f": no image has the id image_id={first.get('image_id')!r}; ids are like {found.images[0]['id']!r}"
+    if counts.other_classes and not counts.annotated:
+        ids = first_names([repr(category["id"]) for category in found.categories])
+        return f": their category_id is like {first['category_id']!r}, and the ids of categories are {ids}"
+    if counts.fractions:
+        return ": they are fractions of the image, and COCO's boxes are in pixels, [x, y, width, height]"
+    return f": {', '.join(notes)}" if (notes := _notes(counts)) else ""
+
+
+def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -> list[str]:
+    """The line of a training set, in parts.
+
+    Raises:
+        ValueError: no image is left, or one would be resized to nothing.
+    """
+    filters = dataset.get("filter_cfg") or {}
+    smallest, without_boxes = filters.get("min_size", 0), not filters.get("filter_empty_gt", False)
+    kept = [i for i in found.images if without_boxes or i["id"] in counts.annotated]
+    used = [i for i in kept if min(i["width"], i["height"]) >= smallest]
     if not used:
         raise ValueError(f"{found.key}: all images with boxes are smaller than filter_cfg.min_size={smallest}")
     notes = []
+    if left_out := len(found.images) - len(kept):
+        notes.append(f"{left_out} images without boxes are left out ({found.key}.filter_cfg.filter_empty_gt=false)")
+    if len(used) < len(kept):
+        notes.append(f"{len(kept) - len(used)} images are smaller than filter_cfg.min_size={smallest} (left out)")
     for step in dataset.pipeline:
         if step.type.endswith("RandomResize"):
             least, most = (max(step.scale) * ratio for ratio in step.ratio_range)
@@ -202,7 +253,9 @@ def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -
             narrow = sum(_short_side(image, most) < window for image in used)
             if narrow:
                 notes.append(f"{narrow} images never fill a window of {window} pixels and are padded")
-    return ", ".join([_describe(found, counts, len(used)), *notes])
+    if dataset.get("indices") is not None:
+        notes.append(f"and of them {found.key}.indices={dataset.indices}")
+    return [_describe(found, counts, len(used)), *notes]
 
 
 def _short_side(image: dict[str, Any], long_side: float) -> float:
@@ -215,10 +268,14 @@ def _describe(found: Annotations, counts: BoxCounts, used: int) -> str:
 
 
 def _notes(counts: BoxCounts) -> list[str]:
+    corners = (
+        ": are they [x1, y1, x2, y2]? COCO's are [x, y, width, height]" if 2 * counts.clipped > counts.used else ""
+    )
     found = (
         (counts.crowd, "crowds (ignored)"),
         (counts.outside, "boxes outside their image or without area (skipped)"),
-        (counts.clipped, "boxes extend beyond their image (clipped)"),
+        (counts.clipped, f"boxes extend beyond their image (clipped){corners}"),
+        (counts.ignored, "boxes are marked with ignore (skipped)"),
         (counts.other_classes, "boxes of other categories (skipped)"),
         (counts.no_image, "annotations of images that are not listed (skipped)"),
         (counts.no_polygon, "masks without a polygon of three points (skipped)"),

@@ -1,7 +1,8 @@
 """Draws what a detector finds: `python -m downstream.detect.draw_detections CONFIG WEIGHTS IMAGES OUT [--score 0.5]`.
 
 CONFIG and WEIGHTS are as for downstream/detect/train_detector.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES
-is an image or a folder; in OUT a drawing of each has the same name, with masks, boxes, classes and scores.
+is an image or a folder; in OUT a drawing of each has the same name, with boxes, classes and scores, and with masks if
+the detector has them.
 """
 
 import argparse
@@ -10,14 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
-from mmdet.apis import inference_detector
-from mmdet.registry import DATASETS
-from mmdet.visualization import DetLocalVisualizer
 
 from data.parallel import report_errors
+from downstream.dense.data_checks import needs_mm
 from downstream.dense.drawing import Draw, load_model, make_parser, run_draw
 from downstream.dense.mmengine.dataset_keys import class_names, datasets
 from downstream.detect.detector_keys import propagate_keys
@@ -26,6 +24,11 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def _prepare(score: float, cfg: Any, weights: str, device: torch.device) -> Draw:
+    with needs_mm():
+        import mmcv
+        from mmdet.apis import inference_detector
+        from mmdet.registry import DATASETS
+        from mmdet.visualization import DetLocalVisualizer
     model = load_model(cfg, weights, "mmdet", device)
     model.cfg = cfg  # where mmdet looks for it
     dataset = next(dataset for _, dataset in datasets(cfg, "test"))

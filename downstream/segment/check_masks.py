@@ -2,12 +2,11 @@
 
 A training checks names, and some masks of each split. All masks are read by
 `python -m downstream.segment.check_masks CONFIG data_root=FOLDER [KEY=value ...]`, with the arguments of
-downstream/segment/train_segmentor.py.
+downstream/segment/train_segmentor.py. mmseg is imported where it is used: the command says what is missing.
 """
 
 import argparse
 import functools
-import inspect
 import math
 import os
 import sys
@@ -15,16 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.utils import import_modules_from_strings
-from mmseg.datasets import BaseSegDataset
-from mmseg.registry import DATASETS
-
 from data.parallel import report_errors
-from downstream.dense.data_checks import check_datasets, check_exists, find_missing, first_names, is_local
-from downstream.dense.mmengine.config_file import load_job
+from downstream.dense.data_checks import (
+    applies_orientation,
+    check_datasets,
+    check_ops,
+    first_names,
+    is_local,
+    needs_mm,
+)
 from downstream.dense.mmengine.dataset_keys import class_names
 from downstream.dense.mmengine.encoder_start import has_start
-from downstream.segment.mask_counts import MaskCounts, count_masks
+from downstream.segment.mask_counts import IGNORED, MaskCounts, count_masks
+from downstream.segment.mask_values import MaskValues
 from downstream.segment.segmentor_keys import as_pair, flatten_steps, heads, image_folder, mask_folder, propagate_keys
 
 OPENED_MASKS = 64
@@ -50,6 +52,11 @@ def check(cfg: Any, splits: Sequence[str] = ("train", "val"), opened: int | None
 
 
 def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: str) -> str:
+    from mmseg.datasets import BaseSegDataset
+    from mmseg.registry import DATASETS
+
+    from downstream.segment.mask_pairs import find_pairs
+
     kind = DATASETS.get(dataset.type)
     if kind is None or not issubclass(kind, BaseSegDataset):
         return f"a {dataset.type} is not checked"
@@ -62,82 +69,37 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
         return f"{image_folder(dataset)} is not on this machine and is not checked"
     names, notes = find_pairs(key, dataset, kind)
     pairs = [(os.path.join(image_folder(dataset), a), os.path.join(mask_folder(dataset), b)) for a, b in names]
-    step = math.ceil(len(pairs) / opened) if opened else 1
-    # With a subset of its type's classes the labels in the files are still those of all classes.
-    labels = tuple(kind.METAINFO.get("classes") or classes)
-    reduces = bool(_setting(dataset, kind, "reduce_zero_label"))
-    counts = count_masks(key, pairs[::step], len(labels), reduces)
-    _check_masks(key, counts, len(labels), reduces)
+    values = MaskValues.of(key, dataset, kind, classes)
+    count = functools.partial(
+        count_masks, key, labels=[*values.names], ignored=values.ignored, oriented=applies_orientation(dataset.pipeline)
+    )
+    read = pairs[:: math.ceil(len(pairs) / opened) if opened else 1]
+    counts = count(read)
+    if split == "train" and len(values.present(counts)) == 1 and len(read) < len(pairs):
+        read = pairs  # those of another class may be rare
+        counts = count(read)
+    _check_values(key, counts, values)
     if split == "train":
+        if len(values.present(counts)) == 1:
+            raise ValueError(f"{key}: {values.explain_one_class(counts)}")
         notes += _check_crops(key, dataset, counts)
-    if opened is None:
-        absent = [name for label, name in enumerate(labels, int(reduces)) if not counts.pixels[label]]
-        notes += [f"no pixel of {len(absent)} classes: {first_names(absent)}"] if absent else []
-    return ", ".join([f"{len(pairs)} images, {len(pairs[::step])} of the masks read", *notes])
-
-
-def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]], list[str]]:
-    """Paths of images and of their masks relative to their folders, as mmseg pairs them, and notes about unused masks.
-
-    Args:
-        key: of the data set, for messages.
-        dataset: its configuration.
-        kind: its type, a class of mmseg.
-
-    Raises:
-        ValueError: a folder does not exist or has no images, or images have no mask.
-    """
-    images, masks = image_folder(dataset), mask_folder(dataset)
-    check_exists(f"{key}.data_prefix.img_path", images, "folder")
-    check_exists(f"{key}.data_prefix.seg_map_path", masks, "folder")
-    suffix, mask_suffix = (_setting(dataset, kind, name) for name in ("img_suffix", "seg_map_suffix"))
-    if dataset.get("ann_file"):
-        path = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
-        check_exists(f"{key}.ann_file", path, "file")
-        stems = [line.strip() for line in Path(path).read_text().splitlines()]
-        if absent := find_missing(images, [stem + suffix for stem in stems]):
-            raise ValueError(f"{key}: {len(absent)} images of {path} are not in {images}: {first_names(absent)}")
-    else:
-        stems = [name.removesuffix(suffix) for name in _files_below(images) if name.endswith(suffix)]
-    if not stems:
-        others = sorted({os.path.splitext(name)[1] for name in _files_below(images)})
-        present = f"only {first_names(others)}: set {key}.img_suffix" if others else "it is empty"
-        raise ValueError(f"{key}: no image *{suffix} in {images}; {present}")
-    if missing := find_missing(masks, [stem + mask_suffix for stem in stems]):
-        raise ValueError(
-            f"{key}: {len(missing)} of the {len(stems)} images have no mask in {masks}: {first_names(missing)}; is "
-            f"{key}.data_prefix.seg_map_path right, and seg_map_suffix={mask_suffix}, and everything unpacked?"
-        )
-    paired = {stem + mask_suffix for stem in stems}
-    unpaired = [name for name in _files_below(masks) if name.endswith(mask_suffix) and name not in paired]
-    listed = bool(dataset.get("ann_file"))  # then the others may be of another split
-    notes = [f"{len(unpaired)} masks have no image (not used)"] if unpaired and not listed else []
-    return [(stem + suffix, stem + mask_suffix) for stem in sorted(stems)], notes
-
-
-def _files_below(folder: str) -> list[str]:
-    """Without hidden files, as mmengine lists them: some systems write a ._name.jpg next to each name.jpg."""
-    found = ((os.path.relpath(parent, folder), names) for parent, _, names in os.walk(folder, followlinks=True))
-    names = ((parent, name) for parent, names in found for name in names if not name.startswith("."))
-    return [os.path.normpath(os.path.join(*path)) for path in names]
+    notes += values.notes(counts)
+    return ", ".join([f"{len(pairs)} images, {len(read)} of the masks read", *notes])
 
 
 def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
-    """Raises ValueError where a head predicts another number of classes than the data set has."""
+    """Raises ValueError where a head predicts another number of classes, or ignores another label than mmseg writes."""
     for name, head in heads(cfg):
+        if head.get("ignore_index", IGNORED) != IGNORED:
+            raise ValueError(
+                f"{name}.ignore_index={head.ignore_index}: mmseg gives padded pixels the label {IGNORED}: leave it "
+                f"out, and let pixels without a class be {IGNORED} in the masks"
+            )
         if head.num_classes != len(classes):
             raise ValueError(
                 f"{name}.num_classes={head.num_classes}, but {key} has {len(classes)} classes "
                 f"({first_names(list(classes))}): name them in classes, from which all heads take their number"
             )
-
-
-def _setting(dataset: Any, kind: Any, name: str) -> Any:
-    """The data set's own value, or the default of its type."""
-    if dataset.get(name) is not None:
-        return dataset[name]
-    known = (inspect.signature(base.__init__).parameters for base in kind.__mro__)
-    return next(parameters[name].default for parameters in known if name in parameters)
 
 
 def _check_loading(cfg: Any, key: str, dataset: Any, split: str) -> None:
@@ -153,22 +115,18 @@ def _check_loading(cfg: Any, key: str, dataset: Any, split: str) -> None:
             )
 
 
-def _check_masks(key: str, counts: MaskCounts, classes: int, reduces: bool) -> None:
+def _check_values(key: str, counts: MaskCounts, values: MaskValues) -> None:
     if counts.broken:
         more = len(counts.broken) - 1
         raise ValueError(counts.broken[0] + (f"; {more} more cannot be used" if more else ""))
     if counts.outside:
-        labels = sorted({label for found in counts.outside.values() for label in found})
-        valid = f"{int(reduces)} to {classes - 1 + int(reduces)}, and {'0 and ' if reduces else ''}255 for none"
-        hint = (
-            "are they numbered from 1? then give reduce_zero_label=true" if not reduces and labels == [classes] else ""
-        )
+        found = sorted({value for outside in counts.outside.values() for value in outside})
         raise ValueError(
-            f"{key}: labels {first_names(list(map(str, labels)))} in masks {first_names(list(counts.outside))}: with "
-            f"{classes} classes and reduce_zero_label={reduces} they are {valid}; {hint or 'name all in classes'}"
+            f"{key}: labels {first_names(list(map(str, found)))} in masks {first_names(list(counts.outside))}: "
+            f"{values.explain_outside(found)}"
         )
     if len(counts.unlabeled) == len(counts.sizes):
-        raise ValueError(f"{key}: no pixel of the masks read has a class: is reduce_zero_label={reduces} right?")
+        raise ValueError(f"{key}: no pixel of the masks read has a class: {values.explain_unlabeled(counts)}")
 
 
 def _check_crops(key: str, dataset: Any, counts: MaskCounts) -> list[str]:
@@ -214,6 +172,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    check_ops()
+    with needs_mm():
+        from mmengine.utils import import_modules_from_strings
+
+        from downstream.dense.mmengine.config_file import load_job
+        from downstream.dense.mmengine.console import silence_warnings
+    silence_warnings()
     cfg = load_job(options.config, options.overrides, CONFIGS, propagate_keys).cfg
     import_modules_from_strings(**cfg.get("custom_imports") or {"imports": []})
     splits = [split for split in ("train", "val") if cfg.get(f"{split}_dataloader")]

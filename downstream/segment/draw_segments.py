@@ -11,14 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
-from mmengine.dataset import Compose
-from mmseg.registry import DATASETS
-from mmseg.visualization import SegLocalVisualizer
 
 from data.parallel import report_errors
+from downstream.dense.data_checks import needs_mm
 from downstream.dense.drawing import Draw, load_model, make_parser, run_draw
 from downstream.dense.mmengine.dataset_keys import datasets
 from downstream.segment.segmentor_keys import propagate_keys
@@ -27,6 +24,11 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def _prepare(opacity: float, cfg: Any, weights: str, device: torch.device) -> Draw:
+    with needs_mm():
+        import mmcv
+        from mmengine.dataset import Compose
+        from mmseg.registry import DATASETS
+        from mmseg.visualization import SegLocalVisualizer
     model: Any = load_model(cfg, weights, "mmseg", device)
     dataset = next(dataset for _, dataset in datasets(cfg, "test"))
     steps = [step for step in dataset.pipeline if not step.type.startswith("Load")]

@@ -1,8 +1,8 @@
-"""Counts the labels in the masks of a data set, read as mmseg reads them."""
+"""Counts the values in the masks of a data set, read as mmseg reads them, but for its cast to 8 bits."""
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -22,10 +22,10 @@ class MaskCounts:
     """Counts over pairs of an image and its mask.
 
     Attributes:
-        pixels: the number of pixels of each label in the files.
+        pixels: the number of pixels of each value in the files.
         sizes: (height, width) of the images, in the order of the pairs.
         unlabeled: masks in which every pixel is ignored.
-        outside: names of masks with labels that are not a class, and these labels.
+        outside: names of masks with values that are not a class, and these values.
         broken: what is wrong with a pair that cannot be used.
     """
 
@@ -36,39 +36,41 @@ class MaskCounts:
     broken: list[str] = field(default_factory=list)
 
 
-def count_masks(key: str, pairs: Sequence[tuple[str, str]], classes: int, reduce_zero_label: bool) -> MaskCounts:
+def count_masks(
+    key: str, pairs: Sequence[tuple[str, str]], labels: Sequence[int], ignored: Collection[int], oriented: bool = True
+) -> MaskCounts:
     """Reads all of these masks, and the sizes of the images.
 
     Args:
         key: of the data set, for messages.
         pairs: paths of images and of their masks.
-        classes: labels are 0 to classes - 1 and 255 for none, or with `reduce_zero_label` 1 to classes and 0 or 255.
-        reduce_zero_label: as mmseg's.
+        labels: the value of each class.
+        ignored: the values of pixels without a class.
+        oriented: as of `read_image_size`, for the images; masks are never turned.
     """
-    first = int(reduce_zero_label)
-    ignored = {IGNORED, 0} if reduce_zero_label else {IGNORED}
+    valid, ignored = {*labels, *ignored}, {*ignored}
     counts = MaskCounts()
     with ThreadPoolExecutor(default_workers()) as pool:
-        read = pool.map(lambda pair: _read(key, *pair), pairs)
+        read = pool.map(lambda pair: _read(key, pair[0], pair[1], oriented), pairs)
         bar = tqdm(read, "reading masks", len(pairs), unit=" masks", disable=None, delay=3, leave=False)
         for (_, mask), found in zip(pairs, bar, strict=True):
             if isinstance(found, str):
                 counts.broken.append(found)
                 continue
-            size, labels = found
+            size, pixels = found
             counts.sizes.append(size)
-            counts.pixels.update(labels)
-            if outside := [n for n in labels if n not in ignored and not first <= n < first + classes]:
+            counts.pixels.update(pixels)
+            if outside := [value for value in pixels if value not in valid]:
                 counts.outside[os.path.basename(mask)] = outside
-            if labels.keys() <= ignored:
+            if pixels.keys() <= ignored:
                 counts.unlabeled.append(mask)
     return counts
 
 
-def _read(key: str, image: str, mask: str) -> tuple[Size, dict[int, int]] | str:
-    """The image's size and the number of pixels of each label, or what is wrong."""
+def _read(key: str, image: str, mask: str, oriented: bool) -> tuple[Size, dict[int, int]] | str:
+    """The image's size and the number of pixels of each value in its mask, or what is wrong."""
     try:
-        size = read_image_size(key, image)
+        size = read_image_size(key, image, oriented)
     except ValueError as error:
         return str(error)
     try:
@@ -77,12 +79,18 @@ def _read(key: str, image: str, mask: str) -> tuple[Size, dict[int, int]] | str:
     except (ValueError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         return f"{key}: {mask} cannot be read as an image: {error}"
     if labels.ndim != 2:
-        return f"{key}: {mask} has {labels.shape[2]} channels: a mask has one, with the number of a pixel's class"
+        return (
+            f"{key}: {mask} has {labels.shape[2]} channels: a mask has one, with the number of a pixel's class, or "
+            f"colors by a palette"
+        )
     if labels.shape != size:
         (rows, cols), (height, width) = labels.shape, size
-        return (
-            f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: it belongs to another version of "
-            f"the image"
-        )
+        why = "it belongs to another version of the image"
+        if labels.shape == size[::-1]:
+            why = (
+                "an EXIF orientation turns the image and not its mask: give color_type=color_ignore_orientation to "
+                "LoadImageFromFile in the pipelines, or turn the image itself"
+            )
+        return f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: {why}"
     values, numbers = np.unique(labels, return_counts=True)
     return size, dict(zip(map(int, values), map(int, numbers), strict=True))

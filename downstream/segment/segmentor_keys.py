@@ -1,6 +1,7 @@
 """Copies keys from the top of a segmentation config to wherever mmseg reads them.
 
-They are `data_root` and `classes` as in detection, `reduce_zero_label`, and the sizes `size`, `stride` and `scale`.
+They are `data_root` and `classes` as in detection, `reduce_zero_label` and `mask_values`, and the sizes `size`,
+`stride` and `scale`.
 """
 
 from collections.abc import Iterator
@@ -15,23 +16,30 @@ def propagate_keys(cfg: Any) -> None:
 
     A key that is None changes nothing. As `propagate_data_keys`, and:
     `classes`, names in the order of their labels: their number is every head's `num_classes`; an ADE20KDataset with
-    other classes becomes a BaseSegDataset.
+    other classes becomes an OwnSegDataset.
     `reduce_zero_label`, whether label 0 is ignored and the first class is 1: of every data set.
+    `mask_values`, the value of each class in the masks, in place of `reduce_zero_label`: [0, 255] for two classes.
     `size`, pixels or (height, width): of the crops of training, of the padded batches, of the images that the backbone
     is built for, and of the windows of an evaluation; `stride`: between these windows.
     `scale`, (long, short) side: what images are resized to, in training times a random ratio.
 
     Raises:
-        ValueError: `classes` is not a list of at least two different names, or a size is not one.
+        ValueError: `classes` is not a list of at least two different names, `mask_values` are not as many different
+            values, or a size is not one.
     """
     propagate_data_keys(cfg)
     classes = cfg.get("classes")
     if classes is not None and len(classes) < 2:
         raise ValueError(f"classes={classes!r}: give at least two; one of them may be the background")
+    if cfg.get("mask_values") is not None:
+        _check_mask_values(cfg)
+        cfg.reduce_zero_label = False
     for split in SPLITS:
         for _, dataset in datasets(cfg, split):
             if classes is not None and dataset.type == "ADE20KDataset":
-                dataset.type = "BaseSegDataset"
+                dataset.type = "OwnSegDataset"
+            if cfg.get("mask_values") is not None:
+                dataset.update(type="OwnSegDataset", mask_values=cfg.mask_values)
             if cfg.get("reduce_zero_label") is not None:
                 dataset.reduce_zero_label = cfg.reduce_zero_label
             _propagate_sizes(cfg, dataset.pipeline)
@@ -46,6 +54,16 @@ def propagate_keys(cfg: Any) -> None:
             cfg.model.test_cfg.crop_size = size
     if cfg.get("stride") is not None and cfg.model.test_cfg.mode == "slide":
         cfg.model.test_cfg.stride = as_pair("stride", cfg.stride)
+
+
+def _check_mask_values(cfg: Any) -> None:
+    values = cfg.mask_values
+    numbers = isinstance(values, list | tuple) and all(isinstance(n, int) and 0 <= n <= 255 for n in values)
+    if not numbers or len({*values}) != len(cfg.get("classes") or ()):
+        raise ValueError(
+            f"""mask_values={values!r}: give a different value from 0 to 255 for each of the classes, in order: """
+            f"""classes='["background", "lesion"]' mask_values=[0,255]"""
+        )
 
 
 def _propagate_sizes(cfg: Any, steps: Any) -> None:

@@ -1,6 +1,12 @@
-"""The methods. A new one needs one file in this folder, one entry in `METHODS` and one in `AnyMethodConfig`."""
+"""The methods. A new one needs one file in this folder, one entry in `METHODS` and one in `AnyMethodConfig`.
 
-from typing import Annotated
+Or a file anywhere, which `import_methods` adds while a command runs.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -24,3 +30,52 @@ AnyMethodConfig = Annotated[
     AutoEncoder.Config | BEiT.Config | LCMAE.Config | LoMaR.Config | MAE.Config | SimMIM.Config,
     Field(discriminator="name"),
 ]
+
+
+def import_methods(module: str) -> frozenset[str]:
+    """Runs a Python module that is no part of this project, and adds the methods that it defines to `METHODS`.
+
+    Args:
+        module: `method.module`: a file, or a dotted name that Python can import.
+
+    Returns:
+        The names of the methods.
+
+    Raises:
+        ValueError: there is no such module, another one has its name, or it defines no method, or none with a name of
+            its own.
+    """
+    path = Path(module)
+    name = path.stem if path.suffix == ".py" else module
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise ValueError(f"method.module={module}: there is no such file")
+        if str(path.parent.resolve()) not in sys.path:  # it may import its neighbors, and data workers may import it
+            sys.path.append(str(path.parent.resolve()))
+    try:
+        imported = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # an import within it, whose traceback says more
+        raise ValueError(f"method.module={module}: Python finds no module {error.name}; give a file, my.py") from None
+    if path.suffix == ".py" and Path(imported.__file__ or "").resolve() != path.resolve():
+        raise ValueError(f"method.module={module}: {imported.__file__} is another module of that name: rename the file")
+    found = {}
+    for kind in vars(imported).values():
+        if isinstance(kind, type) and issubclass(kind, Method) and kind.__module__ == name and "Config" in vars(kind):
+            found[_method_name(module, kind)] = kind
+    if not found:
+        raise ValueError(f"method.module={module} defines no Method with a Config; CONTRIBUTING.md shows one")
+    METHODS.update(found)
+    return frozenset(found)
+
+
+def _method_name(module: str, kind: type[Method]) -> str:
+    names = get_args(kind.Config.model_fields["name"].annotation)
+    if len(names) != 1:
+        raise ValueError(f'method.module={module}: write name: Literal["..."] = "..." in {kind.__name__}.Config')
+    if names[0] in METHODS and METHODS[names[0]].__module__ != kind.__module__:
+        raise ValueError(
+            f"method.module={module}: there is a method {names[0]} already; give {kind.__name__} another name"
+        )
+    return str(names[0])

@@ -55,9 +55,9 @@ class AutoEncoder(Method):
 
         name: Literal["ae"] = "ae"
         block_size: int = Field(112, ge=1, description="side in pixels of the block that a token predicts")
-        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
-        decoder_depth: int = Field(8, ge=1)
-        decoder_num_heads: int = Field(16, ge=1)
+        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
+        decoder_depth: int = Field(8, ge=1, description="blocks of the decoder")
+        decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
             return grid[0] * grid[1], 0

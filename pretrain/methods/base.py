@@ -4,8 +4,9 @@ Shapes: B images, N patches of an image, V of them visible, M masked, D the enco
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from data.loader import MaskSampler
@@ -14,7 +15,7 @@ from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import TARGETS, PatchTarget, PixelsConfig, TargetConfig
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
-from pretrain.trainer.schema import Section
+from pretrain.trainer.schema import MAY_CHANGE, Section
 
 MaskIndices = dict[str, Tensor]  # (B, ...) int64 each: the arrays of a mask sampler, stacked over images
 
@@ -23,6 +24,9 @@ class MethodConfig(Section):
     """The keys of a method; `name` is a literal that selects the method."""
 
     name: str
+    module: Annotated[str | None, MAY_CHANGE] = Field(
+        None, description="a Python file or module of yours that defines the method; given on the command line"
+    )
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
         """Raises ValueError, naming the key to change, if the keys do not fit the image's grid or the encoder."""
@@ -50,6 +54,7 @@ class Method(nn.Module, ABC):
         targets: names of the targets that it can predict; all of them unless it says otherwise.
         default_target: the target if the configuration names none.
         encoder: the model to pretrain.
+        target: what is predicted.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -58,6 +63,7 @@ class Method(nn.Module, ABC):
     default_target: ClassVar[TargetConfig] = PixelsConfig(norm_pix=True)
 
     encoder: ViT
+    target: PatchTarget
 
     @abstractmethod
     def __init__(self, config: MethodConfig, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):

@@ -79,7 +79,7 @@ class LCMAE(MAE):
         """
 
         name: Literal["lc_mae"] = "lc_mae"
-        decoder_depth: int = Field(2, ge=1)
+        decoder_depth: int = Field(2, ge=1, description="blocks of the decoder")
         w_mae: float = Field(1.0, ge=0, description="weight of the reconstruction loss")
         w_cross: float = Field(1.0, ge=0, description="weight of the cross-view loss")
         w_in: float = Field(1.0, ge=0, description="weight of the in-view loss")

@@ -34,6 +34,7 @@ from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import check_heads
 from pretrain.models.patches import (
     cut_windows,
+    frame_windows,
     gather_tokens,
     patchify,
     render_predictions,
@@ -78,9 +79,9 @@ class LoMaR(LUTMethod):
             "simple",
             description="mask tokens in the encoder or, as in MAE, in a decoder with the next three keys",
         )
-        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
-        decoder_depth: int = Field(8, ge=1)
-        decoder_num_heads: int = Field(16, ge=1)
+        decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
+        decoder_depth: int = Field(8, ge=1, description="blocks of the decoder")
+        decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
         mask_token_block: int = Field(
             0, ge=0, description="block before which mask tokens enter; earlier blocks see visible patches only"
         )
@@ -156,8 +157,8 @@ class LoMaR(LUTMethod):
         """The paper's Fig. 7 for the first window of each image.
 
         Returns:
-            `original` (B, H, W, 3), and `window`, `masked` and the target's renderings of the window, (B, K*p, K*p, 3);
-            uint8.
+            `original` and `framed`, with the window's frame, (B, H, W, 3), and `window`, `masked` and the target's
+            renderings of the window, (B, K*p, K*p, 3); uint8.
         """
         first = {name: array[:, :1] for name, array in mask_indices.items()}
         patches = patchify(images, self.encoder.patch_size)
@@ -166,6 +167,7 @@ class LoMaR(LUTMethod):
         predicted = self.target.render(prediction, self._truth(images, patches, first))
         return {
             "original": images,
+            "framed": frame_windows(images, first["positions"][:, 0], self.encoder.grid, self.encoder.patch_size),
             "window": unpatchify(windows, self.mask_grid),
             **render_predictions(windows, indices["masked"], predicted, self.mask_grid),
         }

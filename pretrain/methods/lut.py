@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from data.draw import uniforms
 from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
@@ -34,7 +35,7 @@ class LUTConfig(Section):
     """The add-on's keys; Table 4's ablations change these, `data.crop` and `method.mask_ratio`."""
 
     alpha: float = Field(0.25, gt=0, description="weight of the context loss: 1.0 for ViT-S, 0.25 for ViT-B and L")
-    loss: Literal["cosine", "infonce", "smooth_l1"] = "cosine"
+    loss: Literal["cosine", "infonce", "smooth_l1"] = Field("cosine", description="the context loss (Table 4d)")
     temperature: float = Field(0.2, gt=0, description="of infonce")
     supervision: Literal["pooled", "tokens"] = Field(
         "pooled", description="the mean of the visible tokens, or each against the same position of the other view"
@@ -75,7 +76,7 @@ def disjoint_mask(rng: np.random.Generator, masked: np.ndarray, grid: Grid, cell
     """
     rows, cols = grid[0] // cell, grid[1] // cell
     masked_cells = masked.reshape(-1, rows, cell, cols, cell)[:, :, 0, :, 0].reshape(-1, rows * cols)
-    order = np.where(masked_cells, rng.random(masked_cells.shape), 2.0).argsort(axis=1)
+    order = np.where(masked_cells, uniforms(rng, masked_cells.shape), 2.0).argsort(axis=1)
     num_visible = int((~masked_cells[0]).sum())
     other = np.ones_like(masked_cells)
     np.put_along_axis(other, order[:, :num_visible], False, axis=1)

@@ -46,9 +46,9 @@ class MAEConfig(MethodConfig):
     decoder: Literal["transformer", "average", "conv"] = Field(
         "transformer", description="LC-MAE's Table 2; the next three keys are the transformer's"
     )
-    decoder_embed_dim: int = Field(512, ge=4, multiple_of=4)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_num_heads: int = Field(16, ge=1)
+    decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
+    decoder_depth: int = Field(8, ge=1, description="blocks of the decoder")
+    decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
         """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as the authors count."""

@@ -1,4 +1,4 @@
-"""Random masks and windows: pure NumPy, drawn in the data workers.
+"""Random masks and windows: pure NumPy, drawn in the data workers out of raw words (`data/draw.py`).
 
 `masked` arrays are true at patches to predict. Grids are (rows, columns) of patches.
 """
@@ -6,6 +6,8 @@
 import math
 
 import numpy as np
+
+from data.draw import choice, integer, permutations, uniform
 
 Grid = tuple[int, int]
 
@@ -16,7 +18,7 @@ def random_masked(rng: np.random.Generator, rows: int, length: int, count: int) 
     Returns:
         (rows, length) bool.
     """
-    order = rng.random((rows, length)).argsort(axis=1)
+    order = permutations(rng, rows, length)
     masked = np.zeros((rows, length), dtype=bool)
     np.put_along_axis(masked, order[:, :count], True, axis=1)
     return masked
@@ -33,13 +35,15 @@ def block_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray
     height, width = grid
     masked = np.zeros(grid, dtype=bool)
     while (missing := count - int(masked.sum())) > 0:
-        area = rng.uniform(min(16, missing), missing) if missing > 1 else 1.0
-        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        area = uniform(rng, min(16, missing), missing) if missing > 1 else 1.0
+        aspect = math.exp(uniform(rng, math.log(0.3), -math.log(0.3)))
         h = min(max(round(math.sqrt(area * aspect)), 1), height)
         w = min(max(round(math.sqrt(area / aspect)), 1), width)
-        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        top, left = integer(rng, height - h + 1), integer(rng, width - w + 1)
         block = masked[top : top + h, left : left + w]
-        new = rng.permutation(np.argwhere(~block))[:missing]
+        new = np.argwhere(~block)
+        if len(new) > missing:
+            new = new[choice(rng, len(new), missing)]
         block[new[:, 0], new[:, 1]] = True
     return masked.reshape(-1)
 
@@ -75,7 +79,7 @@ def random_windows(rng: np.random.Generator, count: int, size: int, grid: Grid) 
     """
     height, width = grid
     corners = (height - size + 1, width - size + 1)  # possible rows and columns of a window's first patch
-    top, left = np.unravel_index(rng.choice(corners[0] * corners[1], count, replace=False), corners)
+    top, left = np.unravel_index(choice(rng, corners[0] * corners[1], count), corners)
     inside = np.arange(size)[:, None] * width + np.arange(size)
     return (top * width + left)[:, None] + inside.reshape(1, -1)
 

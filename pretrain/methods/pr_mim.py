@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from data.draw import integers, permutations
 from pretrain.methods.masking import Grid, split_positions
 from pretrain.models.aggregation import AggregationKind, SpatialAggregation
 from pretrain.models.vit import Arch
@@ -24,7 +25,9 @@ class PRMIMConfig(Section):
     """The add-on's keys."""
 
     throw_ratio: float = Field(0.5, gt=0, lt=1, description="share of all patches that is thrown, rho_d")
-    sampling: Literal["furthest", "random"] = "furthest"
+    sampling: Literal["furthest", "random"] = Field(
+        "furthest", description="which masked patches are kept: far from each other, or any"
+    )
     aggregation: AggregationKind = Field(
         "conv", description="how thrown tokens are computed; in the paper, training with average fails to converge"
     )
@@ -70,7 +73,7 @@ def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count:
     """
     distances, rows = squared_distances(*grid), np.arange(len(masked))
     kept = np.empty((count, len(masked)), dtype=np.int64)
-    kept[0] = masked[rows, rng.integers(masked.shape[1], size=len(masked))]
+    kept[0] = masked[rows, integers(rng, masked.shape[1], len(masked))]
     # To the nearest kept token, of every position in the grid; visible ones are below all others and stay so.
     nearest = np.full((len(masked), len(distances)), -1, dtype=distances.dtype)
     nearest[rows[:, None], masked] = np.iinfo(distances.dtype).max
@@ -108,7 +111,8 @@ def choose_kept(
     count = pr_mim.num_kept(patches, masked.shape[1])
     if pr_mim.sampling == "furthest":
         return furthest_point_sampling(rng, masked, count, (patches // width, width))
-    return np.sort(rng.permuted(masked, axis=1)[:, :count], axis=1)
+    chosen = permutations(rng, *masked.shape)[:, :count]
+    return np.sort(np.take_along_axis(masked, chosen, axis=1), axis=1)
 
 
 def build_aggregation(pr_mim: PRMIMConfig | None, arch: Arch, grid: Grid) -> SpatialAggregation | None:

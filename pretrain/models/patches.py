@@ -10,6 +10,10 @@ from torch import Tensor
 
 from data.decode import CHANNELS
 
+ALONE = "prediction alone"  # the name of the image that shows predictions without anything of the truth
+_NO_PREDICTION = 255
+_CONTRAST = 0.5  # standard deviation of standardized pixels, about that of photographs' patches
+
 # ImageNet's mean and standard deviation of RGB in 0..1.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -102,13 +106,40 @@ def pixel_target(patches: Tensor, norm_pix: bool) -> Tensor:
     return normalize_patches(pixels) if norm_pix else pixels
 
 
-def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> Tensor:
-    """A prediction of `pixel_target` as uint8 pixels; with `norm_pix`, by the true patches' statistics."""
+def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> dict[str, Tensor]:
+    """A prediction of `pixel_target` as uint8 pixels.
+
+    With `norm_pix` nothing is predicted of a patch's mean and contrast. `reconstruction` takes those of the true
+    `patches`; `ALONE` takes the mean of all photographs, and one contrast for all patches.
+    """
     prediction = prediction.float()
-    if norm_pix:
-        mean, std = patch_statistics(normalize_pixels(patches))
-        prediction = prediction * std + mean
-    return to_pixels(prediction)
+    if not norm_pix:
+        return {"reconstruction": to_pixels(prediction)}
+    mean, std = patch_statistics(normalize_pixels(patches))
+    return {ALONE: to_pixels(prediction * _CONTRAST), "reconstruction": to_pixels(prediction * std + mean)}
+
+
+def frame_windows(images: Tensor, positions: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Draws a frame around a window of each image.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        positions: (B, L) grid positions of the patches of one window.
+        grid: rows and columns of an image's patches.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        Copies, (B, H, W, 3) uint8.
+    """
+    framed, width = images.clone(), max(images.shape[1] // 56, 1)
+    yellow = torch.tensor([255, 220, 0], dtype=torch.uint8, device=images.device)
+    for image, window in zip(framed, positions, strict=True):
+        top, left = (int(side.min()) * patch_size for side in (window // grid[1], window % grid[1]))
+        bottom, right = ((int(side.max()) + 1) * patch_size for side in (window // grid[1], window % grid[1]))
+        inside = image[top + width : bottom - width, left + width : right - width].clone()
+        image[top:bottom, left:right] = yellow
+        image[top + width : bottom - width, left + width : right - width] = inside
+    return framed
 
 
 def render_predictions(
@@ -123,9 +154,14 @@ def render_predictions(
         grid: rows and columns.
 
     Returns:
-        `masked`, with gray at the masked positions, and an image for each name: (B, H, W, 3) uint8.
+        `masked`, with gray at the masked positions, and an image for each name: (B, H, W, 3) uint8. In `ALONE`, which
+        is also made of a `reconstruction` that needs nothing of the truth, other positions are white.
     """
     index = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
     rendered = {"masked": patches.scatter(1, index, 128)}
-    rendered |= {name: patches.scatter(1, index, pixels) for name, pixels in predicted.items()}
+    alone = predicted.get(ALONE, predicted.get("reconstruction"))
+    if alone is not None:
+        rendered[ALONE] = torch.full_like(patches, _NO_PREDICTION).scatter(1, index, alone)
+    others = {name: pixels for name, pixels in predicted.items() if name != ALONE}
+    rendered |= {name: patches.scatter(1, index, pixels) for name, pixels in others.items()}
     return {name: unpatchify(image, grid) for name, image in rendered.items()}

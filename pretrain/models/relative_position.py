@@ -32,16 +32,18 @@ def axis_buckets(length: int) -> Tensor:
     return torch.tensor(buckets)
 
 
-def product_buckets(rows: Tensor, cols: Tensor) -> Tensor:
+def product_buckets(rows: Tensor, cols: Tensor, span: int | None = None) -> Tensor:
     """The bucket of every (query, key) pair of patches, by iRPE's "product" rule.
 
     Args:
         rows, cols: (..., L) integer grid positions of the patches, in patches.
+        span: the largest offset among them, where it is known; an exported program must not ask the positions for it.
 
     Returns:
         (..., L, L) int64 ids in 0..48; the offset is query minus key.
     """
-    span = int(max(rows.max() - rows.min(), cols.max() - cols.min()))
+    if span is None:
+        span = int(max(rows.max() - rows.min(), cols.max() - cols.min()))
     table = torch.tensor([_axis_bucket(d) for d in range(-span, span + 1)], device=rows.device)
     row_bucket = table[rows[..., :, None] - rows[..., None, :] + span]
     col_bucket = table[cols[..., :, None] - cols[..., None, :] + span]
@@ -52,7 +54,7 @@ def grid_buckets(height: int, width: int) -> Tensor:
     """(1 + height*width) squared int64 bucket ids of a class token followed by a grid in raster order."""
     rows = torch.arange(height).repeat_interleave(width)
     cols = torch.arange(width).repeat(height)
-    return F.pad(product_buckets(rows, cols), (1, 0, 1, 0), value=CLASS_BUCKET)
+    return F.pad(product_buckets(rows, cols, max(height, width) - 1), (1, 0, 1, 0), value=CLASS_BUCKET)
 
 
 def pair_buckets(buckets: Tensor, index: Tensor) -> Tensor:

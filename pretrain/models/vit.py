@@ -70,19 +70,42 @@ class PatchEmbed(nn.Module):
         return self.proj(normalize_pixels(patches))
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+class DropPath(nn.Module):
+    """Stochastic depth: while training, zero for a share of the sequences, and the others scaled up to make up for it.
 
-    def __init__(self, arch: Arch, relative: bool, bias_grid: tuple[int, int] | None = None):
+    timm's has the rate as a number, for each value of which a block would be compiled anew.
+    """
+
+    kept_share: Tensor
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.register_buffer("kept_share", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) of any dtype -> the same."""
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) < self.kept_share
+        return x * (kept / self.kept_share).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), each perhaps skipped."""
+
+    def __init__(
+        self, arch: Arch, relative: bool, bias_grid: tuple[int, int] | None = None, drop_path_rate: float = 0.0
+    ):
         super().__init__()
         self.norm1 = nn.LayerNorm(arch.dim, eps=1e-6)
         self.attn = Attention(arch.dim, arch.heads, relative, bias_grid)
         self.norm2 = nn.LayerNorm(arch.dim, eps=1e-6)
         self.mlp = Mlp(arch.dim, 4 * arch.dim)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
 
     def forward(self, x: Tensor, position: Position | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), position)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x), position))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ViT(nn.Module):
@@ -96,6 +119,7 @@ class ViT(nn.Module):
         checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
         bias: a learned relative bias (BEiT's, SimMIM's) in every block instead of either.
         class_token: false in encoders of others that have none (I-JEPA's), for features only.
+        drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks, from 0 in the first.
 
     Attributes:
         residual_dtype: of the residual stream, if it is not to be `at_least_fp32`.
@@ -115,6 +139,7 @@ class ViT(nn.Module):
         grad_checkpointing: bool = False,
         bias: bool = False,
         class_token: bool = True,
+        drop_path_rate: float = 0.0,
     ):
         super().__init__()
         assert not (relative and bias), "one kind of position"
@@ -127,7 +152,8 @@ class ViT(nn.Module):
         if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         bias_grid = grid if bias else None
-        self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid) for _ in range(self.arch.depth))
+        rates = [drop_path_rate * block / (self.arch.depth - 1) for block in range(self.arch.depth)]
+        self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         if self.cls_token is not None:

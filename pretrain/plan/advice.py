@@ -9,7 +9,7 @@ from pretrain.methods import METHODS
 from pretrain.models.vit import ARCHS
 from pretrain.plan.estimate import Plan, choose_numerics, make_plan
 from pretrain.plan.trace import trace_method
-from pretrain.trainer.schema import merge
+from pretrain.trainer.recipe import merge
 
 LEAST_GAIN = 1.03
 SMALLER_PHOTOGRAPHS = 3.2  # times the images a core loads: 288 pixels, quality 90, at 224, measured on one core
@@ -73,7 +73,7 @@ def _candidates(plan: Plan) -> list[tuple[dict[str, Any], str]]:
 
 def _planned(plan: Plan, changes: dict[str, Any], note: str) -> Advice | None:
     try:
-        config = PretrainConfig.model_validate(merge(plan.config.model_dump(), changes, ("method", "target")))
+        config = PretrainConfig.model_validate(merge(plan.config.model_dump(), changes, PretrainConfig))
         numerics = choose_numerics(config, plan.cluster)
         trace = trace_method(config) if changes.keys() & {"method", "pr_mim"} else plan.trace
         other = make_plan(config, plan.cluster, plan.images, numerics, trace)

@@ -12,7 +12,8 @@ from pretrain.plan.loader_cost import INDEX_BYTES, JPEG_BYTES, core_seconds
 from pretrain.plan.memory import GIB, Memory, Zero, largest_micro_batch, step_memory
 from pretrain.plan.step_time import Step, image_flops, peak, step_time
 from pretrain.plan.trace import Trace
-from pretrain.trainer.engine import choose_ds_config, read_ds_config
+from pretrain.trainer.engine import choose_ds_config
+from pretrain.trainer.engine_file import read_ds_config
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,20 @@ from torch import nn
 
 from data.index import Index
 from data.loader import Loader, MaskSampler
-from pretrain.trainer.checkpoint import Checkpoints
+from pretrain.trainer.cautions import cautions
+from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.engine import build_engine, effective_settings
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation, Run
+from pretrain.trainer.moments import Moments, set_moments
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 
+_COMPUTES = ("torch", "triton", "deepspeed")  # packages of which another version may give other bits
 _log = logging.getLogger(__name__)
 
 
@@ -31,6 +35,9 @@ class Parts:
         optimizer: of its parameters, for the ZeRO stage in use.
         evaluation: what is measured during training, if anything.
         numerics: how a step is computed, beyond the configuration; a run resumes with the same.
+        start: the file that a new run begins with, and its digest, for the record.
+        code: digests of code that is no part of this project; another may give other bits.
+        moments: that a new run's optimizer begins with, if not with zeros.
     """
 
     module: nn.Module
@@ -39,6 +46,9 @@ class Parts:
     loader: Loader
     evaluation: Evaluation | None = None
     numerics: dict[str, Any] = field(default_factory=dict)
+    start: dict[str, str] = field(default_factory=dict)
+    moments: Moments | None = None
+    code: dict[str, str] = field(default_factory=dict)
 
 
 def assemble(
@@ -59,25 +69,35 @@ def assemble(
     Raises:
         ValueError: as `Checkpoints.resume`.
     """
-    engine = build_engine(parts.module, parts.optimizer, config, settings)
+    with report_if_slow("DeepSpeed builds its engine"):
+        engine = build_engine(parts.module, parts.optimizer, config, settings)
+    if parts.moments:
+        set_moments(engine, parts.moments)
     fresh = TrainState(
         fingerprint=index.fingerprint,
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),
         resume_signature=config.resume_signature(),
         numerics=parts.numerics,
-        machine={"device": device_name(), **{name: versions()[name] for name in ("torch", "triton", "deepspeed")}},
+        start=parts.start,
+        machine={"device": device_name(), **{name: versions()[name] for name in _COMPUTES}, **parts.code},
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
-    state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+    try:
+        with report_if_slow("the newest checkpoint is looked for, checked and loaded"):
+            state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+    except CannotContinueError as error:
+        raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
     if world.is_main:
         effective = effective_settings(engine)
         folder.config.write_text(config.to_yaml())
         folder.write_environment(
-            deepspeed=effective, numerics=parts.numerics, world_size=world.size, samples=len(index)
+            deepspeed=effective, numerics=parts.numerics, start=state.start, world_size=world.size, samples=len(index)
         )
         _log.info("%s", describe_run(run, effective, parts.numerics, len(index), resumed))
+        for caution in cautions(config, len(index), run.loader.steps_per_epoch):
+            _log.warning("%s", caution)
     return run
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,11 @@ from pretrain.trainer.checkpoint_layout import (
     checkpoint_name,
     checkpoint_names,
     checkpoint_step,
+    has_all_bytes,
     load_deepspeed_file,
+    read_files,
     read_state,
+    size_and_crc,
 )
 from pretrain.trainer.config import CheckpointConfig
 from pretrain.trainer.elastic import convert, load_universal
@@ -56,15 +58,20 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         return load_deepspeed_file(path, map_location)
 
 
+class CannotContinueError(ValueError):
+    """An intact checkpoint is not one that the run, as it is configured now, can continue from."""
+
+
 class Checkpoints:
     """The checkpoints of one run. Every method but `names` is called by all ranks together."""
 
     def __init__(self, folder: Path, world: World, config: CheckpointConfig):
         self.folder, self.world, self.config = folder, world, config
+        self._damaged: set[str] = set()  # those that the run has resumed before
         folder.mkdir(parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
-        """The finished checkpoints, newest first."""
+        """The finished checkpoints, those of later steps first."""
         return checkpoint_names(self.folder)
 
     def save(self, engine: Any, ema: NoEMA, state: TrainState) -> str | None:
@@ -90,7 +97,7 @@ class Checkpoints:
         return problem and f"checkpoint {name} could not be written to {self.folder}: {problem}"
 
     def _publish(self, written: Path, state: TrainState) -> str | None:
-        files = _gather({p.name: _size_and_crc(p) for p in self._share(written)})
+        files = _gather({p.name: size_and_crc(p) for p in self._share(written)})
         problem = None
         if self.world.is_main:
             try:
@@ -100,16 +107,26 @@ class Checkpoints:
                     shutil.rmtree(final)
                 os.replace(written, final)
                 write_durably(self.folder / LATEST, final.name)
-                self._delete_old()
+                self._delete_old(final.name)
             except OSError as error:
                 problem = str(error)
         return first_problem(problem)
 
-    def _delete_old(self) -> None:
-        keep_every = self.config.keep_every_steps
-        for name in self.names()[self.config.keep_last :]:
-            if not (keep_every and (checkpoint_step(name) or 0) % keep_every == 0):
+    def _delete_old(self, written: str) -> None:
+        """Keeps the one just written, the newest before it, and those that are kept for good.
+
+        One that is damaged does not count. Those of later steps, which the run has resumed before since they are
+        damaged, go now: the run will train these steps again.
+        """
+        names, keep_every = self.names(), self.config.keep_every_steps
+        later, earlier = names[: names.index(written)], names[names.index(written) + 1 :]
+        whole = [name for name in earlier if has_all_bytes(self.folder / name)]
+        kept = set(whole[: self.config.keep_last - 1])
+        kept |= {name for name in earlier if keep_every and (checkpoint_step(name) or 0) % keep_every == 0}
+        for name in [*self._damaged.intersection(later), *earlier]:
+            if name not in kept:
                 shutil.rmtree(self.folder / name)
+        self._damaged.clear()
 
     def newest_intact(self) -> tuple[str, TrainState] | None:
         """The newest checkpoint whose files are all as they were written; None if there are no checkpoints.
@@ -122,6 +139,7 @@ class Checkpoints:
             problem = first_problem(self._damage(self.folder / name))
             if problem is None:
                 return name, read_state(self.folder / name)
+            self._damaged.add(name)
             if self.world.is_main:
                 _log.warning("checkpoint %s is damaged and skipped: %s", name, problem)
         if names:
@@ -131,15 +149,14 @@ class Checkpoints:
         return None
 
     def _damage(self, checkpoint: Path) -> str | None:
-        try:
-            files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError):
+        files = read_files(checkpoint)
+        if files is None:
             return f"{MANIFEST} is missing or unreadable"
         for name in sorted(files)[self.world.rank :: self.world.size]:
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if _size_and_crc(path) != files[name]:
+            if size_and_crc(path) != files[name]:
                 return f"{name} differs from what was written"
         return None
 
@@ -150,8 +167,9 @@ class Checkpoints:
             The state of the run and the checkpoint's name; `fresh` and None if there are no checkpoints.
 
         Raises:
-            ValueError: all checkpoints are damaged, or the newest is of a different training, or cannot be converted to
-                this number of ranks.
+            CannotContinueError: the newest checkpoint is of a different training, or cannot be converted to this number
+                of ranks.
+            ValueError: all checkpoints are damaged.
         """
         found = self.newest_intact()
         if found is None:
@@ -167,13 +185,15 @@ class Checkpoints:
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
         keep_fused(engine.basic_optimizer)
         ema.load(self.folder / name)
+        if self.world.is_main:
+            write_durably(self.folder / LATEST, name)  # what it named may be damaged, and will be written again
         return replace(state, world_size=self.world.size, numerics=fresh.numerics, machine=fresh.machine), name
 
     def _check_numerics(self, state: TrainState, now: TrainState) -> None:
         """Refuses, or says, that the run would continue with other bits than it would have had."""
         changed = _differences(state.numerics, now.numerics)
         if changed and self.config.exact_resume:
-            raise ValueError(
+            raise CannotContinueError(
                 f"the run would not continue with the same bits: {', '.join(changed)}; change these back "
                 f"(model.compile, model.attention, model.residual, train.deterministic, the device), or set "
                 f"checkpoint.exact_resume=false"
@@ -194,7 +214,7 @@ class Checkpoints:
             problem = convert(self.folder / name, converted / name)
         problem = first_problem(problem)
         if problem:
-            raise ValueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
+            raise CannotContinueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
         load_universal(engine, converted, name)
         dist.barrier()
         if self.world.is_main:
@@ -212,7 +232,7 @@ def first_problem(mine: str | None) -> str | None:
 
 
 def check_continues(state: TrainState, now: TrainState) -> None:
-    """Raises ValueError, naming every difference, where a checkpoint is of a different training."""
+    """Raises CannotContinueError, naming every difference, where a checkpoint is of a different training."""
     differences = _differences(state.resume_signature, now.resume_signature)
     if state.fingerprint != now.fingerprint:
         differences.append("data.shards has different samples (the fingerprint of the index differs)")
@@ -224,10 +244,8 @@ def check_continues(state: TrainState, now: TrainState) -> None:
             f"there were {state.world_size} ranks and are {now.world_size}; ZeRO-3 cannot change the number of ranks"
         )
     if differences:
-        raise ValueError(
-            "the run's checkpoint is of a different training:\n  "
-            + "\n  ".join(differences)
-            + "\nstart a new run with another name=, or change these back"
+        raise CannotContinueError(
+            "the run's checkpoint is of a different training:\n  " + "\n  ".join(differences) + "\nchange these back"
         )
 
 
@@ -251,16 +269,6 @@ def _gather(mine: dict[str, Any]) -> dict[str, Any]:
     parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}
-
-
-def _size_and_crc(path: Path) -> list[int]:
-    """Size in bytes and CRC-32."""
-    size = total = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            size += len(block)
-            total = zlib.crc32(block, total)
-    return [size, total]
 
 
 def write_durably(path: Path, text: str) -> None:

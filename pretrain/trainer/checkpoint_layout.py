@@ -3,11 +3,13 @@
 checkpoints/
     step_00001000/      DeepSpeed's files, a set for each rank; EMA_FILE if there is a moving average; and MANIFEST,
                         with the state of the run and the size and CRC-32 of each file
-    latest              the name of the newest checkpoint
+    latest              the name of the checkpoint that was written last, or that the run has resumed from since
     unfinished/         a save in progress, or the remains of one that was killed
 """
 
 import json
+import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ UNFINISHED = "unfinished"
 CONVERTED = "converted"  # a checkpoint for another number of ranks, while it is loaded
 MODEL_STATES = "mp_rank_00_model_states.pt"  # whole weights, in ZeRO stages 0 to 2
 STAGE3_MODEL_STATES = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+OPTIMIZER_STATES = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # in ZeRO stages 1 to 3
 STAGE3_OPTIMIZER_STATES = "zero_pp_rank_*_optim_states.pt"
 ANY_MODEL_STATES = "*_model_states.pt"
-_STEP = "step_"
+_STEP = re.compile(r"step_(\d{8,})")
 
 
 @dataclass
@@ -39,28 +42,31 @@ class TrainState:
     zero_stage: int = 0
     resume_signature: dict[str, Any] = field(default_factory=dict)  # of the configuration
     numerics: dict[str, Any] = field(default_factory=dict)  # kernels and precisions: others give other bits
+    start: dict[str, str] = field(default_factory=dict)  # the file whose weights it began with, and its SHA-256
     machine: dict[str, Any] = field(default_factory=dict)  # device and versions: others may
 
 
 def checkpoint_name(step: int) -> str:
-    return f"{_STEP}{step:08d}"
+    return f"step_{step:08d}"
 
 
 def checkpoint_step(checkpoint: Path | str) -> int | None:
-    """The step in the name of a checkpoint's folder; None for other folders."""
-    name = Path(checkpoint).name
-    return int(name.removeprefix(_STEP)) if name.startswith(_STEP) else None
+    """The step in the name of a checkpoint's folder; None for other folders, such as a copy that somebody made."""
+    named = _STEP.fullmatch(Path(checkpoint).name)
+    return int(named[1]) if named else None
 
 
 def checkpoint_names(folder: Path) -> list[str]:
-    """The finished checkpoints of a run, newest first."""
-    return sorted((path.name for path in folder.glob(f"{_STEP}*")), reverse=True)
+    """The finished checkpoints of a run, those of later steps first."""
+    steps = {path.name: checkpoint_step(path) for path in folder.glob("step_*")}
+    return sorted((name for name, step in steps.items() if step is not None), key=lambda name: -(steps[name] or 0))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `latest` names; None if there is none yet."""
-    latest = folder / LATEST
-    return folder / latest.read_text().strip() if latest.is_file() else None
+    """The checkpoint that `latest` names, or else the newest; None if there is none yet."""
+    latest, names = folder / LATEST, checkpoint_names(folder)
+    named = latest.read_text().strip() if latest.is_file() else None
+    return folder / (named if named in names else names[0]) if names else None
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -70,6 +76,34 @@ def read_state(checkpoint: Path) -> TrainState:
         OSError, ValueError, KeyError, TypeError: no manifest, or not one of this project.
     """
     return TrainState(**json.loads((checkpoint / MANIFEST).read_text())["state"])
+
+
+def read_files(checkpoint: Path) -> dict[str, list[int]] | None:
+    """Size and CRC-32 of each file, by the manifest; None if that is missing or unreadable."""
+    try:
+        files: dict[str, list[int]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return files
+
+
+def has_all_bytes(checkpoint: Path) -> bool:
+    """Whether all files have the size that the manifest says: what can be known without reading them."""
+    files = read_files(checkpoint)
+    return files is not None and all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+        for name, (size, _) in files.items()
+    )
+
+
+def size_and_crc(path: Path) -> list[int]:
+    """Size in bytes and CRC-32."""
+    size = total = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            size += len(block)
+            total = zlib.crc32(block, total)
+    return [size, total]
 
 
 def deepspeed_types() -> list[Any]:

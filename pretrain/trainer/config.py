@@ -1,5 +1,6 @@
 """The sections of every training's configuration; pretraining and fine-tuning add their own."""
 
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import yaml
@@ -15,9 +16,16 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class ModelConfig(Section):
     """The encoder."""
 
-    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"
+    arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = Field(
+        "vit_base", description="width and depth; of 5.7, 22, 86, 304 and 632 million parameters"
+    )
     patch_size: int = Field(16, ge=1, description="side of a patch in pixels")
-    position: Literal["relative", "sincos"] = "relative"
+    position: Literal["relative", "sincos"] = Field(
+        "relative", description="LoMaR's contextual relative position, or fixed sin-cos positions like MAE's"
+    )
+    drop_path_rate: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth of the last block, decreasing linearly to 0 at the first"
+    )
     grad_checkpointing: Annotated[bool, MAY_CHANGE] = Field(
         False, description="recompute each block in the backward pass: less memory, a third more compute"
     )
@@ -26,7 +34,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Training shards, and the crops taken from their images."""
 
-    shards: Annotated[str, MAY_CHANGE] = Field(description="a folder of tar shards, a tar file, or a brace pattern")
+    shards: Annotated[str, MAY_CHANGE] = Field(
+        min_length=1, description="a folder of tar shards, a tar file, or a brace pattern"
+    )
     image_size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
     crop: Literal["random", "simple"] = Field(
         "random", description="random: RandomResizedCrop; simple: DeiT III's, the short side resized, then cropped"
@@ -45,27 +55,36 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule: linear warm-up, then cosine to `min_lr`."""
+    """AdamW and its schedule: linear warm-up, then a cosine to `min_lr`, or steps."""
 
-    base_lr: float = Field(1.5e-4, gt=0, description="learning rate for a batch of 256; scaled by batch / 256")
-    min_lr: float = Field(0.0, ge=0)
-    warmup_epochs: float = Field(40, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    base_lr: float = Field(
+        1.5e-4, gt=0, description="learning rate for a batch of lr_batch_size; scaled with the batch"
+    )
+    lr_batch_size: int = Field(256, ge=1, description="the batch that base_lr is for: 512 in SimMIM's code")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine, or least one of the steps")
+    warmup_epochs: float = Field(40, ge=0, description="epochs in which the learning rate rises from 0")
+    schedule: Literal["cosine", "steps"] = Field("cosine", description="how the learning rate falls after the warm-up")
+    step_epochs: tuple[float, ...] = Field((), description="of schedule=steps: epochs after which the rate falls")
+    step_factor: Share = Field(0.1, description="of schedule=steps: by this factor each time")
+    weight_decay: float = Field(0.05, ge=0, description="of matrices, tokens and relative tables, not of vectors")
+    decay_class_token: bool = Field(True, description="false: no weight decay of the class token, as in SimMIM's code")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's decay of the first and second moment")
     clip_grad: float = Field(0.0, ge=0, description="maximum gradient norm; 0 does not clip")
 
 
 class TrainConfig(Section):
     """Length of the training, batch size, precision and engine."""
 
-    epochs: int = Field(400, ge=1)
+    epochs: int = Field(400, ge=1, description="passes over the training images")
     global_batch_size: int = Field(
         4096, ge=1, description="images of one optimizer step, over all ranks and micro-batches"
     )
     gradient_accumulation_steps: Annotated[int, MAY_CHANGE] = Field(
         1, ge=1, description="micro-batches of one optimizer step"
     )
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="bf16: autocast; parameters, norms, losses and sums of gradients stay fp32"
+    )
     deterministic: Annotated[bool, MAY_CHANGE] = Field(
         True, description="attention on a GPU gives the same bits twice, as an exact resume needs; false: the fastest"
     )
@@ -82,27 +101,41 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When to save; a signal and the end of training save as well."""
 
-    every_steps: int = Field(1000, ge=1)
-    keep_last: int = Field(2, ge=1)
+    every_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
     keep_every_steps: int = Field(0, ge=0, description="never delete checkpoints at multiples of this; 0: none")
     exact_resume: bool = Field(
         True, description="refuse to resume where compile, attention or residual differ; false: warn and continue"
     )
 
 
+class StartConfig(Section):
+    """The weights that a new run begins with; a run that has a checkpoint of its own continues from that."""
+
+    checkpoint: str | None = Field(
+        None, description="a run or a file that downstream.checkpoints.export reads; none: from scratch"
+    )
+    weights: str | None = Field(
+        None,
+        description="online, ema, or the name of one of the file's encoders; none: what the method's authors evaluate",
+    )
+
+
 class LogConfig(Section):
     """What is logged."""
 
-    every_steps: int = Field(20, ge=1)
+    every_steps: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
     num_reconstructions: int = Field(8, ge=1, description="rows of reconstructions.png")
 
 
 class RunConfig(Section):
     """The configuration of any training. Its files go to `runs`/`name`."""
 
-    name: Annotated[str, MAY_CHANGE] = Field(coerce_numbers_to_str=True, pattern=r"^[\w-][\w.-]*$")
-    runs: Annotated[str, MAY_CHANGE] = "runs"
-    seed: int = Field(0, ge=0)
+    name: Annotated[str, MAY_CHANGE] = Field(
+        pattern=r"^[\w-][\w.-]*$", description="a folder's name of letters, digits, '_', '-' and '.', no '.' in front"
+    )
+    runs: Annotated[str, MAY_CHANGE] = Field("runs", description="folder of all runs; a run's files go to runs/name")
+    seed: int = Field(0, ge=0, description="of the initial weights, the order of samples, crops, masks and drop path")
     model: ModelConfig = ModelConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
@@ -114,6 +147,11 @@ class RunConfig(Section):
     def task(self) -> str:
         """What is trained, in a few words for the log."""
         raise NotImplementedError
+
+    @property
+    def new_run_advice(self) -> str:
+        """What to do where the run cannot continue as it is configured now: how a new one begins where it ended."""
+        return "start a new run with another name="
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -129,8 +167,8 @@ class RunConfig(Section):
 
     @property
     def peak_lr(self) -> float:
-        """base_lr * batch / 256: the linear scaling rule."""
-        return self.optim.base_lr * self.train.global_batch_size / 256
+        """base_lr * batch / lr_batch_size: the linear scaling rule."""
+        return self.optim.base_lr * self.train.global_batch_size / self.optim.lr_batch_size
 
     def memory_advice(self, ranks: int) -> str:
         """The keys to change where a GPU's memory is full, as what to do."""
@@ -141,24 +179,48 @@ class RunConfig(Section):
             advice.append("model.grad_checkpointing=true")
         return f"set {', '.join(advice)}, or start a new run with a higher ZeRO stage (train.ds_config)"
 
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> "RunConfig":
+    def problems(self) -> Iterator[str]:
+        """What of the values does not fit together: a sentence each, with the key to change."""
         patch = self.model.patch_size
         for side in self.data.height_width:
             if side < patch or side % patch:
                 near = max(side // patch, 1) * patch
-                raise ValueError(
+                yield (
                     f"data.image_size={self.data.image_size}: {side} is not a multiple of "
                     f"model.patch_size={patch}; the nearest multiples are {near} and {near + patch}"
                 )
         if self.optim.warmup_epochs >= self.train.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be less than train.epochs={self.train.epochs}"
-            )
+            yield f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be less than train.epochs={self.train.epochs}"
+        yield from self._problems_of_steps()
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
-            raise ValueError(f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first")
+            yield f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first"
+
+    def _problems_of_steps(self) -> Iterator[str]:
+        optim, epochs = self.optim, self.train.epochs
+        if optim.schedule != "steps":
+            return
+        given = f"optim.step_epochs={[float(f'{epoch:g}') for epoch in optim.step_epochs]}"
+        if not optim.step_epochs:
+            yield f"optim.schedule=steps: set optim.step_epochs, for example to [{epochs * 7 // 8}]"
+        elif list(optim.step_epochs) != sorted(optim.step_epochs) or optim.step_epochs[0] < optim.warmup_epochs:
+            yield f"{given}: epochs that rise, after optim.warmup_epochs={optim.warmup_epochs:g}"
+        elif optim.step_epochs[-1] >= epochs:
+            yield f"{given} must be less than train.epochs={epochs}: set optim.step_epochs=[{epochs * 7 // 8}]"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if found := "\n".join(dict.fromkeys(self.problems())):
+            raise ValueError(found)
         return self
 
     def to_yaml(self) -> str:
         """The resolved recipe; reading it back gives an equal configuration."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def problem_of(check: Callable[..., object], *arguments: object) -> Iterator[str]:
+    """What a check refuses by a ValueError, if it does."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        yield str(error)

@@ -1,6 +1,5 @@
 """DeepSpeed: ds_configs + recipe -> engine, and the settings that the engine really uses."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,54 +10,10 @@ from torch import Tensor, nn
 from data.order import check_divisible
 from pretrain.trainer.checkpoint_layout import checkpoint_names, read_state
 from pretrain.trainer.config import AUTO, RunConfig
-from pretrain.trainer.launch import World
+from pretrain.trainer.engine_file import check_sections, read_ds_config
+from pretrain.trainer.launch import World, import_deepspeed
 from pretrain.trainer.nonfinite import NonfiniteGuard
 from pretrain.trainer.run_folder import RunFolder
-from pretrain.trainer.schema import nearest
-
-_ROOT = Path(__file__).parents[2]
-_SHIPPED = _ROOT / "ds_configs"
-
-# DeepSpeed keys that the recipe owns. If they could be set in both places, one would silently win.
-OWNED = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.global_batch_size and train.gradient_accumulation_steps",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
-    "gradient_clipping": "optim.clip_grad",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "activation_checkpointing": "model.grad_checkpointing",
-}
-
-
-def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
-    """The engine keys of `train.ds_config`: the name of a file in ds_configs/, or the path of one.
-
-    Args:
-        name: such as `zero1`, or a JSON file.
-        owned: keys that may not be in it, and the keys of the recipe that set them.
-
-    Raises:
-        ValueError: no such file, not JSON, or a key that the recipe owns.
-    """
-    path = next((p for p in (_SHIPPED / f"{name}.json", Path(name), _ROOT / name) if p.is_file()), None)
-    if path is None:
-        shipped = [p.stem for p in _SHIPPED.glob("*.json")]
-        raise ValueError(
-            f"train.ds_config={name!r} is neither a file nor a name in ds_configs/: {nearest(name, shipped)}"
-        )
-    try:
-        keys: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    for key in keys:
-        if key in owned:
-            raise ValueError(f"{path} sets {key}, which the recipe owns: delete it there and set {owned[key]}")
-    return keys
 
 
 def choose_ds_config(config: RunConfig, world_size: int) -> str:
@@ -107,11 +62,21 @@ def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     )
 
 
+def check_engine(config: RunConfig, world: World) -> None:
+    """Raises ValueError, as `ds_settings`, before anything is read or started."""
+    import_deepspeed()
+    ds_settings(config, world.size)
+
+
 def complete_settings(
     keys: dict[str, Any], *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, bf16: bool
 ) -> dict[str, Any]:
-    """The engine keys of a file and those that the recipe owns; those with surprising defaults are written out."""
-    return {
+    """The engine keys of a file and those that the recipe owns; those with surprising defaults are written out.
+
+    Raises:
+        ValueError: DeepSpeed refuses them.
+    """
+    settings = {
         "train_batch_size": micro_batch * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -131,6 +96,8 @@ def complete_settings(
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
         **keys,
     }
+    check_sections(settings)
+    return settings
 
 
 def zero_stage(settings: dict[str, Any]) -> int:

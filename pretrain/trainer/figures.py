@@ -1,5 +1,6 @@
 """The figures of a run: its loss curve, and a grid of images."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,34 @@ def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
     right = axis.twinx()
     right.plot(epochs, [record["lr"] for record in records], color="tab:gray", lw=1, ls="--")
     right.set_ylabel("learning rate", color="tab:gray")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
 
 
-def draw_image_grid(images: dict[str, Tensor], path: Path) -> None:
+def draw_image_grid(images: dict[str, Tensor], path: Path, heading: str = "", caption: str = "") -> None:
     """One row for each image of the batch, one column for each key.
 
     Args:
-        images: column name -> (B, H, W, 3) uint8 on the CPU; sizes may differ from column to column.
-        path: where the PNG goes.
+        images: title of the column -> (B, H, W, 3) uint8 on the CPU; sizes may differ from column to column.
+        path: where the PNG goes; it is replaced at once.
+        heading, caption: above and below all images.
     """
-    rows = len(next(iter(images.values())))
-    figure, axes = plt.subplots(
-        rows, len(images), figsize=(2 * len(images), 2 * rows + 0.3), layout="constrained", squeeze=False
-    )
+    rows, columns = len(next(iter(images.values()))), len(images)
+    width = 2.6 * columns
+    lines = textwrap.wrap(caption, int(width * 13))
+    height = 2.6 * rows + 0.8 + 0.2 * len(lines)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
     for column, (name, batch) in zip(np.moveaxis(axes, 1, 0), images.items(), strict=True):
-        column[0].set_title(name)
+        column[0].set_title(name, fontsize=13)
         for axis, image in zip(column, batch, strict=True):
-            axis.imshow(image.numpy())
+            axis.imshow(image.numpy(), interpolation="nearest")
             axis.axis("off")
-    figure.savefig(path, dpi=110)
+    figure.suptitle(heading, fontsize=13)
+    figure.supxlabel("\n".join(lines), fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f"unfinished-{path.stem}.png")
+    figure.savefig(temporary, dpi=110)
     plt.close(figure)
+    temporary.replace(path)

@@ -5,14 +5,21 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
+import psutil
 import torch
+
+from pretrain.trainer.phases import report_if_slow
 
 # Longer than any step or collective, shorter than a wasted night.
 TIMEOUT = timedelta(minutes=30)
+_DEEPSPEED_PORT = "29500"  # of every run, unless --master_port says otherwise
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ def find_world() -> World:
         missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing:
             raise ValueError(f"RANK is set but {', '.join(missing)} is not: start with deepspeed, torchrun or srun")
+        if env["MASTER_PORT"] == _DEEPSPEED_PORT and env.get("LOCAL_SIZE") == env["WORLD_SIZE"]:
+            env["MASTER_PORT"] = _port_of_launcher() or _DEEPSPEED_PORT
     elif "SLURM_STEP_ID" in env:  # a task of srun; the batch script itself has SLURM_PROCID too, but no step
         env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
         env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
@@ -55,34 +64,55 @@ def _first_host(nodelist: str) -> str:
     return hosts.stdout.split()[0]
 
 
+def _port_of_launcher() -> str | None:
+    """A port of its own for each `deepspeed` on one node, the same for all its ranks; None if it did not start us."""
+    parent = psutil.Process(os.getppid())
+    if "deepspeed.launcher.launch" not in parent.cmdline():
+        return None
+    return str(20000 + (parent.pid + int(parent.create_time() * 1000)) % 12000)  # below those that the kernel gives out
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def init_distributed(world: World) -> torch.device:
-    """Joins the process group and picks this rank's device.
+def choose_accelerator() -> None:
+    """Tells DeepSpeed where there is no GPU, or it says so at length; called before it is imported."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, for the accelerator that this process has; it looks for one as soon as it is imported.
 
     Raises:
-        ValueError: DS_ACCELERATOR=cuda without a usable GPU, or another run is listening on the port.
+        ValueError: DS_ACCELERATOR=cuda without a usable GPU.
     """
     if os.environ.get("DS_ACCELERATOR") == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"DS_ACCELERATOR=cuda, but torch {torch.__version__} finds no usable GPU: check nvidia-smi and that the "
             f"driver supports CUDA {torch.version.cuda}; to train on the CPU set DS_ACCELERATOR=cpu"
         )
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        # The launchers start several processes on a node and do not set their threads: share the cores.
-        threads = max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), 1)
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", threads)))
-    import deepspeed  # after DS_ACCELERATOR is decided
+    choose_accelerator()
+    with report_if_slow("DeepSpeed is imported"):
+        import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
     # An inference kernel for CPUs that training never calls. torch guards its build with a lock file that outlives a
     # killed process: from then on every start would wait forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def init_distributed(world: World) -> torch.device:
+    """Joins the process group and picks this rank's device.
+
+    Raises:
+        ValueError: as `import_deepspeed`, or another run is listening on the port.
+    """
+    deepspeed = import_deepspeed()
     if torch.cuda.is_available():
         if world.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -91,15 +121,50 @@ def init_distributed(world: World) -> torch.device:
             )
         torch.cuda.set_device(world.local_rank)
     try:
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        with report_if_slow(f"waiting until all {world.size} ranks have started"):
+            deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ValueError(
-            f"port {os.environ['MASTER_PORT']} is already in use, probably by another run on this machine: choose "
-            f"another, for example deepspeed (or torchrun) --master_port={_free_port()} ..."
-        ) from None
-    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        raise ValueError(_port_in_use(int(os.environ["MASTER_PORT"]))) from None
+    if torch.cuda.is_available():
+        return torch.device("cuda", world.local_rank)
+    if "OMP_NUM_THREADS" not in os.environ:  # not all launchers set it: share the cores
+        torch.set_num_threads(_gather_cores(world))
+    return torch.device("cpu")
+
+
+def _port_in_use(port: int) -> str:
+    """Who listens on a port, and what to do."""
+    try:
+        listening = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid}
+        command = " ".join(psutil.Process(min(listening)).cmdline()) if listening else ""
+    except (psutil.Error, OSError):  # other users' processes are not shown everywhere
+        listening, command = set(), ""
+    owner = f"process {min(listening)} ({command})" if command else "another process of this machine"
+    return (
+        f"port {port} is already in use by {owner}. If that is this very run, whose launcher was killed, it still goes "
+        f"on: `kill {min(listening, default='PID')}` saves and stops it. To start another run beside it choose another "
+        f"port: deepspeed (or torchrun) --master_port={_free_port()} ..."
+    )
+
+
+def _gather_cores(world: World) -> int:
+    """This rank's share of the cores that it may run on; called by all ranks together."""
+    mine = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.sched_getaffinity(0))  # the machine, and its cores
+    ranks: list[tuple[str, set[int]]] = [mine] * world.size
+    torch.distributed.all_gather_object(ranks, mine)
+    return share_of_cores(mine[1], [cores for machine, cores in ranks if machine == mine[0]])
+
+
+def share_of_cores(mine: set[int], on_machine: Sequence[set[int]]) -> int:
+    """How many threads a rank starts, at least one: a core that several ranks may run on is divided among them.
+
+    Args:
+        mine: cores that the rank may run on.
+        on_machine: the same of all ranks on its machine, itself included.
+    """
+    return max(int(sum(1 / sum(core in cores for cores in on_machine) for core in mine) + 1e-6), 1)
 
 
 def exit_process(code: int) -> NoReturn:

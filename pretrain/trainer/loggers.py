@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pretrain.trainer.config import RunConfig
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
 
+_SILENCE = 60.0  # seconds after which a run without a terminal says how far it is
 Values = dict[str, Any]  # by name, `step` and `epoch` among them
 
 
@@ -99,16 +101,27 @@ class TensorBoard(MetricLogger):
 
 
 class ProgressBar(MetricLogger):
-    """A progress bar on a terminal, or else a line for each logged step."""
+    """A progress bar on a terminal. Elsewhere a line for each logged step, and for others where those are far apart."""
 
     def __init__(self, name: str, start: int, total: int):
-        self.total = total
+        self.start, self.done, self.total = start, start, total
+        self.began = self.said = time.monotonic()
         self.bar = tqdm(
             total=total, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
     def step(self) -> None:
         self.bar.update()
+        now, self.done = time.monotonic(), self.done + 1
+        if not self.bar.disable or self.done == self.total:
+            return
+        if self.done == self.start + 1:
+            self.first = now
+            self._say(f"the first one took {now - self.began:.1f} s")
+        elif self.done == self.start + 3 or now - self.said > _SILENCE:  # the first step is no measure
+            seconds = (now - self.first) / (self.done - self.start - 1)
+            left = tqdm.format_interval((self.total - self.done) * seconds)
+            self._say(f"{seconds:.2f} s a step, about {left} left")
 
     def log_metrics(self, values: Values) -> None:
         line = (
@@ -118,7 +131,11 @@ class ProgressBar(MetricLogger):
         self.bar.set_postfix_str(line)
         if self.bar.disable:
             left = (self.total - values["step"]) * values["step_s"]
-            print(f"step {values['step']}/{self.total}  {line}  {tqdm.format_interval(left)} left", flush=True)
+            self._say(f"{line}  {tqdm.format_interval(left)} left")
+
+    def _say(self, text: str) -> None:
+        self.said = time.monotonic()
+        print(f"step {self.done}/{self.total}  {text}", flush=True)
 
     def log_evaluation(self, values: Values) -> None:
         numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key not in ("step", "epoch"))

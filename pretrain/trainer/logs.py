@@ -29,8 +29,14 @@ class _RankFileHandler(logging.FileHandler):
     """Appends to a rank's file. A disk that is full must not stop a training whose next checkpoint may fit again."""
 
     def __init__(self, path: Path):
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # of opening it: the main rank has removed the folder of a run that was refused
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """Nothing: what matters is on the console as well."""
@@ -49,8 +55,12 @@ def log_to_console(world: World) -> None:
 
 
 def log_to_file(folder: Path, world: World) -> None:
-    """From now on they go to `folder`/rank<N>.log as well, with times, and so do warnings that libraries log."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """From now on they go to `folder`/rank<N>.log as well, with times, and so do warnings that libraries log.
+
+    The main rank creates the folder.
+    """
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
     _replace(_RankFileHandler(folder / f"rank{world.rank}.log"), only_ours=False)
 
 

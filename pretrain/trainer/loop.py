@@ -20,6 +20,7 @@ from pretrain.trainer.loggers import Loggers, build_loggers
 from pretrain.trainer.metrics import Meter, read_metrics
 from pretrain.trainer.nonfinite import Diverged, applied_later, list_samples, poison_nonfinite
 from pretrain.trainer.optim import learning_rate, set_learning_rate
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.seed import seed_step
@@ -96,10 +97,12 @@ def train(run: Run) -> None:
     loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
     batches = prefetch(run.loader.batches(state.step, total), run.device)
     look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
-    with contextlib.closing(loggers), contextlib.closing(batches), look:
+    with contextlib.closing(loggers), contextlib.closing(batches), look, contextlib.ExitStack() as starting:
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
+        starting.enter_context(report_if_slow("the first step, with the first images and what is compiled"))
         while state.step < total:
             lr = _step(run, batches, meter)
+            starting.close()
             loggers.step()
             signal = stop.agreed()
             last = bool(signal) or state.step == total

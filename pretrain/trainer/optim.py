@@ -11,24 +11,34 @@ from pretrain.trainer.config import OptimConfig, RunConfig
 from pretrain.trainer.nonfinite import NonfiniteGuard
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, decay_class_token: bool = True) -> list[dict[str, Any]]:
     """Every trainable parameter exactly once: matrices, tokens and relative tables decay, vectors do not.
 
     This is timm's rule, which the authors of MAE and LoMaR used. Call it before ZeRO-3 empties the shapes.
+
+    Args:
+        decay_class_token: False for SimMIM's rule, by which the encoder's class token does not decay.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decays = {
+        name: p.ndim > 1 and (decay_class_token or name.rpartition(".")[2] != "cls_token")
+        for name, p in trainable.items()
+    }
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable.items() if decays[name]], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable.items() if not decays[name]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, peak: float, config: OptimConfig) -> float:
-    """Linear warm-up from 0, then half a cosine down to `min_lr`; a pure function of the step."""
+    """Linear warm-up from 0, then half a cosine down to `min_lr`, or steps; a pure function of the step."""
     epoch = step / steps_per_epoch
     if epoch < config.warmup_epochs:
         return peak * epoch / config.warmup_epochs
+    if config.schedule == "steps":
+        passed = sum(epoch >= end for end in config.step_epochs)
+        return max(peak * config.step_factor**passed, config.min_lr)
     progress = (epoch - config.warmup_epochs) / (epochs - config.warmup_epochs)
     return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pretrain.trainer.loop import Run
-from pretrain.trainer.run_folder import RunFolder, git_state, versions
+from pretrain.trainer.run_folder import git_state, versions
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ def describe_run(
 ) -> str:
     """The model, batch sizes, length, engine settings, versions, and where the run starts."""
     config, world = run.config, run.world
-    train, (height, width) = config.train, config.data.height_width
+    train, optim, (height, width) = config.train, config.optim, config.data.height_width
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())  # ZeRO-3 empties p
     accumulation = train.gradient_accumulation_steps
     micro_batch = train.global_batch_size // (world.size * accumulation)
@@ -25,7 +25,7 @@ def describe_run(
         f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {height}x{width}, "
         f"{parameters / 1e6:.1f}M parameters; git {git_state()}\n"
         f"global batch {train.global_batch_size} = {world.size} ranks x {accumulation} micro-batches x {micro_batch}; "
-        f"learning rate {config.peak_lr:.3g} = {config.optim.base_lr:g} x {train.global_batch_size} / 256\n"
+        f"learning rate {config.peak_lr:.3g} = {optim.base_lr:g} x {train.global_batch_size} / {optim.lr_batch_size}\n"
         f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs, "
         f"{run.total_steps} steps\n"
         f"DeepSpeed uses {json.dumps(effective)}\n"
@@ -38,11 +38,14 @@ def describe_run(
 def log_outputs(run: Run) -> None:
     """Lists the files that the run has written, and waits for all ranks."""
     if run.world.is_main:
-        _log.info("%s", _describe_outputs(run.folder, run.checkpoints.names()[0]))
+        _log.info("%s", describe_outputs(run))
     torch.distributed.barrier()  # a launcher may kill the other ranks as soon as one exits
 
 
-def _describe_outputs(folder: RunFolder, newest: str) -> str:
+def describe_outputs(run: Run) -> str:
+    """The files that the run has written, at its end or until it was stopped."""
+    folder, newest = run.folder, run.checkpoints.names()[0]
+    step = None if run.state.step == run.total_steps else run.state.step
     written = {
         folder.metrics: "loss, learning rate and speed",
         folder.tensorboard: "the same for TensorBoard",
@@ -50,11 +53,12 @@ def _describe_outputs(folder: RunFolder, newest: str) -> str:
         folder.evaluation: "evaluations during training",
         folder.reconstructions: "reconstructed images",
         folder.checkpoints / newest: "the last checkpoint: resumes this run",
-        folder.encoder: "the encoder: fp32, timm's parameter names",
-        folder.encoder_ema: "the teacher's encoder, a moving average",
+        folder.result(folder.encoder, step): "the encoder: fp32, timm's parameter names",
+        folder.result(folder.encoder_ema, step): "the teacher's encoder, a moving average",
         folder.model: "the classifier: fp32, timm's parameter names",
         folder.model_ema: "its moving average",
     }
     written = {path: what for path, what in written.items() if path.exists()}
     width = max(len(str(path)) for path in written)
-    return "done:\n" + "\n".join(f"  {path!s:{width}}  {what}" for path, what in written.items())
+    heading = "done:" if step is None else f"so far, after step {step} of {run.total_steps}:"
+    return f"{heading}\n" + "\n".join(f"  {path!s:{width}}  {what}" for path, what in written.items())

@@ -2,21 +2,26 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from pretrain.trainer.checkpoint_layout import checkpoint_name
 
 _PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "triton", "deepspeed", "timm", "webdataset", "numpy", "pillow")
 _ROOT = Path(__file__).parents[2]
@@ -45,6 +50,14 @@ class RunFolder:
         self.model = root / "model.safetensors"
         self.model_ema = root / "model_ema.safetensors"
 
+    def result(self, path: Path, step: int | None) -> Path:
+        """Where one of the results above goes; `step` is the run's, if it is not over: such a file says so."""
+        return path if step is None else path.with_name(f"{path.stem}_{checkpoint_name(step)}{path.suffix}")
+
+    def partial_results(self) -> list[Path]:
+        """The files of `result` that a run has left which was stopped."""
+        return sorted(self.root.glob("*_step_*.safetensors"))
+
     def cache_compiled(self) -> None:
         """Makes torch and Triton keep what they compile here, unless the environment says where: a requeue starts warm.
 
@@ -59,29 +72,46 @@ class RunFolder:
     def locked(self, is_main: bool = True, patience: float = 10) -> Iterator[None]:
         """Creates and locks the folder: the kernel releases the lock when this process ends, however it ends.
 
-        Only the main rank does so, for all ranks of a run. It waits for up to `patience` seconds, since a requeued job
-        may start while the old one's processes are still ending.
+        Only the main rank does so, for all ranks of a run, which call it together. It waits for up to `patience`
+        seconds, since a requeued job may start while the old one's processes are still ending. Where the settings are
+        refused inside, and nothing has been written yet, it removes the folder.
 
         Raises:
-            ValueError: another run is writing to this folder.
+            ValueError: another run is writing to this folder; on all ranks.
         """
         if not is_main:
+            _agree(None)
             yield
             return
+        is_new = not self.root.exists()
         self.root.mkdir(parents=True, exist_ok=True)
         with (self.root / ".lock").open("a+") as lock:
-            deadline = time.monotonic() + patience
-            while not _try_lock(lock.fileno()):
-                lock.seek(0)
-                owner = lock.read().strip()
-                if time.monotonic() > deadline:
-                    raise ValueError(f"another run ({owner}) is writing to {self.root}: choose another name=")
-                _log.warning("waiting for %s: %s is still writing to it", self.root, owner)
-                time.sleep(5)
+            _agree(self._wait_for(lock, patience))
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}")
+            lock.write(_describe_process())
             lock.flush()
-            yield
+            try:
+                yield
+            except ValueError:
+                if is_new and {path.name for path in self.root.iterdir()} <= {".lock", self.logs.name}:
+                    shutil.rmtree(self.root)
+                raise
+
+    def _wait_for(self, lock: TextIO, patience: float) -> str | None:
+        """Why the lock cannot be had, if so."""
+        deadline = time.monotonic() + patience
+        while not _try_lock(lock.fileno()):
+            lock.seek(0)
+            owner = lock.read().strip()
+            if time.monotonic() > deadline:
+                return (
+                    f"another run is writing to {self.root}, and goes on even if its launcher was killed: {owner} "
+                    f"saves and stops it, and then the same command continues it; what it says is in {self.logs}. To "
+                    f"train something else choose another name="
+                )
+            _log.warning("waiting for %s: another run is still writing to it (%s)", self.root, owner)
+            time.sleep(5)
+        return None
 
     def write_environment(self, **facts: Any) -> None:
         """Writes environment.json: versions, git state, machine, and what the caller adds."""
@@ -94,6 +124,15 @@ class RunFolder:
             "command": sys.argv,
         }
         self.environment.write_text(json.dumps(environment, indent=2, default=str) + "\n")
+
+
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:
@@ -130,6 +169,22 @@ def package_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _describe_process() -> str:
+    """The command that stops this run, and where and since when it runs: whoever wants the folder is told."""
+    job = os.environ.get("SLURM_JOB_ID")
+    stop = f"scancel {job}" if job else f"kill {os.getpid()}"
+    return f"`{stop}` on {socket.gethostname()} (process {os.getpid()}, since {time.strftime('%F %T')})"
+
+
+def _agree(problem: str | None) -> None:
+    """Raises ValueError on all ranks if the main rank has a problem."""
+    found = [problem]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    if found[0]:
+        raise ValueError(found[0])
 
 
 def _try_lock(descriptor: int) -> bool:

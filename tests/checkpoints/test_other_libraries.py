@@ -124,3 +124,26 @@ def test_moco_v3s_small_encoder_has_other_heads(tmp_path: Path):
     torch.save({"state_dict": both}, tmp_path / "moco.pth.tar")
     with pytest.raises(ValueError, match="MoCo v3's ViT-S has 12 heads"):
         load_encoder(tmp_path / "moco.pth.tar")
+
+
+def test_what_is_beside_the_encoder_is_known_under_a_common_prefix(tmp_path: Path):
+    """As in Lightning's files."""
+    state = originals.prefixed("model.encoder.", originals.vit().state_dict())
+    torch.save({"state_dict": {**state, "model.decoder.0.weight": originals.noise(3)}}, tmp_path / "a.ckpt")
+    assert load_encoder(tmp_path / "a.ckpt")[1].dropped == {"model.decoder.0.weight": "the decoder of pretraining"}
+
+
+def test_names_of_what_is_elsewhere_say_how_to_get_it():
+    with pytest.raises(ValueError, match="hf download facebook/vit-mae-base --local-dir"):
+        load_encoder("facebook/vit-mae-base")
+    with pytest.raises(ValueError, match="download it first"):
+        load_encoder("https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth")
+
+
+def test_the_norm_behind_a_pool_is_reported_where_it_becomes_the_last_one(tmp_path: Path):
+    path, model = transformers_model(
+        tmp_path, "BeitForImageClassification", num_labels=5, use_relative_position_bias=True
+    )
+    encoder, report = load_encoder(path)
+    assert torch.equal(encoder.norm.weight, model.model.pooler.layernorm.weight)
+    assert "here of every token" in report.folded["norm.weight"]

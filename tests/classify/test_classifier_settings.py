@@ -116,9 +116,9 @@ def test_a_start_is_checked_before_anything_else(tmp_path: Path):
         ({"head__kind": "batchnorm"}, "head.kind=batchnorm is for linear probes"),
         ({"optim__name": "lars"}, "optim.name=lars is for linear probes"),
         ({"augment__randaugment": "rand-q9"}, "augment.randaugment: rand_augment 'rand-q9'"),
-        ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean mixup?"),
+        ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean augment.mixup?"),
         ({"head__num_classes": 1}, "head.num_classes=1"),
-        ({"val__shards": ""}, "val.shards=None"),
+        ({"val__shards": ""}, "val.shards='': must be longer: it is empty"),
     ],
 )
 def test_a_configuration_that_cannot_work_names_its_key(keys: dict[str, Any], says: str, tmp_path: Path):
@@ -246,3 +246,11 @@ def test_the_resume_signature_holds_what_the_weights_depend_on(tmp_path: Path):
     ):
         assert configure(tmp_path, **keys).resume_signature() != before, keys
     assert configure(tmp_path, val__every_epochs=7, data__num_workers=0).resume_signature() == before
+
+
+def test_a_refusal_says_how_a_new_run_starts_from_this_ones_model(tmp_path: Path):
+    config = configure(tmp_path, runs=tmp_path, name="first")
+    assert config.new_run_advice == "start a new run with another name=", "it has no model yet"
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "model.safetensors").touch()
+    assert f"start.checkpoint={tmp_path / 'first'} and another name=" in config.new_run_advice

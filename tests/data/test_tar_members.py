@@ -159,6 +159,21 @@ def test_all_bad_shards_are_named_at_once(tmp_path: Path, capsys: pytest.Capture
     assert "... and 1 more" in error
 
 
+def test_samples_without_an_image_are_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{number}.{'jpg' if number == 2 else 'heic'}", jpeg(0)) for number in range(5)])
+    with pytest.raises(ValueError, match=r"'0' at byte 0 has no image \(members: \.heic\), and so have 3 others of 5"):
+        load_index(tmp_path)
+
+
+def test_shards_of_subfolders_and_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "part").mkdir()
+    write_tar(tmp_path / "part" / "0.tar", [("0.jpg", jpeg(0))])
+    with pytest.raises(ValueError, match=r"in those below it, such as .*part/0\.tar"):
+        load_index(tmp_path)
+    write_tar(tmp_path / "A.TAR", [("0.jpg", jpeg(0))])
+    assert load_index(tmp_path).shards == ("A.TAR",)
+
+
 def test_all_missing_shards_of_a_pattern_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "1.tar", [("0.jpg", jpeg(0))])
     with pytest.raises(ValueError, match=r"(?s)2 of 3 missing:.*0\.tar: no such shard.*2\.tar: no such shard"):

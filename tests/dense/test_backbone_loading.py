@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.naive_attention import randomized
 from helpers.tiny_backbone import POSITIONS, TINY, build_backbone, images
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -62,6 +63,30 @@ def test_without_windows_it_is_the_pretrained_encoder(kind: str, tmp_path: Path)
     (found,) = float64_copy(backbone)(images(12, 16).double())
     assert max_difference(found, encoder_features(encoder, 12, 16)) < 1e-12
     assert encoder.cls_token.equal(backbone.cls_token)
+
+
+def test_encoders_that_do_not_fit_are_refused_before_data_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from downstream.dense.job import Job
+    from downstream.dense.mmengine import runner
+    from pretrain.trainer.launch import World
+
+    def check(cfg: Any, splits: list[str]) -> list[str]:
+        raise ValueError("the data are checked")
+
+    monkeypatch.setattr(runner, "first_problem", lambda problem: problem)
+    path = encoder_file(tmp_path, patch=8)
+    backbone = {"type": "PlainViT", "arch": "vit_tiny", "patch_size": 4, "init_cfg": start(path)}
+    job = Job(Config({"model": {"backbone": backbone}, "work_dir": str(tmp_path)}))
+    for keys, words in (
+        ({}, r"start\.checkpoint: .* patches of 8 pixels, the encoder of 4"),
+        ({"patch_size": 8, "arch": "vit_small"}, "is vit_tiny, model.backbone.arch is vit_small"),
+        ({"patch_size": 8, "position": "sincos"}, "set model.backbone.position=relative"),
+        ({"patch_size": 8, "init_cfg": start(tmp_path / "gone")}, "gone"),
+        ({"patch_size": 8}, "the data are checked"),
+    ):
+        job.cfg.model.backbone = {**backbone, **keys}
+        with pytest.raises(ValueError, match=words):
+            runner.run(job, World(0, 1, 0), check)
 
 
 @pytest.mark.parametrize("kind", POSITIONS)

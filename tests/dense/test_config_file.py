@@ -12,7 +12,7 @@ from downstream.dense.job import Job
 from downstream.dense.mmengine.config_file import load_job
 from downstream.dense.mmengine.encoder_start import clear_start, set_start
 from downstream.detect.train_detector import CONFIGS
-from pretrain.trainer.engine import read_ds_config
+from pretrain.trainer.engine_file import read_ds_config
 
 TINY = str(Path(__file__).parents[1] / "helpers" / "tiny_mask_rcnn.py")
 
@@ -26,7 +26,7 @@ def test_overrides_reach_the_configuration():
         "train_cfg.max_epochs=25",
         "optim_wrapper.optimizer.lr=1e-4",
         "param_scheduler.1.milestones=[22,24]",
-        "train_pipeline.3.prob=0",
+        "train_dataloader.dataset.pipeline.3.prob=0",
         "optim_wrapper.clip_grad={'max_norm': 1.0}",
         "load_from=other.pth",
         "train.precision=bf16",
@@ -47,6 +47,8 @@ def test_name_and_runs():
     assert load_here("name=first").cfg.work_dir == "runs/first"
     assert load_here("name=007", "runs=/data/runs").cfg.work_dir == "/data/runs/007"
     assert load_here("runs=elsewhere").cfg.work_dir == "elsewhere/tiny_mask_rcnn"
+    assert load_here("name=null", "runs=@a").cfg.work_dir == "@a/null"  # text is taken as it is typed
+    assert load_here("start.checkpoint=null", "test=007").test == "007"
 
 
 def test_dumped_configuration_keeps_its_folder(tmp_path: Path):
@@ -103,6 +105,10 @@ def test_defaults():
         ("work_dir=runs/x", "work_dir is runs/NAME: give name=, and runs= for another parent folder"),
         ("name=runs/x", "name='runs/x': the name of a folder in runs="),
         ("classes=['disc'", "is not a YAML value"),
+        ("train_dataloader.dataset.indexes=5", "in train_dataloader.dataset, did you mean indices?"),
+        ("experiment_nam=5", "unknown key experiment_nam: did you mean experiment_name?"),
+        ("train_pipeline.3.prob=0", "read: override train_dataloader.dataset.pipeline.3.prob"),
+        ("backend_args=x", "backend_args was resolved as the configuration was read: override what it is used for"),
         ("resume=often", "resume='often': true or false"),
         ("optim_wrapper.type=ApexOptimWrapper", "OptimWrapper (fp32) or AmpOptimWrapper (bf16)"),
     ],
@@ -117,8 +123,50 @@ def test_weights_without_a_checkpoint():
         load_here("start.weights=ema", name="vitdet_vitb_lomar_25ep")
 
 
-def test_text_may_be_a_number():
-    assert load_here("data_root=7").cfg.data_root == "7"
+@pytest.mark.parametrize("text", ["7", "010", "2026-11-26", "true", "1e3"])
+def test_text_may_look_like_another_value(text: str):
+    assert load_here(f"data_root={text}").cfg.data_root == text
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train_dataloader.dataset.indices", "50", 50),  # of the class that mmdet's extends
+        ("val_dataloader.dataset.backend_args", "null", None),
+        ("train_dataloader.dataset.pipeline.0.color_type", "color_ignore_orientation", "color_ignore_orientation"),
+        ("train_dataloader.drop_last", "true", True),
+        ("train_dataloader.sampler.seed", "3", 3),
+        ("train_cfg.val_begin", "2", 2),
+        ("default_hooks.checkpoint.save_best", "coco/bbox_mAP", "coco/bbox_mAP"),
+        ("val_evaluator.collect_device", "1", "1"),
+        ("optim_wrapper.optimizer.eps", "1e-6", 1e-6),
+        ("val_evaluator.classwise", "true", True),
+        ("model.rpn_head.num_convs", "2", 2),
+        ("log_processor.num_digits", "5", 5),
+        ("experiment_name", "x", "x"),
+    ],
+)
+def test_keys_that_the_libraries_know_need_not_be_set(key: str, text: str, value: Any):
+    tree: Any = load_here(f"{key}={text}").cfg
+    for part in key.split("."):
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    assert tree == value
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('data_rot = "/data"', "nothing reads data_rot: did you mean data_root?"),
+        ("train_pipeline = []", "A variable of an inherited file was resolved there, so set what it is used for"),
+    ],
+)
+def test_variables_that_nothing_reads(tmp_path: Path, line: str, words: str):
+    own = tmp_path / "own.py"
+    own.write_text(f'_base_ = "{TINY}"\n{line}\n')
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_here(name=str(own))
+    own.write_text(f'_base_ = "{TINY}"\nsteps = []\ntrain_dataloader = dict(dataset=dict(pipeline=steps))\n')
+    assert load_here(name=str(own)).cfg.train_dataloader.dataset.pipeline == []
 
 
 def test_refused_configuration(tmp_path: Path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.tiny_coco import make_coco
 from mmengine.config import Config
 from PIL import Image
@@ -79,7 +80,23 @@ BAD = {
     "box of three": (lambda c: first(c).update(bbox=[1, 2, 3]), r"annotations 1 lack bbox"),
     "box of nan": (lambda c: first(c).update(bbox=[1, 2, float("nan"), 3]), r"annotations 1 lack bbox"),
     "no area": (lambda c: first(c).pop("area"), r"annotations 1 lack bbox .*, area or"),
-    "no mask": (lambda c: first(c).update(segmentation=[]), r"annotations 1 have no segmentation"),
+    "no mask": (lambda c: first(c).update(segmentation=[]), r"1 of \d+ annotations have no .* give with_masks=false"),
+    "flat mask": (lambda c: first(c).update(segmentation=[1, 2, 3, 4, 5, 6]), r"annotations 1 .* list of polygons"),
+    "runs": (lambda c: first(c).update(segmentation={"size": [96, 128], "counts": [7]}), r"1 have masks of"),
+    "lines": (lambda c: [a.update(segmentation=[[1, 2, 3, 4]]) for a in c["annotations"]], r"no mask has a polygon of"),
+    "text as size": (lambda c: c["images"][0].update(height="96"), r"one of images has .*, or a height or width that"),
+    "name of a class": (lambda c: c["categories"][0].update(name=7), r"one of categories .* a name that is no text"),
+    "list as id": (lambda c: first(c).update(id=[1]), r"one of annotations has an id that is neither"),
+    "other image ids": (
+        lambda c: [a.update(image_id=f"{a['image_id']}") for a in c["annotations"]], r"no image .* image_id='0'; "
+    ),
+    "other category ids": (
+        lambda c: [a.update(category_id=f"{a['category_id']}") for a in c["annotations"]], r"category_id is like '\d', "
+        r"and the ids of categories are 1, 2"
+    ),
+    "fractions": (lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]], r"boxes are in pixels"),
+    "another suffix": (lambda c: c["images"][5].update(file_name="000000000005.png"), r"there is 000000000005.jpg: "),
+    "Windows' path": (lambda c: c["images"][5].update(file_name="a\\000000000005.jpg"), r"there is 000000000005.jpg: "),
     "other mask": (lambda c: run_length(c, [5, 7]), r"annotations 1 have masks of another size"),
     "all outside": (lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]], r"no box of the classes"),
     "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"no box of the classes"),
@@ -115,6 +132,10 @@ UNUSUAL = {
     "by half a pixel": (lambda c: first(c).update(bbox=[100, 10, 28.5, 9]), 0, ""),
     "another category": (lambda c: first(c).update(category_id=77), -1, "1 boxes of other categories (skipped)"),
     "another image": (lambda c: first(c).update(image_id=77), -1, "1 annotations of images that are not listed"),
+    "to ignore": (lambda c: first(c).update(ignore=1), -1, "1 boxes are marked with ignore (skipped)"),
+    "text as id": (lambda c: first(c).update(id="a"), 0, ""),
+    "0 as id": (lambda c: first(c).update(id=0), 0, ""),
+    "no counts": (lambda c: first(c).update(segmentation={"size": [96, 128]}), 0, "1 masks without a polygon"),
     "two points": (lambda c: first(c).update(segmentation=[[1, 2, 3, 4]]), 0, "1 masks without a polygon"),
     "run lengths": (run_length, 0, ""),
 }  # fmt: skip
@@ -140,6 +161,81 @@ def test_unused_annotations_are_counted_as_mmdet_does(cfg: Config, root: Path, n
     )
     instances = [one for number in range(len(loaded)) for one in loaded.get_data_info(number)["instances"]]
     assert sum(not one["ignore_flag"] for one in instances) == before + change_of_count
+
+
+def test_images_are_counted_as_mmdet_keeps_them(cfg: Config, root: Path):
+    """Image 0 has one annotation and loses it; with filter_empty_gt=false it is trained on."""
+    from mmdet.datasets import CocoDataset
+
+    def load() -> int:
+        keys = {key: value for key, value in cfg.train_dataloader.dataset.items() if key not in ("type", "pipeline")}
+        return len(CocoDataset(**keys, serialize_data=False))
+
+    change(root, lambda c: c.update(annotations=c["annotations"][1:]))
+    cfg.train_dataloader.dataset.filter_cfg.min_size = 32
+    line = check(cfg, ["train"])[0]
+    assert f"{load()} of 8 images" in line
+    assert "1 images without boxes are left out (train_dataloader.dataset.filter_cfg.filter_empty_gt=false)" in line
+    cfg.train_dataloader.dataset.filter_cfg.filter_empty_gt = False
+    assert check(cfg, ["train"])[0].startswith(f"train_dataloader.dataset: {load()} of 8 images")
+    assert load() == 8
+
+
+def test_classes_without_boxes_are_named(cfg: Config, root: Path):
+    change(root, lambda c: [a.update(category_id=1) for a in c["annotations"]])
+    assert check(cfg)[0].endswith("no box of 1 classes: box")
+
+
+def test_part_of_a_set(cfg: Config, root: Path):
+    """Training on it is fine, but pycocotools would count what was not predicted as missed."""
+    cfg.train_dataloader.dataset.indices = 3
+    assert check(cfg)[0].endswith("and of them train_dataloader.dataset.indices=3")
+    cfg.val_dataloader.dataset.indices = 2
+    with pytest.raises(ValueError, match=r"val_dataloader.dataset.indices=2: COCO's metrics count all images of"):
+        check(cfg)
+
+
+def test_boxes_of_two_corners_are_suspected(cfg: Config, root: Path):
+    change(root, lambda c: [a.update(bbox=[a["bbox"][0], a["bbox"][1], 120, 110]) for a in c["annotations"]])
+    assert "are they [x1, y1, x2, y2]?" in check(cfg)[0]
+
+
+def test_boxes_without_masks(cfg: Config, root: Path):
+    change(root, lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    change(root, lambda c: [a.pop("segmentation") for a in c["annotations"]], VAL)
+    with pytest.raises(ValueError, match="give with_masks=false") as caught:
+        check(cfg)
+    assert "val_dataloader.dataset" in str(caught.value)
+    cfg.with_masks = False
+    propagate_keys(cfg)
+    assert "8 of 8 images" in check(cfg)[0]
+
+
+def test_ids_that_pycocotools_would_measure_wrong(cfg: Config, root: Path):
+    """With mmdet's own metric they are refused; ours finds each box, whatever its id is."""
+    from downstream.detect.coco_metric import AnyIdsCocoMetric
+
+    def renumber(content: Content) -> None:
+        for number, annotation in enumerate(content["annotations"]):
+            annotation.update(id=number if number < 2 else f"box {number}")
+            del annotation["iscrowd"]
+
+    change(root, renumber, VAL)
+    check(cfg)
+    metric = AnyIdsCocoMetric(ann_file=str(root / VAL), metric="bbox")
+    metric.dataset_meta = {"classes": ("disc", "box")}
+    content = json.loads((root / VAL).read_text())
+    for image in content["images"]:
+        boxes = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        x, y, w, h = torch.tensor([a["bbox"] for a in boxes]).T
+        found = {"bboxes": torch.stack([x, y, x + w, y + h], 1), "scores": torch.ones(len(boxes))}
+        found["labels"] = torch.tensor([a["category_id"] - 1 for a in boxes])
+        size = (image["height"], image["width"])
+        metric.process({}, [{"img_id": image["id"], "ori_shape": size, "pred_instances": found}])
+    assert metric.evaluate(len(content["images"]))["coco/bbox_mAP"] == 1
+    cfg.val_evaluator.type = "CocoMetric"
+    with pytest.raises(ValueError, match=r"annotation 0 has no iscrowd.*give val_evaluator\.type=AnyIdsCocoMetric"):
+        check(cfg)
 
 
 def test_other_categories_of_the_file_are_skipped(cfg: Config, root: Path):
@@ -211,15 +307,33 @@ def test_small_and_narrow_images(cfg: Config, root: Path):
         check(cfg)
 
 
-def test_rotated_photographs_have_the_size_that_mmcv_decodes(cfg: Config, root: Path):
+def turn(root: Path) -> None:
+    """Its first photograph of 128 x 96 pixels is to be shown as one of 96 x 128."""
     path = root / "train2017" / f"{0:012d}.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(path).save(path, exif=exif)
+
+
+def test_rotated_photographs_have_the_size_that_mmcv_decodes(cfg: Config, root: Path):
+    turn(root)
     with pytest.raises(ValueError, match=r"is 96 x 128 pixels, by .* 128 x 96"):
         check(cfg)
     change(root, lambda c: c["images"][0].update(width=96, height=128))
     check(cfg)
+
+
+def test_boxes_that_were_drawn_without_the_orientation(cfg: Config, root: Path):
+    """The error names the key by which mmcv does not turn the image, and with that key the check reads as mmcv does."""
+    turn(root)
+    key = "train_dataloader.dataset.pipeline.0.color_type"
+    with pytest.raises(ValueError, match=f"the boxes were drawn without: give {key}=color_ignore_orientation"):
+        check(cfg)
+    cfg.train_dataloader.dataset.pipeline[0].color_type = "color_ignore_orientation"
+    check(cfg)
+    change(root, lambda c: c["images"][0].update(width=96, height=128))
+    with pytest.raises(ValueError, match=f"the boxes were drawn on turned images: leave out {key}"):
+        check(cfg)
 
 
 def test_file_that_is_no_image(cfg: Config, root: Path):

@@ -1,5 +1,6 @@
 """The small config as mmdet builds it: a training step, predictions and drawings, with mmcv's real operators."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from PIL import Image
 from torchvision.ops import roi_align
 
 from downstream.dense.drawing import load_model
+from downstream.dense.mmengine.config_file import load_job
 from downstream.dense.mmengine.hooks import Fp32OutputsHook
 from downstream.detect import draw_detections as draw
+from downstream.detect.coco_checks import check
 from downstream.detect.detector_keys import propagate_keys
 
 CONFIG = Path(draw.__file__).parent / "configs" / "vitdet_tiny_pennfudan.py"
@@ -163,6 +166,38 @@ def test_drawings_of_detections(weights: tuple[Path, Path], tmp_path: Path, capf
         assert (before != after).mean() > 0.05
     assert run_draw(*weights, photos / "a.png", tmp_path / "none", "--score", 1) == 0
     assert (np.array(Image.open(tmp_path / "none" / "a.png")) == np.array(Image.open(photos / "a.png"))).all()
+
+
+def test_detector_of_boxes_alone(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """On annotations without masks: a training step, predictions and drawings."""
+    (tmp_path / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).symlink_to(root / split)
+        file = f"annotations/instances_{split}.json"
+        content = json.loads((root / file).read_text())
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        (tmp_path / file).write_text(json.dumps(content))
+    (tmp_path / "own.py").write_text(f"""
+_base_ = ["{CONFIG}"]
+data_root, classes, size, with_masks = "{tmp_path}", ("disc", "box"), 64, False
+train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
+""")
+    cfg = load_job(str(tmp_path / "own.py"), [], CONFIG.parent, propagate_keys).cfg
+    assert len(check(cfg)) == 2
+    torch.manual_seed(0)
+    detector = MODELS.build(cfg.model)
+    total, terms = losses(detector, next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0))), autocast=False)
+    assert total > 0
+    assert "loss_bbox" in terms
+    assert "loss_mask" not in terms
+    detector.roi_head.bbox_head.fc_cls.bias.data = torch.tensor([4.0, 0.0, -4.0])
+    torch.save({"state_dict": detector.state_dict()}, tmp_path / "epoch_1.pth")
+    photo = root / "val2017" / f"{0:012d}.jpg"
+    assert run_draw(tmp_path / "own.py", tmp_path / "epoch_1.pth", photo, tmp_path / "out", "--score", 0.2) == 0
+    assert "1 images drawn in" in capfd.readouterr().out
+    before, after = (np.array(Image.open(path)).astype(int) for path in (photo, tmp_path / "out" / photo.name))
+    assert (abs(before - after).max(-1) > 50).mean() > 0.01  # lines, which compression does not explain
 
 
 def test_predictions_are_those_of_the_images(weights: tuple[Path, Path], cfg: Config):

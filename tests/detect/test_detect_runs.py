@@ -43,6 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = ["start.checkpoint=encoder.safetensors", "data_root=coco/", "runs=.", "name=work"]
     done = run(*launcher, overrides=[*overrides, *write_engines(folder)["zero3"]], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "work.txt").write_text(done.stdout + done.stderr)
     assert "2 ranks x train_dataloader.batch_size=1 x optim_wrapper.accumulative_counts=1 = 2 images" in done.stdout
     return folder
 
@@ -50,6 +51,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_deepspeed_trains(trained: Path):
     assert (trained / "work/last_checkpoint").read_text().endswith("work/epoch_1")
     assert len(list((trained / "work/epoch_1").glob("*_optim_states.pt"))) == 2
+
+
+def test_each_rank_has_a_log_file_and_the_console_what_matters(trained: Path):
+    for rank in (0, 1):
+        assert (trained / f"work/logs/rank{rank}.log").is_file()
+    assert "2 images a step" in (trained / "work/logs/rank0.log").read_text()
+    said = (trained / "work.txt").read_text()
+    for words in ("System environment:", "Config:", "before_train_iter"):
+        assert words not in said
+        assert words in next((trained / "work").glob("*/*.log")).read_text()
 
 
 def test_training_starts_from_the_encoder(trained: Path):
@@ -73,10 +84,10 @@ def test_python_evaluates_what_was_trained(trained: Path):
 
 
 def test_torchrun_ends_when_one_rank_fails(trained: Path):
-    """The rank that gets the damaged image; the check of the data opens only every second image of so many."""
-    make_coco(trained / "damaged", train=32)
+    """The rank that gets the damaged image, of which the check of the data reads no more than the header."""
+    make_coco(trained / "damaged", train=4)
     path = trained / "damaged/train2017/000000000001.jpg"
-    path.write_bytes(b"no image")
+    path.write_bytes(path.read_bytes().partition(b"\xff\xda")[0])
     launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29643"]
     done = run(*launcher, overrides=["data_root=damaged/", "runs=.", "name=failed"], cwd=trained)
     assert done.returncode == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import moment_checks
 from helpers.rank_checks import assert_same_bits, assert_same_run, newest, wait_for
 from safetensors.torch import load_file
 
@@ -89,7 +90,8 @@ def test_another_number_of_ranks_continues(
     one, other = (read_metrics(run / "metrics.jsonl") for run in (unmoved, moved))
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-6)
     assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
-    assert f"resumes from {LAST}" in start(*again, processes=ranks).finish()
+    if stage == "zero1":
+        assert f"resumes from {LAST}" in start(*again, processes=ranks).finish()
 
 
 def test_the_default_engine_is_chosen_by_the_ranks_and_then_kept(
@@ -132,10 +134,17 @@ def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
     run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: they agree
     output = run.finish()
     assert "SIGUSR1: saved and stopped after step" in output
+    (so_far,) = (tmp_path / "runs" / "stopped").glob("encoder_step_*.safetensors")
+    assert so_far.stem == f"encoder_{newest(tmp_path / 'runs' / 'stopped')}"
+    assert load_file(so_far).keys() == load_file(unstopped / "encoder.safetensors").keys()
+    for name in ("loss.png", "reconstructions.png", so_far.name):
+        assert (tmp_path / "runs" / "stopped" / name).exists()
+        assert f"{tmp_path / 'runs' / 'stopped' / name} " in output
     for rank in (0, 1):
         log = (tmp_path / "runs" / "stopped" / "logs" / f"rank{rank}.log").read_text()
         assert "SIGUSR1: saved and stopped after step" in log
     start(recipe, "name=stopped", *ACCUMULATED, "checkpoint.every_steps=1000").finish()
+    assert not so_far.exists(), "the encoder at the end is there"
     assert_same_run(unstopped, tmp_path / "runs" / "stopped")
 
 
@@ -163,18 +172,17 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_continues(
     assert all(p.returncode == 1 for p in run.all)
 
 
-def test_retention_and_a_complete_run_started_again(recipe: Path, start: Callable[..., Any], tmp_path: Path):
-    keep = ("checkpoint.every_steps=1", "checkpoint.keep_last=2", "checkpoint.keep_every_steps=4")
-    start(recipe, *keep).finish()
+def test_a_complete_run_that_is_started_again_draws_its_figures(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
     folder = tmp_path / "runs" / "tiny"
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
-        "latest",
-        *(f"step_{step:08d}" for step in (4, 8, 9, 10)),
-    ]
-    (folder / "loss.png").unlink()
-    assert "resumes from step_00000010" in start(recipe, *keep).finish()
+    shutil.copytree(whole(*ACCUMULATED), folder)
+    for name in ("loss.png", "reconstructions.png"):
+        (folder / name).unlink()
+    assert f"resumes from {LAST}" in start(recipe, *ACCUMULATED).finish()
     assert (folder / "loss.png").exists()
-    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 11))
+    assert (folder / "reconstructions.png").exists()
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 21))
 
 
 def test_another_training_is_refused_with_the_difference(
@@ -190,7 +198,7 @@ def test_another_training_is_refused_with_the_difference(
     assert "train.precision was 'fp32' and is 'bf16'" in output
     assert "train.epochs was 2 and is 1" in output
     assert "seed was 0 and is 1" in output
-    assert "another name=" in output
+    assert f"start.run={tmp_path / 'runs' / 'tiny'} and another name=" in output
     assert all(p.returncode == 1 for p in run.all)
 
 
@@ -201,6 +209,39 @@ def test_keys_on_which_the_weights_do_not_depend_may_change(
     changed = ["model.grad_checkpointing=true", "data.num_workers=0", "data.max_skipped_images=3"]
     changed += ["train.gradient_accumulation_steps=1", "train.max_nonfinite_steps=3", "checkpoint.keep_last=1"]
     assert f"resumes from {BEFORE}" in start(recipe, *ACCUMULATED, *changed, "log.every_steps=5").finish()
+
+
+def test_a_new_run_begins_with_another_ones_weights_and_moments(
+    whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+):
+    """At another size, engine and number of ranks; its own checkpoints then count, even if the other run is gone."""
+    first = tmp_path / "first"
+    shutil.copytree(whole(*ACCUMULATED), first)
+    keys = (f"start.run={first}", "start.optimizer=true", "data.image_size=[80,64]", "train.ds_config=zero3")
+    output = start(recipe, *keys, processes=1).finish()
+    assert f"starts from {first / 'checkpoints' / LAST} (online weights)" in output
+    assert "predictor.head: taken" in output
+    assert "the optimizer starts with the moments of" in output
+    assert "starts at step 0" in output
+    run = tmp_path / "runs" / "tiny"
+    before, after = (read_metrics(folder / "metrics.jsonl") for folder in (first, run))
+    assert [row["step"] for row in after] == list(range(1, 11))
+    assert after[0]["loss"] < (before[0]["loss"] + before[-1]["loss"]) / 2
+    recorded = json.loads((run / "environment.json").read_text())["start"]
+    assert (
+        recorded == json.loads((run / "checkpoints" / "step_00000010" / "manifest.json").read_text())["state"]["start"]
+    )
+    assert recorded["path"] == str(first / "checkpoints" / LAST)
+    shutil.rmtree(first)
+    again = start(recipe, *keys, processes=1).finish()
+    assert "resumes from step_00000010" in again
+    assert "the start is not loaded again" in again
+    assert json.loads((run / "environment.json").read_text())["start"] == recorded
+
+
+def test_moments_go_from_every_engine_into_another(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    said = start(recipe, tmp_path, script=moment_checks.__file__).finish()
+    assert said.count(": the same") == 4
 
 
 def test_state_is_small_plain_and_written_in_the_manifest(whole: Callable[..., Path]):

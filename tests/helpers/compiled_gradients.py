@@ -1,6 +1,6 @@
-"""`compiled_gradients.py STAGE OUT`: norms of a small LoMaR's gradients in a DeepSpeed engine, compiled blocks or not.
+"""`compiled_gradients.py OUT STAGE ...`: norms of a small LoMaR's gradients in DeepSpeed's engines, compiled or not.
 
-In a process of its own, since ZeRO-3 patches torch for good.
+Stage 3 in a process of its own, since it patches torch for good.
 """
 
 import json
@@ -54,9 +54,10 @@ def gradient_norms(stage: int, compiled: bool) -> dict[str, float]:
 if __name__ == "__main__":
     world = find_world()
     init_distributed(world)
-    torch.manual_seed(0)
-    stage = int(sys.argv[1])
+    norms = {}
     with patch("torch._dynamo.config.suppress_errors", False):
-        norms = {kind: gradient_norms(stage, kind == "compiled") for kind in ("eager", "compiled")}
-    Path(sys.argv[2]).write_text(json.dumps(norms))
+        for stage in map(int, sys.argv[2:]):
+            torch.manual_seed(0)
+            norms[stage] = {kind: gradient_norms(stage, kind == "compiled") for kind in ("eager", "compiled")}
+    Path(sys.argv[1]).write_text(json.dumps(norms))
     exit_process(0)

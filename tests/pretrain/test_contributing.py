@@ -95,7 +95,11 @@ def test_the_example_is_typed_and_trains_through_the_usual_command(project: Path
     run(project, "pretrain/run.py", "inpainting_vitb16_224_300e", "data.shards=shards", *keys.split())
     folder = project / "runs" / "try"
     assert (folder / "reconstructions.png").exists()
-    assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == {"name": "inpainting", "hole_size": 2}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == {
+        "name": "inpainting",
+        "module": None,
+        "hole_size": 2,
+    }
     with safe_open(folder / "encoder.safetensors", "pt") as file:
         assert file.metadata()["method"] == "inpainting"
 

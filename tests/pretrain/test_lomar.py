@@ -19,7 +19,7 @@ from torch import Tensor
 from pretrain.config import load
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.pr_mim import PRMIMConfig
-from pretrain.models.patches import cut_windows, gather_tokens, normalize_patches, normalize_pixels, patchify
+from pretrain.models.patches import ALONE, cut_windows, gather_tokens, normalize_patches, normalize_pixels, patchify
 from pretrain.trainer.optim import parameter_groups
 
 ASYMMETRIC = {"architecture": "asymmetric", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3}
@@ -219,6 +219,16 @@ def test_reconstruct_shows_the_visible_patches_and_the_predictions(norm_pix: boo
                 (perfect["masked"][at] == 128).all() if is_masked else torch.equal(perfect["masked"][at], cut[at[1:]])
             )
             assert torch.equal(honest["reconstruction"][at], cut[at[1:]]) != is_masked
+            assert (honest[ALONE][at] == 255).all() != is_masked
+            if not norm_pix and is_masked:
+                assert torch.equal(honest[ALONE][at], honest["reconstruction"][at])
+        changed = (perfect["framed"][b] != images[b]).any(-1)
+        inside = torch.zeros_like(changed)
+        inside[top * side + 1 : (top + size) * side - 1, left * side + 1 : (left + size) * side - 1] = True
+        outside = torch.ones_like(changed)
+        outside[top * side : (top + size) * side, left * side : (left + size) * side] = False
+        assert not changed[inside | outside].any(), "a frame of one pixel"
+        assert changed.any()
 
 
 @pytest.mark.parametrize("case", CASES)

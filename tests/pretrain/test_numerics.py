@@ -1,6 +1,7 @@
 """How a step is computed: what is chosen on which device, what is refused, and what a module then does."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from pretrain.models.relative_position import grid_buckets, pair_buckets
 from pretrain.models.vit import Block
 from pretrain.models.window_attention import window_attention, window_tokens
 from pretrain.numerics import Numerics, apply_numerics, choose_numerics
+from pretrain.trainer.checkpoint_layout import TrainState
+from pretrain.trainer.config import CheckpointConfig
+from pretrain.trainer.launch import World
 
 LOMAR = "lomar_vitb16_224_400e"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -225,3 +229,14 @@ def test_buckets_of_subsets_are_one_hot():
     one_hot = pair_buckets(buckets, torch.tensor([[0, 4], [8, 2]]))
     assert one_hot.shape == (2, 3, 3, 50), "padded keys are for GPUs only"
     assert (one_hot.argmax(-1)[0] == buckets[[0, 1, 5]][:, [0, 1, 5]]).all()
+
+
+def test_a_run_whose_masks_were_drawn_by_numpys_distributions_continues_only_if_told_to(tmp_path: Path):
+    from pretrain.trainer.checkpoint import Checkpoints  # imports DeepSpeed
+
+    now = Numerics(True, "triton", "fp32", "efficient").signature()
+    before = {key: value for key, value in now.items() if key != "masks"}
+    states = [TrainState(numerics=numerics) for numerics in (before, now)]
+    with pytest.raises(ValueError, match=r"same bits: masks was 'unset' and is 'drawn from .*exact_resume=false"):
+        Checkpoints(tmp_path, World(0, 1, 0), CheckpointConfig())._check_numerics(*states)
+    Checkpoints(tmp_path, World(0, 1, 0), CheckpointConfig(exact_resume=False))._check_numerics(*states)

@@ -9,6 +9,7 @@ import torch
 from helpers.host_reads import HostReads
 from torch import nn
 
+from pretrain.models.vit import ViT
 from pretrain.trainer.config import OptimConfig, RunConfig
 from pretrain.trainer.nonfinite import NonfiniteGuard
 from pretrain.trainer.optim import (
@@ -23,7 +24,7 @@ from pretrain.trainer.optim import (
 PER_EPOCH, EPOCHS, PEAK = 10, 100, 2.4e-3
 
 
-def rate(step: int, **optim: float) -> float:
+def rate(step: int, **optim: Any) -> float:
     return learning_rate(step, PER_EPOCH, EPOCHS, PEAK, OptimConfig(**({"warmup_epochs": 20} | optim)))
 
 
@@ -50,6 +51,46 @@ def test_no_warm_up_starts_at_the_peak():
 def test_warm_up_may_end_within_an_epoch():
     assert rate(5, warmup_epochs=0.5) == PEAK
     assert rate(3, warmup_epochs=0.5) == pytest.approx(0.6 * PEAK)
+
+
+def test_steps_keep_the_rate_and_divide_it():
+    steps = {"schedule": "steps", "step_epochs": (60, 90)}
+    assert rate(100, **steps) == pytest.approx(PEAK / 2), "in the warm-up"
+    assert rate(200, **steps) == rate(599, **steps) == PEAK
+    assert rate(600, **steps) == rate(899, **steps) == pytest.approx(PEAK / 10)
+    assert rate(900, **steps) == rate(1000, **steps) == pytest.approx(PEAK / 100)
+    assert rate(900, **steps, step_factor=0.5, min_lr=PEAK / 3) == PEAK / 3
+
+
+@pytest.mark.parametrize(
+    ("optim", "says"),
+    [
+        ({}, "optim.schedule=steps: set optim.step_epochs, for example to [350]"),
+        ({"step_epochs": [400]}, "optim.step_epochs=[400.0] must be less than train.epochs=400"),
+        ({"step_epochs": [300, 200]}, "optim.step_epochs=[300.0, 200.0]: epochs that rise"),
+        ({"step_epochs": [30]}, "optim.step_epochs=[30.0]: epochs that rise, after optim.warmup_epochs=40"),
+    ],
+)
+def test_steps_that_never_come_are_refused(optim: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match="optim") as error:
+        RunConfig(name="x", data={"shards": "x"}, optim={"schedule": "steps", **optim})
+    assert says in str(error.value)
+
+
+def test_the_rate_scales_from_the_batch_that_it_is_for():
+    keys = {"name": "x", "data": {"shards": "x"}, "train": {"global_batch_size": 2048}}
+    assert RunConfig(**keys, optim={"base_lr": 1e-4}).peak_lr == pytest.approx(8e-4)
+    assert RunConfig(**keys, optim={"base_lr": 1e-4, "lr_batch_size": 512}).peak_lr == pytest.approx(4e-4)
+
+
+def test_only_the_class_token_is_exempt_from_decay_where_it_does_not_decay():
+    encoder = ViT("vit_tiny", 16, (2, 2))
+    decayed = [
+        {id(p) for p in parameter_groups(encoder, 0.05, decay_class_token)[0]["params"]}
+        for decay_class_token in (True, False)
+    ]
+    assert decayed[0] - decayed[1] == {id(encoder.cls_token)}
+    assert all(p.ndim > 1 for p in parameter_groups(encoder, 0.05)[0]["params"])
 
 
 def test_set_learning_rate_keeps_the_scale_of_a_group():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.draw import integer
 from pretrain.build import build_method
 from pretrain.config import load
 from pretrain.methods.masking import random_masked, split_positions
@@ -35,7 +36,7 @@ def algorithm_1(first: int, masked: list[int], count: int, width: int) -> list[i
 def one_row(rng: np.random.Generator, masked: np.ndarray, count: int, width: int) -> np.ndarray:
     """The same for one row of positions with integer distances, its first token drawn."""
     points = np.stack(np.divmod(masked, width), axis=1)
-    chosen = [int(rng.integers(len(masked)))]
+    chosen = [integer(rng, len(masked))]
     nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
     for _ in range(count - 1):
         chosen.append(int(nearest.argmax()))
@@ -47,7 +48,7 @@ def one_row(rng: np.random.Generator, masked: np.ndarray, count: int, width: int
 def test_furthest_sampling_is_algorithm_1(height: int, width: int, count: int):
     for seed in range(10):
         masked = np.sort(np.random.default_rng(seed).permutation(height * width)[: int(0.75 * height * width)])
-        first = int(np.random.default_rng((seed, 1)).integers(len(masked)))
+        first = integer(np.random.default_rng((seed, 1)), len(masked))
         kept = furthest_point_sampling(np.random.default_rng((seed, 1)), masked[None], count, (height, width))
         assert kept[0].tolist() == algorithm_1(first, masked.tolist(), count, width)
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from pretrain.models.attention import attend
 from pretrain.models.patches import normalize_pixels, patchify
 from pretrain.models.relative_position import CLASS_BUCKET, grid_buckets, product_buckets
-from pretrain.models.vit import PatchEmbed, ViT, sincos_positions
+from pretrain.models.vit import ARCHS, Block, DropPath, PatchEmbed, ViT, sincos_positions
 
 TIMM_NAMES = {
     "vit_tiny": "vit_tiny_patch16_224",
@@ -142,3 +142,24 @@ def test_initial_weights_are_those_of_mae():
             assert not parameter.any(), name
         elif "norm" in name:
             assert (parameter == 1).all(), name
+
+
+def test_drop_path_leaves_out_a_share_of_the_sequences_and_scales_the_others():
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    x = torch.ones(4000, 2, 3, dtype=torch.bfloat16)
+    dropped = drop(x)
+    assert dropped.dtype == torch.bfloat16
+    values = dropped.float().flatten(1)
+    assert (values == values[:, :1]).all(), "a sequence as a whole"
+    assert set(values.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75, dtype=torch.bfloat16))}
+    assert 0.7 < (values[:, 0] > 0).float().mean() < 0.8
+    assert torch.equal(drop.eval()(x), x)
+    assert not drop.state_dict(), "a checkpoint does not depend on the rate"
+
+
+def test_drop_path_skips_both_parts_of_a_block():
+    block = Block(ARCHS["vit_tiny"], relative=False, drop_path_rate=0.999999)
+    x = torch.randn(2, 3, 192)
+    assert torch.equal(block(x, None), x)
+    assert not torch.equal(block.eval()(x, None), x)

@@ -10,8 +10,10 @@ from helpers.tiny_ade import CLASSES, make_ade
 from mmengine.config import Config
 from PIL import Image
 
+from downstream.dense.mmengine.config_file import load_job
 from downstream.segment import check_masks as checks
 from downstream.segment.check_masks import check
+from downstream.segment.mask_pairs import find_pairs
 from downstream.segment.segmentor_keys import propagate_keys
 
 CONFIGS = Path(checks.__file__).parent / "configs"
@@ -20,7 +22,7 @@ IMAGES, MASKS = "images/training", "annotations/training"
 
 @functools.cache
 def _read(name: str) -> Config:
-    return Config.fromfile(CONFIGS / f"{name}.py", import_custom_modules=False)
+    return load_job(name, [], CONFIGS, lambda cfg: None).cfg
 
 
 def config(root: Path, name: str = "upernet_tiny_camvid", **top: object) -> Config:
@@ -61,7 +63,23 @@ def no_mask(root: Path) -> None:
 
 def no_images(root: Path) -> None:
     for path in (root / IMAGES).iterdir():
-        path.rename(path.with_suffix(".JPEG"))
+        path.rename(path.with_suffix(".tex"))
+
+
+def other_masks(root: Path) -> None:
+    for path in (root / MASKS).iterdir():
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+
+
+def two_images(root: Path) -> None:
+    Image.new("RGB", (128, 96)).save(root / IMAGES / "00000002.png")
+
+
+def white(root: Path) -> None:
+    """Two classes, the second one drawn as 255."""
+    for path in (root / "annotations").glob("*/*.png"):
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).save(path)
 
 
 def other_size(root: Path) -> None:
@@ -70,6 +88,10 @@ def other_size(root: Path) -> None:
 
 def colours(root: Path) -> None:
     Image.open(root / MASKS / name(2)).convert("RGB").save(root / MASKS / name(2))
+
+
+def alpha(root: Path) -> None:
+    Image.open(root / MASKS / name(2)).convert("LA").save(root / MASKS / name(2))
 
 
 def deep(root: Path) -> None:
@@ -101,9 +123,13 @@ def from_one(root: Path) -> None:
 BAD = {
     "no mask": (no_mask, r"1 of the 8 images have no mask in .*annotations/training: 00000005.png; is .*seg_map_path"),
     "no folder": (lambda r: (r / MASKS).rename(r / "x"), r"dataset.data_prefix.seg_map_path: no folder"),
-    "no images": (no_images, r"no image \*.jpg in .*only .JPEG: set train_dataloader.dataset.img_suffix"),
+    "no images": (no_images, r"no image \* in .*images/training; it is empty"),
+    "two images": (two_images, r"00000002.jpg and 00000002.png in .* would have one mask: give .*dataset.img_suffix"),
+    "other masks": (other_masks, r"8 of the 8 images have no mask .*dataset.seg_map_suffix=_mask.png"),
+    "alpha": (alpha, r"00000002.png has 2 channels: a mask has one"),
+    "white": (white, r"all pixels .* are ground, so that nothing .*; \d+% of the pixels are 255, which is"),
     "other size": (other_size, r"00000000.png is 128 x 95 pixels, its image 128 x 96"),
-    "turned": (turned, r"00000000.png is 128 x 96 pixels, its image 96 x 128"),
+    "turned": (turned, r"is 128 x 96 pixels, its image 96 x 128: .* color_type=color_ignore_orientation"),
     "colours": (colours, r"00000002.png has 3 channels: a mask has one"),
     "beyond": (lambda r: paint(r, 4, 7), r"labels 7 in masks 00000004.png: with 3 classes .* are 0 to 2, and 255"),
     "16 bits": (deep, r"labels 256 in masks 00000001.png"),
@@ -123,6 +149,74 @@ def test_bad_data_is_an_error(root: Path, kind: str):
         check(config(root))
     assert str(caught.value).startswith("train_dataloader.dataset")
     assert "\n" not in str(caught.value)
+
+
+def test_values_of_classes(root: Path):
+    """Masks of 0 and 255, as most tools draw two classes, are read as 0 and 1 by check and by mmseg."""
+    from mmseg.registry import DATASETS
+
+    white(root)
+    two = {"classes": ["background", "lesion"]}
+    with pytest.raises(ValueError, match=r"if it is lesion, give mask_values=\[0,255\]"):
+        check(config(root, **two))
+    cfg = config(root, **two, mask_values=[0, 255], reduce_zero_label=True)  # of which the first counts
+    assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
+    pipeline = [{"type": "LoadAnnotations"}]
+    loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": pipeline})
+    assert {label for n in range(8) for label in np.unique(loaded[n]["gt_seg_map"])} == {0, 1}
+    paint(root, 3, 128)
+    with pytest.raises(ValueError, match=r"labels 128 in masks 00000003.png: by mask_values they are 0, 255"):
+        check(cfg)
+    for values in ([0], [0, 0], [0, 256], "0,255"):
+        with pytest.raises(ValueError, match=r"mask_values=.*: give a different value from 0 to 255 for each of the"):
+            config(root, **two, mask_values=values)
+
+
+def test_images_of_any_suffix_are_used(root: Path):
+    """Paired as by mmseg's data set; with a suffix that is set, the others are counted."""
+    from mmseg.registry import DATASETS
+
+    for number, suffix in enumerate((".JPG", ".png", ".jpeg")):
+        path = root / IMAGES / f"{number:08d}.jpg"
+        Image.open(path).save(root / IMAGES / f"{number:08d}{suffix}")
+        path.unlink()
+    cfg = config(root)
+    assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
+    loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": []})
+    pairs, _ = find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
+    assert [(str(root / IMAGES / a), str(root / MASKS / b)) for a, b in pairs] == [
+        (loaded[n]["img_path"], loaded[n]["seg_map_path"]) for n in range(8)
+    ]
+    cfg.train_dataloader.dataset.img_suffix = ".jpg"
+    line = check(cfg)[0]
+    assert "5 images, " in line
+    assert "3 images of another suffix than .jpg (.JPG, .jpeg, .png) are not used" in line
+    assert len(DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": []})) == 5
+
+
+def test_classes_without_pixels_are_named(root: Path):
+    four = ["ground", "disc", "box", "star"]
+    assert "no pixel in them of 1 classes: star" in check(config(root, classes=four))[0]
+    line = check(config(root, classes=["disc", "box", "star"], reduce_zero_label=True))[0]
+    assert line.endswith("1 classes: star; are labels numbered from 0? then give reduce_zero_label=false")
+
+
+def test_rare_classes_are_searched_in_all_masks(root: Path):
+    """Where the masks that were opened are of one class, those of another may be elsewhere."""
+    for path in (root / MASKS).iterdir():
+        Image.new("L", Image.open(path).size, 0).save(path)
+    with pytest.raises(ValueError, match=r"all pixels .* are ground"):
+        check(config(root), opened=2)
+    paint(root, 1, 2)
+    assert "8 images, 8 of the masks read, no pixel in them of 1 classes: disc" in check(config(root), opened=2)[0]
+
+
+def test_more_classes_than_8_bits_can_tell(root: Path):
+    """mmseg would read label 300 as 44."""
+    names = [f"class {number}" for number in range(256)]
+    with pytest.raises(ValueError, match=r"256 classes: mmseg reads masks as 8 bits, .* at most 255"):
+        check(config(root, classes=names))
+    check(config(root, classes=names[:255]))
 
 
 def test_all_data_sets_are_reported_at_once(root: Path):
@@ -155,10 +249,10 @@ def test_checks_read_masks_as_mmseg_does(root: Path):
         mask.save(path)
     cfg = config(root, reduce_zero_label=True)
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": [{"type": "LoadAnnotations"}]})
-    pairs, _ = checks.find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
+    pairs, _ = find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
     paths = [(str(root / IMAGES / image), str(root / MASKS / mask)) for image, mask in pairs]
     assert paths == [(loaded[n]["img_path"], loaded[n]["seg_map_path"]) for n in range(len(loaded))]
-    counts = count_masks("key", paths, 3, True)
+    counts = count_masks("key", paths, [1, 2, 3], {0, 255})
     seen = np.bincount(np.concatenate([loaded[n]["gt_seg_map"].ravel() for n in range(len(loaded))]), minlength=256)
     assert [counts.pixels[label] for label in (1, 2, 3)] == seen[:3].tolist()
     assert counts.pixels[0] == seen[255]
@@ -192,6 +286,10 @@ def test_heads_and_classes_must_agree(root: Path):
     with pytest.raises(ValueError, match=r"model.auxiliary_head.num_classes=150, but .* has 3 classes \(ground, disc"):
         check(cfg)
     cfg = config(root)
+    cfg.model.decode_head.ignore_index = 0
+    with pytest.raises(ValueError, match=r"decode_head.ignore_index=0: mmseg gives padded pixels the label 255"):
+        check(cfg)
+    cfg = config(root)
     del cfg.val_dataloader.dataset.metainfo
     with pytest.raises(ValueError, match=r"val_dataloader.dataset: name the classes"):
         check(cfg)
@@ -217,6 +315,15 @@ def test_settings_that_mmseg_would_refuse_later(root: Path):
     check(cfg)
 
 
+def test_small_config_is_for_sets_of_ones_own(root: Path):
+    """Without names of classes it does not take ADE20K's; labels are numbered from 0."""
+    with pytest.raises(ValueError, match=r"train_dataloader.dataset: name the classes, in the order of their labels"):
+        check(config(root, "upernet_vits_lomar_small", classes=None))
+    assert (
+        check(config(root, "upernet_vits_lomar_small"))[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
+    )
+
+
 def test_defaults_of_a_data_set_type(root: Path):
     """Suffixes and `reduce_zero_label` of mmseg's data set types, which a config need not repeat."""
     cfg = config(root, reduce_zero_label=None)
@@ -239,7 +346,7 @@ def test_lists_of_names(root: Path):
     cfg.train_dataloader.dataset.ann_file = "train.txt"
     assert check(cfg)[0] == "train_dataloader.dataset: 2 images, 2 of the masks read"
     (root / "train.txt").write_text("00000001\n00000009\n")
-    with pytest.raises(ValueError, match=r"1 images of .*train.txt are not in .*: 00000009.jpg"):
+    with pytest.raises(ValueError, match=r"1 images of .*train.txt are not in .*: 00000009"):
         check(cfg)
 
 
@@ -251,7 +358,7 @@ def test_a_training_reads_some_masks_and_the_command_reads_all(root: Path, capfd
     assert "labels 9 in masks 00000003.png" in capfd.readouterr().err
     paint(root, 3, 0)
     assert checks.main(["upernet_tiny_camvid", *sizes, 'classes=["ground", "disc", "box", "star"]']) == 0
-    assert "8 images, 8 of the masks read, no pixel of 1 classes: star" in capfd.readouterr().out
+    assert "8 images, 8 of the masks read, no pixel in them of 1 classes: star" in capfd.readouterr().out
 
 
 def test_data_that_cannot_be_checked_is_reported(root: Path):

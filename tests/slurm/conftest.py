@@ -44,7 +44,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (project / name).symlink_to(ROOT / name)
     (project / "slurm").mkdir()
     for script in (ROOT / "slurm").glob("*.sh"):
-        (project / "slurm" / script.name).symlink_to(script)
+        if script.name != "site.sh":  # of this machine
+            (project / "slurm" / script.name).symlink_to(script)
     python = project / ".venv" / "bin" / "python"  # on no PATH before the job activates it
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

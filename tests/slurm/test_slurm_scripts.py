@@ -1,6 +1,8 @@
-"""The scripts themselves: one shape, no hyper-parameters."""
+"""The scripts themselves: one shape, no hyper-parameters, and a place for what a cluster needs."""
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from helpers.slurm_cluster import Cluster
 
 FOLDER = Path(__file__).parents[2] / "slurm"
-SCRIPTS = sorted(FOLDER.glob("[!_]*.sh"))
+SCRIPTS = sorted(path for path in FOLDER.glob("[!_]*.sh") if path.name != "site.sh")  # that one is the site's own
 # What differs between scripts: the name, the nodes, the entry and the recipe.
 CHOICES = [
     r"^#SBATCH --job-name=\w+$",
@@ -66,6 +68,56 @@ def test_scripts_set_no_hyper_parameter() -> None:
 def test_bash_reads_script(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def start_job(folder: Path, site: str | None) -> subprocess.CompletedProcess[str]:
+    """A job's script in a project of its own, where `srun` only shows its arguments and what it inherits."""
+    (folder / "slurm").mkdir()
+    for name in ("_train.sh", "pretrain_vitb.sh"):
+        shutil.copy(FOLDER / name, folder / "slurm")
+    if site is not None:
+        (folder / "slurm" / "site.sh").write_text(site)
+    (folder / "bin").mkdir()
+    srun = folder / "bin" / "srun"
+    srun.write_text('#!/bin/sh\nprintf "[%s]" "$@"\necho " module=$LOADED"\n')
+    srun.chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NAME": "x", "SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "3"}
+    job |= {
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS": "1",
+        "RECIPE": "tiny",
+        "PATH": f"{srun.parent}:{os.environ['PATH']}",
+    }
+    script = folder / "slurm" / "pretrain_vitb.sh"
+    return subprocess.run(["bash", str(script), "name=a b"], env=job, capture_output=True, text=True, timeout=30)
+
+
+COMMAND = "[-u][pretrain/run.py][tiny][name=a b]"
+
+
+def test_a_job_without_a_site_file_uses_the_python_on_its_path(tmp_path: Path) -> None:
+    done = start_job(tmp_path, None)
+    assert done.returncode == 0, done.stderr
+    assert f"attempt0-rank%t.log][python]{COMMAND} module=\n" in done.stdout
+
+
+def test_the_site_file_loads_modules_and_chooses_a_container(tmp_path: Path) -> None:
+    site = 'export LOADED=cuda\nPYTHON=(apptainer exec "my image.sif" python)\nSRUN_OPTIONS=(--container-image=x)\n'
+    done = start_job(tmp_path, site)
+    assert done.returncode == 0, done.stderr
+    assert f"[--container-image=x][apptainer][exec][my image.sif][python]{COMMAND} module=cuda\n" in done.stdout
+
+
+def test_a_site_file_that_fails_ends_the_job(tmp_path: Path) -> None:
+    done = start_job(tmp_path, "module() { return 1; }\nmodule load nothing\n")
+    assert (done.returncode, done.stderr) == (1, "error: slurm/site.sh failed\n")
+
+
+def test_the_example_changes_nothing_until_somebody_does(tmp_path: Path) -> None:
+    example = (FOLDER / "site.sh.example").read_text()
+    assert start_job(tmp_path, example).stdout.endswith(f"[python]{COMMAND} module=\n")
+    switched_on = re.sub(r"^# (?=[A-Z_]+=\()", "", example, flags=re.MULTILINE)
+    assert subprocess.run(["bash", "-n"], input=switched_on, text=True).returncode == 0
 
 
 @pytest.mark.slurm

@@ -1,13 +1,14 @@
 """Metrics reach every logger: one that somebody adds, JSON lines, TensorBoard, and lines or a bar."""
 
+import itertools
 import json
+import logging
 import math
 import multiprocessing
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from data.workers import in_workers
-from pretrain.trainer import signals
+from pretrain.trainer import phases, signals
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import CheckpointConfig, DataConfig, LogConfig, OptimConfig, RunConfig, TrainConfig
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import JsonLines, Loggers, MetricLogger, ProgressBar, TensorBoard, Values, build_loggers
 from pretrain.trainer.metrics import read_metrics
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder
 
 METRICS = {"step": 3, "epoch": 0.75, "loss": 0.5, "lr": 1e-3, "images_per_s": 80.0, "step_s": 0.1, "data_wait": 0.25}
@@ -191,15 +193,52 @@ def test_tensorboard_has_all_finite_values(tmp_path: Path):
     assert (loss.step, loss.value) == (1, 0.5)
 
 
-def test_without_a_terminal_each_logged_step_is_a_line(capsys: pytest.CaptureFixture[str]):
-    bar = ProgressBar("tiny", start=0, total=10)
-    bar.step()
-    bar.log_metrics(METRICS)
-    bar.log_evaluation({"step": 3, "epoch": 0.75, "top1": 0.5})
-    bar.close()
+def test_without_a_terminal_the_first_steps_and_each_logged_one_are_lines(capsys: pytest.CaptureFixture[str]):
+    """After a resume at step 2; the time of the first step, in which things are compiled, is no measure of the rest."""
+    with patch("pretrain.trainer.loggers.time.monotonic", side_effect=itertools.count(0.0, 4.0)):
+        bar = ProgressBar("tiny", start=2, total=10)
+        bar.step()
+        bar.log_metrics(METRICS)
+        bar.step()
+        bar.step()
+        bar.log_evaluation({"step": 5, "epoch": 0.75, "top1": 0.5})
+        bar.close()
     out, err = capsys.readouterr()
-    assert out == "step 3/10  loss 0.5000  lr 1.00e-03  80.0 img/s  wait 25%  00:00 left\n"
-    assert err == "step 3: top1 0.5\n"
+    assert out.splitlines() == [
+        "step 3/10  the first one took 4.0 s",
+        "step 3/10  loss 0.5000  lr 1.00e-03  80.0 img/s  wait 25%  00:00 left",
+        "step 5/10  8.00 s a step, about 00:40 left",
+    ]
+    assert err == "step 5: top1 0.5\n"
+
+
+def test_without_a_terminal_no_minute_is_silent(capsys: pytest.CaptureFixture[str]):
+    """Steps that are logged rarely, of 25 seconds each."""
+    with patch("pretrain.trainer.loggers.time.monotonic", side_effect=itertools.count(0.0, 12.5)):
+        bar = ProgressBar("tiny", start=0, total=100)
+        for _ in range(9):
+            bar.step()
+    steps = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert steps[:2] == [1, 3]
+    assert all(later - earlier <= 6 for earlier, later in itertools.pairwise(steps))
+    assert steps[-1] >= 7
+
+
+def test_a_phase_that_takes_long_is_mentioned_and_a_quick_one_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(phases, "SLOW", 0.01)
+    with report_if_slow("the index is made"):
+        deadline = time.monotonic() + 10
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert caplog.messages[0] == "the index is made: 00:00 so far"
+    caplog.clear()
+    monkeypatch.setattr(phases, "SLOW", 60.0)
+    with report_if_slow("quick"):
+        pass
+    assert caplog.messages == []
 
 
 def wait_forever(request: int) -> None:
@@ -214,9 +253,9 @@ def test_a_signal_ends_a_run_whose_data_never_comes(
     saved: list[int] = []
     run = stub_run(tmp_path / "run", state=TrainState(step=4))
     run.checkpoints.save = lambda engine, ema, state: saved.append(state.step)
-    one = islice(run.loader.batches(4, 8), 1)
+    one = itertools.islice(run.loader.batches(4, 8), 1)
     never = ([batch] for batch in in_workers(wait_forever, iter(range(99)), 1))
-    run.loader.batches = lambda start, end: chain(one, never)
+    run.loader.batches = lambda start, end: itertools.chain(one, never)
     monkeypatch.setattr(signals, "_received", [])
     threading.Timer(0.5, signals._received.append, [int(signal.SIGTERM)]).start()
     with pytest.raises(signals.Stopped, match="SIGTERM while waiting for data: saved and stopped after step 5 of 8"):

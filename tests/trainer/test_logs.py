@@ -60,6 +60,7 @@ def test_the_main_rank_talks_and_the_others_only_complain(capsys: pytest.Capture
 
 @pytest.mark.parametrize("world", [MAIN, OTHER])
 def test_each_rank_has_a_file_with_all_messages(world: World, tmp_path: Path):
+    (tmp_path / "logs").mkdir()  # by the main rank
     log_to_console(world)
     log_to_file(tmp_path / "logs", world)
     log_everything()
@@ -96,6 +97,15 @@ def test_a_full_disk_does_not_disturb_a_run(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == "the disk is full\n"
 
 
+def test_a_rank_that_speaks_after_its_folder_was_removed_does_not_bring_it_back(tmp_path: Path, capsys):
+    """The main rank removes the folder of a run whose settings are refused."""
+    log_to_console(OTHER)
+    log_to_file(tmp_path / "refused" / "logs", OTHER)
+    OURS.error("error on rank 1: unknown key")
+    assert capsys.readouterr().err == "error on rank 1: unknown key\n"
+    assert not (tmp_path / "refused").exists()
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -123,6 +133,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., o
 
     def run(error: Exception | None, rank: int = 0) -> object:
         def train(config: RunConfig, world: World) -> None:
+            (tmp_path / "logs").mkdir(exist_ok=True)
             log_to_file(tmp_path / "logs", world)
             if error is not None:
                 raise error
@@ -149,6 +160,16 @@ def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
     assert capsys.readouterr().err == f"error on rank {rank}: {error}\n"
     logged = (tmp_path / "logs" / f"rank{rank}.log").read_text()
     assert logged.endswith(f" ERROR pretrain.trainer.main: error on rank {rank}: {error}\n")
+
+
+@pytest.mark.parametrize(("rank", "says"), [(0, "error on rank 0: no shards\n"), (1, "")])
+def test_what_all_ranks_of_a_node_find_is_said_once(
+    rank: int, says: str, run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises((ValueError, entry.SaidByAnotherError)) as caught, entry.said_once_a_node(World(rank, 2, rank)):
+        raise ValueError("no shards")
+    assert run_main(caught.value, rank) == 1
+    assert capsys.readouterr().err == says
 
 
 CUDA_SAYS = (

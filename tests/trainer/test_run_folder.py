@@ -1,6 +1,8 @@
-"""The folder of a run: where what is compiled goes."""
+"""The folder of a run: who may write to it, what a refused one leaves, and where what is compiled goes."""
 
 import os
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,58 @@ def test_the_environments_own_caches_are_kept(tmp_path: Path, monkeypatch: pytes
     RunFolder(tmp_path / "run").cache_compiled()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/cache/inductor"
     assert os.environ["TRITON_CACHE_DIR"] == "/cache/triton"
+
+
+def test_a_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also when its launcher was killed and nobody knows of it any more."""
+    first, second = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "mine")
+    for job, stop in ((None, f"`kill {os.getpid()}`"), ("77", "`scancel 77`")):
+        monkeypatch.setenv("SLURM_JOB_ID", job or "")
+        said = (
+            f"another run is writing to {tmp_path / 'mine'}, and goes on even if its launcher was killed: {stop} on "
+            f"{socket.gethostname()} (process {os.getpid()}, since "
+        )
+        with (
+            first.locked(),
+            pytest.raises(ValueError, match=re.escape(said) + r".*the same command continues it.*another name="),
+            second.locked(patience=0),
+        ):
+            pass
+    with second.locked(patience=0):
+        pass
+
+
+def end(folder: RunFolder, error: Exception, *written: Path) -> None:
+    """A run that writes some files, and ends by an error."""
+    with folder.locked():
+        for path in written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        raise error
+
+
+def test_refused_settings_leave_no_folder(tmp_path: Path):
+    folder = RunFolder(tmp_path / "runs" / "refused")
+    with pytest.raises(ValueError, match="of the settings"):
+        end(folder, ValueError("of the settings"), folder.logs / "rank0.log")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("written", ["config.yaml", "checkpoints/step_00000001/manifest.json"])
+def test_what_a_run_has_written_stays(written: str, tmp_path: Path):
+    folder = RunFolder(tmp_path / "started")
+    path = folder.root / written
+    with pytest.raises(ValueError, match="after some steps"):
+        end(folder, ValueError("after some steps"), path)
+    assert path.exists()
+    path.unlink()
+    with pytest.raises(ValueError, match="again"):
+        end(folder, ValueError("again"))
+    assert folder.root.exists(), "this command has not made it"
+
+
+def test_an_unexpected_error_leaves_its_traceback(tmp_path: Path):
+    folder = RunFolder(tmp_path / "failed")
+    with pytest.raises(RuntimeError, match="a bug"):
+        end(folder, RuntimeError("a bug"), folder.logs / "rank0.log")
+    assert (folder.logs / "rank0.log").exists()

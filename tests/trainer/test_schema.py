@@ -1,12 +1,11 @@
 """Overrides on the command line, and what of a configuration a run may not change when it continues."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 
 from pretrain.trainer.config import RunConfig
-from pretrain.trainer.schema import MAY_CHANGE, Section, load_config, parse_overrides, parse_value
+from pretrain.trainer.schema import MAY_CHANGE, Section, nearest, parse_value
 
 
 @pytest.mark.parametrize(
@@ -53,18 +52,23 @@ def test_a_value_that_is_neither_is_refused(text: str):
         parse_value(text)
 
 
-def test_overrides_nest_and_the_last_one_wins():
-    assert parse_overrides(["a.b.c=1", "a.d=x", "a.b.c=2"]) == {"a": {"b": {"c": 2}, "d": "x"}}
-
-
-def test_a_number_is_text_where_the_schema_has_text(tmp_path: Path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("name: 2024\ndata: {shards: /nowhere}\n")
-    assert load_config(RunConfig, str(recipe), [], tmp_path).name == "2024"
-    for name in ("007", "12e45", "1.50", "2024"):  # a commit's hash may look like a number
-        assert load_config(RunConfig, str(recipe), [f"name={name}", f"data.shards={name}"], tmp_path).name == name
-    config = load_config(RunConfig, str(recipe), ["optim.base_lr=1e-3", "data.image_size=(160, 224)"], tmp_path)
-    assert (config.optim.base_lr, config.data.image_size) == (1e-3, (160, 224))
+@pytest.mark.parametrize(
+    ("name", "names", "says"),
+    [
+        (
+            "lomar_vitb16_400",
+            ["lomar_vitb16_224_1600e", "lomar_vitb16_224_400e"],
+            "did you mean lomar_vitb16_224_400e?",
+        ),
+        ("windows", ["window_size", "num_windows"], "did you mean num_windows?"),
+        ("epoch", ["every_epochs", "epochs"], "did you mean epochs?"),
+        ("lr", ["base_lr", "min_lr", "betas"], "did you mean base_lr or min_lr?"),
+        ("400", ["x_4000e", "x_400e"], "did you mean x_400e?"),
+        ("qqq", ["b", "a"], "valid: a, b"),
+    ],
+)
+def test_the_nearest_name_has_every_part_that_was_typed(name: str, names: list[str], says: str):
+    assert nearest(name, names) == says
 
 
 class Inner(Section):

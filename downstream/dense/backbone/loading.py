@@ -49,14 +49,9 @@ def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report
         ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position; or the
             backbone computes other features with its weights than the encoder.
     """
-    try:
-        found = read_encoder(path, weights=weights)
-        rows, cols = found.spec.grid
-        size = (rows * backbone.patch_size, cols * backbone.patch_size)
-        encoder, report = build_encoder(found, image_size=size, patch_size=backbone.patch_size)
-    except ValueError as error:
-        raise ValueError(f"start.checkpoint: {error}") from None
-    _check(backbone, encoder, path)
+    arch = next(name for name, arch in ARCHS.items() if arch == backbone.arch)
+    class_token = backbone.cls_token is not None
+    encoder, report = read_start(path, weights, arch, backbone.patch_size, backbone.position, class_token)
     _fill(backbone, encoder, report)
     difference = compare_features(backbone, encoder)
     if not difference <= FLOAT64_TOLERANCE:
@@ -68,15 +63,33 @@ def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report
     return report
 
 
-def _check(backbone: PlainViT, encoder: ViT, path: str) -> None:
-    names = {arch: name for name, arch in ARCHS.items()}
-    stored, expected = names[encoder.arch], names[backbone.arch]
-    if stored != expected:
+def read_start(
+    path: str,
+    weights: Weights | None,
+    arch: str = "vit_base",
+    patch_size: int = 16,
+    position: str = "relative",
+    class_token: bool = False,
+) -> tuple[ViT, Report]:
+    """The encoder that a backbone with these arguments starts from, with patches of its size.
+
+    Raises:
+        ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position, or has no
+            class token where one is needed.
+    """
+    try:
+        found = read_encoder(path, weights=weights)
+        rows, cols = found.spec.grid
+        encoder, report = build_encoder(found, image_size=(rows * patch_size, cols * patch_size), patch_size=patch_size)
+    except ValueError as error:
+        raise ValueError(f"start.checkpoint: {error}") from None
+    stored = next(name for name, arch in ARCHS.items() if arch == encoder.arch)
+    if stored != arch:
         raise ValueError(
-            f"start.checkpoint={path} is {stored}, model.backbone.arch is {expected}: set it to {stored} "
+            f"start.checkpoint={path} is {stored}, model.backbone.arch is {arch}: set it to {stored} "
             f"(a config of that size), or give another checkpoint"
         )
-    if encoder.cls_token is None and backbone.cls_token is not None:
+    if encoder.cls_token is None and class_token:
         raise ValueError(
             f"start.checkpoint={path} has no class token: set model.backbone.class_token=False, or give another one"
         )
@@ -86,12 +99,13 @@ def _check(backbone: PlainViT, encoder: ViT, path: str) -> None:
             f"start.checkpoint={path} has learned relative bias tables (BEiT's, SimMIM's), and the backbone "
             f"offers position=relative or sincos only: give another checkpoint"
         )
-    if kind != backbone.position:
+    if kind != position:
         tables = {"relative": "relative tables (LoMaR's)", "sincos": "an absolute position table and no relative ones"}
         raise ValueError(
-            f"start.checkpoint={path} has {tables[kind]}, and model.backbone.position is {backbone.position}: "
+            f"start.checkpoint={path} has {tables[kind]}, and model.backbone.position is {position}: "
             f"set model.backbone.position={kind}, or give another checkpoint"
         )
+    return encoder, report
 
 
 def _fill(backbone: PlainViT, encoder: ViT, report: Report) -> None:

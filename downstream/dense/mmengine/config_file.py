@@ -10,6 +10,7 @@ from mmengine.config import Config, ConfigDict, utils
 
 from downstream.dense.job import Job
 from downstream.dense.mmengine.encoder_start import set_start
+from downstream.dense.mmengine.known_keys import READ, check_variables, explain_variable, known_keys
 from pretrain.trainer.schema import nearest, split_override
 
 # mmengine looks for a package of the original name where a configuration inherits "mmseg::...".
@@ -30,6 +31,7 @@ _RUN_KEYS: dict[str, Any] = {
     "train.ds_config": None,
     "train.precision": None,
 }
+_TEXT = {"name", "runs", "test", "start.checkpoint", "start.weights", "train.ds_config"}  # taken as they are typed
 _CHOICES = {"train.precision": ("fp32", "bf16")}
 
 # Keys of mmengine that can be overridden even if the configuration does not set them.
@@ -62,9 +64,13 @@ def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable
         _set_default(cfg, key, value)
     run, overridden = dict(_RUN_KEYS), {}
     for override in overrides:
+        key, equals, text = override.partition("=")
+        if key in _TEXT and equals:
+            run[key] = _check_text(key, text)
+            continue
         key, text, value = split_override(override, "KEY=value, for example train_cfg.max_epochs=25")
         if key in run:
-            run[key] = _check_run_key(key, value, text)
+            run[key] = _check_run_key(key, value)
         else:
             overridden[key] = _override(cfg, key, value, text)
     if run["tta"] and not run["test"]:
@@ -88,9 +94,11 @@ def _find(name: str, configs: Path) -> Path:
 def _read(path: Path) -> Config:
     try:
         # Its modules are imported later: DeepSpeed's accelerator is not chosen yet.
-        return Config.fromfile(path, import_custom_modules=False)
+        cfg = Config.fromfile(path, import_custom_modules=False)
     except Exception as error:  # whatever its Python raises
         raise ValueError(f"{path} cannot be read as a configuration: {type(error).__name__}: {error}") from None
+    check_variables(path)
+    return cfg
 
 
 def _set_default(tree: Any, key: str, value: Any) -> None:
@@ -101,19 +109,21 @@ def _set_default(tree: Any, key: str, value: Any) -> None:
             _set_default(tree[key], inner, default)
 
 
-def _check_run_key(key: str, value: Any, text: str) -> Any:
-    """The value of a key of the run; ValueError where it has another type or is not one of its choices."""
+def _check_text(key: str, text: str) -> str | None:
+    """The value of a key of the run that is text; ValueError where it cannot be one."""
+    if key == "name" and not re.fullmatch(r"[\w-][\w.-]*", text):
+        raise ValueError(f"name={text!r}: the name of a folder in runs=, of letters, digits, '_', '-' and '.'")
+    return text if key == "name" or text not in ("", "null", "None") else None
+
+
+def _check_run_key(key: str, value: Any) -> Any:
+    """The value of another key of the run; ValueError where it has another type or is not one of its choices."""
     if isinstance(_RUN_KEYS[key], bool):
         if not isinstance(value, bool):
             raise ValueError(f"{key}={value!r}: true or false")
-        return value
-    if value is None:
-        return None
-    if key in _CHOICES and value not in _CHOICES[key]:
+    elif value is not None and value not in _CHOICES[key]:
         raise ValueError(f"{key}={value!r}: {' or '.join(_CHOICES[key])}")
-    if key == "name" and not re.fullmatch(r"[\w-][\w.-]*", text):
-        raise ValueError(f"name={text!r}: the name of a folder in runs=, of letters, digits, '_', '-' and '.'")
-    return text
+    return value
 
 
 def _work_dir(run: dict[str, Any], default: str) -> str:
@@ -124,8 +134,10 @@ def _work_dir(run: dict[str, Any], default: str) -> str:
 def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
     """The dictionary or list that holds the value of a dotted key, and the last part of the key.
 
+    Of a dictionary the value may be missing, if it is one of its `known_keys`.
+
     Raises:
-        ValueError: there is no such key.
+        ValueError: there is no such key, or nothing reads it.
     """
     if key == "work_dir":
         raise ValueError("work_dir is runs/NAME: give name=, and runs= for another parent folder")
@@ -135,11 +147,16 @@ def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
         names = [str(n) for n in range(len(tree))] if isinstance(tree, list) else list(map(str, tree))
         if part not in names:
             parent = ".".join([*above, last][:depth])
+            known = known_keys(cfg, parent, tree)
+            if part in known and depth == len(above):
+                return tree, part
             if depth == 0:  # or the first part of a key of the run is meant
                 run_key = next((known for known in _RUN_KEYS if known.startswith(f"{part}.")), None)
-                near = nearest(key, list(_RUN_KEYS)) if run_key else nearest(part, [*{*names, *_RUN_KEYS}])
+                near = nearest(key, list(_RUN_KEYS)) if run_key else nearest(part, [*{*names, *known, *_RUN_KEYS}])
                 raise ValueError(f"unknown key {key}: {near}")
-            raise ValueError(f"unknown key {key}: in {parent}, {nearest(part, names)}")
+            raise ValueError(f"unknown key {key}: in {parent}, {nearest(part, [*{*names, *known}])}")
+        if depth == 0 and part not in READ:
+            raise ValueError(f"{key}: {part} was resolved as the configuration was read: {explain_variable(cfg, key)}")
         step = int(part) if isinstance(tree, list) else part
         if depth < len(above):
             tree = tree[step]
@@ -150,9 +167,11 @@ def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
 
 def _override(cfg: Config, key: str, value: Any, text: str) -> Any:
     tree, step = _find_key(cfg, key)
-    if isinstance(tree[step], str) and isinstance(value, int | float):
+    missing = not isinstance(tree, list) and step not in list(tree)
+    old = known_keys(cfg, key.rpartition(".")[0], tree)[step] if missing else tree[step]
+    if isinstance(old, str) and not isinstance(value, str | list | tuple | dict | None):
         value = text
-    if problem := _wrong_type(tree[step], value):
+    if problem := None if missing else _wrong_type(old, value):
         raise ValueError(f"{key}={value!r}: {problem}")
     tree[step] = value
     return value

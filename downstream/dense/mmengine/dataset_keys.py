@@ -6,6 +6,9 @@ from typing import Any
 
 SPLITS = ("train", "val", "test")
 
+# All keys at the top of a configuration that are copied: see `propagate_keys` of detection and of segmentation.
+PROPAGATED = ("data_root", "classes", "size", "with_masks", "reduce_zero_label", "mask_values", "stride", "scale")
+
 
 def propagate_data_keys(cfg: Any) -> None:
     """Copies `data_root` and `classes`, where they are not None, into every data set of an mmengine Config.

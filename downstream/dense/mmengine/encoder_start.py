@@ -32,6 +32,18 @@ def set_start(cfg: Any, checkpoint: str | None, weights: str | None) -> None:
     backbone.init_cfg = init
 
 
+def check_start(cfg: Any) -> None:
+    """Raises ValueError where the backbone's encoder cannot start it, as `load_start`, before any model is built."""
+    from downstream.dense.backbone.loading import read_start  # it needs modules that a configuration names
+
+    backbone = cfg.model.get("backbone") or {}
+    for init in _init_cfgs(backbone):
+        if init.get("type") == _TYPE:
+            names = ("arch", "patch_size", "position")
+            known = {name: backbone[name] for name in names if name in backbone}
+            read_start(init["checkpoint"], init.get("weights"), **known)
+
+
 def has_start(cfg: Any) -> bool:
     """Whether the backbone starts from an encoder's checkpoint."""
     return any(init.get("type") == _TYPE for init in _init_cfgs(cfg.model.backbone))

@@ -2,25 +2,31 @@
 
 import copy
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.utils import import_modules_from_strings
 
 from downstream.dense.job import Job
 from downstream.dense.mmengine.checkpoint_files import find_weights, last_checkpoint, refuse_pickles
+from downstream.dense.mmengine.console import shorten_console, silence_warnings
 from downstream.dense.mmengine.data_order import by_epoch, shield_workers, wrap_train_data
 from downstream.dense.mmengine.dataset_keys import datasets
-from downstream.dense.mmengine.encoder_start import clear_start
+from downstream.dense.mmengine.encoder_start import check_start, clear_start
 from downstream.dense.mmengine.hooks import DurableCheckpointHook, Fp32OutputsHook, ResumeHook, plain_numbers
 from downstream.dense.mmengine.strategy import ZeroStrategy
 from pretrain.trainer.checkpoint import first_problem
-from pretrain.trainer.engine import OWNED, complete_settings, read_ds_config, zero_stage
+from pretrain.trainer.engine import complete_settings, zero_stage
+from pretrain.trainer.engine_file import OWNED, read_ds_config
 from pretrain.trainer.launch import World
+
+_log = logging.getLogger(__name__)
 
 # Keys of DeepSpeed that the configuration or the command owns.
 _OWNED = OWNED | {
@@ -47,11 +53,14 @@ def run(job: Job, world: World, check: Callable[[Config, list[str]], list[str]])
         OSError: a checkpoint could not be written.
     """
     refuse_pickles()
+    silence_warnings()
     cfg = copy.deepcopy(job.cfg)
     if imports := cfg.get("custom_imports"):
         import_modules_from_strings(**imports)
     splits = ["test"] if job.test else ["train", "val"] if cfg.get("val_dataloader") else ["train"]
-    _on_main(world, lambda: print(*check(cfg, splits), sep="\n", flush=True))
+    if not job.test and not (job.resume and last_checkpoint(cfg.work_dir)):
+        _on_main(world, lambda: check_start(cfg))
+    _on_main(world, lambda: _log.info("%s", "\n".join(check(cfg, splits))))
     if job.test:
         _test(cfg, job.test, job.tta, world)
     else:
@@ -124,7 +133,7 @@ def _train(cfg: Config, job: Job, world: World) -> None:
     runner = _zero_runner(cfg, settings, start) if settings else _plain_runner(cfg, world)
     if world.is_main:
         origin = f"continues from {last}" if last else f"starts from the weights in {start}" if start else "starts"
-        print(f"{batch_line}; {origin}", flush=True)
+        _log.info("%s; %s", batch_line, origin)
         as_given.dump(Path(cfg.work_dir) / "config.py")  # mmengine has dumped it with all that was added here
     runner.train()
 
@@ -154,7 +163,12 @@ def _plain_runner(cfg: Config, world: World) -> Runner:
             "find_unused_parameters": cfg.find_unused_parameters,
             "device_ids": None,  # mmengine's default are GPUs
         }
-    return Runner.from_cfg(cfg)
+    return _PlainRunner.from_cfg(cfg)
+
+
+class _PlainRunner(Runner):
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        return shorten_console(super().build_logger(*args, **kwargs))
 
 
 def _zero_runner(cfg: Config, settings: dict[str, Any], start: str | None) -> FlexibleRunner:

@@ -14,11 +14,12 @@ import torch
 from mmengine._strategy import BaseStrategy
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngineWrapper
 from mmengine.config import ConfigDict
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODEL_WRAPPERS, OPTIM_WRAPPERS, STRATEGIES
 from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_model
 from torch import nn
 
+from downstream.dense.mmengine.console import shorten_console
 from pretrain.trainer.checkpoint import SafeCheckpointEngine, first_problem
 from pretrain.trainer.engine import gather_state_dict
 from pretrain.trainer.launch import World
@@ -92,6 +93,9 @@ class ZeroStrategy(BaseStrategy):
     def __init__(self, *, settings: dict[str, Any], start: str | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.settings, self.start = ConfigDict(settings).to_dict(), start
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        return shorten_console(super().build_logger(*args, **kwargs))
 
     def prepare(
         self,

@@ -4,8 +4,9 @@
         start.checkpoint=runs/my-run data_root=/data/coco
 
 A step is 64 images: 8 ranks x 4 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
-so that it stays 64. No published number. To compare with, detectron2's ViTDet on MAE's ViT-B: 51.6 and 45.9. Not run by
-us.
+so that it stays 64. LoMaR's paper, Table 2: 51.4 box AP, 45.7 mask AP, for "25 epochs": in ViTAE's code, which its
+baselines are from, an epoch reads COCO four times. The rate falls after 89 and 96 epochs, as in detectron2 (ViTAE's
+code: 88 and 96). Not run by us.
 """
 
 _base_ = ["vitdet_vitb_lomar_25ep.py"]

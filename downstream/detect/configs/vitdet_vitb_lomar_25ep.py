@@ -4,7 +4,8 @@
         start.checkpoint=runs/my-run data_root=/data/coco
 
 A step is 64 images: 8 ranks x 4 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
-so that it stays 64. LoMaR's paper, Table 2: 51.4 box AP, 45.7 mask AP. Not run by us.
+so that it stays 64. No published number: the "25 epochs" of LoMaR's paper read COCO four times each,
+vitdet_vitb_lomar_100ep. Not run by us.
 """
 
 _base_ = ["_base_/vitdet.py"]

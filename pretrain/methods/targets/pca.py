@@ -54,6 +54,7 @@ class PCATarget(PatchTarget):
         mean, components = read_components(config.file, patch_size)
         self.mean, self.components = mean.float(), components.float()  # (P,) and (num_outputs, P)
         self.num_outputs = len(components)
+        self.caption = f"The target is {len(components)} principal components of a patch: what others hold is missing."
 
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
         return patches

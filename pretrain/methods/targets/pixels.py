@@ -23,6 +23,12 @@ class PixelTarget(PatchTarget):
     def __init__(self, config: PixelsConfig, patch_size: int):
         self.norm_pix, self.l1 = config.norm_pix, config.loss == "l1"
         self.num_outputs = values_per_patch(patch_size)
+        if config.norm_pix:
+            self.caption = (
+                "The target is normalized patches (target.norm_pix): a patch's mean and contrast are not predicted. "
+                "The prediction alone has the same for all patches; the reconstruction has those of the true patches, "
+                "so it looks better than the prediction is."
+            )
 
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
         return patches
@@ -32,4 +38,4 @@ class PixelTarget(PatchTarget):
         return (error.abs() if self.l1 else error.square()).mean()
 
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        return {"reconstruction": predicted_pixels(prediction, truth, self.norm_pix)}
+        return predicted_pixels(prediction, truth, self.norm_pix)

@@ -21,7 +21,9 @@ class TokensConfig(TargetConfig):
     """The keys of `target.name=tokens`; once validated, `sha256` is always that of the tokenizer."""
 
     name: Literal["tokens"] = "tokens"
-    tokenizer: Literal["random_projection", "dalle"] = "random_projection"
+    tokenizer: Literal["random_projection", "dalle"] = Field(
+        "random_projection", description="random_projection: untrained, needs no weights; dalle: needs weights"
+    )
     vocab_size: int = Field(8192, ge=2, description="number of codes")
     seed: int = Field(0, ge=0, lt=2**32, description="random_projection: seed of the projection and the codes")
     code_dim: int = Field(16, ge=1, description="random_projection: width of a code")
@@ -47,6 +49,9 @@ class TokensConfig(TargetConfig):
 
 class TokenTarget(PatchTarget):
     """The tokenizer's code for each patch."""
+
+    caption = "Codes have no pixels: each is drawn in a color of its own. A prediction is right where the colors agree."
+    has_pixels = False
 
     def __init__(self, config: TokensConfig, grid: Grid, patch_size: int):
         self.patch_size, self.num_outputs = patch_size, config.vocab_size

@@ -5,8 +5,8 @@ A data set of your own in COCO's format needs overrides only if it has COCO's la
 
     data_root=/data/birds classes='["robin", "wren"]'
 
-and else a config of your own. Classes are named in the order of the annotation file. `data_root` and `classes` are
-copied to wherever mmdet reads them (data sets, evaluators, heads) when our commands load the config:
+and else a config of your own. Classes are named in the order of the annotation file. `data_root`, `classes`, `size` and
+`with_masks` are copied to wherever mmdet reads them (data sets, evaluators, heads) when our commands load the config:
 
     _base_ = ["vitdet_vitb_lomar_25ep.py"]    # or its path
     data_root = "/data/birds/"
@@ -26,12 +26,14 @@ custom_imports = dict(
         "downstream.dense.backbone.loading",  # EncoderCheckpoint
         "downstream.dense.backbone.plain_vit",
         "downstream.dense.mmengine.layer_decay",
+        "downstream.detect.coco_metric",
         "downstream.detect.pyramid",
     ]
 )
 
 data_root = "data/coco/"
 classes = None  # those of COCO
+with_masks = True
 size = 1024
 norm = dict(type="LN2d")
 
@@ -82,6 +84,8 @@ train_dataloader = dict(
 )
 val_dataloader = dict(num_workers=4, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
+val_evaluator = dict(type="AnyIdsCocoMetric")
+test_evaluator = val_evaluator
 
 # bf16 has the range of fp32 and needs no loss scale; autocast keeps weights, norms, gradients and AdamW's states in
 # fp32; a step with a gradient that is not finite is skipped. detectron2's recipe is in fp16.

@@ -1,13 +1,14 @@
 """UperNet on ViT-B, ADE20K at 512 pixels, 160k iterations: mmseg's own configs with these changes.
 
-A data set of your own needs overrides only if it has ADE20K's layout (`images/{training,validation}/*.jpg`,
+A data set of your own needs overrides only if it has ADE20K's layout (images in `images/{training,validation}/`,
 `annotations/{training,validation}/*.png`, the number of a class in each pixel of a mask, 255 where it has none):
 
     data_root=/data/fields classes='["soil", "wheat"]' reduce_zero_label=false
 
 and else a config of your own. Classes are named in the order of their numbers, from 0, or from 1 with
-`reduce_zero_label=true`, where 0 is no class, as in ADE20K. The keys at the top are copied to wherever mmseg reads them
-(data sets, pipelines, heads, windows) when our commands load the config:
+`reduce_zero_label=true`, where 0 is no class, as in ADE20K. Masks with other numbers need `mask_values`, the number of
+each class: `mask_values=[0,255]` where one of two classes is white. The keys at the top are copied to wherever mmseg
+reads them (data sets, pipelines, heads, windows) when our commands load the config:
 
     _base_ = ["upernet_vitb_lomar_160k.py"]    # or its path
     data_root = "/data/fields/"
@@ -34,12 +35,14 @@ custom_imports = dict(
         "downstream.dense.backbone.plain_vit",
         "downstream.dense.mmengine.layer_decay",
         "downstream.segment.linear_head",
+        "downstream.segment.own_dataset",
     ]
 )
 
 data_root = "data/ade/ADEChallengeData2016"
 classes = None  # those of ADE20K
 reduce_zero_label = True
+mask_values = None  # 0, 1, 2, ...
 size = 512
 stride = 341
 scale = (2048, 512)

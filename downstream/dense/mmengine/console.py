@@ -1,0 +1,34 @@
+"""What mmengine and its libraries say on the console: their log file in the run's folder has all of it."""
+
+import logging
+import warnings
+
+from mmengine.logging import MMLogger
+
+# How messages begin that are long, or false alarms.
+_FOR_THE_FILE = (
+    "System environment:",
+    "Config:",
+    "Hooks will be executed",
+    "Distributed training is not used, all SyncBatchNorm",
+    "The prefix is not set in metric class",
+    '"FileClient" will be deprecated',
+    '"HardDiskBackend" is the alias',
+)
+
+
+def _is_for_the_console(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip("\n- ").startswith(_FOR_THE_FILE)
+
+
+def shorten_console(logger: MMLogger) -> MMLogger:
+    """Keeps an mmengine logger's long messages and false alarms out of the console."""
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(_is_for_the_console)
+    return logger
+
+
+def silence_warnings() -> None:
+    """Ignores what the libraries warn their developers of: their own calls of functions that will change."""
+    warnings.filterwarnings("ignore", module=r"(mmcv|mmdet|mmengine|mmseg|torch)(\.|$)")

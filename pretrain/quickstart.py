@@ -1,0 +1,89 @@
+"""How many epochs of the quick start fit into minutes on this machine: ``python -m pretrain.quickstart``.
+
+Takes a few steps of the recipe as one of its processes does, but without data and engine, says on stderr how long one
+took, and prints the overrides with which `make pretrain` trains: none where all epochs of the recipe fit. A run that
+has begun keeps its epochs.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from data.order import Stream, sample_rng
+from pretrain.config import PretrainConfig, load
+from pretrain.trainer.launch import choose_accelerator
+from pretrain.trainer.run_folder import RunFolder
+
+RECIPE = "quickstart"
+STEPS_PER_EPOCH = 10
+MINUTES = 4.0  # of training
+FEWEST = 10  # epochs, after which the reconstructions show something
+PROCESSES = 2  # of `make pretrain` on CPUs
+MEASURED = 5.0  # seconds, after a first step that is not counted
+ENGINE = 1.3  # a step with engine, data workers and logs takes as many times as long
+
+
+def measure_step(config: PretrainConfig, seconds: float = MEASURED) -> float:
+    """Seconds of a step on this machine as it is now: forward, backward and AdamW, on one process's part of a batch."""
+    choose_accelerator()
+    from pretrain.build import build_method  # imports DeepSpeed
+
+    device, batch = torch.device("cuda"), config.train.global_batch_size
+    if not torch.cuda.is_available():
+        device, batch = torch.device("cpu"), batch // PROCESSES
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // PROCESSES, 1))
+    method = build_method(config).to(device)
+    sampler = method.mask_sampler()
+    masks = [sampler(sample_rng(0, 0, sample, Stream.MASK)) for sample in range(batch)]
+    indices = {name: torch.stack([torch.from_numpy(mask[name]) for mask in masks]).to(device) for name in masks[0]}
+    images = torch.randint(0, 256, (batch, *config.data.height_width, 3), dtype=torch.uint8, device=device)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4)
+    steps, start = -1, time.perf_counter()
+    while steps < 1 or time.perf_counter() - start < seconds:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            loss: Tensor = method(images, indices)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for a GPU
+        steps += 1
+        if steps == 0:
+            start = time.perf_counter()
+    return (time.perf_counter() - start) / steps
+
+
+def choose_epochs(step: float, most: int) -> int:
+    """As many epochs as fit into `MINUTES` if a step takes so many seconds, from `FEWEST` to `most`."""
+    return min(max(int(60 * MINUTES / (step * ENGINE * STEPS_PER_EPOCH)), FEWEST), most)
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    config = load(RECIPE, [])
+    begun = RunFolder(Path(config.runs) / config.name).config
+    if begun.is_file():
+        keys = yaml.safe_load(begun.read_text())
+        epochs, warmup = keys["train"]["epochs"], keys["optim"]["warmup_epochs"]
+        print(f"{begun.parent} goes on with its {epochs} epochs", file=sys.stderr)
+    else:
+        step = measure_step(config)
+        epochs = choose_epochs(step, config.train.epochs)
+        warmup = config.optim.warmup_epochs * epochs / config.train.epochs
+        minutes = max(step * ENGINE * STEPS_PER_EPOCH * epochs / 60, 1)
+        less = "" if epochs == config.train.epochs else f" instead of {config.train.epochs}, as that is slow"
+        print(
+            f"a step takes about {step * ENGINE:.2f} s here: {epochs} epochs{less}, about {minutes:.0f} minutes",
+            file=sys.stderr,
+        )
+    if (epochs, warmup) != (config.train.epochs, config.optim.warmup_epochs):
+        print(f"train.epochs={epochs} optim.warmup_epochs={warmup:g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Draws what a run's newest checkpoint predicts of own images: `python -m pretrain.reconstruct RUN IMAGES OUT.png`.
+
+RUN is the folder of a run: one that is complete, was stopped or killed, or still goes on. IMAGES are image files, a
+folder of them, or shards. Central crops are shown; masks depend on --seed alone.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.eval_loader import EvalLoader
+from data.image_folder import Folder, Samples, load_samples
+from data.index import Keys
+from data.order import Stream, sample_rng
+from data.parallel import report_errors
+from data.scan import NO_LABEL
+from downstream.checkpoints.files import read_source
+from pretrain.config import load
+from pretrain.methods.base import MaskIndices, Method
+from pretrain.reconstructions import draw_reconstructions, drawn_method
+from pretrain.trainer.checkpoint_layout import latest_checkpoint, read_state
+from pretrain.trainer.launch import choose_accelerator
+from pretrain.trainer.run_folder import RunFolder
+
+
+def find_images(paths: Sequence[Path]) -> Samples:
+    """Image files, or else one folder of images, or shards.
+
+    Raises:
+        ValueError: there is nothing of the kind; the message names the path.
+    """
+    if len(paths) == 1 and (not paths[0].is_file() or paths[0].suffix == ".tar"):
+        return load_samples(paths[0])
+    for path in paths:
+        if not path.is_file() or path.suffix == ".tar":
+            raise ValueError(f"{path} is no image file: give image files, or one folder, or one set of shards")
+    root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    names = Keys.of([str(path.absolute().relative_to(root)) for path in paths])
+    return Folder(root, names, names, np.full(len(paths), NO_LABEL, np.int32), ())
+
+
+def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
+    """The method of a run with the weights of its newest checkpoint, in eval mode.
+
+    Returns:
+        The method whose predictions are drawn, height and width of its images, and what these weights are, in words.
+
+    Raises:
+        ValueError: it is no run of a pretraining, has no checkpoint, or predicts what cannot be shown.
+    """
+    choose_accelerator()
+    from pretrain.build import build_method  # imports DeepSpeed
+
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        raise ValueError(f"{run} is not the folder of a run: it has no {folder.config.name}")
+    config = load(str(folder.config), [])
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        raise ValueError(f"{run} has no checkpoint, and an encoder's file alone does not have what predicts pixels")
+    method = build_method(config)
+    shown = drawn_method(method)
+    if not shown.target.has_pixels:
+        raise ValueError(
+            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels or pca show "
+            f"reconstructions"
+        )
+    try:
+        method.load_state_dict(read_source(checkpoint, "online").tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not have the weights of {folder.config}: {error}") from None
+    return shown.eval(), config.data.height_width, f"{config.name}: after {read_state(checkpoint).step} steps"
+
+
+def read_images(samples: Samples, size: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
+    """The first images that can be decoded, (B, H, W, 3) uint8, and which samples they are; at most `count`.
+
+    Raises:
+        ValueError: none of those tried can be decoded.
+    """
+    images, numbers = [], []
+    for batch in EvalLoader(samples, size=size, batch=1).batches():
+        name = samples.keys[int(batch.samples)]
+        if not batch.readable:
+            print(f"left out, since it cannot be decoded: {name}", file=sys.stderr)
+            continue
+        images.append(batch.images)
+        numbers.append(int(batch.samples))
+        if len(images) == count:
+            break
+    if not images:
+        raise ValueError("none of the images can be decoded")
+    return torch.cat(images), numbers
+
+
+def draw_masks(method: Method, seed: int, samples: Sequence[int]) -> MaskIndices:
+    """Of each sample, as the data loader draws them."""
+    sampler = method.mask_sampler()
+    masks = [sampler(sample_rng(seed, 0, sample, Stream.MASK)) for sample in samples]
+    return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.reconstruct",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path)
+    parser.add_argument("images", metavar="IMAGES", type=Path, nargs="+")
+    parser.add_argument("out", metavar="OUT.png", type=Path)
+    parser.add_argument("--count", type=int, default=8, help="images to show, the first ones (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
+    options = parser.parse_args(argv)
+
+    def command() -> int:
+        if options.out.suffix != ".png":
+            raise ValueError(f"{options.out}: the last argument is the picture to write, named *.png")
+        if options.count < 1:
+            raise ValueError(f"--count {options.count} must be at least 1")
+        samples = find_images(options.images)
+        method, size, what = load_trained(options.run)
+        images, numbers = read_images(samples, size, options.count)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        indices = {name: index.to(device) for name, index in draw_masks(method, options.seed, numbers).items()}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        draw_reconstructions(method.to(device), images.to(device), indices, options.out, what)
+        print(f"{options.out}: {len(images)} images, {what}")
+        return 0
+
+    return report_errors(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

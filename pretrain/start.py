@@ -1,0 +1,76 @@
+"""Where a new run begins, if not from scratch: finds and checks what `start` names. `run.py` loads it."""
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pretrain.config import PretrainConfig
+from pretrain.trainer.checkpoint_layout import checkpoint_names
+from pretrain.trainer.launch import World
+from pretrain.trainer.run_folder import RunFolder
+
+_log = logging.getLogger(__name__)
+
+
+def find_start(config: PretrainConfig, folder: RunFolder, world: World) -> Path | None:
+    """What a new run is to be loaded from: the file or folder, or the newest intact checkpoint of `start.run`.
+
+    All ranks of a process group call it together.
+
+    Returns:
+        None without a start, and where the run has a checkpoint of its own, from which it continues: the start may be
+        gone by then.
+
+    Raises:
+        ValueError: `start.checkpoint` does not exist, or `start.run` is no run or has no intact checkpoint.
+    """
+    start = config.start
+    if start is None or not (start.checkpoint or start.run):
+        return None
+    is_new = [not checkpoint_names(folder.checkpoints)]
+    dist.broadcast_object_list(is_new)  # a shared disk may not show all ranks the same
+    if not is_new[0]:
+        if world.is_main:
+            _log.info("%s has checkpoints of its own: the start is not loaded again", folder.root)
+        return None
+    if start.run:
+        return _newest_checkpoint(start.run, config, world)
+    assert start.checkpoint
+    return Path(start.checkpoint)
+
+
+def check_start(config: PretrainConfig, folder: RunFolder) -> None:
+    """Finds at once what would otherwise be found after the shards were indexed; raises ValueError as `find_start`."""
+    start = config.start
+    if start is None or checkpoint_names(folder.checkpoints):
+        return
+    if start.checkpoint and not Path(start.checkpoint).exists():
+        raise ValueError(f"start.checkpoint={start.checkpoint}: there is no such file or folder")
+    if start.run:
+        source = RunFolder(Path(start.run))
+        if not source.config.is_file():
+            raise ValueError(
+                f"start.run={start.run} is not the folder of a run: it has no {source.config.name}; a file, or a single "
+                f"checkpoint of a run, is a start.checkpoint"
+            )
+        if not checkpoint_names(source.checkpoints):
+            raise ValueError(
+                f"start.run={start.run} has no checkpoint: let it go on to one (checkpoint.every_steps), or start from "
+                f"an encoder alone with start.checkpoint"
+            )
+
+
+def _newest_checkpoint(run: str, config: PretrainConfig, world: World) -> Path:
+    from pretrain.trainer.checkpoint import Checkpoints  # imports DeepSpeed, which chooses its accelerator on import
+
+    checkpoints = RunFolder(Path(run)).checkpoints
+    try:
+        found = Checkpoints(checkpoints, world, config.checkpoint).newest_intact()
+    except ValueError:
+        raise ValueError(
+            f"start.run={run}: all of its checkpoints are damaged; start from another run, or from the encoder alone "
+            f"with start.checkpoint={RunFolder(Path(run)).encoder}"
+        ) from None
+    assert found, "`check_start` has seen one"
+    return checkpoints / found[0]

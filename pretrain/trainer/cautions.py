@@ -1,0 +1,35 @@
+"""What a run may have been started with by mistake: it goes on, and says so at its beginning."""
+
+from collections.abc import Iterator
+
+from pretrain.trainer.config import RunConfig
+
+TINY_RATE = 1e-4  # at a batch of 256; in proportion to the root of the batch, by which AdamW's noise falls
+FEW_STEPS = 8  # of an epoch
+
+
+def cautions(config: RunConfig, samples: int, steps_per_epoch: int) -> Iterator[str]:
+    """A sentence for each setting that trains next to nothing, with what to set instead.
+
+    Args:
+        samples: of the training set.
+        steps_per_epoch: whole batches in it.
+    """
+    optim, batch = config.optim, config.train.global_batch_size
+    base = optim.lr_batch_size
+    if config.peak_lr < TINY_RATE * (batch / 256) ** 0.5 and batch < base:
+        wanted = optim.base_lr * (base / batch) ** 0.5
+        yield (
+            f"the learning rate is only {config.peak_lr:.2g}: optim.base_lr={optim.base_lr:g} is for a batch of {base} "
+            f"and scales with train.global_batch_size={batch}. Set a larger batch (train.gradient_accumulation_steps "
+            f"makes room), or optim.base_lr={wanted:.1e}, by the root of the batch"
+        )
+    if steps_per_epoch < FEW_STEPS:
+        unseen = samples - steps_per_epoch * batch
+        left = f", and {unseen} of the samples are left out of each" if unseen > samples // 10 else ""
+        fitting = max(1 << (samples // 20).bit_length() - 1, 1)
+        yield (
+            f"{samples} samples in batches of {batch} are {steps_per_epoch} steps an epoch, "
+            f"{steps_per_epoch * config.train.epochs} in all{left}: set a smaller batch, such as "
+            f"train.global_batch_size={fitting}; docs/small.md is about little data"
+        )

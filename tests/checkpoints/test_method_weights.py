@@ -1,0 +1,233 @@
+"""Weights that a pretraining starts from: encoder, decoder, heads and teacher, each taken whole or not at all."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import originals
+from helpers.tiny import random_images, random_mask_indices, randomize
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from downstream.checkpoints.method_weights import load_method, load_teacher
+from pretrain.build import build_ema, build_method
+from pretrain.config import PretrainConfig
+from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.models.vit import ARCHS, Arch, sincos_positions
+from pretrain.trainer.checkpoint_layout import EMA_FILE, MANIFEST, MODEL_STATES, TrainState
+
+DECODER = {"decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2}
+MAE = {"method": {"name": "mae", **DECODER}, "model": {"arch": "vit_tiny", "patch_size": 4, "position": "sincos"}}
+LOMAR = {
+    "method": {"name": "lomar", "num_windows": 1, "window_size": 2},
+    "model": {"arch": "vit_tiny", "patch_size": 4},
+}
+SIMMIM = {"method": {"name": "simmim", "mask_patch_size": 4}, "model": {"arch": "vit_tiny", "patch_size": 4}}
+BEIT = {
+    "method": "beit",
+    "model": {"arch": "vit_tiny", "patch_size": 4},
+    "target": {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32},
+}
+LUT = {"lut": {"hidden_dim": 32}, "train": {"global_batch_size": 2}}
+
+
+def configure(sections: dict[str, Any], size: int = 12, **more: Any) -> PretrainConfig:
+    data = {"shards": "unused", "image_size": size}
+    return PretrainConfig.model_validate({"name": "x", "data": data, **sections, **more})
+
+
+def build(sections: dict[str, Any], size: int = 12, **more: Any) -> Any:
+    method = build_method(configure(sections, size, **more))
+    randomize(method)  # so that nothing has its value by accident
+    return method
+
+
+def state_of(method: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in method.state_dict().items()}
+
+
+def as_mae_file(method: Any, path: Path) -> dict[str, Tensor]:
+    """A method's weights by the names of MAE's authors, in a file as theirs."""
+    state = {}
+    for name, tensor in method.state_dict().items():
+        name = name.removeprefix("method.").removeprefix("encoder.")
+        name = "mask_token" if name == "decoder.mask_token" else name.replace("decoder.", "decoder_", 1)
+        state[name.replace("projector.", "head.")] = tensor
+    state["decoder_pos_embed"] = torch.ones(1, 10, 8)
+    torch.save({"model": state}, path)
+    return state
+
+
+def write_run(method: Any, sections: dict[str, Any], folder: Path, averages: dict[str, Tensor] | None = None) -> Path:
+    """A checkpoint of a run in ZeRO 0 to 2."""
+    checkpoint = folder / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    torch.save({"module": method.state_dict()}, checkpoint / MODEL_STATES)
+    state = TrainState(resume_signature=configure(sections).resume_signature())
+    (checkpoint / MANIFEST).write_text(json.dumps({"state": asdict(state)}))
+    if averages:
+        save_file(averages, checkpoint / EMA_FILE)
+    return checkpoint
+
+
+def lines_of(report: str) -> dict[str, str]:
+    """The lines of the report that are about a part."""
+    return dict(line.strip().split(": ", 1) for line in report.splitlines() if line.startswith("  ") and ": " in line)
+
+
+def test_maes_file_fills_encoder_and_decoder_so_that_the_losses_are_the_same(tmp_path: Path):
+    source, method = build(MAE), build(MAE, seed=1)
+    as_mae_file(source, tmp_path / "mae.pth")
+    loaded = load_method(method, tmp_path / "mae.pth")
+    parts = ["decoder.mask_token", "decoder.embed", "decoder.blocks", "decoder.norm", "decoder.pred"]
+    assert {part: lines_of(loaded.report)[part] for part in parts} == dict.fromkeys(parts, "taken")
+    batch = random_images(method), random_mask_indices(method)
+    assert torch.equal(method(*batch)["loss"], source(*batch)["loss"])
+    assert "MAE's decoder" not in loaded.report.replace("(decoder_pos_embed): MAE's decoder", ""), "it is taken"
+
+
+@pytest.mark.parametrize(
+    ("keys", "unfit"),
+    [
+        (
+            {"decoder_depth": 1},
+            {"decoder.blocks": "decoder.blocks.1.attn.proj.bias is (8,) in the file and is missing"},
+        ),
+        ({"decoder": "conv"}, {"decoder.restore": "not in the file, by any name known here"}),
+        ({"decoder_embed_dim": 12}, {"decoder.embed": "decoder.embed.bias is (8,) in the file and is (12,) here"}),
+    ],
+)
+def test_a_part_that_does_not_fit_keeps_its_own_weights_and_the_reason_is_told(
+    keys: dict[str, Any], unfit: dict[str, str], tmp_path: Path
+):
+    as_mae_file(build(MAE), tmp_path / "mae.pth")
+    method = build({**MAE, "method": MAE["method"] | keys}, seed=1)
+    before = state_of(method)
+    lines = lines_of(load_method(method, tmp_path / "mae.pth").report)
+    for part, reason in unfit.items():
+        assert reason in lines[part]
+        own = {name for name in before if name.startswith(f"{part}.")}
+        assert own
+        assert all(torch.equal(method.state_dict()[name], before[name]) for name in own)
+    assert not torch.equal(method.encoder.cls_token, before["encoder.cls_token"])
+
+
+def test_the_decoder_of_transformers_mae_predicts_the_same_here(tmp_path: Path):
+    from transformers import ViTMAEConfig
+    from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 12, "patch_size": 4}
+    decoder = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTMAEConfig(**sizes, **{f"decoder_{key}": value for key, value in decoder.items()}, layer_norm_eps=1e-6)
+    theirs = ViTMAEDecoder(config, num_patches=9)
+    randomize(theirs)
+    theirs.decoder_pos_embed.data[0, 1:] = sincos_positions(8, 3, 3)
+    theirs.decoder_pos_embed.data[0, 0] = 0
+    method = build(MAE, seed=1)
+    encoder = originals.prefixed("vit.", build(MAE).encoder.state_dict())
+    decoder_state = dict(sorted(originals.prefixed("decoder.", theirs.state_dict()).items()))
+    torch.save({**encoder, **decoder_state}, tmp_path / "pytorch_model.bin")
+    lines = lines_of(load_method(method, tmp_path / "pytorch_model.bin").report)
+    assert {lines[part] for part in ("decoder.mask_token", "decoder.embed", "decoder.blocks", "decoder.pred")} == {
+        "taken"
+    }
+    tokens, visible, masked = torch.randn(1, 4, 16), torch.tensor([[0, 4, 7]]), torch.tensor([[1, 2, 3, 5, 6, 8]])
+    restore = torch.cat([visible, masked], dim=1).argsort(1)
+    with torch.no_grad():
+        expected = theirs(tokens, restore).logits[:, masked[0]]
+        torch.testing.assert_close(method.decoder(tokens, visible, masked, masked), expected)
+
+
+def test_a_file_of_the_lomar_authors_fills_head_and_mask_token(tmp_path: Path):
+    path, _ = originals.lomar(tmp_path)
+    stored = torch.load(path, weights_only=False)["model"]
+    method = build(LOMAR)
+    lines = lines_of(load_method(method, path).report)
+    assert lines["predictor.mask_token"] == "taken"
+    assert torch.equal(method.predictor.mask_token, stored["mask_token"])
+    assert "predictor.head.bias is missing in the file" in lines["predictor.head"], "this file has none"
+
+
+@pytest.mark.parametrize("sections", [MAE, LOMAR, SIMMIM, BEIT], ids=["mae", "lomar", "simmim", "beit"])
+def test_a_run_fills_every_method_whole(sections: dict[str, Any], tmp_path: Path):
+    source, method = build(sections), build(sections, seed=1)
+    checkpoint = write_run(source, sections, tmp_path)
+    loaded = load_method(method, checkpoint)
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in method.state_dict().items())
+    assert loaded.taken == {name: name for name in source.state_dict()}
+    assert loaded.record()["path"] == str(checkpoint)
+
+
+def test_an_encoder_alone_fills_a_method_at_another_size_and_patch(tmp_path: Path):
+    sections = {**MAE, "model": MAE["model"] | {"patch_size": 16}}
+    source = build(sections, size=48)
+    metadata = EncoderSpec("vit_tiny", 16, (48, 48), "sincos").to_metadata()
+    save_file(source.encoder.state_dict(), tmp_path / "encoder.safetensors", metadata=metadata)
+    method = build({**MAE, "model": MAE["model"] | {"patch_size": 14}}, size=56)
+    loaded = load_method(method, tmp_path / "encoder.safetensors")
+    expected = resample_abs_pos_embed(source.encoder.pos_embed, [4, 4], old_size=[3, 3], antialias=True)
+    torch.testing.assert_close(method.encoder.pos_embed, expected)
+    assert torch.equal(method.encoder.blocks[1].mlp.fc1.weight, source.encoder.blocks[1].mlp.fc1.weight)
+    assert "resized  1 (patch_embed.proj.weight): 16 -> 14 pixels" in loaded.report
+    assert not {"encoder.pos_embed", "encoder.patch_embed.proj.weight"} & loaded.taken.keys()
+    assert "not in the file" in lines_of(loaded.report)["decoder.blocks"]
+
+
+def test_lut_takes_the_teacher_of_a_run_and_what_a_method_alone_has(tmp_path: Path):
+    sections = LOMAR | LUT
+    config = configure(sections)
+    source, with_lut = build(sections), build(sections, seed=1)
+    averages = {name: tensor + 1 for name, tensor in source.teacher_model().state_dict().items()}
+    checkpoint = write_run(source, sections, tmp_path / "lut", averages)
+    report = load_method(with_lut, checkpoint).report
+    assert {lines_of(report)[part] for part in ("LUT's projector", "LUT's predictor", "predictor.head")} == {"taken"}
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in with_lut.state_dict().items())
+    teacher = build_ema(config, with_lut, torch.device("cpu")).model
+    assert "teacher: " in load_teacher(teacher, checkpoint)
+    assert all(torch.equal(tensor, averages[name]) for name, tensor in teacher.state_dict().items())
+
+    alone = build(LOMAR)
+    assert lines_of(load_method(alone, checkpoint).report)["predictor.head"] == "taken"
+    assert torch.equal(alone.predictor.head.weight, source.method.predictor.head.weight)
+    back = build(sections)
+    lines = lines_of(load_method(back, write_run(alone, LOMAR, tmp_path / "alone")).report)
+    assert "not in the file" in lines["LUT's projector"]
+    assert torch.equal(back.method.predictor.head.weight, source.method.predictor.head.weight)
+    teacher = build_ema(config, back, torch.device("cpu")).model
+    assert "a copy of the encoder and projector" in load_teacher(teacher, tmp_path / "alone/checkpoints/step_00000002")
+    assert torch.equal(teacher.encoder.cls_token, alone.encoder.cls_token)
+
+
+def test_a_file_of_the_lut_authors_fills_the_teacher_from_its_averages(tmp_path: Path):
+    sections = MAE | LUT
+    source = build(sections)
+    state = as_mae_file(source, tmp_path / "lut.pth")
+    averaged = {name: tensor if name == "pos_embed" else tensor + 1 for name, tensor in state.items()}
+    averaged["head.1.num_batches_tracked"] = torch.tensor(3)
+    torch.save({"model": state, "model_ema": averaged}, tmp_path / "lut.pth")
+    method = build(sections, seed=1)
+    load_method(method, tmp_path / "lut.pth")
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in method.state_dict().items())
+    teacher = build_ema(configure(sections), method, torch.device("cpu")).model
+    load_teacher(teacher, tmp_path / "lut.pth")
+    assert torch.equal(teacher.encoder.cls_token, averaged["cls_token"])
+    assert torch.equal(teacher.projector[0].weight, averaged["head.0.weight"])
+
+
+def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    as_mae_file(build(MAE), tmp_path / "mae.pth")
+    monkeypatch.setitem(ARCHS, "vit_small", Arch(24, 2, 2))
+    method = build(LOMAR | {"model": {"arch": "vit_small", "patch_size": 4}})
+    before = state_of(method)
+    with pytest.raises(ValueError, match=r"set model\.arch=vit_tiny and model\.position=sincos, or"):
+        load_method(method, tmp_path / "mae.pth")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
+    path, _ = originals.simmim(tmp_path)
+    with pytest.raises(ValueError, match="a learned bias for each pair of positions"):
+        load_method(method, path)
+    with pytest.raises(ValueError, match=r"only 14 and 16 can be exchanged; set model\.\* to match it"):
+        load_method(build({**MAE, "model": MAE["model"] | {"patch_size": 6}}), tmp_path / "mae.pth")

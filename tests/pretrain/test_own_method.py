@@ -1,0 +1,93 @@
+"""`method.module`: a method in a file of one's own, which is CONTRIBUTING.md's example outside of the project."""
+
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import yaml
+from helpers.tiny import random_images, random_mask_indices
+from test_contributing import code_block
+
+from pretrain.build import build_method
+from pretrain.config import load
+from pretrain.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+KEYS = ["method.name=inpainting", "method.hole_size=2", "model.arch=vit_tiny", "data.image_size=64"]
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Iterator[Path]:
+    """The example's file; what importing it leaves behind is gone afterwards."""
+    file = tmp_path / "inpainting.py"
+    file.write_text(code_block((ROOT / "CONTRIBUTING.md").read_text(), "pretrain/methods/inpainting.py", "python"))
+    with patch.dict(METHODS), patch.dict(sys.modules), patch.object(sys, "path", [*sys.path]):
+        yield file
+
+
+def test_a_method_of_ones_own_is_checked_built_and_computed_like_any_other(module: Path):
+    config = load("quickstart", [f"method.module={module}", *KEYS])
+    assert (config.method.name, config.method.hole_size, config.method.module) == ("inpainting", 2, str(module))
+    method = build_method(config)
+    loss = method(random_images(method), random_mask_indices(method))["loss"]
+    assert loss.isfinite()
+    assert pickle.loads(pickle.dumps(method.mask_sampler())).keywords["hole_size"] == 2, "workers may not be forked"
+    with pytest.raises(ValueError, match=r"set method\.hole_size to at most 3"):
+        load("quickstart", [f"method.module={module}", *KEYS, "method.hole_size=9"])
+    with pytest.raises(ValueError, match=r"unknown key method\.hole: did you mean hole_size\?"):
+        load("quickstart", [f"method.module={module}", *KEYS, "method.hole=2"])
+
+
+def test_only_the_command_line_makes_a_command_run_a_module(module: Path, tmp_path: Path):
+    """Not a recipe, not the configuration in the folder of a run, which may be somebody else's."""
+    bomb = tmp_path / "bomb.py"
+    bomb.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text(yaml.safe_dump({"extends": "quickstart", "method": {"name": "lomar", "module": str(bomb)}}))
+    with pytest.raises(ValueError, match=rf"if you trust it, give method\.module={bomb} on the command line"):
+        load(str(recipe), [])
+    assert not (tmp_path / "ran").exists()
+    config = load("quickstart", [f"method.module={module}", *KEYS])
+    recipe.write_text(config.to_yaml())
+    assert load(str(recipe), [f"method.module={module}"]).method == config.method
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("", "defines no Method with a Config"),
+        ("from pretrain.methods.lomar import LoMaR\n", "defines no Method with a Config"),
+        (
+            "from pretrain.methods.mae import MAE, MAEConfig\n"
+            "class Mine(MAE):\n    class Config(MAEConfig):\n        pass\n",
+            r"write name: Literal.* in Mine\.Config",
+        ),
+        (
+            "from pretrain.methods.mae import MAE\nclass Mine(MAE):\n    class Config(MAE.Config):\n        pass\n",
+            "there is a method mae already; give Mine another name",
+        ),
+    ],
+    ids=["empty", "imported", "nameless", "taken"],
+)
+def test_a_module_without_a_method_of_its_own_is_refused(source: str, says: str, module: Path, tmp_path: Path):
+    (tmp_path / "mine_alone.py").write_text(source)
+    with pytest.raises(ValueError, match=says):
+        load("quickstart", [f"method.module={tmp_path / 'mine_alone.py'}"])
+
+
+def test_a_module_that_is_not_there_or_not_the_methods_is_refused(module: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="there is no such file"):
+        load("quickstart", [f"method.module={tmp_path}/nowhere.py"])
+    with pytest.raises(ValueError, match="Python finds no module nowhere"):
+        load("quickstart", ["method.module=nowhere.mine"])
+    with pytest.raises(ValueError, match=r"defines inpainting, not lomar: give method\.name=inpainting"):
+        load("quickstart", [f"method.module={module}"])
+    (tmp_path / "yaml.py").touch()
+    with pytest.raises(ValueError, match="is another module of that name: rename the file"):
+        load("quickstart", [f"method.module={tmp_path / 'yaml.py'}"])
+    (tmp_path / "half.py").write_text("import module_that_is_not_installed\n")
+    with pytest.raises(ModuleNotFoundError, match="module_that_is_not_installed"):
+        load("quickstart", [f"method.module={tmp_path / 'half.py'}"])

@@ -1,0 +1,108 @@
+"""Where a new run begins: what `start` may say, what is found there, and what is refused before anything long."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from pretrain.config import PretrainConfig, load
+from pretrain.run import pretrain
+from pretrain.start import check_start, find_start
+from pretrain.trainer.checkpoint import check_continues
+from pretrain.trainer.checkpoint_layout import MANIFEST, TrainState
+from pretrain.trainer.launch import World
+from pretrain.trainer.run_folder import RunFolder
+
+WORLD = World(0, 1, 0)
+
+
+def configure(folder: Path, *overrides: str) -> PretrainConfig:
+    return load("quickstart", [f"runs={folder}/runs", "name=new", "data.shards=unused", *overrides])
+
+
+def own_folder(config: PretrainConfig) -> RunFolder:
+    return RunFolder(Path(config.runs) / config.name)
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    manifest: dict[str, Any] = {"state": asdict(TrainState(step=step)), "files": {}}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    return checkpoint
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["start.checkpoint=a", "start.run=b"], "set one of them"),
+        (["start.run=b", "start.weights=ema"], "start.weights chooses among the weights of start.checkpoint"),
+        (["start.checkpoint=a", "start.optimizer=true"], "moments from start.run: set that"),
+        (["start.checkpoints=a"], r"unknown key start\.checkpoints: did you mean checkpoint\?"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(overrides: list[str], says: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=says):
+        configure(tmp_path, *overrides)
+
+
+def test_what_is_not_there_is_found_before_the_shards_are_read(tmp_path: Path):
+    def refusal(override: str) -> str:
+        config = configure(tmp_path, override)
+        with pytest.raises(ValueError, match=override.split("=")[0]) as error:
+            check_start(config, own_folder(config))
+        return str(error.value)
+
+    assert "no such file or folder" in refusal(f"start.checkpoint={tmp_path}/mae.pth")
+    assert "is not the folder of a run: it has no config.yaml" in refusal(f"start.run={tmp_path}")
+    (tmp_path / "config.yaml").touch()
+    assert "has no checkpoint: let it go on to one (checkpoint.every_steps)" in refusal(f"start.run={tmp_path}")
+    with pytest.raises(ValueError, match="there is no such file"):
+        pretrain(configure(tmp_path, f"start.checkpoint={tmp_path}/mae.pth"), WORLD)
+
+
+def test_a_run_is_started_from_by_its_newest_intact_checkpoint(process_group: None, tmp_path: Path):
+    source = tmp_path / "runs" / "old"
+    older, newer = (write_checkpoint(source, step) for step in (5, 10))
+    config = configure(tmp_path, f"start.run={source}")
+    check_start(config, own_folder(config))
+    assert find_start(config, own_folder(config), WORLD) == newer
+    (newer / MANIFEST).write_text("{")
+    assert find_start(config, own_folder(config), WORLD) == older
+    (older / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"all of its checkpoints are damaged; start from another run, or from the"):
+        find_start(config, own_folder(config), WORLD)
+
+
+def test_a_run_with_a_checkpoint_of_its_own_needs_its_start_no_more(process_group: None, tmp_path: Path):
+    config = configure(tmp_path, "start.checkpoint=gone.pth")
+    folder = own_folder(config)
+    write_checkpoint(folder.root, 5)
+    check_start(config, folder)
+    assert find_start(config, folder, WORLD) is None
+    assert find_start(configure(tmp_path), RunFolder(tmp_path / "another"), WORLD) is None
+
+
+def test_a_checkpoint_from_before_there_was_a_start_continues(tmp_path: Path):
+    signature = configure(tmp_path).resume_signature()
+    before = TrainState(resume_signature={key: value for key, value in signature.items() if key != "start"})
+    check_continues(before, TrainState(resume_signature=signature))
+    started = configure(tmp_path, "start.run=runs/a").resume_signature()
+    with pytest.raises(ValueError, match=r"start\.run was 'unset' and is 'runs/a'"):
+        check_continues(before, TrainState(resume_signature=started))
+
+
+def test_a_refusal_says_how_a_new_run_starts_from_this_one(tmp_path: Path):
+    assert f"start.run={tmp_path}/runs/new and another name=" in configure(tmp_path).new_run_advice

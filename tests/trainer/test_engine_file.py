@@ -1,0 +1,116 @@
+"""The engine's file: every key is known, none is the recipe's, and `auto` is a value or refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+
+from pretrain.trainer.engine import complete_settings
+from pretrain.trainer.engine_file import ENGINE_KEYS, OWNED, read_ds_config
+
+Read = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """read(key=value, ...) -> the settings of a run on two ranks whose engine's file holds these keys."""
+
+    def settings(**keys: Any) -> dict[str, Any]:
+        path = tmp_path / "engine.json"
+        path.write_text(json.dumps(keys))
+        return complete_settings(
+            read_ds_config(str(path)), micro_batch=4, accumulation=1, world_size=2, clip_grad=0.5, bf16=True
+        )
+
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimisation, which DeepSpeed does not know: did you mean zero_o"),
+        ({"communication_data_typ": "fp32"}, "did you mean communication_data_type?"),
+        ({"learning_rate": 1}, "sets learning_rate, which DeepSpeed does not know"),
+        ({"zero_optimization": {"stag": 3}}, "zero_optimization.stag, which DeepSpeed does not know: did you mean st"),
+        ({"zero_optimization": {"offload_optimizer": {"devic": "cpu"}}}, "zero_optimization.offload_optimizer.devic"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage=7"),
+        ({"zero_optimization": True}, "sets zero_optimization=true: it is a section"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": "often"}}, "overlap_comm=often: must be true or false"),
+        ({"flops_profiler": {"enable": True}}, "flops_profiler.enable, which DeepSpeed does not know: did you mean en"),
+        ({"checkpoint": {"tag_validatio": "Warn"}}, "checkpoint.tag_validatio, which DeepSpeed does not know"),
+        ({"communication_data_type": "fp64"}, "DeepSpeed refuses train.ds_config: Invalid communication_data_type"),
+        ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown="yes": must be true or false'),
+        ({"steps_per_print": "10"}, 'steps_per_print="10": must be a whole number'),
+        ({"train_batch_size": 8}, "train_batch_size, which the recipe owns: delete it there and set train.global_bat"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer, which the recipe owns: delete it there and set optim"),
+        ({"amp": {"enabled": True}}, "amp, which the recipe owns: delete it there and set train.precision"),
+        ({"steps_per_print": "auto"}, "steps_per_print=auto, for which there is no value"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage=auto, for which there is no value"),
+    ],
+)
+def test_a_key_that_is_not_for_the_file_is_refused_by_name(keys: dict[str, Any], says: str, read: Read):
+    with pytest.raises(ValueError, match=r"set|refuses") as error:
+        read(**keys)
+    assert says in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_all_that_is_wrong_is_said_at_once(read: Read):
+    with pytest.raises(ValueError, match="zero_optimisation") as error:
+        read(zero_optimisation={}, fp16={"enabled": True}, dump_state="auto")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_auto_is_the_recipes_value_or_deepspeeds_default(read: Read):
+    settings = read(
+        train_batch_size="auto",
+        gradient_clipping="auto",
+        bf16={"enabled": "auto"},
+        scheduler={"params": {"lr": "auto"}},
+        zero_optimization={"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"buffer_count": "auto"}},
+    )
+    assert (settings["train_batch_size"], settings["gradient_clipping"]) == (8, 0.5)
+    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {}}
+    assert "scheduler" not in settings
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "is not JSON"), ("[]", "holds no keys"), ('{"a": 1, "a": 2}', "twice")]
+)
+def test_a_file_that_is_no_mapping_of_keys_is_refused(text: str, says: str, tmp_path: Path):
+    (tmp_path / "engine.json").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_ds_config(str(tmp_path / "engine.json"))
+
+
+class Noting(dict[str, Any]):
+    """Notes which keys DeepSpeed looks for."""
+
+    def __init__(self, keys: dict[str, Any], looked_for: set[str]):
+        super().__init__(keys)
+        self.looked_for = looked_for
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looked_for.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.looked_for.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> "Noting":
+        return Noting(self, self.looked_for)
+
+
+def test_the_known_keys_are_those_that_deepspeed_looks_for():
+    looked_for: set[str] = set()
+    DeepSpeedConfig(Noting({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {}}, looked_for))
+    removed = _REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+    looked_for -= {"sequence_parallel_size", "mics_shard_size"}
+    assert looked_for - removed - OWNED.keys() == ENGINE_KEYS

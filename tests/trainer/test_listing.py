@@ -1,0 +1,118 @@
+"""--recipes, --keys and --show: what a command takes, on 120 columns."""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from downstream.classify import config as classify
+from downstream.classify.config import FinetuneConfig
+from pretrain import config as pretrain
+from pretrain.config import PretrainConfig
+from pretrain.trainer import main as entry
+from pretrain.trainer.listing import Catalog
+from pretrain.trainer.schema import Section, leaves, sections_in
+
+PRETRAIN = Catalog(PretrainConfig, pretrain.RECIPES, pretrain.load)
+FINETUNE = Catalog(FinetuneConfig, classify.RECIPES, classify.load)
+BOTH = pytest.mark.parametrize("catalog", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
+
+
+@BOTH
+def test_every_recipe_is_listed_with_what_it_is(catalog: Catalog):
+    lines = catalog.list_recipes().splitlines()
+    heads = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if not line.startswith(" ")}
+    assert heads.keys() == {path.stem for path in catalog.recipes.glob("*.yaml")}
+    assert all(len(head) > 10 for head in heads.values())
+    assert max(map(len, lines)) <= 120
+
+
+@BOTH
+def test_every_key_is_listed_with_what_it_does(catalog: Catalog):
+    lines = catalog.list_keys("").splitlines()
+    keys = {line.split()[0] for line in lines if re.match("  [a-z]", line)}
+    tags = {key for key in leaves(catalog.schema) if key in ("method.name", "target.name")}
+    assert keys == set(leaves(catalog.schema)) - tags
+    assert max(map(len, lines)) <= 120
+
+
+def described(section: type[Section], name: str) -> bool:
+    return bool(section.model_fields[name].description) or name == "name"
+
+
+@BOTH
+def test_every_key_has_a_description(catalog: Catalog):
+    sections, missing = [catalog.schema], []
+    for section in sections:  # which grows
+        for name, field in section.model_fields.items():
+            inner = sections_in(field.annotation)
+            sections += inner
+            if not inner and not described(section, name):
+                missing.append(f"{section.__qualname__}.{name}")
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("word", "keys"),
+    [
+        ("lut", ["lut.alpha", "lut.loss"]),
+        ("mae", ["method.mask_type", "method.mask_ratio"]),
+        ("throw_ratio", ["pr_mim.throw_ratio"]),
+        ("optim.base_lr", ["optim.base_lr"]),
+    ],
+)
+def test_a_part_of_the_keys(word: str, keys: list[str]):
+    listed = PRETRAIN.list_keys(word)
+    assert all(key in listed for key in keys)
+    assert "data.shards" not in listed
+
+
+def test_defaults_and_types_are_said():
+    assert re.search(r"optim\.betas .*\(\[a number, a number\]; \[0\.9, 0\.95\]\)", PRETRAIN.list_keys("optim"))
+    assert re.search(r"data\.shards .*must be set\)", PRETRAIN.list_keys("data"))
+
+
+def test_an_unknown_word_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"--keys lomra: nothing has this name; did you mean lomar\?"):
+        PRETRAIN.list_keys("lomra")
+
+
+def test_a_recipe_is_shown_with_what_sets_each_key(tmp_path: Path):
+    shown = PRETRAIN.show("mae_vits16_224_1600e", ["train.epochs=50", "data.shards=007"])
+    sources = {line.split(":")[0].strip(): line.split("# ")[1] for line in shown.splitlines() if "# " in line}
+    assert (sources["arch"], sources["mask_ratio"]) == ("mae_vits16_224_1600e.yaml", "mae_vitb16_224_1600e.yaml")
+    assert (sources["epochs"], sources["residual"]) == ("the command line", "default")
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert pretrain.load(str(tmp_path / "shown.yaml"), []) == pretrain.load(
+        "mae_vits16_224_1600e", ["train.epochs=50", "data.shards=007"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (["--recipes"], "quickstart ", 0),
+        (["--keys", "log"], "log.every_steps", 0),
+        (["--show", "quickstart", "name=x"], "name: x", 0),
+        (["--keys", "lomra"], "did you mean lomar?", 1),
+    ],
+)
+def test_the_command_prints_it_and_ends(
+    arguments: list[str],
+    says: str,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def end(given: int) -> None:
+        raise SystemExit(given)
+
+    monkeypatch.setattr(entry, "exit_process", end)
+    monkeypatch.setattr(entry, "watch_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        entry.main("", pretrain.load, lambda config, world: pytest.fail("it trains"), catalog=PRETRAIN)
+    assert ended.value.code == code
+    assert says in "".join(itertools.chain(*capsys.readouterr()))
