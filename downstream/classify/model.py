@@ -161,11 +161,13 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         source = read_source(start.checkpoint, start.weights)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None
+    advice = "use another"
     try:
         found = translate(source)
+        advice = _how_to_match(found.spec, config)
         report = fill_encoder(encoder, found)
     except ValueError as error:
-        raise ValueError(f"start.checkpoint: {error}; set model.* to match it, or use another") from None
+        raise ValueError(f"start.checkpoint: {error}; {advice}") from None
     if found.pool_norm and not _has_own_norm(config):
         raise ValueError(
             f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train all of it, with "
@@ -183,6 +185,15 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
             del report.dropped[name]
             report.used[name] = (name,)
     return _Start(str(report), found.pool_norm, kept)
+
+
+def _how_to_match(found: EncoderSpec, config: FinetuneConfig) -> str:
+    """The keys that make the model that of a start, as what to do."""
+    theirs, ours = (
+        {name: getattr(record, name) for name in ("arch", "position", "patch_size")} for record in (found, config.model)
+    )
+    keys = [f"model.{name}={value}" for name, value in theirs.items() if value != ours[name]]
+    return f"set {' '.join(keys)}" if keys else "use another"
 
 
 def _check_blocks(config: FinetuneConfig, depth: int) -> None:
