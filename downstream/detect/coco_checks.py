@@ -164,9 +164,9 @@ def _check_evaluators(cfg: Any, split: str, found: Annotations) -> list[str]:
             raise ValueError(f"{split}_evaluator.ann_file={file} is not the file of {split}_dataloader, {found.path}")
         if (strange or incomplete) and evaluator.get("type") == "CocoMetric":  # ours takes any
             raise ValueError(
-                f"{found.key}: {found.path}: annotation {(strange + incomplete)[0]!r} has no iscrowd, or an id that is no number from "
-                f"1, and pycocotools would measure it wrong: give {split}_evaluator.type=AnyIdsCocoMetric, of "
-                f"downstream.detect.coco_metric"
+                f"{found.key}: {found.path}: annotation {(strange + incomplete)[0]!r} has no iscrowd, or an id that is "
+                f"no number from 1, and pycocotools would measure it wrong: give {split}_evaluator.type="
+                f"AnyIdsCocoMetric, of downstream.detect.coco_metric"
             )
     return [f"annotations are numbered from 1 to measure AP (there is the id {strange[0]!r})"] if strange else []
 
