@@ -73,8 +73,9 @@ class _PlainPickler(pickle.Pickler):
 
 def _remove_leftovers() -> None:
     """Files of this process that torch could not fill; those that it could have no name any more."""
-    for path in SHARED_MEMORY.glob(f"torch_{os.getpid()}_*"):
-        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the folder may be what is missing, or this process have too many open files
+        for path in SHARED_MEMORY.glob(f"torch_{os.getpid()}_*"):
+            path.unlink(missing_ok=True)
 
 
 def warn_of_pipes(problem: str, megabytes: float, workers: int) -> None:

@@ -1,6 +1,7 @@
 """Batches made by worker processes, in the order of the requests."""
 
 import atexit
+import resource
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
+_TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no place is left out
 POLL = 1.0  # seconds of waiting between looks at workers and signals
 
 _while_waiting: ContextVar[Callable[[], None] | None] = ContextVar("while_waiting", default=None)
@@ -122,7 +124,9 @@ def _waited_for(made: Any, processes: Sequence[BaseProcess], source: object) -> 
                     item.result  # noqa: B018 - the worker hands its shared memory over, so it must be alive
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            if any(words in str(error) for words in _TOO_MANY_FILES):
+                raise OSError(_too_many_files()) from error
             _raise_if_dead(processes, finished=True)
             if "DataLoader timed out" not in str(error):
                 raise
@@ -134,6 +138,14 @@ def _waited_for(made: Any, processes: Sequence[BaseProcess], source: object) -> 
             continue
         yield item
         deadline = time.monotonic() + WORKER_TIMEOUT
+
+
+def _too_many_files() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return (
+        f"too many open files: this process may have {limit}, and each array of a batch in shared memory is one: raise "
+        f"that with `ulimit -n 65536`, or lower data.num_workers"
+    )
 
 
 def _look_while_waiting(deadline: float, workers: int, source: object) -> None:
@@ -161,7 +173,7 @@ def _dead_workers_raise(processes: Sequence[BaseProcess]) -> Iterator[None]:
     try:
         _raise_if_dead(processes)
         yield
-    except (EOFError, ConnectionError):
+    except (EOFError, ConnectionError, FileNotFoundError):
         time.sleep(POLL)  # a worker that goes away closes its socket first
         _raise_if_dead(processes)
         raise

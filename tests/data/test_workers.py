@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -100,6 +101,23 @@ def test_workers_that_cannot_start_are_one_clear_error(index: Index, monkeypatch
     monkeypatch.setattr(data.workers.DataLoader, "__iter__", no_semaphores)
     with pytest.raises(OSError, match=r"cannot be started .*Read-only.*/dev/shm.*data\.num_workers=0"):
         batches(index, 2)
+
+
+def many_arrays(request: int) -> list[torch.Tensor]:
+    return [torch.zeros(1) for _ in range(100)]
+
+
+def test_too_many_open_files_are_one_clear_error() -> None:
+    """Descriptors of shared memory that do not fit are left out of a message."""
+    open_now, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    made = in_workers(many_arrays, iter(range(9)), 2)
+    try:
+        kept = [next(made)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 150, limits[1]))
+        with pytest.raises(OSError, match=r"too many open files: .*may have \d+, .*`ulimit -n 65536`"):
+            kept.extend(made)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def sleep(request: int) -> None:
