@@ -122,8 +122,12 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_name
         report = fill_encoder(encoder, found)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}; set model.* to match it, or use another") from None
-    pool_norm = own_norm and found.pool_norm
-    if pool_norm:  # behind the pool, where it was
+    if found.pool_norm and not own_norm:
+        raise ValueError(
+            f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train all of it, with "
+            f"head.pool=avg and without start.trained_blocks, or start from the encoder that it came from"
+        )
+    if found.pool_norm:  # behind the pool, where it was
         for kind in ("weight", "bias"):
             del report.folded[f"norm.{kind}"]
     kept = {}
@@ -134,7 +138,7 @@ def _load_start(encoder: ViT, config: FinetuneConfig, own_norm: bool, class_name
         for name in ("head.weight", "head.bias"):
             del report.dropped[name]
             report.used[name] = (name,)
-    return _Start(str(report), pool_norm, kept)
+    return _Start(str(report), found.pool_norm, kept)
 
 
 def _fill(vit: VisionTransformer, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
