@@ -37,7 +37,8 @@ def join_projections(state: dict[str, Tensor], report: Report) -> None:
         for kind in ("weight", "bias"):
             parts = [f"{at}{part}.{kind}" for part in "qkv"]
             if all(part in state for part in parts):
-                _merge(state, report, f"{at}qkv.{kind}", parts, lambda *three: torch.cat(three), "three joined")
+                what = "queries, keys and values in one"
+                _merge(state, report, f"{at}qkv.{kind}", parts, lambda *three: torch.cat(three), what)
 
 
 def join_biases(state: dict[str, Tensor], report: Report) -> None:

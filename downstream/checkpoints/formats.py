@@ -136,8 +136,9 @@ def _rename_keys(source: Source, prefix: str, library: Library, report: Report) 
             reason = "the method's own"
         if CLASSIFIER.fullmatch(name) and reason is None:
             head[name], head_keys[name] = tensor.float(), key
-            of_probe = match(name, DROPPED[-3:-2])
-            reason = of_probe or (_HEAD_NORM if "norm" in name else f"a classifier of {len(tensor)} classes")
+            reason = _HEAD_NORM if name.startswith("fc_norm.") else match(name, DROPPED)
+            if name in ("head.weight", "head.bias"):
+                reason = f"a classifier of {len(tensor)} classes"
         refusal = match(name, REFUSED) if reason is None else None
         if reason == _UNKNOWN or refusal:
             problems[key] = refusal or _UNKNOWN

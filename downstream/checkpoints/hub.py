@@ -1,7 +1,7 @@
 """Folders of the Hugging Face hub, transformers' and timm's: the files of weights, and what is written next to them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ class HubRecord:
             return (0.0,) * 3, (1.0,) * 3
         mean = self.preprocessor.get("image_mean", self._timm.get("mean"))
         std = self.preprocessor.get("image_std", self._timm.get("std"))
-        return (tuple(mean), tuple(std)) if mean and std else None
+        if mean is None or std is None:
+            return None
+        return _three(mean), _three(std)
 
     @property
     def pool(self) -> str | None:
@@ -108,6 +110,11 @@ def weight_files(folder: Path) -> list[Path]:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{found} names {name}, which is not in the folder: copy or download all of it")
     return [folder / name for name in names]
+
+
+def _three(value: float | Sequence[float]) -> tuple[float, ...]:
+    """A number for each channel, of which a record may have one for all."""
+    return (float(value),) * 3 if isinstance(value, int | float) else tuple(map(float, value))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

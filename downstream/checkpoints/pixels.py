@@ -85,7 +85,8 @@ def fold_pixels(state: dict[str, Tensor], theirs: Pixels) -> None:
 def _rounded(recorded: tuple[tuple[float, ...], tuple[float, ...]]) -> Pixels:
     """ImageNet's statistics are written with more or fewer digits."""
     mean, std = recorded
-    near = all(abs(a - b) < 1e-3 for a, b in zip((*mean, *std), (*IMAGENET.mean, *IMAGENET.std), strict=True))
+    values, known = (*mean, *std), (*IMAGENET.mean, *IMAGENET.std)
+    near = len(values) == len(known) and all(abs(a - b) < 1e-3 for a, b in zip(values, known, strict=True))
     return IMAGENET if near else Pixels(mean, std)
 
 

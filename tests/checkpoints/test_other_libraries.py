@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from downstream.checkpoints.export import export_encoder
 from downstream.checkpoints.files import read_source
-from downstream.checkpoints.weights import load_encoder, load_into
-from pretrain.models.vit import ViT
+from downstream.checkpoints.weights import features, load_encoder, load_into
+from pretrain.models.vit import ARCHS, ViT
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -119,11 +120,26 @@ def test_an_encoder_without_class_token_fills_one_with_it(tmp_path: Path):
 
 
 def test_moco_v3s_small_encoder_has_other_heads(tmp_path: Path):
-    state = ViT("vit_small", 16, (2, 2), relative=False).state_dict()
-    both = {**originals.prefixed("base_encoder.", state), **originals.prefixed("momentum_encoder.", state)}
-    torch.save({"state_dict": both}, tmp_path / "moco.pth.tar")
-    with pytest.raises(ValueError, match="MoCo v3's ViT-S has 12 heads"):
-        load_encoder(tmp_path / "moco.pth.tar")
+    path, _ = moco_v3(tmp_path)
+    with (
+        patch.dict(ARCHS, vit_small=ARCHS["vit_tiny"], clear=True),
+        pytest.raises(ValueError, match="MoCo v3's ViT-S has 12 heads"),
+    ):
+        load_encoder(path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("statistics", "mean"), [({"image_mean": 0.5, "image_std": 0.5}, 0.5), ({"do_normalize": False}, 0.0)]
+)
+def test_pixels_are_those_of_the_preprocessor(statistics: dict, mean: float, tmp_path: Path):
+    path, model = transformers_model(tmp_path, "ViTModel")
+    (path / "preprocessor_config.json").write_text(json.dumps(statistics))
+    encoder, report = load_encoder(path)
+    pixels = originals.half_pixels(images())  # of mean and deviation 0.5, or in 0..1
+    expected = model.model(pixels if mean else pixels / 2 + 0.5).last_hidden_state
+    assert f"mean {mean:g}" in report.pixels
+    torch.testing.assert_close(features(encoder, images()), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_beside_the_encoder_is_known_under_a_common_prefix(tmp_path: Path):
