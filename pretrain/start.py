@@ -51,7 +51,7 @@ def check_start(config: PretrainConfig, folder: RunFolder) -> None:
         source = RunFolder(Path(start.run))
         if not source.config.is_file():
             raise ValueError(
-                f"start.run={start.run} is not the folder of a run: it has no {source.config.name}; a file, or a single "
+                f"start.run={start.run} is not the folder of a run: it has no {source.config.name}; a file, or one "
                 f"checkpoint of a run, is a start.checkpoint"
             )
         if not checkpoint_names(source.checkpoints):

@@ -227,7 +227,7 @@ def test_recipes_load_and_name_themselves(recipe: str):
     batch = config.train.global_batch_size
     parts = re.search(rf"batch {batch} = (\d) GPUs? x (?:(\d+) accumulation x )?(\d+)", comment)
     assert parts
-    assert int(parts[1]) == (1 if "_own_" in recipe else 8)
+    assert int(parts[1]) == (1 if "_own_" in recipe or "_small_" in recipe else 8)
     assert int(parts[2] or 1) == config.train.gradient_accumulation_steps
     assert int(parts[1]) * int(parts[2] or 1) * int(parts[3]) == batch
 
