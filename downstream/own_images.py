@@ -25,6 +25,8 @@ def load_images(path: str | Path) -> Samples:
         ValueError: it is none of these.
     """
     file = Path(path)
+    if not file.exists() and "{" not in str(path):
+        raise ValueError(f"{file} does not exist: give an image, a folder of images or shards")
     if not file.is_file() or ".tar" in file.suffixes:
         return load_samples(path)
     if file.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:

@@ -51,8 +51,8 @@ def check_start(config: PretrainConfig, folder: RunFolder) -> None:
         source = RunFolder(Path(start.run))
         if not source.config.is_file():
             raise ValueError(
-                f"start.run={start.run} is not the folder of a run: it has no {source.config.name}; a file, or one "
-                f"checkpoint of a run, is a start.checkpoint"
+                f"start.run={start.run} is not the folder of a run: it has no {source.config.name}; for a file, or one "
+                f"of a run's checkpoints, it is start.checkpoint"
             )
         if not checkpoint_names(source.checkpoints):
             raise ValueError(

@@ -41,7 +41,7 @@ _THEIRS = (
     (_LAYER + r"layernorm_before\.(.+)", r"method.decoder.blocks.\1.norm1.\2"),
     (_LAYER + r"layernorm_after\.(.+)", r"method.decoder.blocks.\1.norm2.\2"),
     (
-        _LAYER + r"attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.(.+)",
+        _LAYER + r"attention\.(?:attention\.)?([qkv])\w+\.(.+)",
         r"method.decoder.blocks.\1.attn.\2.\3",
     ),
     (_LAYER + r"attention\.(?:output\.dense|o_proj)\.(.+)", r"method.decoder.blocks.\1.attn.proj.\2"),

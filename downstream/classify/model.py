@@ -161,16 +161,21 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         source = read_source(start.checkpoint, start.weights)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None
+    advice = "use another"
     try:
         found = translate(source)
+        advice = _how_to_match(found.spec, config)
         report = fill_encoder(encoder, found)
     except ValueError as error:
-        raise ValueError(f"start.checkpoint: {error}; set model.* to match it, or use another") from None
+        raise ValueError(f"start.checkpoint: {error}; {advice}") from None
     if found.pool_norm and not _has_own_norm(config):
         raise ValueError(
             f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train all of it, with "
             f"head.pool=avg and without start.trained_blocks, or start from the encoder that it came from"
         )
+    if found.pool_norm:  # behind the pool, where it was
+        for kind in ("weight", "bias"):
+            del report.folded[f"norm.{kind}"]
     kept = {}
     spec = ClassifierSpec.from_metadata(source.metadata)
     same_classes = spec is not None and spec.class_names == tuple(class_names) != ()
@@ -179,7 +184,16 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         for name in ("head.weight", "head.bias"):
             del report.dropped[name]
             report.used[name] = (name,)
-    return _Start(str(report), _has_own_norm(config) and found.pool_norm, kept)
+    return _Start(str(report), found.pool_norm, kept)
+
+
+def _how_to_match(found: EncoderSpec, config: FinetuneConfig) -> str:
+    """The keys that make the model that of a start, as what to do."""
+    theirs, ours = (
+        {name: getattr(record, name) for name in ("arch", "position", "patch_size")} for record in (found, config.model)
+    )
+    keys = [f"model.{name}={value}" for name, value in theirs.items() if value != ours[name]]
+    return f"set {' '.join(keys)}" if keys else "use another"
 
 
 def _check_blocks(config: FinetuneConfig, depth: int) -> None:

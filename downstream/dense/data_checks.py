@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,17 @@ def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, s
 
 @contextlib.contextmanager
 def needs_mm() -> Iterator[None]:
-    """Around imports of mmengine, mmdet or mmseg: a ValueError of one sentence where one of them is not installed."""
+    """Around imports of mmengine, mmdet or mmseg: a ValueError of one sentence where one of them is not installed.
+
+    What they print is not shown, and from then on neither are warnings of theirs and of torch: they are about their own
+    calls of functions that will change, and optional packages.
+    """
+    warnings.filterwarnings("ignore", module=r"(mmcv|mmdet|mmengine|mmseg|torch)(\.|$)")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which mmengine imports, warns that it chose it
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{error}: `python -m downstream.doctor` says how to install what detection and segmentation need"

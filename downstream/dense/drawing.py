@@ -106,8 +106,6 @@ def run_draw(
 
         from downstream.dense.mmengine.checkpoint_files import find_weights
         from downstream.dense.mmengine.config_file import load_job
-        from downstream.dense.mmengine.console import silence_warnings
-    silence_warnings()
     out: Path = options.out
     if out.resolve() == (options.images if options.images.is_dir() else options.images.parent).resolve():
         raise ValueError(f"{out} is where the images are: give another folder for the drawn images")

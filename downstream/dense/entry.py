@@ -41,9 +41,11 @@ def _load(name: str, overrides: list[str], configs: Path, propagate: Callable[[A
 
 def _train(job: Job, world: World, checks: str) -> None:
     init_distributed(world)
-    from downstream.dense.mmengine.runner import run
+    with needs_mm():
+        from downstream.dense.mmengine.runner import run
 
+        check = importlib.import_module(checks).check
     folder = RunFolder(Path(job.cfg.work_dir))
     with folder.locked(world.is_main and not job.test):
         log_to_file(folder.logs, world)
-        run(job, world, importlib.import_module(checks).check)
+        run(job, world, check)

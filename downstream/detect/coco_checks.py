@@ -59,7 +59,7 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     check_classes(found, classes)
     check_heads(cfg, key, classes)
     if split != "train":
-        _check_evaluators(cfg, split, found)
+        ids_note = _check_evaluators(cfg, split, found)
         if dataset.get("indices") is not None:
             raise ValueError(
                 f"{key}.indices={dataset.indices}: COCO's metrics count all images of {path}, also those that nothing "
@@ -68,9 +68,10 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     check_images(key, dataset, folder, path, found.images)
     counts = count_boxes(found.images, found.annotations, _category_ids(found, classes))
     _check_boxes(dataset, found, counts)
-    notes = (
-        _check_used(cfg, dataset, found, counts) if split == "train" else [_describe(found, counts, len(found.images))]
-    )
+    if split == "train":
+        notes = _check_used(cfg, dataset, found, counts)
+    else:
+        notes = [_describe(found, counts, len(found.images)), *ids_note]
     ids = {category["name"]: category["id"] for category in found.categories}
     if absent := [name for name in classes if ids[name] not in counts.categories]:
         notes.append(f"no box of {len(absent)} classes: {first_names(absent)}")
@@ -153,19 +154,21 @@ def _category_ids(found: Annotations, classes: tuple[str, ...]) -> set[int]:
     return {category["id"] for category in found.categories if category["name"] in classes}
 
 
-def _check_evaluators(cfg: Any, split: str, found: Annotations) -> None:
+def _check_evaluators(cfg: Any, split: str, found: Annotations) -> list[str]:
+    """A note where the ids of annotations are not used; raises ValueError where they would be measured wrong."""
+    strange = [a["id"] for a in found.annotations if not isinstance(a["id"], int) or a["id"] < 1]
+    incomplete = [a["id"] for a in found.annotations if "iscrowd" not in a]
     for evaluator in evaluators(cfg, split):
         file = evaluator.get("ann_file")
         if file is not None and os.path.abspath(file) != os.path.abspath(found.path):
             raise ValueError(f"{split}_evaluator.ann_file={file} is not the file of {split}_dataloader, {found.path}")
-        if evaluator.get("type") == "CocoMetric":  # ours takes any
-            wrong = [a for a in found.annotations if not isinstance(a["id"], int) or a["id"] < 1 or "iscrowd" not in a]
-            if wrong:
-                raise ValueError(
-                    f"{found.key}: {found.path}: annotation {wrong[0]['id']!r} has no iscrowd, or an id that is no "
-                    f"number from 1, and pycocotools would measure it wrong: give {split}_evaluator.type="
-                    f"AnyIdsCocoMetric, of downstream.detect.coco_metric"
-                )
+        if (strange or incomplete) and evaluator.get("type") == "CocoMetric":  # ours takes any
+            raise ValueError(
+                f"{found.key}: {found.path}: annotation {(strange + incomplete)[0]!r} has no iscrowd, or an id that is "
+                f"no number from 1, and pycocotools would measure it wrong: give {split}_evaluator.type="
+                f"AnyIdsCocoMetric, of downstream.detect.coco_metric"
+            )
+    return [f"annotations are numbered from 1 to measure AP (there is the id {strange[0]!r})"] if strange else []
 
 
 def _check_boxes(dataset: Any, found: Annotations, counts: BoxCounts) -> None:

@@ -177,8 +177,6 @@ def _run(options: argparse.Namespace) -> int:
         from mmengine.utils import import_modules_from_strings
 
         from downstream.dense.mmengine.config_file import load_job
-        from downstream.dense.mmengine.console import silence_warnings
-    silence_warnings()
     cfg = load_job(options.config, options.overrides, CONFIGS, propagate_keys).cfg
     import_modules_from_strings(**cfg.get("custom_imports") or {"imports": []})
     splits = [split for split in ("train", "val") if cfg.get(f"{split}_dataloader")]

@@ -51,8 +51,8 @@ class RelativeKey(nn.Module):
 
 def _vectors(buckets: Tensor, table: Tensor) -> Tensor:
     """The vector of each bucket: (L, L) and (C, NUM_BUCKETS) -> (L, L, C)."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()  # which is never trained
-    if not (buckets.is_cuda or compiling):
+    # Not `is_compiling`: that is true in torch.export too, which cannot make a one-hot of constants and trains nothing.
+    if not (buckets.is_cuda or torch.compiler.is_dynamo_compiling()):
         return F.embedding(buckets, table.T)
     # Compiled, the gradient of an embedding is a sum by atomic additions on every device: not deterministic.
     with torch.autocast(buckets.device.type, enabled=False):

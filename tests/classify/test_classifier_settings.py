@@ -74,8 +74,10 @@ def test_other_classes_get_a_new_head(tmp_path: Path):
         assert classifier.vit.head.weight.abs().max() < 1e-3
         assert classifier.vit.head.bias.abs().max() == 0
         assert classifier.vit.fc_norm.weight.equal(trained["fc_norm.weight"])
-    with pytest.raises(ValueError, match="a norm that was trained after average pooling"):
-        build_classifier(configure(tmp_path, start__checkpoint=run, start__trained_blocks=1), NAMES)
+        assert "here of every token" not in report
+    frozen, report = build_classifier(configure(tmp_path, start__checkpoint=run, start__trained_blocks=1), NAMES)
+    assert frozen.vit.norm.weight.equal(trained["fc_norm.weight"])
+    assert "the norm behind a classifier's pool, here of every token" in report
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,9 @@ def test_other_classes_get_a_new_head(tmp_path: Path):
     [
         ({"model__position": "sincos"}, "is vit_tiny with relative positions; the encoder is vit_tiny with sincos"),
         ({"model__arch": "vit_small"}, "is vit_tiny with relative positions; the encoder is vit_small"),
+        ({"model__arch": "vit_small", "model__position": "bias"}, "; set model.arch=vit_tiny model.position=relative"),
         ({"model__patch_size": 2}, "has patches of 4 pixels, the encoder of 2"),
+        ({"model__patch_size": 2}, "only 14 and 16 can be exchanged; set model.patch_size=4"),
         ({"start__trained_blocks": 9}, f"start.trained_blocks=9: the encoder has {DEPTH} blocks"),
         ({"start__weights": "ema"}, "holds the online weights, not the ema ones"),
         ({"start__checkpoint": "/nowhere"}, "start.checkpoint: no checkpoint /nowhere"),
@@ -227,7 +231,7 @@ def test_recipes_load_and_name_themselves(recipe: str):
     batch = config.train.global_batch_size
     parts = re.search(rf"batch {batch} = (\d) GPUs? x (?:(\d+) accumulation x )?(\d+)", comment)
     assert parts
-    assert int(parts[1]) == (1 if "_own_" in recipe or "_small_" in recipe else 8)
+    assert int(parts[1]) == (1 if re.search("_(own|small)_", recipe) else 8)
     assert int(parts[2] or 1) == config.train.gradient_accumulation_steps
     assert int(parts[1]) * int(parts[2] or 1) * int(parts[3]) == batch
 

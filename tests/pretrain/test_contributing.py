@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("data", "pretrain", "ds_configs", "tests/helpers", "tests/conftest.py", "pyproject.toml")
+COPIED = ("data", "pretrain", "downstream", "ds_configs", "tests/helpers", "tests/conftest.py", "pyproject.toml")
 
 
 def code_block(text: str, file: str, language: str) -> str:

@@ -1,7 +1,6 @@
 """What mmengine and its libraries say on the console: their log file in the run's folder has all of it."""
 
 import logging
-import warnings
 
 from mmengine.logging import MMLogger
 
@@ -27,8 +26,3 @@ def shorten_console(logger: MMLogger) -> MMLogger:
         if not isinstance(handler, logging.FileHandler):
             handler.addFilter(_is_for_the_console)
     return logger
-
-
-def silence_warnings() -> None:
-    """Ignores what the libraries warn their developers of: their own calls of functions that will change."""
-    warnings.filterwarnings("ignore", module=r"(mmcv|mmdet|mmengine|mmseg|torch)(\.|$)")

@@ -15,7 +15,7 @@ from mmengine.utils import import_modules_from_strings
 
 from downstream.dense.job import Job
 from downstream.dense.mmengine.checkpoint_files import find_weights, last_checkpoint, refuse_pickles
-from downstream.dense.mmengine.console import shorten_console, silence_warnings
+from downstream.dense.mmengine.console import shorten_console
 from downstream.dense.mmengine.data_order import by_epoch, shield_workers, wrap_train_data
 from downstream.dense.mmengine.dataset_keys import datasets
 from downstream.dense.mmengine.encoder_start import check_start, clear_start
@@ -53,7 +53,6 @@ def run(job: Job, world: World, check: Callable[[Config, list[str]], list[str]])
         OSError: a checkpoint could not be written.
     """
     refuse_pickles()
-    silence_warnings()
     cfg = copy.deepcopy(job.cfg)
     if imports := cfg.get("custom_imports"):
         import_modules_from_strings(**imports)
