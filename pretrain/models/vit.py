@@ -152,7 +152,7 @@ class ViT(nn.Module):
         if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         bias_grid = grid if bias else None
-        rates = [drop_path_rate * block / (self.arch.depth - 1) for block in range(self.arch.depth)]
+        rates = [drop_path_rate * block / max(self.arch.depth - 1, 1) for block in range(self.arch.depth)]
         self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)

@@ -16,9 +16,10 @@ from pydantic_core import PydanticUndefined
 
 from pretrain.trainer.problems import Layer, describe, source_of
 from pretrain.trainer.recipe import read_layers
-from pretrain.trainer.schema import Section, nearest, sections_in
+from pretrain.trainer.schema import Section, nearest, optional, sections_in
 
 WIDTH = 120
+UNSET = "(must be set)"
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,21 @@ class Catalog:
         return "\n".join(lines).strip("\n")
 
     def show(self, recipe: str, overrides: list[str]) -> str:
-        """The configuration in YAML, each key with what sets it; raises ValueError as `load`."""
-        keys = self.load(recipe, overrides).model_dump(mode="json")
-        return "\n".join(_show(keys, read_layers(self.schema, recipe, overrides, self.recipes)))
+        """The configuration in YAML, each key with what sets it; raises ValueError as `load`, but for texts not set."""
+        layers = read_layers(self.schema, recipe, overrides, self.recipes)
+        unset = [f"{key}={UNSET}" for key in _unset_texts(self.schema, layers)]
+        keys = self.load(recipe, [*overrides, *unset]).model_dump(mode="json")
+        return "\n".join(_show(keys, layers))
+
+
+def _unset_texts(schema: type[BaseModel], layers: list[Layer]) -> Iterator[str]:
+    """The keys, such as `data.shards`, without which a run cannot start and which nothing has set."""
+    for section, field in schema.model_fields.items():
+        kinds = sections_in(field.annotation)
+        if len(kinds) == 1 and not optional(field.annotation):
+            for name, inner in kinds[0].model_fields.items():
+                if inner.is_required() and inner.annotation is str and not source_of(f"{section}.{name}", layers):
+                    yield f"{section}.{name}"
 
 
 def _show(keys: dict[str, Any], layers: list[Layer], above: str = "") -> Iterator[str]:

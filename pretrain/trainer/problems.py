@@ -154,7 +154,8 @@ def describe(annotation: Any) -> str:
         return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
     if get_origin(annotation) in (list, tuple):
         inner = [describe(kind) for kind in get_args(annotation) if kind is not Ellipsis]
-        return f"[{', '.join(inner)}]" if get_origin(annotation) is tuple else f"a list of: {inner[0]}"
+        of_any_length = get_origin(annotation) is list or Ellipsis in get_args(annotation)
+        return f"a list, of which each is {inner[0]}" if of_any_length else f"[{', '.join(inner)}]"
     if annotation in (None, NoneType):
         return "none"
     if isinstance(annotation, type):

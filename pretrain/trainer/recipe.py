@@ -140,7 +140,7 @@ def parse_overrides(arguments: list[str], schema: type[BaseModel]) -> dict[str, 
             nested = read_bracketed(text) or nested
         for part in reversed(path):
             nested = {part: nested}
-        overrides = merge(overrides, _name_choices(nested, schema), schema)
+        overrides = merge(overrides, _name_choices(nested, schema))
     return overrides
 
 

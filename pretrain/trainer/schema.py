@@ -75,20 +75,18 @@ def nearest(name: str, names: list[str]) -> str:
     `windows` is `num_windows` rather than `window_size`, and `lomar_vitb16_400` is `lomar_vitb16_224_400e`: a name that
     has every part of what was typed, and the fewest besides, comes before one with similar letters.
     """
-    close = [known for known in names if _has_parts(known, name)]
+    close = [known for known in names if _has_parts(known, name, "[a-z]?")]
+    close = close or [known for known in names if _has_parts(known, name, ".*")]
     fewest = min((len(known.split("_")) for known in close), default=0)
     close = [known for known in close if len(known.split("_")) == fewest][:3]
     close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(sorted(names))}"
 
 
-def _has_parts(known: str, typed: str) -> bool:
-    """Whether every part of what was typed is one of the name's, in this order; `400` is `400e`."""
+def _has_parts(known: str, typed: str, rest: str) -> bool:
+    """Whether every part of what was typed is one of the name's, in this order, but for a `rest` of it: `400e`."""
     parts = iter(known.split("_"))
-    return all(
-        any(part == given or re.fullmatch(rf"{given}[a-z]", part) for part in parts)
-        for given in map(re.escape, typed.split("_"))
-    )
+    return all(any(re.fullmatch(re.escape(given) + rest, part) for part in parts) for given in typed.split("_"))
 
 
 def split_override(argument: str, form: str) -> tuple[str, str, Any]:

@@ -87,7 +87,7 @@ def _read_word(word: str, annotation: Any) -> Any:
         return _BOOLEANS[text.lower()]
     if (int in kinds or float in kinds) and (number := read_number(text)) is not None:
         return number
-    if list in kinds and "," in text:
+    if list in kinds and ("," in text or _is_of_any_length(annotation)):
         return convert([Word(part.strip()) for part in text.split(",")], annotation)
     return text
 
@@ -113,6 +113,10 @@ def _kinds(annotation: Any) -> set[Any]:
     if get_origin(annotation) in (list, tuple):
         return {list}
     return functools.reduce(operator.or_, map(_kinds, get_args(annotation)), set())
+
+
+def _is_of_any_length(annotation: Any) -> bool:
+    return get_origin(annotation) is list or Ellipsis in get_args(annotation)
 
 
 def _of_elements(annotation: Any) -> Any:

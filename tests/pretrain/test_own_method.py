@@ -35,9 +35,9 @@ def test_a_method_of_ones_own_is_checked_built_and_computed_like_any_other(modul
     loss = method(random_images(method), random_mask_indices(method))["loss"]
     assert loss.isfinite()
     assert pickle.loads(pickle.dumps(method.mask_sampler())).keywords["hole_size"] == 2, "workers may not be forked"
-    with pytest.raises(ValueError, match=r"set method\.hole_size to at most 3"):
+    with pytest.raises(ValueError, match=r"set method\.hole_size to at most 7"):
         load("quickstart", [f"method.module={module}", *KEYS, "method.hole_size=9"])
-    with pytest.raises(ValueError, match=r"unknown key method\.hole: did you mean hole_size\?"):
+    with pytest.raises(ValueError, match=r"unknown key method\.hole: did you mean method\.hole_size\?"):
         load("quickstart", [f"method.module={module}", *KEYS, "method.hole=2"])
 
 

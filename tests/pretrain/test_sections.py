@@ -13,7 +13,7 @@ from pretrain.trainer.schema import MAY_CHANGE, Section
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("method=", "method=None: must be a section with keys such as name and block_size"),
+        ("method=", "method=None: must be a section with keys such as name and module"),
         ("target={norm_pix: 3}", "target.norm_pix=3: must be true or false"),
         ("pr_mim=3", "pr_mim=3: must be a section with keys such as throw_ratio and sampling, or none"),
     ],
@@ -40,6 +40,9 @@ def test_another_name_replaces_the_whole_section(recipe: str, tmp_path: Path):
     assert (pixels.name, pixels.norm_pix, pixels.loss) == ("pixels", False, "l1"), "the same kind: key by key"
     tokens = load(str(child), ["target.name=tokens", "target.vocab_size=64"]).target
     assert (tokens.name, tokens.vocab_size, tokens.tokenizer) == ("tokens", 64, "random_projection")
+    assert load(str(child), ["method.name=simmim"]).target.loss == "l1", "and the target is the new method's own"
+    turned = load(str(child), ["method.mask_patch_size=16", "method.name=simmim"]).method
+    assert turned.mask_patch_size == 16, "in any order"
     beit = load(str(child), ["method.name=beit"]).method
     assert (beit.name, beit.mask_ratio, beit.mask_type) == ("beit", 0.4, "block"), "nothing is left of LoMaR's keys"
     with pytest.raises(ValueError, match=r"unknown key method\.num_windows"):

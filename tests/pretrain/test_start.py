@@ -50,7 +50,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         (["start.checkpoint=a", "start.run=b"], "set one of them"),
         (["start.run=b", "start.weights=ema"], "start.weights chooses among the weights of start.checkpoint"),
         (["start.checkpoint=a", "start.optimizer=true"], "moments from start.run: set that"),
-        (["start.checkpoints=a"], r"unknown key start\.checkpoints: did you mean checkpoint\?"),
+        (["start.checkpoints=a"], r"unknown key start\.checkpoints: did you mean start\.checkpoint\?"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(overrides: list[str], says: str, tmp_path: Path):

@@ -90,6 +90,11 @@ def test_a_recipe_is_shown_with_what_sets_each_key(tmp_path: Path):
     )
 
 
+def test_a_recipe_that_lacks_the_data_is_shown_too():
+    lines = FINETUNE.show("finetune_small_vits16_224_100e", []).splitlines()
+    assert sum("shards: (must be set)" in line for line in lines) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says", "code"),
     [

@@ -64,6 +64,7 @@ def test_a_value_that_is_neither_is_refused(text: str):
         ("epoch", ["every_epochs", "epochs"], "did you mean epochs?"),
         ("lr", ["base_lr", "min_lr", "betas"], "did you mean base_lr or min_lr?"),
         ("400", ["x_4000e", "x_400e"], "did you mean x_400e?"),
+        ("vit_s", ["vit_tiny", "vit_small", "vit_base"], "did you mean vit_small?"),
         ("qqq", ["b", "a"], "valid: a, b"),
     ],
 )

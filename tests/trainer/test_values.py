@@ -32,6 +32,7 @@ class Inner(Section):
     text: str = ""
     maybe: str | None = "x"
     lines: tuple[str, ...] = ()
+    steps: tuple[float, ...] = (1.0,)
     number: float = 0
     count: int = 0
     flag: bool = False
@@ -95,6 +96,9 @@ def test_so_are_signs_that_yaml_has_a_use_for(text: str, tmp_path: Path):
         ("size", "(224, 160)", (224, 160)),
         ("size", "224,160", (224, 160)),
         ("shares", "[0.9, 1e-3]", (0.9, 1e-3)),
+        ("steps", "700", (700.0,)),
+        ("steps", "7e2, 750", (700.0, 750.0)),
+        ("steps", "[]", ()),
         ("choice", "on", "on"),
         ("choice", "Off", "off"),
         ("choice", "1", "1"),
