@@ -75,7 +75,7 @@ def main() -> int:
         epochs = choose_epochs(step, config.train.epochs)
         warmup = config.optim.warmup_epochs * epochs / config.train.epochs
         minutes = max(step * ENGINE * STEPS_PER_EPOCH * epochs / 60, 1)
-        less = "" if epochs == config.train.epochs else f" instead of {config.train.epochs}, as that is slow"
+        less = "" if epochs == config.train.epochs else f" instead of the recipe's {config.train.epochs}"
         print(
             f"a step takes about {step * ENGINE:.2f} s here: {epochs} epochs{less}, about {minutes:.0f} minutes",
             file=sys.stderr,

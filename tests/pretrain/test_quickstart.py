@@ -39,7 +39,7 @@ def test_a_fast_machine_trains_the_recipe(monkeypatch, capsys):
 def test_a_busy_machine_trains_fewer_epochs_and_says_so(monkeypatch, capsys):
     out, err = said(1.2, monkeypatch, capsys)
     assert out == "train.epochs=15 optim.warmup_epochs=1.5\n"
-    assert f"15 epochs instead of {MOST}, as that is slow, about 4 minutes" in err
+    assert f"15 epochs instead of the recipe's {MOST}, about 4 minutes" in err
     config = load("quickstart", out.split())
     assert (config.train.epochs, config.optim.warmup_epochs) == (15, 1.5)
 
