@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     facts = {"arch": "vit_tiny", "patch_size": "16", "image_size": "64x64", "position": "relative"}
     save_file(randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict(), folder / "encoder.safetensors", facts)
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29642"]
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2"]
     overrides = ["start.checkpoint=encoder.safetensors", "data_root=coco/", "runs=.", "name=work"]
     done = run(*launcher, overrides=[*overrides, *write_engines(folder)["zero3"]], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,7 +88,7 @@ def test_torchrun_ends_when_one_rank_fails(trained: Path):
     make_coco(trained / "damaged", train=4)
     path = trained / "damaged/train2017/000000000001.jpg"
     path.write_bytes(path.read_bytes().partition(b"\xff\xda")[0])
-    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29643"]
+    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     done = run(*launcher, overrides=["data_root=damaged/", "runs=.", "name=failed"], cwd=trained)
     assert done.returncode == 1
     assert "starts" in done.stdout  # it had passed the checks

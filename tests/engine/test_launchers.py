@@ -14,8 +14,8 @@ pytestmark = pytest.mark.engine
 BIN = Path(sys.executable).parent
 
 LAUNCHERS = {
-    "deepspeed": ([str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", "29643"], 2),
-    "torchrun": ([str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", "29641"], 2),
+    "deepspeed": ([str(BIN / "deepspeed"), "--num_accelerators", "2"], 2),
+    "torchrun": ([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"], 2),
     "python": ([sys.executable], 1),
 }
 
