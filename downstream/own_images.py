@@ -1,6 +1,7 @@
 """Images that a model is applied to, labeled or not, and tables about them."""
 
 import csv
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,21 +19,33 @@ from pretrain.trainer.per_sample import unreadable_keys
 MAX_LISTED_KEYS = 20
 
 
-def load_images(path: str | Path) -> Samples:
-    """One image file, a folder of images of any nesting, or shards; labels are not needed.
+def load_images(*paths: str | Path) -> Samples:
+    """Image files, or one folder of images of any nesting, or one set of shards; labels are not needed.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: they are none of these.
     """
-    file = Path(path)
-    if not file.exists() and "{" not in str(path):
-        raise ValueError(f"{file} does not exist: give an image, a folder of images or shards")
-    if not file.is_file() or ".tar" in file.suffixes:
-        return load_samples(path)
-    if file.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
-        raise ValueError(f"{file} is no image ({', '.join(IMAGE_EXTENSIONS)}): give an image, a folder or shards")
-    label = np.array([NO_LABEL], np.int32)
-    return Folder(root=file.parent, names=Keys.of([file.name]), keys=Keys.of([file.stem]), label=label, classes=())
+    files = [Path(path) for path in paths]
+    for file in files:
+        if not file.exists() and "{" not in str(file):
+            raise ValueError(f"{file} does not exist: give images, a folder of images or shards")
+    if len(files) == 1 and (not files[0].is_file() or ".tar" in files[0].suffixes):
+        return load_samples(files[0])
+    for file in files:
+        if not file.is_file() or file.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+            raise ValueError(
+                f"{file} is no image ({', '.join(IMAGE_EXTENSIONS)}): give image files, or one folder, or one set of "
+                f"shards"
+            )
+    root = Path(os.path.commonpath([file.absolute().parent for file in files]))
+    names = [file.absolute().relative_to(root) for file in files]
+    return Folder(
+        root=root,
+        names=Keys.of([str(name) for name in names]),
+        keys=Keys.of([str(name.with_suffix("")) for name in names]),
+        label=np.full(len(files), NO_LABEL, np.int32),
+        classes=(),
+    )
 
 
 def sample_name(samples: Samples, sample: int) -> str:

@@ -5,7 +5,6 @@ folder of them, or shards. Central crops are shown; masks depend on --seed alone
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,34 +14,17 @@ import torch
 from torch import Tensor
 
 from data.eval_loader import EvalLoader
-from data.image_folder import Folder, Samples, load_samples
-from data.index import Keys
+from data.image_folder import Samples
 from data.order import Stream, sample_rng
 from data.parallel import report_errors
-from data.scan import NO_LABEL
 from downstream.checkpoints.files import read_source
+from downstream.own_images import load_images
 from pretrain.config import load
 from pretrain.methods.base import MaskIndices, Method
 from pretrain.reconstructions import draw_reconstructions, drawn_method
 from pretrain.trainer.checkpoint_layout import latest_checkpoint, read_state
 from pretrain.trainer.launch import choose_accelerator
 from pretrain.trainer.run_folder import RunFolder
-
-
-def find_images(paths: Sequence[Path]) -> Samples:
-    """Image files, or else one folder of images, or shards.
-
-    Raises:
-        ValueError: there is nothing of the kind; the message names the path.
-    """
-    if len(paths) == 1 and (not paths[0].is_file() or paths[0].suffix == ".tar"):
-        return load_samples(paths[0])
-    for path in paths:
-        if not path.is_file() or path.suffix == ".tar":
-            raise ValueError(f"{path} is no image file: give image files, or one folder, or one set of shards")
-    root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    names = Keys.of([str(path.absolute().relative_to(root)) for path in paths])
-    return Folder(root, names, names, np.full(len(paths), NO_LABEL, np.int32), ())
 
 
 def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
@@ -125,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{options.out}: the last argument is the picture to write, named *.png")
         if options.count < 1:
             raise ValueError(f"--count {options.count} must be at least 1")
-        samples = find_images(options.images)
+        samples = load_images(*options.images)
         method, size, what = load_trained(options.run)
         images, numbers = read_images(samples, size, options.count)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
