@@ -127,5 +127,5 @@ def test_what_is_no_image_is_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("none")
     with pytest.raises(ValueError, match=r"notes\.txt is no image \(jpg, .*give image files, or one folder"):
         load_images(tmp_path / "notes.txt")
-    with pytest.raises(ValueError, match="nothing does not exist: give an image, a folder of images or shards"):
+    with pytest.raises(ValueError, match="nothing does not exist: give images, a folder of images or shards"):
         load_images(tmp_path / "nothing")

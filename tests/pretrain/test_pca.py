@@ -169,11 +169,11 @@ def test_the_resolved_recipe_pins_the_file(components_file: Path, tmp_path: Path
     ("overrides", "says"),
     [
         (["target.file=/nowhere"], r"target\.file='/nowhere' is not a file: make it with"),
-        (["target.fille=x"], r"unknown key target\.fille: did you mean file"),
+        (["target.fille=x"], r"unknown key target\.fille: did you mean target\.file"),
         (["target.sha256=abc"], r"not target\.sha256=abc"),
         (["model.patch_size=8"], "patches of 48 values, and model.patch_size=8 has 192"),
         (["target.norm_pix=false"], r"unknown key target\.norm_pix"),
-        (["target.file=null"], r"target\.file=None"),
+        (["target.file=null"], r"target\.file='null' is not a file"),
         (["target.name=tokens", "target.file=x"], r"unknown key target\.file"),
         (["target.tokenizer=random_projection"], r"unknown key target\.tokenizer"),
         (["method.encoder_mask_tokens=true", "method.decoder=conv"], r"set method\.decoder=transformer"),
