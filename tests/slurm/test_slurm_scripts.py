@@ -115,7 +115,7 @@ def test_a_site_file_that_fails_ends_the_job(tmp_path: Path) -> None:
 
 def test_the_example_changes_nothing_until_somebody_does(tmp_path: Path) -> None:
     example = (FOLDER / "site.sh.example").read_text()
-    assert start_job(tmp_path, example).stdout.endswith(f"[python]{COMMAND} module=\n")
+    assert f"attempt0-rank%t.log][python]{COMMAND} module=\n" in start_job(tmp_path, example).stdout
     switched_on = re.sub(r"^# (?=[A-Z_]+=\()", "", example, flags=re.MULTILINE)
     assert subprocess.run(["bash", "-n"], input=switched_on, text=True).returncode == 0
 

@@ -69,7 +69,8 @@ def test_a_part_of_the_keys(word: str, keys: list[str]):
     assert "data.shards" not in listed
 
 
-def test_defaults_and_types_are_said():
+def test_defaults_and_types_are_said(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "120")  # nothing is wrapped
     assert re.search(r"optim\.betas .*\(\[a number, a number\]; \[0\.9, 0\.95\]\)", PRETRAIN.list_keys("optim"))
     assert re.search(r"data\.shards .*must be set\)", PRETRAIN.list_keys("data"))
 
