@@ -79,7 +79,7 @@ def start_job(folder: Path, site: str | None) -> subprocess.CompletedProcess[str
         (folder / "slurm" / "site.sh").write_text(site)
     (folder / "bin").mkdir()
     srun = folder / "bin" / "srun"
-    srun.write_text('#!/bin/sh\nprintf "[%s]" "$@"\necho " module=$LOADED"\n')
+    srun.write_text('#!/bin/sh\nline=$(printf "[%s]" "$@")\necho "$line module=$LOADED"\n')  # the script writes, too
     srun.chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NAME": "x", "SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "3"}
     job |= {
