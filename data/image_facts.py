@@ -34,6 +34,8 @@ class ImageFacts(NamedTuple):
     """An animation, or pages; a photograph with previews (MPO) does not count."""
     is_turned: bool
     """EXIF says that it is to be shown turned or mirrored."""
+    is_flat: bool
+    """With 16 bits a value, of which all lie within a narrow range far from 0: one shade of gray in 8 bits."""
 
 
 def check_image(data: bytes) -> ImageFacts:
@@ -54,6 +56,7 @@ def check_image(data: bytes) -> ImageFacts:
             is_gray=image.mode.startswith("I;16"),
             has_more_pictures=has_more_pictures,
             is_turned=_is_turned(image),
+            is_flat=_is_flat(image),
         )
     except Exception as error:
         raise BadImage(reason(error)) from error
@@ -84,6 +87,14 @@ def _is_turned(image: Image.Image) -> bool:
         return image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT  # Pillow has done what a TIFF file says
     except Exception:  # damaged metadata raises anything, and does not make the pixels worse
         return False
+
+
+def _is_flat(image: Image.Image) -> bool:
+    if not image.mode.startswith("I;16") or white_of(image) != WHITE_16_BITS:
+        return False
+    values = np.asarray(image)
+    span = int(values.max()) - int(values.min())
+    return 0 < span < WHITE_16_BITS // 16 and span < int(values.min())
 
 
 def _used_bits(image: Image.Image, stored_as: str) -> int | None:

@@ -62,7 +62,7 @@ def load_samples(path: str | Path) -> Samples:
     Raises:
         ValueError: it is neither.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.is_dir() and not holds_shards(folder):
         return list_folder(folder)
     return load_index(path)

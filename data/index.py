@@ -20,7 +20,7 @@ from data.file_lock import NotWritableError, locked
 from data.messages import one_or_list
 from data.multi_labels import MultiLabels
 from data.scan import ShardContent, describe_unused, scan_shard
-from data.shard_files import find_shards
+from data.shard_files import find_shards, tars_below
 
 FORMAT = 2
 HOW_TO_REINDEX = "if the shards are as they should be, run `python -m data.verify SHARDS --reindex`"
@@ -109,7 +109,7 @@ def index_paths(shards: str | Path) -> tuple[Path, Path]:
     """Possible paths of the index of a set of shards: next to them, or in the cache if their folder is read-only."""
     root, names = find_shards(shards)
     # A subset of a folder has its own index, which must not be mistaken for the index of the whole folder.
-    part = "" if Path(shards).is_dir() else "-" + _digest("\n".join(names))[:12]
+    part = "" if Path(shards).expanduser().is_dir() else "-" + _digest("\n".join(names))[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lomar-deepspeed"
     if not cache.is_absolute():  # no home: a user without an entry in /etc/passwd, as in containers
         cache = Path(tempfile.gettempdir()) / f"lomar-deepspeed-{os.getuid()}"
@@ -211,6 +211,8 @@ def _scan(root: Path, names: tuple[str, ...]) -> Index:
     unused = sum((content.unused for content in contents), Counter[str]())
     if unused:
         print(f"{root}: members of the shards that are not used: {describe_unused(unused)}", file=sys.stderr)
+    if below := tars_below(root, names):
+        print(f"{root}: {below} tars in the folders below it are not part of these shards", file=sys.stderr)
     shard_bytes = np.array([os.stat(root / name).st_size for name in names], np.int64)
     return _index(root, names, shard_bytes, contents, classes)
 

@@ -25,6 +25,7 @@ class PackReport:
     rejected: list[str] = field(default_factory=list)  # lines of a file's name, a tab and the reason
     gray_bits: Counter[int] = field(default_factory=Counter)  # of pictures with 16 bits a value: bits used -> pictures
     color_bits: Counter[int] = field(default_factory=Counter)
+    flat: int = 0  # gray pictures of 16 bits in a narrow range far from 0
     images: int = 0  # packed
     more_pictures: int = 0  # files with several, of which the first is used
     turned: int = 0  # by EXIF
@@ -34,6 +35,7 @@ class PackReport:
         self.images += 1
         if facts.used_bits is not None:
             (self.gray_bits if facts.is_gray else self.color_bits)[facts.used_bits] += 1
+        self.flat += facts.is_flat
         self.more_pictures += facts.has_more_pictures
         self.turned += facts.is_turned
 
@@ -57,6 +59,7 @@ class PackReport:
             merged.rejected += report.rejected
             merged.gray_bits += report.gray_bits
             merged.color_bits += report.color_bits
+            merged.flat += report.flat
             merged.images += report.images
             merged.more_pictures += report.more_pictures
             merged.turned += report.turned
@@ -76,6 +79,11 @@ class PackReport:
                     f"over {2**most - 1} of 65535 ({most} bits), and are used as they are, nearly black: "
                     + advice.format(most=most, largest=2**most - 1)
                 )
+        if self.flat:
+            yield (
+                f"{self.flat} gray pictures of 16 bits have all their values within a sixteenth of the range, far from "
+                f"0, and become nearly one shade: subtract the offset (as of CT, often 32768) before packing"
+            )
         if self.more_pictures:
             yield (
                 f"the first picture alone is used of files with several (animations, pages): {self.more_pictures} of "

@@ -1,6 +1,7 @@
 """Which files are the shards of a set."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import braceexpand
@@ -26,7 +27,7 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
     Raises:
         ValueError: there are none, or some are missing or compressed; names them.
     """
-    text = str(shards)
+    text = os.path.expanduser(str(shards))  # of `data.shards=~/x` the shell makes nothing
     if Path(text).is_dir():
         paths = _tars_in(Path(text).absolute())
     elif "{" in text:
@@ -40,6 +41,8 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
             advice = f", but in those below it, such as {below}: give one of them, or a pattern with {{braces}}"
         raise ValueError(f"{text}: no shards (*.tar) in this folder{advice}")
     missing = [path for path in paths if not path.is_file()]
+    if missing and any(sign in text for sign in "*?"):
+        raise ValueError(f"{text}: patterns have braces, as in train-{{000000..000099}}.tar; or give a folder of *.tar")
     if missing:
         count = f"{len(missing)} of {len(paths)} missing"
         problems = [f"{path}: no such shard ({count}); give a folder of *.tar" for path in missing]
@@ -47,6 +50,12 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
     _refuse_compressed([path for path in paths if _suffix_of_compressed(path.name)], len(paths))
     root = Path(os.path.commonpath([path.parent for path in paths]))
     return root, tuple(sorted({path.relative_to(root).as_posix() for path in paths}))
+
+
+def tars_below(root: Path, shards: Collection[str]) -> int:
+    """How many tars in the folders right below one are none of its shards: nothing looks for them there."""
+    below = {path.relative_to(root).as_posix() for path in root.glob("[!.]*/*.tar")}
+    return len(below.difference(shards))
 
 
 def holds_shards(folder: Path) -> bool:

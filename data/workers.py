@@ -248,5 +248,5 @@ def ignore_signals(worker: int) -> None:
     A worker still ends when the main process tells it to or has died, and is killed if it does not. DataLoader has
     limited it to one thread.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

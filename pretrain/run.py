@@ -18,7 +18,7 @@ import torch
 
 from data.index import Index, load_index
 from downstream.checkpoints.method_weights import LoadedMethod, load_method, load_teacher
-from pretrain.config import RECIPES, PretrainConfig, load
+from pretrain.config import ELSEWHERE, RECIPES, PretrainConfig, load
 from pretrain.methods import METHODS
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
@@ -124,4 +124,4 @@ def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moment
 
 
 if __name__ == "__main__":
-    main(__doc__, load, pretrain, check=check_engine, catalog=Catalog(PretrainConfig, RECIPES, load))
+    main(__doc__, load, pretrain, check=check_engine, catalog=Catalog(PretrainConfig, RECIPES, load, ELSEWHERE))

@@ -144,8 +144,9 @@ def _rename_keys(source: Source, prefix: str, library: Library, report: Report) 
             problems[key] = refusal or _UNKNOWN
         elif reason := reason or match(name, DROPPED):
             report.dropped[key] = reason
+        elif name in state:
+            problems[key] = f"another key is {name}, too"
         else:
-            assert name not in state, f"two keys for {name}"
             state[name] = tensor.float()
             report.used[name] = (key,)
     return renamed

@@ -20,7 +20,7 @@ import torch
 from data.image_folder import Samples, load_samples
 from data.index import Index, load_index
 from downstream.classify.checks import check_batches, check_train_and_val, with_classes_of_data
-from downstream.classify.config import RECIPES, FinetuneConfig, load
+from downstream.classify.config import ELSEWHERE, RECIPES, FinetuneConfig, load
 from downstream.classify.model import build_classifier, check_start
 from pretrain.trainer.checkpoint_layout import checkpoint_names
 from pretrain.trainer.engine import check_engine
@@ -100,4 +100,4 @@ def _train(
 
 
 if __name__ == "__main__":
-    main(__doc__, load, finetune, check=check_engine, catalog=Catalog(FinetuneConfig, RECIPES, load))
+    main(__doc__, load, finetune, check=check_engine, catalog=Catalog(FinetuneConfig, RECIPES, load, ELSEWHERE))

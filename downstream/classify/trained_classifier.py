@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from downstream.checkpoints.classifiers import load_classifier_weights
 from pretrain.models.patches import normalize_pixels
+from pretrain.trainer.checkpoint_layout import checkpoint_names
+from pretrain.trainer.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,14 @@ def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier
     """Reads a classifier that this project saved, or a published one; what became of a published one's keys is printed.
 
     Raises:
-        ValueError: it is damaged, or no classifier.
+        ValueError: it is damaged, or no classifier, or the folder of a run that is not over.
     """
+    folder = RunFolder(Path(path))
+    if checkpoint_names(folder.checkpoints) and not folder.model.is_file():
+        raise ValueError(
+            f"{path} has no {folder.model.name}, which a fine-tuning writes at its end: if it is one that was stopped, "
+            f"give its command again"
+        )
     found = load_classifier_weights(path)
     if found is None:
         raise ValueError(

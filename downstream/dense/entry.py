@@ -46,6 +46,14 @@ def _train(job: Job, world: World, checks: str) -> None:
 
         check = importlib.import_module(checks).check
     folder = RunFolder(Path(job.cfg.work_dir))
+    if not job.test:
+        check_folder(folder)
     with folder.locked(world.is_main and not job.test):
         log_to_file(folder.logs, world)
         run(job, world, check)
+
+
+def check_folder(folder: RunFolder) -> None:
+    """Raises ValueError where another kind of training has been: its files would be mixed with ours."""
+    if folder.config.is_file():
+        raise ValueError(f"{folder.root} is the folder of a pretraining or of a classifier: choose another name=")

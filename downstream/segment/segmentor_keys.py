@@ -54,6 +54,12 @@ def propagate_keys(cfg: Any) -> None:
             cfg.model.test_cfg.crop_size = size
     if cfg.get("stride") is not None and cfg.model.test_cfg.mode == "slide":
         cfg.model.test_cfg.stride = as_pair("stride", cfg.stride)
+        windows = cfg.model.test_cfg
+        if any(step > side for step, side in zip(windows.stride, windows.crop_size, strict=True)):
+            raise ValueError(
+                f"stride={cfg.stride} leaves gaps between windows of size={tuple(windows.crop_size)}: set stride= to "
+                f"at most that, usually two thirds of it"
+            )
 
 
 def _check_mask_values(cfg: Any) -> None:

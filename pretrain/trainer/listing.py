@@ -5,7 +5,7 @@ import itertools
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from pretrain.trainer.problems import Layer, describe, source_of
 from pretrain.trainer.recipe import read_layers
-from pretrain.trainer.schema import Section, nearest, optional, sections_in
+from pretrain.trainer.schema import Section, choices, nearest, optional, sections_in
 
 WIDTH = 120
 UNSET = "(must be set)"
@@ -30,11 +30,13 @@ class Catalog:
         schema: its configuration.
         recipes: the folder of its shipped recipes.
         load: (recipe, overrides) -> the checked configuration.
+        elsewhere: as of `load_config`.
     """
 
     schema: type[Section]
     recipes: Path
     load: Callable[[str, list[str]], Any]
+    elsewhere: Mapping[str, Path] | None = None
 
     def list_recipes(self) -> str:
         """Each shipped recipe with the first sentence of its head."""
@@ -53,6 +55,8 @@ class Catalog:
         """
         lines: list[str] = []
         names: set[str] = set()
+        if word.removesuffix(".name") in choices(self.schema):  # the key that tells the sections apart
+            word = word.removesuffix(".name")
         for section, kind in _all_sections(self.schema):
             tag = _tag(kind) if section else None
             named = word in ("", section, tag)
@@ -70,7 +74,7 @@ class Catalog:
 
     def show(self, recipe: str, overrides: list[str]) -> str:
         """The configuration in YAML, each key with what sets it; raises ValueError as `load`, but for texts not set."""
-        layers = read_layers(self.schema, recipe, overrides, self.recipes)
+        layers = read_layers(self.schema, recipe, overrides, self.recipes, self.elsewhere)
         unset = [f"{key}={UNSET}" for key in _unset_texts(self.schema, layers)]
         keys = self.load(recipe, [*overrides, *unset]).model_dump(mode="json")
         return "\n".join(_show(keys, layers))

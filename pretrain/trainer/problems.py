@@ -81,6 +81,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> tuple[str, str]:
     key, kind = ".".join(path), problem["type"]
     if kind == "extra_forbidden":
         unknown = ".".join([*path, str(problem["loc"][-1])])
+        if owners := _owners(path, str(problem["loc"][-1]), schema):
+            return unknown, f"unknown key {unknown}: it is for {' and '.join(owners)}"
         return unknown, f"unknown key {unknown}: {_nearest_key(unknown, section, schema)}"
     if kind == "value_error":
         return "", str(problem["ctx"]["error"])
@@ -162,6 +164,14 @@ def describe(annotation: Any) -> str:
         return _TYPES.get(annotation, annotation.__name__)
     inner = [describe(kind) for kind in get_args(annotation) if isinstance(kind, type) or get_args(kind)]
     return ", or ".join(dict.fromkeys(inner))
+
+
+def _owners(above: list[str], name: str, schema: type[BaseModel]) -> list[str]:
+    """Other choices of a section that have this key: ['method.name=lomar']."""
+    field = schema.model_fields.get(above[0]) if len(above) == 1 else None
+    kinds = sections_in(field.annotation) if field else []
+    having = [kind for kind in kinds if len(kinds) > 1 and name in kind.model_fields]
+    return [f"{above[0]}.name={get_args(kind.model_fields['name'].annotation)[0]}" for kind in having]
 
 
 def _nearest_key(unknown: str, section: type[BaseModel], schema: type[BaseModel]) -> str:

@@ -8,8 +8,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# Slurm's warning before the time limit (--signal), a scheduler's or launcher's end, and Ctrl-C.
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+# Slurm's warning before the time limit (--signal), a scheduler's or launcher's end, Ctrl-C, and a closed terminal.
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -24,7 +24,8 @@ _received: list[int] = []
 def watch_signals() -> None:
     """From now on signals are recorded instead of ending the process; `StopRequest` acts on them at a step boundary."""
     for number in _SIGNALS:
-        signal.signal(number, _remember)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: the run is to go on
+            signal.signal(number, _remember)
 
 
 def told_to_stop() -> bool:

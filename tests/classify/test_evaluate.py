@@ -137,6 +137,9 @@ def test_what_is_refused(tmp_path: Path, photos: Samples):
     save_file(encoder, tmp_path / "other.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="is no classifier: it lacks a head"):
         load_classifier(tmp_path / "other.safetensors", CPU)
+    (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run has no model\.safetensors, .*: if it is one that was stopped"):
+        load_classifier(tmp_path / "run", CPU)
     del tensors["blocks.0.norm1.bias"]
     spec = ClassifierSpec(EncoderSpec("vit_tiny", 16, (32, 32), "relative"), 5, "token")
     save_file(tensors, tmp_path / "part.safetensors", spec.to_metadata())

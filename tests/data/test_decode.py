@@ -280,7 +280,7 @@ def test_any_damage_gives_an_image_or_bad_image() -> None:
 
 def test_check_image_names_the_format() -> None:
     for format in FORMATS:
-        assert check_image(encode(smooth_image(0, 64, 64), format)) == (format, None, False, False, False)
+        assert check_image(encode(smooth_image(0, 64, 64), format)) == (format, None, False, False, False, False)
     assert check_image(FILES["mpo"]).format == "JPEG"
 
 
@@ -307,9 +307,9 @@ def test_bits_that_gray_pictures_of_16_use(format: str) -> None:
     for largest, bits in ((4095, 12), (65535, 16), (255, 8)):
         ramp = np.tile(np.linspace(0, largest, 64).astype(np.uint16), (64, 1))
         data = encode(Image.fromarray(ramp), format)
-        assert check_image(data) == (format, bits, True, False, False)
+        assert check_image(data) == (format, bits, True, False, False, False)
         rewritten = rewrite_16_bit_gray(data, bits)
-        assert check_image(rewritten) == ("PNG", None, False, False, False)
+        assert check_image(rewritten) == ("PNG", None, False, False, False, False)
         assert abs(decode(rewritten, whole, (64, 64))[..., 0] - ramp / largest * 255).max() <= 0.51
     with pytest.raises(BadImage, match="values up to 255 are over 127, the largest number of 7 bits"):
         rewrite_16_bit_gray(data, 7)
@@ -327,7 +327,7 @@ def test_bits_that_colors_of_16_use() -> None:
     data = (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
     )
-    assert check_image(data) == ("PNG", 12, False, False, False)
+    assert check_image(data) == ("PNG", 12, False, False, False, False)
     assert (decode(data, whole, (16, 16)) == 15).all()
 
 

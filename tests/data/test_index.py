@@ -33,6 +33,24 @@ def test_what_webdataset_reads_is_what_the_index_says(shards: Path, index: Index
     assert index.shard.tolist() == [0] * 30 + [1] * 16 + [2] * 7
 
 
+def test_tars_in_folders_below_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.tar", "more/b.tar", "more/c.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, [("x.jpg", jpeg(0))])
+    assert len(load_index(tmp_path)) == 1
+    assert "2 tars in the folders below it are not part of these shards" in capsys.readouterr().err
+    assert len(load_index(f"{tmp_path}/{{a,more/b,more/c}}.tar")) == 3
+    assert "not part" not in capsys.readouterr().err
+
+
+def test_a_home_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tar(tmp_path / "a.tar", [("x.jpg", jpeg(0))])
+    assert len(load_index("~/a.tar")) == 1
+    with pytest.raises(ValueError, match=r"\*\.tar: patterns have braces, as in"):
+        load_index(f"{tmp_path}/*.tar")
+
+
 @pytest.mark.parametrize(
     "name", ["a.jpg", "x/a.b.JPG", "x.y/a.png", "x.y/a", ".a.jpg", "x/._a.jpg", "./a.cls", "a", "a.", "x/a.json"]
 )

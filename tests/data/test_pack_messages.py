@@ -145,6 +145,15 @@ def test_pictures_of_16_bits_that_use_few_of_them(tmp_path: Path, capsys: pytest
     assert "--bits 17 must be from 1 to 16" in capsys.readouterr().err
 
 
+def test_values_of_16_bits_with_an_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CT's, from 32768 on: in 8 bits all of them are one shade or two."""
+    values = np.linspace(32768, 33100, 64 * 64).astype(np.uint16).reshape(64, 64)
+    write(tmp_path / "in" / "ct.png", encode(Image.fromarray(values), "PNG"))
+    write(tmp_path / "in" / "full.png", gray(65535))
+    assert pack(tmp_path / "in", tmp_path / "out") == 0
+    assert "note: 1 gray pictures of 16 bits have all their values within a sixteenth" in capsys.readouterr().err
+
+
 def test_full_range_is_not_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "in" / "c.png", gray(65535))
     assert pack(tmp_path / "in", tmp_path / "out") == 0

@@ -8,11 +8,13 @@ import pytest
 from mmengine.config import Config
 
 from downstream.dense.backbone.loading import EncoderCheckpoint
+from downstream.dense.entry import check_folder
 from downstream.dense.job import Job
 from downstream.dense.mmengine.config_file import load_job
 from downstream.dense.mmengine.encoder_start import clear_start, set_start
 from downstream.detect.train_detector import CONFIGS
 from pretrain.trainer.engine_file import read_ds_config
+from pretrain.trainer.run_folder import RunFolder
 
 TINY = str(Path(__file__).parents[1] / "helpers" / "tiny_mask_rcnn.py")
 
@@ -234,3 +236,10 @@ def test_dumped_configuration_can_be_loaded(tmp_path: Path):
     job.cfg.dump(tmp_path / "config.py")
     assert load_here(name=str(tmp_path / "config.py")).cfg.train_cfg.max_epochs == 7
     assert isinstance(job.cfg, Config)
+
+
+def test_the_folder_of_another_kind_of_training_is_refused(tmp_path: Path):
+    check_folder(RunFolder(tmp_path))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="is the folder of a pretraining or of a classifier: choose another name="):
+        check_folder(RunFolder(tmp_path))

@@ -45,7 +45,7 @@ def test_another_name_replaces_the_whole_section(recipe: str, tmp_path: Path):
     assert turned.mask_patch_size == 16, "in any order"
     beit = load(str(child), ["method.name=beit"]).method
     assert (beit.name, beit.mask_ratio, beit.mask_type) == ("beit", 0.4, "block"), "nothing is left of LoMaR's keys"
-    with pytest.raises(ValueError, match=r"unknown key method\.num_windows"):
+    with pytest.raises(ValueError, match=r"unknown key method\.num_windows: it is for method\.name=lomar"):
         load(str(child), ["method.name=beit", "method.num_windows=2"])
     grandchild = tmp_path / "grandchild.yaml"
     grandchild.write_text("extends: child.yaml\nmethod: {name: simmim}\n")

@@ -196,6 +196,8 @@ def test_sizes_reach_every_key():
     propagate_keys(cfg)
     assert (cfg.model.backbone.img_size, cfg.model.test_cfg.stride) == ((320, 640), (200, 400))
     assert command("model.test_cfg.mode=whole", "size=320").model.test_cfg.mode == "whole"
+    with pytest.raises(ValueError, match=r"stride=341 leaves gaps between windows of size=\(320, 320\): set stride="):
+        command("size=320")
 
 
 @pytest.mark.parametrize(

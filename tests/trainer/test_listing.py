@@ -15,8 +15,8 @@ from pretrain.trainer import main as entry
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.schema import Section, leaves, sections_in
 
-PRETRAIN = Catalog(PretrainConfig, pretrain.RECIPES, pretrain.load)
-FINETUNE = Catalog(FinetuneConfig, classify.RECIPES, classify.load)
+PRETRAIN = Catalog(PretrainConfig, pretrain.RECIPES, pretrain.load, pretrain.ELSEWHERE)
+FINETUNE = Catalog(FinetuneConfig, classify.RECIPES, classify.load, classify.ELSEWHERE)
 BOTH = pytest.mark.parametrize("catalog", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
 
 
@@ -67,6 +67,22 @@ def test_a_part_of_the_keys(word: str, keys: list[str]):
     listed = PRETRAIN.list_keys(word)
     assert all(key in listed for key in keys)
     assert "data.shards" not in listed
+
+
+def test_the_key_that_tells_methods_apart_lists_them():
+    assert PRETRAIN.list_keys("method.name") == PRETRAIN.list_keys("method")
+
+
+@pytest.mark.parametrize(
+    ("catalog", "recipe", "command"),
+    [
+        (PRETRAIN, "finetune_in1k_vitb16_224_100e", "downstream/classify/finetune.py"),
+        (FINETUNE, "mae_vits16_224_small", "pretrain/run.py"),
+    ],
+)
+def test_a_recipe_of_the_other_command_is_known(catalog: Catalog, recipe: str, command: str):
+    with pytest.raises(ValueError, match=f"{recipe} is a recipe of {command}"):
+        catalog.show(recipe, [])
 
 
 def test_defaults_and_types_are_said(monkeypatch: pytest.MonkeyPatch):

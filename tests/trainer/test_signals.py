@@ -11,6 +11,18 @@ from pretrain.trainer import signals
 from pretrain.trainer.signals import StopRequest
 
 
+@pytest.mark.parametrize(("before", "watched"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_closed_terminal_stops_a_run_unless_nohup_started_it(
+    before: signal.Handlers, watched: bool, monkeypatch: pytest.MonkeyPatch
+):
+    handlers = dict.fromkeys(signals._SIGNALS, signal.SIG_DFL) | {signal.SIGHUP: before}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    signals.watch_signals()
+    assert (handlers[signal.SIGHUP] == signals._remember) == watched
+    assert handlers[signal.SIGTERM] == signals._remember
+
+
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has got SIGTERM, and a round of agreement is short."""
