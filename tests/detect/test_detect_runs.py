@@ -53,9 +53,7 @@ def test_deepspeed_trains(trained: Path):
     assert len(list((trained / "work/epoch_1").glob("*_optim_states.pt"))) == 2
 
 
-def test_each_rank_has_a_log_file_and_the_console_what_matters(trained: Path):
-    for rank in (0, 1):
-        assert (trained / f"work/logs/rank{rank}.log").is_file()
+def test_the_main_rank_has_a_log_file_and_the_console_what_matters(trained: Path):
     assert "2 images a step" in (trained / "work/logs/rank0.log").read_text()
     said = (trained / "work.txt").read_text()
     for words in ("System environment:", "Config:", "before_train_iter"):
