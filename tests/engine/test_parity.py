@@ -75,5 +75,6 @@ def test_the_teacher_is_updated_by_the_steps_that_moved_the_weights(jobs: dict[s
             third = len(ema) // 3
             parts = [slice(0, third), slice(2 * third, None)]
         for part in parts:
-            torch.testing.assert_close(saved[name].double()[part], ema[part], rtol=1e-5, atol=2e-6, msg=name)
+            # Adam divides by the gradient's size, so that rounding counts most where that is nearly 0.
+            torch.testing.assert_close(saved[name].double()[part], ema[part], rtol=1e-5, atol=1e-5, msg=name)
     assert_same_run(*(trained / "teacher" / name for name in ("whole", "resumed")))
