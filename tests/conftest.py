@@ -7,6 +7,7 @@ import torch
 from helpers.processes import Processes, starter
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup` a file's tests stay together, for they share runs, and so do all that share one Slurm."""
     for item in items:
