@@ -7,14 +7,6 @@ import torch
 from helpers.processes import Processes, starter
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` a file's tests stay together, for they share runs, and so do all that share one Slurm."""
-    for item in items:
-        slurm = item.get_closest_marker("slurm") is not None
-        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else item.path.name))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Threads only get into each other's way on tensors this small: up to a hundred times slower on a busy machine."""
