@@ -58,7 +58,7 @@ def test_the_main_rank_has_a_log_file_and_the_console_what_matters(trained: Path
     said = (trained / "work.txt").read_text()
     for words in ("System environment:", "Config:", "before_train_iter"):
         assert words not in said
-        assert words in next((trained / "work").glob("2*/*.log")).read_text()  # mmengine's, by the time
+        assert words in next((trained / "work").glob("2*/*.log")).read_text()  # mmengine's
 
 
 def test_training_starts_from_the_encoder(trained: Path):

@@ -149,7 +149,10 @@ def rank_process(rank: int, argument: str) -> int:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.global_batch_siz=8", "error: unknown key train.global_batch_siz: did you mean train.global_batch_size?"),
+        (
+            "train.global_batch_siz=8",
+            "error: unknown key train.global_batch_siz: did you mean train.global_batch_size?",
+        ),
         ("data.shards=/nowhere/shards", "/nowhere/shards"),
     ],
 )
