@@ -25,6 +25,12 @@ MAX_REPLACEMENTS = 100
 CROP_STREAMS = (Stream.CROP, Stream.SECOND_CROP)  # one per view of a sample
 
 
+def draw_masks(sampler: MaskSampler, seed: int, epoch: int, samples: Sequence[int]) -> dict[str, Tensor]:
+    """The mask sampler's arrays of each sample, stacked: (B, ...); of B samples, at least one."""
+    masks = [sampler(sample_rng(seed, epoch, sample, Stream.MASK)) for sample in samples]
+    return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank; B samples."""
@@ -216,5 +222,4 @@ class _MicroBatchDecoder:
     def _sample_masks(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
         if self._mask_sampler is None:
             return {}
-        masks = [self._mask_sampler(sample_rng(self._seed, epoch, sample, Stream.MASK)) for sample in samples.tolist()]
-        return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
+        return draw_masks(self._mask_sampler, self._seed, epoch, samples.tolist())

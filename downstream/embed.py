@@ -27,7 +27,7 @@ from data.decode import CHANNELS
 from data.eval_loader import EvalLoader
 from data.scan import NO_LABEL
 from downstream.checkpoints.weights import build_encoder, read_encoder
-from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
+from downstream.classify.evaluation_cli import add_loading_options, build_loader, run_on_ranks
 from downstream.own_images import count_images, load_images, sample_name, write_csv
 from pretrain.models.features import Kind, image_features
 from pretrain.models.vit import ViT
@@ -73,11 +73,9 @@ def embed(
 
     unfinished = path.with_name(f"{path.name}.unfinished")
     if loader.rank == 0:
-        height, width = (side * encoder.patch_size for side in encoder.grid)
+        black = torch.zeros((1, *encoder.image_size, CHANNELS), dtype=torch.uint8, device=device)
         with torch.no_grad():
-            (row,) = compute(
-                torch.zeros((1, height, width, CHANNELS), dtype=torch.uint8, device=device), torch.empty(0)
-            )
+            (row,) = compute(black, torch.empty(0))
         _allocate(unfinished, (len(loader.indices), *row.shape), dtype)
     _wait(loader)
     offset = np.load(unfinished, mmap_mode="r").offset  # behind the header
@@ -183,15 +181,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     samples = load_images(options.images)
     found = read_encoder(options.encoder, weights=options.weights)
     encoder, _ = build_encoder(found, image_size=options.size)
-    height, width = (side * encoder.patch_size for side in encoder.grid)
-    loader = EvalLoader(
-        samples,
-        size=(height, width),
-        batch=options.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=options.num_workers,
-    )
+    loader = build_loader(samples, encoder.image_size, options, world)
     array = out if out.suffix == ".npy" else out.with_name(f"{out.name}.npy")
     readable = embed(
         encoder.to(device),

@@ -2,9 +2,9 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.index import Index
@@ -13,7 +13,7 @@ from pretrain.build import build_method
 from pretrain.config import PretrainConfig
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.reconstructions import draw_reconstructions, drawn_method
-from pretrain.trainer.engine import gather_state_dict
+from pretrain.trainer.engine import gather_state_dict, save_state_dict
 from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
@@ -30,9 +30,7 @@ def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str,
 def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path, epochs: int | None = None) -> None:
     """Writes a safetensors file whose metadata is the `EncoderSpec`; `epochs` of training unless all are over."""
     spec = EncoderSpec.from_signature(config.resume_signature(), config.train.epochs if epochs is None else epochs)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    unfinished.write_bytes(save({name: tensor.contiguous() for name, tensor in encoder.items()}, spec.to_metadata()))
-    unfinished.replace(path)
+    save_state_dict(encoder, spec.to_metadata(), path)
 
 
 def finish(run: Run, index: Index) -> None:
@@ -54,8 +52,9 @@ def finish(run: Run, index: Index) -> None:
     for path in old:
         if step is None or path not in (folder.result(folder.encoder, step), folder.result(folder.encoder_ema, step)):
             path.unlink()
-    draw_loss(read_metrics(folder.metrics), folder.loss_curve)
-    _draw_training_images(run, state, config, index)
+    metrics = read_metrics(folder.metrics)
+    draw_loss(metrics, folder.loss_curve)
+    _draw_training_images(run, state, config, index, metrics)
 
 
 def finish_stopped(run: Run, index: Index) -> None:
@@ -67,7 +66,9 @@ def finish_stopped(run: Run, index: Index) -> None:
     torch.distributed.barrier()  # a launcher may kill this rank as soon as another one exits
 
 
-def _draw_training_images(run: Run, state: dict[str, Tensor], config: PretrainConfig, index: Index) -> None:
+def _draw_training_images(
+    run: Run, state: dict[str, Tensor], config: PretrainConfig, index: Index, metrics: list[dict[str, Any]]
+) -> None:
     """Draws reconstructions of a few training images, in fp32 and without an engine."""
     method = build_method(config)
     method.load_state_dict(state)
@@ -84,7 +85,7 @@ def _draw_training_images(run: Run, state: dict[str, Tensor], config: PretrainCo
     step = config.train.epochs * loader.steps_per_epoch
     ((batch,),) = loader.batches(step, step + 1)
     batch = batch.to(run.device)
-    losses = [row["loss"] for row in read_metrics(run.folder.metrics) if row["loss"] is not None]
+    losses = [row["loss"] for row in metrics if row["loss"] is not None]
     fell = f", loss {losses[0]:.2f} -> {losses[-1]:.2f}" if losses else ""
     draw_reconstructions(
         drawn_method(method),

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from data.order import Stream, sample_rng
+from data.loader import draw_masks
 from pretrain.config import PretrainConfig, load
 from pretrain.trainer.launch import choose_accelerator
 from pretrain.trainer.run_folder import RunFolder
@@ -38,9 +38,8 @@ def measure_step(config: PretrainConfig, seconds: float = MEASURED) -> float:
         device, batch = torch.device("cpu"), batch // PROCESSES
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // PROCESSES, 1))
     method = build_method(config).to(device)
-    sampler = method.mask_sampler()
-    masks = [sampler(sample_rng(0, 0, sample, Stream.MASK)) for sample in range(batch)]
-    indices = {name: torch.stack([torch.from_numpy(mask[name]) for mask in masks]).to(device) for name in masks[0]}
+    masks = draw_masks(method.mask_sampler(), 0, 0, range(batch))
+    indices = {name: index.to(device) for name, index in masks.items()}
     images = torch.randint(0, 256, (batch, *config.data.height_width, 3), dtype=torch.uint8, device=device)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4)
     steps, start = -1, time.perf_counter()

@@ -9,18 +9,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples
-from data.order import Stream, sample_rng
+from data.loader import draw_masks
 from data.parallel import report_errors
 from downstream.checkpoints.files import read_source
 from downstream.own_images import load_images
 from pretrain.config import load
-from pretrain.methods.base import MaskIndices, Method
+from pretrain.methods.base import Method
 from pretrain.reconstructions import draw_reconstructions, drawn_method
 from pretrain.trainer.checkpoint_layout import latest_checkpoint, read_state
 from pretrain.trainer.launch import choose_accelerator
@@ -81,13 +80,6 @@ def read_images(samples: Samples, size: tuple[int, int], count: int) -> tuple[Te
     return torch.cat(images), numbers
 
 
-def draw_masks(method: Method, seed: int, samples: Sequence[int]) -> MaskIndices:
-    """Of each sample, as the data loader draws them."""
-    sampler = method.mask_sampler()
-    masks = [sampler(sample_rng(seed, 0, sample, Stream.MASK)) for sample in samples]
-    return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -111,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         method, size, what = load_trained(options.run)
         images, numbers = read_images(samples, size, options.count)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        indices = {name: index.to(device) for name, index in draw_masks(method, options.seed, numbers).items()}
+        masks = draw_masks(method.mask_sampler(), options.seed, 0, numbers)
+        indices = {name: index.to(device) for name, index in masks.items()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         draw_reconstructions(method.to(device), images.to(device), indices, options.out, what)
         print(f"{options.out}: {len(images)} images, {what}")

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import Source, read_source
+from downstream.checkpoints.fold import fold_batch_norm
 from downstream.checkpoints.formats import EncoderWeights, translate
 from downstream.checkpoints.pixels import Pixels
 from downstream.checkpoints.report import Report
@@ -143,11 +143,9 @@ def _join(found: EncoderWeights, head: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _fold_probe(head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """MAE's linear probe: a batch norm without parameters before the matrix, folded into it.
-
-    W ((x - mean) / deviation) + b = (W / deviation) x + (b - W mean / deviation).
-    """
+    """The head of a linear probe, without the batch norm before its matrix."""
     if _PROBE + "var" not in head or "head.1.weight" not in head or head["head.1.weight"].ndim != 2:
         return head
-    weight = head["head.1.weight"] * torch.rsqrt(head[_PROBE + "var"] + 1e-6)
-    return {"head.weight": weight, "head.bias": head["head.1.bias"] - weight @ head[_PROBE + "mean"]}
+    norm = (head[_PROBE + "mean"], head[_PROBE + "var"])
+    weight, bias = fold_batch_norm(head["head.1.weight"], head["head.1.bias"], *norm)
+    return {"head.weight": weight, "head.bias": bias}

@@ -54,7 +54,6 @@ def feature_difference(encoder: ViT, compute: Callable[[Tensor], Tensor]) -> flo
         compute: the other model, already in float64: (B, 3, H, W) images -> (B, 1+N, D) features, the class token
             first.
     """
-    height, width = (side * encoder.patch_size for side in encoder.grid)
-    images = random_images(height, width)
+    images = random_images(*encoder.image_size)
     expected = features(float64_copy(encoder), images)
     return max_difference(compute(images), expected)

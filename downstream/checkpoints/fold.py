@@ -27,6 +27,15 @@ def _merge(
     report.used[into], report.folded[into] = keys, what
 
 
+def fold_batch_norm(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch norm without parameters before a matrix, as MAE's linear probe has it, folded into matrix and bias.
+
+    W ((x - mean) / deviation) + b = (W / deviation) x + (b - W mean / deviation).
+    """
+    weight = weight * torch.rsqrt(variance + 1e-6)
+    return weight, bias - weight @ mean
+
+
 def join_projections(state: dict[str, Tensor], report: Report) -> None:
     """Transformers has three matrices for queries, keys and values; of BEiT's, keys have no bias, which is a zero."""
     for q_name in [name for name in state if name.endswith(".attn.q.weight")]:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from data.eval_loader import EvalLoader
+from data.image_folder import Samples
 from data.parallel import default_workers
 from pretrain.trainer.launch import World, exit_process, find_world, init_distributed
 
@@ -22,6 +24,18 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # of this node: torchrun, deepspeed
     workers = max(default_workers() // int(ranks), 1)
     parser.add_argument("--num-workers", type=int, default=workers, metavar="N", help="decoding processes of each rank")
+
+
+def build_loader(samples: Samples, size: tuple[int, int], options: argparse.Namespace, world: World) -> EvalLoader:
+    """Of all samples, in central crops of (H, W), with the options of `add_loading_options`."""
+    return EvalLoader(
+        samples,
+        size=size,
+        batch=options.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=options.num_workers,
+    )
 
 
 def run_on_ranks(command: Command, options: argparse.Namespace) -> NoReturn:

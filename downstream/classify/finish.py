@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
+from downstream.checkpoints.fold import fold_batch_norm
 from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.config import FinetuneConfig
 from pretrain.models.encoder_spec import EncoderSpec
-from pretrain.trainer.engine import gather_state_dict
+from pretrain.trainer.engine import gather_state_dict, save_state_dict
 from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
@@ -52,19 +52,14 @@ def save_classifier(
     assert head.num_classes is not None
     spec = ClassifierSpec(encoder, head.num_classes, head.pool, tuple(class_names), multi_label)
     tensors = _fold_norm({name.removeprefix("vit."): tensor for name, tensor in state.items()})
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, spec.to_metadata()))
+    save_state_dict(tensors, spec.to_metadata(), path)
 
 
 def _fold_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Folds a probe's batch norm into its matrix, as timm's head is a matrix alone.
-
-    W ((x - mean) / deviation) + b = (W / deviation) x + (b - W mean / deviation).
-    """
+    """Folds a probe's batch norm into its matrix, as timm's head is a matrix alone."""
     if _NORM + "running_mean" not in tensors:
         return tensors
     folded = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    weight = tensors["head.1.weight"] * (tensors[_NORM + "running_var"] + 1e-6).rsqrt()
-    return folded | {
-        "head.weight": weight,
-        "head.bias": tensors["head.1.bias"] - weight @ tensors[_NORM + "running_mean"],
-    }
+    norm = (tensors[_NORM + "running_mean"], tensors[_NORM + "running_var"])
+    weight, bias = fold_batch_norm(tensors["head.1.weight"], tensors["head.1.bias"], *norm)
+    return folded | {"head.weight": weight, "head.bias": bias}

@@ -11,10 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from data.eval_loader import EvalLoader
 from data.image_folder import load_samples
 from downstream.checkpoints.weights import build_encoder, read_encoder
-from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
+from downstream.classify.evaluation_cli import add_loading_options, build_loader, run_on_ranks
 from pretrain.probe import check_sets, probe
 from pretrain.trainer.launch import World
 
@@ -24,18 +23,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     check_sets(train, val, options.k)
     found = read_encoder(options.encoder, weights=options.weights)
     encoder, _ = build_encoder(found, image_size=options.image_size)
-    height, width = (side * encoder.patch_size for side in encoder.grid)
-    bank, queries = (
-        EvalLoader(
-            samples,
-            size=(height, width),
-            batch=options.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            num_workers=options.num_workers,
-        )
-        for samples in (train, val)
-    )
+    bank, queries = (build_loader(samples, encoder.image_size, options, world) for samples in (train, val))
     return probe(
         encoder.to(device),
         bank,

@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from data.eval_loader import EvalLoader
-from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
+from downstream.classify.evaluation_cli import add_loading_options, build_loader, run_on_ranks
 from downstream.classify.trained_classifier import TrainedClassifier, load_classifier
 from downstream.own_images import count_images, load_images, sample_name, write_csv
 from pretrain.trainer.launch import World
@@ -87,14 +87,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
         raise ValueError(f"--top {options.top} must be at least 1, --threshold {options.threshold} between 0 and 1")
     samples = load_images(options.images)
     trained = load_classifier(options.model, device)
-    loader = EvalLoader(
-        samples,
-        size=trained.image_size,
-        batch=options.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        num_workers=options.num_workers,
-    )
+    loader = build_loader(samples, trained.image_size, options, world)
     predictions = most_probable(trained, loader, options.top, device)
     counts = count_images(loader, predictions[-1], "have no prediction")
     if not world.is_main:

@@ -39,10 +39,8 @@ class EncoderSpec:
     def of(cls, encoder: ViT) -> "EncoderSpec":
         """The spec of an existing encoder."""
         arch = next(name for name, arch in ARCHS.items() if arch == encoder.arch)
-        height, width = (side * encoder.patch_size for side in encoder.grid)
-        return cls(
-            arch, encoder.patch_size, (height, width), encoder.position, class_token=encoder.cls_token is not None
-        )
+        class_token = encoder.cls_token is not None
+        return cls(arch, encoder.patch_size, encoder.image_size, encoder.position, class_token=class_token)
 
     def build(self) -> ViT:
         """A freshly initialized encoder."""

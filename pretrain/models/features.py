@@ -32,7 +32,7 @@ def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
     if block is not None and not 1 <= block <= len(encoder.blocks):
         raise ValueError(f"block {block}: the encoder has blocks 1 to {len(encoder.blocks)}")
     rows, cols = encoder.grid
-    if images.shape[-2:] != (rows * encoder.patch_size, cols * encoder.patch_size):
+    if images.shape[-2:] != encoder.image_size:
         rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
@@ -44,7 +44,7 @@ def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
 
 
 def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:
-    patch_size, own = encoder.patch_size, "x".join(str(side * encoder.patch_size) for side in encoder.grid)
+    patch_size, own = encoder.patch_size, "x".join(map(str, encoder.image_size))
     if height % patch_size or width % patch_size or not (height and width):
         raise ValueError(
             f"images of {height}x{width} pixels cannot be cut into patches of {patch_size}: give images of {own}"

@@ -160,6 +160,12 @@ class ViT(nn.Module):
             nn.init.normal_(self.cls_token, std=0.02)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images whose patches `grid` counts."""
+        rows, cols = self.grid
+        return rows * self.patch_size, cols * self.patch_size
+
+    @property
     def position(self) -> str:
         """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one that was loaded."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
