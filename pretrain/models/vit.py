@@ -4,6 +4,7 @@ A method calls the parts in turn: `patch_embed` (patches -> tokens), `pos_embed`
 encoder itself (class token + tokens -> blocks -> norm). Which tokens enter is the method's business.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -166,13 +167,23 @@ class ViT(nn.Module):
         return rows * self.patch_size, cols * self.patch_size
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of those of the patches: the class token, if there is one (timm's name)."""
+        return 0 if self.cls_token is None else 1
+
+    @property
     def position(self) -> str:
         """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one that was loaded."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
 
     def forward(
-        self, tokens: Tensor, position: Position | None = None, start: int = 0, stop: int | None = None
-    ) -> Tensor:
+        self,
+        tokens: Tensor,
+        position: Position | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        hidden: Sequence[int] = (),
+    ) -> Tensor | list[Tensor]:
         """Puts the class token in front and encodes, all at once or in two parts, between which tokens may join.
 
         Args:
@@ -181,19 +192,27 @@ class ViT(nn.Module):
             position: the relative position of every pair of the 1 + L tokens: `grid_buckets`, `pair_buckets` or
                 `window_tokens`, or `offset_buckets` for a learned bias.
             start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
+            hidden: ascending numbers of blocks, of which the last one is the last to go through. 1 is the first block,
+                and 0 stands for its input.
 
         Returns:
-            (B, 1+L, D), the class token first; (B, L, D) where there is none.
+            (B, 1+L, D), the class token first; (B, L, D) where there is none. With `hidden`, a list of the residual
+            streams behind these blocks, each of this shape, to which no norm is applied.
         """
         x = at_least_fp32(tokens) if self.residual_dtype is None else tokens.to(self.residual_dtype)
         if start == 0 and self.cls_token is not None:
             # A batch size as a number would be fixed in a traced encoder.
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        for block in self.blocks[start:stop]:
+        streams = {start: x} if start in hidden else {}
+        for number, block in enumerate(self.blocks[start : hidden[-1] if hidden else stop], start + 1):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, position, use_reentrant=False)
             else:
                 x = block(x, position)
+            if number in hidden:
+                streams[number] = x
+        if hidden:
+            return [streams[number] for number in hidden]
         return self.norm(x) if stop is None else x
 
 

@@ -163,3 +163,16 @@ def test_drop_path_skips_both_parts_of_a_block():
     x = torch.randn(2, 3, 192)
     assert torch.equal(block(x, None), x)
     assert not torch.equal(block.eval()(x, None), x)
+
+
+def test_hidden_streams_are_those_of_the_encoder_in_parts():
+    torch.manual_seed(0)
+    encoder = ViT("vit_tiny", 4, (2, 2), relative=False)
+    tokens = torch.randn(3, 4, 192)
+    streams = encoder(tokens, hidden=(0, 2, 12))
+    assert torch.equal(streams[0], encoder(tokens, stop=0))
+    assert torch.equal(streams[1], encoder(tokens, stop=2))
+    assert torch.equal(encoder.norm(streams[2]), encoder(tokens))
+    later = encoder(streams[1], start=2, hidden=(2, 5))
+    assert torch.equal(later[0], streams[1])
+    assert torch.equal(later[1], encoder(tokens, stop=5))
