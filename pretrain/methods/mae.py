@@ -102,7 +102,13 @@ class MAE(LUTMethod):
             arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
             aggregation = build_aggregation(pr_mim, arch, encoder.grid)
             self.decoder: nn.Module = Decoder(
-                dim, arch, encoder.grid, num_outputs, aggregation, mask_tokens=not config.encoder_mask_tokens
+                dim,
+                arch,
+                encoder.grid,
+                num_outputs,
+                aggregation,
+                mask_tokens=not config.encoder_mask_tokens,
+                num_prefix_tokens=encoder.num_prefix_tokens,
             )
         elif config.decoder == "average":
             self.decoder = AverageDecoder(dim, encoder.grid, num_outputs)
@@ -125,16 +131,16 @@ class MAE(LUTMethod):
         prediction = self._decode(encoded[:num_predicted], **first)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
         loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
-        visible = mask_indices["visible"]
-        return LossAndTokens(loss, encoded[:, 1 : 1 + visible.shape[1]], visible)
+        visible, prefix = mask_indices["visible"], self.encoder.num_prefix_tokens
+        return LossAndTokens(loss, encoded[:, prefix : prefix + visible.shape[1]], visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D), then any mask tokens."""
-        pos_embed = self.encoder.pos_embed[0, 1:]
-        tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
-        if self.mask_tokens is not None:
-            tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
-        return self.encoder(tokens)
+        """(B, N, P) uint8 patches -> encoded prefix tokens and visible patches, (B, P+V, D), then any mask tokens."""
+        tokens = self.encoder.patch_embed(gather_tokens(patches, visible))
+        if self.mask_tokens is None:
+            return self.encoder(tokens, visible)
+        tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
+        return self.encoder(tokens, torch.cat([visible, kept], dim=1))
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""

@@ -1,7 +1,7 @@
 """Plain pre-norm Vision Transformers, Ti to H, with timm's parameter names.
 
-A method calls the parts in turn: `patch_embed` (patches -> tokens), `pos_embed` where position is absolute, and the
-encoder itself (class token + tokens -> blocks -> norm). Which tokens enter is the method's business.
+A method calls the parts in turn: `patch_embed` (patches -> tokens), and the encoder itself (prefix tokens + tokens at
+their positions -> blocks -> norm). Which tokens enter is the method's business.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from data.decode import CHANNELS
 from pretrain.models.attention import Attention, Position
 from pretrain.models.patches import normalize_pixels
+from pretrain.models.relative_position import grid_buckets, offset_buckets
 
 
 class Arch(NamedTuple):
@@ -150,7 +151,7 @@ class ViT(nn.Module):
         dim = self.arch.dim
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
+        if self.absolute:  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         bias_grid = grid if bias else None
         rates = [drop_path_rate * block / max(self.arch.depth - 1, 1) for block in range(self.arch.depth)]
@@ -172,9 +173,21 @@ class ViT(nn.Module):
         return 0 if self.cls_token is None else 1
 
     @property
+    def absolute(self) -> bool:
+        """Whether position is added to the tokens that enter."""
+        return not (self.relative or self.bias)
+
+    @property
     def position(self) -> str:
         """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one that was loaded."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
+
+    def grid_position(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """The `position` of all patches of a grid in raster order, by default the encoder's own; on the CPU."""
+        rows, cols = grid or self.grid
+        if self.relative:
+            return grid_buckets(rows, cols, self.num_prefix_tokens)
+        return offset_buckets(rows, cols) if self.bias else torch.arange(rows * cols)
 
     def forward(
         self,
@@ -184,21 +197,23 @@ class ViT(nn.Module):
         stop: int | None = None,
         hidden: Sequence[int] = (),
     ) -> Tensor | list[Tensor]:
-        """Puts the class token in front and encodes, all at once or in two parts, between which tokens may join.
+        """Puts the prefix tokens in front and encodes, all at once or in two parts, between which tokens may join.
 
         Args:
-            tokens: (B, L, D) patch tokens, positions already added where they are absolute; from a `start` on, the
-                class token is already in front of them.
-            position: the relative position of every pair of the 1 + L tokens: `grid_buckets`, `pair_buckets` or
-                `window_tokens`, or `offset_buckets` for a learned bias.
+            tokens: (B, L, D) patch tokens; from a `start` on, the prefix tokens are already in front of them.
+            position: where position is relative, that of every pair of the P + L tokens: `grid_buckets`,
+                `pair_buckets` or `window_tokens`, or `offset_buckets` for a learned bias. Where it is absolute, the
+                grid positions (B, L) or (L,) of the tokens, which they are moved to here; None if they are already.
             start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
             hidden: ascending numbers of blocks, of which the last one is the last to go through. 1 is the first block,
                 and 0 stands for its input.
 
         Returns:
-            (B, 1+L, D), the class token first; (B, L, D) where there is none. With `hidden`, a list of the residual
-            streams behind these blocks, each of this shape, to which no norm is applied.
+            (B, P+L, D), the prefix tokens first. With `hidden`, a list of the residual streams behind these blocks,
+            each of this shape, to which no norm is applied.
         """
+        if self.absolute and isinstance(position, Tensor):
+            tokens, position = tokens + self.pos_embed[0, 1 + position], None
         x = at_least_fp32(tokens) if self.residual_dtype is None else tokens.to(self.residual_dtype)
         if start == 0 and self.cls_token is not None:
             # A batch size as a number would be fixed in a traced encoder.
