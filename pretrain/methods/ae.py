@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
+from pretrain.methods.mae import check_absolute
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import PatchTarget
@@ -63,8 +64,7 @@ class AutoEncoder(Method):
             return grid[0] * grid[1], 0
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
-            if model.position != "sincos":
-                raise ValueError("method ae adds fixed positions to its tokens: set model.position=sincos")
+            check_absolute(model.position, self.name)
             margin, odd = divmod(self.block_size - model.patch_size, 2)
             if margin < 0 or odd:
                 raise ValueError(

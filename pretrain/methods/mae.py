@@ -37,6 +37,15 @@ def sample_masks(
     return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
 
 
+def check_absolute(position: str, method: str) -> None:
+    """Raises ValueError if the encoder's positions are not added to its tokens."""
+    if position not in ("sincos", "learned"):
+        raise ValueError(
+            f"method {method} adds positions to its tokens, and model.position={position} does not: set "
+            f"model.position=sincos, or learned"
+        )
+
+
 class MAEConfig(MethodConfig):
     """The keys that MAE and LC-MAE share."""
 
@@ -56,8 +65,7 @@ class MAEConfig(MethodConfig):
         return patches, patches - int(patches * (1 - self.mask_ratio))
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
-        if model.position != "sincos":
-            raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
+        check_absolute(model.position, self.name)
         patches, masked = self.count_patches(grid, model.patch_size)
         check_masked(self.mask_ratio, masked, patches, "the image's")
         if self.mask_type == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):

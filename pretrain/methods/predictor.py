@@ -19,7 +19,7 @@ from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import Position
 from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens
-from pretrain.models.relative_position import grid_buckets, pair_buckets
+from pretrain.models.relative_position import pair_buckets, pair_offsets
 from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
 from pretrain.models.window_attention import window_tokens
 from pretrain.trainer.config import ModelConfig
@@ -68,7 +68,7 @@ class Predictor(nn.Module):
         self.aggregation = build_aggregation(pr_mim, encoder.arch, grid)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pr_mim else nn.Identity()
         self.head = nn.Linear(dim, num_outputs)
-        self.register_buffer("buckets", grid_buckets(*grid, encoder.num_prefix_tokens), persistent=False)
+        self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -157,7 +157,7 @@ class AsymmetricPredictor(nn.Module):
         super().__init__()
         aggregation, prefix = build_aggregation(pr_mim, arch, grid), encoder.num_prefix_tokens
         self.decoder = Decoder(encoder.arch.dim, arch, grid, num_outputs, aggregation, num_prefix_tokens=prefix)
-        self.register_buffer("buckets", grid_buckets(*grid, encoder.num_prefix_tokens), persistent=False)
+        self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
 
     def forward(
         self,
@@ -179,7 +179,7 @@ def token_position(encoder: ViT, buckets: Tensor, positions: Tensor, indices: Te
 
     Args:
         encoder: determines the kind of position.
-        buckets: `grid_buckets` of the sequence's grid, with the encoder's prefix tokens.
+        buckets: `grid_position` of the sequence's grid.
         positions: (G, L) grid position in the image of each patch of a sequence.
         indices: (G, T) the patches; None for all of them in raster order.
     """
@@ -187,5 +187,7 @@ def token_position(encoder: ViT, buckets: Tensor, positions: Tensor, indices: Te
     if encoder.absolute:
         return positions if indices is None else positions.gather(1, indices)
     if encoder.window_kernel:
-        return window_tokens(math.isqrt(len(buckets)), indices, buckets.device, prefix)
-    return buckets if indices is None else pair_buckets(buckets, indices, prefix)
+        return window_tokens(math.isqrt(len(buckets) - prefix), indices, buckets.device, prefix)
+    if indices is None:
+        return buckets
+    return (pair_offsets if encoder.bias else pair_buckets)(buckets, indices, prefix)

@@ -242,17 +242,26 @@ def window_attention(qkv: Tensor, table: Tensor, tokens: WindowTokens) -> Tensor
 
 
 @torch.no_grad()
-def worst_error(size: int, count: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> float:
+def worst_error(
+    size: int,
+    count: int,
+    heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_prefix_tokens: int = 1,
+) -> float:
     """The kernels against the formula in float64: the largest relative error of any result; NaN if one is not finite.
 
     On random windows of `size` x `size` patches, `count` of which are tokens. Also compiles the kernels for these.
     """
     generator = torch.Generator().manual_seed(0)
-    L = 1 + count
+    P = num_prefix_tokens
+    L = P + count
     some = torch.rand(2, size * size, generator=generator).argsort(1)[:, :count]
     patches = None if count == size * size else some
-    index = torch.arange(L).expand(2, -1) if patches is None else F.pad(1 + patches, (1, 0))
-    buckets = grid_buckets(size, size)[index[:, :, None], index[:, None, :]]
+    index = torch.arange(L).expand(2, -1) if patches is None else F.pad(P + patches, (P, 0))
+    buckets = grid_buckets(size, size, P)[index[:, :, None], index[:, None, :]]
     shapes = ((2, L, 3, heads, head_dim), (head_dim, NUM_BUCKETS), (2, L, heads, head_dim))
     qkv, table, dout = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     results = []
@@ -260,7 +269,7 @@ def worst_error(size: int, count: int, heads: int, head_dim: int, device: torch.
         qkv, table = (tensor.detach().to(there, precision).requires_grad_() for tensor in (qkv, table))
         with torch.enable_grad():
             if precision == dtype:
-                tokens = window_tokens(size, patches if patches is None else patches.to(there), there)
+                tokens = window_tokens(size, patches if patches is None else patches.to(there), there, P)
                 out = window_attention(qkv, table, tokens)
             else:
                 out = _formula(qkv, table, buckets)
