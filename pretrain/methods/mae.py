@@ -134,6 +134,9 @@ class MAE(LUTMethod):
         tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
         if self.mask_tokens is not None:
             tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
+        return self._run_encoder(tokens)
+
+    def _run_encoder(self, tokens: Tensor) -> Tensor:
         return self.encoder(tokens)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ METHOD_KEYS: dict[str, dict[str, Any]] = {
     "ae": {"block_size": 4, **DECODER},
     "beit": {},
     "lc_mae": {"proj_dim": 10, **DECODER},
+    "local_mim": {"blocks": [1, 2], "decoder_embed_dim": 8, "decoder_num_heads": 2},
     "lomar": {"num_windows": 3, "window_size": 3},
     "mae": DECODER,
+    "mff": {"blocks": [1, 2], **DECODER},
     "simmim": {"mask_patch_size": 4},
 }
 TARGET_KEYS: dict[str, dict[str, Any]] = {
@@ -40,8 +42,8 @@ def components_file(tmp_path: Path) -> str:
 
 
 def test_all_methods_and_all_targets_are_tested():
-    """Pixels are the only target of the auto-encoder, which predicts blocks that are larger than patches."""
-    assert {name for name, kind in METHODS.items() if kind.targets != TARGETS.keys()} == {"ae"}
+    """The auto-encoder predicts blocks that are larger than patches, and LocalMIM cells of several sizes."""
+    assert {name for name, kind in METHODS.items() if kind.targets != TARGETS.keys()} == {"ae", "local_mim"}
     assert METHOD_KEYS.keys() == METHODS.keys()
     assert {keys["name"] for keys in TARGET_KEYS.values()} == {
         name for kind in METHODS.values() for name in kind.targets
