@@ -156,7 +156,8 @@ class PretrainConfig(RunConfig):
             yield (
                 f"method {method.name} predicts {' or '.join(sorted(kind.targets))}, not target.name={self.target.name}"
             )
-        yield from problem_of(self.target.check, self.model.patch_size)
+        yield from problem_of(self.target.check, self.grid, self.model.patch_size)
+        yield from problem_of(method.check_target, self.target, self.model.patch_size)
         if not unfit:
             yield from self._problems_of_add_ons()
 

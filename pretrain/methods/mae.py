@@ -146,9 +146,13 @@ class MAE(LUTMethod):
         """(B, N, P) uint8 patches -> encoded prefix tokens and visible patches, (B, P+V, D), then any mask tokens."""
         tokens = self.encoder.patch_embed(gather_tokens(patches, visible))
         if self.mask_tokens is None:
-            return self.encoder(tokens, visible)
+            return self._run_encoder(tokens, visible)
         tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
-        return self.encoder(tokens, torch.cat([visible, kept], dim=1))
+        return self._run_encoder(tokens, torch.cat([visible, kept], dim=1))
+
+    def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, D) tokens at grid positions (B, T) -> encoded, prefix tokens first."""
+        return self.encoder(tokens, positions)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""

@@ -55,8 +55,11 @@ def tiny_method(
     torch.manual_seed(0)
     kind = METHODS[keys["name"]]
     config = kind.Config(**{name: value for name, value in keys.items() if name != "target"})
-    config.check(grid, ModelConfig(patch_size=patch_size, position="relative" if relative else "sincos"))
     target = tiny_target(kind, keys.get("target", {}))
+    with patch.dict(vit.ARCHS, vit_tiny=encoder.get("arch", TINY)):
+        position = "relative" if relative else "sincos"
+        config.check(grid, ModelConfig(arch="vit_tiny", patch_size=patch_size, position=position))
+    config.check_target(target, patch_size)
     assert target.name in kind.targets
     return kind(config, tiny_vit(patch_size, grid, relative, **encoder), build_target(target, grid, patch_size), pr_mim)
 

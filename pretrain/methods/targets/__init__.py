@@ -1,4 +1,4 @@
-"""Targets of a masked patch and their losses: pixels, PCA coefficients or a tokenizer's codes."""
+"""Targets of a masked patch and their losses: pixels, PCA coefficients, edges (HOG) or a tokenizer's codes."""
 
 from typing import Annotated
 
@@ -6,15 +6,30 @@ from pydantic import Field
 
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
+from pretrain.methods.targets.hog import HOGConfig, HOGTarget
 from pretrain.methods.targets.pca import PCAConfig, PCATarget
 from pretrain.methods.targets.pixels import PixelsConfig, PixelTarget
 from pretrain.methods.targets.tokens import TokensConfig, TokenTarget
 
-__all__ = ["TARGETS", "AnyTargetConfig", "PCAConfig", "PatchTarget", "PixelsConfig", "TargetConfig", "TokensConfig"]
+__all__ = [
+    "TARGETS",
+    "AnyTargetConfig",
+    "HOGConfig",
+    "PCAConfig",
+    "PatchTarget",
+    "PixelsConfig",
+    "TargetConfig",
+    "TokensConfig",
+]
 
-TARGETS: dict[str, type[TargetConfig]] = {"pixels": PixelsConfig, "pca": PCAConfig, "tokens": TokensConfig}
+TARGETS: dict[str, type[TargetConfig]] = {
+    "pixels": PixelsConfig,
+    "pca": PCAConfig,
+    "hog": HOGConfig,
+    "tokens": TokensConfig,
+}
 
-AnyTargetConfig = Annotated[PixelsConfig | PCAConfig | TokensConfig, Field(discriminator="name")]
+AnyTargetConfig = Annotated[PixelsConfig | PCAConfig | HOGConfig | TokensConfig, Field(discriminator="name")]
 
 
 def build_target(config: TargetConfig, grid: Grid, patch_size: int) -> PatchTarget:
@@ -25,6 +40,8 @@ def build_target(config: TargetConfig, grid: Grid, patch_size: int) -> PatchTarg
     """
     if isinstance(config, PCAConfig):
         return PCATarget(config, patch_size)
+    if isinstance(config, HOGConfig):
+        return HOGTarget(config, grid, patch_size)
     if isinstance(config, TokensConfig):
         return TokenTarget(config, grid, patch_size)
     assert isinstance(config, PixelsConfig)

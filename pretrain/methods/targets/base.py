@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from pretrain.methods.masking import Grid
 from pretrain.trainer.schema import Section
 
 
@@ -15,8 +16,8 @@ class TargetConfig(Section):
 
     name: str
 
-    def check(self, patch_size: int) -> None:
-        """Raises ValueError, naming the key to change, if the target does not fit patches of this size."""
+    def check(self, grid: Grid, patch_size: int) -> None:
+        """Raises ValueError, naming the key to change, if the target does not fit a grid of patches of this size."""
 
 
 class PatchTarget(ABC):
