@@ -9,7 +9,7 @@ from helpers.tiny import loss_and_gradients, random_images, random_mask_indices,
 from safetensors.torch import save_file
 
 from pretrain.methods import METHODS
-from pretrain.methods.targets import PixelsConfig, build_target
+from pretrain.methods.targets import TARGETS, PixelsConfig, build_target
 from pretrain.models.patches import pixel_target
 
 GRID, PATCH_SIZE, VALUES = (4, 6), 2, 12
@@ -27,6 +27,8 @@ TARGET_KEYS: dict[str, dict[str, Any]] = {
     "pixels with l1": {"name": "pixels", "norm_pix": False, "loss": "l1"},
     "pca": {"name": "pca"},
     "tokens": {"name": "tokens", "vocab_size": 16},
+    "teacher": {"name": "teacher"},
+    "ema": {"name": "ema", "blocks": 2},
 }
 
 
@@ -40,7 +42,7 @@ def components_file(tmp_path: Path) -> str:
 
 def test_all_methods_and_all_targets_are_tested():
     """Pixels are the only target of the auto-encoder, which predicts blocks that are larger than patches."""
-    assert {name for name, kind in METHODS.items() if kind.targets != {"pixels", "pca", "tokens"}} == {"ae"}
+    assert {name for name, kind in METHODS.items() if kind.targets != TARGETS.keys()} == {"ae"}
     assert METHOD_KEYS.keys() == METHODS.keys()
     assert {keys["name"] for keys in TARGET_KEYS.values()} == {
         name for kind in METHODS.values() for name in kind.targets
@@ -69,6 +71,7 @@ def test_a_method_trains_and_reconstructs(name: str, target: str, components_fil
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     shown = model.reconstruct(images, mask_indices)
     names = {"codes", "predicted codes"} if target == "tokens" else {"reconstruction"}
+    names = {"features", "predicted features"} if target in ("teacher", "ema") else names
     assert names <= shown.keys()
     assert torch.equal(shown["original"], images)
     for image in shown.values():
