@@ -44,9 +44,9 @@ def read_feature_teacher(config: TargetConfig, grid: Grid) -> FeatureTeacher | N
     try:
         teacher: FeatureTeacher
         if config.timm_model:
-            teacher = _timm_teacher(config.file, config.timm_model, config.weights, grid)
+            teacher = _timm_teacher(config.file, config.timm_model, config.encoder, grid)
         else:
-            teacher = _encoder_teacher(config.file, config.weights, grid)
+            teacher = _encoder_teacher(config.file, config.encoder, grid)
     except ValueError as error:
         raise ValueError(f"target.file={config.file}: {error}") from None
     check_blocks(config.blocks, teacher.depth, config.file)

@@ -89,5 +89,5 @@ def test_what_does_not_fit_is_refused(teacher_file: Path):
     with pytest.raises(ValueError, match=r"target.blocks=9 are more than the \d blocks of .*: set target.blocks to at"):
         read_feature_teacher(TeacherConfig(file=file, blocks=9), (2, 2))
     with pytest.raises(ValueError, match="holds the online weights, not the ema ones"):
-        read_feature_teacher(TeacherConfig(file=file, weights="ema"), (2, 2))
+        read_feature_teacher(TeacherConfig(file=file, encoder="ema"), (2, 2))
     assert read_feature_teacher(EMAConfig(), (2, 2)) is None

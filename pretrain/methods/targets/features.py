@@ -99,7 +99,7 @@ class TeacherConfig(TargetConfig):
     file: Annotated[str | None, MAY_CHANGE] = Field(
         None, description="of the teacher's weights, an encoder of any project that is read downstream"
     )
-    weights: str | None = Field(None, description="which one of several encoders in the file, as of start.weights")
+    encoder: str | None = Field(None, description="which one of several encoders in the file, as of start.weights")
     timm_model: str | None = Field(
         None, description="timm's name of the model whose weights, by timm's names, are in the file"
     )
