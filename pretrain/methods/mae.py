@@ -27,9 +27,22 @@ from pretrain.trainer.config import ModelConfig
 
 
 def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, mask_type: str, count: int, pr_mim: PRMIMConfig | None
+    rng: np.random.Generator,
+    *,
+    grid: Grid,
+    mask_type: str,
+    count: int,
+    pr_mim: PRMIMConfig | None,
+    num_masks: int = 1,
 ) -> dict[str, np.ndarray]:
-    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
+    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64.
+
+    Of several masks, drawn one after the other: (num_masks, V) and so on.
+    """
+    if num_masks > 1:
+        one = functools.partial(sample_masks, rng, grid=grid, mask_type=mask_type, count=count, pr_mim=pr_mim)
+        masks = [one() for _ in range(num_masks)]
+        return {name: np.stack([mask[name] for mask in masks]) for name in masks[0]}
     if mask_type == "random":
         masked = random_masked(rng, 1, grid[0] * grid[1], count)
     else:
@@ -51,6 +64,7 @@ class MAEConfig(MethodConfig):
 
     mask_type: Literal["random", "block", "grid"] = Field("random", description="shape of the masked region")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
+    num_masks: int = Field(1, ge=1, description="masks of an image, under each of which it is encoded and predicted")
     encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
     decoder: Literal["transformer", "average", "conv"] = Field(
         "transformer", description="LC-MAE's Table 2; the next three keys are the transformer's"
@@ -88,6 +102,8 @@ class MAEConfig(MethodConfig):
 
     def check_lut(self) -> None:
         check_random_masks(self.mask_type)
+        if self.num_masks > 1:
+            raise ValueError(f"lut has one mask for each view: set method.num_masks=1, not {self.num_masks}")
 
 
 class MAE(LUTMethod):
@@ -126,18 +142,27 @@ class MAE(LUTMethod):
     def mask_sampler(self) -> MaskSampler:
         grid = self.encoder.grid
         _, count = self.config.count_patches(grid, self.encoder.patch_size)
+        config = self.config
         return functools.partial(
-            sample_masks, grid=grid, mask_type=self.config.mask_type, count=count, pr_mim=self.pr_mim
+            sample_masks,
+            grid=grid,
+            mask_type=config.mask_type,
+            count=count,
+            pr_mim=self.pr_mim,
+            num_masks=config.num_masks,
         )
 
     def compute_loss(
         self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> LossAndTokens:
         patches = patchify(images, self.encoder.patch_size)
-        encoded = self._encode(patches, **mask_indices)
-        first = {name: array[:num_predicted] for name, array in mask_indices.items()}
-        prediction = self._decode(encoded[:num_predicted], **first)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
+        if self.config.num_masks > 1:  # adjacent, those of an image
+            patches, truth = (x.repeat_interleave(self.config.num_masks, dim=0) for x in (patches, truth))
+            mask_indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+        encoded = self._encode(patches, **mask_indices)
+        first = {name: array[: len(truth)] for name, array in mask_indices.items()}
+        prediction = self._decode(encoded[: len(truth)], **first)
         loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
         visible, prefix = mask_indices["visible"], self.encoder.num_prefix_tokens
         return LossAndTokens(loss, encoded[:, prefix : prefix + visible.shape[1]], visible)
@@ -166,7 +191,9 @@ class MAE(LUTMethod):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
+        """`original`, `masked` and the target's renderings of each image under its first mask, (B, H, W, 3) uint8."""
+        if self.config.num_masks > 1:
+            mask_indices = {name: array[:, 0] for name, array in mask_indices.items()}
         patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
         prediction = self._predict(patches, **mask_indices)
         predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
