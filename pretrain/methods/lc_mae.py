@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods import mae
 from pretrain.methods.base import MaskIndices, MaskSampler
 from pretrain.methods.mae import MAE, MAEConfig
 from pretrain.methods.masking import Grid
@@ -26,11 +25,9 @@ from pretrain.models.vit import ViT, init_weights
 from pretrain.trainer.config import ModelConfig
 
 
-def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, mask_type: str, count: int, pr_mim: PRMIMConfig | None
-) -> dict[str, np.ndarray]:
-    """`mae.sample_masks` twice, for m1 and m2: `visible` (2, V), `masked` (2, M) and `kept` (2, K)."""
-    views = [mae.sample_masks(rng, grid=grid, mask_type=mask_type, count=count, pr_mim=pr_mim) for _ in range(2)]
+def sample_masks(rng: np.random.Generator, *, first: MaskSampler) -> dict[str, np.ndarray]:
+    """MAE's indices twice, for m1 and m2: `visible` (2, V), `masked` (2, M) and `kept` (2, K)."""
+    views = [first(rng) for _ in range(2)]
     return {name: np.stack([view[name] for view in views]) for name in views[0]}
 
 
@@ -89,10 +86,12 @@ class LCMAE(MAE):
             super().check(grid, model)
             if not self.w_mae + self.w_cross + self.w_in:
                 raise ValueError("method.w_mae, method.w_cross and method.w_in are all 0: nothing is learned")
-            if self.w_in and self.count_patches(grid, model.patch_size)[1] < 2:
+            patches, masked = self.count_patches(grid, model.patch_size)
+            if self.w_in and (self.num_predicted(patches) or masked) < 2:
+                key = "mask_ratio" if self.predict_ratio is None else "predict_ratio"
                 raise ValueError(
                     f"method.w_in={self.w_in:g} compares pairs of masked patches, and there is one: "
-                    f"raise method.mask_ratio={self.mask_ratio}"
+                    f"raise method.{key}={getattr(self, key)}"
                 )
             if self.w_cross and self.mask_type == "grid":
                 raise ValueError(
@@ -110,14 +109,7 @@ class LCMAE(MAE):
             init_weights(self.proj)
 
     def mask_sampler(self) -> MaskSampler:
-        _, masked = self.config.count_patches(self.encoder.grid, self.encoder.patch_size)
-        return functools.partial(
-            sample_masks,
-            grid=self.encoder.grid,
-            mask_type=self.config.mask_type,
-            count=masked,
-            pr_mim=self.pr_mim,
-        )
+        return functools.partial(sample_masks, first=super().mask_sampler())
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """The loss of a batch and its terms with non-zero weight, detached and unweighted: `mae`, `cross`, `in`.

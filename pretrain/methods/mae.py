@@ -1,7 +1,7 @@
 """MAE: masked autoencoders (He et al.). The encoder sees only the visible patches; a decoder predicts the others.
 
 The ablations of its Table 1 are keys: decoder (a, b), `encoder_mask_tokens` (c), the `target` (d), `mask_type` and
-`mask_ratio` (f).
+`mask_ratio` (f). So is CrossMAE: `decoder=cross`, `inter_block_attention` and `predict_ratio`.
 
 Shapes: B images, N patches of an image, M of them masked, V visible, D width, P = p*p*3.
 """
@@ -15,40 +15,41 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
+from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches, predict_all
 from pretrain.methods.masking import Grid, block_masked, check_masked, check_random_masks, grid_masked, random_masked
-from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, build_mask_indices
+from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import MaskTokens
 from pretrain.methods.targets import PatchTarget
-from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder, check_heads
+from pretrain.models.decoder import AverageDecoder, ConvDecoder
 from pretrain.models.patches import gather_tokens, patchify, render_predictions
-from pretrain.models.vit import Arch, ViT
+from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
 
 def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, mask_type: str, count: int, pr_mim: PRMIMConfig | None
+    rng: np.random.Generator, *, grid: Grid, config: "MAEConfig", patch_size: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
-    if mask_type == "random":
-        masked = random_masked(rng, 1, grid[0] * grid[1], count)
+    patches, count = config.count_patches(grid, patch_size)
+    if config.mask_type == "random":
+        masked = random_masked(rng, 1, patches, count)
     else:
-        masked = {"block": block_masked, "grid": grid_masked}[mask_type](rng, grid, count)[None]
-    return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
+        masked = {"block": block_masked, "grid": grid_masked}[config.mask_type](rng, grid, count)[None]
+    indices = build_mask_indices(rng, masked, pr_mim, grid[1], config.num_predicted(patches))
+    return {name: array[0] for name, array in indices.items()}
 
 
-class MAEConfig(MethodConfig):
+class MAEConfig(DecoderConfig):
     """The keys that MAE and LC-MAE share."""
 
     mask_type: Literal["random", "block", "grid"] = Field("random", description="shape of the masked region")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
     encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
-    decoder: Literal["transformer", "average", "conv"] = Field(
-        "transformer", description="LC-MAE's Table 2; the next three keys are the transformer's"
+    decoder: Literal["transformer", "cross", "average", "conv"] = Field(
+        "transformer",
+        description="cross: CrossMAE's; average, conv: LC-MAE's Table 2, which the keys `decoder_*` do not change",
     )
-    decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
-    decoder_depth: int = Field(8, ge=1, description="blocks of the decoder")
-    decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
         """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as the authors count."""
@@ -65,7 +66,7 @@ class MAEConfig(MethodConfig):
                 f"method.mask_type=grid masks three of every 2x2 patches: it needs method.mask_ratio=0.75 and an even "
                 f"grid, not {self.mask_ratio} on {grid[0]}x{grid[1]}"
             )
-        check_heads(self.decoder_embed_dim, self.decoder_num_heads)
+        self.check_decoder(patches, masked)
         if self.encoder_mask_tokens and self.decoder != "transformer":
             raise ValueError(
                 f"method.encoder_mask_tokens=true decodes encoded mask tokens, and method.decoder={self.decoder} puts "
@@ -73,7 +74,8 @@ class MAEConfig(MethodConfig):
             )
 
     def check_pr_mim(self) -> None:
-        if self.decoder != "transformer":
+        super().check_pr_mim()
+        if self.decoder not in ("transformer", "cross"):
             raise ValueError(
                 f"pr_mim throws tokens of a transformer; method.decoder={self.decoder} has none: leave it out"
             )
@@ -98,23 +100,18 @@ class MAE(LUTMethod):
         self.mask_grid = encoder.grid
         dim, num_outputs = encoder.arch.dim, target.num_outputs
         self.mask_tokens = MaskTokens(dim) if config.encoder_mask_tokens else None
-        if config.decoder == "transformer":
-            arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
-            aggregation = build_aggregation(pr_mim, arch, encoder.grid)
-            self.decoder: nn.Module = Decoder(
-                dim, arch, encoder.grid, num_outputs, aggregation, mask_tokens=not config.encoder_mask_tokens
-            )
-        elif config.decoder == "average":
-            self.decoder = AverageDecoder(dim, encoder.grid, num_outputs)
-        else:
+        if config.decoder == "average":
+            self.decoder: nn.Module = AverageDecoder(dim, encoder.grid, num_outputs)
+        elif config.decoder == "conv":
             self.decoder = ConvDecoder(dim, encoder.grid, num_outputs)
+        else:
+            self.decoder = build_decoder(
+                config, encoder, encoder.grid, num_outputs, pr_mim, mask_tokens=not config.encoder_mask_tokens
+            )
 
     def mask_sampler(self) -> MaskSampler:
-        grid = self.encoder.grid
-        _, count = self.config.count_patches(grid, self.encoder.patch_size)
-        return functools.partial(
-            sample_masks, grid=grid, mask_type=self.config.mask_type, count=count, pr_mim=self.pr_mim
-        )
+        grid, patch_size = self.encoder.grid, self.encoder.patch_size
+        return functools.partial(sample_masks, grid=grid, config=self.config, patch_size=patch_size, pr_mim=self.pr_mim)
 
     def compute_loss(
         self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
@@ -122,19 +119,19 @@ class MAE(LUTMethod):
         patches = patchify(images, self.encoder.patch_size)
         encoded = self._encode(patches, **mask_indices)
         first = {name: array[:num_predicted] for name, array in mask_indices.items()}
-        prediction = self._decode(encoded[:num_predicted], **first)
+        prediction = self._decode(encoded[..., :num_predicted, :, :], **first)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
         loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
         visible = mask_indices["visible"]
-        return LossAndTokens(loss, encoded[:, 1 : 1 + visible.shape[1]], visible)
+        return LossAndTokens(loss, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D), then any mask tokens."""
+        """(B, N, P) uint8 patches -> encoded class token, visible patches and any mask tokens: what `encode` gives."""
         pos_embed = self.encoder.pos_embed[0, 1:]
         tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
         if self.mask_tokens is not None:
             tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
-        return self.encoder(tokens)
+        return encode(self.encoder, tokens, None, self.config)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""
@@ -149,7 +146,8 @@ class MAE(LUTMethod):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
-        prediction = self._predict(patches, **mask_indices)
+        patches = patchify(images, self.encoder.patch_size)
+        mask_indices = predict_all(self.config, mask_indices, patches.shape[1])
+        prediction, masked = self._predict(patches, **mask_indices), mask_indices["masked"]
         predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
         return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}

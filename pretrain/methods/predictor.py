@@ -4,7 +4,8 @@
 three settings: which mask tokens enter the encoder (all, or PR-MIM's kept ones), before which block they enter (0, or
 later), and how the tokens that never entered are computed (PR-MIM's spatial aggregation).
 
-`AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE.
+`AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE and
+CrossMAE.
 
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
@@ -14,13 +15,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import Position
-from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens
 from pretrain.models.relative_position import grid_buckets, pair_buckets
-from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
+from pretrain.models.vit import ARCHS, ViT, init_weights
 from pretrain.models.window_attention import window_tokens
 from pretrain.trainer.config import ModelConfig
 
@@ -142,16 +143,15 @@ class AsymmetricPredictor(nn.Module):
         encoder: determines width and kind of position.
         grid: rows and columns of a sequence: a window's, or the image's.
         num_outputs: values predicted for each masked patch.
-        arch: the decoder's.
+        config: the decoder's keys.
         pr_mim: the add-on's settings.
     """
 
     buckets: Tensor
 
-    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, arch: Arch, pr_mim: PRMIMConfig | None):
+    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, config: DecoderConfig, pr_mim: PRMIMConfig | None):
         super().__init__()
-        aggregation = build_aggregation(pr_mim, arch, grid)
-        self.decoder = Decoder(encoder.arch.dim, arch, grid, num_outputs, aggregation)
+        self.config, self.decoder = config, build_decoder(config, encoder, grid, num_outputs, pr_mim)
         self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
 
     def forward(
@@ -165,9 +165,10 @@ class AsymmetricPredictor(nn.Module):
         num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
-        encoded = encoder(tokens, relative_position(encoder, self.buckets, visible))
+        encoded = encode(encoder, tokens, relative_position(encoder, self.buckets, visible), self.config)
         first = slice(num_predicted)
-        return self.decoder(encoded[first], visible[first], masked[first], kept[first]), encoded[:, 1:]
+        prediction = self.decoder(encoded[..., first, :, :], visible[first], masked[first], kept[first])
+        return prediction, encoded_patches(encoder, encoded, visible.shape[1])
 
 
 def absolute_position(encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor | float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.reference import Weights, cut_patch, embed, position_embedding, target_of, transformer, transformer_decoder
+from helpers.reference_cross import cross_predict
 
 Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, position of the patch) -> its error
 
@@ -38,7 +39,7 @@ def mae_loss(
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask_indices: `masked` (B, M) and `kept` (B, K) grid positions.
+        mask_indices: `visible` (B, V), `masked` (B, M) and `kept` (B, K) grid positions.
         weights: the state dict of `MAE`, in float64; with `mask_tokens` they enter the encoder.
         heads, decoder_heads: of the encoder and the decoder.
         error: of a prediction.
@@ -46,10 +47,17 @@ def mae_loss(
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = images.shape[1] // patch, images.shape[2] // patch
     errors = []
-    for image, masked, kept in zip(images, mask_indices["masked"].tolist(), mask_indices["kept"].tolist(), strict=True):
-        visible = [i for i in range(grid[0] * grid[1]) if i not in masked]
+    for b, image in enumerate(images):
+        visible, masked, kept = (mask_indices[name][b].tolist() for name in ("visible", "masked", "kept"))
+        if "decoder.blocks.0.cross_attn.q.weight" in weights:
+            patches = [divmod(i, grid[1]) for i in range(grid[0] * grid[1])]
+            predicted = cross_predict(image, patches, visible, kept, grid, weights, heads, decoder_heads, "decoder")
+            errors += [error(predicted[i], image, i) for i in masked]
+            continue
         class_token, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
-        predicted = transformer_decoder(class_token, encoded, kept, grid, weights, decoder_heads)
+        predicted = transformer_decoder(
+            class_token, encoded, kept, grid, weights, decoder_heads, fill=len(kept) < len(masked)
+        )
         errors += [error(predicted[i], image, i) for i in masked]
     return sum(errors) / len(errors)
 

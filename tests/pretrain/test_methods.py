@@ -43,6 +43,9 @@ PIXELS = {"target": {"norm_pix": False}}
 PCA = MAE | {"target": {"name": "pca"}}
 TOKENS = MAE | {"target": {"name": "tokens", **CODES}}
 ENCODER_MASK_TOKENS = MAE | {"encoder_mask_tokens": True}
+CROSS = MAE | {"decoder": "cross"}
+INTER_BLOCK = CROSS | {"inter_block_attention": True}
+PART = {"predict_ratio": 0.25}
 AGGREGATIONS = ("average", "transformer", "convnext")
 CASES = [
     pytest.param(MAE, False, None, id="mae"),
@@ -53,6 +56,11 @@ CASES = [
     pytest.param(PCA, False, None, id="mae-pca"),
     pytest.param(TOKENS, False, None, id="mae-tokens"),
     pytest.param(ENCODER_MASK_TOKENS, False, None, id="mae-encoder_mask_tokens"),
+    pytest.param(CROSS, False, None, id="mae-cross"),
+    pytest.param(INTER_BLOCK | PART, False, None, id="mae-cross-inter_block-part"),
+    pytest.param(MAE | PART, False, None, id="mae-part"),
+    pytest.param(CROSS, False, PR_MIM, id="mae-cross-pr_mim"),
+    pytest.param(INTER_BLOCK, False, PR_MIM, id="mae-cross-inter_block-pr_mim"),
     pytest.param(MAE, False, PR_MIM, id="mae-pr_mim"),
     pytest.param(ENCODER_MASK_TOKENS | PIXELS, False, PR_MIM, id="mae-encoder_mask_tokens-pr_mim"),
     pytest.param(SIMMIM, False, PRMIMConfig(throw_ratio=0.3, sampling="random"), id="simmim-pr_mim"),
@@ -115,9 +123,12 @@ def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool,
     sampler = pickle.loads(pickle.dumps(model.mask_sampler()))
     first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
     patches = GRID[0] * GRID[1]
-    expected = {"mae": round(patches * getattr(model.config, "mask_ratio", 0)), "simmim": math.ceil(6 * 0.6) * 4}
-    assert len(first["masked"]) == expected[model.config.name]
-    assert sorted([*first["visible"], *first["masked"]]) == list(range(patches))
+    masked = {"mae": round(patches * getattr(model.config, "mask_ratio", 0)), "simmim": math.ceil(6 * 0.6) * 4}
+    part = keys.get("predict_ratio")
+    assert len(first["visible"]) == patches - masked[model.config.name]
+    assert len(first["masked"]) == (patches * part if part else masked[model.config.name])
+    both = sorted([*first["visible"], *first["masked"]])
+    assert both == sorted({*both}) if part else both == list(range(patches))
     assert all((first[name] == again[name]).all() for name in first)
     if keys.get("mask_type") != "grid":
         assert (first["masked"] != other["masked"]).any()
@@ -131,9 +142,8 @@ def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bo
     before = model.reconstruct(images, mask_indices)
     masked = before["masked"]
     assert (masked == before["original"]).any()
-    patches = GRID[0] * GRID[1]
     changed = (masked != before["original"]).reshape(len(images), -1).float().mean(1)
-    assert torch.all(changed <= len(mask_indices["masked"][0]) / patches)
+    assert torch.all(changed <= 1 - len(mask_indices["visible"][0]) / (GRID[0] * GRID[1]))
     predicted = "predicted codes" if target_name(keys) == "tokens" else ALONE
     torch.testing.assert_close(model.reconstruct(masked, mask_indices)[predicted], before[predicted])
 
