@@ -2,7 +2,8 @@
 
 Each image has W random windows of K x K patches; in each, a share of the patches is masked and predicted from the
 visible ones. Windows never attend to each other: they are a batch dimension. Every image draws its own W distinct
-windows (the authors' code draws windows once per batch, and assigns them so that an image gets one window W times).
+windows (the authors' code draws windows once per batch, and assigns them so that an image gets one window W times:
+`windows=same`).
 
 With a tokenizer's codes as the target and `mask_type=block` this is section 4.2's LoMaR + BEiT. Fig. 5's asymmetric
 architecture is MAE's, applied to windows: the mask tokens are in a decoder, not in the encoder. With `decoder=cross` it
@@ -27,6 +28,7 @@ from pretrain.methods.masking import (
     check_masked,
     check_random_masks,
     check_windows,
+    complementary_masked,
     random_masked,
     random_windows,
 )
@@ -54,9 +56,13 @@ def sample_masks(
         `positions` (W, L): the grid position in the image of each patch of each window; `visible` (W, L-M), `masked`
         (W, M) and of those `kept` (W, K): positions within the window, ascending. All int64.
     """
-    positions = random_windows(rng, config.num_windows, config.window_size, grid)
+    one = config.windows != "distinct"
+    positions = random_windows(rng, 1 if one else config.num_windows, config.window_size, grid)
+    positions = positions.repeat(config.num_windows if one else 1, axis=0)
     window = (config.window_size, config.window_size)
-    if config.mask_type == "block":
+    if config.windows == "complementary":
+        masked = complementary_masked(rng, config.num_windows, config.window_size**2, config.num_masked)
+    elif config.mask_type == "block":
         masked = np.stack([block_masked(rng, window, config.num_masked) for _ in positions])
     else:
         masked = random_masked(rng, config.num_windows, config.window_size**2, config.num_masked)
@@ -75,6 +81,10 @@ class LoMaR(LUTMethod):
         name: Literal["lomar"] = "lomar"
         num_windows: int = Field(4, ge=1, description="windows per image, W: 4 at 224, 6 at 384, 9 at 448")
         window_size: int = Field(7, ge=2, description="side of a window in patches, K")
+        windows: Literal["distinct", "same", "complementary"] = Field(
+            "distinct",
+            description="W windows, or one window under W masks: independent ones, or ones that show different patches",
+        )
         mask_type: Literal["random", "block"] = Field("random", description="block: BEiT's masks, in each window")
         mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
         architecture: Literal["simple", "asymmetric"] = Field(
@@ -98,7 +108,12 @@ class LoMaR(LUTMethod):
             return self.window_size, self.window_size
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
-            check_windows(self.num_windows, self.window_size, grid)
+            check_windows(self.num_windows if self.windows == "distinct" else 1, self.window_size, grid)
+            if self.windows == "complementary" and self.mask_type != "random":
+                raise ValueError(
+                    f"method.windows=complementary draws the masks of a window together, and method.mask_type="
+                    f"{self.mask_type} each by itself: set method.mask_type=random"
+                )
             check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")
             check_mask_token_block(self.mask_token_block, model)
             self.check_decoder(self.window_size**2, self.num_masked)

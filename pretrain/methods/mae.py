@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
 from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches, predict_all
-from pretrain.methods.masking import Grid, block_masked, check_masked, check_random_masks, grid_masked, random_masked
+from pretrain.methods.masking import (
+    Grid,
+    block_masked,
+    cell_masked,
+    check_cells,
+    check_masked,
+    check_random_masks,
+    count_cell_masked,
+    grid_masked,
+    random_masked,
+)
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import MaskTokens
 from pretrain.methods.targets import PatchTarget
@@ -34,6 +44,8 @@ def sample_masks(
     patches, count = config.count_patches(grid, patch_size)
     if config.mask_type == "random":
         masked = random_masked(rng, 1, patches, count)
+    elif config.mask_type == "cell":
+        masked = cell_masked(rng, grid, config.mask_patch_size // patch_size, config.mask_ratio)[None]
     else:
         masked = {"block": block_masked, "grid": grid_masked}[config.mask_type](rng, grid, count)[None]
     indices = build_mask_indices(rng, masked, pr_mim, grid[1], config.num_predicted(patches))
@@ -43,7 +55,10 @@ def sample_masks(
 class MAEConfig(DecoderConfig):
     """The keys that MAE and LC-MAE share."""
 
-    mask_type: Literal["random", "block", "grid"] = Field("random", description="shape of the masked region")
+    mask_type: Literal["random", "block", "grid", "cell"] = Field(
+        "random", description="shape of the masked region; cell: squares of `mask_patch_size` pixels"
+    )
+    mask_patch_size: int = Field(32, ge=1, description="mask_type=cell: side in pixels of the squares that are masked")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
     encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
     decoder: Literal["transformer", "cross", "average", "conv"] = Field(
@@ -52,13 +67,20 @@ class MAEConfig(DecoderConfig):
     )
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-        """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as the authors count."""
+        """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as the authors count.
+
+        Of cells, ceil(cells * ratio) are masked, as SimMIM does.
+        """
         patches = math.prod(grid)
+        if self.mask_type == "cell":
+            return patches, count_cell_masked(grid, self.mask_patch_size // patch_size, self.mask_ratio)
         return patches, patches - int(patches * (1 - self.mask_ratio))
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
         if model.position != "sincos":
             raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
+        if self.mask_type == "cell":
+            check_cells(self.mask_patch_size, model.patch_size, grid)
         patches, masked = self.count_patches(grid, model.patch_size)
         check_masked(self.mask_ratio, masked, patches, "the image's")
         if self.mask_type == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):
@@ -81,7 +103,7 @@ class MAEConfig(DecoderConfig):
             )
 
     def check_lut(self) -> None:
-        check_random_masks(self.mask_type)
+        check_random_masks(self.mask_type, ("random", "cell"))
 
 
 class MAE(LUTMethod):
@@ -98,6 +120,7 @@ class MAE(LUTMethod):
         super().__init__(config, encoder, target, pr_mim)
         self.config, self.encoder, self.target, self.pr_mim = config, encoder, target, pr_mim
         self.mask_grid = encoder.grid
+        self.mask_cell = config.mask_patch_size // encoder.patch_size if config.mask_type == "cell" else 1
         dim, num_outputs = encoder.arch.dim, target.num_outputs
         self.mask_tokens = MaskTokens(dim) if config.encoder_mask_tokens else None
         if config.decoder == "average":

@@ -263,6 +263,14 @@ def test_late_mask_tokens_need_the_simple_architecture():
         load("lomar_vitb16_224_400e", [*keys, "method.decoder_num_heads=7"])
 
 
+def test_a_decoder_of_its_own_needs_the_asymmetric_architecture():
+    for key in ("method.decoder=cross", "method.predict_ratio=0.25"):
+        with pytest.raises(ValueError, match=f"{key} .*set method.architecture=asymmetric"):
+            load("lomar_vitb16_224_400e", ["data.shards=/x", key])
+    with pytest.raises(ValueError, match=r"pr_mim computes .* method\.predict_ratio=0\.25 .* leave out one of them"):
+        load("lomar_cross_vitb16_224_400e", ["data.shards=/x", "method.predict_ratio=0.25", "pr_mim.throw_ratio=0.5"])
+
+
 def test_one_asymmetric_window_that_is_the_image_is_mae():
     """Fig. 5's rightmost point: a window of 14x14 patches."""
     lomar = tiny_lomar(grid=(4, 4), num_windows=1, window_size=4, mask_ratio=0.75, relative=False, **ASYMMETRIC)

@@ -45,12 +45,14 @@ TOKENS = MAE | {"target": {"name": "tokens", **CODES}}
 ENCODER_MASK_TOKENS = MAE | {"encoder_mask_tokens": True}
 CROSS = MAE | {"decoder": "cross"}
 INTER_BLOCK = CROSS | {"inter_block_attention": True}
+CELL = {"mask_type": "cell", "mask_patch_size": 4, "mask_ratio": 0.5}
 PART = {"predict_ratio": 0.25}
 AGGREGATIONS = ("average", "transformer", "convnext")
 CASES = [
     pytest.param(MAE, False, None, id="mae"),
     pytest.param(MAE | PIXELS | {"mask_type": "block", "mask_ratio": 0.5}, False, None, id="mae-block-pixels"),
     pytest.param(MAE | {"mask_type": "grid"}, False, None, id="mae-grid"),
+    pytest.param(MAE | PIXELS | CELL, False, None, id="mae-cell"),
     pytest.param(SIMMIM, False, None, id="simmim"),
     pytest.param(SIMMIM, True, None, id="simmim-relative"),
     pytest.param(PCA, False, None, id="mae-pca"),
@@ -210,6 +212,36 @@ def test_grid_masks_show_one_of_four_everywhere():
     assert (masked.sum(axis=(1, 3)) == 3).all()
 
 
+def test_the_predicted_part_is_uniform_over_the_masked_patches():
+    model = build(CROSS | PART, False)
+    drawn = [model.mask_sampler()(np.random.default_rng(seed)) for seed in range(2000)]
+    counts = np.bincount(np.concatenate([sample["masked"] for sample in drawn]), minlength=24)
+    assert abs(counts / 2000 - 0.25).max() < 0.05
+    assert all((sample["kept"] == sample["masked"]).all() for sample in drawn)
+    whole = build(CROSS, False).mask_sampler()(np.random.default_rng(5))
+    assert (whole["visible"] == drawn[5]["visible"]).all(), "what is shown does not depend on it"
+
+
+def test_reconstructions_have_all_masked_patches_though_a_part_is_trained():
+    model, whole = build(CROSS | PART, False), build(CROSS, False)
+    whole.load_state_dict(model.state_dict())
+    images = random_images(model)
+    shown, expected = (
+        model.reconstruct(images, random_mask_indices(model)),
+        whole.reconstruct(images, random_mask_indices(whole)),
+    )
+    assert all(torch.equal(shown[name], expected[name]) for name in expected)
+
+
+def test_the_last_norm_is_no_parameter_where_no_one_trains_it():
+    model = build(INTER_BLOCK, False)
+    assert not [name for name, _ in model.encoder.named_parameters() if name.startswith("norm")]
+    assert {name for name in model.encoder.state_dict() if name.startswith("norm.")} == {"norm.weight", "norm.bias"}
+    standardized = model.encoder.norm(3 * torch.randn(2, 5, TINY.dim) + 1)
+    torch.testing.assert_close(standardized.var(-1, correction=0), torch.ones(2, 5), rtol=1e-4, atol=0)
+    assert "norm.weight" in dict(build(CROSS, False).encoder.named_parameters())
+
+
 def test_cells_are_masked_whole():
     masked = cell_masked(np.random.default_rng(0), (14, 14), 2, 0.6).reshape(7, 2, 7, 2)
     assert set(masked.sum(axis=(1, 3)).flatten()) == {0, 4}
@@ -223,6 +255,19 @@ def test_cells_are_masked_whole():
         (MAE | {"mask_ratio": 0.01}, {"position": "sincos"}, None),
         (MAE | {"mask_ratio": 0.99}, {"position": "sincos"}, "must be masked and one visible"),
         (MAE | {"mask_type": "grid", "mask_ratio": 0.5}, {"position": "sincos"}, "needs method.mask_ratio=0.75"),
+        (MAE | CELL, {"patch_size": 3, "position": "sincos"}, "set method.mask_patch_size=3"),
+        (
+            MAE | CELL | {"mask_ratio": 0.9},
+            {"patch_size": 2, "position": "sincos"},
+            "one must be masked and one visible",
+        ),
+        (MAE | {"inter_block_attention": True}, {"position": "sincos"}, "set method.decoder=cross"),
+        (
+            MAE | {"predict_ratio": 0.8},
+            {"position": "sincos"},
+            "predicts 19 of 24 patches, and 18 are masked: set it to",
+        ),
+        (CROSS | {"encoder_mask_tokens": True}, {"position": "sincos"}, "set method.decoder=transformer"),
         (MAE | {"decoder_num_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
         (
             {"name": "simmim", "mask_patch_size": 24},
