@@ -3,7 +3,7 @@
 Each image has W random windows of K x K patches; in each, a share of the patches is masked and predicted from the
 visible ones. Windows never attend to each other: they are a batch dimension. Every image draws its own W distinct
 windows (the authors' code draws windows once per batch, and assigns them so that an image gets one window W times:
-`windows=same`).
+`window_sampling=same`).
 
 With a tokenizer's codes as the target and `mask_type=block` this is section 4.2's LoMaR + BEiT. Fig. 5's asymmetric
 architecture is MAE's, applied to windows: the mask tokens are in a decoder, not in the encoder. With `decoder=cross` it
@@ -56,11 +56,11 @@ def sample_masks(
         `positions` (W, L): the grid position in the image of each patch of each window; `visible` (W, L-M), `masked`
         (W, M) and of those `kept` (W, K): positions within the window, ascending. All int64.
     """
-    one = config.windows != "distinct"
+    one = config.window_sampling != "distinct"
     positions = random_windows(rng, 1 if one else config.num_windows, config.window_size, grid)
     positions = positions.repeat(config.num_windows if one else 1, axis=0)
     window = (config.window_size, config.window_size)
-    if config.windows == "complementary":
+    if config.window_sampling == "complementary":
         masked = complementary_masked(rng, config.num_windows, config.window_size**2, config.num_masked)
     elif config.mask_type == "block":
         masked = np.stack([block_masked(rng, window, config.num_masked) for _ in positions])
@@ -81,7 +81,7 @@ class LoMaR(LUTMethod):
         name: Literal["lomar"] = "lomar"
         num_windows: int = Field(4, ge=1, description="windows per image, W: 4 at 224, 6 at 384, 9 at 448")
         window_size: int = Field(7, ge=2, description="side of a window in patches, K")
-        windows: Literal["distinct", "same", "complementary"] = Field(
+        window_sampling: Literal["distinct", "same", "complementary"] = Field(
             "distinct",
             description="W windows, or one window under W masks: independent ones, or ones that show different patches",
         )
@@ -108,10 +108,10 @@ class LoMaR(LUTMethod):
             return self.window_size, self.window_size
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
-            check_windows(self.num_windows if self.windows == "distinct" else 1, self.window_size, grid)
-            if self.windows == "complementary" and self.mask_type != "random":
+            check_windows(self.num_windows if self.window_sampling == "distinct" else 1, self.window_size, grid)
+            if self.window_sampling == "complementary" and self.mask_type != "random":
                 raise ValueError(
-                    f"method.windows=complementary draws the masks of a window together, and method.mask_type="
+                    f"method.window_sampling=complementary draws the masks of a window together, and method.mask_type="
                     f"{self.mask_type} each by itself: set method.mask_type=random"
                 )
             check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")

@@ -38,7 +38,6 @@ CASES = [
     pytest.param(ASYMMETRIC | {"relative": False}, id="asymmetric-absolute"),
     pytest.param(ASYMMETRIC | {"pr_mim": PRMIMConfig(throw_ratio=0.3, kernel_size=3)}, id="asymmetric-pr_mim"),
     pytest.param(CROSS | {"relative": False, "predict_ratio": 0.25}, id="cross-absolute-part"),
-    pytest.param(INTER_BLOCK, id="cross-inter_block"),
     pytest.param(INTER_BLOCK | {"pr_mim": PRMIMConfig(throw_ratio=0.3, kernel_size=3)}, id="cross-inter_block-pr_mim"),
     pytest.param({"pr_mim": PRMIMConfig(throw_ratio=0.4, kernel_size=3)}, id="pr_mim"),
     pytest.param({"pr_mim": PRMIMConfig(throw_ratio=0.4, kernel_size=5), "relative": False}, id="pr_mim-absolute"),

@@ -72,10 +72,10 @@ def test_windows_are_uniform_over_positions_and_reach_every_patch():
     assert set(drawn.ravel().tolist()) == set(range(grid[0] * grid[1]))
 
 
-@pytest.mark.parametrize("windows", ["same", "complementary"])
+@pytest.mark.parametrize("sampling", ["same", "complementary"])
 @pytest.mark.parametrize(("ratio", "count"), [(0.8, 4), (0.5, 2), (0.4, 3), (0.9, 12)])
-def test_one_window_under_many_masks(windows: str, ratio: float, count: int):
-    config = LoMaR.Config(num_windows=count, mask_ratio=ratio, windows=windows)
+def test_one_window_under_many_masks(sampling: str, ratio: float, count: int):
+    config = LoMaR.Config(num_windows=count, mask_ratio=ratio, window_sampling=sampling)
     config.check((7, 7), ModelConfig())  # where only one fits
     places = set()
     for seed in range(30):
@@ -86,11 +86,11 @@ def test_one_window_under_many_masks(windows: str, ratio: float, count: int):
         both = np.sort(np.concatenate([drawn["visible"], drawn["masked"]], axis=1))
         assert (both == np.arange(49)).all()
         shown = np.bincount(drawn["visible"].ravel(), minlength=49)
-        if windows == "complementary":  # as often as any other, or once more
+        if sampling == "complementary":  # as often as any other, or once more
             assert set(shown) <= {count * (49 - int(49 * ratio)) // 49, count * (49 - int(49 * ratio)) // 49 + 1}
         places.add(int(drawn["positions"][0, 0]))
     assert len(places) > 15
-    assert windows == "complementary" or count * (49 - int(49 * ratio)) < 30 or shown.max() > 1
+    assert sampling == "complementary" or count * (49 - int(49 * ratio)) < 30 or shown.max() > 1
 
 
 def test_complementary_masks_are_uniform_each_by_itself_and_disjoint_where_they_can_be():
