@@ -55,9 +55,11 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) of any dtype -> (B, C) fp32."""
-        x = (tokens.float() - self.mean) / self.std
-        attention = (x @ self.query.T / x.shape[-1] ** 0.5).softmax(1)  # (B, N, Q)
-        pooled = attention.transpose(1, 2) @ x  # values are projected behind the sum, which is the same and cheaper
+        # Tokens are standardized and values projected behind the sum, which is the same, and 1/N of the work: the
+        # weights of a sum add up to 1, and the softmax does not see what the mean adds to all logits of a query.
+        x = tokens.float()
+        attention = (x @ (self.query / self.std / x.shape[-1] ** 0.5).T).softmax(1)  # (B, N, Q)
+        pooled = (attention.transpose(1, 2) @ x - self.mean) / self.std
         values = torch.einsum("bqd,qdw->bqw", pooled, self.value)
         return F.linear(values.flatten(1), self.weight, self.bias)
 

@@ -21,9 +21,9 @@ from downstream.classify import probe as command
 from pretrain.config import load
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.patches import normalize_pixels
-from pretrain.models.vit import ViT
+from pretrain.models.vit import ARCHS, ViT
 from pretrain.probe.in_training import Probe
-from pretrain.probe.measure import check_sets, names_of, probe
+from pretrain.probe.measure import check_sets, describe, names_of, probe
 from pretrain.probe.neighbors import METRICS, RIDGE, ridge, votes
 from pretrain.probe.settings import ProbeSettings
 from pretrain.trainer.launch import World
@@ -197,6 +197,32 @@ def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: P
         load(recipe(photos, tmp_path), ["probe.neighbours=3"])
     with pytest.raises(ValueError, match=r"k=50 neighbors, but .* has 48 images"):
         Probe(load(recipe(photos, tmp_path), ["probe.k=50"]), ViT("vit_tiny", 16, (2, 2)), World(0, 1, 0), CPU)
+
+
+def test_blocks_of_the_run_are_checked_before_it_starts(photos: Path, tmp_path: Path):
+    depth = ARCHS["vit_tiny"].depth
+    assert load(recipe(photos, tmp_path), ["probe.block=1"]).probe.block == (1,)
+    assert load(recipe(photos, tmp_path, block=[1, 2]), []).probe.block == (1, 2)
+    with pytest.raises(ValueError, match=rf"probe\.block: block {depth + 1}: the encoder has blocks 1 to {depth}$"):
+        load(recipe(photos, tmp_path), [f"probe.block=1,{depth + 1}"])
+    with pytest.raises(ValueError, match=r"probe\.block: blocks 2,1: give each of them once, in ascending order: 1,2"):
+        load(recipe(photos, tmp_path), ["probe.block=2,1"])
+
+
+def test_the_table_says_which_number_to_trust(photos: Path, encoder: ViT):
+    none, some, all_of_it = (
+        describe(measure(encoder, *sets(photos), **settings))
+        for settings in ({}, {"attentive_steps": 1}, {"attentive_steps": 1, "finetune_epochs": 1})
+    )
+    assert none.endswith("none of these ranks masked image models: measure the attentive probe as well")
+    assert some.endswith("compare encoders by attentive_top1")
+    assert [line.split()[0] for line in all_of_it.splitlines()[:-1]] == [
+        "finetune_top1",
+        "attentive_top1",
+        "linear_top1",
+        "knn_top1",
+    ]
+    assert all_of_it.endswith("compare encoders by finetune_top1")
 
 
 def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):
