@@ -21,6 +21,7 @@ from data.image_folder import load_samples
 from downstream.checkpoints.weights import build_encoder, read_encoder
 from downstream.classify.evaluation_cli import add_loading_options, block_numbers, build_loader, run_on_ranks
 from pretrain.models.features import check_blocks
+from pretrain.models.sdpa import set_deterministic
 from pretrain.probe.measure import check_sets, describe, probe
 from pretrain.probe.settings import Pool, ProbeSettings
 from pretrain.trainer.launch import World
@@ -37,6 +38,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     check_blocks(settings.block, len(encoder.blocks))
     learned, classified = (build_loader(samples, encoder.image_size, options, world) for samples in (train, val))
     encoder = encoder.to(device)
+    set_deterministic(True)
     measured = probe(encoder, learned, classified, settings, device=device, norm_after_pool=found.pool_norm)
     if world.is_main:
         print(describe(measured), flush=True)
