@@ -51,6 +51,8 @@ CASES = [
     (SIMMIM, *SMALL),
     (LUT, *SMALL),
     ("lc_mae_vitb16_224_100e", *SMALL),
+    ("local_mim_pr_vitb16_224_100e", *SMALL),
+    ("mff_vitb16_224_800e", *SMALL),
 ]
 EAGER, FASTEST = Numerics(), Numerics(compile=True, residual="bf16", attention="triton")
 ON_CPU = Numerics(attention="unfused")
