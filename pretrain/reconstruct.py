@@ -16,6 +16,7 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.loader import draw_masks
 from data.parallel import report_errors
+from downstream.checkpoints.feature_teachers import read_feature_teacher
 from downstream.checkpoints.files import read_source
 from downstream.own_images import load_images
 from pretrain.config import load
@@ -45,7 +46,7 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint, and an encoder's file alone does not have what predicts pixels")
-    method = build_method(config)
+    method = build_method(config, read_feature_teacher(config.target, config.grid))
     shown = drawn_method(method)
     if not shown.target.has_pixels:
         raise ValueError(

@@ -27,9 +27,22 @@ from pretrain.trainer.config import ModelConfig
 
 
 def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, mask_type: str, count: int, pr_mim: PRMIMConfig | None
+    rng: np.random.Generator,
+    *,
+    grid: Grid,
+    mask_type: str,
+    count: int,
+    pr_mim: PRMIMConfig | None,
+    num_masks: int = 1,
 ) -> dict[str, np.ndarray]:
-    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
+    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64.
+
+    Of several masks, drawn one after the other: (num_masks, V) and so on.
+    """
+    if num_masks > 1:
+        one = functools.partial(sample_masks, rng, grid=grid, mask_type=mask_type, count=count, pr_mim=pr_mim)
+        masks = [one() for _ in range(num_masks)]
+        return {name: np.stack([mask[name] for mask in masks]) for name in masks[0]}
     if mask_type == "random":
         masked = random_masked(rng, 1, grid[0] * grid[1], count)
     else:
@@ -37,11 +50,21 @@ def sample_masks(
     return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
 
 
+def check_absolute(position: str, method: str) -> None:
+    """Raises ValueError if the encoder's positions are not added to its tokens."""
+    if position not in ("sincos", "learned"):
+        raise ValueError(
+            f"method {method} adds positions to its tokens, and model.position={position} does not: set "
+            f"model.position=sincos, or learned"
+        )
+
+
 class MAEConfig(MethodConfig):
     """The keys that MAE and LC-MAE share."""
 
     mask_type: Literal["random", "block", "grid"] = Field("random", description="shape of the masked region")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
+    num_masks: int = Field(1, ge=1, description="masks of an image, under each of which it is encoded and predicted")
     encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
     decoder: Literal["transformer", "average", "conv"] = Field(
         "transformer", description="LC-MAE's Table 2; the next three keys are the transformer's"
@@ -56,8 +79,7 @@ class MAEConfig(MethodConfig):
         return patches, patches - int(patches * (1 - self.mask_ratio))
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
-        if model.position != "sincos":
-            raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
+        check_absolute(model.position, self.name)
         patches, masked = self.count_patches(grid, model.patch_size)
         check_masked(self.mask_ratio, masked, patches, "the image's")
         if self.mask_type == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):
@@ -80,6 +102,8 @@ class MAEConfig(MethodConfig):
 
     def check_lut(self) -> None:
         check_random_masks(self.mask_type)
+        if self.num_masks > 1:
+            raise ValueError(f"lut has one mask for each view: set method.num_masks=1, not {self.num_masks}")
 
 
 class MAE(LUTMethod):
@@ -102,7 +126,13 @@ class MAE(LUTMethod):
             arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
             aggregation = build_aggregation(pr_mim, arch, encoder.grid)
             self.decoder: nn.Module = Decoder(
-                dim, arch, encoder.grid, num_outputs, aggregation, mask_tokens=not config.encoder_mask_tokens
+                dim,
+                arch,
+                encoder.grid,
+                num_outputs,
+                aggregation,
+                mask_tokens=not config.encoder_mask_tokens,
+                num_prefix_tokens=encoder.num_prefix_tokens,
             )
         elif config.decoder == "average":
             self.decoder = AverageDecoder(dim, encoder.grid, num_outputs)
@@ -112,32 +142,42 @@ class MAE(LUTMethod):
     def mask_sampler(self) -> MaskSampler:
         grid = self.encoder.grid
         _, count = self.config.count_patches(grid, self.encoder.patch_size)
+        config = self.config
         return functools.partial(
-            sample_masks, grid=grid, mask_type=self.config.mask_type, count=count, pr_mim=self.pr_mim
+            sample_masks,
+            grid=grid,
+            mask_type=config.mask_type,
+            count=count,
+            pr_mim=self.pr_mim,
+            num_masks=config.num_masks,
         )
 
     def compute_loss(
         self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> LossAndTokens:
         patches = patchify(images, self.encoder.patch_size)
-        encoded = self._encode(patches, **mask_indices)
-        first = {name: array[:num_predicted] for name, array in mask_indices.items()}
-        prediction = self._decode(encoded[:num_predicted], **first)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
+        if self.config.num_masks > 1:  # adjacent, those of an image
+            patches, truth = (x.repeat_interleave(self.config.num_masks, dim=0) for x in (patches, truth))
+            mask_indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+        encoded = self._encode(patches, **mask_indices)
+        first = {name: array[: len(truth)] for name, array in mask_indices.items()}
+        prediction = self._decode(encoded[: len(truth)], **first)
         loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
-        visible = mask_indices["visible"]
-        return LossAndTokens(loss, encoded[:, 1 : 1 + visible.shape[1]], visible)
+        visible, prefix = mask_indices["visible"], self.encoder.num_prefix_tokens
+        return LossAndTokens(loss, encoded[:, prefix : prefix + visible.shape[1]], visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D), then any mask tokens."""
-        pos_embed = self.encoder.pos_embed[0, 1:]
-        tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
-        if self.mask_tokens is not None:
-            tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
-        return self._run_encoder(tokens)
+        """(B, N, P) uint8 patches -> encoded prefix tokens and visible patches, (B, P+V, D), then any mask tokens."""
+        tokens = self.encoder.patch_embed(gather_tokens(patches, visible))
+        if self.mask_tokens is None:
+            return self._run_encoder(tokens, visible)
+        tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
+        return self._run_encoder(tokens, torch.cat([visible, kept], dim=1))
 
-    def _run_encoder(self, tokens: Tensor) -> Tensor:
-        return self.encoder(tokens)
+    def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, D) tokens at grid positions (B, T) -> encoded, prefix tokens first."""
+        return self.encoder(tokens, positions)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""
@@ -151,7 +191,9 @@ class MAE(LUTMethod):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
+        """`original`, `masked` and the target's renderings of each image under its first mask, (B, H, W, 3) uint8."""
+        if self.config.num_masks > 1:
+            mask_indices = {name: array[:, 0] for name, array in mask_indices.items()}
         patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
         prediction = self._predict(patches, **mask_indices)
         predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))

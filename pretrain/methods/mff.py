@@ -49,8 +49,8 @@ class MFF(MAE):
         loss = super().forward(images, mask_indices)
         return loss | {f"weight_{block}": share for block, share in zip(self.blocks, self.fusion.shares, strict=True)}
 
-    def _run_encoder(self, tokens: Tensor) -> Tensor:
-        return self.encoder.norm(self.fusion(self.encoder(tokens, hidden=self.blocks)))
+    def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.encoder.norm(self.fusion(self.encoder(tokens, positions, hidden=self.blocks)))
 
 
 class Fusion(nn.Module):

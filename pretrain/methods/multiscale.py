@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from data.decode import CHANNELS
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
-from pretrain.methods.predictor import absolute_position, relative_position
+from pretrain.methods.predictor import token_position
 from pretrain.methods.targets import HOGConfig, PatchTarget, TargetConfig
 from pretrain.methods.targets.hog import CellScale, HOGTarget
 from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens
-from pretrain.models.relative_position import grid_buckets
 from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
 from pretrain.trainer.config import ModelConfig
 
@@ -86,9 +85,10 @@ class MultiscalePredictor(nn.Module):
         self.blocks, self.length = tuple(blocks), grid[0] * grid[1]
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for _ in self.blocks[:-1])  # the last is the encoder's
         self.decoders = nn.ModuleList(
-            CellDecoder(dim, arch, grid, scale, bins, build_aggregation(pr_mim, arch, grid)) for scale in target.scales
+            CellDecoder(encoder, arch, grid, scale, bins, build_aggregation(pr_mim, arch, grid))
+            for scale in target.scales
         )
-        self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
+        self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
 
     def forward(
         self,
@@ -102,8 +102,8 @@ class MultiscalePredictor(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if positions is None:
             positions = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
-        tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
-        streams = encoder(tokens, relative_position(encoder, self.buckets, visible), hidden=self.blocks)
+        position = token_position(encoder, self.buckets, positions, visible)
+        streams = encoder(encoder.patch_embed(patches), position, hidden=self.blocks)
         encoded, first = encoder.norm(streams[-1]), slice(num_predicted)
         inputs = [norm(stream[first]) for norm, stream in zip(self.norms, streams, strict=False)] + [encoded[first]]
         indices = visible[first], masked[first], kept[first]
@@ -115,9 +115,10 @@ class CellDecoder(Decoder):
     """A decoder of the cells of one size."""
 
     def __init__(
-        self, encoder_dim: int, arch: Arch, grid: Grid, scale: CellScale, bins: int, aggregation: nn.Module | None
+        self, encoder: ViT, arch: Arch, grid: Grid, scale: CellScale, bins: int, aggregation: nn.Module | None
     ):
-        super().__init__(encoder_dim, arch, grid, scale.num_outputs, aggregation)
+        prefix = encoder.num_prefix_tokens
+        super().__init__(encoder.arch.dim, arch, grid, scale.num_outputs, aggregation, num_prefix_tokens=prefix)
         self.grid, self.coarse = grid, scale.coarse
         if scale.per_side > 1:
             self.pred = upsampling_head(arch.dim, scale.per_side, bins)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from helpers.reference import (
     Weights,
+    absolute_position,
     block,
     cut_patch,
     embed,
     layer_norm,
     linear,
-    position_embedding,
+    prefix_tokens,
     target_of,
     transformer,
     transformer_decoder,
@@ -27,26 +28,27 @@ Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, position 
 def encode(
     image: Tensor, visible: list[int], weights: Weights, heads: int, mask_tokens: list[int] | None = None,
     fused: list[int] | None = None,
-) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-    """The class token, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order.
+) -> tuple[list[Tensor], dict[int, Tensor]]:  # fmt: skip
+    """The prefix tokens, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order.
 
     With `fused`, MFF's numbers of blocks, what is encoded is the weighted sum of their projected outputs.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = image.shape[1] // patch
     entered = sorted([*visible, *(mask_tokens or [])])
-    tokens = [weights["encoder.cls_token"][0, 0]]
+    prefix = prefix_tokens(weights)
+    tokens = list(prefix)
     for i in entered:
         row, col = divmod(i, columns)
         token = (
             embed(cut_patch(image, row, col, patch), weights) if i in visible else weights["mask_tokens.token"][0, 0]
         )
-        tokens.append(token + position_embedding(row, col, len(token)))
+        tokens.append(token + absolute_position(row, col, columns, token, weights))
     if fused is None:
         encoded = transformer(tokens, None, weights, "encoder", heads)
     else:
         encoded = [layer_norm(x, weights, "encoder.norm") for x in fuse(tokens, fused, weights, heads)]
-    return encoded[0], dict(zip(entered, encoded[1:], strict=True))
+    return encoded[: len(prefix)], dict(zip(entered, encoded[len(prefix) :], strict=True))
 
 
 def fuse(tokens: list[Tensor], blocks: list[int], weights: Weights, heads: int) -> list[Tensor]:
@@ -81,8 +83,8 @@ def mae_loss(
     for image, masked, kept in zip(images, mask_indices["masked"].tolist(), mask_indices["kept"].tolist(), strict=True):
         visible = [i for i in range(grid[0] * grid[1]) if i not in masked]
         mask_tokens = kept if "mask_tokens.token" in weights else None
-        class_token, encoded = encode(image, visible, weights, heads, mask_tokens, fused)
-        predicted = transformer_decoder(class_token, encoded, kept, grid, weights, decoder_heads)
+        prefix, encoded = encode(image, visible, weights, heads, mask_tokens, fused)
+        predicted = transformer_decoder(prefix, encoded, kept, grid, weights, decoder_heads)
         errors += [error(predicted[i], image, i) for i in masked]
     return sum(errors) / len(errors)
 

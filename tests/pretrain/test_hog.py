@@ -10,6 +10,7 @@ from torch import Tensor
 from pretrain.methods.targets import HOGConfig, build_target
 from pretrain.methods.targets.hog import _IMAGES_AT_ONCE, histograms
 from pretrain.models.patches import patchify
+from pretrain.trainer.config import ModelConfig
 
 GRID, PATCH_SIZE = (4, 6), 4
 
@@ -130,5 +131,5 @@ def test_opposite_directions_share_a_bin():
 )
 def test_cells_that_do_not_fit_are_refused(cells: tuple[int, ...], grid: tuple[int, int], says: str):
     with pytest.raises(ValueError, match=says):
-        HOGConfig(cell_sizes=cells).check(grid, PATCH_SIZE)
-    HOGConfig(cell_sizes=(1, 2, 4)).check(grid, PATCH_SIZE)
+        HOGConfig(cell_sizes=cells).check(grid, ModelConfig(patch_size=PATCH_SIZE))
+    HOGConfig(cell_sizes=(1, 2, 4)).check(grid, ModelConfig(patch_size=PATCH_SIZE))

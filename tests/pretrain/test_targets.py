@@ -30,6 +30,8 @@ TARGET_KEYS: dict[str, dict[str, Any]] = {
     "pca": {"name": "pca"},
     "hog": {"name": "hog", "cell_sizes": [1, 4]},
     "tokens": {"name": "tokens", "vocab_size": 16},
+    "teacher": {"name": "teacher"},
+    "ema": {"name": "ema", "blocks": 2},
 }
 
 
@@ -71,7 +73,12 @@ def test_a_method_trains_and_reconstructs(name: str, target: str, components_fil
     assert gradients.keys() == {name for name, _ in model.named_parameters()}
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     shown = model.reconstruct(images, mask_indices)
-    named = {"tokens": {"codes", "predicted codes"}, "hog": {"edges", "predicted edges"}}
+    named = {
+        "tokens": {"codes", "predicted codes"},
+        "hog": {"edges", "predicted edges"},
+        "teacher": {"features", "predicted features"},
+        "ema": {"features", "predicted features"},
+    }
     names = named.get(target, {"reconstruction"})
     assert names <= shown.keys()
     assert torch.equal(shown["original"], images)

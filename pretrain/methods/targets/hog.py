@@ -23,6 +23,7 @@ from data.decode import CHANNELS
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
 from pretrain.models.patches import unpatchify
+from pretrain.trainer.config import ModelConfig
 
 # Limits the memory for n maps of each channel: 27 x 224 x 224 in fp32 are 5.4 MB an image. On a CPU few images stay in
 # its caches, which halves the time; a GPU takes 32.
@@ -41,7 +42,8 @@ class HOGConfig(TargetConfig):
         0, ge=0, description="MaskFeat: 16, the side in pixels of Gaussian weights, repeated over the image; 0: none"
     )
 
-    def check(self, grid: Grid, patch_size: int) -> None:
+    def check(self, grid: Grid, model: ModelConfig) -> None:
+        patch_size = model.patch_size
         for size in self.cell_sizes:
             if size < 1 or (patch_size % size and size != 2 * patch_size):
                 fits = [cell for cell in range(1, patch_size + 1) if patch_size % cell == 0] + [2 * patch_size]
