@@ -50,6 +50,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "beit": {"method": {"name": "beit"}, "model": RELATIVE, "target": TOKENS},
     "lomar-beit": {"method": {**LOMAR, "mask_type": "block"}, "model": SINCOS, "target": TOKENS},
     "lomar-pr_mim": {"method": LOMAR, "model": RELATIVE, "pr_mim": PR_MIM},
+    "lomar-multiscale": {
+        "method": {**LOMAR, **LOCAL_MIM, "name": "lomar", "architecture": "multiscale", "decoder_depth": 1},
+        "model": RELATIVE,
+        "target": HOG,
+    },
     "mff-pr_mim": {"method": MAE | {"name": "mff", "blocks": [1, 2]}, "model": SINCOS, "pr_mim": PR_MIM},
     "local_mim-pr_mim-lut": {"method": LOCAL_MIM, "target": HOG, "model": SINCOS, "pr_mim": PR_MIM, "lut": LUT},
     "mae-lut": {"method": MAE, "model": SINCOS, "lut": LUT},

@@ -73,6 +73,29 @@ def test_every_depth_learns_from_its_own_size_alone():
         assert [bool(block.norm1.weight.grad.any()) for block in model.encoder.blocks] == [n <= size for n in range(4)]
 
 
+WINDOWS = {"name": "lomar", "num_windows": 2, "window_size": 3, "mask_ratio": 0.6, "architecture": "multiscale"}
+WINDOWS |= {"blocks": [1, 2, 4], "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+WINDOWS |= {"target": {"name": "hog", "cell_sizes": [1, 2, 4], "bins": 2}}
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("pr_mim", [None, PRMIMConfig(throw_ratio=0.3, kernel_size=3)])
+def test_on_lomars_windows_it_equals_the_reference(
+    relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The histograms are those of the image: gradients at a window's border are not of a border."""
+    assert_equals_reference(
+        lambda: tiny_method(WINDOWS, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
+    )
+
+
+def test_windows_are_reconstructed():
+    model = tiny_method(WINDOWS, (4, 4), PATCH_SIZE, arch=DEEP)
+    shown = model.reconstruct(random_images(model), random_mask_indices(model))
+    assert list(shown) == ["original", "framed", "window", "masked", "edges", "predicted edges"]
+    assert shown["predicted edges"].shape == (2, 12, 12, 3)
+
+
 RECIPE = "local_mim_vitb16_224_1600e"
 
 
