@@ -112,6 +112,23 @@ def test_the_recipes_count_as_the_paper():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["method.blocks=[2, 4, 6]"], "must ascend, from 1 on, to 12"),
+        (["method.blocks=null"], r"multiscale with method\.blocks=None: .* to multiscale and \[2, 4, 12\]"),
+        (["method.architecture=simple"], r"simple with method\.blocks=\[2, 4, 12\]: .* or neither"),
+        (["target.cell_sizes=[4, 8]"], "belong together: give one size for each block"),
+        (["target.cell_sizes=[4, 8, 32]"], "of a window are halved repeatedly, so take of 2, 4, 8, 16"),
+        (["target.name=pixels"], r"not target\.name=pixels: set target\.name=hog target\.cell_sizes=\[4, 8, 16\]"),
+        (["method.mask_token_block=8"], r"architecture=multiscale never does: set method\.mask_token_block=0"),
+    ],
+)
+def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
+    with pytest.raises(ValueError, match=says):
+        load("lomar_multiscale_vitb16_224_400e", ["data.shards=none", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
         (
             ["method.blocks=[2, 4, 10, 13]"],
             r"\[2, 4, 10, 13\] must ascend, from 1 on, to 12, the last block of vit_base",
