@@ -24,6 +24,8 @@ RELATIVE = {"arch": "vit_tiny"}
 PR_MIM = {"throw_ratio": 0.3, "kernel_size": 3}
 LUT = {"alpha": 1.0, "hidden_dim": 16, "momentum": 0.9}
 SIMMIM = {"name": "simmim", "mask_patch_size": 16}
+HOG = {"name": "hog", "cell_sizes": [4, 16], "bins": 4}
+LOCAL_MIM = {"name": "local_mim", "blocks": [1, 2], "decoder_embed_dim": 32, "decoder_num_heads": 2}
 TOKENS = {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -48,6 +50,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "beit": {"method": {"name": "beit"}, "model": RELATIVE, "target": TOKENS},
     "lomar-beit": {"method": {**LOMAR, "mask_type": "block"}, "model": SINCOS, "target": TOKENS},
     "lomar-pr_mim": {"method": LOMAR, "model": RELATIVE, "pr_mim": PR_MIM},
+    "lomar-multiscale": {
+        "method": {**LOMAR, **LOCAL_MIM, "name": "lomar", "architecture": "multiscale", "decoder_depth": 1},
+        "model": RELATIVE,
+        "target": HOG,
+    },
+    "mff-pr_mim": {"method": MAE | {"name": "mff", "blocks": [1, 2]}, "model": SINCOS, "pr_mim": PR_MIM},
+    "local_mim-pr_mim-lut": {"method": LOCAL_MIM, "target": HOG, "model": SINCOS, "pr_mim": PR_MIM, "lut": LUT},
     "mae-lut": {"method": MAE, "model": SINCOS, "lut": LUT},
     "simmim-lut-tokens": {"method": SIMMIM, "model": SINCOS, "lut": LUT | {"supervision": "tokens"}},
     "lomar-late-pr_mim-lut": {
