@@ -82,6 +82,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "model": RELATIVE,
         "pr_mim": PR_MIM | {"aggregation": "convnext"},
     },
+    "mae-cross": {
+        "method": MAE | {"decoder": "cross", "inter_block_attention": True, "predict_ratio": 0.3},
+        "model": SINCOS,
+    },
+    "lomar-cross-pr_mim-lut": {
+        "method": {**LOMAR, **MAE, "name": "lomar", "architecture": "asymmetric", "decoder": "cross"},
+        "model": RELATIVE,
+        "pr_mim": PR_MIM,
+        "lut": LUT,
+    },
     "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE},
     "lomar-late-pr_mim": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE, "pr_mim": PR_MIM},
 }
