@@ -91,8 +91,8 @@ class LoMaR(LUTMethod):
         mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
         architecture: Literal["simple", "asymmetric", "multiscale"] = Field(
             "simple",
-            description="mask tokens in the encoder; asymmetric: in a decoder, as in MAE; multiscale: in one "
-            "behind each of `blocks`, as in LocalMIM",
+            description="mask tokens in the encoder or, as in MAE, in a decoder, which is all that `decoder*` change; "
+            "multiscale: in a decoder behind each of `blocks`, as in LocalMIM",
         )
         blocks: tuple[int, ...] | None = Field(
             None, description="of architecture=multiscale: where target.cell_sizes are predicted; 1 is the first block"
@@ -127,16 +127,20 @@ class LoMaR(LUTMethod):
                 )
             check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")
             check_mask_token_block(self.mask_token_block, model)
+            self.check_decoder(self.window_size**2, self.num_masked)
             self._check_architecture(model)
 
         def _check_architecture(self, model: ModelConfig) -> None:
-            self.check_decoder(self.window_size**2, self.num_masked)
-            for key, value in (("decoder", "cross"), ("predict_ratio", self.predict_ratio)):
-                if self.architecture != "asymmetric" and value is not None and getattr(self, key) == value:
-                    raise ValueError(
-                        f"method.{key}={value} is for one decoder behind the encoder, which method.architecture="
-                        f"{self.architecture} does not have: set method.architecture=asymmetric"
-                    )
+            if self.architecture != "asymmetric" and self.decoder == "cross":
+                raise ValueError(
+                    f"method.decoder=cross is behind the encoder, and method.architecture={self.architecture} "
+                    f"has no such decoder: set method.architecture=asymmetric"
+                )
+            if self.architecture == "simple" and self.predict_ratio is not None:
+                raise ValueError(
+                    f"method.predict_ratio={self.predict_ratio} is for mask tokens in a decoder, and "
+                    f"method.architecture=simple has them in the encoder: set method.architecture=asymmetric"
+                )
             if self.mask_token_block and self.architecture != "simple":
                 raise ValueError(
                     f"method.mask_token_block={self.mask_token_block} lets mask tokens enter the encoder, and "
@@ -166,12 +170,11 @@ class LoMaR(LUTMethod):
             self.predictor: nn.Module = Predictor(
                 encoder, self.mask_grid, target.num_outputs, config.mask_token_block, pr_mim
             )
-            return
-        if config.blocks is None:
-            self.predictor = AsymmetricPredictor(encoder, self.mask_grid, target.num_outputs, config, pr_mim)
-        else:
+        elif config.blocks is not None:
             arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
             self.predictor = MultiscalePredictor(encoder, self.mask_grid, target, config.blocks, arch, pr_mim)
+        else:
+            self.predictor = AsymmetricPredictor(encoder, self.mask_grid, target.num_outputs, config, pr_mim)
 
     def mask_sampler(self) -> MaskSampler:
         return functools.partial(sample_masks, grid=self.encoder.grid, config=self.config, pr_mim=self.pr_mim)
