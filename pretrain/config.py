@@ -12,6 +12,7 @@ from pretrain.methods import METHODS, AnyMethodConfig, import_methods
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
+from pretrain.methods.targets.features import EMAConfig
 from pretrain.models.features import check_blocks
 from pretrain.models.vit import ARCHS
 from pretrain.probe.settings import ProbeSettings
@@ -26,6 +27,14 @@ ELSEWHERE = {"downstream/classify/finetune.py": Path(__file__).parents[1] / "dow
 class PretrainModelConfig(ModelConfig):
     """The encoder, and how it is computed; `numerics.py` resolves the latter."""
 
+    position: Literal["relative", "sincos", "learned", "bias"] = Field(  # type: ignore[assignment]
+        "relative",
+        description="LoMaR's contextual relative position; fixed sin-cos positions like MAE's, or learned ones; or a "
+        "relative bias that all blocks share, like SimMIM's and BEiT's",
+    )
+    layer_scale: float = Field(
+        0.0, ge=0, description="first value of the factors that scale what each block adds: SimMIM's 0.1; 0: none"
+    )
     compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
         "auto", description="torch.compile of the blocks and both ends of the network; auto: on a GPU, not in ZeRO 3"
     )
@@ -152,7 +161,8 @@ class PretrainConfig(RunConfig):
             yield (
                 f"method {method.name} predicts {' or '.join(sorted(kind.targets))}, not target.name={self.target.name}"
             )
-        yield from problem_of(self.target.check, self.model.patch_size)
+        yield from problem_of(self.target.check, self.grid, self.model)
+        yield from problem_of(method.check_target, self.target, self.model.patch_size)
         if not unfit:
             yield from self._problems_of_add_ons()
 
@@ -168,6 +178,8 @@ class PretrainConfig(RunConfig):
             yield from problem_of(method.check_lut)
             micro_batch = self.train.global_batch_size // self.train.gradient_accumulation_steps
             yield from problem_of(self.lut.check, patches, masked, micro_batch)
+            if isinstance(self.target, EMAConfig):
+                yield "lut and target.name=ema both learn from a moving average of the encoder: leave one of them out"
 
 
 def _check_probe(blocks: tuple[int, ...], depth: int) -> None:

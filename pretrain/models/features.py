@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.attention import Position
 from pretrain.models.patches import normalize_pixels
-from pretrain.models.relative_position import grid_buckets, offset_buckets
 from pretrain.models.vit import ViT
 
 Kind = Literal["mean", "class", "class_mean", "prefix", "patches"]
@@ -35,27 +33,30 @@ def features(encoder: ViT, images: Tensor, blocks: Sequence[int] = ()) -> Tensor
             unless given, the output of the encoder.
 
     Returns:
-        (B, 1+N, D), the class token first; where there is none, the mean of the others. D for each block.
+        (B, P+N, D), the P prefix tokens first, of which the first is the class token; where there is none, the mean of
+        the others is put in front. D for each block.
 
     Raises:
         ValueError: images of a size that the encoder's positions are not for, or that patches do not divide; or no
             such block.
     """
     check_blocks(blocks, len(encoder.blocks))
+    tokens, position = embed_image(encoder, images)
+    tokens = torch.cat(encoder(tokens, position, hidden=blocks), dim=-1) if blocks else encoder(tokens, position)
+    return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+
+
+def embed_image(encoder: ViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What `encoder` takes for whole images: all of their patches' tokens (B, N, D), and the relative positions.
+
+    Arguments and errors as of `features`.
+    """
     rows, cols = encoder.grid
     if images.shape[-2:] != encoder.image_size:
         rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
-    if not (encoder.relative or encoder.bias):
-        tokens = _encode(encoder, tokens + encoder.pos_embed[:, 1:], None, blocks)
-        return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
-    buckets = grid_buckets(rows, cols) if encoder.relative else offset_buckets(rows, cols)
-    return _encode(encoder, tokens, buckets.to(images.device), blocks)
-
-
-def _encode(encoder: ViT, tokens: Tensor, position: Position | None, blocks: Sequence[int]) -> Tensor:
-    return torch.cat(encoder(tokens, position, hidden=blocks), dim=-1) if blocks else encoder(tokens, position)
+    return tokens, encoder.grid_position((rows, cols)).to(images.device)
 
 
 def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:
