@@ -19,8 +19,9 @@ from pretrain.trainer.per_sample import sum_over_ranks
 
 QUERIES = 16
 BATCH = 256
-PEAK_LR = 2e-3
-WEIGHT_DECAY = 0.05
+# The rate is 1 / D, so that a step changes sums over channels equally whatever the width; at 192 channels 0.005.
+QUERY_RATE = 1 / 3  # of that of other parameters, since queries meet whole tokens, and the others means of them
+DECAY = 2.5e-3  # of the parameters in a step at the highest rate
 METRICS = ("attentive_top1", "attentive_top5")
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -48,7 +49,7 @@ class AttentiveProbe(nn.Module):
         dim, width = len(mean), max(len(mean) // QUERIES, 1)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.query = nn.Parameter(normal((QUERIES, dim), 0.02, 1))
+        self.query = nn.Parameter(normal((QUERIES, dim), 0.02 * dim**-0.5, 1))
         self.value = nn.Parameter(normal((QUERIES, dim, width), dim**-0.5, 2))
         self.weight = nn.Parameter(torch.zeros(num_classes, QUERIES * width))
         self.bias = nn.Parameter(torch.zeros(num_classes))
@@ -58,7 +59,7 @@ class AttentiveProbe(nn.Module):
         # Tokens are standardized and values projected behind the sum, which is the same, and 1/N of the work: the
         # weights of a sum add up to 1, and the softmax does not see what the mean adds to all logits of a query.
         x = tokens.float()
-        attention = (x @ (self.query / self.std / x.shape[-1] ** 0.5).T).softmax(1)  # (B, N, Q)
+        attention = (x @ (self.query / self.std).T).softmax(1)  # (B, N, Q)
         pooled = (attention.transpose(1, 2) @ x - self.mean) / self.std
         values = torch.einsum("bqd,qdw->bqw", pooled, self.value)
         return F.linear(values.flatten(1), self.weight, self.bias)
@@ -112,13 +113,17 @@ def fit_attentive_probe(
         batch = torch.stack([tokens[sample] for sample in rows.tolist()]).to(device)
         return F.cross_entropy(probe(batch), torch.from_numpy(labels[rows]).long().to(device), reduction="none")
 
+    query, *others = probe.parameters()
     fit(
-        [{"params": list(probe.parameters()), "weight_decay": WEIGHT_DECAY}],
+        [
+            {"params": [query], "weight_decay": DECAY * dim, "lr_scale": QUERY_RATE},
+            {"params": others, "weight_decay": DECAY * dim},
+        ],
         losses,
         draw_batches(samples, BATCH, steps),
         tokens.__contains__,
         steps=steps,
-        peak_lr=PEAK_LR,
+        peak_lr=1 / dim,
         at_once=BATCH,
         world_size=loader.world_size,
         description="attentive probe",

@@ -51,7 +51,7 @@ def naive_attentive_probe(probe: AttentiveProbe, tokens: torch.Tensor) -> torch.
     x = (tokens.double() - probe.mean.double()) / probe.std.double()
     values = []
     for query, projection in zip(probe.query.double(), probe.value.double(), strict=True):
-        logits = [(query @ token).item() / len(token) ** 0.5 for token in x]
+        logits = [(query @ token).item() for token in x]
         weights = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
         values.append(sum(weight * (token @ projection) for weight, token in zip(weights, x, strict=True)))
     return probe.weight.double() @ torch.cat(values) + probe.bias.double()
@@ -61,7 +61,7 @@ def test_the_attentive_probe_against_a_naive_loop():
     torch.manual_seed(0)
     probe = AttentiveProbe(torch.randn(40), torch.rand(40) + 0.5, 5)
     for parameter in probe.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.3)
     tokens = torch.randn(3, 9, 40)
     expected = torch.stack([naive_attentive_probe(probe, image) for image in tokens])
     torch.testing.assert_close(probe(tokens).double(), expected, rtol=1e-4, atol=1e-4)
