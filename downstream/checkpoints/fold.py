@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from downstream.checkpoints.find_spec import count_blocks
+from downstream.checkpoints.find_spec import count_blocks, count_registers
 from downstream.checkpoints.names import BIAS_TABLE
 from downstream.checkpoints.report import Report
+
+SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"
 
 
 def _merge(
@@ -67,9 +69,8 @@ def join_biases(state: dict[str, Tensor], report: Report) -> None:
 
 def share_bias(state: dict[str, Tensor], report: Report) -> None:
     """While BEiT and SimMIM pretrain, all blocks share one table."""
-    shared = "rel_pos_bias.relative_position_bias_table"
-    if shared in state:
-        table, keys = state.pop(shared), report.used.pop(shared)
+    if SHARED_BIAS in state:
+        table, keys = state.pop(SHARED_BIAS), report.used.pop(SHARED_BIAS)
         for depth in range(count_blocks(state)):
             name = f"blocks.{depth}.{BIAS_TABLE}"
             state[name], report.used[name], report.folded[name] = table.clone(), keys, "one table shared by all blocks"
@@ -89,8 +90,16 @@ def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
 
 
 def fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None) -> None:
-    """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token."""
-    table = state["pos_embed"]
+    """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token.
+
+    So do those of registers, which have none here.
+    """
+    table, registers = state["pos_embed"], count_registers(state)
+    if grid and registers and table.shape[1] == grid[0] * grid[1] + 1 + registers:
+        state["reg_token"] = state["reg_token"] + table[:, 1 : 1 + registers]
+        state["pos_embed"] = table = torch.cat([table[:, :1], table[:, 1 + registers :]], dim=1)
+        report.folded["reg_token"] = "their positions added to them"
+        report.used["reg_token"] += report.used["pos_embed"]
     if grid and table.shape[1] == grid[0] * grid[1]:
         state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
         report.folded["pos_embed"] = "no position for the class token: zeros"

@@ -118,12 +118,7 @@ def load_teacher(teacher: TeacherModel, path: Path | str) -> str:
 
 def _fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
     path, spec, mine = found.report.path, found.spec, EncoderSpec.of(encoder)
-    if spec.position == "bias":
-        raise ValueError(
-            f"{path} has a learned bias for each pair of positions, and an encoder is pretrained with model.position="
-            f"relative or sincos: start from another file"
-        )
-    differ = [key for key in ("arch", "position") if getattr(spec, key) != getattr(mine, key)]
+    differ = [key for key in ("arch", "position", "registers") if getattr(spec, key) != getattr(mine, key)]
     if differ:
         keys = " and ".join(f"model.{key}={getattr(spec, key)}" for key in differ)
         raise ValueError(f"{path} is another encoder: set {keys}, or start from another file")
