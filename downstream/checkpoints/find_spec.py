@@ -13,7 +13,8 @@ from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS
 
 _DEFAULT_SIZE = 224  # of the images, where neither record nor tensors tell
-_POSITIONS = {"relative": "rpe_k", "bias": "rpe_bias", "sincos": "pos_embed"}  # part of a parameter's name
+BIAS = "relative_position_bias_table"  # of one block or of all
+_POSITIONS = {"relative": "rpe_k", "bias": BIAS, "sincos": "pos_embed"}  # part of a parameter's name
 
 
 class FoundSpec(NamedTuple):
@@ -140,4 +141,4 @@ def _find_square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
 
 
 def _bias_lengths(state: Mapping[str, Tensor]) -> list[int]:
-    return [len(tensor) for name, tensor in state.items() if _POSITIONS["bias"] in name]
+    return [len(tensor) for name, tensor in state.items() if BIAS in name]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.checkpoints.find_spec import count_blocks, count_registers
-from downstream.checkpoints.names import BIAS_TABLE
+from downstream.checkpoints.names import BIAS_TABLE, SHARED_BIAS
 from downstream.checkpoints.report import Report
 
-SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"
+SCALE = ".gamma"  # of LayerScale
 
 
 def _merge(
@@ -89,10 +89,14 @@ def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
                 report.folded[name] = "LayerScale"
 
 
-def fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None) -> None:
+def fold_positions(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None, keep_row: bool) -> None:
     """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token.
 
-    So do those of registers, which have none here.
+    So do rows of registers, of which our tables have none.
+
+    Args:
+        grid: that the table is for, if it is known.
+        keep_row: leaves the class token's row as it is.
     """
     table, registers = state["pos_embed"], count_registers(state)
     if grid and registers and table.shape[1] == grid[0] * grid[1] + 1 + registers:
@@ -103,7 +107,7 @@ def fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[in
     if grid and table.shape[1] == grid[0] * grid[1]:
         state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
         report.folded["pos_embed"] = "no position for the class token: zeros"
-    elif "cls_token" in state and table[:, 0].any():
+    elif "cls_token" in state and table[:, 0].any() and not keep_row:
         state["cls_token"] = state["cls_token"] + table[:, :1]
         state["pos_embed"] = F.pad(table[:, 1:], (0, 0, 1, 0))
         report.folded["cls_token"] = "its position added to it, and zeros there"

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 BIAS_TABLE = "attn.rpe_bias.relative_position_bias_table"
+SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"  # while BEiT and SimMIM pretrain
 
 
 class Library(NamedTuple):

@@ -25,9 +25,10 @@ from torch import Tensor
 from data.transforms import height_width
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import read_source
-from downstream.checkpoints.find_spec import fits_grid
-from downstream.checkpoints.fold import SHARED_BIAS
+from downstream.checkpoints.find_spec import BIAS, fits_grid
+from downstream.checkpoints.fold import SCALE
 from downstream.checkpoints.formats import EncoderWeights, translate
+from downstream.checkpoints.names import SHARED_BIAS
 from downstream.checkpoints.pixels import Pixels
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
@@ -138,22 +139,22 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
 
 
 def _as_pretrained(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> dict[str, str]:
-    """Undoes `share_bias` and `fold_layer_scale` for an encoder that is to be pretrained: one table, scales of one.
+    """What an encoder that is to be pretrained has and the state does not: one table for all blocks, scales.
 
     Returns, like `_resize_positions`, what became of which parameter of the state.
     """
     changed = {}
-    if SHARED_BIAS in wanted:
-        first, *others = [name for name in state if "rpe_bias" in name]
+    if SHARED_BIAS in wanted and SHARED_BIAS not in state:
+        first, *others = [name for name in state if BIAS in name]
         if any(not torch.equal(state[first], state[name]) for name in others):
-            raise ValueError(f"{path} has other bias tables in each block, and those of the encoder share one")
+            raise ValueError(f"{path} has another bias table in each block, and the blocks of the encoder share one")
         state[SHARED_BIAS] = state[first]
         for name in (first, *others):
             del state[name]
     for name in wanted:
-        if name.endswith(".gamma"):
+        if name.endswith(SCALE) and name not in state:
             state[name] = torch.ones_like(wanted[name])
-            changed[name] = "ones: the file's scales, if it has any, are in the matrices before them"
+            changed[name] = "the file has none, or in the matrix before it: ones"
     return changed
 
 
@@ -184,6 +185,6 @@ def _resize_positions(state: dict[str, Tensor], found: EncoderWeights, new: tupl
             table, list(new), old_size=list(old), interpolation="bicubic", antialias=True
         )
         return {"pos_embed": f"{change} patches, bicubic"}
-    tables = [name for name in state if "rpe_bias" in name]
+    tables = [name for name in state if BIAS in name]
     state |= {name: resize_bias(state[name], old, new) for name in tables}
     return dict.fromkeys(tables, f"{change} patches, geometric")
