@@ -26,7 +26,7 @@ from pretrain.build import build_method
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
-from pretrain.models.vit import Block
+from pretrain.models.vit import Block, LayerScale
 
 SIZES = (2, 3)  # of the traced batches: what a step has once, not for each image, is told apart by their difference
 
@@ -42,6 +42,8 @@ class BlockCall:
         relative: whether position is contextual and relative.
         encoder: whether it is a block of the encoder, which `model.grad_checkpointing` recomputes.
         backward: whether there is a backward pass; a teacher has none.
+        bias: whether a bias that all blocks share is added to the logits.
+        layer_scale: whether what the block adds is scaled.
     """
 
     sequences: float
@@ -52,6 +54,8 @@ class BlockCall:
     relative: bool
     encoder: bool
     backward: bool
+    bias: bool = False
+    layer_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,11 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
                     other._parameters[key] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
 
 
-def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, *_: Any) -> Tensor:
+def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, position: Any = None) -> Tensor:
     sequences, tokens, dim = x.shape
     relative, backward = block.attn.rpe_k is not None, torch.is_grad_enabled()
-    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward)] += 1
+    bias, scaled = not relative and position is not None, isinstance(block.ls1, LayerScale)
+    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward, bias, scaled)] += 1
     return x
 
 
