@@ -155,8 +155,8 @@ def kept_bytes(call: BlockCall, numerics: Numerics) -> float:
     """Bytes that a block keeps for the backward pass for each token, its input included.
 
     The residual stream before each of the two norms, the four inputs of the linear layers (one of them, GELU's output,
-    four times as wide), q, k and v, and GELU's input; with LayerScale what it scales. Compiled, the second of the residual's two is the
-    attention's bf16 output instead, from which it is computed again.
+    four times as wide), q, k and v, and GELU's input; with LayerScale what it scales. Compiled, the second of the
+    residual stream's two is the attention's bf16 output instead, from which it is computed again.
     """
     size, residual = _width(numerics), input_bytes(call, numerics) / call.dim
     second = size if numerics.compile else residual
