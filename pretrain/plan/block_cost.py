@@ -48,13 +48,23 @@ class Pass(NamedTuple):
 
 
 def matrix_flops(call: BlockCall) -> float:
-    """Forward flops for each token of qkv (6 D^2), projection (2 D^2) and MLP (16 D^2)."""
+    """Forward flops for each token of qkv (6 D^2), projection (2 D^2) and MLP (16 D^2).
+
+    In cross-attention, keys and values are of the context's tokens.
+    """
+    if call.context:
+        return 20.0 * call.dim**2 + 4.0 * call.dim * call.context_dim * call.context / call.tokens
     return 24.0 * call.dim**2
 
 
 def attention_flops(call: BlockCall) -> float:
     """Forward flops for each token of q k^T and P v (2 L D each), and of the bias (2 L D)."""
-    return (6.0 if call.relative else 4.0) * call.tokens * call.dim
+    return (6.0 if call.relative else 4.0) * keys(call) * call.dim
+
+
+def keys(call: BlockCall) -> int:
+    """The tokens to which each one attends."""
+    return call.context or call.tokens
 
 
 # Bytes of element-wise operators for each token, in units of D: norms, casts, GELU, residual additions, and the sums
@@ -83,12 +93,15 @@ def elementwise_bytes(call: BlockCall, numerics: Numerics) -> Pass:
 def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     """Bytes that attention's core moves for each token: all between the qkv projection and the output's."""
     x = _width(numerics) * call.dim  # one of q, k, v, o, or of their gradients
-    bias = _width(numerics) * call.heads * call.tokens
+    bias = _width(numerics) * call.heads * keys(call)
     kind = kernel(call, numerics)
     if kind == "triton":  # reads q, k, v, writes o; reads these but o, and do, writes dq, dk, dv into one tensor
         return Pass(4 * x, 7 * x + 2 * table_gradient_bytes(call, numerics))
     if kind == "unfused":
         return _unfused_bytes(call, numerics, x, bias)
+    if call.context:  # as below, but only dk and dv are stacked
+        both = x * (1 + call.context / call.tokens)
+        return Pass(2 * both, 4 * both + 4 * (both - x))
     aligned, gradient = bias * _up(call.tokens, 8) / call.tokens, bias * _up(call.tokens, ROWS) / call.tokens
     if call.bias:  # as below, and the bias; its gradient is written, and read to be summed over the sequences
         return Pass(4 * x + aligned, 8 * x + 6 * x + aligned + 2 * gradient)
@@ -115,7 +128,7 @@ def table_gradient_bytes(call: BlockCall, numerics: Numerics) -> float:
 
 def _unfused_bytes(call: BlockCall, numerics: Numerics, x: float, logits: float) -> Pass:
     """Logits through memory: product, scale, softmax in fp32 with its casts, product; and back."""
-    full = 4.0 * call.heads * call.tokens  # the logits in fp32
+    full = 4.0 * call.heads * keys(call)  # the logits in fp32
     casts = 0.0 if numerics.precision == "fp32" else 1.0
     forward = (3 * x + 3 * logits) + casts * 2 * (logits + full) + 2 * full + (logits + 3 * x)
     backward = (4 * x + 5 * logits) + casts * 2 * (logits + full) + 3 * full + 2 * logits + 10 * x
@@ -139,8 +152,7 @@ def attention_work(call: BlockCall, numerics: Numerics) -> Pass:
         width = 1 << (call.dim // call.heads - 1).bit_length()
         product = 2.0 * places * width * max(places, ROWS) * call.heads / call.tokens
         return Pass(3 * product, 8 * product)
-    length = _up(call.tokens, ROWS)
-    product = 2.0 * length * length / call.tokens * call.dim
+    product = 2.0 * _up(call.tokens, ROWS) * _up(keys(call), ROWS) / call.tokens * call.dim
     return Pass(2 * product, 5 * product)
 
 
@@ -156,11 +168,16 @@ def kept_bytes(call: BlockCall, numerics: Numerics) -> float:
 
     The residual stream before each of the two norms, the four inputs of the linear layers (one of them, GELU's output,
     four times as wide), q, k and v, and GELU's input; with LayerScale what it scales. Compiled, the second of the
-    residual stream's two is the attention's bf16 output instead, from which it is computed again.
+    residual stream's two is the attention's bf16 output instead, from which it is computed again. In cross-attention,
+    k, v and the context as the input of their layer are kept for the context's tokens.
     """
     size, residual = _width(numerics), input_bytes(call, numerics) / call.dim
     second = size if numerics.compile else residual
-    units = residual + second + size * (2 + 3 + 1 + 4 + 4) + (2 * size if call.layer_scale else 0)
+    units = residual + second + size * (2 + (1 if call.context else 3) + 1 + 4 + 4)
+    if call.layer_scale:
+        units += 2 * size
+    if call.context:
+        units += size * (2 + call.context_dim / call.dim) * call.context / call.tokens
     statistics = 2 * 2 * 4.0  # mean and deviation of two norms
     return units * call.dim + statistics + _attention_kept(call, numerics)
 
@@ -177,7 +194,7 @@ def _residual(call: BlockCall, numerics: Numerics) -> Literal["fp32", "bf16"]:
 
 def _attention_kept(call: BlockCall, numerics: Numerics) -> float:
     """What attention keeps besides q, k, v and its output."""
-    x, bias = _width(numerics) * call.dim, _width(numerics) * call.heads * call.tokens
+    x, bias = _width(numerics) * call.dim, _width(numerics) * call.heads * keys(call)
     kind = kernel(call, numerics)
     if kind == "triton":
         return 0.0
