@@ -45,6 +45,10 @@ def _build_encoder(config: PretrainConfig) -> ViT:
         model.position == "relative",
         model.grad_checkpointing,
         drop_path_rate=model.drop_path_rate,
+        shared_bias=model.position == "bias",
+        learned=model.position == "learned",
+        registers=model.registers,
+        layer_scale=model.layer_scale,
     )
 
 

@@ -49,8 +49,8 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
     shown = drawn_method(method)
     if not shown.target.has_pixels:
         raise ValueError(
-            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels or pca show "
-            f"reconstructions"
+            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels, pca or "
+            f"hog show reconstructions"
         )
     try:
         method.load_state_dict(read_source(checkpoint, "online").tensors)

@@ -98,6 +98,11 @@ class LoMaR(LUTMethod):
             return self.window_size, self.window_size
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
+            if model.position == "bias":
+                raise ValueError(
+                    "model.position=bias has a number for each offset in the image, of which method lomar's windows "
+                    "would train the short ones only: set model.position=relative"
+                )
             check_windows(self.num_windows, self.window_size, grid)
             check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")
             check_mask_token_block(self.mask_token_block, model)

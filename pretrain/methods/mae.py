@@ -50,6 +50,15 @@ def sample_masks(
     return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
 
 
+def check_absolute(position: str, method: str) -> None:
+    """Raises ValueError if the encoder's positions are not added to its tokens."""
+    if position not in ("sincos", "learned"):
+        raise ValueError(
+            f"method {method} adds positions to its tokens, and model.position={position} does not: set "
+            f"model.position=sincos, or learned"
+        )
+
+
 class MAEConfig(MethodConfig):
     """The keys that MAE and LC-MAE share."""
 
@@ -70,8 +79,7 @@ class MAEConfig(MethodConfig):
         return patches, patches - int(patches * (1 - self.mask_ratio))
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
-        if model.position != "sincos":
-            raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
+        check_absolute(model.position, self.name)
         patches, masked = self.count_patches(grid, model.patch_size)
         check_masked(self.mask_ratio, masked, patches, "the image's")
         if self.mask_type == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):
@@ -118,7 +126,13 @@ class MAE(LUTMethod):
             arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
             aggregation = build_aggregation(pr_mim, arch, encoder.grid)
             self.decoder: nn.Module = Decoder(
-                dim, arch, encoder.grid, num_outputs, aggregation, mask_tokens=not config.encoder_mask_tokens
+                dim,
+                arch,
+                encoder.grid,
+                num_outputs,
+                aggregation,
+                mask_tokens=not config.encoder_mask_tokens,
+                num_prefix_tokens=encoder.num_prefix_tokens,
             )
         elif config.decoder == "average":
             self.decoder = AverageDecoder(dim, encoder.grid, num_outputs)
@@ -154,12 +168,16 @@ class MAE(LUTMethod):
         return LossAndTokens(loss, encoded[:, prefix : prefix + visible.shape[1]], visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D), then any mask tokens."""
-        pos_embed = self.encoder.pos_embed[0, 1:]
-        tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
-        if self.mask_tokens is not None:
-            tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
-        return self.encoder(tokens)
+        """(B, N, P) uint8 patches -> encoded prefix tokens and visible patches, (B, P+V, D), then any mask tokens."""
+        tokens = self.encoder.patch_embed(gather_tokens(patches, visible))
+        if self.mask_tokens is None:
+            return self._run_encoder(tokens, visible)
+        tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
+        return self._run_encoder(tokens, torch.cat([visible, kept], dim=1))
+
+    def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, D) tokens at grid positions (B, T) -> encoded, prefix tokens first."""
+        return self.encoder(tokens, positions)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""

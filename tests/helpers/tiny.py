@@ -30,9 +30,10 @@ def tiny_vit(
     relative: bool = True,
     grad_checkpointing: bool = False,
     arch: vit.Arch = TINY,
+    **options: Any,
 ) -> vit.ViT:
     with patch.dict(vit.ARCHS, vit_tiny=arch):
-        return vit.ViT("vit_tiny", patch_size, grid, relative, grad_checkpointing)
+        return vit.ViT("vit_tiny", patch_size, grid, relative, grad_checkpointing, **options)
 
 
 def tiny_target(method: type[Method], keys: dict[str, Any]) -> TargetConfig:
@@ -55,8 +56,11 @@ def tiny_method(
     torch.manual_seed(0)
     kind = METHODS[keys["name"]]
     config = kind.Config(**{name: value for name, value in keys.items() if name != "target"})
-    config.check(grid, ModelConfig(patch_size=patch_size, position="relative" if relative else "sincos"))
     target = tiny_target(kind, keys.get("target", {}))
+    with patch.dict(vit.ARCHS, vit_tiny=encoder.get("arch", TINY)):
+        position = "relative" if relative else "sincos"
+        config.check(grid, ModelConfig(arch="vit_tiny", patch_size=patch_size, position=position))
+    config.check_target(target, patch_size)
     assert target.name in kind.targets
     student, teacher = tiny_vit(patch_size, grid, relative, **encoder), None
     if isinstance(target, TeacherConfig | EMAConfig):

@@ -1,4 +1,4 @@
-"""Targets of a masked patch and their losses: pixels, PCA coefficients, a tokenizer's codes or a teacher's features."""
+"""What is predicted of a masked patch, and the loss: pixels, PCA coefficients, edges, codes or features."""
 
 from typing import Annotated
 
@@ -7,22 +7,33 @@ from pydantic import Field
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
 from pretrain.methods.targets.features import EMAConfig, FeatureTarget, FeatureTeacher, TeacherConfig
+from pretrain.methods.targets.hog import HOGConfig, HOGTarget
 from pretrain.methods.targets.pca import PCAConfig, PCATarget
 from pretrain.methods.targets.pixels import PixelsConfig, PixelTarget
 from pretrain.methods.targets.tokens import TokensConfig, TokenTarget
 
-__all__ = ["TARGETS", "AnyTargetConfig", "PCAConfig", "PatchTarget", "PixelsConfig", "TargetConfig", "TokensConfig"]
+__all__ = [
+    "TARGETS",
+    "AnyTargetConfig",
+    "HOGConfig",
+    "PCAConfig",
+    "PatchTarget",
+    "PixelsConfig",
+    "TargetConfig",
+    "TokensConfig",
+]
 
 TARGETS: dict[str, type[TargetConfig]] = {
     "pixels": PixelsConfig,
     "pca": PCAConfig,
+    "hog": HOGConfig,
     "tokens": TokensConfig,
     "teacher": TeacherConfig,
     "ema": EMAConfig,
 }
 
 AnyTargetConfig = Annotated[
-    PixelsConfig | PCAConfig | TokensConfig | TeacherConfig | EMAConfig, Field(discriminator="name")
+    PixelsConfig | PCAConfig | HOGConfig | TokensConfig | TeacherConfig | EMAConfig, Field(discriminator="name")
 ]
 
 
@@ -39,6 +50,8 @@ def build_target(
         return FeatureTarget(config, patch_size, teacher)
     if isinstance(config, PCAConfig):
         return PCATarget(config, patch_size)
+    if isinstance(config, HOGConfig):
+        return HOGTarget(config, grid, patch_size)
     if isinstance(config, TokensConfig):
         return TokenTarget(config, grid, patch_size)
     assert isinstance(config, PixelsConfig)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.pca import principal_components
 from pretrain.models.features import embed_image
@@ -132,8 +133,7 @@ class EMAConfig(TargetConfig):
     momentum: float = Field(0.9998, ge=0, le=1, description="of the average at the start; rises along a cosine")
     final_momentum: float = Field(0.99999, ge=0, le=1, description="of the average at the end")
 
-    def check_model(self, model: ModelConfig) -> None:
-        """Raises ValueError if the encoder does not have that many blocks."""
+    def check(self, grid: Grid, model: ModelConfig) -> None:
         check_blocks(self.blocks, ARCHS[model.arch].depth, f"model.arch={model.arch}")
 
 
