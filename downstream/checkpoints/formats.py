@@ -16,6 +16,7 @@ from torch import Tensor
 from downstream.checkpoints.files import Source
 from downstream.checkpoints.find_spec import find_spec
 from downstream.checkpoints.fold import (
+    fold_adapter,
     fold_class_position,
     fold_layer_scale,
     join_biases,
@@ -83,6 +84,7 @@ def translate(source: Source, pixels: Pixels | None = None) -> EncoderWeights:
     join_biases(state, report)
     share_bias(state, report)
     fold_layer_scale(state, report)
+    fold_adapter(state, report)
     problems |= {key: _UNKNOWN for name, keys in report.used.items() if not is_kept(name) for key in keys}
     if problems:
         raise ValueError(
