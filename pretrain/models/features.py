@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.models.attention import Position
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
 
