@@ -25,6 +25,10 @@ def build_method(config: PretrainConfig) -> Method | LUT:
         model.position == "relative",
         model.grad_checkpointing,
         drop_path_rate=model.drop_path_rate,
+        shared_bias=model.position == "bias",
+        learned=model.position == "learned",
+        registers=model.registers,
+        layer_scale=model.layer_scale,
     )
     target = build_target(config.target, encoder.grid, encoder.patch_size)
     method = METHODS[config.method.name](config.method, encoder, target, config.pr_mim)

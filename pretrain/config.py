@@ -23,6 +23,14 @@ ELSEWHERE = {"downstream/classify/finetune.py": Path(__file__).parents[1] / "dow
 class PretrainModelConfig(ModelConfig):
     """The encoder, and how it is computed; `numerics.py` resolves the latter."""
 
+    position: Literal["relative", "sincos", "learned", "bias"] = Field(  # type: ignore[assignment]
+        "relative",
+        description="LoMaR's contextual relative position; fixed sin-cos positions like MAE's, or learned ones; or a "
+        "relative bias that all blocks share, like SimMIM's and BEiT's",
+    )
+    layer_scale: float = Field(
+        0.0, ge=0, description="first value of the factors that scale what each block adds: SimMIM's 0.1; 0: none"
+    )
     compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
         "auto", description="torch.compile of the blocks and both ends of the network; auto: on a GPU, not in ZeRO 3"
     )

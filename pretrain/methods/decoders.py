@@ -1,6 +1,6 @@
 """What MAE and LoMaR share of a decoder outside of the encoder: its keys, and what it gets from the encoder.
 
-Shapes: G sequences (images or windows), T encoded tokens of each with those in front of the patches, V visible patches,
+Shapes: G sequences (images or windows), T encoded tokens of each with the prefix tokens, V visible patches,
 D the encoder's width, S its residual streams.
 """
 
@@ -79,14 +79,14 @@ def build_decoder(
     dim, arch = encoder.arch.dim, Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
     aggregation = build_aggregation(pr_mim, arch, grid)
     if config.decoder != "cross":
-        return Decoder(dim, arch, grid, num_outputs, aggregation, mask_tokens)
+        return Decoder(dim, arch, grid, num_outputs, aggregation, mask_tokens, encoder.num_prefix_tokens)
     if not config.inter_block_attention:
         return CrossDecoder(dim, arch, grid, num_outputs, aggregation)
     fix_last_norm(encoder)
     return CrossDecoder(dim, arch, grid, num_outputs, aggregation, num_streams=encoder.arch.depth + 1)
 
 
-def encode(encoder: ViT, tokens: Tensor, position: Position | None, config: DecoderConfig) -> Tensor:
+def encode(encoder: ViT, tokens: Tensor, position: Position, config: DecoderConfig) -> Tensor:
     """What the decoder attends to: (G, T, D), or with inter-block attention all residual streams, (S, G, T, D)."""
     if not config.inter_block_attention:
         return encoder(tokens, position)

@@ -108,6 +108,11 @@ class LoMaR(LUTMethod):
             return self.window_size, self.window_size
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
+            if model.position == "bias":
+                raise ValueError(
+                    "model.position=bias has a number for each offset in the image, of which method lomar's windows "
+                    "would train the short ones only: set model.position=relative"
+                )
             check_windows(self.num_windows if self.window_sampling == "distinct" else 1, self.window_size, grid)
             if self.window_sampling == "complementary" and self.mask_type != "random":
                 raise ValueError(

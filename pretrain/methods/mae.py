@@ -52,6 +52,15 @@ def sample_masks(
     return {name: array[0] for name, array in indices.items()}
 
 
+def check_absolute(position: str, method: str) -> None:
+    """Raises ValueError if the encoder's positions are not added to its tokens."""
+    if position not in ("sincos", "learned"):
+        raise ValueError(
+            f"method {method} adds positions to its tokens, and model.position={position} does not: set "
+            f"model.position=sincos, or learned"
+        )
+
+
 class MAEConfig(DecoderConfig):
     """The keys that MAE and LC-MAE share."""
 
@@ -77,8 +86,7 @@ class MAEConfig(DecoderConfig):
         return patches, patches - int(patches * (1 - self.mask_ratio))
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
-        if model.position != "sincos":
-            raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
+        check_absolute(model.position, self.name)
         if self.mask_type == "cell":
             check_cells(self.mask_patch_size, model.patch_size, grid)
         patches, masked = self.count_patches(grid, model.patch_size)
@@ -149,12 +157,15 @@ class MAE(LUTMethod):
         return LossAndTokens(loss, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded class token, visible patches and any mask tokens: what `encode` gives."""
-        pos_embed = self.encoder.pos_embed[0, 1:]
-        tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
+        """(B, N, P) uint8 patches -> encoded prefix tokens, visible patches, any mask tokens: `encode`'s result."""
+        tokens, positions = self.encoder.patch_embed(gather_tokens(patches, visible)), visible
         if self.mask_tokens is not None:
-            tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
-        return encode(self.encoder, tokens, None, self.config)
+            tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
+            positions = torch.cat([visible, kept], dim=1)
+        return self._run_encoder(tokens, positions)
+
+    def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return encode(self.encoder, tokens, positions, self.config)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""

@@ -20,7 +20,7 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import Position
 from pretrain.models.patches import gather_tokens
-from pretrain.models.relative_position import grid_buckets, pair_buckets
+from pretrain.models.relative_position import pair_buckets, pair_offsets
 from pretrain.models.vit import ARCHS, ViT, init_weights
 from pretrain.models.window_attention import window_tokens
 from pretrain.trainer.config import ModelConfig
@@ -43,9 +43,9 @@ class MaskTokens(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.normal_(self.token, std=0.02)
 
-    def forward(self, pos_embed: Tensor) -> Tensor:
-        """(B, K, D) position embeddings of the masked patches -> as many tokens."""
-        return self.token + pos_embed
+    def forward(self, indices: Tensor) -> Tensor:
+        """(B, K) grid positions of the masked patches -> as many tokens (B, K, D), all of them equal."""
+        return self.token.expand(*indices.shape, -1)
 
 
 class Predictor(nn.Module):
@@ -69,7 +69,7 @@ class Predictor(nn.Module):
         self.aggregation = build_aggregation(pr_mim, encoder.arch, grid)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pr_mim else nn.Identity()
         self.head = nn.Linear(dim, num_outputs)
-        self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
+        self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -97,21 +97,22 @@ class Predictor(nn.Module):
         """
         all_indices = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
         positions = all_indices if positions is None else positions
-        visible_tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
+        visible_tokens = encoder.patch_embed(patches)
         if self.mask_token_block:
-            position = relative_position(encoder, self.buckets, visible)
+            position = token_position(encoder, self.buckets, positions, visible)
             visible_tokens = encoder(visible_tokens, position, stop=self.mask_token_block)
         raster_order = visible.shape[1] + kept.shape[1] == self.length
         if raster_order:  # the relative positions are then the same for all sequences
             entered = all_indices
             tokens = self._insert_visible(encoder, visible_tokens, positions, visible, entered)
-            position = relative_position(encoder, self.buckets, None)
         else:
             entered = torch.cat([visible, kept], dim=1)
             mask_tokens = self._mask_tokens(encoder, positions, kept).to(visible_tokens.dtype)
             tokens = torch.cat([visible_tokens, mask_tokens], dim=1)
-            position = relative_position(encoder, self.buckets, entered)
-        encoded = encoder(tokens, position, start=self.mask_token_block)[:, 1:]
+        in_place = encoder.absolute and self.mask_token_block > 0
+        order = None if raster_order else entered
+        encoder_position = None if in_place else token_position(encoder, self.buckets, positions, order)
+        encoded = encoder(tokens, encoder_position, start=self.mask_token_block)[:, encoder.num_prefix_tokens :]
         first, masked = encoded[:num_predicted], masked[:num_predicted]
         if self.aggregation is None:
             masked_tokens = gather_tokens(first, masked)
@@ -123,15 +124,19 @@ class Predictor(nn.Module):
     def _insert_visible(
         self, encoder: ViT, visible_tokens: Tensor, positions: Tensor, visible: Tensor, indices: Tensor
     ) -> Tensor:
-        """Visible tokens among mask tokens at all other positions, in raster order, after any class token."""
-        num_class_tokens = 1 if self.mask_token_block else 0
-        class_token, patch_tokens = visible_tokens[:, :num_class_tokens], visible_tokens[:, num_class_tokens:]
+        """Visible tokens among mask tokens at all other positions, in raster order, after any prefix tokens."""
+        prefix = encoder.num_prefix_tokens if self.mask_token_block else 0
+        prefix_tokens, patch_tokens = visible_tokens[:, :prefix], visible_tokens[:, prefix:]
         tokens = self._mask_tokens(encoder, positions, indices).to(patch_tokens.dtype)
         inserted = tokens.scatter(1, visible.unsqueeze(-1).expand_as(patch_tokens), patch_tokens)
-        return torch.cat([class_token, inserted], dim=1)
+        return torch.cat([prefix_tokens, inserted], dim=1)
 
     def _mask_tokens(self, encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor:
-        return self.mask_token.expand(*indices.shape, -1) + absolute_position(encoder, positions, indices)
+        """Mask tokens at their positions if they enter late, since the encoder then does not move them there."""
+        tokens, late = self.mask_token.expand(*indices.shape, -1), self.mask_token_block
+        if not (encoder.absolute and late):
+            return tokens
+        return encoder(tokens, positions.gather(1, indices), start=late, stop=late)
 
 
 class AsymmetricPredictor(nn.Module):
@@ -152,7 +157,7 @@ class AsymmetricPredictor(nn.Module):
     def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, config: DecoderConfig, pr_mim: PRMIMConfig | None):
         super().__init__()
         self.config, self.decoder = config, build_decoder(config, encoder, grid, num_outputs, pr_mim)
-        self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
+        self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
 
     def forward(
         self,
@@ -164,28 +169,27 @@ class AsymmetricPredictor(nn.Module):
         positions: Tensor,
         num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
-        encoded = encode(encoder, tokens, relative_position(encoder, self.buckets, visible), self.config)
+        position = token_position(encoder, self.buckets, positions, visible)
+        encoded = encode(encoder, encoder.patch_embed(patches), position, self.config)
         first = slice(num_predicted)
         prediction = self.decoder(encoded[..., first, :, :], visible[first], masked[first], kept[first])
         return prediction, encoded_patches(encoder, encoded, visible.shape[1])
 
 
-def absolute_position(encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor | float:
-    """The encoder's fixed positions, (G, T, D), of patches `indices` (G, T) of sequences at `positions` (G, L)."""
-    return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + positions.gather(1, indices)]
-
-
-def relative_position(encoder: ViT, buckets: Tensor, indices: Tensor | None) -> Position | None:
-    """The relative positions, if the encoder has any, of a class token and some patches of each sequence.
+def token_position(encoder: ViT, buckets: Tensor, positions: Tensor, indices: Tensor | None) -> Position:
+    """What the encoder is to be told of the position of its prefix tokens and of some patches of each sequence.
 
     Args:
         encoder: determines the kind of position.
-        buckets: `grid_buckets` of the sequence's grid.
+        buckets: `grid_position` of the sequence's grid.
+        positions: (G, L) grid position in the image of each patch of a sequence.
         indices: (G, T) the patches; None for all of them in raster order.
     """
-    if not encoder.relative:
-        return None
+    prefix = encoder.num_prefix_tokens
+    if encoder.absolute:
+        return positions if indices is None else positions.gather(1, indices)
     if encoder.window_kernel:
-        return window_tokens(math.isqrt(len(buckets)), indices, buckets.device)
-    return buckets if indices is None else pair_buckets(buckets, indices)
+        return window_tokens(math.isqrt(len(buckets) - prefix), indices, buckets.device, prefix)
+    if indices is None:
+        return buckets
+    return (pair_offsets if encoder.bias else pair_buckets)(buckets, indices, prefix)

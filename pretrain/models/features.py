@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.models.patches import normalize_pixels
-from pretrain.models.relative_position import grid_buckets, offset_buckets
 from pretrain.models.vit import ViT
 
 Kind = Literal["class", "mean", "patches"]
@@ -23,7 +22,8 @@ def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
             output of the encoder.
 
     Returns:
-        (B, 1+N, D), the class token first; where there is none, the mean of the others.
+        (B, P+N, D), the P prefix tokens first, of which the first is the class token; where there is none, the mean of
+        the others is put in front.
 
     Raises:
         ValueError: images of a size that the encoder's positions are not for, or that patches do not divide; or no
@@ -36,11 +36,8 @@ def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
         rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
-    if not (encoder.relative or encoder.bias):
-        tokens = encoder(tokens + encoder.pos_embed[:, 1:], stop=block)
-        return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
-    buckets = grid_buckets(rows, cols) if encoder.relative else offset_buckets(rows, cols)
-    return encoder(tokens, buckets.to(images.device), stop=block)
+    tokens = encoder(tokens, encoder.grid_position((rows, cols)).to(images.device), stop=block)
+    return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
 
 
 def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:
@@ -76,4 +73,5 @@ def image_features(
     tokens = features(encoder, normalize_pixels(images).movedim(-1, 1), block)
     if kind == "class":
         return tokens[:, 0]
-    return tokens[:, 1:].mean(1) if kind == "mean" else tokens[:, 1:]
+    patches = tokens[:, max(encoder.num_prefix_tokens, 1) :]
+    return patches.mean(1) if kind == "mean" else patches

@@ -8,7 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from helpers.reference import Weights, cut_patch, embed, position_embedding, target_of, transformer, transformer_decoder
+from helpers.reference import (
+    Weights,
+    absolute_position,
+    cut_patch,
+    embed,
+    prefix_tokens,
+    target_of,
+    transformer,
+    transformer_decoder,
+)
 from helpers.reference_cross import cross_predict
 
 Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, position of the patch) -> its error
@@ -16,20 +25,21 @@ Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, position 
 
 def encode(
     image: Tensor, visible: list[int], weights: Weights, heads: int, mask_tokens: list[int] | None = None
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """The class token, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order."""
+) -> tuple[list[Tensor], dict[int, Tensor]]:
+    """The prefix tokens, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = image.shape[1] // patch
     entered = sorted([*visible, *(mask_tokens or [])])
-    tokens = [weights["encoder.cls_token"][0, 0]]
+    prefix = prefix_tokens(weights)
+    tokens = list(prefix)
     for i in entered:
         row, col = divmod(i, columns)
         token = (
             embed(cut_patch(image, row, col, patch), weights) if i in visible else weights["mask_tokens.token"][0, 0]
         )
-        tokens.append(token + position_embedding(row, col, len(token)))
+        tokens.append(token + absolute_position(row, col, columns, token, weights))
     encoded = transformer(tokens, None, weights, "encoder", heads)
-    return encoded[0], dict(zip(entered, encoded[1:], strict=True))
+    return encoded[: len(prefix)], dict(zip(entered, encoded[len(prefix) :], strict=True))
 
 
 def mae_loss(
@@ -54,9 +64,9 @@ def mae_loss(
             predicted = cross_predict(image, patches, visible, kept, grid, weights, heads, decoder_heads, "decoder")
             errors += [error(predicted[i], image, i) for i in masked]
             continue
-        class_token, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
+        prefix, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
         predicted = transformer_decoder(
-            class_token, encoded, kept, grid, weights, decoder_heads, fill=len(kept) < len(masked)
+            prefix, encoded, kept, grid, weights, decoder_heads, fill=len(kept) < len(masked)
         )
         errors += [error(predicted[i], image, i) for i in masked]
     return sum(errors) / len(errors)

@@ -29,9 +29,10 @@ def tiny_vit(
     relative: bool = True,
     grad_checkpointing: bool = False,
     arch: vit.Arch = TINY,
+    **options: Any,
 ) -> vit.ViT:
     with patch.dict(vit.ARCHS, vit_tiny=arch):
-        return vit.ViT("vit_tiny", patch_size, grid, relative, grad_checkpointing)
+        return vit.ViT("vit_tiny", patch_size, grid, relative, grad_checkpointing, **options)
 
 
 def tiny_target(method: type[Method], keys: dict[str, Any]) -> TargetConfig:
