@@ -28,6 +28,7 @@ from pretrain.trainer.optim import parameter_groups
 GRID, PATCH_SIZE = (4, 6), 2
 DECODER = {"decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3}
 MAE = {"name": "mae", **DECODER}
+CROSS = {"decoder": "cross", "inter_block_attention": True}
 SIMMIM = {"name": "simmim", "mask_patch_size": 4}
 LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3, "mask_ratio": 0.6}
 PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
@@ -36,6 +37,7 @@ AS_TRAINED = {"shared_bias": True, "layer_scale": 0.1}  # SimMIM
 CASES = {
     "mae-registers": (MAE, False, {"registers": 3}, None),
     "mae-learned": (MAE, False, {"learned": True}, None),
+    "mae-cross": (MAE | CROSS, False, {"learned": True, "registers": 2}, PR_MIM),
     "mae-both": (MAE | {"encoder_mask_tokens": True}, False, {"learned": True, "registers": 2}, PR_MIM),
     "lomar-registers": (LOMAR, True, {"registers": 2}, None),
     "lomar-late-registers": (LOMAR | {"mask_token_block": 1}, True, {"registers": 2}, PR_MIM),
