@@ -20,7 +20,7 @@ _PUBLISHED: dict[str, tuple[str, ...] | None] = {
     "target": None,
     "pr_mim": None,
     "lut": None,
-    "model": ("arch", "patch_size", "position"),
+    "model": ("arch", "patch_size", "position", "registers", "layer_scale"),
     "data": ("image_size", "crop", "crop_scale", "hflip", "color_jitter"),
     "optim": None,
     "train": ("epochs", "global_batch_size", "gradient_accumulation_steps", "precision"),
@@ -73,6 +73,7 @@ def write_card(
         f"{what}, in fp32.",
         "",
         f"- positions: {_POSITIONS[spec.position]}",
+        *([f"- registers: {spec.registers}, behind the class token"] if spec.registers else []),
         f"- weights: {report.weights}"
         + {"online": " (as trained)", "ema": " (moving average)"}.get(report.weights, " (by their name in the source)"),
         "- pixels: RGB in 0..1, ImageNet's mean and standard deviation"

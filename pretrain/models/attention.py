@@ -70,11 +70,12 @@ class RelativeBias(nn.Module):
 
     def forward(self, buckets: Tensor) -> Tensor:
         """(B or 1, H, L, L), to be added to the logits, of `offset_buckets` (L, L) or `pair_offsets` (B, L, L)."""
-        buckets = buckets[None] if buckets.ndim == 2 else buckets
-        bias = F.embedding(buckets, self.relative_position_bias_table).permute(0, 3, 1, 2)
-        if len(bias) == 1 or not (bias.is_cuda and torch.is_autocast_enabled("cuda")):
-            return bias
-        return aligned(bias.to(torch.get_autocast_dtype("cuda")))  # or each block would keep a copy
+        bias = F.embedding(buckets, self.relative_position_bias_table).movedim(-1, -3)
+        if buckets.ndim == 2:
+            return bias[None]
+        if bias.is_cuda and torch.is_autocast_enabled("cuda"):
+            bias = aligned(bias.to(torch.get_autocast_dtype("cuda")))  # or each block would keep a copy
+        return bias
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

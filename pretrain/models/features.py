@@ -57,7 +57,7 @@ def embed_image(encoder: ViT, images: Tensor) -> tuple[Tensor, Position | None]:
         rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
-    return tokens, encoder.grid_position((rows, cols)).to(images.device)
+    return tokens, encoder.grid_position((rows, cols), images.device)
 
 
 def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:

@@ -226,12 +226,12 @@ class ViT(nn.Module):
         """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
 
-    def grid_position(self, grid: tuple[int, int] | None = None) -> Tensor:
-        """The `position` of all patches of a grid in raster order, by default the encoder's own; on the CPU."""
+    def grid_position(self, grid: tuple[int, int] | None = None, device: torch.device | None = None) -> Tensor:
+        """The `position` of all patches of a grid in raster order, by default the encoder's own, on the CPU."""
         rows, cols = grid or self.grid
-        if self.relative:
-            return grid_buckets(rows, cols, self.num_prefix_tokens)
-        return offset_buckets(rows, cols, self.num_prefix_tokens) if self.bias else torch.arange(rows * cols)
+        if self.absolute:
+            return torch.arange(rows * cols, device=device)
+        return (grid_buckets if self.relative else offset_buckets)(rows, cols, self.num_prefix_tokens).to(device)
 
     def forward(
         self,

@@ -172,6 +172,21 @@ def test_a_run_fills_every_method_whole(sections: dict[str, Any], tmp_path: Path
     assert loaded.record()["path"] == str(checkpoint)
 
 
+def test_a_file_of_the_simmim_authors_fills_the_shared_table_and_the_scales(tmp_path: Path):
+    path, model = originals.simmim(tmp_path)
+    method = build({**SIMMIM, "model": SIMMIM["model"] | {"position": "bias", "layer_scale": 0.1}})
+    load_method(method, path)
+    assert originals.feature_difference(method.encoder, model, originals.images()) < originals.SAME_PARAMETERS
+    assert torch.equal(method.encoder.blocks[1].ls2.gamma, model.blocks[1].gamma_2)
+    without = build({**SIMMIM, "model": SIMMIM["model"] | {"position": "bias"}})
+    loaded = load_method(without, path)
+    assert "LayerScale" in loaded.report
+    assert originals.feature_difference(without.encoder, model, originals.images()) < originals.SAME_TO_FP32
+    finetuned, _ = originals.beit_finetuned(tmp_path)
+    with pytest.raises(ValueError, match="another bias table in each block"):
+        load_method(without, finetuned)
+
+
 def test_an_encoder_alone_fills_a_method_at_another_size_and_patch(tmp_path: Path):
     sections = {**MAE, "model": MAE["model"] | {"patch_size": 16}}
     source = build(sections, size=48)

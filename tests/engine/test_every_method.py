@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mff-pr_mim": {"method": MAE | {"name": "mff", "blocks": [1, 2]}, "model": SINCOS, "pr_mim": PR_MIM},
     "local_mim-pr_mim-lut": {"method": LOCAL_MIM, "target": HOG, "model": SINCOS, "pr_mim": PR_MIM, "lut": LUT},
     "mae-lut": {"method": MAE, "model": SINCOS, "lut": LUT},
-    "simmim-lut-tokens": {"method": SIMMIM, "model": SINCOS, "lut": LUT | {"supervision": "tokens"}},
+    "simmim-lut-tokens": {"method": SIMMIM, "model": AS_TRAINED, "lut": LUT | {"supervision": "tokens"}},
     "lomar-late-pr_mim-lut": {
         "method": {**LOMAR, "mask_token_block": 1},
         "model": RELATIVE,

@@ -18,6 +18,7 @@ BATCH = 8
 ARCH = vit.Arch(128, 2, 2)  # heads of 64 channels, as in the larger ones
 DECODER = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}
 SINCOS, RELATIVE = {"position": "sincos"}, {"position": "relative"}
+LEARNED = {"position": "learned", "registers": 2}
 LOMAR = {"name": "lomar", "num_windows": 2}
 SIMMIM = {"name": "simmim", "mask_patch_size": 16}
 TOKENS = {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32}
@@ -35,11 +36,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "beit": {"method": {"name": "beit"}, "model": RELATIVE, "target": TOKENS},
     "lc_mae": {"method": {"name": "lc_mae", "proj_dim": 32, **DECODER}, "model": SINCOS},
     "ae": {"method": {"name": "ae", "block_size": 24, **DECODER}, "model": SINCOS},
-    "lomar-window_5": {"method": LOMAR | {"window_size": 5}, "model": RELATIVE},
+    "lomar-window_5": {"method": LOMAR | {"window_size": 5}, "model": RELATIVE | {"registers": 4}},
     "lomar-asymmetric": {"method": LOMAR | {"architecture": "asymmetric", **DECODER}, "model": RELATIVE},
     "lomar-beit": {"method": LOMAR | {"mask_type": "block"}, "model": SINCOS, "target": TOKENS},
-    "mae-mask_tokens": {"method": {"name": "mae", "encoder_mask_tokens": True, **DECODER}, "model": SINCOS},
-    "simmim-sincos": {"method": SIMMIM, "model": SINCOS},
+    "mae-mask_tokens": {"method": {"name": "mae", "encoder_mask_tokens": True, **DECODER}, "model": LEARNED},
+    "simmim-bias": {"method": SIMMIM, "model": {"position": "bias", "layer_scale": 0.1}},
 }
 
 

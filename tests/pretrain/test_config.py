@@ -272,6 +272,7 @@ def test_simmim_recipes_train_as_its_authors_code(name: str):
     assert config.peak_lr == pytest.approx(4e-4), "1e-4 x 2048 / 512"
     assert (optim.betas, optim.clip_grad, optim.decay_class_token, optim.warmup_epochs) == ((0.9, 0.999), 5, False, 10)
     assert (config.model.drop_path_rate, config.target.loss, config.target.norm_pix) == (0.1, "l1", False)
+    assert (config.model.position, config.model.layer_scale) == ("bias", 0.1)
     steps = ("steps", (700,), 0.1) if config.train.epochs == 800 else ("cosine", (), 0.1)
     assert (optim.schedule, optim.step_epochs, optim.step_factor) == steps
 

@@ -35,17 +35,13 @@ PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
 AS_TRAINED = {"shared_bias": True, "layer_scale": 0.1}  # SimMIM
 
 CASES = {
-    "mae-registers": (MAE, False, {"registers": 3}, None),
-    "mae-learned": (MAE, False, {"learned": True}, None),
     "mae-cross": (MAE | CROSS, False, {"learned": True, "registers": 2}, PR_MIM),
     "mae-both": (MAE | {"encoder_mask_tokens": True}, False, {"learned": True, "registers": 2}, PR_MIM),
-    "lomar-registers": (LOMAR, True, {"registers": 2}, None),
     "lomar-late-registers": (LOMAR | {"mask_token_block": 1}, True, {"registers": 2}, PR_MIM),
     "lomar-late-both": (LOMAR | {"mask_token_block": 1}, False, {"learned": True, "registers": 1}, None),
     "lomar-asymmetric": (LOMAR | DECODER | {"architecture": "asymmetric"}, True, {"registers": 2}, None),
     "simmim": (SIMMIM, False, AS_TRAINED, None),
     "simmim-pr_mim-registers": (SIMMIM, False, AS_TRAINED | {"registers": 2}, PR_MIM),
-    "simmim-learned": (SIMMIM, False, {"learned": True}, None),
 }
 
 
