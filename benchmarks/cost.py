@@ -41,8 +41,9 @@ from pretrain.models.window_attention import MAX_WINDOW_SIZE
 MAE, SIMMIM, LOMAR = "mae_vitb16_224_1600e", "simmim_vitb16_224_800e", "lomar_vitb16_224_400e"
 MFF, LOCAL_MIM, LOCAL_MIM_PR = "mff_vitb16_224_800e", "local_mim_vitb16_224_1600e", "local_mim_pr_vitb16_224_100e"
 TEC, CROSS_MAE, PIXIO = "tec_vitb16_224_300e", "crossmae_vitb16_224_800e", "pixio_vitb16_256_400e"
+LOMAR_CROSS = "lomar_cross_vitb16_224_400e"
 PR = "pr_mim.throw_ratio=0.5"
-A_THIRD = "method.predict_ratio=0.25"  # of the masked patches, which are three quarters of all
+A_THIRD = "method.predict_ratio=0.25"  # of the masked patches, which are 75 or 80 % of all
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ CASES = [
     Case("LoMaR + LUT", "lut_lomar_vitb16_224_400e", base="LoMaR"),
     Case("LoMaR, late (block 8)", LOMAR, ("method.mask_token_block=8",), "LoMaR"),
     Case("LoMaR, asymmetric", LOMAR, ("method.architecture=asymmetric",), "LoMaR"),
+    Case("LoMaR, cross decoder", LOMAR_CROSS, base="LoMaR"),
+    Case("LoMaR, cross, 12 of 39", LOMAR_CROSS, (A_THIRD,), "LoMaR"),
+    Case("LoMaR, multiscale", "lomar_multiscale_vitb16_224_400e", base="LoMaR"),
     Case("LoMaR, late + PR 50 %", LOMAR, ("method.mask_token_block=8", PR), "LoMaR"),
 ]
 
