@@ -4,7 +4,8 @@ Which of torch's operators run, and what they keep for the backward pass, depend
 the same code as those of a GPU, in bf16 under autocast, in milliseconds even for ViT-H.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
 from data.decode import CHANNELS
-from pretrain.build import build_ema, build_method
+from pretrain.build import build_ema, build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
+from pretrain.methods.targets.features import EMAConfig, FeatureTarget, TeacherConfig
 from pretrain.models import patches, sdpa, window_attention
 from pretrain.models.vit import ARCHS
 from pretrain.trainer.ema import NoEMA
@@ -43,9 +45,9 @@ class _Uninitialized(TorchFunctionMode):
 def build(config: PretrainConfig) -> tuple[Method | LUT, NoEMA]:
     """A method and its teacher, if it has one, on the fake GPU."""
     with _Uninitialized():
-        method = build_method(config)
+        method = build_method(config, untrained_teacher(config))
         ema = build_ema(config, method, torch.device("cpu"))
-    for module in (method, ema.model):
+    for module in (method, ema.model, feature_teacher(method)):
         if module is not None:
             _replace_tensors(module)
     return method, ema
@@ -121,7 +123,7 @@ def count(config: PretrainConfig, window_kernel: bool = False) -> Count:
     difference that the second makes stands for the others. A teacher's operations count as a third, since they have no
     backward pass. The window kernel's are not counted: ask for them without it.
     """
-    if getattr(config.method, "blocks", None):  # they are named one by one, so none can be left out
+    if _needs_all_blocks(config):
         return _count_image(config, (0, ARCHS[config.model.arch].depth), window_kernel)
     late = getattr(config.method, "mask_token_block", 0)
     missing = max(late - 1, 0), ARCHS[config.model.arch].depth - late - 1
@@ -132,6 +134,12 @@ def count(config: PretrainConfig, window_kernel: bool = False) -> Count:
             counted = _count_image(config, more, window_kernel)
             total = Count(*(t + number * (c - b) for t, c, b in zip(total, counted, base, strict=True)))
     return total
+
+
+def _needs_all_blocks(config: PretrainConfig) -> bool:
+    """Whether outputs of certain blocks are used, of the encoder or of a teacher, so that none can be left out."""
+    named = getattr(config.method, "blocks", None) or isinstance(config.target, TeacherConfig | EMAConfig)
+    return bool(named) or config.method.name == "mff"
 
 
 def _count_image(config: PretrainConfig, blocks: tuple[int, int], window_kernel: bool) -> Count:
@@ -154,8 +162,31 @@ def _count_batch(config: PretrainConfig, method: Method | LUT, ema: NoEMA, batch
         indices = {
             name: torch.empty(batch, *array.shape, dtype=torch.int64, device=GPU) for name, array in sample.items()
         }
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as teacher:
+        with _flops() as teacher:
             teacher_outputs = ema.model_inputs(images)
-        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward, saved_storages(method) as saved:
+        with _flops() as forward, _flops_of_targets() as targets, saved_storages(method) as saved:
             method(images, indices, **teacher_outputs)
-        return Count(teacher.get_total_flops() / 3 + forward.get_total_flops(), sum(saved.values()))
+        without_backward = teacher.get_total_flops() + sum(targets)
+        return Count(forward.get_total_flops() - sum(targets) + without_backward / 3, sum(saved.values()))
+
+
+def _flops() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=FORMULAS)
+
+
+@contextmanager
+def _flops_of_targets() -> Iterator[list[int]]:
+    """Of what a teacher computes while it is open, call by call."""
+    found = []
+
+    def counted(target: FeatureTarget, compute: Callable[..., Any], *args: Any) -> Any:
+        with _flops() as counter:
+            computed = compute(target, *args)
+        found.append(counter.get_total_flops())
+        return computed
+
+    with ExitStack() as stack:
+        for name in ("ground_truth", "with_attention"):
+            compute = functools.partialmethod(counted, getattr(FeatureTarget, name))
+            stack.enter_context(mock.patch.object(FeatureTarget, name, compute))
+        yield found

@@ -8,8 +8,8 @@ folders. Also with torchrun, srun or deepspeed, on any number of processes. Meas
     attentive_top1, _top5 an attentive probe of the frozen patch tokens
     finetune_top1, _top5  a short fine-tuning of a copy, as costly as training for some epochs: --finetune-epochs
 
-The first three rank masked image models wrongly. The last line of the output is a JSON object with these numbers, and
-under `judge_by` the name of the one by which encoders are to be compared.
+k-NN and ridge regression rank masked image models wrongly. The last line of the output is a JSON object with these
+numbers, and under `judge_by` the name of the one by which encoders are to be compared.
 """
 
 import argparse

@@ -154,11 +154,13 @@ def _read_train(encode: Encode, train: EvalLoader, settings: ProbeSettings, devi
         nonlocal dim
         vectors, patches = encode(images)
         dim = patches.shape[-1]
-        for row, number in enumerate(numbers.tolist()):
-            if number in wanted and settings.attentive_steps:
-                tokens[number] = attentive.store(patches[row])
-            if number in wanted and settings.finetune_epochs:
-                pixels[number] = images[row].cpu()
+        rows = [(row, number) for row, number in enumerate(numbers.tolist()) if number in wanted]
+        if rows and settings.attentive_steps:
+            stored = attentive.store(patches)
+            tokens.update({number: stored[row].clone() for row, number in rows})
+        if rows and settings.finetune_epochs:
+            on_cpu = images.cpu()
+            pixels.update({number: on_cpu[row].clone() for row, number in rows})
         return vectors
 
     bank, readable = compute_per_sample(keep, train, device, "probe: train")

@@ -9,7 +9,8 @@ import torch
 from helpers.tiny import random_images, tiny_lomar, tiny_vit
 
 from data.eval_loader import EvalLoader
-from pretrain.models.features import image_features, pooled_features
+from pretrain.models.features import features, image_features, pooled_features
+from pretrain.models.patches import normalize_pixels
 from pretrain.probe import attentive, finetuning
 from pretrain.probe.attentive import AttentiveProbe, fit_attentive_probe, token_statistics
 from pretrain.probe.finetuning import FinetunedEncoder, crop_and_flip, finetune, layer_decay_groups
@@ -157,3 +158,15 @@ def test_kinds_of_features(norm_after_pool: bool):
     assert torch.equal(image_features(encoder, images, "mean", (), norm_after_pool), mean)
     stacked = image_features(encoder, images, "patches", (1, 2))
     assert torch.equal(stacked, torch.cat([image_features(encoder, images, "patches", (n,)) for n in (1, 2)], dim=-1))
+
+
+def test_the_prefix_is_the_class_token_and_the_registers():
+    encoder = tiny_vit(2, (4, 4), registers=2)
+    images = torch.randint(0, 256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(0)).byte()
+    tokens = features(encoder, normalize_pixels(images).movedim(-1, 1))
+    assert tokens.shape[1] == 3 + 16
+    first, prefix, patches, mean = pooled_features(encoder, images, ("class", "prefix", "patches", "mean"))
+    assert torch.equal(first, tokens[:, 0])
+    assert torch.equal(prefix, tokens[:, :3].mean(1))
+    assert torch.equal(patches, tokens[:, 3:])
+    assert torch.equal(mean, tokens[:, 3:].mean(1))
