@@ -12,6 +12,7 @@ from pretrain.methods import METHODS, AnyMethodConfig, import_methods
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
+from pretrain.methods.targets.features import EMAConfig
 from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig, problem_of
 from pretrain.trainer.recipe import load_config, parse_overrides
 from pretrain.trainer.schema import MAY_CHANGE, Section
@@ -156,7 +157,8 @@ class PretrainConfig(RunConfig):
             yield (
                 f"method {method.name} predicts {' or '.join(sorted(kind.targets))}, not target.name={self.target.name}"
             )
-        yield from problem_of(self.target.check, self.model.patch_size)
+        yield from problem_of(self.target.check, self.grid, self.model)
+        yield from problem_of(method.check_target, self.target, self.model.patch_size)
         if not unfit:
             yield from self._problems_of_add_ons()
 
@@ -172,6 +174,8 @@ class PretrainConfig(RunConfig):
             yield from problem_of(method.check_lut)
             micro_batch = self.train.global_batch_size // self.train.gradient_accumulation_steps
             yield from problem_of(self.lut.check, patches, masked, micro_batch)
+            if isinstance(self.target, EMAConfig):
+                yield "lut and target.name=ema both learn from a moving average of the encoder: leave one of them out"
 
 
 def check_add_on(add_on: str, method: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from data.index import Index
 from data.loader import Loader
-from pretrain.build import build_method
+from pretrain.build import build_method, feature_teacher
 from pretrain.config import PretrainConfig
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.reconstructions import draw_reconstructions, drawn_method
@@ -70,7 +70,7 @@ def _draw_training_images(
     run: Run, state: dict[str, Tensor], config: PretrainConfig, index: Index, metrics: list[dict[str, Any]]
 ) -> None:
     """Draws reconstructions of a few training images, in fp32 and without an engine."""
-    method = build_method(config)
+    method = build_method(config, feature_teacher(run.engine.module))
     method.load_state_dict(state)
     method.to(run.device).eval()
     loader = Loader(

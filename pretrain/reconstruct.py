@@ -16,6 +16,7 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.loader import draw_masks
 from data.parallel import report_errors
+from downstream.checkpoints.feature_teachers import read_feature_teacher
 from downstream.checkpoints.files import read_source
 from downstream.own_images import load_images
 from pretrain.config import load
@@ -45,12 +46,12 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint, and an encoder's file alone does not have what predicts pixels")
-    method = build_method(config)
+    method = build_method(config, read_feature_teacher(config.target, config.grid))
     shown = drawn_method(method)
     if not shown.target.has_pixels:
         raise ValueError(
-            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels or pca show "
-            f"reconstructions"
+            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels, pca or "
+            f"hog show reconstructions"
         )
     try:
         method.load_state_dict(read_source(checkpoint, "online").tensors)

@@ -20,6 +20,7 @@ from downstream.checkpoints.formats import Report, translate
 from downstream.checkpoints.weights import fill_encoder
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
+from pretrain.methods.targets.features import EncoderTeacher
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ViT
 from pretrain.trainer.checkpoint_layout import MANIFEST
@@ -93,8 +94,8 @@ def load_method(method: Method | LUT, path: Path | str, weights: Weights | None 
     return LoadedMethod(source.path, "\n".join([str(report), *lines]), taken)
 
 
-def load_teacher(teacher: TeacherModel, path: Path | str) -> str:
-    """Fills LUT's teacher with the moving average that a file holds; without one, it stays the copy that it is.
+def load_teacher(teacher: TeacherModel | EncoderTeacher, path: Path | str) -> str:
+    """Fills a moving average with the one that a file holds; without one, it stays the copy that it is.
 
     Args:
         teacher: fresh copies of the method's modules, after `load_method`.
@@ -109,7 +110,8 @@ def load_teacher(teacher: TeacherModel, path: Path | str) -> str:
     try:
         source = read_source(path, "ema")
     except ValueError as error:
-        return f"  teacher: a copy of the encoder and projector above ({error})"
+        parts = " and ".join(name for name, _ in teacher.named_children())
+        return f"  teacher: a copy of the {parts} above ({error})"
     report = _fill_encoder(teacher.encoder, source)
     state = {name: tensor for name, tensor in teacher.state_dict().items() if name.startswith("projector.")}
     lines, _ = _fill_parts(state, source, report)

@@ -40,7 +40,21 @@ from pretrain.trainer.config import ModelConfig
 def sample_masks(
     rng: np.random.Generator, *, grid: Grid, config: "MAEConfig", patch_size: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
+    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64.
+
+    Of several masks, drawn one after the other: (num_masks, V) and so on.
+    """
+    one = functools.partial(sample_mask, rng, grid, config, patch_size, pr_mim)
+    if config.num_masks == 1:
+        return one()
+    masks = [one() for _ in range(config.num_masks)]
+    return {name: np.stack([mask[name] for mask in masks]) for name in masks[0]}
+
+
+def sample_mask(
+    rng: np.random.Generator, grid: Grid, config: "MAEConfig", patch_size: int, pr_mim: PRMIMConfig | None
+) -> dict[str, np.ndarray]:
+    """One mask's indices."""
     patches, count = config.count_patches(grid, patch_size)
     if config.mask_type == "random":
         masked = random_masked(rng, 1, patches, count)
@@ -69,6 +83,7 @@ class MAEConfig(DecoderConfig):
     )
     mask_patch_size: int = Field(32, ge=1, description="mask_type=cell: side in pixels of the squares that are masked")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
+    num_masks: int = Field(1, ge=1, description="masks of an image, under each of which it is encoded and predicted")
     encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
     decoder: Literal["transformer", "cross", "average", "conv"] = Field(
         "transformer",
@@ -112,6 +127,8 @@ class MAEConfig(DecoderConfig):
 
     def check_lut(self) -> None:
         check_random_masks(self.mask_type, ("random", "cell"))
+        if self.num_masks > 1:
+            raise ValueError(f"lut has one mask for each view: set method.num_masks=1, not {self.num_masks}")
 
 
 class MAE(LUTMethod):
@@ -148,23 +165,27 @@ class MAE(LUTMethod):
         self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> LossAndTokens:
         patches = patchify(images, self.encoder.patch_size)
-        encoded = self._encode(patches, **mask_indices)
-        first = {name: array[:num_predicted] for name, array in mask_indices.items()}
-        prediction = self._decode(encoded[..., :num_predicted, :, :], **first)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
+        if self.config.num_masks > 1:  # adjacent, those of an image
+            patches, truth = (x.repeat_interleave(self.config.num_masks, dim=0) for x in (patches, truth))
+            mask_indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+        encoded = self._encode(patches, **mask_indices)
+        first = {name: array[: len(truth)] for name, array in mask_indices.items()}
+        prediction = self._decode(encoded[..., : len(truth), :, :], **first)
         loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
         visible = mask_indices["visible"]
         return LossAndTokens(loss, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded prefix tokens, visible patches, any mask tokens: `encode`'s result."""
-        tokens, positions = self.encoder.patch_embed(gather_tokens(patches, visible)), visible
-        if self.mask_tokens is not None:
-            tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
-            positions = torch.cat([visible, kept], dim=1)
-        return self._run_encoder(tokens, positions)
+        """(B, N, P) uint8 patches -> encoded prefix tokens, visible patches and mask tokens: what `encode` gives."""
+        tokens = self.encoder.patch_embed(gather_tokens(patches, visible))
+        if self.mask_tokens is None:
+            return self._run_encoder(tokens, visible)
+        tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
+        return self._run_encoder(tokens, torch.cat([visible, kept], dim=1))
 
     def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, D) tokens at grid positions (B, T) -> what the decoder gets."""
         return encode(self.encoder, tokens, positions, self.config)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
@@ -179,7 +200,9 @@ class MAE(LUTMethod):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
+        """`original`, `masked` and the target's renderings of each image under its first mask, (B, H, W, 3) uint8."""
+        if self.config.num_masks > 1:
+            mask_indices = {name: array[:, 0] for name, array in mask_indices.items()}
         patches = patchify(images, self.encoder.patch_size)
         mask_indices = predict_all(self.config, mask_indices, patches.shape[1])
         prediction, masked = self._predict(patches, **mask_indices), mask_indices["masked"]

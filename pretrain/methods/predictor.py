@@ -7,6 +7,8 @@ later), and how the tokens that never entered are computed (PR-MIM's spatial agg
 `AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE and
 CrossMAE.
 
+`PredictorMethod` is what methods on whole images share, which differ in masks, predictor and default target.
+
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
 
@@ -15,11 +17,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices
 from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import Position
-from pretrain.models.patches import gather_tokens
+from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.relative_position import pair_buckets, pair_offsets
 from pretrain.models.vit import ARCHS, ViT, init_weights
 from pretrain.models.window_attention import window_tokens
@@ -174,6 +177,36 @@ class AsymmetricPredictor(nn.Module):
         first = slice(num_predicted)
         prediction = self.decoder(encoded[..., first, :, :], visible[first], masked[first], kept[first])
         return prediction, encoded_patches(encoder, encoded, visible.shape[1])
+
+
+class PredictorMethod(LUTMethod):
+    """A method on whole images that is all in its predictor, which `__init__` sets with the other attributes."""
+
+    predictor: nn.Module
+
+    def compute_loss(
+        self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
+    ) -> LossAndTokens:
+        patches = patchify(images, self.encoder.patch_size)
+        prediction, visible_tokens = self._predict(patches, mask_indices, num_predicted)
+        truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
+        truth = gather_tokens(truth, mask_indices["masked"][:num_predicted])
+        return LossAndTokens(self.target.loss(prediction, truth), visible_tokens, mask_indices["visible"])
+
+    def _predict(
+        self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, P) uint8 patches -> the results of `Predictor`."""
+        visible = gather_tokens(patches, mask_indices["visible"])
+        return self.predictor(self.encoder, visible, **mask_indices, num_predicted=num_predicted)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
+        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
+        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
+        prediction, _ = self._predict(patches, mask_indices)
+        predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
+        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}
 
 
 def token_position(encoder: ViT, buckets: Tensor, positions: Tensor, indices: Tensor | None) -> Position:

@@ -8,16 +8,13 @@ import math
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
+from pretrain.methods.base import MaskSampler, MethodConfig
 from pretrain.methods.masking import Grid, cell_masked, check_cells, count_cell_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
-from pretrain.methods.predictor import Predictor
+from pretrain.methods.predictor import Predictor, PredictorMethod
 from pretrain.methods.targets import PatchTarget, PixelsConfig
-from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -30,7 +27,7 @@ def sample_masks(
     return {name: array[0] for name, array in indices.items()}
 
 
-class SimMIM(LUTMethod):
+class SimMIM(PredictorMethod):
     """Encoder on everything, linear head, by default L1 on the masked patches' pixels without normalization."""
 
     add_ons = frozenset({"pr_mim", "lut"})
@@ -64,27 +61,3 @@ class SimMIM(LUTMethod):
         return functools.partial(
             sample_masks, grid=self.mask_grid, cell=self.mask_cell, ratio=ratio, pr_mim=self.pr_mim
         )
-
-    def compute_loss(
-        self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
-    ) -> LossAndTokens:
-        patches = patchify(images, self.encoder.patch_size)
-        prediction, visible_tokens = self._predict(patches, mask_indices, num_predicted)
-        truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
-        truth = gather_tokens(truth, mask_indices["masked"][:num_predicted])
-        return LossAndTokens(self.target.loss(prediction, truth), visible_tokens, mask_indices["visible"])
-
-    def _predict(
-        self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, N, P) uint8 patches -> the results of `Predictor`."""
-        visible = gather_tokens(patches, mask_indices["visible"])
-        return self.predictor(self.encoder, visible, **mask_indices, num_predicted=num_predicted)
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
-        prediction, _ = self._predict(patches, mask_indices)
-        predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
-        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}

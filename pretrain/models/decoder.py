@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         self.register_buffer("pos_embed", F.pad(sincos_positions(arch.dim, *grid), (0, 0, 1, 0)), persistent=False)
         self.blocks = nn.ModuleList(Block(arch, relative=False) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.dim, eps=1e-6)
-        self.pred = nn.Linear(arch.dim, num_outputs)
+        self.pred: nn.Module = nn.Linear(arch.dim, num_outputs)
         self.aggregation = aggregation
         self.apply(init_weights)
         if self.mask_token is not None:

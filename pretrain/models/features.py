@@ -31,13 +31,22 @@ def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
     """
     if block is not None and not 1 <= block <= len(encoder.blocks):
         raise ValueError(f"block {block}: the encoder has blocks 1 to {len(encoder.blocks)}")
+    tokens, position = embed_image(encoder, images)
+    tokens = encoder(tokens, position, stop=block)
+    return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+
+
+def embed_image(encoder: ViT, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What `encoder` takes for whole images: all of their patches' tokens (B, N, D), and the relative positions.
+
+    Arguments and errors as of `features`.
+    """
     rows, cols = encoder.grid
     if images.shape[-2:] != encoder.image_size:
         rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
-    tokens = encoder(tokens, encoder.grid_position((rows, cols)).to(images.device), stop=block)
-    return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+    return tokens, encoder.grid_position((rows, cols)).to(images.device)
 
 
 def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:

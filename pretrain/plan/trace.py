@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from data.decode import CHANNELS
-from pretrain.build import build_method
+from pretrain.build import build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
@@ -96,7 +96,8 @@ class Trace:
 
     Attributes:
         parameters: that are trained.
-        averaged: of a teacher.
+        averaged: of a teacher that is a moving average.
+        frozen: of a teacher that stays as it is.
         image_bytes: of the pixels of a sample, all views.
     """
 
@@ -104,6 +105,7 @@ class Trace:
     ends: Ends
     parameters: int
     averaged: int
+    frozen: int
     image_bytes: int
 
 
@@ -111,10 +113,12 @@ def trace_method(config: PretrainConfig) -> Trace:
     """Traces the method of a configuration on the CPU: tenths of a second, and no memory for the blocks' weights."""
     model = config.model.model_copy(update={"grad_checkpointing": False})
     with _ParametersOnMeta():
-        method = build_method(config.model_copy(update={"model": model}))
+        frozen = untrained_teacher(config)
+        method = build_method(config.model_copy(update={"model": model}), frozen)
         teacher = method.teacher_model() if isinstance(method, LUT) else None
+    averaged = teacher if frozen else teacher or feature_teacher(method)
     calls: Counter[BlockCall] = Counter()
-    for module in (method, teacher) if teacher else (method,):
+    for module in filter(None, (method, averaged, frozen)):
         _pass_over_blocks(module, calls)
     bf16 = config.train.precision == "bf16"
     counted = []
@@ -123,12 +127,17 @@ def trace_method(config: PretrainConfig) -> Trace:
         method.zero_grad()  # or the second backward pass would add to the first's gradients
         images, mask_indices = _draw_batch(method, config, size)
         counted.append(_run(method, teacher, images, mask_indices, bf16))
+
+    def count(module: nn.Module | None) -> int:
+        return sum(p.numel() for p in module.parameters()) if module else 0
+
     forward, backward, moved, kept, *depthwise = (last - first for first, last in zip(*counted, strict=True))
     return Trace(
         tuple(replace(call, sequences=call.sequences / SIZES[-1], blocks=count) for call, count in calls.items()),
         Ends(forward, backward, moved, kept, counted[0][2] - SIZES[0] * moved, Depthwise(*depthwise)),
-        sum(p.numel() for p in method.parameters()),
-        sum(p.numel() for p in teacher.parameters()) if teacher else 0,
+        count(method),
+        count(averaged),
+        count(frozen),
         images[0].numel(),
     )
 

@@ -173,7 +173,11 @@ def test_other_patches_than_14_and_16_are_not_exchanged(tmp_path: Path):
 def test_two_encoders_in_one_file_are_refused(tmp_path: Path):
     state = originals.vit().state_dict()
     both = {**originals.prefixed("encoder.", state), **originals.prefixed("teacher.encoder.", state)}
-    refused(save(both, tmp_path), "2 encoders: encoder, teacher.encoder", "--weights encoder or start.weights=encoder")
+    refused(
+        save(both, tmp_path),
+        "2 encoders: encoder, teacher.encoder",
+        "start.weights=encoder or target.encoder=encoder",
+    )
     refused(save(both, tmp_path), "no student weights, only encoder, teacher.encoder", weights="student")
     known = r"no key that embeds patches .*patch_embed\.proj\.weight.*transformers"
     refused(save({"conv1.weight": noise(3)}, tmp_path), known)

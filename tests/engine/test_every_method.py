@@ -10,7 +10,7 @@ from helpers.processes import SMALL
 from helpers.rank_checks import assert_same_bits, assert_same_run, assert_same_steps, newest, wait_for
 from helpers.steps import configure, plain_steps, run_jobs
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pretrain.models.vit import ViT
 from pretrain.trainer.metrics import read_metrics
@@ -29,6 +29,17 @@ TOKENS = {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32}
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"method": MAE, "model": SINCOS},
     "mae-pr_mim": {"method": MAE, "model": SINCOS, "pr_mim": PR_MIM},
+    "mae-num_masks-ema": {
+        "method": MAE | {"num_masks": 2},
+        "model": SINCOS,
+        "target": {"name": "ema", "blocks": 2, "momentum": 0.9},
+    },
+    "lomar-pr_mim-teacher": {
+        "method": LOMAR,
+        "model": RELATIVE,
+        "target": {"name": "teacher", "blocks": 1},
+        "pr_mim": PR_MIM,
+    },
     "lc_mae": {"method": MAE | {"name": "lc_mae", "proj_dim": 16}, "model": SINCOS},
     "lc_mae-conv": {"method": MAE | {"name": "lc_mae", "decoder": "conv"}, "model": SINCOS},
     "ae": {"method": MAE | {"name": "ae", "block_size": 24}, "model": SINCOS},
@@ -80,7 +91,22 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def recipes(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("recipes")
-    return {name: str(write_recipe(folder, name, **sections)) for name, sections in METHODS.items()}
+    file = str(write_teacher(folder))
+
+    def with_file(sections: dict[str, Any]) -> dict[str, Any]:
+        target = sections.get("target", {})
+        return sections | {"target": target | {"file": file}} if target.get("name") == "teacher" else sections
+
+    return {name: str(write_recipe(folder, name, **with_file(sections))) for name, sections in METHODS.items()}
+
+
+def write_teacher(folder: Path) -> Path:
+    """An encoder with larger patches than those that are trained, as other projects' files have it."""
+    torch.manual_seed(7)
+    with SMALL:
+        encoder = ViT("vit_tiny", 20, (3, 3), relative=False)
+    save_file(encoder.state_dict(), folder / "teacher.safetensors")
+    return folder / "teacher.safetensors"
 
 
 ZERO3 = ("train.ds_config=zero3", "train.gradient_accumulation_steps=2")  # it partitions most

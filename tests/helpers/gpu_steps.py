@@ -39,6 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lomar-asymmetric": {"method": LOMAR | {"architecture": "asymmetric", **DECODER}, "model": RELATIVE},
     "lomar-beit": {"method": LOMAR | {"mask_type": "block"}, "model": SINCOS, "target": TOKENS},
     "mae-mask_tokens": {"method": {"name": "mae", "encoder_mask_tokens": True, **DECODER}, "model": SINCOS},
+    "mae-cross": {
+        "method": {"name": "mae", "decoder": "cross", "inter_block_attention": True, **DECODER},
+        "model": SINCOS,
+    },
+    "lomar-cross": {"method": LOMAR | {"architecture": "asymmetric", "decoder": "cross", **DECODER}, "model": RELATIVE},
     "simmim-sincos": {"method": SIMMIM, "model": SINCOS},
 }
 

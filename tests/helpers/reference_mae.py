@@ -11,8 +11,11 @@ from torch import Tensor
 from helpers.reference import (
     Weights,
     absolute_position,
+    block,
     cut_patch,
     embed,
+    layer_norm,
+    linear,
     prefix_tokens,
     target_of,
     transformer,
@@ -24,9 +27,13 @@ Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, position 
 
 
 def encode(
-    image: Tensor, visible: list[int], weights: Weights, heads: int, mask_tokens: list[int] | None = None
-) -> tuple[list[Tensor], dict[int, Tensor]]:
-    """The prefix tokens, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order."""
+    image: Tensor, visible: list[int], weights: Weights, heads: int, mask_tokens: list[int] | None = None,
+    fused: list[int] | None = None,
+) -> tuple[list[Tensor], dict[int, Tensor]]:  # fmt: skip
+    """The prefix tokens, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order.
+
+    With `fused`, MFF's numbers of blocks, what is encoded is the weighted sum of their projected outputs.
+    """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = image.shape[1] // patch
     entered = sorted([*visible, *(mask_tokens or [])])
@@ -38,13 +45,29 @@ def encode(
             embed(cut_patch(image, row, col, patch), weights) if i in visible else weights["mask_tokens.token"][0, 0]
         )
         tokens.append(token + absolute_position(row, col, columns, token, weights))
-    encoded = transformer(tokens, None, weights, "encoder", heads)
+    if fused is None:
+        encoded = transformer(tokens, None, weights, "encoder", heads)
+    else:
+        encoded = [layer_norm(x, weights, "encoder.norm") for x in fuse(tokens, fused, weights, heads)]
     return encoded[: len(prefix)], dict(zip(entered, encoded[len(prefix) :], strict=True))
 
 
+def fuse(tokens: list[Tensor], blocks: list[int], weights: Weights, heads: int) -> list[Tensor]:
+    exponents = [torch.exp(logit) for logit in weights["fusion.logits"]]
+    total = [torch.zeros_like(x) for x in tokens]
+    for n in range(blocks[-1]):
+        tokens = block(tokens, None, weights, f"encoder.blocks.{n}", heads)
+        if n + 1 in blocks:
+            i, last = blocks.index(n + 1), n + 1 == blocks[-1]
+            outputs = tokens if last else [linear(x, weights, f"fusion.projections.{i}") for x in tokens]
+            total = [z + exponents[i] / sum(exponents) * x for z, x in zip(total, outputs, strict=True)]
+    return total
+
+
 def mae_loss(
-    images: Tensor, mask_indices: dict[str, Tensor], weights: Weights, heads: int, decoder_heads: int, error: Error
-) -> Tensor:
+    images: Tensor, mask_indices: dict[str, Tensor], weights: Weights, heads: int, decoder_heads: int, error: Error,
+    fused: list[int] | None = None,
+) -> Tensor:  # fmt: skip
     """Mean over all masked patches of all images.
 
     Args:
@@ -53,6 +76,7 @@ def mae_loss(
         weights: the state dict of `MAE`, in float64; with `mask_tokens` they enter the encoder.
         heads, decoder_heads: of the encoder and the decoder.
         error: of a prediction.
+        fused: of MFF, the blocks.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = images.shape[1] // patch, images.shape[2] // patch
@@ -64,7 +88,8 @@ def mae_loss(
             predicted = cross_predict(image, patches, visible, kept, grid, weights, heads, decoder_heads, "decoder")
             errors += [error(predicted[i], image, i) for i in masked]
             continue
-        prefix, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
+        mask_tokens = kept if "mask_tokens.token" in weights else None
+        prefix, encoded = encode(image, visible, weights, heads, mask_tokens, fused)
         predicted = transformer_decoder(
             prefix, encoded, kept, grid, weights, decoder_heads, fill=len(kept) < len(masked)
         )

@@ -26,7 +26,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
         ("method=lomr", ["unknown method.name=lomr", "did you mean lomar?"]),
         ("method.name=resnet", ["unknown method.name=resnet", "valid: ae, beit, lc_mae, lomar, mae, simmim"]),
         ("target.name=pixel", ["unknown target.name=pixel", "did you mean pixels?"]),
-        ("target.name=hog", ["unknown target.name=hog", "valid: pca, pixels, tokens"]),
+        ("target.name=jpeg", ["unknown target.name=jpeg", "valid: ema, pca, pixels, teacher, tokens"]),
         ("target.normpix=true", ["unknown key target.normpix", "did you mean target.norm_pix?"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""MAE and SimMIM against the naive reference: masks, gradients, convergence."""
+"""MAE, MFF, SimMIM and LocalMIM against the naive reference: masks, gradients, convergence."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import reference, reference_mae
+from helpers import reference, reference_local_mim, reference_mae
 from helpers.reference_beit import random_projection_codes
 from helpers.tiny import (
     TINY,
@@ -36,7 +36,10 @@ from pretrain.trainer.config import ModelConfig
 
 GRID, PATCH_SIZE = (4, 6), 2
 MAE = {"name": "mae", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3}
+MFF = MAE | {"name": "mff", "blocks": [1, 2]}
 SIMMIM = {"name": "simmim", "mask_patch_size": 4}
+LOCAL_MIM = {"name": "local_mim", "blocks": [1, 2], "decoder_embed_dim": 8, "decoder_num_heads": 2}
+LOCAL_MIM |= {"target": {"name": "hog", "cell_sizes": [1, 4], "bins": 3}}
 PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
 CODES = {"vocab_size": 13, "code_dim": 5, "seed": 7}
 PIXELS = {"target": {"norm_pix": False}}
@@ -71,6 +74,10 @@ CASES = [
         for kind in AGGREGATIONS
     ),
     pytest.param(SIMMIM, True, PRMIMConfig(throw_ratio=0.3, aggregation="transformer"), id="simmim-transformer"),
+    pytest.param(MFF, False, None, id="mff"),
+    pytest.param(MFF, False, PR_MIM, id="mff-pr_mim"),
+    pytest.param(LOCAL_MIM, False, None, id="local_mim"),
+    pytest.param(LOCAL_MIM, True, PR_MIM, id="local_mim-relative-pr_mim"),
 ]
 
 
@@ -105,9 +112,12 @@ def mae_error(target: PatchTarget) -> reference_mae.Error:
 
 
 def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
-    if model.config.name == "mae":
-        heads = model.config.decoder_num_heads
-        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, heads, mae_error(model.target))
+    if model.config.name in ("mae", "mff"):
+        heads, fused = model.config.decoder_num_heads, getattr(model.config, "blocks", None)
+        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, heads, mae_error(model.target), fused)
+    if model.config.name == "local_mim":
+        blocks, sizes = model.config.blocks, model.target.config.cell_sizes
+        return reference_local_mim.local_mim_loss(images, mask_indices, weights, TINY.heads, 2, blocks, sizes, bins=3)
     return reference.simmim_loss(images, mask_indices, weights, TINY.heads)
 
 
@@ -124,7 +134,8 @@ def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool,
     sampler = pickle.loads(pickle.dumps(model.mask_sampler()))
     first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
     patches = GRID[0] * GRID[1]
-    masked = {"mae": round(patches * getattr(model.config, "mask_ratio", 0)), "simmim": math.ceil(6 * 0.6) * 4}
+    share = round(patches * getattr(model.config, "mask_ratio", 0))
+    masked = {"mae": share, "mff": share, "local_mim": share, "simmim": math.ceil(6 * 0.6) * 4}
     part = keys.get("predict_ratio")
     assert len(first["visible"]) == patches - masked[model.config.name]
     assert len(first["masked"]) == (patches * part if part else masked[model.config.name])
@@ -145,11 +156,14 @@ def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bo
     assert (masked == before["original"]).any()
     changed = (masked != before["original"]).reshape(len(images), -1).float().mean(1)
     assert torch.all(changed <= 1 - len(mask_indices["visible"][0]) / (GRID[0] * GRID[1]))
-    predicted = "predicted codes" if target_name(keys) == "tokens" else ALONE
+    predicted = {"tokens": "predicted codes", "hog": "predicted edges"}.get(target_name(keys), ALONE)
     torch.testing.assert_close(model.reconstruct(masked, mask_indices)[predicted], before[predicted])
 
 
-@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+@pytest.mark.parametrize(
+    ("keys", "relative", "pr_mim"),
+    [case for case in CASES if target_name(case.values[0]) != "hog"],  # its gradients reach into neighbors
+)
 def test_the_targets_are_all_masked_patches_and_no_visible_one(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     randomize(model)
