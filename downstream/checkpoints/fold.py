@@ -13,6 +13,7 @@ from torch import Tensor
 from downstream.checkpoints.find_spec import count_blocks, count_registers
 from downstream.checkpoints.names import BIAS_TABLE, SHARED_BIAS
 from downstream.checkpoints.report import Report
+from pretrain.models.vit import CLASS_ADAPTER, fold_class_adapter
 
 SCALE = ".gamma"  # of LayerScale
 
@@ -87,6 +88,14 @@ def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
                 state[name] = state[name] * (scale[:, None] if state[name].ndim == 2 else scale)
                 report.used[name] += (key,)
                 report.folded[name] = "LayerScale"
+
+
+def fold_adapter(state: dict[str, Tensor], report: Report) -> None:
+    """While TEC trains, the class token goes through an MLP: a constant."""
+    if CLASS_ADAPTER[0] in state:
+        _merge(
+            state, report, "cls_token", ["cls_token", *CLASS_ADAPTER], fold_class_adapter, "behind its adapter's MLP"
+        )
 
 
 def fold_positions(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None, keep_row: bool) -> None:

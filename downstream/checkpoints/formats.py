@@ -18,6 +18,7 @@ from downstream.checkpoints.files import Source
 from downstream.checkpoints.find_spec import find_spec
 from downstream.checkpoints.fold import (
     SCALE,
+    fold_adapter,
     fold_layer_scale,
     fold_positions,
     join_biases,
@@ -90,6 +91,7 @@ def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[s
         share_bias(state, report)
     if not any(name.endswith(SCALE) for name in wanted):
         fold_layer_scale(state, report)
+    fold_adapter(state, report)
     kept = [name for name in state if is_kept(name) or name in wanted]
     problems |= {key: _UNKNOWN for name, keys in report.used.items() if name not in kept for key in keys}
     if problems:

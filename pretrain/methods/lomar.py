@@ -7,7 +7,8 @@ windows (the authors' code draws windows once per batch, and assigns them so tha
 
 With a tokenizer's codes as the target and `mask_type=block` this is section 4.2's LoMaR + BEiT. Fig. 5's asymmetric
 architecture is MAE's, applied to windows: the mask tokens are in a decoder, not in the encoder. With `decoder=cross` it
-is CrossMAE's.
+is CrossMAE's. The multiscale one is LocalMIM's: a decoder behind each of several blocks, for histograms of oriented
+gradients (HOG) of another size.
 
 Shapes: B images, G = B*W windows, L = K*K patches of a window, M of them masked, D width, P = p*p*3.
 """
@@ -32,9 +33,10 @@ from pretrain.methods.masking import (
     random_masked,
     random_windows,
 )
+from pretrain.methods.multiscale import MultiscalePredictor, check_blocks, check_cells
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import AsymmetricPredictor, Predictor, check_mask_token_block
-from pretrain.methods.targets import PatchTarget
+from pretrain.methods.targets import PatchTarget, TargetConfig
 from pretrain.models.patches import (
     cut_windows,
     frame_windows,
@@ -43,7 +45,7 @@ from pretrain.models.patches import (
     render_predictions,
     unpatchify,
 )
-from pretrain.models.vit import ViT
+from pretrain.models.vit import ARCHS, Arch, ViT
 from pretrain.trainer.config import ModelConfig
 
 
@@ -87,9 +89,13 @@ class LoMaR(LUTMethod):
         )
         mask_type: Literal["random", "block"] = Field("random", description="block: BEiT's masks, in each window")
         mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
-        architecture: Literal["simple", "asymmetric"] = Field(
+        architecture: Literal["simple", "asymmetric", "multiscale"] = Field(
             "simple",
-            description="mask tokens in the encoder or, as in MAE, in a decoder, which is all that `decoder*` change",
+            description="mask tokens in the encoder or, as in MAE, in a decoder, which is all that `decoder*` change; "
+            "multiscale: in a decoder behind each of `blocks`, as in LocalMIM",
+        )
+        blocks: tuple[int, ...] | None = Field(
+            None, description="of architecture=multiscale: where target.cell_sizes are predicted; 1 is the first block"
         )
         decoder: Literal["transformer", "cross"] = Field("transformer", description="cross: CrossMAE's")
         mask_token_block: int = Field(
@@ -122,17 +128,36 @@ class LoMaR(LUTMethod):
             check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")
             check_mask_token_block(self.mask_token_block, model)
             self.check_decoder(self.window_size**2, self.num_masked)
-            for key, value in (("decoder", "cross"), ("predict_ratio", self.predict_ratio)):
-                if self.architecture == "simple" and value is not None and getattr(self, key) == value:
-                    raise ValueError(
-                        f"method.{key}={value} is for mask tokens in a decoder, and method.architecture=simple has "
-                        f"them in the encoder: set method.architecture=asymmetric"
-                    )
-            if self.mask_token_block and self.architecture == "asymmetric":
+            self._check_architecture(model)
+
+        def _check_architecture(self, model: ModelConfig) -> None:
+            if self.architecture != "asymmetric" and self.decoder == "cross":
+                raise ValueError(
+                    f"method.decoder=cross is behind the encoder, and method.architecture={self.architecture} "
+                    f"has no such decoder: set method.architecture=asymmetric"
+                )
+            if self.architecture == "simple" and self.predict_ratio is not None:
+                raise ValueError(
+                    f"method.predict_ratio={self.predict_ratio} is for mask tokens in a decoder, and "
+                    f"method.architecture=simple has them in the encoder: set method.architecture=asymmetric"
+                )
+            if self.mask_token_block and self.architecture != "simple":
                 raise ValueError(
                     f"method.mask_token_block={self.mask_token_block} lets mask tokens enter the encoder, and "
-                    f"method.architecture=asymmetric never does: set method.mask_token_block=0"
+                    f"method.architecture={self.architecture} never does: set method.mask_token_block=0"
                 )
+            if (self.blocks is None) != (self.architecture != "multiscale"):
+                blocks, depth = self.blocks and list(self.blocks), ARCHS[model.arch].depth
+                raise ValueError(
+                    f"method.architecture={self.architecture} with method.blocks={blocks}: set both, for example to "
+                    f"multiscale and [2, 4, {depth}], or neither"
+                )
+            if self.blocks is not None:
+                check_blocks(self.blocks, model)
+
+        def check_target(self, target: TargetConfig, patch_size: int) -> None:
+            if self.blocks is not None:
+                check_cells(self.blocks, target, patch_size, whole_image=False)
 
         def check_lut(self) -> None:
             check_random_masks(self.mask_type)
@@ -145,6 +170,9 @@ class LoMaR(LUTMethod):
             self.predictor: nn.Module = Predictor(
                 encoder, self.mask_grid, target.num_outputs, config.mask_token_block, pr_mim
             )
+        elif config.blocks is not None:
+            arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
+            self.predictor = MultiscalePredictor(encoder, self.mask_grid, target, config.blocks, arch, pr_mim)
         else:
             self.predictor = AsymmetricPredictor(encoder, self.mask_grid, target.num_outputs, config, pr_mim)
 

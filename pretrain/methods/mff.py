@@ -41,6 +41,11 @@ class MFF(MAE):
             check_blocks(self.blocks, model)
             if self.inter_block_attention:
                 raise ValueError(
+                    "method.inter_block_attention=true makes a sum for each block of the decoder, and mff one for all: "
+                    "set method.inter_block_attention=false, or method.name=mae"
+                )
+            if self.inter_block_attention:
+                raise ValueError(
                     "method.inter_block_attention=true sums blocks of the encoder, as method mff does: set it to false"
                 )
 

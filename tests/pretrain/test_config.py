@@ -24,9 +24,12 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
         ("train.qqqq=3", ["unknown key train.qqqq", "valid: ", "epochs", "precision"]),
         ("method.name=lomr", ["unknown method.name=lomr", "did you mean lomar?"]),
         ("method=lomr", ["unknown method.name=lomr", "did you mean lomar?"]),
-        ("method.name=resnet", ["unknown method.name=resnet", "valid: ae, beit, lc_mae, lomar, mae, simmim"]),
+        (
+            "method.name=resnet",
+            ["unknown method.name=resnet", "valid: ae, beit, lc_mae, local_mim, lomar, mae, mff, simmim"],
+        ),
         ("target.name=pixel", ["unknown target.name=pixel", "did you mean pixels?"]),
-        ("target.name=jpeg", ["unknown target.name=jpeg", "valid: ema, pca, pixels, teacher, tokens"]),
+        ("target.name=jpeg", ["unknown target.name=jpeg", "valid: ema, hog, pca, pixels, teacher, tokens"]),
         ("target.normpix=true", ["unknown key target.normpix", "did you mean target.norm_pix?"]),
     ],
 )

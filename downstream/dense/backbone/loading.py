@@ -118,11 +118,11 @@ def read_start(
 def _fill(backbone: PlainViT, encoder: ViT, report: Report) -> None:
     state = encoder.state_dict()
     if backbone.cls_token is None:
-        for name in ("cls_token", "reg_token"):
+        for name, what in (("cls_token", "the class token"), ("reg_token", "registers")):
             state.pop(name, None)
             for key in report.used.pop(name, ()):
-                if not key.endswith(("pos_embed", "position_embeddings")):  # whose rows were added to it
-                    report.dropped[key] = "the class token and registers: model.backbone.class_token=False"
+                if not key.endswith(("pos_embed", "position_embeddings")):  # a row of which was added to it
+                    report.dropped[key] = f"{what}: model.backbone.class_token=False"
     if backbone.position == "sincos":
         state["pos_embed"] = resize_positions(state["pos_embed"][:, 1:], encoder.grid, backbone.grid)
         if encoder.grid != backbone.grid:

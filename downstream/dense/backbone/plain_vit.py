@@ -125,16 +125,7 @@ class PlainViT(BaseModule):
             )
         if position not in ("relative", "sincos"):
             raise ValueError(f"model.backbone.position={position!r}: relative or sincos")
-        if class_token and window_size:
-            raise ValueError(
-                f"model.backbone.class_token=True belongs to no window: set model.backbone.window_size=0 (it is "
-                f"{window_size}), or class_token=False"
-            )
-        if registers and not class_token:
-            raise ValueError(
-                f"model.backbone.registers={registers} are kept together with the class token: set "
-                f"model.backbone.class_token=True, or registers=0"
-            )
+        _check_prefix_tokens(class_token, registers, window_size)
         depth = self.arch.depth
         _check_blocks(depth, conv_blocks, global_blocks if window_size else (), out_indices)
         self.grid = (height // patch_size, width // patch_size)
@@ -210,6 +201,20 @@ class PlainViT(BaseModule):
             if number in self.out_indices:
                 out.append(self.norm(x) if number == len(self.blocks) - 1 else x)
         return out
+
+
+def _check_prefix_tokens(class_token: bool, registers: int, window_size: int) -> None:
+    """Raises ValueError where there are windows, or registers without the class token."""
+    if class_token and window_size:
+        raise ValueError(
+            f"model.backbone.class_token=True belongs to no window: set model.backbone.window_size=0 (it is "
+            f"{window_size}), or class_token=False"
+        )
+    if registers and not class_token:
+        raise ValueError(
+            f"model.backbone.registers={registers} are kept together with the class token: set "
+            f"model.backbone.class_token=True, or registers=0"
+        )
 
 
 def _check_blocks(
