@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from downstream.checkpoints.find_spec import count_blocks, count_registers
-from downstream.checkpoints.names import BIAS_TABLE, SHARED_BIAS
+from downstream.checkpoints.names import BIAS_TABLE, CROSSMAE, SHARED_BIAS
 from downstream.checkpoints.report import Report
 from pretrain.models.vit import CLASS_ADAPTER, fold_class_adapter
 
@@ -37,6 +37,15 @@ def fold_batch_norm(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
     """
     weight = weight * torch.rsqrt(variance + 1e-6)
     return weight, bias - weight @ mean
+
+
+def supply_last_norm(state: dict[str, Tensor], report: Report) -> None:
+    """CrossMAE's inter-block attention trains no last norm: here it is one without a scale, as in our files of it."""
+    if CROSSMAE in report.dropped.values() and "norm.weight" not in state:
+        width = state["patch_embed.proj.bias"]
+        for name, value in (("norm.weight", torch.ones_like(width)), ("norm.bias", torch.zeros_like(width))):
+            state[name], report.used[name] = value, ()
+            report.folded[name] = "the file has no last norm: one and zero"
 
 
 def join_projections(state: dict[str, Tensor], report: Report) -> None:

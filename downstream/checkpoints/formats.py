@@ -24,6 +24,7 @@ from downstream.checkpoints.fold import (
     join_biases,
     join_projections,
     share_bias,
+    supply_last_norm,
 )
 from downstream.checkpoints.names import (
     CLASSIFIER,
@@ -98,6 +99,7 @@ def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[s
         raise ValueError(
             f"{source.path} ({library.title} names) has keys that this encoder cannot use:\n{group_problems(problems)}"
         )
+    supply_last_norm(state, report)
     pool_norm = "norm.weight" not in state and "fc_norm.weight" in head
     if pool_norm:
         _move_pool_norm(state, head, head_keys, report)

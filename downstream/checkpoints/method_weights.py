@@ -34,6 +34,8 @@ _LAYER = r"decoder\.decoder_layers\.(\d+)\."
 # Keys of other projects that are not their encoder's -> ours.
 _THEIRS = (
     (r"decoder_(embed|blocks|norm|pred)\.(.+)", r"method.decoder.\1.\2"),  # MAE, LUT
+    (r"wfm\.linear\.weight", r"method.decoder.inter_block.weight"),  # CrossMAE
+    (r"dec_norms\.(.+)", r"method.decoder.inter_block.norms.\1"),  # CrossMAE
     (r"encoder_pred\.(.+)", r"method.predictor.head.\1"),  # LoMaR
     (r"head\.(\d+\..+)", r"projector.\1"),  # LUT
     (r"predictor\.(\d+\..+)", r"predictor.\1"),  # LUT
@@ -171,7 +173,7 @@ def _parts_in(source: Source, report: Report) -> dict[str, tuple[str, ...]]:
         bare = not any(key.startswith(_ENCODER) for keys in report.used.values() for key in keys)
         prefix = _METHOD if bare and source.weights == "online" else ""
         return {prefix + key: (key,) for key in report.dropped}
-    decodes = any("decoder_embed." in key for key in report.dropped)
+    decodes = any("decoder_pred." in key for key in report.dropped)
     mask_token = f"{_METHOD}{'decoder' if decodes else 'predictor'}.mask_token"
     keys = {}
     for key in report.dropped:

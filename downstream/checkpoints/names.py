@@ -114,9 +114,12 @@ _KEPT = re.compile(
 # Of a classifier: what comes after the encoder.
 CLASSIFIER = re.compile(r"(fc_norm|head)\.(weight|bias)|head\.[01]\.(weight|bias|running_mean|running_var)")
 
+CROSSMAE = "CrossMAE's sums over the encoder's blocks, of its decoder"
+
 # Names that are not the encoder's.
 DROPPED = (
     (r"decoder_(embed|pred|norm|blocks|pos_embed)\b.*", "MAE's decoder"),
+    (r"(wfm\.linear|dec_norms\.\d+)\..+", CROSSMAE),
     (r"decoder\..+", "the decoder of pretraining"),
     (r"encoder_pred\..+", "LoMaR's prediction head"),
     (r"lm_head\..+", "BEiT's token prediction head"),

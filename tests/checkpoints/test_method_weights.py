@@ -61,8 +61,12 @@ def as_mae_file(method: Any, path: Path) -> dict[str, Tensor]:
     state = {}
     for name, tensor in method.state_dict().items():
         name = name.removeprefix("method.").removeprefix("encoder.")
+        for inter_block, theirs in (("decoder.inter_block.norms", "dec_norms"), ("decoder.inter_block", "wfm.linear")):
+            name = name.replace(inter_block, theirs)
         name = "mask_token" if name == "decoder.mask_token" else name.replace("decoder.", "decoder_", 1)
         state[name.replace("projector.", "head.")] = tensor
+    if "wfm.linear.weight" in state:
+        del state["norm.weight"], state["norm.bias"]
     state["decoder_pos_embed"] = torch.ones(1, 10, 8)
     torch.save({"model": state}, path)
     return state
@@ -85,11 +89,14 @@ def lines_of(report: str) -> dict[str, str]:
     return dict(line.strip().split(": ", 1) for line in report.splitlines() if line.startswith("  ") and ": " in line)
 
 
-def test_maes_file_fills_encoder_and_decoder_so_that_the_losses_are_the_same(tmp_path: Path):
-    source, method = build(MAE), build(MAE, seed=1)
+@pytest.mark.parametrize("keys", [{}, {"decoder": "cross", "inter_block_attention": True}], ids=["mae", "crossmae"])
+def test_maes_file_fills_encoder_and_decoder_so_that_the_losses_are_the_same(keys: dict[str, Any], tmp_path: Path):
+    sections = {**MAE, "method": MAE["method"] | keys}
+    source, method = build(sections), build(sections, seed=1)
     as_mae_file(source, tmp_path / "mae.pth")
     loaded = load_method(method, tmp_path / "mae.pth")
-    parts = ["decoder.mask_token", "decoder.embed", "decoder.blocks", "decoder.norm", "decoder.pred"]
+    inner = "decoder.inter_block" if keys else "decoder.embed"
+    parts = ["decoder.mask_token", inner, "decoder.blocks", "decoder.norm", "decoder.pred"]
     assert {part: lines_of(loaded.report)[part] for part in parts} == dict.fromkeys(parts, "taken")
     batch = random_images(method), random_mask_indices(method)
     assert torch.equal(method(*batch)["loss"], source(*batch)["loss"])

@@ -41,6 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lomar-beit": {"method": LOMAR | {"mask_type": "block"}, "model": SINCOS, "target": TOKENS},
     "mae-mask_tokens": {"method": {"name": "mae", "encoder_mask_tokens": True, **DECODER}, "model": LEARNED},
     "simmim-bias": {"method": SIMMIM, "model": {"position": "bias", "layer_scale": 0.1}},
+    "mae-cross": {
+        "method": {"name": "mae", "decoder": "cross", "inter_block_attention": True, **DECODER},
+        "model": SINCOS,
+    },
+    "lomar-cross": {"method": LOMAR | {"architecture": "asymmetric", "decoder": "cross", **DECODER}, "model": RELATIVE},
 }
 
 

@@ -132,6 +132,17 @@ def mae(folder: Path) -> Original:
     return Original(folder / "mae.pth", model)
 
 
+def crossmae(folder: Path) -> Original:
+    """With inter-block attention, for which it trains no last norm: ours only standardizes."""
+    model = _mae_model()
+    torch.nn.init.ones_(model.norm.weight)
+    torch.nn.init.zeros_(model.norm.bias)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("norm.")}
+    sums = {"wfm.linear.weight": noise(2, 3), "dec_norms.0.weight": noise(16), "dec_norms.0.bias": noise(16)}
+    torch.save({"model": {**state, **_DECODER, **sums}, "epoch": 799}, folder / "crossmae.pth")
+    return Original(folder / "crossmae.pth", model)
+
+
 def lut(folder: Path, weights: str = "online") -> Original:
     online, averaged = _mae_model(), _mae_model(seed=2)
     heads = {
@@ -301,6 +312,7 @@ def lomar(folder: Path, grid: int = GRID) -> Original:
 
 ORIGINALS: dict[str, Callable[[Path], Original]] = {
     "mae": mae,
+    "crossmae": crossmae,
     "lut": lut,
     "simmim": simmim,
     "beit_pretrained": beit_pretrained,

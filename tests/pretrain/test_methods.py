@@ -55,7 +55,6 @@ CASES = [
     pytest.param(MAE, False, None, id="mae"),
     pytest.param(MAE | PIXELS | {"mask_type": "block", "mask_ratio": 0.5}, False, None, id="mae-block-pixels"),
     pytest.param(MAE | {"mask_type": "grid"}, False, None, id="mae-grid"),
-    pytest.param(MAE | PIXELS | CELL, False, None, id="mae-cell"),
     pytest.param(SIMMIM, False, None, id="simmim"),
     pytest.param(SIMMIM, True, None, id="simmim-relative"),
     pytest.param(PCA, False, None, id="mae-pca"),
@@ -223,6 +222,17 @@ def test_block_masks_are_blocks_and_exact():
 def test_grid_masks_show_one_of_four_everywhere():
     masked = grid_masked(np.random.default_rng(0), (6, 8), 36).reshape(3, 2, 4, 2)
     assert (masked.sum(axis=(1, 3)) == 3).all()
+
+
+def test_maes_masks_are_whole_cells():
+    model = build(MAE | CELL, False, PR_MIM)
+    drawn = [model.mask_sampler()(np.random.default_rng(seed)) for seed in range(200)]
+    for sample in drawn:
+        masked = np.bincount(sample["masked"], minlength=24).reshape(2, 2, 3, 2).sum(axis=(1, 3))
+        assert sorted(masked.ravel()) == [0, 0, 0, 4, 4, 4]
+        assert sorted([*sample["visible"], *sample["masked"]]) == list(range(24))
+        assert set(sample["kept"]) < set(sample["masked"])
+    assert len({tuple(sample["masked"]) for sample in drawn}) == math.comb(6, 3)
 
 
 def test_the_predicted_part_is_uniform_over_the_masked_patches():
