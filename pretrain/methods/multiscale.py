@@ -21,7 +21,7 @@ from pretrain.methods.targets import HOGConfig, PatchTarget, TargetConfig
 from pretrain.methods.targets.hog import CellScale, HOGTarget
 from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens
-from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
+from pretrain.models.vit import ARCHS, Arch, ViT, at_least_fp32, init_weights
 from pretrain.trainer.config import ModelConfig
 
 
@@ -157,7 +157,10 @@ class Upsample(nn.ConvTranspose2d):
         super().__init__(dim, out_dim, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(..., rows, columns, D) cells of each patch -> (..., 2 rows, 2 columns, out_dim)."""
+        """(..., rows, columns, D) cells of each patch -> (..., 2 rows, 2 columns, out_dim), in fp32 for the norm.
+
+        Under autocast a CPU's norms would else add up gradients in bf16; a GPU's do not.
+        """
         assert self.bias is not None
         cells = F.linear(x, self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(4))
-        return cells.unflatten(-1, (2, 2, -1)).transpose(-4, -3).flatten(-5, -4).flatten(-3, -2)
+        return at_least_fp32(cells.unflatten(-1, (2, 2, -1)).transpose(-4, -3).flatten(-5, -4).flatten(-3, -2))
