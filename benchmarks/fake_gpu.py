@@ -77,7 +77,7 @@ def _autocast() -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-def _tables_of_places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables_of_places(size: int, device: torch.device, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """In place of the window kernel's, which are made from numbers."""
     shape = window_attention.PLACES, window_attention.PLACES
     return (

@@ -16,7 +16,6 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.loader import draw_masks
 from data.parallel import report_errors
-from downstream.checkpoints.feature_teachers import read_feature_teacher
 from downstream.checkpoints.files import read_source
 from downstream.own_images import load_images
 from pretrain.config import load
@@ -37,7 +36,7 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
         ValueError: it is no run of a pretraining, has no checkpoint, or predicts what cannot be shown.
     """
     choose_accelerator()
-    from pretrain.build import build_method  # imports DeepSpeed
+    from pretrain.build import build_method, untrained_teacher  # imports DeepSpeed
 
     folder = RunFolder(run)
     if not folder.config.is_file():
@@ -46,7 +45,7 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint, and an encoder's file alone does not have what predicts pixels")
-    method = build_method(config, read_feature_teacher(config.target, config.grid))
+    method = build_method(config, untrained_teacher(config))
     shown = drawn_method(method)
     if not shown.target.has_pixels:
         raise ValueError(

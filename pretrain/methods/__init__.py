@@ -19,6 +19,7 @@ from pretrain.methods.lomar import LoMaR
 from pretrain.methods.mae import MAE
 from pretrain.methods.mff import MFF
 from pretrain.methods.simmim import SimMIM
+from pretrain.methods.tec import TEC
 
 METHODS: dict[str, type[Method]] = {
     "ae": AutoEncoder,
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "mae": MAE,
     "mff": MFF,
     "simmim": SimMIM,
+    "tec": TEC,
 }
 AnyMethodConfig = Annotated[
     AutoEncoder.Config
@@ -38,7 +40,8 @@ AnyMethodConfig = Annotated[
     | LoMaR.Config
     | MAE.Config
     | MFF.Config
-    | SimMIM.Config,
+    | SimMIM.Config
+    | TEC.Config,
     Field(discriminator="name"),
 ]
 

@@ -156,6 +156,7 @@ class ViT(nn.Module):
     Attributes:
         residual_dtype: of the residual stream, if it is not to be `at_least_fp32`.
         window_kernel: whether callers should give `WindowTokens` where they could give buckets.
+        class_adapter: what the class token goes through before it enters, while TEC trains; see `fold_class_adapter`.
     """
 
     pos_embed: Tensor  # (1, 1+N, D): the class token's first; registers have none
@@ -190,6 +191,7 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], dim))
         elif self.absolute:  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
+        self.class_adapter: nn.Module | None = None
         self.rel_pos_bias = RelativeBias(self.arch.heads, grid) if shared_bias else None
         bias_grid = grid if bias else None
         rates = [drop_path_rate * block / max(self.arch.depth - 1, 1) for block in range(self.arch.depth)]
@@ -259,7 +261,8 @@ class ViT(nn.Module):
             tokens, position = tokens + self.pos_embed[0, 1 + position], None
         x = at_least_fp32(tokens) if self.residual_dtype is None else tokens.to(self.residual_dtype)
         if start == 0 and self.cls_token is not None:
-            prefix = self.cls_token + self.pos_embed[:, :1] if self.absolute else self.cls_token
+            class_token = self.cls_token if self.class_adapter is None else self.class_adapter(self.cls_token)
+            prefix = class_token + self.pos_embed[:, :1] if self.absolute else class_token
             if self.reg_token is not None:
                 prefix = torch.cat([prefix, self.reg_token], dim=1)
             # A batch size as a number would be fixed in a traced encoder.
@@ -277,6 +280,15 @@ class ViT(nn.Module):
         if hidden:
             return [streams[number] for number in hidden]
         return self.norm(x) if stop is None else x
+
+
+def fold_class_adapter(cls_token: Tensor, *adapter: Tensor) -> Tensor:
+    """The class token as it enters behind TEC's MLP, whose two weights and biases are given in timm's order."""
+    weight1, bias1, weight2, bias2 = adapter
+    return F.linear(F.gelu(F.linear(cls_token, weight1, bias1)), weight2, bias2)
+
+
+CLASS_ADAPTER = tuple(f"class_adapter.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
 
 
 def init_weights(module: nn.Module) -> None:

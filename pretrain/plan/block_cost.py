@@ -9,7 +9,7 @@ Shapes: N tokens in sequences of L tokens (with the class token), H heads of C c
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pretrain.models.window_attention import MAX_WINDOW_SIZE, PLACES, choose_launch, padded_tokens
+from pretrain.models.window_attention import MAX_PREFIX_TOKENS, MAX_WINDOW_SIZE, PLACES, choose_launch, padded_tokens
 from pretrain.plan.trace import BlockCall
 
 AttentionKind = Literal["triton", "sdpa", "unfused"]
@@ -82,8 +82,12 @@ _ELEMENTWISE = {
 
 def elementwise_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     """Bytes that the element-wise operators of a block move for each token."""
-    units = _ELEMENTWISE[numerics.precision, _residual(call, numerics), numerics.compile]
-    return Pass(units.forward * call.dim, units.backward * call.dim)
+    forward, backward = _ELEMENTWISE[numerics.precision, _residual(call, numerics), numerics.compile]
+    if call.layer_scale:  # reads and writes both branches; back, reads them and their gradient once, writes one
+        size = _width(numerics)
+        forward += 0 if numerics.compile else 2 * 2 * size
+        backward += 2 * size if numerics.compile else 2 * 4 * size
+    return Pass(forward * call.dim, backward * call.dim)
 
 
 def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
@@ -98,9 +102,11 @@ def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     if call.context:  # as below, but only dk and dv are stacked
         both = x * (1 + call.context / call.tokens)
         return Pass(2 * both, 4 * both + 4 * (both - x))
+    aligned, gradient = bias * _up(call.tokens, 8) / call.tokens, bias * _up(call.tokens, ROWS) / call.tokens
+    if call.bias:  # as below, and the bias; its gradient is written, and read to be summed over the sequences
+        return Pass(4 * x + aligned, 8 * x + 6 * x + aligned + 2 * gradient)
     if not call.relative:  # backward: reads q, k, v, o, do, writes dq, dk, dv, and stacks them
         return Pass(4 * x, 8 * x + 6 * x)
-    aligned, gradient = bias * _up(call.tokens, 8) / call.tokens, bias * _up(call.tokens, ROWS) / call.tokens
     # q copied; q -> bias; bias -> aligned bias; the kernel itself
     forward = 2 * x + (x + bias) + (bias + aligned) + (4 * x + aligned)
     # the kernel; its bias gradient cut, then into q and into the table; dq, dk, dv stacked
@@ -128,6 +134,8 @@ def _unfused_bytes(call: BlockCall, numerics: Numerics, x: float, logits: float)
     backward = (4 * x + 5 * logits) + casts * 2 * (logits + full) + 3 * full + 2 * logits + 10 * x
     if call.relative:  # q -> bias and logits + bias; their gradients
         forward, backward = forward + 2 * x + 4 * logits, backward + 4 * x + 4 * logits
+    if call.bias:  # logits + bias; the sum of its gradient
+        forward, backward = forward + 2 * logits, backward + logits
     return Pass(forward, backward)
 
 
@@ -150,7 +158,7 @@ def attention_work(call: BlockCall, numerics: Numerics) -> Pass:
 
 def kernel(call: BlockCall, numerics: Numerics) -> AttentionKind:
     """The kernel that a call gets: Triton's is for contextual relative position in windows of up to 7x7 patches."""
-    if numerics.attention == "triton" and (not call.relative or call.tokens > 1 + MAX_WINDOW_SIZE**2):
+    if numerics.attention == "triton" and (not call.relative or call.tokens > MAX_PREFIX_TOKENS + MAX_WINDOW_SIZE**2):
         return "sdpa"
     return numerics.attention
 
@@ -159,13 +167,15 @@ def kept_bytes(call: BlockCall, numerics: Numerics) -> float:
     """Bytes that a block keeps for the backward pass for each token, its input included.
 
     The residual stream before each of the two norms, the four inputs of the linear layers (one of them, GELU's output,
-    four times as wide), q, k and v, and GELU's input. Compiled, the second of the residual stream's two is the
-    attention's bf16 output instead, from which it is computed again. In cross-attention, k, v and the context as the
-    input of their layer are kept for the context's tokens.
+    four times as wide), q, k and v, and GELU's input; with LayerScale what it scales. Compiled, the second of the
+    residual stream's two is the attention's bf16 output instead, from which it is computed again. In cross-attention,
+    k, v and the context as the input of their layer are kept for the context's tokens.
     """
     size, residual = _width(numerics), input_bytes(call, numerics) / call.dim
     second = size if numerics.compile else residual
     units = residual + second + size * (2 + (1 if call.context else 3) + 1 + 4 + 4)
+    if call.layer_scale:
+        units += 2 * size
     if call.context:
         units += size * (2 + call.context_dim / call.dim) * call.context / call.tokens
     statistics = 2 * 2 * 4.0  # mean and deviation of two norms
@@ -189,7 +199,8 @@ def _attention_kept(call: BlockCall, numerics: Numerics) -> float:
     if kind == "triton":
         return 0.0
     if kind == "unfused":  # the softmax, and q besides its scaled copy
-        return bias + (x if call.relative else 0.0)
+        full = 4.0 * call.heads * call.tokens  # a bias that blocks share is in fp32, and so is then the softmax
+        return bias + (x if call.relative else full if call.bias else 0.0)
     logsumexp = 4.0 * call.heads
     if not call.relative:
         return logsumexp

@@ -27,7 +27,7 @@ from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
 from pretrain.models.cross_decoder import CrossBlock
-from pretrain.models.vit import Block
+from pretrain.models.vit import Block, LayerScale
 
 SIZES = (2, 3)  # of the traced batches: what a step has once, not for each image, is told apart by their difference
 
@@ -43,6 +43,8 @@ class BlockCall:
         relative: whether position is contextual and relative.
         encoder: whether it is a block of the encoder, which `model.grad_checkpointing` recomputes.
         backward: whether there is a backward pass; a teacher has none.
+        bias: whether a bias that all blocks share is added to the logits.
+        layer_scale: whether what the block adds is scaled.
         context, context_dim: number and width of the other tokens that these attend to, if not to each other.
     """
 
@@ -56,6 +58,8 @@ class BlockCall:
     backward: bool
     context: int = 0
     context_dim: int = 0
+    bias: bool = False
+    layer_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,10 +176,11 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
                     other._parameters[key] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
 
 
-def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, *_: Any) -> Tensor:
+def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, position: Any = None) -> Tensor:
     sequences, tokens, dim = x.shape
     relative, backward = block.attn.rpe_k is not None, torch.is_grad_enabled()
-    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward)] += 1
+    more: Any = {"bias": not relative and position is not None, "layer_scale": isinstance(block.ls1, LayerScale)}
+    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward, **more)] += 1
     return x
 
 

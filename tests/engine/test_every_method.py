@@ -12,7 +12,7 @@ from helpers.steps import configure, plain_steps, run_jobs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pretrain.models.vit import ViT
+from pretrain.models.vit import CLASS_ADAPTER, ViT, fold_class_adapter
 from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
@@ -21,6 +21,8 @@ MAE = {"name": "mae", "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_
 LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3}
 SINCOS = {"arch": "vit_tiny", "position": "sincos"}
 RELATIVE = {"arch": "vit_tiny"}
+LEARNED = {"arch": "vit_tiny", "position": "learned", "registers": 2}
+AS_TRAINED = {"arch": "vit_tiny", "position": "bias", "layer_scale": 0.1, "registers": 1}  # SimMIM, but for registers
 PR_MIM = {"throw_ratio": 0.3, "kernel_size": 3}
 LUT = {"alpha": 1.0, "hidden_dim": 16, "momentum": 0.9}
 SIMMIM = {"name": "simmim", "mask_patch_size": 16}
@@ -42,11 +44,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "target": {"name": "teacher", "blocks": 1},
         "pr_mim": PR_MIM,
     },
+    "tec-pr_mim": {
+        "method": MAE | {"name": "tec", "num_queries": 4},
+        "model": SINCOS,
+        "target": {"name": "teacher", "blocks": 2},
+        "pr_mim": PR_MIM,
+    },
     "lc_mae": {"method": MAE | {"name": "lc_mae", "proj_dim": 16}, "model": SINCOS},
     "lc_mae-conv": {"method": MAE | {"name": "lc_mae", "decoder": "conv"}, "model": SINCOS},
     "ae": {"method": MAE | {"name": "ae", "block_size": 24}, "model": SINCOS},
     "simmim": {"method": SIMMIM, "model": SINCOS},
-    "simmim-pr_mim": {"method": SIMMIM, "model": RELATIVE, "pr_mim": PR_MIM},
+    "simmim-pr_mim": {"method": SIMMIM, "model": AS_TRAINED, "pr_mim": PR_MIM},
     "beit": {"method": {"name": "beit"}, "model": RELATIVE, "target": TOKENS},
     "lomar-beit": {"method": {**LOMAR, "mask_type": "block"}, "model": SINCOS, "target": TOKENS},
     "lomar-pr_mim": {"method": LOMAR, "model": RELATIVE, "pr_mim": PR_MIM},
@@ -67,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "mae-encoder_mask_tokens": {
         "method": MAE | {"encoder_mask_tokens": True},
-        "model": SINCOS,
+        "model": LEARNED,
         "target": TOKENS,
         "pr_mim": PR_MIM | {"aggregation": "transformer"},
     },
@@ -92,7 +100,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "pr_mim": PR_MIM,
         "lut": LUT,
     },
-    "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE},
+    "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": LEARNED},
     "lomar-late-pr_mim": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE, "pr_mim": PR_MIM},
 }
 
@@ -164,11 +172,26 @@ def test_the_encoder_is_rebuilt_from_its_file_alone(stage: str, method: str, req
     patch_size = int(metadata["patch_size"])
     height, width = (int(side) // patch_size for side in metadata["image_size"].split("x"))
     with SMALL:
-        encoder = ViT(metadata["arch"], patch_size, (height, width), metadata["position"] == "relative")
+        model = METHODS[method]["model"]
+        encoder = ViT(
+            metadata["arch"],
+            patch_size,
+            (height, width),
+            metadata["position"] == "relative",
+            shared_bias=metadata["position"] == "bias",
+            learned=model.get("position") == "learned",
+            registers=int(metadata.get("registers", 0)),
+            layer_scale=model.get("layer_scale", 0.0),
+        )
     encoder.load_state_dict(load_file(run / "encoder.safetensors"), strict=True)
     trained = torch.load(run / "state.pt")
     prefix = "method.encoder" if "lut" in method else "encoder"
-    assert_same_bits(dict(encoder.state_dict()), {name: trained[f"{prefix}.{name}"] for name in encoder.state_dict()})
+    expected = {name: trained[f"{prefix}.{name}"] for name in encoder.state_dict()}
+    if "tec" in method:  # a constant behind an MLP
+        expected["cls_token"] = fold_class_adapter(
+            *(trained[f"encoder.{name}"] for name in ("cls_token", *CLASS_ADAPTER))
+        )
+    assert_same_bits(dict(encoder.state_dict()), expected)
 
 
 def test_killed_and_continued_ends_with_the_same_bits(

@@ -23,6 +23,7 @@ METHOD_KEYS: dict[str, dict[str, Any]] = {
     "mae": DECODER,
     "mff": {"blocks": [1, 2], **DECODER},
     "simmim": {"mask_patch_size": 4},
+    "tec": {**DECODER, "num_queries": 3},
 }
 TARGET_KEYS: dict[str, dict[str, Any]] = {
     "normalized pixels": {"name": "pixels", "norm_pix": True},
@@ -44,8 +45,8 @@ def components_file(tmp_path: Path) -> str:
 
 
 def test_all_methods_and_all_targets_are_tested():
-    """The auto-encoder predicts blocks that are larger than patches, and LocalMIM cells of several sizes."""
-    assert {name for name, kind in METHODS.items() if kind.targets != TARGETS.keys()} == {"ae", "local_mim"}
+    """The auto-encoder predicts blocks larger than patches, LocalMIM cells of several sizes, TEC attention as well."""
+    assert {name for name, kind in METHODS.items() if kind.targets != TARGETS.keys()} == {"ae", "local_mim", "tec"}
     assert METHOD_KEYS.keys() == METHODS.keys()
     assert {keys["name"] for keys in TARGET_KEYS.values()} == {
         name for kind in METHODS.values() for name in kind.targets

@@ -20,6 +20,7 @@ __all__ = [
     "PatchTarget",
     "PixelsConfig",
     "TargetConfig",
+    "TeacherConfig",
     "TokensConfig",
 ]
 

@@ -8,6 +8,7 @@ part of the trained module: nothing in it is trained, partitioned or exported.
 Shapes: B images, N patches of an image, M of them predicted, D the teacher's width, P = p*p*3.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.pca import principal_components
 from pretrain.models.features import embed_image
 from pretrain.models.patches import normalize_pixels, values_per_patch
-from pretrain.models.vit import ARCHS, ViT
+from pretrain.models.vit import ARCHS, Block, ViT
 from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.run_folder import file_digest
 from pretrain.trainer.schema import MAY_CHANGE
@@ -69,6 +70,7 @@ class EncoderTeacher(FeatureTeacher):
     def __init__(self, encoder: ViT):
         super().__init__()
         self.encoder = encoder
+        self.class_attention: ClassAttention | None = None  # for TEC
         self.dim, self.depth, self.image_size = encoder.arch.dim, encoder.arch.depth, encoder.image_size
         self.eval().requires_grad_(False)
 
@@ -83,6 +85,45 @@ class EncoderTeacher(FeatureTeacher):
         streams = self.encoder(tokens, position, hidden=tuple(blocks))
         assert isinstance(streams, list)
         return streams
+
+
+class ClassAttention(nn.Module):
+    """What the last block of an encoder with absolute positions attends to from its class token and some patches.
+
+    It has copies of the parameters that queries and keys depend on.
+    """
+
+    def __init__(self, encoder: ViT):
+        super().__init__()
+        last, dim = encoder.blocks[-1], encoder.arch.dim
+        assert isinstance(last, Block)
+        self.heads, self.num_prefix_tokens = encoder.arch.heads, encoder.num_prefix_tokens
+        self.norm, self.qk = copy.deepcopy(last.norm1), nn.Linear(dim, 2 * dim)
+        for parameter, own in zip(last.attn.qkv.parameters(), self.qk.parameters(), strict=True):
+            own.data = parameter.data[: 2 * dim].clone()
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
+        """The patches with the largest logits of the class token, and the logits of all of these.
+
+        Args:
+            tokens: (B, P+N, D) what enters the last block.
+            num_queries: how many patches, those with the largest mean over the heads.
+
+        Returns:
+            Their positions (B, num_queries), and logits before the softmax (B, H, 1+num_queries, N), fp32, with the
+            class token's first.
+        """
+        B, length, dim = tokens.shape
+        qk = self.qk(self.norm(tokens)).float().view(B, length, 2, self.heads, dim // self.heads)
+        queries, keys = qk.permute(2, 0, 3, 1, 4)
+        first = self.num_prefix_tokens
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = queries @ keys[:, :, first:].transpose(2, 3) * (dim // self.heads) ** -0.5
+        rows = logits[:, :, 0].mean(1).topk(num_queries).indices
+        index = F.pad(first + rows, (1, 0))[:, None, :, None].expand(-1, self.heads, -1, logits.shape[-1])
+        return rows, logits.gather(2, index)
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -172,6 +213,17 @@ class FeatureTarget(PatchTarget):
         """(B, N, D) fp32; the teacher computes in the precision of whoever calls this, the statistics in fp32."""
         self.place(images.device)
         return self.from_blocks(self.teacher(images, self.last))
+
+    def with_attention(self, images: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `ground_truth`, and the results of `ClassAttention`, for TEC: all in one pass of the teacher."""
+        self.place(images.device)
+        teacher = self.teacher
+        assert isinstance(teacher, EncoderTeacher)
+        assert teacher.class_attention is not None
+        blocks = sorted({teacher.depth - 1, *self.last})
+        streams = dict(zip(blocks, teacher.streams(images, blocks), strict=True))
+        patches = [streams[block][:, teacher.encoder.num_prefix_tokens :] for block in self.last]
+        return self.from_blocks(patches), *teacher.class_attention(streams[teacher.depth - 1], num_queries)
 
     def place(self, device: torch.device) -> None:
         """Moves the teacher to a device, if it is not there."""
