@@ -78,14 +78,20 @@ WINDOWS |= {"blocks": [1, 2, 4], "decoder_embed_dim": 8, "decoder_depth": 1, "de
 WINDOWS |= {"target": {"name": "hog", "cell_sizes": [1, 2, 4], "bins": 2}}
 
 
-@pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("pr_mim", [None, PRMIMConfig(throw_ratio=0.3, kernel_size=3)])
+@pytest.mark.parametrize(
+    ("keys", "relative", "pr_mim"),
+    [
+        ({}, False, None),
+        ({}, True, PRMIMConfig(throw_ratio=0.3, kernel_size=3)),
+        ({"predict_ratio": 0.4, "window_sampling": "complementary"}, True, None),
+    ],
+)
 def test_on_lomars_windows_it_equals_the_reference(
-    relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any], relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
 ):
     """The histograms are those of the image: gradients at a window's border are not of a border."""
     assert_equals_reference(
-        lambda: tiny_method(WINDOWS, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
+        lambda: tiny_method(WINDOWS | keys, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
     )
 
 
