@@ -133,10 +133,9 @@ class CellDecoder(Decoder):
         else:
             everywhere = torch.arange(self.grid[0] * self.grid[1], device=masked.device).expand(len(masked), -1)
             of_patches = super().forward(encoded, visible, everywhere, kept)
-        columns = self.grid[1] // 2
-        cells = of_patches.unflatten(1, (-1, 2, columns, 2)).mean((2, 4)).flatten(1, 2)
-        rows_of_cells, patch_columns = masked // self.grid[1] // 2, masked % self.grid[1]
-        return gather_tokens(cells, rows_of_cells * columns + patch_columns // 2)
+        cells = of_patches.unflatten(1, (-1, 2, self.grid[1] // 2, 2)).mean((2, 4), keepdim=True)
+        # To all patches, then those that are masked: gradients of a cell gathered twice would add up in any order.
+        return gather_tokens(cells.expand(-1, -1, 2, -1, 2, -1).flatten(1, 4), masked)
 
 
 def upsampling_head(dim: int, per_side: int, bins: int) -> nn.Sequential:
