@@ -18,7 +18,7 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.methods.predictor import token_position
 from pretrain.methods.targets import HOGConfig, PatchTarget, TargetConfig
-from pretrain.methods.targets.hog import CellScale, HOGTarget
+from pretrain.methods.targets.hog import CellScale, HOGTarget, nearest_size
 from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens
 from pretrain.models.vit import ARCHS, Arch, ViT, at_least_fp32, init_weights
@@ -27,11 +27,14 @@ from pretrain.trainer.config import ModelConfig
 
 def check_blocks(blocks: Sequence[int], model: ModelConfig) -> None:
     """Raises ValueError unless they are numbers of blocks, ascending, the last of which is the encoder's last."""
-    depth = ARCHS[model.arch].depth
-    if list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 1 or blocks[-1] != depth:
+    depth, last = ARCHS[model.arch].depth, max(blocks, default=0)
+    if list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 1 or last != depth:
+        # As LocalMIM does from ViT-B to L: the deeper half of them keeps its distance from the last block.
+        moved = {block if 2 * block <= last else depth - last + block for block in blocks}
+        like_these = [*sorted(block for block in moved if 0 < block < depth), depth]
         raise ValueError(
             f"method.blocks={list(blocks)} must ascend, from 1 on, to {depth}, the last block of {model.arch}: set "
-            f"for example method.blocks=[2, 4, {depth - 2}, {depth}]"
+            f"for example method.blocks={like_these}"
         )
 
 
@@ -50,9 +53,10 @@ def check_cells(blocks: Sequence[int], target: TargetConfig, patch_size: int, wh
             f"method.blocks={list(blocks)} and target.cell_sizes={sizes} belong together: give one size for each block"
         )
     if not {*sizes} <= {*fits}:
+        where = f"patches of {patch_size} pixels{'' if whole_image else ' in windows'}"
         raise ValueError(
-            f"target.cell_sizes={sizes} cannot all be predicted: patches of {patch_size} pixels"
-            f"{'' if whole_image else ' of a window'} are halved repeatedly, so take of {', '.join(map(str, fits))}"
+            f"target.cell_sizes={sizes} must each be one of {', '.join(map(str, fits))} for {where}: set "
+            f"target.cell_sizes={[nearest_size(size, fits) for size in sizes]}"
         )
 
 
