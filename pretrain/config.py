@@ -161,8 +161,8 @@ class PretrainConfig(RunConfig):
             yield (
                 f"method {method.name} predicts {' or '.join(sorted(kind.targets))}, not target.name={self.target.name}"
             )
-        yield from problem_of(self.target.check, self.grid, self.model)
-        yield from problem_of(method.check_target, self.target, self.model.patch_size)
+        both_unfit = [*problem_of(method.check_target, self.target, self.model.patch_size)]
+        yield from both_unfit or problem_of(self.target.check, self.grid, self.model)
         if not unfit:
             yield from self._problems_of_add_ons()
 

@@ -78,7 +78,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """(B, H, W, 3) uint8 images -> the batch's `loss` and, by other names, its detached terms."""
+        """(B, H, W, 3) uint8 images -> the batch's `loss` and what else is logged, detached; `loss_*` are its terms."""
 
     @abstractmethod
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ class LCMAE(MAE):
             init_weights(self.proj)
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """The loss of a batch and its terms with non-zero weight, detached and unweighted: `mae`, `cross`, `in`.
+        """The loss of a batch and its terms with non-zero weight, detached and unweighted: `loss_mae` and so on.
 
         Args:
             images: (B, H, W, 3) uint8.
@@ -119,7 +119,7 @@ class LCMAE(MAE):
         with torch.autocast(images.device.type, enabled=False):  # cosines are matrix products, which bf16 would round
             terms = self._losses(prediction, v, truth, masked_patches, masked)
         loss = sum(getattr(self.config, f"w_{name}") * term for name, term in terms.items())
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        return {"loss": loss, **{f"loss_{name}": term.detach() for name, term in terms.items()}}
 
     def _losses(
         self, prediction: Tensor, v: Tensor | None, truth: Tensor, masked_patches: Tensor, masked: Tensor

@@ -149,7 +149,7 @@ class LUT(nn.Module):
         return [self.encoder, self.projector]
 
     def forward(self, images: Tensor, mask_indices: MaskIndices, teacher_features: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, detached and unweighted: `mim` and `context`.
+        """The loss of a batch and its terms, detached and unweighted: `loss_mim` and `loss_context`.
 
         Args:
             images: (B, 2, H, W, 3) uint8.
@@ -161,7 +161,7 @@ class LUT(nn.Module):
         output = self.method.compute_loss(images.transpose(0, 1).flatten(0, 1), views, num_predicted=B)
         context = self._context_loss(output, teacher_features, B)
         loss = output.loss + self.config.alpha * context
-        return {"loss": loss, "mim": output.loss.detach(), "context": context.detach()}
+        return {"loss": loss, "loss_mim": output.loss.detach(), "loss_context": context.detach()}
 
     def _context_loss(self, output: LossAndTokens, teacher_features: Tensor, B: int) -> Tensor:
         """The mean over both directions: a view's visible tokens against the teacher's features of the other view."""

@@ -18,20 +18,23 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.methods.predictor import token_position
 from pretrain.methods.targets import HOGConfig, PatchTarget, TargetConfig
-from pretrain.methods.targets.hog import CellScale, HOGTarget
+from pretrain.methods.targets.hog import CellScale, HOGTarget, nearest_size
 from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens
-from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
+from pretrain.models.vit import ARCHS, Arch, ViT, at_least_fp32, init_weights
 from pretrain.trainer.config import ModelConfig
 
 
 def check_blocks(blocks: Sequence[int], model: ModelConfig) -> None:
     """Raises ValueError unless they are numbers of blocks, ascending, the last of which is the encoder's last."""
-    depth = ARCHS[model.arch].depth
-    if list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 1 or blocks[-1] != depth:
+    depth, last = ARCHS[model.arch].depth, max(blocks, default=0)
+    if list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 1 or last != depth:
+        # As LocalMIM does from ViT-B to L: the deeper half of them keeps its distance from the last block.
+        moved = {block if 2 * block <= last else depth - last + block for block in blocks}
+        like_these = [*sorted(block for block in moved if 0 < block < depth), depth]
         raise ValueError(
             f"method.blocks={list(blocks)} must ascend, from 1 on, to {depth}, the last block of {model.arch}: set "
-            f"for example method.blocks=[2, 4, {depth - 2}, {depth}]"
+            f"for example method.blocks={like_these}"
         )
 
 
@@ -50,9 +53,10 @@ def check_cells(blocks: Sequence[int], target: TargetConfig, patch_size: int, wh
             f"method.blocks={list(blocks)} and target.cell_sizes={sizes} belong together: give one size for each block"
         )
     if not {*sizes} <= {*fits}:
+        where = f"patches of {patch_size} pixels{'' if whole_image else ' in windows'}"
         raise ValueError(
-            f"target.cell_sizes={sizes} cannot all be predicted: patches of {patch_size} pixels"
-            f"{'' if whole_image else ' of a window'} are halved repeatedly, so take of {', '.join(map(str, fits))}"
+            f"target.cell_sizes={sizes} must each be one of {', '.join(map(str, fits))} for {where}: set "
+            f"target.cell_sizes={[nearest_size(size, fits) for size in sizes]}"
         )
 
 
@@ -133,10 +137,9 @@ class CellDecoder(Decoder):
         else:
             everywhere = torch.arange(self.grid[0] * self.grid[1], device=masked.device).expand(len(masked), -1)
             of_patches = super().forward(encoded, visible, everywhere, kept)
-        columns = self.grid[1] // 2
-        cells = of_patches.unflatten(1, (-1, 2, columns, 2)).mean((2, 4)).flatten(1, 2)
-        rows_of_cells, patch_columns = masked // self.grid[1] // 2, masked % self.grid[1]
-        return gather_tokens(cells, rows_of_cells * columns + patch_columns // 2)
+        cells = of_patches.unflatten(1, (-1, 2, self.grid[1] // 2, 2)).mean((2, 4), keepdim=True)
+        # To all patches, then those that are masked: gradients of a cell gathered twice would add up in any order.
+        return gather_tokens(cells.expand(-1, -1, 2, -1, 2, -1).flatten(1, 4), masked)
 
 
 def upsampling_head(dim: int, per_side: int, bins: int) -> nn.Sequential:
@@ -157,7 +160,10 @@ class Upsample(nn.ConvTranspose2d):
         super().__init__(dim, out_dim, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(..., rows, columns, D) cells of each patch -> (..., 2 rows, 2 columns, out_dim)."""
+        """(..., rows, columns, D) cells of each patch -> (..., 2 rows, 2 columns, out_dim), in fp32 for the norm.
+
+        Under autocast a CPU's norms would else add up gradients in bf16; a GPU's do not.
+        """
         assert self.bias is not None
         cells = F.linear(x, self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(4))
-        return cells.unflatten(-1, (2, 2, -1)).transpose(-4, -3).flatten(-5, -4).flatten(-3, -2)
+        return at_least_fp32(cells.unflatten(-1, (2, 2, -1)).transpose(-4, -3).flatten(-5, -4).flatten(-3, -2))

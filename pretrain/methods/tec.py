@@ -116,18 +116,18 @@ class TEC(Method):
         return functools.partial(sample_random_mask, grid=grid, count=count, pr_mim=self.pr_mim)
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, detached and unweighted: `features` and, if predicted, `attention`."""
+        """The loss of a batch and its terms, unweighted: `loss_features` and, if predicted, `loss_attention`."""
         patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
         prediction, *queries_keys = self._predict(patches, **mask_indices)
         if not queries_keys:
             truth = self.target.ground_truth(images, patches)
             loss = self.target.loss(prediction, gather_tokens(truth, masked))
-            return {"loss": loss, "features": loss.detach()}
+            return {"loss": loss, "loss_features": loss.detach()}
         truth, rows, logits = self.target.with_attention(images, self.config.num_queries)
         features = self.target.loss(prediction, gather_tokens(truth, masked))
         attention = attention_loss(queries_keys[0], rows, logits, self.config.temperature)
         loss = features + self.config.attention_weight * attention
-        return {"loss": loss, "features": features.detach(), "attention": attention.detach()}
+        return {"loss": loss, "loss_features": features.detach(), "loss_attention": attention.detach()}
 
     def _predict(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> list[Tensor]:
         """(B, N, P) uint8 patches -> features of the masked ones (B, M, D), and queries and keys (B, 1+N, 2D)."""

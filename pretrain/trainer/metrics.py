@@ -23,7 +23,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
-        """What a method returned for one micro-batch of this rank: `loss`, and its terms where it has several."""
+        """What a method returned for one micro-batch of this rank: `loss`, and what else it wants logged, by name."""
         for name, value in losses.items():
             value = value.detach().double()
             self._losses[name] = self._losses[name] + value if name in self._losses else value
@@ -51,7 +51,7 @@ class Meter:
         named = {name: mean / world for name, mean in zip(self._losses, means, strict=True)}
         return {
             "loss": named.pop("loss"),
-            **{f"loss_{name}": mean for name, mean in named.items()},
+            **named,
             "images_per_s": self._images / seconds,
             "step_s": seconds / self._steps,
             "data_wait": wait / world,

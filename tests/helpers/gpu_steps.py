@@ -22,6 +22,7 @@ LEARNED = {"position": "learned", "registers": 2}
 LOMAR = {"name": "lomar", "num_windows": 2}
 SIMMIM = {"name": "simmim", "mask_patch_size": 16}
 TOKENS = {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32}
+HOG = {"name": "hog", "cell_sizes": [4, 32]}
 ADD_ONS: dict[str, dict[str, Any]] = {
     "pr_mim": {"throw_ratio": 0.3, "kernel_size": 3},
     "lut": {"alpha": 1.0, "hidden_dim": 64},
@@ -46,6 +47,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": SINCOS,
     },
     "lomar-cross": {"method": LOMAR | {"architecture": "asymmetric", "decoder": "cross", **DECODER}, "model": RELATIVE},
+    "mff": {"method": {"name": "mff", "blocks": [1, 2], **DECODER}, "model": SINCOS},
+    "local_mim": {"method": {"name": "local_mim", "blocks": [1, 2], **DECODER}, "model": SINCOS, "target": HOG},
+    "lomar-multiscale": {
+        "method": LOMAR | {"architecture": "multiscale", "blocks": [1, 2], **DECODER},
+        "model": RELATIVE,
+        "target": HOG | {"cell_sizes": [4, 16]},
+    },
 }
 
 
@@ -64,15 +72,15 @@ def cases() -> dict[str, dict[str, Any]]:
 
 def configure(sections: dict[str, Any], precision: str = "bf16", **model: str) -> PretrainConfig:
     """Of 8x10 patches; `model` adds keys to its section."""
-    return PretrainConfig.model_validate(
-        {
-            "name": "step",
-            "data": {"shards": "unused", "image_size": [128, 160]},
-            "train": {"global_batch_size": BATCH, "epochs": 100, "precision": precision},
-            **sections,
-            "model": {"arch": "vit_tiny", **sections["model"], **model},
-        }
-    )
+    keys = {
+        "name": "step",
+        "data": {"shards": "unused", "image_size": [128, 160]},
+        "train": {"global_batch_size": BATCH, "epochs": 100, "precision": precision},
+        **sections,
+        "model": {"arch": "vit_tiny", **sections["model"], **model},
+    }
+    with patch.dict(vit.ARCHS, vit_tiny=ARCH):  # keys that number the encoder's blocks are checked against it
+        return PretrainConfig.model_validate(keys)
 
 
 class Step(NamedTuple):

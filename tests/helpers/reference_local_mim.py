@@ -108,7 +108,7 @@ def local_mim_loss(
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask_indices: `masked` and `kept` (B, ...), or (B, W, ...) with `positions` (B, W, L) of windows.
+        mask_indices: `visible`, `masked` and `kept` (B, ...), or (B, W, ...) with `positions` (B, W, L) of windows.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns, rows = images.shape[2] // patch, images.shape[1] // patch
@@ -118,12 +118,10 @@ def local_mim_loss(
     for b, image in enumerate(images):
         found = [hog(image, size, bins) for size in sizes]
         for w, window in enumerate(windows[b].tolist()):
-            masked, kept = (
-                mask_indices[name][b].reshape(windows.shape[1], -1)[w].tolist() for name in ("masked", "kept")
-            )
+            names = ("visible", "masked", "kept")
+            visible, masked, kept = (mask_indices[name][b].reshape(len(windows[b]), -1)[w].tolist() for name in names)
             patches = [divmod(position, columns) for position in window]
             grid = (patches[-1][0] - patches[0][0] + 1, patches[-1][1] - patches[0][1] + 1)
-            visible = [i for i in range(len(window)) if i not in masked]
             streams = hidden_streams(image, patches, visible, blocks, weights, heads)
             for s, (class_token, encoded) in enumerate(streams):
                 name, ratio = f"predictor.decoders.{s}", patch / sizes[s]

@@ -80,7 +80,7 @@ def test_each_term_is_reported_and_weighted(name: str):
     model = build(setting(name))
     result = model(random_images(model), random_mask_indices(model))
     terms = {key: value for key, value in result.items() if key != "loss"}
-    expected = {key for key, factor in zip(("mae", "cross", "in"), SETTINGS[name], strict=True) if factor}
+    expected = {f"loss_{key}" for key, factor in zip(("mae", "cross", "in"), SETTINGS[name], strict=True) if factor}
     assert terms.keys() == expected
     assert not any(term.requires_grad for term in terms.values())
     torch.testing.assert_close(sum(terms.values()), result["loss"].detach())
@@ -121,8 +121,8 @@ def test_the_losses_do_not_depend_on_patches_visible_in_both_views(monkeypatch: 
 
     assert after_changing(visible) == before
     other = after_changing(masked)
-    assert other["mae"] != before["mae"]
-    assert other["in"] != before["in"]
+    assert other["loss_mae"] != before["loss_mae"]
+    assert other["loss_in"] != before["loss_in"]
 
 
 @pytest.mark.parametrize("decoder", ["transformer", "average", "conv"])
@@ -198,7 +198,7 @@ def test_the_cross_view_loss_alone_collapses_and_the_in_view_loss_prevents_it():
     collapsed_similarity, collapsed_variance = _spread(c, images, new_masks)
     assert collapsed_similarity > 0.95, "all patches of all images have one vector"
     assert collapsed_variance < 0.1 * variance
-    assert c(images, new_masks)["cross"] < 1e-3
+    assert c(images, new_masks)["loss_cross"] < 1e-3
     assert _pixel_error(c, images, new_masks) > 0.95 * error, "and nothing is reconstructed"
 
 

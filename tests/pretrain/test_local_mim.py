@@ -78,14 +78,20 @@ WINDOWS |= {"blocks": [1, 2, 4], "decoder_embed_dim": 8, "decoder_depth": 1, "de
 WINDOWS |= {"target": {"name": "hog", "cell_sizes": [1, 2, 4], "bins": 2}}
 
 
-@pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("pr_mim", [None, PRMIMConfig(throw_ratio=0.3, kernel_size=3)])
+@pytest.mark.parametrize(
+    ("keys", "relative", "pr_mim"),
+    [
+        ({}, False, None),
+        ({}, True, PRMIMConfig(throw_ratio=0.3, kernel_size=3)),
+        ({"predict_ratio": 0.4, "window_sampling": "complementary"}, True, None),
+    ],
+)
 def test_on_lomars_windows_it_equals_the_reference(
-    relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any], relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
 ):
     """The histograms are those of the image: gradients at a window's border are not of a border."""
     assert_equals_reference(
-        lambda: tiny_method(WINDOWS, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
+        lambda: tiny_method(WINDOWS | keys, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
     )
 
 
@@ -116,7 +122,7 @@ def test_the_recipes_count_as_the_paper():
         (["method.blocks=null"], r"multiscale with method\.blocks=None: .* to multiscale and \[2, 4, 12\]"),
         (["method.architecture=simple"], r"simple with method\.blocks=\[2, 4, 12\]: .* or neither"),
         (["target.cell_sizes=[4, 8]"], "belong together: give one size for each block"),
-        (["target.cell_sizes=[4, 8, 32]"], "of a window are halved repeatedly, so take of 2, 4, 8, 16"),
+        (["target.cell_sizes=[4, 8, 32]"], r"one of 2, 4, 8, 16 for patches of 16 pixels in windows: .*=\[4, 8, 16\]"),
         (["target.name=pixels"], r"not target\.name=pixels: set target\.name=hog target\.cell_sizes=\[4, 8, 16\]"),
         (["method.mask_token_block=8"], r"architecture=multiscale never does: set method\.mask_token_block=0"),
     ],
@@ -133,7 +139,7 @@ def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
             ["method.blocks=[2, 4, 10, 13]"],
             r"\[2, 4, 10, 13\] must ascend, from 1 on, to 12, the last block of vit_base",
         ),
-        (["method.blocks=[2, 4, 10, 11]"], r"method\.blocks=\[2, 4, 10, 12\]"),
+        (["method.blocks=[2, 4, 10, 11]"], r"set for example method\.blocks=\[2, 4, 11, 12\]"),
         (["method.blocks=[0, 4, 10, 12]"], "must ascend, from 1 on"),
         (["method.blocks=[4, 2, 10, 12]"], "must ascend, from 1 on"),
         (["model.arch=vit_large"], r"set for example method\.blocks=\[2, 4, 22, 24\]"),
@@ -141,11 +147,14 @@ def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
             ["method.blocks=[4, 12]"],
             r"target\.cell_sizes=\[4, 8, 16, 32\] belong together: give one size for each block",
         ),
-        (["target.cell_sizes=[4, 8, 16, 48]"], r"has 48, which neither divides model\.patch_size=16"),
-        (["model.patch_size=14"], "take of 1, 2, 7, 14, 28"),
+        (
+            ["target.cell_sizes=[4, 8, 16, 48]"],
+            r"48\] must each be one of .* set target\.cell_sizes=\[4, 8, 16, 32\]",
+        ),
+        (["model.patch_size=14"], r"set target\.cell_sizes=\[7, 7, 14, 28\]"),
         (
             ["model.patch_size=14", "method.blocks=[2, 6, 12]", "target.cell_sizes=[2, 7, 14]"],
-            r"patches of 14 pixels are halved repeatedly, so take of 7, 14, 28",
+            r"must each be one of 7, 14, 28 for patches of 14 pixels: set target\.cell_sizes=\[7, 7, 14\]",
         ),
         (["data.image_size=240"], r"the grid of 15x15 patches is odd: leave 32 out, or set data\.image_size"),
         (["target.name=pixels"], r"predicts hog, not target\.name=pixels"),

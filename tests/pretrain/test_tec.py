@@ -83,7 +83,7 @@ def test_it_learns_one_batch(pr_mim: PRMIMConfig | None):
     before, losses = model(images, mask_indices), train(model, images, mask_indices, steps=40)
     after = model(images, mask_indices)
     assert losses[-1] < 0.9 * losses[0]
-    for term in ("features", "attention"):
+    for term in ("loss_features", "loss_attention"):
         assert after[term] < before[term]
 
 

@@ -12,6 +12,7 @@ Shapes: B images of R x C cells, N patches, M of them predicted, n bins.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -47,15 +48,21 @@ class HOGConfig(TargetConfig):
         for size in self.cell_sizes:
             if size < 1 or (patch_size % size and size != 2 * patch_size):
                 fits = [cell for cell in range(1, patch_size + 1) if patch_size % cell == 0] + [2 * patch_size]
+                nearest = [nearest_size(cell, fits) for cell in self.cell_sizes]
                 raise ValueError(
                     f"target.cell_sizes has {size}, which neither divides model.patch_size={patch_size} nor is twice "
-                    f"it: take of {', '.join(map(str, fits))}"
+                    f"it: set target.cell_sizes={nearest}"
                 )
             if size > patch_size and (grid[0] % 2 or grid[1] % 2):
                 raise ValueError(
                     f"target.cell_sizes has {size}, cells of 2x2 patches, and the grid of {grid[0]}x{grid[1]} patches "
                     f"is odd: leave {size} out, or set data.image_size to a multiple of {size}"
                 )
+
+
+def nearest_size(size: int, fits: Sequence[int]) -> int:
+    """That of `fits` whose ratio to `size` is nearest to one."""
+    return min(fits, key=lambda fit: max(fit / max(size, 1), size / fit))
 
 
 class CellScale(NamedTuple):
