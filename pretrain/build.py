@@ -11,7 +11,7 @@ from pretrain.methods.lut import LUT, Teacher
 from pretrain.methods.targets import build_target
 from pretrain.methods.targets.features import EMAConfig, EncoderTeacher, FeatureTarget, FeatureTeacher, TeacherConfig
 from pretrain.models.vit import ViT
-from pretrain.probe import Probe
+from pretrain.probe.in_training import Probe
 from pretrain.trainer.ema import EMA, NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation

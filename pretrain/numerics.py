@@ -18,6 +18,7 @@ from torch.utils._triton import has_triton
 from data.draw import MASKS
 from pretrain.config import PretrainConfig
 from pretrain.methods.targets import PatchTarget
+from pretrain.models.cross_decoder import CrossBlock
 from pretrain.models.sdpa import set_deterministic
 from pretrain.models.vit import ARCHS, Block, PatchEmbed, ViT
 from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_PREFIX_TOKENS, MAX_WINDOW_SIZE, worst_error
@@ -170,7 +171,7 @@ def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
         if isinstance(part, ViT):
             part.window_kernel = numerics.attention == "triton"
             part.residual_dtype = torch.bfloat16 if numerics.residual == "bf16" else None
-        if numerics.compile and isinstance(part, Block | PatchEmbed):
+        if numerics.compile and isinstance(part, Block | CrossBlock | PatchEmbed):
             part.compile(dynamic=False, options=options)  # one graph for all blocks of a shape
         target = getattr(part, "target", None)
         if numerics.compile and isinstance(target, PatchTarget):

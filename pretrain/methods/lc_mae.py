@@ -79,10 +79,12 @@ class LCMAE(MAE):
             super().check(grid, model)
             if not self.w_mae + self.w_cross + self.w_in:
                 raise ValueError("method.w_mae, method.w_cross and method.w_in are all 0: nothing is learned")
-            if self.w_in and self.count_patches(grid, model.patch_size)[1] < 2:
+            patches, masked = self.count_patches(grid, model.patch_size)
+            if self.w_in and (self.num_predicted(patches) or masked) < 2:
+                key = "mask_ratio" if self.predict_ratio is None else "predict_ratio"
                 raise ValueError(
                     f"method.w_in={self.w_in:g} compares pairs of masked patches, and there is one: "
-                    f"raise method.mask_ratio={self.mask_ratio}"
+                    f"raise method.{key}={getattr(self, key)}"
                 )
             if self.w_cross and self.mask_type == "grid":
                 raise ValueError(

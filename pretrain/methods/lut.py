@@ -90,7 +90,9 @@ def sample_masks(
     masked = np.ones((one["visible"].size // one["visible"].shape[-1], grid[0] * grid[1]), dtype=bool)
     np.put_along_axis(masked, np.atleast_2d(one["visible"]), False, axis=1)
     other = build_mask_indices(rng, disjoint_mask(rng, masked, grid, cell), pr_mim, grid[1])
-    two = one | {name: array.reshape(one[name].shape) for name, array in other.items()}
+    # Where only part of the masked patches is predicted, as many of the second view, in which none is.
+    other = {name: array[:, : one[name].shape[-1]].reshape(one[name].shape) for name, array in other.items()}
+    two = one | other
     return {name: np.stack([one[name], two[name]]) for name in one}
 
 

@@ -4,7 +4,8 @@
 three settings: which mask tokens enter the encoder (all, or PR-MIM's kept ones), before which block they enter (0, or
 later), and how the tokens that never entered are computed (PR-MIM's spatial aggregation).
 
-`AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE.
+`AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE and
+CrossMAE.
 
 `PredictorMethod` is what methods on whole images share, which differ in masks, predictor and default target.
 
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices
+from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import Position
-from pretrain.models.decoder import Decoder
 from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.relative_position import pair_buckets, pair_offsets
-from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
+from pretrain.models.vit import ARCHS, ViT, init_weights
 from pretrain.models.window_attention import window_tokens
 from pretrain.trainer.config import ModelConfig
 
@@ -150,16 +151,15 @@ class AsymmetricPredictor(nn.Module):
         encoder: determines width and kind of position.
         grid: rows and columns of a sequence: a window's, or the image's.
         num_outputs: values predicted for each masked patch.
-        arch: the decoder's.
+        config: the decoder's keys.
         pr_mim: the add-on's settings.
     """
 
     buckets: Tensor
 
-    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, arch: Arch, pr_mim: PRMIMConfig | None):
+    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, config: DecoderConfig, pr_mim: PRMIMConfig | None):
         super().__init__()
-        aggregation, prefix = build_aggregation(pr_mim, arch, grid), encoder.num_prefix_tokens
-        self.decoder = Decoder(encoder.arch.dim, arch, grid, num_outputs, aggregation, num_prefix_tokens=prefix)
+        self.config, self.decoder = config, build_decoder(config, encoder, grid, num_outputs, pr_mim)
         self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
 
     def forward(
@@ -172,9 +172,11 @@ class AsymmetricPredictor(nn.Module):
         positions: Tensor,
         num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        encoded = encoder(encoder.patch_embed(patches), token_position(encoder, self.buckets, positions, visible))
-        first, prefix = slice(num_predicted), encoder.num_prefix_tokens
-        return self.decoder(encoded[first], visible[first], masked[first], kept[first]), encoded[:, prefix:]
+        position = token_position(encoder, self.buckets, positions, visible)
+        encoded = encode(encoder, encoder.patch_embed(patches), position, self.config)
+        first = slice(num_predicted)
+        prediction = self.decoder(encoded[..., first, :, :], visible[first], masked[first], kept[first])
+        return prediction, encoded_patches(encoder, encoded, visible.shape[1])
 
 
 class PredictorMethod(LUTMethod):

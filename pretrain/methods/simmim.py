@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from pretrain.methods.base import MaskSampler, MethodConfig
-from pretrain.methods.masking import Grid, cell_masked
+from pretrain.methods.masking import Grid, cell_masked, check_cells, count_cell_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import Predictor, PredictorMethod
 from pretrain.methods.targets import PatchTarget, PixelsConfig
@@ -42,23 +42,11 @@ class SimMIM(PredictorMethod):
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
             """Patches of an image, and those in ceil(squares * ratio) squares."""
-            side = self.mask_patch_size // patch_size
-            cells = math.prod(grid) // side**2
-            return math.prod(grid), math.ceil(cells * self.mask_ratio) * side**2
+            return math.prod(grid), count_cell_masked(grid, self.mask_patch_size // patch_size, self.mask_ratio)
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
-            patch_size = model.patch_size
-            side = self.mask_patch_size // patch_size
-            if self.mask_patch_size % patch_size or not side or grid[0] % side or grid[1] % side:
-                height, width = grid[0] * patch_size, grid[1] * patch_size
-                divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
-                nearest = min((n * patch_size for n in divisors), key=lambda size: abs(size - self.mask_patch_size))
-                raise ValueError(
-                    f"method.mask_patch_size={self.mask_patch_size} must be a multiple of model.patch_size="
-                    f"{patch_size} that divides the image of {height}x{width} pixels: set "
-                    f"method.mask_patch_size={nearest}"
-                )
-            patches, masked = self.count_patches(grid, patch_size)
+            check_cells(self.mask_patch_size, model.patch_size, grid)
+            patches, masked = self.count_patches(grid, model.patch_size)
             if masked >= patches:
                 raise ValueError(f"method.mask_ratio={self.mask_ratio} leaves no patch visible: lower it")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.relative_position import NUM_BUCKETS, pad_keys
-from pretrain.models.sdpa import fused_attention
+from pretrain.models.sdpa import aligned, fused_attention
 from pretrain.models.window_attention import WindowTokens, window_attention
 
 # Of all pairs of tokens: buckets, or what the window kernel reads instead, or a bias that is already looked up.
@@ -71,7 +71,10 @@ class RelativeBias(nn.Module):
     def forward(self, buckets: Tensor) -> Tensor:
         """(B or 1, H, L, L), to be added to the logits, of `offset_buckets` (L, L) or `pair_offsets` (B, L, L)."""
         buckets = buckets[None] if buckets.ndim == 2 else buckets
-        return F.embedding(buckets, self.relative_position_bias_table).permute(0, 3, 1, 2)
+        bias = F.embedding(buckets, self.relative_position_bias_table).permute(0, 3, 1, 2)
+        if len(bias) == 1 or not (bias.is_cuda and torch.is_autocast_enabled("cuda")):
+            return bias
+        return aligned(bias.to(torch.get_autocast_dtype("cuda")))  # or each block would keep a copy
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -26,7 +26,8 @@ from pretrain.build import build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
-from pretrain.models.vit import Block
+from pretrain.models.cross_decoder import CrossBlock
+from pretrain.models.vit import Block, LayerScale
 
 SIZES = (2, 3)  # of the traced batches: what a step has once, not for each image, is told apart by their difference
 
@@ -42,6 +43,9 @@ class BlockCall:
         relative: whether position is contextual and relative.
         encoder: whether it is a block of the encoder, which `model.grad_checkpointing` recomputes.
         backward: whether there is a backward pass; a teacher has none.
+        bias: whether a bias that all blocks share is added to the logits.
+        layer_scale: whether what the block adds is scaled.
+        context, context_dim: number and width of the other tokens that these attend to, if not to each other.
     """
 
     sequences: float
@@ -52,6 +56,10 @@ class BlockCall:
     relative: bool
     encoder: bool
     backward: bool
+    context: int = 0
+    context_dim: int = 0
+    bias: bool = False
+    layer_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,11 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
         if isinstance(block, Block):
             encoder = "encoder.blocks." in name
             block.forward = functools.partial(_record, block, encoder, calls)  # type: ignore[method-assign]
-            inside.update(block.modules())
+        elif isinstance(block, CrossBlock):
+            block.forward = functools.partial(_record_cross, block, calls)  # type: ignore[method-assign]
+        else:
+            continue
+        inside.update(block.modules())
     for other in module.modules():
         if other not in inside:
             for key, parameter in other._parameters.items():
@@ -164,11 +176,32 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
                     other._parameters[key] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
 
 
-def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, *_: Any) -> Tensor:
+def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, position: Any = None) -> Tensor:
     sequences, tokens, dim = x.shape
     relative, backward = block.attn.rpe_k is not None, torch.is_grad_enabled()
-    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward)] += 1
+    more: Any = {"bias": not relative and position is not None, "layer_scale": isinstance(block.ls1, LayerScale)}
+    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward, **more)] += 1
     return x
+
+
+def _record_cross(block: CrossBlock, calls: Counter[BlockCall], x: Tensor, context: Tensor) -> Tensor:
+    sequences, tokens, dim = x.shape
+    heads, backward = block.cross_attn.heads, torch.is_grad_enabled()
+    calls[BlockCall(sequences, tokens, dim, heads, 1, False, False, backward, *context.shape[1:])] += 1
+    return _DependOn.apply(x, context)
+
+
+class _DependOn(torch.autograd.Function):
+    """`x`, whose backward pass reaches the context as well, with zeros that take no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: Tensor) -> Tensor:
+        ctx.shape = context.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_zeros(1).expand(ctx.shape)
 
 
 def _draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -84,8 +84,6 @@ def test_an_unknown_key_is_an_error(tmp_path: Path):
 @pytest.mark.parametrize(
     ("key", "why"),
     [
-        ("register_tokens", "register tokens"),
-        ("reg_token", "register tokens"),
         ("dist_token", "distillation"),
         ("blocks.0.mlp.w12.weight", "gated MLP"),
         ("blocks.0.attn.q_norm.weight", "queries and keys"),
@@ -163,7 +161,7 @@ def test_another_kind_of_position_names_both(make: str, found: str, tmp_path: Pa
 
 def test_two_kinds_of_position_or_none_are_refused(tmp_path: Path):
     both = originals.beit(use_rel_pos_bias=True, use_abs_pos_emb=True)
-    refused(save(both.state_dict(), tmp_path), "rpe_bias and pos_embed positions")
+    refused(save(both.state_dict(), tmp_path), "relative_position_bias_table and pos_embed positions")
     refused(save(originals.vit(pos_embed="none").state_dict(), tmp_path), "has no positions")
 
 

@@ -44,7 +44,9 @@ def test_a_teacher_is_read_and_gets_as_many_patches_as_the_encoder(teacher_file:
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     found = FeatureTarget(config, 16, teacher).ground_truth(images, images)
     pixels = F.interpolate(images.movedim(-1, 1).float(), (28, 28), mode="bicubic", antialias=True).clamp(0, 255)
-    tokens = features(teacher.encoder, normalize_pixels(pixels.movedim(1, -1)).movedim(-1, 1), block=TINY.depth)[:, 1:]
+    tokens = features(teacher.encoder, normalize_pixels(pixels.movedim(1, -1)).movedim(-1, 1), blocks=(TINY.depth,))[
+        :, 1:
+    ]
     torch.testing.assert_close(found, standardize_over_patches(tokens))
 
 

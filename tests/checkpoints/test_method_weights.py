@@ -31,6 +31,8 @@ LOMAR = {
     "model": {"arch": "vit_tiny", "patch_size": 4},
 }
 SIMMIM = {"method": {"name": "simmim", "mask_patch_size": 4}, "model": {"arch": "vit_tiny", "patch_size": 4}}
+AS_TRAINED = {**SIMMIM, "model": SIMMIM["model"] | {"position": "bias", "layer_scale": 0.1, "registers": 1}}
+LEARNED = {**MAE, "model": MAE["model"] | {"position": "learned"}}
 BEIT = {
     "method": "beit",
     "model": {"arch": "vit_tiny", "patch_size": 4},
@@ -156,7 +158,11 @@ def test_a_file_of_the_lomar_authors_fills_head_and_mask_token(tmp_path: Path):
     assert "predictor.head.bias is missing in the file" in lines["predictor.head"], "this file has none"
 
 
-@pytest.mark.parametrize("sections", [MAE, LOMAR, SIMMIM, BEIT], ids=["mae", "lomar", "simmim", "beit"])
+@pytest.mark.parametrize(
+    "sections",
+    [MAE, LEARNED, LOMAR, SIMMIM, AS_TRAINED, BEIT],
+    ids=["mae", "mae-learned", "lomar", "simmim", "simmim-as-trained", "beit"],
+)
 def test_a_run_fills_every_method_whole(sections: dict[str, Any], tmp_path: Path):
     source, method = build(sections), build(sections, seed=1)
     checkpoint = write_run(source, sections, tmp_path)
@@ -231,8 +237,11 @@ def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeyp
         load_method(method, tmp_path / "mae.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     path, _ = originals.simmim(tmp_path)
-    with pytest.raises(ValueError, match="a learned bias for each pair of positions"):
+    with pytest.raises(ValueError, match=r"set model\.arch=vit_tiny and model\.position=bias, or"):
         load_method(method, path)
+    registers = build({**MAE, "model": MAE["model"] | {"registers": 2}})
+    with pytest.raises(ValueError, match=r"set model\.registers=0, or start"):
+        load_method(registers, tmp_path / "mae.pth")
     with pytest.raises(ValueError, match=r"only 14 and 16 can be exchanged; set model\.\* to match it"):
         load_method(build({**MAE, "model": MAE["model"] | {"patch_size": 6}}), tmp_path / "mae.pth")
 

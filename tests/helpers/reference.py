@@ -257,9 +257,12 @@ def transformer(
 
 def transformer_decoder(
     prefix: list[Tensor], encoded: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights,
-    heads: int, name: str = "decoder",
+    heads: int, name: str = "decoder", fill: bool = True,
 ) -> dict[int, Tensor]:  # fmt: skip
-    """The prefix tokens, the encoded tokens and mask tokens where they are kept; the prediction of every patch."""
+    """The prefix tokens, the encoded tokens and mask tokens where they are kept; the prediction of every patch.
+
+    Without `fill`, of the patches that got a token alone.
+    """
     narrow = {i: linear(x, weights, f"{name}.embed") for i, x in encoded.items()}
     if f"{name}.mask_token" in weights:
         narrow |= dict.fromkeys(kept, weights[f"{name}.mask_token"][0, 0])
@@ -270,7 +273,7 @@ def transformer_decoder(
     for n in range(depth):
         tokens = block(tokens, None, weights, f"{name}.blocks.{n}", heads)
     decoded = dict(zip(entered, tokens[len(prefix) :], strict=True))
-    if len(decoded) < grid[0] * grid[1]:
+    if fill and len(decoded) < grid[0] * grid[1]:
         decoded = aggregate(decoded, grid[1], grid[0], weights, f"{name}.aggregation", heads)
     return {i: linear(layer_norm(x, weights, f"{name}.norm"), weights, f"{name}.pred") for i, x in decoded.items()}
 

@@ -21,6 +21,7 @@ from helpers.reference import (
     transformer,
     transformer_decoder,
 )
+from helpers.reference_cross import cross_predict
 
 Error = Callable[[Tensor, Tensor, int], Tensor]  # (prediction, image, position of the patch) -> its error
 
@@ -71,7 +72,7 @@ def mae_loss(
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask_indices: `masked` (B, M) and `kept` (B, K) grid positions.
+        mask_indices: `visible` (B, V), `masked` (B, M) and `kept` (B, K) grid positions.
         weights: the state dict of `MAE`, in float64; with `mask_tokens` they enter the encoder.
         heads, decoder_heads: of the encoder and the decoder.
         error: of a prediction.
@@ -80,11 +81,18 @@ def mae_loss(
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = images.shape[1] // patch, images.shape[2] // patch
     errors = []
-    for image, masked, kept in zip(images, mask_indices["masked"].tolist(), mask_indices["kept"].tolist(), strict=True):
-        visible = [i for i in range(grid[0] * grid[1]) if i not in masked]
+    for b, image in enumerate(images):
+        visible, masked, kept = (mask_indices[name][b].tolist() for name in ("visible", "masked", "kept"))
+        if "decoder.blocks.0.cross_attn.q.weight" in weights:
+            patches = [divmod(i, grid[1]) for i in range(grid[0] * grid[1])]
+            predicted = cross_predict(image, patches, visible, kept, grid, weights, heads, decoder_heads, "decoder")
+            errors += [error(predicted[i], image, i) for i in masked]
+            continue
         mask_tokens = kept if "mask_tokens.token" in weights else None
         prefix, encoded = encode(image, visible, weights, heads, mask_tokens, fused)
-        predicted = transformer_decoder(prefix, encoded, kept, grid, weights, decoder_heads)
+        predicted = transformer_decoder(
+            prefix, encoded, kept, grid, weights, decoder_heads, fill=len(kept) < len(masked)
+        )
         errors += [error(predicted[i], image, i) for i in masked]
     return sum(errors) / len(errors)
 

@@ -46,10 +46,9 @@ def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]
 
 def configure(recipe: str, *overrides: str) -> PretrainConfig:
     """Without a warm-up, whose first learning rate is 0: every update moves the weights."""
-    return load(
-        recipe,
-        [f"train.global_batch_size={BATCH}", f"checkpoint.every_steps={MIDDLE}", "optim.warmup_epochs=0", *overrides],
-    )
+    keys = [f"train.global_batch_size={BATCH}", f"checkpoint.every_steps={MIDDLE}", "optim.warmup_epochs=0"]
+    with SMALL:  # keys that number the encoder's blocks are checked against it
+        return load(recipe, [*keys, *overrides])
 
 
 def build_small(config: PretrainConfig) -> Any:

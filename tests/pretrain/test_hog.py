@@ -71,7 +71,7 @@ def test_brightness_and_contrast_are_not_predicted():
 
 
 def test_many_images_are_taken_in_parts_with_equal_results():
-    images = random_images(_IMAGES_AT_ONCE + 3)
+    images = random_images(_IMAGES_AT_ONCE["cpu"] + 3)
     target = build_target(HOGConfig(cell_sizes=(4,)), GRID, PATCH_SIZE)
     whole = target.ground_truth(images, patchify(images, PATCH_SIZE))
     alone = [target.ground_truth(image[None], image[None]) for image in images]

@@ -73,6 +73,29 @@ def test_every_depth_learns_from_its_own_size_alone():
         assert [bool(block.norm1.weight.grad.any()) for block in model.encoder.blocks] == [n <= size for n in range(4)]
 
 
+WINDOWS = {"name": "lomar", "num_windows": 2, "window_size": 3, "mask_ratio": 0.6, "architecture": "multiscale"}
+WINDOWS |= {"blocks": [1, 2, 4], "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+WINDOWS |= {"target": {"name": "hog", "cell_sizes": [1, 2, 4], "bins": 2}}
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("pr_mim", [None, PRMIMConfig(throw_ratio=0.3, kernel_size=3)])
+def test_on_lomars_windows_it_equals_the_reference(
+    relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The histograms are those of the image: gradients at a window's border are not of a border."""
+    assert_equals_reference(
+        lambda: tiny_method(WINDOWS, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
+    )
+
+
+def test_windows_are_reconstructed():
+    model = tiny_method(WINDOWS, (4, 4), PATCH_SIZE, arch=DEEP)
+    shown = model.reconstruct(random_images(model), random_mask_indices(model))
+    assert list(shown) == ["original", "framed", "window", "masked", "edges", "predicted edges"]
+    assert shown["predicted edges"].shape == (2, 12, 12, 3)
+
+
 RECIPE = "local_mim_vitb16_224_1600e"
 
 
@@ -84,6 +107,23 @@ def test_the_recipes_count_as_the_paper():
     large = load("local_mim_vitl16_224_800e", ["data.shards=none"])
     assert large.method.blocks == (2, 4, 22, 24)
     assert large.target.bins == 18
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method.blocks=[2, 4, 6]"], "must ascend, from 1 on, to 12"),
+        (["method.blocks=null"], r"multiscale with method\.blocks=None: .* to multiscale and \[2, 4, 12\]"),
+        (["method.architecture=simple"], r"simple with method\.blocks=\[2, 4, 12\]: .* or neither"),
+        (["target.cell_sizes=[4, 8]"], "belong together: give one size for each block"),
+        (["target.cell_sizes=[4, 8, 32]"], "of a window are halved repeatedly, so take of 2, 4, 8, 16"),
+        (["target.name=pixels"], r"not target\.name=pixels: set target\.name=hog target\.cell_sizes=\[4, 8, 16\]"),
+        (["method.mask_token_block=8"], r"architecture=multiscale never does: set method\.mask_token_block=0"),
+    ],
+)
+def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
+    with pytest.raises(ValueError, match=says):
+        load("lomar_multiscale_vitb16_224_400e", ["data.shards=none", *overrides])
 
 
 @pytest.mark.parametrize(
