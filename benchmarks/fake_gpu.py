@@ -18,12 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
 from data.decode import CHANNELS
-from pretrain.build import build_ema, build_method
+from pretrain.build import build_ema, build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
+from pretrain.methods.targets.features import EMAConfig, FeatureTarget, TeacherConfig
 from pretrain.models import patches, sdpa, window_attention
 from pretrain.models.vit import ARCHS
+from pretrain.reconstructions import drawn_method
 from pretrain.trainer.ema import NoEMA
 
 GPU = torch.device("cuda", 0)
@@ -43,9 +45,9 @@ class _Uninitialized(TorchFunctionMode):
 def build(config: PretrainConfig) -> tuple[Method | LUT, NoEMA]:
     """A method and its teacher, if it has one, on the fake GPU."""
     with _Uninitialized():
-        method = build_method(config)
+        method = build_method(config, untrained_teacher(config))
         ema = build_ema(config, method, torch.device("cpu"))
-    for module in (method, ema.model):
+    for module in dict.fromkeys((method, ema.model, feature_teacher(method))):
         if module is not None:
             _replace_tensors(module)
     return method, ema
@@ -121,7 +123,8 @@ def count(config: PretrainConfig, window_kernel: bool = False) -> Count:
     difference that the second makes stands for the others. A teacher's operations count as a third, since they have no
     backward pass. The window kernel's are not counted: ask for them without it.
     """
-    if getattr(config.method, "blocks", None):  # they are named one by one, so none can be left out
+    if getattr(config.method, "blocks", None) or isinstance(config.target, TeacherConfig | EMAConfig):
+        # Blocks are named one by one, or counted from the last, so none can be left out.
         return _count_image(config, (0, ARCHS[config.model.arch].depth), window_kernel)
     late = getattr(config.method, "mask_token_block", 0)
     missing = max(late - 1, 0), ARCHS[config.model.arch].depth - late - 1
@@ -158,4 +161,12 @@ def _count_batch(config: PretrainConfig, method: Method | LUT, ema: NoEMA, batch
             teacher_outputs = ema.model_inputs(images)
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as forward, saved_storages(method) as saved:
             method(images, indices, **teacher_outputs)
-        return Count(teacher.get_total_flops() / 3 + forward.get_total_flops(), sum(saved.values()))
+        total, target = forward.get_total_flops(), drawn_method(method).target
+        if isinstance(target, FeatureTarget):
+            with FlopCounterMode(display=False, custom_mapping=FORMULAS) as features:
+                if getattr(config.method, "attention_weight", 0):  # TEC's
+                    target.with_attention(images, config.method.num_queries)
+                else:
+                    target.ground_truth(images[:, 0] if views else images, images)
+            total -= features.get_total_flops() * 2 / 3
+        return Count(teacher.get_total_flops() / 3 + total, sum(saved.values()))
