@@ -1,6 +1,6 @@
 """What MAE and LoMaR share of a decoder outside of the encoder: its keys, and what it gets from the encoder.
 
-Shapes: G sequences (images or windows), T encoded tokens of each with those in front of the patches, V visible patches,
+Shapes: G sequences (images or windows), T encoded tokens of each with the prefix tokens, V visible patches,
 D the encoder's width, S its residual streams.
 """
 
@@ -86,7 +86,7 @@ def build_decoder(
     return CrossDecoder(dim, arch, grid, num_outputs, aggregation, num_streams=encoder.arch.depth + 1)
 
 
-def encode(encoder: ViT, tokens: Tensor, position: Position | None, config: DecoderConfig) -> Tensor:
+def encode(encoder: ViT, tokens: Tensor, position: Position, config: DecoderConfig) -> Tensor:
     """What the decoder attends to: (G, T, D), or with inter-block attention all residual streams, (S, G, T, D)."""
     if not config.inter_block_attention:
         return encoder(tokens, position)

@@ -11,26 +11,17 @@ import functools
 import math
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from pretrain.methods.base import MaskSampler, MethodConfig
-from pretrain.methods.masking import Grid, check_masked, random_masked
+from pretrain.methods.masking import Grid, check_masked
 from pretrain.methods.multiscale import MultiscalePredictor, check_blocks, check_cells
-from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
+from pretrain.methods.pr_mim import PRMIMConfig, sample_random_mask
 from pretrain.methods.predictor import PredictorMethod
 from pretrain.methods.targets import HOGConfig, PatchTarget, TargetConfig
 from pretrain.models.decoder import check_heads
 from pretrain.models.vit import Arch, ViT
 from pretrain.trainer.config import ModelConfig
-
-
-def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, count: int, pr_mim: PRMIMConfig | None
-) -> dict[str, np.ndarray]:
-    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
-    masked = random_masked(rng, 1, grid[0] * grid[1], count)
-    return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
 
 
 class LocalMIM(PredictorMethod):
@@ -76,4 +67,4 @@ class LocalMIM(PredictorMethod):
     def mask_sampler(self) -> MaskSampler:
         grid = self.encoder.grid
         _, count = self.config.count_patches(grid, self.encoder.patch_size)
-        return functools.partial(sample_masks, grid=grid, count=count, pr_mim=self.pr_mim)
+        return functools.partial(sample_random_mask, grid=grid, count=count, pr_mim=self.pr_mim)

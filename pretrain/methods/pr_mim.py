@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from data.draw import integers, permutations
-from pretrain.methods.masking import Grid, split_positions
+from pretrain.methods.masking import Grid, random_masked, split_positions
 from pretrain.models.aggregation import AggregationKind, SpatialAggregation
 from pretrain.models.vit import Arch
 from pretrain.trainer.schema import Section
@@ -110,6 +110,14 @@ def build_mask_indices(
         masked_positions = random_part(rng, masked_positions, num_predicted)
     kept = choose_kept(rng, masked_positions, pr_mim, masked.shape[1], width) if pr_mim else masked_positions
     return {"visible": visible, "masked": masked_positions, "kept": kept}
+
+
+def sample_random_mask(
+    rng: np.random.Generator, *, grid: Grid, count: int, pr_mim: PRMIMConfig | None
+) -> dict[str, np.ndarray]:
+    """A mask sampler: `count` patches of an image are masked, uniformly. As of `build_mask_indices`, without rows."""
+    masked = random_masked(rng, 1, grid[0] * grid[1], count)
+    return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
 
 
 def choose_kept(

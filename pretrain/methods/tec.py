@@ -21,10 +21,9 @@ from timm.layers import Mlp
 from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
-from pretrain.methods.local_mim import sample_masks
 from pretrain.methods.mae import check_absolute
 from pretrain.methods.masking import Grid, check_masked
-from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
+from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, sample_random_mask
 from pretrain.methods.targets import PatchTarget, TeacherConfig
 from pretrain.methods.targets.features import ClassAttention, EncoderTeacher, FeatureTarget
 from pretrain.models.conditional import EncoderAdapter, SharedDecoder
@@ -114,7 +113,7 @@ class TEC(Method):
     def mask_sampler(self) -> MaskSampler:
         grid = self.encoder.grid
         _, count = self.config.count_patches(grid, self.encoder.patch_size)
-        return functools.partial(sample_masks, grid=grid, count=count, pr_mim=self.pr_mim)
+        return functools.partial(sample_random_mask, grid=grid, count=count, pr_mim=self.pr_mim)
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """The loss of a batch and its terms, detached and unweighted: `features` and, if predicted, `attention`."""

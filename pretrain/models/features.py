@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.models.attention import Position
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
 
@@ -46,7 +47,7 @@ def features(encoder: ViT, images: Tensor, blocks: Sequence[int] = ()) -> Tensor
     return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
 
 
-def embed_image(encoder: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+def embed_image(encoder: ViT, images: Tensor) -> tuple[Tensor, Position | None]:
     """What `encoder` takes for whole images: all of their patches' tokens (B, N, D), and their position.
 
     Arguments and errors as of `features`.

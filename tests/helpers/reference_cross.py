@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helpers.reference import (
     Weights,
+    absolute_position,
     aggregate,
     block,
     cut_patch,
@@ -18,6 +19,7 @@ from helpers.reference import (
     layer_norm,
     linear,
     position_embedding,
+    prefix_tokens,
     relative_buckets,
     target_of,
 )
@@ -26,14 +28,14 @@ from helpers.reference import (
 def encoder_streams(
     image: Tensor, patches: list[tuple[int, int]], visible: list[int], weights: Weights, heads: int
 ) -> list[list[Tensor]]:
-    """The class token and the visible patches before the first block and behind each block."""
+    """The prefix tokens and the visible patches before the first block and behind each block."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
-    tokens = [weights["encoder.cls_token"][0, 0]]
+    tokens, columns = prefix_tokens(weights), image.shape[1] // patch
+    buckets = relative_buckets([patches[i] for i in visible], len(tokens)) if relative else None
     for i in visible:
         token = embed(cut_patch(image, *patches[i], patch), weights)
-        tokens.append(token if relative else token + position_embedding(*patches[i], len(token)))
-    buckets = relative_buckets([patches[i] for i in visible]) if relative else None
+        tokens.append(token if relative else token + absolute_position(*patches[i], columns, token, weights))
     streams = [tokens]
     for n in range(depth_of(weights, "encoder")):
         streams.append(block(streams[-1], buckets, weights, f"encoder.blocks.{n}", heads))
@@ -103,7 +105,7 @@ def cross_predict(
             x = x + linear(hidden, weights, f"{at}.mlp.fc2")
         decoded[i] = x
     if f"{name}.embed.weight" in weights:
-        narrow = [linear(token, weights, f"{name}.embed") for token in contexts[-1][1:]]
+        narrow = [linear(token, weights, f"{name}.embed") for token in contexts[-1][-len(visible) :]]
         decoded |= dict(zip(visible, narrow, strict=True))
         decoded = aggregate(decoded, grid[1], grid[0], weights, f"{name}.aggregation", decoder_heads)
     return {i: linear(layer_norm(x, weights, f"{name}.norm"), weights, f"{name}.pred") for i, x in decoded.items()}

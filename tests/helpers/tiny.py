@@ -75,11 +75,12 @@ def tiny_lomar(
     grad_checkpointing: bool = False,
     arch: vit.Arch = TINY,
     pr_mim: PRMIMConfig | None = None,
+    registers: int = 0,
     **keys: Any,
 ) -> LoMaR:
     """Freshly initialized; `keys` change its section: three windows of 3x3 patches, five of them masked."""
     keys = {"name": "lomar", "num_windows": 3, "window_size": 3, "mask_ratio": 0.6} | keys
-    encoder = {"grad_checkpointing": grad_checkpointing, "arch": arch}
+    encoder = {"grad_checkpointing": grad_checkpointing, "arch": arch, "registers": registers}
     return tiny_method(keys, grid, patch_size, relative, pr_mim, **encoder)
 
 

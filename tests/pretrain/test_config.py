@@ -217,10 +217,11 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
         keys += [f"target.weights={_some_file(tmp_path)}"]
     needed = []
     if arch == "vit_huge":
-        keys += ["model.patch_size=14"]
+        keys += ["model.patch_size=14", *(["data.image_size=252"] if "_256_" in name else [])]
         needed += ["data.image_size=378"] if "_384_" in name else []
         cells = "simmim" in name or name in ("mae_vitb16_448_1600e", "mae_vitl16_448_1600e")
-        needed += ["method.mask_patch_size=28"] if cells else []
+        needed += ["method.mask_patch_size=28"] if cells or name == "pixio_vitb16_256_400e" else []
+        needed += ["method.mask_patch_size=84"] if name == "pixio_vith16_256_400e" else []
     if ("_fast_vitl" in name or "_fast_vith" in name) and ARCHS[arch].depth == 12:
         needed += ["method.mask_token_block=11"]
     for key in needed:
@@ -296,6 +297,13 @@ def test_recipes_of_other_decoders_are_as_published(name: str, decoder: tuple[in
     if "448" in name:
         assert method.count_patches(config.grid, 16) == (784, 588)
         assert (method.mask_type, method.mask_patch_size) == ("cell", 32)
+
+
+def test_pixios_recipe_is_its_script():
+    config = load("pixio_vith16_256_400e", ["data.shards=/nowhere"])
+    assert config.method.count_patches(config.grid, 16) == (256, 192), "of 16 squares of 64 pixels 4 are seen"
+    assert (config.model.registers, config.model.position, config.model.drop_path_rate) == (7, "learned", 0.4)
+    assert (config.peak_lr, config.data.hflip, config.method.decoder_depth) == (pytest.approx(8e-4), 0, 32)
 
 
 def test_drop_path_grows_over_the_blocks_of_the_encoder():
