@@ -77,7 +77,7 @@ def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[s
         source: what was read.
         pixels: that the weights were trained on; None: as `find_pixels` finds.
         wanted: parameters of the encoder to be filled, if it is to be pretrained: of LayerScale, a bias that all blocks
-            share, and the class token's position, those are not folded that it has.
+            share, TEC's adapter and the class token's position, those are not folded that it has.
 
     Raises:
         ValueError: no encoder or several in the file, keys that this project cannot explain or express, or a record
