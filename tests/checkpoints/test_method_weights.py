@@ -213,6 +213,19 @@ def test_lut_takes_the_teacher_of_a_run_and_what_a_method_alone_has(tmp_path: Pa
     assert torch.equal(teacher.encoder.cls_token, alone.encoder.cls_token)
 
 
+def test_a_moving_average_starts_from_that_of_a_run(tmp_path: Path):
+    sections = MAE | {"target": {"name": "ema", "blocks": 2}}
+    source, method = build(sections), build(sections, seed=1)
+    averages = {f"encoder.{name}": tensor + 1 for name, tensor in source.encoder.state_dict().items()}
+    checkpoint = write_run(source, sections, tmp_path, averages)
+    load_method(method, checkpoint)
+    teacher = build_ema(configure(sections), method, torch.device("cpu")).model
+    assert torch.equal(teacher.encoder.cls_token, source.encoder.cls_token)
+    assert "teacher: " in load_teacher(teacher, checkpoint)
+    assert all(torch.equal(tensor, averages[name]) for name, tensor in teacher.state_dict().items())
+    assert method.target.teacher is teacher
+
+
 def test_a_file_of_the_lut_authors_fills_the_teacher_from_its_averages(tmp_path: Path):
     sections = MAE | LUT
     source = build(sections)
