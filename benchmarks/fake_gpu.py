@@ -47,7 +47,7 @@ def build(config: PretrainConfig) -> tuple[Method | LUT, NoEMA]:
     with _Uninitialized():
         method = build_method(config, untrained_teacher(config))
         ema = build_ema(config, method, torch.device("cpu"))
-    for module in (method, ema.model, feature_teacher(method)):
+    for module in dict.fromkeys((method, ema.model, feature_teacher(method))):
         if module is not None:
             _replace_tensors(module)
     return method, ema

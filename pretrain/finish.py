@@ -1,5 +1,6 @@
 """Writes the results of a run: the encoder, the loss curve and reconstructions, by the weights that it has so far."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _draw_training_images(
     run: Run, state: dict[str, Tensor], config: PretrainConfig, index: Index, metrics: list[dict[str, Any]]
 ) -> None:
     """Draws reconstructions of a few training images, in fp32 and without an engine."""
-    method = build_method(config, feature_teacher(run.engine.module))
+    method = build_method(config, copy.deepcopy(feature_teacher(run.engine.module)))  # a copy is not compiled
     method.load_state_dict(state)
     method.to(run.device).eval()
     loader = Loader(

@@ -41,6 +41,7 @@ from downstream.checkpoints.names import (
 from downstream.checkpoints.pixels import IMAGENET, Pixels, find_pixels, fold_pixels
 from downstream.checkpoints.report import Report, group_problems
 from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.models.vit import CLASS_ADAPTER
 
 _UNKNOWN = "unknown"
 _HEAD_NORM = "the norm of a classifier"
@@ -77,7 +78,7 @@ def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[s
         source: what was read.
         pixels: that the weights were trained on; None: as `find_pixels` finds.
         wanted: parameters of the encoder to be filled, if it is to be pretrained: of LayerScale, a bias that all blocks
-            share, and the class token's position, those are not folded that it has.
+            share, TEC's adapter and the class token's position, those are not folded that it has.
 
     Raises:
         ValueError: no encoder or several in the file, keys that this project cannot explain or express, or a record
@@ -92,7 +93,8 @@ def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[s
         share_bias(state, report)
     if not any(name.endswith(SCALE) for name in wanted):
         fold_layer_scale(state, report)
-    fold_adapter(state, report)
+    if CLASS_ADAPTER[0] not in wanted:
+        fold_adapter(state, report)
     kept = [name for name in state if is_kept(name) or name in wanted]
     problems |= {key: _UNKNOWN for name, keys in report.used.items() if name not in kept for key in keys}
     if problems:

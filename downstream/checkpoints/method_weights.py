@@ -127,13 +127,10 @@ def _fill_encoder(encoder: ViT, source: Source) -> Report:
     if differ:
         keys = " and ".join(f"model.{key}={getattr(spec, key)}" for key in differ)
         raise ValueError(f"{path} is another encoder: set {keys}, or start from another file")
-    adapter, encoder.class_adapter = encoder.class_adapter, None  # TEC's: of no file, it stays as it is
     try:
         return fill_encoder(encoder, found)
     except ValueError as error:
         raise ValueError(f"{error}; set model.* to match it, or start from another file") from None
-    finally:
-        encoder.class_adapter = adapter
 
 
 def _fill_parts(state: Mapping[str, Tensor], source: Source, report: Report) -> tuple[list[str], dict[str, str]]:

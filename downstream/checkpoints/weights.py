@@ -34,7 +34,7 @@ from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.features import features as features  # of what is loaded here
-from pretrain.models.vit import ViT
+from pretrain.models.vit import CLASS_ADAPTER, ViT
 
 Size = int | tuple[int, int]
 
@@ -139,7 +139,7 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
 
 
 def _as_pretrained(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> dict[str, str]:
-    """What an encoder that is to be pretrained has and the state does not: one table for all blocks, scales.
+    """What an encoder that is to be pretrained has and the state does not: a table for all blocks, scales, an adapter.
 
     Returns, like `_resize_positions`, what became of which parameter of the state.
     """
@@ -155,6 +155,8 @@ def _as_pretrained(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path:
         if name.endswith(SCALE) and name not in state:
             state[name] = torch.ones_like(wanted[name])
             changed[name] = "the file has none, or in the matrix before it: ones"
+        if name in CLASS_ADAPTER and name not in state:
+            state[name], changed[name] = wanted[name], "the file has none: it stays as it was initialized"
     return changed
 
 

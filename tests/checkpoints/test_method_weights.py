@@ -38,6 +38,7 @@ BEIT = {
     "model": {"arch": "vit_tiny", "patch_size": 4},
     "target": {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32},
 }
+TEC = {**MAE, "method": {"name": "tec", "num_queries": 3, **DECODER}}
 LUT = {"lut": {"hidden_dim": 32}, "train": {"global_batch_size": 2}}
 
 
@@ -234,6 +235,19 @@ def test_lut_takes_the_teacher_of_a_run_and_what_a_method_alone_has(tmp_path: Pa
     assert torch.equal(teacher.encoder.cls_token, alone.encoder.cls_token)
 
 
+def test_a_moving_average_starts_from_that_of_a_run(tmp_path: Path):
+    sections = MAE | {"target": {"name": "ema", "blocks": 2}}
+    source, method = build(sections), build(sections, seed=1)
+    averages = {f"encoder.{name}": tensor + 1 for name, tensor in source.encoder.state_dict().items()}
+    checkpoint = write_run(source, sections, tmp_path, averages)
+    load_method(method, checkpoint)
+    teacher = build_ema(configure(sections), method, torch.device("cpu")).model
+    assert torch.equal(teacher.encoder.cls_token, source.encoder.cls_token)
+    assert "teacher: " in load_teacher(teacher, checkpoint)
+    assert all(torch.equal(tensor, averages[name]) for name, tensor in teacher.state_dict().items())
+    assert method.target.teacher is teacher
+
+
 def test_a_file_of_the_lut_authors_fills_the_teacher_from_its_averages(tmp_path: Path):
     sections = MAE | LUT
     source = build(sections)
@@ -269,10 +283,9 @@ def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeyp
 
 
 def test_the_class_token_of_a_run_of_tec_is_read_behind_its_adapter(tmp_path: Path):
-    sections = {**MAE, "method": {"name": "tec", "num_queries": 3, "decoder_num_heads": 2, "decoder_embed_dim": 8}}
-    method = build_method(configure(sections), EncoderTeacher(build(MAE).encoder))
+    method = build_method(configure(TEC), EncoderTeacher(build(MAE).encoder))
     randomize(method)
-    checkpoint = write_run(method, sections, tmp_path)
+    checkpoint = write_run(method, TEC, tmp_path)
     encoder, report = load_encoder(checkpoint)
     assert encoder.state_dict().keys() == build(MAE).encoder.state_dict().keys()
     assert "behind its adapter's MLP" in str(report)
@@ -284,10 +297,16 @@ def test_the_class_token_of_a_run_of_tec_is_read_behind_its_adapter(tmp_path: Pa
 
 def test_tec_starts_from_an_encoder_with_an_adapter_of_its_own(tmp_path: Path):
     as_mae_file(build(MAE), tmp_path / "mae.pth")
-    sections = {**MAE, "method": {"name": "tec", "num_queries": 3, "decoder_num_heads": 2, "decoder_embed_dim": 8}}
-    method = build_method(configure(sections, 12), EncoderTeacher(build(MAE).encoder))
+    method = build_method(configure(TEC), EncoderTeacher(build(MAE).encoder))
     before = state_of(method)
     load_method(method, tmp_path / "mae.pth")
     changed = {name for name, tensor in method.state_dict().items() if not torch.equal(tensor, before[name])}
     assert "encoder.cls_token" in changed
     assert not any("adapter" in name for name in changed)
+
+
+def test_tec_continues_from_a_run_of_tec_with_all_that_it_has(tmp_path: Path):
+    one, other = (build_method(configure(TEC, seed=seed), EncoderTeacher(build(MAE).encoder)) for seed in (0, 1))
+    randomize(one)
+    load_method(other, write_run(one, TEC, tmp_path))
+    torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=0, atol=0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.build import build_method
+from pretrain.build import build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods import METHODS
 from pretrain.models import vit
@@ -54,6 +54,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": RELATIVE,
         "target": HOG | {"cell_sizes": [4, 16]},
     },
+    "mae-num_masks-ema": {
+        "method": {"name": "mae", "num_masks": 2, **DECODER},
+        "model": SINCOS,
+        "target": {"name": "ema", "blocks": 2},
+    },
+    # The attention of all patches: which of them have the largest may depend on a rounding.
+    "tec": {"method": {"name": "tec", "num_queries": 80, **DECODER}, "model": SINCOS, "target": {"name": "teacher"}},
 }
 
 
@@ -64,8 +71,8 @@ def cases() -> dict[str, dict[str, Any]]:
         add_ons = sorted(METHODS[sections["method"]["name"]].add_ons)
         for count in range(len(add_ons) + 1):
             for some in itertools.combinations(add_ons, count):
-                if "lut" in some and sections["method"].get("mask_type") == "block":
-                    continue  # refused: LUT needs masks of which two are disjoint
+                if "lut" in some and {sections["method"].get("mask_type"), name} & {"block", "mae-num_masks-ema"}:
+                    continue  # refused: LUT needs masks of which two are disjoint, and has an average of its own
                 found["-".join([name, *some])] = sections | {add_on: ADD_ONS[add_on] for add_on in some}
     return found
 
@@ -93,13 +100,14 @@ class Step(NamedTuple):
 def build(config: PretrainConfig, device: torch.device) -> nn.Module:
     """The method with the numerics that its configuration asks for; no parameter keeps a special value."""
     with patch.dict(vit.ARCHS, vit_tiny=ARCH):
-        method = build_method(config)
+        method = build_method(config, untrained_teacher(config))
         numerics = choose_numerics(config, device, stage=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    apply_numerics(method, numerics)
+    for module in filter(None, (method, feature_teacher(method))):
+        apply_numerics(module, numerics)
     return method.to(device).train()
 
 

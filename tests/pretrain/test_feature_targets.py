@@ -7,16 +7,27 @@ import pytest
 import torch
 from helpers import reference_mae
 from helpers.reference_features import ema_target, teacher_target
-from helpers.tiny import TINY, assert_equals_reference, random_images, random_mask_indices, tiny_method
+from helpers.tiny import (
+    TINY,
+    assert_equals_reference,
+    random_images,
+    random_mask_indices,
+    tiny_method,
+    tiny_vit,
+    train,
+)
 from torch import Tensor
 
 from pretrain.build import build_ema, build_method, feature_teacher
 from pretrain.config import PretrainConfig
+from pretrain.methods.lomar import LoMaR
 from pretrain.methods.targets.features import (
     EncoderTeacher,
+    FeatureTarget,
+    TeacherConfig,
     standardize_over_patches,
 )
-from pretrain.models.vit import ARCHS, ViT
+from pretrain.models.vit import ARCHS, Arch, ViT
 from pretrain.plan.trace import trace_method
 
 GRID, PATCH_SIZE = (4, 6), 2
@@ -130,6 +141,16 @@ def test_the_planner_counts_a_frozen_teacher_and_an_average():
     for trace in (frozen, averaged):
         calls = [(call.sequences, call.tokens, call.blocks) for call in trace.calls if not call.backward]
         assert calls == [(1, 5, 12)], "one pass of the whole image, without a backward pass"
+
+
+def test_a_teacher_may_be_wider_and_of_another_kind_of_position():
+    torch.manual_seed(0)
+    teacher = EncoderTeacher(tiny_vit(PATCH_SIZE, GRID, relative=False, arch=Arch(24, 3, 3)))
+    target = FeatureTarget(TeacherConfig(), PATCH_SIZE, teacher)
+    model = LoMaR(LoMaR.Config(num_windows=2, window_size=3), tiny_vit(PATCH_SIZE, GRID), target)
+    losses = train(model, random_images(model), random_mask_indices(model), steps=60)
+    assert target.last == (2, 3)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_windows_of_an_image_share_one_pass_of_the_teacher(monkeypatch: pytest.MonkeyPatch):

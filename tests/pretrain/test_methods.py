@@ -208,6 +208,27 @@ def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | No
     assert losses[-1] < 0.25 * losses[0]
 
 
+def test_several_masks_of_an_image_are_as_many_examples():
+    one, several = (build(MAE | {"num_masks": count}, relative=False) for count in (1, 3))
+    for model in (one, several):
+        randomize(model)
+    images, mask_indices = random_images(several), random_mask_indices(several)
+    assert {name: index.shape for name, index in mask_indices.items()} == {
+        "visible": (2, 3, 6),
+        "masked": (2, 3, 18),
+        "kept": (2, 3, 18),
+    }
+    assert len({tuple(mask) for mask in mask_indices["masked"].flatten(0, 1).tolist()}) == 6
+    sampler = one.mask_sampler()
+    first = [sampler(np.random.default_rng((3, i)))["masked"] for i in range(2)]
+    assert torch.equal(mask_indices["masked"][:, 0], torch.from_numpy(np.stack(first))), "the draws of one mask"
+    losses = [one(images, {name: index[:, i] for name, index in mask_indices.items()})["loss"] for i in range(3)]
+    torch.testing.assert_close(several(images, mask_indices)["loss"], torch.stack(losses).mean())
+    shown = several.reconstruct(images, mask_indices)
+    expected = one.reconstruct(images, {name: index[:, 0] for name, index in mask_indices.items()})
+    assert all(torch.equal(shown[name], expected[name]) for name in expected)
+
+
 def test_block_masks_are_blocks_and_exact():
     for count in (1, 30, 75, 147):
         masked = block_masked(np.random.default_rng(0), (14, 14), count)

@@ -10,7 +10,7 @@ from helpers.tiny import random_images, random_mask_indices
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
-from pretrain.build import build_ema, build_method
+from pretrain.build import build_ema, build_method, untrained_teacher
 from pretrain.config import PretrainConfig, load
 from pretrain.plan import __main__ as command
 from pretrain.plan.advice import advise
@@ -55,6 +55,8 @@ CASES = [
     ("mff_vitb16_224_800e", *SMALL),
     ("crossmae_vitb16_224_800e", "method.predict_ratio=0.25", "method.decoder_depth=3", *SMALL),
     ("lomar_cross_vitb16_224_400e", "method.decoder_depth=2", *TWO_WINDOWS),
+    ("tec_vitb16_224_300e", *SMALL),
+    ("mae_ema_vitb16_224_75e", "method.num_masks=2", *SMALL),
 ]
 EAGER, FASTEST = Numerics(), Numerics(compile=True, residual="bf16", attention="triton")
 ON_CPU = Numerics(attention="unfused")
@@ -72,7 +74,7 @@ def plan_on(gpus: int, recipe: str, *overrides: str, numerics: Numerics | None =
 
 def run_method(config: PretrainConfig, copies: int = 1) -> tuple[float, float]:
     """Flops of a forward pass and bytes kept for the backward pass under autocast, of a batch of two images each."""
-    method = build_method(config)
+    method = build_method(config, untrained_teacher(config))
     ema = build_ema(config, method, torch.device("cpu"))
     images = random_images(method).repeat(copies, 1, 1, 1)
     if config.lut:

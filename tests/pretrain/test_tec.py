@@ -1,6 +1,7 @@
 """TEC: the loss against a naive loop, its adapters, what is exported, and what is refused."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ from pretrain.methods.tec import TEC
 from pretrain.models.conditional import EncoderAdapter
 from pretrain.models.features import features
 from pretrain.models.patches import patchify
-from pretrain.models.vit import Arch
+from pretrain.models.vit import ARCHS, Arch, ViT
 from pretrain.trainer.config import ModelConfig
 
-DEEP = Arch(dim=16, depth=4, heads=2)
+DEEP = Arch(dim=8, depth=6, heads=2)
 GRID, PATCH_SIZE = (2, 4), 2
-KEYS = {"name": "tec", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3, "num_queries": 3}
+KEYS = {"name": "tec", "decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3, "num_queries": 3}
 PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
 
 
@@ -58,7 +59,7 @@ def test_equals_the_reference_in_float64_and_fp32(
             teacher,
             heads=2,
             decoder_heads=3,
-            groups=[[0, 1, 2, 3]],
+            groups=[[0, 1, 2], [3, 4, 5]],
             blocks=2,
             queries=3,
             temperature=1.8,
@@ -110,6 +111,26 @@ def test_the_exported_encoder_is_plain_and_computes_the_same():
     images = torch.randn(2, 3, GRID[0] * PATCH_SIZE, GRID[1] * PATCH_SIZE)
     torch.testing.assert_close(features(plain, images), features(model.encoder, images))
     assert not torch.equal(exported["cls_token"], state["encoder.cls_token"])
+
+
+def test_registers_are_neither_predicted_nor_attended_to():
+    with patch.dict(ARCHS, vit_tiny=DEEP):
+        encoder, teacher = (ViT("vit_tiny", PATCH_SIZE, GRID, relative=False, registers=2) for _ in range(2))
+    target = build_target(TeacherConfig(), GRID, PATCH_SIZE, EncoderTeacher(teacher))
+    model = TEC(TEC.Config(**KEYS), encoder, target)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    truth, rows, logits = target.with_attention(images, 3)
+    assert truth.shape == (2, 8, DEEP.dim)
+    assert logits.shape == (2, DEEP.heads, 4, 8)
+    tokens = teacher.blocks[-1].norm1(target.teacher.streams(images, (DEEP.depth - 1,))[0])
+    q, k, _ = teacher.blocks[-1].attn.qkv(tokens).view(2, 11, 3, DEEP.heads, -1).permute(2, 0, 3, 1, 4)
+    expected = q @ k[:, :, 3:].transpose(2, 3) * q.shape[-1] ** -0.5
+    torch.testing.assert_close(logits[:, :, 0], expected[:, :, 0])
+    for image in range(2):
+        torch.testing.assert_close(logits[image, :, 1:], expected[image][:, 3 + rows[image]])
+    features, queries_keys = model._predict(patchify(images, PATCH_SIZE), **mask_indices)
+    assert features.shape == (2, 6, DEEP.dim)
+    assert queries_keys.shape == (2, 9, 2 * DEEP.dim)
 
 
 def test_a_relative_teacher_has_no_attention_to_predict():

@@ -119,11 +119,11 @@ class ClassAttention(nn.Module):
         qk = self.qk(self.norm(tokens)).float().view(B, length, 2, self.heads, dim // self.heads)
         queries, keys = qk.permute(2, 0, 3, 1, 4)
         first = self.num_prefix_tokens
+        keys = keys[:, :, first:].transpose(2, 3) * (dim // self.heads) ** -0.5
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = queries @ keys[:, :, first:].transpose(2, 3) * (dim // self.heads) ** -0.5
-        rows = logits[:, :, 0].mean(1).topk(num_queries).indices
-        index = F.pad(first + rows, (1, 0))[:, None, :, None].expand(-1, self.heads, -1, logits.shape[-1])
-        return rows, logits.gather(2, index)
+            rows = (queries[:, :, :1] @ keys).mean(1)[:, 0].topk(num_queries).indices
+            index = F.pad(first + rows, (1, 0))[:, None, :, None].expand(-1, self.heads, -1, queries.shape[-1])
+            return rows, queries.gather(2, index) @ keys
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
