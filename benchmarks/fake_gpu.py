@@ -77,7 +77,7 @@ def _autocast() -> Iterator[None]:
         torch.set_autocast_enabled("cuda", False)
 
 
-def _tables_of_places(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables_of_places(size: int, device: torch.device, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """In place of the window kernel's, which are made from numbers."""
     shape = window_attention.PLACES, window_attention.PLACES
     return (
@@ -121,6 +121,8 @@ def count(config: PretrainConfig, window_kernel: bool = False) -> Count:
     difference that the second makes stands for the others. A teacher's operations count as a third, since they have no
     backward pass. The window kernel's are not counted: ask for them without it.
     """
+    if getattr(config.method, "blocks", None):  # they are named one by one, so none can be left out
+        return _count_image(config, (0, ARCHS[config.model.arch].depth), window_kernel)
     late = getattr(config.method, "mask_token_block", 0)
     missing = max(late - 1, 0), ARCHS[config.model.arch].depth - late - 1
     few = (min(late, 1), 1)

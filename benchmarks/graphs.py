@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain.build import build_method
 from pretrain.config import PretrainConfig
+from pretrain.models.cross_decoder import CrossBlock
 from pretrain.models.vit import Block
 
 
@@ -29,7 +30,7 @@ def count_graphs(config: PretrainConfig, batch: int = 2) -> int:
     images = torch.randint(0, 256, (batch, *config.data.height_width, 3), dtype=torch.uint8)
     torch._dynamo.reset()
     for part in method.modules():
-        if isinstance(part, Block):
+        if isinstance(part, Block | CrossBlock):
             part.compile(backend=backend, fullgraph=True, dynamic=False)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):

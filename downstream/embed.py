@@ -14,7 +14,7 @@ on any number of processes, which must see the same folder. The last line of the
 import argparse
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -27,7 +27,7 @@ from data.decode import CHANNELS
 from data.eval_loader import EvalLoader
 from data.scan import NO_LABEL
 from downstream.checkpoints.weights import build_encoder, read_encoder
-from downstream.classify.evaluation_cli import add_loading_options, build_loader, run_on_ranks
+from downstream.classify.evaluation_cli import add_loading_options, block_numbers, build_loader, run_on_ranks
 from downstream.own_images import count_images, load_images, sample_name, write_csv
 from pretrain.models.features import Kind, image_features
 from pretrain.models.vit import ViT
@@ -44,7 +44,7 @@ def embed(
     path: Path,
     *,
     kind: Kind = "mean",
-    block: int | None = None,
+    blocks: Sequence[int] = (),
     norm_after_pool: bool = False,
     dtype: str = "float32",
     device: torch.device,
@@ -57,7 +57,7 @@ def embed(
         encoder: in eval mode, on the device.
         loader: all images of a set.
         path: of the file, which exists only once it is complete.
-        kind, block, norm_after_pool: as of `image_features`.
+        kind, blocks, norm_after_pool: as of `image_features`.
         dtype: float32 or float16.
         device: where to compute.
 
@@ -69,7 +69,7 @@ def embed(
     """
 
     def compute(images: Tensor, _: Tensor) -> Tensor:
-        return image_features(encoder, images, kind, block, norm_after_pool)
+        return image_features(encoder, images, kind, blocks, norm_after_pool)
 
     unfinished = path.with_name(f"{path.name}.unfinished")
     if loader.rank == 0:
@@ -188,7 +188,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
         loader,
         array,
         kind=options.features,
-        block=options.block,
+        blocks=options.block,
         norm_after_pool=found.pool_norm,
         dtype=options.dtype,
         device=device,
@@ -215,10 +215,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         "--features",
         choices=get_args(Kind),
         default="mean",
-        help="the class token, the mean of the patch tokens, or all patch tokens in raster order; default: mean",
+        help="the mean of the patch tokens, the class token, both side by side, the mean of class token and registers "
+        "(prefix), or all patch tokens in raster order; default: mean",
     )
     parser.add_argument(
-        "--block", type=int, metavar="N", help="the output of block N from 1 on; default: the encoder's, after its norm"
+        "--block",
+        type=block_numbers,
+        default=(),
+        metavar="N[,N...]",
+        help="outputs of these blocks from 1 on, side by side; default: the encoder's, after its norm",
     )
     parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: that of the file")
     parser.add_argument(

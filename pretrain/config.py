@@ -12,9 +12,13 @@ from pretrain.methods import METHODS, AnyMethodConfig, import_methods
 from pretrain.methods.lut import LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, PixelsConfig
+from pretrain.methods.targets.features import EMAConfig
+from pretrain.models.features import check_blocks
+from pretrain.models.vit import ARCHS
+from pretrain.probe.settings import ProbeSettings
 from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig, problem_of
 from pretrain.trainer.recipe import load_config, parse_overrides
-from pretrain.trainer.schema import MAY_CHANGE, Section
+from pretrain.trainer.schema import MAY_CHANGE
 
 RECIPES = Path(__file__).parent / "recipes"
 ELSEWHERE = {"downstream/classify/finetune.py": Path(__file__).parents[1] / "downstream" / "classify" / "recipes"}
@@ -23,6 +27,14 @@ ELSEWHERE = {"downstream/classify/finetune.py": Path(__file__).parents[1] / "dow
 class PretrainModelConfig(ModelConfig):
     """The encoder, and how it is computed; `numerics.py` resolves the latter."""
 
+    position: Literal["relative", "sincos", "learned", "bias"] = Field(  # type: ignore[assignment]
+        "relative",
+        description="LoMaR's contextual relative position; fixed sin-cos positions like MAE's, or learned ones; or a "
+        "relative bias that all blocks share, like SimMIM's and BEiT's",
+    )
+    layer_scale: float = Field(
+        0.0, ge=0, description="first value of the factors that scale what each block adds: SimMIM's 0.1; 0: none"
+    )
     compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
         "auto", description="torch.compile of the blocks and both ends of the network; auto: on a GPU, not in ZeRO 3"
     )
@@ -34,13 +46,12 @@ class PretrainModelConfig(ModelConfig):
     )
 
 
-class ProbeConfig(Section):
-    """k-NN and ridge regression on frozen features during the run; training is the same with and without it."""
+class ProbeConfig(ProbeSettings):
+    """How good the encoder is during the run; training is the same with and without it."""
 
-    train: str = Field(description="labeled shards or class folders, among which neighbors are searched")
+    train: str = Field(description="labeled shards or class folders to learn from")
     val: str = Field(description="labeled shards or class folders to classify")
     every_epochs: int = Field(ge=1, description="epochs between measurements; the end of training is measured as well")
-    k: int = Field(20, ge=1, description="neighbors that vote")
 
 
 class PretrainStartConfig(StartConfig):
@@ -139,6 +150,8 @@ class PretrainConfig(RunConfig):
         """As of every training, and what method, target and add-ons do not take."""
         sizes = list(super().problems())
         yield from sizes
+        if self.probe:
+            yield from problem_of(_check_probe, self.probe.block, ARCHS[self.model.arch].depth)
         if any(problem.startswith("data.image_size") for problem in sizes):
             return  # there is no grid of patches
         method, kind = self.method, METHODS[self.method.name]
@@ -148,7 +161,8 @@ class PretrainConfig(RunConfig):
             yield (
                 f"method {method.name} predicts {' or '.join(sorted(kind.targets))}, not target.name={self.target.name}"
             )
-        yield from problem_of(self.target.check, self.model.patch_size)
+        yield from problem_of(self.target.check, self.grid, self.model)
+        yield from problem_of(method.check_target, self.target, self.model.patch_size)
         if not unfit:
             yield from self._problems_of_add_ons()
 
@@ -164,6 +178,15 @@ class PretrainConfig(RunConfig):
             yield from problem_of(method.check_lut)
             micro_batch = self.train.global_batch_size // self.train.gradient_accumulation_steps
             yield from problem_of(self.lut.check, patches, masked, micro_batch)
+            if isinstance(self.target, EMAConfig):
+                yield "lut and target.name=ema both learn from a moving average of the encoder: leave one of them out"
+
+
+def _check_probe(blocks: tuple[int, ...], depth: int) -> None:
+    try:
+        check_blocks(blocks, depth)
+    except ValueError as error:
+        raise ValueError(f"probe.block: {error}") from None
 
 
 def check_add_on(add_on: str, method: str) -> None:

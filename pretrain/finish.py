@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from data.index import Index
 from data.loader import Loader
-from pretrain.build import build_method
+from pretrain.build import build_method, feature_teacher
 from pretrain.config import PretrainConfig
 from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.models.vit import CLASS_ADAPTER, fold_class_adapter
 from pretrain.reconstructions import draw_reconstructions, drawn_method
 from pretrain.trainer.engine import gather_state_dict, save_state_dict
 from pretrain.trainer.figures import draw_loss
@@ -24,7 +25,10 @@ _log = logging.getLogger(__name__)
 def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's weights, under timm's names, out of those of a module that has an `encoder`."""
     prefix = next(name for name, module in method.named_modules() if module is method.encoder) + "."
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    encoder = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if adapter := [encoder.pop(name) for name in CLASS_ADAPTER if name in encoder]:
+        encoder["cls_token"] = fold_class_adapter(encoder["cls_token"], *adapter)
+    return encoder
 
 
 def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path, epochs: int | None = None) -> None:
@@ -70,7 +74,7 @@ def _draw_training_images(
     run: Run, state: dict[str, Tensor], config: PretrainConfig, index: Index, metrics: list[dict[str, Any]]
 ) -> None:
     """Draws reconstructions of a few training images, in fp32 and without an engine."""
-    method = build_method(config)
+    method = build_method(config, feature_teacher(run.engine.module))
     method.load_state_dict(state)
     method.to(run.device).eval()
     loader = Loader(

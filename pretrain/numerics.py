@@ -18,9 +18,10 @@ from torch.utils._triton import has_triton
 from data.draw import MASKS
 from pretrain.config import PretrainConfig
 from pretrain.methods.targets import PatchTarget
+from pretrain.models.cross_decoder import CrossBlock
 from pretrain.models.sdpa import set_deterministic
 from pretrain.models.vit import ARCHS, Block, PatchEmbed, ViT
-from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_WINDOW_SIZE, worst_error
+from pretrain.models.window_attention import MAX_HEAD_DIM, MAX_PREFIX_TOKENS, MAX_WINDOW_SIZE, worst_error
 
 _KERNEL_TOLERANCE = 0.02  # relative; rounding to bf16 gives 0.004
 
@@ -119,6 +120,8 @@ def unserved_by_window_kernel(config: PretrainConfig) -> str:
     arch = ARCHS[config.model.arch]
     if config.model.position != "relative":
         return f"it is for model.position=relative, not {config.model.position}"
+    if config.model.registers >= MAX_PREFIX_TOKENS:
+        return f"it has up to {MAX_PREFIX_TOKENS - 1} registers, not model.registers={config.model.registers}"
     if rows != cols or rows > MAX_WINDOW_SIZE:
         return f"it has windows of up to {MAX_WINDOW_SIZE}x{MAX_WINDOW_SIZE} patches, not {rows}x{cols}"
     if arch.dim // arch.heads > MAX_HEAD_DIM:
@@ -141,7 +144,9 @@ def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
     try:
         # Visible patches only, in the blocks before mask tokens enter, and all that enter: each has its own kernels.
         errors = [
-            worst_error(size, count, arch.heads, arch.dim // arch.heads, device, torch.bfloat16)
+            worst_error(
+                size, count, arch.heads, arch.dim // arch.heads, device, torch.bfloat16, 1 + config.model.registers
+            )
             for count in (patches - masked, patches - masked + kept)
         ]
         error = next((error for error in errors if not error < _KERNEL_TOLERANCE), 0.0)
@@ -166,7 +171,7 @@ def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
         if isinstance(part, ViT):
             part.window_kernel = numerics.attention == "triton"
             part.residual_dtype = torch.bfloat16 if numerics.residual == "bf16" else None
-        if numerics.compile and isinstance(part, Block | PatchEmbed):
+        if numerics.compile and isinstance(part, Block | CrossBlock | PatchEmbed):
             part.compile(dynamic=False, options=options)  # one graph for all blocks of a shape
         target = getattr(part, "target", None)
         if numerics.compile and isinstance(target, PatchTarget):

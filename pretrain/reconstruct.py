@@ -36,7 +36,7 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
         ValueError: it is no run of a pretraining, has no checkpoint, or predicts what cannot be shown.
     """
     choose_accelerator()
-    from pretrain.build import build_method  # imports DeepSpeed
+    from pretrain.build import build_method, untrained_teacher  # imports DeepSpeed
 
     folder = RunFolder(run)
     if not folder.config.is_file():
@@ -45,12 +45,12 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint, and an encoder's file alone does not have what predicts pixels")
-    method = build_method(config)
+    method = build_method(config, untrained_teacher(config))
     shown = drawn_method(method)
     if not shown.target.has_pixels:
         raise ValueError(
-            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels or pca show "
-            f"reconstructions"
+            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels, pca or "
+            f"hog show reconstructions"
         )
     try:
         method.load_state_dict(read_source(checkpoint, "online").tensors)

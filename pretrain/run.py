@@ -17,11 +17,13 @@ if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is
 import torch
 
 from data.index import Index, load_index
+from downstream.checkpoints.feature_teachers import read_feature_teacher
 from downstream.checkpoints.method_weights import LoadedMethod, load_method, load_teacher
 from pretrain.config import ELSEWHERE, RECIPES, PretrainConfig, load
 from pretrain.methods import METHODS
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
+from pretrain.methods.targets.features import EncoderTeacher
 from pretrain.start import check_start, find_start
 from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
@@ -51,7 +53,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 
 def _train(config: PretrainConfig, world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     # These import DeepSpeed, which chooses its accelerator on import.
-    from pretrain.build import build_ema, build_evaluation, build_method
+    from pretrain.build import build_ema, build_evaluation, build_method, feature_teacher
     from pretrain.finish import finish, finish_stopped
     from pretrain.numerics import apply_numerics, check_window_kernel, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
@@ -69,13 +71,13 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     if numerics.attention == "triton":
         with report_if_slow("the kernel for attention in windows is compiled and checked"):
             check_window_kernel(config, device)
-    method = build_method(config)
+    method = build_method(config, read_feature_teacher(config.target, config.grid))
     start = find_start(config, folder, world)
     loaded = _load_start(config, method, start) if start else None
     ema = build_ema(config, method, device)
-    if start and isinstance(ema.model, TeacherModel):
+    if start and isinstance(ema.model, TeacherModel | EncoderTeacher):
         _log.info("%s", load_teacher(ema.model, start))
-    for module in filter(None, (method, ema.model)):
+    for module in filter(None, dict.fromkeys((method, ema.model, feature_teacher(method)))):
         apply_numerics(module, numerics)
     parts = Parts(
         method,

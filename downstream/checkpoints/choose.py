@@ -100,7 +100,7 @@ def _pick(path: Path, choices: list[Choice], weights: Weights | None, marked: We
             return by_name[name]
     raise ValueError(
         f"{path} has {len(found)} encoders: {', '.join(choice.name for choice in found)}. Say which by its name, as "
-        f"--weights {found[0].name} or start.weights={found[0].name}"
+        f"--weights {found[0].name}, start.weights={found[0].name} or target.encoder={found[0].name}"
     )
 
 

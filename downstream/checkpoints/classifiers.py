@@ -18,7 +18,7 @@ from downstream.checkpoints.fold import fold_batch_norm
 from downstream.checkpoints.formats import EncoderWeights, translate
 from downstream.checkpoints.pixels import Pixels
 from downstream.checkpoints.report import Report
-from downstream.checkpoints.timm_models import build_vit
+from downstream.checkpoints.timm_models import build_vit, to_timm
 from downstream.classify.classifier_spec import ClassifierSpec
 
 # How many classes the sets of ImageNet have, and timm's names of them. Their classes are in the order of timm's lists:
@@ -137,9 +137,9 @@ def _join(found: EncoderWeights, head: Mapping[str, Tensor]) -> dict[str, Tensor
     state = dict(found.state)
     if found.pool_norm:
         state |= {f"fc_norm.{kind}": state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
-    if not found.spec.class_token:
-        state["pos_embed"] = state["pos_embed"][:, 1:]
-    return state | {name: tensor for name, tensor in head.items() if name in ("head.weight", "head.bias")}
+    return to_timm(found.spec, state) | {
+        name: tensor for name, tensor in head.items() if name in ("head.weight", "head.bias")
+    }
 
 
 def _fold_probe(head: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Folders for the Hugging Face hub: for transformers where it can hold the model, else for timm.
 
 Transformers' ViTModel, and IJepaModel where there is no class token, hold encoders with absolute positions, and
-ViTForImageClassification classifiers on the class token of such an encoder.
+ViTForImageClassification classifiers on the class token of such an encoder; none of them has registers.
 """
 
 import json
@@ -34,7 +34,7 @@ def to_hf(export: Export, out: Path) -> tuple[float, str]:
 
 def _transformers_class(export: Export) -> str | None:
     """The class of transformers that computes the same; None where there is none."""
-    if export.spec.position != "sincos":
+    if export.spec.position != "sincos" or export.spec.registers:
         return None
     if export.classifier is None:
         return "ViTModel" if export.spec.class_token else "IJepaModel"

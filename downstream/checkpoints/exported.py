@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from downstream.checkpoints.classifiers import ClassifierWeights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
 from downstream.checkpoints.report import Report
-from downstream.checkpoints.timm_models import SIZES, model_name
+from downstream.checkpoints.timm_models import SIZES, model_name, prefix_options, to_timm
 from downstream.classify.classifier_spec import ClassifierSpec
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.features import features
@@ -55,9 +55,7 @@ class Export:
             self.model, tensors = classifier.build(), classifier.state
         else:
             assert encoder is not None
-            self.model, tensors = Features(encoder).eval(), encoder.state_dict()
-            if not spec.class_token:  # timm's table has no row for it
-                tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+            self.model, tensors = Features(encoder).eval(), to_timm(spec, encoder.state_dict())
         self.tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.metadata = {**(self.classifier or spec).to_metadata(), "weights": report.weights}
 
@@ -87,8 +85,9 @@ class Export:
             options["img_size"] = square or (height, width)
         if self.classifier is not None:
             options |= {"num_classes": self.classifier.num_classes, "global_pool": self.classifier.pool}
+        options |= prefix_options(self.spec)
         if not self.spec.class_token:
-            options |= {"class_token": False, "global_pool": "avg"}
+            options["global_pool"] = "avg"
         if options.get("global_pool") == "avg" and "fc_norm.weight" not in self.tensors:
             options["fc_norm"] = False
         return name, options

@@ -13,7 +13,8 @@ from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS
 
 _DEFAULT_SIZE = 224  # of the images, where neither record nor tensors tell
-_POSITIONS = {"relative": "rpe_k", "bias": "rpe_bias", "sincos": "pos_embed"}  # part of a parameter's name
+BIAS = "relative_position_bias_table"  # of one block or of all
+_POSITIONS = {"relative": "rpe_k", "bias": BIAS, "sincos": "pos_embed"}  # part of a parameter's name
 
 
 class FoundSpec(NamedTuple):
@@ -37,11 +38,14 @@ def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
     patch_size, position, arch = _find_patch_size(path, state), _find_position(path, state), _find_arch(path, state)
     if recorded is None:
         _check_heads(source, arch)
+        registers = count_registers(state)
         grid = _find_recorded_grid(source, state, patch_size) or _find_square_grid(state)
         height, width = (side * patch_size for side in grid or (_DEFAULT_SIZE // patch_size,) * 2)
         class_token = "cls_token" in state or not _has_a_row_for_each_patch(state, grid)
-        return FoundSpec(EncoderSpec(arch, patch_size, (height, width), position, class_token=class_token), bool(grid))
-    for name, found in (("arch", arch), ("patch_size", patch_size), ("position", position)):
+        spec = EncoderSpec(arch, patch_size, (height, width), position, class_token=class_token, registers=registers)
+        return FoundSpec(spec, bool(grid))
+    found_here = {"arch": arch, "patch_size": patch_size, "position": position, "registers": count_registers(state)}
+    for name, found in found_here.items():
         if getattr(recorded, name) != found:
             raise ValueError(f"{path} says {name}={getattr(recorded, name)}, but its tensors are of {name}={found}")
     if not fits_grid(state, recorded.grid):
@@ -51,11 +55,21 @@ def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
 
 
 def fits_grid(state: Mapping[str, Tensor], grid: tuple[int, int]) -> bool:
-    """Whether all tables of positions have as many entries as a grid needs, with or without one for a class token."""
+    """Whether all tables of positions have as many entries as a grid needs, with or without some for prefix tokens."""
     rows, cols = grid
-    if "pos_embed" in state and state["pos_embed"].shape[1] - rows * cols not in (0, 1):
+    if "pos_embed" in state and state["pos_embed"].shape[1] - rows * cols not in _prefix_rows(state):
         return False
     return all(length == (2 * rows - 1) * (2 * cols - 1) + 3 for length in _bias_lengths(state))
+
+
+def count_registers(state: Mapping[str, Tensor]) -> int:
+    """How many tokens there are between the class token and the patches."""
+    return state["reg_token"].shape[1] if "reg_token" in state else 0
+
+
+def _prefix_rows(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """How many rows a table of positions may have in front: none, the class token's, or the registers' as well."""
+    return tuple(dict.fromkeys((1, 0, 1 + count_registers(state))))
 
 
 def count_blocks(state: Iterable[str]) -> int:
@@ -119,11 +133,12 @@ def _find_square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """The square grid that the tables of positions are for; None where they are for none, or where there are none."""
     if "pos_embed" in state:
         count = state["pos_embed"].shape[1]
-        sides = [math.isqrt(n) for n in (count - 1, count) if n and math.isqrt(n) ** 2 == n]
+        patches = [count - rows for rows in _prefix_rows(state) if count > rows]
+        sides = [math.isqrt(n) for n in patches if math.isqrt(n) ** 2 == n]
     else:
         sides = [(math.isqrt(max(length - 3, 0)) + 1) // 2 for length in _bias_lengths(state)[:1]]
     return next(((side, side) for side in sides if fits_grid(state, (side, side))), None)
 
 
 def _bias_lengths(state: Mapping[str, Tensor]) -> list[int]:
-    return [len(tensor) for name, tensor in state.items() if _POSITIONS["bias"] in name]
+    return [len(tensor) for name, tensor in state.items() if BIAS in name]

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from downstream.checkpoints.find_spec import count_blocks
-from downstream.checkpoints.names import BIAS_TABLE
+from downstream.checkpoints.find_spec import count_blocks, count_registers
+from downstream.checkpoints.names import BIAS_TABLE, SHARED_BIAS
 from downstream.checkpoints.report import Report
+from pretrain.models.vit import CLASS_ADAPTER, fold_class_adapter
+
+SCALE = ".gamma"  # of LayerScale
 
 
 def _merge(
@@ -67,9 +70,8 @@ def join_biases(state: dict[str, Tensor], report: Report) -> None:
 
 def share_bias(state: dict[str, Tensor], report: Report) -> None:
     """While BEiT and SimMIM pretrain, all blocks share one table."""
-    shared = "rel_pos_bias.relative_position_bias_table"
-    if shared in state:
-        table, keys = state.pop(shared), report.used.pop(shared)
+    if SHARED_BIAS in state:
+        table, keys = state.pop(SHARED_BIAS), report.used.pop(SHARED_BIAS)
         for depth in range(count_blocks(state)):
             name = f"blocks.{depth}.{BIAS_TABLE}"
             state[name], report.used[name], report.folded[name] = table.clone(), keys, "one table shared by all blocks"
@@ -88,13 +90,33 @@ def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
                 report.folded[name] = "LayerScale"
 
 
-def fold_class_position(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None) -> None:
-    """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token."""
-    table = state["pos_embed"]
+def fold_adapter(state: dict[str, Tensor], report: Report) -> None:
+    """While TEC trains, the class token goes through an MLP: a constant."""
+    if CLASS_ADAPTER[0] in state:
+        _merge(
+            state, report, "cls_token", ["cls_token", *CLASS_ADAPTER], fold_class_adapter, "behind its adapter's MLP"
+        )
+
+
+def fold_positions(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None, keep_row: bool) -> None:
+    """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token.
+
+    So do rows of registers, of which our tables have none.
+
+    Args:
+        grid: that the table is for, if it is known.
+        keep_row: leaves the class token's row as it is.
+    """
+    table, registers = state["pos_embed"], count_registers(state)
+    if grid and registers and table.shape[1] == grid[0] * grid[1] + 1 + registers:
+        state["reg_token"] = state["reg_token"] + table[:, 1 : 1 + registers]
+        state["pos_embed"] = table = torch.cat([table[:, :1], table[:, 1 + registers :]], dim=1)
+        report.folded["reg_token"] = "their positions added to them"
+        report.used["reg_token"] += report.used["pos_embed"]
     if grid and table.shape[1] == grid[0] * grid[1]:
         state["pos_embed"] = F.pad(table, (0, 0, 1, 0))
         report.folded["pos_embed"] = "no position for the class token: zeros"
-    elif "cls_token" in state and table[:, 0].any():
+    elif "cls_token" in state and table[:, 0].any() and not keep_row:
         state["cls_token"] = state["cls_token"] + table[:, :1]
         state["pos_embed"] = F.pad(table[:, 1:], (0, 0, 1, 0))
         report.folded["cls_token"] = "its position added to it, and zeros there"

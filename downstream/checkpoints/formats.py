@@ -8,6 +8,7 @@ of other statistics than ImageNet's (BEiT) change the kernel that embeds them.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from torch import Tensor
 from downstream.checkpoints.files import Source
 from downstream.checkpoints.find_spec import find_spec
 from downstream.checkpoints.fold import (
-    fold_class_position,
+    SCALE,
+    fold_adapter,
     fold_layer_scale,
+    fold_positions,
     join_biases,
     join_projections,
     share_bias,
@@ -27,6 +30,7 @@ from downstream.checkpoints.names import (
     DROPPED,
     LIBRARIES,
     REFUSED,
+    SHARED_BIAS,
     Library,
     find_encoders,
     is_kept,
@@ -65,12 +69,14 @@ class EncoderWeights:
     pool_norm: bool = False
 
 
-def translate(source: Source, pixels: Pixels | None = None) -> EncoderWeights:
+def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[str] = ()) -> EncoderWeights:
     """Renames, drops and folds; nothing is resized yet.
 
     Args:
         source: what was read.
         pixels: that the weights were trained on; None: as `find_pixels` finds.
+        wanted: parameters of the encoder to be filled, if it is to be pretrained: of LayerScale, a bias that all blocks
+            share, and the class token's position, those are not folded that it has.
 
     Raises:
         ValueError: no encoder or several in the file, keys that this project cannot explain or express, or a record
@@ -81,9 +87,13 @@ def translate(source: Source, pixels: Pixels | None = None) -> EncoderWeights:
     state, head, head_keys, problems = _rename_keys(source, prefix, library, report)
     join_projections(state, report)
     join_biases(state, report)
-    share_bias(state, report)
-    fold_layer_scale(state, report)
-    problems |= {key: _UNKNOWN for name, keys in report.used.items() if not is_kept(name) for key in keys}
+    if SHARED_BIAS not in wanted:
+        share_bias(state, report)
+    if not any(name.endswith(SCALE) for name in wanted):
+        fold_layer_scale(state, report)
+    fold_adapter(state, report)
+    kept = [name for name in state if is_kept(name) or name in wanted]
+    problems |= {key: _UNKNOWN for name, keys in report.used.items() if name not in kept for key in keys}
     if problems:
         raise ValueError(
             f"{source.path} ({library.title} names) has keys that this encoder cannot use:\n{group_problems(problems)}"
@@ -97,7 +107,7 @@ def translate(source: Source, pixels: Pixels | None = None) -> EncoderWeights:
         (key,) = report.used.pop("pos_embed")
         report.dropped[key] = "a table that LoMaR's code never adds: its positions are in the relative tables"
     if "pos_embed" in state:
-        fold_class_position(state, report, spec.grid if size_known else None)
+        fold_positions(state, report, spec.grid if size_known else None, "pos_embed" in wanted)
     theirs, report.pixels = find_pixels(source, state, pixels)
     if theirs != IMAGENET:
         fold_pixels(state, theirs)

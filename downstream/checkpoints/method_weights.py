@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from downstream.checkpoints.files import Source, Weights, read_source
-from downstream.checkpoints.formats import EncoderWeights, Report, translate
+from downstream.checkpoints.formats import Report, translate
 from downstream.checkpoints.weights import fill_encoder
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
+from pretrain.methods.targets.features import EncoderTeacher
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ViT
 from pretrain.trainer.checkpoint_layout import MANIFEST
@@ -82,7 +83,7 @@ def load_method(method: Method | LUT, path: Path | str, weights: Weights | None 
             message names the key to change.
     """
     source = read_source(path, weights)
-    report = _fill_encoder(method.encoder, translate(source))
+    report = _fill_encoder(method.encoder, source)
     changed = {*report.folded, *report.resized}
     taken = {_ENCODER + name: keys[0] for name, keys in report.used.items() if name not in changed}
     state = method.state_dict() if isinstance(method, LUT) else _prefixed(_METHOD, method.state_dict())
@@ -93,8 +94,8 @@ def load_method(method: Method | LUT, path: Path | str, weights: Weights | None 
     return LoadedMethod(source.path, "\n".join([str(report), *lines]), taken)
 
 
-def load_teacher(teacher: TeacherModel, path: Path | str) -> str:
-    """Fills LUT's teacher with the moving average that a file holds; without one, it stays the copy that it is.
+def load_teacher(teacher: TeacherModel | EncoderTeacher, path: Path | str) -> str:
+    """Fills a moving average with the one that a file holds; without one, it stays the copy that it is.
 
     Args:
         teacher: fresh copies of the method's modules, after `load_method`.
@@ -109,28 +110,28 @@ def load_teacher(teacher: TeacherModel, path: Path | str) -> str:
     try:
         source = read_source(path, "ema")
     except ValueError as error:
-        return f"  teacher: a copy of the encoder and projector above ({error})"
-    report = _fill_encoder(teacher.encoder, translate(source))
+        parts = " and ".join(name for name, _ in teacher.named_children())
+        return f"  teacher: a copy of the {parts} above ({error})"
+    report = _fill_encoder(teacher.encoder, source)
     state = {name: tensor for name, tensor in teacher.state_dict().items() if name.startswith("projector.")}
     lines, _ = _fill_parts(state, source, report)
     return "\n".join([f"teacher: {report}", *lines])
 
 
-def _fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
+def _fill_encoder(encoder: ViT, source: Source) -> Report:
+    found = translate(source, wanted=encoder.state_dict().keys())
     path, spec, mine = found.report.path, found.spec, EncoderSpec.of(encoder)
-    if spec.position == "bias":
-        raise ValueError(
-            f"{path} has a learned bias for each pair of positions, and an encoder is pretrained with model.position="
-            f"relative or sincos: start from another file"
-        )
-    differ = [key for key in ("arch", "position") if getattr(spec, key) != getattr(mine, key)]
+    differ = [key for key in ("arch", "position", "registers") if getattr(spec, key) != getattr(mine, key)]
     if differ:
         keys = " and ".join(f"model.{key}={getattr(spec, key)}" for key in differ)
         raise ValueError(f"{path} is another encoder: set {keys}, or start from another file")
+    adapter, encoder.class_adapter = encoder.class_adapter, None  # TEC's: of no file, it stays as it is
     try:
         return fill_encoder(encoder, found)
     except ValueError as error:
         raise ValueError(f"{error}; set model.* to match it, or start from another file") from None
+    finally:
+        encoder.class_adapter = adapter
 
 
 def _fill_parts(state: Mapping[str, Tensor], source: Source, report: Report) -> tuple[list[str], dict[str, str]]:

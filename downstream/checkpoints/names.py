@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 BIAS_TABLE = "attn.rpe_bias.relative_position_bias_table"
+SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"  # while BEiT and SimMIM pretrain
 
 
 class Library(NamedTuple):
@@ -34,6 +35,7 @@ _TIMM = Library(
         (r"blocks\.\d+\.(\d+)\.(.+)", r"blocks.\1.\2"),  # DINOv2 in training: chunks of blocks, numbered throughout
         (r"blocks\.(\d+)\.attn\.relative_position_bias_table", rf"blocks.\1.{BIAS_TABLE}"),
         (r"blocks\.(\d+)\.gamma_([12])", r"blocks.\1.ls\2.gamma"),
+        (r"register_tokens", "reg_token"),  # DINOv2
     ),
     (
         (r"decoder\..+", "the decoder of pretraining"),
@@ -50,6 +52,7 @@ _TRANSFORMERS = Library(
         (r"embeddings\.position_embeddings", "pos_embed"),
         (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
         (r"embeddings\.distillation_token", "dist_token"),
+        (r"embeddings\.register_tokens", "reg_token"),
         (r"embeddings\.(.+)", r"\1"),
         (r"layernorm\.(.+)", r"norm.\1"),
         (r"pooler\.layernorm\.(.+)", r"fc_norm.\1"),
@@ -103,7 +106,7 @@ LIBRARIES = (_TIMM, _TRANSFORMERS, _MMPRETRAIN)
 
 # The encoder's own parameters, by our names.
 _KEPT = re.compile(
-    r"cls_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
+    r"cls_token|reg_token|pos_embed|(patch_embed\.proj|norm)\.(weight|bias)"
     r"|blocks\.\d+\.((norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
     rf"|attn\.rpe_k\.lookup_table_weight|{re.escape(BIAS_TABLE)})"
 )
@@ -126,8 +129,7 @@ DROPPED = (
 )
 
 REFUSED = (
-    (r"register_tokens|reg_token|storage_tokens", "register tokens: this encoder has only a class token"),
-    (r"dist_token|head_dist\..+", "a distillation token: this encoder has only a class token"),
+    (r"dist_token|head_dist\..+", "a distillation token: this encoder has a class token and registers"),
     (r"blocks\.\d+\.mlp\.(w12|w3|w1|w2)\..+", "a gated MLP: this encoder's MLP has two matrices"),
     (r"blocks\.\d+\.attn\.(q_norm|k_norm)\..+", "norms of queries and keys, which this encoder does not have"),
     (r"norm_pre\..+", "a norm before the blocks, which this encoder does not have"),

@@ -6,7 +6,7 @@ names. Encoders with absolute positions do not need this: they are timm's plain 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -52,8 +52,10 @@ class _TimmBlock(Block):
 
 @lru_cache  # a copy to the device in each forward pass would make the host wait for it
 @torch.inference_mode(False)  # tensors made in inference mode, in an evaluation, could not be trained with later
-def _on_device(buckets: Callable[[int, int], Tensor], grid: tuple[int, int], device: torch.device) -> Tensor:
-    return buckets(*grid).to(device)
+def _on_device(
+    buckets: Callable[[int, int, int], Tensor], grid: tuple[int, int], num_prefix_tokens: int, device: torch.device
+) -> Tensor:
+    return buckets(*grid, num_prefix_tokens).to(device)
 
 
 class LoMaRViT(VisionTransformer):
@@ -83,12 +85,12 @@ class LoMaRViT(VisionTransformer):
         height, width = self.patch_embed.dynamic_feat_size(images.shape[-2:])
         grid = (int(height), int(width))  # while tracing they are tensors
         if self.position == "relative":
-            return _on_device(grid_buckets, grid, images.device)
+            return _on_device(grid_buckets, grid, self.num_prefix_tokens, images.device)
         if grid != self.patch_embed.grid_size:
             raise ValueError(
                 f"the bias tables are for {self.patch_embed.grid_size} patches, the images have {grid}: resize one"
             )
-        return _on_device(offset_buckets, grid, images.device)
+        return _on_device(offset_buckets, grid, self.num_prefix_tokens, images.device)
 
     def forward_features(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return super().forward_features(x, attn_mask=self.buckets(x))
@@ -108,6 +110,24 @@ class LoMaRViT(VisionTransformer):
         return super().no_weight_decay() | biases
 
 
+def prefix_options(encoder: EncoderSpec) -> dict[str, Any]:
+    """timm's options for the tokens in front of the patches, as far as they are not its defaults."""
+    options: dict[str, Any] = {} if encoder.class_token else {"class_token": False}
+    if encoder.registers:
+        options["reg_tokens"] = encoder.registers
+        if encoder.position == "sincos":
+            options["no_embed_class"] = True
+    return options
+
+
+def to_timm(encoder: EncoderSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters as timm's model has them: with `prefix_options`, its table has no row for the class token."""
+    state = dict(state)
+    if "pos_embed" in state and prefix_options(encoder):
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state
+
+
 def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any) -> VisionTransformer:
     """timm's model around an encoder of ours, freshly initialized.
 
@@ -120,8 +140,9 @@ def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any)
     dim, depth, heads = ARCHS[encoder.arch]
     options |= {"patch_size": encoder.patch_size, "img_size": encoder.image_size, "global_pool": pool}
     options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes, "in_chans": CHANNELS}
+    options |= prefix_options(encoder)
     if encoder.position == "sincos":
-        return VisionTransformer(class_token=encoder.class_token, **options)
+        return VisionTransformer(**options)
     return LoMaRViT(position=encoder.position, **options)
 
 

@@ -14,17 +14,21 @@ and so is the patch projection between 14 and 16 pixels. Contextual relative tab
 offsets in patches, the same for every grid, and offsets farther than any in training share the outermost bucket.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
 from data.transforms import height_width
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import read_source
-from downstream.checkpoints.find_spec import fits_grid
+from downstream.checkpoints.find_spec import BIAS, fits_grid
+from downstream.checkpoints.fold import SCALE
 from downstream.checkpoints.formats import EncoderWeights, translate
+from downstream.checkpoints.names import SHARED_BIAS
 from downstream.checkpoints.pixels import Pixels
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
@@ -117,7 +121,10 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
         resized |= _resize_patches(state, path, spec.patch_size, mine.patch_size)
     if spec.position != "relative":
         resized |= _resize_positions(state, found, mine.grid)
+    if spec.registers != mine.registers:
+        raise ValueError(f"{path} has {spec.registers} registers, the encoder has {mine.registers}")
     wanted = encoder.state_dict()
+    resized |= _as_pretrained(state, wanted, path)
     if spec.class_token is False and encoder.cls_token is not None:
         state["cls_token"] = wanted["cls_token"]
         resized["cls_token"] = "the file has none: it stays as it was initialized"
@@ -129,6 +136,26 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, in the encoder ({spec.arch}) it is {here}")
     encoder.load_state_dict(state, strict=True)
     return replace(found.report, used=dict(found.report.used), dropped=dict(found.report.dropped), resized=resized)
+
+
+def _as_pretrained(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """What an encoder that is to be pretrained has and the state does not: one table for all blocks, scales.
+
+    Returns, like `_resize_positions`, what became of which parameter of the state.
+    """
+    changed = {}
+    if SHARED_BIAS in wanted and SHARED_BIAS not in state:
+        first, *others = [name for name in state if BIAS in name]
+        if any(not torch.equal(state[first], state[name]) for name in others):
+            raise ValueError(f"{path} has another bias table in each block, and the blocks of the encoder share one")
+        state[SHARED_BIAS] = state[first]
+        for name in (first, *others):
+            del state[name]
+    for name in wanted:
+        if name.endswith(SCALE) and name not in state:
+            state[name] = torch.ones_like(wanted[name])
+            changed[name] = "the file has none, or in the matrix before it: ones"
+    return changed
 
 
 def _resize_patches(state: dict[str, Tensor], path: Path, old: int, new: int) -> dict[str, str]:
@@ -158,6 +185,6 @@ def _resize_positions(state: dict[str, Tensor], found: EncoderWeights, new: tupl
             table, list(new), old_size=list(old), interpolation="bicubic", antialias=True
         )
         return {"pos_embed": f"{change} patches, bicubic"}
-    tables = [name for name in state if "rpe_bias" in name]
+    tables = [name for name in state if BIAS in name]
     state |= {name: resize_bias(state[name], old, new) for name in tables}
     return dict.fromkeys(tables, f"{change} patches, geometric")

@@ -26,6 +26,11 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-workers", type=int, default=workers, metavar="N", help="decoding processes of each rank")
 
 
+def block_numbers(text: str) -> tuple[int, ...]:
+    """`8` or `4,8,12`, as the type of an option."""
+    return tuple(int(number) for number in text.split(","))
+
+
 def build_loader(samples: Samples, size: tuple[int, int], options: argparse.Namespace, world: World) -> EvalLoader:
     """Of all samples, in central crops of (H, W), with the options of `add_loading_options`."""
     return EvalLoader(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.formats import translate
-from downstream.checkpoints.timm_models import build_vit
+from downstream.checkpoints.timm_models import build_vit, to_timm
 from downstream.checkpoints.weights import fill_encoder
 from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.config import AugmentConfig, FinetuneConfig
@@ -142,7 +142,8 @@ def check_start(config: FinetuneConfig) -> None:
 
 def _encoder_spec(config: FinetuneConfig) -> EncoderSpec:
     model = config.model
-    return EncoderSpec(model.arch, model.patch_size, config.data.height_width, model.position)
+    size, registers = config.data.height_width, model.registers
+    return EncoderSpec(model.arch, model.patch_size, size, model.position, registers=registers)
 
 
 def _has_own_norm(config: FinetuneConfig) -> bool:
@@ -190,7 +191,8 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
 def _how_to_match(found: EncoderSpec, config: FinetuneConfig) -> str:
     """The keys that make the model that of a start, as what to do."""
     theirs, ours = (
-        {name: getattr(record, name) for name in ("arch", "position", "patch_size")} for record in (found, config.model)
+        {name: getattr(record, name) for name in ("arch", "position", "patch_size", "registers")}
+        for record in (found, config.model)
     )
     keys = [f"model.{name}={value}" for name, value in theirs.items() if value != ours[name]]
     return f"set {' '.join(keys)}" if keys else "use another"
@@ -203,7 +205,7 @@ def _check_blocks(config: FinetuneConfig, depth: int) -> None:
 
 def _fill(vit: VisionTransformer, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
     """Copies all of the encoder's weights. Where the pool has its own norm, the last norm goes there or is left out."""
-    state = encoder.state_dict()
+    state = to_timm(EncoderSpec.of(encoder), encoder.state_dict())
     if own_norm:
         norm = {kind: state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
         if pool_norm:

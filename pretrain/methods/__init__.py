@@ -14,20 +14,34 @@ from pretrain.methods.ae import AutoEncoder
 from pretrain.methods.base import Method
 from pretrain.methods.beit import BEiT
 from pretrain.methods.lc_mae import LCMAE
+from pretrain.methods.local_mim import LocalMIM
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.mae import MAE
+from pretrain.methods.mff import MFF
 from pretrain.methods.simmim import SimMIM
+from pretrain.methods.tec import TEC
 
 METHODS: dict[str, type[Method]] = {
     "ae": AutoEncoder,
     "beit": BEiT,
     "lc_mae": LCMAE,
+    "local_mim": LocalMIM,
     "lomar": LoMaR,
     "mae": MAE,
+    "mff": MFF,
     "simmim": SimMIM,
+    "tec": TEC,
 }
 AnyMethodConfig = Annotated[
-    AutoEncoder.Config | BEiT.Config | LCMAE.Config | LoMaR.Config | MAE.Config | SimMIM.Config,
+    AutoEncoder.Config
+    | BEiT.Config
+    | LCMAE.Config
+    | LocalMIM.Config
+    | LoMaR.Config
+    | MAE.Config
+    | MFF.Config
+    | SimMIM.Config
+    | TEC.Config,
     Field(discriminator="name"),
 ]
 

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
+from pretrain.methods.mae import check_absolute
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import PatchTarget
@@ -63,8 +64,7 @@ class AutoEncoder(Method):
             return grid[0] * grid[1], 0
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
-            if model.position != "sincos":
-                raise ValueError("method ae adds fixed positions to its tokens: set model.position=sincos")
+            check_absolute(model.position, self.name)
             margin, odd = divmod(self.block_size - model.patch_size, 2)
             if margin < 0 or odd:
                 raise ValueError(
@@ -84,7 +84,14 @@ class AutoEncoder(Method):
         self.config, self.encoder, self.target = config, encoder, target
         arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
         num_outputs = values_per_patch(config.block_size)
-        self.decoder = Decoder(encoder.arch.dim, arch, encoder.grid, num_outputs, mask_tokens=False)
+        self.decoder = Decoder(
+            encoder.arch.dim,
+            arch,
+            encoder.grid,
+            num_outputs,
+            mask_tokens=False,
+            num_prefix_tokens=encoder.num_prefix_tokens,
+        )
 
     def mask_sampler(self) -> MaskSampler:
         return sample_masks
@@ -96,9 +103,8 @@ class AutoEncoder(Method):
     def _predict(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> the prediction of the blocks, (B, N, K)."""
         patches = patchify(images, self.encoder.patch_size)
-        tokens = self.encoder.patch_embed(patches) + self.encoder.pos_embed[:, 1:]
         positions = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
-        return self.decoder(self.encoder(tokens), positions)
+        return self.decoder(self.encoder(self.encoder.patch_embed(patches), positions), positions)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:

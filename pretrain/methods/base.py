@@ -39,6 +39,9 @@ class MethodConfig(Section):
         """Rows and columns of the patches that are encoded together: those of the image, or of a window."""
         return grid
 
+    def check_target(self, target: TargetConfig, patch_size: int) -> None:
+        """Raises ValueError if keys of the target do not fit these."""
+
     def check_pr_mim(self) -> None:
         """Raises ValueError if PR-MIM has nothing to do with these keys."""
 

@@ -11,16 +11,13 @@ import math
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
+from pretrain.methods.base import MaskSampler, MethodConfig
 from pretrain.methods.masking import Grid, block_masked, check_masked, random_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
-from pretrain.methods.predictor import Predictor
+from pretrain.methods.predictor import Predictor, PredictorMethod
 from pretrain.methods.targets import PatchTarget, TokensConfig
-from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -37,7 +34,7 @@ def sample_masks(
     return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
 
 
-class BEiT(Method):
+class BEiT(PredictorMethod):
     """Encoder on the image with mask tokens; linear head; by default cross-entropy on the masked patches' codes."""
 
     add_ons = frozenset({"pr_mim"})
@@ -66,23 +63,3 @@ class BEiT(Method):
 
     def mask_sampler(self) -> MaskSampler:
         return functools.partial(sample_masks, grid=self.encoder.grid, config=self.config, pr_mim=self.pr_mim)
-
-    def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        patches = patchify(images, self.encoder.patch_size)
-        prediction = self._predict(patches, mask_indices)
-        truth = gather_tokens(self.target.ground_truth(images, patches), mask_indices["masked"])
-        return {"loss": self.target.loss(prediction, truth)}
-
-    def _predict(self, patches: Tensor, mask_indices: MaskIndices) -> Tensor:
-        """(B, N, P) uint8 patches -> the prediction of the masked ones, (B, M, V)."""
-        visible = gather_tokens(patches, mask_indices["visible"])
-        prediction, _ = self.predictor(self.encoder, visible, **mask_indices)
-        return prediction
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
-        truth = gather_tokens(self.target.ground_truth(images, patches), masked)
-        predicted = self.target.render(self._predict(patches, mask_indices), truth)
-        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}

@@ -6,17 +6,14 @@ patch masked in both should agree (cross-view), and those of two patches should 
 Shapes: B images, N patches of an image, M of them masked, V visible, P = p*p*3, E width of the projected vectors v.
 """
 
-import functools
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods import mae
-from pretrain.methods.base import MaskIndices, MaskSampler
+from pretrain.methods.base import MaskIndices
 from pretrain.methods.mae import MAE, MAEConfig
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
@@ -24,14 +21,6 @@ from pretrain.methods.targets import PatchTarget
 from pretrain.models.patches import gather_tokens, normalize_pixels, patchify
 from pretrain.models.vit import ViT, init_weights
 from pretrain.trainer.config import ModelConfig
-
-
-def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, mask_type: str, count: int, pr_mim: PRMIMConfig | None
-) -> dict[str, np.ndarray]:
-    """`mae.sample_masks` twice, for m1 and m2: `visible` (2, V), `masked` (2, M) and `kept` (2, K)."""
-    views = [mae.sample_masks(rng, grid=grid, mask_type=mask_type, count=count, pr_mim=pr_mim) for _ in range(2)]
-    return {name: np.stack([view[name] for view in views]) for name in views[0]}
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -79,6 +68,7 @@ class LCMAE(MAE):
         """
 
         name: Literal["lc_mae"] = "lc_mae"
+        num_masks: Literal[2] = Field(2, description="masks of an image, whose predictions are compared")
         decoder_depth: int = Field(2, ge=1, description="blocks of the decoder")
         w_mae: float = Field(1.0, ge=0, description="weight of the reconstruction loss")
         w_cross: float = Field(1.0, ge=0, description="weight of the cross-view loss")
@@ -89,10 +79,12 @@ class LCMAE(MAE):
             super().check(grid, model)
             if not self.w_mae + self.w_cross + self.w_in:
                 raise ValueError("method.w_mae, method.w_cross and method.w_in are all 0: nothing is learned")
-            if self.w_in and self.count_patches(grid, model.patch_size)[1] < 2:
+            patches, masked = self.count_patches(grid, model.patch_size)
+            if self.w_in and (self.num_predicted(patches) or masked) < 2:
+                key = "mask_ratio" if self.predict_ratio is None else "predict_ratio"
                 raise ValueError(
                     f"method.w_in={self.w_in:g} compares pairs of masked patches, and there is one: "
-                    f"raise method.mask_ratio={self.mask_ratio}"
+                    f"raise method.{key}={getattr(self, key)}"
                 )
             if self.w_cross and self.mask_type == "grid":
                 raise ValueError(
@@ -108,16 +100,6 @@ class LCMAE(MAE):
         if config.w_cross or config.w_in:
             self.proj = nn.Linear(target.num_outputs, config.proj_dim)
             init_weights(self.proj)
-
-    def mask_sampler(self) -> MaskSampler:
-        _, masked = self.config.count_patches(self.encoder.grid, self.encoder.patch_size)
-        return functools.partial(
-            sample_masks,
-            grid=self.encoder.grid,
-            mask_type=self.config.mask_type,
-            count=masked,
-            pr_mim=self.pr_mim,
-        )
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """The loss of a batch and its terms with non-zero weight, detached and unweighted: `mae`, `cross`, `in`.
@@ -151,8 +133,3 @@ class LCMAE(MAE):
         if v is not None and config.w_in:
             terms["in"] = in_view_loss(v, normalize_pixels(masked_patches))
         return terms
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """As `MAE.reconstruct`, under the first mask."""
-        return super().reconstruct(images, {name: array[:, 0] for name, array in mask_indices.items()})

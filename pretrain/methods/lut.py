@@ -25,7 +25,6 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.models.heads import mlp_head
 from pretrain.models.patches import gather_tokens, patchify
-from pretrain.models.relative_position import grid_buckets
 from pretrain.models.vit import ViT
 from pretrain.trainer.ema import EMA
 from pretrain.trainer.schema import Section
@@ -91,28 +90,27 @@ def sample_masks(
     masked = np.ones((one["visible"].size // one["visible"].shape[-1], grid[0] * grid[1]), dtype=bool)
     np.put_along_axis(masked, np.atleast_2d(one["visible"]), False, axis=1)
     other = build_mask_indices(rng, disjoint_mask(rng, masked, grid, cell), pr_mim, grid[1])
-    two = one | {name: array.reshape(one[name].shape) for name, array in other.items()}
+    # Where only part of the masked patches is predicted, as many of the second view, in which none is.
+    other = {name: array[:, : one[name].shape[-1]].reshape(one[name].shape) for name, array in other.items()}
+    two = one | other
     return {name: np.stack([one[name], two[name]]) for name in one}
 
 
 class TeacherModel(nn.Module):
     """The momentum encoder with its projector, applied to whole views."""
 
-    buckets: Tensor | None
+    position: Tensor
 
     def __init__(self, encoder: ViT, projector: nn.Module, pooled: bool):
         super().__init__()
         self.encoder, self.projector, self.pooled = encoder, projector, pooled
-        self.register_buffer("buckets", grid_buckets(*encoder.grid) if encoder.relative else None, persistent=False)
+        self.register_buffer("position", encoder.grid_position(), persistent=False)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 2, H, W, 3) uint8 -> features (2B, 1, D), or of each token (2B, N, D); fp32."""
         patches = patchify(images.transpose(0, 1).flatten(0, 1), self.encoder.patch_size)
-        tokens = self.encoder.patch_embed(patches)
-        if not self.encoder.relative:
-            tokens = tokens + self.encoder.pos_embed[:, 1:]
-        encoded = self.encoder(tokens, self.buckets)[:, 1:]
+        encoded = self.encoder(self.encoder.patch_embed(patches), self.position)[:, self.encoder.num_prefix_tokens :]
         features = encoded.mean(1, keepdim=True) if self.pooled else encoded
         return self.projector(features.flatten(0, 1)).float().view_as(features)
 

@@ -1,7 +1,7 @@
 """MAE: masked autoencoders (He et al.). The encoder sees only the visible patches; a decoder predicts the others.
 
 The ablations of its Table 1 are keys: decoder (a, b), `encoder_mask_tokens` (c), the `target` (d), `mask_type` and
-`mask_ratio` (f).
+`mask_ratio` (f). So is CrossMAE: `decoder=cross`, `inter_block_attention` and `predict_ratio`.
 
 Shapes: B images, N patches of an image, M of them masked, V visible, D width, P = p*p*3.
 """
@@ -15,49 +15,95 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
-from pretrain.methods.masking import Grid, block_masked, check_masked, check_random_masks, grid_masked, random_masked
-from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, build_mask_indices
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
+from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches, predict_all
+from pretrain.methods.masking import (
+    Grid,
+    block_masked,
+    cell_masked,
+    check_cells,
+    check_masked,
+    check_random_masks,
+    count_cell_masked,
+    grid_masked,
+    random_masked,
+)
+from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import MaskTokens
 from pretrain.methods.targets import PatchTarget
-from pretrain.models.decoder import AverageDecoder, ConvDecoder, Decoder, check_heads
+from pretrain.models.decoder import AverageDecoder, ConvDecoder
 from pretrain.models.patches import gather_tokens, patchify, render_predictions
-from pretrain.models.vit import Arch, ViT
+from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
 
 def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, mask_type: str, count: int, pr_mim: PRMIMConfig | None
+    rng: np.random.Generator, *, grid: Grid, config: "MAEConfig", patch_size: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
-    if mask_type == "random":
-        masked = random_masked(rng, 1, grid[0] * grid[1], count)
+    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64.
+
+    Of several masks, drawn one after the other: (num_masks, V) and so on.
+    """
+    one = functools.partial(sample_mask, rng, grid, config, patch_size, pr_mim)
+    if config.num_masks == 1:
+        return one()
+    masks = [one() for _ in range(config.num_masks)]
+    return {name: np.stack([mask[name] for mask in masks]) for name in masks[0]}
+
+
+def sample_mask(
+    rng: np.random.Generator, grid: Grid, config: "MAEConfig", patch_size: int, pr_mim: PRMIMConfig | None
+) -> dict[str, np.ndarray]:
+    """One mask's indices."""
+    patches, count = config.count_patches(grid, patch_size)
+    if config.mask_type == "random":
+        masked = random_masked(rng, 1, patches, count)
+    elif config.mask_type == "cell":
+        masked = cell_masked(rng, grid, config.mask_patch_size // patch_size, config.mask_ratio)[None]
     else:
-        masked = {"block": block_masked, "grid": grid_masked}[mask_type](rng, grid, count)[None]
-    return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
+        masked = {"block": block_masked, "grid": grid_masked}[config.mask_type](rng, grid, count)[None]
+    indices = build_mask_indices(rng, masked, pr_mim, grid[1], config.num_predicted(patches))
+    return {name: array[0] for name, array in indices.items()}
 
 
-class MAEConfig(MethodConfig):
+def check_absolute(position: str, method: str) -> None:
+    """Raises ValueError if the encoder's positions are not added to its tokens."""
+    if position not in ("sincos", "learned"):
+        raise ValueError(
+            f"method {method} adds positions to its tokens, and model.position={position} does not: set "
+            f"model.position=sincos, or learned"
+        )
+
+
+class MAEConfig(DecoderConfig):
     """The keys that MAE and LC-MAE share."""
 
-    mask_type: Literal["random", "block", "grid"] = Field("random", description="shape of the masked region")
-    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
-    encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
-    decoder: Literal["transformer", "average", "conv"] = Field(
-        "transformer", description="LC-MAE's Table 2; the next three keys are the transformer's"
+    mask_type: Literal["random", "block", "grid", "cell"] = Field(
+        "random", description="shape of the masked region; cell: squares of `mask_patch_size` pixels"
     )
-    decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
-    decoder_depth: int = Field(8, ge=1, description="blocks of the decoder")
-    decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
+    mask_patch_size: int = Field(32, ge=1, description="mask_type=cell: side in pixels of the squares that are masked")
+    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
+    num_masks: int = Field(1, ge=1, description="masks of an image, under each of which it is encoded and predicted")
+    encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
+    decoder: Literal["transformer", "cross", "average", "conv"] = Field(
+        "transformer",
+        description="cross: CrossMAE's; average, conv: LC-MAE's Table 2, which the keys `decoder_*` do not change",
+    )
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-        """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as the authors count."""
+        """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as the authors count.
+
+        Of cells, ceil(cells * ratio) are masked, as SimMIM does.
+        """
         patches = math.prod(grid)
+        if self.mask_type == "cell":
+            return patches, count_cell_masked(grid, self.mask_patch_size // patch_size, self.mask_ratio)
         return patches, patches - int(patches * (1 - self.mask_ratio))
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
-        if model.position != "sincos":
-            raise ValueError(f"method {self.name} adds fixed positions to its tokens: set model.position=sincos")
+        check_absolute(model.position, self.name)
+        if self.mask_type == "cell":
+            check_cells(self.mask_patch_size, model.patch_size, grid)
         patches, masked = self.count_patches(grid, model.patch_size)
         check_masked(self.mask_ratio, masked, patches, "the image's")
         if self.mask_type == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):
@@ -65,7 +111,7 @@ class MAEConfig(MethodConfig):
                 f"method.mask_type=grid masks three of every 2x2 patches: it needs method.mask_ratio=0.75 and an even "
                 f"grid, not {self.mask_ratio} on {grid[0]}x{grid[1]}"
             )
-        check_heads(self.decoder_embed_dim, self.decoder_num_heads)
+        self.check_decoder(patches, masked)
         if self.encoder_mask_tokens and self.decoder != "transformer":
             raise ValueError(
                 f"method.encoder_mask_tokens=true decodes encoded mask tokens, and method.decoder={self.decoder} puts "
@@ -73,13 +119,16 @@ class MAEConfig(MethodConfig):
             )
 
     def check_pr_mim(self) -> None:
-        if self.decoder != "transformer":
+        super().check_pr_mim()
+        if self.decoder not in ("transformer", "cross"):
             raise ValueError(
                 f"pr_mim throws tokens of a transformer; method.decoder={self.decoder} has none: leave it out"
             )
 
     def check_lut(self) -> None:
-        check_random_masks(self.mask_type)
+        check_random_masks(self.mask_type, ("random", "cell"))
+        if self.num_masks > 1:
+            raise ValueError(f"lut has one mask for each view: set method.num_masks=1, not {self.num_masks}")
 
 
 class MAE(LUTMethod):
@@ -96,45 +145,48 @@ class MAE(LUTMethod):
         super().__init__(config, encoder, target, pr_mim)
         self.config, self.encoder, self.target, self.pr_mim = config, encoder, target, pr_mim
         self.mask_grid = encoder.grid
+        self.mask_cell = config.mask_patch_size // encoder.patch_size if config.mask_type == "cell" else 1
         dim, num_outputs = encoder.arch.dim, target.num_outputs
         self.mask_tokens = MaskTokens(dim) if config.encoder_mask_tokens else None
-        if config.decoder == "transformer":
-            arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
-            aggregation = build_aggregation(pr_mim, arch, encoder.grid)
-            self.decoder: nn.Module = Decoder(
-                dim, arch, encoder.grid, num_outputs, aggregation, mask_tokens=not config.encoder_mask_tokens
-            )
-        elif config.decoder == "average":
-            self.decoder = AverageDecoder(dim, encoder.grid, num_outputs)
-        else:
+        if config.decoder == "average":
+            self.decoder: nn.Module = AverageDecoder(dim, encoder.grid, num_outputs)
+        elif config.decoder == "conv":
             self.decoder = ConvDecoder(dim, encoder.grid, num_outputs)
+        else:
+            self.decoder = build_decoder(
+                config, encoder, encoder.grid, num_outputs, pr_mim, mask_tokens=not config.encoder_mask_tokens
+            )
 
     def mask_sampler(self) -> MaskSampler:
-        grid = self.encoder.grid
-        _, count = self.config.count_patches(grid, self.encoder.patch_size)
-        return functools.partial(
-            sample_masks, grid=grid, mask_type=self.config.mask_type, count=count, pr_mim=self.pr_mim
-        )
+        grid, patch_size = self.encoder.grid, self.encoder.patch_size
+        return functools.partial(sample_masks, grid=grid, config=self.config, patch_size=patch_size, pr_mim=self.pr_mim)
 
     def compute_loss(
         self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
     ) -> LossAndTokens:
         patches = patchify(images, self.encoder.patch_size)
-        encoded = self._encode(patches, **mask_indices)
-        first = {name: array[:num_predicted] for name, array in mask_indices.items()}
-        prediction = self._decode(encoded[:num_predicted], **first)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
+        if self.config.num_masks > 1:  # adjacent, those of an image
+            patches, truth = (x.repeat_interleave(self.config.num_masks, dim=0) for x in (patches, truth))
+            mask_indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+        encoded = self._encode(patches, **mask_indices)
+        first = {name: array[: len(truth)] for name, array in mask_indices.items()}
+        prediction = self._decode(encoded[..., : len(truth), :, :], **first)
         loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
         visible = mask_indices["visible"]
-        return LossAndTokens(loss, encoded[:, 1 : 1 + visible.shape[1]], visible)
+        return LossAndTokens(loss, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded class token and visible patches, (B, 1+V, D), then any mask tokens."""
-        pos_embed = self.encoder.pos_embed[0, 1:]
-        tokens = self.encoder.patch_embed(gather_tokens(patches, visible)) + pos_embed[visible]
-        if self.mask_tokens is not None:
-            tokens = torch.cat([tokens, self.mask_tokens(pos_embed[kept])], dim=1)
-        return self.encoder(tokens)
+        """(B, N, P) uint8 patches -> encoded prefix tokens, visible patches and mask tokens: what `encode` gives."""
+        tokens = self.encoder.patch_embed(gather_tokens(patches, visible))
+        if self.mask_tokens is None:
+            return self._run_encoder(tokens, visible)
+        tokens = torch.cat([tokens, self.mask_tokens(kept)], dim=1)
+        return self._run_encoder(tokens, torch.cat([visible, kept], dim=1))
+
+    def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, D) tokens at grid positions (B, T) -> what the decoder gets."""
+        return encode(self.encoder, tokens, positions, self.config)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """Result of `_encode` -> prediction of the masked patches (B, M, num_outputs)."""
@@ -148,8 +200,11 @@ class MAE(LUTMethod):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
-        prediction = self._predict(patches, **mask_indices)
+        """`original`, `masked` and the target's renderings of each image under its first mask, (B, H, W, 3) uint8."""
+        if self.config.num_masks > 1:
+            mask_indices = {name: array[:, 0] for name, array in mask_indices.items()}
+        patches = patchify(images, self.encoder.patch_size)
+        mask_indices = predict_all(self.config, mask_indices, patches.shape[1])
+        prediction, masked = self._predict(patches, **mask_indices), mask_indices["masked"]
         predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
         return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}

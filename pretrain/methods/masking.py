@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from data.draw import choice, integer, permutations, uniform
+from data.draw import choice, integer, permutation, permutations, uniform
 
 Grid = tuple[int, int]
 
@@ -67,8 +67,29 @@ def cell_masked(rng: np.random.Generator, grid: Grid, cell: int, ratio: float) -
         (N,) bool in raster order.
     """
     rows, cols = grid[0] // cell, grid[1] // cell
-    cells = random_masked(rng, 1, rows * cols, math.ceil(rows * cols * ratio)).reshape(rows, cols)
+    cells = random_masked(rng, 1, rows * cols, count_cell_masked(grid, cell, ratio) // cell**2).reshape(rows, cols)
     return cells.repeat(cell, axis=0).repeat(cell, axis=1).reshape(-1)
+
+
+def count_cell_masked(grid: Grid, cell: int, ratio: float) -> int:
+    """The patches that `cell_masked` masks."""
+    return math.ceil(math.prod(grid) // cell**2 * ratio) * cell**2
+
+
+def complementary_masked(rng: np.random.Generator, rows: int, length: int, count: int) -> np.ndarray:
+    """Masks of one window that show different patches: `count` of `length` positions are masked in each of `rows`.
+
+    What the rows show are consecutive slices of one permutation, which begins anew when it is used up. So no two rows
+    show the same as long as there are patches left, and no patch is shown twice before each is shown once.
+
+    Returns:
+        (rows, length) bool.
+    """
+    order, visible = permutation(rng, length), length - count
+    shown = order[np.arange(rows * visible) % length].reshape(rows, visible)
+    masked = np.ones((rows, length), dtype=bool)
+    np.put_along_axis(masked, shown, False, axis=1)
+    return masked
 
 
 def random_windows(rng: np.random.Generator, count: int, size: int, grid: Grid) -> np.ndarray:
@@ -109,6 +130,19 @@ def check_windows(count: int, size: int, grid: Grid) -> None:
         )
 
 
+def check_cells(mask_patch_size: int, patch_size: int, grid: Grid) -> None:
+    """Raises ValueError if squares of so many pixels are not whole patches of which the image is made."""
+    side = mask_patch_size // patch_size
+    if mask_patch_size % patch_size or not side or grid[0] % side or grid[1] % side:
+        height, width = grid[0] * patch_size, grid[1] * patch_size
+        divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
+        nearest = min((n * patch_size for n in divisors), key=lambda size: abs(size - mask_patch_size))
+        raise ValueError(
+            f"method.mask_patch_size={mask_patch_size} must be a multiple of model.patch_size={patch_size} that "
+            f"divides the image of {height}x{width} pixels: set method.mask_patch_size={nearest}"
+        )
+
+
 def check_masked(ratio: float, masked: int, patches: int, owner: str) -> None:
     """Raises ValueError if a ratio masks none or all patches of a window or an image."""
     if not 0 < masked < patches:
@@ -118,7 +152,7 @@ def check_masked(ratio: float, masked: int, patches: int, owner: str) -> None:
         )
 
 
-def check_random_masks(mask_type: str) -> None:
+def check_random_masks(mask_type: str, drawable: tuple[str, ...] = ("random",)) -> None:
     """Raises ValueError if masks are of a type of which LUT cannot draw two disjoint ones."""
-    if mask_type != "random":
+    if mask_type not in drawable:
         raise ValueError(f"lut draws two disjoint random masks: set method.mask_type=random, not {mask_type}")

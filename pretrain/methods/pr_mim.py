@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from data.draw import integers, permutations
-from pretrain.methods.masking import Grid, split_positions
+from pretrain.methods.masking import Grid, random_masked, split_positions
 from pretrain.models.aggregation import AggregationKind, SpatialAggregation
 from pretrain.models.vit import Arch
 from pretrain.trainer.schema import Section
@@ -86,7 +86,11 @@ def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count:
 
 
 def build_mask_indices(
-    rng: np.random.Generator, masked: np.ndarray, pr_mim: PRMIMConfig | None, width: int
+    rng: np.random.Generator,
+    masked: np.ndarray,
+    pr_mim: PRMIMConfig | None,
+    width: int,
+    num_predicted: int | None = None,
 ) -> dict[str, np.ndarray]:
     """The index arrays of a method.
 
@@ -95,13 +99,25 @@ def build_mask_indices(
         masked: (R, N) bool, the same number in each row.
         pr_mim: settings; None keeps all of them.
         width: columns of the grid.
+        num_predicted: how many masked positions of each row are predicted, any of them; None for all. The others are
+            in none of the arrays.
 
     Returns:
         `visible` (R, V), `masked` (R, M) and of those `kept` (R, K): positions, ascending, int64.
     """
     visible, masked_positions = split_positions(masked)
+    if num_predicted is not None:
+        masked_positions = random_part(rng, masked_positions, num_predicted)
     kept = choose_kept(rng, masked_positions, pr_mim, masked.shape[1], width) if pr_mim else masked_positions
     return {"visible": visible, "masked": masked_positions, "kept": kept}
+
+
+def sample_random_mask(
+    rng: np.random.Generator, *, grid: Grid, count: int, pr_mim: PRMIMConfig | None
+) -> dict[str, np.ndarray]:
+    """A mask sampler: `count` patches of an image are masked, uniformly. As of `build_mask_indices`, without rows."""
+    masked = random_masked(rng, 1, grid[0] * grid[1], count)
+    return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
 
 
 def choose_kept(
@@ -111,8 +127,13 @@ def choose_kept(
     count = pr_mim.num_kept(patches, masked.shape[1])
     if pr_mim.sampling == "furthest":
         return furthest_point_sampling(rng, masked, count, (patches // width, width))
-    chosen = permutations(rng, *masked.shape)[:, :count]
-    return np.sort(np.take_along_axis(masked, chosen, axis=1), axis=1)
+    return random_part(rng, masked, count)
+
+
+def random_part(rng: np.random.Generator, positions: np.ndarray, count: int) -> np.ndarray:
+    """Any `count` positions of each row: (R, M) -> (R, count), ascending."""
+    chosen = permutations(rng, *positions.shape)[:, :count]
+    return np.sort(np.take_along_axis(positions, chosen, axis=1), axis=1)
 
 
 def build_aggregation(pr_mim: PRMIMConfig | None, arch: Arch, grid: Grid) -> SpatialAggregation | None:

@@ -4,7 +4,10 @@
 three settings: which mask tokens enter the encoder (all, or PR-MIM's kept ones), before which block they enter (0, or
 later), and how the tokens that never entered are computed (PR-MIM's spatial aggregation).
 
-`AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE.
+`AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE and
+CrossMAE.
+
+`PredictorMethod` is what methods on whole images share, which differ in masks, predictor and default target.
 
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
@@ -14,13 +17,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices
+from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import Position
-from pretrain.models.decoder import Decoder
-from pretrain.models.patches import gather_tokens
-from pretrain.models.relative_position import grid_buckets, pair_buckets
-from pretrain.models.vit import ARCHS, Arch, ViT, init_weights
+from pretrain.models.patches import gather_tokens, patchify, render_predictions
+from pretrain.models.relative_position import pair_buckets, pair_offsets
+from pretrain.models.vit import ARCHS, ViT, init_weights
 from pretrain.models.window_attention import window_tokens
 from pretrain.trainer.config import ModelConfig
 
@@ -42,9 +46,9 @@ class MaskTokens(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         nn.init.normal_(self.token, std=0.02)
 
-    def forward(self, pos_embed: Tensor) -> Tensor:
-        """(B, K, D) position embeddings of the masked patches -> as many tokens."""
-        return self.token + pos_embed
+    def forward(self, indices: Tensor) -> Tensor:
+        """(B, K) grid positions of the masked patches -> as many tokens (B, K, D), all of them equal."""
+        return self.token.expand(*indices.shape, -1)
 
 
 class Predictor(nn.Module):
@@ -68,7 +72,7 @@ class Predictor(nn.Module):
         self.aggregation = build_aggregation(pr_mim, encoder.arch, grid)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pr_mim else nn.Identity()
         self.head = nn.Linear(dim, num_outputs)
-        self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
+        self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
         self.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
@@ -96,21 +100,22 @@ class Predictor(nn.Module):
         """
         all_indices = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
         positions = all_indices if positions is None else positions
-        visible_tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
+        visible_tokens = encoder.patch_embed(patches)
         if self.mask_token_block:
-            position = relative_position(encoder, self.buckets, visible)
+            position = token_position(encoder, self.buckets, positions, visible)
             visible_tokens = encoder(visible_tokens, position, stop=self.mask_token_block)
         raster_order = visible.shape[1] + kept.shape[1] == self.length
         if raster_order:  # the relative positions are then the same for all sequences
             entered = all_indices
             tokens = self._insert_visible(encoder, visible_tokens, positions, visible, entered)
-            position = relative_position(encoder, self.buckets, None)
         else:
             entered = torch.cat([visible, kept], dim=1)
             mask_tokens = self._mask_tokens(encoder, positions, kept).to(visible_tokens.dtype)
             tokens = torch.cat([visible_tokens, mask_tokens], dim=1)
-            position = relative_position(encoder, self.buckets, entered)
-        encoded = encoder(tokens, position, start=self.mask_token_block)[:, 1:]
+        in_place = encoder.absolute and self.mask_token_block > 0
+        order = None if raster_order else entered
+        encoder_position = None if in_place else token_position(encoder, self.buckets, positions, order)
+        encoded = encoder(tokens, encoder_position, start=self.mask_token_block)[:, encoder.num_prefix_tokens :]
         first, masked = encoded[:num_predicted], masked[:num_predicted]
         if self.aggregation is None:
             masked_tokens = gather_tokens(first, masked)
@@ -122,15 +127,19 @@ class Predictor(nn.Module):
     def _insert_visible(
         self, encoder: ViT, visible_tokens: Tensor, positions: Tensor, visible: Tensor, indices: Tensor
     ) -> Tensor:
-        """Visible tokens among mask tokens at all other positions, in raster order, after any class token."""
-        num_class_tokens = 1 if self.mask_token_block else 0
-        class_token, patch_tokens = visible_tokens[:, :num_class_tokens], visible_tokens[:, num_class_tokens:]
+        """Visible tokens among mask tokens at all other positions, in raster order, after any prefix tokens."""
+        prefix = encoder.num_prefix_tokens if self.mask_token_block else 0
+        prefix_tokens, patch_tokens = visible_tokens[:, :prefix], visible_tokens[:, prefix:]
         tokens = self._mask_tokens(encoder, positions, indices).to(patch_tokens.dtype)
         inserted = tokens.scatter(1, visible.unsqueeze(-1).expand_as(patch_tokens), patch_tokens)
-        return torch.cat([class_token, inserted], dim=1)
+        return torch.cat([prefix_tokens, inserted], dim=1)
 
     def _mask_tokens(self, encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor:
-        return self.mask_token.expand(*indices.shape, -1) + absolute_position(encoder, positions, indices)
+        """Mask tokens at their positions if they enter late, since the encoder then does not move them there."""
+        tokens, late = self.mask_token.expand(*indices.shape, -1), self.mask_token_block
+        if not (encoder.absolute and late):
+            return tokens
+        return encoder(tokens, positions.gather(1, indices), start=late, stop=late)
 
 
 class AsymmetricPredictor(nn.Module):
@@ -142,17 +151,16 @@ class AsymmetricPredictor(nn.Module):
         encoder: determines width and kind of position.
         grid: rows and columns of a sequence: a window's, or the image's.
         num_outputs: values predicted for each masked patch.
-        arch: the decoder's.
+        config: the decoder's keys.
         pr_mim: the add-on's settings.
     """
 
     buckets: Tensor
 
-    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, arch: Arch, pr_mim: PRMIMConfig | None):
+    def __init__(self, encoder: ViT, grid: Grid, num_outputs: int, config: DecoderConfig, pr_mim: PRMIMConfig | None):
         super().__init__()
-        aggregation = build_aggregation(pr_mim, arch, grid)
-        self.decoder = Decoder(encoder.arch.dim, arch, grid, num_outputs, aggregation)
-        self.register_buffer("buckets", grid_buckets(*grid), persistent=False)
+        self.config, self.decoder = config, build_decoder(config, encoder, grid, num_outputs, pr_mim)
+        self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
 
     def forward(
         self,
@@ -164,27 +172,57 @@ class AsymmetricPredictor(nn.Module):
         positions: Tensor,
         num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        tokens = encoder.patch_embed(patches) + absolute_position(encoder, positions, visible)
-        encoded = encoder(tokens, relative_position(encoder, self.buckets, visible))
+        position = token_position(encoder, self.buckets, positions, visible)
+        encoded = encode(encoder, encoder.patch_embed(patches), position, self.config)
         first = slice(num_predicted)
-        return self.decoder(encoded[first], visible[first], masked[first], kept[first]), encoded[:, 1:]
+        prediction = self.decoder(encoded[..., first, :, :], visible[first], masked[first], kept[first])
+        return prediction, encoded_patches(encoder, encoded, visible.shape[1])
 
 
-def absolute_position(encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor | float:
-    """The encoder's fixed positions, (G, T, D), of patches `indices` (G, T) of sequences at `positions` (G, L)."""
-    return 0.0 if encoder.relative else encoder.pos_embed[0, 1 + positions.gather(1, indices)]
+class PredictorMethod(LUTMethod):
+    """A method on whole images that is all in its predictor, which `__init__` sets with the other attributes."""
+
+    predictor: nn.Module
+
+    def compute_loss(
+        self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
+    ) -> LossAndTokens:
+        patches = patchify(images, self.encoder.patch_size)
+        prediction, visible_tokens = self._predict(patches, mask_indices, num_predicted)
+        truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
+        truth = gather_tokens(truth, mask_indices["masked"][:num_predicted])
+        return LossAndTokens(self.target.loss(prediction, truth), visible_tokens, mask_indices["visible"])
+
+    def _predict(
+        self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, P) uint8 patches -> the results of `Predictor`."""
+        visible = gather_tokens(patches, mask_indices["visible"])
+        return self.predictor(self.encoder, visible, **mask_indices, num_predicted=num_predicted)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
+        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
+        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
+        prediction, _ = self._predict(patches, mask_indices)
+        predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
+        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}
 
 
-def relative_position(encoder: ViT, buckets: Tensor, indices: Tensor | None) -> Position | None:
-    """The relative positions, if the encoder has any, of a class token and some patches of each sequence.
+def token_position(encoder: ViT, buckets: Tensor, positions: Tensor, indices: Tensor | None) -> Position:
+    """What the encoder is to be told of the position of its prefix tokens and of some patches of each sequence.
 
     Args:
         encoder: determines the kind of position.
-        buckets: `grid_buckets` of the sequence's grid.
+        buckets: `grid_position` of the sequence's grid.
+        positions: (G, L) grid position in the image of each patch of a sequence.
         indices: (G, T) the patches; None for all of them in raster order.
     """
-    if not encoder.relative:
-        return None
+    prefix = encoder.num_prefix_tokens
+    if encoder.absolute:
+        return positions if indices is None else positions.gather(1, indices)
     if encoder.window_kernel:
-        return window_tokens(math.isqrt(len(buckets)), indices, buckets.device)
-    return buckets if indices is None else pair_buckets(buckets, indices)
+        return window_tokens(math.isqrt(len(buckets) - prefix), indices, buckets.device, prefix)
+    if indices is None:
+        return buckets
+    return (pair_offsets if encoder.bias else pair_buckets)(buckets, indices, prefix)

@@ -8,16 +8,13 @@ import math
 from typing import Literal
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
-from pretrain.methods.masking import Grid, cell_masked
+from pretrain.methods.base import MaskSampler, MethodConfig
+from pretrain.methods.masking import Grid, cell_masked, check_cells, count_cell_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
-from pretrain.methods.predictor import Predictor
+from pretrain.methods.predictor import Predictor, PredictorMethod
 from pretrain.methods.targets import PatchTarget, PixelsConfig
-from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -30,7 +27,7 @@ def sample_masks(
     return {name: array[0] for name, array in indices.items()}
 
 
-class SimMIM(LUTMethod):
+class SimMIM(PredictorMethod):
     """Encoder on everything, linear head, by default L1 on the masked patches' pixels without normalization."""
 
     add_ons = frozenset({"pr_mim", "lut"})
@@ -45,23 +42,11 @@ class SimMIM(LUTMethod):
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
             """Patches of an image, and those in ceil(squares * ratio) squares."""
-            side = self.mask_patch_size // patch_size
-            cells = math.prod(grid) // side**2
-            return math.prod(grid), math.ceil(cells * self.mask_ratio) * side**2
+            return math.prod(grid), count_cell_masked(grid, self.mask_patch_size // patch_size, self.mask_ratio)
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
-            patch_size = model.patch_size
-            side = self.mask_patch_size // patch_size
-            if self.mask_patch_size % patch_size or not side or grid[0] % side or grid[1] % side:
-                height, width = grid[0] * patch_size, grid[1] * patch_size
-                divisors = [n for n in range(1, min(grid) + 1) if not (grid[0] % n or grid[1] % n)]
-                nearest = min((n * patch_size for n in divisors), key=lambda size: abs(size - self.mask_patch_size))
-                raise ValueError(
-                    f"method.mask_patch_size={self.mask_patch_size} must be a multiple of model.patch_size="
-                    f"{patch_size} that divides the image of {height}x{width} pixels: set "
-                    f"method.mask_patch_size={nearest}"
-                )
-            patches, masked = self.count_patches(grid, patch_size)
+            check_cells(self.mask_patch_size, model.patch_size, grid)
+            patches, masked = self.count_patches(grid, model.patch_size)
             if masked >= patches:
                 raise ValueError(f"method.mask_ratio={self.mask_ratio} leaves no patch visible: lower it")
 
@@ -76,27 +61,3 @@ class SimMIM(LUTMethod):
         return functools.partial(
             sample_masks, grid=self.mask_grid, cell=self.mask_cell, ratio=ratio, pr_mim=self.pr_mim
         )
-
-    def compute_loss(
-        self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
-    ) -> LossAndTokens:
-        patches = patchify(images, self.encoder.patch_size)
-        prediction, visible_tokens = self._predict(patches, mask_indices, num_predicted)
-        truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
-        truth = gather_tokens(truth, mask_indices["masked"][:num_predicted])
-        return LossAndTokens(self.target.loss(prediction, truth), visible_tokens, mask_indices["visible"])
-
-    def _predict(
-        self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(B, N, P) uint8 patches -> the results of `Predictor`."""
-        visible = gather_tokens(patches, mask_indices["visible"])
-        return self.predictor(self.encoder, visible, **mask_indices, num_predicted=num_predicted)
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
-        prediction, _ = self._predict(patches, mask_indices)
-        predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
-        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}

@@ -1,7 +1,7 @@
 """Self-attention, with relative position or without.
 
-`RelativeKey` is LoMaR's contextual kind (iRPE "product" on keys). `RelativeBias` is BEiT's and SimMIM's kind, for
-encoders that `downstream.checkpoints` loads; no method trains it.
+`RelativeKey` is LoMaR's contextual kind (iRPE "product" on keys). `RelativeBias` is BEiT's and SimMIM's kind: in
+pretraining, all blocks share one, which the encoder owns; what `downstream.checkpoints` loads has one in each block.
 
 Shapes: B sequences, H heads, L tokens, C channels of a head.
 """
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.models.relative_position import NUM_BUCKETS, pad_keys
-from pretrain.models.sdpa import fused_attention
+from pretrain.models.sdpa import aligned, fused_attention
 from pretrain.models.window_attention import WindowTokens, window_attention
 
-Position = Tensor | WindowTokens  # of all pairs of tokens: buckets, or what the window kernel reads instead
+# Of all pairs of tokens: buckets, or what the window kernel reads instead, or a bias that is already looked up.
+Position = Tensor | WindowTokens
 
 
 class RelativeKey(nn.Module):
@@ -67,9 +68,13 @@ class RelativeBias(nn.Module):
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
 
-    def forward(self, q: Tensor, buckets: Tensor) -> Tensor:
-        """(1, H, L, L), to be added to the logits; `buckets` (L, L) int64 as from `offset_buckets`."""
-        return F.embedding(buckets, self.relative_position_bias_table).permute(2, 0, 1)[None]
+    def forward(self, buckets: Tensor) -> Tensor:
+        """(B or 1, H, L, L), to be added to the logits, of `offset_buckets` (L, L) or `pair_offsets` (B, L, L)."""
+        buckets = buckets[None] if buckets.ndim == 2 else buckets
+        bias = F.embedding(buckets, self.relative_position_bias_table).permute(0, 3, 1, 2)
+        if len(bias) == 1 or not (bias.is_cuda and torch.is_autocast_enabled("cuda")):
+            return bias
+        return aligned(bias.to(torch.get_autocast_dtype("cuda")))  # or each block would keep a copy
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,16 +104,23 @@ class Attention(nn.Module):
         self.rpe_bias = RelativeBias(heads, bias_grid) if bias_grid else None
 
     def forward(self, x: Tensor, position: Position | None) -> Tensor:
-        """(B, L, D) -> (B, L, D); `position` of the encoder's kind, None if position is absolute."""
+        """(B, L, D) -> (B, L, D).
+
+        Args:
+            x: the tokens.
+            position: of the encoder's kind; where the blocks share a bias, that bias, (B or 1, H, L, L); None if
+                position is absolute.
+        """
         B, L, D = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
         if isinstance(position, WindowTokens):
             assert self.rpe_k is not None
             return self.proj(self.rpe_k(qkv, position).flatten(2))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        bias = None
-        for relative in (self.rpe_k, self.rpe_bias):
-            if relative is not None:
-                assert position is not None, "relative attention needs the buckets of its tokens"
-                bias = relative(q, position)
+        assert position is not None or not (self.rpe_k or self.rpe_bias), "relative attention needs buckets"
+        bias = position
+        if self.rpe_k is not None:
+            bias = self.rpe_k(q, position)
+        elif self.rpe_bias is not None:
+            bias = self.rpe_bias(position)
         return self.proj(attend(q, k, v, bias).transpose(1, 2).reshape(B, L, D))

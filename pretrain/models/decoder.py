@@ -27,6 +27,7 @@ class Decoder(nn.Module):
         num_outputs: values predicted for each patch.
         aggregation: computes the masked tokens that do not go through the blocks (`aggregation.py`).
         mask_tokens: whether it has mask tokens; not for an auto-encoder, nor if the encoder has them.
+        num_prefix_tokens: the encoder's tokens in front of the patches, whose position here is zero.
     """
 
     pos_embed: Tensor
@@ -39,14 +40,16 @@ class Decoder(nn.Module):
         num_outputs: int,
         aggregation: nn.Module | None = None,
         mask_tokens: bool = True,
+        num_prefix_tokens: int = 1,
     ):
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         self.embed = nn.Linear(encoder_dim, arch.dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.dim)) if mask_tokens else None
         self.register_buffer("pos_embed", F.pad(sincos_positions(arch.dim, *grid), (0, 0, 1, 0)), persistent=False)
         self.blocks = nn.ModuleList(Block(arch, relative=False) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.dim, eps=1e-6)
-        self.pred = nn.Linear(arch.dim, num_outputs)
+        self.pred: nn.Module = nn.Linear(arch.dim, num_outputs)
         self.aggregation = aggregation
         self.apply(init_weights)
         if self.mask_token is not None:
@@ -58,7 +61,7 @@ class Decoder(nn.Module):
         """Predicts the masked patches, or the encoded ones where nothing is masked.
 
         Args:
-            encoded: (B, 1+V, D) class token and encoded tokens.
+            encoded: (B, P+V, D) prefix tokens and encoded tokens.
             visible: (B, V) their grid positions; those of encoded mask tokens come last.
             masked: (B, M) grid positions.
             kept: (B, K) those of `masked` that get a mask token here; all of them unless there is an `aggregation`.
@@ -67,7 +70,7 @@ class Decoder(nn.Module):
             (B, M, num_outputs), or (B, V, num_outputs) without `masked`.
         """
         x = self.embed(encoded).float()
-        x = x + self.pos_embed[F.pad(1 + visible, (1, 0))]
+        x = x + self.pos_embed[F.pad(1 + visible, (self.num_prefix_tokens, 0))]
         entered = visible
         if self.mask_token is not None and kept is not None:
             x = torch.cat([x, self.mask_token + self.pos_embed[1 + kept]], dim=1)
@@ -75,11 +78,11 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, None)
         if masked is None:
-            x = x[:, 1:]
+            x = x[:, self.num_prefix_tokens :]
         elif self.aggregation is None:
             x = x[:, -masked.shape[1] :]
         else:
-            x = self.aggregation(x[:, 1:], entered, masked)
+            x = self.aggregation(x[:, self.num_prefix_tokens :], entered, masked)
         return self.pred(self.norm(x))
 
 
@@ -95,8 +98,8 @@ class _FilledGrid(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, encoded: Tensor, visible: Tensor) -> Tensor:
-        """(B, 1+V, D) with the class token, which is dropped, and (B, V) positions -> (B, N, D) in raster order."""
-        visible_tokens = encoded[:, 1:].float()
+        """(B, P+V, D) with prefix tokens, which are dropped, and (B, V) positions -> (B, N, D) in raster order."""
+        visible_tokens = encoded[:, -visible.shape[1] :].float()
         tokens = self.mask_token.expand(len(visible_tokens), len(self.pos_embed), -1)
         return tokens.scatter(1, visible.unsqueeze(-1).expand_as(visible_tokens), visible_tokens) + self.pos_embed
 

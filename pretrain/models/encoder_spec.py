@@ -20,6 +20,7 @@ class EncoderSpec:
         method: by which it was pretrained, if known.
         epochs: of pretraining, if known.
         class_token: whether there is one; only encoders of others (I-JEPA's) have none.
+        registers: tokens between the class token and the patches.
     """
 
     arch: str
@@ -29,6 +30,7 @@ class EncoderSpec:
     method: str | None = None
     epochs: int | None = None
     class_token: bool = True
+    registers: int = 0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -39,13 +41,27 @@ class EncoderSpec:
     def of(cls, encoder: ViT) -> "EncoderSpec":
         """The spec of an existing encoder."""
         arch = next(name for name, arch in ARCHS.items() if arch == encoder.arch)
-        class_token = encoder.cls_token is not None
-        return cls(arch, encoder.patch_size, encoder.image_size, encoder.position, class_token=class_token)
+        return cls(
+            arch,
+            encoder.patch_size,
+            encoder.image_size,
+            encoder.position,
+            class_token=encoder.cls_token is not None,
+            registers=encoder.registers,
+        )
 
     def build(self) -> ViT:
         """A freshly initialized encoder."""
         relative, bias = self.position == "relative", self.position == "bias"
-        return ViT(self.arch, self.patch_size, self.grid, relative, bias=bias, class_token=self.class_token)
+        return ViT(
+            self.arch,
+            self.patch_size,
+            self.grid,
+            relative,
+            bias=bias,
+            class_token=self.class_token,
+            registers=self.registers,
+        )
 
     def to_metadata(self) -> dict[str, str]:
         """As metadata of a safetensors file."""
@@ -53,6 +69,7 @@ class EncoderSpec:
             "method": self.method,
             "epochs": self.epochs,
             "class_token": None if self.class_token else "false",
+            "registers": self.registers or None,
         }
         return {
             "arch": self.arch,
@@ -77,6 +94,7 @@ class EncoderSpec:
             metadata.get("method"),
             int(epochs) if epochs is not None else None,
             metadata.get("class_token") != "false",
+            int(metadata.get("registers", 0)),
         )
 
     @classmethod
@@ -84,5 +102,7 @@ class EncoderSpec:
         """The spec of a pretraining run, from its resume signature. Raises KeyError if it is not one."""
         model, size = signature["model"], signature["data"]["image_size"]
         height, width = height_width(size)
-        method = signature["method"]["name"]
-        return cls(model["arch"], model["patch_size"], (height, width), model["position"], method, epochs)
+        method, registers = signature["method"]["name"], model.get("registers", 0)
+        position = "sincos" if model["position"] == "learned" else model["position"]
+        size = (height, width)
+        return cls(model["arch"], model["patch_size"], size, position, method, epochs, registers=registers)

@@ -1,46 +1,63 @@
 """Features of whole images."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.models.attention import Position
 from pretrain.models.patches import normalize_pixels
-from pretrain.models.relative_position import grid_buckets, offset_buckets
 from pretrain.models.vit import ViT
 
-Kind = Literal["class", "mean", "patches"]
+Kind = Literal["mean", "class", "class_mean", "prefix", "patches"]
 
 
-def features(encoder: ViT, images: Tensor, block: int | None = None) -> Tensor:
+def check_blocks(blocks: Sequence[int], depth: int) -> None:
+    """Raises ValueError unless these are ascending numbers of an encoder's blocks."""
+    for block in blocks:
+        if not 1 <= block <= depth:
+            raise ValueError(f"block {block}: the encoder has blocks 1 to {depth}")
+    if list(blocks) != sorted(set(blocks)):
+        given, better = (",".join(map(str, numbers)) for numbers in (blocks, sorted(set(blocks))))
+        raise ValueError(f"blocks {given}: give each of them once, in ascending order: {better}")
+
+
+def features(encoder: ViT, images: Tensor, blocks: Sequence[int] = ()) -> Tensor:
     """All tokens of whole images.
 
     Args:
         encoder: of any kind of position; with LoMaR's relative one, images of other sizes than its own are encoded too.
         images: (B, 3, H, W) standardized pixels.
-        block: whose output is wanted, 1 being the first block's, before the encoder's last norm; unless given, the
-            output of the encoder.
+        blocks: whose outputs are wanted, 1 being the first block's, before the encoder's last norm and side by side;
+            unless given, the output of the encoder.
 
     Returns:
-        (B, 1+N, D), the class token first; where there is none, the mean of the others.
+        (B, P+N, D), the P prefix tokens first, of which the first is the class token; where there is none, the mean of
+        the others is put in front. D for each block.
 
     Raises:
         ValueError: images of a size that the encoder's positions are not for, or that patches do not divide; or no
             such block.
     """
-    if block is not None and not 1 <= block <= len(encoder.blocks):
-        raise ValueError(f"block {block}: the encoder has blocks 1 to {len(encoder.blocks)}")
+    check_blocks(blocks, len(encoder.blocks))
+    tokens, position = embed_image(encoder, images)
+    tokens = torch.cat(encoder(tokens, position, hidden=blocks), dim=-1) if blocks else encoder(tokens, position)
+    return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
+
+
+def embed_image(encoder: ViT, images: Tensor) -> tuple[Tensor, Position | None]:
+    """What `encoder` takes for whole images: all of their patches' tokens (B, N, D), and their position.
+
+    Arguments and errors as of `features`.
+    """
     rows, cols = encoder.grid
     if images.shape[-2:] != encoder.image_size:
         rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
-    if not (encoder.relative or encoder.bias):
-        tokens = encoder(tokens + encoder.pos_embed[:, 1:], stop=block)
-        return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
-    buckets = grid_buckets(rows, cols) if encoder.relative else offset_buckets(rows, cols)
-    return encoder(tokens, buckets.to(images.device), stop=block)
+    return tokens, encoder.grid_position((rows, cols)).to(images.device)
 
 
 def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:
@@ -58,22 +75,40 @@ def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int
 
 
 def image_features(
-    encoder: ViT, images: Tensor, kind: Kind = "mean", block: int | None = None, norm_after_pool: bool = False
+    encoder: ViT, images: Tensor, kind: Kind = "mean", blocks: Sequence[int] = (), norm_after_pool: bool = False
 ) -> Tensor:
-    """The features of uint8 images that k-NN compares and `downstream.embed` writes.
+    """One kind of `pooled_features`, which `downstream.embed` writes."""
+    return pooled_features(encoder, images, (kind,), blocks, norm_after_pool)[0]
+
+
+def pooled_features(
+    encoder: ViT, images: Tensor, kinds: Sequence[Kind], blocks: Sequence[int] = (), norm_after_pool: bool = False
+) -> list[Tensor]:
+    """Several kinds of features of the same images, which are encoded once.
 
     Args:
-        encoder, block: as of `features`.
-        images: (B, H, W, 3) uint8.
-        kind: the `class` token, the `mean` of the patch tokens, or all `patches`.
+        encoder, blocks: as of `features`.
+        images: (B, H, W, 3) pixels from 0 to 255, uint8 or not.
+        kinds: the `mean` of the patch tokens, the `class` token, both side by side (`class_mean`), the mean of all
+            tokens in front of the patches (`prefix`), or all `patches`.
         norm_after_pool: whether the encoder's last norm is that of a classifier, of the mean and not of every token.
 
     Returns:
-        (B, D), or (B, N, D) of patches in raster order.
+        (B, D) of each kind, (B, 2D) of `class_mean`, (B, N, D) of patches in raster order.
     """
-    if norm_after_pool and kind == "mean" and block is None:
-        return encoder.norm(image_features(encoder, images, "mean", len(encoder.blocks)))
-    tokens = features(encoder, normalize_pixels(images).movedim(-1, 1), block)
+    last = norm_after_pool and not blocks
+    tokens = features(encoder, normalize_pixels(images).movedim(-1, 1), (len(encoder.blocks),) if last else blocks)
+    pooled = [_pool(tokens, kind, max(encoder.num_prefix_tokens, 1)) for kind in kinds]
+    normed = [encoder.norm(part) for part in pooled] if last else pooled
+    return [part.flatten(1) if kind == "class_mean" else part for kind, part in zip(kinds, normed, strict=True)]
+
+
+def _pool(tokens: Tensor, kind: Kind, prefix: int) -> Tensor:
+    """`pooled_features` of (B, prefix+N, D) tokens; (B, 2, D) of `class_mean`."""
+    if kind == "class_mean":
+        return torch.stack([_pool(tokens, "class", prefix), _pool(tokens, "mean", prefix)], dim=1)
     if kind == "class":
         return tokens[:, 0]
-    return tokens[:, 1:].mean(1) if kind == "mean" else tokens[:, 1:]
+    if kind == "prefix":
+        return tokens[:, :prefix].mean(1)
+    return tokens[:, prefix:].mean(1) if kind == "mean" else tokens[:, prefix:]

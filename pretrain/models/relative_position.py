@@ -50,28 +50,37 @@ def product_buckets(rows: Tensor, cols: Tensor, span: int | None = None) -> Tens
     return (row_bucket + _REACH) * AXIS_BUCKETS + col_bucket + _REACH
 
 
-def grid_buckets(height: int, width: int) -> Tensor:
-    """(1 + height*width) squared int64 bucket ids of a class token followed by a grid in raster order."""
+def grid_buckets(height: int, width: int, num_prefix_tokens: int = 1) -> Tensor:
+    """(P + height*width) squared int64 bucket ids of P prefix tokens followed by a grid in raster order.
+
+    The class token and registers have no place in the grid: all their pairs share the class token's bucket.
+    """
     rows = torch.arange(height).repeat_interleave(width)
     cols = torch.arange(width).repeat(height)
-    return F.pad(product_buckets(rows, cols, max(height, width) - 1), (1, 0, 1, 0), value=CLASS_BUCKET)
+    return F.pad(product_buckets(rows, cols, max(height, width) - 1), (num_prefix_tokens, 0) * 2, value=CLASS_BUCKET)
 
 
-def pair_buckets(buckets: Tensor, index: Tensor) -> Tensor:
+def pair_buckets(buckets: Tensor, index: Tensor, num_prefix_tokens: int = 1) -> Tensor:
     """The buckets of a subset of a grid's tokens, a different one for each sequence.
 
     Args:
-        buckets: (1+N, 1+N) int64 of `grid_buckets`.
-        index: (B, T) grid positions; the class token is put in front of them.
+        buckets: (P+N, P+N) int64 of `grid_buckets`.
+        index: (B, T) grid positions; the prefix tokens are put in front of them.
+        num_prefix_tokens: P, at least 1.
 
     Returns:
-        (B, 1+T, 1+T, NUM_BUCKETS) one-hot: a matrix product is deterministic on a GPU, the gradient of a gather is not.
+        (B, P+T, P+T, NUM_BUCKETS) one-hot: a matrix product is deterministic on a GPU, the gradient of a gather is not.
         On a GPU the keys are padded to a multiple of 8.
     """
-    tokens = F.pad(1 + index, (1, 0))
     dtype = torch.get_autocast_dtype(index.device.type) if torch.is_autocast_enabled(index.device.type) else None
-    ids = pad_keys(buckets[tokens.unsqueeze(2), tokens.unsqueeze(1)])
+    ids = pad_keys(pair_offsets(buckets, index, num_prefix_tokens))
     return F.one_hot(ids, NUM_BUCKETS).to(dtype or torch.get_default_dtype())
+
+
+def pair_offsets(buckets: Tensor, index: Tensor, num_prefix_tokens: int = 1) -> Tensor:
+    """As `pair_buckets`, but the buckets themselves, (B, P+T, P+T) int64; those of `offset_buckets`, for example."""
+    tokens = F.pad(num_prefix_tokens + index, (num_prefix_tokens, 0))  # 0 for each of them: their buckets are equal
+    return buckets[tokens.unsqueeze(2), tokens.unsqueeze(1)]
 
 
 def pad_keys(buckets: Tensor) -> Tensor:
@@ -80,15 +89,17 @@ def pad_keys(buckets: Tensor) -> Tensor:
     return F.pad(buckets, (0, missing), value=CLASS_BUCKET) if missing else buckets
 
 
-def offset_buckets(height: int, width: int) -> Tensor:
-    """(1 + height*width) squared int64 rows of `RelativeBias`'s table for a class token and a grid in raster order.
+def offset_buckets(height: int, width: int, num_prefix_tokens: int = 1) -> Tensor:
+    """(P + height*width) squared int64 rows of `RelativeBias`'s table for P prefix tokens and a grid in raster order.
 
-    Every offset, query minus key, has its own row; the last three are class to patch, patch to class, class to class.
+    Every offset, query minus key, has its own row; the last three are class to patch, patch to class, class to class,
+    which registers share with the class token.
     """
     rows = torch.arange(height).repeat_interleave(width)
     cols = torch.arange(width).repeat(height)
     ids = (rows[:, None] - rows + height - 1) * (2 * width - 1) + cols[:, None] - cols + width - 1
     offsets = (2 * height - 1) * (2 * width - 1)
-    buckets = F.pad(ids, (1, 0, 1, 0), value=offsets)
-    buckets[1:, 0], buckets[0, 0] = offsets + 1, offsets + 2
+    P = num_prefix_tokens
+    buckets = F.pad(ids, (P, 0, P, 0), value=offsets)
+    buckets[P:, :P], buckets[:P, :P] = offsets + 1, offsets + 2
     return buckets

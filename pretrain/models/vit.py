@@ -1,7 +1,7 @@
 """Plain pre-norm Vision Transformers, Ti to H, with timm's parameter names.
 
-A method calls the parts in turn: `patch_embed` (patches -> tokens), `pos_embed` where position is absolute, and the
-encoder itself (class token + tokens -> blocks -> norm). Which tokens enter is the method's business.
+A method calls the parts in turn: `patch_embed` (patches -> tokens), and the encoder itself (prefix tokens + tokens at
+their positions -> blocks -> norm). Which tokens enter is the method's business.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.decode import CHANNELS
-from pretrain.models.attention import Attention, Position
+from pretrain.models.attention import Attention, Position, RelativeBias
 from pretrain.models.patches import normalize_pixels
+from pretrain.models.relative_position import grid_buckets, offset_buckets
 
 
 class Arch(NamedTuple):
@@ -91,22 +92,48 @@ class DropPath(nn.Module):
         return x * (kept / self.kept_share).to(x.dtype)
 
 
+class LayerScale(nn.Module):
+    """A factor for each channel, which is trained (Touvron et al., CaiT)."""
+
+    def __init__(self, dim: int, init_value: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> the same."""
+        return x * self.gamma.to(x.dtype)
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each perhaps skipped."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each perhaps scaled and perhaps skipped.
+
+    Args:
+        arch: width and heads.
+        relative, bias_grid: of `Attention`.
+        drop_path_rate: probability of skipping.
+        layer_scale: the first value of the scales; 0 for none.
+    """
 
     def __init__(
-        self, arch: Arch, relative: bool, bias_grid: tuple[int, int] | None = None, drop_path_rate: float = 0.0
+        self,
+        arch: Arch,
+        relative: bool,
+        bias_grid: tuple[int, int] | None = None,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 0.0,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(arch.dim, eps=1e-6)
         self.attn = Attention(arch.dim, arch.heads, relative, bias_grid)
         self.norm2 = nn.LayerNorm(arch.dim, eps=1e-6)
         self.mlp = Mlp(arch.dim, 4 * arch.dim)
+        self.ls1 = LayerScale(arch.dim, layer_scale) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(arch.dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
 
     def forward(self, x: Tensor, position: Position | None) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), position))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), position)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ViT(nn.Module):
@@ -119,15 +146,20 @@ class ViT(nn.Module):
         relative: contextual relative position in every block instead of fixed sin-cos positions.
         checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
         bias: a learned relative bias (BEiT's, SimMIM's) in every block instead of either.
+        shared_bias: one that all blocks share, as while BEiT and SimMIM pretrain.
+        learned: learned absolute positions instead of fixed ones.
+        registers: tokens behind the class token that belong to no patch (DINOv2's; Pixio's further class tokens).
+        layer_scale: the first value of factors that scale what each block adds; 0 for none.
         class_token: false in encoders of others that have none (I-JEPA's), for features only.
         drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks, from 0 in the first.
 
     Attributes:
         residual_dtype: of the residual stream, if it is not to be `at_least_fp32`.
         window_kernel: whether callers should give `WindowTokens` where they could give buckets.
+        class_adapter: what the class token goes through before it enters, while TEC trains; see `fold_class_adapter`.
     """
 
-    pos_embed: Tensor
+    pos_embed: Tensor  # (1, 1+N, D): the class token's first; registers have none
     residual_dtype: torch.dtype | None = None
     window_kernel: bool = False
 
@@ -141,24 +173,37 @@ class ViT(nn.Module):
         bias: bool = False,
         class_token: bool = True,
         drop_path_rate: float = 0.0,
+        shared_bias: bool = False,
+        learned: bool = False,
+        registers: int = 0,
+        layer_scale: float = 0.0,
     ):
         super().__init__()
-        assert not (relative and bias), "one kind of position"
-        assert class_token or not (relative or bias), "buckets have a row for the class token"
+        assert relative + (bias or shared_bias) + learned <= 1, "one kind of position"
+        assert class_token or not (relative or bias or registers), "buckets have a row for the class token"
         self.arch, self.patch_size, self.grid, self.relative = ARCHS[arch], patch_size, grid, relative
-        self.grad_checkpointing, self.bias = grad_checkpointing, bias
+        self.grad_checkpointing, self.bias, self.registers = grad_checkpointing, bias or shared_bias, registers
         dim = self.arch.dim
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        if not (relative or bias):  # a buffer: a frozen parameter would be missing from the optimiser's shards
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        if learned:
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], dim))
+        elif self.absolute:  # a buffer: a frozen parameter would be missing from the optimiser's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
+        self.class_adapter: nn.Module | None = None
+        self.rel_pos_bias = RelativeBias(self.arch.heads, grid) if shared_bias else None
         bias_grid = grid if bias else None
         rates = [drop_path_rate * block / max(self.arch.depth - 1, 1) for block in range(self.arch.depth)]
-        self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=0.02)
+        if learned:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -168,13 +213,25 @@ class ViT(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of those of the patches: the class token, if there is one (timm's name)."""
-        return 0 if self.cls_token is None else 1
+        """Tokens in front of those of the patches: the class token, if there is one, and registers (timm's name)."""
+        return (0 if self.cls_token is None else 1) + self.registers
+
+    @property
+    def absolute(self) -> bool:
+        """Whether position is added to the tokens that enter."""
+        return not (self.relative or self.bias)
 
     @property
     def position(self) -> str:
-        """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one that was loaded."""
+        """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
+
+    def grid_position(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """The `position` of all patches of a grid in raster order, by default the encoder's own; on the CPU."""
+        rows, cols = grid or self.grid
+        if self.relative:
+            return grid_buckets(rows, cols, self.num_prefix_tokens)
+        return offset_buckets(rows, cols, self.num_prefix_tokens) if self.bias else torch.arange(rows * cols)
 
     def forward(
         self,
@@ -184,25 +241,34 @@ class ViT(nn.Module):
         stop: int | None = None,
         hidden: Sequence[int] = (),
     ) -> Tensor | list[Tensor]:
-        """Puts the class token in front and encodes, all at once or in two parts, between which tokens may join.
+        """Puts the prefix tokens in front and encodes, all at once or in two parts, between which tokens may join.
 
         Args:
-            tokens: (B, L, D) patch tokens, positions already added where they are absolute; from a `start` on, the
-                class token is already in front of them.
-            position: the relative position of every pair of the 1 + L tokens: `grid_buckets`, `pair_buckets` or
-                `window_tokens`, or `offset_buckets` for a learned bias.
+            tokens: (B, L, D) patch tokens; from a `start` on, the prefix tokens are already in front of them.
+            position: where position is relative, that of every pair of the P + L tokens: `grid_buckets`,
+                `pair_buckets` or `window_tokens`, or for a learned bias `offset_buckets` or `pair_offsets`. Where it is
+                absolute, the grid positions (B, L) or (L,) of the tokens, whose embeddings are added here; None if
+                they are added already.
             start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
             hidden: ascending numbers of blocks, of which the last one is the last to go through. 1 is the first block,
                 and 0 stands for its input.
 
         Returns:
-            (B, 1+L, D), the class token first; (B, L, D) where there is none. With `hidden`, a list of the residual
-            streams behind these blocks, each of this shape, to which no norm is applied.
+            (B, P+L, D), the prefix tokens first. With `hidden`, a list of the residual streams behind these blocks,
+            each of this shape, to which no norm is applied.
         """
+        if self.absolute and isinstance(position, Tensor):
+            tokens, position = tokens + self.pos_embed[0, 1 + position], None
         x = at_least_fp32(tokens) if self.residual_dtype is None else tokens.to(self.residual_dtype)
         if start == 0 and self.cls_token is not None:
+            class_token = self.cls_token if self.class_adapter is None else self.class_adapter(self.cls_token)
+            prefix = class_token + self.pos_embed[:, :1] if self.absolute else class_token
+            if self.reg_token is not None:
+                prefix = torch.cat([prefix, self.reg_token], dim=1)
             # A batch size as a number would be fixed in a traced encoder.
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        if self.rel_pos_bias is not None:
+            position = self.rel_pos_bias(position)
         streams = {start: x} if start in hidden else {}
         for number, block in enumerate(self.blocks[start : hidden[-1] if hidden else stop], start + 1):
             if self.grad_checkpointing and self.training:
@@ -214,6 +280,15 @@ class ViT(nn.Module):
         if hidden:
             return [streams[number] for number in hidden]
         return self.norm(x) if stop is None else x
+
+
+def fold_class_adapter(cls_token: Tensor, *adapter: Tensor) -> Tensor:
+    """The class token as it enters behind TEC's MLP, whose two weights and biases are given in timm's order."""
+    weight1, bias1, weight2, bias2 = adapter
+    return F.linear(F.gelu(F.linear(cls_token, weight1, bias1)), weight2, bias2)
+
+
+CLASS_ADAPTER = tuple(f"class_adapter.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))
 
 
 def init_weights(module: nn.Module) -> None:

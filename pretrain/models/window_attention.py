@@ -1,10 +1,11 @@
 """Attention within windows, with contextual relative position, by a kernel of its own: for CUDA, bf16 and fp16.
 
 Torch's fused attention takes the relative position as a bias of all logits, which goes through memory six times a step.
-Here a token brings its place in the window instead: 0 is the class token's, 1 + K*row + column a patch's, 63 padding's.
+Here a token brings its place in the window instead: the P prefix tokens (the class token and registers) come first,
+P + K*row + column is a patch's, 63 padding's.
 The tokens may be all of a window, or some of them, others in each window (PR-MIM, late mask tokens).
 
-Shapes: G windows of K x K patches, L tokens of a window (with the class token), H heads, C channels of a head.
+Shapes: G windows of K x K patches, L tokens of a window (with the prefix tokens), H heads, C channels of a head.
 """
 
 from functools import lru_cache
@@ -19,6 +20,7 @@ from pretrain.models.relative_position import AXIS_BUCKETS, CLASS_BUCKET, NUM_BU
 PLACES = 64  # also the padded number of buckets
 MAX_WINDOW_SIZE = 7  # with a larger one, a bucket has more than 3 x 3 keys, and there are more than 64 places
 MAX_HEAD_DIM = 128
+MAX_PREFIX_TOKENS = 9  # they share one bucket, whose gradient is a sum of 3 x 3 keys like that of the others
 
 
 class WindowTokens(NamedTuple):
@@ -31,23 +33,26 @@ class WindowTokens(NamedTuple):
     in_order: bool  # whether each token's place is its own number
 
 
-def window_tokens(size: int, patches: Tensor | None, device: torch.device) -> WindowTokens:
-    """The class token and some patches of windows of `size` x `size` patches.
+def window_tokens(size: int, patches: Tensor | None, device: torch.device, num_prefix_tokens: int = 1) -> WindowTokens:
+    """The prefix tokens and some patches of windows of `size` x `size` patches.
 
     Args:
         size: K, at most `MAX_WINDOW_SIZE`.
         patches: (G, T) int64 positions within the windows, in any order; None for all of them in raster order.
+        num_prefix_tokens: P, from 1 to `MAX_PREFIX_TOKENS`.
     """
     all_patches = patches is None
     if patches is None:
         patches = torch.arange(size * size, device=device)[None]
     rows, T = patches.shape
-    padded = padded_tokens(1 + T)
-    place = F.pad(F.pad(1 + patches, (1, 0)), (0, padded - 1 - T), value=PLACES - 1)
-    order = torch.arange(1 + T, device=device).expand(rows, -1)
-    token = patches.new_full((rows, PLACES), padded - 1).scatter(1, place[:, : 1 + T], order)
+    L = num_prefix_tokens + T
+    padded = padded_tokens(L)
+    order = torch.arange(L, device=device).expand(rows, -1)
+    place = torch.cat([order[:, :num_prefix_tokens], num_prefix_tokens + patches], dim=1)
+    token = patches.new_full((rows, PLACES), padded - 1).scatter(1, place, order)
+    place = F.pad(place, (0, padded - L), value=PLACES - 1)
     in_order = all_patches and padded == PLACES
-    return WindowTokens(*_tables(size, device), place.to(torch.int8), token.to(torch.int8), in_order)
+    return WindowTokens(*_tables(size, device, num_prefix_tokens), place.to(torch.int8), token.to(torch.int8), in_order)
 
 
 def padded_tokens(tokens: int) -> int:
@@ -56,18 +61,18 @@ def padded_tokens(tokens: int) -> int:
 
 
 @lru_cache
-def _tables(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    outside = PLACES - 1 - size * size
-    buckets = F.pad(grid_buckets(size, size), (0, outside, 0, outside), value=CLASS_BUCKET)
-    return buckets.to(device, torch.int8), _keys_of_buckets(size).to(device)
+def _tables(size: int, device: torch.device, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    outside = PLACES - num_prefix_tokens - size * size
+    buckets = F.pad(grid_buckets(size, size, num_prefix_tokens), (0, outside, 0, outside), value=CLASS_BUCKET)
+    return buckets.to(device, torch.int8), _keys_of_buckets(size, num_prefix_tokens).to(device)
 
 
-def _keys_of_buckets(size: int) -> Tensor:
+def _keys_of_buckets(size: int, num_prefix_tokens: int) -> Tensor:
     """Of which keys each bucket's gradient is the sum, for each query's place, in two stages of three summands.
 
-    Stage 1 adds the keys of one row that share a column's bucket c, into place 7*row + c; the class key goes to 49.
-    Stage 2 adds those that share a row's bucket r, into bucket 7*r + c. A missing summand is 63, a place that is empty.
-    A class query has none: its bias is one number, which softmax ignores.
+    Stage 1 adds the keys of one row that share a column's bucket c, into place 7*row + c; the prefix tokens' keys go to
+    49, 50 and 51. Stage 2 adds those that share a row's bucket r, into bucket 7*r + c. A missing summand is 63, a place
+    that is empty. A prefix token's query has none: its bias is one number, which softmax ignores.
 
     Returns:
         (2, 3, 64, 64) int8.
@@ -76,18 +81,20 @@ def _keys_of_buckets(size: int) -> Tensor:
     axis = axis_buckets(size)  # axis[i][j]: 0..6
     for row in range(size):
         for col in range(size):
-            query = 1 + row * size + col
+            query = num_prefix_tokens + row * size + col
             for bucket in range(AXIS_BUCKETS):
                 same_col = [j for j in range(size) if axis[col][j] == bucket]
                 same_row = [j for j in range(size) if axis[row][j] == bucket]
                 for m, key_col in enumerate(same_col):
                     for key_row in range(size):
-                        keys[0, m, query, key_row * AXIS_BUCKETS + bucket] = 1 + key_row * size + key_col
+                        key = num_prefix_tokens + key_row * size + key_col
+                        keys[0, m, query, key_row * AXIS_BUCKETS + bucket] = key
                 for m, key_row in enumerate(same_row):
                     for other in range(AXIS_BUCKETS):
                         keys[1, m, query, bucket * AXIS_BUCKETS + other] = key_row * AXIS_BUCKETS + other
-            keys[0, 0, query, CLASS_BUCKET] = 0
-            keys[1, 0, query, CLASS_BUCKET] = CLASS_BUCKET
+            for prefix in range(num_prefix_tokens):
+                keys[0, prefix % 3, query, CLASS_BUCKET + prefix // 3] = prefix
+                keys[1, prefix // 3, query, CLASS_BUCKET] = CLASS_BUCKET + prefix // 3
     return keys
 
 
@@ -235,17 +242,26 @@ def window_attention(qkv: Tensor, table: Tensor, tokens: WindowTokens) -> Tensor
 
 
 @torch.no_grad()
-def worst_error(size: int, count: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> float:
+def worst_error(
+    size: int,
+    count: int,
+    heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_prefix_tokens: int = 1,
+) -> float:
     """The kernels against the formula in float64: the largest relative error of any result; NaN if one is not finite.
 
     On random windows of `size` x `size` patches, `count` of which are tokens. Also compiles the kernels for these.
     """
     generator = torch.Generator().manual_seed(0)
-    L = 1 + count
+    P = num_prefix_tokens
+    L = P + count
     some = torch.rand(2, size * size, generator=generator).argsort(1)[:, :count]
     patches = None if count == size * size else some
-    index = torch.arange(L).expand(2, -1) if patches is None else F.pad(1 + patches, (1, 0))
-    buckets = grid_buckets(size, size)[index[:, :, None], index[:, None, :]]
+    index = torch.arange(L).expand(2, -1) if patches is None else F.pad(P + patches, (P, 0))
+    buckets = grid_buckets(size, size, P)[index[:, :, None], index[:, None, :]]
     shapes = ((2, L, 3, heads, head_dim), (head_dim, NUM_BUCKETS), (2, L, heads, head_dim))
     qkv, table, dout = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     results = []
@@ -253,7 +269,7 @@ def worst_error(size: int, count: int, heads: int, head_dim: int, device: torch.
         qkv, table = (tensor.detach().to(there, precision).requires_grad_() for tensor in (qkv, table))
         with torch.enable_grad():
             if precision == dtype:
-                tokens = window_tokens(size, patches if patches is None else patches.to(there), there)
+                tokens = window_tokens(size, patches if patches is None else patches.to(there), there, P)
                 out = window_attention(qkv, table, tokens)
             else:
                 out = _formula(qkv, table, buckets)

@@ -9,7 +9,7 @@ Shapes: N tokens in sequences of L tokens (with the class token), H heads of C c
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from pretrain.models.window_attention import MAX_WINDOW_SIZE, PLACES, choose_launch, padded_tokens
+from pretrain.models.window_attention import MAX_PREFIX_TOKENS, MAX_WINDOW_SIZE, PLACES, choose_launch, padded_tokens
 from pretrain.plan.trace import BlockCall
 
 AttentionKind = Literal["triton", "sdpa", "unfused"]
@@ -48,13 +48,23 @@ class Pass(NamedTuple):
 
 
 def matrix_flops(call: BlockCall) -> float:
-    """Forward flops for each token of qkv (6 D^2), projection (2 D^2) and MLP (16 D^2)."""
+    """Forward flops for each token of qkv (6 D^2), projection (2 D^2) and MLP (16 D^2).
+
+    In cross-attention, keys and values are of the context's tokens.
+    """
+    if call.context:
+        return 20.0 * call.dim**2 + 4.0 * call.dim * call.context_dim * call.context / call.tokens
     return 24.0 * call.dim**2
 
 
 def attention_flops(call: BlockCall) -> float:
     """Forward flops for each token of q k^T and P v (2 L D each), and of the bias (2 L D)."""
-    return (6.0 if call.relative else 4.0) * call.tokens * call.dim
+    return (6.0 if call.relative else 4.0) * keys(call) * call.dim
+
+
+def keys(call: BlockCall) -> int:
+    """The tokens to which each one attends."""
+    return call.context or call.tokens
 
 
 # Bytes of element-wise operators for each token, in units of D: norms, casts, GELU, residual additions, and the sums
@@ -72,22 +82,31 @@ _ELEMENTWISE = {
 
 def elementwise_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     """Bytes that the element-wise operators of a block move for each token."""
-    units = _ELEMENTWISE[numerics.precision, _residual(call, numerics), numerics.compile]
-    return Pass(units.forward * call.dim, units.backward * call.dim)
+    forward, backward = _ELEMENTWISE[numerics.precision, _residual(call, numerics), numerics.compile]
+    if call.layer_scale:  # reads and writes both branches; back, reads them and their gradient once, writes one
+        size = _width(numerics)
+        forward += 0 if numerics.compile else 2 * 2 * size
+        backward += 2 * size if numerics.compile else 2 * 4 * size
+    return Pass(forward * call.dim, backward * call.dim)
 
 
 def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     """Bytes that attention's core moves for each token: all between the qkv projection and the output's."""
     x = _width(numerics) * call.dim  # one of q, k, v, o, or of their gradients
-    bias = _width(numerics) * call.heads * call.tokens
+    bias = _width(numerics) * call.heads * keys(call)
     kind = kernel(call, numerics)
     if kind == "triton":  # reads q, k, v, writes o; reads these but o, and do, writes dq, dk, dv into one tensor
         return Pass(4 * x, 7 * x + 2 * table_gradient_bytes(call, numerics))
     if kind == "unfused":
         return _unfused_bytes(call, numerics, x, bias)
+    if call.context:  # as below, but only dk and dv are stacked
+        both = x * (1 + call.context / call.tokens)
+        return Pass(2 * both, 4 * both + 4 * (both - x))
+    aligned, gradient = bias * _up(call.tokens, 8) / call.tokens, bias * _up(call.tokens, ROWS) / call.tokens
+    if call.bias:  # as below, and the bias; its gradient is written, and read to be summed over the sequences
+        return Pass(4 * x + aligned, 8 * x + 6 * x + aligned + 2 * gradient)
     if not call.relative:  # backward: reads q, k, v, o, do, writes dq, dk, dv, and stacks them
         return Pass(4 * x, 8 * x + 6 * x)
-    aligned, gradient = bias * _up(call.tokens, 8) / call.tokens, bias * _up(call.tokens, ROWS) / call.tokens
     # q copied; q -> bias; bias -> aligned bias; the kernel itself
     forward = 2 * x + (x + bias) + (bias + aligned) + (4 * x + aligned)
     # the kernel; its bias gradient cut, then into q and into the table; dq, dk, dv stacked
@@ -109,12 +128,14 @@ def table_gradient_bytes(call: BlockCall, numerics: Numerics) -> float:
 
 def _unfused_bytes(call: BlockCall, numerics: Numerics, x: float, logits: float) -> Pass:
     """Logits through memory: product, scale, softmax in fp32 with its casts, product; and back."""
-    full = 4.0 * call.heads * call.tokens  # the logits in fp32
+    full = 4.0 * call.heads * keys(call)  # the logits in fp32
     casts = 0.0 if numerics.precision == "fp32" else 1.0
     forward = (3 * x + 3 * logits) + casts * 2 * (logits + full) + 2 * full + (logits + 3 * x)
     backward = (4 * x + 5 * logits) + casts * 2 * (logits + full) + 3 * full + 2 * logits + 10 * x
     if call.relative:  # q -> bias and logits + bias; their gradients
         forward, backward = forward + 2 * x + 4 * logits, backward + 4 * x + 4 * logits
+    if call.bias:  # logits + bias; the sum of its gradient
+        forward, backward = forward + 2 * logits, backward + logits
     return Pass(forward, backward)
 
 
@@ -131,14 +152,13 @@ def attention_work(call: BlockCall, numerics: Numerics) -> Pass:
         width = 1 << (call.dim // call.heads - 1).bit_length()
         product = 2.0 * places * width * max(places, ROWS) * call.heads / call.tokens
         return Pass(3 * product, 8 * product)
-    length = _up(call.tokens, ROWS)
-    product = 2.0 * length * length / call.tokens * call.dim
+    product = 2.0 * _up(call.tokens, ROWS) * _up(keys(call), ROWS) / call.tokens * call.dim
     return Pass(2 * product, 5 * product)
 
 
 def kernel(call: BlockCall, numerics: Numerics) -> AttentionKind:
     """The kernel that a call gets: Triton's is for contextual relative position in windows of up to 7x7 patches."""
-    if numerics.attention == "triton" and (not call.relative or call.tokens > 1 + MAX_WINDOW_SIZE**2):
+    if numerics.attention == "triton" and (not call.relative or call.tokens > MAX_PREFIX_TOKENS + MAX_WINDOW_SIZE**2):
         return "sdpa"
     return numerics.attention
 
@@ -147,12 +167,17 @@ def kept_bytes(call: BlockCall, numerics: Numerics) -> float:
     """Bytes that a block keeps for the backward pass for each token, its input included.
 
     The residual stream before each of the two norms, the four inputs of the linear layers (one of them, GELU's output,
-    four times as wide), q, k and v, and GELU's input. Compiled, the second of the residual stream's two is the
-    attention's bf16 output instead, from which it is computed again.
+    four times as wide), q, k and v, and GELU's input; with LayerScale what it scales. Compiled, the second of the
+    residual stream's two is the attention's bf16 output instead, from which it is computed again. In cross-attention,
+    k, v and the context as the input of their layer are kept for the context's tokens.
     """
     size, residual = _width(numerics), input_bytes(call, numerics) / call.dim
     second = size if numerics.compile else residual
-    units = residual + second + size * (2 + 3 + 1 + 4 + 4)
+    units = residual + second + size * (2 + (1 if call.context else 3) + 1 + 4 + 4)
+    if call.layer_scale:
+        units += 2 * size
+    if call.context:
+        units += size * (2 + call.context_dim / call.dim) * call.context / call.tokens
     statistics = 2 * 2 * 4.0  # mean and deviation of two norms
     return units * call.dim + statistics + _attention_kept(call, numerics)
 
@@ -169,12 +194,13 @@ def _residual(call: BlockCall, numerics: Numerics) -> Literal["fp32", "bf16"]:
 
 def _attention_kept(call: BlockCall, numerics: Numerics) -> float:
     """What attention keeps besides q, k, v and its output."""
-    x, bias = _width(numerics) * call.dim, _width(numerics) * call.heads * call.tokens
+    x, bias = _width(numerics) * call.dim, _width(numerics) * call.heads * keys(call)
     kind = kernel(call, numerics)
     if kind == "triton":
         return 0.0
     if kind == "unfused":  # the softmax, and q besides its scaled copy
-        return bias + (x if call.relative else 0.0)
+        full = 4.0 * call.heads * call.tokens  # a bias that blocks share is in fp32, and so is then the softmax
+        return bias + (x if call.relative else full if call.bias else 0.0)
     logsumexp = 4.0 * call.heads
     if not call.relative:
         return logsumexp

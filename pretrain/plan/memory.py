@@ -59,7 +59,7 @@ class Memory:
         casts: the bf16 copies of weights that autocast makes in the forward pass.
         activations: kept for the backward pass.
         workspace: gradients on their way back through a block, and what no tensor of ours accounts for.
-        teacher: a momentum encoder's weights.
+        teacher: the weights of a momentum encoder or a frozen one.
     """
 
     weights: float
@@ -145,7 +145,7 @@ def step_memory(
     activations = images * activation_bytes(trace, numerics, checkpointing)
     gradients_in_flight = images * workspace_bytes(trace, numerics)
     casts = 2.0 * trace.parameters if numerics.precision == "bf16" else 0.0
-    teacher = float(_FP32 * trace.averaged)
+    teacher = float(_FP32 * (trace.averaged + trace.frozen))
     fragments = FRAGMENTATION * (activations + gradients_in_flight)
     backward = Memory(
         weights,

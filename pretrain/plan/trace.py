@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from data.decode import CHANNELS
-from pretrain.build import build_method
+from pretrain.build import build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
-from pretrain.models.vit import Block
+from pretrain.models.cross_decoder import CrossBlock
+from pretrain.models.vit import Block, LayerScale
 
 SIZES = (2, 3)  # of the traced batches: what a step has once, not for each image, is told apart by their difference
 
@@ -42,6 +43,9 @@ class BlockCall:
         relative: whether position is contextual and relative.
         encoder: whether it is a block of the encoder, which `model.grad_checkpointing` recomputes.
         backward: whether there is a backward pass; a teacher has none.
+        bias: whether a bias that all blocks share is added to the logits.
+        layer_scale: whether what the block adds is scaled.
+        context, context_dim: number and width of the other tokens that these attend to, if not to each other.
     """
 
     sequences: float
@@ -52,6 +56,10 @@ class BlockCall:
     relative: bool
     encoder: bool
     backward: bool
+    context: int = 0
+    context_dim: int = 0
+    bias: bool = False
+    layer_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,8 @@ class Trace:
 
     Attributes:
         parameters: that are trained.
-        averaged: of a teacher.
+        averaged: of a teacher that is a moving average.
+        frozen: of a teacher that stays as it is.
         image_bytes: of the pixels of a sample, all views.
     """
 
@@ -100,6 +109,7 @@ class Trace:
     ends: Ends
     parameters: int
     averaged: int
+    frozen: int
     image_bytes: int
 
 
@@ -107,10 +117,12 @@ def trace_method(config: PretrainConfig) -> Trace:
     """Traces the method of a configuration on the CPU: tenths of a second, and no memory for the blocks' weights."""
     model = config.model.model_copy(update={"grad_checkpointing": False})
     with _ParametersOnMeta():
-        method = build_method(config.model_copy(update={"model": model}))
+        frozen = untrained_teacher(config)
+        method = build_method(config.model_copy(update={"model": model}), frozen)
         teacher = method.teacher_model() if isinstance(method, LUT) else None
+    averaged = teacher if frozen else teacher or feature_teacher(method)
     calls: Counter[BlockCall] = Counter()
-    for module in (method, teacher) if teacher else (method,):
+    for module in filter(None, (method, averaged, frozen)):
         _pass_over_blocks(module, calls)
     bf16 = config.train.precision == "bf16"
     counted = []
@@ -119,12 +131,17 @@ def trace_method(config: PretrainConfig) -> Trace:
         method.zero_grad()  # or the second backward pass would add to the first's gradients
         images, mask_indices = _draw_batch(method, config, size)
         counted.append(_run(method, teacher, images, mask_indices, bf16))
+
+    def count(module: nn.Module | None) -> int:
+        return sum(p.numel() for p in module.parameters()) if module else 0
+
     forward, backward, moved, kept, *depthwise = (last - first for first, last in zip(*counted, strict=True))
     return Trace(
         tuple(replace(call, sequences=call.sequences / SIZES[-1], blocks=count) for call, count in calls.items()),
         Ends(forward, backward, moved, kept, counted[0][2] - SIZES[0] * moved, Depthwise(*depthwise)),
-        sum(p.numel() for p in method.parameters()),
-        sum(p.numel() for p in teacher.parameters()) if teacher else 0,
+        count(method),
+        count(averaged),
+        count(frozen),
         images[0].numel(),
     )
 
@@ -146,7 +163,11 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
         if isinstance(block, Block):
             encoder = "encoder.blocks." in name
             block.forward = functools.partial(_record, block, encoder, calls)  # type: ignore[method-assign]
-            inside.update(block.modules())
+        elif isinstance(block, CrossBlock):
+            block.forward = functools.partial(_record_cross, block, calls)  # type: ignore[method-assign]
+        else:
+            continue
+        inside.update(block.modules())
     for other in module.modules():
         if other not in inside:
             for key, parameter in other._parameters.items():
@@ -155,11 +176,32 @@ def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
                     other._parameters[key] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
 
 
-def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, *_: Any) -> Tensor:
+def _record(block: Block, encoder: bool, calls: Counter[BlockCall], x: Tensor, position: Any = None) -> Tensor:
     sequences, tokens, dim = x.shape
     relative, backward = block.attn.rpe_k is not None, torch.is_grad_enabled()
-    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward)] += 1
+    more: Any = {"bias": not relative and position is not None, "layer_scale": isinstance(block.ls1, LayerScale)}
+    calls[BlockCall(sequences, tokens, dim, block.attn.heads, 1, relative, encoder, backward, **more)] += 1
     return x
+
+
+def _record_cross(block: CrossBlock, calls: Counter[BlockCall], x: Tensor, context: Tensor) -> Tensor:
+    sequences, tokens, dim = x.shape
+    heads, backward = block.cross_attn.heads, torch.is_grad_enabled()
+    calls[BlockCall(sequences, tokens, dim, heads, 1, False, False, backward, *context.shape[1:])] += 1
+    return _DependOn.apply(x, context)
+
+
+class _DependOn(torch.autograd.Function):
+    """`x`, whose backward pass reaches the context as well, with zeros that take no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: Tensor) -> Tensor:
+        ctx.shape = context.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.new_zeros(1).expand(ctx.shape)
 
 
 def _draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -23,6 +23,9 @@ class ModelConfig(Section):
     position: Literal["relative", "sincos"] = Field(
         "relative", description="LoMaR's contextual relative position, or fixed sin-cos positions like MAE's"
     )
+    registers: int = Field(
+        0, ge=0, description="tokens behind the class token that belong to no patch: DINOv2's 4, Pixio's 3 or 7"
+    )
     drop_path_rate: float = Field(
         0.0, ge=0, lt=1, description="stochastic depth of the last block, decreasing linearly to 0 at the first"
     )

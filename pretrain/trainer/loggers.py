@@ -29,7 +29,7 @@ class MetricLogger(ABC):
 
     @abstractmethod
     def log_evaluation(self, values: Values) -> None:
-        """Results of an evaluation between two steps."""
+        """Results of an evaluation between two steps: numbers, and perhaps words about them."""
 
     def step(self) -> None:  # noqa: B027 - most loggers do nothing here
         """After every optimizer step."""
@@ -84,14 +84,14 @@ class JsonLines(MetricLogger):
 
 
 class TensorBoard(MetricLogger):
-    """Event files, without non-finite values."""
+    """Event files, without words and non-finite values."""
 
     def __init__(self, folder: RunFolder, start: int):
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
 
     def log_metrics(self, values: Values) -> None:
         for key, value in values.items():
-            if key != "step" and math.isfinite(value):
+            if key != "step" and not isinstance(value, str) and math.isfinite(value):
                 self.writer.add_scalar(key, value, values["step"])
 
     log_evaluation = log_metrics
@@ -138,15 +138,18 @@ class ProgressBar(MetricLogger):
         print(f"step {self.done}/{self.total}  {text}", flush=True)
 
     def log_evaluation(self, values: Values) -> None:
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items() if key not in ("step", "epoch"))
-        self.bar.write(f"step {values['step']}: {numbers}", file=sys.stderr)
+        shown = {key: value for key, value in values.items() if key not in ("step", "epoch")}
+        words = "  ".join(
+            f"{key} {value if isinstance(value, str) else f'{value:.4g}'}" for key, value in shown.items()
+        )
+        self.bar.write(f"step {values['step']}: {words}", file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
 
 
 def _append(path: Path, values: Values) -> None:
-    finite = {key: value if isinstance(value, int) or math.isfinite(value) else None for key, value in values.items()}
+    finite = {key: v if isinstance(v, int | str) or math.isfinite(v) else None for key, v in values.items()}
     with path.open("a") as file:
         file.write(json.dumps(finite) + "\n")
 

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,11 @@ class Evaluation:
     Attributes:
         every_epochs: the end of training is measured as well.
         measure: called by all ranks together, between steps, with the engine's module and the moving average; returns
-            the same numbers on all of them.
+            the same on all of them: numbers, and perhaps words about them.
     """
 
     every_epochs: int
-    measure: Callable[[Any, NoEMA], dict[str, float]]
+    measure: Callable[[Any, NoEMA], Mapping[str, float | str]]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,13 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from downstream.checkpoints.method_weights import load_method, load_teacher
+from downstream.checkpoints.weights import load_encoder
 from pretrain.build import build_ema, build_method
 from pretrain.config import PretrainConfig
+from pretrain.finish import encoder_state_dict
+from pretrain.methods.targets.features import EncoderTeacher
 from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.models.features import features
 from pretrain.models.vit import ARCHS, Arch, sincos_positions
 from pretrain.trainer.checkpoint_layout import EMA_FILE, MANIFEST, MODEL_STATES, TrainState
 
@@ -27,6 +31,8 @@ LOMAR = {
     "model": {"arch": "vit_tiny", "patch_size": 4},
 }
 SIMMIM = {"method": {"name": "simmim", "mask_patch_size": 4}, "model": {"arch": "vit_tiny", "patch_size": 4}}
+AS_TRAINED = {**SIMMIM, "model": SIMMIM["model"] | {"position": "bias", "layer_scale": 0.1, "registers": 1}}
+LEARNED = {**MAE, "model": MAE["model"] | {"position": "learned"}}
 BEIT = {
     "method": "beit",
     "model": {"arch": "vit_tiny", "patch_size": 4},
@@ -152,7 +158,11 @@ def test_a_file_of_the_lomar_authors_fills_head_and_mask_token(tmp_path: Path):
     assert "predictor.head.bias is missing in the file" in lines["predictor.head"], "this file has none"
 
 
-@pytest.mark.parametrize("sections", [MAE, LOMAR, SIMMIM, BEIT], ids=["mae", "lomar", "simmim", "beit"])
+@pytest.mark.parametrize(
+    "sections",
+    [MAE, LEARNED, LOMAR, SIMMIM, AS_TRAINED, BEIT],
+    ids=["mae", "mae-learned", "lomar", "simmim", "simmim-as-trained", "beit"],
+)
 def test_a_run_fills_every_method_whole(sections: dict[str, Any], tmp_path: Path):
     source, method = build(sections), build(sections, seed=1)
     checkpoint = write_run(source, sections, tmp_path)
@@ -227,7 +237,35 @@ def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeyp
         load_method(method, tmp_path / "mae.pth")
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     path, _ = originals.simmim(tmp_path)
-    with pytest.raises(ValueError, match="a learned bias for each pair of positions"):
+    with pytest.raises(ValueError, match=r"set model\.arch=vit_tiny and model\.position=bias, or"):
         load_method(method, path)
+    registers = build({**MAE, "model": MAE["model"] | {"registers": 2}})
+    with pytest.raises(ValueError, match=r"set model\.registers=0, or start"):
+        load_method(registers, tmp_path / "mae.pth")
     with pytest.raises(ValueError, match=r"only 14 and 16 can be exchanged; set model\.\* to match it"):
         load_method(build({**MAE, "model": MAE["model"] | {"patch_size": 6}}), tmp_path / "mae.pth")
+
+
+def test_the_class_token_of_a_run_of_tec_is_read_behind_its_adapter(tmp_path: Path):
+    sections = {**MAE, "method": {"name": "tec", "num_queries": 3, "decoder_num_heads": 2, "decoder_embed_dim": 8}}
+    method = build_method(configure(sections), EncoderTeacher(build(MAE).encoder))
+    randomize(method)
+    checkpoint = write_run(method, sections, tmp_path)
+    encoder, report = load_encoder(checkpoint)
+    assert encoder.state_dict().keys() == build(MAE).encoder.state_dict().keys()
+    assert "behind its adapter's MLP" in str(report)
+    expected = encoder_state_dict(method, method.state_dict())
+    torch.testing.assert_close(dict(encoder.state_dict()), expected, rtol=0, atol=0)
+    images = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(features(encoder, images), features(method.encoder.eval(), images))
+
+
+def test_tec_starts_from_an_encoder_with_an_adapter_of_its_own(tmp_path: Path):
+    as_mae_file(build(MAE), tmp_path / "mae.pth")
+    sections = {**MAE, "method": {"name": "tec", "num_queries": 3, "decoder_num_heads": 2, "decoder_embed_dim": 8}}
+    method = build_method(configure(sections, 12), EncoderTeacher(build(MAE).encoder))
+    before = state_of(method)
+    load_method(method, tmp_path / "mae.pth")
+    changed = {name for name, tensor in method.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert "encoder.cls_token" in changed
+    assert not any("adapter" in name for name in changed)

@@ -26,25 +26,27 @@ from pretrain.trainer.seed import seed_step
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # in float64
 
 
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(
+    ("position", "registers"), [*((kind, 0) for kind in POSITIONS), ("relative", 2), ("sincos", 2)]
+)
 @pytest.mark.parametrize("frozen", [True, False])
 @torch.no_grad()
 def test_the_classifier_computes_with_the_whole_encoder(
-    position: str, frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    position: str, registers: int, frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """timm's model gives the encoder's features. The pool gets a new norm, but a frozen encoder keeps its own."""
-    path = encoder_file(tmp_path, position)
+    path = encoder_file(tmp_path, position, registers)
     config = configure(
         tmp_path,
         start__checkpoint=path,
         model__position=position,
+        model__registers=registers,
         **({"start__trained_blocks": 0} if frozen else {}),
     )
     classifier, report = build_classifier(config)
     assert str(path) in report
-    encoder = small_encoder(position)
-    state = load_file(path)
-    encoder.load_state_dict(state)
+    encoder = small_encoder(position, registers)
+    encoder.load_state_dict(load_file(path))
     if not frozen:
         encoder.norm = torch.nn.Identity()
     images, _ = batch()
@@ -52,7 +54,7 @@ def test_the_classifier_computes_with_the_whole_encoder(
         tokens = features(encoder.double().eval(), standardized(images))
         vit = classifier.double().eval().vit
         torch.testing.assert_close(vit.forward_features(standardized(images)), tokens, **CLOSE)
-        pooled = tokens[:, 1:].mean(1)
+        pooled = tokens[:, 1 + registers :].mean(1)
         if not frozen:
             pooled = F.layer_norm(pooled, pooled.shape[1:], eps=1e-6)
         expected = F.linear(pooled, vit.head.weight, vit.head.bias)

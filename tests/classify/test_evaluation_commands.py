@@ -23,7 +23,8 @@ from downstream.classify.robustness.evaluator import Evaluator, prepare
 from downstream.classify.trained_classifier import load_classifier
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS, Arch, ViT
-from pretrain.probe import probe
+from pretrain.probe.measure import probe
+from pretrain.probe.settings import ProbeSettings
 from pretrain.trainer.launch import World
 
 CPU = torch.device("cpu")
@@ -50,10 +51,12 @@ def test_on_two_ranks(tmp_path: Path):
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", EncoderSpec.of(encoder).to_metadata())
 
     small, large = ["--batch-size", "4", "--num-workers", "1"], ["--batch-size", "64", "--num-workers", "0"]
-    package, knn_options = "downstream.classify", ["--train", tmp_path / "shards", "--val", val, "--k", 3]
+    package, probe_options = "downstream.classify", ["--train", tmp_path / "shards", "--val", val, "--k", 3]
+    settings = ProbeSettings(k=3, attentive_steps=20, finetune_epochs=3, max_images=20, pool="class_mean")
+    probe_options += ["--attentive-steps", 20, "--finetune-epochs", 3, "--max-images", 20, "--pool", "class_mean"]
     commands = [
         [f"{package}.evaluate", seven, "--data", val, *small],
-        [f"{package}.knn", tmp_path / "encoder.safetensors", *knn_options, *small],
+        [f"{package}.probe", tmp_path / "encoder.safetensors", *probe_options, *small],
         [f"{package}.robustness", thousand, "--on", f"a={adversarial}", *large],
         ["downstream.embed", tmp_path / "encoder.safetensors", val, tmp_path / "features.npy", *small],
         [f"{package}.predict", seven, val, "--out", tmp_path / "predictions.csv", *small],
@@ -61,7 +64,7 @@ def test_on_two_ranks(tmp_path: Path):
     arguments = json.dumps([[str(argument) for argument in command] for command in commands])
     code, out, err = run_command(commands_in_turn.__file__, arguments, ranks=2)
     assert code == 0, err
-    accuracy, knn, table, robust, embedded, predicted = out.splitlines()[-6:]
+    accuracy, *_, judge, probed, table, robust, embedded, predicted = out.splitlines()
 
     assert "2 of 21 images cannot be decoded and count as wrong: c0/000, c1/001" in err
     trained = load_classifier(seven, CPU)
@@ -71,9 +74,12 @@ def test_on_two_ranks(tmp_path: Path):
 
     encoder, _ = load_encoder(tmp_path / "encoder.safetensors")
     sets = [EvalLoader(load_samples(path), size=(32, 32), batch=9) for path in (tmp_path / "shards", val)]
-    expected = probe(encoder, *sets, k=3, device=CPU)
-    assert json.loads(knn) == pytest.approx(expected)
+    expected = probe(encoder, *sets, settings, device=CPU)
+    assert json.loads(probed) == pytest.approx(expected)
+    assert judge == "compare encoders by finetune_top1"
     assert 1 / 7 < expected["knn_top1"] < 1
+    assert 1 / 7 < expected["attentive_top1"] < 1
+    assert 1 / 7 < expected["finetune_top1"] < 1
 
     assert "a            top1" in table
     assert "200 images, 1 undecodable" in table

@@ -39,13 +39,14 @@ def start(path: Path, weights: str | None = None) -> dict[str, Any]:
 
 def encoder_features(encoder: ViT, height: int, width: int) -> Tensor:
     """(2, D, rows, cols) float64 of `images`."""
-    tokens = features(float64_copy(encoder), images(height, width).double())[:, 1:]
+    tokens = features(float64_copy(encoder), images(height, width).double())[:, max(encoder.num_prefix_tokens, 1) :]
     return tokens.transpose(1, 2).unflatten(2, (height // 4, width // 4))
 
 
 def encoder_file(folder: Path, kind: str = "relative", grid: tuple[int, int] = (3, 4), patch: int = 4, **facts) -> Path:
     torch.manual_seed(3)
-    encoder = randomized(ViT("vit_tiny", patch, grid, kind == "relative", bias=kind == "bias"))
+    registers = int(facts.get("registers", 0))
+    encoder = randomized(ViT("vit_tiny", patch, grid, kind == "relative", bias=kind == "bias", registers=registers))
     size = f"{grid[0] * patch}x{grid[1] * patch}"
     metadata = {"arch": "vit_tiny", "patch_size": str(patch), "image_size": size, "position": kind, **facts}
     save_file(encoder.state_dict(), folder / "encoder.safetensors", metadata)
@@ -63,6 +64,24 @@ def test_without_windows_it_is_the_pretrained_encoder(kind: str, tmp_path: Path)
     (found,) = float64_copy(backbone)(images(12, 16).double())
     assert max_difference(found, encoder_features(encoder, 12, 16)) < 1e-12
     assert encoder.cls_token.equal(backbone.cls_token)
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+@torch.no_grad()
+def test_registers_are_kept_with_the_class_token_and_left_out_without_it(kind: str, tmp_path: Path):
+    path = encoder_file(tmp_path, kind, registers="2")
+    encoder, _ = load_encoder(path)
+    backbone = whole(position=kind, img_size=(12, 16), registers=2, init_cfg=start(path))
+    backbone.init_weights()
+    (found,) = float64_copy(backbone)(images(12, 16).double())
+    assert max_difference(found, encoder_features(encoder, 12, 16)) < 1e-12
+    assert encoder.reg_token.equal(backbone.reg_token)
+    report = load_start(build_backbone(position=kind), str(path), None)
+    assert report.dropped["reg_token"] == "registers: model.backbone.class_token=False"
+    with pytest.raises(ValueError, match=r"has 2 registers, model\.backbone\.registers is 1: set it to 2, or"):
+        whole(position=kind, registers=1, init_cfg=start(path)).init_weights()
+    with pytest.raises(ValueError, match=r"set model\.backbone\.class_token=True, or registers=0"):
+        build_backbone(registers=1)
 
 
 def test_encoders_that_do_not_fit_are_refused_before_data_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

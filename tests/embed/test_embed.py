@@ -78,15 +78,19 @@ def tokens(encoder: ViT, data: Path, block: int | None = None) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("kind", "block"), [("mean", None), ("class", None), ("patches", None), ("class", 1), ("patches", 2)]
+    ("kind", "block"),
+    [("mean", None), ("class", None), ("patches", None), ("class_mean", None), ("class", "1"), ("patches", "1,2")],
 )
 def test_rows_are_the_encoders_features(kind: str, block: Any, encoder: ViT, file: Path, photos: Path, tmp_path: Path):
     options = ["--block", block] if block else []
     out = tmp_path / "new" / "out.npy"
     result = run_in_process(embed, file, photos, out, "--features", kind, *options)
     written = np.load(out)
-    expected = tokens(encoder, photos, block)
-    expected = {"class": expected[:, 0], "mean": expected[:, 1:].mean(1), "patches": expected[:, 1:]}[kind]
+    blocks = [int(number) for number in block.split(",")] if block else [None]
+    expected = np.concatenate([tokens(encoder, photos, number) for number in blocks], axis=-1)
+    first, mean = expected[:, 0], expected[:, 1:].mean(1)
+    both = np.concatenate([first, mean], axis=-1)
+    expected = {"class": first, "mean": mean, "patches": expected[:, 1:], "class_mean": both}[kind]
     np.testing.assert_allclose(written, expected, rtol=1e-4, atol=1e-5)
     assert written.dtype == np.float32
     assert np.isnan(written).all(axis=tuple(range(1, written.ndim))).sum() == 1
@@ -157,6 +161,8 @@ def test_of_a_classifier_they_are_what_its_head_reads(photos: Path, tmp_path: Pa
 def test_what_cannot_work_is_said_first(file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"block 3: the encoder has blocks 1 to 2"):
         run_in_process(embed, file, photos, tmp_path / "out.npy", "--block", 3)
+    with pytest.raises(ValueError, match=r"blocks 2,1: give each of them once, in ascending order: 1,2"):
+        run_in_process(embed, file, photos, tmp_path / "out.npy", "--block", "2,1")
     with pytest.raises(ValueError, match=r"out\.csv: give a name that ends in \.npy or \.parquet"):
         run_in_process(embed, file, photos, tmp_path / "out.csv")
     with monkeypatch.context() as patched:

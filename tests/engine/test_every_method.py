@@ -10,9 +10,9 @@ from helpers.processes import SMALL
 from helpers.rank_checks import assert_same_bits, assert_same_run, assert_same_steps, newest, wait_for
 from helpers.steps import configure, plain_steps, run_jobs
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pretrain.models.vit import ViT
+from pretrain.models.vit import CLASS_ADAPTER, ViT, fold_class_adapter
 from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
@@ -21,22 +21,50 @@ MAE = {"name": "mae", "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_
 LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3}
 SINCOS = {"arch": "vit_tiny", "position": "sincos"}
 RELATIVE = {"arch": "vit_tiny"}
+LEARNED = {"arch": "vit_tiny", "position": "learned", "registers": 2}
+AS_TRAINED = {"arch": "vit_tiny", "position": "bias", "layer_scale": 0.1, "registers": 1}  # SimMIM, but for registers
 PR_MIM = {"throw_ratio": 0.3, "kernel_size": 3}
 LUT = {"alpha": 1.0, "hidden_dim": 16, "momentum": 0.9}
 SIMMIM = {"name": "simmim", "mask_patch_size": 16}
+HOG = {"name": "hog", "cell_sizes": [4, 16], "bins": 4}
+LOCAL_MIM = {"name": "local_mim", "blocks": [1, 2], "decoder_embed_dim": 32, "decoder_num_heads": 2}
 TOKENS = {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32}
 
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"method": MAE, "model": SINCOS},
     "mae-pr_mim": {"method": MAE, "model": SINCOS, "pr_mim": PR_MIM},
+    "mae-num_masks-ema": {
+        "method": MAE | {"num_masks": 2},
+        "model": SINCOS,
+        "target": {"name": "ema", "blocks": 2, "momentum": 0.9},
+    },
+    "lomar-pr_mim-teacher": {
+        "method": LOMAR,
+        "model": RELATIVE,
+        "target": {"name": "teacher", "blocks": 1},
+        "pr_mim": PR_MIM,
+    },
+    "tec-pr_mim": {
+        "method": MAE | {"name": "tec", "num_queries": 4},
+        "model": SINCOS,
+        "target": {"name": "teacher", "blocks": 2},
+        "pr_mim": PR_MIM,
+    },
     "lc_mae": {"method": MAE | {"name": "lc_mae", "proj_dim": 16}, "model": SINCOS},
     "lc_mae-conv": {"method": MAE | {"name": "lc_mae", "decoder": "conv"}, "model": SINCOS},
     "ae": {"method": MAE | {"name": "ae", "block_size": 24}, "model": SINCOS},
     "simmim": {"method": SIMMIM, "model": SINCOS},
-    "simmim-pr_mim": {"method": SIMMIM, "model": RELATIVE, "pr_mim": PR_MIM},
+    "simmim-pr_mim": {"method": SIMMIM, "model": AS_TRAINED, "pr_mim": PR_MIM},
     "beit": {"method": {"name": "beit"}, "model": RELATIVE, "target": TOKENS},
     "lomar-beit": {"method": {**LOMAR, "mask_type": "block"}, "model": SINCOS, "target": TOKENS},
     "lomar-pr_mim": {"method": LOMAR, "model": RELATIVE, "pr_mim": PR_MIM},
+    "lomar-multiscale": {
+        "method": {**LOMAR, **LOCAL_MIM, "name": "lomar", "architecture": "multiscale", "decoder_depth": 1},
+        "model": RELATIVE,
+        "target": HOG,
+    },
+    "mff-pr_mim": {"method": MAE | {"name": "mff", "blocks": [1, 2]}, "model": SINCOS, "pr_mim": PR_MIM},
+    "local_mim-pr_mim-lut": {"method": LOCAL_MIM, "target": HOG, "model": SINCOS, "pr_mim": PR_MIM, "lut": LUT},
     "mae-lut": {"method": MAE, "model": SINCOS, "lut": LUT},
     "simmim-lut-tokens": {"method": SIMMIM, "model": SINCOS, "lut": LUT | {"supervision": "tokens"}},
     "lomar-late-pr_mim-lut": {
@@ -47,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "mae-encoder_mask_tokens": {
         "method": MAE | {"encoder_mask_tokens": True},
-        "model": SINCOS,
+        "model": LEARNED,
         "target": TOKENS,
         "pr_mim": PR_MIM | {"aggregation": "transformer"},
     },
@@ -62,7 +90,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "model": RELATIVE,
         "pr_mim": PR_MIM | {"aggregation": "convnext"},
     },
-    "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE},
+    "mae-cross": {
+        "method": MAE | {"decoder": "cross", "inter_block_attention": True, "predict_ratio": 0.3},
+        "model": SINCOS,
+    },
+    "lomar-cross-pr_mim-lut": {
+        "method": {**LOMAR, **MAE, "name": "lomar", "architecture": "asymmetric", "decoder": "cross"},
+        "model": RELATIVE,
+        "pr_mim": PR_MIM,
+        "lut": LUT,
+    },
+    "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": LEARNED},
     "lomar-late-pr_mim": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE, "pr_mim": PR_MIM},
 }
 
@@ -70,7 +108,22 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def recipes(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("recipes")
-    return {name: str(write_recipe(folder, name, **sections)) for name, sections in METHODS.items()}
+    file = str(write_teacher(folder))
+
+    def with_file(sections: dict[str, Any]) -> dict[str, Any]:
+        target = sections.get("target", {})
+        return sections | {"target": target | {"file": file}} if target.get("name") == "teacher" else sections
+
+    return {name: str(write_recipe(folder, name, **with_file(sections))) for name, sections in METHODS.items()}
+
+
+def write_teacher(folder: Path) -> Path:
+    """An encoder with larger patches than those that are trained, as other projects' files have it."""
+    torch.manual_seed(7)
+    with SMALL:
+        encoder = ViT("vit_tiny", 20, (3, 3), relative=False)
+    save_file(encoder.state_dict(), folder / "teacher.safetensors")
+    return folder / "teacher.safetensors"
 
 
 ZERO3 = ("train.ds_config=zero3", "train.gradient_accumulation_steps=2")  # it partitions most
@@ -119,11 +172,26 @@ def test_the_encoder_is_rebuilt_from_its_file_alone(stage: str, method: str, req
     patch_size = int(metadata["patch_size"])
     height, width = (int(side) // patch_size for side in metadata["image_size"].split("x"))
     with SMALL:
-        encoder = ViT(metadata["arch"], patch_size, (height, width), metadata["position"] == "relative")
+        model = METHODS[method]["model"]
+        encoder = ViT(
+            metadata["arch"],
+            patch_size,
+            (height, width),
+            metadata["position"] == "relative",
+            shared_bias=metadata["position"] == "bias",
+            learned=model.get("position") == "learned",
+            registers=int(metadata.get("registers", 0)),
+            layer_scale=model.get("layer_scale", 0.0),
+        )
     encoder.load_state_dict(load_file(run / "encoder.safetensors"), strict=True)
     trained = torch.load(run / "state.pt")
     prefix = "method.encoder" if "lut" in method else "encoder"
-    assert_same_bits(dict(encoder.state_dict()), {name: trained[f"{prefix}.{name}"] for name in encoder.state_dict()})
+    expected = {name: trained[f"{prefix}.{name}"] for name in encoder.state_dict()}
+    if "tec" in method:  # a constant behind an MLP
+        expected["cls_token"] = fold_class_adapter(
+            *(trained[f"encoder.{name}"] for name in ("cls_token", *CLASS_ADAPTER))
+        )
+    assert_same_bits(dict(encoder.state_dict()), expected)
 
 
 def test_killed_and_continued_ends_with_the_same_bits(

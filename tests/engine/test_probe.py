@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from data.eval_loader import EvalLoader
 from data.image_folder import load_samples
 from pretrain.models.vit import ViT
-from pretrain.probe import METRICS, probe
+from pretrain.probe.measure import names_of, probe
+from pretrain.probe.settings import ProbeSettings
 from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
@@ -53,7 +54,13 @@ def test_probed_or_not(
     labeled_photos: Path,
 ):
     (tmp_path / "engine.json").write_text(json.dumps(engine_keys(stage)))
-    section = {"train": str(labeled_photos / "train"), "val": str(labeled_photos / "val"), "every_epochs": 1, "k": 5}
+    settings = {"k": 5, "block": [1, 2], "attentive_steps": 20, "finetune_epochs": 2, "max_images": 15}
+    section = {
+        "train": str(labeled_photos / "train"),
+        "val": str(labeled_photos / "val"),
+        "every_epochs": 1,
+        **settings,
+    }
     common = [
         f"train.ds_config={tmp_path / 'engine.json'}",
         "train.global_batch_size=16",
@@ -75,6 +82,9 @@ def test_probed_or_not(
         encoder = ViT("vit_tiny", 16, (4, 5)).eval()
     encoder.load_state_dict(load_file(runs / "probed" / "encoder.safetensors"))
     sets = [EvalLoader(load_samples(labeled_photos / name), size=(64, 80), batch=8) for name in ("train", "val")]
-    expected = probe(encoder, *sets, k=5, device=CPU)
-    assert {name: rows[-1][name] for name in METRICS} == pytest.approx(expected)
+    settings = ProbeSettings(**settings)
+    expected = probe(encoder, *sets, settings, device=CPU)
+    names = names_of(settings)
+    assert {name: rows[-1][name] for name in (*names, "judge_by")} == pytest.approx(expected)
+    assert rows[-1]["judge_by"] == "finetune_top1"
     assert 1 / 3 < expected["linear_top1"] < 1

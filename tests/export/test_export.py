@@ -19,7 +19,7 @@ from downstream.checkpoints.weights import features, load_encoder
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS, ViT
 
-SOURCES = ["lomar", "simmim", "dinov2", "mae"]
+SOURCES = ["lomar", "simmim", "dinov2", "mae", "dinov2_registers"]
 NAMES = {"timm": "out.safetensors", "mm": "out.pth", "hf": "out"}
 
 
@@ -42,7 +42,9 @@ def test_timm_loads_and_computes_the_originals_features(source: str, size: Any, 
         assert originals.feature_difference(encoder, loaded, images()) < SAME_PARAMETERS
     pixels = images(size or 12).double()
     tokens = loaded.double().forward_intermediates(pixels, indices=[1], intermediates_only=True, norm=True)[0]
-    expected = features(encoder.double(), pixels)[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
+    expected = (
+        features(encoder.double(), pixels)[:, encoder.num_prefix_tokens :].transpose(1, 2).unflatten(2, encoder.grid)
+    )
     assert max_difference(tokens, expected) < SAME_PARAMETERS
     with safe_open(str(out), "pt") as file:
         assert file.metadata()["image_size"] == ("16x8" if size else "12x12")
@@ -57,6 +59,7 @@ def test_mm_file_has_plain_names_and_says_how_to_rebuild(source: str, tmp_path: 
     stored = torch.load(tmp_path / "out.pth", weights_only=True)
     encoder, _ = load_encoder(path, image_size=(12, 20))
     assert stored["state_dict"].keys() == encoder.state_dict().keys()
+    assert stored["meta"].pop("registers", "0") == str(encoder.registers)
     assert {**stored["meta"], "weights": ""} == {
         "arch": "vit_tiny", "patch_size": "4", "image_size": "12x20", "weights": "",
         "position": {"lomar": "relative", "simmim": "bias"}.get(source, "sincos"),
@@ -95,15 +98,16 @@ def test_transformers_loads_absolute_positions(source: str, tmp_path: Path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("source", ["lomar", "simmim"])
-def test_timm_loads_the_folder_of_relative_positions(source: str, tmp_path: Path):
+@pytest.mark.parametrize("source", ["lomar", "simmim", "dinov2_registers"])
+def test_timm_loads_the_folder_of_what_transformers_does_not_have(source: str, tmp_path: Path):
     path, model = ORIGINALS[source](tmp_path)
     export_encoder(path, tmp_path / "out", "hf")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     encoder, _ = load_encoder(path)
     assert originals.feature_difference(encoder, model, images()) < SAME_TO_FP32
     assert originals.feature_difference(encoder, loaded, images()) < SAME_PARAMETERS
-    assert "import downstream.checkpoints.timm_models" in (tmp_path / "out" / "README.md").read_text()
+    imported = "import downstream.checkpoints.timm_models" in (tmp_path / "out" / "README.md").read_text()
+    assert imported == (source != "dinov2_registers"), "timm has absolute positions itself"
 
 
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "vit_tiny"])

@@ -15,22 +15,23 @@ from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.vit import Arch
 from pretrain.models.window_attention import window_attention, window_tokens, worst_error
 
-# size of a window, patches that are tokens (None: all), channels of a head
-CASES: tuple[tuple[int, int | None, int], ...] = (
+# size of a window, patches that are tokens (None: all), channels of a head, and perhaps prefix tokens, if not one
+CASES: tuple[tuple[int | None, ...], ...] = (
     *((7, None, 64), (7, 25, 64), (7, 10, 64), (7, None, 80)),  # LoMaR, PR-MIM, visible patches only; ViT-H
     *((7, 15, 16), (7, 31, 16)),  # as many tokens as a power of two
     *((6, None, 32), (5, None, 16), (2, 3, 16)),
+    *((7, None, 16, 4), (7, 20, 16, 9)),  # registers
 )
 
 
-def naive(qkv: Tensor, table: Tensor, patches: Tensor, size: int) -> Tensor:
+def naive(qkv: Tensor, table: Tensor, patches: Tensor, size: int, prefix: int) -> Tensor:
     """The formula, with the bucket of every pair made by hand: qkv (G, L, 3, H, C) -> (G, L, H, C)."""
     G, L, _, _, C = qkv.shape
     ids = torch.full((G, L, L), 49)
     for g in range(G):
         for i, query in enumerate(patches[g].tolist()):
             for j, key in enumerate(patches[g].tolist()):
-                ids[g, 1 + i, 1 + j] = bucket(query, key, size)
+                ids[g, prefix + i, prefix + j] = bucket(query, key, size)
     q, k, v = qkv.unbind(2)
     logits = torch.einsum("gihc,gjhc->ghij", q, k) * C**-0.5
     logits = logits + torch.einsum("gihc,gijc->ghij", q, table.T[ids])
@@ -41,13 +42,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def kernel_errors(size: int, count: int | None, channels: int) -> dict[str, float]:
+def kernel_errors(size: int, count: int | None, channels: int, prefix: int = 1) -> dict[str, float]:
     G, H = 3, 2
     patches = torch.arange(size * size).expand(G, -1)
     if count is not None:
         patches = torch.rand(G, size * size).argsort(1)[:, :count]
-    tokens = window_tokens(size, None if count is None else patches, torch.device("cpu"))
-    L = 1 + patches.shape[1]
+    tokens = window_tokens(size, None if count is None else patches, torch.device("cpu"), prefix)
+    L = prefix + patches.shape[1]
     qkv, table, upstream = (
         torch.randn(G, L, 3, H, channels),
         0.3 * torch.randn(channels, 50),
@@ -57,7 +58,7 @@ def kernel_errors(size: int, count: int | None, channels: int) -> dict[str, floa
     out = window_attention(low, low_table, tokens)
     out.backward(upstream)
     high, high_table = qkv.double().requires_grad_(), table.double().requires_grad_()
-    expected = naive(high, high_table, patches, size)
+    expected = naive(high, high_table, patches, size, prefix)
     expected.backward(upstream.double())
     errors = {"out": relative_error(out.detach(), expected.detach())}
     for i, name in enumerate(("dq", "dk", "dv")):
@@ -81,15 +82,15 @@ def method_errors(**keys: Any) -> dict[str, float]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     half = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
-    errors = {
-        f"{size}x{size}, {count}, {channels}": kernel_errors(size, count, channels) for size, count, channels in CASES
-    }
+    errors = {f"{case[0]}x{case[0]}, {', '.join(map(str, case[1:]))}": kernel_errors(*case) for case in CASES}
     errors["worst_error"] = {
-        str(count): worst_error(7, count, 2, 64, torch.device("cpu"), torch.float32) for count in (49, 10)
+        f"{count}, {prefix}": worst_error(7, count, 2, 64, torch.device("cpu"), torch.float32, prefix)
+        for count, prefix in ((49, 1), (10, 5))
     }
     errors["LoMaR"] = method_errors()
     errors["late"] = method_errors(mask_token_block=1)
     errors["late + PR-MIM"] = method_errors(mask_token_block=1, pr_mim=half)
+    errors["registers"] = method_errors(mask_token_block=1, pr_mim=half, registers=3)
     errors["asymmetric"] = method_errors(
         architecture="asymmetric", decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2
     )

@@ -206,6 +206,23 @@ def dinov2(folder: Path) -> Original:
     return Original(folder / "dinov2.pth", model)
 
 
+def dinov2_registers(folder: Path) -> Original:
+    """Its table has a row for the class token and none for registers."""
+    model = vit(init_values=1e-5, reg_tokens=2, no_embed_class=True)
+    state, row = dict(model.state_dict()), noise(1, 1, 16)
+    state |= {"cls_token": state["cls_token"] - row, "pos_embed": torch.cat([row, state["pos_embed"]], dim=1)}
+    state["register_tokens"] = state.pop("reg_token")
+    torch.save({**state, "mask_token": noise(1, 16)}, folder / "dinov2_reg.pth")
+    return Original(folder / "dinov2_reg.pth", model)
+
+
+def timm_registers(folder: Path) -> Original:
+    """A table with rows for registers, too."""
+    model = vit(reg_tokens=2)
+    torch.save(model.state_dict(), folder / "timm_reg.pth")
+    return Original(folder / "timm_reg.pth", model)
+
+
 def dinov2_training(folder: Path) -> Original:
     """Its blocks are in chunks, but numbered throughout."""
     model = vit(init_values=1e-5)
@@ -292,6 +309,8 @@ ORIGINALS: dict[str, Callable[[Path], Original]] = {
     "dino_backbone": dino_backbone,
     "dinov2": dinov2,
     "dinov2_training": dinov2_training,
+    "dinov2_registers": dinov2_registers,
+    "timm_registers": timm_registers,
     "timm_classifier": timm_classifier,
     "deit3": deit3,
     "lomar": lomar,

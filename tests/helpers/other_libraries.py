@@ -166,6 +166,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "BeitModel": {"use_relative_position_bias": True, "use_mean_pooling": False},
     "Data2VecVisionModel": {"use_relative_position_bias": True, "use_mean_pooling": False},
     "Dinov2Model": {},
+    "Dinov2WithRegistersModel": {"num_register_tokens": 2},
     "IJepaModel": {},
 }
 OTHERS: dict[str, Callable[[Path], Original]] = {

@@ -13,6 +13,7 @@ Weights = dict[str, Tensor]
 
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASS_BUCKET = 49
+SHARED_BIAS = "encoder.rel_pos_bias.relative_position_bias_table"
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
 
 
@@ -87,7 +88,9 @@ def attention(tokens: list[Tensor], buckets: list[list[int]] | None, weights: We
             logits = []
             for j in range(len(tokens)):
                 logit = (q @ qkv[j][dim : 2 * dim][own]) / math.sqrt(head_dim)
-                if buckets is not None:
+                if buckets is not None and SHARED_BIAS in weights:
+                    logit = logit + weights[SHARED_BIAS][buckets[i][j], head]
+                elif buckets is not None:
                     logit = logit + q @ weights[f"{name}.rpe_k.lookup_table_weight"][0, :, buckets[i][j]]
                 logits.append(logit)
             exponents = [torch.exp(logit) for logit in logits]
@@ -102,25 +105,52 @@ def block(tokens: list[Tensor], buckets: list[list[int]] | None, weights: Weight
     attended = attention(
         [layer_norm(x, weights, f"{name}.norm1") for x in tokens], buckets, weights, f"{name}.attn", heads
     )
-    tokens = [x + y for x, y in zip(tokens, attended, strict=True)]
+    scales = [weights.get(f"{name}.ls{half}.gamma", 1.0) for half in (1, 2)]
+    tokens = [x + scales[0] * y for x, y in zip(tokens, attended, strict=True)]
     result = []
     for x in tokens:
         hidden = gelu(linear(layer_norm(x, weights, f"{name}.norm2"), weights, f"{name}.mlp.fc1"))
-        result.append(x + linear(hidden, weights, f"{name}.mlp.fc2"))
+        result.append(x + scales[1] * linear(hidden, weights, f"{name}.mlp.fc2"))
     return result
 
 
-def relative_buckets(patches: list[tuple[int, int]]) -> list[list[int]]:
-    """Of a class token and patches at these (row, column)."""
-    inner = [[CLASS_BUCKET] + [bucket(query, key) for key in patches] for query in patches]
-    return [[CLASS_BUCKET] * (1 + len(patches)), *inner]
+def relative_buckets(patches: list[tuple[int, int]], prefix: int = 1) -> list[list[int]]:
+    """Of a class token, perhaps registers, and patches at these (row, column)."""
+    inner = [[CLASS_BUCKET] * prefix + [bucket(query, key) for key in patches] for query in patches]
+    return [[CLASS_BUCKET] * (prefix + len(patches))] * prefix + inner
+
+
+def bias_rows(patches: list[tuple[int, int]], prefix: int, grid: tuple[int, int]) -> list[list[int]]:
+    """BEiT's numbering: offsets in raster order, then three kinds of pairs with a class token."""
+    rows, cols = grid
+    offsets = (2 * rows - 1) * (2 * cols - 1)
+    inner = [
+        [offsets + 1] * prefix + [(q[0] - k[0] + rows - 1) * (2 * cols - 1) + q[1] - k[1] + cols - 1 for k in patches]
+        for q in patches
+    ]
+    return [[offsets + 2] * prefix + [offsets] * len(patches)] * prefix + inner
+
+
+def prefix_tokens(weights: Weights) -> list[Tensor]:
+    """The class token, at its learned position if positions are learned, and the registers."""
+    class_token = weights["encoder.cls_token"][0, 0]
+    if "encoder.pos_embed" in weights:
+        class_token = class_token + weights["encoder.pos_embed"][0, 0]
+    return [class_token, *weights.get("encoder.reg_token", class_token[None, :0])[0]]
+
+
+def absolute_position(row: int, col: int, columns: int, token: Tensor, weights: Weights) -> Tensor:
+    """The learned position of a patch, or MAE's fixed one."""
+    if "encoder.pos_embed" in weights:
+        return weights["encoder.pos_embed"][0, 1 + row * columns + col]
+    return position_embedding(row, col, len(token))
 
 
 def encode_sequence(
     image: Tensor, patches: list[tuple[int, int]], masked: list[int], kept: list[int], mask_token_block: int,
     weights: Weights, heads: int,
-) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-    """One window or image: class token, visible patches, and from `mask_token_block` on mask tokens of the kept ones.
+) -> tuple[list[Tensor], dict[int, Tensor]]:  # fmt: skip
+    """One window or image: prefix tokens, visible patches, and from `mask_token_block` on mask tokens of the kept ones.
 
     Args:
         image: (H, W, 3) uint8.
@@ -129,27 +159,35 @@ def encode_sequence(
         kept: which of the masked ones enter the encoder.
 
     Returns:
-        The encoded class token, and the encoded patches that entered, by their index in the sequence.
+        The encoded prefix tokens, and the encoded patches that entered, by their index in the sequence.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
+    grid = image.shape[0] // patch, image.shape[1] // patch
     relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
+    prefix = len(prefix_tokens(weights))
 
     def with_position(token: Tensor, i: int) -> Tensor:
-        return token if relative else token + position_embedding(*patches[i], len(token))
+        if relative or SHARED_BIAS in weights:
+            return token
+        return token + absolute_position(*patches[i], grid[1], token, weights)
+
+    def pairs(indices: list[int]) -> list[list[int]] | None:
+        places = [patches[i] for i in indices]
+        if SHARED_BIAS in weights:
+            return bias_rows(places, prefix, grid)
+        return relative_buckets(places, prefix) if relative else None
 
     entered = [i for i in range(len(patches)) if i not in masked]
-    tokens = [weights["encoder.cls_token"][0, 0]]
+    tokens = prefix_tokens(weights)
     tokens += [with_position(embed(cut_patch(image, *patches[i], patch), weights), i) for i in entered]
-    buckets = relative_buckets([patches[i] for i in entered]) if relative else None
     for n in range(mask_token_block):
-        tokens = block(tokens, buckets, weights, f"encoder.blocks.{n}", heads)
-    by_index = dict(zip(entered, tokens[1:], strict=True))
+        tokens = block(tokens, pairs(entered), weights, f"encoder.blocks.{n}", heads)
+    by_index = dict(zip(entered, tokens[prefix:], strict=True))
     by_index |= {i: with_position(weights["predictor.mask_token"][0, 0], i) for i in kept}
     entered = sorted(by_index)
-    tokens = [tokens[0], *(by_index[i] for i in entered)]
-    buckets = relative_buckets([patches[i] for i in entered]) if relative else None
-    encoded = transformer(tokens, buckets, weights, "encoder", heads, mask_token_block)
-    return encoded[0], dict(zip(entered, encoded[1:], strict=True))
+    tokens = [*tokens[:prefix], *(by_index[i] for i in entered)]
+    encoded = transformer(tokens, pairs(entered), weights, "encoder", heads, mask_token_block)
+    return encoded[:prefix], dict(zip(entered, encoded[prefix:], strict=True))
 
 
 def aggregate(
@@ -218,21 +256,24 @@ def transformer(
 
 
 def transformer_decoder(
-    class_token: Tensor, encoded: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights,
-    heads: int, name: str = "decoder",
+    prefix: list[Tensor], encoded: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights,
+    heads: int, name: str = "decoder", fill: bool = True,
 ) -> dict[int, Tensor]:  # fmt: skip
-    """The class token, the encoded tokens and mask tokens where they are kept; the prediction of every patch."""
+    """The prefix tokens, the encoded tokens and mask tokens where they are kept; the prediction of every patch.
+
+    Without `fill`, of the patches that got a token alone.
+    """
     narrow = {i: linear(x, weights, f"{name}.embed") for i, x in encoded.items()}
     if f"{name}.mask_token" in weights:
         narrow |= dict.fromkeys(kept, weights[f"{name}.mask_token"][0, 0])
     entered = sorted(narrow)
-    tokens = [linear(class_token, weights, f"{name}.embed")]
+    tokens = [linear(token, weights, f"{name}.embed") for token in prefix]
     tokens += [narrow[i] + position_embedding(*divmod(i, grid[1]), len(narrow[i])) for i in entered]
     depth = len({key.split(f"{name}.blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
     for n in range(depth):
         tokens = block(tokens, None, weights, f"{name}.blocks.{n}", heads)
-    decoded = dict(zip(entered, tokens[1:], strict=True))
-    if len(decoded) < grid[0] * grid[1]:
+    decoded = dict(zip(entered, tokens[len(prefix) :], strict=True))
+    if fill and len(decoded) < grid[0] * grid[1]:
         decoded = aggregate(decoded, grid[1], grid[0], weights, f"{name}.aggregation", heads)
     return {i: linear(layer_norm(x, weights, f"{name}.norm"), weights, f"{name}.pred") for i, x in decoded.items()}
 
@@ -270,9 +311,9 @@ def lomar_loss(
             masked, kept = mask_indices["masked"][b, w].tolist(), mask_indices["kept"][b, w].tolist()
             patches = [divmod(position, columns) for position in window]
             if "predictor.decoder.mask_token" in weights:
-                class_token, encoded = encode_sequence(image, patches, masked, [], 0, weights, heads)
+                prefix, encoded = encode_sequence(image, patches, masked, [], 0, weights, heads)
                 name, grid = "predictor.decoder", (side, side)
-                predicted = transformer_decoder(class_token, encoded, kept, grid, weights, decoder_heads, name)
+                predicted = transformer_decoder(prefix, encoded, kept, grid, weights, decoder_heads, name)
             else:
                 _, encoded = encode_sequence(image, patches, masked, kept, mask_token_block, weights, heads)
                 predicted = predict(encoded, side, side, weights, heads)

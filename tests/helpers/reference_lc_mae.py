@@ -68,9 +68,9 @@ def predict(
     """h(x, m) of eq. 1 at every patch of the image."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = image.shape[0] // patch, image.shape[1] // patch
-    class_token, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
+    prefix, encoded = encode(image, visible, weights, heads, kept if "mask_tokens.token" in weights else None)
     if decoder == "transformer":
-        return transformer_decoder(class_token, encoded, kept, grid, weights, decoder_heads)
+        return transformer_decoder(prefix, encoded, kept, grid, weights, decoder_heads)
     return {"average": average_decoder, "conv": conv_decoder}[decoder](encoded, grid, weights)
 
 
@@ -144,8 +144,8 @@ def ae_loss(images: Tensor, weights: Weights, heads: int, decoder_heads: int, si
     grid = images.shape[1] // patch, images.shape[2] // patch
     errors = []
     for image in images:
-        class_token, encoded = encode(image, list(range(grid[0] * grid[1])), weights, heads)
-        for i, prediction in transformer_decoder(class_token, encoded, [], grid, weights, decoder_heads).items():
+        prefix, encoded = encode(image, list(range(grid[0] * grid[1])), weights, heads)
+        for i, prediction in transformer_decoder(prefix, encoded, [], grid, weights, decoder_heads).items():
             pixels = block_around(image, *divmod(i, grid[1]), patch, size).double().view(-1, 3) / 255
             mean, std = (torch.tensor(values, dtype=torch.float64) for values in (PIXEL_MEAN, PIXEL_STD))
             target = target_of(((pixels - mean) / std).flatten(), norm_pix)

@@ -26,7 +26,7 @@ def visible_tokens(
         patches = [divmod(position, columns) for position in window]
         of_window, entered = (index.reshape(len(windows), -1)[w].tolist() for index in (visible, kept))
         masked = [i for i in range(len(window)) if i not in of_window]
-        if "predictor.decoder.mask_token" in weights:
+        if "predictor.decoder.mask_token" in weights or "decoder.mask_token" in weights:
             entered = []
         _, encoded = encode_sequence(image, patches, masked, entered, mask_token_block, weights, heads)
         tokens |= {(w, window[i]): encoded[i] for i in of_window}

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
+from downstream.checkpoints.feature_teachers import read_feature_teacher
 from helpers.processes import SMALL
 from pretrain.build import build_ema, build_method
 from pretrain.config import PretrainConfig, load
+from pretrain.methods.targets.features import EMAConfig
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.launch import World, exit_process, find_world, init_distributed
 from pretrain.trainer.optim import build_adamw, learning_rate, parameter_groups, set_learning_rate
@@ -44,15 +46,14 @@ def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]
 
 def configure(recipe: str, *overrides: str) -> PretrainConfig:
     """Without a warm-up, whose first learning rate is 0: every update moves the weights."""
-    return load(
-        recipe,
-        [f"train.global_batch_size={BATCH}", f"checkpoint.every_steps={MIDDLE}", "optim.warmup_epochs=0", *overrides],
-    )
+    keys = [f"train.global_batch_size={BATCH}", f"checkpoint.every_steps={MIDDLE}", "optim.warmup_epochs=0"]
+    with SMALL:  # keys that number the encoder's blocks are checked against it
+        return load(recipe, [*keys, *overrides])
 
 
 def build_small(config: PretrainConfig) -> Any:
     with SMALL:
-        return build_method(config)
+        return build_method(config, read_feature_teacher(config.target, config.grid))
 
 
 def global_batch(step: int, draw: Callable[..., dict[str, Any]], config: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,7 +73,7 @@ def plain_steps(config: PretrainConfig) -> tuple[list[tuple[float, float]], dict
     """
     method, parts = build_small(config), config.train.gradient_accumulation_steps
     optimizer = torch.optim.AdamW(parameter_groups(method, config.optim.weight_decay), betas=config.optim.betas)
-    teacher = PlainTeacher(method, config) if config.lut else None
+    teacher = PlainTeacher(method, config) if config.lut or isinstance(config.target, EMAConfig) else None
     results = []
     for step in range(STEPS):
         updates = step - (step > POISONED)
@@ -82,7 +83,7 @@ def plain_steps(config: PretrainConfig) -> tuple[list[tuple[float, float]], dict
         for part in range(parts):
             images, mask_indices = global_batch(step, method.mask_sampler(), config)
             mine = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
-            features = {"teacher_features": teacher.module(images[mine])} if teacher else {}
+            features = {"teacher_features": teacher.module(images[mine])} if config.lut and teacher else {}
             losses.append(
                 method(images[mine], {name: index[mine] for name, index in mask_indices.items()}, **features)["loss"]
             )
@@ -97,11 +98,12 @@ def plain_steps(config: PretrainConfig) -> tuple[list[tuple[float, float]], dict
 
 
 class PlainTeacher:
-    """m * average + (1 - m) * weight in float64, m from 0.996 to 1 by half a cosine."""
+    """m * average + (1 - m) * weight in float64, m from its first to its last value by half a cosine."""
 
     def __init__(self, method: Any, config: PretrainConfig):
-        self.first, self.last = config.lut.momentum, config.lut.final_momentum
-        self.module = method.teacher_model()
+        section = config.lut or config.target
+        self.first, self.last = section.momentum, section.final_momentum
+        self.module = method.teacher_model() if config.lut else method.target.teacher
         self.averages = {name: tensor.double() for name, tensor in self.module.state_dict().items()}
 
     def update(self, method: Any, updates: int) -> None:

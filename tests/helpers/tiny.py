@@ -16,6 +16,7 @@ from pretrain.methods.base import Method
 from pretrain.methods.lomar import LoMaR
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import AnyTargetConfig, TargetConfig, build_target
+from pretrain.methods.targets.features import EMAConfig, EncoderTeacher, TeacherConfig
 from pretrain.models import patches, vit
 from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.optim import parameter_groups
@@ -29,9 +30,10 @@ def tiny_vit(
     relative: bool = True,
     grad_checkpointing: bool = False,
     arch: vit.Arch = TINY,
+    **options: Any,
 ) -> vit.ViT:
     with patch.dict(vit.ARCHS, vit_tiny=arch):
-        return vit.ViT("vit_tiny", patch_size, grid, relative, grad_checkpointing)
+        return vit.ViT("vit_tiny", patch_size, grid, relative, grad_checkpointing, **options)
 
 
 def tiny_target(method: type[Method], keys: dict[str, Any]) -> TargetConfig:
@@ -54,10 +56,16 @@ def tiny_method(
     torch.manual_seed(0)
     kind = METHODS[keys["name"]]
     config = kind.Config(**{name: value for name, value in keys.items() if name != "target"})
-    config.check(grid, ModelConfig(patch_size=patch_size, position="relative" if relative else "sincos"))
     target = tiny_target(kind, keys.get("target", {}))
+    with patch.dict(vit.ARCHS, vit_tiny=encoder.get("arch", TINY)):
+        position = "relative" if relative else "sincos"
+        config.check(grid, ModelConfig(arch="vit_tiny", patch_size=patch_size, position=position))
+    config.check_target(target, patch_size)
     assert target.name in kind.targets
-    return kind(config, tiny_vit(patch_size, grid, relative, **encoder), build_target(target, grid, patch_size), pr_mim)
+    student, teacher = tiny_vit(patch_size, grid, relative, **encoder), None
+    if isinstance(target, TeacherConfig | EMAConfig):
+        teacher = EncoderTeacher(tiny_vit(patch_size, grid, relative, **encoder))
+    return kind(config, student, build_target(target, grid, patch_size, teacher), pr_mim)
 
 
 def tiny_lomar(
@@ -67,11 +75,12 @@ def tiny_lomar(
     grad_checkpointing: bool = False,
     arch: vit.Arch = TINY,
     pr_mim: PRMIMConfig | None = None,
+    registers: int = 0,
     **keys: Any,
 ) -> LoMaR:
     """Freshly initialized; `keys` change its section: three windows of 3x3 patches, five of them masked."""
     keys = {"name": "lomar", "num_windows": 3, "window_size": 3, "mask_ratio": 0.6} | keys
-    encoder = {"grad_checkpointing": grad_checkpointing, "arch": arch}
+    encoder = {"grad_checkpointing": grad_checkpointing, "arch": arch, "registers": registers}
     return tiny_method(keys, grid, patch_size, relative, pr_mim, **encoder)
 
 

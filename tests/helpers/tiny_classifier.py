@@ -29,13 +29,13 @@ def configure(tmp_path: Path, **sections: Any) -> FinetuneConfig:
 POSITIONS = ["relative", "sincos", "bias"]
 
 
-def small_encoder(position: str) -> ViT:
-    return ViT("vit_tiny", 4, (2, 3), position == "relative", bias=position == "bias")
+def small_encoder(position: str, registers: int = 0) -> ViT:
+    return ViT("vit_tiny", 4, (2, 3), position == "relative", bias=position == "bias", registers=registers)
 
 
-def encoder_file(folder: Path, position: str = "relative") -> Path:
+def encoder_file(folder: Path, position: str = "relative", registers: int = 0) -> Path:
     torch.manual_seed(3)
-    encoder = small_encoder(position)
+    encoder = small_encoder(position, registers)
     randomized(encoder)
     state = encoder.state_dict()
     save_file(state, folder / "encoder.safetensors", EncoderSpec.of(encoder).to_metadata())

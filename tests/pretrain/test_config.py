@@ -24,9 +24,12 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
         ("train.qqqq=3", ["unknown key train.qqqq", "valid: ", "epochs", "precision"]),
         ("method.name=lomr", ["unknown method.name=lomr", "did you mean lomar?"]),
         ("method=lomr", ["unknown method.name=lomr", "did you mean lomar?"]),
-        ("method.name=resnet", ["unknown method.name=resnet", "valid: ae, beit, lc_mae, lomar, mae, simmim"]),
+        (
+            "method.name=resnet",
+            ["unknown method.name=resnet", "valid: ae, beit, lc_mae, local_mim, lomar, mae, mff, simmim"],
+        ),
         ("target.name=pixel", ["unknown target.name=pixel", "did you mean pixels?"]),
-        ("target.name=hog", ["unknown target.name=hog", "valid: pca, pixels, tokens"]),
+        ("target.name=jpeg", ["unknown target.name=jpeg", "valid: ema, hog, pca, pixels, teacher, tokens"]),
         ("target.normpix=true", ["unknown key target.normpix", "did you mean target.norm_pix?"]),
     ],
 )
@@ -214,9 +217,11 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
         keys += [f"target.weights={_some_file(tmp_path)}"]
     needed = []
     if arch == "vit_huge":
-        keys += ["model.patch_size=14"]
+        keys += ["model.patch_size=14", *(["data.image_size=252"] if "_256_" in name else [])]
         needed += ["data.image_size=378"] if "_384_" in name else []
-        needed += ["method.mask_patch_size=28"] if "simmim" in name else []
+        cells = "simmim" in name or name in ("mae_vitb16_448_1600e", "mae_vitl16_448_1600e")
+        needed += ["method.mask_patch_size=28"] if cells or name == "pixio_vitb16_256_400e" else []
+        needed += ["method.mask_patch_size=84"] if name == "pixio_vith16_256_400e" else []
     if ("_fast_vitl" in name or "_fast_vith" in name) and ARCHS[arch].depth == 12:
         needed += ["method.mask_token_block=11"]
     for key in needed:
@@ -269,6 +274,36 @@ def test_simmim_recipes_train_as_its_authors_code(name: str):
     assert (config.model.drop_path_rate, config.target.loss, config.target.norm_pix) == (0.1, "l1", False)
     steps = ("steps", (700,), 0.1) if config.train.epochs == 800 else ("cosine", (), 0.1)
     assert (optim.schedule, optim.step_epochs, optim.step_factor) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder"),
+    [
+        ("crossmae_vits16_224_800e", (256, 12, 8)),
+        ("crossmae_vitb16_224_800e", (512, 12, 16)),
+        ("crossmae_vitl16_224_800e", (512, 12, 16)),
+        ("lomar_cross_vitb16_224_400e", (512, 8, 16)),
+        ("mae_vitb16_448_1600e", (384, 8, 12)),
+        ("mae_vitl16_448_1600e", (512, 8, 16)),
+    ],
+)
+def test_recipes_of_other_decoders_are_as_published(name: str, decoder: tuple[int, int, int]):
+    config = load(name, ["data.shards=/nowhere"])
+    method, cross = config.method, "cross" in name
+    assert (method.decoder_embed_dim, method.decoder_depth, method.decoder_num_heads) == decoder
+    assert (method.decoder == "cross", method.inter_block_attention) == (cross, "crossmae" in name)
+    assert (config.train.global_batch_size, config.optim.base_lr, config.optim.betas) == (4096, 1.5e-4, (0.9, 0.95))
+    assert method.predict_ratio is None, "with one, the rate would have to be lower"
+    if "448" in name:
+        assert method.count_patches(config.grid, 16) == (784, 588)
+        assert (method.mask_type, method.mask_patch_size) == ("cell", 32)
+
+
+def test_pixios_recipe_is_its_script():
+    config = load("pixio_vith16_256_400e", ["data.shards=/nowhere"])
+    assert config.method.count_patches(config.grid, 16) == (256, 192), "of 16 squares of 64 pixels 4 are seen"
+    assert (config.model.registers, config.model.position, config.model.drop_path_rate) == (7, "learned", 0.4)
+    assert (config.peak_lr, config.data.hflip, config.method.decoder_depth) == (pytest.approx(8e-4), 0, 32)
 
 
 def test_drop_path_grows_over_the_blocks_of_the_encoder():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import reference
+from helpers import reference, reference_cross
 from helpers.tiny import (
     TINY,
     assert_equals_reference,
@@ -23,6 +23,8 @@ from pretrain.models.patches import ALONE, cut_windows, gather_tokens, normalize
 from pretrain.trainer.optim import parameter_groups
 
 ASYMMETRIC = {"architecture": "asymmetric", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3}
+CROSS = ASYMMETRIC | {"decoder": "cross"}
+INTER_BLOCK = CROSS | {"inter_block_attention": True}
 PIXELS = {"target": {"norm_pix": False}}
 CASES = [
     pytest.param({}, id="relative-norm_pix"),
@@ -35,6 +37,8 @@ CASES = [
     pytest.param(ASYMMETRIC, id="asymmetric"),
     pytest.param(ASYMMETRIC | {"relative": False}, id="asymmetric-absolute"),
     pytest.param(ASYMMETRIC | {"pr_mim": PRMIMConfig(throw_ratio=0.3, kernel_size=3)}, id="asymmetric-pr_mim"),
+    pytest.param(CROSS | {"relative": False, "predict_ratio": 0.25}, id="cross-absolute-part"),
+    pytest.param(INTER_BLOCK | {"pr_mim": PRMIMConfig(throw_ratio=0.3, kernel_size=3)}, id="cross-inter_block-pr_mim"),
     pytest.param({"pr_mim": PRMIMConfig(throw_ratio=0.4, kernel_size=3)}, id="pr_mim"),
     pytest.param({"pr_mim": PRMIMConfig(throw_ratio=0.4, kernel_size=5), "relative": False}, id="pr_mim-absolute"),
     pytest.param(
@@ -46,6 +50,8 @@ CASES = [
 
 def naive_loss(model: LoMaR, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
     c = model.config
+    if c.decoder == "cross":
+        return reference_cross.lomar_loss(images, mask_indices, weights, TINY.heads, c.decoder_num_heads)
     keys = (model.target.norm_pix, c.mask_token_block, c.decoder_num_heads)
     return reference.lomar_loss(images, mask_indices, weights, TINY.heads, *keys)
 
@@ -70,7 +76,9 @@ def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -
     return changed
 
 
-@pytest.mark.parametrize("case", [{}, {"relative": False}, ASYMMETRIC], ids=["relative", "absolute", "asymmetric"])
+@pytest.mark.parametrize(
+    "case", [{}, {"relative": False}, ASYMMETRIC, CROSS], ids=["relative", "absolute", "asymmetric", "cross"]
+)
 def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_nothing_else(case: dict):
     model = tiny_lomar(**case)
     randomize(model)
@@ -252,6 +260,14 @@ def test_late_mask_tokens_need_the_simple_architecture():
     assert load("lomar_pr_vitb16_224_400e", keys).pr_mim is not None
     with pytest.raises(ValueError, match=r"is not divided by method\.decoder_num_heads=7"):
         load("lomar_vitb16_224_400e", [*keys, "method.decoder_num_heads=7"])
+
+
+def test_a_decoder_of_its_own_needs_the_asymmetric_architecture():
+    for key in ("method.decoder=cross", "method.predict_ratio=0.25"):
+        with pytest.raises(ValueError, match=f"{key} .*set method.architecture=asymmetric"):
+            load("lomar_vitb16_224_400e", ["data.shards=/x", key])
+    with pytest.raises(ValueError, match=r"pr_mim computes .* method\.predict_ratio=0\.25 .* leave out one of them"):
+        load("lomar_cross_vitb16_224_400e", ["data.shards=/x", "method.predict_ratio=0.25", "pr_mim.throw_ratio=0.5"])
 
 
 def test_one_asymmetric_window_that_is_the_image_is_mae():

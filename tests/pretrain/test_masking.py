@@ -8,7 +8,7 @@ import pytest
 from helpers.tiny import random_mask_indices, tiny_lomar
 
 from pretrain.methods.lomar import LoMaR, sample_masks
-from pretrain.methods.masking import random_masked, random_windows, split_positions
+from pretrain.methods.masking import complementary_masked, random_masked, random_windows, split_positions
 from pretrain.trainer.config import ModelConfig
 
 # Table 4 of the paper: side of the window, windows per image.
@@ -70,6 +70,45 @@ def test_windows_are_uniform_over_positions_and_reach_every_patch():
     freedom = num_corners - 1
     assert freedom - 5 * np.sqrt(2 * freedom) < chi_square < freedom + 5 * np.sqrt(2 * freedom)
     assert set(drawn.ravel().tolist()) == set(range(grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize("sampling", ["same", "complementary"])
+@pytest.mark.parametrize(("ratio", "count"), [(0.8, 4), (0.5, 2), (0.4, 3), (0.9, 12)])
+def test_one_window_under_many_masks(sampling: str, ratio: float, count: int):
+    config = LoMaR.Config(num_windows=count, mask_ratio=ratio, window_sampling=sampling)
+    config.check((7, 7), ModelConfig())  # where only one fits
+    places = set()
+    for seed in range(30):
+        drawn = sample_masks(np.random.default_rng(seed), grid=(14, 14), config=config, pr_mim=None)
+        assert drawn["positions"].shape == (count, 49)
+        assert (drawn["positions"] == drawn["positions"][0]).all()
+        assert drawn["masked"].shape == (count, int(49 * ratio))
+        both = np.sort(np.concatenate([drawn["visible"], drawn["masked"]], axis=1))
+        assert (both == np.arange(49)).all()
+        shown = np.bincount(drawn["visible"].ravel(), minlength=49)
+        if sampling == "complementary":  # as often as any other, or once more
+            assert set(shown) <= {count * (49 - int(49 * ratio)) // 49, count * (49 - int(49 * ratio)) // 49 + 1}
+        places.add(int(drawn["positions"][0, 0]))
+    assert len(places) > 15
+    assert sampling == "complementary" or count * (49 - int(49 * ratio)) < 30 or shown.max() > 1
+
+
+def test_complementary_masks_are_uniform_each_by_itself_and_disjoint_where_they_can_be():
+    drawn = np.stack([complementary_masked(np.random.default_rng(seed), 4, 49, 39) for seed in range(4000)])
+    assert ((~drawn).sum((0, 1)).sum(), (~drawn).sum(2).max(), (~drawn).sum(1).max()) == (4000 * 40, 10, 1)
+    for row in range(4):
+        assert np.abs(z_scores(drawn[:, row].sum(0), 4000, 39 / 49)).max() < 5
+
+
+def test_windows_that_are_drawn_by_themselves_are_as_they_always_were():
+    """The first words are the windows', of which as many are drawn as there are places."""
+    config = LoMaR.Config()
+    drawn = sample_masks(np.random.default_rng(3), grid=(14, 14), config=config, pr_mim=None)
+    rng = np.random.default_rng(3)
+    corners = rng.bit_generator.random_raw(64).argsort()[:4]
+    order = rng.bit_generator.random_raw(4 * 49).reshape(4, 49).argsort(axis=1)
+    assert (drawn["positions"][:, 0] == corners // 8 * 14 + corners % 8).all()
+    assert (drawn["masked"] == np.sort(order[:, :39], axis=1)).all()
 
 
 def test_images_draw_their_own_windows_and_masks():

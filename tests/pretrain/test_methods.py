@@ -1,4 +1,4 @@
-"""MAE and SimMIM against the naive reference: masks, gradients, convergence."""
+"""MAE, MFF, SimMIM and LocalMIM against the naive reference: masks, gradients, convergence."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import reference, reference_mae
+from helpers import reference, reference_local_mim, reference_mae
 from helpers.reference_beit import random_projection_codes
 from helpers.tiny import (
     TINY,
@@ -36,23 +36,35 @@ from pretrain.trainer.config import ModelConfig
 
 GRID, PATCH_SIZE = (4, 6), 2
 MAE = {"name": "mae", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3}
+MFF = MAE | {"name": "mff", "blocks": [1, 2]}
 SIMMIM = {"name": "simmim", "mask_patch_size": 4}
+LOCAL_MIM = {"name": "local_mim", "blocks": [1, 2], "decoder_embed_dim": 8, "decoder_num_heads": 2}
+LOCAL_MIM |= {"target": {"name": "hog", "cell_sizes": [1, 4], "bins": 3}}
 PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
 CODES = {"vocab_size": 13, "code_dim": 5, "seed": 7}
 PIXELS = {"target": {"norm_pix": False}}
 PCA = MAE | {"target": {"name": "pca"}}
 TOKENS = MAE | {"target": {"name": "tokens", **CODES}}
 ENCODER_MASK_TOKENS = MAE | {"encoder_mask_tokens": True}
+CROSS = MAE | {"decoder": "cross"}
+INTER_BLOCK = CROSS | {"inter_block_attention": True}
+CELL = {"mask_type": "cell", "mask_patch_size": 4, "mask_ratio": 0.5}
+PART = {"predict_ratio": 0.25}
 AGGREGATIONS = ("average", "transformer", "convnext")
 CASES = [
     pytest.param(MAE, False, None, id="mae"),
     pytest.param(MAE | PIXELS | {"mask_type": "block", "mask_ratio": 0.5}, False, None, id="mae-block-pixels"),
     pytest.param(MAE | {"mask_type": "grid"}, False, None, id="mae-grid"),
+    pytest.param(MAE | PIXELS | CELL, False, None, id="mae-cell"),
     pytest.param(SIMMIM, False, None, id="simmim"),
     pytest.param(SIMMIM, True, None, id="simmim-relative"),
     pytest.param(PCA, False, None, id="mae-pca"),
     pytest.param(TOKENS, False, None, id="mae-tokens"),
     pytest.param(ENCODER_MASK_TOKENS, False, None, id="mae-encoder_mask_tokens"),
+    pytest.param(CROSS, False, None, id="mae-cross"),
+    pytest.param(INTER_BLOCK | PART, False, None, id="mae-cross-inter_block-part"),
+    pytest.param(MAE | PART, False, None, id="mae-part"),
+    pytest.param(INTER_BLOCK, False, PR_MIM, id="mae-cross-inter_block-pr_mim"),
     pytest.param(MAE, False, PR_MIM, id="mae-pr_mim"),
     pytest.param(ENCODER_MASK_TOKENS | PIXELS, False, PR_MIM, id="mae-encoder_mask_tokens-pr_mim"),
     pytest.param(SIMMIM, False, PRMIMConfig(throw_ratio=0.3, sampling="random"), id="simmim-pr_mim"),
@@ -62,6 +74,10 @@ CASES = [
         for kind in AGGREGATIONS
     ),
     pytest.param(SIMMIM, True, PRMIMConfig(throw_ratio=0.3, aggregation="transformer"), id="simmim-transformer"),
+    pytest.param(MFF, False, None, id="mff"),
+    pytest.param(MFF, False, PR_MIM, id="mff-pr_mim"),
+    pytest.param(LOCAL_MIM, False, None, id="local_mim"),
+    pytest.param(LOCAL_MIM, True, PR_MIM, id="local_mim-relative-pr_mim"),
 ]
 
 
@@ -96,9 +112,12 @@ def mae_error(target: PatchTarget) -> reference_mae.Error:
 
 
 def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
-    if model.config.name == "mae":
-        heads = model.config.decoder_num_heads
-        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, heads, mae_error(model.target))
+    if model.config.name in ("mae", "mff"):
+        heads, fused = model.config.decoder_num_heads, getattr(model.config, "blocks", None)
+        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, heads, mae_error(model.target), fused)
+    if model.config.name == "local_mim":
+        blocks, sizes = model.config.blocks, model.target.config.cell_sizes
+        return reference_local_mim.local_mim_loss(images, mask_indices, weights, TINY.heads, 2, blocks, sizes, bins=3)
     return reference.simmim_loss(images, mask_indices, weights, TINY.heads)
 
 
@@ -115,9 +134,13 @@ def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool,
     sampler = pickle.loads(pickle.dumps(model.mask_sampler()))
     first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
     patches = GRID[0] * GRID[1]
-    expected = {"mae": round(patches * getattr(model.config, "mask_ratio", 0)), "simmim": math.ceil(6 * 0.6) * 4}
-    assert len(first["masked"]) == expected[model.config.name]
-    assert sorted([*first["visible"], *first["masked"]]) == list(range(patches))
+    share = round(patches * getattr(model.config, "mask_ratio", 0))
+    masked = {"mae": share, "mff": share, "local_mim": share, "simmim": math.ceil(6 * 0.6) * 4}
+    part = keys.get("predict_ratio")
+    assert len(first["visible"]) == patches - masked[model.config.name]
+    assert len(first["masked"]) == (patches * part if part else masked[model.config.name])
+    both = sorted([*first["visible"], *first["masked"]])
+    assert both == sorted({*both}) if part else both == list(range(patches))
     assert all((first[name] == again[name]).all() for name in first)
     if keys.get("mask_type") != "grid":
         assert (first["masked"] != other["masked"]).any()
@@ -131,14 +154,16 @@ def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bo
     before = model.reconstruct(images, mask_indices)
     masked = before["masked"]
     assert (masked == before["original"]).any()
-    patches = GRID[0] * GRID[1]
     changed = (masked != before["original"]).reshape(len(images), -1).float().mean(1)
-    assert torch.all(changed <= len(mask_indices["masked"][0]) / patches)
-    predicted = "predicted codes" if target_name(keys) == "tokens" else ALONE
+    assert torch.all(changed <= 1 - len(mask_indices["visible"][0]) / (GRID[0] * GRID[1]))
+    predicted = {"tokens": "predicted codes", "hog": "predicted edges"}.get(target_name(keys), ALONE)
     torch.testing.assert_close(model.reconstruct(masked, mask_indices)[predicted], before[predicted])
 
 
-@pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
+@pytest.mark.parametrize(
+    ("keys", "relative", "pr_mim"),
+    [case for case in CASES if target_name(case.values[0]) != "hog"],  # its gradients reach into neighbors
+)
 def test_the_targets_are_all_masked_patches_and_no_visible_one(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     randomize(model)
@@ -200,6 +225,36 @@ def test_grid_masks_show_one_of_four_everywhere():
     assert (masked.sum(axis=(1, 3)) == 3).all()
 
 
+def test_the_predicted_part_is_uniform_over_the_masked_patches():
+    model = build(CROSS | PART, False)
+    drawn = [model.mask_sampler()(np.random.default_rng(seed)) for seed in range(2000)]
+    counts = np.bincount(np.concatenate([sample["masked"] for sample in drawn]), minlength=24)
+    assert abs(counts / 2000 - 0.25).max() < 0.05
+    assert all((sample["kept"] == sample["masked"]).all() for sample in drawn)
+    whole = build(CROSS, False).mask_sampler()(np.random.default_rng(5))
+    assert (whole["visible"] == drawn[5]["visible"]).all(), "what is shown does not depend on it"
+
+
+def test_reconstructions_have_all_masked_patches_though_a_part_is_trained():
+    model, whole = build(CROSS | PART, False), build(CROSS, False)
+    whole.load_state_dict(model.state_dict())
+    images = random_images(model)
+    shown, expected = (
+        model.reconstruct(images, random_mask_indices(model)),
+        whole.reconstruct(images, random_mask_indices(whole)),
+    )
+    assert all(torch.equal(shown[name], expected[name]) for name in expected)
+
+
+def test_the_last_norm_is_no_parameter_where_no_one_trains_it():
+    model = build(INTER_BLOCK, False)
+    assert not [name for name, _ in model.encoder.named_parameters() if name.startswith("norm")]
+    assert {name for name in model.encoder.state_dict() if name.startswith("norm.")} == {"norm.weight", "norm.bias"}
+    standardized = model.encoder.norm(3 * torch.randn(2, 5, TINY.dim) + 1)
+    torch.testing.assert_close(standardized.var(-1, correction=0), torch.ones(2, 5), rtol=1e-4, atol=0)
+    assert "norm.weight" in dict(build(CROSS, False).encoder.named_parameters())
+
+
 def test_cells_are_masked_whole():
     masked = cell_masked(np.random.default_rng(0), (14, 14), 2, 0.6).reshape(7, 2, 7, 2)
     assert set(masked.sum(axis=(1, 3)).flatten()) == {0, 4}
@@ -213,6 +268,19 @@ def test_cells_are_masked_whole():
         (MAE | {"mask_ratio": 0.01}, {"position": "sincos"}, None),
         (MAE | {"mask_ratio": 0.99}, {"position": "sincos"}, "must be masked and one visible"),
         (MAE | {"mask_type": "grid", "mask_ratio": 0.5}, {"position": "sincos"}, "needs method.mask_ratio=0.75"),
+        (MAE | CELL, {"patch_size": 3, "position": "sincos"}, "set method.mask_patch_size=3"),
+        (
+            MAE | CELL | {"mask_ratio": 0.9},
+            {"patch_size": 2, "position": "sincos"},
+            "one must be masked and one visible",
+        ),
+        (MAE | {"inter_block_attention": True}, {"position": "sincos"}, "set method.decoder=cross"),
+        (
+            MAE | {"predict_ratio": 0.8},
+            {"position": "sincos"},
+            "19 of 24 patches, and 18 are masked: set it to",
+        ),
+        (CROSS | {"encoder_mask_tokens": True}, {"position": "sincos"}, "set method.decoder=transformer"),
         (MAE | {"decoder_num_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
         (
             {"name": "simmim", "mask_patch_size": 24},

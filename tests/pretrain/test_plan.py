@@ -51,6 +51,10 @@ CASES = [
     (SIMMIM, *SMALL),
     (LUT, *SMALL),
     ("lc_mae_vitb16_224_100e", *SMALL),
+    ("local_mim_pr_vitb16_224_100e", *SMALL),
+    ("mff_vitb16_224_800e", *SMALL),
+    ("crossmae_vitb16_224_800e", "method.predict_ratio=0.25", *SMALL),
+    ("lomar_cross_vitb16_224_400e", *TWO_WINDOWS),
 ]
 EAGER, FASTEST = Numerics(), Numerics(compile=True, residual="bf16", attention="triton")
 ON_CPU = Numerics(attention="unfused")

@@ -9,7 +9,7 @@ from helpers.tiny import loss_and_gradients, random_images, random_mask_indices,
 from safetensors.torch import save_file
 
 from pretrain.methods import METHODS
-from pretrain.methods.targets import PixelsConfig, build_target
+from pretrain.methods.targets import TARGETS, PixelsConfig, build_target
 from pretrain.models.patches import pixel_target
 
 GRID, PATCH_SIZE, VALUES = (4, 6), 2, 12
@@ -18,15 +18,21 @@ METHOD_KEYS: dict[str, dict[str, Any]] = {
     "ae": {"block_size": 4, **DECODER},
     "beit": {},
     "lc_mae": {"proj_dim": 10, **DECODER},
+    "local_mim": {"blocks": [1, 2], "decoder_embed_dim": 8, "decoder_num_heads": 2},
     "lomar": {"num_windows": 3, "window_size": 3},
     "mae": DECODER,
+    "mff": {"blocks": [1, 2], **DECODER},
     "simmim": {"mask_patch_size": 4},
+    "tec": {**DECODER, "num_queries": 3},
 }
 TARGET_KEYS: dict[str, dict[str, Any]] = {
     "normalized pixels": {"name": "pixels", "norm_pix": True},
     "pixels with l1": {"name": "pixels", "norm_pix": False, "loss": "l1"},
     "pca": {"name": "pca"},
+    "hog": {"name": "hog", "cell_sizes": [1, 4]},
     "tokens": {"name": "tokens", "vocab_size": 16},
+    "teacher": {"name": "teacher"},
+    "ema": {"name": "ema", "blocks": 2},
 }
 
 
@@ -39,8 +45,8 @@ def components_file(tmp_path: Path) -> str:
 
 
 def test_all_methods_and_all_targets_are_tested():
-    """Pixels are the only target of the auto-encoder, which predicts blocks that are larger than patches."""
-    assert {name for name, kind in METHODS.items() if kind.targets != {"pixels", "pca", "tokens"}} == {"ae"}
+    """The auto-encoder predicts blocks larger than patches, LocalMIM cells of several sizes, TEC attention as well."""
+    assert {name for name, kind in METHODS.items() if kind.targets != TARGETS.keys()} == {"ae", "local_mim", "tec"}
     assert METHOD_KEYS.keys() == METHODS.keys()
     assert {keys["name"] for keys in TARGET_KEYS.values()} == {
         name for kind in METHODS.values() for name in kind.targets
@@ -68,7 +74,13 @@ def test_a_method_trains_and_reconstructs(name: str, target: str, components_fil
     assert gradients.keys() == {name for name, _ in model.named_parameters()}
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     shown = model.reconstruct(images, mask_indices)
-    names = {"codes", "predicted codes"} if target == "tokens" else {"reconstruction"}
+    named = {
+        "tokens": {"codes", "predicted codes"},
+        "hog": {"edges", "predicted edges"},
+        "teacher": {"features", "predicted features"},
+        "ema": {"features", "predicted features"},
+    }
+    names = named.get(target, {"reconstruction"})
     assert names <= shown.keys()
     assert torch.equal(shown["original"], images)
     for image in shown.values():

@@ -22,6 +22,7 @@ def run_helper(name: str, **environment: str) -> dict[str, dict[str, float]]:
 def test_kernel_equals_the_naive_formula_in_the_interpreter():
     errors = run_helper("interpreted_kernel", TRITON_INTERPRET="1")
     assert {"7x7, None, 64", "7x7, 25, 64", "7x7, 10, 64", "7x7, None, 80", "late + PR-MIM"} <= errors.keys()
+    assert {"7x7, None, 16, 4", "7x7, 20, 16, 9", "registers"} <= errors.keys()
     for case, values in errors.items():
         for name, error in values.items():
             assert error < 1e-5, (case, name, error)

@@ -30,14 +30,14 @@ from pretrain.models.attention import attend
 # How many logits exist at a time: fewer need less memory, more need fewer kernel calls.
 _MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 
-Bias = Callable[[Tensor, Grid, int, bool], Tensor]
+Bias = Callable[[Tensor, Grid, int, int], Tensor]
 
 
 def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, grid: Grid) -> Tensor:
     """Attention in which the logits exist for some rows of queries at a time, in the backward pass too.
 
     Args:
-        q, k, v: (N, h, L, C), L = H*W or, with a class token in front, 1 + H*W.
+        q, k, v: (N, h, L, C), L = P + H*W with P prefix tokens (class token, registers) in front.
         terms: (N, h, L, K), the first argument of `bias`.
         bias: `product_bias` or `decomposed_bias`.
 
@@ -46,17 +46,16 @@ def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, g
     """
     height, width = grid
     num_prefix_tokens = q.shape[2] - height * width
-    assert num_prefix_tokens in (0, 1), (q.shape, grid)
     rows = max(1, _MAX_LOGITS[q.device.type] // (q.shape[0] * q.shape[1] * width * q.shape[2]))
     counts = [min(rows, height - top) * width for top in range(0, height, rows)]
     # `split` rather than slices: the gradient of each slice would be padded to the whole tensor.
     lengths = [num_prefix_tokens, *counts]
     parts = list(zip(q.split(lengths, 2), terms.split(lengths, 2), strict=True))
-    # All keys have the same bias for the class token's query, which does not change its softmax.
+    # All keys have the same bias for the query of a prefix token, which does not change its softmax.
     out = [attend(parts[0][0], k, v, None)] if num_prefix_tokens else []
 
     def some_rows(some_q: Tensor, some_terms: Tensor, k: Tensor, v: Tensor, top: int) -> Tensor:
-        return attend(some_q, k, v, bias(some_terms, grid, top, bool(num_prefix_tokens)))
+        return attend(some_q, k, v, bias(some_terms, grid, top, num_prefix_tokens))
 
     for number, (some_q, some_terms) in enumerate(parts[1:]):
         arguments = (some_q, some_terms, k, v, number * rows)
@@ -75,7 +74,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, grid: Grid) -> 
     `attend_by_rows`: three times the arithmetic, and in bf16 far below the speed of matrix products.
     """
     channels = q.shape[-1]
-    keys = one_hot_keys(grid, q.device, q.dtype, k.shape[2] > grid[0] * grid[1])
+    keys = one_hot_keys(grid, q.device, q.dtype, k.shape[2] - grid[0] * grid[1])
     long_q = torch.cat([q * channels**-0.5, terms.to(q.dtype)], dim=-1)
     long_k = torch.cat([k, keys.expand(*k.shape[:2], -1, -1)], dim=-1)
     padding = -long_q.shape[-1] % 8
@@ -101,7 +100,7 @@ class GridAttention(nn.Module):
         """(B, L, D) tokens in raster order -> (B, L, D).
 
         Args:
-            x: L = H*W, or 1 + H*W with a class token in front, which attends to all tokens and they to it.
+            x: L = H*W, or more with prefix tokens in front, which attend to all tokens and they to them.
             grid: (H, W).
             window_size: side of the windows in tokens, from the top left corner; 0 for attention over the whole grid.
         """

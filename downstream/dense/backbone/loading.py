@@ -51,7 +51,8 @@ def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report
     """
     arch = next(name for name, arch in ARCHS.items() if arch == backbone.arch)
     class_token = backbone.cls_token is not None
-    encoder, report = read_start(path, weights, arch, backbone.patch_size, backbone.position, class_token)
+    registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
+    encoder, report = read_start(path, weights, arch, backbone.patch_size, backbone.position, class_token, registers)
     _fill(backbone, encoder, report)
     difference = compare_features(backbone, encoder)
     if not difference <= FLOAT64_TOLERANCE:
@@ -70,12 +71,13 @@ def read_start(
     patch_size: int = 16,
     position: str = "relative",
     class_token: bool = False,
+    registers: int = 0,
 ) -> tuple[ViT, Report]:
     """The encoder that a backbone with these arguments starts from, with patches of its size.
 
     Raises:
         ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position, or has no
-            class token where one is needed.
+            class token where one is needed, or another number of registers beside it.
     """
     try:
         found = read_encoder(path, weights=weights)
@@ -92,6 +94,11 @@ def read_start(
     if encoder.cls_token is None and class_token:
         raise ValueError(
             f"start.checkpoint={path} has no class token: set model.backbone.class_token=False, or give another one"
+        )
+    if class_token and encoder.registers != registers:
+        raise ValueError(
+            f"start.checkpoint={path} has {encoder.registers} registers, model.backbone.registers is {registers}: set "
+            f"it to {encoder.registers}, or model.backbone.class_token=False, which leaves them out"
         )
     kind = encoder.position
     if kind == "bias":
@@ -110,11 +117,12 @@ def read_start(
 
 def _fill(backbone: PlainViT, encoder: ViT, report: Report) -> None:
     state = encoder.state_dict()
-    if backbone.cls_token is None and encoder.cls_token is not None:
-        del state["cls_token"]
-        for key in report.used.pop("cls_token"):
-            if key.endswith("cls_token"):  # not a table whose first row was added to it
-                report.dropped[key] = "the class token: model.backbone.class_token=False"
+    if backbone.cls_token is None:
+        for name, what in (("cls_token", "the class token"), ("reg_token", "registers")):
+            state.pop(name, None)
+            for key in report.used.pop(name, ()):
+                if not key.endswith(("pos_embed", "position_embeddings")):  # a row of which was added to it
+                    report.dropped[key] = f"{what}: model.backbone.class_token=False"
     if backbone.position == "sincos":
         state["pos_embed"] = resize_positions(state["pos_embed"][:, 1:], encoder.grid, backbone.grid)
         if encoder.grid != backbone.grid:
@@ -144,9 +152,9 @@ def compare_features(backbone: PlainViT, encoder: ViT) -> float:
     x, grid = backbone_copy.embed(images, None)
     if backbone.position == "sincos":
         x = x + encoder_copy.pos_embed[:, 1:]
-    class_token = encoder_copy.cls_token if backbone_copy.cls_token is None else backbone_copy.cls_token
-    if class_token is not None:
-        x = torch.cat([class_token.expand(len(x), -1, -1), x], dim=1)
+    owner = encoder_copy if backbone_copy.cls_token is None else backbone_copy
+    prefix = [token.expand(len(x), -1, -1) for token in (owner.cls_token, owner.reg_token) if token is not None]
+    x = torch.cat([*prefix, x], dim=1)
     found = backbone_copy.encode(x, grid, (0,) * len(backbone_copy.blocks))
     expected = _outputs(encoder_copy, images, backbone_copy.out_indices)
     differences = [max_difference(*pair) for pair in zip(found, expected, strict=True)]

@@ -84,6 +84,7 @@ class PlainViT(BaseModule):
         parallel_conv: ViTAE's convolutions parallel to every block's attention, with batch normalization over all
             ranks. Their last one is zero at first.
         class_token: keep it; only without windows.
+        registers: with the class token, how many are kept behind it: all that the encoder has.
         out_indices: the blocks whose tokens are returned, the last block among them. Those of the last one are
             normalized as in pretraining, those of others are not.
         drop_path_rate: of the last block; it grows linearly over the depth.
@@ -106,6 +107,7 @@ class PlainViT(BaseModule):
         conv_blocks: Sequence[int] = (),
         parallel_conv: bool = False,
         class_token: bool = False,
+        registers: int = 0,
         out_indices: Sequence[int] = (11,),
         drop_path_rate: float = 0.1,
         grad_checkpointing: bool = False,
@@ -123,11 +125,7 @@ class PlainViT(BaseModule):
             )
         if position not in ("relative", "sincos"):
             raise ValueError(f"model.backbone.position={position!r}: relative or sincos")
-        if class_token and window_size:
-            raise ValueError(
-                f"model.backbone.class_token=True belongs to no window: set model.backbone.window_size=0 (it is "
-                f"{window_size}), or class_token=False"
-            )
+        _check_prefix_tokens(class_token, registers, window_size)
         depth = self.arch.depth
         _check_blocks(depth, conv_blocks, global_blocks if window_size else (), out_indices)
         self.grid = (height // patch_size, width // patch_size)
@@ -138,6 +136,7 @@ class PlainViT(BaseModule):
         dim = self.arch.dim
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         table = sincos_positions(dim, *self.grid)[None]
         self.pos_embed = nn.Parameter(table) if position == "sincos" else None
         self.blocks = nn.ModuleList(
@@ -150,6 +149,8 @@ class PlainViT(BaseModule):
         self.patch_embed.apply(init_weights)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=0.02)
         self.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "PlainViT":
@@ -176,8 +177,8 @@ class PlainViT(BaseModule):
                 f"set pad_size_divisor={self.patch_size} in model.data_preprocessor"
             )
         x, grid = self.embed(images, self.pos_embed)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        x = torch.cat([*prefix, x], dim=1)
         num_prefix_tokens = x.shape[1] - grid[0] * grid[1]
         maps = self.encode(x, grid, self.window_sizes)
         return tuple(tokens[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid) for tokens in maps)
@@ -200,6 +201,20 @@ class PlainViT(BaseModule):
             if number in self.out_indices:
                 out.append(self.norm(x) if number == len(self.blocks) - 1 else x)
         return out
+
+
+def _check_prefix_tokens(class_token: bool, registers: int, window_size: int) -> None:
+    """Raises ValueError where there are windows, or registers without the class token."""
+    if class_token and window_size:
+        raise ValueError(
+            f"model.backbone.class_token=True belongs to no window: set model.backbone.window_size=0 (it is "
+            f"{window_size}), or class_token=False"
+        )
+    if registers and not class_token:
+        raise ValueError(
+            f"model.backbone.registers={registers} are kept together with the class token: set "
+            f"model.backbone.class_token=True, or registers=0"
+        )
 
 
 def _check_blocks(

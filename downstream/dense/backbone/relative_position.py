@@ -37,7 +37,7 @@ def _axis_one_hot(side: int, device: torch.device, dtype: torch.dtype) -> Tensor
     return F.one_hot(buckets, _AXIS).to(device, dtype)
 
 
-def product_bias(terms: Tensor, grid: Grid, top: int = 0, class_token: bool = False) -> Tensor:
+def product_bias(terms: Tensor, grid: Grid, top: int = 0, num_prefix_tokens: int = 0) -> Tensor:
     """The bias of every key for queries in whole rows of a grid, row `top` first.
 
     A bucket is a row bucket times a column bucket, so two small products with one-hot tables, first along the keys'
@@ -45,10 +45,10 @@ def product_bias(terms: Tensor, grid: Grid, top: int = 0, class_token: bool = Fa
 
     Args:
         terms: (N, h, R*W, 50) of `BucketTerms`.
-        class_token: whether the class token is the first key.
+        num_prefix_tokens: how many class tokens and registers are the first keys, P.
 
     Returns:
-        (N, h, R*W, L), L = H*W or 1 + H*W.
+        (N, h, R*W, P + H*W).
     """
     height, width = grid
     by_row = terms[..., :CLASS_BUCKET].unflatten(-1, (_AXIS, _AXIS)).unflatten(2, (-1, width))  # N, h, R, W, 7, 7
@@ -56,7 +56,7 @@ def product_bias(terms: Tensor, grid: Grid, top: int = 0, class_token: bool = Fa
     cols = _axis_one_hot(width, terms.device, terms.dtype).transpose(1, 2)
     rows = _axis_one_hot(height, terms.device, terms.dtype)[top : top + count, None]
     bias = (rows @ (by_row @ cols)).flatten(4).flatten(2, 3)
-    return torch.cat([terms[..., CLASS_BUCKET:], bias], dim=-1) if class_token else bias
+    return torch.cat([terms[..., CLASS_BUCKET:].expand(-1, -1, -1, num_prefix_tokens), bias], dim=-1)
 
 
 def decomposed_terms(q: Tensor, table_h: Tensor, table_w: Tensor, grid: Grid) -> Tensor:
@@ -89,20 +89,20 @@ def resize_table(table: Tensor, side: int) -> Tensor:
     return F.interpolate(table.T[None], 2 * side - 1, mode="linear")[0].T
 
 
-def decomposed_bias(terms: Tensor, grid: Grid, top: int = 0, class_token: bool = False) -> Tensor:
-    """As `product_bias`, of `decomposed_terms` (N, h, R*W, H + W); the class token's is zero."""
+def decomposed_bias(terms: Tensor, grid: Grid, top: int = 0, num_prefix_tokens: int = 0) -> Tensor:
+    """As `product_bias`, of `decomposed_terms` (N, h, R*W, H + W); the prefix tokens' is zero."""
     del top  # the terms are already those of their query's position
     rows, cols = terms.split(grid, dim=-1)
     bias = (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(-2)
-    return F.pad(bias, (1, 0)) if class_token else bias
+    return F.pad(bias, (num_prefix_tokens, 0))
 
 
-def one_hot_keys(grid: Grid, device: torch.device, dtype: torch.dtype, class_token: bool) -> Tensor:
-    """(L, H + W): each key's row and column one-hot, so that the product of `decomposed_terms` and this is the bias."""
+def one_hot_keys(grid: Grid, device: torch.device, dtype: torch.dtype, num_prefix_tokens: int) -> Tensor:
+    """(P + H*W, H + W): each key's row and column one-hot; the product of `decomposed_terms` and this is the bias."""
     height, width = grid
     rows = torch.eye(height, device=device, dtype=dtype).repeat_interleave(width, 0)
     cols = torch.eye(width, device=device, dtype=dtype).repeat(height, 1)
-    return F.pad(torch.cat([rows, cols], dim=1), (0, 0, int(class_token), 0))
+    return F.pad(torch.cat([rows, cols], dim=1), (0, 0, num_prefix_tokens, 0))
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from downstream.dense.backbone.plain_vit import PlainViT
 
-_NOT_DECAYED = re.compile(r".*(cls_token|pos_embed|rel_pos_[hw])")
+_NOT_DECAYED = re.compile(r".*(cls_token|reg_token|pos_embed|rel_pos_[hw])")
 
 
 def layer_decay_groups(model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def _layer(name: str, depth: int) -> int:
     """The layer of one of the backbone's parameters: 0 before the blocks, depth + 1 after them."""
     if block := re.match(r"blocks\.(\d+)\.", name):
         return int(block[1]) + 1
-    return 0 if name.startswith(("patch_embed.", "cls_token", "pos_embed")) else depth + 1
+    return 0 if name.startswith(("patch_embed.", "cls_token", "reg_token", "pos_embed")) else depth + 1
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

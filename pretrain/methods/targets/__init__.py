@@ -1,4 +1,4 @@
-"""Targets of a masked patch and their losses: pixels, PCA coefficients or a tokenizer's codes."""
+"""What is predicted of a masked patch, and the loss: pixels, PCA coefficients, edges, codes or features."""
 
 from typing import Annotated
 
@@ -6,25 +6,53 @@ from pydantic import Field
 
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
+from pretrain.methods.targets.features import EMAConfig, FeatureTarget, FeatureTeacher, TeacherConfig
+from pretrain.methods.targets.hog import HOGConfig, HOGTarget
 from pretrain.methods.targets.pca import PCAConfig, PCATarget
 from pretrain.methods.targets.pixels import PixelsConfig, PixelTarget
 from pretrain.methods.targets.tokens import TokensConfig, TokenTarget
 
-__all__ = ["TARGETS", "AnyTargetConfig", "PCAConfig", "PatchTarget", "PixelsConfig", "TargetConfig", "TokensConfig"]
+__all__ = [
+    "TARGETS",
+    "AnyTargetConfig",
+    "HOGConfig",
+    "PCAConfig",
+    "PatchTarget",
+    "PixelsConfig",
+    "TargetConfig",
+    "TeacherConfig",
+    "TokensConfig",
+]
 
-TARGETS: dict[str, type[TargetConfig]] = {"pixels": PixelsConfig, "pca": PCAConfig, "tokens": TokensConfig}
+TARGETS: dict[str, type[TargetConfig]] = {
+    "pixels": PixelsConfig,
+    "pca": PCAConfig,
+    "hog": HOGConfig,
+    "tokens": TokensConfig,
+    "teacher": TeacherConfig,
+    "ema": EMAConfig,
+}
 
-AnyTargetConfig = Annotated[PixelsConfig | PCAConfig | TokensConfig, Field(discriminator="name")]
+AnyTargetConfig = Annotated[
+    PixelsConfig | PCAConfig | HOGConfig | TokensConfig | TeacherConfig | EMAConfig, Field(discriminator="name")
+]
 
 
-def build_target(config: TargetConfig, grid: Grid, patch_size: int) -> PatchTarget:
-    """Builds the target of a configuration, for images of a grid of patches.
+def build_target(
+    config: TargetConfig, grid: Grid, patch_size: int, teacher: FeatureTeacher | None = None
+) -> PatchTarget:
+    """Builds the target of a configuration, for images of a grid of patches; `teacher` is whose features it predicts.
 
     Raises:
         ValueError: its file is not a valid one.
     """
+    if isinstance(config, TeacherConfig | EMAConfig):
+        assert teacher is not None, "whoever builds such a target has its teacher"
+        return FeatureTarget(config, patch_size, teacher)
     if isinstance(config, PCAConfig):
         return PCATarget(config, patch_size)
+    if isinstance(config, HOGConfig):
+        return HOGTarget(config, grid, patch_size)
     if isinstance(config, TokensConfig):
         return TokenTarget(config, grid, patch_size)
     assert isinstance(config, PixelsConfig)

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from pretrain.methods.masking import Grid
+from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.schema import Section
 
 
@@ -15,8 +17,8 @@ class TargetConfig(Section):
 
     name: str
 
-    def check(self, patch_size: int) -> None:
-        """Raises ValueError, naming the key to change, if the target does not fit patches of this size."""
+    def check(self, grid: Grid, model: ModelConfig) -> None:
+        """Raises ValueError, naming the key to change, if the target does not fit the image's grid or the encoder."""
 
 
 class PatchTarget(ABC):

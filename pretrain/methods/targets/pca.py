@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.models.patches import normalize_pixels, to_pixels, values_per_patch
+from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.schema import MAY_CHANGE
 
 
@@ -43,8 +45,8 @@ class PCAConfig(TargetConfig):
         actual = hashlib.sha256(Path(info.data["file"]).read_bytes()).hexdigest()
         return as_sha256("target.sha256", given, actual, info.data["file"])
 
-    def check(self, patch_size: int) -> None:
-        read_components(self.file, patch_size)
+    def check(self, grid: Grid, model: ModelConfig) -> None:
+        read_components(self.file, model.patch_size)
 
 
 class PCATarget(PatchTarget):

@@ -1,4 +1,4 @@
-"""k-NN and ridge regression, against sklearn and plain loops."""
+"""The probe of an encoder, k-NN and ridge regression against sklearn; tests/pretrain has what is fitted."""
 
 import math
 import random
@@ -17,16 +17,20 @@ from sklearn.neighbors import KNeighborsClassifier
 from data.eval_loader import EvalLoader
 from data.image_folder import load_samples
 from downstream.checkpoints.weights import features
-from downstream.classify import knn
+from downstream.classify import probe as command
 from pretrain.config import load
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.patches import normalize_pixels
-from pretrain.models.vit import ViT
-from pretrain.probe import METRICS, RIDGE, Probe, check_sets, probe, ridge, votes
+from pretrain.models.vit import ARCHS, ViT
+from pretrain.probe.in_training import Probe
+from pretrain.probe.measure import check_sets, describe, names_of, probe
+from pretrain.probe.neighbors import METRICS, RIDGE, ridge, votes
+from pretrain.probe.settings import ProbeSettings
 from pretrain.trainer.launch import World
 
 CPU = torch.device("cpu")
 NAMES = ["a", "b", "c", "d", "e", "f"]
+FEW = {"attentive_steps": 3, "finetune_epochs": 1}
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +70,16 @@ def plain_features(encoder: ViT, loader: EvalLoader, pool: str) -> tuple[np.ndar
     return np.array(found), np.array(labels), len(loader.samples)
 
 
+def measure(encoder: ViT, train: EvalLoader, val: EvalLoader, **settings: Any) -> dict[str, Any]:
+    """By default without what is fitted."""
+    return probe(encoder, train, val, ProbeSettings(**{"k": 20, "attentive_steps": 0, **settings}), device=CPU)
+
+
 @pytest.mark.parametrize("pool", ["mean", "class"])
 @pytest.mark.parametrize("k", [1, 5, 48])  # 48: all that can be decoded
 def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
     train, val = sets(photos)
-    measured = probe(encoder, train, val, k=k, device=CPU, pool=pool)
+    measured = measure(encoder, train, val, k=k, pool=pool)
     (x, y, _), (q, t, count) = (plain_features(encoder, loader, pool) for loader in (train, val))
     assert (len(x), len(q), count) == (45, 17, 18)
     k = min(k, 45)
@@ -85,6 +94,7 @@ def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
         "knn_top5": sum(first_five) / 18,
         "knn_plain_top1": (plain.predict(q) == t).sum() / 18,
         "linear_top1": (linear.predict(q).argmax(1) == t).sum() / 18,
+        "judge_by": "none",
     }
 
 
@@ -124,10 +134,13 @@ def test_ridge_weights_are_sklearns():
 def test_encoders_that_collapsed_or_diverged(photos: Path, encoder: ViT):
     train, val = sets(photos)
     torch.nn.init.zeros_(encoder.norm.weight)
-    assert all(0 <= value <= 0.5 for value in probe(encoder, train, val, k=20, device=CPU).values())
+    collapsed = measure(encoder, train, val, **FEW)
+    assert all(0 <= collapsed[name] <= 0.5 for name in METRICS)
     torch.nn.init.constant_(encoder.norm.bias, float("nan"))
-    diverged = probe(encoder, train, val, k=20, device=CPU)
-    assert diverged.keys() == set(METRICS)
+    diverged = measure(encoder, train, val, **FEW)
+    assert diverged.pop("judge_by") == "finetune_top1"
+    assert list(diverged) == list(names_of(ProbeSettings(**FEW)))
+    assert len(diverged) == 8
     assert all(math.isnan(value) for value in diverged.values())
 
 
@@ -138,7 +151,7 @@ def recipe(photos: Path, folder: Path, **keys: Any) -> str:
         "model": {"arch": "vit_tiny"},
         "data": {"shards": "none", "image_size": 32, "num_workers": 0},
         "train": {"global_batch_size": 8, "precision": "fp32"},
-        "probe": {"train": str(photos / "train"), "val": str(photos / "val"), "every_epochs": 1, "k": 5, **keys},
+        "probe": {"train": str(photos / "train"), "val": str(photos / "val"), "every_epochs": 1, "k": 5, **FEW, **keys},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(sections))
     return str(folder / "recipe.yaml")
@@ -159,7 +172,7 @@ def test_measuring_touches_nothing(photos: Path, tmp_path: Path):
     assert random.getstate() == generators[2]
     assert all(module.training for module in encoder.modules())
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), before, strict=True))
-    assert values == probe(encoder.eval(), *sets(photos), k=5, device=CPU)
+    assert values == measure(encoder.eval(), *sets(photos), k=5, **FEW)
 
 
 def test_a_run_in_bf16_measures_what_the_command_does(photos: Path, tmp_path: Path):
@@ -172,7 +185,8 @@ def test_a_run_in_bf16_measures_what_the_command_does(photos: Path, tmp_path: Pa
     config = load(recipe(photos, tmp_path), ["train.precision=bf16"])
     in_the_run = Probe(config, encoder, World(0, 1, 0), CPU).measure(encoder)
     data = ["--train", photos / "train", "--val", photos / "val", "--k", 5]
-    assert in_the_run == run_in_process(knn, tmp_path / "encoder.safetensors", *data)
+    data += ["--attentive-steps", 3, "--finetune-epochs", 1]
+    assert in_the_run == run_in_process(command, tmp_path / "encoder.safetensors", *data)
 
 
 def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: Path):
@@ -183,6 +197,32 @@ def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: P
         load(recipe(photos, tmp_path), ["probe.neighbours=3"])
     with pytest.raises(ValueError, match=r"k=50 neighbors, but .* has 48 images"):
         Probe(load(recipe(photos, tmp_path), ["probe.k=50"]), ViT("vit_tiny", 16, (2, 2)), World(0, 1, 0), CPU)
+
+
+def test_blocks_of_the_run_are_checked_before_it_starts(photos: Path, tmp_path: Path):
+    depth = ARCHS["vit_tiny"].depth
+    assert load(recipe(photos, tmp_path), ["probe.block=1"]).probe.block == (1,)
+    assert load(recipe(photos, tmp_path, block=[1, 2]), []).probe.block == (1, 2)
+    with pytest.raises(ValueError, match=rf"probe\.block: block {depth + 1}: the encoder has blocks 1 to {depth}$"):
+        load(recipe(photos, tmp_path), [f"probe.block=1,{depth + 1}"])
+    with pytest.raises(ValueError, match=r"probe\.block: blocks 2,1: give each of them once, in ascending order: 1,2"):
+        load(recipe(photos, tmp_path), ["probe.block=2,1"])
+
+
+def test_the_table_says_which_number_to_trust(photos: Path, encoder: ViT):
+    none, some, all_of_it = (
+        describe(measure(encoder, *sets(photos), **settings))
+        for settings in ({}, {"attentive_steps": 1}, {"attentive_steps": 1, "finetune_epochs": 1})
+    )
+    assert none.endswith("none of these ranks masked image models: measure the attentive probe as well")
+    assert some.endswith("compare encoders by attentive_top1")
+    assert [line.split()[0] for line in all_of_it.splitlines()[:-1]] == [
+        "finetune_top1",
+        "attentive_top1",
+        "linear_top1",
+        "knn_top1",
+    ]
+    assert all_of_it.endswith("compare encoders by finetune_top1")
 
 
 def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):

@@ -1,0 +1,111 @@
+"""How good an encoder is: `python -m downstream.classify.probe ENCODER --train DATA --val DATA`.
+
+ENCODER is whatever `downstream.checkpoints.weights.load_encoder` reads; DATA is labeled shards or a folder of class
+folders. Also with torchrun, srun or deepspeed, on any number of processes. Measured are, from cheap to telling:
+
+    knn_top1, knn_top5    k-NN on frozen features, with DINO's weighted vote; knn_plain_top1 with equal votes
+    linear_top1           ridge regression on frozen features
+    attentive_top1, _top5 an attentive probe of the frozen patch tokens
+    finetune_top1, _top5  a short fine-tuning of a copy, as costly as training for some epochs: --finetune-epochs
+
+The first three rank masked image models wrongly. The last line of the output is a JSON object with these numbers, and
+under `judge_by` the name of the one by which encoders are to be compared.
+"""
+
+import argparse
+from typing import Any, NoReturn, get_args
+
+import torch
+
+from data.image_folder import load_samples
+from downstream.checkpoints.weights import build_encoder, read_encoder
+from downstream.classify.evaluation_cli import add_loading_options, block_numbers, build_loader, run_on_ranks
+from pretrain.models.features import check_blocks
+from pretrain.models.sdpa import set_deterministic
+from pretrain.probe.measure import check_sets, describe, probe
+from pretrain.probe.settings import Pool, ProbeSettings
+from pretrain.trainer.launch import World
+
+FINETUNE_EPOCHS = 5
+
+
+def _command(options: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
+    settings = ProbeSettings(**{name: getattr(options, name) for name in ProbeSettings.model_fields})
+    train, val = load_samples(options.train), load_samples(options.val)
+    check_sets(train, val, settings.k)
+    found = read_encoder(options.encoder, weights=options.weights)
+    encoder, _ = build_encoder(found, image_size=options.image_size)
+    check_blocks(settings.block, len(encoder.blocks))
+    learned, classified = (build_loader(samples, encoder.image_size, options, world) for samples in (train, val))
+    encoder = encoder.to(device)
+    set_deterministic(True)
+    measured = probe(encoder, learned, classified, settings, device=device, norm_after_pool=found.pool_norm)
+    if world.is_main:
+        print(describe(measured), flush=True)
+    return measured
+
+
+def _at_least(lowest: int) -> Any:
+    def number(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is too few: at least {lowest}")
+        return int(text)
+
+    return number
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Exit code 0 and one JSON line, or 1 and one clear error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = ProbeSettings()
+    parser.add_argument("encoder", metavar="ENCODER")
+    parser.add_argument("--train", required=True, metavar="DATA", help="what is learned from")
+    parser.add_argument("--val", required=True, metavar="DATA", help="what is classified")
+    parser.add_argument("--k", type=_at_least(1), default=defaults.k, metavar="N", help="neighbors that vote")
+    parser.add_argument(
+        "--pool",
+        choices=get_args(Pool),
+        default=defaults.pool,
+        help="what k-NN and ridge regression see: mean of the patch tokens, class token (DINO), both side by side, or "
+        "the mean of class token and registers (prefix)",
+    )
+    parser.add_argument(
+        "--block",
+        type=block_numbers,
+        default=(),
+        metavar="N[,N...]",
+        help="outputs of these blocks from 1 on, side by side; default: the encoder's, after its norm",
+    )
+    parser.add_argument(
+        "--attentive-steps",
+        type=_at_least(0),
+        default=defaults.attentive_steps,
+        metavar="N",
+        help="steps that train the attentive probe; 0: none",
+    )
+    parser.add_argument(
+        "--finetune-epochs",
+        type=_at_least(0),
+        default=FINETUNE_EPOCHS,
+        metavar="N",
+        help=f"epochs of the short fine-tuning; 0: none, which saves most of the time; default: {FINETUNE_EPOCHS}",
+    )
+    parser.add_argument(
+        "--max-images",
+        type=_at_least(1),
+        default=defaults.max_images,
+        metavar="N",
+        help="images of --train that the attentive probe and fine-tuning learn from, at most",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="online, ema, or an encoder's name; default: what its authors evaluate",
+    )
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default: that of the file")
+    add_loading_options(parser)
+    run_on_ranks(_command, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

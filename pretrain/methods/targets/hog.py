@@ -1,0 +1,178 @@
+"""Histograms of oriented gradients (HOG), MaskFeat's and LocalMIM's target: how strong edges are, by their direction.
+
+A cell has a histogram for each color channel, over directions without a sign, divided by its L2 norm. So neither
+brightness nor contrast is predicted, and a cell without edges has the zero vector. With several sizes of cells all of
+them are predicted, and their errors added, as in LocalMIM.
+
+Gradients are differences of the bytes of pixels, which fp32 holds exactly: bins do not depend on the device. Image
+statistics, which the authors' code applies first, cancel out: a channel's direction and normalized histogram do not
+depend on its scale.
+
+Shapes: B images of R x C cells, N patches, M of them predicted, n bins.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from data.decode import CHANNELS
+from pretrain.methods.masking import Grid
+from pretrain.methods.targets.base import PatchTarget, TargetConfig
+from pretrain.models.patches import unpatchify
+from pretrain.trainer.config import ModelConfig
+
+# Limits the memory for n maps of each channel: 27 x 224 x 224 in fp32 are 5.4 MB an image. On a CPU few images stay in
+# its caches, which halves the time; a GPU takes 32.
+_IMAGES_AT_ONCE = {"cpu": 4}
+
+
+class HOGConfig(TargetConfig):
+    """The keys of `target.name=hog`."""
+
+    name: Literal["hog"] = "hog"
+    cell_sizes: tuple[int, ...] = Field(
+        (8,), min_length=1, description="sides in pixels of the cells; each divides a patch, or is twice a patch"
+    )
+    bins: int = Field(9, ge=1, description="directions of a histogram; each color channel has its own")
+    gaussian_window: int = Field(
+        0, ge=0, description="MaskFeat: 16, the side in pixels of Gaussian weights, repeated over the image; 0: none"
+    )
+
+    def check(self, grid: Grid, model: ModelConfig) -> None:
+        patch_size = model.patch_size
+        for size in self.cell_sizes:
+            if size < 1 or (patch_size % size and size != 2 * patch_size):
+                fits = [cell for cell in range(1, patch_size + 1) if patch_size % cell == 0] + [2 * patch_size]
+                raise ValueError(
+                    f"target.cell_sizes has {size}, which neither divides model.patch_size={patch_size} nor is twice "
+                    f"it: take of {', '.join(map(str, fits))}"
+                )
+            if size > patch_size and (grid[0] % 2 or grid[1] % 2):
+                raise ValueError(
+                    f"target.cell_sizes has {size}, cells of 2x2 patches, and the grid of {grid[0]}x{grid[1]} patches "
+                    f"is odd: leave {size} out, or set data.image_size to a multiple of {size}"
+                )
+
+
+class CellScale(NamedTuple):
+    """How cells of one size lie in patches.
+
+    Attributes:
+        size: side of a cell in pixels.
+        per_side: cells along the side of a patch; 1 also where a cell is 2 x 2 patches.
+        coarse: whether a cell is 2 x 2 patches, each of which has the whole cell's histogram.
+        num_outputs: values that a patch has of this size.
+    """
+
+    size: int
+    per_side: int
+    coarse: bool
+    num_outputs: int
+
+
+class HOGTarget(PatchTarget):
+    """The histograms of the cells in a patch: by size of cell, then in raster order, by color, by direction."""
+
+    caption = "Drawn are the edges of cells (HOG), in each color, as their directions: pixels are not predicted."
+
+    def __init__(self, config: HOGConfig, grid: Grid, patch_size: int):
+        self.config, self.grid, self.patch_size = config, grid, patch_size
+        self.scales = [_cell_scale(size, patch_size, config.bins) for size in config.cell_sizes]
+        self.num_outputs = sum(scale.num_outputs for scale in self.scales)
+
+    @torch.no_grad()
+    def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
+        """(B, N, num_outputs) fp32"""
+        with torch.autocast(images.device.type, enabled=False):
+            parts = images.split(_IMAGES_AT_ONCE.get(images.device.type, 32))
+            return torch.cat([self._histograms(part) for part in parts])
+
+    def _histograms(self, images: Tensor) -> Tensor:
+        finest = math.gcd(*self.config.cell_sizes)  # pooled to all others: the norm comes after
+        cells = histograms(images, finest, self.config.bins, self.config.gaussian_window)
+        by_size = []
+        for scale in self.scales:
+            pooled = cells.unflatten(2, (-1, scale.size // finest)).unflatten(1, (-1, scale.size // finest))
+            normalized = F.normalize(pooled.mean((2, 4)), dim=-1, eps=1e-12)  # (B, R, C, 3, n)
+            if scale.coarse:
+                normalized = normalized.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            of_patches = normalized.unflatten(2, (-1, scale.per_side)).unflatten(1, (-1, scale.per_side))
+            by_size.append(of_patches.transpose(2, 3).flatten(3).flatten(1, 2))
+        return torch.cat(by_size, dim=-1)
+
+    def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        """The sum over the sizes of cells of the mean squared error.
+
+        A coarse cell's error is in those of its masked patches, so cells have the weight that LocalMIM gives them: the
+        share of their patches that is masked.
+        """
+        error = (prediction.float() - truth).square()
+        sizes = [scale.num_outputs for scale in self.scales]
+        return torch.stack([part.mean() for part in error.split(sizes, dim=-1)]).sum()
+
+    def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """A line in each cell of the first size for every direction, in its color, as bright as there is of it."""
+        return {"edges": self._draw(truth), "predicted edges": self._draw(prediction.float())}
+
+    def _draw(self, histogram: Tensor) -> Tensor:
+        """(B, M, num_outputs) -> (B, M, P) uint8."""
+        scale, side = self.scales[0], self.patch_size // self.scales[0].per_side
+        cells = histogram[..., : scale.num_outputs].unflatten(-1, (scale.per_side**2, CHANNELS, -1)).clamp(0, 1)
+        lines = _lines(side, self.config.bins).to(histogram)
+        drawn = torch.einsum("bmkcn,nyx->bmkyxc", cells, lines).clamp(max=1).mul(255).round().byte()
+        pixels = unpatchify(drawn.flatten(3).flatten(0, 1), (scale.per_side, scale.per_side))
+        return pixels.reshape(*histogram.shape[:2], -1)
+
+
+def histograms(images: Tensor, cell: int, bins: int, gaussian_window: int = 0) -> Tensor:
+    """The mean magnitude of a cell's gradients in each direction, not normalized; hard bins.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        cell: side in pixels, which divides H and W.
+        bins: number of directions, over half a turn.
+        gaussian_window: side of the square over which magnitudes have Gaussian weights, repeated over the image.
+
+    Returns:
+        (B, H/cell, W/cell, 3, bins) fp32.
+    """
+    padded = F.pad(images.permute(0, 3, 1, 2).contiguous().float(), (1, 1, 1, 1), mode="reflect")
+    along_x, along_y = padded[..., :-2] - padded[..., 2:], padded[..., :-2, :] - padded[..., 2:, :]
+    gx = along_x[..., :-2, :] + 2 * along_x[..., 1:-1, :] + along_x[..., 2:, :]  # Sobel's filters
+    gy = along_y[..., :-2] + 2 * along_y[..., 1:-1] + along_y[..., 2:]
+    magnitude = (gx.square() + gy.square()).sqrt()
+    if gaussian_window:
+        magnitude = magnitude * _gaussian(gaussian_window, *magnitude.shape[-2:]).to(magnitude)
+    turn = torch.atan2(gx, gy) / math.pi * bins
+    direction = (turn + 1e-5).floor().long() % bins  # 45 degrees may be a limit of bins, whatever fp32 rounds it to
+    maps = magnitude.new_zeros(len(images), CHANNELS, bins, *magnitude.shape[-2:])
+    maps.scatter_(2, direction.unsqueeze(2), magnitude.unsqueeze(2))
+    pooled = F.avg_pool2d(maps.flatten(1, 2), cell).unflatten(1, (CHANNELS, bins))
+    return pooled.permute(0, 3, 4, 1, 2)
+
+
+def _cell_scale(size: int, patch_size: int, bins: int) -> CellScale:
+    per_side = max(patch_size // size, 1)
+    return CellScale(size, per_side, size > patch_size, per_side**2 * CHANNELS * bins)
+
+
+def _gaussian(window: int, height: int, width: int) -> Tensor:
+    """(H, W) weights of standard deviation window / 2 around the center of each square, as in MaskFeat's code."""
+    offsets = torch.arange(max(height, width)) % window - (window - 1) / 2
+    weights = torch.exp(-0.5 * (offsets / (window / 2)) ** 2)
+    return weights[:height, None] * weights[:width]
+
+
+def _lines(side: int, bins: int) -> Tensor:
+    """(bins, side, side): a line through the center of a cell along the edge that each direction means, one pixel wide.
+
+    Directions are those of atan2(gx, gy), and an edge is perpendicular to its gradient.
+    """
+    angles = (torch.arange(bins)[:, None, None] + 0.5) / bins * math.pi
+    offsets = torch.arange(side) - (side - 1) / 2
+    distance = (offsets * angles.sin() + offsets[:, None] * angles.cos()).abs()
+    return (1 - distance).clamp(min=0)

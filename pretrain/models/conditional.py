@@ -1,0 +1,137 @@
+"""TEC's modules between encoder and targets: what joins the outputs of all blocks, and a decoder for two targets.
+
+Shapes: B images, N patches of an image, V of them visible, M masked, K kept, P prefix tokens, D the encoder's width, E
+the decoder's.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from pretrain.models.aggregation import SpatialAggregation
+from pretrain.models.patches import gather_tokens
+from pretrain.models.vit import Arch, Block, init_weights, sincos_positions
+
+
+class EncoderAdapter(nn.Module):
+    """The outputs of all blocks, joined and normalized, by groups of three: a projection, then an MLP with a residual.
+
+    The groups' results are summed and normalized. Where three does not divide the number of blocks, some groups are
+    larger. (The authors' norms have PyTorch's epsilon.)
+    """
+
+    def __init__(self, dim: int, depth: int, hidden_dim: int):
+        super().__init__()
+        self.widths = [len(group) * dim for group in np.array_split(np.arange(depth), max(depth // 3, 1))]
+        self.norm = nn.LayerNorm(depth * dim)
+        self.fuse = nn.ModuleList(nn.Linear(width, dim) for width in self.widths)
+        self.mlp = nn.ModuleList(Mlp(dim, hidden_dim) for _ in self.widths)
+        self.out_norm = nn.LayerNorm(dim)
+        self.apply(init_weights)
+
+    def forward(self, outputs: Sequence[Tensor]) -> Tensor:
+        """One (B, T, D) for each block -> (B, T, D)."""
+        total: Tensor | float = 0.0
+        groups = self.norm(torch.cat(list(outputs), dim=-1)).split(self.widths, dim=-1)
+        for group, fuse, mlp in zip(groups, self.fuse, self.mlp, strict=True):
+            fused = fuse(group)
+            total = total + fused + mlp(fused)
+        return self.out_norm(total)
+
+
+class SharedDecoder(nn.Module):
+    """MAE's decoder for several targets: all have their own ends, and go through the same blocks.
+
+    Args:
+        encoder_dim: width of the encoded tokens.
+        arch: the decoder's width, blocks and heads.
+        grid: rows and columns of the image's patches.
+        num_outputs: values predicted for each token, by target.
+        aggregations: for each target, what computes the tokens that do not go through the blocks (PR-MIM), if anything.
+        num_prefix_tokens: the encoder's tokens in front of the patches, whose position here is zero.
+    """
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        arch: Arch,
+        grid: tuple[int, int],
+        num_outputs: Sequence[int],
+        aggregations: Sequence[SpatialAggregation | None],
+        num_prefix_tokens: int,
+    ):
+        super().__init__()
+        self.num_prefix_tokens, self.length = num_prefix_tokens, grid[0] * grid[1]
+        self.entries = nn.ModuleList(_Entry(encoder_dim, arch.dim, grid, num_prefix_tokens) for _ in num_outputs)
+        self.blocks = nn.ModuleList(Block(arch, relative=False) for _ in range(arch.depth))
+        self.exits = nn.ModuleList(
+            _Exit(arch.dim, count, aggregation, self.length)
+            for count, aggregation in zip(num_outputs, aggregations, strict=True)
+        )
+        self.blocks.apply(init_weights)
+
+    def forward(self, encoded: Tensor, visible: Tensor, kept: Tensor, wanted: Sequence[Tensor | None]) -> list[Tensor]:
+        """Predictions, by target.
+
+        Args:
+            encoded: (B, P+V, D) prefix tokens and encoded tokens.
+            visible, kept: (B, V) and (B, K) grid positions of these tokens, and of those that get a mask token.
+            wanted: for each target the (B, M) grid positions to predict; None for the class token and all N patches.
+
+        Returns:
+            (B, M, num_outputs) each, or (B, 1+N, num_outputs), in raster order.
+        """
+        x = torch.cat([entry(encoded, visible, kept) for entry in self.entries])
+        for block in self.blocks:
+            x = block(x, None)
+        entered = torch.cat([visible, kept], dim=1)
+        return [
+            leave(tokens[:, :1] if positions is None else None, tokens[:, self.num_prefix_tokens :], entered, positions)
+            for leave, tokens, positions in zip(self.exits, x.chunk(len(self.exits)), wanted, strict=True)
+        ]
+
+
+class _Entry(nn.Module):
+    """From the encoder's width to the decoder's, with mask tokens and fixed sin-cos positions."""
+
+    pos_embed: Tensor
+
+    def __init__(self, encoder_dim: int, dim: int, grid: tuple[int, int], num_prefix_tokens: int):
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0)), persistent=False)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, encoded: Tensor, visible: Tensor, kept: Tensor) -> Tensor:
+        """(B, P+V, D) -> (B, P+V+K, E)"""
+        x = self.embed(encoded).float() + self.pos_embed[F.pad(1 + visible, (self.num_prefix_tokens, 0))]
+        return torch.cat([x, self.mask_token + self.pos_embed[1 + kept]], dim=1)
+
+
+class _Exit(nn.Module):
+    """From tokens in any order to predictions at given places."""
+
+    def __init__(self, dim: int, num_outputs: int, aggregation: SpatialAggregation | None, length: int):
+        super().__init__()
+        self.length, self.aggregation = length, aggregation
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pred = nn.Linear(dim, num_outputs).apply(init_weights)
+
+    def forward(self, class_token: Tensor | None, x: Tensor, entered: Tensor, wanted: Tensor | None) -> Tensor:
+        """Tokens (B, T, E) at grid positions `entered` (B, T) -> predictions at `wanted`, or at all of them."""
+        if wanted is None:
+            wanted = torch.arange(self.length, device=x.device).expand(len(x), -1)
+        if self.aggregation is not None:
+            tokens = self.aggregation(x, entered, wanted)
+        else:  # all have entered
+            tokens = gather_tokens(x, entered.argsort(dim=1).gather(1, wanted))
+        if class_token is not None:
+            tokens = torch.cat([class_token, tokens], dim=1)
+        return self.pred(self.norm(tokens))

@@ -1,0 +1,63 @@
+"""Measures the encoder of a run every so many epochs, on a copy, so that the training is the same without it."""
+
+import copy
+
+import torch
+
+from data.eval_loader import EvalLoader
+from data.image_folder import load_samples
+from pretrain.config import PretrainConfig
+from pretrain.models.vit import ViT
+from pretrain.probe.measure import Measured, check_sets, probe
+from pretrain.trainer.launch import World
+
+MAX_BATCH = 64  # images; as many as downstream.classify.probe takes at once, unless the run has less memory
+
+
+class Probe:
+    """Measures the encoder of a run.
+
+    Args:
+        config: with its `probe` section.
+        encoder: the one that will be trained; not partitioned yet.
+        world, device: this rank, and the device that it computes on.
+
+    Raises:
+        ValueError: sets that cannot be used together; the message names both.
+    """
+
+    def __init__(self, config: PretrainConfig, encoder: ViT, world: World, device: torch.device):
+        assert config.probe is not None
+        train, val = load_samples(config.probe.train), load_samples(config.probe.val)
+        check_sets(train, val, config.probe.k)
+        micro_batch = config.train.global_batch_size // (world.size * config.train.gradient_accumulation_steps)
+        self.train, self.val = (
+            EvalLoader(
+                samples,
+                size=config.data.height_width,
+                batch=min(micro_batch, MAX_BATCH),
+                rank=world.rank,
+                world_size=world.size,
+                num_workers=config.data.num_workers,
+            )
+            for samples in (train, val)
+        )
+        self.settings = config.probe
+        self.device = device
+        self.copy = copy.deepcopy(encoder).eval()
+        # In fp32 whatever the run's precision: the numbers of downstream.classify.probe.
+        self.copy.residual_dtype = None
+
+    @torch.no_grad()
+    def measure(self, encoder: ViT) -> Measured:
+        """`probe` of the encoder's current weights; called by all ranks together, in any ZeRO stage."""
+        import deepspeed
+
+        trained = list(encoder.parameters())
+        with deepspeed.zero.GatheredParameters(trained):  # no-op below stage 3
+            for copied, current in zip(self.copy.parameters(), trained, strict=True):
+                copied.copy_(current)
+        try:
+            return probe(self.copy.to(self.device), self.train, self.val, self.settings, device=self.device)
+        finally:
+            self.copy.cpu()  # training needs the memory of the device

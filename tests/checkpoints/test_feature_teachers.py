@@ -1,0 +1,95 @@
+"""The frozen teacher of a run: read from a file of ours or of timm's, at the grid of the encoder that is trained."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers.originals import TINY
+from safetensors.torch import save_file
+
+from downstream.checkpoints.feature_teachers import read_feature_teacher
+from pretrain.methods.targets.features import (
+    EMAConfig,
+    EncoderTeacher,
+    FeatureTarget,
+    TeacherConfig,
+    resize,
+    standardize_over_patches,
+)
+from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.models.features import features
+from pretrain.models.patches import normalize_pixels
+from pretrain.models.vit import ViT
+from pretrain.trainer.engine import save_state_dict
+
+
+@pytest.fixture
+def teacher_file(tmp_path: Path) -> Path:
+    """An encoder's file of ours: 14 px patches, 3 x 3 of them, tiny."""
+    torch.manual_seed(5)
+    encoder = ViT("vit_tiny", 14, (3, 3), relative=False)
+    spec = EncoderSpec("vit_tiny", 14, (42, 42), "sincos")
+    save_state_dict(encoder.state_dict(), spec.to_metadata(), tmp_path / "teacher.safetensors")
+    return tmp_path / "teacher.safetensors"
+
+
+def test_a_teacher_is_read_and_gets_as_many_patches_as_the_encoder(teacher_file: Path):
+    config = TeacherConfig(file=str(teacher_file), blocks=1)
+    teacher = read_feature_teacher(config, (2, 2))
+    assert isinstance(teacher, EncoderTeacher)
+    assert (teacher.dim, teacher.depth, teacher.image_size) == (TINY.dim, TINY.depth, (28, 28))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    found = FeatureTarget(config, 16, teacher).ground_truth(images, images)
+    pixels = F.interpolate(images.movedim(-1, 1).float(), (28, 28), mode="bicubic", antialias=True).clamp(0, 255)
+    tokens = features(teacher.encoder, normalize_pixels(pixels.movedim(1, -1)).movedim(-1, 1), blocks=(TINY.depth,))[
+        :, 1:
+    ]
+    torch.testing.assert_close(found, standardize_over_patches(tokens))
+
+
+def test_images_of_the_right_size_are_not_resized():
+    images = torch.randint(0, 256, (1, 6, 8, 3), dtype=torch.uint8)
+    assert resize(images, (6, 8)) is images
+    assert resize(images, (3, 4)).shape == (1, 3, 4, 3)
+
+
+def test_a_timm_model_of_another_patch_size_reads_a_local_file(tmp_path: Path):
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0).eval()
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    config = TeacherConfig(file=str(tmp_path / "timm.safetensors"), timm_model=name)
+    teacher = read_feature_teacher(config, (14, 14))
+    assert teacher is not None
+    images = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
+    last = teacher(images, (1, 2))
+    pixels = (resize(images, (224, 224)).movedim(-1, 1) / 255 - 0.5) / 0.5  # what timm says of this model
+    outputs = model.forward_intermediates(pixels, intermediates_only=True, output_fmt="NLC")
+    torch.testing.assert_close(torch.stack(last), torch.stack(outputs))
+    assert read_feature_teacher(config, (3, 5)).image_size == (48, 80)
+    save_file({"cls_token": torch.zeros(1, 1, TINY.dim)}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"does not have the weights of target.timm_model=vit_tiny_patch16_224"):
+        read_feature_teacher(config.model_copy(update={"file": str(tmp_path / "part.safetensors")}), (14, 14))
+    with pytest.raises(ValueError, match=r"target.timm_model=vit_nothing: .*nknown model"):
+        read_feature_teacher(config.model_copy(update={"timm_model": "vit_nothing"}), (14, 14))
+
+
+def test_what_does_not_fit_is_refused(teacher_file: Path):
+    file = str(teacher_file)
+    digest = TeacherConfig(file=file).sha256
+    assert digest is not None
+    assert TeacherConfig(file=file, sha256=digest.upper()).sha256 == digest
+    with pytest.raises(ValueError, match=rf"has the SHA-256 {digest}, not target.sha256=0000"):
+        TeacherConfig(file=file, sha256="0000")
+    with pytest.raises(ValueError, match="is not a file: give one with the teacher's weights"):
+        TeacherConfig(file=str(teacher_file.parent))
+    with pytest.raises(ValueError, match=r"needs target\.file"):
+        read_feature_teacher(TeacherConfig(), (2, 2))
+    with pytest.raises(ValueError, match=r"target.blocks=9 are more than the \d blocks of .*: set target.blocks to at"):
+        read_feature_teacher(TeacherConfig(file=file, blocks=9), (2, 2))
+    with pytest.raises(ValueError, match="holds the online weights, not the ema ones"):
+        read_feature_teacher(TeacherConfig(file=file, encoder="ema"), (2, 2))
+    assert read_feature_teacher(EMAConfig(), (2, 2)) is None

@@ -1,0 +1,135 @@
+"""HOG as a target: against loops over pixels, its rendering, and what is refused."""
+
+import pytest
+import torch
+from helpers import reference_mae
+from helpers.reference_hog import hog_of_patch
+from helpers.tiny import TINY, assert_equals_reference, tiny_method
+from torch import Tensor
+
+from pretrain.methods.targets import HOGConfig, build_target
+from pretrain.methods.targets.hog import _IMAGES_AT_ONCE, histograms
+from pretrain.models.patches import patchify
+from pretrain.trainer.config import ModelConfig
+
+GRID, PATCH_SIZE = (4, 6), 4
+
+
+def random_images(count: int = 2) -> Tensor:
+    """With a flat corner, and edges at exactly 0, 45 and 90 degrees, which lie on the limits of bins."""
+    images = torch.randint(0, 256, (count, 16, 24, 3), generator=torch.Generator().manual_seed(5)).byte()
+    images[0, :8, :8] = 77
+    images[0, 8:, :8] = (torch.arange(8)[:, None, None] * 9).byte()
+    images[0, 8:, 8:16] = ((torch.arange(8)[:, None, None] + torch.arange(8)[:, None]) * 9).byte()
+    images[0, :8, 8:16] = (torch.arange(8)[:, None] * 9).byte()
+    return images
+
+
+@pytest.mark.parametrize(
+    ("cells", "bins", "window"), [((4,), 9, 0), ((2,), 9, 8), ((1, 2, 4, 8), 12, 0), ((8, 2), 4, 0)]
+)
+def test_histograms_are_those_of_a_loop_over_pixels(cells: tuple[int, ...], bins: int, window: int):
+    target = build_target(HOGConfig(cell_sizes=cells, bins=bins, gaussian_window=window), GRID, PATCH_SIZE)
+    images = random_images()
+    truth = target.ground_truth(images, patchify(images, PATCH_SIZE))
+    assert truth.shape == (2, 24, target.num_outputs)
+    assert truth.dtype == torch.float32
+    for image, found in zip(images, truth, strict=True):
+        for position in (0, 1, 2, 8, 9, 12, 14, 15, 23):
+            expected = torch.cat([hog_of_patch(image, position, PATCH_SIZE, cell, bins, window) for cell in cells])
+            torch.testing.assert_close(found[position].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_method_that_predicts_it_equals_the_reference(monkeypatch: pytest.MonkeyPatch):
+    sizes = (2, 4)
+    keys = {"name": "mae", "decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3}
+    keys["target"] = {"name": "hog", "cell_sizes": sizes, "bins": 5}
+
+    def error(prediction: Tensor, image: Tensor, position: int) -> Tensor:
+        parts = [hog_of_patch(image, position, PATCH_SIZE, size, bins=5) for size in sizes]
+        pairs = zip(prediction.split([len(part) for part in parts]), parts, strict=True)
+        return sum((predicted - part).square().mean() for predicted, part in pairs)
+
+    def naive_loss(model, images, mask_indices, weights):
+        return reference_mae.mae_loss(images, mask_indices, weights, TINY.heads, 3, error)
+
+    assert_equals_reference(lambda: tiny_method(keys, (2, 4), PATCH_SIZE, relative=False), naive_loss, monkeypatch)
+
+
+def test_a_flat_cell_has_no_direction():
+    target = build_target(HOGConfig(cell_sizes=(2,)), GRID, PATCH_SIZE)
+    flat = torch.full((1, 16, 24, 3), 200, dtype=torch.uint8)
+    assert not target.ground_truth(flat, patchify(flat, PATCH_SIZE)).any()
+
+
+def test_brightness_and_contrast_are_not_predicted():
+    target = build_target(HOGConfig(cell_sizes=(2,)), GRID, PATCH_SIZE)
+    dark = random_images() // 4
+    bright = dark * 3 + 50
+    dark_truth, bright_truth = (target.ground_truth(images, patchify(images, PATCH_SIZE)) for images in (dark, bright))
+    torch.testing.assert_close(dark_truth, bright_truth)
+
+
+def test_many_images_are_taken_in_parts_with_equal_results():
+    images = random_images(_IMAGES_AT_ONCE["cpu"] + 3)
+    target = build_target(HOGConfig(cell_sizes=(4,)), GRID, PATCH_SIZE)
+    whole = target.ground_truth(images, patchify(images, PATCH_SIZE))
+    alone = [target.ground_truth(image[None], image[None]) for image in images]
+    assert torch.equal(whole, torch.cat(alone))
+
+
+def test_autocast_does_not_change_it():
+    images = random_images()
+    target = build_target(HOGConfig(cell_sizes=(2, 8)), GRID, PATCH_SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = target.ground_truth(images, patchify(images, PATCH_SIZE))
+        loss = target.loss(torch.zeros_like(under_autocast).bfloat16(), under_autocast)
+    exact = target.ground_truth(images, patchify(images, PATCH_SIZE))
+    assert torch.equal(under_autocast, exact)
+    assert loss == target.loss(torch.zeros_like(exact), exact)
+
+
+def test_the_errors_of_sizes_are_added():
+    target = build_target(HOGConfig(cell_sizes=(2, 4), bins=2), GRID, PATCH_SIZE)
+    truth = torch.zeros(1, 3, 4 * 6 + 6)
+    prediction = truth.clone()
+    prediction[..., :24], prediction[..., 24:] = 2, 3
+    assert target.loss(prediction, truth) == 4 + 9
+    assert target.loss(truth, truth) == 0
+
+
+def test_a_vertical_edge_is_drawn_as_a_vertical_line_in_its_color():
+    images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    images[:, :, 4:, 0] = 255  # red, from the middle of the first cells on
+    target = build_target(HOGConfig(cell_sizes=(8,)), (2, 2), 16)
+    truth = target.ground_truth(images, images)
+    drawn = target.render(-truth, truth)
+    assert drawn.keys() == {"edges", "predicted edges"}
+    cell = drawn["edges"][0, 0].view(16, 16, 3)[:8, :8]
+    assert cell[..., 0].float().mean(0).argmax() in (3, 4)
+    assert cell[..., 0].float().mean(0)[[0, 7]].max() < 30
+    assert cell[..., 0].float().mean(1).min() > 30
+    assert not cell[..., 1:].any()
+    assert not drawn["edges"][0, 1].any()
+    assert not drawn["predicted edges"].any(), "less than nothing is drawn as nothing"
+
+
+def test_opposite_directions_share_a_bin():
+    images = random_images(1)
+    magnitudes, inverted = histograms(images, 4, 9), histograms(255 - images, 4, 9)
+    torch.testing.assert_close(magnitudes, inverted)
+
+
+@pytest.mark.parametrize(
+    ("cells", "grid", "says"),
+    [
+        ((5,), GRID, r"target\.cell_sizes has 5, .* take of 1, 2, 4, 8"),
+        ((0,), GRID, "take of 1, 2, 4, 8"),
+        ((16,), GRID, "neither divides model.patch_size=4 nor is twice it"),
+        ((2, 8), (3, 6), "the grid of 3x6 patches is odd: leave 8 out, or set data.image_size to a multiple of 8"),
+    ],
+)
+def test_cells_that_do_not_fit_are_refused(cells: tuple[int, ...], grid: tuple[int, int], says: str):
+    with pytest.raises(ValueError, match=says):
+        HOGConfig(cell_sizes=cells).check(grid, ModelConfig(patch_size=PATCH_SIZE))
+    HOGConfig(cell_sizes=(1, 2, 4)).check(grid, ModelConfig(patch_size=PATCH_SIZE))

@@ -1,0 +1,160 @@
+"""LocalMIM: all four sizes of cells against loops, its counts, and what is refused. Shared tests: test_methods.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.reference_local_mim import local_mim_loss
+from helpers.tiny import assert_equals_reference, random_images, random_mask_indices, randomize, tiny_method
+from torch import Tensor
+
+from pretrain.config import load
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.models.vit import Arch
+
+GRID, PATCH_SIZE, DEEP = (2, 4), 4, Arch(16, 4, 2)
+FOUR = {"name": "local_mim", "blocks": [1, 2, 3, 4], "decoder_embed_dim": 8, "decoder_num_heads": 2}
+FOUR |= {"target": {"cell_sizes": [1, 2, 4, 8], "bins": 2}}
+
+
+def build(pr_mim: PRMIMConfig | None = None, **keys: Any) -> Any:
+    return tiny_method(FOUR | keys, GRID, PATCH_SIZE, relative=False, pr_mim=pr_mim, arch=DEEP)
+
+
+def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    blocks, sizes = model.config.blocks, model.target.config.cell_sizes
+    return local_mim_loss(images, mask_indices, weights, DEEP.heads, 2, blocks, sizes, bins=2)
+
+
+def test_four_depths_and_sizes_equal_the_reference(monkeypatch: pytest.MonkeyPatch):
+    assert_equals_reference(build, naive_loss, monkeypatch)
+
+
+def test_with_pr_mim_each_decoder_computes_its_thrown_tokens(monkeypatch: pytest.MonkeyPatch):
+    pr_mim = PRMIMConfig(throw_ratio=0.4, kernel_size=3)
+    model = build(pr_mim)
+    assert random_mask_indices(model)["kept"].shape[1] == 6 - 3
+    assert len({decoder.aggregation for decoder in model.predictor.decoders}) == 4
+    assert_equals_reference(lambda: build(pr_mim), naive_loss, monkeypatch)
+
+
+def test_blocks_are_skipped_between_those_that_predict(monkeypatch: pytest.MonkeyPatch):
+    keys = {"blocks": [2, 4], "target": {"cell_sizes": [8, 4], "bins": 2}}
+    assert_equals_reference(lambda: build(**keys), naive_loss, monkeypatch)
+
+
+def test_a_coarse_cell_counts_by_the_share_of_its_patches_that_is_masked():
+    """Of two cells one has four masked patches and the other one: four fifths and a fifth of the loss."""
+    model = build(blocks=[4], target={"cell_sizes": [8], "bins": 2})
+    images = random_images(model, 1)
+    masked = torch.tensor([[0, 1, 3, 4, 5]])
+    indices = {"visible": torch.tensor([[2, 6, 7]]), "masked": masked, "kept": masked}
+    truth = model.target.ground_truth(images, images)[0]
+    with torch.no_grad():
+        model.predictor.decoders[0].pred.weight.zero_()  # predicts zero everywhere
+    left, right = (truth[position].square().mean() for position in (0, 2))
+    torch.testing.assert_close(model(images, indices)["loss"].detach(), 0.8 * left + 0.2 * right)
+
+
+def test_every_depth_learns_from_its_own_size_alone():
+    model = build()
+    randomize(model)
+    prediction, _ = model._predict(
+        torch.randint(0, 256, (2, 8, 48), dtype=torch.uint8), indices := random_mask_indices(model)
+    )
+    sizes = [scale.num_outputs for scale in model.target.scales]
+    assert sizes == [16 * 6, 4 * 6, 6, 6]
+    assert prediction.shape == (2, indices["masked"].shape[1], sum(sizes))
+    for size, part in enumerate(prediction.split(sizes, dim=-1)):
+        model.zero_grad()
+        part.sum().backward(retain_graph=True)
+        reached = [bool(decoder.embed.weight.grad.any()) for decoder in model.predictor.decoders]
+        assert reached == [other == size for other in range(4)]
+        assert [bool(block.norm1.weight.grad.any()) for block in model.encoder.blocks] == [n <= size for n in range(4)]
+
+
+WINDOWS = {"name": "lomar", "num_windows": 2, "window_size": 3, "mask_ratio": 0.6, "architecture": "multiscale"}
+WINDOWS |= {"blocks": [1, 2, 4], "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+WINDOWS |= {"target": {"name": "hog", "cell_sizes": [1, 2, 4], "bins": 2}}
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("pr_mim", [None, PRMIMConfig(throw_ratio=0.3, kernel_size=3)])
+def test_on_lomars_windows_it_equals_the_reference(
+    relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The histograms are those of the image: gradients at a window's border are not of a border."""
+    assert_equals_reference(
+        lambda: tiny_method(WINDOWS, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
+    )
+
+
+def test_windows_are_reconstructed():
+    model = tiny_method(WINDOWS, (4, 4), PATCH_SIZE, arch=DEEP)
+    shown = model.reconstruct(random_images(model), random_mask_indices(model))
+    assert list(shown) == ["original", "framed", "window", "masked", "edges", "predicted edges"]
+    assert shown["predicted edges"].shape == (2, 12, 12, 3)
+
+
+RECIPE = "local_mim_vitb16_224_1600e"
+
+
+def test_the_recipes_count_as_the_paper():
+    config = load(RECIPE, ["data.shards=none"])
+    assert config.method.count_patches(config.grid, 16) == (196, 147)
+    partial = load("local_mim_pr_vitb16_224_100e", ["data.shards=none"])
+    assert partial.pr_mim.num_kept(196, 147) == 20
+    large = load("local_mim_vitl16_224_800e", ["data.shards=none"])
+    assert large.method.blocks == (2, 4, 22, 24)
+    assert large.target.bins == 18
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method.blocks=[2, 4, 6]"], "must ascend, from 1 on, to 12"),
+        (["method.blocks=null"], r"multiscale with method\.blocks=None: .* to multiscale and \[2, 4, 12\]"),
+        (["method.architecture=simple"], r"simple with method\.blocks=\[2, 4, 12\]: .* or neither"),
+        (["target.cell_sizes=[4, 8]"], "belong together: give one size for each block"),
+        (["target.cell_sizes=[4, 8, 32]"], "of a window are halved repeatedly, so take of 2, 4, 8, 16"),
+        (["target.name=pixels"], r"not target\.name=pixels: set target\.name=hog target\.cell_sizes=\[4, 8, 16\]"),
+        (["method.mask_token_block=8"], r"architecture=multiscale never does: set method\.mask_token_block=0"),
+    ],
+)
+def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
+    with pytest.raises(ValueError, match=says):
+        load("lomar_multiscale_vitb16_224_400e", ["data.shards=none", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (
+            ["method.blocks=[2, 4, 10, 13]"],
+            r"\[2, 4, 10, 13\] must ascend, from 1 on, to 12, the last block of vit_base",
+        ),
+        (["method.blocks=[2, 4, 10, 11]"], r"method\.blocks=\[2, 4, 10, 12\]"),
+        (["method.blocks=[0, 4, 10, 12]"], "must ascend, from 1 on"),
+        (["method.blocks=[4, 2, 10, 12]"], "must ascend, from 1 on"),
+        (["model.arch=vit_large"], r"set for example method\.blocks=\[2, 4, 22, 24\]"),
+        (
+            ["method.blocks=[4, 12]"],
+            r"target\.cell_sizes=\[4, 8, 16, 32\] belong together: give one size for each block",
+        ),
+        (["target.cell_sizes=[4, 8, 16, 48]"], r"has 48, which neither divides model\.patch_size=16"),
+        (["model.patch_size=14"], "take of 1, 2, 7, 14, 28"),
+        (
+            ["model.patch_size=14", "method.blocks=[2, 6, 12]", "target.cell_sizes=[2, 7, 14]"],
+            r"patches of 14 pixels are halved repeatedly, so take of 7, 14, 28",
+        ),
+        (["data.image_size=240"], r"the grid of 15x15 patches is odd: leave 32 out, or set data\.image_size"),
+        (["target.name=pixels"], r"predicts hog, not target\.name=pixels"),
+        (["method.mask_ratio=0.999"], "must be masked and one visible"),
+        (["method.decoder_num_heads=7"], "is not divided by method.decoder_num_heads=7"),
+        (["lut.alpha=1", "method.mask_ratio=0.4"], "set method.mask_ratio to at least 0.5"),
+        (["pr_mim.throw_ratio=0.8"], "set it below 0.75"),
+    ],
+)
+def test_what_does_not_fit_is_refused(overrides: list[str], says: str):
+    with pytest.raises(ValueError, match=says):
+        load(RECIPE, ["data.shards=none", *overrides])

@@ -1,0 +1,159 @@
+"""What a probe fits: batches, rates, the attentive probe against a naive loop, crops, and a copy of an encoder."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny import random_images, tiny_lomar, tiny_vit
+
+from data.eval_loader import EvalLoader
+from pretrain.models.features import image_features, pooled_features
+from pretrain.probe import attentive, finetuning
+from pretrain.probe.attentive import AttentiveProbe, fit_attentive_probe, token_statistics
+from pretrain.probe.finetuning import FinetunedEncoder, crop_and_flip, finetune, layer_decay_groups
+from pretrain.probe.fitting import draw_batches, learning_rate
+
+CPU = torch.device("cpu")
+
+
+class Alone:
+    """What is fitted asks of a loader."""
+
+    world_size, batch = 1, 8
+
+
+def test_batches_go_through_all_samples_in_a_new_order_each_time():
+    samples = np.arange(10, 31)
+    batches = list(draw_batches(samples, 5, 9))
+    assert [len(batch) for batch in batches] == [5] * 9
+    passes = [np.concatenate(batches[start : start + 4]) for start in (0, 4)]
+    for seen in passes:
+        assert len(set(seen.tolist())) == 20  # of 21
+        assert set(seen.tolist()) <= set(samples.tolist())
+    assert passes[0].tolist() != passes[1].tolist()
+    assert [batch.tolist() for batch in draw_batches(samples, 5, 9)] == [batch.tolist() for batch in batches]
+    few = list(draw_batches(samples[:3], 5, 4))
+    assert all(sorted(batch.tolist()) == [10, 11, 12] for batch in few)
+
+
+def test_the_rate_rises_and_falls_to_almost_nothing():
+    rates = [learning_rate(step, 50, 2.0) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert all(first > second > 0 for first, second in pairwise(rates[4:]))
+    assert rates[5 + 22] == pytest.approx(1 + math.cos(math.pi * 23 / 46))
+    assert learning_rate(0, 1, 2.0) == 2.0
+
+
+def naive_attentive_probe(probe: AttentiveProbe, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of one image's (N, D) tokens, query by query, keys and values made for every token."""
+    x = (tokens.double() - probe.mean.double()) / probe.std.double()
+    values = []
+    for query, projection in zip(probe.query.double(), probe.value.double(), strict=True):
+        logits = [(query @ token).item() for token in x]
+        weights = [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
+        values.append(sum(weight * (token @ projection) for weight, token in zip(weights, x, strict=True)))
+    return probe.weight.double() @ torch.cat(values) + probe.bias.double()
+
+
+def test_the_attentive_probe_against_a_naive_loop():
+    torch.manual_seed(0)
+    probe = AttentiveProbe(torch.randn(40), torch.rand(40) + 0.5, 5)
+    for parameter in probe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randn(3, 9, 40)
+    expected = torch.stack([naive_attentive_probe(probe, image) for image in tokens])
+    torch.testing.assert_close(probe(tokens).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_those_of_all_tokens():
+    tokens = {number: attentive.store(torch.randn(9, 6) * 3 + number) for number in range(5)}
+    mean, std = token_statistics(tokens, np.array([1, 2, 4]), 6, 1, CPU)
+    together = torch.cat([tokens[number].double() for number in (1, 2, 4)])
+    torch.testing.assert_close(mean.double(), together.mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(std.double(), together.std(0, unbiased=False), rtol=1e-5, atol=1e-5)
+
+
+def test_it_finds_what_one_token_of_many_says_and_a_mean_does_not():
+    """The class is the sign of one half of the channels in the one patch that has a mark in the other half."""
+    torch.manual_seed(0)
+    labels = np.arange(400) % 2
+    tokens = torch.randn(400, 16, 64)
+    every, marked = torch.arange(400), torch.randint(0, 16, (400,))
+    tokens[every, marked, :32] += 2.0
+    tokens[every, marked, 32:] = torch.from_numpy(labels - 0.5).float()[:, None]
+    kept = {number: attentive.store(image) for number, image in enumerate(tokens)}
+    loader: EvalLoader = Alone()  # type: ignore[assignment]
+    options = {"steps": 120, "dim": 64, "device": CPU}
+    fitted = [fit_attentive_probe(kept, np.arange(300), labels, 2, loader, **options) for _ in range(2)]
+    truth = torch.from_numpy(labels[300:])
+    assert (fitted[0](tokens[300:]).argmax(1) == truth).float().mean() > 0.95
+    means = tokens.mean(1)
+    solution = torch.linalg.lstsq(means[:300], torch.from_numpy(2.0 * labels[:300, None] - 1).float()).solution
+    assert ((means[300:] @ solution > 0)[:, 0] == truth).float().mean() < 0.9
+    assert all(torch.equal(*pair) for pair in zip(*(probe.parameters() for probe in fitted), strict=True))
+
+
+def test_every_parameter_is_fine_tuned_at_the_rate_of_its_depth():
+    model = FinetunedEncoder(tiny_vit(2, (4, 4)), 3, False)
+    groups = {id(group["params"][0]): group for group in layer_decay_groups(model)}
+    assert len(groups) == len(list(model.parameters()))
+    named = {name: groups[id(parameter)] for name, parameter in model.named_parameters()}
+    scales = {name: round(math.log(group["lr_scale"], finetuning.LAYER_DECAY)) for name, group in named.items()}
+    assert {scales["weight"], scales["bias"], scales["encoder.norm.bias"]} == {0}
+    assert (scales["encoder.blocks.1.mlp.fc1.weight"], scales["encoder.blocks.0.norm1.bias"]) == (1, 2)
+    assert {scales["encoder.cls_token"], scales["encoder.patch_embed.proj.weight"]} == {3}
+    assert named["encoder.blocks.0.norm1.bias"]["weight_decay"] == 0
+    assert named["encoder.blocks.0.attn.qkv.weight"]["weight_decay"] == finetuning.WEIGHT_DECAY
+
+
+def test_crops_are_parts_of_the_image_and_depend_on_step_and_sample_alone():
+    ramp = torch.arange(32.0).expand(40, 32, 32)
+    images = torch.stack([ramp, ramp.mT, torch.full_like(ramp, 100)], dim=-1).byte()
+    numbers = np.arange(40)
+    crops = crop_and_flip(images, 3, numbers)
+    assert torch.equal(crops[5:9], crop_and_flip(images[5:9], 3, numbers[5:9]))
+    assert not torch.equal(crops, crop_and_flip(images, 4, numbers))
+    torch.testing.assert_close(crops[..., 2], torch.full((40, 32, 32), 100.0))
+    slope = (crops[:, :, 20, 0] - crops[:, :, 10, 0]).mean(1) / 10
+    down = (crops[:, 20, :, 1] - crops[:, 10, :, 1]).mean(1) / 10
+    torch.testing.assert_close(slope.abs(), down, rtol=0.01, atol=0.01)
+    assert (down > 0.55).all()  # the root of 0.35 is 0.59
+    assert (down < 1.001).all()
+    assert 8 < (slope < 0).sum() < 32
+
+
+def test_fine_tuning_learns_and_leaves_the_encoder_alone():
+    model = tiny_lomar((4, 4), 4)
+    images = random_images(model, 24)
+    labels = np.arange(24) % 3
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[..., label] //= 4
+    before = [parameter.clone() for parameter in model.encoder.parameters()]
+    state = torch.get_rng_state()
+    loader: EvalLoader = Alone()  # type: ignore[assignment]
+    kept = dict(enumerate(images))
+    tuned = finetune(
+        model.encoder, kept, np.arange(24), labels, 3, loader, epochs=30, norm_after_pool=False, device=CPU
+    )
+    assert (tuned(images).argmax(1).numpy() == labels).mean() > 0.9
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(*pair) for pair in zip(model.encoder.parameters(), before, strict=True))
+    changed = zip(tuned.encoder.parameters(), before, strict=True)
+    assert all(not torch.equal(*pair) for pair in changed)
+
+
+@pytest.mark.parametrize("norm_after_pool", [False, True])
+def test_kinds_of_features(norm_after_pool: bool):
+    model = tiny_lomar((4, 4), 2)
+    images, encoder = random_images(model), model.encoder
+    kinds = ("class_mean", "class", "mean", "prefix", "patches")
+    both, first, mean, prefix, patches = pooled_features(encoder, images, kinds, norm_after_pool=norm_after_pool)
+    assert torch.equal(both, torch.cat([first, mean], dim=1))
+    assert torch.equal(prefix, first)
+    assert not torch.equal(mean, first)
+    assert torch.allclose(mean, patches.mean(1), atol=1e-6) is not norm_after_pool
+    assert torch.equal(image_features(encoder, images, "mean", (), norm_after_pool), mean)
+    stacked = image_features(encoder, images, "patches", (1, 2))
+    assert torch.equal(stacked, torch.cat([image_features(encoder, images, "patches", (n,)) for n in (1, 2)], dim=-1))

@@ -1,0 +1,139 @@
+"""TEC: the loss against a naive loop, its adapters, what is exported, and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.reference_tec import tec_loss
+from helpers.tiny import (
+    assert_equals_reference,
+    random_images,
+    random_mask_indices,
+    randomize,
+    tiny_method,
+    tiny_vit,
+    train,
+)
+from torch import Tensor
+
+from pretrain.finish import encoder_state_dict
+from pretrain.methods.pr_mim import PRMIMConfig
+from pretrain.methods.targets import build_target
+from pretrain.methods.targets.features import EncoderTeacher, TeacherConfig
+from pretrain.methods.tec import TEC
+from pretrain.models.conditional import EncoderAdapter
+from pretrain.models.features import features
+from pretrain.models.patches import patchify
+from pretrain.models.vit import Arch
+from pretrain.trainer.config import ModelConfig
+
+DEEP = Arch(dim=16, depth=4, heads=2)
+GRID, PATCH_SIZE = (2, 4), 2
+KEYS = {"name": "tec", "decoder_embed_dim": 12, "decoder_depth": 2, "decoder_num_heads": 3, "num_queries": 3}
+PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
+
+
+def build(pr_mim: PRMIMConfig | None = None, **keys: Any) -> Any:
+    """With a teacher of which nothing is at its initial value: the same fp32 numbers whatever the precision."""
+    model = tiny_method({**KEYS, **keys, "target": {"name": "teacher"}}, GRID, PATCH_SIZE, False, pr_mim, arch=DEEP)
+    teacher = model.target.teacher
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in teacher.encoder.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.3)
+    return type(model)(model.config, tiny_vit(PATCH_SIZE, GRID, False, arch=DEEP), model.target, pr_mim)
+
+
+@pytest.mark.parametrize("attention_weight", [0.5, 0.0])
+@pytest.mark.parametrize("pr_mim", [None, PR_MIM])
+def test_equals_the_reference_in_float64_and_fp32(
+    pr_mim: PRMIMConfig | None, attention_weight: float, monkeypatch: pytest.MonkeyPatch
+):
+    def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+        teacher = {name: tensor.double() for name, tensor in model.target.teacher.state_dict().items()}
+        return tec_loss(
+            images,
+            mask_indices,
+            weights,
+            teacher,
+            heads=2,
+            decoder_heads=3,
+            groups=[[0, 1, 2, 3]],
+            blocks=2,
+            queries=3,
+            temperature=1.8,
+            attention_weight=attention_weight,
+        )
+
+    assert_equals_reference(lambda: build(pr_mim, attention_weight=attention_weight), naive_loss, monkeypatch)
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(12, [3] * 4), (32, [4, 4, *[3] * 8]), (2, [2])])
+def test_blocks_are_joined_by_threes(depth: int, blocks: list[int]):
+    assert EncoderAdapter(4, depth, 8).widths == [4 * count for count in blocks]
+
+
+@pytest.mark.parametrize("pr_mim", [None, PR_MIM])
+def test_it_learns_one_batch(pr_mim: PRMIMConfig | None):
+    model = build(pr_mim)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    assert mask_indices["visible"].shape == (2, 2)
+    assert mask_indices["masked"].shape == (2, 6)
+    assert mask_indices["kept"].shape == (2, 4 if pr_mim else 6)
+    before, losses = model(images, mask_indices), train(model, images, mask_indices, steps=40)
+    after = model(images, mask_indices)
+    assert losses[-1] < 0.9 * losses[0]
+    for term in ("features", "attention"):
+        assert after[term] < before[term]
+
+
+def test_the_prediction_does_not_look_at_what_is_masked():
+    model = build()
+    randomize(model)
+    images, mask_indices = random_images(model), random_mask_indices(model)
+    shown = model.reconstruct(images, mask_indices)
+    assert shown.keys() == {"original", "masked", "features", "predicted features"}
+    one, other = (model._predict(patchify(shown[name], PATCH_SIZE), **mask_indices) for name in ("original", "masked"))
+    torch.testing.assert_close(one, other)
+    from_masked = model.reconstruct(shown["masked"], mask_indices)
+    assert (from_masked["features"] != shown["features"]).any(), "the teacher sees the whole image"
+
+
+def test_the_exported_encoder_is_plain_and_computes_the_same():
+    model = build()
+    randomize(model)
+    state = dict(model.state_dict())
+    assert not any("teacher" in name for name in state)
+    exported = encoder_state_dict(model, state)
+    plain = tiny_vit(PATCH_SIZE, GRID, False, arch=DEEP)
+    plain.load_state_dict(exported, strict=True)
+    images = torch.randn(2, 3, GRID[0] * PATCH_SIZE, GRID[1] * PATCH_SIZE)
+    torch.testing.assert_close(features(plain, images), features(model.encoder, images))
+    assert not torch.equal(exported["cls_token"], state["encoder.cls_token"])
+
+
+def test_a_relative_teacher_has_no_attention_to_predict():
+    encoder, teacher = (tiny_vit(PATCH_SIZE, GRID, relative) for relative in (False, True))
+    target = build_target(TeacherConfig(), GRID, PATCH_SIZE, EncoderTeacher(teacher))
+    with pytest.raises(ValueError, match=r"set method\.attention_weight=0"):
+        TEC(TEC.Config(), encoder, target)
+    light = TEC(TEC.Config(attention_weight=0), encoder, target)
+    assert len(light.decoder.exits) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "model", "says"),
+    [
+        ({}, {"position": "relative"}, "set model.position=sincos"),
+        ({"num_queries": 9}, {"position": "sincos"}, "method.num_queries=9 are more than the 8 patches"),
+        ({"decoder_num_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
+        ({"mask_ratio": 0.01}, {"position": "sincos"}, None),
+    ],
+)
+def test_what_does_not_fit_is_refused(keys: dict[str, Any], model: dict[str, Any], says: str | None):
+    config = TEC.Config(**{**KEYS, **keys})
+    if says is None:
+        config.check(GRID, ModelConfig(**model))
+        return
+    with pytest.raises(ValueError, match=says):
+        config.check(GRID, ModelConfig(**model))
