@@ -27,9 +27,14 @@ from variants import SCRATCH, Size, variants
 from pretrain.trainer.launch import exit_process, find_world
 from pretrain.trainer.logs import log_to_console
 
-GPU = Size(("model.arch=vit_small", "model.patch_size=8", "data.image_size=112"), 384, 12, 256, 128, 50)
-DRY = Size(("model.arch=vit_tiny", "model.patch_size=8", "data.image_size=112"), 192, 12, 8, 8, 1)
-COMPARED = ("LoMaR fast", "MAE", "LoMaR")  # in this order: where time runs out, the comparison that matters is there
+GPU = Size(("model.arch=vit_small", "model.patch_size=8", "data.image_size=112"), 8, 384, 12, 256, 128, 50)
+DRY = Size(("model.arch=vit_tiny", "model.patch_size=8", "data.image_size=112"), 8, 192, 12, 8, 8, 1)
+COMPARED = (
+    "LoMaR multiscale",
+    "MAE",
+    "LocalMIM",
+    "LoMaR",
+)  # in this order: where time runs out, the comparison that matters is there
 TIMED_EPOCHS = 6  # before the numbers of epochs are set; the first half fills the loader's buffers, and does not count
 LONG = f"{SCRATCH}, for as long in all"
 
