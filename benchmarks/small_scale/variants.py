@@ -1,0 +1,99 @@
+"""What is compared, and at which sizes: grids of 14x14 patches, in which LoMaR's windows of 7x7 are windows."""
+
+from dataclasses import dataclass, field
+
+SCRATCH = "from scratch"
+
+
+@dataclass(frozen=True)
+class Size:
+    """An encoder and the images that it gets.
+
+    Attributes:
+        model: keys of the encoder and its images.
+        patch: side of a patch in pixels.
+        dim, depth: the encoder's, from which decoders and blocks follow.
+        batch, finetune_batch: images of a step.
+        finetune_epochs: of 30 labeled images per class.
+    """
+
+    model: tuple[str, ...]
+    patch: int
+    dim: int
+    depth: int
+    batch: int
+    finetune_batch: int
+    finetune_epochs: int
+
+    @property
+    def late(self) -> str:
+        """Mask tokens enter after two thirds of the blocks."""
+        return f"method.mask_token_block={self.depth * 2 // 3}"
+
+    @property
+    def decoder(self) -> tuple[str, ...]:
+        """Of two blocks and half the encoder's width: MAE's accuracy hardly depends on it (its Table 1a, b)."""
+        width = self.dim // 2
+        return (
+            f"method.decoder_embed_dim={width}",
+            "method.decoder_depth=2",
+            f"method.decoder_num_heads={width // 32}",
+        )
+
+    @property
+    def small_decoder(self) -> tuple[str, ...]:
+        """One block of a third of the encoder's width: LocalMIM has one behind each of several blocks."""
+        return (
+            f"method.decoder_embed_dim={self.dim // 3 // 32 * 32 or 32}",
+            "method.decoder_depth=1",
+            "method.decoder_num_heads=2",
+        )
+
+    @property
+    def half_patch(self) -> str:
+        """Cells of histograms, 2 x 2 in a patch."""
+        return f"target.cell_sizes=[{self.patch // 2}]"
+
+    def cells(self, count: int) -> tuple[str, ...]:
+        """As LocalMIM has them: fine ones behind shallow blocks, coarse ones behind deep ones."""
+        blocks = [2, 4, self.depth - 2, self.depth] if count == 4 else [2, 4, self.depth]
+        sizes = [self.patch // 4, self.patch // 2, self.patch, 2 * self.patch][:count]
+        return f"method.blocks={blocks}", "target.name=hog", f"target.cell_sizes={sizes}"
+
+    @property
+    def fused(self) -> list[int]:
+        """MFF's six blocks of twelve, of as many as there are."""
+        return [round(block * self.depth / 12) for block in (1.5, 3, 5, 7, 9, 12)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to pretrain.
+
+    Attributes:
+        keys: of the configuration.
+        base_lr: what tuning has found, for a batch of 256.
+    """
+
+    keys: tuple[str, ...]
+    base_lr: float = field(default=1e-3)
+
+
+def variants(size: Size) -> dict[str, Variant]:
+    """By name, the most important ones first: where time runs out, those are there."""
+    sincos, hog = "model.position=sincos", "target.name=hog"
+    mae = ("method.name=mae", *size.decoder, sincos)
+    lomar, pr_mim = "method.name=lomar", ("pr_mim.throw_ratio=0.5", "pr_mim.kernel_size=7")
+    asymmetric = (lomar, "method.architecture=asymmetric", *size.decoder)
+    return {
+        "MAE": Variant(mae),
+        "LoMaR": Variant((lomar,)),
+        "LoMaR fast": Variant((lomar, size.late, *pr_mim)),
+        "LocalMIM": Variant(("method.name=local_mim", *size.small_decoder, *size.cells(4), sincos)),
+        "LoMaR multiscale": Variant((lomar, "method.architecture=multiscale", *size.small_decoder, *size.cells(3))),
+        "LoMaR cross": Variant((*asymmetric, "method.decoder=cross", hog, size.half_patch)),
+        "LoMaR asymmetric": Variant(asymmetric),
+        "MAE, HOG": Variant((*mae, hog, size.half_patch)),
+        "MFF": Variant(("method.name=mff", f"method.blocks={size.fused}", *size.decoder, sincos)),
+        "MAE + LUT": Variant((*mae, f"lut.hidden_dim={4 * size.dim}", "lut.alpha=1.0", "data.crop=simple")),
+    }
