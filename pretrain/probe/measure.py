@@ -60,7 +60,7 @@ def trusted(settings: ProbeSettings) -> str:
 def describe(measured: Measured) -> str:
     """A table of what was measured, the most telling first, with what each number is worth."""
     worth = {
-        "finetune_top1": "what the encoder becomes; below a full fine-tuning, but in its order",
+        "finetune_top1": "what the encoder becomes in a few epochs of fine-tuning",
         "attentive_top1": "what its patch tokens hold",
         "linear_top1": "of one vector for each image: ranks masked image models wrongly",
         "knn_top1": "as above, and more so",
