@@ -32,7 +32,6 @@ TOKENS = {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 32}
 
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {"method": MAE, "model": SINCOS},
-    "mae-pr_mim": {"method": MAE, "model": SINCOS, "pr_mim": PR_MIM},
     "mae-num_masks-ema": {
         "method": MAE | {"num_masks": 2},
         "model": SINCOS,
@@ -101,7 +100,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "lut": LUT,
     },
     "lomar-late": {"method": {**LOMAR, "mask_token_block": 1}, "model": LEARNED},
-    "lomar-late-pr_mim": {"method": {**LOMAR, "mask_token_block": 1}, "model": RELATIVE, "pr_mim": PR_MIM},
 }
 
 
