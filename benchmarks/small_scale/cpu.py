@@ -74,7 +74,10 @@ def run(options: argparse.Namespace) -> None:
         for name in names[: SEEDED if seed else None]
     ]
     tests += [Job("test", name, epochs[REFERENCE], rates[name]) for name in names if name != REFERENCE]
-    rows = [{**row, "minutes": row["steps"] * step_s.get(row["variant"], 0) / 60} for row in jobs.done(tests)]
+    rows = [
+        {**row, "minutes": row["steps"] * step_s.get(row["variant"], 0) / 60}
+        for row in jobs.done(list(dict.fromkeys(tests)))
+    ]
     report(rows)
     print(json.dumps({"step_s": step_s, "tuning": tuned, "tests": rows}))
 
