@@ -1,6 +1,6 @@
 """What two cores can say: every variant gets the same time of one core, and the same number of epochs.
 
-The encoder has 8 blocks, 128 wide, on 14x14 patches of 4 pixels. A run is a process of one thread, two at a time:
+The encoder has 8 blocks, 128 wide, on 14x14 patches of 8 pixels. A run is a process of one thread, two at a time:
 
 1. The steps of each variant are timed, in processor time, so that the machine may be busy with other work.
 2. Learning rates are tuned for each variant: a third of the time each, judged by the attentive probe on photographs
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from variants import SCRATCH, Size, variants
 
 HERE = Path(__file__).parent
-CPU = Size(("model.arch=vit_tiny", "model.patch_size=4", "data.image_size=56"), 4, 128, 8, 64, 64, 8)
+CPU = Size(("model.arch=vit_tiny", "model.patch_size=8", "data.image_size=112"), 8, 128, 8, 64, 64, 8)
 QUICK = replace(CPU, finetune_epochs=1)
 RATES = (1e-3, 2e-3, 4e-3)
 REFERENCE = "LoMaR"  # whose epochs all others have in the second comparison
