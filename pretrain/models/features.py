@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.models.attention import Position
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
 
@@ -42,22 +41,14 @@ def features(encoder: ViT, images: Tensor, blocks: Sequence[int] = ()) -> Tensor
             such block.
     """
     check_blocks(blocks, len(encoder.blocks))
-    tokens, position = embed_image(encoder, images)
-    tokens = torch.cat(encoder(tokens, position, hidden=blocks), dim=-1) if blocks else encoder(tokens, position)
-    return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
-
-
-def embed_image(encoder: ViT, images: Tensor) -> tuple[Tensor, Position | None]:
-    """What `encoder` takes for whole images: all of their patches' tokens (B, N, D), and their position.
-
-    Arguments and errors as of `features`.
-    """
     rows, cols = encoder.grid
     if images.shape[-2:] != encoder.image_size:
         rows, cols = _grid_of_other_size(encoder, *images.shape[-2:])
     embed = encoder.patch_embed.proj
     tokens = F.conv2d(images, embed.weight, embed.bias, stride=encoder.patch_size).flatten(2).transpose(1, 2)
-    return tokens, encoder.grid_position((rows, cols), images.device)
+    position = encoder.grid_position((rows, cols), images.device)
+    tokens = torch.cat(encoder(tokens, position, hidden=blocks), dim=-1) if blocks else encoder(tokens, position)
+    return tokens if encoder.cls_token is not None else torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)
 
 
 def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int]:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.pca import principal_components
-from pretrain.models.features import embed_image
-from pretrain.models.patches import normalize_pixels, values_per_patch
+from pretrain.models.patches import patchify, values_per_patch
 from pretrain.models.vit import ARCHS, Block, ViT
 from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.run_folder import file_digest
@@ -67,10 +66,13 @@ class FeatureTeacher(nn.Module, ABC):
 class EncoderTeacher(FeatureTeacher):
     """An encoder of ours, at the image size that it was made for."""
 
+    position: Tensor
+
     def __init__(self, encoder: ViT):
         super().__init__()
         self.encoder = encoder
         self.class_attention: ClassAttention | None = None  # for TEC
+        self.register_buffer("position", encoder.grid_position(), persistent=False)
         self.dim, self.depth, self.image_size = encoder.arch.dim, encoder.arch.depth, encoder.image_size
         self.eval().requires_grad_(False)
 
@@ -80,9 +82,8 @@ class EncoderTeacher(FeatureTeacher):
     @torch.no_grad()
     def streams(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """As `forward`, with the class token and any other tokens in front."""
-        pixels = normalize_pixels(resize(images, self.image_size)).movedim(-1, 1)
-        tokens, position = embed_image(self.encoder, pixels)
-        streams = self.encoder(tokens, position, hidden=tuple(blocks))
+        patches = patchify(resize(images, self.image_size), self.encoder.patch_size)
+        streams = self.encoder(self.encoder.patch_embed(patches), self.position, hidden=tuple(blocks))
         assert isinstance(streams, list)
         return streams
 
@@ -131,7 +132,7 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     if images.shape[1:3] == size:
         return images
     pixels = F.interpolate(images.movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
-    return pixels.clamp(0, 255).movedim(1, -1)
+    return pixels.clamp(0, 255).movedim(1, -1).contiguous()
 
 
 class TeacherConfig(TargetConfig):
