@@ -67,7 +67,7 @@ class Evidence:
             f"train.global_batch_size={self.size.batch}",
             f"train.epochs={epochs}",
             f"optim.warmup_epochs={epochs / 10}",
-            'model.compile="off"',  # compiling each method anew would take minutes of the ten
+            "model.compile=off",  # compiling each method anew would take minutes of the ten
             *self.variants[variant].keys,
         ]
         return run_pretraining(self.world, overrides)
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> None:
     log_to_console(evidence.world)
     complete = False
     try:
-        pack_photos(options.tar, options.out, *((24, 1) if options.dry else ()))
+        pack_photos(options.tar, options.out, *((24, 3) if options.dry else ()))
         evidence.measure()
         complete = True
     except KeyboardInterrupt:

@@ -23,7 +23,6 @@ from pretrain.trainer.launch import World
 from pretrain.trainer.metrics import read_metrics
 
 HERE = Path(__file__).parent
-TUNED = 10  # photographs of a class by which learning rates are chosen; none of them is among those of the test
 
 
 @dataclass
@@ -74,8 +73,8 @@ def _run(train: Callable[..., None], config: Any, world: World) -> Done:
 def pack_photos(tar: Path, out: Path, classes: int = 10**6, photos_per_class: int = 10**6) -> None:
     """Packs photos at train/CLASS, val/CLASS and extra/CLASS in a tar; the last has unlabeled ones for pretraining.
 
-    The shards are in OUT/shards: `all` (train and extra), `train`, `val`, and of train the first ten of each class,
-    `tune_val`, and the others, `tune_train`.
+    The shards are in OUT/shards: `all` (train and extra), `train`, `val`, and of train the first third of each
+    class, `tune_val`, and the others, `tune_train`: by them learning rates are chosen, not by those of the test.
 
     Args:
         tar, out: the tar, and a folder for what is unpacked and packed.
@@ -93,8 +92,9 @@ def pack_photos(tar: Path, out: Path, classes: int = 10**6, photos_per_class: in
                 for member in members[:photos_per_class]:
                     file.extract(member, photos, filter="data")
     for folder in sorted(photos.glob("train/*")):
-        for number, photo in enumerate(sorted(folder.iterdir())):
-            part = photos / ("tune_val" if number < TUNED else "tune_train") / folder.name
+        of_class = sorted(folder.iterdir())
+        for number, photo in enumerate(of_class):
+            part = photos / ("tune_val" if number < len(of_class) // 3 else "tune_train") / folder.name
             part.mkdir(parents=True, exist_ok=True)
             os.link(photo, part / photo.name)
     names = sorted(str(path.relative_to(photos)) for kind in ("train", "extra") for path in photos.glob(f"{kind}/*/*"))
