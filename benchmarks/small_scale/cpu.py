@@ -14,6 +14,7 @@ A command that was interrupted continues where it stopped: OUT/rows has a file f
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -53,8 +54,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        words = self.variant.replace("+", "").split()
-        return "-".join(map(str, (self.kind, "_".join(words).lower(), self.epochs, self.base_lr, self.seed)))
+        words = re.findall(r"\w+", self.variant.lower())
+        return "-".join(map(str, (self.kind, "_".join(words), self.epochs, self.base_lr, self.seed)))
 
 
 def run(options: argparse.Namespace) -> None:
