@@ -14,7 +14,6 @@ A command that was interrupted continues where it stopped: OUT/rows has a file f
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from variants import SCRATCH, Size, variants
+from variants import SCRATCH, Size, label, variants
 
 HERE = Path(__file__).parent
 CPU = Size(("model.arch=vit_tiny", "model.patch_size=8", "data.image_size=112"), 8, 128, 8, 64, 64, 8)
@@ -54,8 +53,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        words = re.findall(r"\w+", self.variant.lower())
-        return "-".join(map(str, (self.kind, "_".join(words), self.epochs, self.base_lr, self.seed)))
+        return "-".join(map(str, (self.kind, label(self.variant), self.epochs, self.base_lr, self.seed)))
 
 
 def run(options: argparse.Namespace) -> None:

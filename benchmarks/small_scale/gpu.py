@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 from trainings import Done, pack_photos, run_finetuning, run_pretraining
-from variants import SCRATCH, Size, variants
+from variants import SCRATCH, Size, label, variants
 
 from pretrain.trainer.launch import exit_process, find_world
 from pretrain.trainer.logs import log_to_console
@@ -126,10 +126,6 @@ class Evidence:
         """How many take these seconds, at the speed of another run."""
         epochs = seconds / (like.step_s * like.steps / like.rows[-1]["epoch"])
         return max(int(epochs), 1)
-
-
-def label(name: str) -> str:
-    return name.replace("+ ", "").replace(" ", "_").lower()
 
 
 def summary(done: Done, prefix: str, batch: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What is compared, and at which sizes: grids of 14x14 patches, in which LoMaR's windows of 7x7 are windows."""
 
+import re
 from dataclasses import dataclass, field
 
 SCRATCH = "from scratch"
@@ -77,6 +78,11 @@ class Variant:
 
     keys: tuple[str, ...]
     base_lr: float = field(default=1e-3)
+
+
+def label(name: str) -> str:
+    """Of a variant, for the folder of its run."""
+    return "_".join(re.findall(r"\w+", name.lower()))
 
 
 def variants(size: Size) -> dict[str, Variant]:

@@ -45,13 +45,13 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     return measured
 
 
-def _at_least(lowest: int) -> Any:
+def _add_count(parser: argparse.ArgumentParser, name: str, lowest: int, default: int, meaning: str) -> None:
     def number(text: str) -> int:
         if int(text) < lowest:
             raise argparse.ArgumentTypeError(f"{text} is too few: at least {lowest}")
         return int(text)
 
-    return number
+    parser.add_argument(name, type=number, default=default, metavar="N", help=meaning)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument("encoder", metavar="ENCODER")
     parser.add_argument("--train", required=True, metavar="DATA", help="what is learned from")
     parser.add_argument("--val", required=True, metavar="DATA", help="what is classified")
-    parser.add_argument("--k", type=_at_least(1), default=defaults.k, metavar="N", help="neighbors that vote")
+    _add_count(parser, "--k", 1, defaults.k, "neighbors that vote")
     parser.add_argument(
         "--pool",
         choices=get_args(Pool),
@@ -76,27 +76,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         metavar="N[,N...]",
         help="outputs of these blocks from 1 on, side by side; default: the encoder's, after its norm",
     )
-    parser.add_argument(
-        "--attentive-steps",
-        type=_at_least(0),
-        default=defaults.attentive_steps,
-        metavar="N",
-        help="steps that train the attentive probe; 0: none",
-    )
-    parser.add_argument(
-        "--finetune-epochs",
-        type=_at_least(0),
-        default=FINETUNE_EPOCHS,
-        metavar="N",
-        help=f"epochs of the short fine-tuning; 0: none, which saves most of the time; default: {FINETUNE_EPOCHS}",
-    )
-    parser.add_argument(
-        "--max-images",
-        type=_at_least(1),
-        default=defaults.max_images,
-        metavar="N",
-        help="images of --train that the attentive probe and fine-tuning learn from, at most",
-    )
+    steps = "steps that train the attentive probe; 0: none"
+    _add_count(parser, "--attentive-steps", 0, defaults.attentive_steps, steps)
+    epochs = f"epochs of the short fine-tuning; 0: none, which saves most of the time; default: {FINETUNE_EPOCHS}"
+    _add_count(parser, "--finetune-epochs", 0, FINETUNE_EPOCHS, epochs)
+    images = "images of --train that the attentive probe and fine-tuning learn from, at most"
+    _add_count(parser, "--max-images", 1, defaults.max_images, images)
     parser.add_argument(
         "--weights",
         metavar="NAME",

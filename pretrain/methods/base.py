@@ -13,6 +13,7 @@ from data.loader import MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import TARGETS, PatchTarget, PixelsConfig, TargetConfig
+from pretrain.models.patches import gather_tokens, patchify, render_predictions
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.schema import MAY_CHANGE, Section
@@ -83,6 +84,22 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """Images to look at, by name: (B, H, W, 3) uint8, of a size that may differ between names."""
+
+    def draw_whole_images(self, images: Tensor, masked: Tensor, prediction: Tensor) -> dict[str, Tensor]:
+        """What `reconstruct` returns where a mask is the whole image's, not a window's.
+
+        Args:
+            images: (B, H, W, 3) uint8.
+            masked: (B, M) grid positions.
+            prediction: (B, M, num_outputs) of these patches.
+
+        Returns:
+            `original`, `masked` and the target's renderings, (B, H, W, 3) uint8.
+        """
+        patches = patchify(images, self.encoder.patch_size)
+        truth = gather_tokens(self.target.ground_truth(images, patches), masked)
+        predicted = self.target.render(prediction, truth)
+        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}
 
 
 class LossAndTokens(NamedTuple):

@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from pretrain.methods.base import MaskSampler, MethodConfig
-from pretrain.methods.masking import Grid, block_masked, check_masked, random_masked
-from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
+from pretrain.methods.masking import Grid, block_masked, check_masked
+from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices, sample_random_mask
 from pretrain.methods.predictor import Predictor, PredictorMethod
 from pretrain.methods.targets import PatchTarget, TokensConfig
 from pretrain.models.vit import ViT
@@ -26,12 +26,10 @@ def sample_masks(
     rng: np.random.Generator, *, grid: Grid, config: "BEiT.Config", pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """`visible` (N-M,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
-    patches, count = config.count_patches(grid, 1)
-    if config.mask_type == "block":
-        masked = block_masked(rng, grid, count)[None]
-    else:
-        masked = random_masked(rng, 1, patches, count)
-    return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
+    _, count = config.count_patches(grid, 1)
+    if config.mask_type == "random":
+        return sample_random_mask(rng, grid=grid, count=count, pr_mim=pr_mim)
+    return build_mask_indices(rng, block_masked(rng, grid, count), pr_mim, grid[1])
 
 
 class BEiT(PredictorMethod):

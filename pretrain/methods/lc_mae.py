@@ -109,12 +109,10 @@ class LCMAE(MAE):
             mask_indices: (B, 2, V), (B, 2, M) and (B, 2, K).
         """
         patches = patchify(images, self.encoder.patch_size)
-        views = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+        views, both, truth = self._by_mask(mask_indices, patches, self.target.ground_truth(images, patches))
         masked = views["masked"]
-        both = patches.repeat_interleave(2, dim=0)  # the two views of an image are adjacent
         prediction = self._predict(both, **views)  # (2B, M, num_outputs)
-        masked_patches = gather_tokens(both, masked)
-        truth = gather_tokens(self.target.ground_truth(images, patches).repeat_interleave(2, dim=0), masked)
+        masked_patches, truth = gather_tokens(both, masked), gather_tokens(truth, masked)
         v = None if self.proj is None else self.proj(prediction).float()  # eq. 5 and 6: v = p(h(x, m))
         with torch.autocast(images.device.type, enabled=False):  # cosines are matrix products, which bf16 would round
             terms = self._losses(prediction, v, truth, masked_patches, masked)

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from pretrain.methods.base import MaskSampler, MethodConfig
-from pretrain.methods.masking import Grid, check_masked
+from pretrain.methods.masking import Grid, check_masked, count_masked
 from pretrain.methods.multiscale import MultiscalePredictor, check_blocks, check_cells
 from pretrain.methods.pr_mim import PRMIMConfig, sample_random_mask
 from pretrain.methods.predictor import PredictorMethod
@@ -44,9 +44,7 @@ class LocalMIM(PredictorMethod):
         decoder_num_heads: int = Field(8, ge=1, description="heads of the decoders' attention")
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-            """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as MAE counts."""
-            patches = math.prod(grid)
-            return patches, patches - int(patches * (1 - self.mask_ratio))
+            return math.prod(grid), count_masked(math.prod(grid), self.mask_ratio)
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
             patches, masked = self.count_patches(grid, model.patch_size)

@@ -8,7 +8,7 @@ Shapes: B images, N patches of an image, M of them masked, V visible, D width, P
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pretrain.methods.masking import (
     check_masked,
     check_random_masks,
     count_cell_masked,
+    count_masked,
     grid_masked,
     random_masked,
 )
@@ -32,7 +33,7 @@ from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import MaskTokens
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import AverageDecoder, ConvDecoder
-from pretrain.models.patches import gather_tokens, patchify, render_predictions
+from pretrain.models.patches import gather_tokens, patchify
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -57,13 +58,12 @@ def sample_mask(
     """One mask's indices."""
     patches, count = config.count_patches(grid, patch_size)
     if config.mask_type == "random":
-        masked = random_masked(rng, 1, patches, count)
+        masked = random_masked(rng, 1, patches, count)[0]
     elif config.mask_type == "cell":
-        masked = cell_masked(rng, grid, config.mask_patch_size // patch_size, config.mask_ratio)[None]
+        masked = cell_masked(rng, grid, config.mask_patch_size // patch_size, config.mask_ratio)
     else:
-        masked = {"block": block_masked, "grid": grid_masked}[config.mask_type](rng, grid, count)[None]
-    indices = build_mask_indices(rng, masked, pr_mim, grid[1], config.num_predicted(patches))
-    return {name: array[0] for name, array in indices.items()}
+        masked = {"block": block_masked, "grid": grid_masked}[config.mask_type](rng, grid, count)
+    return build_mask_indices(rng, masked, pr_mim, grid[1], config.num_predicted(patches))
 
 
 def check_absolute(position: str, method: str) -> None:
@@ -91,14 +91,11 @@ class MAEConfig(DecoderConfig):
     )
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-        """Patches of an image, N, and how many are masked: N - floor(N * (1 - ratio)), as the authors count.
-
-        Of cells, ceil(cells * ratio) are masked, as SimMIM does.
-        """
+        """Patches of an image, and how many are masked; of cells ceil(cells * ratio), as SimMIM counts."""
         patches = math.prod(grid)
         if self.mask_type == "cell":
             return patches, count_cell_masked(grid, self.mask_patch_size // patch_size, self.mask_ratio)
-        return patches, patches - int(patches * (1 - self.mask_ratio))
+        return patches, count_masked(patches, self.mask_ratio)
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
         check_absolute(model.position, self.name)
@@ -166,15 +163,19 @@ class MAE(LUTMethod):
     ) -> LossAndTokens:
         patches = patchify(images, self.encoder.patch_size)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
-        if self.config.num_masks > 1:  # adjacent, those of an image
-            patches, truth = (x.repeat_interleave(self.config.num_masks, dim=0) for x in (patches, truth))
-            mask_indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+        if self.config.num_masks > 1:
+            mask_indices, patches, truth = self._by_mask(mask_indices, patches, truth)
         encoded = self._encode(patches, **mask_indices)
         first = {name: array[: len(truth)] for name, array in mask_indices.items()}
         prediction = self._decode(encoded[..., : len(truth), :, :], **first)
         loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
         visible = mask_indices["visible"]
         return LossAndTokens(loss, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
+
+    def _by_mask(self, mask_indices: MaskIndices, *of_images: Tensor) -> Any:
+        """Arrays (B, W, ...) of W masks -> (B*W, ...), those of an image adjacent, and (B, ...) tensors as often."""
+        indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
+        return indices, *(x.repeat_interleave(self.config.num_masks, dim=0) for x in of_images)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
         """(B, N, P) uint8 patches -> encoded prefix tokens, visible patches and mask tokens: what `encode` gives."""
@@ -205,6 +206,4 @@ class MAE(LUTMethod):
             mask_indices = {name: array[:, 0] for name, array in mask_indices.items()}
         patches = patchify(images, self.encoder.patch_size)
         mask_indices = predict_all(self.config, mask_indices, patches.shape[1])
-        prediction, masked = self._predict(patches, **mask_indices), mask_indices["masked"]
-        predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
-        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}
+        return self.draw_whole_images(images, mask_indices["masked"], self._predict(patches, **mask_indices))

@@ -24,6 +24,11 @@ def random_masked(rng: np.random.Generator, rows: int, length: int, count: int) 
     return masked
 
 
+def count_masked(patches: int, ratio: float) -> int:
+    """How many of N patches MAE's authors mask: N - floor(N * (1 - ratio))."""
+    return patches - int(patches * (1 - ratio))
+
+
 def block_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray:
     """BEiT's blocks: rectangles of at least 16 patches and an aspect ratio of 0.3 to 1/0.3, until `count` are masked.
 

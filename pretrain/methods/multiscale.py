@@ -86,7 +86,7 @@ class MultiscalePredictor(nn.Module):
         super().__init__()
         assert isinstance(target, HOGTarget), "`check_cells` refuses others"
         dim, bins = encoder.arch.dim, target.config.bins
-        self.blocks, self.length = tuple(blocks), grid[0] * grid[1]
+        self.blocks = tuple(blocks)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for _ in self.blocks[:-1])  # the last is the encoder's
         self.decoders = nn.ModuleList(
             CellDecoder(encoder, arch, grid, scale, bins, build_aggregation(pr_mim, arch, grid))
@@ -104,8 +104,6 @@ class MultiscalePredictor(nn.Module):
         positions: Tensor | None = None,
         num_predicted: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if positions is None:
-            positions = torch.arange(self.length, device=visible.device).expand(len(visible), -1)
         position = token_position(encoder, self.buckets, positions, visible)
         streams = encoder(encoder.patch_embed(patches), position, hidden=self.blocks)
         encoded, first = encoder.norm(streams[-1]), slice(num_predicted)

@@ -96,7 +96,7 @@ def build_mask_indices(
 
     Args:
         rng: draws the kept positions, if any are thrown.
-        masked: (R, N) bool, the same number in each row.
+        masked: (R, N) bool, the same number in each row; or one row alone, (N,), whose arrays have no R either.
         pr_mim: settings; None keeps all of them.
         width: columns of the grid.
         num_predicted: how many masked positions of each row are predicted, any of them; None for all. The others are
@@ -105,6 +105,9 @@ def build_mask_indices(
     Returns:
         `visible` (R, V), `masked` (R, M) and of those `kept` (R, K): positions, ascending, int64.
     """
+    if masked.ndim == 1:
+        indices = build_mask_indices(rng, masked[None], pr_mim, width, num_predicted)
+        return {name: array[0] for name, array in indices.items()}
     visible, masked_positions = split_positions(masked)
     if num_predicted is not None:
         masked_positions = random_part(rng, masked_positions, num_predicted)
@@ -116,8 +119,7 @@ def sample_random_mask(
     rng: np.random.Generator, *, grid: Grid, count: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """A mask sampler: `count` patches of an image are masked, uniformly. As of `build_mask_indices`, without rows."""
-    masked = random_masked(rng, 1, grid[0] * grid[1], count)
-    return {name: array[0] for name, array in build_mask_indices(rng, masked, pr_mim, grid[1]).items()}
+    return build_mask_indices(rng, random_masked(rng, 1, grid[0] * grid[1], count)[0], pr_mim, grid[1])
 
 
 def choose_kept(

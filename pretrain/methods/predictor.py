@@ -22,7 +22,7 @@ from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, enco
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.models.attention import Position
-from pretrain.models.patches import gather_tokens, patchify, render_predictions
+from pretrain.models.patches import gather_tokens, patchify
 from pretrain.models.relative_position import pair_buckets, pair_offsets
 from pretrain.models.vit import ARCHS, ViT, init_weights
 from pretrain.models.window_attention import window_tokens
@@ -203,24 +203,25 @@ class PredictorMethod(LUTMethod):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """`original`, `masked` and the target's renderings of each image, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
-        prediction, _ = self._predict(patches, mask_indices)
-        predicted = self.target.render(prediction, gather_tokens(self.target.ground_truth(images, patches), masked))
-        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}
+        prediction, _ = self._predict(patchify(images, self.encoder.patch_size), mask_indices)
+        return self.draw_whole_images(images, mask_indices["masked"], prediction)
 
 
-def token_position(encoder: ViT, buckets: Tensor, positions: Tensor, indices: Tensor | None) -> Position:
+def token_position(encoder: ViT, buckets: Tensor, positions: Tensor | None, indices: Tensor | None) -> Position:
     """What the encoder is to be told of the position of its prefix tokens and of some patches of each sequence.
 
     Args:
         encoder: determines the kind of position.
         buckets: `grid_position` of the sequence's grid.
-        positions: (G, L) grid position in the image of each patch of a sequence.
+        positions: (G, L) grid position in the image of each patch of a sequence; None where sequences are images.
         indices: (G, T) the patches; None for all of them in raster order.
     """
     prefix = encoder.num_prefix_tokens
     if encoder.absolute:
-        return positions if indices is None else positions.gather(1, indices)
+        places = buckets if positions is None else positions
+        if indices is None:
+            return places
+        return indices if positions is None else positions.gather(1, indices)
     if encoder.window_kernel:
         return window_tokens(math.isqrt(len(buckets) - prefix), indices, buckets.device, prefix)
     if indices is None:

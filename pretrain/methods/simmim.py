@@ -23,8 +23,7 @@ def sample_masks(
     rng: np.random.Generator, *, grid: Grid, cell: int, ratio: float, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
-    indices = build_mask_indices(rng, cell_masked(rng, grid, cell, ratio)[None], pr_mim, grid[1])
-    return {name: array[0] for name, array in indices.items()}
+    return build_mask_indices(rng, cell_masked(rng, grid, cell, ratio), pr_mim, grid[1])
 
 
 class SimMIM(PredictorMethod):

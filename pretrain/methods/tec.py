@@ -12,6 +12,7 @@ width.
 """
 
 import functools
+import math
 from typing import Literal
 
 import torch
@@ -22,13 +23,13 @@ from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
 from pretrain.methods.mae import check_absolute
-from pretrain.methods.masking import Grid, check_masked
+from pretrain.methods.masking import Grid, check_masked, count_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, sample_random_mask
 from pretrain.methods.targets import PatchTarget, TeacherConfig
 from pretrain.methods.targets.features import ClassAttention, EncoderTeacher, FeatureTarget
 from pretrain.models.conditional import EncoderAdapter, SharedDecoder
 from pretrain.models.decoder import check_heads
-from pretrain.models.patches import gather_tokens, patchify, render_predictions
+from pretrain.models.patches import gather_tokens, patchify
 from pretrain.models.vit import Arch, ViT, init_weights
 from pretrain.trainer.config import ModelConfig
 
@@ -75,9 +76,7 @@ class TEC(Method):
         decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-            """As MAE counts."""
-            patches = grid[0] * grid[1]
-            return patches, patches - int(patches * (1 - self.mask_ratio))
+            return math.prod(grid), count_masked(math.prod(grid), self.mask_ratio)
 
         def check(self, grid: Grid, model: ModelConfig) -> None:
             check_absolute(model.position, self.name)
@@ -139,7 +138,5 @@ class TEC(Method):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
         """`original`, `masked` and the features of each image in false colors, (B, H, W, 3) uint8."""
-        patches, masked = patchify(images, self.encoder.patch_size), mask_indices["masked"]
-        truth = gather_tokens(self.target.ground_truth(images, patches), masked)
-        predicted = self.target.render(self._predict(patches, **mask_indices)[0], truth)
-        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}
+        prediction = self._predict(patchify(images, self.encoder.patch_size), **mask_indices)[0]
+        return self.draw_whole_images(images, mask_indices["masked"], prediction)

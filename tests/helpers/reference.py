@@ -190,6 +190,27 @@ def encode_sequence(
     return encoded[:prefix], dict(zip(entered, encoded[prefix:], strict=True))
 
 
+def encoder_streams(
+    image: Tensor, patches: list[tuple[int, int]], visible: list[int], weights: Weights, heads: int
+) -> list[list[Tensor]]:
+    """The prefix tokens and the visible patches before the first block and behind each block."""
+    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
+    relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
+    tokens, columns = prefix_tokens(weights), image.shape[1] // patch
+    buckets = relative_buckets([patches[i] for i in visible], len(tokens)) if relative else None
+    for i in visible:
+        token = embed(cut_patch(image, *patches[i], patch), weights)
+        tokens.append(token if relative else token + absolute_position(*patches[i], columns, token, weights))
+    streams = [tokens]
+    for n in range(depth_of(weights, "encoder")):
+        streams.append(block(streams[-1], buckets, weights, f"encoder.blocks.{n}", heads))
+    return streams
+
+
+def depth_of(weights: Weights, name: str) -> int:
+    return len({key.split(f"{name}.blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
+
+
 def aggregate(
     tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str, heads: int
 ) -> dict[int, Tensor]:
@@ -269,8 +290,7 @@ def transformer_decoder(
     entered = sorted(narrow)
     tokens = [linear(token, weights, f"{name}.embed") for token in prefix]
     tokens += [narrow[i] + position_embedding(*divmod(i, grid[1]), len(narrow[i])) for i in entered]
-    depth = len({key.split(f"{name}.blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
-    for n in range(depth):
+    for n in range(depth_of(weights, name)):
         tokens = block(tokens, None, weights, f"{name}.blocks.{n}", heads)
     decoded = dict(zip(entered, tokens[len(prefix) :], strict=True))
     if fill and len(decoded) < grid[0] * grid[1]:

@@ -10,40 +10,16 @@ from torch import Tensor
 
 from helpers.reference import (
     Weights,
-    absolute_position,
     aggregate,
-    block,
     cut_patch,
-    embed,
+    depth_of,
+    encoder_streams,
     gelu,
     layer_norm,
     linear,
     position_embedding,
-    prefix_tokens,
-    relative_buckets,
     target_of,
 )
-
-
-def encoder_streams(
-    image: Tensor, patches: list[tuple[int, int]], visible: list[int], weights: Weights, heads: int
-) -> list[list[Tensor]]:
-    """The prefix tokens and the visible patches before the first block and behind each block."""
-    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
-    relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
-    tokens, columns = prefix_tokens(weights), image.shape[1] // patch
-    buckets = relative_buckets([patches[i] for i in visible], len(tokens)) if relative else None
-    for i in visible:
-        token = embed(cut_patch(image, *patches[i], patch), weights)
-        tokens.append(token if relative else token + absolute_position(*patches[i], columns, token, weights))
-    streams = [tokens]
-    for n in range(depth_of(weights, "encoder")):
-        streams.append(block(streams[-1], buckets, weights, f"encoder.blocks.{n}", heads))
-    return streams
-
-
-def depth_of(weights: Weights, name: str) -> int:
-    return len({key.split(f"{name}.blocks.")[1].split(".")[0] for key in weights if key.startswith(f"{name}.blocks.")})
 
 
 def contexts_of(streams: list[list[Tensor]], weights: Weights, name: str) -> list[list[Tensor]]:

@@ -11,13 +11,11 @@ from helpers.reference import (
     Weights,
     aggregate,
     block,
-    cut_patch,
-    embed,
+    encoder_streams,
     gelu,
     layer_norm,
     linear,
     position_embedding,
-    relative_buckets,
 )
 from helpers.reference_hog import hog
 
@@ -31,21 +29,11 @@ def hidden_streams(
         patches: (row, column) in the image's grid of those of a sequence.
         visible: indices among them.
     """
-    patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
-    relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
-    tokens = [weights["encoder.cls_token"][0, 0]]
-    for i in visible:
-        token = embed(cut_patch(image, *patches[i], patch), weights)
-        tokens.append(token if relative else token + position_embedding(*patches[i], len(token)))
-    buckets = relative_buckets([patches[i] for i in visible]) if relative else None
-    found = []
-    for n in range(blocks[-1]):
-        tokens = block(tokens, buckets, weights, f"encoder.blocks.{n}", heads)
-        if n + 1 in blocks:
-            last = n + 1 == blocks[-1]
-            name = "encoder.norm" if last else f"predictor.norms.{len(found)}"
-            normed = [layer_norm(x, weights, name) for x in tokens]
-            found.append((normed[0], dict(zip(visible, normed[1:], strict=True))))
+    streams, found = encoder_streams(image, patches, visible, weights, heads), []
+    for number in blocks:
+        name = "encoder.norm" if number == blocks[-1] else f"predictor.norms.{len(found)}"
+        normed = [layer_norm(x, weights, name) for x in streams[number]]
+        found.append((normed[0], dict(zip(visible, normed[1:], strict=True))))
     return found
 
 

@@ -4,7 +4,6 @@ The components are in a small file, computed from shards by `python -m pretrain.
 so that a run does not depend on when or by how many ranks this was done. The file's SHA-256 identifies them.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +17,7 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.models.patches import normalize_pixels, to_pixels, values_per_patch
 from pretrain.trainer.config import ModelConfig
+from pretrain.trainer.run_folder import file_digest
 from pretrain.trainer.schema import MAY_CHANGE
 
 
@@ -42,8 +42,7 @@ class PCAConfig(TargetConfig):
     def _sha256_matches_the_file(cls, given: str | None, info: ValidationInfo) -> str | None:
         if "file" not in info.data:
             return given  # the file is invalid, which is reported
-        actual = hashlib.sha256(Path(info.data["file"]).read_bytes()).hexdigest()
-        return as_sha256("target.sha256", given, actual, info.data["file"])
+        return as_sha256("target.sha256", given, file_digest(info.data["file"]), info.data["file"])
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
         read_components(self.file, model.patch_size)

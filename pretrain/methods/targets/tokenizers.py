@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pretrain.methods.masking import Grid
 from pretrain.models.patches import normalize_patches, normalize_pixels, patchify, values_per_patch
+from pretrain.trainer.run_folder import file_digest
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # their names in transformers' folders
 _IMAGES_AT_ONCE = 32  # limits the memory for B * N * V distances or logits
@@ -30,7 +31,7 @@ _DALLE_EPS = 0.1  # its pixels lie in 0.1..0.9: the support of the logit-Laplace
 
 def weights_sha256(weights: str | None) -> str:
     """The digest of DALL-E's weights. Raises ValueError if there are none."""
-    return hashlib.sha256(weights_file(weights).read_bytes()).hexdigest()
+    return file_digest(weights_file(weights))
 
 
 def random_projection_sha256(seed: int, vocab_size: int, code_dim: int) -> str:
