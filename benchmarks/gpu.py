@@ -28,6 +28,7 @@ from benchmarks.gpu_convolution import NAME as CONVOLUTION
 from benchmarks.gpu_convolution import convolution
 from benchmarks.gpu_goals import print_goals
 from benchmarks.gpu_kernel import RIGHT, against_torch, right, sweep
+from benchmarks.gpu_profile import profiled
 from benchmarks.gpu_session import Session
 from benchmarks.gpu_table import BF16, Cell, authors_cells, first_cells, further_cells, measure, second_cells
 from pretrain.trainer.run_folder import RunFolder
@@ -72,6 +73,10 @@ def engine_sections(*runs: tuple[str, bool]) -> list[Section]:
 
 def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
     """All sections, those that decide most first."""
+    profiles = [
+        Section(f"profile: {cell.name}", "profile", 10, profiled(cell))
+        for cell in (Cell("vit_base", 224, "fast", "now"), Cell("vit_huge", 224, "lomar", "now"))
+    ]
     start = [
         Section("environment", "environment", 5, environment),
         Section("ceilings", "ceilings", 15, ceilings),
@@ -92,12 +97,13 @@ def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
     if dry:
         tried = [*first_cells(), Cell("vit_base", 448, "fast", "now"), Cell("vit_base", 224, "lomar", BF16)]
         tried += theirs[: len(checkouts)]
-        return [*start, *kernel, *sweeps, *cells(tried, checkouts), *engine_sections(("zero0", True))]
+        return [*start, *kernel, *profiles, *sweeps, *cells(tried, checkouts), *engine_sections(("zero0", True))]
     return [
         *start,
         *cells([*first_cells(), *theirs[: len(checkouts)]], checkouts),
         *kernel,
         *cells(second_cells(), checkouts),
+        *profiles,
         *sweeps[:1],
         *engine_sections(("zero1", False), ("zero0", True)),
         *sweeps[1:],

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks.gpu_session import Session, free_memory, median_ms
+from benchmarks.gpu_session import Session, free_memory, graphed_ms
 from pretrain.models import window_attention
 from pretrain.models.attention import RelativeKey, attend
 from pretrain.models.relative_position import grid_buckets, pair_buckets
@@ -55,8 +55,7 @@ SHAPES = {
     "L, all 50 tokens": Shape(512, 49, 16, 64),
     "H, all 50 tokens": Shape(256, 49, 16, 80),
 }
-FORWARD = [Launch(*x) for x in ((1, 4, 1), (1, 8, 1), (2, 4, 2), (4, 4, 1), (4, 4, 2), (4, 8, 2), (12, 4, 2))]
-BACKWARD = [Launch(*x) for x in ((1, 4, 1), (1, 8, 1), (2, 8, 2), (4, 4, 2), (4, 8, 1), (4, 8, 2), (12, 8, 2))]
+LAUNCHES = [Launch(heads, warps, stages) for heads in (1, 2, 4, 12, 16) for warps in (4, 8) for stages in (1, 2)]
 
 
 def reference(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Tensor:
@@ -182,16 +181,11 @@ def _times(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None, s
     """Milliseconds of the forward pass without a graph, and of both passes."""
     qkv, table = qkv.requires_grad_(), table.requires_grad_()
     call = make(qkv, table, patches)
-    repetitions = 2 if session.dry else 20
     with torch.no_grad():
-        forward = median_ms(call, session.device, repetitions)
+        forward = graphed_ms(call, session.device)
         upstream = torch.randn_like(call())
-
-    def both() -> None:
-        qkv.grad = table.grad = None
-        call().backward(upstream)
-
-    return {"forward": forward, "both": median_ms(both, session.device, repetitions)}
+    both = graphed_ms(lambda: torch.autograd.grad(call(), (qkv, table), upstream), session.device)
+    return {"forward": forward, "both": both}
 
 
 def sweep(name: str) -> Callable[[Session], None]:
@@ -202,8 +196,8 @@ def sweep(name: str) -> Callable[[Session], None]:
             return session.say("the kernel is for GPUs")
         inputs = SHAPES[name].inputs(session.device, torch.bfloat16)
         rows: dict[str, Any] = {}
-        for direction, launches in (("forward", FORWARD), ("backward", BACKWARD)):
-            for launch in launches:
+        for direction in ("forward", "backward"):
+            for launch in LAUNCHES:
                 label = f"{direction}: {launch.heads} heads, {launch.warps} warps, {launch.stages} stages"
                 if SHAPES[name].heads % launch.heads:
                     continue

@@ -118,6 +118,22 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def graphed_ms(function: Callable[[], object], device: torch.device, calls: int = 10) -> float:
+    """Milliseconds that a GPU computes a call: several are captured in a CUDA graph, or the CPU's work would count."""
+    if device.type == "cpu":
+        return median_ms(function, device, repetitions=2, warmup=0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
+    return median_ms(graph.replay, device, repetitions=5, warmup=1) / calls
+
+
 def median_ms(function: Callable[[], object], device: torch.device, repetitions: int = 10, warmup: int = 3) -> float:
     """Milliseconds of a call; on a GPU the calls are queued without waiting for each other."""
     for _ in range(warmup):

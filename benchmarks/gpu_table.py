@@ -27,13 +27,15 @@ IMAGES = {
     ("vit_huge", 224): 64, ("vit_huge", 384): 32, ("vit_huge", 448): 32,
 }  # fmt: skip
 BF16, SDPA = "now, bf16 residual", "now, without the kernel"
-BEFORE = ("model.attention=sdpa", "model.compile=off", "train.deterministic=false")
+EAGER = "now, without CUDA graphs"
+BEFORE = ("model.attention=sdpa", "model.compile=off", "model.cuda_graphs=off", "train.deterministic=false")
 # The keys of each column, besides those that every LoMaR or MAE has.
 COLUMNS = {
     "before": BEFORE,
     "now": (),
     BF16: ("model.residual=bf16",),
     SDPA: ("model.attention=sdpa",),
+    EAGER: ("model.cuda_graphs=off",),
     "now, deterministic": ("train.deterministic=true",),
     "now, not deterministic": ("train.deterministic=false",),
     "authors": (),
@@ -73,6 +75,7 @@ def first_cells() -> list[Cell]:
     return [
         *_both("vit_base", 224, "lomar", "fast", "mae"),
         Cell("vit_base", 224, "lomar", SDPA),
+        Cell("vit_base", 224, "fast", EAGER),
     ]
 
 

@@ -14,6 +14,7 @@ from pretrain.config import PretrainConfig, load
 from pretrain.methods.base import Method
 from pretrain.models.vit import ARCHS
 from pretrain.numerics import apply_numerics, choose_numerics
+from pretrain.trainer.cuda_graphs import graph_steps
 from pretrain.trainer.optim import build_adamw, parameter_groups
 
 LOMAR, MAE = "lomar_vitb16_224_400e", "mae_vitb16_224_1600e"
@@ -62,7 +63,10 @@ def build(config: PretrainConfig, device: torch.device) -> Method:
     with device:
         method = build_method(config)
     assert isinstance(method, Method)
-    apply_numerics(method, choose_numerics(config, device, stage=1))
+    numerics = choose_numerics(config, device, stage=1)
+    apply_numerics(method, numerics)
+    if numerics.cuda_graphs:
+        graph_steps(method)
     return method.to(device)
 
 

@@ -37,6 +37,7 @@ class Numerics:
         sdpa: torch's kernel on a GPU: `efficient` (the memory-efficient one, deterministic) or `fastest` (which torch
             chooses); `cpu` without one.
         masks: how they are drawn in the data workers.
+        cuda_graphs: whether each pass of the method is a CUDA graph.
         why_sdpa: why the kernel for windows is not used; empty if it is.
     """
 
@@ -45,6 +46,7 @@ class Numerics:
     residual: str
     sdpa: str
     masks: str = MASKS
+    cuda_graphs: bool = False
     why_sdpa: str = ""
 
     def signature(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
         attention="triton" if model.attention != "sdpa" and not obstacle else "sdpa",
         residual=model.residual,
         sdpa=("efficient" if config.train.deterministic else "fastest") if cuda else "cpu",
+        cuda_graphs=_choose_cuda_graphs(config, cuda, stage),
         why_sdpa="model.attention=sdpa" if model.attention == "sdpa" else obstacle,
     )
 
@@ -84,6 +87,27 @@ def check_settings(config: PretrainConfig, stage: int) -> None:
             "model.compile=on loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8, without an error: set "
             "model.compile=off, or train.ds_config=zero2"
         )
+    if config.model.cuda_graphs == "on" and (obstacle := cuda_graphs_obstacle(config, stage)):
+        raise ValueError(f"model.cuda_graphs=on cannot be used: {obstacle}; set model.cuda_graphs=auto")
+
+
+def cuda_graphs_obstacle(config: PretrainConfig, stage: int) -> str:
+    """Why the steps of a configuration cannot be CUDA graphs on any device; empty if they can."""
+    if stage == 3:
+        return "in ZeRO stage 3 weights come and go with the blocks"
+    if config.model.grad_checkpointing:
+        return "model.grad_checkpointing=true sets random states while it computes"
+    if config.lut:
+        return "LUT's ranks exchange statistics in the middle of a pass"
+    return ""
+
+
+def _choose_cuda_graphs(config: PretrainConfig, cuda: bool, stage: int) -> bool:
+    if config.model.cuda_graphs == "on" and not cuda:
+        raise ValueError("model.cuda_graphs=on needs a GPU: set model.cuda_graphs=auto")
+    # Of methods that are not ours nobody knows whether they wait for the GPU in the middle.
+    possible = cuda and not config.method.module and not cuda_graphs_obstacle(config, stage)
+    return config.model.cuda_graphs == "on" or (config.model.cuda_graphs == "auto" and possible)
 
 
 def _choose_compile(wish: str, device: torch.device, stage: int) -> bool:

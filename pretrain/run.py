@@ -57,6 +57,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     from pretrain.finish import finish, finish_stopped
     from pretrain.numerics import apply_numerics, check_window_kernel, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
+    from pretrain.trainer.cuda_graphs import graph_steps
     from pretrain.trainer.engine import ds_settings, zero_stage
     from pretrain.trainer.loop import train
     from pretrain.trainer.optim import build_adamw, parameter_groups
@@ -79,6 +80,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         _log.info("%s", load_teacher(ema.model, start))
     for module in filter(None, dict.fromkeys((method, ema.model, feature_teacher(method)))):
         apply_numerics(module, numerics)
+    if numerics.cuda_graphs:
+        graph_steps(method)
     parts = Parts(
         method,
         build_adamw(

@@ -70,7 +70,9 @@ class RelativeBias(nn.Module):
 
     def forward(self, buckets: Tensor) -> Tensor:
         """(B or 1, H, L, L), to be added to the logits, of `offset_buckets` (L, L) or `pair_offsets` (B, L, L)."""
-        bias = F.embedding(buckets, self.relative_position_bias_table).movedim(-1, -3)
+        table = self.relative_position_bias_table
+        # On a GPU the gradient of an embedding may have other bits each time; that of an index is sorted first.
+        bias = (table[buckets] if buckets.is_cuda else F.embedding(buckets, table)).movedim(-1, -3)
         if buckets.ndim == 2:
             return bias[None]
         if bias.is_cuda and torch.is_autocast_enabled("cuda"):

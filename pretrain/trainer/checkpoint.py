@@ -195,8 +195,8 @@ class Checkpoints:
         if changed and self.config.exact_resume:
             raise CannotContinueError(
                 f"the run would not continue with the same bits: {', '.join(changed)}; change these back "
-                f"(model.compile, model.attention, model.residual, train.deterministic, the device), or set "
-                f"checkpoint.exact_resume=false"
+                f"(model.compile, model.cuda_graphs, model.attention, model.residual, train.deterministic, the "
+                f"device), or set checkpoint.exact_resume=false"
             )
         if changed and self.world.is_main:
             _log.warning("the run continues with other bits: %s", ", ".join(changed))
@@ -250,11 +250,12 @@ def check_continues(state: TrainState, now: TrainState) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What changed. A key that is younger than the checkpoint counts if it is set to something now."""
     before, after = _flatten(old), _flatten(new)
     return [
         f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if (before[key] != after.get(key) if key in before else after[key])
     ]
 
 

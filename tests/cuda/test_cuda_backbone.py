@@ -27,7 +27,8 @@ def run(module: nn.Module, inputs: tuple[Any, ...], device: torch.device, bf16: 
     for number, one in enumerate(outputs):
         weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(number)).to(device)
         (one.float() * weights).sum().backward(retain_graph=True)
-    gradients = {name: p.grad.float().cpu() for name, p in module.named_parameters() if p.grad is not None}
+    # Clones: `to` moves a parameter's gradient along with it.
+    gradients = {name: p.grad.float().cpu().clone() for name, p in module.named_parameters() if p.grad is not None}
     return [one.detach().cpu() for one in outputs], gradients | {"input": first.grad.float().cpu()}
 
 

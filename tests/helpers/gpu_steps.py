@@ -126,9 +126,9 @@ def inputs(
     return images.to(device), {name: index.to(device) for name, index in mask_indices.items()}
 
 
-def run_step(method: Any, config: PretrainConfig, device: torch.device, bf16: bool) -> Step:
+def run_step(method: Any, config: PretrainConfig, device: torch.device, bf16: bool, step: int = 0) -> Step:
     """Forward and backward, under autocast or in fp32."""
-    images, mask_indices = inputs(method, config, device)
+    images, mask_indices = inputs(method, config, device, step)
     method.zero_grad()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         features = {}

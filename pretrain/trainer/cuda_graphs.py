@@ -1,0 +1,168 @@
+"""The forward and the backward pass of a module as two CUDA graphs, each of which the CPU starts with one call.
+
+Started one by one, a step's thousands of kernels take some CPUs longer than the GPU needs to compute them: in
+docs/speed.md, twice as long for ViT-L by the fast variant. A graph computes what was captured, from and into the same
+memory: the shapes are fixed, and nothing in it may wait for the GPU or depend on its results.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+WARMUP = 2  # passes before the capture: they compile, and allocate what libraries keep
+
+
+class Recording:
+    """What a function did, to be done again: its kernels, captured in a CUDA graph.
+
+    Attributes:
+        result: what the function returned; tensors in it are overwritten by each replay.
+    """
+
+    def __init__(self, function: Callable[[], Any], before: "Recording | None" = None):
+        """With `before`, a recording that is always replayed first, whose memory this one shares."""
+        self._graph = torch.cuda.CUDAGraph()
+        pool = before._graph.pool() if before else None
+        # Other threads may go on, such as the one that copies the next batch to pinned memory.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self.result = function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class _Graphs:
+    """Both passes of a function on inputs of one layout.
+
+    Attributes:
+        parameters: those that the loss depends on.
+        upstream: the gradient of the loss.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., dict[str, Tensor]], leaves: list, structure: Any):
+        self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.layout = layout(leaves, structure)
+
+        def run() -> dict[str, Tensor]:
+            args, kwargs = tree_unflatten(self.inputs, structure)
+            with _uncached_autocast():
+                return function(*args, **kwargs)
+
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        with _state_kept(module):
+            gradients = _warm_up(lambda: torch.autograd.grad(run()["loss"], trained, allow_unused=True))
+            self.parameters = [p for p, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+            del gradients
+            self.forward = Recording(run)
+            self.upstream = torch.ones_like(self.forward.result["loss"])
+            self.backward = Recording(self._differentiate, self.forward)
+
+    def _differentiate(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward.result["loss"], self.parameters, self.upstream)
+
+    def __call__(self, leaves: list[Any]) -> dict[str, Tensor]:
+        for mine, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(given, non_blocking=True)
+        loss, *others = _Replay.apply(self, *self.parameters)
+        names = [name for name in self.forward.result if name != "loss"]
+        return {"loss": loss, **dict(zip(names, others, strict=True))}
+
+
+class _Replay(torch.autograd.Function):
+    """To autograd, and to DeepSpeed's hooks, one operator that has all parameters as inputs and the loss as output."""
+
+    @staticmethod
+    def forward(ctx: Any, graphs: _Graphs, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.graphs = graphs
+        graphs.forward.replay()
+        result = dict(graphs.forward.result)
+        # The next replay overwrites the originals.
+        loss, others = result.pop("loss").detach().clone(), [value.detach().clone() for value in result.values()]
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        graphs = ctx.graphs
+        graphs.upstream.copy_(upstream)
+        graphs.backward.replay()
+        return None, *graphs.backward.result
+
+
+class GraphedForward:
+    """Takes the place of a module's `forward`, which returns a dict with a scalar `loss` and numbers to be logged.
+
+    The graphs are captured at the first call in training; evaluation, and inputs of other shapes, get the function
+    itself. Between a call and the next one, its backward pass has to be done or is lost.
+
+    Raises, when called:
+        ValueError: the module cannot be captured.
+        torch.OutOfMemoryError: as the function itself.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module, self._function = module, module.forward
+        self._graphs: _Graphs | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if not (self._module.training and torch.is_grad_enabled()):
+            return self._function(*args, **kwargs)
+        leaves, structure = tree_flatten((args, kwargs))
+        if self._graphs is None:
+            try:
+                self._graphs = _Graphs(self._module, self._function, leaves, structure)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                problem = str(error).splitlines()[0]
+                raise ValueError(
+                    f"no CUDA graph can be made of a step ({problem}): set model.cuda_graphs=off"
+                ) from error
+        if layout(leaves, structure) != self._graphs.layout:
+            return self._function(*args, **kwargs)
+        return self._graphs(leaves)
+
+
+def graph_steps(module: nn.Module) -> None:
+    """From now on a module on a GPU trains by CUDA graphs."""
+    module.forward = GraphedForward(module)  # type: ignore[method-assign, assignment]
+
+
+def layout(leaves: list[Any], structure: Any) -> tuple[Any, ...]:
+    """What has to be equal for a graph to serve: shapes and dtypes of tensors, and all that is no tensor."""
+    return structure, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def _uncached_autocast() -> torch.autocast:
+    """As it is around, but weights in lower precision are not kept: they would be memory of the graph."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", dtype, enabled, cache_enabled=False)
+
+
+def _warm_up(function: Callable[[], Any]) -> Any:
+    """The last result of a function that is called a few times beside the current stream, as a capture needs it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP):
+            result = function()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
+
+
+@contextmanager
+def _state_kept(module: nn.Module) -> Iterator[None]:
+    """Random numbers and buffers, such as a batch norm's averages, are afterwards as they were before."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    state = torch.cuda.get_rng_state()
+    yield
+    torch.cuda.set_rng_state(state)
+    for buffer, before in buffers:
+        buffer.copy_(before)

@@ -1,0 +1,43 @@
+"""CUDA graphs: every method computes in them what it computes without, on inputs that it was not captured with."""
+
+import pytest
+import torch
+from helpers.gpu_steps import build, cases, configure, run_step
+
+from pretrain.numerics import cuda_graphs_obstacle
+from pretrain.trainer.cuda_graphs import GraphedForward, graph_steps
+
+pytestmark = pytest.mark.cuda
+CASES = [name for name, sections in cases().items() if not cuda_graphs_obstacle(configure(sections), stage=0)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_computes_what_it_was_captured_from(case: str, device: torch.device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs are for GPUs; tests/pretrain has a recording for the CPU")
+    config = configure(cases()[case])
+    method, plain = build(config, device), build(config, device)
+    graph_steps(method)
+    for step in (0, 1, 0):
+        mine, theirs = (run_step(one, config, device, bf16=True, step=step) for one in (method, plain))
+        assert torch.allclose(mine.loss, theirs.loss, rtol=1e-4)
+        assert mine.gradients.keys() == theirs.gradients.keys()
+        for name, gradient in theirs.gradients.items():
+            assert (mine.gradients[name] - gradient).norm() <= 1e-2 * gradient.norm() + 1e-6, name
+    assert isinstance(method.forward, GraphedForward)
+
+
+def test_what_a_graph_cannot_hold_is_an_error_that_names_the_key(device: torch.device):
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs are for GPUs")
+
+    class Waits(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss = super().forward(x).sum()
+            return {"loss": loss * float(loss.detach())}
+
+    module = Waits(4, 4).to(device)
+    graph_steps(module)
+    with pytest.raises(ValueError, match=r"set model\.cuda_graphs=off"):
+        module(torch.ones(2, 4, device=device))
+    assert float(torch.ones(1, device=device)) == 1  # the GPU can still be used

@@ -1,0 +1,157 @@
+"""Steps by CUDA graphs, with a recording that computes again on a CPU: what autograd and a training see of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import random_images, random_mask_indices, tiny_lomar
+from torch import nn
+
+from pretrain.config import load
+from pretrain.numerics import choose_numerics
+from pretrain.trainer import cuda_graphs
+from pretrain.trainer.cuda_graphs import GraphedForward, graph_steps
+
+
+class Recomputed:
+    """A recording that calls the function again, on what its inputs are by then."""
+
+    def __init__(self, function: Callable[[], Any], before: "Recomputed | None" = None):
+        self.function, self.replays = function, 0
+        self.replay()
+
+    def replay(self) -> None:
+        with torch.enable_grad():
+            self.result = self.function()
+        self.replays += 1
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "Recording", Recomputed)
+    monkeypatch.setattr(cuda_graphs, "_warm_up", lambda function: function())
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
+
+
+class Small(nn.Module):
+    """Has a parameter that the loss does not depend on, a buffer that counts calls, and a number to be logged."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.training:
+            self.calls += 1
+        error = self.used(x) - targets["y"]
+        return {"loss": error.pow(2).mean(), "largest": error.abs().max()}
+
+
+def batch(seed: int, size: int = 3) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=generator), {"y": torch.randn(size, 4, generator=generator)}
+
+
+def test_gradients_of_several_micro_batches_are_summed_and_scaled():
+    module, plain = Small(), Small()
+    plain.load_state_dict(module.state_dict())
+    graph_steps(module)
+    for one in (module, plain):
+        for seed in range(3):
+            (one(*batch(seed))["loss"] / 3).backward()
+    assert module.unused.weight.grad is None
+    for mine, theirs in zip(module.used.parameters(), plain.used.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_numbers_are_those_of_their_own_call_and_need_no_gradient():
+    module, plain = Small(), Small()
+    plain.load_state_dict(module.state_dict())
+    graph_steps(module)
+    mine = [module(*batch(seed)) for seed in range(2)]
+    theirs = [plain(*batch(seed)) for seed in range(2)]
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one["loss"], other["loss"])
+        assert torch.equal(one["largest"], other["largest"])
+        assert one["loss"].requires_grad
+        assert not one["largest"].requires_grad
+
+
+def test_evaluation_and_other_shapes_are_computed_without_graphs():
+    module = Small()
+    graph_steps(module)
+    forward = module.forward
+    assert isinstance(forward, GraphedForward)
+    module(*batch(0))
+    assert forward._graphs is not None
+    replays = forward._graphs.forward.replays
+    with torch.no_grad():
+        module(*batch(1))
+    module(*batch(1, size=2))
+    module.eval()(*batch(1))
+    assert forward._graphs.forward.replays == replays
+    module.train()(*batch(1))
+    assert forward._graphs.forward.replays == replays + 1
+
+
+def test_the_capture_leaves_buffers_as_they_were():
+    module = Small()
+    graph_steps(module)
+    forward = module.forward
+    assert isinstance(forward, GraphedForward)
+    module(*batch(0))
+    assert forward._graphs is not None
+    # Computing again counts where a GPU's graph would: once for the step itself.
+    assert module.calls == 1
+
+
+def test_a_method_trains_as_without_graphs():
+    results = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        method = tiny_lomar()
+        if graphed:
+            graph_steps(method)
+        optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3)
+        for seed in range(3):
+            images, masks = random_images(method), random_mask_indices(method, seed=seed)
+            method(images, masks)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(method.state_dict())
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "problem"),
+    [
+        (["train.ds_config=zero3"], 3, "ZeRO stage 3"),
+        (["model.grad_checkpointing=true"], 1, "grad_checkpointing"),
+        (["lut.alpha=1.0", "data.crop=simple"], 1, "LUT"),
+        ([], 1, "needs a GPU"),
+    ],
+)
+def test_graphs_that_cannot_be_made_are_refused_if_asked_for(overrides: list[str], stage: int, problem: str):
+    keys = ["data.shards=none", *overrides]
+    config = load("mae_vitb16_224_1600e", [*keys, "model.cuda_graphs=on"])
+    with pytest.raises(ValueError, match=problem):
+        choose_numerics(config, torch.device("cpu"), stage)
+    assert not choose_numerics(load("mae_vitb16_224_1600e", keys), torch.device("cpu"), stage).cuda_graphs
+
+
+def test_what_cannot_be_captured_names_the_key(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(cuda_graphs, "Recording", fails)
+    module = Small()
+    graph_steps(module)
+    with pytest.raises(ValueError, match=r"not permitted when stream is capturing\): set model\.cuda_graphs=off"):
+        module(*batch(0))
