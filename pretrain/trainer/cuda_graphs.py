@@ -121,10 +121,8 @@ class GraphedForward:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                problem = str(error).splitlines()[0]
-                raise ValueError(
-                    f"no CUDA graph can be made of a step ({problem}): set model.cuda_graphs=off"
-                ) from error
+                problem = f"no CUDA graph can be made of a step ({str(error).splitlines()[0]})"
+                raise ValueError(f"{problem}: set model.cuda_graphs=off") from error
         if layout(leaves, structure) != self._graphs.layout:
             return self._function(*args, **kwargs)
         return self._graphs(leaves)

@@ -66,7 +66,8 @@ def test_gradients_of_several_micro_batches_are_summed_and_scaled():
             (one(*batch(seed))["loss"] / 3).backward()
     assert module.unused.weight.grad is None
     for mine, theirs in zip(module.used.parameters(), plain.used.parameters(), strict=True):
-        assert mine.grad is not None and theirs.grad is not None
+        assert mine.grad is not None
+        assert theirs.grad is not None
         assert torch.equal(mine.grad, theirs.grad)
 
 
