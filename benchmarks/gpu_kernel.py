@@ -82,11 +82,11 @@ def by_torch(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[],
     A step makes the buckets once for all blocks, so they are no part of the call.
     """
     key, buckets = RelativeKey(qkv.shape[-1]), grid_buckets(SIZE, SIZE).to(qkv.device)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     with torch.autocast(qkv.device.type, qkv.dtype):
         position = buckets if patches is None else pair_buckets(buckets, patches)
 
     def call() -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         with torch.autocast(qkv.device.type, qkv.dtype):
             bias = functional_call(key, {"lookup_table_weight": table[None]}, (q, position))
             return attend(q, k, v, bias).transpose(1, 2)

@@ -8,7 +8,8 @@
    SDPA and with the window kernel;
 3. memory of 1, 2 and 4 real DeepSpeed processes in every ZeRO stage: after a step, and at its peak;
 4. hours and rates that papers report, planned as far as possible as their authors computed: eager, fp32 residual,
-   attention through memory. docs/planning.md says why they are off.
+   attention through memory. docs/planning.md says why they are off;
+5. steps that were measured on an H200.
 
 `--quick` takes a smaller encoder on the CPU, and no 4 processes. Minutes on two cores. The last line is one JSON
 object.
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from benchmarks import fake_gpu
 from benchmarks.allocated import draw_batch, measure_step
 from benchmarks.cost import LOMAR, MAE, SIMMIM
+from benchmarks.plan_steps import planned_steps
 from benchmarks.saved import saved_storages
 from pretrain.build import build_ema, build_method
 from pretrain.config import PretrainConfig, load
@@ -264,6 +266,10 @@ def check_published() -> list[Row]:
     return [Row("published", name, unit, truth, planned()) for name, unit, truth, planned in tqdm(PUBLISHED)]
 
 
+def check_measured() -> list[Row]:
+    return [Row("measured", name, "ms", ms, planned) for name, ms, planned in planned_steps("h200")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -273,6 +279,7 @@ def main() -> None:
         "kept, compiled by Inductor": check_compiled,
         "allocated by real engines, ViT-S": lambda: check_memory(quick),
         "published": check_published,
+        "measured on an H200": check_measured,
     }
     results = []
     for title, check in checks.items():

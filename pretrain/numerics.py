@@ -64,6 +64,8 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
     if cuda and config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"{name} has no bf16: set train.precision=fp32 (GPUs since the A100 have it)")
+    if model.cuda_graphs and not cuda:
+        raise ValueError("model.cuda_graphs=true needs a GPU: set model.cuda_graphs=false")
     check_settings(config, stage)
     obstacle = window_kernel_obstacle(config, device)
     if model.attention == "triton" and obstacle:
@@ -73,7 +75,7 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
         attention="triton" if model.attention != "sdpa" and not obstacle else "sdpa",
         residual=model.residual,
         sdpa=("efficient" if config.train.deterministic else "fastest") if cuda else "cpu",
-        cuda_graphs=_choose_cuda_graphs(config, cuda, stage),
+        cuda_graphs=model.cuda_graphs,
         why_sdpa="model.attention=sdpa" if model.attention == "sdpa" else obstacle,
     )
 
@@ -87,8 +89,8 @@ def check_settings(config: PretrainConfig, stage: int) -> None:
             "model.compile=on loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8, without an error: set "
             "model.compile=off, or train.ds_config=zero2"
         )
-    if config.model.cuda_graphs == "on" and (obstacle := cuda_graphs_obstacle(config, stage)):
-        raise ValueError(f"model.cuda_graphs=on cannot be used: {obstacle}; set model.cuda_graphs=auto")
+    if config.model.cuda_graphs and (obstacle := cuda_graphs_obstacle(config, stage)):
+        raise ValueError(f"model.cuda_graphs=true cannot be used: {obstacle}; set model.cuda_graphs=false")
 
 
 def cuda_graphs_obstacle(config: PretrainConfig, stage: int) -> str:
@@ -100,14 +102,6 @@ def cuda_graphs_obstacle(config: PretrainConfig, stage: int) -> str:
     if config.lut:
         return "LUT's ranks exchange statistics in the middle of a pass"
     return ""
-
-
-def _choose_cuda_graphs(config: PretrainConfig, cuda: bool, stage: int) -> bool:
-    if config.model.cuda_graphs == "on" and not cuda:
-        raise ValueError("model.cuda_graphs=on needs a GPU: set model.cuda_graphs=auto")
-    # Of methods that are not ours nobody knows whether they wait for the GPU in the middle.
-    possible = cuda and not config.method.module and not cuda_graphs_obstacle(config, stage)
-    return config.model.cuda_graphs == "on" or (config.model.cuda_graphs == "auto" and possible)
 
 
 def _choose_compile(wish: str, device: torch.device, stage: int) -> bool:

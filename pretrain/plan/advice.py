@@ -7,6 +7,7 @@ from typing import Any
 from pretrain.config import PretrainConfig
 from pretrain.methods import METHODS
 from pretrain.models.vit import ARCHS
+from pretrain.numerics import cuda_graphs_obstacle
 from pretrain.plan.estimate import Plan, choose_numerics, make_plan
 from pretrain.plan.trace import trace_method
 from pretrain.trainer.recipe import merge
@@ -48,6 +49,8 @@ def _candidates(plan: Plan) -> list[tuple[dict[str, Any], str]]:
     candidates: list[tuple[dict[str, Any], str]] = []
     if not plan.numerics.compile and plan.zero.stage < 3:
         candidates.append(({"model": {"compile": "on"}}, ""))
+    if not plan.numerics.cuda_graphs and not cuda_graphs_obstacle(config, plan.zero.stage):
+        candidates.append(({"model": {"cuda_graphs": True}}, "see docs/speed.md"))
     if plan.numerics.residual == "fp32" and config.train.precision == "bf16":
         candidates.append(({"model": {"residual": "bf16"}}, "less exact"))
     if plan.numerics.attention == "sdpa":

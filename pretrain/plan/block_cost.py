@@ -27,6 +27,7 @@ class Numerics:
             memory, as a CPU does, and the code of MAE's and LoMaR's authors.
         precision: of the whole training; fp32 means no autocast.
         hopper: whether the GPU has compute capability 9.x, by which the window kernel is started.
+        cuda_graphs: whether the host starts a pass by one call.
     """
 
     compile: bool = False
@@ -34,6 +35,7 @@ class Numerics:
     attention: AttentionKind = "sdpa"
     precision: Literal["bf16", "fp32"] = "bf16"
     hopper: bool = True
+    cuda_graphs: bool = False
 
 
 class Pass(NamedTuple):

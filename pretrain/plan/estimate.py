@@ -163,8 +163,8 @@ def shipped_zero(stage: int) -> Zero:
 
 
 def _stage_memory(cluster: Cluster, numerics: Numerics, trace: Trace, micro_batch: int, zero: Zero) -> StageMemory:
-    if zero.stage == 3:  # torch.compile loses gradients there
-        numerics = replace(numerics, compile=False)
+    if zero.stage == 3:  # torch.compile loses gradients there, and CUDA graphs have no place for its weights
+        numerics = replace(numerics, compile=False, cuda_graphs=False)
     found: list[tuple[Memory, int]] = []
     for checkpointing in (False, True):
         memory = step_memory(trace, numerics, zero, cluster.gpus, micro_batch, checkpointing)
@@ -190,4 +190,5 @@ def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
         attention="triton" if model.attention != "sdpa" and not obstacle else "sdpa",
         precision=config.train.precision,
         hopper=cluster.gpu.hopper,
+        cuda_graphs=model.cuda_graphs,
     )

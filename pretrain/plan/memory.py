@@ -141,6 +141,8 @@ def step_memory(
 ) -> Memory:
     """A step's peak with micro-batches of `images`: as the backward pass starts, or in the optimizer's step."""
     weights, gradients, optimizer = state_memory(trace.parameters, zero, gpus)
+    if numerics.cuda_graphs:  # those that the graph writes, which are then copied or added up
+        weights += _FP32 * trace.parameters
     in_backward, in_step = engine_buffers(trace.parameters, zero, gpus)
     activations = images * activation_bytes(trace, numerics, checkpointing)
     gradients_in_flight = images * workspace_bytes(trace, numerics)

@@ -21,13 +21,13 @@ from pretrain.plan.trace import BlockCall, Trace
 # The share of the best matrix product's rate that those of a block of width D reach, 51,200 tokens at a time.
 _WIDTH_SHARE = ((192, 0.50), (384, 0.65), (512, 0.72), (768, 0.80), (1024, 0.84), (1280, 0.86))
 ENDS_SHARE = 0.7  # the same of the products outside of blocks
-DEPTHWISE_SHARE = 0.5  # of the peak in fp32 outside of tensor cores that a depth-wise convolution reaches, a guess
+DEPTHWISE_SHARE = 0.11  # of the peak in fp32 outside of tensor cores that cuDNN's depth-wise convolution reaches
 ATTENTION_SHARE = 0.35  # of the same rate, in attention kernels
 _SLOWER = {"triton": 1.25, "sdpa": 1.35, "unfused": 1.0}  # than the time that attention's bytes take
 COMPILED_ENDS = 1 / 3  # of the bytes of the ends, once compiled
-LAUNCH = 8e-6  # seconds of the host for a kernel
-_LAUNCHES = {True: 35, False: 92}  # of a block's two passes, compiled or not
-_END_LAUNCHES = 120
+# Seconds of the host to start a block's two passes: eager, compiled, and compiled with the window kernel.
+HOST_EAGER, HOST_COMPILED, HOST_WINDOWS = 3.2e-3, 2.4e-3, 3.0e-3
+MEASURED = 1.15  # what an H200 took over these formulas in eight steps: 1.09 to 1.25 times
 BETWEEN_STEPS = {True: 1e-3, False: 0.3e-3}  # seconds; DeepSpeed's ZeRO optimizers wait for the gradient's norm
 ADAMW_BYTES = 32  # of a parameter, fused, with the norm
 ZERO_BYTES = 40  # of a parameter: what ZeRO's flat copies move
@@ -109,8 +109,10 @@ def step_time(
     ends_bytes = (trace.ends.bytes - trace.ends.depthwise.bytes) * micro_batch + trace.ends.fixed_bytes
     ends = ends_bytes * (COMPILED_ENDS if numerics.compile else 1) / rate
     convolution = _depthwise_seconds(trace, gpu, micro_batch)
-    outside = ends + convolution
     casts = CAST_BYTES * trace.parameters / rate if numerics.precision == "bf16" else 0.0
+    forward, backward = ({part: MEASURED * s for part, s in one.items()} for one in (forward, backward))
+    ends, convolution, recomputed, casts = (MEASURED * s for s in (ends, convolution, recomputed, casts))
+    outside = ends + convolution
     busy = sum(forward.values()) + sum(backward.values()) + recomputed + outside + casts
     optimizer = _optimizer(trace, zero, cluster)
     communication = step_communication(
@@ -121,7 +123,7 @@ def step_time(
         sum(forward.values()) + outside / 3,
         sum(backward.values()) + recomputed + outside * 2 / 3,
     )
-    host = times * max(_launches(trace, numerics, config) * LAUNCH - busy, 0.0) + BETWEEN_STEPS[zero.stage > 0]
+    host = times * max(_host_seconds(trace, numerics, config) - busy, 0.0) + BETWEEN_STEPS[zero.stage > 0]
     computed = times * busy + optimizer + communication.exposed + host
     loaded = _loader_seconds(config, cluster)
     step = Step(
@@ -205,12 +207,17 @@ def _optimizer(trace: Trace, zero: Zero, cluster: Cluster) -> float:
     return seconds + ADAMW_BYTES * share / rate
 
 
-def _launches(trace: Trace, numerics: Numerics, config: PretrainConfig) -> float:
-    blocks = 0.0
+def _host_seconds(trace: Trace, numerics: Numerics, config: PretrainConfig) -> float:
+    """What the host needs to start a micro-batch's kernels, beside what the GPU computes."""
+    if numerics.cuda_graphs:
+        return 0.0
+    seconds = 0.0
     for call in trace.calls:
         recomputed = config.model.grad_checkpointing and call.encoder and call.backward
-        blocks += call.blocks * ((1.0 if call.backward else 1 / 3) + (1 / 3 if recomputed else 0.0))
-    return blocks * _LAUNCHES[numerics.compile] + _END_LAUNCHES
+        passes = (1.0 if call.backward else 1 / 3) + (1 / 3 if recomputed else 0.0)
+        compiled = HOST_WINDOWS if kernel(call, numerics) == "triton" else HOST_COMPILED
+        seconds += call.blocks * passes * (compiled if numerics.compile else HOST_EAGER)
+    return seconds
 
 
 def _loader_seconds(config: PretrainConfig, cluster: Cluster) -> float:

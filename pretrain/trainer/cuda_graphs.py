@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+Function = Callable[..., dict[str, Tensor]]
 WARMUP = 2  # passes before the capture: they compile, and allocate what libraries keep
 
 
@@ -44,26 +46,34 @@ class _Graphs:
         upstream: the gradient of the loss.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., dict[str, Tensor]], leaves: list, structure: Any):
+    def __init__(self, module: nn.Module, function: Function, leaves: list[Any], structure: Any):
         self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.layout = layout(leaves, structure)
+        self.layout, self.addresses = layout(leaves, structure), addresses(module)
+        # Engines keep nodes of autograd that belong to their parameters and to another stream, which a capture must not
+        # touch: the graphs are captured with other parameters, in the same memory.
+        plain = _Plain(module, function)
+        aliases: dict[str, Tensor] = {
+            name: nn.Parameter(p.detach(), p.requires_grad) for name, p in plain.named_parameters()
+        }
 
         def run() -> dict[str, Tensor]:
             args, kwargs = tree_unflatten(self.inputs, structure)
             with _uncached_autocast():
-                return function(*args, **kwargs)
+                return functional_call(plain, aliases, args, kwargs)
 
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        trained = {name: alias for name, alias in aliases.items() if alias.requires_grad}
         with _state_kept(module):
-            gradients = _warm_up(lambda: torch.autograd.grad(run()["loss"], trained, allow_unused=True))
-            self.parameters = [p for p, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+            gradients = _warm_up(lambda: torch.autograd.grad(run()["loss"], [*trained.values()], allow_unused=True))
+            used = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
             del gradients
+            self.parameters = [plain.get_parameter(name) for name in used]
+            self._aliases = [aliases[name] for name in used]
             self.forward = Recording(run)
             self.upstream = torch.ones_like(self.forward.result["loss"])
             self.backward = Recording(self._differentiate, self.forward)
 
     def _differentiate(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward.result["loss"], self.parameters, self.upstream)
+        return torch.autograd.grad(self.forward.result["loss"], self._aliases, self.upstream)
 
     def __call__(self, leaves: list[Any]) -> dict[str, Tensor]:
         for mine, given in zip(self.inputs, leaves, strict=True):
@@ -96,11 +106,23 @@ class _Replay(torch.autograd.Function):
         return None, *graphs.backward.result
 
 
+class _Plain(nn.Module):
+    """A module that is called by another function than its `forward`."""
+
+    def __init__(self, module: nn.Module, function: Function):
+        super().__init__()
+        self.module, self._function = module, function
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return self._function(*args, **kwargs)
+
+
 class GraphedForward:
     """Takes the place of a module's `forward`, which returns a dict with a scalar `loss` and numbers to be logged.
 
-    The graphs are captured at the first call in training; evaluation, and inputs of other shapes, get the function
-    itself. Between a call and the next one, its backward pass has to be done or is lost.
+    The graphs are captured at the first call in training, and again when parameters have moved in memory; evaluation,
+    and inputs of other shapes, get the function itself. Between a call and the next one, its backward pass has to be
+    done or is lost.
 
     Raises, when called:
         ValueError: the module cannot be captured.
@@ -115,14 +137,15 @@ class GraphedForward:
         if not (self._module.training and torch.is_grad_enabled()):
             return self._function(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
-        if self._graphs is None:
+        if self._graphs is None or self._graphs.addresses != addresses(self._module):
+            self._graphs = None
             try:
                 self._graphs = _Graphs(self._module, self._function, leaves, structure)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 problem = f"no CUDA graph can be made of a step ({str(error).splitlines()[0]})"
-                raise ValueError(f"{problem}: set model.cuda_graphs=off") from error
+                raise ValueError(f"{problem}: set model.cuda_graphs=false") from error
         if layout(leaves, structure) != self._graphs.layout:
             return self._function(*args, **kwargs)
         return self._graphs(leaves)
@@ -130,12 +153,17 @@ class GraphedForward:
 
 def graph_steps(module: nn.Module) -> None:
     """From now on a module on a GPU trains by CUDA graphs."""
-    module.forward = GraphedForward(module)  # type: ignore[method-assign, assignment]
+    module.forward = GraphedForward(module)
 
 
 def layout(leaves: list[Any], structure: Any) -> tuple[Any, ...]:
     """What has to be equal for a graph to serve: shapes and dtypes of tensors, and all that is no tensor."""
     return structure, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def addresses(module: nn.Module) -> list[int]:
+    """Where the parameters are."""
+    return [parameter.data_ptr() for parameter in module.parameters()]
 
 
 def _uncached_autocast() -> torch.autocast:

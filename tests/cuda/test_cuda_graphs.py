@@ -38,6 +38,6 @@ def test_what_a_graph_cannot_hold_is_an_error_that_names_the_key(device: torch.d
 
     module = Waits(4, 4).to(device)
     graph_steps(module)
-    with pytest.raises(ValueError, match=r"set model\.cuda_graphs=off"):
+    with pytest.raises(ValueError, match=r"set model\.cuda_graphs=false"):
         module(torch.ones(2, 4, device=device))
     assert float(torch.ones(1, device=device)) == 1  # the GPU can still be used

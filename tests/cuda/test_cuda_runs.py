@@ -30,6 +30,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "lomar_fast": FAST | {"model": EAGER},
     "mae": {"method": MAE, "model": EAGER | {"position": "sincos"}},
     "compiled": FAST | {"model": COMPILED},
+    "graphs": FAST | {"model": EAGER | {"cuda_graphs": True}},
 }
 LONG = "train.epochs=4"
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -45,8 +46,14 @@ def recipes(
 
 @pytest.fixture(scope="module")
 def stages(recipes: dict[str, Path], command: Callable[..., Command]) -> dict[str, Command]:
-    """A run of LoMaR in each ZeRO stage."""
-    return {stage: command(recipes["lomar"], f"train.ds_config={stage}", f"name={stage}") for stage in STAGES}
+    """A run of LoMaR in each ZeRO stage, and in those that allow it by CUDA graphs."""
+    return {
+        stage: command(recipes["lomar"], f"train.ds_config={stage[:5]}", f"name={stage}", *keys)
+        for stage, keys in {
+            **dict.fromkeys(STAGES, ()),
+            **{f"{stage}-graphs": ("model.cuda_graphs=true",) for stage in STAGES[:3]},
+        }.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def test_killed_and_continued_ends_with_the_same_bits(training: str, killed: dic
     assert_same_run(folder, folder.with_name(f"{folder.name}-killed"))
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("stage", [*STAGES[1:], *(f"{stage}-graphs" for stage in STAGES[:3])])
 def test_every_zero_stage_computes_the_same(stage: str, stages: dict[str, Command], recipes: dict[str, Path]):
     """As far as bf16 lets it: a weight that differs in its last fp32 bit may be rounded to another bf16 number."""
     for run in stages.values():
@@ -109,6 +116,11 @@ def test_every_zero_stage_computes_the_same(stage: str, stages: dict[str, Comman
 def test_compiled_is_close_to_eager(killed: dict[str, Path]):
     eager, compiled = (read_metrics(killed[name] / "metrics.jsonl") for name in ("lomar_fast", "compiled"))
     assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in eager], rel=2e-2)
+
+
+def test_graphs_compute_what_kernels_started_one_by_one_do(killed: dict[str, Path]):
+    eager, graphs = (read_metrics(killed[name] / "metrics.jsonl") for name in ("lomar_fast", "graphs"))
+    assert [row["loss"] for row in graphs] == pytest.approx([row["loss"] for row in eager], rel=1e-3)
 
 
 def test_out_of_memory_is_one_clear_line(

@@ -23,6 +23,7 @@ from torch import Tensor
 from data.loader import Batch
 from downstream.checkpoints.feature_teachers import read_feature_teacher
 from helpers.processes import SMALL
+from helpers.recomputed import graphs_on_a_cpu
 from pretrain.build import build_ema, build_method
 from pretrain.config import PretrainConfig, load
 from pretrain.methods.targets.features import EMAConfig
@@ -176,11 +177,14 @@ def train_small(
     from pretrain.finish import encoder_state_dict, save_encoder
     from pretrain.trainer.checkpoint import Checkpoints
     from pretrain.trainer.checkpoint_layout import TrainState
+    from pretrain.trainer.cuda_graphs import graph_steps
     from pretrain.trainer.engine import build_engine, effective_settings, gather_state_dict, zero_stage
     from pretrain.trainer.loop import Run, train
 
     loader: Any = FixedBatches(config, method.mask_sampler(), world)
     ema = build_ema(config, method, device)
+    if config.model.cuda_graphs:
+        graph_steps(method)
     settings = small_settings(config, world.size)
     groups = parameter_groups(method, config.optim.weight_decay)
     engine = build_engine(method, build_adamw(groups, config, zero_stage(settings)), config, settings)
@@ -191,7 +195,8 @@ def train_small(
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     state, resumed = checkpoints.resume(engine, ema, fresh)
-    train(Run(config, world, device, folder, loader, engine, ema, checkpoints, state))
+    with graphs_on_a_cpu():
+        train(Run(config, world, device, folder, loader, engine, ema, checkpoints, state))
     weights, effective = gather_state_dict(engine, world), effective_settings(engine)
     if world.is_main:
         save_encoder(encoder_state_dict(method, weights), config, folder.encoder)

@@ -1,38 +1,24 @@
 """Steps by CUDA graphs, with a recording that computes again on a CPU: what autograd and a training see of them."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from helpers.recomputed import graphs_on_a_cpu
 from helpers.tiny import random_images, random_mask_indices, tiny_lomar
 from torch import nn
 
 from pretrain.config import load
-from pretrain.numerics import choose_numerics
+from pretrain.numerics import check_settings, choose_numerics
 from pretrain.trainer import cuda_graphs
 from pretrain.trainer.cuda_graphs import GraphedForward, graph_steps
 
 
-class Recomputed:
-    """A recording that calls the function again, on what its inputs are by then."""
-
-    def __init__(self, function: Callable[[], Any], before: "Recomputed | None" = None):
-        self.function, self.replays = function, 0
-        self.replay()
-
-    def replay(self) -> None:
-        with torch.enable_grad():
-            self.result = self.function()
-        self.replays += 1
-
-
 @pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "Recording", Recomputed)
-    monkeypatch.setattr(cuda_graphs, "_warm_up", lambda function: function())
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
+def on_a_cpu() -> Iterator[None]:
+    with graphs_on_a_cpu():
+        yield
 
 
 class Small(nn.Module):
@@ -101,6 +87,15 @@ def test_evaluation_and_other_shapes_are_computed_without_graphs():
     assert forward._graphs.forward.replays == replays + 1
 
 
+def test_parameters_that_moved_in_memory_are_captured_again():
+    module, plain = Small(), Small()
+    graph_steps(module)
+    module(*batch(0))
+    for parameter, other in zip(module.parameters(), plain.parameters(), strict=True):
+        parameter.data = other.data.clone()
+    assert torch.equal(module(*batch(1))["loss"], plain(*batch(1))["loss"])
+
+
 def test_the_capture_leaves_buffers_as_they_were():
     module = Small()
     graph_steps(module)
@@ -133,18 +128,21 @@ def test_a_method_trains_as_without_graphs():
 @pytest.mark.parametrize(
     ("overrides", "stage", "problem"),
     [
-        (["train.ds_config=zero3"], 3, "ZeRO stage 3"),
+        ([], 3, "ZeRO stage 3"),
         (["model.grad_checkpointing=true"], 1, "grad_checkpointing"),
         (["lut.alpha=1.0", "data.crop=simple"], 1, "LUT"),
-        ([], 1, "needs a GPU"),
     ],
 )
-def test_graphs_that_cannot_be_made_are_refused_if_asked_for(overrides: list[str], stage: int, problem: str):
-    keys = ["data.shards=none", *overrides]
-    config = load("mae_vitb16_224_1600e", [*keys, "model.cuda_graphs=on"])
-    with pytest.raises(ValueError, match=problem):
-        choose_numerics(config, torch.device("cpu"), stage)
-    assert not choose_numerics(load("mae_vitb16_224_1600e", keys), torch.device("cpu"), stage).cuda_graphs
+def test_graphs_that_no_device_can_make_are_refused(overrides: list[str], stage: int, problem: str):
+    config = load("mae_vitb16_224_1600e", ["data.shards=none", "model.cuda_graphs=true", *overrides])
+    with pytest.raises(ValueError, match=rf"{problem}.*set model\.cuda_graphs=false"):
+        check_settings(config, stage)
+
+
+def test_graphs_need_a_gpu():
+    config = load("mae_vitb16_224_1600e", ["data.shards=none", "model.cuda_graphs=true"])
+    with pytest.raises(ValueError, match=r"needs a GPU: set model\.cuda_graphs=false"):
+        choose_numerics(config, torch.device("cpu"), 1)
 
 
 def test_what_cannot_be_captured_names_the_key(monkeypatch: pytest.MonkeyPatch):
@@ -154,5 +152,5 @@ def test_what_cannot_be_captured_names_the_key(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda_graphs, "Recording", fails)
     module = Small()
     graph_steps(module)
-    with pytest.raises(ValueError, match=r"not permitted when stream is capturing\): set model\.cuda_graphs=off"):
+    with pytest.raises(ValueError, match=r"not permitted when stream is capturing\): set model\.cuda_graphs=false"):
         module(*batch(0))

@@ -105,6 +105,7 @@ def test_a_run_continues_only_with_equal_keys_but_for_these():
         "method.module",
         "model.attention",
         "model.compile",
+        "model.cuda_graphs",
         "model.grad_checkpointing",
         "model.residual",
         "name",
