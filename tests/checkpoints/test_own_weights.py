@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.ports import free_port
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -59,9 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "log": {"every_steps": 1, "num_reconstructions": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     ranks = []
     for rank in ("0", "1"):
         launcher = {

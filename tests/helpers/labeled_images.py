@@ -1,7 +1,6 @@
 """Labeled images to evaluate on, classifiers to evaluate, and commands on several ranks."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 import downstream.checkpoints.timm_models  # noqa: F401  # registers our models with timm
 from downstream.classify.classifier_spec import ClassifierSpec
+from helpers.ports import free_port
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.launch import World
 
@@ -72,9 +72,7 @@ def run_in_process(module: Any, *arguments: object) -> dict[str, Any]:
 
 def run_command(*arguments: object, ranks: int = 1) -> tuple[int, str, str]:
     """Runs `python ARGUMENTS` on each rank; returns the exit code, stdout and stderr of the main one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     started = []
     for rank in range(ranks):
         rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}

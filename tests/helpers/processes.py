@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 
+from helpers.ports import free_port
 from pretrain.models import vit
 
 TESTS = Path(__file__).parents[1]
@@ -83,10 +83,7 @@ class Processes:
     _numbers = itertools.count()
 
     def __init__(self, script: str, arguments: list[str], count: int, cwd: Path, port: int | None):
-        if port is None:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
+        port = free_port() if port is None else port
         number = next(self._numbers)
         self.all = []
         for rank in range(count):
