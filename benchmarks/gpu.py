@@ -54,21 +54,22 @@ def cells(wanted: list[Cell], checkouts: dict[str, Path]) -> list[Section]:
     ]
 
 
-def engine_sections(*runs: tuple[str, bool]) -> list[Section]:
-    """Real runs, each of a DeepSpeed file and of the fast variant or not."""
+def engine_sections(*runs: tuple[str, bool, bool]) -> list[Section]:
+    """Real runs, each of a DeepSpeed file, of the fast variant or not, and by CUDA graphs or not."""
 
-    def section(ds_config: str, fast: bool) -> Callable[[Session], None]:
+    def section(arguments: tuple[str, bool, bool]) -> Section:
+        # The name without importing webdataset, which not every machine has.
+        ds_config, fast, graphs = arguments
+        name = f"engine: {'fast' if fast else 'lomar'}, {ds_config}{', CUDA graphs' if graphs else ''}"
+
         def run(session: Session) -> None:
-            from benchmarks.gpu_engine import Run, engine  # imports webdataset, which not every machine has
+            from benchmarks.gpu_engine import Run, engine
 
-            engine(Run(ds_config, fast))(session)
+            engine(Run(*arguments))(session)
 
-        return run
+        return Section(name, "engine", 100, run)
 
-    return [
-        Section(f"engine: {'fast' if fast else 'lomar'}, {ds_config}", "engine", 100, section(ds_config, fast))
-        for ds_config, fast in runs
-    ]
+    return [section(arguments) for arguments in runs]
 
 
 def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
@@ -97,7 +98,7 @@ def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
     if dry:
         tried = [*first_cells(), Cell("vit_base", 448, "fast", "now"), Cell("vit_base", 224, "lomar", BF16)]
         tried += theirs[: len(checkouts)]
-        return [*start, *kernel, *profiles, *sweeps, *cells(tried, checkouts), *engine_sections(("zero0", True))]
+        return [*start, *kernel, *profiles, *sweeps, *cells(tried, checkouts), *engine_sections(("zero0", True, False))]
     return [
         *start,
         *cells([*first_cells(), *theirs[: len(checkouts)]], checkouts),
@@ -105,7 +106,9 @@ def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
         *cells(second_cells(), checkouts),
         *profiles,
         *sweeps[:1],
-        *engine_sections(("zero1", False), ("zero0", True)),
+        *engine_sections(
+            ("zero0", True, True), ("zero1", False, True), ("zero0", True, False), ("zero1", False, False)
+        ),
         *sweeps[1:],
         *cells([*further_cells(), *theirs[len(checkouts) :]], checkouts),
     ]

@@ -96,12 +96,15 @@ class Session:
         self._free_memory_or_restart()
 
     def _free_memory_or_restart(self) -> None:
-        """After an illegal memory access nothing works in this process any more: a new one does what is left."""
+        """In a new process what is left is done, if this one can do no more.
+
+        That is so after an illegal memory access, and random numbers are lost when a CUDA graph could not be captured.
+        """
         if self.dry:
             return free_memory()
         try:
             free_memory()  # which fails as well
-            torch.zeros(1, device=self.device).add(1).item()
+            torch.rand(1, device=self.device).item()
         except RuntimeError:
             self.say("the GPU cannot be used any more by this process; a new one goes on")
             words = [word for word in sys.argv if word != "--resume"]
