@@ -90,16 +90,15 @@ def variants(size: Size) -> dict[str, Variant]:
     sincos, hog = "model.position=sincos", "target.name=hog"
     mae = ("method.name=mae", *size.decoder, sincos)
     lomar, pr_mim = "method.name=lomar", ("pr_mim.throw_ratio=0.5", "pr_mim.kernel_size=7")
-    asymmetric = (lomar, "method.architecture=asymmetric", *size.decoder)
     return {
         "MAE": Variant(mae),
         "LoMaR": Variant((lomar,)),
         "LoMaR fast": Variant((lomar, size.late, *pr_mim)),
         "LocalMIM": Variant(("method.name=local_mim", *size.small_decoder, *size.cells(4), sincos)),
         "LoMaR multiscale": Variant((lomar, "method.architecture=multiscale", *size.small_decoder, *size.cells(3))),
-        "LoMaR cross": Variant((*asymmetric, "method.decoder=cross", hog, size.half_patch)),
-        "LoMaR asymmetric": Variant(asymmetric),
-        "MAE, HOG": Variant((*mae, hog, size.half_patch)),
+        "LoMaR cross": Variant(
+            (lomar, "method.architecture=asymmetric", *size.decoder, "method.decoder=cross", hog, size.half_patch)
+        ),
         "MFF": Variant(("method.name=mff", f"method.blocks={size.fused}", *size.decoder, sincos)),
         "MAE + LUT": Variant((*mae, f"lut.hidden_dim={4 * size.dim}", "lut.alpha=1.0", "data.crop=simple")),
     }
