@@ -55,7 +55,7 @@ def check_image(data: bytes) -> ImageFacts:
             used_bits=_used_bits(image, stored_as),
             is_gray=image.mode.startswith("I;16"),
             has_more_pictures=has_more_pictures,
-            is_turned=_is_turned(image),
+            is_turned=orientation_of(image) != _UPRIGHT,
             is_flat=_is_flat(image),
         )
     except Exception as error:
@@ -82,11 +82,12 @@ def rewrite_16_bit_gray(data: bytes, bits: int) -> bytes:
     return file.getvalue()
 
 
-def _is_turned(image: Image.Image) -> bool:
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's number of an image whose pixels have been read: 1 if it is upright."""
     try:
-        return image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT  # Pillow has done what a TIFF file says
+        return int(image.getexif().get(_ORIENTATION, _UPRIGHT))  # Pillow has done what a TIFF file says
     except Exception:  # damaged metadata raises anything, and does not make the pixels worse
-        return False
+        return _UPRIGHT
 
 
 def _is_flat(image: Image.Image) -> bool:

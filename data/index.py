@@ -21,6 +21,7 @@ from data.messages import one_or_list
 from data.multi_labels import MultiLabels
 from data.scan import ShardContent, describe_unused, scan_shard
 from data.shard_files import find_shards, tars_below
+from data.shrink import read_shrink
 
 FORMAT = 2
 HOW_TO_REINDEX = "if the shards are as they should be, run `python -m data.verify SHARDS --reindex`"
@@ -67,6 +68,7 @@ class Index:
     keys: Keys  # N WebDataset keys
     classes: tuple[str, ...]  # names of the labels, from classes.txt; may be empty
     fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; not of the folder
+    shrunk: str = ""  # how photographs were made smaller as they were packed
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -157,6 +159,7 @@ def read_index(path: Path, root: Path) -> Index:
             keys=Keys(fields["key_text"], fields["key_ends"]),
             classes=tuple(str(name) for name in fields["classes"]),
             fingerprint=str(fields["fingerprint"]),
+            shrunk=str(fields.get("shrunk", "")),
             **arrays,
         )
     except Exception as error:  # zipfile, zlib, NumPy, KeyError: a damaged file may raise anything
@@ -248,6 +251,7 @@ def _index(
         keys=keys,
         classes=classes,
         fingerprint=digest.hexdigest(),
+        shrunk=str(read_shrink(root) or ""),
     )
 
 
@@ -283,6 +287,7 @@ def _publish(index: Index, path: Path) -> None:
             key_text=index.keys.text,
             key_ends=index.keys.ends,
             label_problem=np.array(index.label_problem),
+            shrunk=np.array(index.shrunk),
             **arrays,
         )
         file.flush()

@@ -1,8 +1,9 @@
 """Packs an image folder or a list of files into WebDataset shards: ``python -m data.pack SOURCE OUT``.
 
-The files' bytes are copied unchanged (but for ``--bits``), in sorted order; training shuffles all samples anyway. Every
-image is decoded once to check it. Shards are written to ``OUT/.pack`` and published together at the end, so a killed
-run leaves no partial data where training looks, and the next run continues after the shards that were finished.
+The files' bytes are copied unchanged (but for ``--bits`` and ``--short-side``), in sorted order; training shuffles all
+samples anyway. Every image is decoded once to check it. Shards are written to ``OUT/.pack`` and published together at
+the end, so a killed run leaves no partial data where training looks, and the next run continues after the shards that
+were finished.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from data.pack_report import PackReport, class_table, empty_classes, note
 from data.parallel import default_workers, report_errors
 from data.scan import NO_LABEL
 from data.shard_writer import ShardTask, report_path, without_unreadable_classes, write_shards
+from data.shrink import PLAN_FILE, Shrink
 from data.sources import Source, describe_ignored, list_source
 
-PLAN_FILE = "pack.json"
 STAGING = ".pack"
 REJECTED_FILE = "rejected.txt"
+DEFAULT_QUALITY = 90
 
 
 def pack(
@@ -38,6 +40,7 @@ def pack(
     workers: int = 1,
     bad: str = "refuse",
     bits: int | None = None,
+    shrink: Shrink | None = None,
 ) -> Index:
     """Writes the shards, ``classes.txt`` and the index of ``source`` into ``out``; continues an interrupted run.
 
@@ -51,6 +54,7 @@ def pack(
         workers: processes.
         bad: 'refuse' publishes nothing if any file is not a readable image; 'skip' lists them in ``rejected.txt``.
         bits: gray pictures of 16 bits are rewritten as PNGs of 8, with 2**bits - 1 as white.
+        shrink: larger photographs are made smaller.
 
     Raises:
         ValueError: unreadable images, ``out`` holds other shards, or has no room for these.
@@ -60,12 +64,16 @@ def pack(
         raise ValueError(f"--samples-per-shard {samples_per_shard} must be at least 1")
     if bits is not None and not 1 <= bits <= 16:
         raise ValueError(f"--bits {bits} must be from 1 to 16")
+    if shrink is not None:
+        shrink.check()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
     staging = out / STAGING
     plan: dict[str, str | int] = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
-    with _plan(out, plan if bits is None else {**plan, "bits": bits}):
+    plan |= {} if bits is None else {"bits": bits}
+    plan |= {} if shrink is None else shrink._asdict()
+    with _plan(out, plan):
         if not staging.exists() and any(out.glob("*.tar")):
             return load_index(out)  # complete already
         staging.mkdir(exist_ok=True)
@@ -78,6 +86,7 @@ def pack(
                 source.files[start : start + samples_per_shard],
                 staging / f"{prefix}-{number:06d}.tar",
                 bits,
+                shrink,
             )
             for number, start in enumerate(range(0, len(source.files), samples_per_shard))
         ]
@@ -164,6 +173,14 @@ def _summary(index: Index, out: Path) -> str:
     return f"{len(index)} samples {what} in {len(index.shards)} shards in {out}"
 
 
+def _shrink(short_side: int | None, quality: int | None) -> Shrink | None:
+    if short_side is not None:
+        return Shrink(short_side, DEFAULT_QUALITY if quality is None else quality)
+    if quality is not None:
+        raise ValueError(f"--quality {quality} is of photographs that --short-side shrinks: give both")
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.pack", description=__doc__.split("\n")[0])
@@ -186,6 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="rewrite gray pictures of 16 bits as PNGs of 8 bits, in which the largest number of N bits is white",
     )
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        metavar="N",
+        help="shrink photographs whose short side is longer to N pixels, turned upright, and write them as JPEGs",
+    )
+    parser.add_argument("--quality", type=int, metavar="N", help=f"of these JPEGs (default: {DEFAULT_QUALITY})")
     args = parser.parse_args(argv)
 
     def command() -> int:
@@ -198,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers=args.num_workers,
             bad=args.bad,
             bits=args.bits,
+            shrink=_shrink(args.short_side, args.quality),
         )
         left_out = len(source.files) - len(index)
         if empty := empty_classes(index):

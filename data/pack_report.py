@@ -29,6 +29,7 @@ class PackReport:
     images: int = 0  # packed
     more_pictures: int = 0  # files with several, of which the first is used
     turned: int = 0  # by EXIF
+    shrunk: int = 0  # rewritten with a shorter short side
 
     def add(self, facts: ImageFacts) -> None:
         """Counts a packed image."""
@@ -63,6 +64,7 @@ class PackReport:
             merged.images += report.images
             merged.more_pictures += report.more_pictures
             merged.turned += report.turned
+            merged.shrunk += report.shrunk
         return merged
 
     def remarks(self) -> Iterator[str]:
@@ -89,6 +91,8 @@ class PackReport:
                 f"the first picture alone is used of files with several (animations, pages): {self.more_pictures} of "
                 f"{self.images}"
             )
+        if self.shrunk:
+            yield f"{self.shrunk} of {self.images} images were shrunk, the others packed as they are"
         if self.turned:
             yield (
                 "images stored lying or mirrored, with an EXIF orientation, are used as they are stored: "

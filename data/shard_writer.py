@@ -16,6 +16,7 @@ from data.names import readable, shown
 from data.pack_report import PackReport
 from data.parallel import run_parallel
 from data.scan import NO_LABEL
+from data.shrink import Shrink, shrink_image
 from data.sources import Source, SourceFile
 
 _EXTENSIONS = {
@@ -40,6 +41,7 @@ class ShardTask:
     files: tuple[SourceFile, ...]
     path: Path  # in the staging folder; exists only once the shard is complete
     bits: int | None
+    shrink: Shrink | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
         ValueError: there is no room for them, or a file has changed.
     """
     needed, free = sum(file.size + _HEADERS for task in tasks for file in task.files), shutil.disk_usage(out).free
-    if needed > free:
+    if needed > free and not any(task.shrink for task in tasks):  # else nobody knows what they need
         raise ValueError(
             f"{out}: the shards need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free: make room, or give "
             "another OUT"
@@ -132,9 +134,13 @@ def _write_shard(task: ShardTask) -> None:
                     )
                 try:
                     data, facts = _prepare(data, task.bits)
+                    smaller = shrink_image(data, task.shrink) if task.shrink else None
                 except BadImage as error:
                     report.rejected.append(f"{readable(source.name)}\t{error}")
                     continue
+                if smaller is not None:
+                    data, facts = smaller, facts._replace(format="JPEG", is_turned=False)
+                    report.shrunk += 1
                 report.add(facts)
                 _add(tar, f"{source.key}.{_EXTENSIONS[facts.format]}", data)
                 if source.label != NO_LABEL:

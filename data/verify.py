@@ -136,7 +136,8 @@ def _summary(index: Index, unused: Counter[str]) -> str:
         f"{len(index)} samples in {len(index.shards)} shards, {index.shard_bytes.sum() / 1e9:.3f} GB; "
         f"mean image {index.length.mean() / 1e3:.1f} kB; labels {labels}, {without} without, "
         f"{len(index.classes)} class names; fingerprint {index.fingerprint}"
-        f"{f'; members not used: {describe_unused(unused)}' if unused else ''}{problem}"
+        f"{f'; members not used: {describe_unused(unused)}' if unused else ''}"
+        f"{f'; {index.shrunk}' if index.shrunk else ''}{problem}"
     )
 
 

@@ -15,6 +15,7 @@ import torch._inductor
 from torch import nn
 from torch.utils._triton import has_triton
 
+from data.decode import DECODER
 from data.draw import MASKS
 from pretrain.config import PretrainConfig
 from pretrain.methods.targets import PatchTarget
@@ -37,6 +38,7 @@ class Numerics:
         sdpa: torch's kernel on a GPU: `efficient` (the memory-efficient one, deterministic) or `fastest` (which torch
             chooses); `cpu` without one.
         masks: how they are drawn in the data workers.
+        decoder: what decodes and resizes images there.
         cuda_graphs: whether each pass of the method is a CUDA graph.
         why_sdpa: why the kernel for windows is not used; empty if it is.
     """
@@ -46,6 +48,7 @@ class Numerics:
     residual: str
     sdpa: str
     masks: str = MASKS
+    decoder: str = DECODER
     cuda_graphs: bool = False
     why_sdpa: str = ""
 

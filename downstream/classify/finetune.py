@@ -17,6 +17,7 @@ if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is
 
 import torch
 
+from data.decode import DECODER
 from data.image_folder import Samples, load_samples
 from data.index import Index, load_index
 from downstream.classify.checks import check_batches, check_train_and_val, with_classes_of_data
@@ -91,7 +92,7 @@ def _train(
         build_ema(config, classifier, device),
         build_loader(config, index, world, labels=True, num_classes=config.head.num_classes),
         build_evaluation(config, val, world, device),
-        {"device": device.type, "deterministic": config.train.deterministic},
+        {"device": device.type, "deterministic": config.train.deterministic, "decoder": DECODER},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)

@@ -96,6 +96,8 @@ def assemble(
             deepspeed=effective, numerics=parts.numerics, start=state.start, world_size=world.size, samples=len(index)
         )
         _log.info("%s", describe_run(run, effective, parts.numerics, len(index), resumed))
+        if index.shrunk:
+            _log.info("%s: %s", index.root, index.shrunk)
         for caution in cautions(config, len(index), run.loader.steps_per_epoch):
             _log.warning("%s", caution)
     return run

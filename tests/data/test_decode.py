@@ -1,12 +1,15 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision.transforms.functional as F
 from helpers.shard_tools import encode, jpeg, smooth_image
 from PIL import Image
+from PIL.Image import Resampling
 from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import InterpolationMode
 
@@ -14,7 +17,7 @@ from data import decode as decoding
 from data.decode import Crop, decode, decode_crops
 from data.image_facts import check_image, rewrite_16_bit_gray
 from data.image_file import FORMATS, BadImage
-from data.transforms import Box
+from data.transforms import Box, random_resized_crop
 
 
 def whole(width: int, height: int) -> Box:
@@ -44,18 +47,40 @@ def test_a_whole_image_equals_torchvision(format: str) -> None:
     ours = decode(data, whole, (64, 96))
     assert ours.dtype == np.uint8
     assert ours.shape == (64, 96, 3)
-    assert np.array_equal(ours, reference(from_file, (0, 0, 150, 110), (64, 96)))
+    theirs = reference(from_file, (0, 0, 150, 110), (64, 96))
+    assert abs(ours - theirs).max() <= 3
+    assert abs(ours - theirs).mean() < 0.1
+    assert np.array_equal(decode(data, whole, (64, 96), flip=True), ours[:, ::-1])
+    parts = decode(data, lambda w, h: (0.25, 0, 149.75, 110), (64, 96))  # by Pillow
+    assert np.array_equal(parts, from_file.convert("RGB").resize((96, 64), Resampling.BICUBIC, (0.25, 0, 149.75, 110)))
 
 
-def test_inner_crop_equals_torchvision_but_for_its_edge() -> None:
-    box = (31, 17, 131, 97)
-    ours = decode(encode(smooth_image(1, 150, 110), "PNG"), lambda w, h: box, (64, 80)).astype(int)
-    theirs = reference(smooth_image(1, 150, 110), box, (64, 80))
-    assert np.array_equal(ours[4:-4, 4:-4], theirs[4:-4, 4:-4])
-    assert abs(ours - theirs).max() <= 4
+@pytest.mark.parametrize("side", [224, 448])
+def test_photographs_have_nearly_the_pixels_of_pillow(side: int) -> None:
+    photographs = sorted(Path(pytest.importorskip("sklearn").__file__).parent.glob("datasets/images/*.jpg"))
+    assert len(photographs) == 2
+    rng = np.random.default_rng(0)
+    errors = []
+    for path in photographs:
+        data = path.read_bytes()
+        for _ in range(6):
+            box = random_resized_crop(rng, *Image.open(path).size)
+            ours = decode(data, lambda w, h, box=box: box, (side, side))
+            errors.append(abs(ours - reference(Image.open(path), box, (side, side))))
+    assert np.max(errors) <= 16
+    assert np.mean(errors) < 0.1
 
 
-@pytest.mark.parametrize("reduction", [2, 3, 4.4, 9])
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_an_inner_crop_sees_nothing_beyond_its_edge(format: str) -> None:
+    """As torchvision's, down to a single pixel."""
+    data = encode(smooth_image(1, 150, 110), format, quality=95)
+    for box in ((31, 17, 131, 97), (149, 0, 150, 110), (7, 7, 8, 8)):
+        ours = decode(data, lambda w, h, box=box: box, (64, 80)).astype(int)
+        assert abs(ours - reference(Image.open(io.BytesIO(data)), box, (64, 80))).max() <= 3
+
+
+@pytest.mark.parametrize("reduction", [4.4, 9])
 def test_reduced_decoding_shows_the_same_pixels(reduction: float) -> None:
     """Large crops are decoded at a fraction of their size: the same pixels at the same positions."""
     image = smooth_image(2, 1003, 701)
@@ -78,8 +103,10 @@ def test_reduced_decoding_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     load = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: loaded.append(self.size) or load(self, *a, **k))
     decode(data, whole, (100, 100))
-    decode(data, whole, (301, 300))
-    assert loaded == [(200, 150), (800, 600)]
+    decode(data, whole, (151, 150))  # by torch
+    decode(data, lambda w, h: (0.5, 0, w, h), (151, 150))
+    decode(data, lambda w, h: (0.5, 0, w, h), (301, 300))
+    assert loaded == [(200, 150), (400, 300), (800, 600)]
 
 
 EXIF = Image.Exif()
@@ -98,39 +125,76 @@ FILES = {
 }
 
 
-def count_decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    reductions: list[int] = []
-    decode_file = decoding._decode
-    monkeypatch.setattr(
-        decoding, "_decode", lambda image, reduction: reductions.append(reduction) or decode_file(image, reduction)
-    )
-    return reductions
+@pytest.fixture
+def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each decoding its reduction, or 0 where torchvision or Pillow decodes all pixels for torch."""
+    done: list[int] = []
+
+    def counted(function: str, reduction: Callable[..., int]) -> None:
+        real = getattr(decoding, function)
+        monkeypatch.setattr(decoding, function, lambda *a: done.append(reduction(*a)) or real(*a))
+
+    counted("_decode", lambda image, reduction: reduction)
+    counted("_decode_whole", lambda data, image: 0)
+    return done
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_crops_of_one_decoding_have_the_pixels_of_two(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a whole image, inner crops of several sizes, and one that reaches beyond the image."""
+def test_crops_of_one_decoding_have_the_pixels_of_two(name: str, decodings: list[int]) -> None:
+    """Of a whole image, inner crops of several sizes, and those with parts of pixels or beyond the image."""
     width, height = Image.open(io.BytesIO(FILES[name])).size
     boxes = [(0, 0, width, height), (9, 5, width - 20, height - 30), (40, 31, 97, 99), (-6, -6, width - 9, height - 5)]
+    boxes += [(0.5, 0, width - 0.5, height), (40, 31.25, 97, 99)]
     crops = [Crop(lambda w, h, box=box: box, flip) for box in boxes for flip in (False, True)]
-    alone = [decode(FILES[name], crop.choose_box, (48, 40), crop.flip) for crop in crops]
-    reductions = count_decodings(monkeypatch)
-    together = decode_crops(FILES[name], crops, (48, 40))
-    assert all(np.array_equal(*pair) for pair in zip(together, alone, strict=True))
-    assert len(reductions) == len(set(reductions)) < len(crops)
-    if "png" in name or name == "webp":
-        assert reductions == [1]
+    for order in (crops, crops[::-1]):
+        alone = [decode(FILES[name], crop.choose_box, (48, 40), crop.flip) for crop in order]
+        decodings.clear()
+        together = decode_crops(FILES[name], order, (48, 40))
+        assert all(np.array_equal(*pair) for pair in zip(together, alone, strict=True))
+        assert len(decodings) == len(set(decodings)) < len(crops)
+        if "png" in name or name == "webp":
+            assert sorted(decodings) == [0, 1]
 
 
-def test_the_header_is_read_once_and_the_pixels_once_for_each_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_of_an_image_without_its_border() -> None:
+    image = smooth_image(2, 120, 90)
+    data = encode(image, "JPEG", quality=95)
+    crops = [Crop(whole), Crop(lambda w, h: (0.5, 0, w, h)), Crop(whole)]
+    inner = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[20:-20, 20:-20]
+    for pixels in decode_crops(data, crops, (50, 80), border=20):
+        assert abs(pixels.astype(int) - inner).max() <= 40
+    assert np.array_equal(decode_crops(data, crops, (50, 80), border=20)[2], inner)
+
+
+def test_the_header_is_read_once_and_the_pixels_once_for_each_reduction(
+    monkeypatch: pytest.MonkeyPatch, decodings: list[int]
+) -> None:
     opened = []
     monkeypatch.setattr(Image, "open", lambda *a, opener=Image.open, **k: opened.append(1) or opener(*a, **k))
-    reductions = count_decodings(monkeypatch)
     near, far = Crop(lambda w, h: (10, 10, 310, 310)), Crop(lambda w, h: (0, 0, 900, 700))
-    decode_crops(jpeg(0, 1000, 800), [near, near, Crop(lambda w, h: (5, 9, 400, 300), flip=True)], (224, 224))
-    assert (reductions, len(opened)) == ([1], 1)
-    decode_crops(jpeg(0, 1000, 800), [near, far, near, far], (224, 224))
-    assert (reductions, len(opened)) == ([1, 1, 2], 3)
+    decode_crops(jpeg(0, 1000, 800), [near, near, Crop(lambda w, h: (5, 9, 400, 300), flip=True)], (160, 160))
+    assert (decodings, len(opened)) == ([0], 1)
+    decode_crops(jpeg(0, 1000, 800), [near, far, near, far], (160, 160))
+    assert (decodings, len(opened)) == ([0, 0, 4], 3)
+
+
+def test_what_torchvision_does_not_decode_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without libjpeg, or a file that it refuses: the pixels are the same, and so is the reason of a bad one."""
+    data, torn = FILES["jpeg"], jpeg(0, 300, 200)[:1500]
+    expected = decode(data, whole, (148, 140))
+    without_end = data[: data.rindex(b"\xff\xd9")] + bytes(50)
+    assert np.array_equal(decode(without_end, whole, (148, 140)), expected)
+    calls = []
+
+    def refuse(*_: object) -> None:
+        calls.append(1)
+        raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
+
+    monkeypatch.setattr(decoding, "decode_jpeg", refuse)
+    assert np.array_equal(decode(data, whole, (148, 140)), expected)
+    with pytest.raises(BadImage, match="truncated"):
+        decode(torn, whole, (148, 140))
+    assert len(calls) == 2
 
 
 def test_the_box_is_chosen_once_from_the_images_size() -> None:

@@ -1,18 +1,24 @@
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.shard_tools import encode, jpeg, smooth_image
+from PIL import Image
 
 from data import pack as pack_module
-from data.index import load_index
+from data.index import index_paths, load_index
 from data.pack import main
 from data.reader import ShardReader
+from data.verify import main as verify
 
 
 @pytest.fixture
@@ -193,3 +199,68 @@ def test_two_packers_in_one_folder(classes: Path, tmp_path: Path, capsys: pytest
     with pack_module._plan(out, {}):
         assert main([str(classes), str(out)]) == 1
     assert "another process is packing" in capsys.readouterr().err
+
+
+def test_photographs_are_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only those whose short side is longer; all else keeps its bytes. The index and `verify` know of it."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown by a quarter turn to the right
+    large, small = smooth_image(0, 300, 200), jpeg(1, 96, 300)
+    profile = {"icc_profile": bytes(3000), "comment": b"made by a camera"}
+    (photos / "a.jpg").write_bytes(encode(large, "JPEG", quality=95, exif=turned, **profile))
+    (photos / "b.png").write_bytes(encode(large, "PNG"))
+    (photos / "c.jpg").write_bytes(small)
+    (photos / "d.tif").write_bytes(encode(large, "TIFF", exif=turned))
+    (photos / "e.png").write_bytes(encode(Image.new("RGBA", (97, 300), (90, 60, 30, 0)), "PNG"))
+    command = [str(photos), str(out), "--num-workers", "1"]
+    shrunk = [*command, "--short-side", "96"]
+    for wrong, message in (
+        ([*command, "--quality", "90"], "--quality 90 is of photographs that --short-side shrinks: give both"),
+        ([*command, "--short-side", "7"], "--short-side 7 must be at least 8"),
+        ([*shrunk, "--quality", "0"], "--quality 0 must be from 1 to 100"),
+    ):
+        assert main(wrong) == 1
+        assert message in capsys.readouterr().err
+    assert main([*shrunk, "--quality", "95"]) == 0
+    assert "4 of 5 images were shrunk, the others packed as they are" in (said := capsys.readouterr().err)
+    assert "EXIF orientation" not in said
+    index = load_index(out)
+    reader = ShardReader(index)
+    files = {key: reader.read(sample) for sample, key in enumerate(index.keys)}
+    images = {key: Image.open(io.BytesIO(data)) for key, data in files.items()}
+    assert files["c"] == small
+    assert {key: image.size for key, image in images.items()} == {
+        "a": (96, 144),
+        "b": (144, 96),
+        "c": (96, 300),
+        "d": (96, 144),
+        "e": (96, 297),
+    }
+    assert {image.format for image in images.values()} == {"JPEG"}
+    assert not images["a"].info.keys() & {"exif", "icc_profile", "comment"}
+    upright = large.resize((144, 96), Image.Resampling.LANCZOS)
+    for key, shown in (("a", upright.transpose(Image.Transpose.ROTATE_270)), ("b", upright)):
+        assert abs(np.asarray(images[key]).astype(int) - np.asarray(shown)).mean() < 2
+        assert abs(np.asarray(images["a"]).astype(int) - np.asarray(images["d"])).mean() < 2
+    assert index.shrunk == "photographs whose short side was over 96 pixels were shrunk to it, JPEG 95"
+    index_paths(out)[0].unlink()
+    assert load_index(out).shrunk == index.shrunk
+    assert verify([str(out)]) == 0
+    assert index.shrunk in capsys.readouterr().out
+    assert main([*shrunk, "--quality", "90"]) == 1
+    assert "holds another pack" in capsys.readouterr().err
+    assert main([str(photos), str(tmp_path / "unchanged"), "--num-workers", "1"]) == 0
+    assert load_index(tmp_path / "unchanged").shrunk == ""
+
+
+def test_shards_that_need_less_room_than_their_files_are_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(0, 300, 200))
+    command = [str(tmp_path / "photos"), str(tmp_path / "out"), "--num-workers", "1"]
+    assert main(command) == 1
+    assert main([command[0], str(tmp_path / "shrunk"), *command[2:], "--short-side", "32"]) == 0

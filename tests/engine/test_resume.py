@@ -77,7 +77,7 @@ def test_other_kernels_or_precisions_are_refused_unless_asked_for(
     assert "may continue with other bits: torch was '2.9.0'" in continued
     recorded = json.loads((moved / "checkpoints" / LAST / "manifest.json").read_text())["state"]["numerics"]
     kernels = {"compile": False, "attention": "sdpa", "residual": "bf16", "sdpa": "cpu"}
-    assert recorded == kernels | {"masks": "drawn from raw words"}
+    assert recorded == kernels | {"masks": "drawn from raw words", "decoder": "torchvision's, resized by torch"}
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [("zero0", 1), ("zero1", 4), ("zero2", 1)])

@@ -231,12 +231,14 @@ def test_buckets_of_subsets_are_one_hot():
     assert (one_hot.argmax(-1)[0] == buckets[[0, 1, 5]][:, [0, 1, 5]]).all()
 
 
-def test_a_run_whose_masks_were_drawn_by_numpys_distributions_continues_only_if_told_to(tmp_path: Path):
+@pytest.mark.parametrize(("key", "now"), [("masks", "drawn from .*"), ("decoder", "torchvision's.*")])
+def test_a_run_with_other_masks_or_pixels_continues_only_if_told_to(key: str, now: str, tmp_path: Path):
+    """Masks drawn by NumPy's distributions, images decoded and resized by Pillow: a run of before."""
     from pretrain.trainer.checkpoint import Checkpoints  # imports DeepSpeed
 
-    now = Numerics(True, "triton", "fp32", "efficient").signature()
-    before = {key: value for key, value in now.items() if key != "masks"}
-    states = [TrainState(numerics=numerics) for numerics in (before, now)]
-    with pytest.raises(ValueError, match=r"same bits: masks was 'unset' and is 'drawn from .*exact_resume=false"):
+    present = Numerics(True, "triton", "fp32", "efficient").signature()
+    before = {name: value for name, value in present.items() if name != key}
+    states = [TrainState(numerics=numerics) for numerics in (before, present)]
+    with pytest.raises(ValueError, match=rf"same bits: {key} was 'unset' and is [\"']{now}exact_resume=false"):
         Checkpoints(tmp_path, World(0, 1, 0), CheckpointConfig())._check_numerics(*states)
     Checkpoints(tmp_path, World(0, 1, 0), CheckpointConfig(exact_resume=False))._check_numerics(*states)

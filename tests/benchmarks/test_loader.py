@@ -1,0 +1,35 @@
+"""benchmarks/loader.py: every contender has the same photographs, and the last line has every ratio."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.shard_tools import jpeg, write_tar
+
+from benchmarks import loader
+
+
+def test_the_last_line_has_every_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = tmp_path / "photographs.tar"
+    write_tar(tar, [(f"n{i}/{i}.JPEG", jpeg(i, 400 + i, 300)) for i in range(10)] + [("n0/about.txt", b"none")])
+    loader.main([str(tar), "--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    figures = json.loads(lines[-1])
+    assert figures["photographs"] == 10
+    for name in ("ratio_224", "ratio_448", "ratio_224_packed288", "share_of_limit_224"):
+        assert figures[name] > 0
+    assert lines[1].split()[-5:] == ["ours", "ours_packed288", "usual", "limit", "limit_packed288"]
+
+
+def test_a_tar_without_photographs_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "none.tar", [("a.txt", b"none")])
+    with pytest.raises(SystemExit, match="0 photographs, and 8 at least are needed"):
+        loader.main([str(tmp_path / "none.tar")])
+
+
+def test_ratios_are_medians_of_rounds() -> None:
+    names = ("ours", "ours_packed288", "usual", "limit", "limit_packed288")
+    rounds = [dict.fromkeys(names, 1.0) | {"usual": usual, "ours": 2.0} for usual in (2.0, 3.0, 40.0)]
+    figures = loader.summarize({224: rounds, 448: rounds})
+    assert (figures["ratio_224"], figures["ratio_224_packed288"], figures["share_of_limit_224"]) == (1.5, 3.0, 0.5)
+    assert figures["usual_448_per_s"] == 0.3
