@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.index import Index, Keys, load_index
+from data.index import Index, load_index
+from data.keys import Keys
 from data.multi_labels import MultiLabels
 from data.names import readable
 from data.reader import ShardReader

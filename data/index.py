@@ -6,17 +6,20 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data.class_list import number_classes, read_classes_of_shards
 from data.file_lock import NotWritableError, locked
+from data.keys import Keys
+from data.mapped_arrays import map_arrays
 from data.messages import one_or_list
 from data.multi_labels import MultiLabels
 from data.scan import ShardContent, describe_unused, scan_shard
@@ -29,28 +32,6 @@ _ARRAYS = ("shard_bytes", "shard_sizes", "offset", "length", "label")
 SCAN_THREADS = 8  # the work is mostly waiting for storage, and threads start much faster than processes
 
 
-class Keys(Sequence[str]):
-    """The keys of all samples as one block of UTF-8: millions of Python strings would take gigabytes."""
-
-    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
-        self.text = text  # uint8 (bytes of all keys,)
-        self.ends = ends  # int64 (samples,), where in `text` each key ends
-
-    @classmethod
-    def of(cls, keys: Sequence[str]) -> "Keys":
-        """Packs strings."""
-        encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([len(key) for key in encoded], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, sample: int) -> str:  # type: ignore[override]  # slices are not supported
-        sample = range(len(self))[sample]
-        start = int(self.ends[sample - 1]) if sample else 0
-        return self.text[start : int(self.ends[sample])].tobytes().decode("utf-8", "surrogateescape")
-
-
 @dataclass(frozen=True, eq=False)
 class Index:
     """Every sample of a set of shards; N samples in S shards, in the order of shard names and bytes."""
@@ -59,7 +40,6 @@ class Index:
     shards: tuple[str, ...]  # S names, sorted
     shard_bytes: np.ndarray  # int64 (S,)
     shard_sizes: np.ndarray  # int64 (S,), samples per shard
-    shard: np.ndarray  # int32 (N,), index of the shard
     offset: np.ndarray  # int64 (N,), first byte of the image in its shard
     length: np.ndarray  # int64 (N,), bytes of the image
     label: np.ndarray  # int32 (N,), NO_LABEL = none
@@ -69,9 +49,24 @@ class Index:
     classes: tuple[str, ...]  # names of the labels, from classes.txt; may be empty
     fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; not of the folder
     shrunk: str = ""  # how photographs were made smaller as they were packed
+    file: Path | None = None  # where the arrays are mapped from
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    @cached_property
+    def shard_ends(self) -> np.ndarray:
+        """Int64 (S,), the first sample behind each shard."""
+        return np.cumsum(self.shard_sizes)
+
+    def shard_of(self, sample: int) -> int:
+        """The shard that a sample is in."""
+        return int(np.searchsorted(self.shard_ends, sample, side="right"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that gets the index maps it as well, and no array is copied."""
+        assert self.file is not None, "an index that is not written yet stays in its process"
+        return _map_again, (self.file, self.root, self.fingerprint)
 
 
 def load_index(shards: str | Path) -> Index:
@@ -140,30 +135,36 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def read_index(path: Path, root: Path) -> Index:
-    """Reads an index file without looking at the shards.
+    """Maps an index file into memory, without looking at the shards.
 
     Raises:
         ValueError: it is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            fields = {name: stored[name] for name in stored.files}
+        fields = map_arrays(path)
         arrays = {name: fields[name] for name in _ARRAYS}
         has_lists = "multi_label_ends" in fields
         return Index(
             root,
             shards=tuple(str(name) for name in fields["shards"]),
-            shard=np.repeat(np.arange(len(arrays["shard_sizes"]), dtype=np.int32), arrays["shard_sizes"]),
             multi_labels=MultiLabels(fields["multi_labels"], fields["multi_label_ends"]) if has_lists else None,
             label_problem=str(fields["label_problem"]),
             keys=Keys(fields["key_text"], fields["key_ends"]),
             classes=tuple(str(name) for name in fields["classes"]),
             fingerprint=str(fields["fingerprint"]),
             shrunk=str(fields.get("shrunk", "")),
+            file=path,
             **arrays,
         )
-    except Exception as error:  # zipfile, zlib, NumPy, KeyError: a damaged file may raise anything
+    except Exception as error:  # zipfile, NumPy, KeyError: a damaged file may raise anything
         raise _unreadable(path, error) from error
+
+
+def _map_again(path: Path, root: Path, fingerprint: str) -> Index:
+    index = read_index(path, root)
+    if index.fingerprint != fingerprint:
+        raise ValueError(f"{path}: the index was made anew while it was used: start the command again")
+    return index
 
 
 def check_names(index: Index, path: Path, names: tuple[str, ...]) -> None:
@@ -242,7 +243,6 @@ def _index(
         shards=names,
         shard_bytes=shard_bytes,
         shard_sizes=sizes,
-        shard=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
         offset=offset,
         length=length,
         label=label,

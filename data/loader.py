@@ -1,10 +1,13 @@
-"""Batches for one rank, made by worker processes; their contents depend on (seed, step, global batch) alone."""
+"""Batches for one rank, made by worker processes.
+
+Their contents depend on (seed, step, global batch, repeats) alone.
+"""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise, product
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ from data.augment import color_jitter, rand_augment, three_augment
 from data.decode import CHANNELS, BadImage, Crop, decode_crops
 from data.index import Index
 from data.multi_labels import LabelReader
-from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
+from data.order import Stream, Views, check_divisible, rank_views, sample_rng, steps_per_epoch
 from data.reader import ShardReader
 from data.transforms import Augmentation, flip_decision
 from data.workers import in_workers
@@ -25,9 +28,9 @@ MAX_REPLACEMENTS = 100
 CROP_STREAMS = (Stream.CROP, Stream.SECOND_CROP)  # one per view of a sample
 
 
-def draw_masks(sampler: MaskSampler, seed: int, epoch: int, samples: Sequence[int]) -> dict[str, Tensor]:
-    """The mask sampler's arrays of each sample, stacked: (B, ...); of B samples, at least one."""
-    masks = [sampler(sample_rng(seed, epoch, sample, Stream.MASK)) for sample in samples]
+def draw_masks(sampler: MaskSampler, seed: int, views: Iterable[tuple[int, int]]) -> dict[str, Tensor]:
+    """The mask sampler's arrays of each view (epoch, sample), stacked: (B, ...); of B views, at least one."""
+    masks = [sampler(sample_rng(seed, epoch, sample, Stream.MASK)) for epoch, sample in views]
     return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
 
 
@@ -63,9 +66,6 @@ class Batch:
         )
 
 
-_Request = tuple[int, np.ndarray]  # epoch, int64 samples of one micro-batch
-
-
 class Loader:
     """Global steps of micro-batches, in an order that does not depend on ranks, workers or accumulation.
 
@@ -88,6 +88,7 @@ class Loader:
         labels: bool = False,
         num_classes: int | None = None,
         num_workers: int = 0,
+        repeats: int = 1,
     ) -> None:
         """Checks the settings; starts no processes.
 
@@ -104,6 +105,7 @@ class Loader:
             labels: whether batches have labels, which are those of the samples shown, also where they replace others.
             num_classes: how many there are, C; needed for labels of a set that has lists of them.
             num_workers: processes that decode; 0 decodes in this one.
+            repeats: of each sample's decode; see ``rank_views``.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
@@ -119,7 +121,7 @@ class Loader:
         assert 1 <= len(augmentations) <= len(CROP_STREAMS)
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
-        self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
+        self._rank, self._world_size, self._num_workers, self._repeats = rank, world_size, num_workers, repeats
         self._decoder = _MicroBatchDecoder(
             index, size, seed, mask_sampler, augmentations, LabelReader(index, num_classes) if labels else None
         )
@@ -139,14 +141,17 @@ class Loader:
             for _ in range(start_step, end_step):
                 yield list(islice(batches, self._accumulation))
 
-    def _requests(self, start_step: int, end_step: int) -> Iterator[_Request]:
-        order, order_epoch = np.empty(0, np.int64), -1
-        for global_step in range(start_step, end_step):
-            epoch, step = divmod(global_step, self.steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(len(self._index), self._seed, epoch), epoch
-            for samples in micro_batches(order, step, self._batch, self._accumulation, self._rank, self._world_size):
-                yield epoch, samples
+    def _requests(self, start_step: int, end_step: int) -> Iterator[Views]:
+        return rank_views(
+            len(self._index),
+            self._seed,
+            range(start_step, end_step),
+            self._batch,
+            self._accumulation,
+            self._rank,
+            self._world_size,
+            self._repeats,
+        )
 
 
 class _MicroBatchDecoder:
@@ -165,27 +170,33 @@ class _MicroBatchDecoder:
         self._mask_sampler, self._augmentations = mask_sampler, augmentations
         self._reader = ShardReader(index)
 
-    def __call__(self, request: _Request) -> Batch:
-        epoch, samples = request
+    def __call__(self, views: Views) -> Batch:
+        samples = views.samples
         images = torch.empty((len(samples), len(self._augmentations), *self._size, CHANNELS), dtype=torch.uint8)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
-        for i, sample in enumerate(samples.tolist()):
-            shown[i], reason = self._decode_or_replace(epoch, sample, pixels[i])
+        starts = np.flatnonzero(np.diff(samples, prepend=-1))
+        for start, stop in pairwise([*starts.tolist(), len(samples)]):  # views of one sample, which is decoded once
+            sample, epochs = int(samples[start]), views.epochs[start:stop].tolist()
+            shown[start:stop], reason = self._decode_or_replace(epochs, sample, pixels[start:stop])
             if reason:
-                skipped.append(f"{self._index.keys[sample]}: {reason}")
+                skipped += [f"{self._index.keys[sample]}: {reason}"] * len(epochs)
         labels = torch.from_numpy(self._labels(shown)) if self._labels is not None else None
         return Batch(
             images=images.squeeze(1),
-            mask_indices=self._sample_masks(epoch, samples),
+            mask_indices=self._sample_masks(views),
             labels=labels,
             samples=torch.from_numpy(shown),
             keys=tuple(self._index.keys[sample] for sample in shown.tolist()),
             skipped=tuple(skipped),
         )
 
-    def _decode_or_replace(self, epoch: int, sample: int, out: np.ndarray) -> tuple[int, str]:
-        """Writes the sample's views, or those of the next that can be decoded, into ``out`` (views, H, W, 3).
+    def _decode_or_replace(self, epochs: Sequence[int], sample: int, out: np.ndarray) -> tuple[int, str]:
+        """Writes the sample's views, or those of the next that can be decoded, into ``out``.
+
+        Args:
+            epochs: R of them, whose draws the sample gets.
+            out: uint8 (R, views, H, W, 3).
 
         Returns:
             The sample that was decoded, and why the requested one was not ('' if it was).
@@ -194,7 +205,7 @@ class _MicroBatchDecoder:
         for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
             shown %= len(self._index)
             try:
-                self._augment(epoch, sample, shown, out)
+                self._augment(epochs, sample, shown, out)
                 return shown, reason
             except BadImage as error:
                 reason = reason or str(error)
@@ -203,23 +214,26 @@ class _MicroBatchDecoder:
             f"{reason}): find them with `python -m data.verify SHARDS --decode`"
         )
 
-    def _augment(self, epoch: int, sample: int, shown: int, out: np.ndarray) -> None:
+    def _augment(self, epochs: Sequence[int], sample: int, shown: int, out: np.ndarray) -> None:
         """Writes all views of a sample; a replacement uses the random numbers of the sample that it replaces."""
-        rngs, crops = [], []
-        for view, augmentation in enumerate(self._augmentations):
-            rng = sample_rng(self._seed, epoch, sample, CROP_STREAMS[view])
+        augmentations, rngs, crops = [*self._augmentations] * len(epochs), [], []
+        streams = product(epochs, CROP_STREAMS[: len(self._augmentations)])
+        for (epoch, stream), augmentation in zip(streams, augmentations, strict=True):
+            rng = sample_rng(self._seed, epoch, sample, stream)
             flipped = flip_decision(rng, augmentation.flip)  # first: a crop draws a varying number of times
             crops.append(Crop(functools.partial(augmentation.box, rng, size=self._size), flipped))
             rngs.append(rng)
         decoded = decode_crops(self._reader.read(shown), crops, self._size)
-        for view, (rng, augmentation, pixels) in enumerate(zip(rngs, self._augmentations, decoded, strict=True)):
+        views = out.reshape(-1, *out.shape[2:])
+        for view, (rng, augmentation, pixels) in enumerate(zip(rngs, augmentations, decoded, strict=True)):
             if augmentation.color_jitter:
                 pixels = color_jitter(rng, pixels, augmentation.color_jitter)
             if augmentation.rand_augment:
                 pixels = rand_augment(rng, pixels, augmentation.rand_augment)
-            out[view] = three_augment(rng, pixels) if augmentation.three_augment else pixels
+            views[view] = three_augment(rng, pixels) if augmentation.three_augment else pixels
 
-    def _sample_masks(self, epoch: int, samples: np.ndarray) -> dict[str, Tensor]:
+    def _sample_masks(self, views: Views) -> dict[str, Tensor]:
         if self._mask_sampler is None:
             return {}
-        return draw_masks(self._mask_sampler, self._seed, epoch, samples.tolist())
+        pairs = zip(views.epochs.tolist(), views.samples.tolist(), strict=True)
+        return draw_masks(self._mask_sampler, self._seed, pairs)

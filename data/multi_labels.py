@@ -81,14 +81,15 @@ class LabelReader:
 
     def __init__(self, samples: Labeled, num_classes: int | None) -> None:
         """With `num_classes` the lists of labels of a set that has them."""
-        self._label, self._lists = samples.label, samples.multi_labels
+        self._samples = samples  # and not its arrays: they are copied on the way to a spawned worker
         self._num_classes = num_classes
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """int64 (B,), NO_LABEL where there is none; of a set with lists float32 (B, num_classes), 1 or 0."""
-        if self._lists is None or self._num_classes is None:
-            return self._label[samples].astype(np.int64)
-        return self._lists.rows(samples, self._num_classes)
+        lists = self._samples.multi_labels
+        if lists is None or self._num_classes is None:
+            return self._samples.label[samples].astype(np.int64)
+        return lists.rows(samples, self._num_classes)
 
 
 class UnusableLabel(ValueError):  # noqa: N818 - no problem until somebody needs the label

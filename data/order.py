@@ -1,8 +1,13 @@
-"""The samples of a step: a pure function of (seed, step, global batch). No I/O, no state."""
+"""The crops of a step: a pure function of (seed, step, global batch, repeats). No I/O, no state."""
 
+from collections.abc import Iterator
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
+
+PART = 1 << 24  # samples whose order is in memory at once, 24 bytes each while they are sorted and 4 afterwards
+_CHUNK = 1 << 20  # words drawn at once
 
 
 class Stream(IntEnum):
@@ -13,14 +18,66 @@ class Stream(IntEnum):
     SECOND_CROP = 2
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """A uniform shuffle of all samples, int64 (num_samples,).
+class Views(NamedTuple):
+    """What is shown: samples, and for each the epoch whose draws (crop, flip, colors, masks) it gets."""
 
-    Sorts raw 64-bit words instead of calling ``permutation``: NumPy guarantees the stream of a bit generator, but not
-    that of its distributions.
+    epochs: np.ndarray  # int64 (B,)
+    samples: np.ndarray  # int64 (B,)
+
+
+class EpochOrder:
+    """A uniform shuffle of all samples: they are sorted by raw 64-bit words, one drawn for each.
+
+    NumPy guarantees the stream of a bit generator, but not that of its distributions, such as ``permutation``.
+
+    Only a part is in memory at once: the samples whose words begin with the same bits, which are consecutive in the
+    order. The next part draws all words again, and the whole is the same for every size of the parts.
     """
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_samples)
-    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+    def __init__(self, num_samples: int, seed: int, epoch: int, part: int = PART) -> None:
+        """Draws all words once, to count them, if there is more than one part of about ``part`` samples."""
+        self._num_samples, self._key = num_samples, [seed, epoch]
+        self._bits = max(-(-num_samples // part) - 1, 0).bit_length()
+        counts = np.zeros(1 << self._bits, np.int64)
+        if self._bits:
+            for _, _, first in self._drawn():
+                counts += np.bincount(first, minlength=len(counts))
+        else:
+            counts[0] = num_samples
+        self._ends = np.cumsum(counts)
+        self._number, self._part = -1, np.empty(0, np.int64)
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """Those at some positions in a row, int64 (stop - start,); cheapest if asked for in ascending order."""
+        assert 0 <= start < stop <= self._num_samples
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
+        pieces = []
+        for number in range(first, last + 1):
+            if number != self._number:
+                self._number, self._part = number, self._sorted(number)
+            begin = int(self._ends[number]) - len(self._part)
+            pieces.append(self._part[max(start - begin, 0) : stop - begin])
+        return np.concatenate(pieces).astype(np.int64)
+
+    def _sorted(self, number: int) -> np.ndarray:
+        self._part = np.empty(0, np.int64)  # the old part's memory, before the new one needs its own
+        dtype = np.uint32 if self._num_samples <= 1 << 32 else np.int64
+        count = int(self._ends[number]) - (int(self._ends[number - 1]) if number else 0)
+        words, samples, filled = np.empty(count, np.uint64), np.empty(count, dtype), 0
+        for start, drawn, first in self._drawn():
+            chosen = np.flatnonzero(first == number)
+            words[filled : filled + len(chosen)] = drawn[chosen]
+            samples[filled : filled + len(chosen)] = chosen + start
+            filled += len(chosen)
+        return samples[np.argsort(words, kind="stable")]
+
+    def _drawn(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Chunks of samples: the first of them, their words, and the parts that these belong to, int64."""
+        generator = np.random.PCG64(np.random.SeedSequence(self._key))
+        for start in range(0, self._num_samples, _CHUNK):
+            words = generator.random_raw(min(_CHUNK, self._num_samples - start))
+            first = words >> np.uint64(64 - self._bits) if self._bits else np.zeros(len(words), np.uint64)
+            yield start, words, first.astype(np.int64)
 
 
 def steps_per_epoch(num_samples: int, batch: int) -> int:
@@ -51,22 +108,54 @@ def check_divisible(batch: int, world_size: int, accumulation: int) -> None:
         )
 
 
-def micro_batches(
-    order: np.ndarray, step: int, batch: int, accumulation: int, rank: int, world_size: int
-) -> np.ndarray:
-    """The samples of one rank in a step, int64 (accumulation, batch / (accumulation * world_size)).
+def micro_batches(batch: np.ndarray, accumulation: int, rank: int, world_size: int) -> np.ndarray:
+    """One rank's part of a global batch, (accumulation, len(batch) / (accumulation * world_size)).
 
-    The global batch is a fixed slice of the epoch's order, cut into micro-batches, each of which is divided among the
-    ranks; so ranks and accumulation decide which rank gets a sample and never which samples a step has.
+    The batch is cut into micro-batches, each of which is divided among the ranks; so ranks and accumulation decide
+    which rank gets a view and never which views a step has.
 
     Args:
-        order: the epoch's ``epoch_order``.
-        step: step within the epoch.
-        batch: global batch, divisible by ``accumulation * world_size``.
+        batch: one-dimensional, divisible by ``accumulation * world_size``.
     """
     assert 0 <= rank < world_size
-    assert (step + 1) * batch <= len(order)
-    return order[step * batch : (step + 1) * batch].reshape(accumulation, world_size, -1)[:, rank]
+    return batch.reshape(accumulation, world_size, -1)[:, rank]
+
+
+def rank_views(
+    num_samples: int,
+    seed: int,
+    steps: range,
+    batch: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    repeats: int = 1,
+) -> Iterator[Views]:
+    """What a rank shows in global steps: for each of them ``accumulation`` micro-batches.
+
+    A pass goes through all samples once, in the order of its first epoch, and takes ``repeats`` epochs: the views of a
+    sample stand side by side, so that one decode serves them, and are those that it has in these epochs without
+    repeats. So repeats change when a view is shown, and neither which there are nor how many steps an epoch has.
+
+    Args:
+        num_samples: in the index.
+        seed: of all random numbers.
+        steps: global ones, in a row; step s is in epoch ``s // steps_per_epoch(num_samples, batch)``.
+        batch: global batch, over all ranks and micro-batches.
+        accumulation, rank, world_size: as of ``micro_batches``.
+        repeats: views of a sample side by side.
+    """
+    per_pass = steps_per_epoch(num_samples, batch) * repeats
+    order, order_epoch = None, -1
+    for global_step in steps:
+        number, step = divmod(global_step, per_pass)
+        epoch = number * repeats
+        if order is None or epoch != order_epoch:
+            order, order_epoch = EpochOrder(num_samples, seed, epoch), epoch
+        positions, repeat = np.divmod(np.arange(step * batch, (step + 1) * batch), repeats)
+        samples = order.samples(int(positions[0]), int(positions[-1]) + 1)[positions - positions[0]]
+        parts = (micro_batches(array, accumulation, rank, world_size) for array in (epoch + repeat, samples))
+        yield from map(Views, *parts)
 
 
 def sample_rng(seed: int, epoch: int, sample: int, stream: Stream) -> np.random.Generator:

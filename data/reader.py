@@ -35,7 +35,7 @@ class ShardReader:
             OSError: the file system failed, repeatedly if the error is a transient one.
         """
         index = self.index
-        shard, offset, length = int(index.shard[sample]), int(index.offset[sample]), int(index.length[sample])
+        shard, offset, length = index.shard_of(sample), int(index.offset[sample]), int(index.length[sample])
         # One read for the image and the tar header before it, which costs nothing and shows that the index is right.
         block = self._pread(shard, offset - HEADER, HEADER + length)
         if len(block) != HEADER + length or not _header_matches(block[:HEADER], length):

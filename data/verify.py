@@ -48,11 +48,10 @@ def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> Ver
         decode: also decode every image.
         workers: processes.
     """
-    ends = np.cumsum(index.shard_sizes)
     numbers = {name: number for number, name in enumerate(index.classes)}
     multi_labels = index.multi_labels or MultiLabels.of([()] * len(index))
     tasks = []
-    for number, (name, end) in enumerate(zip(index.shards, ends.tolist(), strict=True)):
+    for number, (name, end) in enumerate(zip(index.shards, index.shard_ends.tolist(), strict=True)):
         part = slice(end - int(index.shard_sizes[number]), end)
         keys = tuple(index.keys[sample] for sample in range(part.start, part.stop))
         arrays = (index.offset[part], index.length[part], index.label[part])

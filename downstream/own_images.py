@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data.eval_loader import EvalLoader
 from data.image_folder import Folder, Samples, load_samples
-from data.index import Index, Keys
+from data.index import Index
+from data.keys import Keys
 from data.names import readable
 from data.scan import IMAGE_EXTENSIONS, NO_LABEL
 from pretrain.trainer.per_sample import unreadable_keys

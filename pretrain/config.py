@@ -181,6 +181,11 @@ class PretrainConfig(RunConfig):
             yield from problem_of(method.check_lut)
             micro_batch = self.train.global_batch_size // self.train.gradient_accumulation_steps
             yield from problem_of(self.lut.check, patches, masked, micro_batch)
+            if self.lut.loss == "infonce" and self.data.repeats > 1:
+                yield (
+                    f"lut.loss=infonce tells images of a micro-batch apart, and data.repeats={self.data.repeats} puts "
+                    f"the same one there several times: set data.repeats=1, or another lut.loss"
+                )
             if isinstance(self.target, EMAConfig):
                 yield "lut and target.name=ema both learn from a moving average of the encoder: leave one of them out"
 

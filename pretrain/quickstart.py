@@ -38,7 +38,7 @@ def measure_step(config: PretrainConfig, seconds: float = MEASURED) -> float:
         device, batch = torch.device("cpu"), batch // PROCESSES
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // PROCESSES, 1))
     method = build_method(config).to(device)
-    masks = draw_masks(method.mask_sampler(), 0, 0, range(batch))
+    masks = draw_masks(method.mask_sampler(), 0, ((0, sample) for sample in range(batch)))
     indices = {name: index.to(device) for name, index in masks.items()}
     images = torch.randint(0, 256, (batch, *config.data.height_width, 3), dtype=torch.uint8, device=device)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4)

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         method, size, what = load_trained(options.run)
         images, numbers = read_images(samples, size, options.count)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        masks = draw_masks(method.mask_sampler(), options.seed, 0, numbers)
+        masks = draw_masks(method.mask_sampler(), options.seed, ((0, number) for number in numbers))
         indices = {name: index.to(device) for name, index in masks.items()}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         draw_reconstructions(method.to(device), images.to(device), indices, options.out, what)

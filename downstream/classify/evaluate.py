@@ -66,7 +66,7 @@ def evaluate(
     loader = EvalLoader(samples, size=size, batch=batch, rank=rank, world_size=world_size, num_workers=num_workers)
     if samples.multi_labels is not None:
         return _evaluate_lists(predict, loader, samples.multi_labels, device)
-    labels = torch.from_numpy(samples.label).long()
+    labels = torch.tensor(samples.label).long()
     num_classes = 0
 
     def compute(images: Tensor, indices: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pretrain.numerics import check_settings, unserved_by_window_kernel
 from pretrain.plan.block_cost import Numerics
 from pretrain.plan.communication import Communication
 from pretrain.plan.hardware import Cluster
-from pretrain.plan.loader_cost import INDEX_BYTES, JPEG_BYTES, core_seconds
+from pretrain.plan.loader_cost import JPEG_BYTES, core_seconds, index_bytes
 from pretrain.plan.memory import GIB, Memory, Zero, largest_micro_batch, step_memory
 from pretrain.plan.step_time import Step, image_flops, peak, step_time
 from pretrain.plan.trace import Trace
@@ -34,7 +34,7 @@ class NodeNeeds:
     Attributes:
         loader_cores: that decode as fast as its GPUs compute.
         read_rate: GB/s of photographs.
-        index_memory: GiB for the index of all samples and their order, which every rank holds.
+        index_memory: GiB for the index of all samples, once, and for their order in each rank.
     """
 
     loader_cores: float
@@ -105,13 +105,13 @@ class Plan:
         per_node = self.loader_cores / self.core_seconds / self.cluster.nodes
         return NodeNeeds(
             self.loader_cores / self.cluster.nodes,
-            per_node * JPEG_BYTES / 1e9,
-            self.cluster.per_node * self.images * INDEX_BYTES / GIB,
+            per_node * JPEG_BYTES / 1e9 / self.config.data.repeats,
+            index_bytes(self.images, self.cluster.per_node) / GIB,
         )
 
     @property
     def core_seconds(self) -> float:
-        return core_seconds(self.config.data.height_width, self.config.augmentations)
+        return core_seconds(self.config.data.height_width, self.config.augmentations, self.config.data.repeats)
 
 
 def make_plan(config: PretrainConfig, cluster: Cluster, images: int, numerics: Numerics, trace: Trace) -> Plan:

@@ -6,6 +6,7 @@ Measured on one core with ImageNet-like JPEGs (mean 495x399 pixels, 115 KB), Ran
 
 from collections.abc import Sequence
 
+from data.order import PART
 from data.transforms import Augmentation
 
 JPEG_BYTES = 115e3
@@ -13,13 +14,18 @@ DECODE = 1.69e-3  # seconds, of a photograph
 VIEW = 0.38e-3  # of a view, besides its pixels: reading, drawing, flipping, batching
 PIXEL = 0.16e-3 / 224**2  # of each pixel of a view
 COLOR_JITTER, THREE_AUGMENT = 2.8e-3 / 224**2, 0.86e-3 / 224**2  # of each pixel, where it is applied
-# Of each sample on every rank: shard, offset, length, label, the key (20 characters) and its end; an epoch's order.
-INDEX_BYTES = 4 + 8 + 8 + 4 + 20 + 8 + 8
+INDEX_BYTES = 8 + 8 + 4 + 20 + 8  # of each sample: offset, length, label, the key (20 characters) and its end
+ORDER_BYTES = 24  # of each sample of an epoch's order while it is sorted, in each rank
 
 
-def core_seconds(size: tuple[int, int], augmentations: Sequence[Augmentation]) -> float:
-    """Seconds of one core for a sample; LUT's two views are cut out of one decoded photograph."""
-    seconds = DECODE
+def index_bytes(images: int, ranks: int) -> int:
+    """The host's memory for the index, which the ranks share, and for the part of the order that each of them has."""
+    return images * INDEX_BYTES + ranks * min(images, PART) * ORDER_BYTES
+
+
+def core_seconds(size: tuple[int, int], augmentations: Sequence[Augmentation], repeats: int) -> float:
+    """Seconds of one core for a sample; LUT's two views, and repeats, are cut out of one decoded photograph."""
+    seconds = DECODE / repeats
     for view in augmentations:
         pixel = PIXEL + view.color_jitter * COLOR_JITTER + view.three_augment * THREE_AUGMENT
         seconds += VIEW + pixel * size[0] * size[1]

@@ -224,4 +224,4 @@ def _loader_seconds(config: PretrainConfig, cluster: Cluster) -> float:
     """Seconds that `data.num_workers` processes of each rank need for a step's images."""
     cores = max(config.data.num_workers, 1)
     samples = config.train.global_batch_size / cluster.gpus
-    return samples * core_seconds(config.data.height_width, config.augmentations) / cores
+    return samples * core_seconds(config.data.height_width, config.augmentations, config.data.repeats) / cores

@@ -167,7 +167,7 @@ def _read_train(encode: Encode, train: EvalLoader, settings: ProbeSettings, devi
     samples = samples[readable.numpy()[samples]]
     if not torch.isfinite(bank).all() or not len(samples):
         return None
-    bank_labels = torch.from_numpy(train.samples.label).long()[readable]
+    bank_labels = torch.tensor(train.samples.label).long()[readable]
     return _Learned(bank[readable].to(device), bank_labels.to(device), samples, tokens, pixels, dim)
 
 
@@ -201,7 +201,7 @@ def _judge_frozen(
         return vectors if head is None else torch.cat([vectors, _hits(head(patches), val, samples)], dim=1)
 
     judged, readable = compute_per_sample(classify, val, device, "probe: val")
-    queries, labels = judged[:, : learned.bank.shape[1]], torch.from_numpy(val.samples.label).long()
+    queries, labels = judged[:, : learned.bank.shape[1]], torch.tensor(val.samples.label).long()
     if not torch.isfinite(queries).all():
         return {}
     mine = torch.arange(len(queries))[readable][val.rank :: val.world_size]
@@ -218,5 +218,5 @@ def _judge_frozen(
 
 def _hits(logits: Tensor, val: EvalLoader, samples: Tensor) -> Tensor:
     """(B, 2) fp32: whether the right class is the first, or among the first five; of padding, anything."""
-    labels = torch.from_numpy(val.samples.label).long()[samples]
+    labels = torch.tensor(val.samples.label).long()[samples]
     return topk_hits(logits, labels.to(logits.device)).float()

@@ -21,6 +21,7 @@ from pretrain.trainer.moments import Moments, set_moments
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
+from pretrain.trainer.shard_record import record_shards
 
 _COMPUTES = ("torch", "triton", "deepspeed")  # packages of which another version may give other bits
 _log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def assemble(
         set_moments(engine, parts.moments)
     fresh = TrainState(
         fingerprint=index.fingerprint,
+        shards=record_shards(index),
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),
         resume_signature=config.resume_signature(),
@@ -122,6 +124,7 @@ def build_loader(
         seed=config.seed,
         augmentations=config.augmentations,
         num_workers=config.data.num_workers,
+        repeats=config.data.repeats,
         mask_sampler=mask_sampler,
         labels=labels,
         num_classes=num_classes,

@@ -34,6 +34,7 @@ from pretrain.trainer.elastic import convert, load_universal
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.optim import keep_fused
+from pretrain.trainer.shard_record import shard_difference
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
 _log = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def check_continues(state: TrainState, now: TrainState) -> None:
     """Raises CannotContinueError, naming every difference, where a checkpoint is of a different training."""
     differences = _differences(state.resume_signature, now.resume_signature)
     if state.fingerprint != now.fingerprint:
-        differences.append("data.shards has different samples (the fingerprint of the index differs)")
+        differences.append(f"data.shards has different samples: {shard_difference(state.shards, now.shards)}")
     if state.zero_stage != now.zero_stage:
         differences.append(f"train.ds_config was ZeRO stage {state.zero_stage} and is stage {now.zero_stage}")
     elif state.zero_stage == 3 and state.world_size != now.world_size:

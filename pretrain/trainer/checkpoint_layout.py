@@ -38,6 +38,7 @@ class TrainState:
     consecutive_nonfinite: int = 0
     samples: int = 0
     fingerprint: str = ""  # of the shards' index
+    shards: dict[str, list[int]] = field(default_factory=dict)  # bytes and samples of each, by its name
     world_size: int = 1
     zero_stage: int = 0
     resume_signature: dict[str, Any] = field(default_factory=dict)  # of the configuration

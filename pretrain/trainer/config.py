@@ -7,7 +7,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from data.transforms import Augmentation, height_width
-from pretrain.trainer.schema import MAY_CHANGE, Section
+from pretrain.trainer.schema import DEFAULT_AS_BEFORE, MAY_CHANGE, Section
 
 AUTO = "auto"  # `train.ds_config`: chosen when the run starts
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,6 +47,9 @@ class DataConfig(Section):
     crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="range of the random crop's share of the area")
     hflip: Share = Field(0.5, description="probability of a horizontal flip")
     color_jitter: Share = Field(0.0, description="probability of changing brightness, contrast, saturation and hue")
+    repeats: Annotated[int, DEFAULT_AS_BEFORE] = Field(
+        1, ge=1, description="crops of each decoded photograph, side by side in a batch; a pass takes as many epochs"
+    )
     num_workers: Annotated[int, MAY_CHANGE] = Field(8, ge=0, description="data-loading processes of each rank")
     max_skipped_images: Annotated[int, MAY_CHANGE] = Field(
         1000, ge=0, description="undecodable images that a rank may replace before the run stops"
@@ -78,7 +81,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     """Length of the training, batch size, precision and engine."""
 
-    epochs: int = Field(400, ge=1, description="passes over the training images")
+    epochs: int = Field(400, ge=1, description="how many times each training image is shown")
     global_batch_size: int = Field(
         4096, ge=1, description="images of one optimizer step, over all ranks and micro-batches"
     )
@@ -195,6 +198,13 @@ class RunConfig(Section):
         if self.optim.warmup_epochs >= self.train.epochs:
             yield f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be less than train.epochs={self.train.epochs}"
         yield from self._problems_of_steps()
+        epochs, repeats = self.train.epochs, self.data.repeats
+        if epochs % repeats:
+            near = max(epochs // repeats, 1) * repeats
+            yield (
+                f"train.epochs={epochs} is not a multiple of data.repeats={repeats}, and the last pass over the images "
+                f"would leave some out: set train.epochs={near} or {near + repeats}"
+            )
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
             yield f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first"
 

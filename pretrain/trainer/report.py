@@ -26,13 +26,19 @@ def describe_run(
         f"{parameters / 1e6:.1f}M parameters; git {git_state()}\n"
         f"global batch {train.global_batch_size} = {world.size} ranks x {accumulation} micro-batches x {micro_batch}; "
         f"learning rate {config.peak_lr:.3g} = {optim.base_lr:g} x {train.global_batch_size} / {optim.lr_batch_size}\n"
-        f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs, "
+        f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs{_passes(run)}, "
         f"{run.total_steps} steps\n"
         f"DeepSpeed uses {json.dumps(effective)}\n"
         f"computes with {json.dumps(numerics)}\n"
         f"versions {json.dumps(versions())}\n"
         f"{f'resumes from {resumed}' if resumed else 'starts at step 0'}; writes to {run.folder.root}/"
     )
+
+
+def _passes(run: Run) -> str:
+    """How epochs are counted where each decode of an image is shown several times."""
+    epochs, repeats = run.config.train.epochs, run.config.data.repeats
+    return f" in {epochs // repeats} passes of {repeats} crops of each image" if repeats > 1 else ""
 
 
 def log_outputs(run: Run) -> None:

@@ -14,6 +14,10 @@ from pydantic import BaseModel, ConfigDict
 # depend on it. All other keys are compared when a run continues, so that a new one cannot be forgotten.
 MAY_CHANGE = object()
 
+# Marks a key that is younger than the first runs, which did what its default says: it is compared only where a run has,
+# or had, another value.
+DEFAULT_AS_BEFORE = object()
+
 
 class Section(BaseModel):
     """A frozen part of the configuration: unknown keys and wrong types are refused.
@@ -27,11 +31,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     def resume_signature(self) -> dict[str, Any]:
-        """Every key that is not marked `MAY_CHANGE`: a checkpoint continues only where they are equal."""
+        """The keys that are not marked `MAY_CHANGE`: a checkpoint continues only where they are equal."""
         signature, dumped = {}, self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
-            if MAY_CHANGE not in field.metadata:
-                value = getattr(self, name)
+            value = getattr(self, name)
+            as_before = DEFAULT_AS_BEFORE in field.metadata and value == field.default
+            if MAY_CHANGE not in field.metadata and not as_before:
                 signature[name] = value.resume_signature() if isinstance(value, Section) else dumped[name]
         return signature
 

@@ -30,7 +30,7 @@ def test_what_webdataset_reads_is_what_the_index_says(shards: Path, index: Index
     assert [sample["jpg"] for sample in samples] == [reader.read(number) for number in range(len(index))]
     assert [int(sample["cls"]) for sample in samples] == index.label.tolist()
     assert index.shard_sizes.tolist() == [30, 16, 7]
-    assert index.shard.tolist() == [0] * 30 + [1] * 16 + [2] * 7
+    assert [index.shard_of(sample) for sample in range(53)] == [0] * 30 + [1] * 16 + [2] * 7
 
 
 def test_tars_in_folders_below_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +87,7 @@ def test_foreign_shards_are_indexed_on_first_use(tmp_path: Path, format: int) ->
 def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.index, "scan_shard", lambda path: pytest.fail("scanned again"))
     again = load_index(shards)
-    for name in ("shard", "offset", "length", "label", "shard_sizes", "shard_bytes"):
+    for name in ("shard_ends", "offset", "length", "label", "shard_sizes", "shard_bytes"):
         assert np.array_equal(getattr(again, name), getattr(index, name)), name
         assert getattr(again, name).dtype == getattr(index, name).dtype, name
     assert list(again.keys) == list(index.keys)

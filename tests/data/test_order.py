@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
 
-from data.order import Stream, check_divisible, epoch_order, micro_batches, sample_rng, steps_per_epoch
+from data.order import EpochOrder, Stream, check_divisible, micro_batches, sample_rng, steps_per_epoch
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    return EpochOrder(num_samples, seed, epoch).samples(0, num_samples)
 
 
 def test_an_epoch_is_a_complete_permutation() -> None:
@@ -30,15 +34,25 @@ def test_shuffle_is_uniform() -> None:
     assert abs(counts - 4000 / 6).max() < 5 * 24
 
 
+@pytest.mark.parametrize("part", [100, 999, 1500, 2999, 3000])
+def test_the_order_does_not_depend_on_the_parts_that_are_in_memory(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on the words drawn at once; and it is that of a sort of all words, as in every release."""
+    monkeypatch.setattr("data.order._CHUNK", 700)
+    words = np.random.PCG64(np.random.SeedSequence([3, 7])).random_raw(3000)
+    expected = np.argsort(words, kind="stable")
+    order = EpochOrder(3000, seed=3, epoch=7, part=part)
+    for start, stop in ((0, 3000), (0, 1), (2999, 3000), (700, 2200), (10, 20)):
+        assert np.array_equal(order.samples(start, stop), expected[start:stop])
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_ranks_are_disjoint_and_together_the_step(world: int, accumulation: int) -> None:
-    order = epoch_order(101, seed=0, epoch=0)
-    for step in range(steps_per_epoch(101, 24)):
-        parts = [micro_batches(order, step, 24, accumulation, rank, world) for rank in range(world)]
-        assert all(part.shape == (accumulation, 24 // world // accumulation) for part in parts)
-        in_sequence = np.stack(parts, axis=1).reshape(-1)  # micro-batch by micro-batch, rank by rank
-        assert np.array_equal(in_sequence, order[step * 24 : (step + 1) * 24])
+def test_ranks_are_disjoint_and_together_the_batch(world: int, accumulation: int) -> None:
+    batch = epoch_order(24, seed=0, epoch=0)
+    parts = [micro_batches(batch, accumulation, rank, world) for rank in range(world)]
+    assert all(part.shape == (accumulation, 24 // world // accumulation) for part in parts)
+    in_sequence = np.stack(parts, axis=1).reshape(-1)  # micro-batch by micro-batch, rank by rank
+    assert np.array_equal(in_sequence, batch)
 
 
 def test_last_incomplete_batch_is_dropped() -> None:

@@ -62,7 +62,7 @@ def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, wor
         for i, sample in enumerate(before.samples.tolist()):
             rng = sample_rng(5, 1, sample, Stream.CROP)
             flip_decision(rng, 0.5)
-            data = index.root.joinpath(index.shards[index.shard[sample]]).read_bytes()
+            data = index.root.joinpath(index.shards[index.shard_of(sample)]).read_bytes()
             start, length = int(index.offset[sample]), int(index.length[sample])
             width, height = Image.open(io.BytesIO(data[start : start + length])).size
             Augmentation().box(rng, width, height, (32, 32))

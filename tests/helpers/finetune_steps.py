@@ -135,6 +135,8 @@ def plain_steps(config: FinetuneConfig) -> tuple[list[tuple[float, float]], dict
 
 class NoIndex:
     fingerprint = ""
+    shards: tuple[str, ...] = ()
+    shard_bytes = shard_sizes = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return STEPS * BATCH

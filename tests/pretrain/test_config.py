@@ -83,6 +83,7 @@ def test_a_wrong_value_names_its_key(recipe: str, override: str, says: str):
         (["method.window_size=2", "method.mask_ratio=0.2"], ["method.mask_ratio=0.2", "masks 0 of a window's 4"]),
         (["train.epochs=5"], ["optim.warmup_epochs=5", "train.epochs=5"]),
         (["data.crop_scale=[1,0.2]"], ["data.crop_scale", "the smaller first"]),
+        (["data.repeats=3"], ["train.epochs=400 is not a multiple of data.repeats=3", "epochs=399 or 402"]),
         (["data.crop_scale=[0,0]"], ["data.crop_scale", "above 0"]),
         (["data.crop_scale=[0.1]"], ["data.crop_scale=[0.1]: must be [a number, a number]"]),
         (["data.image_size=[1,b]"], ["data.image_size=[1, 'b']"]),

@@ -243,6 +243,7 @@ def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | No
             r"there is one: raise train.global_batch_size",
         ),
         ("mae_vitb16_224_1600e", ["lut.loss=infonce", "lut.supervision=tokens"], r"lut.supervision=pooled"),
+        ("mae_vitb16_224_1600e", ["lut.loss=infonce", "data.repeats=2"], r"the same one .*: set data.repeats=1"),
         (
             "beit_vitb16_224_800e",
             ["target.tokenizer=random_projection"],

@@ -4,8 +4,10 @@ from typing import Annotated, Any
 
 import pytest
 
+from pretrain.trainer.checkpoint import CannotContinueError, check_continues
+from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
-from pretrain.trainer.schema import MAY_CHANGE, Section, nearest, parse_value
+from pretrain.trainer.schema import DEFAULT_AS_BEFORE, MAY_CHANGE, Section, nearest, parse_value
 
 
 @pytest.mark.parametrize(
@@ -81,10 +83,28 @@ class Outer(Section):
     inner: Inner = Inner()
     other: Annotated[Inner | None, MAY_CHANGE] = None
     size: tuple[int, int] = (3, 4)
+    younger: Annotated[int, DEFAULT_AS_BEFORE] = 1
 
 
 def test_the_resume_signature_is_all_that_is_not_marked():
     assert Outer(other=Inner()).resume_signature() == {"inner": {"kept": 1}, "size": [3, 4]}
+
+
+def test_a_younger_key_is_compared_where_it_is_set():
+    def refusal(before: dict[str, Any], now: int) -> str:
+        signature = Outer(younger=now).resume_signature()
+        try:
+            check_continues(TrainState(resume_signature=before), TrainState(resume_signature=signature))
+        except CannotContinueError as error:
+            return str(error)
+        return ""
+
+    older = {"inner": {"kept": 1}, "size": [3, 4]}  # of a run from before there was the key
+    one, two = (Outer(younger=value).resume_signature() for value in (1, 2))
+    assert refusal(older, 1) == refusal(one, 1) == refusal(two, 2) == ""
+    assert "younger was 'unset' and is 2" in refusal(older, 2)
+    assert "younger was 'unset' and is 2" in refusal(one, 2)
+    assert "younger was 2 and is 'unset'" in refusal(two, 1)
 
 
 def test_only_keys_that_do_not_change_the_weights_are_marked():

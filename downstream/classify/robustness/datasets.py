@@ -140,12 +140,12 @@ def right_classes(samples: Samples, classes: ClassMap, needed: Collection[str] |
     if not samples.classes:
         label = samples.label
         if len(samples) and label.min() >= 0 and label.max() < NUM_CLASSES and len(classes) == NUM_CLASSES:
-            return _table([[number] for number in range(NUM_CLASSES)])[torch.from_numpy(label).long()]
+            return _table([[number] for number in range(NUM_CLASSES)])[torch.tensor(label).long()]
         raise ValueError(
             f"{samples.root}: has no class folders with names like '{next(iter(classes))}', and no classes.txt"
         )
     check_folders(samples.classes, classes, samples.root, needed)
-    return _table([classes[name] for name in samples.classes])[torch.from_numpy(samples.label).long()]
+    return _table([classes[name] for name in samples.classes])[torch.tensor(samples.label).long()]
 
 
 def right_by_real(samples: Samples) -> Tensor:
