@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.image_file import REDUCIBLE, BadImage, open_image, reason, to_rgb
+from data.bit_depth import has_16_bit_colors
+from data.image_file import REDUCIBLE, bad_image, open_image, to_rgb
 from data.transforms import Box
 
 Margins = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right; in pixels of the target
@@ -80,7 +81,7 @@ def decode_crops(data: bytes, crops: Sequence[Crop], size: tuple[int, int], bord
                 decoded[reduction] = _decode(open_image(data) if decoded else image, reduction)
             pixels.append(_render(decoded[reduction], inside, target, beyond, crop.flip))
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
-        raise BadImage(reason(error)) from error
+        raise bad_image(error) from error
     return pixels
 
 
@@ -88,7 +89,7 @@ def _cut(image: Image.Image, border: int) -> Image.Image:
     try:
         return to_rgb(image).crop((border, border, image.width - border, image.height - border))
     except Exception as error:
-        raise BadImage(reason(error)) from error
+        raise bad_image(error) from error
 
 
 class _Decoded(NamedTuple):
@@ -103,7 +104,8 @@ def _decode(image: Image.Image, reduction: int) -> _Decoded:
         drafted = image.draft(None, (width // reduction, image.height // reduction))
         if drafted is not None:  # libjpeg rounds the reduced size up, so the scale comes from its result
             scale = width / drafted[1][2]
-    return _Decoded(image if image.mode in ("RGB", "L") else to_rgb(image), scale)
+    as_it_is = image.mode in ("RGB", "L") and not has_16_bit_colors(image)
+    return _Decoded(image if as_it_is else to_rgb(image), scale)
 
 
 def _reduction(inside: Box, size: tuple[int, int]) -> int:

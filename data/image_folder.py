@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.image_file import check_length
 from data.index import Index, Keys, load_index
 from data.multi_labels import MultiLabels
 from data.names import readable
@@ -43,12 +44,14 @@ class FolderReader:
         """The file's bytes.
 
         Raises:
+            BadImage: it has no bytes, or more than any image.
             ValueError: it no longer exists.
         """
         name = self.folder.names[sample]
         path = os.path.join(os.fsencode(self.folder.root), name.encode("utf-8", "surrogateescape"))  # in any locale
         try:
             with open(path, "rb") as file:
+                check_length(os.fstat(file.fileno()).st_size)
                 return file.read()
         except FileNotFoundError as error:
             raise ValueError(
