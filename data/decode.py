@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data.image_file import REDUCIBLE, BadImage, open_image, reason, to_rgb
+from data.bit_depth import has_16_bit_colors
+from data.image_file import REDUCIBLE, bad_image, open_image, to_rgb
 from data.transforms import Box
 
 Margins = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right; in pixels of the target
@@ -84,14 +85,14 @@ def decode_crops(data: bytes, crops: Sequence[Crop], size: tuple[int, int], bord
     try:
         return [file.render(box, size, crop.flip) for crop, box in zip(crops, boxes, strict=True)]
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
-        raise BadImage(reason(error)) from error
+        raise bad_image(error) from error
 
 
 def _cut(image: Image.Image, border: int) -> Image.Image:
     try:
         return to_rgb(image).crop((border, border, image.width - border, image.height - border))
     except Exception as error:
-        raise BadImage(reason(error)) from error
+        raise bad_image(error) from error
 
 
 class _File:
@@ -116,7 +117,8 @@ class _File:
         return _render(self._reduced[reduction], inside, target, beyond, flip)
 
     def _opened(self) -> Image.Image:
-        if self._is_used and self._image.format in REDUCIBLE:  # what was drafted or loaded cannot be drafted again
+        # What was loaded can neither be drafted nor read with 16 bits a value again; what was cut is no file any more.
+        if self._is_used and self._image.format is not None:
             return open_image(self._data)
         self._is_used = True
         return self._image
@@ -157,7 +159,8 @@ def _decode(image: Image.Image, reduction: int) -> _Decoded:
         drafted = image.draft(None, (width // reduction, image.height // reduction))
         if drafted is not None:  # libjpeg rounds the reduced size up, so the scale comes from its result
             scale = width / drafted[1][2]
-    return _Decoded(image if image.mode in ("RGB", "L") else to_rgb(image), scale)
+    as_it_is = image.mode in ("RGB", "L") and not has_16_bit_colors(image)
+    return _Decoded(image if as_it_is else to_rgb(image), scale)
 
 
 def _reduction(inside: Box, size: tuple[int, int]) -> int:

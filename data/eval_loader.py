@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import CHANNELS, BadImage, decode
+from data.decode import CHANNELS, decode
+from data.image_file import BadImage
 from data.image_folder import Samples, reader_of
 from data.multi_labels import LabelReader
 from data.scan import NO_LABEL

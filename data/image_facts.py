@@ -1,4 +1,4 @@
-"""What an image file holds, found by decoding all of it; and 16-bit gray pictures rewritten with 8."""
+"""What an image file holds, found by decoding all of it; and pictures of 16 bits rewritten with 8."""
 
 from io import BytesIO
 from typing import NamedTuple
@@ -6,17 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.image_file import (
-    REDUCIBLE,
-    WHITE_16_BITS,
-    BadImage,
-    is_negative,
-    open_image,
-    reason,
-    scale_to_8_bits,
-    to_rgb,
-    white_of,
-)
+from data.bit_depth import WHITE_16_BITS, is_negative, read_16_bits, scale_to_8_bits, white_of
+from data.image_file import REDUCIBLE, UNSUPPORTED, BadImage, bad_image, open_image, to_rgb
 
 _ORIENTATION, _UPRIGHT = 274, 1  # EXIF 2.3, table 4
 
@@ -36,6 +27,8 @@ class ImageFacts(NamedTuple):
     """EXIF says that it is to be shown turned or mirrored."""
     is_flat: bool
     """With 16 bits a value, of which all lie within a narrow range far from 0: one shade of gray in 8 bits."""
+    is_transparent: bool
+    """Some pixels are, in part or in full; the colors below them are used."""
 
 
 def check_image(data: bytes) -> ImageFacts:
@@ -45,25 +38,27 @@ def check_image(data: bytes) -> ImageFacts:
         BadImage: as ``decode``.
     """
     image = open_image(data)
-    stored_as = str(getattr(image, "tile", ""))  # Pillow reads 16-bit colors as their upper 8 bits
     try:
-        has_more_pictures = image.format not in REDUCIBLE and bool(getattr(image, "is_animated", False))
-        image.load()
-        to_rgb(image)
+        values = read_16_bits(image)
+        if values is None:
+            to_rgb(image)
         return ImageFacts(
             format="JPEG" if image.format in REDUCIBLE else str(image.format),
-            used_bits=_used_bits(image, stored_as),
-            is_gray=image.mode.startswith("I;16"),
-            has_more_pictures=has_more_pictures,
+            used_bits=None if values is None or white_of(image) != WHITE_16_BITS else int(values.max()).bit_length(),
+            is_gray=values is not None and values.ndim == 2,
+            has_more_pictures=image.format not in REDUCIBLE and _has_more_pictures(data),
             is_turned=orientation_of(image) != _UPRIGHT,
-            is_flat=_is_flat(image),
+            is_flat=values is not None and white_of(image) == WHITE_16_BITS and _is_flat(values),
+            is_transparent=_is_transparent(image),
         )
-    except Exception as error:
-        raise BadImage(reason(error)) from error
+    except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
+        raise bad_image(error) from error
 
 
-def rewrite_16_bit_gray(data: bytes, bits: int) -> bytes:
-    """A gray picture with 16 bits a value as a PNG of 8 bits, in which the largest number of `bits` bits is white.
+def rewrite_16_bits(data: bytes, bits: int) -> bytes:
+    """A picture with 16 bits a value as a PNG of 8 bits, in which the largest number of `bits` bits is white.
+
+    Transparency is dropped.
 
     Raises:
         BadImage: values need more bits; or as ``decode``.
@@ -71,15 +66,32 @@ def rewrite_16_bit_gray(data: bytes, bits: int) -> bytes:
     image = open_image(data)
     white = min(2**bits - 1, white_of(image))
     try:
-        image.load()
-        gray = np.asarray(image)
-        if gray.max() > white:
-            raise BadImage(f"values up to {gray.max()} are over {white}, the largest number of {bits} bits")
+        values = read_16_bits(image)
+        assert values is not None
+        if values.max() > white:
+            raise BadImage(
+                f"values up to {values.max()} are over {white}, the largest number of {bits} bits", UNSUPPORTED
+            )
         file = BytesIO()
-        scale_to_8_bits(gray, white, is_negative(image)).save(file, "PNG")
+        scale_to_8_bits(values, white, is_negative(image)).save(file, "PNG")
     except Exception as error:
-        raise BadImage(reason(error)) from error
+        raise bad_image(error) from error
     return file.getvalue()
+
+
+def _has_more_pictures(data: bytes) -> bool:
+    image = open_image(data)  # again, as looking for the others moves on in the file
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # the second one is damaged, which does not matter
+        return True
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Of an image whose pixels have been read."""
+    if image.mode in ("P", "L", "RGB") and "transparency" in image.info:  # a color that stands for it
+        image = image.convert("RGBA")
+    return "A" in image.getbands() and bool(np.asarray(image.getchannel("A")).min() < 255)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -90,18 +102,6 @@ def orientation_of(image: Image.Image) -> int:
         return _UPRIGHT
 
 
-def _is_flat(image: Image.Image) -> bool:
-    if not image.mode.startswith("I;16") or white_of(image) != WHITE_16_BITS:
-        return False
-    values = np.asarray(image)
+def _is_flat(values: np.ndarray) -> bool:
     span = int(values.max()) - int(values.min())
-    return 0 < span < WHITE_16_BITS // 16 and span < int(values.min())
-
-
-def _used_bits(image: Image.Image, stored_as: str) -> int | None:
-    if image.mode.startswith("I;16"):
-        return int(np.asarray(image).max()).bit_length() if white_of(image) == WHITE_16_BITS else None
-    if ";16" not in stored_as:
-        return None
-    colors = [np.asarray(image.getchannel(band)) for band in image.getbands() if band != "A"]
-    return 8 + int(np.max(colors)).bit_length()
+    return values.ndim == 2 and 0 < span < WHITE_16_BITS // 16 and span < int(values.min())

@@ -1,20 +1,33 @@
 """Bytes -> an image that Pillow has opened, and its 8-bit RGB pixels, or the reason why it is no usable image."""
 
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from io import BytesIO
 
-import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
+
+from data.bit_depth import is_negative, read_16_bits, scale_to_8_bits, white_of
 
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit RGBA have 800 MB
 MIN_SIDE = 8
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000")  # by Pillow's names
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF")  # by Pillow's names
 REDUCIBLE = ("JPEG", "MPO")  # MPO: a JPEG with further images after the first
+# Why a file is no usable image, in a word or two.
+EMPTY, NO_IMAGE, UNSUPPORTED, DAMAGED = "empty", "no image", "unsupported", "damaged"
+TOO_LARGE, TOO_SMALL = "too large", "too small"
 _LIMIT = f"{MAX_PIXELS // 1_000_000} megapixels: make it smaller, or cut it into parts"
-WHITE_16_BITS, WHITE_12_BITS = 65535, 4095
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 4
 _TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1", b"avif", b"avis")  # ISO/IEC 23008-12
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1")  # ISO/IEC 23008-12
+_MARKS = {  # first bytes -> format
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF8": "GIF",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+}
 _WITHOUT_WHITE = {"F": "floating-point", "I": "signed or 32-bit", "LAB": "CIELAB"}  # by Pillow's modes
 
 # Pillow warns of odd metadata, and from 89 megapixels on, once per worker. Metadata does not matter here, and our own
@@ -22,10 +35,24 @@ _WITHOUT_WHITE = {"F": "floating-point", "I": "signed or 32-bit", "LAB": "CIELAB
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # Pillow refuses good PNGs for a megabyte of text or of color profile beside the pixels.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 100 * 2**20
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker has one core
 
 
 class BadImage(Exception):  # noqa: N818  # a state of the data, not of the program
     """Bytes that are not a usable image; the text is the reason."""
+
+    def __init__(self, text: str, kind: str = DAMAGED) -> None:
+        super().__init__(text)
+        self.kind = kind
+        """Of the reason: one of the words above."""
+
+
+def check_length(length: int) -> None:
+    """Raises BadImage for a number of bytes that no image file has."""
+    if length == 0:
+        raise BadImage("an empty file", EMPTY)
+    if length > MAX_BYTES:
+        raise BadImage(f"{length} bytes are over {MAX_BYTES}, more than any image of {_LIMIT}", TOO_LARGE)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -34,69 +61,71 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         BadImage: no header of one of `FORMATS`, over 100 megapixels or a side under 8 pixels.
     """
+    check_length(len(data))
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:  # Pillow's text has a memory address in it
-        raise BadImage(_what_else(data)) from error
+        raise _unidentified(data) from error
     except Exception as error:
-        raise BadImage(reason(error)) from error
+        raise bad_image(error) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} is over {_LIMIT}")
+        raise BadImage(f"{width} x {height} is over {_LIMIT}", TOO_LARGE)
     if min(width, height) < MIN_SIDE:
-        raise BadImage(f"{width} x {height} is under {MIN_SIDE} pixels a side")
+        raise BadImage(f"{width} x {height} is under {MIN_SIDE} pixels a side", TOO_SMALL)
+    if image.mode in _WITHOUT_WHITE:  # Pillow would clip what is not from 0 to 255
+        raise BadImage(
+            f"{_WITHOUT_WHITE[image.mode]} pixels, which do not say what is black and white: "
+            "convert it to 8 bits, or to unsigned 16 bits",
+            UNSUPPORTED,
+        )
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """All pixels, of any mode, with 8 bits a value; transparency is dropped.
+    """All pixels of an opened image, of any mode, with 8 bits a value; transparency is dropped.
 
     Raises:
-        BadImage: the values do not say what is black and white. A damaged file raises anything else.
+        Exception: anything, of a damaged file.
     """
-    if image.mode in _WITHOUT_WHITE:  # Pillow would clip what is not from 0 to 255
-        raise BadImage(
-            f"{_WITHOUT_WHITE[image.mode]} pixels, which do not say what is black and white: "
-            "convert it to 8 bits, or to unsigned 16 bits"
-        )
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip everything above 255 to white
-        return scale_to_8_bits(np.asarray(image), white_of(image), is_negative(image)).convert("RGB")
+    values = read_16_bits(image)
+    if values is not None:
+        return scale_to_8_bits(values, white_of(image), is_negative(image)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")  # CMYK and YCCK included: Pillow already undid Adobe's inversion
 
 
-def scale_to_8_bits(gray: np.ndarray, white: int, negative: bool) -> Image.Image:
-    """uint16 (H, W) -> 8 bits, rounded."""
-    scaled = ((gray.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
-    return Image.fromarray(255 - scaled if negative else scaled)
-
-
-def white_of(image: Image.Image) -> int:
-    """The largest value that a 16-bit gray image may have; TIFF has files that declare 12 bits."""
-    declared = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE)
-    return WHITE_12_BITS if declared == (12,) else WHITE_16_BITS
-
-
-def is_negative(image: Image.Image) -> bool:
-    """Whether 0 is white, as some TIFF files of X-rays have it; Pillow undoes it for 8 bits alone."""
-    return bool(getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
-
-
-def _what_else(data: bytes) -> str:
-    if not data:
-        return "an empty file"
-    if data.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS in place of the image: `git lfs pull` gets it"
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-        return "a HEIC or AVIF image: convert it to JPEG or PNG"
-    if data[:4] in _TIFF_MARKS:
-        return "a TIFF file that is damaged, or has other channels than gray, RGB or CMYK of up to 16 bits: convert it"
-    return "not a JPEG, PNG, WebP, BMP, TIFF, GIF or JPEG 2000 image"
-
-
-def reason(error: Exception) -> str:
-    """What Pillow's error says of a file, the same in every process."""
+def bad_image(error: Exception) -> BadImage:
+    """What an error of Pillow says of a file, the same in every process."""
+    if isinstance(error, BadImage):
+        return BadImage(str(error), error.kind)
     if isinstance(error, Image.DecompressionBombError):
-        return f"over {_LIMIT}"
-    return f"{error}" or type(error).__name__
+        return BadImage(f"over {_LIMIT}", TOO_LARGE)
+    return BadImage(f"{error}" or type(error).__name__)
+
+
+def count_kinds(kinds: Iterable[str]) -> str:
+    """How many images are of each kind, the most frequent first: `12 damaged, 3 empty`."""
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
+
+
+def _unidentified(data: bytes) -> BadImage:
+    if not data.strip(b"\0"):
+        return BadImage("nothing but zeros, as a copy that was not finished leaves them: copy it again", NO_IMAGE)
+    if data.startswith(b"version https://git-lfs"):
+        return BadImage("a pointer of Git LFS in place of the image: `git lfs pull` gets it", NO_IMAGE)
+    if data[4:8] == b"ftyp" and data[8:12] in (*_HEIF_BRANDS, *_AVIF_BRANDS):
+        if data[8:12] in _AVIF_BRANDS and AvifImagePlugin.SUPPORTED:
+            return BadImage("an AVIF file that is damaged")
+        return BadImage("a HEIC or AVIF image: convert it to JPEG or PNG", UNSUPPORTED)
+    if data[:4] in _TIFF_MARKS:
+        return BadImage(
+            "a TIFF file that is damaged, or has other channels than gray, RGB or CMYK of up to 16 bits: convert it"
+        )
+    for mark, name in _MARKS.items():
+        if data.startswith(mark):
+            return BadImage(f"a {name} file whose header is damaged")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return BadImage("a WebP file whose header is damaged")
+    return BadImage("not a JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000 or AVIF image", NO_IMAGE)

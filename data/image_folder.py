@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.image_file import check_length
 from data.index import Index, load_index
 from data.keys import Keys
 from data.multi_labels import MultiLabels
@@ -44,12 +45,14 @@ class FolderReader:
         """The file's bytes.
 
         Raises:
+            BadImage: it has no bytes, or more than any image.
             ValueError: it no longer exists.
         """
         name = self.folder.names[sample]
         path = os.path.join(os.fsencode(self.folder.root), name.encode("utf-8", "surrogateescape"))  # in any locale
         try:
             with open(path, "rb") as file:
+                check_length(os.fstat(file.fileno()).st_size)
                 return file.read()
         except FileNotFoundError as error:
             raise ValueError(

@@ -8,13 +8,15 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.augment import color_jitter, rand_augment, three_augment
-from data.decode import CHANNELS, BadImage, Crop, decode_crops
+from data.decode import CHANNELS, Crop, decode_crops
+from data.image_file import BadImage
 from data.index import Index
 from data.multi_labels import LabelReader
 from data.order import Stream, Views, check_divisible, rank_views, sample_rng, steps_per_epoch
@@ -34,6 +36,14 @@ def draw_masks(sampler: MaskSampler, seed: int, views: Iterable[tuple[int, int]]
     return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
 
 
+class Skipped(NamedTuple):
+    """A sample that could not be decoded."""
+
+    key: str
+    kind: str  # of the reason, as of `BadImage`
+    reason: str
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank; B samples."""
@@ -43,7 +53,7 @@ class Batch:
     labels: Tensor | None  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, of sets with lists; only if requested
     samples: Tensor  # int64 (B,), index of the sample shown in `images`
     keys: tuple[str, ...]  # their keys
-    skipped: tuple[str, ...]  # 'key: reason' of each sample that could not be decoded and was replaced
+    skipped: tuple[Skipped, ...]  # the samples that could not be decoded and were replaced
 
     def model_inputs(self) -> dict[str, Tensor | dict[str, Tensor]]:
         """Arguments of the trained module's forward other than the images: labels if there are any, or mask indices."""
@@ -178,9 +188,9 @@ class _MicroBatchDecoder:
         starts = np.flatnonzero(np.diff(samples, prepend=-1))
         for start, stop in pairwise([*starts.tolist(), len(samples)]):  # views of one sample, which is decoded once
             sample, epochs = int(samples[start]), views.epochs[start:stop].tolist()
-            shown[start:stop], reason = self._decode_or_replace(epochs, sample, pixels[start:stop])
-            if reason:
-                skipped += [f"{self._index.keys[sample]}: {reason}"] * len(epochs)
+            shown[start:stop], problem = self._decode_or_replace(epochs, sample, pixels[start:stop])
+            if problem:
+                skipped += [problem] * len(epochs)
         labels = torch.from_numpy(self._labels(shown)) if self._labels is not None else None
         return Batch(
             images=images.squeeze(1),
@@ -191,7 +201,7 @@ class _MicroBatchDecoder:
             skipped=tuple(skipped),
         )
 
-    def _decode_or_replace(self, epochs: Sequence[int], sample: int, out: np.ndarray) -> tuple[int, str]:
+    def _decode_or_replace(self, epochs: Sequence[int], sample: int, out: np.ndarray) -> tuple[int, Skipped | None]:
         """Writes the sample's views, or those of the next that can be decoded, into ``out``.
 
         Args:
@@ -199,19 +209,20 @@ class _MicroBatchDecoder:
             out: uint8 (R, views, H, W, 3).
 
         Returns:
-            The sample that was decoded, and why the requested one was not ('' if it was).
+            The sample that was decoded, and why the requested one was not (None if it was).
         """
-        reason = ""
+        first: Skipped | None = None
         for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
             shown %= len(self._index)
             try:
                 self._augment(epochs, sample, shown, out)
-                return shown, reason
+                return shown, first
             except BadImage as error:
-                reason = reason or str(error)
+                first = first or Skipped(self._index.keys[sample], error.kind, str(error))
+        assert first is not None
         raise ValueError(
-            f"sample '{self._index.keys[sample]}' and the {MAX_REPLACEMENTS} after it cannot be decoded (the first: "
-            f"{reason}): find them with `python -m data.verify SHARDS --decode`"
+            f"sample '{first.key}' and the {MAX_REPLACEMENTS} after it cannot be decoded (the first: "
+            f"{first.reason}): find them with `python -m data.verify SHARDS --decode`"
         )
 
     def _augment(self, epochs: Sequence[int], sample: int, shown: int, out: np.ndarray) -> None:

@@ -115,7 +115,7 @@ def read_json(content: bytes, numbers: Mapping[str, int]) -> Label:
         return None
     try:
         fields = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableLabel(f"its .json cannot be read ({error}): write the shard again") from error
     if not isinstance(fields, dict):
         return None

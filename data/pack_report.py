@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.image_facts import ImageFacts
+from data.image_file import count_kinds
 from data.index import Index
 from data.scan import NO_LABEL
 
@@ -22,7 +23,7 @@ SHOWN_REJECTED = 20
 class PackReport:
     """Of some files."""
 
-    rejected: list[str] = field(default_factory=list)  # lines of a file's name, a tab and the reason
+    rejected: list[str] = field(default_factory=list)  # lines of a file's name, kind and reason, by tabs
     gray_bits: Counter[int] = field(default_factory=Counter)  # of pictures with 16 bits a value: bits used -> pictures
     color_bits: Counter[int] = field(default_factory=Counter)
     flat: int = 0  # gray pictures of 16 bits in a narrow range far from 0
@@ -30,6 +31,7 @@ class PackReport:
     more_pictures: int = 0  # files with several, of which the first is used
     turned: int = 0  # by EXIF
     shrunk: int = 0  # rewritten with a shorter short side
+    transparent: int = 0  # with pixels that are, at least in part
 
     def add(self, facts: ImageFacts) -> None:
         """Counts a packed image."""
@@ -39,6 +41,7 @@ class PackReport:
         self.flat += facts.is_flat
         self.more_pictures += facts.has_more_pictures
         self.turned += facts.is_turned
+        self.transparent += facts.is_transparent
 
     def write(self, path: Path) -> None:
         """Writes a file for `read`."""
@@ -65,21 +68,19 @@ class PackReport:
             merged.more_pictures += report.more_pictures
             merged.turned += report.turned
             merged.shrunk += report.shrunk
+            merged.transparent += report.transparent
         return merged
 
     def remarks(self) -> Iterator[str]:
         """What a user may want to change before training."""
-        for bits, kind, advice in (
-            (self.gray_bits, "gray", "--bits {most}, which needs another OUT, makes {largest} white"),
-            (self.color_bits, "color", "scale them to 8 bits before packing if {largest} means white"),
-        ):
+        for bits, kind in ((self.gray_bits, "gray"), (self.color_bits, "color")):
             dark = [used for used in bits if used <= DARK_BITS]
             if dark:
                 most = max(dark)
                 yield (
                     f"{sum(bits[used] for used in dark)} of {bits.total()} {kind} pictures of 16 bits have no value "
                     f"over {2**most - 1} of 65535 ({most} bits), and are used as they are, nearly black: "
-                    + advice.format(most=most, largest=2**most - 1)
+                    f"--bits {most}, which needs another OUT, makes {2**most - 1} white"
                 )
         if self.flat:
             yield (
@@ -99,12 +100,21 @@ class PackReport:
                 f"{self.turned} of {self.images}; `exiftran -ai` turns JPEG files without loss, before packing"
             )
 
+        if self.transparent:
+            yield (
+                "images with transparent pixels are used with the colors that are stored below them: "
+                f"{self.transparent} of {self.images}; lay them on a background before packing if these are not meant "
+                "to be seen"
+            )
+
     def refusal(self, files: int, out: Path) -> str:
         """The message where rejected files are not to be left out."""
-        shown = "\n".join(f"  {line.replace(chr(9), ': ')}" for line in self.rejected[:SHOWN_REJECTED])
+        lines = [line.split("\t") for line in self.rejected]
+        shown = "\n".join(f"  {name}: {reason}" for name, _, reason in lines[:SHOWN_REJECTED])
         left = len(self.rejected) - SHOWN_REJECTED
+        kinds = count_kinds(kind for _, kind, _ in lines)
         return (
-            f"{len(self.rejected)} of {files} files are not readable images, nothing was published:\n{shown}"
+            f"{len(self.rejected)} of {files} files are not readable images ({kinds}), nothing was published:\n{shown}"
             + (f"\n  ... and {left} more" if left > 0 else "")
             + f"\nrun again with --bad skip to leave them out, or fix them, delete {out} and pack again"
         )

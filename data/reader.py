@@ -5,15 +5,14 @@ import os
 import time
 from collections import OrderedDict
 
+from data.image_file import check_length
 from data.index import HOW_TO_REINDEX, Index
+from data.tar_members import HEADER, header_problem
 
 MAX_OPEN_SHARDS = 256  # well under the usual limit of 1024 descriptors a process
 RETRY_AFTER = (0.1, 1.0, 5.0)  # seconds
 # Errors of a network file system whose server restarts or whose cached handle is stale; a retry often succeeds.
 TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN})
-
-HEADER = 512
-_MAGICS = (b"ustar", b"\0" * 5)  # POSIX and GNU; tars from before POSIX have none
 
 
 class ShardReader:
@@ -30,15 +29,17 @@ class ShardReader:
         """The image file's bytes of a sample.
 
         Raises:
+            BadImage: it has no bytes, or more than any image.
             ValueError: the shard does not match the index; nothing after this point could be trusted, so it does not
                 count as a bad image.
             OSError: the file system failed, repeatedly if the error is a transient one.
         """
         index = self.index
         shard, offset, length = index.shard_of(sample), int(index.offset[sample]), int(index.length[sample])
+        check_length(length)
         # One read for the image and the tar header before it, which costs nothing and shows that the index is right.
         block = self._pread(shard, offset - HEADER, HEADER + length)
-        if len(block) != HEADER + length or not _header_matches(block[:HEADER], length):
+        if len(block) != HEADER + length or header_problem(block[:HEADER], length):
             raise ValueError(
                 f"{index.root / index.shards[shard]}: the index does not match this shard at byte {offset} (sample "
                 f"'{index.keys[sample]}'): {HOW_TO_REINDEX}"
@@ -83,8 +84,3 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, object]:
         return {"index": self.index, "_open": OrderedDict()}
-
-
-def _header_matches(header: bytes, length: int) -> bool:
-    size = header[124:136].strip(b" \0")
-    return header[257:262] in _MAGICS and set(size) <= set(b"01234567") and int(size or b"0", 8) == length

@@ -10,10 +10,12 @@ from typing import BinaryIO
 import numpy as np
 
 from data.multi_labels import Label, MultiLabels, UnusableLabel, read_cls, read_json
-from data.tar_members import FOLDER, HARD_LINK, SPARSE, SYMBOLIC_LINK, Member, read_members
+from data.names import readable
+from data.tar_members import FOLDER, HARD_LINK, HEADER, SPARSE, SYMBOLIC_LINK, Member, header_problem, read_members
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2", "avif")
 NO_LABEL = -1
+MAX_LABEL_FILE = 1 << 24  # bytes
 
 # WebDataset's grammar: the key is the path up to the first dot of the base name, the rest is the (lower-cased)
 # extension.
@@ -96,11 +98,11 @@ def scan_shard(path: Path, numbers: Mapping[str, int] | None = None) -> ShardCon
         count = len(samples) - len(images)
         more = f", and so have {count - 1} others of {len(samples)}" if count > 1 else ""
         raise ValueError(
-            f"{path}: sample '{samples[first].key}' at byte {samples[first].start} has {found[first]}{more}; every "
-            f"sample needs one member that ends in {', '.join(IMAGE_EXTENSIONS)}: write the shard again"
+            f"{path}: sample '{readable(samples[first].key)}' at byte {samples[first].start} has {found[first]}{more}; "
+            f"every sample needs one member that ends in {', '.join(IMAGE_EXTENSIONS)}: write the shard again"
         )
     labels = [sample.label for sample in samples]
-    problems = (f"{path}: sample '{sample.key}': {sample.problem}" for sample in samples if sample.problem)
+    problems = (f"{path}: sample '{readable(sample.key)}': {sample.problem}" for sample in samples if sample.problem)
     return ShardContent(
         keys=tuple(sample.key for sample in samples),
         offset=np.array([offset for _, offset, _ in images], np.int64),
@@ -141,18 +143,24 @@ def _samples(path: Path, file: BinaryIO, numbers: Mapping[str, int], unused: Cou
                 yield current
             if key in keys:
                 raise ValueError(
-                    f"{path}: duplicate key '{key}' at byte {member.header}; a key may occur once in a shard and its "
-                    "members must be adjacent: write the shard again"
+                    f"{path}: duplicate key '{readable(key)}' at byte {member.header}; a key may occur once in a shard "
+                    "and its members must be adjacent: write the shard again"
                 )
             keys.add(key)
             current = _Sample(key, member.header)
         if suffix in current.suffixes:
             raise ValueError(
-                f"{path}: duplicate key '{key}', two members '{member.name}', the second at byte {member.header}"
+                f"{path}: duplicate key '{readable(key)}', two members '{readable(member.name)}', the "
+                f"second at byte {member.header}"
             )
         current.suffixes.add(suffix)
         if extension in IMAGE_EXTENSIONS:
             current.images.append((suffix, member.offset, member.size))
+            file.seek(member.offset - HEADER)
+            if problem := header_problem(file.read(HEADER), member.size):
+                raise ValueError(
+                    f"{path}: '{readable(member.name)}' at byte {member.header}: {problem}; write the shard again"
+                )
         elif suffix not in _LABEL_READERS or not _read_label(current, suffix, member, file, numbers):
             unused[f".{suffix}"] += 1
     if without_bytes:
@@ -163,6 +171,9 @@ def _samples(path: Path, file: BinaryIO, numbers: Mapping[str, int], unused: Cou
 
 def _read_label(sample: _Sample, suffix: str, member: Member, file: BinaryIO, numbers: Mapping[str, int]) -> bool:
     """Reads the label in a member; returns whether there is one."""
+    if member.size > MAX_LABEL_FILE:
+        sample.problems[suffix] = f"its .{suffix} has {member.size} bytes: labels have up to {MAX_LABEL_FILE}"
+        return True
     file.seek(member.offset)
     try:
         label = _LABEL_READERS[suffix](file.read(member.size), numbers)
@@ -190,7 +201,7 @@ def _without_bytes(path: Path, members: list[Member]) -> str:
     }.get(first.kind, "write the shard again with regular files")
     return (
         f"{path}: members of samples whose bytes are not in the tar ({describe_unused(counts)}; the first is "
-        f"'{first.name}' at byte {first.header}): {advice}"
+        f"'{readable(first.name)}' at byte {first.header}): {advice}"
     )
 
 
@@ -207,4 +218,4 @@ def _image_of(sample: _Sample) -> tuple[str, int, int] | str:
     if len(images) == 1:
         return images[0]
     what = "no image" if not sample.images else "more than one image"
-    return f"{what} (members: {', '.join(f'.{suffix}' for suffix in sorted(sample.suffixes))})"
+    return f"{what} (members: {', '.join(f'.{readable(suffix)}' for suffix in sorted(sample.suffixes))})"

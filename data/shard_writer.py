@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.image_facts import ImageFacts, check_image, rewrite_16_bit_gray
-from data.image_file import BadImage
+from data.image_facts import ImageFacts, check_image, rewrite_16_bits
+from data.image_file import BadImage, check_length
 from data.names import readable, shown
 from data.pack_report import PackReport
 from data.parallel import run_parallel
@@ -27,6 +27,7 @@ _EXTENSIONS = {
     "TIFF": "tif",
     "GIF": "gif",
     "JPEG2000": "jp2",
+    "AVIF": "avif",
 }  # by the formats of data.decode
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEADERS = 2048  # bytes of a sample in a shard besides the image, at most
@@ -81,19 +82,28 @@ def _readable_label(images: _Class) -> int:
     """The label of a class that has a readable image, NO_LABEL of another."""
     for file in images.files:
         try:
-            _prepare((images.root / file.name).read_bytes(), images.bits)
+            _prepare(_read(images.root, file), images.bits)
             return images.label
         except BadImage:
             continue
     return NO_LABEL
 
 
+def _read(root: Path, file: SourceFile) -> bytes:
+    """A file's bytes; raises BadImage without reading it for a length that no image has."""
+    check_length(file.size)
+    data = (root / file.name).read_bytes()
+    if len(data) != file.size:
+        raise ValueError(f"{root / readable(file.name)}: changed while it was being packed: start again")
+    return data
+
+
 def _prepare(data: bytes, bits: int | None) -> tuple[bytes, ImageFacts]:
     """The bytes to pack for those of a file; raises BadImage."""
     facts = check_image(data)
-    if bits is None or not facts.is_gray:
+    if bits is None or not (facts.is_gray or facts.used_bits is not None):
         return data, facts
-    return rewrite_16_bit_gray(data, bits), facts._replace(format="PNG", used_bits=None)
+    return rewrite_16_bits(data, bits), facts._replace(format="PNG", used_bits=None)
 
 
 def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
@@ -127,16 +137,11 @@ def _write_shard(task: ShardTask) -> None:
     with open(temporary, "wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for source in task.files:
-                data = (task.root / source.name).read_bytes()
-                if len(data) != source.size:
-                    raise ValueError(
-                        f"{task.root / readable(source.name)}: changed while it was being packed: start again"
-                    )
                 try:
-                    data, facts = _prepare(data, task.bits)
+                    data, facts = _prepare(_read(task.root, source), task.bits)
                     smaller = shrink_image(data, task.shrink) if task.shrink else None
                 except BadImage as error:
-                    report.rejected.append(f"{readable(source.name)}\t{error}")
+                    report.rejected.append(f"{readable(source.name)}\t{error.kind}\t{readable(str(error))}")
                     continue
                 if smaller is not None:
                     data, facts = smaller, facts._replace(format="JPEG", is_turned=False)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.image_facts import orientation_of
-from data.image_file import MIN_SIDE, BadImage, open_image, reason, to_rgb
+from data.image_file import MIN_SIDE, bad_image, open_image, to_rgb
 
 PLAN_FILE = "pack.json"  # next to shards: how they were packed
 _TO_UPRIGHT = {  # EXIF 2.3, table 4
@@ -61,7 +61,7 @@ def shrink_image(data: bytes, shrink: Shrink) -> bytes | None:
         file = BytesIO()
         upright.save(file, "JPEG", quality=shrink.quality, optimize=True)
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
-        raise BadImage(reason(error)) from error
+        raise bad_image(error) from error
     return file.getvalue()
 
 

@@ -136,6 +136,8 @@ class _Walk:
                 self.ignored[f"hidden {extension}"] += 1
             elif not os.access(entry.path, os.R_OK):  # a link to nowhere as well
                 self.unreadable.append(f"{prefix}{entry.name}")
+            elif not entry.is_file():  # a FIFO or a device, reading which may never end
+                self.ignored["special file"] += 1
             else:
                 self.images.append((f"{prefix}{entry.name}", entry.stat()))
                 self.bar.update()
@@ -221,6 +223,6 @@ def describe_ignored(ignored: Counter[str]) -> str:
         text += "; shards (*.tar) need no packing: data.shards takes them as they are"
     if ignored.keys() & {".zip", ".tgz", ".gz", ".7z", ".rar"}:
         text += "; unpack archives first"
-    if ignored.keys() & {".heic", ".heif", ".avif", ".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:
+    if ignored.keys() & {".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:
         text += "; convert other formats to JPEG or PNG first"
     return text or "nothing"

@@ -2,11 +2,18 @@
 
 import tarfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from data.names import readable
+
 FOLDER, SYMBOLIC_LINK, HARD_LINK, SPARSE = "folder", "symbolic link", "hard link out of the tar", "sparse file"
 MAX_PADDING = 1 << 20  # bytes of zeros behind the last member that a writer with large records may leave
+HEADER = tarfile.BLOCKSIZE
+_MAX_EXTENSIONS, _MAX_EXTENSION = 8, 1 << 20  # headers in front of a member's own (long names, pax), bytes of each
+_EXTENSION_TYPES = (b"L", b"K", b"x", b"g", b"X")
+_MAGICS = (b"ustar", bytes(5))  # POSIX and GNU; tars from before POSIX have none
 _CHUNK = 1 << 20
 _DECOMPRESSORS = {  # first bytes -> what undoes it
     b"\x1f\x8b": "gzip -d",
@@ -41,10 +48,12 @@ def read_members(path: Path, file: BinaryIO) -> Iterator[Member]:
     size, offset, end = file.seek(0, 2), 0, 0
     files: dict[str, tuple[int, int]] = {}
     try:
-        file.seek(0)
-        # Not the locale's encoding: a name is the same everywhere.
-        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        # Of an empty tar, as it would read the first header at once. Not the locale's encoding: a name is the same
+        # everywhere.
+        tar = tarfile.TarFile(fileobj=BytesIO(bytes(2 * HEADER)), encoding="utf-8", errors="surrogateescape")
+        tar.fileobj = file
         while True:
+            _check_extensions(path, file, offset)
             file.seek(offset)
             try:
                 info = tarfile.TarInfo.fromtarfile(tar)
@@ -55,17 +64,67 @@ def read_members(path: Path, file: BinaryIO) -> Iterator[Member]:
                     return
                 offset = following
                 continue
+            except (ValueError, LookupError, OverflowError) as error:  # numbers of pax headers and maps of sparse files
+                raise tarfile.InvalidHeaderError(f"bad extended header: {error}") from error  # type: ignore[attr-defined]
+            if info.size < 0 or tar.offset <= offset:  # reading would go back and never end
+                raise tarfile.InvalidHeaderError("negative size")  # type: ignore[attr-defined]
             member = _member(info, files)
             last = member.offset + member.size if not member.kind else tar.offset
             if last > size:
                 raise ValueError(
-                    f"{path}: truncated, '{info.name}' at byte {info.offset} should end at byte {last} but the file "
-                    f"ends at {size}; copy or write the shard again"
+                    f"{path}: truncated, '{readable(info.name)}' at byte {info.offset} should end at byte {last} but "
+                    f"the file ends at {size}; copy or write the shard again"
                 )
             yield member
             offset = tar.offset
     except tarfile.TarError as error:
         raise ValueError(f"{path}: {_problem(file, offset, end, size, error)}") from error
+
+
+def header_problem(header: bytes, length: int) -> str:
+    """Why the tar header right before a file's `length` bytes is none of such a file; '' if it is one.
+
+    Training sees nothing else of the tar: a size in a pax header alone is refused when the index is made.
+    """
+    if len(header) != HEADER or header[257:262] not in _MAGICS:
+        return "there is no tar header right before its bytes"
+    try:
+        size = _size(header)
+    except ValueError:
+        return "the size in its tar header is no number"
+    return "" if size == length else f"its tar header says {size} bytes, and its pax header {length}"
+
+
+def _size(header: bytes) -> int:
+    """In octal digits, or binary where the first bit is set, as GNU tar writes it."""
+    field = header[124:136]
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
+    digits = field.strip(b" \0")
+    if not set(digits) <= set(b"01234567"):
+        raise ValueError(f"size {digits!r}")
+    return int(digits or b"0", 8)
+
+
+def _check_extensions(path: Path, file: BinaryIO, offset: int) -> None:
+    """Raises ValueError for headers that `tarfile` would read into memory whole, or one in the other without end."""
+    position = offset
+    for _ in range(_MAX_EXTENSIONS):
+        file.seek(position)
+        header = file.read(HEADER)
+        if len(header) < HEADER or header[156:157] not in _EXTENSION_TYPES:
+            return
+        try:
+            size = _size(header)
+        except ValueError:
+            return  # `tarfile` says what is wrong
+        if not 0 <= size <= _MAX_EXTENSION:
+            break
+        position += HEADER + -(-size // HEADER) * HEADER
+    raise ValueError(
+        f"{path}: at byte {offset} begins a name or a pax header that is damaged: {size} bytes at byte {position}, "
+        f"where up to {_MAX_EXTENSION} are usual; copy or write the shard again"
+    )
 
 
 def _member(info: tarfile.TarInfo, files: dict[str, tuple[int, int]]) -> Member:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data.image_facts import check_image
-from data.image_file import BadImage
+from data.image_file import BadImage, check_length
 from data.index import Index, check_names, index_paths, is_current, load_index, read_index
 from data.multi_labels import MultiLabels
+from data.names import readable
 from data.parallel import default_workers, report_errors, run_parallel
 from data.scan import NO_LABEL, ShardContent, describe_unused, scan_shard
 from data.shard_files import find_shards
@@ -70,9 +71,7 @@ def _check_shard(task: _Task) -> tuple[Path, Verified]:
         found = scan_shard(task.path, task.numbers)
     except (ValueError, OSError) as error:
         return task.path, Verified([str(error)], Counter())
-    problems = list(_differences(task, found))
-    if task.decode:
-        problems += _undecodable(task.path, found)
+    problems = [*_differences(task, found), *_undecodable(task.path, found, task.decode)]
     return task.path, Verified(problems, found.unused)
 
 
@@ -96,15 +95,18 @@ def _differences(task: _Task, found: ShardContent) -> list[str]:
     return problems
 
 
-def _undecodable(path: Path, content: ShardContent) -> list[str]:
+def _undecodable(path: Path, content: ShardContent, decode: bool) -> list[str]:
+    """The images that training would skip; without `decode` those whose length says so."""
     problems = []
     with open(path, "rb") as file:
         for key, offset, length in zip(content.keys, content.offset.tolist(), content.length.tolist(), strict=True):
-            file.seek(offset)
             try:
-                check_image(file.read(length))
+                check_length(length)
+                if decode:
+                    file.seek(offset)
+                    check_image(file.read(length))
             except BadImage as error:
-                problems.append(f"{path}: '{key}' at byte {offset} cannot be decoded: {error}")
+                problems.append(f"{path}: '{readable(key)}' at byte {offset} cannot be decoded ({error.kind}): {error}")
     return problems
 
 

@@ -51,8 +51,8 @@ class DataConfig(Section):
         1, ge=1, description="crops of each decoded photograph, side by side in a batch; a pass takes as many epochs"
     )
     num_workers: Annotated[int, MAY_CHANGE] = Field(8, ge=0, description="data-loading processes of each rank")
-    max_skipped_images: Annotated[int, MAY_CHANGE] = Field(
-        1000, ge=0, description="undecodable images that a rank may replace before the run stops"
+    max_skipped_images: Annotated[Annotated[int, Field(ge=0)] | Share, MAY_CHANGE] = Field(
+        1000, description="undecodable images that a rank may replace before the run stops, or their share, as 0.01"
     )
 
     @property

@@ -5,11 +5,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from data.loader import Batch, Loader
+from data.loader import Batch, Loader, Skipped
 from data.workers import while_waiting
 from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
@@ -25,6 +26,7 @@ from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
+from pretrain.trainer.skipped_images import SkippedImages
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +60,6 @@ class Run:
 
     Attributes:
         taken: the last step, until `_settle` has counted it in `state`.
-        skipped_images: on this rank, since it started.
     """
 
     config: RunConfig
@@ -72,7 +73,15 @@ class Run:
     state: TrainState
     evaluation: Evaluation | None = None
     taken: TakenStep | None = None
-    skipped_images: int = 0
+
+    @cached_property
+    def skipped(self) -> SkippedImages:
+        train, epoch = self.config.train, self.loader.steps_per_epoch
+        return SkippedImages(
+            self.folder.skipped_images,
+            self.config.data.max_skipped_images,
+            epoch * train.global_batch_size // self.world.size,
+        )
 
     @property
     def total_steps(self) -> int:
@@ -139,7 +148,7 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
     config, engine, state = run.config, run.engine, run.state
     accumulation = config.train.gradient_accumulation_steps
     keys: list[str] = []
-    skipped: list[str] = []
+    skipped: list[Skipped] = []
     waited = 0.0
     for number in range(accumulation):
         batch, seconds = next(batches)
@@ -158,22 +167,8 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
     state.step += 1
     state.samples += config.train.global_batch_size
     run.taken = TakenStep(state.step, keys, applied_later(engine))
-    meter.add_step(config.train.global_batch_size, waited, _list_skipped(run, skipped))
+    meter.add_step(config.train.global_batch_size, waited, run.skipped.add(skipped, len(keys)))
     return lr
-
-
-def _list_skipped(run: Run, skipped: list[str]) -> int:
-    """Records the images that could not be decoded and were replaced; returns how many, or raises as `train` does."""
-    if skipped:
-        with run.folder.skipped_images.open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.writelines(f"{reason}\n" for reason in skipped)
-    run.skipped_images += len(skipped)
-    if run.skipped_images > run.config.data.max_skipped_images:
-        raise ValueError(
-            f"{run.skipped_images} images could not be decoded, more than data.max_skipped_images="
-            f"{run.config.data.max_skipped_images}; they are listed in {run.folder.skipped_images}"
-        )
-    return len(skipped)
 
 
 def _settle(run: Run) -> None:

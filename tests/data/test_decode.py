@@ -1,12 +1,12 @@
 import io
 import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision.transforms.functional as F
+from helpers.odd_images import png_16, ramp_16, tiff_16
 from helpers.shard_tools import encode, jpeg, smooth_image
 from PIL import Image
 from PIL.Image import Resampling
@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 
 from data import decode as decoding
 from data.decode import Crop, decode, decode_crops
-from data.image_facts import check_image, rewrite_16_bit_gray
+from data.image_facts import check_image, rewrite_16_bits
 from data.image_file import FORMATS, BadImage
 from data.transforms import Box, random_resized_crop
 
@@ -287,7 +287,7 @@ BAD = {
         "has other channels than gray",
     ),
     "truncated jpeg": (jpeg(0, 300, 200)[:1500], "truncated"),
-    "header only": (jpeg(0)[:100], "not a JPEG|Truncated File Read"),
+    "header only": (jpeg(0)[:100], "a JPEG file whose header is damaged|Truncated File Read"),
     "truncated png": (encode(smooth_image(0, 200, 200), "PNG")[:3000], "truncated|broken"),
     "truncated webp": (encode(smooth_image(0, 200, 200), "WEBP")[:300], "decode|truncated|broken|not a JPEG"),
     "truncated tiff": (encode(smooth_image(0, 200, 200), "TIFF")[:3000], "truncated|damaged"),
@@ -344,7 +344,7 @@ def test_any_damage_gives_an_image_or_bad_image() -> None:
 
 def test_check_image_names_the_format() -> None:
     for format in FORMATS:
-        assert check_image(encode(smooth_image(0, 64, 64), format)) == (format, None, False, False, False, False)
+        assert check_image(encode(smooth_image(0, 64, 64), format)) == (format, None, False, False, False, False, False)
     assert check_image(FILES["mpo"]).format == "JPEG"
 
 
@@ -371,28 +371,52 @@ def test_bits_that_gray_pictures_of_16_use(format: str) -> None:
     for largest, bits in ((4095, 12), (65535, 16), (255, 8)):
         ramp = np.tile(np.linspace(0, largest, 64).astype(np.uint16), (64, 1))
         data = encode(Image.fromarray(ramp), format)
-        assert check_image(data) == (format, bits, True, False, False, False)
-        rewritten = rewrite_16_bit_gray(data, bits)
-        assert check_image(rewritten) == ("PNG", None, False, False, False, False)
+        assert check_image(data) == (format, bits, True, False, False, False, False)
+        rewritten = rewrite_16_bits(data, bits)
+        assert check_image(rewritten) == ("PNG", None, False, False, False, False, False)
         assert abs(decode(rewritten, whole, (64, 64))[..., 0] - ramp / largest * 255).max() <= 0.51
     with pytest.raises(BadImage, match="values up to 255 are over 127, the largest number of 7 bits"):
-        rewrite_16_bit_gray(data, 7)
+        rewrite_16_bits(data, 7)
 
 
-def test_bits_that_colors_of_16_use() -> None:
-    """Pillow writes no 16-bit colors; the pixels of this PNG are values up to 4095."""
+COLORS_16 = {
+    "gray with alpha": (png_16, 2),
+    "png": (png_16, 3),
+    "png with alpha": (png_16, 4),
+    "tiff": (tiff_16, 3),
+    "tiff with alpha": (lambda values: tiff_16(values, ">"), 4),
+}
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    rows = np.full((16, 48), 4095, ">u2")
-    scanlines = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
-    data = (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
-    )
-    assert check_image(data) == ("PNG", 12, False, False, False, False)
-    assert (decode(data, whole, (16, 16)) == 15).all()
+@pytest.mark.parametrize("name", COLORS_16)
+def test_colors_of_16_bits_are_rounded_and_rewritten_with_their_white(name: str) -> None:
+    """Pillow alone would keep the upper 8 bits."""
+    write, channels = COLORS_16[name]
+    for largest, bits in ((65535, 16), (4095, 12)):
+        values = ramp_16(channels, largest)
+        values[..., -1] = values[..., -1] if channels == 3 else 65535
+        shown = np.repeat(values[..., :1], 3, axis=2) if channels == 2 else values[..., :3]
+        data = write(values)
+        assert check_image(data) == ("TIFF" if "tiff" in name else "PNG", bits, False, False, False, False, False)
+        assert abs(decode(data, whole, (48, 64)) - shown / 257).max() <= 0.51
+        rewritten = rewrite_16_bits(data, bits)
+        assert check_image(rewritten).used_bits is None
+        assert abs(decode(rewritten, whole, (48, 64)) - shown / largest * 255).max() <= 0.51
+    with pytest.raises(BadImage, match=r"values up to 409. are over 255, the largest number of 8 bits"):
+        rewrite_16_bits(data, 8)
+
+
+def test_transparent_pixels_are_found() -> None:
+    image = smooth_image(0, 64, 64)
+    for format, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        clear = image.copy()
+        clear.putalpha(0)
+        clear, opaque = encode(clear, format, **options), encode(image.convert("RGBA"), format, **options)
+        assert (check_image(clear).is_transparent, check_image(opaque).is_transparent) == (True, False)
+        assert np.array_equal(decode(clear, whole, (64, 64)), np.asarray(image))
+    color = image.getpixel((3, 3))
+    assert check_image(encode(image, "PNG", transparency=color)).is_transparent
+    assert not check_image(encode(Image.new("RGB", (64, 64)), "PNG", transparency=(1, 2, 3))).is_transparent
 
 
 def test_text_and_profiles_of_megabytes_do_not_matter() -> None:

@@ -100,7 +100,7 @@ def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.Capture
     command = [str(classes), str(out), "--samples-per-shard", "8", "--num-workers", "1"]
     assert main(command) == 1
     error = capsys.readouterr().err
-    assert "2 of 21 files are not readable" in error
+    assert "2 of 21 files are not readable images (1 damaged, 1 no image)" in error
     assert "cat/img.1 x.JPEG: " in error
     assert "tench/img.5 x.JPEG: not a JPEG" in error
     assert "Traceback" not in error
@@ -110,9 +110,9 @@ def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.Capture
     index = load_index(out)
     assert len(index) == 19
     assert "cat/img_1_x" not in list(index.keys)
-    assert [line.split("\t")[0] for line in (out / "rejected.txt").read_text().splitlines()] == [
-        "cat/img.1 x.JPEG",
-        "tench/img.5 x.JPEG",
+    assert [line.split("\t")[:2] for line in (out / "rejected.txt").read_text().splitlines()] == [
+        ["cat/img.1 x.JPEG", "damaged"],
+        ["tench/img.5 x.JPEG", "no image"],
     ]
 
 

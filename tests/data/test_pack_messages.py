@@ -102,7 +102,9 @@ def test_names_that_are_no_utf_8_in_any_locale(tmp_path: Path) -> None:
     index = load_index(tmp_path / "out")
     assert index.classes == (r"na\xefve", "thé")
     assert list(index.keys) == ["na_xefve/na_xefve", "na_xefve/é", "thé/x"]
-    assert (tmp_path / "out" / "rejected.txt").read_text("utf-8").startswith("na\\xefve/\\xfc.jpg\tnot a JPEG")
+    assert (
+        (tmp_path / "out" / "rejected.txt").read_text("utf-8").startswith("na\\xefve/\\xfc.jpg\tno image\tnot a JPEG")
+    )
     folder_samples = load_samples(tmp_path / "in")
     assert folder_samples.classes == index.classes
     batch = next(EvalLoader(folder_samples, size=(8, 8), batch=4).batches())

@@ -201,4 +201,4 @@ def test_verify_prints_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pyt
     for stream in streams.values():
         stream.flush()
     assert b"2 samples in 1 shards" in streams["stdout"].buffer.getvalue()  # type: ignore[attr-defined]
-    assert b"'stra\\udcdf' at byte 512 cannot be decoded" in streams["stderr"].buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"'stra\\xdf' at byte 512 cannot be decoded (no image)" in streams["stderr"].buffer.getvalue()  # type: ignore[attr-defined]

@@ -139,9 +139,9 @@ def test_unreadable_images_are_replaced_counted_and_capped(
     start(*arguments).finish()
     run = tmp_path / "runs" / "tiny"
     assert sum(row["skipped_images"] for row in read_metrics(run / "metrics.jsonl")) >= 2
-    listed = (run / "skipped_images.txt").read_text("utf-8", "surrogateescape")
-    assert "w\udcf6rds: " in listed  # a name that is no UTF-8
-    assert "dot: " in listed
+    listed = (run / "skipped_images.txt").read_text("utf-8")
+    assert "w\\xf6rds\tno image\tnot a JPEG" in listed  # a name that is no UTF-8
+    assert "dot\ttoo small\t1 x 1 is under" in listed
     capped = "".join(start(*arguments, "data.max_skipped_images=0", "name=capped").outputs())
     assert "more than data.max_skipped_images=0" in capped
 

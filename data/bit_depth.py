@@ -1,0 +1,77 @@
+"""Pictures with 16 bits a value, and 8 bits made of them.
+
+Of colors Pillow keeps the upper 8 bits. The lower ones are read as well, by a second decoding with the other order of
+bytes, so that colors are rounded as gray values are, and scaled where their white is less than 65535.
+"""
+
+import sys
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageFile
+
+WHITE_16_BITS, WHITE_12_BITS = 65535, 4095
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 4
+_OTHER_BYTES = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # of Pillow's raw modes
+_COLORS = ("RGB;16", "RGBA;16")
+_GRAY_AND_ALPHA = "LA;16B"  # of PNG; the four bytes are one pixel in Pillow's mode RGBA
+
+
+def has_16_bit_colors(image: Image.Image) -> bool:
+    """Of an opened image whose pixels are not read yet; colors, or gray with transparency."""
+    return any(_is_16_bit(_raw_mode(tile)) for tile in getattr(image, "tile", ()))
+
+
+def read_16_bits(image: Image.Image) -> np.ndarray | None:
+    """The values of an opened image with 16 bits each: uint16 (H, W), or of colors (H, W, 3); None for all others.
+
+    Raises:
+        Exception: anything, of a damaged file.
+    """
+    if image.mode.startswith("I;16"):
+        image.load()  # here, as NumPy says of a damaged file that it is none
+        return np.asarray(image).astype(np.uint16)
+    if not has_16_bit_colors(image):
+        return None
+    data = image.fp.getvalue()  # type: ignore[attr-defined]  # a BytesIO until the pixels are read: they are not, here
+    upper, lower = (Image.open(BytesIO(data), formats=[str(image.format)]) for _ in range(2))
+    gray = _raw_mode(upper.tile[0]) == _GRAY_AND_ALPHA
+    lower.tile = [_other_bytes(tile) for tile in lower.tile]
+    lower.load()
+    values = np.asarray(lower)
+    if gray:
+        return np.repeat(values[..., :1].astype(np.uint16) << 8 | values[..., 1:2], 3, axis=2)
+    upper.load()
+    return np.asarray(upper)[..., :3].astype(np.uint16) << 8 | values[..., :3]
+
+
+def scale_to_8_bits(values: np.ndarray, white: int, negative: bool) -> Image.Image:
+    """uint16 (H, W) or (H, W, 3) -> 8 bits, rounded."""
+    scaled = ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    return Image.fromarray(255 - scaled if negative else scaled)
+
+
+def white_of(image: Image.Image) -> int:
+    """The largest value that a picture of 16 bits may have; TIFF has gray ones that declare 12 bits."""
+    declared = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE)
+    return WHITE_12_BITS if declared == (12,) else WHITE_16_BITS
+
+
+def is_negative(image: Image.Image) -> bool:
+    """Whether 0 is white, as some TIFF files of X-rays have it; Pillow undoes it for 8 bits alone."""
+    return bool(getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+
+
+def _is_16_bit(raw_mode: str) -> bool:
+    return raw_mode[:-1] in _COLORS or raw_mode == _GRAY_AND_ALPHA
+
+
+def _raw_mode(tile: ImageFile._Tile) -> str:
+    """Pillow's name for how values lie in the file, of one of the parts that an image is decoded in."""
+    return str(tile.args[0] if isinstance(tile.args, tuple) and tile.args else tile.args)
+
+
+def _other_bytes(tile: ImageFile._Tile) -> ImageFile._Tile:
+    raw_mode = _raw_mode(tile)
+    other = "RGBA" if raw_mode == _GRAY_AND_ALPHA else raw_mode[:-1] + _OTHER_BYTES[raw_mode[-1]]
+    return tile._replace(args=(other, *tile.args[1:]) if isinstance(tile.args, tuple) else other)

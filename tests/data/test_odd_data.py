@@ -1,0 +1,122 @@
+"""Some six hundred malformed or odd files: packing, verifying and training find the same of each."""
+
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.odd_images import EITHER, READ, OddImage, odd_images
+from helpers.odd_tars import PHOTO, odd_tars
+from helpers.shard_tools import write_tar
+
+from data import verify
+from data.image_file import EMPTY
+from data.index import Index, load_index
+from data.loader import Loader
+from data.pack import REJECTED_FILE, pack
+from data.sources import list_source
+
+SECONDS = 20
+IMAGES = {image.name: image for image in odd_images()}
+TARS = {tar.name: tar for tar in odd_tars()}
+Refused = dict[str, tuple[str, str]]  # key -> kind and reason
+
+
+@pytest.fixture(autouse=True)
+def soon(no_hang: None) -> None:
+    """Sooner than other tests: each of these reads one small file."""
+    signal.alarm(SECONDS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """For everything; fails if something was written beside it."""
+    inside = tmp_path / "a" / "b" / "c" / "d" / "inside"
+    inside.mkdir(parents=True)
+    yield inside
+    assert [
+        path for path in tmp_path.rglob("*") if not path.is_relative_to(inside) and path not in inside.parents
+    ] == []
+
+
+def packed(image: OddImage, folder: Path) -> tuple[Index, Refused]:
+    """The image as `pack` takes it, and why not; with a good one, as shards are not empty."""
+    photos = folder / "photos"
+    photos.mkdir()
+    (photos / image.name).write_bytes(image.data)
+    (photos / "good.jpg").write_bytes(PHOTO)
+    index = pack(list_source(photos), folder / "packed", bad="skip")
+    rejected = folder / "packed" / REJECTED_FILE
+    lines = rejected.read_text("utf-8").splitlines() if rejected.exists() else []
+    return index, {Path(name).stem: (kind, reason) for name, kind, reason in (line.split("\t") for line in lines)}
+
+
+def verified(shards: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    """The exit code of `verify`, and what it says is wrong."""
+    capsys.readouterr()
+    return verify.main([str(shards), "--num-workers", "1", *options]), capsys.readouterr().err
+
+
+def trained(index: Index) -> Refused:
+    """What the training's loader skips in an epoch, with crops of three sizes: JPEGs are decoded smaller for some."""
+    found = []
+    for size in (224, 48, 8):
+        loader = Loader(index, size=(size, size), batch=len(index), seed=0)
+        ((batch,),) = loader.batches(0, 1)
+        assert len(batch.samples) == len(index)
+        found.append({key: (kind, reason) for key, kind, reason in batch.skipped})
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_all_find_the_same_of_an_image(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = IMAGES[name]
+    key = Path(name).stem
+    index, rejected = packed(image, folder)
+    kind, reason = rejected.get(key, (READ, ""))
+    assert image.kind in (kind, EITHER), reason
+    assert sorted(index.keys) == sorted(["good"] if kind else ["good", key])
+    assert trained(index) == {}
+    assert verified(folder / "packed", capsys, "--decode") == (0, "")
+
+    shards = folder / "shards"  # as somebody else packs it
+    shards.mkdir()
+    write_tar(shards / "a.tar", [("good.jpg", PHOTO), (f"{key}.{name.rpartition('.')[2]}", image.data)])
+    found = trained(load_index(shards))
+    assert found == ({key: (kind, reason)} if kind else {})
+    code, wrong = verified(shards, capsys, "--decode")
+    assert (code, f"cannot be decoded ({kind}): {reason}" in wrong) == ((1, True) if kind else (0, False))
+    code, wrong = verified(shards, capsys)
+    assert (code, f"'{key}' at byte" in wrong) == ((1, True) if kind == EMPTY else (0, False))
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_all_find_the_same_of_a_tar(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = TARS[name]
+    (folder / name).write_bytes(tar.data)
+    if tar.refused:
+        with pytest.raises(ValueError, match=tar.refused) as caught:
+            load_index(folder)
+        assert str(caught.value).startswith(f"{folder / name}: ")
+        assert len(str(caught.value)) < 1000
+        for options in ((), ("--decode",)):
+            code, wrong = verified(folder, capsys, *options)
+            assert (code, bool(re.search(tar.refused, wrong)), wrong.count("\n")) == (1, True, 1)
+        return
+    index = load_index(folder)
+    assert tuple(index.keys) == tar.keys
+    assert tar.labels is None or tuple(index.label.tolist()) == tar.labels
+    skipped = trained(index)
+    assert {kind for kind, _ in skipped.values()} <= {EMPTY}
+    for options in ((), ("--decode",)):
+        code, wrong = verified(folder, capsys, *options)
+        assert (code, wrong.count("wrong: ")) == (bool(skipped), len(skipped)), wrong
+
+
+def test_there_are_enough_and_they_are_the_same_every_time() -> None:
+    assert len(IMAGES) >= 400
+    assert len(TARS) >= 170
+    assert {image.name: image for image in odd_images()} == IMAGES
+    assert {tar.name: tar for tar in odd_tars()} == TARS
