@@ -38,7 +38,10 @@ def describe_run(
 def _passes(run: Run) -> str:
     """How epochs are counted where each decode of an image is shown several times."""
     epochs, repeats = run.config.train.epochs, run.config.data.repeats
-    return f" in {epochs // repeats} passes of {repeats} crops of each image" if repeats > 1 else ""
+    if repeats == 1:
+        return ""
+    passes = epochs // repeats
+    return f" in {passes} {'passes' if passes > 1 else 'pass'} of {repeats} crops of each image"
 
 
 def log_outputs(run: Run) -> None:

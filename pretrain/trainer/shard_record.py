@@ -6,17 +6,20 @@ from data.index import Index
 from data.names import shown
 
 Record = Mapping[str, list[int]]  # by shard: its bytes and its samples
+MAX_SHARDS = 100_000  # of more, a record would slow down every checkpoint
 
 
 def record_shards(index: Index) -> dict[str, list[int]]:
-    """Bytes and samples of each shard, by its name."""
+    """Bytes and samples of each shard, by its name; nothing of more than `MAX_SHARDS` shards."""
+    if len(index.shards) > MAX_SHARDS:
+        return {}
     numbers = zip(index.shard_bytes.tolist(), index.shard_sizes.tolist(), strict=True)
     return {name: list(pair) for name, pair in zip(index.shards, numbers, strict=True)}
 
 
 def shard_difference(before: Record, now: Record) -> str:
     """In words, for shards whose indexes have different fingerprints."""
-    if not before:  # a checkpoint of before there was such a record
+    if not before or not now:  # too many, or the checkpoint is older than such records
         return "the fingerprint of the index differs"
     same_sizes = "shards of the same names and sizes have other images or labels in them"
     return "; ".join(_differences(before, now)) or same_sizes

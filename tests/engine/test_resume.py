@@ -80,14 +80,24 @@ def test_other_kernels_or_precisions_are_refused_unless_asked_for(
     assert recorded == kernels | {"masks": "drawn from raw words", "decoder": "torchvision's, resized by torch"}
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [("zero0", 1), ("zero1", 4), ("zero2", 1)])
+@pytest.mark.parametrize(("stage", "ranks", "repeats"), [("zero0", 1, 2), ("zero1", 4, 1), ("zero2", 1, 1)])
 def test_another_number_of_ranks_continues(
-    stage: str, ranks: int, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
+    stage: str,
+    ranks: int,
+    repeats: int,
+    whole: Callable[..., Path],
+    recipe: Path,
+    start: Callable[..., Any],
+    tmp_path: Path,
 ):
-    unmoved, moved = whole(*(ACCUMULATED if stage == "zero1" else settings(stage))), tmp_path / "runs" / "moved"
+    keys = [] if repeats == 1 else [f"data.repeats={repeats}"]
+    unmoved = whole(*(ACCUMULATED if stage == "zero1" else settings(stage)), *keys)
+    moved = tmp_path / "runs" / "moved"
     shutil.copytree(unmoved, moved, ignore=shutil.ignore_patterns(LAST))
-    again = (recipe, TWENTY_STEPS, f"train.ds_config={stage}", "name=moved")
-    assert f"resumes from {BEFORE}" in start(*again, processes=ranks).finish()
+    again = (recipe, TWENTY_STEPS, f"train.ds_config={stage}", *keys, "name=moved")
+    output = start(*again, processes=ranks).finish()
+    assert f"resumes from {BEFORE}" in output
+    assert ("2 epochs in 1 pass of 2 crops of each image, 20 steps" in output) == (repeats == 2)
     one, other = (read_metrics(run / "metrics.jsonl") for run in (unmoved, moved))
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-6)
     assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
