@@ -60,19 +60,11 @@ def pack(
         ValueError: unreadable images, ``out`` holds other shards, or has no room for these.
     """
     assert bad in ("refuse", "skip")
-    if samples_per_shard < 1:
-        raise ValueError(f"--samples-per-shard {samples_per_shard} must be at least 1")
-    if bits is not None and not 1 <= bits <= 16:
-        raise ValueError(f"--bits {bits} must be from 1 to 16")
-    if shrink is not None:
-        shrink.check()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give a folder for the shards")
+    _check(out, samples_per_shard, bits, shrink)
     out.mkdir(parents=True, exist_ok=True)
     staging = out / STAGING
     plan: dict[str, str | int] = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
-    plan |= {} if bits is None else {"bits": bits}
-    plan |= {} if shrink is None else shrink._asdict()
+    plan |= ({} if bits is None else {"bits": bits}) | ({} if shrink is None else shrink._asdict())
     with _plan(out, plan):
         if not staging.exists() and any(out.glob("*.tar")):
             return load_index(out)  # complete already
@@ -98,6 +90,17 @@ def pack(
             raise ValueError(report.refusal(len(source.files), out))
         note([*unreadable, *report.remarks()])
         return _publish(out, tasks, source.classes, report.rejected)
+
+
+def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink | None) -> None:
+    if samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard {samples_per_shard} must be at least 1")
+    if bits is not None and not 1 <= bits <= 16:
+        raise ValueError(f"--bits {bits} must be from 1 to 16")
+    if shrink is not None:
+        shrink.check()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder for the shards")
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What loading costs: cores, bytes read, and the host's memory of the index.
 
-Measured on one core with ImageNet-like JPEGs (mean 495x399 pixels, 115 KB), RandomResizedCrop: 449 images a second at
-224 pixels, 369 at 448. Decoding takes the same at each size, the rest grows with the crop's area.
+Measured by `benchmarks/loader.py` on 500 photographs of ImageNet (mean 475x392 pixels, 111 KB), RandomResizedCrop, in
+seconds of a core whose neighbors were busy: 334 images a second at 224 pixels, 256 at 448, and 593 decoded only.
+Decoding takes the same at each size; of the rest a part grows with the crop's area.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,10 @@ from collections.abc import Sequence
 from data.order import PART
 from data.transforms import Augmentation
 
-JPEG_BYTES = 115e3
+JPEG_BYTES = 111e3
 DECODE = 1.69e-3  # seconds, of a photograph
-VIEW = 0.38e-3  # of a view, besides its pixels: reading, drawing, flipping, batching
-PIXEL = 0.16e-3 / 224**2  # of each pixel of a view
+VIEW = 0.99e-3  # of a view, besides its pixels: reading, drawing, flipping, batching
+PIXEL = 0.31e-3 / 224**2  # of each pixel of a view
 COLOR_JITTER, THREE_AUGMENT = 2.8e-3 / 224**2, 0.86e-3 / 224**2  # of each pixel, where it is applied
 INDEX_BYTES = 8 + 8 + 4 + 20 + 8  # of each sample: offset, length, label, the key (20 characters) and its end
 ORDER_BYTES = 24  # of each sample of an epoch's order while it is sorted, in each rank

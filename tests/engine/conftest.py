@@ -25,7 +25,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shade = (rows * rng.uniform(0.3, 1) + cols * rng.uniform(0.3, 1))[..., None] / 200
         pixels = np.where(disc, colors[0], colors[1]) * shade.clip(0, 1)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
-    command = [sys.executable, "-m", "data.pack", str(folder), str(out), "--samples-per-shard", "30"]
+    command = [
+        sys.executable,
+        "-m",
+        "data.pack",
+        str(folder),
+        str(out),
+        "--samples-per-shard",
+        "30",
+        "--short-side",
+        "90",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return out
 

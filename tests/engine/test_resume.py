@@ -75,8 +75,9 @@ def test_other_kernels_or_precisions_are_refused_unless_asked_for(
     assert f"resumes from {BEFORE}" in continued
     assert "continues with other bits: residual was" in continued
     assert "may continue with other bits: torch was '2.9.0'" in continued
+    assert "photographs whose short side was over 90 pixels were shrunk to it, JPEG 90" in continued
     recorded = json.loads((moved / "checkpoints" / LAST / "manifest.json").read_text())["state"]["numerics"]
-    kernels = {"compile": False, "attention": "sdpa", "residual": "bf16", "sdpa": "cpu"}
+    kernels = {"compile": False, "cuda_graphs": False, "attention": "sdpa", "residual": "bf16", "sdpa": "cpu"}
     assert recorded == kernels | {"masks": "drawn from raw words", "decoder": "torchvision's, resized by torch"}
 
 
