@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.odd_images import png_16, ramp_16
 from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
 from PIL import Image
 
@@ -145,6 +146,21 @@ def test_pictures_of_16_bits_that_use_few_of_them(tmp_path: Path, capsys: pytest
     assert reader.read(2) == jpeg(0)  # the bytes of all others are unchanged
     assert pack(tmp_path / "in", tmp_path / "x", "--bits", 17) == 1
     assert "--bits 17 must be from 1 to 16" in capsys.readouterr().err
+
+
+def test_colors_of_16_bits_and_transparent_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "in" / "a.png", png_16(ramp_16(3, 4095)))
+    write(tmp_path / "in" / "b.png", encode(Image.new("RGBA", (64, 64), (9, 9, 9, 254)), "PNG"))
+    write(tmp_path / "in" / "c.jpg")
+    assert pack(tmp_path / "in", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert "note: 1 of 1 color pictures of 16 bits have no value over 4095" in error
+    assert "--bits 12" in error
+    assert "note: images with transparent pixels are used with the colors that are stored below them: 1 of 3" in error
+    assert pack(tmp_path / "in", tmp_path / "scaled", "--bits", 12) == 0
+    assert "16 bits" not in capsys.readouterr().err
+    pixels = decode(ShardReader(load_index(tmp_path / "scaled")).read(0), lambda w, h: (0, 0, w, h), (48, 64))
+    assert abs(pixels - ramp_16(3, 4095) / 4095 * 255).max() <= 0.51
 
 
 def test_values_of_16_bits_with_an_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

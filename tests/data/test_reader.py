@@ -1,13 +1,19 @@
 import errno
 import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import pytest
 
 import data.reader
-from data.index import Index
+from data import verify
+from data.image_file import MAX_BYTES, BadImage
+from data.image_folder import FolderReader, list_folder
+from data.index import Index, load_index
+from data.pack import pack
 from data.reader import ShardReader
+from data.sources import list_source
 
 
 def test_other_bytes_of_the_same_size_stop_the_run(shards: Path, index: Index) -> None:
@@ -70,3 +76,24 @@ def test_transient_errors_are_retried(index: Index, monkeypatch: pytest.MonkeyPa
     with pytest.raises(PermissionError):
         ShardReader(index).read(3)
     assert not failures
+
+
+def test_a_gigabyte_is_no_image_and_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of zeros that take no room on the disk; in a tar and as a file, in training and before."""
+    size = MAX_BYTES + 512
+    member = tarfile.TarInfo("a.jpg")
+    member.size = size
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(member.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(512 + size + 1024)
+    (tmp_path / "photos").mkdir()
+    with open(tmp_path / "photos" / "a.jpg", "wb") as file:
+        file.truncate(size)
+    for reader in (ShardReader(load_index(tmp_path)), FolderReader(list_folder(tmp_path / "photos"))):
+        with pytest.raises(BadImage, match=f"{size} bytes are over {MAX_BYTES}") as caught:
+            reader.read(0)
+        assert caught.value.kind == "too large"
+    assert verify.main([str(tmp_path), "--num-workers", "1"]) == 1
+    assert "'a' at byte 512 cannot be decoded (too large)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 too large"):
+        pack(list_source(tmp_path / "photos"), tmp_path / "out")

@@ -1,6 +1,7 @@
 """Folders of images: which files are packed, which folders are classes, and what is said about the others."""
 
 import os
+import socket
 import unicodedata
 from pathlib import Path
 
@@ -151,6 +152,21 @@ def test_what_cannot_be_read_is_named_before_anything_is_packed(
     monkeypatch.setattr(sources.os, "access", lambda path, mode: "1.jpg" not in path and access(path, mode))
     with pytest.raises(ValueError, match=r"files or folders that cannot be read, .*'cat/1.jpg', 'cat/2.jpg', 'dog/'"):
         list_source(tmp_path)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """Reading it would wait for ever, or never end."""
+    touch(tmp_path, "cat/1.jpg")
+    os.mkfifo(tmp_path / "cat" / "2.jpg")
+    (tmp_path / "cat" / "3.jpg").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "cat" / "4.jpg"))
+        source = list_source(tmp_path)
+    assert [file.name for file in source.files] == ["cat/1.jpg"]
+    assert source.ignored == {"special file": 3}
+    (tmp_path / "list.txt").write_text("cat/2.jpg\n")
+    with pytest.raises(ValueError, match=r"'cat/2\.jpg' is not a file"):
+        list_source(tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize(

@@ -63,11 +63,12 @@ def photo(mode: str = "RGB", width: int = 64, height: int = 48) -> Image.Image:
 
 
 def odd_images() -> Iterator[OddImage]:
-    """All of them; names are unique, and none needs more than a few megabytes."""
+    """All of them; their names are unique, also without suffix, and none needs more than a few megabytes."""
     for part in (_modes, _truncated, _no_images, _sizes, _pictures, _turned, _png, _jpeg, _tiff, _others, _flipped):
         for name, (data, kind) in part().items():
             key, _, suffix = name.rpartition(".")
-            yield OddImage(f"{part.__name__[1:]}-{key.replace('.', '-').replace(';', '')}.{suffix}", data, kind)
+            key = f"{part.__name__[1:]}-{key}-{suffix}".replace(".", "-").replace(";", "")
+            yield OddImage(f"{key}.{suffix}", data, kind)
 
 
 Files = dict[str, tuple[bytes, str]]
