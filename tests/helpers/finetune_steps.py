@@ -134,7 +134,7 @@ def plain_steps(config: FinetuneConfig) -> tuple[list[tuple[float, float]], dict
 
 
 class NoIndex:
-    fingerprint = ""
+    fingerprint = shrunk = ""
 
     def __len__(self) -> int:
         return STEPS * BATCH
