@@ -134,7 +134,7 @@ def plain_steps(config: FinetuneConfig) -> tuple[list[tuple[float, float]], dict
 
 
 class NoIndex:
-    fingerprint = ""
+    fingerprint = shrunk = ""
     shards: tuple[str, ...] = ()
     shard_bytes = shard_sizes = np.empty(0, np.int64)
 
