@@ -54,9 +54,11 @@ def check_cells(blocks: Sequence[int], target: TargetConfig, patch_size: int, wh
         )
     if not {*sizes} <= {*fits}:
         where = f"patches of {patch_size} pixels{'' if whole_image else ' in windows'}"
+        # As the papers have them: from fine to coarse, each twice the one before.
+        better = fits[-len(blocks) :] if len(blocks) <= len(fits) else [nearest_size(size, fits) for size in sizes]
         raise ValueError(
             f"target.cell_sizes={sizes} must each be one of {', '.join(map(str, fits))} for {where}: set "
-            f"target.cell_sizes={[nearest_size(size, fits) for size in sizes]}"
+            f"target.cell_sizes={better}"
         )
 
 

@@ -154,7 +154,7 @@ def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
         (["model.patch_size=14"], r"set target\.cell_sizes=\[7, 7, 14, 28\]"),
         (
             ["model.patch_size=14", "method.blocks=[2, 6, 12]", "target.cell_sizes=[2, 7, 14]"],
-            r"must each be one of 7, 14, 28 for patches of 14 pixels: set target\.cell_sizes=\[7, 7, 14\]",
+            r"must each be one of 7, 14, 28 for patches of 14 pixels: set target\.cell_sizes=\[7, 14, 28\]",
         ),
         (["data.image_size=240"], r"the grid of 15x15 patches is odd: leave 32 out, or set data\.image_size"),
         (["target.name=pixels"], r"predicts hog, not target\.name=pixels"),
