@@ -14,7 +14,7 @@ CASES = [name for name, sections in cases().items() if not cuda_graphs_obstacle(
 @pytest.mark.parametrize("case", CASES)
 def test_a_graph_computes_what_it_was_captured_from(case: str, device: torch.device):
     if device.type != "cuda":
-        pytest.skip("CUDA graphs are for GPUs; tests/pretrain has a recording for the CPU")
+        pytest.skip("CUDA graphs are for GPUs; tests/trainer has a recording for the CPU")
     config = configure(cases()[case])
     method, plain = build(config, device), build(config, device)
     graph_steps(method)
