@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pretrain.trainer.cuda_graphs import Recording, warm_up
+
 GRACE = 90  # seconds past the deadline after which a section that hangs is ended, and the command with it
 
 
@@ -125,16 +127,9 @@ def graphed_ms(function: Callable[[], object], device: torch.device, calls: int 
     """Milliseconds that a GPU computes a call: several are captured in a CUDA graph, or the CPU's work would count."""
     if device.type == "cpu":
         return median_ms(function, device, repetitions=2, warmup=0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    return median_ms(graph.replay, device, repetitions=5, warmup=1) / calls
+    warm_up(function)
+    recording = Recording(lambda: [function() for _ in range(calls)])
+    return median_ms(recording.replay, device, repetitions=5, warmup=1) / calls
 
 
 def median_ms(function: Callable[[], object], device: torch.device, repetitions: int = 10, warmup: int = 3) -> float:

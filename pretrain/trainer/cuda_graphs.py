@@ -63,7 +63,7 @@ class _Graphs:
 
         trained = {name: alias for name, alias in aliases.items() if alias.requires_grad}
         with _state_kept(module):
-            gradients = _warm_up(lambda: torch.autograd.grad(run()["loss"], [*trained.values()], allow_unused=True))
+            gradients = warm_up(lambda: torch.autograd.grad(run()["loss"], [*trained.values()], allow_unused=True))
             used = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
             del gradients
             self.parameters = [plain.get_parameter(name) for name in used]
@@ -172,7 +172,7 @@ def _uncached_autocast() -> torch.autocast:
     return torch.autocast("cuda", dtype, enabled, cache_enabled=False)
 
 
-def _warm_up(function: Callable[[], Any]) -> Any:
+def warm_up(function: Callable[[], Any]) -> Any:
     """The last result of a function that is called a few times beside the current stream, as a capture needs it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

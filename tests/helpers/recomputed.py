@@ -27,7 +27,7 @@ class Recomputed:
 def graphs_on_a_cpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(cuda_graphs, "Recording", Recomputed))
-        stack.enter_context(patch.object(cuda_graphs, "_warm_up", lambda function: function()))
+        stack.enter_context(patch.object(cuda_graphs, "warm_up", lambda function: function()))
         stack.enter_context(patch.object(torch.cuda, "get_rng_state", lambda: None))
         stack.enter_context(patch.object(torch.cuda, "set_rng_state", lambda state: None))
         yield

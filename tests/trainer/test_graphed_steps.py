@@ -43,6 +43,16 @@ def batch(seed: int, size: int = 3) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return torch.randn(size, 4, generator=generator), {"y": torch.randn(size, 4, generator=generator)}
 
 
+def captured(module: nn.Module) -> Any:
+    """The graphs with which a module trains from now on, captured by a first call."""
+    graph_steps(module)
+    forward = module.forward
+    assert isinstance(forward, GraphedForward)
+    module(*batch(0))
+    assert forward._graphs is not None
+    return forward._graphs
+
+
 def test_gradients_of_several_micro_batches_are_summed_and_scaled():
     module, plain = Small(), Small()
     plain.load_state_dict(module.state_dict())
@@ -72,19 +82,15 @@ def test_numbers_are_those_of_their_own_call_and_need_no_gradient():
 
 def test_evaluation_and_other_shapes_are_computed_without_graphs():
     module = Small()
-    graph_steps(module)
-    forward = module.forward
-    assert isinstance(forward, GraphedForward)
-    module(*batch(0))
-    assert forward._graphs is not None
-    replays = forward._graphs.forward.replays
+    graphs = captured(module)
+    replays = graphs.forward.replays
     with torch.no_grad():
         module(*batch(1))
     module(*batch(1, size=2))
     module.eval()(*batch(1))
-    assert forward._graphs.forward.replays == replays
+    assert graphs.forward.replays == replays
     module.train()(*batch(1))
-    assert forward._graphs.forward.replays == replays + 1
+    assert graphs.forward.replays == replays + 1
 
 
 def test_parameters_that_moved_in_memory_are_captured_again():
@@ -98,11 +104,7 @@ def test_parameters_that_moved_in_memory_are_captured_again():
 
 def test_the_capture_leaves_buffers_as_they_were():
     module = Small()
-    graph_steps(module)
-    forward = module.forward
-    assert isinstance(forward, GraphedForward)
-    module(*batch(0))
-    assert forward._graphs is not None
+    captured(module)
     # Computing again counts where a GPU's graph would: once for the step itself.
     assert module.calls == 1
 
