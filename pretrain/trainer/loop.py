@@ -12,6 +12,7 @@ import torch
 
 from data.loader import Batch, Loader, Skipped
 from data.workers import while_waiting
+from pretrain.trainer.attempt import mark_attempt
 from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
@@ -21,7 +22,7 @@ from pretrain.trainer.loggers import Loggers, build_loggers
 from pretrain.trainer.metrics import Meter, read_metrics
 from pretrain.trainer.nonfinite import Diverged, applied_later, list_samples, poison_nonfinite
 from pretrain.trainer.optim import learning_rate, set_learning_rate
-from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.phases import limited, report_if_slow
 from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.seed import seed_step
@@ -108,12 +109,17 @@ def train(run: Run) -> None:
     look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
     with contextlib.closing(loggers), contextlib.closing(batches), look, contextlib.ExitStack() as starting:
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
-        starting.enter_context(report_if_slow("the first step, with the first images and what is compiled"))
+        starting.enter_context(
+            report_if_slow("the first step, with the first images and what is compiled", "first_step_minutes")
+        )
+        first = state.step + 1
         while state.step < total:
-            lr = _step(run, batches, meter)
+            step = state.step + 1
+            with limited(f"step {step}", "first_step_minutes" if step == first else "step_minutes"):
+                lr = _step(run, batches, meter)
+                signal = stop.agreed()
             starting.close()
             loggers.step()
-            signal = stop.agreed()
             last = bool(signal) or state.step == total
             logs = last or state.step % config.log.every_steps == 0
             saves = last or state.step % config.checkpoint.every_steps == 0
@@ -225,7 +231,8 @@ def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
     torch.distributed.broadcast_object_list(measured)  # the main rank's file counts
     if not measured[0]:
         start = time.perf_counter()
-        values = evaluation.measure(run.engine, run.ema)
+        with limited(f"the evaluation after step {state.step}", "evaluation_minutes"):
+            values = evaluation.measure(run.engine, run.ema)
         loggers.log_evaluation({"step": state.step, "epoch": run.epoch, **values})
         meter.exclude(time.perf_counter() - start)
 
@@ -237,8 +244,11 @@ def _save(run: Run, saved: int, required: bool) -> int:
     """
     if saved == run.state.step:
         return saved
-    problem = run.checkpoints.save(run.engine, run.ema, run.state)
+    with limited(f"saving step {run.state.step}", "checkpoint_minutes"):
+        problem = run.checkpoints.save(run.engine, run.ema, run.state)
     if problem is None:
+        if run.world.is_main:
+            mark_attempt("saved")
         return run.state.step
     if required:
         raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")
