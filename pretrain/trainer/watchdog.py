@@ -157,8 +157,8 @@ class Watchdog:
         if code == HUNG:
             with contextlib.suppress(OSError):
                 mark_attempt("hung")
-        if tell and self._world.is_main:
-            time.sleep(2 * POLL)  # as in `tell`
+        if tell:
+            time.sleep(2 * POLL)  # all have read it, before a broken connection tells them less
         exit_process(code)
 
 
