@@ -42,7 +42,7 @@ def test_a_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path,
     assert [rank.returncode for rank in run.all] == [HUNG, HUNG]
     assert "has taken longer than watchdog.step_minutes=0.1 minutes" in main
     assert f"process {worker.pid} (stopped): something has stopped it (SIGSTOP)" in other
-    assert not worker.is_running()
+    assert psutil.wait_procs([worker], 10)[1] == []
 
 
 def test_a_rank_that_fails_tells_the_others_why(start: Callable[..., Any], recipe: Path, tmp_path: Path):
