@@ -81,6 +81,7 @@ class StubEngine:
 
 class StubLoader:
     steps_per_epoch = 4
+    sizes = ((0, (16, 16)),)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
