@@ -58,10 +58,10 @@ class PretrainDataConfig(DataConfig):
         if any(later <= earlier for earlier, later in pairwise(begins)):
             return f"{given}: epochs that rise, such as 0:128,60:192,180:224"
         if last != self.height_width:
-            own = size_text(self.height_width)
+            own, wanted = (str(size[0] if size[0] == size[1] else [*size]) for size in (self.height_width, last))
             return (
                 f"{given} ends with {size_text(last)}, and data.image_size={own} is the size that the encoder is for: "
-                f"end it with {begins[-1]}:{own}, or set data.image_size={size_text(last)}"
+                f"end it with {begins[-1]}:{size_text(self.height_width)}, or set data.image_size={wanted}"
             )
         if begins[-1] >= epochs:
             return (
@@ -69,9 +69,9 @@ class PretrainDataConfig(DataConfig):
                 f"with epoch {epochs * 7 // 8} or earlier"
             )
         if inside := next((epoch for epoch in begins if epoch % self.repeats), None):
-            near = inside // self.repeats * self.repeats
+            near = max(inside // self.repeats, 1) * self.repeats
             return (
                 f"{given} changes the size with epoch {inside}, in the middle of a pass of data.repeats="
-                f"{self.repeats} epochs: change it with {near or self.repeats} or {near + self.repeats}"
+                f"{self.repeats} epochs: change it with {near} or {near + self.repeats}"
             )
         return None
