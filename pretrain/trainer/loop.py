@@ -134,6 +134,7 @@ def train(run: Run) -> None:
                 raise _stopped(run, signal)
             if run.size_changes:
                 _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(state.step))
+                starting.enter_context(report_if_slow("the first step of this size, with what is compiled"))
             _evaluate(run, loggers, meter)
 
 

@@ -1,6 +1,7 @@
 """Smaller images in earlier epochs (`data.size_schedule`): one method at several sizes, with the same parameters."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,17 @@ def test_what_a_schedule_cannot_be_used_with_is_refused(tmp_path: Path):
         check_settings(graphs, 1)
     constant = configure(tmp_path, CASES["lomar"], "data.size_schedule=0:64x80")
     check_settings(constant, 3)
+
+
+def test_each_size_may_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Beyond torch's limit blocks would run uncompiled, and a resumed run, which compiles fewer, have other bits."""
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+    config = configure(tmp_path, CASES["lomar"], "data.size_schedule=0:48x64,1:48x48,2:64x80")
+    with SMALL:
+        method = build_method(config)
+        build_sizes(config, method, NoEMA(), replace(ON_CPU, compile=True), untrained_teacher)
+    assert torch._dynamo.config.recompile_limit == 3 * limit
 
 
 def test_the_window_kernel_has_to_serve_all_sizes():
