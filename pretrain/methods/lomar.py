@@ -31,6 +31,7 @@ from pretrain.methods.masking import (
     check_random_masks,
     check_windows,
     complementary_masked,
+    count_places,
     random_masked,
     random_windows,
 )
@@ -112,8 +113,10 @@ class LoMaR(LUTMethod):
             return self.window_size**2, self.num_masked
 
         def on_grid(self, grid: Grid, final: Grid) -> MethodConfig:
-            """As many windows for each patch of the image, which is what they cost; one at least."""
+            """As many windows for each patch of the image, which is what they cost; not more than there are places."""
             windows = int(self.num_windows * math.prod(grid) / math.prod(final) + 0.5)
+            if self.window_sampling == "distinct":
+                windows = min(windows, count_places(self.window_size, grid))
             return self.model_copy(update={"num_windows": max(windows, 1)})
 
         def sequence_grid(self, grid: Grid) -> Grid:

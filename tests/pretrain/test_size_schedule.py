@@ -165,6 +165,8 @@ def test_masks_are_the_same_share_of_each_grid_and_windows_of_each_image(tmp_pat
     assert windows["positions"] == (2, 9), "4 windows for 20 patches, so 2 for 12; distinct ones, of the only 2"
     assert windows["masked"] == (2, 7)
     assert drawn("lomar-complementary")["positions"] == (2, 9)
+    assert drawn("lomar", "method.num_windows=6")["positions"] == (2, 9), "not the same window twice"
+    assert drawn("lomar-complementary", "method.num_windows=6")["positions"] == (4, 9), "under as many masks"
 
 
 def test_windows_of_the_published_recipe_are_as_many_for_each_pixel():
@@ -252,15 +254,12 @@ def test_what_a_schedule_cannot_be_used_with_is_refused(tmp_path: Path):
     check_settings(constant, 3)
 
 
-def test_each_size_may_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_each_size_may_be_compiled(tmp_path: Path):
     """Beyond torch's limit blocks would run uncompiled, and a resumed run, which compiles fewer, have other bits."""
-    limit = torch._dynamo.config.recompile_limit
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
     config = configure(tmp_path, CASES["lomar"], "data.size_schedule=0:48x64,1:48x48,2:64x80")
-    with SMALL:
-        method = build_method(config)
-        build_sizes(config, method, NoEMA(), replace(ON_CPU, compile=True), untrained_teacher)
-    assert torch._dynamo.config.recompile_limit == 3 * limit
+    with SMALL, torch._dynamo.config.patch(recompile_limit=8):
+        build_sizes(config, build_method(config), NoEMA(), replace(ON_CPU, compile=True), untrained_teacher)
+        assert torch._dynamo.config.recompile_limit == 3 * 8
 
 
 def test_the_window_kernel_has_to_serve_all_sizes():
