@@ -92,6 +92,11 @@ class Run:
     def epoch(self) -> float:
         return self.state.step / self.loader.steps_per_epoch
 
+    @property
+    def size_changes(self) -> bool:
+        """Whether the images of the next step have another size than those of the last one."""
+        return any(begin == self.state.step for begin, _ in self.loader.sizes[1:])
+
 
 def train(run: Run) -> None:
     """Trains from `run.state` to the end, and saves there.
@@ -121,7 +126,8 @@ def train(run: Run) -> None:
             starting.close()
             loggers.step()
             last = bool(signal) or state.step == total
-            logs = last or state.step % config.log.every_steps == 0
+            # No logged speed is of two sizes.
+            logs = last or state.step % config.log.every_steps == 0 or run.size_changes
             saves = last or state.step % config.checkpoint.every_steps == 0
             if logs or saves or _evaluates(run) or run.ema.model is not None:
                 _settle(run)
@@ -132,6 +138,9 @@ def train(run: Run) -> None:
                 saved = _save(run, saved, required=last)
             if signal and state.step < total:
                 raise _stopped(run, signal)
+            if run.size_changes:
+                _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(state.step))
+                starting.enter_context(report_if_slow("the first step of this size, with what is compiled"))
             _evaluate(run, loggers, meter)
 
 
@@ -208,10 +217,19 @@ def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
         "step": state.step,
         "epoch": run.epoch,
         **meter.read(),
+        **_size(run),
         "lr": lr,
         "grad_norm": float(run.engine.get_global_grad_norm()),
         "refused_steps": state.step - state.updates,
     }
+
+
+def _size(run: Run) -> dict[str, Any]:
+    """Of the images of the last step, where not all have the same: the side of a square, or height x width."""
+    if len(run.loader.sizes) == 1:
+        return {}
+    height, width = run.loader.size_at(run.state.step - 1)
+    return {"image_size": height if height == width else f"{height}x{width}"}
 
 
 def _evaluates(run: Run) -> bool:
