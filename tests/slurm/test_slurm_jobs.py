@@ -119,6 +119,23 @@ def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Clust
     check_same_end(submit(cluster, recipe, "name=killed"), folder, whole, restarts=0)
 
 
+def test_hung_job_says_where_and_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    job, folder = submit(cluster, recipe, "name=hung", "watchdog.step_minutes=0.2"), cluster.project / "runs" / "hung"
+    wait_step(job, folder, 12)
+    (worker,) = psutil.Process(rank_process(1, "name=hung")).children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    check_same_end(job, folder, whole, restarts=1)
+    assert "(stopped): something has stopped it (SIGSTOP)" in job.logs()
+    assert "ended by the watchdog" in job.logs()
+
+
+def test_job_without_progress_is_requeued_once(cluster: Cluster, recipe: Path) -> None:
+    job = submit(cluster, recipe, "name=stuck", "watchdog.start_minutes=0.001")
+    end = job.wait_end()
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "1", "75:0"), job.logs()
+    assert "neither this attempt nor the one before it has saved a checkpoint" in job.logs()
+
+
 def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, tuning: Path, whole: Path) -> None:
     """From the encoder that a job here has pretrained; on an odd number of images, each of which counts once."""
     start, folder = f"start.checkpoint={whole}", cluster.project / "runs" / "tuned"
