@@ -28,6 +28,7 @@ _EXTENSIONS = {
     "GIF": "gif",
     "JPEG2000": "jp2",
     "AVIF": "avif",
+    "HEIF": "heic",
 }  # by the formats of data.decode
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEADERS = 2048  # bytes of a sample in a shard besides the image, at most

@@ -40,6 +40,9 @@ class DataConfig(Section):
     shards: Annotated[str, MAY_CHANGE] = Field(
         min_length=1, description="a folder of tar shards, a tar file, or a brace pattern"
     )
+    accept_changed_shards: Annotated[bool, MAY_CHANGE] = Field(
+        False, description="true: a run continues with other shards, from the end of an epoch on"
+    )
     image_size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
     crop: Literal["random", "simple"] = Field(
         "random", description="random: RandomResizedCrop; simple: DeiT III's, the short side resized, then cropped"

@@ -85,12 +85,31 @@ class Run:
         )
 
     @property
-    def total_steps(self) -> int:
+    def _end(self) -> int:
+        """Of the order, whose steps are those of the run plus `state.offset`."""
         return self.config.train.epochs * self.loader.steps_per_epoch
 
     @property
+    def total_steps(self) -> int:
+        return self._end - self.state.offset
+
+    @property
     def epoch(self) -> float:
-        return self.state.step / self.loader.steps_per_epoch
+        return (self.state.step + self.state.offset) / self.loader.steps_per_epoch
+
+    @property
+    def scheduled(self) -> int:
+        """The update that a schedule is at."""
+        return max(self.state.updates + self.state.offset, 0)
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is over, by its updates."""
+        return self.scheduled / self._end
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches of all steps that are left."""
+        return self.loader.batches(self.state.step + self.state.offset, self._end)
 
     @property
     def size_changes(self) -> bool:
@@ -110,7 +129,7 @@ def train(run: Run) -> None:
     config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(), state.step
     loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
-    batches = prefetch(run.loader.batches(state.step, total), run.device)
+    batches = prefetch(run.batches(), run.device)
     look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
     with contextlib.closing(loggers), contextlib.closing(batches), look, contextlib.ExitStack() as starting:
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
@@ -175,7 +194,7 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
         if number == accumulation - 1:
             _settle(run)  # as late as possible: the learning rate depends on it
             lr = learning_rate(
-                state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
+                run.scheduled, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
             )
             set_learning_rate(engine.optimizer.param_groups, lr)
         engine.step()
@@ -198,7 +217,7 @@ def _settle(run: Run) -> None:
     if taken.applied():
         state.updates += 1
         state.consecutive_nonfinite = 0
-        run.ema.update(state.updates / run.total_steps)
+        run.ema.update(run.progress)
         return
     state.consecutive_nonfinite += 1
     list_samples(run.folder.nonfinite, taken.step, taken.keys, run.world)
@@ -237,7 +256,7 @@ def _evaluates(run: Run) -> bool:
     if run.evaluation is None or run.state.step == 0:
         return False
     every = run.evaluation.every_epochs * run.loader.steps_per_epoch
-    return run.state.step % every == 0 or run.state.step == run.total_steps
+    return (run.state.step + run.state.offset) % every == 0 or run.state.step == run.total_steps
 
 
 def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
