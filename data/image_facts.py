@@ -41,7 +41,7 @@ def check_image(data: bytes) -> ImageFacts:
 
 
 def check_opened(image: Image.Image, data: bytes) -> ImageFacts:
-    """The same of an image that was opened from these bytes; afterwards it is decoded, unless it has 16 bits a value."""
+    """The same of an image opened from these bytes, which is decoded afterwards unless it has 16 bits a value."""
     try:
         values = read_16_bits(image)
         if values is None:

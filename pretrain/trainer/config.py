@@ -146,6 +146,7 @@ class LogConfig(Section):
 
     every_steps: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
     num_reconstructions: int = Field(8, ge=1, description="rows of reconstructions.png")
+    samples: bool = Field(False, description="true: samples.jsonl lists the images of each step, to compare runs by")
 
 
 class RunConfig(Section):

@@ -25,6 +25,7 @@ from pretrain.trainer.optim import learning_rate, set_learning_rate
 from pretrain.trainer.phases import limited, report_if_slow
 from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.sample_record import SampleRecord
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 from pretrain.trainer.skipped_images import SkippedImages
@@ -83,6 +84,10 @@ class Run:
             self.config.data.max_skipped_images,
             epoch * train.global_batch_size // self.world.size,
         )
+
+    @cached_property
+    def record(self) -> SampleRecord | None:
+        return SampleRecord(self.folder.samples, self.world, self.state.step) if self.config.log.samples else None
 
     @property
     def _end(self) -> int:
@@ -187,6 +192,8 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
     for number in range(accumulation):
         batch, seconds = next(batches)
         keys, skipped, waited = [*keys, *batch.keys], [*skipped, *batch.skipped], waited + seconds
+        if run.record:
+            run.record.add(batch)
         seed_step(config.seed, state.step, number, run.world.rank)
         losses = engine(batch.images, **batch.model_inputs(), **run.ema.model_inputs(batch.images))
         meter.add_losses(losses)
@@ -200,6 +207,8 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
         engine.step()
     state.step += 1
     state.samples += config.train.global_batch_size
+    if run.record:
+        run.record.write(state.step)
     run.taken = TakenStep(state.step, keys, applied_later(engine))
     meter.add_step(config.train.global_batch_size, waited, run.skipped.add(skipped, len(keys)))
     return lr

@@ -48,6 +48,7 @@ class RunFolder:
         self.environment = root / "environment.json"
         self.metrics = root / "metrics.jsonl"
         self.evaluation = root / "evaluation.jsonl"
+        self.samples = root / "samples.jsonl"
         self.skipped_images = root / "skipped_images.txt"
         self.nonfinite = root / "nonfinite.jsonl"
         self.tensorboard = root / "tensorboard"
