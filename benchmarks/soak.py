@@ -16,7 +16,7 @@ server that fails (`--shards A --shards B`); the run that goes through reads the
 made of noise; of others a few hundred images are enough.
 
 Both must have the same images in every step, by key and pixels, and the same losses and gradient norms; the weights at
-the end must be the same bytes. The last line is one JSON object; the exit code is 1 if anything differs.
+the end must have the same bits. The last line is one JSON object; the exit code is 1 if anything differs.
 """
 
 import argparse
@@ -37,8 +37,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data.index import load_index
@@ -223,11 +225,12 @@ def compare(whole: Path, soaked: Path) -> dict[str, bool]:
 
     samples = rows("samples.jsonl", ("step", "keys", "digests"))
     losses = rows("metrics.jsonl", ("step", "loss", "grad_norm", "lr"))
-    weights = [(run / "encoder.safetensors").read_bytes() for run in (whole, soaked)]
+    weights = [load_file(run / "encoder.safetensors") for run in (whole, soaked)]
     return {
         "samples_identical": samples[0] == samples[1],
         "losses_identical": losses[0] == losses[1],
-        "weights_identical": weights[0] == weights[1],
+        "weights_identical": weights[0].keys() == weights[1].keys()
+        and all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items()),
     }
 
 
