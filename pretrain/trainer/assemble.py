@@ -97,24 +97,29 @@ def assemble(
         raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
     if world.is_main:
-        effective = effective_settings(engine)
-        folder.config.write_text(config.to_yaml())
-        folder.write_environment(
-            deepspeed=effective,
-            numerics=parts.numerics,
-            start=state.start,
-            world_size=world.size,
-            samples=len(index),
-            shard_changes=state.shard_changes,
-        )
-        _log.info("%s", describe_run(run, effective, parts.numerics, len(index), resumed))
-        for change in state.shard_changes:
-            _log.info("%s", describe_change(change))
-        if index.shrunk:
-            _log.info("%s: %s", index.root, index.shrunk)
-        for caution in cautions(config, len(index), run.loader.steps_per_epoch):
-            _log.warning("%s", caution)
+        _record_start(run, index, parts.numerics, resumed)
     return run
+
+
+def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str | None) -> None:
+    """Logs what is trained, with what and from where, and writes it into the run's folder."""
+    config, folder, state, effective = run.config, run.folder, run.state, effective_settings(run.engine)
+    folder.config.write_text(config.to_yaml())
+    folder.write_environment(
+        deepspeed=effective,
+        numerics=numerics,
+        start=state.start,
+        world_size=run.world.size,
+        samples=len(index),
+        shard_changes=state.shard_changes,
+    )
+    _log.info("%s", describe_run(run, effective, numerics, len(index), resumed))
+    for change in state.shard_changes:
+        _log.info("%s", describe_change(change))
+    if index.shrunk:
+        _log.info("%s: %s", index.root, index.shrunk)
+    for caution in cautions(config, len(index), run.loader.steps_per_epoch):
+        _log.warning("%s", caution)
 
 
 def _versions_that_compute() -> dict[str, str | None]:

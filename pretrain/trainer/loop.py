@@ -19,7 +19,7 @@ from pretrain.trainer.config import RunConfig
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import Loggers, build_loggers
-from pretrain.trainer.metrics import Meter, read_metrics
+from pretrain.trainer.metrics import Meter, read_metrics, varying_size
 from pretrain.trainer.nonfinite import Diverged, applied_later, list_samples, poison_nonfinite
 from pretrain.trainer.optim import learning_rate, set_learning_rate
 from pretrain.trainer.phases import limited, report_if_slow
@@ -90,17 +90,22 @@ class Run:
         return SampleRecord(self.folder.samples, self.world, self.state.step) if self.config.log.samples else None
 
     @property
-    def _end(self) -> int:
+    def end(self) -> int:
         """Of the order, whose steps are those of the run plus `state.offset`."""
         return self.config.train.epochs * self.loader.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
-        return self._end - self.state.offset
+        return self.end - self.state.offset
+
+    @property
+    def position(self) -> int:
+        """The step of the order that comes next."""
+        return self.state.step + self.state.offset
 
     @property
     def epoch(self) -> float:
-        return (self.state.step + self.state.offset) / self.loader.steps_per_epoch
+        return self.position / self.loader.steps_per_epoch
 
     @property
     def scheduled(self) -> int:
@@ -110,16 +115,12 @@ class Run:
     @property
     def progress(self) -> float:
         """The share of the run that is over, by its updates."""
-        return self.scheduled / self._end
-
-    def batches(self) -> Iterator[list[Batch]]:
-        """The micro-batches of all steps that are left."""
-        return self.loader.batches(self.state.step + self.state.offset, self._end)
+        return self.scheduled / self.end
 
     @property
     def size_changes(self) -> bool:
         """Whether the images of the next step have another size than those of the last one."""
-        return any(begin == self.state.step for begin, _ in self.loader.sizes[1:])
+        return any(begin == self.position for begin, _ in self.loader.sizes[1:])
 
 
 def train(run: Run) -> None:
@@ -134,7 +135,7 @@ def train(run: Run) -> None:
     config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(), state.step
     loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
-    batches = prefetch(run.batches(), run.device)
+    batches = prefetch(run.loader.batches(run.position, run.end), run.device)
     look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
     with contextlib.closing(loggers), contextlib.closing(batches), look, contextlib.ExitStack() as starting:
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
@@ -163,7 +164,7 @@ def train(run: Run) -> None:
             if signal and state.step < total:
                 raise _stopped(run, signal)
             if run.size_changes:
-                _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(state.step))
+                _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(run.position))
                 starting.enter_context(report_if_slow("the first step of this size, with what is compiled"))
             _evaluate(run, loggers, meter)
 
@@ -245,19 +246,11 @@ def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
         "step": state.step,
         "epoch": run.epoch,
         **meter.read(),
-        **_size(run),
+        **varying_size(run.loader, run.position - 1),
         "lr": lr,
         "grad_norm": float(run.engine.get_global_grad_norm()),
         "refused_steps": state.step - state.updates,
     }
-
-
-def _size(run: Run) -> dict[str, Any]:
-    """Of the images of the last step, where not all have the same: the side of a square, or height x width."""
-    if len(run.loader.sizes) == 1:
-        return {}
-    height, width = run.loader.size_at(run.state.step - 1)
-    return {"image_size": height if height == width else f"{height}x{width}"}
 
 
 def _evaluates(run: Run) -> bool:
@@ -265,7 +258,7 @@ def _evaluates(run: Run) -> bool:
     if run.evaluation is None or run.state.step == 0:
         return False
     every = run.evaluation.every_epochs * run.loader.steps_per_epoch
-    return (run.state.step + run.state.offset) % every == 0 or run.state.step == run.total_steps
+    return run.position % every == 0 or run.state.step == run.total_steps
 
 
 def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
