@@ -8,13 +8,14 @@ that other work on the machine matters little. Contenders take turns at the same
 median over rounds, each of which is all photographs, of the ratios within a round.
 
 - `usual`: what ImageFolder does (PIL), RandomResizedCrop (0.2 to 1, bicubic), a flip, ToTensor and Normalize, from
-  files in a folder; without putting batches together.
-- `ours`: micro-batches of `data.loader.Loader`, with crops and flips of the same distribution, out of shards. They are
-  uint8, as the GPU normalizes them.
+  files in a folder; without putting batches together. It draws as it always does, and then takes the crop of ours.
+- `ours`: micro-batches of `data.loader.Loader`, out of shards. They are uint8, as the GPU normalizes them.
+- `ours_repeats2`: the same with `data.repeats=2`, two crops of each decode; its times and rates are those of a crop.
 - `limit`: torchvision decodes the whole file, and nothing is made of it.
 
-The last line of the output is one JSON object. `ratio_224` and `ratio_448` are ours to usual, `ratio_224_packed288`
-ours on the shrunk photographs to usual on the whole ones; `share_of_limit_*` are ours to the limit on the same files.
+The last line of the output is one JSON object. `ratio_224` and `ratio_448` are ours to usual, `ratio_224_repeats2` is
+that with two crops of each decode, `ratio_224_packed288` ours on the shrunk photographs to usual on the whole ones;
+`share_of_limit_*` are ours to the limit on the same files. `loader_peers.py` compares other loaders.
 """
 
 import argparse
@@ -34,20 +35,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from PIL import Image
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from data.index import Index
 from data.loader import Loader
+from data.order import Stream, sample_rng
 from data.pack import pack
 from data.reader import ShardReader
 from data.scan import IMAGE_EXTENSIONS
 from data.shrink import Shrink
 from data.sources import list_source
+from data.transforms import Augmentation, flip_decision
 
 BATCH = 8
 SIZES = (224, 448)
+REPEATS = 2
 SHRINK = Shrink(288, 90)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -70,17 +75,38 @@ def extract(tar: Path, folder: Path, limit: int | None) -> int:
     return count
 
 
-def usual(files: Sequence[Path], size: int) -> Contender:
+class _SameCrop(transforms.RandomResizedCrop):
+    """Draws as always, and takes another box."""
+
+    box: tuple[int, int, int, int]  # left, top, right, bottom
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        self.get_params(image, self.scale, self.ratio)
+        left, top, right, bottom = self.box
+        rows, cols = bottom - top, right - left
+        return transforms.functional.resized_crop(image, top, left, rows, cols, self.size, self.interpolation)
+
+
+def same_box(size: int, seed: int, number: int, image: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box that the loader cuts out of a sample in the first epoch."""
+    rng, augmentation = sample_rng(seed, 0, number, Stream.CROP), Augmentation()
+    flip_decision(rng, augmentation.flip)
+    left, top, right, bottom = augmentation.box(rng, *image, (size, size))
+    return int(left), int(top), int(right), int(bottom)
+
+
+def usual(files: Sequence[Path], size: int, seed: int) -> Contender:
     """torchvision's."""
-    pipeline = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    return lambda numbers: [pipeline(default_loader(str(files[number]))) for number in numbers]
+    crop = _SameCrop(size, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC)
+    after = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    pipeline = transforms.Compose([crop, *after])
+
+    def make(number: int) -> torch.Tensor:
+        image = default_loader(str(files[number]))
+        crop.box = same_box(size, seed, number, image.size)
+        return pipeline(image)
+
+    return lambda numbers: [make(number) for number in numbers]
 
 
 def limit(files: Sequence[Path]) -> Contender:
@@ -88,10 +114,10 @@ def limit(files: Sequence[Path]) -> Contender:
     return lambda numbers: [decode_jpeg(read_file(str(files[number])), ImageReadMode.RGB) for number in numbers]
 
 
-def ours(index: Index, size: int, seed: int) -> Iterator[Sequence[int]]:
+def ours(index: Index, size: int, seed: int, repeats: int = 1) -> Iterator[Sequence[int]]:
     """Makes a micro-batch each time, in the loader's order; yields the numbers of its photographs."""
-    loader = Loader(index, size=(size, size), batch=BATCH, seed=seed)
-    for (batch,) in loader.batches(0, loader.steps_per_epoch):
+    loader = Loader(index, size=(size, size), batch=BATCH, seed=seed, repeats=repeats)
+    for (batch,) in loader.batches(0, repeats * loader.steps_per_epoch):
         yield batch.samples.tolist()
 
 
@@ -100,7 +126,7 @@ def time_round(index: Index, shrunk: Index, files: dict[str, list[Path]], size: 
     torch.manual_seed(seed)
     spent: dict[str, float] = defaultdict(float)
     others = {
-        "usual": usual(files["whole"], size),
+        "usual": usual(files["whole"], size, seed),
         "limit": limit(files["whole"]),
         "limit_packed288": limit(files["shrunk"]),
     }
@@ -112,12 +138,16 @@ def time_round(index: Index, shrunk: Index, files: dict[str, list[Path]], size: 
         return made
 
     whole_batches, shrunk_batches = ours(index, size, seed), ours(shrunk, size, seed)
+    repeated = ours(index, size, seed, REPEATS)
     steps = len(index) // BATCH
     for _ in range(steps):
         numbers = timed("ours", partial(next, whole_batches))
         assert timed("ours_packed288", partial(next, shrunk_batches)) == numbers, "both in the same order"
+        for _ in range(REPEATS):  # all photographs once, too
+            timed("ours_repeats2", partial(next, repeated))
         for name, contender in others.items():
             timed(name, partial(contender, numbers))
+    spent["ours_repeats2"] /= REPEATS
     return {name: seconds / (BATCH * steps) for name, seconds in spent.items()}
 
 
@@ -128,8 +158,8 @@ def summarize(rounds: dict[int, list[dict[str, float]]]) -> dict[str, float]:
         return round(statistics.median(times[slower] / times[faster] for times in rounds[size]), 3)
 
     figures: dict[str, float] = {f"ratio_{size}": ratio(size, "usual", "ours") for size in SIZES}
-    figures["ratio_224_packed288"] = ratio(224, "usual", "ours_packed288")
-    figures["ratio_448_packed288"] = ratio(448, "usual", "ours_packed288")
+    for setting in ("repeats2", "packed288"):
+        figures |= {f"ratio_{size}_{setting}": ratio(size, "usual", f"ours_{setting}") for size in SIZES}
     figures |= {f"share_of_limit_{size}": ratio(size, "limit", "ours") for size in SIZES}
     figures["share_of_limit_224_packed288"] = ratio(224, "limit_packed288", "ours_packed288")
     for size in SIZES:

@@ -37,7 +37,11 @@ def check_image(data: bytes) -> ImageFacts:
     Raises:
         BadImage: as ``decode``.
     """
-    image = open_image(data)
+    return check_opened(open_image(data), data)
+
+
+def check_opened(image: Image.Image, data: bytes) -> ImageFacts:
+    """The same of an image opened from these bytes, which is decoded afterwards unless it has 16 bits a value."""
     try:
         values = read_16_bits(image)
         if values is None:

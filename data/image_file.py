@@ -12,11 +12,11 @@ from data.bit_depth import is_negative, read_16_bits, scale_to_8_bits, white_of
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit RGBA have 800 MB
 MIN_SIDE = 8
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF")  # by Pillow's names
 REDUCIBLE = ("JPEG", "MPO")  # MPO: a JPEG with further images after the first
 # Why a file is no usable image, in a word or two.
 EMPTY, NO_IMAGE, UNSUPPORTED, DAMAGED = "empty", "no image", "unsupported", "damaged"
 TOO_LARGE, TOO_SMALL = "too large", "too small"
+GET_HEIC = "the extra `heif` reads it (pip install 'lomar-deepspeed[heif]')"
 _LIMIT = f"{MAX_PIXELS // 1_000_000} megapixels: make it smaller, or cut it into parts"
 _TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _AVIF_BRANDS = (b"avif", b"avis")
@@ -36,6 +36,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 # Pillow refuses good PNGs for a megabyte of text or of color profile beside the pixels.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 100 * 2**20
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker has one core
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:  # the extra `heif`
+    READS_HEIC = False
+else:
+    register_heif_opener(thumbnails=False, decode_threads=1)
+    READS_HEIC = True
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "JPEG2000", "AVIF", *(("HEIF",) if READS_HEIC else ()))
 
 
 class BadImage(Exception):  # noqa: N818  # a state of the data, not of the program
@@ -102,7 +110,7 @@ def bad_image(error: Exception) -> BadImage:
         return BadImage(str(error), error.kind)
     if isinstance(error, Image.DecompressionBombError):
         return BadImage(f"over {_LIMIT}", TOO_LARGE)
-    return BadImage(f"{error}" or type(error).__name__)
+    return BadImage(f"{error}".strip() or type(error).__name__)
 
 
 def count_kinds(kinds: Iterable[str]) -> str:
@@ -115,10 +123,14 @@ def _unidentified(data: bytes) -> BadImage:
         return BadImage("nothing but zeros, as a copy that was not finished leaves them: copy it again", NO_IMAGE)
     if data.startswith(b"version https://git-lfs"):
         return BadImage("a pointer of Git LFS in place of the image: `git lfs pull` gets it", NO_IMAGE)
-    if data[4:8] == b"ftyp" and data[8:12] in (*_HEIF_BRANDS, *_AVIF_BRANDS):
-        if data[8:12] in _AVIF_BRANDS and AvifImagePlugin.SUPPORTED:
+    if data[4:8] == b"ftyp" and data[8:12] in _AVIF_BRANDS:
+        if AvifImagePlugin.SUPPORTED:
             return BadImage("an AVIF file that is damaged")
-        return BadImage("a HEIC or AVIF image: convert it to JPEG or PNG", UNSUPPORTED)
+        return BadImage("an AVIF image: convert it to JPEG or PNG", UNSUPPORTED)
+    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+        if READS_HEIC:
+            return BadImage("a HEIC file that is damaged, or has none of the pictures that are read")
+        return BadImage(f"a HEIC image: {GET_HEIC}, or convert it to JPEG or PNG", UNSUPPORTED)
     if data[:4] in _TIFF_MARKS:
         return BadImage(
             "a TIFF file that is damaged, or has other channels than gray, RGB or CMYK of up to 16 bits: convert it"
@@ -128,4 +140,4 @@ def _unidentified(data: bytes) -> BadImage:
             return BadImage(f"a {name} file whose header is damaged")
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return BadImage("a WebP file whose header is damaged")
-    return BadImage("not a JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000 or AVIF image", NO_IMAGE)
+    return BadImage("not a JPEG, PNG, WebP, BMP, TIFF, GIF, JPEG 2000, AVIF or HEIC image", NO_IMAGE)

@@ -13,7 +13,7 @@ from data.multi_labels import Label, MultiLabels, UnusableLabel, read_cls, read_
 from data.names import readable
 from data.tar_members import FOLDER, HARD_LINK, HEADER, SPARSE, SYMBOLIC_LINK, Member, header_problem, read_members
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2", "avif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2", "avif", "heic", "heif")
 NO_LABEL = -1
 MAX_LABEL_FILE = 1 << 24  # bytes
 
@@ -215,6 +215,8 @@ def _image_of(sample: _Sample) -> tuple[str, int, int] | str:
     images = sample.images
     if len(images) > 1:  # 'x.jpg' and 'x.seg.png': the one with a plain extension is the image
         images = [image for image in images if image[0] in IMAGE_EXTENSIONS]
+    if len(images) > 1:  # what was converted, and the photograph of the telephone
+        images = [image for image in images if image[0] not in ("heic", "heif")]
     if len(images) == 1:
         return images[0]
     what = "no image" if not sample.images else "more than one image"

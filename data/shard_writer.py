@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.image_facts import ImageFacts, check_image, rewrite_16_bits
-from data.image_file import BadImage, check_length
+from data.image_facts import ImageFacts, check_opened, rewrite_16_bits
+from data.image_file import BadImage, check_length, open_image
 from data.names import readable, shown
 from data.pack_report import PackReport
 from data.parallel import run_parallel
@@ -28,6 +28,7 @@ _EXTENSIONS = {
     "GIF": "gif",
     "JPEG2000": "jp2",
     "AVIF": "avif",
+    "HEIF": "heic",
 }  # by the formats of data.decode
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEADERS = 2048  # bytes of a sample in a shard besides the image, at most
@@ -98,12 +99,19 @@ def _read(root: Path, file: SourceFile) -> bytes:
     return data
 
 
-def _prepare(data: bytes, bits: int | None) -> tuple[bytes, ImageFacts]:
-    """The bytes to pack for those of a file; raises BadImage."""
-    facts = check_image(data)
-    if bits is None or not (facts.is_gray or facts.used_bits is not None):
-        return data, facts
-    return rewrite_16_bits(data, bits), facts._replace(format="PNG", used_bits=None)
+def _prepare(data: bytes, bits: int | None, shrink: Shrink | None = None) -> tuple[bytes, ImageFacts, bool]:
+    """The bytes to pack for those of a file, and whether they were made smaller; raises BadImage."""
+    image = open_image(data)
+    facts = check_opened(image, data)
+    has_16_bits = facts.is_gray or facts.used_bits is not None
+    if bits is not None and has_16_bits:
+        data, facts = rewrite_16_bits(data, bits), facts._replace(format="PNG", used_bits=None)
+    if shrink is None:
+        return data, facts, False
+    smaller = shrink_image(open_image(data) if has_16_bits else image, shrink)  # by Pillow: not decoded a second time
+    if smaller is None:
+        return data, facts, False
+    return smaller, facts._replace(format="JPEG", is_turned=False), True
 
 
 def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
@@ -138,14 +146,11 @@ def _write_shard(task: ShardTask) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for source in task.files:
                 try:
-                    data, facts = _prepare(_read(task.root, source), task.bits)
-                    smaller = shrink_image(data, task.shrink) if task.shrink else None
+                    data, facts, is_smaller = _prepare(_read(task.root, source), task.bits, task.shrink)
                 except BadImage as error:
                     report.rejected.append(f"{readable(source.name)}\t{error.kind}\t{readable(str(error))}")
                     continue
-                if smaller is not None:
-                    data, facts = smaller, facts._replace(format="JPEG", is_turned=False)
-                    report.shrunk += 1
+                report.shrunk += is_smaller
                 report.add(facts)
                 _add(tar, f"{source.key}.{_EXTENSIONS[facts.format]}", data)
                 if source.label != NO_LABEL:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.image_facts import orientation_of
-from data.image_file import MIN_SIDE, bad_image, open_image, to_rgb
+from data.image_file import MIN_SIDE, bad_image, to_rgb
 
 PLAN_FILE = "pack.json"  # next to shards: how they were packed
 _TO_UPRIGHT = {  # EXIF 2.3, table 4
@@ -39,8 +39,10 @@ class Shrink(NamedTuple):
         return f"photographs whose short side was over {self.short_side} pixels were shrunk to it, JPEG {self.quality}"
 
 
-def shrink_image(data: bytes, shrink: Shrink) -> bytes | None:
+def shrink_image(image: Image.Image, shrink: Shrink) -> bytes | None:
     """A JPEG with the wanted short side, turned upright as EXIF says; None if the image is not larger than that.
+
+    The image was opened by ``open_image``, and need not be decoded again if it is already.
 
     Resized by Lanczos' filter, antialiased. Transparency and metadata are dropped, color profiles too: training reads
     none of it.
@@ -48,7 +50,6 @@ def shrink_image(data: bytes, shrink: Shrink) -> bytes | None:
     Raises:
         BadImage: as ``decode``.
     """
-    image = open_image(data)
     times = shrink.short_side / min(image.size)
     if times >= 1:
         return None

@@ -223,6 +223,6 @@ def describe_ignored(ignored: Counter[str]) -> str:
         text += "; shards (*.tar) need no packing: data.shards takes them as they are"
     if ignored.keys() & {".zip", ".tgz", ".gz", ".7z", ".rar"}:
         text += "; unpack archives first"
-    if ignored.keys() & {".heic", ".heif", ".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:
+    if ignored.keys() & {".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:
         text += "; convert other formats to JPEG or PNG first"
     return text or "nothing"

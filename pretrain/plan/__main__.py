@@ -13,25 +13,33 @@ import sys
 
 from pretrain.plan.hardware import GPUS, build_cluster
 
+IMAGES = 1_281_167  # images of ImageNet-1K
+
 
 def main() -> int:
     """Exit code 0, or 1 with one line that names what to change."""
     options = _parser().parse_intermixed_args()
     os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, or it warns that there is no GPU
+    from data.index import load_index
     from pretrain.config import load
     from pretrain.plan.advice import advise
     from pretrain.plan.estimate import check_gpus, choose_numerics, make_plan
+    from pretrain.plan.loader_cost import IMAGENET, Photographs
     from pretrain.plan.table import as_json, render
     from pretrain.plan.trace import trace_sizes
 
     try:
-        if options.images < 1:
+        if options.images is not None and options.images < 1:
             raise ValueError(f"--images {options.images} must be at least 1")
         cluster = build_cluster(options.gpu, options.gpus, options.gpus_per_node, options.link)
         config = load(options.recipe, ["data.shards=unused", *options.overrides])
         check_gpus(config, cluster)
-        *earlier, trace = trace_sizes(config)
-        plan = make_plan(config, cluster, options.images, choose_numerics(config, cluster), trace, earlier)
+        images, photographs = IMAGES, IMAGENET
+        if any(override.startswith("data.shards=") for override in options.overrides):
+            index = load_index(config.data.shards)
+            images, photographs = len(index), Photographs(float(index.length.mean()), index.shrunk)
+        (*earlier, trace), numerics = trace_sizes(config), choose_numerics(config, cluster)
+        plan = make_plan(config, cluster, options.images or images, numerics, trace, earlier, photographs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--link", type=float, metavar="GBITS", help="Gb/s of all network adapters of a node (default: the GPU's usual)"
     )
-    parser.add_argument("--images", type=int, default=1_281_167, help="of the training set (default: ImageNet-1K)")
+    parser.add_argument(
+        "--images", type=int, help="of the training set (default: those of data.shards=..., if given, or ImageNet-1K's)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
 

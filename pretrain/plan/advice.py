@@ -1,6 +1,7 @@
 """What would make a planned run faster: other settings, planned in the same way."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,12 @@ from pretrain.methods import METHODS
 from pretrain.models.vit import ARCHS
 from pretrain.numerics import cuda_graphs_obstacle
 from pretrain.plan.estimate import Plan, choose_numerics, make_plan
+from pretrain.plan.loader_cost import SMALLER
 from pretrain.plan.trace import trace_sizes
 from pretrain.trainer.recipe import merge
 
 LEAST_GAIN = 1.03
-SMALLER_PHOTOGRAPHS = 3.2  # times the images a core loads: 288 pixels, quality 90, at 224, measured on one core
+SMALL_ENOUGH = 288  # pixels: larger views are not cut out of photographs that were shrunk so far
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,29 @@ def advise(plan: Plan) -> list[Advice]:
     """Changes that are worth it, the largest gain first."""
     found = [_planned(plan, changes, note) for changes, note in _candidates(plan)]
     advice = [item for item in found if item and item.gain >= LEAST_GAIN]
-    without_wait = plan.step.total / (plan.step.total - plan.step.data)
-    if without_wait >= LEAST_GAIN:
-        advice.append(Advice(f"data.num_workers={_workers(plan)}", without_wait, "so many cores for each GPU"))
-        smaller = "photographs with a short side of 288 pixels"
-        advice.append(Advice(smaller, min(without_wait, SMALLER_PHOTOGRAPHS), "three times as fast to load"))
+    if plan.step.total / (plan.step.total - plan.step.data) >= LEAST_GAIN:
+        advice = [*_feeding(plan), *advice]
     return sorted(advice, key=lambda item: -item.gain)
+
+
+def _feeding(plan: Plan) -> Iterator[Advice]:
+    """What feeds GPUs that wait for data: more cores, or less to decode."""
+    wait = plan.step.total / (plan.step.total - plan.step.data)
+    yield Advice(f"data.num_workers={_workers(plan)}", wait, "so many cores for each GPU")
+    config, data = plan.config, plan.config.data
+    *earlier, trace = [part.trace for _, part in plan.sizes]
+    known = plan.cluster, plan.images, plan.numerics, trace, earlier
+    if plan.photographs.bytes > SMALLER.bytes and max(data.height_width) <= SMALL_ENOUGH:
+        smaller = make_plan(config, *known, SMALLER)
+        note = "photographs of a third of the bytes: loses fine detail"
+        yield Advice(f"python -m data.pack {SMALLER.shrunk}", plan.hours / smaller.hours, note)
+    try:
+        twice = merge(config.model_dump(), {"data": {"repeats": 2 * data.repeats}}, PretrainConfig)
+        repeated = make_plan(PretrainConfig.model_validate(twice), *known, plan.photographs)
+    except ValueError:
+        return  # of a number of epochs, or a loss, that it does not fit
+    note = "so many crops of each decode, side by side in a batch"
+    yield Advice(f"data.repeats={2 * data.repeats}", plan.hours / repeated.hours, note)
 
 
 def _candidates(plan: Plan) -> list[tuple[dict[str, Any], str]]:
@@ -80,7 +99,7 @@ def _planned(plan: Plan, changes: dict[str, Any], note: str) -> Advice | None:
         numerics = choose_numerics(config, plan.cluster)
         traces = [part.trace for _, part in plan.sizes]
         *earlier, trace = trace_sizes(config) if changes.keys() & {"method", "pr_mim"} else traces
-        other = make_plan(config, plan.cluster, plan.images, numerics, trace, earlier)
+        other = make_plan(config, plan.cluster, plan.images, numerics, trace, earlier, plan.photographs)
     except ValueError:
         return None  # these keys do not fit this recipe, so they are no advice
     if not other.fits and plan.fits:

@@ -9,7 +9,7 @@ from pretrain.numerics import check_settings, unserved_by_window_kernel
 from pretrain.plan.block_cost import Numerics
 from pretrain.plan.communication import Communication
 from pretrain.plan.hardware import Cluster
-from pretrain.plan.loader_cost import JPEG_BYTES, core_seconds, index_bytes
+from pretrain.plan.loader_cost import IMAGENET, Photographs, core_seconds, index_bytes
 from pretrain.plan.memory import GIB, Memory, Zero, largest_micro_batch, step_memory
 from pretrain.plan.step_time import Step, image_flops, peak, step_time
 from pretrain.plan.trace import Trace
@@ -64,6 +64,7 @@ class Plan:
     communication: Communication
     stages: tuple[StageMemory, ...]
     earlier: tuple[tuple[int, "Plan"], ...] = ()
+    photographs: Photographs = IMAGENET
 
     @property
     def sizes(self) -> tuple[tuple[int, "Plan"], ...]:
@@ -132,13 +133,14 @@ class Plan:
         fastest = max(plan.computed_rate for _, plan in self.sizes)
         return NodeNeeds(
             self.loader_cores / self.cluster.nodes,
-            fastest / self.cluster.nodes * JPEG_BYTES / 1e9 / self.config.data.repeats,
+            fastest / self.cluster.nodes * self.photographs.bytes / 1e9 / self.config.data.repeats,
             index_bytes(self.images, self.cluster.per_node) / GIB,
         )
 
     @property
     def core_seconds(self) -> float:
-        return core_seconds(self.config.data.height_width, self.config.augmentations, self.config.data.repeats)
+        data = self.config.data
+        return core_seconds(data.height_width, self.config.augmentations, data.repeats, self.photographs)
 
 
 def make_plan(
@@ -148,6 +150,7 @@ def make_plan(
     numerics: Numerics,
     trace: Trace,
     earlier: Sequence[Trace] = (),
+    photographs: Photographs = IMAGENET,
 ) -> Plan:
     """The plan of a configuration; `earlier` are the traces at the sizes that images have before the last one.
 
@@ -161,12 +164,13 @@ def make_plan(
     steps_per_epoch(images, train.global_batch_size)
     zero = own_zero(config, cluster.gpus)
     micro_batch = train.global_batch_size // (cluster.gpus * train.gradient_accumulation_steps)
-    step, communication = step_time(config, cluster, numerics, zero, trace, micro_batch)
+    step, communication = step_time(config, cluster, numerics, zero, trace, micro_batch, photographs)
     stages = tuple(
         _stage_memory(cluster, numerics, trace, micro_batch, zero if zero.stage == stage else shipped_zero(stage))
         for stage in range(4)
     )
-    plan = Plan(config, cluster, images, numerics, zero, trace, micro_batch, step, communication, stages)
+    kept = communication, stages, (), photographs
+    plan = Plan(config, cluster, images, numerics, zero, trace, micro_batch, step, *kept)
     return _with_earlier(plan, earlier) if earlier else plan
 
 
@@ -174,7 +178,8 @@ def _with_earlier(plan: Plan, traces: Sequence[Trace]) -> Plan:
     """The plan of the last size of images, with those of the earlier sizes."""
     begin, parts = 0, []
     for (end, config), trace in zip(plan.config.earlier, traces, strict=True):
-        parts.append((end - begin, make_plan(config, plan.cluster, plan.images, plan.numerics, trace)))
+        part = make_plan(config, plan.cluster, plan.images, plan.numerics, trace, (), plan.photographs)
+        parts.append((end - begin, part))
         begin = end
     largest = max([plan, *(part for _, part in parts)], key=lambda part: part.memory.total)
     return replace(plan, stages=largest.stages, earlier=tuple(parts))

@@ -1,17 +1,18 @@
 """What loading costs: cores, bytes read, and the host's memory of the index.
 
 Measured by `benchmarks/loader.py` on 500 photographs of ImageNet (mean 475x392 pixels, 111 KB), RandomResizedCrop, in
-seconds of a core whose neighbors were busy: 334 images a second at 224 pixels, 256 at 448, and 593 decoded only.
-Decoding takes the same at each size; of the rest a part grows with the crop's area.
+seconds of a core whose neighbors were busy: 334 images a second at 224 pixels, 256 at 448, and 593 decoded only; 1,332
+are decoded of the same photographs, shrunk to a short side of 288 pixels (37 KB). Decoding takes the same for a view of
+any size, and grows with a file's length; of the rest a part grows with the view's area.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from data.order import PART
 from data.transforms import Augmentation
 
-JPEG_BYTES = 111e3
-DECODE = 1.69e-3  # seconds, of a photograph
+DECODE, DECODE_BYTE = 0.28e-3, 12.7e-9  # seconds, of a photograph and of each of its bytes
 VIEW = 0.99e-3  # of a view, besides its pixels: reading, drawing, flipping, batching
 PIXEL = 0.31e-3 / 224**2  # of each pixel of a view
 COLOR_JITTER, THREE_AUGMENT = 2.8e-3 / 224**2, 0.86e-3 / 224**2  # of each pixel, where it is applied
@@ -24,9 +25,27 @@ def index_bytes(images: int, ranks: int) -> int:
     return images * INDEX_BYTES + ranks * min(images, PART) * ORDER_BYTES
 
 
-def core_seconds(size: tuple[int, int], augmentations: Sequence[Augmentation], repeats: int) -> float:
+class Photographs(NamedTuple):
+    """The files that are trained on; by default ImageNet's."""
+
+    bytes: float = 111e3  # of each, on average
+    shrunk: str = ""  # how they were made smaller as they were packed, of their index
+
+    @property
+    def decode(self) -> float:
+        """Seconds of one core for one."""
+        return DECODE + DECODE_BYTE * self.bytes
+
+
+IMAGENET = Photographs()
+SMALLER = Photographs(37e3, "--short-side 288 --quality 90")  # the same ones
+
+
+def core_seconds(
+    size: tuple[int, int], augmentations: Sequence[Augmentation], repeats: int, photographs: Photographs
+) -> float:
     """Seconds of one core for a sample; LUT's two views, and repeats, are cut out of one decoded photograph."""
-    seconds = DECODE / repeats
+    seconds = photographs.decode / repeats
     for view in augmentations:
         pixel = PIXEL + view.color_jitter * COLOR_JITTER + view.three_augment * THREE_AUGMENT
         seconds += VIEW + pixel * size[0] * size[1]

@@ -14,7 +14,7 @@ from pretrain.plan.block_cost import (
 )
 from pretrain.plan.communication import Communication, step_communication
 from pretrain.plan.hardware import GPU, Cluster, stream_rate
-from pretrain.plan.loader_cost import core_seconds
+from pretrain.plan.loader_cost import IMAGENET, Photographs, core_seconds
 from pretrain.plan.memory import Zero
 from pretrain.plan.trace import BlockCall, Trace
 
@@ -98,7 +98,13 @@ def image_flops(trace: Trace) -> float:
 
 
 def step_time(
-    config: PretrainConfig, cluster: Cluster, numerics: Numerics, zero: Zero, trace: Trace, micro_batch: int
+    config: PretrainConfig,
+    cluster: Cluster,
+    numerics: Numerics,
+    zero: Zero,
+    trace: Trace,
+    micro_batch: int,
+    photographs: Photographs = IMAGENET,
 ) -> tuple[Step, Communication]:
     """An optimizer step of the configuration with micro-batches of `micro_batch` images on each GPU."""
     gpu, times = cluster.gpu, config.train.gradient_accumulation_steps
@@ -125,7 +131,7 @@ def step_time(
     )
     host = times * max(_host_seconds(trace, numerics, config) - busy, 0.0) + BETWEEN_STEPS[zero.stage > 0]
     computed = times * busy + optimizer + communication.exposed + host
-    loaded = _loader_seconds(config, cluster)
+    loaded = _loader_seconds(config, cluster, photographs)
     step = Step(
         matrices=times * (forward["matrices"] + backward["matrices"]),
         attention=times * (forward["attention"] + backward["attention"]),
@@ -220,8 +226,8 @@ def _host_seconds(trace: Trace, numerics: Numerics, config: PretrainConfig) -> f
     return seconds
 
 
-def _loader_seconds(config: PretrainConfig, cluster: Cluster) -> float:
+def _loader_seconds(config: PretrainConfig, cluster: Cluster, photographs: Photographs) -> float:
     """Seconds that `data.num_workers` processes of each rank need for a step's images."""
-    cores = max(config.data.num_workers, 1)
-    samples = config.train.global_batch_size / cluster.gpus
-    return samples * core_seconds(config.data.height_width, config.augmentations, config.data.repeats) / cores
+    data, samples = config.data, config.train.global_batch_size / cluster.gpus
+    seconds = core_seconds(data.height_width, config.augmentations, data.repeats, photographs)
+    return samples * seconds / max(data.num_workers, 1)

@@ -6,7 +6,6 @@ from typing import Any
 from pretrain.plan.advice import Advice
 from pretrain.plan.estimate import Plan, StageMemory
 from pretrain.plan.hardware import Cluster
-from pretrain.plan.loader_cost import JPEG_BYTES
 from pretrain.plan.memory import GIB, Memory
 from pretrain.plan.step_time import image_flops
 
@@ -148,13 +147,15 @@ def _links(plan: Plan) -> list[str]:
 
 def _host(plan: Plan) -> str:
     needs, workers = plan.node_needs, plan.config.data.num_workers
+    size = plan.photographs.bytes
+    shrunk = f" ({plan.photographs.shrunk})" if plan.photographs.shrunk else ""
     warning = ", MORE THAN NODES USUALLY HAVE" if needs.index_memory > USUAL_MEMORY else ""
     return (
         f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute (data.num_workers="
         f"{workers} on {_count(plan.cluster.per_node, 'rank')} are {workers * plan.cluster.per_node}), "
         f"{needs.read_rate:.2f} GB/s are read,\n"
         f"{needs.index_memory:,.1f} GiB of the host's memory hold the index{warning}; all photographs are "
-        f"{plan.images * JPEG_BYTES / 1e12:,.2f} TB at {JPEG_BYTES / 1e3:.0f} KB each"
+        f"{plan.images * size / 1e12:,.2f} TB at {size / 1e3:.0f} KB each{shrunk}"
     )
 
 
@@ -178,6 +179,7 @@ def as_json(plan: Plan, gpu: str, advice: list[Advice]) -> dict[str, Any]:
         "gpus_per_node": plan.cluster.per_node,
         "network_gbits": plan.cluster.network,
         "images": plan.images,
+        "photographs": plan.photographs._asdict(),
         "parameters": plan.trace.parameters,
         "flops_per_image": image_flops(plan.trace),
         "numerics": asdict(plan.numerics),

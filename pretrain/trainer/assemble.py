@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data.image_file import READS_HEIC
 from data.index import Index
 from data.loader import Loader, MaskSampler, SizedUntil
 from pretrain.trainer.cautions import cautions
@@ -22,7 +23,7 @@ from pretrain.trainer.moments import Moments, set_moments
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
-from pretrain.trainer.shard_record import record_shards
+from pretrain.trainer.shard_record import ChangedShards, describe_change, record_shards
 
 _COMPUTES = ("torch", "triton", "deepspeed")  # packages of which another version may give other bits
 _log = logging.getLogger(__name__)
@@ -78,32 +79,52 @@ def assemble(
     fresh = TrainState(
         fingerprint=index.fingerprint,
         shards=record_shards(index),
+        index_samples=len(index),
         world_size=world.size,
         zero_stage=engine.zero_optimization_stage(),
         resume_signature=config.resume_signature(),
         numerics=parts.numerics,
         start=parts.start,
-        machine={"device": device_name(), **{name: versions()[name] for name in _COMPUTES}, **parts.code},
+        machine={"device": device_name(), **_versions_that_compute(), **parts.code},
     )
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
+    changed = ChangedShards(config.train.global_batch_size, config.data.repeats)
     try:
         with report_if_slow("the newest checkpoint is looked for, checked and loaded"):
-            state, resumed = checkpoints.resume(engine, parts.ema, fresh)
+            accepts = changed if config.data.accept_changed_shards else None
+            state, resumed = checkpoints.resume(engine, parts.ema, fresh, accepts)
     except CannotContinueError as error:
         raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
     if world.is_main:
-        effective = effective_settings(engine)
-        folder.config.write_text(config.to_yaml())
-        folder.write_environment(
-            deepspeed=effective, numerics=parts.numerics, start=state.start, world_size=world.size, samples=len(index)
-        )
-        _log.info("%s", describe_run(run, effective, parts.numerics, len(index), resumed))
-        if index.shrunk:
-            _log.info("%s: %s", index.root, index.shrunk)
-        for caution in cautions(config, len(index), run.loader.steps_per_epoch):
-            _log.warning("%s", caution)
+        _record_start(run, index, parts.numerics, resumed)
     return run
+
+
+def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str | None) -> None:
+    """Logs what is trained, with what and from where, and writes it into the run's folder."""
+    config, folder, state, effective = run.config, run.folder, run.state, effective_settings(run.engine)
+    folder.config.write_text(config.to_yaml())
+    folder.write_environment(
+        deepspeed=effective,
+        numerics=numerics,
+        start=state.start,
+        world_size=run.world.size,
+        samples=len(index),
+        shard_changes=state.shard_changes,
+    )
+    _log.info("%s", describe_run(run, effective, numerics, len(index), resumed))
+    for change in state.shard_changes:
+        _log.info("%s", describe_change(change))
+    if index.shrunk:
+        _log.info("%s: %s", index.root, index.shrunk)
+    for caution in cautions(config, len(index), run.loader.steps_per_epoch):
+        _log.warning("%s", caution)
+
+
+def _versions_that_compute() -> dict[str, str | None]:
+    heic = ("pillow-heif",) if READS_HEIC else ()  # runs of before do not say that they had none
+    return {name: versions()[name] for name in (*_COMPUTES, *heic)}
 
 
 def build_loader(

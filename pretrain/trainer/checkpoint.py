@@ -34,7 +34,7 @@ from pretrain.trainer.elastic import convert, load_universal
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.optim import keep_fused
-from pretrain.trainer.shard_record import shard_difference
+from pretrain.trainer.shard_record import ChangedShards, shard_difference
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
 _log = logging.getLogger(__name__)
@@ -161,8 +161,15 @@ class Checkpoints:
                 return f"{name} differs from what was written"
         return None
 
-    def resume(self, engine: Any, ema: NoEMA, fresh: TrainState) -> tuple[TrainState, str | None]:
+    def resume(
+        self, engine: Any, ema: NoEMA, fresh: TrainState, changed: ChangedShards | None = None
+    ) -> tuple[TrainState, str | None]:
         """Loads the newest intact checkpoint into engine and moving average; the number of ranks may have changed.
+
+        Args:
+            engine, ema: what is loaded into.
+            fresh: the state of a new run.
+            changed: accepts other shards than the checkpoint's, if they may be others.
 
         Returns:
             The state of the run and the checkpoint's name; `fresh` and None if there are no checkpoints.
@@ -170,12 +177,14 @@ class Checkpoints:
         Raises:
             CannotContinueError: the newest checkpoint is of a different training, or cannot be converted to this number
                 of ranks.
-            ValueError: all checkpoints are damaged.
+            ValueError: all checkpoints are damaged, or other shards cannot be accepted at this step.
         """
         found = self.newest_intact()
         if found is None:
             return fresh, None
         name, state = found
+        if changed and state.fingerprint != fresh.fingerprint:
+            state = changed.accept(state, fresh, self.names())
         check_continues(state, fresh)
         self._check_numerics(state, fresh)
         engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
@@ -236,7 +245,10 @@ def check_continues(state: TrainState, now: TrainState) -> None:
     """Raises CannotContinueError, naming every difference, where a checkpoint is of a different training."""
     differences = _differences(state.resume_signature, now.resume_signature)
     if state.fingerprint != now.fingerprint:
-        differences.append(f"data.shards has different samples: {shard_difference(state.shards, now.shards)}")
+        differences.append(
+            f"data.shards has different samples: {shard_difference(state.shards, now.shards)}; "
+            "data.accept_changed_shards=true continues with them, where an epoch ends"
+        )
     if state.zero_stage != now.zero_stage:
         differences.append(f"train.ds_config was ZeRO stage {state.zero_stage} and is stage {now.zero_stage}")
     elif state.zero_stage == 3 and state.world_size != now.world_size:

@@ -39,6 +39,9 @@ class TrainState:
     samples: int = 0
     fingerprint: str = ""  # of the shards' index
     shards: dict[str, list[int]] = field(default_factory=dict)  # bytes and samples of each, by its name
+    index_samples: int = 0  # in all of them; 0 in checkpoints that are older than this number
+    offset: int = 0  # the order is at `step` plus this: not 0 once the run has accepted other shards
+    shard_changes: list[dict[str, Any]] = field(default_factory=list)  # that it has accepted, with their steps
     world_size: int = 1
     zero_stage: int = 0
     resume_signature: dict[str, Any] = field(default_factory=dict)  # of the configuration

@@ -40,6 +40,9 @@ class DataConfig(Section):
     shards: Annotated[str, MAY_CHANGE] = Field(
         min_length=1, description="a folder of tar shards, a tar file, or a brace pattern"
     )
+    accept_changed_shards: Annotated[bool, MAY_CHANGE] = Field(
+        False, description="true: a run continues with other shards, from the end of an epoch on"
+    )
     image_size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
     crop: Literal["random", "simple"] = Field(
         "random", description="random: RandomResizedCrop; simple: DeiT III's, the short side resized, then cropped"
@@ -143,6 +146,7 @@ class LogConfig(Section):
 
     every_steps: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
     num_reconstructions: int = Field(8, ge=1, description="rows of reconstructions.png")
+    samples: bool = Field(False, description="true: samples.jsonl lists the images of each step, to compare runs by")
 
 
 class RunConfig(Section):

@@ -74,7 +74,7 @@ class JsonLines(MetricLogger):
     def __init__(self, folder: RunFolder, start: int):
         self.metrics, self.evaluation = folder.metrics, folder.evaluation
         for path in (self.metrics, self.evaluation):
-            _drop_after(path, start)
+            drop_after(path, start)
 
     def log_metrics(self, values: Values) -> None:
         _append(self.metrics, values)
@@ -156,7 +156,7 @@ def _append(path: Path, values: Values) -> None:
         file.write(json.dumps(finite) + "\n")
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
     """Deletes the records after a step: a resumed run repeats the steps after its checkpoint."""
     if not path.exists():
         return

@@ -19,12 +19,13 @@ from pretrain.trainer.config import RunConfig
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import Loggers, build_loggers
-from pretrain.trainer.metrics import Meter, read_metrics
+from pretrain.trainer.metrics import Meter, read_metrics, varying_size
 from pretrain.trainer.nonfinite import Diverged, applied_later, list_samples, poison_nonfinite
 from pretrain.trainer.optim import learning_rate, set_learning_rate
 from pretrain.trainer.phases import limited, report_if_slow
 from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.sample_record import SampleRecord
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 from pretrain.trainer.skipped_images import SkippedImages
@@ -84,18 +85,42 @@ class Run:
             epoch * train.global_batch_size // self.world.size,
         )
 
+    @cached_property
+    def record(self) -> SampleRecord | None:
+        return SampleRecord(self.folder.samples, self.world, self.state.step) if self.config.log.samples else None
+
     @property
-    def total_steps(self) -> int:
+    def end(self) -> int:
+        """Of the order, whose steps are those of the run plus `state.offset`."""
         return self.config.train.epochs * self.loader.steps_per_epoch
 
     @property
+    def total_steps(self) -> int:
+        return self.end - self.state.offset
+
+    @property
+    def position(self) -> int:
+        """The step of the order that comes next."""
+        return self.state.step + self.state.offset
+
+    @property
     def epoch(self) -> float:
-        return self.state.step / self.loader.steps_per_epoch
+        return self.position / self.loader.steps_per_epoch
+
+    @property
+    def scheduled(self) -> int:
+        """The update that a schedule is at."""
+        return max(self.state.updates + self.state.offset, 0)
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is over, by its updates."""
+        return self.scheduled / self.end
 
     @property
     def size_changes(self) -> bool:
         """Whether the images of the next step have another size than those of the last one."""
-        return any(begin == self.state.step for begin, _ in self.loader.sizes[1:])
+        return any(begin == self.position for begin, _ in self.loader.sizes[1:])
 
 
 def train(run: Run) -> None:
@@ -110,7 +135,7 @@ def train(run: Run) -> None:
     config, state, total = run.config, run.state, run.total_steps
     stop, meter, saved = StopRequest(), Meter(), state.step
     loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
-    batches = prefetch(run.loader.batches(state.step, total), run.device)
+    batches = prefetch(run.loader.batches(run.position, run.end), run.device)
     look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
     with contextlib.closing(loggers), contextlib.closing(batches), look, contextlib.ExitStack() as starting:
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
@@ -139,7 +164,7 @@ def train(run: Run) -> None:
             if signal and state.step < total:
                 raise _stopped(run, signal)
             if run.size_changes:
-                _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(state.step))
+                _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(run.position))
                 starting.enter_context(report_if_slow("the first step of this size, with what is compiled"))
             _evaluate(run, loggers, meter)
 
@@ -168,6 +193,8 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
     for number in range(accumulation):
         batch, seconds = next(batches)
         keys, skipped, waited = [*keys, *batch.keys], [*skipped, *batch.skipped], waited + seconds
+        if run.record:
+            run.record.add(batch)
         seed_step(config.seed, state.step, number, run.world.rank)
         losses = engine(batch.images, **batch.model_inputs(), **run.ema.model_inputs(batch.images))
         meter.add_losses(losses)
@@ -175,12 +202,14 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
         if number == accumulation - 1:
             _settle(run)  # as late as possible: the learning rate depends on it
             lr = learning_rate(
-                state.updates, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
+                run.scheduled, run.loader.steps_per_epoch, config.train.epochs, config.peak_lr, config.optim
             )
             set_learning_rate(engine.optimizer.param_groups, lr)
         engine.step()
     state.step += 1
     state.samples += config.train.global_batch_size
+    if run.record:
+        run.record.write(state.step)
     run.taken = TakenStep(state.step, keys, applied_later(engine))
     meter.add_step(config.train.global_batch_size, waited, run.skipped.add(skipped, len(keys)))
     return lr
@@ -198,7 +227,7 @@ def _settle(run: Run) -> None:
     if taken.applied():
         state.updates += 1
         state.consecutive_nonfinite = 0
-        run.ema.update(state.updates / run.total_steps)
+        run.ema.update(run.progress)
         return
     state.consecutive_nonfinite += 1
     list_samples(run.folder.nonfinite, taken.step, taken.keys, run.world)
@@ -217,19 +246,11 @@ def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
         "step": state.step,
         "epoch": run.epoch,
         **meter.read(),
-        **_size(run),
+        **varying_size(run.loader, run.position - 1),
         "lr": lr,
         "grad_norm": float(run.engine.get_global_grad_norm()),
         "refused_steps": state.step - state.updates,
     }
-
-
-def _size(run: Run) -> dict[str, Any]:
-    """Of the images of the last step, where not all have the same: the side of a square, or height x width."""
-    if len(run.loader.sizes) == 1:
-        return {}
-    height, width = run.loader.size_at(run.state.step - 1)
-    return {"image_size": height if height == width else f"{height}x{width}"}
 
 
 def _evaluates(run: Run) -> bool:
@@ -237,7 +258,7 @@ def _evaluates(run: Run) -> bool:
     if run.evaluation is None or run.state.step == 0:
         return False
     every = run.evaluation.every_epochs * run.loader.steps_per_epoch
-    return run.state.step % every == 0 or run.state.step == run.total_steps
+    return run.position % every == 0 or run.state.step == run.total_steps
 
 
 def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.loader import Loader
+
 
 class Meter:
     """Accumulates over steps, until it is reset. Losses stay on the device until `read`: no step waits for them."""
@@ -57,6 +59,14 @@ class Meter:
             "data_wait": wait / world,
             "skipped_images": int(skipped),
         }
+
+
+def varying_size(loader: Loader, position: int) -> dict[str, int | str]:
+    """Of the images of a step of the order, where not all have the same: the side of a square, or height x width."""
+    if len(loader.sizes) == 1:
+        return {}
+    height, width = loader.size_at(position)
+    return {"image_size": height if height == width else f"{height}x{width}"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,18 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pretrain.trainer.checkpoint_layout import checkpoint_name
 
-_PACKAGES = ("lomar-deepspeed", "torch", "torchvision", "triton", "deepspeed", "timm", "webdataset", "numpy", "pillow")
+_PACKAGES = (
+    "lomar-deepspeed",
+    "torch",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "timm",
+    "webdataset",
+    "numpy",
+    "pillow",
+    "pillow-heif",
+)
 _ROOT = Path(__file__).parents[2]
 _log = logging.getLogger(__name__)
 
@@ -37,6 +48,7 @@ class RunFolder:
         self.environment = root / "environment.json"
         self.metrics = root / "metrics.jsonl"
         self.evaluation = root / "evaluation.jsonl"
+        self.samples = root / "samples.jsonl"
         self.skipped_images = root / "skipped_images.txt"
         self.nonfinite = root / "nonfinite.jsonl"
         self.tensorboard = root / "tensorboard"

@@ -1,9 +1,12 @@
-"""What a checkpoint records of the shards that it was trained on, to say later what is different."""
+"""What a checkpoint records of the shards that it was trained on, to say later what is different, or to accept it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from data.index import Index
 from data.names import shown
+from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_step
 
 Record = Mapping[str, list[int]]  # by shard: its bytes and its samples
 MAX_SHARDS = 100_000  # of more, a record would slow down every checkpoint
@@ -23,6 +26,91 @@ def shard_difference(before: Record, now: Record) -> str:
         return "the fingerprint of the index differs"
     same_sizes = "shards of the same names and sizes have other images or labels in them"
     return "; ".join(_differences(before, now)) or same_sizes
+
+
+@dataclass(frozen=True)
+class ChangedShards:
+    """Accepts other shards where a pass over the old ones ends: `data.accept_changed_shards`.
+
+    From there on the run is at the place of one that has had the new shards from its start: as many epochs are over,
+    and its order, its steps per epoch, its learning rate and its length are those of that run. `TrainState.offset` is
+    the difference between the steps of the two.
+
+    Attributes:
+        batch: `train.global_batch_size`.
+        repeats: `data.repeats`, the epochs of a pass.
+    """
+
+    batch: int
+    repeats: int = 1
+
+    def accept(self, state: TrainState, now: TrainState, checkpoints: Sequence[str] = ()) -> TrainState:
+        """The state that goes on with the shards of `now`.
+
+        Args:
+            state: of the checkpoint.
+            now: of a new run with the shards that there are now.
+            checkpoints: names of all that the run has.
+
+        Raises:
+            ValueError: the checkpoint is not where a pass ends; says which is, or where that will be.
+        """
+        before = state.index_samples or sum(samples for _, samples in state.shards.values())
+        if not before:
+            raise ValueError(
+                "data.accept_changed_shards=true: the checkpoint does not say how many samples the shards had, so it "
+                "is not known where an epoch ends: use the shards of before, and set it back to false"
+            )
+        per_pass, per_epoch = before // self.batch * self.repeats, before // self.batch
+        position = state.step + state.offset
+        passes, within = divmod(position, per_pass)
+        if within:
+            raise ValueError(self._not_here(state, per_pass, checkpoints))
+        epoch = passes * self.repeats
+        offset = epoch * (now.index_samples // self.batch) - state.step
+        change = {
+            "step": state.step,
+            "epoch": epoch,
+            "what": shard_difference(state.shards, now.shards),
+            "before": {"fingerprint": state.fingerprint, "samples": before, "steps_per_epoch": per_epoch},
+            "after": {
+                "fingerprint": now.fingerprint,
+                "samples": now.index_samples,
+                "steps_per_epoch": now.index_samples // self.batch,
+            },
+        }
+        return replace(
+            state,
+            fingerprint=now.fingerprint,
+            shards=now.shards,
+            index_samples=now.index_samples,
+            offset=offset,
+            shard_changes=[*state.shard_changes, change],
+        )
+
+    def _not_here(self, state: TrainState, per_pass: int, checkpoints: Sequence[str]) -> str:
+        start = (state.step + state.offset) // per_pass * per_pass - state.offset
+        end, unit = start + per_pass, "an epoch" if self.repeats == 1 else f"a pass of {self.repeats} epochs"
+        message = (
+            f"data.accept_changed_shards=true accepts other shards where {unit} ends, and the newest checkpoint, step "
+            f"{state.step}, is within one, which is from step {start} to step {end}: train up to step {end} with the "
+            f"shards of before (checkpoint.every_steps={per_pass} saves there)"
+        )
+        at_an_end = [name for name in checkpoints if (checkpoint_step(name) or 0) == start and start]
+        later = [name for name in checkpoints if (checkpoint_step(name) or 0) > start]
+        if at_an_end:
+            message += f", or move {shown(later)} away, to continue from {shown(at_an_end)}"
+        return message
+
+
+def describe_change(change: Mapping[str, Any]) -> str:
+    """One of `TrainState.shard_changes`, in words."""
+    before, after = change["before"], change["after"]
+    return (
+        f"since step {change['step']}, the end of epoch {change['epoch']}, with other shards: {change['what']}; "
+        f"{before['samples']} samples in {before['steps_per_epoch']} steps an epoch before, {after['samples']} in "
+        f"{after['steps_per_epoch']} since"
+    )
 
 
 def _differences(before: Record, now: Record) -> Iterator[str]:

@@ -279,7 +279,7 @@ BAD = {
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n", "`git lfs pull` gets it"),
     "text": (b"<html>404</html>" * 50, "not a JPEG"),
     "icon": (encode(smooth_image(0, 64, 64), "ICO"), "not a JPEG"),
-    "heic": (bytes(3) + b"\x18ftypheic" + bytes(40), "a HEIC or AVIF image: convert it"),
+    "heic": (bytes(3) + b"\x18ftypheic" + bytes(40), "a HEIC (file that is damaged|image: the extra `heif` reads it)"),
     "tiff of six channels": (
         tiff(np.zeros((64, 64), np.uint16), 16, 1).replace(
             struct.pack("<HHII", 277, 4, 1, 1), struct.pack("<HHII", 277, 4, 1, 6)

@@ -264,3 +264,13 @@ def test_shards_that_need_less_room_than_their_files_are_not_refused(
     command = [str(tmp_path / "photos"), str(tmp_path / "out"), "--num-workers", "1"]
     assert main(command) == 1
     assert main([command[0], str(tmp_path / "shrunk"), *command[2:], "--short-side", "32"]) == 0
+
+
+@pytest.mark.parametrize("shrink", [[], ["--short-side", "96"]])
+def test_a_photograph_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shrink: list[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(0, 300, 200))
+    decoders, get = [], Image._getdecoder
+    monkeypatch.setattr(Image, "_getdecoder", lambda *args: decoders.append(args[1]) or get(*args))
+    assert main([str(tmp_path / "photos"), str(tmp_path / "out"), "--num-workers", "1", *shrink]) == 0
+    assert decoders == ["jpeg"]

@@ -174,7 +174,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     [
         ("a.tar", "1 .tar; shards .* need no packing"),
         ("photos.zip", "1 .zip; unpack archives first"),
-        ("a.HEIC", "1 .heic; convert other formats to JPEG or PNG first"),
+        ("a.DNG", "1 .dng; convert other formats to JPEG or PNG first"),
         ("IMG_1", "1 without suffix"),
         (".cache/a.jpg", "1 folder .cache"),
     ],

@@ -160,8 +160,8 @@ def test_all_bad_shards_are_named_at_once(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_samples_without_an_image_are_counted(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [(f"{number}.{'jpg' if number == 2 else 'heic'}", jpeg(0)) for number in range(5)])
-    with pytest.raises(ValueError, match=r"'0' at byte 0 has no image \(members: \.heic\), and so have 3 others of 5"):
+    write_tar(tmp_path / "a.tar", [(f"{number}.{'jpg' if number == 2 else 'dng'}", jpeg(0)) for number in range(5)])
+    with pytest.raises(ValueError, match=r"'0' at byte 0 has no image \(members: \.dng\), and so have 3 others of 5"):
         load_index(tmp_path)
 
 

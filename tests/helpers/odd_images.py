@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.image_file import DAMAGED, EMPTY, MAX_PIXELS, NO_IMAGE, TOO_LARGE, TOO_SMALL, UNSUPPORTED
+from data.image_file import DAMAGED, EMPTY, MAX_PIXELS, NO_IMAGE, READS_HEIC, TOO_LARGE, TOO_SMALL, UNSUPPORTED
 from helpers.shard_tools import encode, smooth_image
 
 READ = ""
@@ -28,6 +28,7 @@ FORMATS = {
     "gif": ("GIF", {}),
     "jp2": ("JPEG2000", {}),
     "avif": ("AVIF", {}),
+    **({"heic": ("HEIF", {})} if READS_HEIC else {}),
 }
 MODES = {
     "png": ("1", "L", "LA", "P", "RGBA", "I;16"),
@@ -38,6 +39,7 @@ MODES = {
     "gif": ("1", "L", "P", "RGBA"),
     "jp2": ("L", "LA", "RGBA", "I;16"),
     "avif": ("L", "RGBA"),
+    **({"heic": ("L", "RGBA")} if READS_HEIC else {}),
 }
 
 
@@ -131,8 +133,8 @@ def _no_images() -> Files:
         "icon.png": (encode(photo(), "ICO"), NO_IMAGE),
         "tga.jpg": (encode(photo(), "TGA"), NO_IMAGE),
         "ppm.png": (encode(photo(), "PPM"), NO_IMAGE),
-        "heic.jpg": (bytes(3) + b"\x18ftypheic" + bytes(40), UNSUPPORTED),
-        "heif.png": (bytes(3) + b"\x18ftypmsf1" + bytes(40), UNSUPPORTED),
+        "heic.jpg": (bytes(3) + b"\x18ftypheic" + bytes(40), DAMAGED if READS_HEIC else UNSUPPORTED),
+        "heif.png": (bytes(3) + b"\x18ftypmsf1" + bytes(40), DAMAGED if READS_HEIC else UNSUPPORTED),
         "avif-brand-alone.avif": (bytes(3) + b"\x18ftypavif" + bytes(40), DAMAGED),
         "space-in-front.jpg": (b"\n" + jpeg, NO_IMAGE),
         "png-in-jpg.jpg": (encode(photo(), "PNG"), READ),

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.shard_tools import write_tar
 from helpers.tiny import random_images, random_mask_indices
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +22,7 @@ from pretrain.plan.block_cost import Numerics, attention_bytes, attention_flops,
 from pretrain.plan.communication import step_communication
 from pretrain.plan.estimate import Plan, choose_numerics, make_plan
 from pretrain.plan.hardware import GPUS, Cluster, build_cluster
-from pretrain.plan.loader_cost import DECODE, index_bytes
+from pretrain.plan.loader_cost import SMALLER, Photographs, index_bytes
 from pretrain.plan.memory import (
     GIB,
     Zero,
@@ -369,7 +371,7 @@ def test_the_index_is_in_memory_once_and_a_part_of_the_order_in_each_rank():
 def test_repeats_save_the_decode():
     enough = "data.num_workers=99"  # or their waiting would count
     once, twice = plan_on(8, LOMAR, enough), plan_on(8, LOMAR, enough, "data.repeats=2")
-    assert once.core_seconds - twice.core_seconds == pytest.approx(DECODE / 2)
+    assert once.core_seconds - twice.core_seconds == pytest.approx(once.photographs.decode / 2)
     assert twice.steps == once.steps
     assert twice.node_needs.read_rate / twice.images_per_second == pytest.approx(
         once.node_needs.read_rate / once.images_per_second / 2
@@ -458,3 +460,34 @@ def test_settings_are_chosen_as_a_run_on_a_gpu_chooses_them():
     assert chosen("method.window_size=9") == replace(Numerics(**fast), attention="sdpa")
     assert chosen("model.residual=bf16") == replace(Numerics(**fast), residual="bf16")
     assert chosen("train.precision=fp32") == replace(Numerics(**fast), attention="sdpa", precision="fp32")
+
+
+def test_less_to_decode_is_advised_where_gpus_wait():
+    few = "data.num_workers=4"
+    plan, twice = plan_on(8, LOMAR, few), plan_on(8, LOMAR, few, "data.repeats=2")
+    smaller = make_plan(plan.config, plan.cluster, plan.images, plan.numerics, plan.trace, photographs=SMALLER)
+    gains = {item.change: item.gain for item in advise(plan)}
+    assert gains["data.repeats=2"] == pytest.approx(plan.hours / twice.hours)
+    assert gains["python -m data.pack --short-side 288 --quality 90"] == pytest.approx(plan.hours / smaller.hours)
+    assert gains["data.repeats=2"] > 1.3
+    for other in (smaller, plan_on(8, LOMAR, few, "data.image_size=448"), plan_on(8, LOMAR, "data.num_workers=99")):
+        assert not any("data.pack" in item.change for item in advise(other)), (
+            "they are small, or too small, or no limit"
+        )
+
+
+def test_decoding_takes_what_was_measured():
+    assert Photographs().decode == pytest.approx(1 / 593, rel=0.01)
+    assert SMALLER.decode == pytest.approx(1 / 1332, rel=0.01)
+
+
+def test_the_index_of_shards_says_how_many_and_how_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write_tar(tmp_path / "a.tar", [(f"{number}.jpg", bytes(37_000)) for number in range(20)])
+    (tmp_path / "pack.json").write_text('{"short_side": 288, "quality": 90}')
+    keys = (f"data.shards={tmp_path}", "train.global_batch_size=8", "train.gradient_accumulation_steps=1")
+    assert run_command(monkeypatch, LOMAR, *keys, "--gpus", "1", "--gpu", "h100") == 0
+    out = capsys.readouterr().out
+    assert "20 images, 400 epochs: 800 steps" in out
+    assert "at 37 KB each (photographs whose short side was over 288 pixels were shrunk to it, JPEG 90)" in out
