@@ -79,7 +79,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     loaded = _load_start(config, method, start) if start else None
     ema = build_ema(config, method, device)
     if start and isinstance(ema.model, TeacherModel | EncoderTeacher):
-        _log.info("%s", load_teacher(ema.model, start))
+        assert config.start
+        _log.info("%s", load_teacher(ema.model, start, config.start.load))
     for module in filter(None, dict.fromkeys((method, ema.model, feature_teacher(method)))):
         apply_numerics(module, numerics)
     if numerics.cuda_graphs:
@@ -115,7 +116,7 @@ def _load_start(config: PretrainConfig, method: Method | LUT, start: Path) -> Lo
     """Fills a method that is not partitioned yet; raises ValueError where that is not possible."""
     assert config.start
     try:
-        loaded = load_method(method, start, config.start.weights)
+        loaded = load_method(method, start, config.start.weights, config.start.load)
     except ValueError as error:
         raise ValueError(f"start.{'run' if config.start.run else 'checkpoint'}: {error}") from None
     _log.info("starts from %s", loaded.report)
