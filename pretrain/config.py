@@ -83,7 +83,7 @@ class PretrainStartConfig(StartConfig):
             raise ValueError("start.weights chooses among the weights of start.checkpoint: set that, or leave it out")
         if self.load != "all" and not (self.run or self.checkpoint):
             raise ValueError(
-                f"start.load={self.load} chooses among what a start has: set start.checkpoint or start.run, or leave it out"
+                f"start.load={self.load} chooses among what a start has: set start.checkpoint or start.run as well"
             )
         if self.optimizer and not self.run:
             raise ValueError("start.optimizer=true takes the optimizer's moments from start.run: set that as well")

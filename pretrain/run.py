@@ -23,7 +23,7 @@ from pretrain.config import ELSEWHERE, RECIPES, PretrainConfig, load
 from pretrain.methods import METHODS
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
-from pretrain.methods.targets.features import EncoderTeacher
+from pretrain.methods.targets.features import EncoderTeacher, FeatureTeacher
 from pretrain.start import check_start, find_start
 from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
@@ -74,7 +74,11 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         with report_if_slow("the kernel for attention in windows is compiled and checked"):
             for _, one in [*config.earlier, (0, config)]:
                 check_window_kernel(one, device)
-    method = build_method(config, read_feature_teacher(config.target, config.grid))
+
+    def read_teacher(config: PretrainConfig) -> FeatureTeacher | None:
+        return read_feature_teacher(config.target, config.grid, config.model.patch_size)
+
+    method = build_method(config, read_teacher(config))
     start = find_start(config, folder, world)
     loaded = _load_start(config, method, start) if start else None
     ema = build_ema(config, method, device)
@@ -85,7 +89,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         apply_numerics(module, numerics)
     if numerics.cuda_graphs:
         graph_steps(method)
-    earlier = build_sizes(config, method, ema, numerics, lambda one: read_feature_teacher(one.target, one.grid))
+    earlier = build_sizes(config, method, ema, numerics, read_teacher)
     parts = Parts(
         method,
         build_adamw(

@@ -147,6 +147,10 @@ class TeacherConfig(TargetConfig):
         None, description="timm's name of the model whose weights, by timm's names, are in the file"
     )
     blocks: int = Field(2, ge=1, description="last blocks of the teacher whose mean output is the target")
+    resize_images: Annotated[bool, MAY_CHANGE] = Field(
+        False,
+        description="true: a teacher of other patches sees images resized so that it has as many as the encoder",
+    )
     sha256: str | None = Field(None, description="refuse any other file; filled in if unset")
 
     @field_validator("file")
