@@ -27,12 +27,10 @@ class PatchTarget(ABC):
     Attributes:
         num_outputs: number of values to predict for each patch.
         caption: what whoever looks at the images of `render` must know, if anything.
-        has_pixels: whether these images show what the model sees of a photograph.
     """
 
     num_outputs: int
     caption: str = ""
-    has_pixels: bool = True
 
     @abstractmethod
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:

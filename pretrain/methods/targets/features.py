@@ -207,7 +207,6 @@ class FeatureTarget(PatchTarget):
         "Features have no pixels: their three principal components among the patches shown are drawn as red, green and "
         "blue. A prediction is right where the colors agree."
     )
-    has_pixels = False
 
     def __init__(self, config: TeacherConfig | EMAConfig, patch_size: int, teacher: FeatureTeacher):
         self.config, self.patch_size, self.teacher = config, patch_size, teacher
