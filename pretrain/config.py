@@ -101,6 +101,7 @@ class PretrainConfig(RunConfig):
     imported: ClassVar[str | None] = None
     own_methods: ClassVar[frozenset[str]] = frozenset()
     follows: ClassVar[dict[str, str]] = {"target": "method"}
+    hints: ClassVar[dict[str, str]] = {"method.name": "; a method of your own needs method.module=FILE as well"}
 
     model: PretrainModelConfig = PretrainModelConfig()
     data: PretrainDataConfig

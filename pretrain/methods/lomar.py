@@ -155,11 +155,15 @@ class LoMaR(LUTMethod):
                     f"method.mask_token_block={self.mask_token_block} lets mask tokens enter the encoder, and "
                     f"method.architecture={self.architecture} never does: set method.mask_token_block=0"
                 )
-            if (self.blocks is None) != (self.architecture != "multiscale"):
-                blocks, depth = self.blocks and list(self.blocks), ARCHS[model.arch].depth
+            if self.blocks is None and self.architecture == "multiscale":
                 raise ValueError(
-                    f"method.architecture={self.architecture} with method.blocks={blocks}: set both, for example to "
-                    f"multiscale and [2, 4, {depth}], or neither"
+                    f"method.architecture=multiscale has a decoder behind each of method.blocks: set for example "
+                    f"method.blocks=[2, 4, {ARCHS[model.arch].depth}]"
+                )
+            if self.blocks is not None and self.architecture != "multiscale":
+                raise ValueError(
+                    f"method.blocks={list(self.blocks)} is of method.architecture=multiscale, not {self.architecture}: "
+                    f"set that, or leave out method.blocks"
                 )
             if self.blocks is not None:
                 check_blocks(self.blocks, model)

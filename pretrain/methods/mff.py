@@ -44,10 +44,6 @@ class MFF(MAE):
                     "method.inter_block_attention=true makes a sum for each block of the decoder, and mff one for all: "
                     "set method.inter_block_attention=false, or method.name=mae"
                 )
-            if self.inter_block_attention:
-                raise ValueError(
-                    "method.inter_block_attention=true sums blocks of the encoder, as method mff does: set it to false"
-                )
 
     def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):
         super().__init__(config, encoder, target, pr_mim)

@@ -85,7 +85,7 @@ class TEC(Method):
             check_heads(self.decoder_embed_dim, self.decoder_num_heads)
             if self.num_queries > patches:
                 raise ValueError(
-                    f"method.num_queries={self.num_queries} are more than the {patches} patches of an image: set "
+                    f"method.num_queries={self.num_queries}, but an image has {patches} patches: set "
                     f"method.num_queries to at most {patches}"
                 )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.labels import check_labels, check_same_classes
+from data.messages import counted
 from pretrain.models.features import Kind, check_blocks, pooled_features
 from pretrain.models.vit import ViT
 from pretrain.probe import attentive, finetuning, neighbors
@@ -65,14 +66,14 @@ def trusted(settings: ProbeSettings, finetune_images: int) -> tuple[str, str]:
         if steps >= enough:
             return "finetune_top1", f"the fine-tuning had {steps} steps, of at least {enough} that it takes"
         why = (
-            f"the fine-tuning had {steps} steps on {finetune_images} images, and with fewer than {enough} it says "
-            f"little of an encoder: set finetune_epochs to {math.ceil(enough / per_epoch)}, or give more images; "
+            f"the fine-tuning had {counted(steps, 'step')} on {finetune_images} images, and says little of an encoder "
+            f"with fewer than {enough}: set finetune_epochs to {math.ceil(enough / per_epoch)}, or give more images; "
         )
     if settings.attentive_steps >= attentive.ENOUGH_STEPS:
         return "attentive_top1", f"{why}the attentive probe sees the patch tokens, where masked image models keep most"
     return "none", (
         f"{why}k-NN and ridge regression do not rank masked image models, and the attentive probe has "
-        f"{settings.attentive_steps} steps: set attentive_steps to at least {attentive.ENOUGH_STEPS}"
+        f"{counted(settings.attentive_steps, 'step')}: set attentive_steps to at least {attentive.ENOUGH_STEPS}"
     )
 
 
@@ -87,7 +88,9 @@ def describe(measured: Measured) -> str:
     """A table of what was measured, the most telling first, with what each number is worth."""
     steps = measured.get(FINETUNE_STEPS)
     worth = {
-        "finetune_top1": f"what the encoder becomes in {steps:g} steps of fine-tuning" if steps is not None else "",
+        "finetune_top1": f"what the encoder becomes in {counted(int(steps), 'step')} of fine-tuning"
+        if steps is not None
+        else "",
         "attentive_top1": "what its patch tokens hold",
         "linear_top1": "of one vector for each image: ranks masked image models wrongly",
         "knn_top1": "as above, and more so",

@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused(teacher_file: Path):
         TeacherConfig(file=str(teacher_file.parent))
     with pytest.raises(ValueError, match=r"needs target\.file"):
         read_feature_teacher(TeacherConfig(), (2, 2), 14)
-    with pytest.raises(ValueError, match=r"target.blocks=9 are more than the \d blocks of .*: set target.blocks to at"):
+    with pytest.raises(ValueError, match=r"target.blocks=9, but .* has \d+ blocks: set target.blocks to at most"):
         read_feature_teacher(TeacherConfig(file=file, blocks=9), (2, 2), 14)
     with pytest.raises(ValueError, match="holds the online weights, not the ema ones"):
         read_feature_teacher(TeacherConfig(file=file, encoder="ema"), (2, 2), 14)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from data.messages import counted
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.pca import principal_components
@@ -187,7 +188,7 @@ def check_blocks(blocks: int, depth: int, owner: str) -> None:
     """Raises ValueError if a teacher does not have that many blocks."""
     if blocks > depth:
         raise ValueError(
-            f"target.blocks={blocks} are more than the {depth} blocks of {owner}: set target.blocks to at most {depth}"
+            f"target.blocks={blocks}, but {owner} has {counted(depth, 'block')}: set target.blocks to at most {depth}"
         )
 
 
