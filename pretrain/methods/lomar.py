@@ -201,8 +201,8 @@ class LoMaR(LUTMethod):
         prediction, visible_tokens = self._predict(windows, indices, num_windows)
         truth = self._truth(images[:num_predicted], patches[:num_predicted], mask_indices)
         positions = indices["positions"].gather(1, indices["visible"])
-        loss = self.target.loss(prediction, truth)
-        return LossAndTokens(loss, visible_tokens.reshape(B, -1, visible_tokens.shape[-1]), positions.view(B, -1))
+        losses = self.target.losses(prediction, truth)
+        return LossAndTokens(losses, visible_tokens.reshape(B, -1, visible_tokens.shape[-1]), positions.view(B, -1))
 
     def _predict(
         self, windows: Tensor, indices: MaskIndices, num_predicted: int | None = None

@@ -168,9 +168,9 @@ class MAE(LUTMethod):
         encoded = self._encode(patches, **mask_indices)
         first = {name: array[: len(truth)] for name, array in mask_indices.items()}
         prediction = self._decode(encoded[..., : len(truth), :, :], **first)
-        loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
+        losses = self.target.losses(prediction, gather_tokens(truth, first["masked"]))
         visible = mask_indices["visible"]
-        return LossAndTokens(loss, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
+        return LossAndTokens(losses, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
 
     def _by_mask(self, mask_indices: MaskIndices, *of_images: Tensor) -> Any:
         """Arrays (B, W, ...) of W masks -> (B*W, ...), those of an image adjacent, and (B, ...) tensors as often."""

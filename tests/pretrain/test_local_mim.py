@@ -9,6 +9,7 @@ from helpers.tiny import assert_equals_reference, random_images, random_mask_ind
 from torch import Tensor
 
 from pretrain.config import load
+from pretrain.methods.lut import LUT, LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.vit import Arch
 
@@ -54,6 +55,27 @@ def test_a_coarse_cell_counts_by_the_share_of_its_patches_that_is_masked():
         model.predictor.decoders[0].pred.weight.zero_()  # predicts zero everywhere
     left, right = (truth[position].square().mean() for position in (0, 2))
     torch.testing.assert_close(model(images, indices)["loss"].detach(), 0.8 * left + 0.2 * right)
+
+
+def windows() -> Any:
+    keys = {"name": "lomar", "num_windows": 2, "window_size": 2, "mask_ratio": 0.5, "architecture": "multiscale"}
+    keys |= {"blocks": [2, 4], "decoder_depth": 1, "decoder_embed_dim": 8, "decoder_num_heads": 2}
+    return tiny_method(keys | {"target": {"name": "hog", "cell_sizes": (2, 4)}}, GRID, PATCH_SIZE, arch=DEEP)
+
+
+@pytest.mark.parametrize("make", [build, windows])
+def test_the_loss_of_each_size_is_logged(make: Any):
+    model = make()
+    images, indices = random_images(model), random_mask_indices(model)
+    views = {name: torch.stack([array, array], 1) for name, array in indices.items()}
+    both, lut = torch.stack([images, images], 1), LUT(LUTConfig(hidden_dim=16), model)
+    for losses, total in (
+        (model(images, indices), "loss"),
+        (lut(both, views, lut.teacher_model()(both)), "loss_mim"),
+    ):
+        by_size = torch.stack([losses[f"loss_cell_{size}"] for size in model.target.config.cell_sizes])
+        torch.testing.assert_close(by_size.sum(), losses[total].detach())
+        assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
 
 
 def test_every_depth_learns_from_its_own_size_alone():

@@ -48,6 +48,10 @@ class PatchTarget(ABC):
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
         """The mean over all (B, M, num_outputs) predictions, in fp32; `truth` (B, M, ...) of the same patches."""
 
+    def losses(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """`loss` and, where it is a sum, what else is logged of it: its terms `loss_*`, detached."""
+        return {"loss": self.loss(prediction, truth)}
+
     @abstractmethod
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """Pixels of the predicted patches, to look at, by name: (B, M, P) uint8."""
