@@ -25,7 +25,7 @@ from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
 from pretrain.methods.targets.features import EncoderTeacher, FeatureTeacher
 from pretrain.start import check_start, find_start
-from pretrain.trainer.engine import check_engine
+from pretrain.trainer.engine import check_engine, check_engine_file
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
@@ -137,4 +137,5 @@ def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moment
 
 
 if __name__ == "__main__":
-    main(__doc__, load, pretrain, check=check_engine, catalog=Catalog(PretrainConfig, RECIPES, load, ELSEWHERE))
+    catalog = Catalog(PretrainConfig, RECIPES, load, ELSEWHERE, check_engine_file)
+    main(__doc__, load, pretrain, check=check_engine, catalog=catalog)
