@@ -22,7 +22,7 @@ from timm.layers import Mlp
 from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
-from pretrain.methods.mae import check_absolute
+from pretrain.methods.mae_config import check_absolute
 from pretrain.methods.masking import Grid, check_masked, count_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, sample_random_mask
 from pretrain.methods.targets import PatchTarget, TeacherConfig
