@@ -19,6 +19,7 @@ from data.eval_loader import EvalLoader
 from pretrain.models.features import image_features
 from pretrain.models.vit import ViT
 from pretrain.probe.fitting import draw_batches, fit, generator
+from pretrain.trainer.optim import layers_above
 
 BATCH = 64
 PEAK_LR = 5e-4
@@ -63,11 +64,7 @@ def layer_decay_groups(model: FinetunedEncoder) -> list[dict]:
     """Every parameter exactly once, with `lr_scale` = `LAYER_DECAY` ** (blocks above it + 1), 1 for norm and head."""
     depth, groups = len(model.encoder.blocks), []
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["encoder", "blocks"]:
-            above = depth - int(parts[2])
-        else:
-            above = 0 if parts[0] != "encoder" or parts[1] == "norm" else depth + 1
+        above = layers_above(name.removeprefix("encoder."), depth) if name.startswith("encoder.") else 0
         decay = WEIGHT_DECAY if parameter.ndim > 1 else 0.0
         groups.append({"params": [parameter], "weight_decay": decay, "lr_scale": LAYER_DECAY**above})
     return groups
