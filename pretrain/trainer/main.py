@@ -105,7 +105,6 @@ def main(
 
 def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, world: World) -> int:
     """Trains; what goes wrong is logged, so that it is in the rank's log file as well, and told to the other ranks."""
-    who = "error" if world.size == 1 else f"error on rank {world.rank}"
     with Watchdog(config.watchdog, world) as watchdog:
         try:
             train(config, world)
@@ -116,10 +115,10 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
             if world.size > 1 and _LOST_RANK.search(str(error)):
                 cause = watchdog.cause()
                 why = f": {cause}" if cause else f", which says why ({_first_line(error)})"
-                _log.error("%s: another rank has ended%s", who, why)
+                _log.error("%s: another rank has ended%s", world.error, why)
                 return 1
             problem = _describe(error, config, world)
-            _log.error("%s:%s", who, problem and f" {problem}", exc_info=not problem)
+            _log.error("%s:%s", world.error, problem and f" {problem}", exc_info=not problem)
             watchdog.tell(problem or f"{type(error).__name__}: {_first_line(error)}")
             return 1
     return 0
