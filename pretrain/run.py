@@ -74,11 +74,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         with report_if_slow("the kernel for attention in windows is compiled and checked"):
             for _, one in [*config.earlier, (0, config)]:
                 check_window_kernel(one, device)
-
-    def read_teacher(config: PretrainConfig) -> FeatureTeacher | None:
-        return read_feature_teacher(config.target, config.grid, config.model.patch_size)
-
-    method = build_method(config, read_teacher(config))
+    method = build_method(config, _read_teacher(config))
     start = find_start(config, folder, world)
     loaded = _load_start(config, method, start) if start else None
     ema = build_ema(config, method, device)
@@ -89,7 +85,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         apply_numerics(module, numerics)
     if numerics.cuda_graphs:
         graph_steps(method)
-    earlier = build_sizes(config, method, ema, numerics, read_teacher)
+    earlier = build_sizes(config, method, ema, numerics, _read_teacher)
     parts = Parts(
         method,
         build_adamw(
@@ -114,6 +110,10 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         raise Stopped(describe_outputs(run)) from None
     finish(run, index)
     log_outputs(run)
+
+
+def _read_teacher(config: PretrainConfig) -> FeatureTeacher | None:
+    return read_feature_teacher(config.target, config.grid, config.model.patch_size)
 
 
 def _load_start(config: PretrainConfig, method: Method | LUT, start: Path) -> LoadedMethod:
