@@ -11,3 +11,8 @@ def one_or_list(problems: Sequence[str], summary: str) -> str:
         return problems[0]
     more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     return "\n  ".join([summary.format(n=len(problems)), *problems[:SHOWN], *more])
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 block`, `12 blocks`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

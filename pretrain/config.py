@@ -20,7 +20,7 @@ from pretrain.probe.settings import ProbeSettings
 from pretrain.size_schedule import PretrainDataConfig, Size, size_text
 from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig, problem_of
 from pretrain.trainer.recipe import load_config, parse_overrides
-from pretrain.trainer.schema import MAY_CHANGE
+from pretrain.trainer.schema import DEFAULT_AS_BEFORE, MAY_CHANGE
 
 RECIPES = Path(__file__).parent / "recipes"
 ELSEWHERE = {"downstream/classify/finetune.py": Path(__file__).parents[1] / "downstream" / "classify" / "recipes"}
@@ -59,11 +59,19 @@ class ProbeConfig(ProbeSettings):
     every_epochs: int = Field(ge=1, description="epochs between measurements; the end of training is measured as well")
 
 
+Load = Literal["all", "fitting", "encoder"]
+
+
 class PretrainStartConfig(StartConfig):
     """The weights that a new run begins with, of the encoder and of whatever else a file or another run has."""
 
     run: str | None = Field(
         None, description="the folder of a pretraining: a new run, from step 0, from all that its newest checkpoint has"
+    )
+    load: Annotated[Load, DEFAULT_AS_BEFORE] = Field(
+        "all",
+        description="all: the encoder and the decoder or heads that the file has, refused if these do not fit; "
+        "fitting: what fits of them; encoder: the encoder alone",
     )
     optimizer: bool = Field(False, description="with `run`: the optimizer's moments, too, instead of zeros")
 
@@ -73,6 +81,10 @@ class PretrainStartConfig(StartConfig):
             raise ValueError("start.checkpoint and start.run both say where the weights come from: set one of them")
         if self.weights and not self.checkpoint:
             raise ValueError("start.weights chooses among the weights of start.checkpoint: set that, or leave it out")
+        if self.load != "all" and not (self.run or self.checkpoint):
+            raise ValueError(
+                f"start.load={self.load} chooses among what a start has: set start.checkpoint or start.run as well"
+            )
         if self.optimizer and not self.run:
             raise ValueError("start.optimizer=true takes the optimizer's moments from start.run: set that as well")
         return self
@@ -89,6 +101,7 @@ class PretrainConfig(RunConfig):
     imported: ClassVar[str | None] = None
     own_methods: ClassVar[frozenset[str]] = frozenset()
     follows: ClassVar[dict[str, str]] = {"target": "method"}
+    hints: ClassVar[dict[str, str]] = {"method.name": "; a method of your own needs method.module=FILE as well"}
 
     model: PretrainModelConfig = PretrainModelConfig()
     data: PretrainDataConfig

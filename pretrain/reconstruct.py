@@ -1,7 +1,9 @@
 """Draws what a run's newest checkpoint predicts of own images: `python -m pretrain.reconstruct RUN IMAGES OUT.png`.
 
 RUN is the folder of a run: one that is complete, was stopped or killed, or still goes on. IMAGES are image files, a
-folder of them, or shards. Central crops are shown; masks depend on --seed alone.
+folder of them, or shards. Central crops are shown; masks depend on --seed alone. Codes and features, which have no
+pixels, are drawn in false colors. What the run reads besides its checkpoint must be there: a tokenizer, components or a
+frozen teacher, perhaps at another place (--set target.file=FILE), and a method of your own (--set method.module=FILE).
 """
 
 import argparse
@@ -16,47 +18,55 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.loader import draw_masks
 from data.parallel import report_errors
+from downstream.checkpoints.feature_teachers import read_feature_teacher
 from downstream.checkpoints.files import read_source
 from downstream.own_images import load_images
 from pretrain.config import load
 from pretrain.methods.base import Method
+from pretrain.methods.targets.features import EMAConfig
 from pretrain.reconstructions import draw_reconstructions, drawn_method
 from pretrain.trainer.checkpoint_layout import latest_checkpoint, read_state
 from pretrain.trainer.launch import choose_accelerator
 from pretrain.trainer.run_folder import RunFolder
 
 
-def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
+def load_trained(run: Path, overrides: list[str]) -> tuple[Method, tuple[int, int], str]:
     """The method of a run with the weights of its newest checkpoint, in eval mode.
+
+    Args:
+        run: its folder.
+        overrides: of the run's configuration, `section.key=value`.
 
     Returns:
         The method whose predictions are drawn, height and width of its images, and what these weights are, in words.
 
     Raises:
-        ValueError: it is no run of a pretraining, has no checkpoint, or predicts what cannot be shown.
+        ValueError: it is no run of a pretraining, has no checkpoint, or what it reads besides that is gone.
     """
     choose_accelerator()
-    from pretrain.build import build_method, untrained_teacher  # imports DeepSpeed
+    from pretrain.build import build_method, feature_teacher  # imports DeepSpeed
 
     folder = RunFolder(run)
     if not folder.config.is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no {folder.config.name}")
-    config = load(str(folder.config), [])
+    config = load(str(folder.config), overrides)
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint, and an encoder's file alone does not have what predicts pixels")
-    method = build_method(config, untrained_teacher(config))
-    shown = drawn_method(method)
-    if not shown.target.has_pixels:
-        raise ValueError(
-            f"{run} predicts target.name={config.target.name}, which have no pixels: only runs on pixels, pca or "
-            f"hog show reconstructions"
-        )
+    method = build_method(config, read_feature_teacher(config.target, config.grid, config.model.patch_size))
     try:
         method.load_state_dict(read_source(checkpoint, "online").tensors)
+        if isinstance(config.target, EMAConfig):
+            teacher = feature_teacher(method)
+            assert teacher is not None
+            teacher.load_state_dict(read_source(checkpoint, "ema").tensors)
     except RuntimeError as error:
         raise ValueError(f"{checkpoint} does not have the weights of {folder.config}: {error}") from None
-    return shown.eval(), config.data.height_width, f"{config.name}: after {read_state(checkpoint).step} steps"
+    return (
+        drawn_method(method).eval(),
+        config.data.height_width,
+        f"{config.name}: after {read_state(checkpoint).step} steps",
+    )
 
 
 def read_images(samples: Samples, size: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
@@ -92,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT.png", type=Path)
     parser.add_argument("--count", type=int, default=8, help="images to show, the first ones (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="another value of a key of the run; repeatable"
+    )
     options = parser.parse_args(argv)
 
     def command() -> int:
@@ -100,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.count < 1:
             raise ValueError(f"--count {options.count} must be at least 1")
         samples = load_images(*options.images)
-        method, size, what = load_trained(options.run)
+        method, size, what = load_trained(options.run, options.set)
         images, numbers = read_images(samples, size, options.count)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         masks = draw_masks(method.mask_sampler(), options.seed, ((0, number) for number in numbers))

@@ -23,9 +23,9 @@ from pretrain.config import ELSEWHERE, RECIPES, PretrainConfig, load
 from pretrain.methods import METHODS
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
-from pretrain.methods.targets.features import EncoderTeacher
+from pretrain.methods.targets.features import EncoderTeacher, FeatureTeacher
 from pretrain.start import check_start, find_start
-from pretrain.trainer.engine import check_engine
+from pretrain.trainer.engine import check_engine, check_engine_file
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
@@ -74,17 +74,18 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         with report_if_slow("the kernel for attention in windows is compiled and checked"):
             for _, one in [*config.earlier, (0, config)]:
                 check_window_kernel(one, device)
-    method = build_method(config, read_feature_teacher(config.target, config.grid))
+    method = build_method(config, _read_teacher(config))
     start = find_start(config, folder, world)
     loaded = _load_start(config, method, start) if start else None
     ema = build_ema(config, method, device)
     if start and isinstance(ema.model, TeacherModel | EncoderTeacher):
-        _log.info("%s", load_teacher(ema.model, start))
+        assert config.start
+        _log.info("%s", load_teacher(ema.model, start, config.start.load))
     for module in filter(None, dict.fromkeys((method, ema.model, feature_teacher(method)))):
         apply_numerics(module, numerics)
     if numerics.cuda_graphs:
         graph_steps(method)
-    earlier = build_sizes(config, method, ema, numerics, lambda one: read_feature_teacher(one.target, one.grid))
+    earlier = build_sizes(config, method, ema, numerics, _read_teacher)
     parts = Parts(
         method,
         build_adamw(
@@ -111,11 +112,15 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     log_outputs(run)
 
 
+def _read_teacher(config: PretrainConfig) -> FeatureTeacher | None:
+    return read_feature_teacher(config.target, config.grid, config.model.patch_size)
+
+
 def _load_start(config: PretrainConfig, method: Method | LUT, start: Path) -> LoadedMethod:
     """Fills a method that is not partitioned yet; raises ValueError where that is not possible."""
     assert config.start
     try:
-        loaded = load_method(method, start, config.start.weights)
+        loaded = load_method(method, start, config.start.weights, config.start.load)
     except ValueError as error:
         raise ValueError(f"start.{'run' if config.start.run else 'checkpoint'}: {error}") from None
     _log.info("starts from %s", loaded.report)
@@ -132,4 +137,5 @@ def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moment
 
 
 if __name__ == "__main__":
-    main(__doc__, load, pretrain, check=check_engine, catalog=Catalog(PretrainConfig, RECIPES, load, ELSEWHERE))
+    catalog = Catalog(PretrainConfig, RECIPES, load, ELSEWHERE, check_engine_file)
+    main(__doc__, load, pretrain, check=check_engine, catalog=catalog)

@@ -3,6 +3,7 @@
 `read_feature_teacher` is what the entries call, before training.
 """
 
+import difflib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +21,13 @@ from pretrain.methods.targets.features import EncoderTeacher, FeatureTeacher, Te
 _log = logging.getLogger(__name__)
 
 
-def read_feature_teacher(config: TargetConfig, grid: Grid) -> FeatureTeacher | None:
+def read_feature_teacher(config: TargetConfig, grid: Grid, patch_size: int) -> FeatureTeacher | None:
     """The teacher of a target, at the image size at which it has as many patches as the trained encoder.
 
     Args:
         config: the `target` section.
         grid: rows and columns of patches of the encoder that is trained.
+        patch_size: of that encoder.
 
     Returns:
         The teacher, in fp32 on the CPU; None where the target is another one.
@@ -42,47 +44,101 @@ def read_feature_teacher(config: TargetConfig, grid: Grid) -> FeatureTeacher | N
             "target.file=runs/NAME/encoder.safetensors; nothing is downloaded"
         )
     try:
-        teacher: FeatureTeacher
-        if config.timm_model:
-            teacher = _timm_teacher(config.file, config.timm_model, config.encoder, grid)
-        else:
-            teacher = _encoder_teacher(config.file, config.encoder, grid)
+        teacher = (_timm_teacher if config.timm_model else _encoder_teacher)(config, grid, patch_size)
     except ValueError as error:
         raise ValueError(f"target.file={config.file}: {error}") from None
     check_blocks(config.blocks, teacher.depth, config.file)
     return teacher
 
 
-def _encoder_teacher(file: str, weights: str | None, grid: Grid) -> EncoderTeacher:
-    found = read_encoder(file, weights=weights)
-    patch_size = found.spec.patch_size
-    encoder, report = build_encoder(found, image_size=(grid[0] * patch_size, grid[1] * patch_size))
+def _encoder_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> FeatureTeacher:
+    assert config.file
+    found = read_encoder(config.file, weights=config.encoder)
+    size = _image_size(found.spec.patch_size, config, grid, patch_size)
+    encoder, report = build_encoder(found, image_size=size)
     _log.info("the teacher is %s", report)
+    if found.size_known and found.spec.grid != grid and found.spec.position != "relative":
+        _say_interpolated(found.spec.grid, grid)
     return EncoderTeacher(encoder)
 
 
-def _timm_teacher(file: str, name: str, weights: str | None, grid: Grid) -> "TimmTeacher":
-    """One of timm's models, all of whose parameters are in the file."""
-    try:
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    except RuntimeError as error:
-        raise ValueError(f"target.timm_model={name}: {error}") from None
-    state = model.state_dict()
-    given = {name: tensor for name, tensor in read_source(file, weights).tensors.items() if name in state}
-    try:
-        model.load_state_dict(given)
-    except RuntimeError as error:
-        lines = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+def _image_size(patch_size: int, config: TeacherConfig, grid: Grid, encoders: int) -> tuple[int, int]:
+    """Height and width of what a teacher of such patches sees; raises ValueError if that is not what the encoder sees.
+
+    Args:
+        patch_size: the teacher's.
+        config: whether images may be resized.
+        grid, encoders: the grid and the patches of the encoder that is trained.
+    """
+    size = (grid[0] * patch_size, grid[1] * patch_size)
+    if patch_size != encoders and not config.resize_images:
+        height, width = (side * encoders for side in grid)
         raise ValueError(
-            f"it does not have the weights of target.timm_model={name} by timm's names ({lines[:300]})"
-        ) from None
+            f"the teacher has patches of {patch_size} pixels, {height / patch_size:.4g}x{width / patch_size:.4g} of an "
+            f"image of {height}x{width}, and the encoder has patches of {encoders}, {grid[0]}x{grid[1]} of it: set "
+            f"target.resize_images=true to show the teacher images of {size[0]}x{size[1]}, or "
+            f"model.patch_size={patch_size}"
+        )
+    return size
+
+
+def _say_interpolated(old: Grid, new: Grid) -> None:
+    _log.info(
+        "the teacher's positions are interpolated: they were trained on %dx%d patches, and it sees %dx%d", *old, *new
+    )
+
+
+def _timm_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> FeatureTeacher:
+    """One of timm's models, all of whose parameters are in the file."""
+    name = config.timm_model
+    assert name is not None
+    _check_timm_name(name)
+    model: Any = timm.create_model(name, pretrained=False, num_classes=0)
     embed = getattr(model, "patch_embed", None)
-    patch_size = getattr(embed, "patch_size", None)
-    if patch_size is None or not all(hasattr(model, part) for part in ("blocks", "set_input_size")):
+    sides = getattr(embed, "patch_size", None)
+    if sides is None or sides[0] != sides[1] or not all(hasattr(model, part) for part in ("blocks", "set_input_size")):
         raise ValueError(f"target.timm_model={name} has no patches of one size: give a Vision Transformer of timm's")
-    size = (grid[0] * patch_size[0], grid[1] * patch_size[1])
+    _load_timm(model, name, config)
+    size, old = _image_size(sides[0], config, grid, patch_size), tuple(model.patch_embed.grid_size)
     model.set_input_size(img_size=size)
-    return TimmTeacher(model, size, grid, name)
+    teacher = TimmTeacher(model, size, grid, name)
+    mean, std = (", ".join(f"{value:.4g}" for value in model.pretrained_cfg[key]) for key in ("mean", "std"))
+    _log.info(
+        "the teacher is timm's %s, %d blocks, %d wide; it sees images of %dx%d, standardized by the mean (%s) and the "
+        "deviation (%s) that timm has for it, of red, green and blue in 0..1",
+        *(name, teacher.depth, teacher.dim, *size, mean, std),
+    )
+    if old != grid and getattr(model, "pos_embed", None) is not None:
+        _say_interpolated(old, grid)
+    return teacher
+
+
+def _check_timm_name(name: str) -> None:
+    """Raises ValueError if timm has no such model, or not with weights of such a tag; asks nobody but timm itself."""
+    known = {*timm.list_models(), *timm.list_models(pretrained=True)}
+    if name not in known:
+        close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists the names"
+        raise ValueError(f"target.timm_model={name} is no model of timm's: {hint}")
+
+
+def _load_timm(model: Any, name: str, config: TeacherConfig) -> None:
+    """Fills it; raises ValueError unless the file has all of its parameters, in their shapes."""
+    assert config.file
+    tensors, problems = read_source(config.file, config.encoder).tensors, []
+    wanted: dict[str, Tensor] = model.state_dict()
+    for key, parameter in wanted.items():
+        if key not in tensors:
+            problems.append(f"it has no {key}")
+        elif tensors[key].shape != parameter.shape:
+            problems.append(f"{key} is {tuple(tensors[key].shape)} in it and {tuple(parameter.shape)} in that model")
+    if problems:
+        more = f", and {len(problems) - 1} other parameters do not fit" if problems[1:] else ""
+        raise ValueError(
+            f"the file does not have the weights of target.timm_model={name} by timm's names: {problems[0]}{more}; "
+            f"give the model whose weights they are, or leave out target.timm_model if they are of another project"
+        )
+    model.load_state_dict({key: tensors[key] for key in wanted})
 
 
 class TimmTeacher(FeatureTeacher):

@@ -22,7 +22,7 @@ class FinetuneModelConfig(ModelConfig):
 
     position: Literal["relative", "sincos", "bias"] = Field(  # type: ignore[assignment]
         "relative",
-        description="sincos: any absolute table, like MAE's, or a learned one; bias: a table per block, like BEiT's",
+        description="sincos: any absolute table, fixed like MAE's or learned; bias: a table per block, like BEiT's",
     )
 
 

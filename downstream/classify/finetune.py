@@ -24,7 +24,7 @@ from downstream.classify.checks import check_batches, check_train_and_val, with_
 from downstream.classify.config import ELSEWHERE, RECIPES, FinetuneConfig, load
 from downstream.classify.model import build_classifier, check_start
 from pretrain.trainer.checkpoint_layout import checkpoint_names
-from pretrain.trainer.engine import check_engine
+from pretrain.trainer.engine import check_engine, check_engine_file
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
@@ -101,4 +101,5 @@ def _train(
 
 
 if __name__ == "__main__":
-    main(__doc__, load, finetune, check=check_engine, catalog=Catalog(FinetuneConfig, RECIPES, load, ELSEWHERE))
+    catalog = Catalog(FinetuneConfig, RECIPES, load, ELSEWHERE, check_engine_file)
+    main(__doc__, load, finetune, check=check_engine, catalog=catalog)

@@ -9,7 +9,8 @@ folders. Also with torchrun, srun or deepspeed, on any number of processes. Meas
     finetune_top1, _top5  a short fine-tuning of a copy, as costly as training for some epochs: --finetune-epochs
 
 k-NN and ridge regression rank masked image models wrongly. The last line of the output is a JSON object with these
-numbers, and under `judge_by` the name of the one by which encoders are to be compared.
+numbers, and under `judge_by` the name of the one by which encoders are to be compared: `finetune_top1`, unless the
+fine-tuning had too few steps (`finetune_steps`), else `attentive_top1`; `judge_reason` says why.
 """
 
 import argparse

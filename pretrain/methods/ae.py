@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
-from pretrain.methods.mae import check_absolute
+from pretrain.methods.mae_config import check_absolute
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import PatchTarget

@@ -109,7 +109,7 @@ class Method(nn.Module, ABC):
 class LossAndTokens(NamedTuple):
     """The results of a batch that LUT needs."""
 
-    loss: Tensor  # scalar, of the images that are predicted
+    losses: dict[str, Tensor]  # of the images that are predicted: scalar `loss`, and what else is logged, detached
     visible_tokens: Tensor  # (B, V, D) encoded visible tokens of all images
     positions: Tensor  # (B, V) grid positions of these tokens in the image
 
@@ -128,7 +128,7 @@ class LUTMethod(Method):
     pr_mim: PRMIMConfig | None
 
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        return {"loss": self.compute_loss(images, mask_indices).loss}
+        return self.compute_loss(images, mask_indices).losses
 
     @abstractmethod
     def compute_loss(

@@ -4,6 +4,8 @@ Shapes: G sequences (images or windows), T encoded tokens of each with the prefi
 D the encoder's width, S its residual streams.
 """
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -45,9 +47,10 @@ class DecoderConfig(MethodConfig):
             )
         predicted = self.num_predicted(patches)
         if predicted is not None and not 0 < predicted <= masked:
+            half = math.ceil(100 * max(masked // 2, 1) / patches) / 100
             raise ValueError(
                 f"method.predict_ratio={self.predict_ratio} predicts {predicted} of {patches} patches, and {masked} "
-                f"are masked: set it to {masked / patches / 2:.2f}, or leave it out to predict all of them"
+                f"{'is' if masked == 1 else 'are'} masked: set it to {half}, or leave it out to predict all of them"
             )
 
     def check_pr_mim(self) -> None:

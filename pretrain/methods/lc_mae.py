@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.methods.base import MaskIndices
-from pretrain.methods.mae import MAE, MAEConfig
+from pretrain.methods.mae import MAE
+from pretrain.methods.mae_config import MAEConfig
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import PatchTarget

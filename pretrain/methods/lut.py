@@ -149,7 +149,7 @@ class LUT(nn.Module):
         return [self.encoder, self.projector]
 
     def forward(self, images: Tensor, mask_indices: MaskIndices, teacher_features: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, detached and unweighted: `loss_mim` and `loss_context`.
+        """The loss of a batch and its terms, detached and unweighted: `loss_mim`, its own, and `loss_context`.
 
         Args:
             images: (B, 2, H, W, 3) uint8.
@@ -160,8 +160,9 @@ class LUT(nn.Module):
         views = {name: array.transpose(0, 1).flatten(0, 1) for name, array in mask_indices.items()}
         output = self.method.compute_loss(images.transpose(0, 1).flatten(0, 1), views, num_predicted=B)
         context = self._context_loss(output, teacher_features, B)
-        loss = output.loss + self.config.alpha * context
-        return {"loss": loss, "loss_mim": output.loss.detach(), "loss_context": context.detach()}
+        mim = output.losses["loss"]
+        terms = {"loss_mim": mim.detach(), "loss_context": context.detach()}
+        return output.losses | terms | {"loss": mim + self.config.alpha * context}
 
     def _context_loss(self, output: LossAndTokens, teacher_features: Tensor, B: int) -> Tensor:
         """The mean over both directions: a view's visible tokens against the teacher's features of the other view."""

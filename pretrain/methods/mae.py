@@ -7,39 +7,26 @@ Shapes: B images, N patches of an image, M of them masked, V visible, D width, P
 """
 
 import functools
-import math
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
-from pretrain.methods.decoders import DecoderConfig, build_decoder, encode, encoded_patches, predict_all
-from pretrain.methods.masking import (
-    Grid,
-    block_masked,
-    cell_masked,
-    check_cells,
-    check_masked,
-    check_random_masks,
-    count_cell_masked,
-    count_masked,
-    grid_masked,
-    random_masked,
-)
+from pretrain.methods.decoders import build_decoder, encode, encoded_patches, predict_all
+from pretrain.methods.mae_config import MAEConfig
+from pretrain.methods.masking import Grid, block_masked, cell_masked, grid_masked, random_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_mask_indices
 from pretrain.methods.predictor import MaskTokens
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import AverageDecoder, ConvDecoder
 from pretrain.models.patches import gather_tokens, patchify
 from pretrain.models.vit import ViT
-from pretrain.trainer.config import ModelConfig
 
 
 def sample_masks(
-    rng: np.random.Generator, *, grid: Grid, config: "MAEConfig", patch_size: int, pr_mim: PRMIMConfig | None
+    rng: np.random.Generator, *, grid: Grid, config: MAEConfig, patch_size: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64.
 
@@ -53,7 +40,7 @@ def sample_masks(
 
 
 def sample_mask(
-    rng: np.random.Generator, grid: Grid, config: "MAEConfig", patch_size: int, pr_mim: PRMIMConfig | None
+    rng: np.random.Generator, grid: Grid, config: MAEConfig, patch_size: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
     """One mask's indices."""
     patches, count = config.count_patches(grid, patch_size)
@@ -64,68 +51,6 @@ def sample_mask(
     else:
         masked = {"block": block_masked, "grid": grid_masked}[config.mask_type](rng, grid, count)
     return build_mask_indices(rng, masked, pr_mim, grid[1], config.num_predicted(patches))
-
-
-def check_absolute(position: str, method: str) -> None:
-    """Raises ValueError if the encoder's positions are not added to its tokens."""
-    if position not in ("sincos", "learned"):
-        raise ValueError(
-            f"method {method} adds positions to its tokens, and model.position={position} does not: set "
-            f"model.position=sincos, or learned"
-        )
-
-
-class MAEConfig(DecoderConfig):
-    """The keys that MAE and LC-MAE share."""
-
-    mask_type: Literal["random", "block", "grid", "cell"] = Field(
-        "random", description="shape of the masked region; cell: squares of `mask_patch_size` pixels"
-    )
-    mask_patch_size: int = Field(32, ge=1, description="mask_type=cell: side in pixels of the squares that are masked")
-    mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
-    num_masks: int = Field(1, ge=1, description="masks of an image, under each of which it is encoded and predicted")
-    encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
-    decoder: Literal["transformer", "cross", "average", "conv"] = Field(
-        "transformer",
-        description="cross: CrossMAE's; average, conv: LC-MAE's Table 2, which the keys `decoder_*` do not change",
-    )
-
-    def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-        """Patches of an image, and how many are masked; of cells ceil(cells * ratio), as SimMIM counts."""
-        patches = math.prod(grid)
-        if self.mask_type == "cell":
-            return patches, count_cell_masked(grid, self.mask_patch_size // patch_size, self.mask_ratio)
-        return patches, count_masked(patches, self.mask_ratio)
-
-    def check(self, grid: Grid, model: ModelConfig) -> None:
-        check_absolute(model.position, self.name)
-        if self.mask_type == "cell":
-            check_cells(self.mask_patch_size, model.patch_size, grid)
-        patches, masked = self.count_patches(grid, model.patch_size)
-        check_masked(self.mask_ratio, masked, patches, "the image's")
-        if self.mask_type == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):
-            raise ValueError(
-                f"method.mask_type=grid masks three of every 2x2 patches: it needs method.mask_ratio=0.75 and an even "
-                f"grid, not {self.mask_ratio} on {grid[0]}x{grid[1]}"
-            )
-        self.check_decoder(patches, masked)
-        if self.encoder_mask_tokens and self.decoder != "transformer":
-            raise ValueError(
-                f"method.encoder_mask_tokens=true decodes encoded mask tokens, and method.decoder={self.decoder} puts "
-                f"its own at the masked patches: set method.decoder=transformer"
-            )
-
-    def check_pr_mim(self) -> None:
-        super().check_pr_mim()
-        if self.decoder not in ("transformer", "cross"):
-            raise ValueError(
-                f"pr_mim throws tokens of a transformer; method.decoder={self.decoder} has none: leave it out"
-            )
-
-    def check_lut(self) -> None:
-        check_random_masks(self.mask_type, ("random", "cell"))
-        if self.num_masks > 1:
-            raise ValueError(f"lut has one mask for each view: set method.num_masks=1, not {self.num_masks}")
 
 
 class MAE(LUTMethod):
@@ -168,9 +93,9 @@ class MAE(LUTMethod):
         encoded = self._encode(patches, **mask_indices)
         first = {name: array[: len(truth)] for name, array in mask_indices.items()}
         prediction = self._decode(encoded[..., : len(truth), :, :], **first)
-        loss = self.target.loss(prediction, gather_tokens(truth, first["masked"]))
+        losses = self.target.losses(prediction, gather_tokens(truth, first["masked"]))
         visible = mask_indices["visible"]
-        return LossAndTokens(loss, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
+        return LossAndTokens(losses, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
 
     def _by_mask(self, mask_indices: MaskIndices, *of_images: Tensor) -> Any:
         """Arrays (B, W, ...) of W masks -> (B*W, ...), those of an image adjacent, and (B, ...) tensors as often."""

@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import MaskIndices
-from pretrain.methods.mae import MAE, MAEConfig
+from pretrain.methods.base import LossAndTokens, MaskIndices
+from pretrain.methods.mae import MAE
+from pretrain.methods.mae_config import MAEConfig
 from pretrain.methods.masking import Grid
 from pretrain.methods.multiscale import check_blocks
 from pretrain.methods.pr_mim import PRMIMConfig
@@ -44,19 +45,18 @@ class MFF(MAE):
                     "method.inter_block_attention=true makes a sum for each block of the decoder, and mff one for all: "
                     "set method.inter_block_attention=false, or method.name=mae"
                 )
-            if self.inter_block_attention:
-                raise ValueError(
-                    "method.inter_block_attention=true sums blocks of the encoder, as method mff does: set it to false"
-                )
 
     def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):
         super().__init__(config, encoder, target, pr_mim)
         self.blocks = config.blocks
         self.fusion = Fusion(encoder.arch.dim, len(config.blocks))
 
-    def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        loss = super().forward(images, mask_indices)
-        return loss | {f"weight_{block}": share for block, share in zip(self.blocks, self.fusion.shares, strict=True)}
+    def compute_loss(
+        self, images: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None
+    ) -> LossAndTokens:
+        result = super().compute_loss(images, mask_indices, num_predicted)
+        shares = {f"weight_{block}": share for block, share in zip(self.blocks, self.fusion.shares, strict=True)}
+        return result._replace(losses=result.losses | shares)
 
     def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.encoder.norm(self.fusion(self.encoder(tokens, positions, hidden=self.blocks)))

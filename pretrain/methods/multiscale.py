@@ -29,8 +29,8 @@ def check_blocks(blocks: Sequence[int], model: ModelConfig) -> None:
     """Raises ValueError unless they are numbers of blocks, ascending, the last of which is the encoder's last."""
     depth, last = ARCHS[model.arch].depth, max(blocks, default=0)
     if list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 1 or last != depth:
-        # As LocalMIM does from ViT-B to L: the deeper half of them keeps its distance from the last block.
-        moved = {block if 2 * block <= last else depth - last + block for block in blocks}
+        # As many blocks. As LocalMIM does from ViT-B to L, the deeper half keeps its distance from the last block.
+        moved = {max(block, 1) if 2 * block <= last else depth - last + block for block in blocks}
         like_these = [*sorted(block for block in moved if 0 < block < depth), depth]
         raise ValueError(
             f"method.blocks={list(blocks)} must ascend, from 1 on, to {depth}, the last block of {model.arch}: set "

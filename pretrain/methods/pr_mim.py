@@ -40,8 +40,9 @@ class PRMIMConfig(Section):
         thrown = int(patches * self.throw_ratio)
         if masked - thrown < 1:
             raise ValueError(
-                f"pr_mim.throw_ratio={self.throw_ratio} throws {thrown} of {patches} patches, and {masked} are "
-                f"masked: set it below {masked / patches:.2f}, or method.mask_ratio higher"
+                f"pr_mim.throw_ratio={self.throw_ratio} throws {thrown} of {patches} patches, and {masked} "
+                f"{'is' if masked == 1 else 'are'} masked: set it below {masked / patches:.2f}, or method.mask_ratio "
+                f"higher"
             )
         return masked - thrown
 

@@ -191,7 +191,7 @@ class PredictorMethod(LUTMethod):
         prediction, visible_tokens = self._predict(patches, mask_indices, num_predicted)
         truth = self.target.ground_truth(images[:num_predicted], patches[:num_predicted])
         truth = gather_tokens(truth, mask_indices["masked"][:num_predicted])
-        return LossAndTokens(self.target.loss(prediction, truth), visible_tokens, mask_indices["visible"])
+        return LossAndTokens(self.target.losses(prediction, truth), visible_tokens, mask_indices["visible"])
 
     def _predict(
         self, patches: Tensor, mask_indices: MaskIndices, num_predicted: int | None = None

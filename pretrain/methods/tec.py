@@ -22,7 +22,7 @@ from timm.layers import Mlp
 from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, MaskSampler, Method, MethodConfig
-from pretrain.methods.mae import check_absolute
+from pretrain.methods.mae_config import check_absolute
 from pretrain.methods.masking import Grid, check_masked, count_masked
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation, sample_random_mask
 from pretrain.methods.targets import PatchTarget, TeacherConfig
@@ -85,7 +85,7 @@ class TEC(Method):
             check_heads(self.decoder_embed_dim, self.decoder_num_heads)
             if self.num_queries > patches:
                 raise ValueError(
-                    f"method.num_queries={self.num_queries} are more than the {patches} patches of an image: set "
+                    f"method.num_queries={self.num_queries}, but an image has {patches} patches: set "
                     f"method.num_queries to at most {patches}"
                 )
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
 from pretrain.models.aggregation import SpatialAggregation
+from pretrain.models.decoder import DecoderInput
 from pretrain.models.patches import gather_tokens
-from pretrain.models.vit import Arch, Block, init_weights, sincos_positions
+from pretrain.models.vit import Arch, Block, init_weights
 
 
 class EncoderAdapter(nn.Module):
@@ -95,24 +95,16 @@ class SharedDecoder(nn.Module):
         ]
 
 
-class _Entry(nn.Module):
-    """From the encoder's width to the decoder's, with mask tokens and fixed sin-cos positions."""
-
-    pos_embed: Tensor
+class _Entry(DecoderInput):
+    """What one target's tokens go through before the blocks."""
 
     def __init__(self, encoder_dim: int, dim: int, grid: tuple[int, int], num_prefix_tokens: int):
-        super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
-        self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0)), persistent=False)
-        self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
+        super().__init__(encoder_dim, dim, grid, mask_tokens=True, num_prefix_tokens=num_prefix_tokens)
+        self.initialize()
 
     def forward(self, encoded: Tensor, visible: Tensor, kept: Tensor) -> Tensor:
         """(B, P+V, D) -> (B, P+V+K, E)"""
-        x = self.embed(encoded).float() + self.pos_embed[F.pad(1 + visible, (self.num_prefix_tokens, 0))]
-        return torch.cat([x, self.mask_token + self.pos_embed[1 + kept]], dim=1)
+        return self.enter(encoded, visible, kept)[0]
 
 
 class _Exit(nn.Module):

@@ -17,7 +17,41 @@ def check_heads(dim: int, heads: int) -> None:
         raise ValueError(f"method.decoder_embed_dim={dim} is not divided by method.decoder_num_heads={heads}")
 
 
-class Decoder(nn.Module):
+class DecoderInput(nn.Module):
+    """From the encoder's width to a decoder's, with mask tokens and fixed sin-cos positions; not initialized yet.
+
+    Args:
+        encoder_dim, dim: both widths.
+        grid: rows and columns of the image's patches.
+        mask_tokens, num_prefix_tokens: as of `Decoder`.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, encoder_dim: int, dim: int, grid: tuple[int, int], mask_tokens: bool, num_prefix_tokens: int):
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if mask_tokens else None
+        self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0)), persistent=False)
+
+    def initialize(self) -> None:
+        """All weights of the module, which a subclass calls when it is complete."""
+        self.apply(init_weights)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def enter(self, encoded: Tensor, visible: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, P+V, D) tokens -> (B, P+V+K, E) with mask tokens, if there are any, and (B, V+K) grid positions."""
+        x = self.embed(encoded).float()
+        x = x + self.pos_embed[F.pad(1 + visible, (self.num_prefix_tokens, 0))]
+        if self.mask_token is None or kept is None:
+            return x, visible
+        x = torch.cat([x, self.mask_token + self.pos_embed[1 + kept]], dim=1)
+        return x, torch.cat([visible, kept], dim=1)
+
+
+class Decoder(DecoderInput):
     """A transformer. Tokens have fixed sin-cos positions, so their order does not matter and is not restored.
 
     Args:
@@ -30,8 +64,6 @@ class Decoder(nn.Module):
         num_prefix_tokens: the encoder's tokens in front of the patches, whose position here is zero.
     """
 
-    pos_embed: Tensor
-
     def __init__(
         self,
         encoder_dim: int,
@@ -42,18 +74,12 @@ class Decoder(nn.Module):
         mask_tokens: bool = True,
         num_prefix_tokens: int = 1,
     ):
-        super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
-        self.embed = nn.Linear(encoder_dim, arch.dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, arch.dim)) if mask_tokens else None
-        self.register_buffer("pos_embed", F.pad(sincos_positions(arch.dim, *grid), (0, 0, 1, 0)), persistent=False)
+        super().__init__(encoder_dim, arch.dim, grid, mask_tokens, num_prefix_tokens)
         self.blocks = nn.ModuleList(Block(arch, relative=False) for _ in range(arch.depth))
         self.norm = nn.LayerNorm(arch.dim, eps=1e-6)
         self.pred: nn.Module = nn.Linear(arch.dim, num_outputs)
         self.aggregation = aggregation
-        self.apply(init_weights)
-        if self.mask_token is not None:
-            nn.init.normal_(self.mask_token, std=0.02)
+        self.initialize()
 
     def forward(
         self, encoded: Tensor, visible: Tensor, masked: Tensor | None = None, kept: Tensor | None = None
@@ -69,12 +95,7 @@ class Decoder(nn.Module):
         Returns:
             (B, M, num_outputs), or (B, V, num_outputs) without `masked`.
         """
-        x = self.embed(encoded).float()
-        x = x + self.pos_embed[F.pad(1 + visible, (self.num_prefix_tokens, 0))]
-        entered = visible
-        if self.mask_token is not None and kept is not None:
-            x = torch.cat([x, self.mask_token + self.pos_embed[1 + kept]], dim=1)
-            entered = torch.cat([visible, kept], dim=1)
+        x, entered = self.enter(encoded, visible, kept)
         for block in self.blocks:
             x = block(x, None)
         if masked is None:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from data.messages import counted
 from pretrain.plan.advice import Advice
 from pretrain.plan.estimate import Plan, StageMemory
 from pretrain.plan.hardware import Cluster
@@ -36,10 +37,10 @@ def _head(plan: Plan, gpu: str) -> str:
         [
             f"{config.name}: {config.task}, {config.model.arch}/{config.model.patch_size} at {size}, "
             f"{plan.trace.parameters / 1e6:.1f} M parameters, {image_flops(plan.trace) / 1e9:.1f} GFLOP an image",
-            f"{cluster.gpus} x {gpu} in {_count(cluster.nodes, 'node')} of {cluster.per_node}, ZeRO {plan.zero.stage}; "
-            f"compile {'on' if numerics.compile else 'off'}, residual {numerics.residual}, "
+            f"{cluster.gpus} x {gpu} in {counted(cluster.nodes, 'node')} of {cluster.per_node}, "
+            f"ZeRO {plan.zero.stage}; compile {'on' if numerics.compile else 'off'}, residual {numerics.residual}, "
             f"attention {numerics.attention}, {numerics.precision}",
-            f"batch {train.global_batch_size} = {_count(cluster.gpus, 'GPU')} x {train.gradient_accumulation_steps} "
+            f"batch {train.global_batch_size} = {counted(cluster.gpus, 'GPU')} x {train.gradient_accumulation_steps} "
             f"accumulation x {plan.micro_batch}",
             f"{plan.images:,} images, {train.epochs} epochs: {plan.steps:,} steps, {plan.hours:,.1f} hours, "
             f"{plan.hours * cluster.gpus:,.0f} GPU-hours; {plan.images_per_second:,.0f} images/s, "
@@ -152,7 +153,7 @@ def _host(plan: Plan) -> str:
     warning = ", MORE THAN NODES USUALLY HAVE" if needs.index_memory > USUAL_MEMORY else ""
     return (
         f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute (data.num_workers="
-        f"{workers} on {_count(plan.cluster.per_node, 'rank')} are {workers * plan.cluster.per_node}), "
+        f"{workers} on {counted(plan.cluster.per_node, 'rank')} are {workers * plan.cluster.per_node}), "
         f"{needs.read_rate:.2f} GB/s are read,\n"
         f"{needs.index_memory:,.1f} GiB of the host's memory hold the index{warning}; all photographs are "
         f"{plan.images * size / 1e12:,.2f} TB at {size / 1e3:.0f} KB each{shrunk}"
@@ -221,7 +222,3 @@ def _stage_json(stage: StageMemory, cluster: Cluster) -> dict[str, Any]:
         "plain": memory(stage.memory, stage.largest),
         "checkpointing": memory(stage.checkpointed, stage.largest_checkpointed),
     }
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

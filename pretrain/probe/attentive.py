@@ -23,6 +23,7 @@ BATCH = 256
 QUERY_RATE = 1 / 3  # of that of other parameters, since queries meet whole tokens, and the others means of them
 DECAY = 2.5e-3  # of the parameters in a step at the highest rate
 METRICS = ("attentive_top1", "attentive_top5")
+ENOUGH_STEPS = 100  # a fifth of the default; the first tenth of them is warm-up, and the linear layer starts at zero
 _LARGEST = torch.finfo(torch.float16).max
 
 Tokens = dict[int, Tensor]  # by sample: (N, D) float16, on the CPU

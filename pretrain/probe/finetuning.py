@@ -1,13 +1,13 @@
 """A short fine-tuning of a copy of the encoder: what masked image models are made for, at a fraction of its length.
 
 The recipe is fixed, and no paper's: AdamW with layer decay, crops and flips, a linear layer on the mean of the patch
-tokens. Its accuracy is below that of a real fine-tuning, the more so the fewer steps there are.
+tokens. Its accuracy is below that of a real fine-tuning, the more so the fewer steps there are. With too few of them it
+says how fast a head is learned, and not what the encoder is worth: `ENOUGH_STEPS`.
 
 Shapes: B images of H x W pixels, C classes.
 """
 
 import copy
-import math
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from data.eval_loader import EvalLoader
 from pretrain.models.features import image_features
 from pretrain.models.vit import ViT
 from pretrain.probe.fitting import draw_batches, fit, generator
+from pretrain.trainer.optim import layers_above
 
 BATCH = 64
 PEAK_LR = 5e-4
@@ -27,6 +28,9 @@ WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 CROP_SCALE = (0.35, 1.0)  # of the image's area
 METRICS = ("finetune_top1", "finetune_top5")
+# Five epochs of the 10,000 images that are learned from by default are 780. After 188 (four epochs of 3,030 images) an
+# encoder was still behind its own frozen tokens, with 9 % against the attentive probe's 22 % of 101 classes.
+ENOUGH_STEPS = 500
 
 Images = dict[int, Tensor]  # by sample: (H, W, 3) uint8, on the CPU
 
@@ -51,15 +55,16 @@ class FinetunedEncoder(nn.Module):
         return F.linear(mean.float(), self.weight, self.bias)
 
 
+def steps_per_epoch(images: int) -> int:
+    """Steps of the optimizer in a pass over so many images; at least one."""
+    return max(images // BATCH, 1)
+
+
 def layer_decay_groups(model: FinetunedEncoder) -> list[dict]:
     """Every parameter exactly once, with `lr_scale` = `LAYER_DECAY` ** (blocks above it + 1), 1 for norm and head."""
     depth, groups = len(model.encoder.blocks), []
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["encoder", "blocks"]:
-            above = depth - int(parts[2])
-        else:
-            above = 0 if parts[0] != "encoder" or parts[1] == "norm" else depth + 1
+        above = layers_above(name.removeprefix("encoder."), depth) if name.startswith("encoder.") else 0
         decay = WEIGHT_DECAY if parameter.ndim > 1 else 0.0
         groups.append({"params": [parameter], "weight_decay": decay, "lr_scale": LAYER_DECAY**above})
     return groups
@@ -115,7 +120,7 @@ def finetune(
     """
     model = FinetunedEncoder(encoder, num_classes, norm_after_pool).to(device)
     model.encoder.requires_grad_(True)
-    steps = epochs * max(math.floor(len(samples) / BATCH), 1)
+    steps = epochs * steps_per_epoch(len(samples))
 
     def losses(step: int, rows: np.ndarray) -> Tensor:
         batch = torch.stack([images[sample] for sample in rows.tolist()]).to(device)

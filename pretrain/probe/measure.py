@@ -18,6 +18,7 @@ from torch import Tensor
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.labels import check_labels, check_same_classes
+from data.messages import counted
 from pretrain.models.features import Kind, check_blocks, pooled_features
 from pretrain.models.vit import ViT
 from pretrain.probe import attentive, finetuning, neighbors
@@ -25,7 +26,8 @@ from pretrain.probe.settings import ProbeSettings
 from pretrain.trainer.accuracy import topk_hits
 from pretrain.trainer.per_sample import compute_per_sample
 
-JUDGE_BY = "judge_by"
+JUDGE_BY, JUDGE_REASON = "judge_by", "judge_reason"
+FINETUNE_STEPS = "finetune_steps"
 Measured = dict[str, float | str]
 Encode = Callable[[Tensor], list[Tensor]]
 
@@ -47,29 +49,55 @@ def check_sets(train: Samples, val: Samples, k: int) -> None:
 def names_of(settings: ProbeSettings) -> tuple[str, ...]:
     """What is measured, as it is called."""
     further = attentive.METRICS if settings.attentive_steps else ()
-    return neighbors.METRICS + further + (finetuning.METRICS if settings.finetune_epochs else ())
+    return neighbors.METRICS + further + ((*finetuning.METRICS, FINETUNE_STEPS) if settings.finetune_epochs else ())
 
 
-def trusted(settings: ProbeSettings) -> str:
-    """The name of the number by which encoders are to be compared; `none` of k-NN's and ridge regression's."""
+def trusted(settings: ProbeSettings, finetune_images: int) -> tuple[str, str]:
+    """The name of the number by which encoders are to be compared, or `none`, and why it is that one.
+
+    Args:
+        settings: what is measured.
+        finetune_images: how many images a copy of the encoder was fine-tuned on.
+    """
+    why = ""
     if settings.finetune_epochs:
-        return "finetune_top1"
-    return "attentive_top1" if settings.attentive_steps else "none"
+        per_epoch, enough = finetuning.steps_per_epoch(finetune_images), finetuning.ENOUGH_STEPS
+        steps = settings.finetune_epochs * per_epoch
+        if steps >= enough:
+            return "finetune_top1", f"the fine-tuning had {steps} steps, of at least {enough} that it takes"
+        why = (
+            f"the fine-tuning had {counted(steps, 'step')} on {finetune_images} images, and says little of an encoder "
+            f"with fewer than {enough}: set finetune_epochs to {math.ceil(enough / per_epoch)}, or give more images; "
+        )
+    if settings.attentive_steps >= attentive.ENOUGH_STEPS:
+        return "attentive_top1", f"{why}the attentive probe sees the patch tokens, where masked image models keep most"
+    return "none", (
+        f"{why}k-NN and ridge regression do not rank masked image models, and the attentive probe has "
+        f"{counted(settings.attentive_steps, 'step')}: set attentive_steps to at least {attentive.ENOUGH_STEPS}"
+    )
+
+
+def _judgement(settings: ProbeSettings, measured: Measured, finetune_images: int) -> Measured:
+    name, reason = trusted(settings, finetune_images)
+    if any(isinstance(value, float) and math.isnan(value) for value in measured.values()):
+        name, reason = "none", "features are not finite, or no training image can be decoded"
+    return {JUDGE_BY: name, JUDGE_REASON: reason}
 
 
 def describe(measured: Measured) -> str:
     """A table of what was measured, the most telling first, with what each number is worth."""
+    steps = measured.get(FINETUNE_STEPS)
     worth = {
-        "finetune_top1": "what the encoder becomes in a few epochs of fine-tuning",
+        "finetune_top1": f"what the encoder becomes in {counted(int(steps), 'step')} of fine-tuning"
+        if steps is not None
+        else "",
         "attentive_top1": "what its patch tokens hold",
         "linear_top1": "of one vector for each image: ranks masked image models wrongly",
         "knn_top1": "as above, and more so",
     }
     lines = [f"{name:16}{measured[name]:8.2%}   {why}" for name, why in worth.items() if name in measured]
-    judge = measured[JUDGE_BY]
-    if judge == "none":
-        return "\n".join([*lines, "none of these ranks masked image models: measure the attentive probe as well"])
-    return "\n".join([*lines, f"compare encoders by {judge}"])
+    judge = "none of these" if measured[JUDGE_BY] == "none" else measured[JUDGE_BY]
+    return "\n".join([*lines, f"compare encoders by {judge}: {measured[JUDGE_REASON]}"])
 
 
 class _Learned(NamedTuple):
@@ -105,8 +133,8 @@ def probe(
 
     Returns:
         `names_of` the settings: k-NN with weighted votes (top-1 and top-5) and with plain ones, ridge regression, the
-        attentive probe and the fine-tuned copy; and under `JUDGE_BY` which of them to trust. NaN if features are not
-        finite.
+        attentive probe and the fine-tuned copy, and how many steps that had; and under `JUDGE_BY` and `JUDGE_REASON`
+        which of them to trust, and why. NaN if features are not finite.
 
     Raises:
         ValueError: the encoder has no such block.
@@ -122,6 +150,7 @@ def probe(
     measured: Measured = dict.fromkeys(names_of(settings), math.nan)
     num_classes = 1 + int(max(train.samples.label.max(), val.samples.label.max()))
     learned = _read_train(encode, train, settings, device)
+    images = 0 if learned is None else len(learned.samples)
     if learned is not None:
         measured |= _judge_frozen(encode, learned, train, val, num_classes, settings, device)
         if settings.finetune_epochs:
@@ -140,7 +169,8 @@ def probe(
                 lambda images, samples: _hits(tuned(images), val, samples), val, device, "fine-tuned: val"
             )
             measured |= dict(zip(finetuning.METRICS, hits.mean(0).tolist(), strict=True))
-    return {**measured, JUDGE_BY: trusted(settings)}
+            measured[FINETUNE_STEPS] = settings.finetune_epochs * finetuning.steps_per_epoch(images)
+    return measured | _judgement(settings, measured, images)
 
 
 def _read_train(encode: Encode, train: EvalLoader, settings: ProbeSettings, device: torch.device) -> _Learned | None:

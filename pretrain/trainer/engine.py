@@ -69,6 +69,13 @@ def check_engine(config: RunConfig, world: World) -> None:
     ds_settings(config, world.size)
 
 
+def check_engine_file(config: RunConfig) -> None:
+    """As `check_engine`, where a configuration is only shown: DeepSpeed is not asked about what it chooses itself."""
+    if config.train.ds_config != AUTO:
+        import_deepspeed()
+        ds_settings(config, world_size=1)
+
+
 def complete_settings(
     keys: dict[str, Any], *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, bf16: bool
 ) -> dict[str, Any]:

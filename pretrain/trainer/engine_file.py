@@ -68,7 +68,8 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
         owned: keys that may not be in it, and the keys of the recipe that set them.
 
     Raises:
-        ValueError: no such file, not JSON, or keys that DeepSpeed does not know or that the recipe owns: a line each.
+        ValueError: no such file, not JSON, or keys that DeepSpeed does not know or that the recipe owns: a line each,
+            then as of `check_sections`.
     """
     path = next((p for p in (_SHIPPED / f"{name}.json", Path(name), _ROOT / name) if p.is_file()), None)
     if path is None:
@@ -82,9 +83,12 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(keys, dict):
         raise ValueError(f"{path} holds no keys: DeepSpeed's are a JSON object")
-    if problems := [problem for key, value in keys.items() if (problem := _problem(key, value, owned))]:
-        raise ValueError("\n".join(f"{path} {problem}" for problem in problems))
-    return {key: _without_auto(value) for key, value in keys.items() if key not in owned}
+    problems = {key: problem for key, value in keys.items() if (problem := _problem(key, value, owned))}
+    kept = {key: _without_auto(value) for key, value in keys.items() if key not in owned and key not in problems}
+    if problems:
+        lines = [f"{path} {problem}" for problem in problems.values()]
+        raise ValueError("\n".join([*lines, *_problems_of_sections({"train_micro_batch_size_per_gpu": 1, **kept})]))
+    return kept
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,8 +139,24 @@ def check_sections(settings: dict[str, Any]) -> None:
     """Has DeepSpeed read its keys as it will when the engine is built.
 
     Raises:
-        ValueError: what it refuses, with the keys.
+        ValueError: what it refuses, with the keys, a line for each.
     """
+    if lines := _problems_of_sections(settings):
+        raise ValueError("\n".join(lines))
+
+
+def _problems_of_sections(settings: dict[str, Any]) -> list[str]:
+    """What DeepSpeed refuses; it stops at the first section, so each is then read alone as well."""
+    lines = _refusals(settings)
+    if lines:
+        micro_batch = {"train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"]}
+        for name in _SECTIONS & settings.keys():
+            lines += _refusals({**micro_batch, name: settings[name]})
+    return list(dict.fromkeys(lines))
+
+
+def _refusals(settings: dict[str, Any]) -> list[str]:
+    """What DeepSpeed refuses first, and keys that it does not look up."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
@@ -147,15 +167,14 @@ def check_sections(settings: dict[str, Any]) -> None:
         DeepSpeedConfig(keys | sections)
     except ValidationError as error:
         models = _models(DeepSpeedConfigModel)
-        raise ValueError("\n".join(_refused(p, models.get(error.title), settings) for p in error.errors())) from None
+        return [_refused(problem, models.get(error.title), settings) for problem in error.errors()]
     except Exception as error:  # whatever it raises
-        raise ValueError(f"DeepSpeed refuses train.ds_config: {error}") from None
-    unknown = {
-        f"{name}.{key}": nearest(key, sorted(keys.known)) for name, keys in sections.items() for key in keys.rest()
-    }
-    if unknown:
-        lines = [f"train.ds_config sets {key}, which DeepSpeed does not know: {near}" for key, near in unknown.items()]
-        raise ValueError("\n".join(lines))
+        return [f"DeepSpeed refuses train.ds_config: {error}"]
+    return [
+        f"train.ds_config sets {name}.{key}, which DeepSpeed does not know: {nearest(key, sorted(section.known))}"
+        for name, section in sections.items()
+        for key in sorted(section.rest())
+    ]
 
 
 class _LookedUp(dict[str, Any]):

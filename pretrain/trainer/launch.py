@@ -34,6 +34,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def error(self) -> str:
+        """How its messages of what went wrong begin; a rank says which one it is where there are others."""
+        return "error" if self.size == 1 else f"error on rank {self.rank}"
+
 
 def find_world() -> World:
     """Reads the launcher's variables, and completes RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* for DeepSpeed.

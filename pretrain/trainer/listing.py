@@ -31,12 +31,14 @@ class Catalog:
         recipes: the folder of its shipped recipes.
         load: (recipe, overrides) -> the checked configuration.
         elsewhere: as of `load_config`.
+        check: what else is refused of a configuration that is shown.
     """
 
     schema: type[Section]
     recipes: Path
     load: Callable[[str, list[str]], Any]
     elsewhere: Mapping[str, Path] | None = None
+    check: Callable[[Any], None] | None = None
 
     def list_recipes(self) -> str:
         """Each shipped recipe with the first sentence of its head."""
@@ -73,11 +75,17 @@ class Catalog:
         return "\n".join(lines).strip("\n")
 
     def show(self, recipe: str, overrides: list[str]) -> str:
-        """The configuration in YAML, each key with what sets it; raises ValueError as `load`, but for texts not set."""
+        """The configuration in YAML, each key with what sets it.
+
+        Raises:
+            ValueError: as `load`, but for texts that are not set, and `check`.
+        """
         layers = read_layers(self.schema, recipe, overrides, self.recipes, self.elsewhere)
         unset = [f"{key}={UNSET}" for key in _unset_texts(self.schema, layers)]
-        keys = self.load(recipe, [*overrides, *unset]).model_dump(mode="json")
-        return "\n".join(_show(keys, layers))
+        config = self.load(recipe, [*overrides, *unset])
+        if self.check is not None:
+            self.check(config)
+        return "\n".join(_show(config.model_dump(mode="json"), layers))
 
 
 def _unset_texts(schema: type[BaseModel], layers: list[Layer]) -> Iterator[str]:

@@ -115,10 +115,10 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
             if world.size > 1 and _LOST_RANK.search(str(error)):
                 cause = watchdog.cause()
                 why = f": {cause}" if cause else f", which says why ({_first_line(error)})"
-                _log.error("error on rank %d: another rank has ended%s", world.rank, why)
+                _log.error("%s: another rank has ended%s", world.error, why)
                 return 1
             problem = _describe(error, config, world)
-            _log.error("error on rank %d:%s", world.rank, problem and f" {problem}", exc_info=not problem)
+            _log.error("%s:%s", world.error, problem and f" {problem}", exc_info=not problem)
             watchdog.tell(problem or f"{type(error).__name__}: {_first_line(error)}")
             return 1
     return 0

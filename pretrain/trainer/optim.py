@@ -1,6 +1,7 @@
 """Parameter groups, the learning-rate schedule, and AdamW."""
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,20 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_class_token: b
         {"params": [p for name, p in trainable.items() if not decays[name]], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+# What an encoder has in front of its blocks, or for all of them.
+_BELOW = ("patch_embed.", "cls_token", "class_adapter.", "reg_token", "pos_embed", "rel_pos_bias.")
+
+
+def layers_above(name: str, depth: int) -> int:
+    """By how many layers a parameter of an encoder is below the head, for layer decay: 0 of what follows the blocks.
+
+    The last block's are 1 below it, and those in front of the blocks, with a table that these share, depth + 1.
+    """
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return depth - int(block[1])
+    return depth + 1 if name.startswith(_BELOW) else 0
 
 
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, peak: float, config: OptimConfig) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from pretrain.trainer.schema import leaves, nearest, of_name, optional, sections_in
+from pretrain.trainer.schema import Section, leaves, nearest, of_name, optional, sections_in
 
 _LIMITS = {
     "greater_than": "more than {gt}",
@@ -92,7 +92,8 @@ def _explain(problem: Any, schema: type[BaseModel]) -> tuple[str, str]:
         given = problem["ctx"].get("tag")
         if given is None:
             return "", f"{key}.{tag} is not set: write it in the recipe or give {key}.{tag}=value"
-        return f"{key}.{tag}", f"unknown {key}.{tag}={given}: {nearest(str(given), names)}"
+        hint = schema.hints.get(f"{key}.{tag}", "") if issubclass(schema, Section) else ""
+        return f"{key}.{tag}", f"unknown {key}.{tag}={given}: {nearest(str(given), names)}{hint}"
     if kind == "missing" and not isinstance(problem["input"], list | tuple):
         return key, f"{key} is not set: write it in the recipe or give {_example(key, annotation)}"
     return key, f"{key}={_shown(problem)}: must be {_wanted(problem, section, path, annotation)}"
@@ -115,13 +116,16 @@ def _shown(problem: Any) -> str:
 def _wanted(problem: Any, section: type[BaseModel], path: list[str], annotation: Any) -> str:
     kind = problem["type"]
     if kind in _LIMITS:
-        return _limit(problem)
+        return _limit(problem) + (", or none" if optional(annotation) else "")
     field = section.model_fields.get(path[-1]) if path else None
     if kind == "string_pattern_mismatch" and field is not None:
         return f"{field.description}"
     words = [word for word in _choices(annotation) if isinstance(word, str)]
     if words and isinstance(problem["input"], str) and nearest(problem["input"], words).startswith("did"):
         return f"{describe(annotation)}: {nearest(problem['input'], words)}"
+    said = field.description or "" if field is not None and words else ""
+    if re.search(rf"\b{re.escape(str(problem['input']))}\b", said):  # it has the valid word for what was typed
+        return f"{describe(annotation)} ({said})"
     return describe(annotation)
 
 

@@ -24,9 +24,11 @@ class Section(BaseModel):
 
     Attributes:
         follows: sections that start anew where another one gets another `name`: {section: the other one}.
+        hints: what else to say where the name of a section's type is unknown: {dotted key: text}.
     """
 
     follows: ClassVar[dict[str, str]] = {}
+    hints: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 

@@ -153,7 +153,7 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):
                 self._publish(problem, hung=code == HUNG)
         where = "" if code != HUNG else f"\n{self._name} is at: {_position()}"
-        _log.error("error on rank %d: %s%s", self._world.rank, problem, where)
+        _log.error("%s: %s%s", self._world.error, problem, where)
         if code == HUNG:
             with contextlib.suppress(OSError):
                 mark_attempt("hung")

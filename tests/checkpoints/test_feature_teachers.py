@@ -1,5 +1,6 @@
 """The frozen teacher of a run: read from a file of ours or of timm's, at the grid of the encoder that is trained."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,8 @@ def teacher_file(tmp_path: Path) -> Path:
 
 
 def test_a_teacher_is_read_and_gets_as_many_patches_as_the_encoder(teacher_file: Path):
-    config = TeacherConfig(file=str(teacher_file), blocks=1)
-    teacher = read_feature_teacher(config, (2, 2))
+    config = TeacherConfig(file=str(teacher_file), blocks=1, resize_images=True)
+    teacher = read_feature_teacher(config, (2, 2), 16)
     assert isinstance(teacher, EncoderTeacher)
     assert (teacher.dim, teacher.depth, teacher.image_size) == (TINY.dim, TINY.depth, (28, 28))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -56,25 +57,74 @@ def test_images_of_the_right_size_are_not_resized():
     assert resize(images, (3, 4)).shape == (1, 3, 4, 3)
 
 
-def test_a_timm_model_of_another_patch_size_reads_a_local_file(tmp_path: Path):
+def test_a_timm_model_reads_a_local_file(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     name = "vit_tiny_patch16_224"
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0).eval()
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
     config = TeacherConfig(file=str(tmp_path / "timm.safetensors"), timm_model=name)
-    teacher = read_feature_teacher(config, (14, 14))
+    with caplog.at_level(logging.INFO):
+        teacher = read_feature_teacher(config, (14, 14), 16)
     assert teacher is not None
+    assert (
+        f"{name}, {teacher.depth} blocks, {teacher.dim} wide; it sees images of 224x224, standardized by the mean (0.5,"
+        in caplog.text
+    )
+    assert "interpolated" not in caplog.text
     images = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
     last = teacher(images, (1, 2))
     pixels = (resize(images, (224, 224)).movedim(-1, 1) / 255 - 0.5) / 0.5  # what timm says of this model
     outputs = model.forward_intermediates(pixels, intermediates_only=True, output_fmt="NLC")
     torch.testing.assert_close(torch.stack(last), torch.stack(outputs))
-    assert read_feature_teacher(config, (3, 5)).image_size == (48, 80)
-    save_file({"cls_token": torch.zeros(1, 1, TINY.dim)}, tmp_path / "part.safetensors")
-    with pytest.raises(ValueError, match=r"does not have the weights of target.timm_model=vit_tiny_patch16_224"):
-        read_feature_teacher(config.model_copy(update={"file": str(tmp_path / "part.safetensors")}), (14, 14))
-    with pytest.raises(ValueError, match=r"target.timm_model=vit_nothing: .*nknown model"):
-        read_feature_teacher(config.model_copy(update={"timm_model": "vit_nothing"}), (14, 14))
+    with caplog.at_level(logging.INFO):
+        assert read_feature_teacher(config, (3, 5), 16).image_size == (48, 80)
+    assert "positions are interpolated: they were trained on 14x14 patches, and it sees 3x5" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"patches of 16 pixels, 3x5 of an image of 48x80, .* 8, 6x10 of it: set target"
+    ):
+        read_feature_teacher(config, (6, 10), 8)
+
+
+def test_a_timm_model_that_is_not_that_of_the_file(tmp_path: Path):
+    file = tmp_path / "timm.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 24), "pos_embed": torch.zeros(1, 3, 24)}, file)
+
+    def refusal(name: str) -> str:
+        with pytest.raises(ValueError, match=f"target.file={file}: ") as error:
+            read_feature_teacher(TeacherConfig(file=str(file), timm_model=name), (14, 14), 16)
+        return str(error.value)
+
+    name = "vit_tiny_patch16_224"
+    said = refusal(name)
+    assert f"the weights of target.timm_model={name} by timm's names: cls_token is (1, 1, 24) in it and (1, 1, " in said
+    assert "other parameters do not fit; give the model whose weights they are" in said
+    assert "is no model of timm's: did you mean vit_base_patch16_224 or" in refusal("vit_base_patch16_224px")
+    assert "did you mean vit_base_patch16_224.orig_in21k" in refusal("vit_base_patch16_224.orig_21k")
+    assert "is no model of timm's: timm.list_models('vit*') lists" in refusal("nothing")
+    assert "is no model of timm's" in refusal("hf-hub:timm/anything"), "which would be downloaded"
+    assert "has no patches of one size: give a Vision Transformer" in refusal("resnet18")
+
+
+def test_a_teacher_of_other_patches_is_refused_with_both_grids(teacher_file: Path, caplog: pytest.LogCaptureFixture):
+    config = TeacherConfig(file=str(teacher_file), blocks=1)
+    with pytest.raises(
+        ValueError,
+        match=r"patches of 14 pixels, 2.286x2.286 of an image of 32x32, and the encoder has patches of 16, 2x2 of it: "
+        r"set target.resize_images=true to show the teacher images of 28x28, or model.patch_size=14",
+    ):
+        read_feature_teacher(config, (2, 2), 16)
+    with caplog.at_level(logging.INFO):
+        assert read_feature_teacher(config, (3, 3), 14) is not None
+    assert "interpolated" not in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert read_feature_teacher(config, (2, 2), 14).image_size == (28, 28)
+    assert "positions are interpolated: they were trained on 3x3 patches, and it sees 2x2" in caplog.text
+
+
+def test_to_resize_images_changes_nothing_that_a_run_depends_on(teacher_file: Path):
+    """Its teacher's grid is always the encoder's: a run from before there was the key continues with it."""
+    kept, resized = (TeacherConfig(file=str(teacher_file), resize_images=flag) for flag in (False, True))
+    assert kept.resume_signature() == resized.resume_signature()
 
 
 def test_what_does_not_fit_is_refused(teacher_file: Path):
@@ -87,9 +137,9 @@ def test_what_does_not_fit_is_refused(teacher_file: Path):
     with pytest.raises(ValueError, match="is not a file: give one with the teacher's weights"):
         TeacherConfig(file=str(teacher_file.parent))
     with pytest.raises(ValueError, match=r"needs target\.file"):
-        read_feature_teacher(TeacherConfig(), (2, 2))
-    with pytest.raises(ValueError, match=r"target.blocks=9 are more than the \d blocks of .*: set target.blocks to at"):
-        read_feature_teacher(TeacherConfig(file=file, blocks=9), (2, 2))
+        read_feature_teacher(TeacherConfig(), (2, 2), 14)
+    with pytest.raises(ValueError, match=r"target.blocks=9, but .* has \d+ blocks: set target.blocks to at most"):
+        read_feature_teacher(TeacherConfig(file=file, blocks=9), (2, 2), 14)
     with pytest.raises(ValueError, match="holds the online weights, not the ema ones"):
-        read_feature_teacher(TeacherConfig(file=file, encoder="ema"), (2, 2))
-    assert read_feature_teacher(EMAConfig(), (2, 2)) is None
+        read_feature_teacher(TeacherConfig(file=file, encoder="ema"), (2, 2), 14)
+    assert read_feature_teacher(EMAConfig(), (2, 2), 14) is None

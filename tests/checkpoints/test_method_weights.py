@@ -115,19 +115,94 @@ def test_maes_file_fills_encoder_and_decoder_so_that_the_losses_are_the_same(key
         ({"decoder_embed_dim": 12}, {"decoder.embed": "decoder.embed.bias is (8,) in the file and is (12,) here"}),
     ],
 )
-def test_a_part_that_does_not_fit_keeps_its_own_weights_and_the_reason_is_told(
+def test_asked_for_what_fits_a_part_that_does_not_keeps_its_own_weights_and_the_reason_is_told(
     keys: dict[str, Any], unfit: dict[str, str], tmp_path: Path
 ):
     as_mae_file(build(MAE), tmp_path / "mae.pth")
     method = build({**MAE, "method": MAE["method"] | keys}, seed=1)
     before = state_of(method)
-    lines = lines_of(load_method(method, tmp_path / "mae.pth").report)
+    lines = lines_of(load_method(method, tmp_path / "mae.pth", load="fitting").report)
     for part, reason in unfit.items():
         assert reason in lines[part]
         own = {name for name in before if name.startswith(f"{part}.")}
         assert own
         assert all(torch.equal(method.state_dict()[name], before[name]) for name in own)
     assert not torch.equal(method.encoder.cls_token, before["encoder.cls_token"])
+
+
+@pytest.mark.parametrize("method", ["mae", "mff", "lc_mae"])
+@pytest.mark.parametrize(
+    ("keys", "sides"),
+    [
+        ({"decoder_depth": 1}, r"decoder in .*mae\.pth has 2 blocks, 8 wide, and that of this run 1 block, 8 wide"),
+        ({"decoder_embed_dim": 12}, r"decoder in .*mae\.pth has 2 blocks, 8 wide, and that of this run 2 blocks, 12"),
+    ],
+)
+def test_a_decoder_of_another_size_is_refused_and_the_encoder_alone_is_not(
+    method: str, keys: dict[str, Any], sides: str, tmp_path: Path
+):
+    as_mae_file(build(MAE), tmp_path / "mae.pth")
+    blocks = {"blocks": [1, 2]} if method == "mff" else {}
+    other = build({**MAE, "method": MAE["method"] | {"name": method} | keys | blocks}, seed=1)
+    with pytest.raises(ValueError, match=sides) as refusal:
+        load_method(other, tmp_path / "mae.pth")
+    assert "set method.decoder_depth=2 method.decoder_embed_dim=8, or start.load=encoder to" in str(refusal.value)
+    before = state_of(other)
+    loaded = load_method(other, tmp_path / "mae.pth", load="encoder")
+    assert "as initialized, since start.load=encoder" in loaded.report
+    assert all(name.startswith("encoder.") for name in loaded.taken)
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items() if "encoder" not in name
+    )
+    as_mae_file(build({**MAE, "method": MAE["method"] | keys}), tmp_path / "mae.pth")
+    assert lines_of(load_method(other, tmp_path / "mae.pth").report)["decoder.blocks"] == "taken"
+
+
+@pytest.mark.parametrize("keys", [{"decoder": "conv"}, {"decoder": "cross"}], ids=["conv", "cross"])
+def test_nothing_is_taken_of_a_decoder_of_another_kind(keys: dict[str, Any], tmp_path: Path):
+    as_mae_file(build(MAE), tmp_path / "mae.pth")
+    name = {"name": "lc_mae"} if keys["decoder"] == "conv" else {}
+    method = build({**MAE, "method": MAE["method"] | keys | name}, seed=1)
+    before = state_of(method)
+    lines = lines_of(load_method(method, tmp_path / "mae.pth").report)
+    decoder = {name for name in before if name.startswith("decoder.")}
+    assert decoder
+    assert all(torch.equal(method.state_dict()[name], before[name]) for name in decoder)
+    assert "the file's decoder is another one, of decoder." in lines[next(n for n in lines if n.startswith("decoder."))]
+
+
+def test_what_a_target_needs_is_replaced_and_the_decoder_behind_it_is_kept(tmp_path: Path):
+    """Another number of values of a patch is another target, and no decoder that does not fit."""
+    as_mae_file(build(MAE), tmp_path / "mae.pth")
+    method = build({**MAE, "target": {"name": "hog", "cell_sizes": [4]}}, seed=1)
+    lines = lines_of(load_method(method, tmp_path / "mae.pth").report)
+    assert lines["decoder.blocks"] == "taken"
+    assert "decoder.pred.bias is (48,) in the file and is (27,) here" in lines["decoder.pred"]
+
+
+def test_heads_of_lut_of_another_width_are_refused(tmp_path: Path):
+    checkpoint = write_run(build(MAE | LUT), MAE | LUT, tmp_path)
+    other = build(MAE | LUT | {"lut": {"hidden_dim": 48}})
+    with pytest.raises(ValueError, match=r"LUT's projector in .* \(32,.* \(48,.*: set method\.\* or lut\.\* to match"):
+        load_method(other, checkpoint)
+
+
+def test_a_table_of_positions_of_another_kind_is_told(tmp_path: Path):
+    def note(file: dict[str, Any], run: dict[str, Any]) -> str:
+        source = build_method(configure(file))
+        if file is LEARNED:
+            randomize(source)
+        save_file(
+            source.encoder.state_dict(),
+            tmp_path / "encoder.safetensors",
+            metadata=EncoderSpec("vit_tiny", 4, (12, 12), "sincos").to_metadata(),
+        )
+        report = load_method(build(run), tmp_path / "encoder.safetensors").report
+        return "".join(line for line in report.splitlines() if line.startswith("  pos_embed"))
+
+    assert note(MAE, MAE) == note(LEARNED, LEARNED) == ""
+    assert "is not sin-cos; it is taken, and model.position=sincos leaves it as it is" in note(LEARNED, MAE)
+    assert "is fixed (sin-cos), and model.position=learned trains it" in note(MAE, LEARNED)
 
 
 def test_the_decoder_of_transformers_mae_predicts_the_same_here(tmp_path: Path):

@@ -119,6 +119,11 @@ def test_a_start_is_checked_before_anything_else(tmp_path: Path):
         ({"augment__randaugment": "rand-q9"}, "augment.randaugment: rand_augment 'rand-q9'"),
         ({"augment__mixupp": 1}, "unknown key augment.mixupp: did you mean augment.mixup?"),
         ({"head__num_classes": 1}, "head.num_classes=1"),
+        (
+            {"model__position": "learned"},
+            "model.position=learned: must be relative, sincos or bias (sincos: any absolute table, fixed like MAE's or "
+            "learned;",
+        ),
         ({"val__shards": ""}, "val.shards='': must be longer: it is empty"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ARCHS, ViT
 from pretrain.probe.in_training import Probe
-from pretrain.probe.measure import check_sets, describe, names_of, probe
+from pretrain.probe.measure import check_sets, describe, names_of, probe, trusted
 from pretrain.probe.neighbors import METRICS, RIDGE, ridge, votes
 from pretrain.probe.settings import ProbeSettings
 from pretrain.trainer.launch import World
@@ -95,6 +96,7 @@ def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
         "knn_plain_top1": (plain.predict(q) == t).sum() / 18,
         "linear_top1": (linear.predict(q).argmax(1) == t).sum() / 18,
         "judge_by": "none",
+        "judge_reason": trusted(ProbeSettings(attentive_steps=0), 0)[1],
     }
 
 
@@ -138,9 +140,10 @@ def test_encoders_that_collapsed_or_diverged(photos: Path, encoder: ViT):
     assert all(0 <= collapsed[name] <= 0.5 for name in METRICS)
     torch.nn.init.constant_(encoder.norm.bias, float("nan"))
     diverged = measure(encoder, train, val, **FEW)
-    assert diverged.pop("judge_by") == "finetune_top1"
+    assert diverged.pop("judge_by") == "none"
+    assert "not finite" in diverged.pop("judge_reason")
     assert list(diverged) == list(names_of(ProbeSettings(**FEW)))
-    assert len(diverged) == 8
+    assert len(diverged) == 9
     assert all(math.isnan(value) for value in diverged.values())
 
 
@@ -210,19 +213,37 @@ def test_blocks_of_the_run_are_checked_before_it_starts(photos: Path, tmp_path: 
 
 
 def test_the_table_says_which_number_to_trust(photos: Path, encoder: ViT):
-    none, some, all_of_it = (
+    none, all_of_it = (
         describe(measure(encoder, *sets(photos), **settings))
-        for settings in ({}, {"attentive_steps": 1}, {"attentive_steps": 1, "finetune_epochs": 1})
+        for settings in ({}, {"attentive_steps": 1, "finetune_epochs": 2})
     )
-    assert none.endswith("none of these ranks masked image models: measure the attentive probe as well")
-    assert some.endswith("compare encoders by attentive_top1")
+    assert "compare encoders by none of these: k-NN and ridge regression do not rank" in none.splitlines()[-1]
     assert [line.split()[0] for line in all_of_it.splitlines()[:-1]] == [
         "finetune_top1",
         "attentive_top1",
         "linear_top1",
         "knn_top1",
     ]
-    assert all_of_it.endswith("compare encoders by finetune_top1")
+    assert "becomes in 2 steps of fine-tuning" in all_of_it
+    assert "compare encoders by none of these: the fine-tuning had 2 steps on 45 images" in all_of_it
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "name", "reason"),
+    [
+        ({"finetune_epochs": 5}, 10_000, "finetune_top1", "had 780 steps, of at least 500"),
+        ({"finetune_epochs": 4}, 3_030, "attentive_top1", r"had 188 steps on 3030 .* set finetune_epochs to 11, or"),
+        ({"finetune_epochs": 11}, 3_030, "finetune_top1", "had 517 steps"),
+        ({"finetune_epochs": 5}, 45, "attentive_top1", "had 5 steps on 45 .* set finetune_epochs to 500"),
+        ({"finetune_epochs": 5, "attentive_steps": 0}, 45, "none", "had 5 steps .* has 0 steps: set attentive_steps"),
+        ({"attentive_steps": 99}, 10_000, "none", "^k-NN .* has 99 steps: set attentive_steps to at least 100"),
+        ({"attentive_steps": 100}, 10_000, "attentive_top1", "^the attentive probe sees the patch tokens"),
+    ],
+)
+def test_what_had_too_few_steps_is_not_trusted(settings: dict[str, int], images: int, name: str, reason: str):
+    trusted_name, why = trusted(ProbeSettings(**settings), images)
+    assert trusted_name == name
+    assert re.search(reason, why), why
 
 
 def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):

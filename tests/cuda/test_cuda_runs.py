@@ -145,5 +145,5 @@ def assert_one_line(output: str) -> None:
     """Where the memory is full, output says so in one line, with the key to change."""
     assert "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if "memory is full" in line]
-    assert line.startswith("error on rank 0: the GPU's memory is full")
+    assert line.startswith("error: the GPU's memory is full")
     assert "train.gradient_accumulation_steps higher than 1 (the micro-batch is 64)" in line

@@ -110,7 +110,11 @@ def recipes(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
     def with_file(sections: dict[str, Any]) -> dict[str, Any]:
         target = sections.get("target", {})
-        return sections | {"target": target | {"file": file}} if target.get("name") == "teacher" else sections
+        return (
+            sections | {"target": target | {"file": file, "resize_images": True}}
+            if target.get("name") == "teacher"
+            else sections
+        )
 
     return {name: str(write_recipe(folder, name, **with_file(sections))) for name, sections in METHODS.items()}
 

@@ -85,6 +85,6 @@ def test_probed_or_not(
     settings = ProbeSettings(**settings)
     expected = probe(encoder, *sets, settings, device=CPU)
     names = names_of(settings)
-    assert {name: rows[-1][name] for name in (*names, "judge_by")} == pytest.approx(expected)
-    assert rows[-1]["judge_by"] == "finetune_top1"
+    assert {name: rows[-1][name] for name in (*names, "judge_by", "judge_reason")} == pytest.approx(expected)
+    assert (rows[-1]["finetune_steps"], rows[-1]["judge_by"]) == (2, "none")
     assert 1 / 3 < expected["linear_top1"] < 1

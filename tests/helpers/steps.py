@@ -54,7 +54,7 @@ def configure(recipe: str, *overrides: str) -> PretrainConfig:
 
 def build_small(config: PretrainConfig) -> Any:
     with SMALL:
-        return build_method(config, read_feature_teacher(config.target, config.grid))
+        return build_method(config, read_feature_teacher(config.target, config.grid, config.model.patch_size))
 
 
 def global_batch(step: int, draw: Callable[..., dict[str, Any]], config: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:

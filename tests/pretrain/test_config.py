@@ -61,6 +61,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(recipe: str, override: str
         ("model.grad_checkpointing=maybe", "model.grad_checkpointing=maybe: must be true or false"),
         ("train.precision=fp16", "train.precision=fp16: must be bf16 or fp32"),
         ("method.mask_ratio=1.0", "method.mask_ratio=1.0: must be less than 1"),
+        ("method.predict_ratio=0", "method.predict_ratio=0: must be more than 0, or none"),
         ("name=a/b", "name=a/b: must be a folder's name of letters, digits"),
     ],
 )

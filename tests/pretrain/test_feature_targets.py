@@ -96,7 +96,10 @@ def configure(**sections: Any) -> PretrainConfig:
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"target": {"name": "ema", "blocks": 13}}, "target.blocks=13 are more than the 12 blocks of model.arch"),
+        (
+            {"target": {"name": "ema", "blocks": 13}},
+            "target.blocks=13, but model.arch=vit_base has 12 blocks: set target.blocks to at most 12",
+        ),
         (
             {"target": {"name": "ema"}, "lut": {"alpha": 1.0}},
             "lut and target.name=ema both learn from a moving average of the encoder: leave one of them out",

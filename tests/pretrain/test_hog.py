@@ -96,6 +96,20 @@ def test_the_errors_of_sizes_are_added():
     prediction[..., :24], prediction[..., 24:] = 2, 3
     assert target.loss(prediction, truth) == 4 + 9
     assert target.loss(truth, truth) == 0
+    assert target.losses(prediction, truth) == {"loss": 13, "loss_cell_2": 4, "loss_cell_4": 9}
+
+
+def test_each_sizes_error_is_logged_and_trains_nothing():
+    """Also where a size is predicted twice, behind two blocks; a single size is the loss itself."""
+    target = build_target(HOGConfig(cell_sizes=(4, 2, 4), bins=2), GRID, PATCH_SIZE)
+    prediction = torch.randn(1, 3, 6 + 24 + 6, requires_grad=True)
+    losses = target.losses(prediction, torch.zeros(1, 3, 36))
+    assert list(losses) == ["loss", "loss_cell_4_1", "loss_cell_2", "loss_cell_4_2"]
+    parts = prediction.detach().square().split([6, 24, 6], dim=-1)
+    assert [losses[name].item() for name in list(losses)[1:]] == pytest.approx([part.mean().item() for part in parts])
+    assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
+    alone = build_target(HOGConfig(cell_sizes=(4,), bins=2), GRID, PATCH_SIZE)
+    assert list(alone.losses(prediction[..., :6], torch.zeros(1, 3, 6))) == ["loss"]
 
 
 def test_a_vertical_edge_is_drawn_as_a_vertical_line_in_its_color():

@@ -9,6 +9,7 @@ from helpers.tiny import assert_equals_reference, random_images, random_mask_ind
 from torch import Tensor
 
 from pretrain.config import load
+from pretrain.methods.lut import LUT, LUTConfig
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.vit import Arch
 
@@ -54,6 +55,27 @@ def test_a_coarse_cell_counts_by_the_share_of_its_patches_that_is_masked():
         model.predictor.decoders[0].pred.weight.zero_()  # predicts zero everywhere
     left, right = (truth[position].square().mean() for position in (0, 2))
     torch.testing.assert_close(model(images, indices)["loss"].detach(), 0.8 * left + 0.2 * right)
+
+
+def windows() -> Any:
+    keys = {"name": "lomar", "num_windows": 2, "window_size": 2, "mask_ratio": 0.5, "architecture": "multiscale"}
+    keys |= {"blocks": [2, 4], "decoder_depth": 1, "decoder_embed_dim": 8, "decoder_num_heads": 2}
+    return tiny_method(keys | {"target": {"name": "hog", "cell_sizes": (2, 4)}}, GRID, PATCH_SIZE, arch=DEEP)
+
+
+@pytest.mark.parametrize("make", [build, windows])
+def test_the_loss_of_each_size_is_logged(make: Any):
+    model = make()
+    images, indices = random_images(model), random_mask_indices(model)
+    views = {name: torch.stack([array, array], 1) for name, array in indices.items()}
+    both, lut = torch.stack([images, images], 1), LUT(LUTConfig(hidden_dim=16), model)
+    for losses, total in (
+        (model(images, indices), "loss"),
+        (lut(both, views, lut.teacher_model()(both)), "loss_mim"),
+    ):
+        by_size = torch.stack([losses[f"loss_cell_{size}"] for size in model.target.config.cell_sizes])
+        torch.testing.assert_close(by_size.sum(), losses[total].detach())
+        assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
 
 
 def test_every_depth_learns_from_its_own_size_alone():
@@ -119,8 +141,15 @@ def test_the_recipes_count_as_the_paper():
     ("overrides", "says"),
     [
         (["method.blocks=[2, 4, 6]"], "must ascend, from 1 on, to 12"),
-        (["method.blocks=null"], r"multiscale with method\.blocks=None: .* to multiscale and \[2, 4, 12\]"),
-        (["method.architecture=simple"], r"simple with method\.blocks=\[2, 4, 12\]: .* or neither"),
+        (["method.blocks=null"], r"has a decoder behind each of method\.blocks: set for example .*blocks=\[2, 4, 12\]"),
+        (
+            ["method.architecture=asymmetric"],
+            r"blocks=\[2, 4, 12\] is of method\.architecture=multiscale, not asymmetric",
+        ),
+        (
+            ["method.architecture=simple"],
+            r"is of method\.architecture=multiscale, not simple: set that, or leave out method\.blocks",
+        ),
         (["target.cell_sizes=[4, 8]"], "belong together: give one size for each block"),
         (["target.cell_sizes=[4, 8, 32]"], r"one of 2, 4, 8, 16 for patches of 16 pixels in windows: .*=\[4, 8, 16\]"),
         (["target.name=pixels"], r"not target\.name=pixels: set target\.name=hog target\.cell_sizes=\[4, 8, 16\]"),
@@ -140,7 +169,7 @@ def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
             r"\[2, 4, 10, 13\] must ascend, from 1 on, to 12, the last block of vit_base",
         ),
         (["method.blocks=[2, 4, 10, 11]"], r"set for example method\.blocks=\[2, 4, 11, 12\]"),
-        (["method.blocks=[0, 4, 10, 12]"], "must ascend, from 1 on"),
+        (["method.blocks=[0, 4, 10, 12]"], r"from 1 on, .* set for example method\.blocks=\[1, 4, 10, 12\]"),
         (["method.blocks=[4, 2, 10, 12]"], "must ascend, from 1 on"),
         (["model.arch=vit_large"], r"set for example method\.blocks=\[2, 4, 22, 24\]"),
         (

@@ -247,7 +247,7 @@ def test_predicting_some_images_still_returns_the_visible_tokens_of_all(case: di
     some = model.compute_loss(images, mask_indices, num_predicted=2)
     whole = model.compute_loss(images, mask_indices)
     first = {name: index[:2] for name, index in mask_indices.items()}
-    torch.testing.assert_close(some.loss, model(images[:2], first)["loss"])
+    torch.testing.assert_close(some.losses, model(images[:2], first))
     torch.testing.assert_close(some.visible_tokens, whole.visible_tokens)
     assert torch.equal(some.positions, mask_indices["positions"].gather(2, mask_indices["visible"]).flatten(1))
     assert some.visible_tokens.shape == (3, mask_indices["visible"][0].numel(), TINY.dim)

@@ -41,6 +41,13 @@ def test_a_method_of_ones_own_is_checked_built_and_computed_like_any_other(modul
         load("quickstart", [f"method.module={module}", *KEYS, "method.hole=2"])
 
 
+def test_a_method_that_is_not_known_may_be_ones_own():
+    with pytest.raises(
+        ValueError, match=r"unknown method\.name=mine: valid: ae, .*; a method of your own needs method\.mod"
+    ):
+        load("quickstart", ["method.name=mine"])
+
+
 def test_only_the_command_line_makes_a_command_run_a_module(module: Path, tmp_path: Path):
     """Not a recipe, not the configuration in the folder of a run, which may be somebody else's."""
     bomb = tmp_path / "bomb.py"

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pretrain.probe import attentive, finetuning
 from pretrain.probe.attentive import AttentiveProbe, fit_attentive_probe, token_statistics
 from pretrain.probe.finetuning import FinetunedEncoder, crop_and_flip, finetune, layer_decay_groups
 from pretrain.probe.fitting import draw_batches, learning_rate
+from pretrain.trainer.optim import layers_above
 
 CPU = torch.device("cpu")
 
@@ -107,6 +109,18 @@ def test_every_parameter_is_fine_tuned_at_the_rate_of_its_depth():
     assert {scales["encoder.cls_token"], scales["encoder.patch_embed.proj.weight"]} == {3}
     assert named["encoder.blocks.0.norm1.bias"]["weight_decay"] == 0
     assert named["encoder.blocks.0.attn.qkv.weight"]["weight_decay"] == finetuning.WEIGHT_DECAY
+
+
+@pytest.mark.parametrize("options", [{"learned": True, "registers": 2}, {"shared_bias": True}, {"layer_scale": 0.1}])
+def test_whatever_an_encoder_has_is_below_its_blocks_in_them_or_is_the_norm(options: dict[str, Any]):
+    encoder = tiny_vit(2, (4, 4), relative=False, **options)
+    encoder.class_adapter = torch.nn.Linear(16, 16)
+    for name, _ in encoder.named_parameters():
+        above = layers_above(name, 2)
+        if name.startswith("blocks."):
+            assert above == 2 - int(name.split(".")[1])
+        else:
+            assert above == (0 if name.startswith("norm.") else 3), name
 
 
 def test_crops_are_parts_of_the_image_and_depend_on_step_and_sample_alone():

@@ -1,23 +1,30 @@
 """`python -m pretrain.reconstruct`: own images by a run that never ended, and what the picture says of itself."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.processes import SMALL
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain import reconstructions
-from pretrain.build import build_method
+from pretrain.build import build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
-from pretrain.reconstruct import main
-from pretrain.trainer.checkpoint_layout import MANIFEST, MODEL_STATES, TrainState
+from pretrain.methods import METHODS
+from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.models.vit import ViT
+from pretrain.reconstruct import load_trained, main
+from pretrain.trainer.checkpoint_layout import EMA_FILE, MANIFEST, MODEL_STATES, TrainState
 
 MAE = {"name": "mae", "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
 LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3}
@@ -57,7 +64,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         checkpoint = run / "checkpoints" / "step_00000007"
         checkpoint.mkdir(parents=True)
         (run / "config.yaml").write_text(config.to_yaml())
-        torch.save({"module": build_method(config).state_dict()}, checkpoint / MODEL_STATES)
+        method = build_method(config, untrained_teacher(config))
+        torch.save({"module": method.state_dict()}, checkpoint / MODEL_STATES)
+        if config.target.name == "ema":
+            averages = feature_teacher(method).state_dict()
+            save_file({name: tensor + 1 for name, tensor in averages.items()}, checkpoint / EMA_FILE)
         state = asdict(TrainState(step=7, resume_signature=config.resume_signature()))
         (checkpoint / MANIFEST).write_text(json.dumps({"state": state, "files": {}}))
         return run
@@ -128,13 +139,82 @@ def test_methods_with_more_than_a_mask(
     assert all(column.dtype == torch.uint8 for column in columns.values())
 
 
+@pytest.mark.parametrize(
+    ("sections", "titles"),
+    [
+        ({"method": {"name": "beit"}, "target": {"name": "tokens", "vocab_size": 32}}, ["codes*", "predicted codes"]),
+        ({"method": MAE, "target": {"name": "teacher"}}, ["features*", "predicted features"]),
+        ({"method": {**MAE, "name": "tec", "num_queries": 2}}, ["features*", "predicted features"]),
+        ({"method": MAE, "target": {"name": "ema", "blocks": 2}}, ["features*", "predicted features"]),
+        ({"method": LOMAR, "target": {"name": "ema", "blocks": 1}}, ["features*", "predicted features"]),
+    ],
+    ids=["tokens", "teacher", "tec", "mae-ema", "lomar-ema"],
+)
+def test_what_has_no_pixels_is_drawn_in_false_colors(
+    sections: dict[str, Any],
+    titles: list[str],
+    make_run: Callable[..., Path],
+    photos: Path,
+    tmp_path: Path,
+    drawn: Any,
+    capsys: Any,
+):
+    """A frozen teacher is read from its file, also where that has moved since."""
+    torch.manual_seed(3)
+    encoder, file = ViT("vit_tiny", 16, (4, 5), relative=False), tmp_path / "teacher.safetensors"
+    metadata = EncoderSpec("vit_tiny", 16, (64, 80), "sincos").to_metadata()
+    save_file(encoder.state_dict(), file, metadata=metadata)
+    frozen = sections.get("target", {"name": "teacher"})["name"] == "teacher"
+    if frozen:
+        sections = sections | {"target": {"name": "teacher", "blocks": 1, "file": str(file)}}
+    run = make_run(**sections)
+    command = [str(run), str(photos / "b" / "1.jpg"), str(run / "out.png")]
+    assert main(command) == 0
+    ((columns, _, caption),) = drawn
+    assert [title for title in columns if "code" in title or "feature" in title] == titles
+    assert "have no pixels" in caption
+    if frozen:
+        file.rename(tmp_path / "moved.safetensors")
+        assert main(command) == 1
+        assert "is not a file: give one with the teacher's weights" in capsys.readouterr().err
+        assert main([*command, "--set", f"target.file={tmp_path / 'moved.safetensors'}"]) == 0
+        assert torch.equal(drawn[1][0][titles[0]], columns[titles[0]])
+
+
+def test_a_moving_average_is_that_of_the_checkpoint(make_run: Callable[..., Path]):
+    run = make_run(method=MAE, target={"name": "ema", "blocks": 2})
+    method, *_ = load_trained(run, [])
+    teacher = method.target.teacher.state_dict()
+    assert teacher.keys() == method.state_dict().keys() & teacher.keys()
+    assert all(torch.equal(tensor, method.state_dict()[name] + 1) for name, tensor in teacher.items())
+
+
+def test_a_method_of_ones_own_is_drawn_if_the_command_names_its_file(
+    make_run: Callable[..., Path], photos: Path, tmp_path: Path, drawn: Any, capsys: Any
+):
+    module = tmp_path / "mine.py"
+    module.write_text(
+        "from typing import Literal\nfrom pretrain.methods.mae import MAE\n\n\nclass Mine(MAE):\n"
+        '    class Config(MAE.Config):\n        name: Literal["mine"] = "mine"\n'
+    )
+    run = make_run(method=MAE)
+    keys = yaml.safe_load((run / "config.yaml").read_text())
+    keys["method"] |= {"name": "mine", "module": str(module)}
+    (run / "config.yaml").write_text(yaml.safe_dump(keys))
+    command = [str(run), str(photos / "b" / "1.jpg"), str(run / "out.png")]
+    assert main(command) == 1
+    assert f"give method.module={module} on the command line" in capsys.readouterr().err
+    with patch.dict(METHODS), patch.dict(sys.modules), patch.object(sys, "path", [*sys.path]):
+        assert main([*command, "--set", f"method.module={module}"]) == 0
+    assert len(drawn) == 1
+
+
 def test_what_cannot_be_drawn_is_refused(make_run: Callable[..., Path], photos: Path, tmp_path: Path, capsys: Any):
     def refused(*arguments: object) -> str:
         assert main([str(argument) for argument in arguments]) == 1
         return capsys.readouterr().err
 
     run, out = make_run(method={"name": "beit"}, target={"name": "tokens", "vocab_size": 32}), tmp_path / "out.png"
-    assert "predicts target.name=tokens, which have no pixels" in refused(run, photos, out)
     assert "is not the folder of a run: it has no config.yaml" in refused(photos, photos, out)
     assert "named *.png" in refused(run, photos / "b" / "1.jpg", photos / "b" / "3.jpg")
     assert "--count 0 must be at least 1" in refused(run, photos, out, "--count", "0")

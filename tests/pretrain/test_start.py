@@ -49,6 +49,8 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     [
         (["start.checkpoint=a", "start.run=b"], "set one of them"),
         (["start.run=b", "start.weights=ema"], "start.weights chooses among the weights of start.checkpoint"),
+        (["start.load=encoder"], "set start.checkpoint or start.run as well"),
+        (["start.run=b", "start.load=decoder"], r"start\.load=decoder: must be all, fitting or encoder"),
         (["start.checkpoint=a", "start.optimizer=true"], "moments from start.run: set that"),
         (["start.checkpoints=a"], r"unknown key start\.checkpoints: did you mean start\.checkpoint\?"),
     ],

@@ -64,6 +64,28 @@ def test_all_that_is_wrong_is_said_at_once(read: Read):
     assert len(str(error.value).splitlines()) == 3
 
 
+def test_what_is_wrong_within_sections_is_said_with_it(read: Read):
+    """DeepSpeed itself stops at the first section that it refuses."""
+    inner = {
+        "zero_optimization": {"stag": 3, "overlap_comm": "often"},
+        "flops_profiler": {"enable": True},
+        "tensorboard": {"enabled": "often"},
+    }
+    for above in ({}, {"zero_optimisation": {}, "fp16": {"enabled": True}}):
+        with pytest.raises(ValueError, match="zero_optimization") as error:
+            read(**above, **inner)
+        lines = str(error.value).splitlines()
+        assert len(lines) == len(set(lines)) == len(above) + 4
+        for key in (
+            "zero_optimization.stag,",
+            "overlap_comm=often",
+            "flops_profiler.enable,",
+            "tensorboard.enabled=",
+            *above,
+        ):
+            assert key in str(error.value)
+
+
 def test_auto_is_the_recipes_value_or_deepspeeds_default(read: Read):
     settings = read(
         train_batch_size="auto",

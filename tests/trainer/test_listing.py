@@ -12,10 +12,11 @@ from downstream.classify.config import FinetuneConfig
 from pretrain import config as pretrain
 from pretrain.config import PretrainConfig
 from pretrain.trainer import main as entry
+from pretrain.trainer.engine import check_engine_file
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.schema import Section, leaves, sections_in
 
-PRETRAIN = Catalog(PretrainConfig, pretrain.RECIPES, pretrain.load, pretrain.ELSEWHERE)
+PRETRAIN = Catalog(PretrainConfig, pretrain.RECIPES, pretrain.load, pretrain.ELSEWHERE, check_engine_file)
 FINETUNE = Catalog(FinetuneConfig, classify.RECIPES, classify.load, classify.ELSEWHERE)
 BOTH = pytest.mark.parametrize("catalog", [PRETRAIN, FINETUNE], ids=["pretrain", "finetune"])
 
@@ -52,6 +53,13 @@ def test_every_key_has_a_description(catalog: Catalog):
             if not inner and not described(section, name):
                 missing.append(f"{section.__qualname__}.{name}")
     assert not missing
+
+
+def test_the_engines_file_of_what_is_shown_is_checked(tmp_path: Path):
+    (tmp_path / "engine.json").write_text('{"zero_optimisation": {}}')
+    with pytest.raises(ValueError, match="zero_optimisation, which DeepSpeed does not know"):
+        PRETRAIN.show("quickstart", [f"train.ds_config={tmp_path / 'engine.json'}"])
+    assert "ds_config: zero3" in PRETRAIN.show("quickstart", ["train.ds_config=zero3"])
 
 
 @pytest.mark.parametrize(

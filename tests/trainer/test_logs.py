@@ -165,14 +165,14 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., o
     def exit_process(code: int) -> NoReturn:
         raise SystemExit(code)
 
-    def run(error: Exception | None, rank: int = 0) -> object:
+    def run(error: Exception | None, rank: int = 0, world_size: int = 2) -> object:
         def train(config: RunConfig, world: World) -> None:
             (tmp_path / "logs").mkdir(exist_ok=True)
             log_to_file(tmp_path / "logs", world)
             if error is not None:
                 raise error
 
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": 1}.items():
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": 1}.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         with pytest.raises(SystemExit) as ended:
@@ -194,6 +194,14 @@ def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
     assert capsys.readouterr().err == f"error on rank {rank}: {error}\n"
     logged = (tmp_path / "logs" / f"rank{rank}.log").read_text()
     assert logged.endswith(f" ERROR pretrain.trainer.main: error on rank {rank}: {error}\n")
+
+
+@pytest.mark.parametrize("error", [ValueError("too many images"), torch.OutOfMemoryError("out of memory")])
+def test_a_single_process_says_an_error_as_it_says_those_of_the_recipe(
+    error: Exception, run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
+):
+    assert run_main(error, 0, world_size=1) == 1
+    assert capsys.readouterr().err.startswith("error: t")
 
 
 def refuse(rank: int) -> float:

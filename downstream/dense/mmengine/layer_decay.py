@@ -8,6 +8,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMI
 from torch import nn
 
 from downstream.dense.backbone.plain_vit import PlainViT
+from pretrain.trainer.optim import layers_above
 
 _NOT_DECAYED = re.compile(r".*(cls_token|reg_token|pos_embed|rel_pos_[hw])")
 
@@ -39,22 +40,15 @@ def layer_decay_groups(model: nn.Module, *, lr: float, weight_decay: float, laye
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = _layer(name.removeprefix(prefix), depth) if name.startswith(prefix) else depth + 1
+        above = layers_above(name.removeprefix(prefix), depth) if name.startswith(prefix) else 0
         decays = parameter.ndim > 1 and not _NOT_DECAYED.fullmatch(name)
-        scale = layer_decay ** (depth + 1 - layer)
+        scale = layer_decay**above
         group = groups.setdefault(
-            (layer, decays),
+            (-above, decays),
             {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": weight_decay if decays else 0.0},
         )
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
-
-
-def _layer(name: str, depth: int) -> int:
-    """The layer of one of the backbone's parameters: 0 before the blocks, depth + 1 after them."""
-    if block := re.match(r"blocks\.(\d+)\.", name):
-        return int(block[1]) + 1
-    return 0 if name.startswith(("patch_embed.", "cls_token", "reg_token", "pos_embed")) else depth + 1
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -27,12 +27,10 @@ class PatchTarget(ABC):
     Attributes:
         num_outputs: number of values to predict for each patch.
         caption: what whoever looks at the images of `render` must know, if anything.
-        has_pixels: whether these images show what the model sees of a photograph.
     """
 
     num_outputs: int
     caption: str = ""
-    has_pixels: bool = True
 
     @abstractmethod
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
@@ -49,6 +47,10 @@ class PatchTarget(ABC):
     @abstractmethod
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
         """The mean over all (B, M, num_outputs) predictions, in fp32; `truth` (B, M, ...) of the same patches."""
+
+    def losses(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """`loss` and, where it is a sum, what else is logged of it: its terms `loss_*`, detached."""
+        return {"loss": self.loss(prediction, truth)}
 
     @abstractmethod
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from data.messages import counted
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.pca import principal_components
@@ -147,6 +148,10 @@ class TeacherConfig(TargetConfig):
         None, description="timm's name of the model whose weights, by timm's names, are in the file"
     )
     blocks: int = Field(2, ge=1, description="last blocks of the teacher whose mean output is the target")
+    resize_images: Annotated[bool, MAY_CHANGE] = Field(
+        False,
+        description="true: a teacher of other patches sees images resized so that it has as many as the encoder",
+    )
     sha256: str | None = Field(None, description="refuse any other file; filled in if unset")
 
     @field_validator("file")
@@ -183,7 +188,7 @@ def check_blocks(blocks: int, depth: int, owner: str) -> None:
     """Raises ValueError if a teacher does not have that many blocks."""
     if blocks > depth:
         raise ValueError(
-            f"target.blocks={blocks} are more than the {depth} blocks of {owner}: set target.blocks to at most {depth}"
+            f"target.blocks={blocks}, but {owner} has {counted(depth, 'block')}: set target.blocks to at most {depth}"
         )
 
 
@@ -203,7 +208,6 @@ class FeatureTarget(PatchTarget):
         "Features have no pixels: their three principal components among the patches shown are drawn as red, green and "
         "blue. A prediction is right where the colors agree."
     )
-    has_pixels = False
 
     def __init__(self, config: TeacherConfig | EMAConfig, patch_size: int, teacher: FeatureTeacher):
         self.config, self.patch_size, self.teacher = config, patch_size, teacher

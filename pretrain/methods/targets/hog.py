@@ -117,9 +117,23 @@ class HOGTarget(PatchTarget):
         A coarse cell's error is in those of its masked patches, so cells have the weight that LocalMIM gives them: the
         share of their patches that is masked.
         """
+        return self._losses_by_size(prediction, truth).sum()
+
+    def losses(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """As of any target; of several sizes of cells each one's error is logged, as `loss_cell_8`."""
+        by_size = self._losses_by_size(prediction, truth)
+        sizes = self.config.cell_sizes
+        names = [
+            f"loss_cell_{size}{f'_{sizes[:number].count(size) + 1}' if sizes.count(size) > 1 else ''}"
+            for number, size in enumerate(sizes)
+        ]
+        terms = zip(names, by_size.detach().unbind(), strict=True) if len(sizes) > 1 else ()
+        return {"loss": by_size.sum(), **dict(terms)}
+
+    def _losses_by_size(self, prediction: Tensor, truth: Tensor) -> Tensor:
         error = (prediction.float() - truth).square()
         sizes = [scale.num_outputs for scale in self.scales]
-        return torch.stack([part.mean() for part in error.split(sizes, dim=-1)]).sum()
+        return torch.stack([part.mean() for part in error.split(sizes, dim=-1)])
 
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """A line in each cell of the first size for every direction, in its color, as bright as there is of it."""

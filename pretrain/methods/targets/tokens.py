@@ -51,7 +51,6 @@ class TokenTarget(PatchTarget):
     """The tokenizer's code for each patch."""
 
     caption = "Codes have no pixels: each is drawn in a color of its own. A prediction is right where the colors agree."
-    has_pixels = False
 
     def __init__(self, config: TokensConfig, grid: Grid, patch_size: int):
         self.patch_size, self.num_outputs = patch_size, config.vocab_size
