@@ -15,7 +15,8 @@ from data.image_file import BadImage, check_length
 from data.names import readable, shown
 from data.pack_report import PackReport
 from data.parallel import run_parallel
-from data.scan import NO_LABEL
+from data.pixel_format import RGB, PixelFormat
+from data.scan import ARRAY_EXTENSION, NO_LABEL
 from data.shrink import Shrink, shrink_image
 from data.sources import Source, SourceFile
 
@@ -28,6 +29,7 @@ _EXTENSIONS = {
     "GIF": "gif",
     "JPEG2000": "jp2",
     "AVIF": "avif",
+    "NPY": ARRAY_EXTENSION,
 }  # by the formats of data.decode
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEADERS = 2048  # bytes of a sample in a shard besides the image, at most
@@ -43,6 +45,7 @@ class ShardTask:
     path: Path  # in the staging folder; exists only once the shard is complete
     bits: int | None
     shrink: Shrink | None = None
+    format: PixelFormat = RGB
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,19 @@ class _Class:
     label: int
     files: tuple[SourceFile, ...]
     bits: int | None
+    format: PixelFormat
 
 
-def without_unreadable_classes(source: Source, workers: int, bits: int | None) -> tuple[Source, tuple[str, ...]]:
+def without_unreadable_classes(
+    source: Source, workers: int, bits: int | None, format: PixelFormat = RGB
+) -> tuple[Source, tuple[str, ...]]:
     """The source with only those class folders that have a readable image, and what to say about the others."""
     if source.classes_given or not source.classes:
         return source, ()
     files = defaultdict(list)
     for file in source.files:
         files[file.label].append(file)
-    classes = [_Class(source.root, label, tuple(members), bits) for label, members in files.items()]
+    classes = [_Class(source.root, label, tuple(members), bits, format) for label, members in files.items()]
     workers = workers if len(classes) > _MANY_CLASSES else 1  # of most, one image is decoded
     found = sorted(
         label for label in run_parallel(_readable_label, classes, workers, "checking classes", "class") if label >= 0
@@ -82,7 +88,7 @@ def _readable_label(images: _Class) -> int:
     """The label of a class that has a readable image, NO_LABEL of another."""
     for file in images.files:
         try:
-            _prepare(_read(images.root, file), images.bits)
+            _prepare(_read(images.root, file), images.bits, images.format)
             return images.label
         except BadImage:
             continue
@@ -98,9 +104,9 @@ def _read(root: Path, file: SourceFile) -> bytes:
     return data
 
 
-def _prepare(data: bytes, bits: int | None) -> tuple[bytes, ImageFacts]:
+def _prepare(data: bytes, bits: int | None, format: PixelFormat) -> tuple[bytes, ImageFacts]:
     """The bytes to pack for those of a file; raises BadImage."""
-    facts = check_image(data)
+    facts = check_image(data, format)
     if bits is None or not (facts.is_gray or facts.used_bits is not None):
         return data, facts
     return rewrite_16_bits(data, bits), facts._replace(format="PNG", used_bits=None)
@@ -138,7 +144,7 @@ def _write_shard(task: ShardTask) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for source in task.files:
                 try:
-                    data, facts = _prepare(_read(task.root, source), task.bits)
+                    data, facts = _prepare(_read(task.root, source), task.bits, task.format)
                     smaller = shrink_image(data, task.shrink) if task.shrink else None
                 except BadImage as error:
                     report.rejected.append(f"{readable(source.name)}\t{error.kind}\t{readable(str(error))}")
