@@ -1,4 +1,4 @@
-"""How many channels a pixel has, and of which type its values are; a batch has images of one format."""
+"""How many channels a pixel has, of which type its values are, and their statistics; a batch has one format."""
 
 import argparse
 from typing import Literal, NamedTuple, get_args
@@ -37,6 +37,36 @@ class PixelFormat(NamedTuple):
 
 
 RGB = PixelFormat()
+
+
+class Pixels(NamedTuple):
+    """What a model takes pixels to be; by default ImageNet's RGB.
+
+    Attributes:
+        mean, std: of each channel, of values divided by the format's `white`: in 0..1, but for float32.
+        dtype: of the values.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    dtype: DType = "uint8"
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.mean)
+
+    @property
+    def format(self) -> PixelFormat:
+        """Of the images."""
+        return PixelFormat(self.channels, self.dtype)
+
+    def __str__(self) -> str:
+        mean, std = ("/".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
+        return f"mean {mean}, deviation {std}" + ("" if self.format == RGB else f", {self.format}")
+
+
+IMAGENET = Pixels()
 
 
 def empty_images(*shape: int, format: PixelFormat = RGB) -> Tensor:

@@ -16,6 +16,7 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.loader import draw_masks
 from data.parallel import report_errors
+from data.pixel_format import RGB, PixelFormat, computable
 from downstream.checkpoints.files import read_source
 from downstream.own_images import load_images
 from pretrain.config import load
@@ -59,19 +60,21 @@ def load_trained(run: Path) -> tuple[Method, tuple[int, int], str]:
     return shown.eval(), config.data.height_width, f"{config.name}: after {read_state(checkpoint).step} steps"
 
 
-def read_images(samples: Samples, size: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
-    """The first images that can be decoded, (B, H, W, 3) uint8, and which samples they are; at most `count`.
+def read_images(
+    samples: Samples, size: tuple[int, int], count: int, format: PixelFormat = RGB
+) -> tuple[Tensor, list[int]]:
+    """The first images that can be decoded, (B, H, W, C), and which samples they are; at most `count`.
 
     Raises:
         ValueError: none of those tried can be decoded.
     """
     images, numbers = [], []
-    for batch in EvalLoader(samples, size=size, batch=1).batches():
+    for batch in EvalLoader(samples, size=size, batch=1, format=format).batches():
         name = samples.keys[int(batch.samples)]
         if not batch.readable:
             print(f"left out, since it cannot be decoded: {name}", file=sys.stderr)
             continue
-        images.append(batch.images)
+        images.append(computable(batch.images))
         numbers.append(int(batch.samples))
         if len(images) == count:
             break
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--count {options.count} must be at least 1")
         samples = load_images(*options.images)
         method, size, what = load_trained(options.run)
-        images, numbers = read_images(samples, size, options.count)
+        images, numbers = read_images(samples, size, options.count, method.encoder.pixels.format)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         masks = draw_masks(method.mask_sampler(), options.seed, ((0, number) for number in numbers))
         indices = {name: index.to(device) for name, index in masks.items()}

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
+from data.pixel_format import RGB
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.weights import build_encoder, read_encoder
 from pretrain.methods.masking import Grid
@@ -56,6 +57,8 @@ def read_feature_teacher(config: TargetConfig, grid: Grid) -> FeatureTeacher | N
 def _encoder_teacher(file: str, weights: str | None, grid: Grid) -> EncoderTeacher:
     found = read_encoder(file, weights=weights)
     patch_size = found.spec.patch_size
+    if found.spec.pixels.format != RGB:
+        raise ValueError(f"it is of {found.spec.pixels.format}: give a teacher of RGB in 8 bits")
     encoder, report = build_encoder(found, image_size=(grid[0] * patch_size, grid[1] * patch_size))
     _log.info("the teacher is %s", report)
     return EncoderTeacher(encoder)

@@ -10,8 +10,9 @@ Both are made of steps for those who decide after a look at what a file holds, w
     fill_encoder(encoder, found) -> report
 
 Absolute positions and BEiT's bias tables, which have an entry for every position or offset of one grid, are resized,
-and so is the patch projection between 14 and 16 pixels. Contextual relative tables (LoMaR's) are not: their buckets are
-offsets in patches, the same for every grid, and offsets farther than any in training share the outermost bucket.
+and so is the patch projection between 14 and 16 pixels; between numbers of channels it follows timm's rule. Contextual
+relative tables (LoMaR's) are not: their buckets are offsets in patches, the same for every grid, and offsets farther
+than any in training share the outermost bucket.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
+from data.pixel_format import Pixels
 from data.transforms import height_width
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import read_source
@@ -29,7 +31,7 @@ from downstream.checkpoints.find_spec import BIAS, fits_grid
 from downstream.checkpoints.fold import SCALE
 from downstream.checkpoints.formats import EncoderWeights, translate
 from downstream.checkpoints.names import SHARED_BIAS
-from downstream.checkpoints.pixels import Pixels
+from downstream.checkpoints.pixels import match_pixels
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
@@ -119,6 +121,7 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
     state, resized = dict(found.state), dict(found.report.resized)
     if spec.patch_size != mine.patch_size:
         resized |= _resize_patches(state, path, spec.patch_size, mine.patch_size)
+    resized |= match_pixels(state, spec.pixels, mine.pixels)
     if spec.position != "relative":
         resized |= _resize_positions(state, found, mine.grid)
     if spec.registers != mine.registers:

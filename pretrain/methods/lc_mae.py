@@ -129,5 +129,5 @@ class LCMAE(MAE):
         if v is not None and config.w_cross:
             terms["cross"] = cross_view_loss(v[::2], v[1::2], masked[::2], masked[1::2])
         if v is not None and config.w_in:
-            terms["in"] = in_view_loss(v, normalize_pixels(masked_patches))
+            terms["in"] = in_view_loss(v, normalize_pixels(masked_patches, self.encoder.pixels))
         return terms

@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
+from data.pixel_format import IMAGENET
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
 from downstream.checkpoints.report import Report
@@ -82,6 +83,11 @@ def read_start(
     try:
         found = read_encoder(path, weights=weights)
         rows, cols = found.spec.grid
+        if found.spec.pixels != IMAGENET:
+            raise ValueError(
+                f"{path} is of {found.spec.pixels}, and detection and segmentation read RGB by ImageNet's mean and "
+                f"deviation: give a checkpoint of those"
+            )
         encoder, report = build_encoder(found, image_size=(rows * patch_size, cols * patch_size), patch_size=patch_size)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None

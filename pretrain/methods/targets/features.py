@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from data.pixel_format import RGB, Pixels
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.pca import principal_components
@@ -165,6 +166,10 @@ class TeacherConfig(TargetConfig):
         if info.data.get("file") is None:
             return given  # the file is invalid, which is reported, or is yet to be named
         return as_sha256("target.sha256", given, file_digest(info.data["file"]), info.data["file"])
+
+    def check_pixels(self, pixels: Pixels) -> None:
+        if pixels.format != RGB:
+            self.refuse_pixels("has a teacher that reads RGB in 8 bits", pixels)
 
 
 class EMAConfig(TargetConfig):
