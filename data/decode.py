@@ -53,8 +53,8 @@ def decode(
     and decodes JPEGs at 1/2, 1/4 or 1/8 of their size; there the filter also reads the pixels beyond an inner edge.
     EXIF orientation is ignored (but in TIFF files) and transparency dropped, as torchvision's ImageFolder does.
 
-    Of other formats than `RGB`, and of .npy files, all pixels are decoded, and each channel is resized by Pillow: bytes
-    as it resizes grays, and wider values in fp32, then rounded to the nearest of their type.
+    Of other formats than `RGB`, and of .npy files, all pixels are decoded, and each channel is cut out and resized by
+    Pillow: bytes as it resizes grays, and wider values in fp32, then rounded to the nearest of their type.
 
     Args:
         data: the file's bytes.
@@ -149,8 +149,12 @@ class _Planes:
 
     def render(self, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
         """The pixels of one crop."""
+        inside: Box | None
         inside, target, beyond = _inside(box, self.size, size)
-        resized = [plane.resize(target[::-1], Image.Resampling.BICUBIC, box=inside) for plane in self._planes]
+        planes = self._planes
+        if tuple(map(int, inside)) == box:
+            planes, inside = [plane.crop(box) for plane in planes], None
+        resized = [plane.resize(target[::-1], Image.Resampling.BICUBIC, box=inside) for plane in planes]
         pixels = np.stack([np.asarray(plane) for plane in resized], axis=2)
         if self._dtype == np.uint16:  # the filter overshoots at edges
             pixels = np.rint(pixels).clip(0, 65535).astype(np.uint16)

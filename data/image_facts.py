@@ -8,7 +8,7 @@ from PIL import Image
 
 from data.bit_depth import WHITE_16_BITS, is_negative, read_16_bits, scale_to_8_bits, white_of
 from data.channels import is_npy, read_pixels
-from data.image_file import REDUCIBLE, UNSUPPORTED, BadImage, bad_image, open_image, to_rgb
+from data.image_file import REDUCIBLE, UNSUPPORTED, BadImage, bad_image, is_tiff, open_image, to_rgb
 from data.pixel_format import RGB, PixelFormat
 
 _ORIENTATION, _UPRIGHT = 274, 1  # EXIF 2.3, table 4
@@ -41,7 +41,8 @@ def check_image(data: bytes, format: PixelFormat = RGB) -> ImageFacts:
     """
     if format != RGB or is_npy(data):
         read_pixels(data, format)
-        return ImageFacts("NPY" if is_npy(data) else _name(open_image(data)))
+        name = "NPY" if is_npy(data) else "TIFF" if is_tiff(data) else _name(open_image(data))
+        return ImageFacts(name)
     image = open_image(data)
     try:
         values = read_16_bits(image)
