@@ -73,8 +73,8 @@ def fold_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels = IMAGENE
 def match_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels) -> dict[str, str]:
     """Makes weights of an encoder of ours, by our names, those for other pixels, in place.
 
-    Of another number of channels they are timm's (`adapt_input_conv`), which is defined from and to three: one channel
-    gets the sum over all, and several get them in turn, scaled so that gray in all of them stays what it was.
+    Of another number of channels they are those of timm's `adapt_input_conv`, which is defined from three alone: one
+    channel gets the sum over all, and several get them in turn, scaled by the ratio of the two numbers.
 
     Returns:
         What became of which parameter of the state.

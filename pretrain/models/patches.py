@@ -111,7 +111,7 @@ def describe_shown(pixels: Pixels) -> str:
     if pixels.channels < RGB.channels:
         which = "the only channel" if pixels.channels == 1 else f"channel 1 of {pixels.channels}, in gray"
     values = "" if pixels.dtype == "uint8" else ", black and white two deviations from the mean"
-    return f"Shown is {which}{values}."
+    return f"The pictures show {which}{values}."
 
 
 def _show_channels(patches: Tensor, pixels: Pixels) -> Tensor:

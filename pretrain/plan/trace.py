@@ -102,7 +102,7 @@ class Trace:
         parameters: that are trained.
         averaged: of a teacher that is a moving average.
         frozen: of a teacher that stays as it is.
-        image_bytes: of the pixels of a sample, all views.
+        image_bytes: of the pixels of a sample on the device, all views.
     """
 
     calls: tuple[BlockCall, ...]
@@ -142,7 +142,7 @@ def trace_method(config: PretrainConfig) -> Trace:
         count(method),
         count(averaged),
         count(frozen),
-        images[0].numel(),
+        images[0].nbytes,
     )
 
 
