@@ -76,17 +76,9 @@ def pack(
         for leftover in staging.glob("*.tmp"):
             leftover.unlink()
         source, unreadable = without_unreadable_classes(source, workers, bits, format)
-        tasks = [
-            ShardTask(
-                source.root,
-                source.files[start : start + samples_per_shard],
-                staging / f"{prefix}-{number:06d}.tar",
-                bits,
-                shrink,
-                format,
-            )
-            for number, start in enumerate(range(0, len(source.files), samples_per_shard))
-        ]
+        parts = enumerate(range(0, len(source.files), samples_per_shard))
+        files = ((source.files[start : start + samples_per_shard], f"{prefix}-{n:06d}.tar") for n, start in parts)
+        tasks = [ShardTask(source.root, part, staging / name, bits, shrink, format) for part, name in files]
         write_shards(
             [task for task in tasks if not (task.path.exists() or (out / task.path.name).exists())], out, workers
         )

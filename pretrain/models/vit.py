@@ -66,8 +66,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, dim: int, pixels: Pixels = IMAGENET):
         super().__init__()
-        self.pixels = pixels
-        self.proj = _PatchProjection(pixels.channels, dim, patch_size, patch_size)
+        self.pixels, self.proj = pixels, _PatchProjection(pixels.channels, dim, patch_size, patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
         return self.proj(normalize_pixels(patches, self.pixels))
@@ -186,7 +185,7 @@ class ViT(nn.Module):
         assert class_token or not (relative or bias or registers), "buckets have a row for the class token"
         self.arch, self.patch_size, self.grid, self.relative = ARCHS[arch], patch_size, grid, relative
         self.grad_checkpointing, self.bias, self.registers = grad_checkpointing, bias or shared_bias, registers
-        dim = self.arch.dim
+        dim, self.pixels = self.arch.dim, pixels
         self.patch_embed = PatchEmbed(patch_size, dim, pixels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
@@ -196,15 +195,14 @@ class ViT(nn.Module):
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         self.class_adapter: nn.Module | None = None
         self.rel_pos_bias = RelativeBias(self.arch.heads, grid) if shared_bias else None
-        bias_grid = grid if bias else None
         rates = [drop_path_rate * block / max(self.arch.depth - 1, 1) for block in range(self.arch.depth)]
+        bias_grid = grid if bias else None
         self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
-        if self.reg_token is not None:
-            nn.init.normal_(self.reg_token, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
         if learned:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
@@ -213,11 +211,6 @@ class ViT(nn.Module):
         """(H, W) of the images whose patches `grid` counts."""
         rows, cols = self.grid
         return rows * self.patch_size, cols * self.patch_size
-
-    @property
-    def pixels(self) -> Pixels:
-        """What the images' pixels are."""
-        return self.patch_embed.pixels
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -59,7 +59,9 @@ def one_step(model: torch.nn.Module, **inputs: Any) -> None:
     before = model(**inputs)["loss"]
     before.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "pos_embed" not in name)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert norm > 0
     assert model(**inputs)["loss"] < before
 
 
