@@ -51,7 +51,7 @@ def _to_mm(export: Export, out: Path) -> tuple[float, str]:
     if export.spec.pixels != IMAGENET:
         raise ValueError(
             f"{export.report.path} is of {export.spec.pixels}, and mm's pipelines give backbones RGB by ImageNet's: "
-            f"take --format timm or hf"
+            f"take --format timm or hf, or, of 3 channels of uint8, the file itself as start.checkpoint"
         )
     torch.save({"state_dict": export.tensors, "meta": export.metadata}, out)
     encoder = load_encoder(out)[0].double()

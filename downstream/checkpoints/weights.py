@@ -90,9 +90,13 @@ def read_encoder(path: Path | str, *, weights: Weights | None = None, pixels: Pi
 
 
 def build_encoder(
-    found: EncoderWeights, *, image_size: Size | None = None, patch_size: int | None = None
+    found: EncoderWeights,
+    *,
+    image_size: Size | None = None,
+    patch_size: int | None = None,
+    pixels: Pixels | None = None,
 ) -> tuple[ViT, Report]:
-    """A new encoder from what was read, of its own size or another; as `load_encoder`."""
+    """A new encoder from what was read, of its own sizes and pixels or others; as `load_encoder`."""
     spec = found.spec
     size, patch_size = image_size or spec.image_size, patch_size or spec.patch_size
     height, width = height_width(size)
@@ -101,7 +105,7 @@ def build_encoder(
             f"{found.report.path}: the image size {height}x{width} is not a multiple of the patch size {patch_size}: "
             f"give another size"
         )
-    encoder = replace(spec, image_size=(height, width), patch_size=patch_size).build()
+    encoder = replace(spec, image_size=(height, width), patch_size=patch_size, pixels=pixels or spec.pixels).build()
     report = fill_encoder(encoder, found)
     return encoder.eval(), report
 

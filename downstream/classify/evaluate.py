@@ -28,7 +28,7 @@ from downstream.own_images import count_images
 from pretrain.trainer.launch import World
 from pretrain.trainer.per_sample import compute_per_sample
 
-Predict = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) on the device -> logits (B, C)
+Predict = Callable[[Tensor], Tensor]  # (B, H, W, channels) on the device -> logits (B, C)
 
 COUNT_AS_WRONG = "count as wrong"
 _ADVICE = "evaluate it on the data set that it was trained for"
@@ -49,7 +49,7 @@ def evaluate(
     """Predictions for all samples, each counted once; called by all ranks together, and the same on all of them.
 
     Args:
-        predict: uint8 (B, H, W, 3) on the device -> logits (B, C). Every rank calls it equally often.
+        predict: (B, H, W, channels) on the device -> logits (B, C). Every rank calls it equally often.
         samples: all of them labeled, with one class each or with lists of classes.
         size: (H, W) of the central crops.
         batch: images per batch of each rank.

@@ -101,7 +101,7 @@ class AutoEncoder(Method):
         return {"loss": self.target.loss(self._predict(images), truth)}
 
     def _predict(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> the prediction of the blocks, (B, N, K)."""
+        """(B, H, W, C) -> the prediction of the blocks, (B, N, K)."""
         patches = patchify(images, self.encoder.patch_size)
         positions = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
         return self.decoder(self.encoder(self.encoder.patch_embed(patches), positions), positions)

@@ -105,7 +105,7 @@ class LCMAE(MAE):
         """The loss of a batch and its terms with non-zero weight, detached and unweighted: `loss_mae` and so on.
 
         Args:
-            images: (B, H, W, 3) uint8.
+            images: (B, H, W, C).
             mask_indices: (B, 2, V), (B, 2, M) and (B, 2, K).
         """
         patches = patchify(images, self.encoder.patch_size)

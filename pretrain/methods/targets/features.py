@@ -59,7 +59,7 @@ class FeatureTeacher(nn.Module, ABC):
         """The patch tokens behind some blocks, each (B, N, D), in raster order; no norm is applied.
 
         Args:
-            images: (B, H, W, 3) uint8; they are resized if they are not of the teacher's size.
+            images: (B, H, W, C); those of RGB are resized if they are not of the teacher's size.
             blocks: ascending numbers; 1 is the first block.
         """
 
