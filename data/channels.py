@@ -5,6 +5,7 @@ must have the channels and the type that are asked for; only three channels of 1
 way, and lose their transparency.
 """
 
+import logging
 import math
 import re
 import zlib
@@ -17,8 +18,10 @@ from PIL import Image, TiffImagePlugin
 from data.bit_depth import has_16_bit_colors, is_negative, read_16_bits, white_of
 from data.image_file import (
     DAMAGED,
+    MAX_BYTES,
     OTHER_CHANNELS,
     OTHER_TYPE,
+    TOO_LARGE,
     UNSUPPORTED,
     BadImage,
     bad_image,
@@ -132,6 +135,13 @@ def _read_8_bits(image: Image.Image, format: PixelFormat) -> np.ndarray:
     return np.asarray(image.convert("L") if image.mode == "1" else image)
 
 
+def _check_all(width: int, height: int, pixel: int) -> None:
+    """Raises BadImage for sizes that are not read, and for more bytes in all, of so many a pixel, than files have."""
+    check_size(width, height)
+    if width * height * pixel > MAX_BYTES:
+        raise BadImage(f"{width} x {height} pixels of {pixel} bytes are over {MAX_BYTES}: cut it into parts", TOO_LARGE)
+
+
 def _lost(image: TiffImagePlugin.TiffImageFile) -> str:
     """What Pillow would not read of a TIFF file, in words; '' where it reads all."""
     samples = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
@@ -151,7 +161,7 @@ def _read_pages(data: bytes, format: PixelFormat) -> np.ndarray:
     image, pages = open_image(data), []
     for page in range(format.channels):
         image.seek(page)
-        check_size(*image.size)
+        _check_all(*image.size, format.channels * np.dtype(format.dtype).itemsize)
         image.load()
         values = np.asarray(image.convert("L") if image.mode == "1" else image)
         pages.append(values.astype(values.dtype.newbyteorder("=")))
@@ -172,9 +182,10 @@ def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
         raise BadImage(
             f'{refused}; TIFF files of other channels need tifffile: pip install "lomar-deepspeed[tiff]"', UNSUPPORTED
         ) from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a line for each damaged file
     with tifffile.TiffFile(BytesIO(data)) as file:
         page: Any = file.pages[0]
-        check_size(page.imagewidth, page.imagelength)
+        _check_all(page.imagewidth, page.imagelength, page.nbytes // max(page.imagewidth * page.imagelength, 1))
         if page.imagedepth != 1 or page.samplesperpixel > MAX_CHANNELS:
             raise BadImage(f"a TIFF file of {page.samplesperpixel} channels, {page.imagedepth} layers", OTHER_CHANNELS)
         if page.dtype is None or page.dtype.name not in get_args(DType):

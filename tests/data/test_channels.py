@@ -182,6 +182,34 @@ def test_a_tiff_does_not_unpack_to_more_than_its_size() -> None:
         read_pixels(file.getvalue(), PixelFormat(5, "uint16"))
 
 
+def test_a_tiff_without_its_pixels_is_no_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bands(noise(5, "float32"))
+    monkeypatch.setattr("data.channels.MAX_BYTES", 24 * 36 * 5 * 4 - 1)
+    with pytest.raises(BadImage, match="are over 17279") as refused:
+        read_pixels(data, PixelFormat(5, "float32"))
+    assert refused.value.kind == "too large"
+
+
+@pytest.mark.parametrize(
+    ("write", "channels"), [(npy, 5), (bands, 5), (deflated, 5), (planes, 2), (pages, 2), (png, 1)]
+)
+def test_damage_is_a_bad_image_and_nothing_else(write: Callable[[np.ndarray], bytes], channels: int) -> None:
+    format, rng = PixelFormat(channels, "uint16"), np.random.default_rng(0)
+    data = write(noise(channels, "uint16"))
+    read_pixels(data, format)
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(data)
+        for position in rng.integers(0, min(len(data), 400), 3).tolist():
+            damaged[position] = int(rng.integers(256))
+        cut = int(rng.integers(len(data))) if rng.random() < 0.3 else len(data)
+        try:
+            assert read_pixels(bytes(damaged[:cut]), format).shape[2] == channels
+        except BadImage:
+            refused += 1
+    assert refused > 20
+
+
 @pytest.mark.parametrize("box", [(3, 1, 31, 20), (3.5, 1.25, 31.0, 20.75)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_each_channel_is_resized_as_numbers_are(dtype: str, box: tuple[float, float, float, float]) -> None:
