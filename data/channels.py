@@ -35,6 +35,7 @@ from data.pixel_format import MAX_CHANNELS, DType, PixelFormat
 NPY = b"\x93NUMPY"
 _MAX_HEADER = 4096  # bytes; of an array without fields a hundred
 _COMPRESSIONS = (1, 8, 32946)  # none, deflate by its two numbers
+_MEANINGS, _ORIENTATION = (1, 2), 274  # numbers of which 0 is black, or RGB; a tag
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _PLANES = 258, 277, 284  # TIFF 6.0, sections 4, 6 and 8
 _HEADER = re.compile(
     rb"\{\s*'descr':\s*'([^'\\]{1,20})',\s*'fortran_order':\s*(True|False),\s*"
@@ -190,6 +191,8 @@ def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
             raise BadImage(f"a TIFF file of {page.samplesperpixel} channels, {page.imagedepth} layers", OTHER_CHANNELS)
         if page.dtype is None or page.dtype.name not in get_args(DType):
             raise BadImage(f"a TIFF file of {page.dtype}: convert it to uint8, uint16 or float32", UNSUPPORTED)
+        if page.photometric not in _MEANINGS or page.tags.valueof(_ORIENTATION, 1) != 1:
+            raise BadImage("a TIFF file of other colors, with 0 as white, or turned: save it upright", UNSUPPORTED)
         _check_compression(page, data)
         values: np.ndarray = page.asarray(maxworkers=1)
         if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:

@@ -23,8 +23,8 @@ def describe_run(
     accumulation = train.gradient_accumulation_steps
     micro_batch = train.global_batch_size // (world.size * accumulation)
     return (
-        f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {_sizes(run)}{_format(run)}, "
-        f"{parameters / 1e6:.1f}M parameters; git {git_state()}\n"
+        f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {_sizes(run)}"
+        f"{_format(run)}, {parameters / 1e6:.1f}M parameters; git {git_state()}\n"
         f"global batch {train.global_batch_size} = {world.size} ranks x {accumulation} micro-batches x {micro_batch}; "
         f"learning rate {config.peak_lr:.3g} = {optim.base_lr:g} x {train.global_batch_size} / {optim.lr_batch_size}\n"
         f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs{_passes(run)}, "

@@ -150,6 +150,18 @@ REFUSED = {
     "a pickle": (b"\x93NUMPY" + pickle.dumps(print), PixelFormat(1), "header is damaged", "damaged"),
     "signed": (npy(noise(1, "uint8").astype("int16")), PixelFormat(1), "a .npy file of <i2", "unsupported"),
     "fields": (npy(np.zeros((16, 16), [("a", "u1")])), PixelFormat(1), "something else", "unsupported"),
+    "0 as white": (
+        tiff(noise(1, "float32").squeeze(), photometric="miniswhite"),
+        PixelFormat(1, "float32"),
+        "with 0 as white",
+        "unsupported",
+    ),
+    "turned": (
+        tiff(noise(1, "float32").squeeze(), extratags=[(274, 3, 1, 6, True)]),
+        PixelFormat(1, "float32"),
+        "upright",
+        "unsupported",
+    ),
     "one dimension": (npy(np.zeros(400, "uint8")), PixelFormat(1), "something else", "unsupported"),
     "channels first": (npy(np.zeros((5, 20, 20), "uint8")), PixelFormat(5), "20 x 5 is under 8 pixels", "too small"),
     "less than it says": (npy(noise(5, "uint16"))[:-1], PixelFormat(5, "uint16"), "bytes of values, where", "damaged"),
