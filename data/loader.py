@@ -118,8 +118,7 @@ class Loader:
         Args:
             index: the samples.
             size: (H, W) of the images, in the end.
-            batch: global batch, over all ranks and micro-batches of an optimizer step.
-            accumulation: micro-batches per optimizer step.
+            batch, accumulation: of an optimizer step, over all ranks; and its micro-batches.
             rank, world_size: this process and how many there are.
             seed: of all random numbers, at least 0.
             mask_sampler: draws the arrays of one sample from its generator, with the same shapes for every sample;
@@ -152,10 +151,9 @@ class Loader:
         self.sizes = [(begin * self.steps_per_epoch, size) for begin, size in zip(begins, sizes, strict=True)]
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers, self._repeats = rank, world_size, num_workers, repeats
-        last = SizedUntil(sys.maxsize, size, mask_sampler)
-        self._decoder = _MicroBatchDecoder(
-            index, [*earlier, last], seed, augmentations, LabelReader(index, num_classes) if labels else None, format
-        )
+        stages = [*earlier, SizedUntil(sys.maxsize, size, mask_sampler)]
+        reader = LabelReader(index, num_classes) if labels else None
+        self._decoder = _MicroBatchDecoder(index, stages, seed, augmentations, reader, format)
 
     def size_at(self, step: int) -> tuple[int, int]:
         """(H, W) of the images in a global step."""
