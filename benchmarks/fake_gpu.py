@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saved import saved_storages
-from data.decode import CHANNELS
 from pretrain.build import build_ema, build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
@@ -158,7 +157,9 @@ def _count_batch(config: PretrainConfig, method: Method | LUT, ema: NoEMA, batch
     views = (len(config.augmentations),) if config.lut else ()
     sample = method.mask_sampler()(np.random.default_rng(0))
     with _fake_gpu():
-        images = torch.empty(batch, *views, *config.data.height_width, CHANNELS, dtype=torch.uint8, device=GPU)
+        images = torch.empty(
+            batch, *views, *config.data.height_width, config.data.channels, dtype=torch.uint8, device=GPU
+        )
         indices = {
             name: torch.empty(batch, *array.shape, dtype=torch.int64, device=GPU) for name, array in sample.items()
         }

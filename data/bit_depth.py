@@ -22,8 +22,13 @@ def has_16_bit_colors(image: Image.Image) -> bool:
     return any(_is_16_bit(_raw_mode(tile)) for tile in getattr(image, "tile", ()))
 
 
-def read_16_bits(image: Image.Image) -> np.ndarray | None:
+def read_16_bits(image: Image.Image, alpha: bool = False) -> np.ndarray | None:
     """The values of an opened image with 16 bits each: uint16 (H, W), or of colors (H, W, 3); None for all others.
+
+    Args:
+        image: whose pixels are not read yet.
+        alpha: with transparency as a channel: (H, W, 2) of gray, (H, W, 4) of colors. Without it gray that has
+            transparency is (H, W, 3), too.
 
     Raises:
         Exception: anything, of a damaged file.
@@ -39,10 +44,13 @@ def read_16_bits(image: Image.Image) -> np.ndarray | None:
     lower.tile = [_other_bytes(tile) for tile in lower.tile]
     lower.load()
     values = np.asarray(lower)
+    if gray and alpha:
+        return values[..., ::2].astype(np.uint16) << 8 | values[..., 1::2]
     if gray:
         return np.repeat(values[..., :1].astype(np.uint16) << 8 | values[..., 1:2], 3, axis=2)
     upper.load()
-    return np.asarray(upper)[..., :3].astype(np.uint16) << 8 | values[..., :3]
+    kept = slice(None if alpha else 3)
+    return np.asarray(upper)[..., kept].astype(np.uint16) << 8 | values[..., kept]
 
 
 def scale_to_8_bits(values: np.ndarray, white: int, negative: bool) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> uint8 RGB pixels of its crops, decoding no more than needed.
+"""Bytes of an image file -> pixels of its crops, of photographs decoding no more than needed.
 
 Of a file with several pictures (animations, pages, MPO) the first is used.
 """
@@ -14,12 +14,13 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.bit_depth import has_16_bit_colors
+from data.channels import is_npy, read_pixels
 from data.image_file import REDUCIBLE, bad_image, open_image, to_rgb
+from data.pixel_format import RGB, PixelFormat
 from data.transforms import Box
 
 Margins = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right; in pixels of the target
 
-CHANNELS = 3  # of every image: RGB
 DECODER = "torchvision's, resized by torch"  # as a run records it: one of before would continue with other pixels
 # Crops of whole pixels are drafted from this reduction on. At 2, Pillow takes as long for its draft and its resize as
 # torchvision and torch for all pixels, and errs ten times as much.
@@ -42,6 +43,7 @@ def decode(
     size: tuple[int, int],
     flip: bool = False,
     border: int = 0,
+    format: PixelFormat = RGB,
 ) -> np.ndarray:
     """Decodes one crop, resized once (bicubic, antialiased).
 
@@ -51,23 +53,29 @@ def decode(
     and decodes JPEGs at 1/2, 1/4 or 1/8 of their size; there the filter also reads the pixels beyond an inner edge.
     EXIF orientation is ignored (but in TIFF files) and transparency dropped, as torchvision's ImageFolder does.
 
+    Of other formats than `RGB`, and of .npy files, all pixels are decoded, and each channel is cut out and resized by
+    Pillow: bytes as it resizes grays, and wider values in fp32, then rounded to the nearest of their type.
+
     Args:
         data: the file's bytes.
         choose_box, flip: as in `Crop`.
         size: (H, W) of the result.
         border: pixels on each side that do not belong to the image: cut off first, so that no filter reads them.
+        format: of the result.
 
     Returns:
-        uint8 (H, W, 3).
+        (H, W, C) of the format's type.
 
     Raises:
-        BadImage: truncated, not an image, over 100 megapixels or a side under 8 pixels. No other exception, whatever
-            the bytes.
+        BadImage: truncated, not an image or of another format, over 100 megapixels or a side under 8 pixels. No other
+            exception, whatever the bytes.
     """
-    return decode_crops(data, [Crop(choose_box, flip)], size, border)[0]
+    return decode_crops(data, [Crop(choose_box, flip)], size, border, format)[0]
 
 
-def decode_crops(data: bytes, crops: Sequence[Crop], size: tuple[int, int], border: int = 0) -> list[np.ndarray]:
+def decode_crops(
+    data: bytes, crops: Sequence[Crop], size: tuple[int, int], border: int = 0, format: PixelFormat = RGB
+) -> list[np.ndarray]:
     """Several crops of one image, each with exactly the pixels that ``decode`` gives.
 
     The header is read once and every box is chosen once, before the pixels are decoded. Crops share one decoding,
@@ -76,12 +84,17 @@ def decode_crops(data: bytes, crops: Sequence[Crop], size: tuple[int, int], bord
 
     Args and errors are those of ``decode``.
     """
-    image = open_image(data)
-    if border:
-        image = _cut(image, border)
-    width, height = image.size
+    file: _File | _Planes
+    if format != RGB or is_npy(data):
+        file = _Planes(read_pixels(data, format), border)
+        width, height = file.size
+    else:
+        image = open_image(data)
+        if border:
+            image = _cut(image, border)
+        width, height = image.size
+        file = _File(data, image)
     boxes = [crop.choose_box(width, height) for crop in crops]
-    file = _File(data, image)
     try:
         return [file.render(box, size, crop.flip) for crop, box in zip(crops, boxes, strict=True)]
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
@@ -122,6 +135,32 @@ class _File:
             return open_image(self._data)
         self._is_used = True
         return self._image
+
+
+class _Planes:
+    """All pixels of a file, by channels."""
+
+    def __init__(self, pixels: np.ndarray, border: int) -> None:
+        rows, cols = (slice(border, side - border) for side in pixels.shape[:2])
+        self._dtype, pixels = pixels.dtype, pixels[rows, cols]
+        wide = pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+        self._planes = [Image.fromarray(np.ascontiguousarray(wide[..., c])) for c in range(wide.shape[2])]
+        self.size = self._planes[0].size
+
+    def render(self, box: Box, size: tuple[int, int], flip: bool) -> np.ndarray:
+        """The pixels of one crop."""
+        inside: Box | None
+        inside, target, beyond = _inside(box, self.size, size)
+        planes = self._planes
+        if tuple(map(int, inside)) == box:
+            planes, inside = [plane.crop(box) for plane in planes], None
+        resized = [plane.resize(target[::-1], Image.Resampling.BICUBIC, box=inside) for plane in planes]
+        pixels = np.stack([np.asarray(plane) for plane in resized], axis=2)
+        if self._dtype == np.uint16:  # the filter overshoots at edges
+            pixels = np.rint(pixels).clip(0, 65535).astype(np.uint16)
+        if any(map(any, beyond)):
+            pixels = np.pad(pixels, (*beyond, (0, 0)), mode="reflect")
+        return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
 
 
 def _decode_whole(data: bytes, image: Image.Image) -> Tensor:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.decode import CHANNELS, decode
+from data.decode import decode
 from data.image_file import BadImage
 from data.image_folder import Samples, reader_of
 from data.multi_labels import LabelReader
+from data.pixel_format import RGB, PixelFormat, empty_images
 from data.scan import NO_LABEL
 from data.transforms import center_crop
 from data.workers import in_workers
@@ -23,7 +24,7 @@ PADDING = -1  # in place of a sample's index
 class EvalBatch:
     """B samples of one rank; after the last sample comes padding."""
 
-    images: Tensor  # uint8 RGB, (B, H, W, 3); black where there is no readable image
+    images: Tensor  # (B, H, W, C) of the format's type; zeros where there is no readable image
     labels: Tensor  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, of sets with lists if C was given
     samples: Tensor  # int64 (B,), index of the sample, or PADDING
     readable: Tensor  # bool (B,), false where the image could not be decoded, and for padding
@@ -52,6 +53,7 @@ class EvalLoader:
         subset: np.ndarray | None = None,
         border: int = 0,
         num_classes: int | None = None,
+        format: PixelFormat = RGB,
     ) -> None:
         """Starts no processes.
 
@@ -64,6 +66,7 @@ class EvalLoader:
             subset: the indices of the samples to read, ascending; all unless given.
             border: pixels to cut off on each side first.
             num_classes: how many there are, C, for labels of a set that has lists of them.
+            format: of the images; those of others are not readable.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
@@ -75,7 +78,7 @@ class EvalLoader:
         self.num_workers = num_workers
         self.indices = np.arange(len(samples)) if subset is None else np.asarray(subset, np.int64)
         assert (np.diff(self.indices) > 0).all(), "ascending, none twice"
-        self._decoder = _CropDecoder(samples, size, border, LabelReader(samples, num_classes))
+        self._decoder = _CropDecoder(samples, size, border, LabelReader(samples, num_classes), format)
 
     def __len__(self) -> int:
         """Number of batches on each rank."""
@@ -100,24 +103,29 @@ def crop_fraction(size: tuple[int, int]) -> float:
 class _CropDecoder:
     """Decodes a batch; lives in the workers."""
 
-    def __init__(self, samples: Samples, size: tuple[int, int], border: int, labels: LabelReader) -> None:
+    def __init__(
+        self, samples: Samples, size: tuple[int, int], border: int, labels: LabelReader, format: PixelFormat
+    ) -> None:
+        self._format = format
         self._size, self._border, self._labels = size, border, labels
         self._reader = reader_of(samples)
         self._box = functools.partial(center_crop, aspect=size[1] / size[0], fraction=crop_fraction(size))
 
     def __call__(self, indices: np.ndarray) -> EvalBatch:
-        images = torch.zeros((len(indices), *self._size, CHANNELS), dtype=torch.uint8)
+        images = empty_images(len(indices), *self._size, format=self._format)
         pixels, readable = images.numpy(), np.zeros(len(indices), bool)
+        pixels[:] = 0
         labels = self._labels(indices)
         labels[indices == PADDING] = 0 if labels.ndim == 2 else NO_LABEL
         for i, sample in enumerate(indices.tolist()):
             if sample == PADDING:
                 continue
             try:
-                pixels[i] = decode(self._reader.read(sample), self._box, self._size, border=self._border)
+                data = self._reader.read(sample)
+                pixels[i] = decode(data, self._box, self._size, border=self._border, format=self._format)
                 readable[i] = True
             except BadImage:
-                pass  # stays black, and `readable` stays false
+                pass  # stays zeros, and `readable` stays false
         return EvalBatch(
             images, torch.from_numpy(labels), torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(readable)
         )

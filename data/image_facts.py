@@ -7,7 +7,9 @@ import numpy as np
 from PIL import Image
 
 from data.bit_depth import WHITE_16_BITS, is_negative, read_16_bits, scale_to_8_bits, white_of
-from data.image_file import REDUCIBLE, UNSUPPORTED, BadImage, bad_image, open_image, to_rgb
+from data.channels import is_npy, read_pixels
+from data.image_file import REDUCIBLE, UNSUPPORTED, BadImage, bad_image, is_tiff, open_image, to_rgb
+from data.pixel_format import RGB, PixelFormat
 
 _ORIENTATION, _UPRIGHT = 274, 1  # EXIF 2.3, table 4
 
@@ -16,27 +18,31 @@ class ImageFacts(NamedTuple):
     """What a file holds, by its content."""
 
     format: str
-    """One of `FORMATS`."""
-    used_bits: int | None
+    """One of `FORMATS`, or NPY."""
+    used_bits: int | None = None
     """Bits that the largest value needs, of a picture with 16 bits a value; None for all others."""
-    is_gray: bool
+    is_gray: bool = False
     """With 16 bits a value."""
-    has_more_pictures: bool
+    has_more_pictures: bool = False
     """An animation, or pages; a photograph with previews (MPO) does not count."""
-    is_turned: bool
+    is_turned: bool = False
     """EXIF says that it is to be shown turned or mirrored."""
-    is_flat: bool
+    is_flat: bool = False
     """With 16 bits a value, of which all lie within a narrow range far from 0: one shade of gray in 8 bits."""
-    is_transparent: bool
+    is_transparent: bool = False
     """Some pixels are, in part or in full; the colors below them are used."""
 
 
-def check_image(data: bytes) -> ImageFacts:
-    """Decodes the whole image.
+def check_image(data: bytes, format: PixelFormat = RGB) -> ImageFacts:
+    """Decodes the whole image; of other formats than `RGB`, which keep what is in the file, only the format is told.
 
     Raises:
         BadImage: as ``decode``.
     """
+    if format != RGB or is_npy(data):
+        read_pixels(data, format)
+        name = "NPY" if is_npy(data) else "TIFF" if is_tiff(data) else _name(open_image(data))
+        return ImageFacts(name)
     return check_opened(open_image(data), data)
 
 
@@ -47,7 +53,7 @@ def check_opened(image: Image.Image, data: bytes) -> ImageFacts:
         if values is None:
             to_rgb(image)
         return ImageFacts(
-            format="JPEG" if image.format in REDUCIBLE else str(image.format),
+            format=_name(image),
             used_bits=None if values is None or white_of(image) != WHITE_16_BITS else int(values.max()).bit_length(),
             is_gray=values is not None and values.ndim == 2,
             has_more_pictures=image.format not in REDUCIBLE and _has_more_pictures(data),
@@ -57,6 +63,10 @@ def check_opened(image: Image.Image, data: bytes) -> ImageFacts:
         )
     except Exception as error:  # a decoder fed with arbitrary bytes raises arbitrary errors
         raise bad_image(error) from error
+
+
+def _name(image: Image.Image) -> str:
+    return "JPEG" if image.format in REDUCIBLE else str(image.format)
 
 
 def rewrite_16_bits(data: bytes, bits: int) -> bytes:

@@ -1,5 +1,6 @@
 """Bytes -> an image that Pillow has opened, and its 8-bit RGB pixels, or the reason why it is no usable image."""
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ REDUCIBLE = ("JPEG", "MPO")  # MPO: a JPEG with further images after the first
 EMPTY, NO_IMAGE, UNSUPPORTED, DAMAGED = "empty", "no image", "unsupported", "damaged"
 TOO_LARGE, TOO_SMALL = "too large", "too small"
 GET_HEIC = "the extra `heif` reads it (pip install 'lomar-deepspeed[heif]')"
+OTHER_CHANNELS, OTHER_TYPE = "other channels", "other type"  # than those that are asked for
 _LIMIT = f"{MAX_PIXELS // 1_000_000} megapixels: make it smaller, or cut it into parts"
 _TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _AVIF_BRANDS = (b"avif", b"avis")
@@ -33,6 +35,7 @@ _WITHOUT_WHITE = {"F": "floating-point", "I": "signed or 32-bit", "LAB": "CIELAB
 # Pillow warns of odd metadata, and from 89 megapixels on, once per worker. Metadata does not matter here, and our own
 # limit refuses the image instead.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # a line for each file that it does not read
 # Pillow refuses good PNGs for a megabyte of text or of color profile beside the pixels.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 100 * 2**20
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker has one core
@@ -63,6 +66,19 @@ def check_length(length: int) -> None:
         raise BadImage(f"{length} bytes are over {MAX_BYTES}, more than any image of {_LIMIT}", TOO_LARGE)
 
 
+def check_size(width: int, height: int) -> None:
+    """Raises BadImage for sizes that are not read."""
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} is over {_LIMIT}", TOO_LARGE)
+    if min(width, height) < MIN_SIDE:
+        raise BadImage(f"{width} x {height} is under {MIN_SIDE} pixels a side", TOO_SMALL)
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether these bytes begin as a TIFF file."""
+    return data[:4] in _TIFF_MARKS
+
+
 def open_image(data: bytes) -> Image.Image:
     """Reads the header only.
 
@@ -76,11 +92,7 @@ def open_image(data: bytes) -> Image.Image:
         raise _unidentified(data) from error
     except Exception as error:
         raise bad_image(error) from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} is over {_LIMIT}", TOO_LARGE)
-    if min(width, height) < MIN_SIDE:
-        raise BadImage(f"{width} x {height} is under {MIN_SIDE} pixels a side", TOO_SMALL)
+    check_size(*image.size)
     if image.mode in _WITHOUT_WHITE:  # Pillow would clip what is not from 0 to 255
         raise BadImage(
             f"{_WITHOUT_WHITE[image.mode]} pixels, which do not say what is black and white: "
@@ -131,7 +143,7 @@ def _unidentified(data: bytes) -> BadImage:
         if READS_HEIC:
             return BadImage("a HEIC file that is damaged, or has none of the pictures that are read")
         return BadImage(f"a HEIC image: {GET_HEIC}, or convert it to JPEG or PNG", UNSUPPORTED)
-    if data[:4] in _TIFF_MARKS:
+    if is_tiff(data):
         return BadImage(
             "a TIFF file that is damaged, or has other channels than gray, RGB or CMYK of up to 16 bits: convert it"
         )

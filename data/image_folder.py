@@ -59,6 +59,9 @@ class FolderReader:
                 f"{self.folder.root}/{readable(name)}: the file has gone since it was listed: put it back"
             ) from error
 
+    def close(self) -> None:
+        """Nothing is kept open."""
+
 
 def load_samples(path: str | Path) -> Samples:
     """Shards (a folder of ``*.tar``, one tar, a brace pattern) or a folder of images, whichever it is.

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from data.augment import color_jitter, rand_augment, three_augment
-from data.decode import CHANNELS, Crop, decode_crops
+from data.decode import Crop, decode_crops
 from data.image_file import BadImage
 from data.index import Index
 from data.multi_labels import LabelReader
 from data.order import Stream, Views, check_divisible, rank_views, sample_rng, steps_per_epoch
+from data.pixel_format import RGB, PixelFormat, computable, empty_images
 from data.reader import ShardReader
 from data.transforms import Augmentation, flip_decision
 from data.workers import in_workers
@@ -57,7 +58,7 @@ class Skipped(NamedTuple):
 class Batch:
     """One micro-batch of one rank; B samples."""
 
-    images: Tensor  # uint8 RGB, (B, H, W, 3), or (B, 2, H, W, 3) with two views per sample
+    images: Tensor  # (B, H, W, C) of the format's type, or (B, 2, H, W, C) with two views per sample
     mask_indices: dict[str, Tensor]  # the mask sampler's arrays of each sample, stacked: (B, ...)
     labels: Tensor | None  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, of sets with lists; only if requested
     samples: Tensor  # int64 (B,), index of the sample shown in `images`
@@ -69,8 +70,8 @@ class Batch:
         return {"mask_indices": self.mask_indices} if self.labels is None else {"labels": self.labels}
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same on a device, where images of uint16 are `computable`."""
+        return self._map(lambda tensor: computable(tensor.to(device, non_blocking=True)))
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory; DataLoader's pinning thread calls it."""
@@ -110,14 +111,14 @@ class Loader:
         num_workers: int = 0,
         repeats: int = 1,
         earlier: Sequence[SizedUntil] = (),
+        format: PixelFormat = RGB,
     ) -> None:
         """Checks the settings; starts no processes.
 
         Args:
             index: the samples.
             size: (H, W) of the images, in the end.
-            batch: global batch, over all ranks and micro-batches of an optimizer step.
-            accumulation: micro-batches per optimizer step.
+            batch, accumulation: of an optimizer step, over all ranks; and its micro-batches.
             rank, world_size: this process and how many there are.
             seed: of all random numbers, at least 0.
             mask_sampler: draws the arrays of one sample from its generator, with the same shapes for every sample;
@@ -129,6 +130,7 @@ class Loader:
             repeats: of each sample's decode; see ``rank_views``.
             earlier: by rising epochs, all multiples of ``repeats``, what counts in place of ``size`` and
                 ``mask_sampler`` until then. No step has views of two sizes, since no pass over the samples has.
+            format: of the images; those of others are replaced like damaged ones.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
@@ -149,10 +151,9 @@ class Loader:
         self.sizes = [(begin * self.steps_per_epoch, size) for begin, size in zip(begins, sizes, strict=True)]
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers, self._repeats = rank, world_size, num_workers, repeats
-        last = SizedUntil(sys.maxsize, size, mask_sampler)
-        self._decoder = _MicroBatchDecoder(
-            index, [*earlier, last], seed, augmentations, LabelReader(index, num_classes) if labels else None
-        )
+        stages = [*earlier, SizedUntil(sys.maxsize, size, mask_sampler)]
+        reader = LabelReader(index, num_classes) if labels else None
+        self._decoder = _MicroBatchDecoder(index, stages, seed, augmentations, reader, format)
 
     def size_at(self, step: int) -> tuple[int, int]:
         """(H, W) of the images in a global step."""
@@ -196,14 +197,15 @@ class _MicroBatchDecoder:
         seed: int,
         augmentations: Sequence[Augmentation],
         labels: LabelReader | None,
+        format: PixelFormat,
     ) -> None:
         self._index, self._stages, self._seed, self._labels = index, stages, seed, labels
-        self._augmentations = augmentations
+        self._augmentations, self._format = augmentations, format
         self._reader = ShardReader(index)
 
     def __call__(self, views: Views) -> Batch:
         samples, stage = views.samples, next(s for s in self._stages if views.epochs[0] < s.epoch)
-        images = torch.empty((len(samples), len(self._augmentations), *stage.size, CHANNELS), dtype=torch.uint8)
+        images = empty_images(len(samples), len(self._augmentations), *stage.size, format=self._format)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
         starts = np.flatnonzero(np.diff(samples, prepend=-1))
@@ -227,7 +229,7 @@ class _MicroBatchDecoder:
 
         Args:
             epochs: R of them, whose draws the sample gets.
-            out: uint8 (R, views, H, W, 3).
+            out: (R, views, H, W, C).
 
         Returns:
             The sample that was decoded, and why the requested one was not (None if it was).
@@ -256,7 +258,7 @@ class _MicroBatchDecoder:
             flipped = flip_decision(rng, augmentation.flip)  # first: a crop draws a varying number of times
             crops.append(Crop(functools.partial(augmentation.box, rng, size=size), flipped))
             rngs.append(rng)
-        decoded = decode_crops(self._reader.read(shown), crops, size)
+        decoded = decode_crops(self._reader.read(shown), crops, size, format=self._format)
         views = out.reshape(-1, *out.shape[2:])
         for view, (rng, augmentation, pixels) in enumerate(zip(rngs, augmentations, decoded, strict=True)):
             if augmentation.color_jitter:

@@ -21,6 +21,7 @@ from data.index import Index, index_paths, load_index
 from data.names import shown, write_lines
 from data.pack_report import PackReport, class_table, empty_classes, note
 from data.parallel import default_workers, report_errors
+from data.pixel_format import RGB, PixelFormat, add_format, given_format
 from data.scan import NO_LABEL
 from data.shard_writer import ShardTask, report_path, without_unreadable_classes, write_shards
 from data.shrink import PLAN_FILE, Shrink
@@ -41,6 +42,7 @@ def pack(
     bad: str = "refuse",
     bits: int | None = None,
     shrink: Shrink | None = None,
+    format: PixelFormat = RGB,
 ) -> Index:
     """Writes the shards, ``classes.txt`` and the index of ``source`` into ``out``; continues an interrupted run.
 
@@ -55,33 +57,28 @@ def pack(
         bad: 'refuse' publishes nothing if any file is not a readable image; 'skip' lists them in ``rejected.txt``.
         bits: gray pictures of 16 bits are rewritten as PNGs of 8, with 2**bits - 1 as white.
         shrink: larger photographs are made smaller.
+        format: that images must have; others than RGB are packed as they are.
 
     Raises:
         ValueError: unreadable images, ``out`` holds other shards, or has no room for these.
     """
     assert bad in ("refuse", "skip")
-    _check(out, samples_per_shard, bits, shrink)
+    _check(out, samples_per_shard, bits, shrink, format)
     out.mkdir(parents=True, exist_ok=True)
     staging = out / STAGING
     plan: dict[str, str | int] = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
     plan |= ({} if bits is None else {"bits": bits}) | ({} if shrink is None else shrink._asdict())
+    plan |= {} if format == RGB else format._asdict()
     with _plan(out, plan):
         if not staging.exists() and any(out.glob("*.tar")):
             return load_index(out)  # complete already
         staging.mkdir(exist_ok=True)
         for leftover in staging.glob("*.tmp"):
             leftover.unlink()
-        source, unreadable = without_unreadable_classes(source, workers, bits)
-        tasks = [
-            ShardTask(
-                source.root,
-                source.files[start : start + samples_per_shard],
-                staging / f"{prefix}-{number:06d}.tar",
-                bits,
-                shrink,
-            )
-            for number, start in enumerate(range(0, len(source.files), samples_per_shard))
-        ]
+        source, unreadable = without_unreadable_classes(source, workers, bits, format)
+        parts = enumerate(range(0, len(source.files), samples_per_shard))
+        files = ((source.files[start : start + samples_per_shard], f"{prefix}-{n:06d}.tar") for n, start in parts)
+        tasks = [ShardTask(source.root, part, staging / name, bits, shrink, format) for part, name in files]
         write_shards(
             [task for task in tasks if not (task.path.exists() or (out / task.path.name).exists())], out, workers
         )
@@ -92,7 +89,12 @@ def pack(
         return _publish(out, tasks, source.classes, report.rejected)
 
 
-def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink | None) -> None:
+def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink | None, format: PixelFormat) -> None:
+    format.check()
+    if format != RGB and (bits is not None or shrink is not None):
+        raise ValueError(
+            f"--bits and --short-side rewrite photographs, and {format} are packed as they are: leave them out"
+        )
     if samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard {samples_per_shard} must be at least 1")
     if bits is not None and not 1 <= bits <= 16:
@@ -145,7 +147,7 @@ def _publish(out: Path, tasks: Sequence[ShardTask], classes: tuple[str, ...], re
     return index
 
 
-def _list(path: Path, out: Path, classes_file: Path | None, labels: bool) -> Source:
+def _list(path: Path, out: Path, classes_file: Path | None, labels: bool, arrays: bool) -> Source:
     """As `list_source`; says what will not be packed.
 
     Raises:
@@ -153,7 +155,7 @@ def _list(path: Path, out: Path, classes_file: Path | None, labels: bool) -> Sou
     """
     if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{out} lies in {path}, whose images are packed: give an OUT outside of it")
-    source = list_source(path, classes_file, labels)
+    source = list_source(path, classes_file, labels, arrays=arrays)
     if source.unsorted:
         raise ValueError(
             f"{path}: images ({source.unsorted}) lie beside folders of images, so it is not clear whether the folders "
@@ -213,10 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="shrink photographs whose short side is longer to N pixels, turned upright, and write them as JPEGs",
     )
     parser.add_argument("--quality", type=int, metavar="N", help=f"of these JPEGs (default: {DEFAULT_QUALITY})")
+    add_format(parser)
     args = parser.parse_args(argv)
 
     def command() -> int:
-        source = _list(args.source, args.out, args.classes, not args.no_labels)
+        format = given_format(args)
+        source = _list(args.source, args.out, args.classes, not args.no_labels, arrays=args.channels is not None)
         index = pack(
             source,
             args.out,
@@ -226,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bad=args.bad,
             bits=args.bits,
             shrink=_shrink(args.short_side, args.quality),
+            format=format,
         )
         left_out = len(source.files) - len(index)
         if empty := empty_classes(index):

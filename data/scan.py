@@ -14,6 +14,7 @@ from data.names import readable
 from data.tar_members import FOLDER, HARD_LINK, HEADER, SPARSE, SYMBOLIC_LINK, Member, header_problem, read_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2", "avif", "heic", "heif")
+ARRAY_EXTENSION = "npy"  # the image of a sample that has none of these
 NO_LABEL = -1
 MAX_LABEL_FILE = 1 << 24  # bytes
 
@@ -51,6 +52,7 @@ class _Sample:
     start: int
     suffixes: set[str] = field(default_factory=set)
     images: list[tuple[str, int, int]] = field(default_factory=list)  # suffix, offset, length
+    arrays: list[tuple[str, int, int]] = field(default_factory=list)  # in the same way
     labels: dict[str, Label] = field(default_factory=dict)  # by the suffix of the member
     problems: dict[str, str] = field(default_factory=dict)  # of labels that mean nothing, in the same way
 
@@ -139,7 +141,7 @@ def _samples(path: Path, file: BinaryIO, numbers: Mapping[str, int], unused: Cou
                 without_bytes.append(member)
             continue
         if current is None or key != current.key:
-            if current is not None and _is_a_sample(current):
+            if current is not None and _is_a_sample(current, unused):
                 yield current
             if key in keys:
                 raise ValueError(
@@ -154,8 +156,9 @@ def _samples(path: Path, file: BinaryIO, numbers: Mapping[str, int], unused: Cou
                 f"second at byte {member.header}"
             )
         current.suffixes.add(suffix)
-        if extension in IMAGE_EXTENSIONS:
-            current.images.append((suffix, member.offset, member.size))
+        if extension in IMAGE_EXTENSIONS or extension == ARRAY_EXTENSION:
+            kind = current.arrays if extension == ARRAY_EXTENSION else current.images
+            kind.append((suffix, member.offset, member.size))
             file.seek(member.offset - HEADER)
             if problem := header_problem(file.read(HEADER), member.size):
                 raise ValueError(
@@ -165,7 +168,7 @@ def _samples(path: Path, file: BinaryIO, numbers: Mapping[str, int], unused: Cou
             unused[f".{suffix}"] += 1
     if without_bytes:
         raise ValueError(_without_bytes(path, without_bytes))
-    if current is not None and _is_a_sample(current):
+    if current is not None and _is_a_sample(current, unused):
         yield current
 
 
@@ -205,8 +208,13 @@ def _without_bytes(path: Path, members: list[Member]) -> str:
     )
 
 
-def _is_a_sample(sample: _Sample) -> bool:
+def _is_a_sample(sample: _Sample, unused: Counter[str]) -> bool:
+    """Whether it is one, when all of its members are known; `unused` gets arrays that lie beside its image."""
     about_the_dataset = sample.key.lower() in _ABOUT_THE_DATASET or re.fullmatch("__.*__", sample.key)
+    if sample.images or about_the_dataset:
+        unused.update(f".{suffix}" for suffix, _, _ in sample.arrays)
+    else:
+        sample.images = sample.arrays
     return bool(sample.images) or not about_the_dataset
 
 
@@ -214,7 +222,7 @@ def _image_of(sample: _Sample) -> tuple[str, int, int] | str:
     """Suffix, offset and length of a sample's image, or in words what it has instead of one."""
     images = sample.images
     if len(images) > 1:  # 'x.jpg' and 'x.seg.png': the one with a plain extension is the image
-        images = [image for image in images if image[0] in IMAGE_EXTENSIONS]
+        images = [image for image in images if image[0] in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)]
     if len(images) > 1:  # what was converted, and the photograph of the telephone
         images = [image for image in images if image[0] not in ("heic", "heif")]
     if len(images) == 1:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.image_facts import ImageFacts, check_opened, rewrite_16_bits
+from data.channels import is_npy
+from data.image_facts import ImageFacts, check_image, check_opened, rewrite_16_bits
 from data.image_file import BadImage, check_length, open_image
 from data.names import readable, shown
 from data.pack_report import PackReport
 from data.parallel import run_parallel
-from data.scan import NO_LABEL
+from data.pixel_format import RGB, PixelFormat
+from data.scan import ARRAY_EXTENSION, NO_LABEL
 from data.shrink import Shrink, shrink_image
 from data.sources import Source, SourceFile
 
@@ -29,6 +31,7 @@ _EXTENSIONS = {
     "JPEG2000": "jp2",
     "AVIF": "avif",
     "HEIF": "heic",
+    "NPY": ARRAY_EXTENSION,
 }  # by the formats of data.decode
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEADERS = 2048  # bytes of a sample in a shard besides the image, at most
@@ -44,6 +47,7 @@ class ShardTask:
     path: Path  # in the staging folder; exists only once the shard is complete
     bits: int | None
     shrink: Shrink | None = None
+    format: PixelFormat = RGB
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,19 @@ class _Class:
     label: int
     files: tuple[SourceFile, ...]
     bits: int | None
+    format: PixelFormat
 
 
-def without_unreadable_classes(source: Source, workers: int, bits: int | None) -> tuple[Source, tuple[str, ...]]:
+def without_unreadable_classes(
+    source: Source, workers: int, bits: int | None, format: PixelFormat = RGB
+) -> tuple[Source, tuple[str, ...]]:
     """The source with only those class folders that have a readable image, and what to say about the others."""
     if source.classes_given or not source.classes:
         return source, ()
     files = defaultdict(list)
     for file in source.files:
         files[file.label].append(file)
-    classes = [_Class(source.root, label, tuple(members), bits) for label, members in files.items()]
+    classes = [_Class(source.root, label, tuple(members), bits, format) for label, members in files.items()]
     workers = workers if len(classes) > _MANY_CLASSES else 1  # of most, one image is decoded
     found = sorted(
         label for label in run_parallel(_readable_label, classes, workers, "checking classes", "class") if label >= 0
@@ -83,7 +90,7 @@ def _readable_label(images: _Class) -> int:
     """The label of a class that has a readable image, NO_LABEL of another."""
     for file in images.files:
         try:
-            _prepare(_read(images.root, file), images.bits)
+            _prepare(_read(images.root, file), images.bits, None, images.format)
             return images.label
         except BadImage:
             continue
@@ -99,8 +106,12 @@ def _read(root: Path, file: SourceFile) -> bytes:
     return data
 
 
-def _prepare(data: bytes, bits: int | None, shrink: Shrink | None = None) -> tuple[bytes, ImageFacts, bool]:
+def _prepare(
+    data: bytes, bits: int | None, shrink: Shrink | None, format: PixelFormat
+) -> tuple[bytes, ImageFacts, bool]:
     """The bytes to pack for those of a file, and whether they were made smaller; raises BadImage."""
+    if format != RGB or is_npy(data):
+        return data, check_image(data, format), False
     image = open_image(data)
     facts = check_opened(image, data)
     has_16_bits = facts.is_gray or facts.used_bits is not None
@@ -146,7 +157,7 @@ def _write_shard(task: ShardTask) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for source in task.files:
                 try:
-                    data, facts, is_smaller = _prepare(_read(task.root, source), task.bits, task.shrink)
+                    data, facts, is_smaller = _prepare(_read(task.root, source), task.bits, task.shrink, task.format)
                 except BadImage as error:
                     report.rejected.append(f"{readable(source.name)}\t{error.kind}\t{readable(str(error))}")
                     continue

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data.class_list import number_classes, read_classes, same_name
 from data.list_file import read_list
 from data.names import SHOWN, is_utf_8, readable, shown
-from data.scan import IMAGE_EXTENSIONS, NO_LABEL
+from data.scan import ARRAY_EXTENSION, IMAGE_EXTENSIONS, NO_LABEL
 
 # Folders that archives, file managers and file systems leave among images; they are ignored like hidden ones.
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
@@ -50,7 +50,11 @@ class Source:
 
 
 def list_source(
-    path: str | Path, classes_file: Path | None = None, labels: bool = True, unique_keys: bool = True
+    path: str | Path,
+    classes_file: Path | None = None,
+    labels: bool = True,
+    unique_keys: bool = True,
+    arrays: bool = False,
 ) -> Source:
     """Lists a folder of images or a text file of ``path[<TAB>label]`` lines, paths relative to the text file.
 
@@ -62,6 +66,7 @@ def list_source(
         classes_file: names of the classes, one a line, in the order of their labels.
         labels: False leaves all files without.
         unique_keys: whether two files with the same key are refused, as shards cannot hold them.
+        arrays: whether .npy files in a folder are images, too; a list may name any file.
 
     Raises:
         ValueError: nothing to pack, files or folders that cannot be read, a line or a class that is not right, or two
@@ -70,7 +75,7 @@ def list_source(
     path = Path(path)
     classes = read_classes(classes_file) if classes_file else None
     if path.is_dir():
-        source = _from_folder(path, classes, labels)
+        source = _from_folder(path, classes, labels, arrays)
     elif path.is_file():
         source = _from_list(path, classes, labels)
     else:
@@ -103,6 +108,7 @@ class _Walk:
     """What is below a folder. Follows links to folders but enters each folder once, so circular links end."""
 
     bar: tqdm
+    extensions: tuple[str, ...]
     images: list[tuple[str, os.stat_result]] = field(default_factory=list)
     top: list[str] = field(default_factory=list)  # folders in the first level
     ignored: Counter[str] = field(default_factory=Counter)
@@ -130,7 +136,7 @@ class _Walk:
                 if not prefix:
                     self.top.append(entry.name)
                 self.enter(entry.path, f"{prefix}{entry.name}/")
-            elif extension.lstrip(".") not in IMAGE_EXTENSIONS:
+            elif extension.lstrip(".") not in self.extensions:
                 self.ignored[readable(extension or (entry.name if hidden else "without suffix"))] += 1
             elif hidden:
                 self.ignored[f"hidden {extension}"] += 1
@@ -143,9 +149,9 @@ class _Walk:
                 self.bar.update()
 
 
-def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool) -> Source:
+def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool, arrays: bool) -> Source:
     with tqdm(desc="listing", unit="file", disable=None, delay=2) as bar:
-        walk = _Walk(bar)
+        walk = _Walk(bar, (*IMAGE_EXTENSIONS, ARRAY_EXTENSION) if arrays else IMAGE_EXTENSIONS)
         walk.enter(str(root))
     if walk.unreadable:
         raise ValueError(
@@ -221,6 +227,8 @@ def describe_ignored(ignored: Counter[str]) -> str:
     text = ", ".join(kinds) + (f" and {len(ignored) - SHOWN} other kinds" if len(ignored) > SHOWN else "")
     if ".tar" in ignored:
         text += "; shards (*.tar) need no packing: data.shards takes them as they are"
+    if f".{ARRAY_EXTENSION}" in ignored:
+        text += "; .npy files are images with --channels"
     if ignored.keys() & {".zip", ".tgz", ".gz", ".7z", ".rar"}:
         text += "; unpack archives first"
     if ignored.keys() & {".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:

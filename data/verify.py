@@ -16,6 +16,7 @@ from data.index import Index, check_names, index_paths, is_current, load_index, 
 from data.multi_labels import MultiLabels
 from data.names import readable
 from data.parallel import default_workers, report_errors, run_parallel
+from data.pixel_format import RGB, PixelFormat, add_format, given_format
 from data.scan import NO_LABEL, ShardContent, describe_unused, scan_shard
 from data.shard_files import find_shards
 
@@ -31,6 +32,7 @@ class _Task:
     recorded: ShardContent
     numbers: dict[str, int]  # of the classes
     decode: bool
+    format: PixelFormat
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,14 @@ class Verified:
     unused: Counter[str]  # members that nothing is read from, by what they are
 
 
-def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> Verified:
+def check_shards(index: Index, *, decode: bool = False, workers: int = 1, format: PixelFormat = RGB) -> Verified:
     """All problems of the shards of an index.
 
     Args:
         index: as read; it may be out of date.
         decode: also decode every image.
         workers: processes.
+        format: that images must have.
     """
     numbers = {name: number for number, name in enumerate(index.classes)}
     multi_labels = index.multi_labels or MultiLabels.of([()] * len(index))
@@ -58,7 +61,7 @@ def check_shards(index: Index, *, decode: bool = False, workers: int = 1) -> Ver
         arrays = (index.offset[part], index.length[part], index.label[part])
         lists = multi_labels.part(part.start, part.stop)
         recorded = ShardContent(keys, *arrays, lists, np.diff(lists.ends, prepend=0) > 0)
-        tasks.append(_Task(index.root / name, int(index.shard_bytes[number]), recorded, numbers, decode))
+        tasks.append(_Task(index.root / name, int(index.shard_bytes[number]), recorded, numbers, decode, format))
     results = dict(run_parallel(_check_shard, tasks, workers, "verifying", "shard"))
     return Verified(
         [problem for task in tasks for problem in results[task.path].problems],
@@ -71,7 +74,7 @@ def _check_shard(task: _Task) -> tuple[Path, Verified]:
         found = scan_shard(task.path, task.numbers)
     except (ValueError, OSError) as error:
         return task.path, Verified([str(error)], Counter())
-    problems = [*_differences(task, found), *_undecodable(task.path, found, task.decode)]
+    problems = [*_differences(task, found), *_undecodable(task.path, found, task.decode, task.format)]
     return task.path, Verified(problems, found.unused)
 
 
@@ -95,7 +98,7 @@ def _differences(task: _Task, found: ShardContent) -> list[str]:
     return problems
 
 
-def _undecodable(path: Path, content: ShardContent, decode: bool) -> list[str]:
+def _undecodable(path: Path, content: ShardContent, decode: bool, format: PixelFormat) -> list[str]:
     """The images that training would skip; without `decode` those whose length says so."""
     problems = []
     with open(path, "rb") as file:
@@ -104,7 +107,7 @@ def _undecodable(path: Path, content: ShardContent, decode: bool) -> list[str]:
                 check_length(length)
                 if decode:
                     file.seek(offset)
-                    check_image(file.read(length))
+                    check_image(file.read(length), format)
             except BadImage as error:
                 problems.append(f"{path}: '{readable(key)}' at byte {offset} cannot be decoded ({error.kind}): {error}")
     return problems
@@ -147,13 +150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__.split(":")[0])
     parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
+    add_format(parser)
     parser.add_argument("--reindex", action="store_true", help="delete the index and build it again first")
     parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     args = parser.parse_args(argv)
 
     def command() -> int:
+        format = given_format(args)
         index = _read_or_build(args.shards, args.reindex)
-        verified = check_shards(index, decode=args.decode, workers=args.num_workers)
+        verified = check_shards(index, decode=args.decode, workers=args.num_workers, format=format)
         problems = verified.problems
         print(_summary(index, verified.unused))
         for problem in islice(problems, SHOWN_PROBLEMS):

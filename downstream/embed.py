@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.decode import CHANNELS
 from data.eval_loader import EvalLoader
 from data.scan import NO_LABEL
 from downstream.checkpoints.weights import build_encoder, read_encoder
@@ -73,7 +72,7 @@ def embed(
 
     unfinished = path.with_name(f"{path.name}.unfinished")
     if loader.rank == 0:
-        black = torch.zeros((1, *encoder.image_size, CHANNELS), dtype=torch.uint8, device=device)
+        black = torch.zeros((1, *encoder.image_size, encoder.pixels.channels), device=device)
         with torch.no_grad():
             (row,) = compute(black, torch.empty(0))
         _allocate(unfinished, (len(loader.indices), *row.shape), dtype)
@@ -181,7 +180,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     samples = load_images(options.images)
     found = read_encoder(options.encoder, weights=options.weights)
     encoder, _ = build_encoder(found, image_size=options.size)
-    loader = build_loader(samples, encoder.image_size, options, world)
+    loader = build_loader(samples, encoder.image_size, options, world, encoder.pixels.format)
     array = out if out.suffix == ".npy" else out.with_name(f"{out.name}.npy")
     readable = embed(
         encoder.to(device),

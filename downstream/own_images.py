@@ -14,7 +14,7 @@ from data.image_folder import Folder, Samples, load_samples
 from data.index import Index
 from data.keys import Keys
 from data.names import readable
-from data.scan import IMAGE_EXTENSIONS, NO_LABEL
+from data.scan import ARRAY_EXTENSION, IMAGE_EXTENSIONS, NO_LABEL
 from pretrain.trainer.per_sample import unreadable_keys
 
 MAX_LISTED_KEYS = 20
@@ -33,7 +33,7 @@ def load_images(*paths: str | Path) -> Samples:
     if len(files) == 1 and (not files[0].is_file() or ".tar" in files[0].suffixes):
         return load_samples(files[0])
     for file in files:
-        if not file.is_file() or file.suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+        if not file.is_file() or file.suffix.lower().lstrip(".") not in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION):
             raise ValueError(
                 f"{file} is no image ({', '.join(IMAGE_EXTENSIONS)}): give image files, or one folder, or one set of "
                 f"shards"

@@ -27,7 +27,7 @@ def build_method(config: PretrainConfig, teacher: FeatureTeacher | None = None) 
     encoder = _build_encoder(config)
     if isinstance(config.target, EMAConfig) and teacher is None:
         teacher = EncoderTeacher(copy.deepcopy(encoder))
-    target = build_target(config.target, encoder.grid, encoder.patch_size, teacher)
+    target = build_target(config.target, encoder.grid, encoder.patch_size, teacher, encoder.pixels)
     method = METHODS[config.method.name](config.method, encoder, target, config.pr_mim)
     if config.lut is None:
         return method
@@ -49,6 +49,7 @@ def _build_encoder(config: PretrainConfig) -> ViT:
         learned=model.position == "learned",
         registers=model.registers,
         layer_scale=model.layer_scale,
+        pixels=config.data.pixels,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Field, create_model, model_validator
 
+from data.pixel_format import RGB
 from data.transforms import Augmentation
 from pretrain.methods import METHODS, AnyMethodConfig, import_methods
 from pretrain.methods.lut import LUTConfig
@@ -226,6 +227,8 @@ class PretrainConfig(RunConfig):
             )
         both_unfit = [*problem_of(method.check_target, self.target, self.model.patch_size)]
         yield from both_unfit or problem_of(self.target.check, self.grid, self.model)
+        if not [*self.data.problems()]:
+            yield from problem_of(self.target.check_pixels, self.data.pixels)
         if not unfit:
             yield from self._problems_of_add_ons()
 
@@ -237,6 +240,10 @@ class PretrainConfig(RunConfig):
             yield from problem_of(method.check_pr_mim)
             yield from problem_of(self.pr_mim.num_kept, patches, masked)
         if self.lut:
+            for key in ("color_jitter", "three_augment"):
+                if getattr(self.lut, key) and self.data.pixels.format != RGB:
+                    off = "false" if key == "three_augment" else "0"
+                    yield f"lut.{key}={getattr(self.lut, key)} {self.data.not_rgb}: set lut.{key}={off}"
             yield from problem_of(check_add_on, "lut", method.name)
             yield from problem_of(method.check_lut)
             micro_batch = self.train.global_batch_size // self.train.gradient_accumulation_steps

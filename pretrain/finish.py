@@ -87,6 +87,7 @@ def _draw_training_images(
         seed=config.seed,
         mask_sampler=drawn_method(method).mask_sampler(),
         augmentations=config.augmentations[:1],
+        format=config.data.pixels.format,
     )
     # The epoch after the last one: its crops and masks are new to the model.
     step = config.train.epochs * loader.steps_per_epoch

@@ -18,6 +18,7 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.loader import draw_masks
 from data.parallel import report_errors
+from data.pixel_format import RGB, PixelFormat, computable
 from downstream.checkpoints.feature_teachers import read_feature_teacher
 from downstream.checkpoints.files import read_source
 from downstream.own_images import load_images
@@ -69,19 +70,21 @@ def load_trained(run: Path, overrides: list[str]) -> tuple[Method, tuple[int, in
     )
 
 
-def read_images(samples: Samples, size: tuple[int, int], count: int) -> tuple[Tensor, list[int]]:
-    """The first images that can be decoded, (B, H, W, 3) uint8, and which samples they are; at most `count`.
+def read_images(
+    samples: Samples, size: tuple[int, int], count: int, format: PixelFormat = RGB
+) -> tuple[Tensor, list[int]]:
+    """The first images that can be decoded, (B, H, W, C), and which samples they are; at most `count`.
 
     Raises:
         ValueError: none of those tried can be decoded.
     """
     images, numbers = [], []
-    for batch in EvalLoader(samples, size=size, batch=1).batches():
+    for batch in EvalLoader(samples, size=size, batch=1, format=format).batches():
         name = samples.keys[int(batch.samples)]
         if not batch.readable:
             print(f"left out, since it cannot be decoded: {name}", file=sys.stderr)
             continue
-        images.append(batch.images)
+        images.append(computable(batch.images))
         numbers.append(int(batch.samples))
         if len(images) == count:
             break
@@ -114,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--count {options.count} must be at least 1")
         samples = load_images(*options.images)
         method, size, what = load_trained(options.run, options.set)
-        images, numbers = read_images(samples, size, options.count)
+        images, numbers = read_images(samples, size, options.count, method.encoder.pixels.format)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         masks = draw_masks(method.mask_sampler(), options.seed, ((0, number) for number in numbers))
         indices = {name: index.to(device) for name, index in masks.items()}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pretrain.methods.base import MaskIndices, Method
 from pretrain.methods.lut import LUT
-from pretrain.models.patches import ALONE
+from pretrain.models.patches import ALONE, describe_shown
 from pretrain.trainer.figures import draw_image_grid
 
 # What the methods' `reconstruct` calls an image -> the title of its column; others are titled by their names.
@@ -34,7 +34,7 @@ def draw_reconstructions(
 
     Args:
         method: in eval mode; of LUT's, `drawn_method`.
-        images: (B, H, W, 3) uint8, on the method's device, as the indices.
+        images: (B, H, W, C), uint8 or `computable`, on the method's device, as the indices.
         mask_indices: of its mask sampler.
         path: of the PNG.
         heading: whose predictions of what these are.
@@ -42,6 +42,7 @@ def draw_reconstructions(
     """
     shown = method.reconstruct(images, mask_indices)
     columns = {title: column.cpu() for title, column in _columns(shown, bool(method.target.caption)).items()}
+    caption = f"{caption} {describe_shown(method.encoder.pixels)}".strip()
     if method.target.caption:
         caption = f"* {method.target.caption} {caption}"
     draw_image_grid(columns, path, heading, caption)

@@ -12,11 +12,11 @@ from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from data.pixel_format import Pixels
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import Source, read_source
 from downstream.checkpoints.fold import fold_batch_norm
 from downstream.checkpoints.formats import EncoderWeights, translate
-from downstream.checkpoints.pixels import Pixels
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.timm_models import build_vit, to_timm
 from downstream.classify.classifier_spec import ClassifierSpec
@@ -40,7 +40,7 @@ class ClassifierWeights:
     """A classifier out of a file.
 
     Attributes:
-        spec: what it is; its images are of the encoder's size, standardized by ImageNet's statistics.
+        spec: what it is; its images are of the encoder's size and pixels.
         state: its parameters by timm's names, in fp32: those of `build()`.
         report: what became of the file's keys.
     """
@@ -50,7 +50,7 @@ class ClassifierWeights:
     report: Report
 
     def build(self) -> VisionTransformer:
-        """The model, in eval mode: standardized pixels (B, 3, H, W) -> logits (B, C).
+        """The model, in eval mode: standardized pixels (B, C, H, W) -> logits (B, C).
 
         Raises:
             ValueError: the weights are not those of `spec`.

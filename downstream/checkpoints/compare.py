@@ -39,10 +39,10 @@ def float64_copy(module: _Module, memo: dict[int, object] | None = None) -> _Mod
     return copy.deepcopy(module, memo).cpu().double().eval()
 
 
-def random_images(height: int, width: int) -> Tensor:
-    """(2, 3, height, width) standard normal float64, the same in every call."""
+def random_images(height: int, width: int, channels: int = 3) -> Tensor:
+    """(2, channels, height, width) standard normal float64, the same in every call."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64)
+    return torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -51,9 +51,9 @@ def feature_difference(encoder: ViT, compute: Callable[[Tensor], Tensor]) -> flo
 
     Args:
         encoder: in any precision; a copy computes.
-        compute: the other model, already in float64: (B, 3, H, W) images -> (B, 1+N, D) features, the class token
+        compute: the other model, already in float64: (B, C, H, W) images -> (B, 1+N, D) features, the class token
             first.
     """
-    images = random_images(*encoder.image_size)
+    images = random_images(*encoder.image_size, encoder.pixels.channels)
     expected = features(float64_copy(encoder), images)
     return max_difference(compute(images), expected)

@@ -25,12 +25,13 @@ from typing import NoReturn
 import timm
 import torch
 
+from data.pixel_format import IMAGENET, Pixels
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.classifiers import load_classifier_weights
 from downstream.checkpoints.export_hub import timm_usage, to_hf
 from downstream.checkpoints.export_programs import to_onnx, to_torch_export, to_torchscript
 from downstream.checkpoints.exported import Export, write_safetensors
-from downstream.checkpoints.pixels import STATISTICS, Pixels
+from downstream.checkpoints.pixels import STATISTICS
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.weights import Size, build_encoder, features, load_encoder, read_encoder
 from pretrain.models.encoder_spec import EncoderSpec
@@ -47,6 +48,11 @@ def _to_timm(export: Export, out: Path) -> tuple[float, str]:
 def _to_mm(export: Export, out: Path) -> tuple[float, str]:
     if export.classifier:
         raise ValueError("mm is for backbones, without a head: leave out --classifier, or take --format timm or hf")
+    if export.spec.pixels != IMAGENET:
+        raise ValueError(
+            f"{export.report.path} is of {export.spec.pixels}, and mm's pipelines give backbones RGB by ImageNet's: "
+            f"take --format timm or hf, or, of 3 channels of uint8, the file itself as start.checkpoint"
+        )
     torch.save({"state_dict": export.tensors, "meta": export.metadata}, out)
     encoder = load_encoder(out)[0].double()
     spec, init_cfg = export.spec, 'init_cfg=dict(type="{loader}", checkpoint="{{out}}")'

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from data.pixel_format import IMAGENET
 from downstream.checkpoints.exported import Export, TimmOptions, write_safetensors
 from downstream.checkpoints.model_card import write_card
 from pretrain.models.encoder_spec import EncoderSpec
@@ -45,9 +45,9 @@ def _timm_folder(export: Export, out: Path) -> tuple[float, str]:
     name, options = export.timm_call()
     write_safetensors(out / "model.safetensors", export.tensors, export.metadata)
     pretrained_cfg = {
-        "input_size": [3, *export.spec.image_size],
-        "mean": list(IMAGENET_DEFAULT_MEAN),
-        "std": list(IMAGENET_DEFAULT_STD),
+        "input_size": [export.spec.pixels.channels, *export.spec.image_size],
+        "mean": list(export.spec.pixels.mean),
+        "std": list(export.spec.pixels.std),
         "interpolation": "bicubic",
         "fixed_input_size": True,
         "first_conv": "patch_embed.proj",
@@ -81,6 +81,7 @@ def _transformers_folder(export: Export, out: Path, kind: str) -> tuple[float, s
         "layer_norm_eps": 1e-6,
         "image_size": [height, width],
         "patch_size": export.spec.patch_size,
+        "num_channels": export.spec.pixels.channels,
         "qkv_bias": True,
         "torch_dtype": "float32",
     }
@@ -92,8 +93,9 @@ def _transformers_folder(export: Export, out: Path, kind: str) -> tuple[float, s
         "image_processor_type": "ViTImageProcessor",
         "size": {"height": height, "width": width},
         "resample": 3,  # bicubic
-        "image_mean": list(IMAGENET_DEFAULT_MEAN),
-        "image_std": list(IMAGENET_DEFAULT_STD),
+        "image_mean": list(export.spec.pixels.mean),
+        "image_std": list(export.spec.pixels.std),
+        **({} if export.spec.pixels.dtype == "uint8" else {"rescale_factor": 1 / export.spec.pixels.format.white}),
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
@@ -151,4 +153,6 @@ def timm_usage(spec: EncoderSpec, name: str, options: TimmOptions) -> str:
     lines = ["import timm", f"timm.create_model({arguments})"]
     if spec.position != "sincos":
         lines.insert(1, "import downstream.checkpoints.timm_models  # of lomar-deepspeed")
+    if spec.pixels != IMAGENET:
+        lines.append(f"# of {spec.pixels}; values are divided by {spec.pixels.format.white:g} first")
     return "\n".join(lines)

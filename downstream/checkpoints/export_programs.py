@@ -1,8 +1,8 @@
 """Programs that run without this project's code, at any batch size: TorchScript's, torch.export's and ONNX's.
 
-They compute features or logits of (B, 3, H, W) float32 pixels, standardized by ImageNet's mean and deviation, of the
-one image size that they were exported at. What is written is read back and compared in float32, in batches of two
-sizes.
+They compute features or logits of (B, C, H, W) float32 pixels, standardized by the encoder's mean and deviation
+(ImageNet's, if it has no others), of the one image size that they were exported at. What is written is read back and
+compared in float32, in batches of two sizes.
 """
 
 import warnings
@@ -73,7 +73,7 @@ def to_onnx(export: Export, out: Path) -> tuple[float, str]:
 
 
 def _example(export: Export) -> Tensor:
-    images = random_images(*export.spec.image_size).float()
+    images = random_images(*export.spec.image_size, export.spec.pixels.channels).float()
     with torch.no_grad():
         export.model(images)  # fills timm_models' cache of buckets with tensors, before a program is made of them
     return images
@@ -90,7 +90,7 @@ def _encoded(export: Export) -> dict[str, bytes]:
 @torch.no_grad()
 def _check(export: Export, compute: Callable[[Tensor], Tensor]) -> float:
     """The largest difference of the program's outputs from the model's, in float32; raises ValueError as `accept`."""
-    images = random_images(*export.spec.image_size).float()
+    images = random_images(*export.spec.image_size, export.spec.pixels.channels).float()
     differences = []
     for batch in _BATCHES:
         some = images[:1].repeat(batch, 1, 1, 1) * torch.linspace(1, 2, batch)[:, None, None, None]

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from data.pixel_format import RGB
 from downstream.checkpoints.classifiers import ClassifierWeights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
 from downstream.checkpoints.report import Report
@@ -20,7 +21,7 @@ TimmOptions = dict[str, int | str | bool | tuple[int, int]]
 
 
 class Features(nn.Module):
-    """`features` of an encoder as a module: (B, 3, H, W) standardized pixels -> (B, 1+N, D)."""
+    """`features` of an encoder as a module: (B, C, H, W) standardized pixels -> (B, 1+N, D)."""
 
     def __init__(self, encoder: ViT):
         super().__init__()
@@ -40,7 +41,7 @@ class Export:
         classifier: to be exported whole.
 
     Attributes:
-        model: computes what the export must: features or logits of (B, 3, H, W) standardized pixels.
+        model: computes what the export must: features or logits of (B, C, H, W) standardized pixels.
         tensors: its parameters by timm's names, in fp32.
         metadata: how to rebuild it.
     """
@@ -85,6 +86,8 @@ class Export:
             options["img_size"] = square or (height, width)
         if self.classifier is not None:
             options |= {"num_classes": self.classifier.num_classes, "global_pool": self.classifier.pool}
+        if self.spec.pixels.channels != RGB.channels:
+            options["in_chans"] = self.spec.pixels.channels
         options |= prefix_options(self.spec)
         if not self.spec.class_token:
             options["global_pool"] = "avg"
@@ -97,12 +100,12 @@ class Export:
         """The difference of what the export computes from the source's, in float64, as of `max_difference`.
 
         Args:
-            compute: the export, already in float64: (B, 3, H, W) images -> its features or logits.
+            compute: the export, already in float64: (B, C, H, W) images -> its features or logits.
 
         Raises:
             ValueError: it is larger than `FLOAT64_TOLERANCE`.
         """
-        images = random_images(*self.spec.image_size)
+        images = random_images(*self.spec.image_size, self.spec.pixels.channels)
         found = compute(images)
         rows, cols = self.spec.grid
         if self.classifier is None and found.shape[1] == rows * cols:  # others do not put their mean in front

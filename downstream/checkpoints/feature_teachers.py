@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
+from data.pixel_format import RGB
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.weights import build_encoder, read_encoder
 from pretrain.methods.masking import Grid
@@ -54,6 +55,8 @@ def read_feature_teacher(config: TargetConfig, grid: Grid, patch_size: int) -> F
 def _encoder_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> FeatureTeacher:
     assert config.file
     found = read_encoder(config.file, weights=config.encoder)
+    if found.spec.pixels.format != RGB:
+        raise ValueError(f"it is of {found.spec.pixels.format}: give a teacher of RGB in 8 bits")
     size = _image_size(found.spec.patch_size, config, grid, patch_size)
     encoder, report = build_encoder(found, image_size=size)
     _log.info("the teacher is %s", report)

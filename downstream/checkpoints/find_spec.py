@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from data.decode import CHANNELS
+from data.pixel_format import RGB
 from downstream.checkpoints.files import Source
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS
@@ -35,7 +35,12 @@ def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
         ValueError: the encoder cannot be expressed by a spec, or the file's record contradicts its tensors.
     """
     path, recorded = source.path, source.spec
-    patch_size, position, arch = _find_patch_size(path, state), _find_position(path, state), _find_arch(path, state)
+    channels = recorded.pixels.channels if recorded else RGB.channels
+    patch_size, position, arch = (
+        _find_patch_size(path, state, channels),
+        _find_position(path, state),
+        _find_arch(path, state),
+    )
     if recorded is None:
         _check_heads(source, arch)
         registers = count_registers(state)
@@ -77,10 +82,10 @@ def count_blocks(state: Iterable[str]) -> int:
     return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
 
 
-def _find_patch_size(path: Path, state: Mapping[str, Tensor]) -> int:
+def _find_patch_size(path: Path, state: Mapping[str, Tensor], channels: int) -> int:
     shape = tuple(state["patch_embed.proj.weight"].shape)
-    if len(shape) != 4 or shape[1] != CHANNELS or shape[2] != shape[3]:
-        raise ValueError(f"{path} embeds patches by {shape}; this encoder has square patches of {CHANNELS} channels")
+    if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3]:
+        raise ValueError(f"{path} embeds patches by {shape}; this encoder has square patches of {channels} channels")
     return int(shape[2])
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from data.pixel_format import IMAGENET, Pixels
 from downstream.checkpoints.files import Source
 from downstream.checkpoints.find_spec import find_spec
 from downstream.checkpoints.fold import (
@@ -38,7 +39,7 @@ from downstream.checkpoints.names import (
     match,
     rename,
 )
-from downstream.checkpoints.pixels import IMAGENET, Pixels, find_pixels, fold_pixels
+from downstream.checkpoints.pixels import find_pixels, fold_pixels
 from downstream.checkpoints.report import Report, group_problems
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import CLASS_ADAPTER

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from data.pixel_format import IMAGENET, Pixels
 from downstream.checkpoints.report import Report
 from downstream.classify.classifier_spec import ClassifierSpec
 from pretrain.models.encoder_spec import EncoderSpec
@@ -21,7 +22,7 @@ _PUBLISHED: dict[str, tuple[str, ...] | None] = {
     "pr_mim": None,
     "lut": None,
     "model": ("arch", "patch_size", "position", "registers", "layer_scale"),
-    "data": ("image_size", "crop", "crop_scale", "hflip", "color_jitter"),
+    "data": ("channels", "dtype", "mean", "std", "image_size", "crop", "crop_scale", "hflip", "color_jitter"),
     "optim": None,
     "train": ("epochs", "global_batch_size", "gradient_accumulation_steps", "precision"),
 }
@@ -76,7 +77,7 @@ def write_card(
         *([f"- registers: {spec.registers}, behind the class token"] if spec.registers else []),
         f"- weights: {report.weights}"
         + {"online": " (as trained)", "ema": " (moving average)"}.get(report.weights, " (by their name in the source)"),
-        "- pixels: RGB in 0..1, ImageNet's mean and standard deviation"
+        f"- pixels: {_describe_pixels(spec.pixels)}"
         + (f"; trained on those of {report.pixels}" if report.pixels and not run else ""),
         f"- checked: computed in float64 on random images, its {'logits' if classifier else 'features'} and those of "
         f"`{report.path.name}` differ by {difference:.1g} of the largest",
@@ -99,6 +100,13 @@ def write_card(
             "```",
         ]
     return "\n".join(parts) + "\n"
+
+
+def _describe_pixels(pixels: Pixels) -> str:
+    if pixels == IMAGENET:
+        return "RGB in 0..1, ImageNet's mean and standard deviation"
+    how = f"mean {list(pixels.mean)}, standard deviation {list(pixels.std)}"
+    return f"{pixels.format}, divided by {pixels.format.white:g}; {how}"
 
 
 def _describe(classifier: ClassifierSpec | None) -> tuple[str, str]:

@@ -1,33 +1,21 @@
-"""The mean and deviation of the pixels that weights were trained on, and how they become ImageNet's.
+"""The pixels that weights were trained on, and how they become those of another encoder: ImageNet's, but for our own.
 
-Everything here gives encoders pixels standardized by ImageNet's statistics. Weights trained on others are changed so
-that they compute the same: the kernel that embeds patches is linear in the pixels, and nothing is padded.
+Weights trained on other statistics are changed so that they compute the same: the kernel that embeds patches is linear
+in the pixels, and nothing is padded. Between numbers of channels nothing is the same, and timm's rule is followed.
 """
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from data.pixel_format import IMAGENET, Pixels
 from downstream.checkpoints.files import Source
 
 _KERNEL, _BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 
 
-class Pixels(NamedTuple):
-    """Mean and deviation of each channel, of values in 0..1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __str__(self) -> str:
-        return f"mean {'/'.join(f'{x:g}' for x in self.mean)}, deviation {'/'.join(f'{x:g}' for x in self.std)}"
-
-
-IMAGENET = Pixels(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 HALF = Pixels((0.5,) * 3, (0.5,) * 3)
 STATISTICS = {"imagenet": IMAGENET, "half": HALF}
 
@@ -71,15 +59,37 @@ def find_pixels(source: Source, state: Mapping[str, Tensor], given: Pixels | Non
     return IMAGENET, "ImageNet's mean and deviation (assumed: the file does not say)"
 
 
-def fold_pixels(state: dict[str, Tensor], theirs: Pixels) -> None:
-    """Makes the kernel and bias that embed pixels of `theirs` those that embed ImageNet's, in place.
+def fold_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels = IMAGENET) -> None:
+    """Makes the kernel and bias that embed pixels of `theirs` those that embed `ours`, in place; values by their white.
 
-    With x = s z + m of ImageNet's z, W ((x - mean) / std) + b = (W s / std) z + (b + W (m - mean) / std).
+    With x = s z + m of our z, W ((x - mean) / std) + b = (W s / std) z + (b + W (m - mean) / std).
     """
     kernel, bias = state[_KERNEL].double(), state[_BIAS].double()
-    mean, std, m, s = (torch.tensor(values, dtype=torch.float64) for values in (*theirs, *IMAGENET))
+    mean, std, m, s = (torch.tensor(values, dtype=torch.float64) for values in (*theirs[:2], *ours[:2]))
     state[_BIAS] = (bias + (kernel * ((m - mean) / std)[None, :, None, None]).sum((1, 2, 3))).float()
     state[_KERNEL] = (kernel * (s / std)[None, :, None, None]).float()
+
+
+def match_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels) -> dict[str, str]:
+    """Makes weights of an encoder of ours, by our names, those for other pixels, in place.
+
+    Of another number of channels they are those of timm's `adapt_input_conv`, which is defined from three alone: one
+    channel gets the sum over all, and several get them in turn, scaled by the ratio of the two numbers.
+
+    Returns:
+        What became of which parameter of the state.
+    """
+    if theirs == ours:
+        return {}
+    if theirs.channels == ours.channels:
+        fold_pixels(state, theirs, ours)
+        return dict.fromkeys((_KERNEL, _BIAS), f"computes the same of pixels of {ours} as of {theirs}")
+    kernel, (before, after) = state[_KERNEL], (theirs.channels, ours.channels)
+    if after == 1:
+        state[_KERNEL] = kernel.sum(1, keepdim=True)
+        return {_KERNEL: f"{before} -> 1 channels: the sum over them (timm's rule)"}
+    state[_KERNEL] = kernel.repeat(1, -(-after // before), 1, 1)[:, :after] * (before / after)
+    return {_KERNEL: f"{before} -> {after} channels: repeated and scaled by {before}/{after} (timm's rule)"}
 
 
 def _rounded(recorded: tuple[tuple[float, ...], tuple[float, ...]]) -> Pixels:

@@ -17,7 +17,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.decode import CHANNELS
 from data.transforms import height_width
 from pretrain.models.attention import Attention
 from pretrain.models.encoder_spec import EncoderSpec
@@ -81,7 +80,7 @@ class LoMaRViT(VisionTransformer):
         super().__init__(pos_embed="none", block_fn=block, **options)
 
     def buckets(self, images: Tensor) -> Tensor:
-        """The relative position of every pair of the tokens of (B, 3, H, W) images."""
+        """The relative position of every pair of the tokens of (B, C, H, W) images."""
         height, width = self.patch_embed.dynamic_feat_size(images.shape[-2:])
         grid = (int(height), int(width))  # while tracing they are tensors
         if self.position == "relative":
@@ -139,7 +138,13 @@ def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any)
     """
     dim, depth, heads = ARCHS[encoder.arch]
     options |= {"patch_size": encoder.patch_size, "img_size": encoder.image_size, "global_pool": pool}
-    options |= {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": num_classes, "in_chans": CHANNELS}
+    options |= {
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "num_classes": num_classes,
+        "in_chans": encoder.pixels.channels,
+    }
     options |= prefix_options(encoder)
     if encoder.position == "sincos":
         return VisionTransformer(**options)

@@ -10,8 +10,9 @@ Both are made of steps for those who decide after a look at what a file holds, w
     fill_encoder(encoder, found) -> report
 
 Absolute positions and BEiT's bias tables, which have an entry for every position or offset of one grid, are resized,
-and so is the patch projection between 14 and 16 pixels. Contextual relative tables (LoMaR's) are not: their buckets are
-offsets in patches, the same for every grid, and offsets farther than any in training share the outermost bucket.
+and so is the patch projection between 14 and 16 pixels; between numbers of channels it follows timm's rule. Contextual
+relative tables (LoMaR's) are not: their buckets are offsets in patches, the same for every grid, and offsets farther
+than any in training share the outermost bucket.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
+from data.pixel_format import Pixels
 from data.transforms import height_width
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.files import read_source
@@ -29,7 +31,7 @@ from downstream.checkpoints.find_spec import BIAS, fits_grid
 from downstream.checkpoints.fold import SCALE
 from downstream.checkpoints.formats import EncoderWeights, translate
 from downstream.checkpoints.names import SHARED_BIAS
-from downstream.checkpoints.pixels import Pixels
+from downstream.checkpoints.pixels import match_pixels
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
@@ -88,9 +90,13 @@ def read_encoder(path: Path | str, *, weights: Weights | None = None, pixels: Pi
 
 
 def build_encoder(
-    found: EncoderWeights, *, image_size: Size | None = None, patch_size: int | None = None
+    found: EncoderWeights,
+    *,
+    image_size: Size | None = None,
+    patch_size: int | None = None,
+    pixels: Pixels | None = None,
 ) -> tuple[ViT, Report]:
-    """A new encoder from what was read, of its own size or another; as `load_encoder`."""
+    """A new encoder from what was read, of its own sizes and pixels or others; as `load_encoder`."""
     spec = found.spec
     size, patch_size = image_size or spec.image_size, patch_size or spec.patch_size
     height, width = height_width(size)
@@ -99,7 +105,7 @@ def build_encoder(
             f"{found.report.path}: the image size {height}x{width} is not a multiple of the patch size {patch_size}: "
             f"give another size"
         )
-    encoder = replace(spec, image_size=(height, width), patch_size=patch_size).build()
+    encoder = replace(spec, image_size=(height, width), patch_size=patch_size, pixels=pixels or spec.pixels).build()
     report = fill_encoder(encoder, found)
     return encoder.eval(), report
 
@@ -119,6 +125,7 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
     state, resized = dict(found.state), dict(found.report.resized)
     if spec.patch_size != mine.patch_size:
         resized |= _resize_patches(state, path, spec.patch_size, mine.patch_size)
+    resized |= match_pixels(state, spec.pixels, mine.pixels)
     if spec.position != "relative":
         resized |= _resize_positions(state, found, mine.grid)
     if spec.registers != mine.registers:

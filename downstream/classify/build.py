@@ -46,6 +46,7 @@ def build_evaluation(config: FinetuneConfig, samples: Samples, world: World, dev
             world_size=world.size,
             num_workers=config.data.num_workers,
             device=device,
+            format=config.data.pixels.format,
         )
         return {**predictions.summary(), **counts}
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from data.pixel_format import RGB
 from data.transforms import Augmentation
 from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share, StartConfig
 from pretrain.trainer.recipe import load_config
@@ -127,6 +128,8 @@ class FinetuneConfig(RunConfig):
 
         if optim.name == "lars" and start.trained_blocks != 0:
             yield "optim.name=lars is for linear probes: set start.trained_blocks=0, or optim.name=adamw"
+        if self.augment.randaugment and self.data.pixels.format != RGB:
+            yield f"augment.randaugment={self.augment.randaugment} {self.data.not_rgb}: leave it empty"
         try:
             self.augmentations  # noqa: B018
         except ValueError as error:

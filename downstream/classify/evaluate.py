@@ -19,6 +19,7 @@ from data.eval_loader import EvalLoader
 from data.image_folder import Samples, load_samples
 from data.labels import check_labels, check_same_classes
 from data.multi_labels import MultiLabels
+from data.pixel_format import RGB, PixelFormat
 from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
 from downstream.classify.evaluation_report import write_report
 from downstream.classify.scores import NOTHING, MultiLabelPredictions, Predictions, predict_one_label
@@ -27,7 +28,7 @@ from downstream.own_images import count_images
 from pretrain.trainer.launch import World
 from pretrain.trainer.per_sample import compute_per_sample
 
-Predict = Callable[[Tensor], Tensor]  # uint8 (B, H, W, 3) on the device -> logits (B, C)
+Predict = Callable[[Tensor], Tensor]  # (B, H, W, channels) on the device -> logits (B, C)
 
 COUNT_AS_WRONG = "count as wrong"
 _ADVICE = "evaluate it on the data set that it was trained for"
@@ -43,17 +44,19 @@ def evaluate(
     world_size: int,
     num_workers: int,
     device: torch.device,
+    format: PixelFormat = RGB,
 ) -> tuple[Predictions | MultiLabelPredictions, dict[str, int]]:
     """Predictions for all samples, each counted once; called by all ranks together, and the same on all of them.
 
     Args:
-        predict: uint8 (B, H, W, 3) on the device -> logits (B, C). Every rank calls it equally often.
+        predict: (B, H, W, channels) on the device -> logits (B, C). Every rank calls it equally often.
         samples: all of them labeled, with one class each or with lists of classes.
         size: (H, W) of the central crops.
         batch: images per batch of each rank.
         rank, world_size: this process and how many there are.
         num_workers: decoding processes of each rank.
         device: where `predict` computes.
+        format: of the images; those of others count as wrong.
 
     Returns:
         The predictions; and of how many `images` how many were `skipped`: undecodable, therefore wrong, and listed on
@@ -63,7 +66,15 @@ def evaluate(
         ValueError: samples without labels, or labels beyond the logits.
     """
     check_labels(samples)
-    loader = EvalLoader(samples, size=size, batch=batch, rank=rank, world_size=world_size, num_workers=num_workers)
+    loader = EvalLoader(
+        samples,
+        size=size,
+        batch=batch,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        format=format,
+    )
     if samples.multi_labels is not None:
         return _evaluate_lists(predict, loader, samples.multi_labels, device)
     labels = torch.tensor(samples.label).long()
@@ -120,6 +131,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
         world_size=world.size,
         num_workers=options.num_workers,
         device=device,
+        format=trained.pixels.format,
     )
     if options.out and world.is_main:
         write_report(options.out, predictions, trained.class_names or samples.classes)

@@ -13,6 +13,7 @@ import torch
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples
 from data.parallel import default_workers
+from data.pixel_format import PixelFormat
 from pretrain.trainer.launch import World, exit_process, find_world, init_distributed
 
 Command = Callable[[argparse.Namespace, World, torch.device], dict[str, Any]]
@@ -31,8 +32,10 @@ def block_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def build_loader(samples: Samples, size: tuple[int, int], options: argparse.Namespace, world: World) -> EvalLoader:
-    """Of all samples, in central crops of (H, W), with the options of `add_loading_options`."""
+def build_loader(
+    samples: Samples, size: tuple[int, int], options: argparse.Namespace, world: World, format: PixelFormat
+) -> EvalLoader:
+    """Of all samples, in central crops of (H, W) and a format, with the options of `add_loading_options`."""
     return EvalLoader(
         samples,
         size=size,
@@ -40,6 +43,7 @@ def build_loader(samples: Samples, size: tuple[int, int], options: argparse.Name
         rank=world.rank,
         world_size=world.size,
         num_workers=options.num_workers,
+        format=format,
     )
 
 

@@ -1,6 +1,7 @@
 """The end of a classifier's run: its weights under timm's names, with what is needed to rebuild the model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from downstream.checkpoints.fold import fold_batch_norm
 from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.config import FinetuneConfig
-from pretrain.models.encoder_spec import EncoderSpec
+from downstream.classify.model import encoder_spec
 from pretrain.trainer.engine import gather_state_dict, save_state_dict
 from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
@@ -47,10 +48,7 @@ def save_classifier(
         path: of the safetensors file.
         multi_label: whether it was trained on lists of labels.
     """
-    model, head = config.model, config.head
-    encoder = EncoderSpec(
-        model.arch, model.patch_size, config.data.height_width, model.position, epochs=config.train.epochs
-    )
+    head, encoder = config.head, replace(encoder_spec(config), epochs=config.train.epochs)
     assert head.num_classes is not None
     spec = ClassifierSpec(encoder, head.num_classes, head.pool, tuple(class_names), multi_label)
     tensors = _fold_norm({name.removeprefix("vit."): tensor for name, tensor in state.items()})

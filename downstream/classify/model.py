@@ -11,6 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from data.pixel_format import IMAGENET, Pixels
 from downstream.checkpoints.files import read_source
 from downstream.checkpoints.formats import translate
 from downstream.checkpoints.timm_models import build_vit, to_timm
@@ -29,25 +30,26 @@ class Classifier(nn.Module):
     All randomness is drawn from the process's generators, which the training loop seeds before each micro-batch.
 
     Args:
-        vit: (B, 3, H, W) standardized pixels -> (B, num_classes) logits.
+        vit: (B, C, H, W) standardized pixels -> (B, num_classes) logits.
         num_classes: that mixed labels are spread over.
         augment: of the training images and labels.
+        pixels: of the images.
     """
 
-    def __init__(self, vit: VisionTransformer, num_classes: int, augment: AugmentConfig):
+    def __init__(self, vit: VisionTransformer, num_classes: int, augment: AugmentConfig, pixels: Pixels = IMAGENET):
         super().__init__()
-        self.vit, self.augment = vit, augment
+        self.vit, self.augment, self.pixels = vit, augment, pixels
         self.num_classes = num_classes
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """(B, H, W, 3) uint8 images -> the `loss` for labels; without labels their `logits` (B, C).
+        """(B, H, W, C) images of `pixels` -> the `loss` for labels; without labels their `logits` (B, C).
 
         Args:
             images: of which those of a training batch are augmented.
             labels: int64 (B,), one class each: cross entropy; or float (B, C) of 0 and 1, any number of classes each:
                 the mean over images and classes of the binary cross entropy.
         """
-        pixels = normalize_pixels(images).permute(0, 3, 1, 2)
+        pixels = normalize_pixels(images, self.pixels).permute(0, 3, 1, 2)
         if labels is None:
             return {"logits": self.vit(pixels).float()}
         if self.augment.random_erasing:
@@ -110,7 +112,7 @@ def build_classifier(
     torch.manual_seed(config.seed)
     model, start, head = config.model, config.start, config.head
     assert head.num_classes is not None
-    spec, own_norm = _encoder_spec(config), _has_own_norm(config)
+    spec, own_norm = encoder_spec(config), _has_own_norm(config)
     encoder = spec.build()
     _check_blocks(config, len(encoder.blocks))
     started = _load_start(encoder, config, class_names) if start.checkpoint and load_start else _Start()
@@ -125,7 +127,7 @@ def build_classifier(
     if head.kind == "batchnorm":
         vit.head = nn.Sequential(SyncBatchNorm(vit.embed_dim, eps=1e-6, affine=False), vit.head)
     _freeze(vit, start.trained_blocks)
-    return Classifier(vit, head.num_classes, config.augment), started.report
+    return Classifier(vit, head.num_classes, config.augment, spec.pixels), started.report
 
 
 def check_start(config: FinetuneConfig) -> None:
@@ -133,17 +135,20 @@ def check_start(config: FinetuneConfig) -> None:
     if config.start.checkpoint is None:
         return
     with torch.device("meta"):
-        encoder = _encoder_spec(config).build()
+        encoder = encoder_spec(config).build()
     _check_blocks(config, len(encoder.blocks))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # nothing is to be copied
         _load_start(encoder, config, ())
 
 
-def _encoder_spec(config: FinetuneConfig) -> EncoderSpec:
-    model = config.model
-    size, registers = config.data.height_width, model.registers
-    return EncoderSpec(model.arch, model.patch_size, size, model.position, registers=registers)
+def encoder_spec(config: FinetuneConfig) -> EncoderSpec:
+    """What the classifier is built on."""
+    model, data = config.model, config.data
+    registers, pixels = model.registers, data.pixels
+    return EncoderSpec(
+        model.arch, model.patch_size, data.height_width, model.position, registers=registers, pixels=pixels
+    )
 
 
 def _has_own_norm(config: FinetuneConfig) -> bool:

@@ -87,7 +87,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
         raise ValueError(f"--top {options.top} must be at least 1, --threshold {options.threshold} between 0 and 1")
     samples = load_images(options.images)
     trained = load_classifier(options.model, device)
-    loader = build_loader(samples, trained.image_size, options, world)
+    loader = build_loader(samples, trained.image_size, options, world, trained.pixels.format)
     predictions = most_probable(trained, loader, options.top, device)
     counts = count_images(loader, predictions[-1], "have no prediction")
     if not world.is_main:

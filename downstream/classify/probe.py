@@ -37,7 +37,8 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     found = read_encoder(options.encoder, weights=options.weights)
     encoder, _ = build_encoder(found, image_size=options.image_size)
     check_blocks(settings.block, len(encoder.blocks))
-    learned, classified = (build_loader(samples, encoder.image_size, options, world) for samples in (train, val))
+    size, format = encoder.image_size, encoder.pixels.format
+    learned, classified = (build_loader(samples, size, options, world, format) for samples in (train, val))
     encoder = encoder.to(device)
     set_deterministic(True)
     measured = probe(encoder, learned, classified, settings, device=device, norm_after_pool=found.pool_norm)

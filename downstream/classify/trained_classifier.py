@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.pixel_format import IMAGENET, Pixels
 from downstream.checkpoints.classifiers import load_classifier_weights
 from pretrain.models.patches import normalize_pixels
 from pretrain.trainer.checkpoint_layout import checkpoint_names
@@ -19,11 +20,12 @@ class TrainedClassifier:
 
     Attributes:
         path: the file.
-        model: timm's, in eval mode: standardized pixels (B, 3, H, W) -> logits.
+        model: timm's, in eval mode: standardized pixels (B, channels, H, W) -> logits.
         image_size: (H, W) of its images.
         num_classes: outputs of its head.
         class_names: in the order of the labels; empty where they are not known.
         multi_label: whether each output is a decision of its own.
+        pixels: of its images.
     """
 
     path: Path
@@ -32,10 +34,11 @@ class TrainedClassifier:
     num_classes: int
     class_names: tuple[str, ...]
     multi_label: bool = False
+    pixels: Pixels = IMAGENET
 
     def predict(self, images: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) -> logits (B, C), in fp32."""
-        logits: Tensor = self.model(normalize_pixels(images).movedim(-1, 1))
+        """Images of `pixels`, (B, H, W, channels) -> logits (B, C), in fp32."""
+        logits: Tensor = self.model(normalize_pixels(images, self.pixels).movedim(-1, 1))
         return logits.float()
 
 
@@ -61,6 +64,5 @@ def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier
         print(found.report, file=sys.stderr)
     spec = found.spec
     model = found.build().to(device)
-    return TrainedClassifier(
-        Path(path), model, spec.encoder.image_size, spec.num_classes, spec.class_names, spec.multi_label
-    )
+    size, pixels = spec.encoder.image_size, spec.encoder.pixels
+    return TrainedClassifier(Path(path), model, size, spec.num_classes, spec.class_names, spec.multi_label, pixels)

@@ -20,7 +20,7 @@ from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import PatchTarget
 from pretrain.models.decoder import Decoder, check_heads
-from pretrain.models.patches import patchify, unpatchify, values_per_patch
+from pretrain.models.patches import patchify, show_patches, unpatchify, values_per_patch
 from pretrain.models.vit import Arch, ViT
 from pretrain.trainer.config import ModelConfig
 
@@ -34,7 +34,7 @@ def centered_blocks(images: Tensor, patch_size: int, block_size: int) -> Tensor:
     """The `block_size` x `block_size` pixels around every patch's center; beyond the border the image is mirrored.
 
     Args:
-        images: (B, H, W, 3) uint8.
+        images: (B, H, W, C).
 
     Returns:
         (B, N, K) in the dtype of the images; values in the order of `patchify`.
@@ -42,8 +42,8 @@ def centered_blocks(images: Tensor, patch_size: int, block_size: int) -> Tensor:
     margin = (block_size - patch_size) // 2
     channels = images.permute(0, 3, 1, 2).float()
     padded = F.pad(channels, (margin,) * 4, mode="reflect").to(images.dtype)
-    blocks = padded.unfold(2, block_size, patch_size).unfold(3, block_size, patch_size)  # (B, 3, rows, cols, k, k)
-    return blocks.permute(0, 2, 3, 4, 5, 1).reshape(len(images), -1, values_per_patch(block_size))
+    blocks = padded.unfold(2, block_size, patch_size).unfold(3, block_size, patch_size)  # (B, C, rows, cols, k, k)
+    return blocks.permute(0, 2, 3, 4, 5, 1).reshape(len(images), -1, values_per_patch(block_size, images.shape[-1]))
 
 
 class AutoEncoder(Method):
@@ -83,7 +83,7 @@ class AutoEncoder(Method):
         super().__init__(config, encoder, target)
         self.config, self.encoder, self.target = config, encoder, target
         arch = Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
-        num_outputs = values_per_patch(config.block_size)
+        num_outputs = values_per_patch(config.block_size, encoder.pixels.channels)
         self.decoder = Decoder(
             encoder.arch.dim,
             arch,
@@ -101,7 +101,7 @@ class AutoEncoder(Method):
         return {"loss": self.target.loss(self._predict(images), truth)}
 
     def _predict(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 -> the prediction of the blocks, (B, N, K)."""
+        """(B, H, W, C) -> the prediction of the blocks, (B, N, K)."""
         patches = patchify(images, self.encoder.patch_size)
         positions = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)
         return self.decoder(self.encoder(self.encoder.patch_embed(patches), positions), positions)
@@ -114,7 +114,7 @@ class AutoEncoder(Method):
         center = slice(margin, margin + patch_size)
         truth = centered_blocks(images, patch_size, block_size)
         rendered = self.target.render(self._predict(images), truth)
-        return {"original": images} | {
+        return {"original": show_patches(images, self.encoder.pixels)} | {
             name: unpatchify(
                 blocks.unflatten(2, (block_size, block_size, -1))[:, :, center, center].flatten(2), self.encoder.grid
             )

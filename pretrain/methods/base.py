@@ -13,7 +13,7 @@ from data.loader import MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import TARGETS, PatchTarget, PixelsConfig, TargetConfig
-from pretrain.models.patches import gather_tokens, patchify, render_predictions
+from pretrain.models.patches import gather_tokens, patchify, render_predictions, show_patches
 from pretrain.models.vit import ViT
 from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.schema import MAY_CHANGE, Section
@@ -83,7 +83,12 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """(B, H, W, 3) uint8 images -> the batch's `loss` and what else is logged, detached; `loss_*` are its terms."""
+        """A batch's `loss` and what else is logged, detached; `loss_*` are its terms.
+
+        Args:
+            images: (B, H, W, C), uint8 or `computable`.
+            mask_indices: of its mask sampler.
+        """
 
     @abstractmethod
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
@@ -93,7 +98,7 @@ class Method(nn.Module, ABC):
         """What `reconstruct` returns where a mask is the whole image's, not a window's.
 
         Args:
-            images: (B, H, W, 3) uint8.
+            images: (B, H, W, C).
             masked: (B, M) grid positions.
             prediction: (B, M, num_outputs) of these patches.
 
@@ -103,7 +108,8 @@ class Method(nn.Module, ABC):
         patches = patchify(images, self.encoder.patch_size)
         truth = gather_tokens(self.target.ground_truth(images, patches), masked)
         predicted = self.target.render(prediction, truth)
-        return {"original": images, **render_predictions(patches, masked, predicted, self.encoder.grid)}
+        shown, pixels = show_patches(patches, self.encoder.pixels), show_patches(images, self.encoder.pixels)
+        return {"original": pixels, **render_predictions(shown, masked, predicted, self.encoder.grid)}
 
 
 class LossAndTokens(NamedTuple):

@@ -106,7 +106,7 @@ class LCMAE(MAE):
         """The loss of a batch and its terms with non-zero weight, detached and unweighted: `loss_mae` and so on.
 
         Args:
-            images: (B, H, W, 3) uint8.
+            images: (B, H, W, C).
             mask_indices: (B, 2, V), (B, 2, M) and (B, 2, K).
         """
         patches = patchify(images, self.encoder.patch_size)
@@ -130,5 +130,5 @@ class LCMAE(MAE):
         if v is not None and config.w_cross:
             terms["cross"] = cross_view_loss(v[::2], v[1::2], masked[::2], masked[1::2])
         if v is not None and config.w_in:
-            terms["in"] = in_view_loss(v, normalize_pixels(masked_patches))
+            terms["in"] = in_view_loss(v, normalize_pixels(masked_patches, self.encoder.pixels))
         return terms

@@ -34,6 +34,7 @@ from pretrain.models.patches import (
     gather_tokens,
     patchify,
     render_predictions,
+    show_patches,
     unpatchify,
 )
 from pretrain.models.vit import Arch, ViT
@@ -129,9 +130,10 @@ class LoMaR(LUTMethod):
         windows, indices = cut_windows(patches, first)
         prediction, _ = self._predict(windows, indices)
         predicted = self.target.render(prediction, self._truth(images, patches, first))
+        shown, windows = (show_patches(values, self.encoder.pixels) for values in (images, windows))
         return {
-            "original": images,
-            "framed": frame_windows(images, first["positions"][:, 0], self.encoder.grid, self.encoder.patch_size),
+            "original": shown,
+            "framed": frame_windows(shown, first["positions"][:, 0], self.encoder.grid, self.encoder.patch_size),
             "window": unpatchify(windows, self.mask_grid),
             **render_predictions(windows, indices["masked"], predicted, self.mask_grid),
         }

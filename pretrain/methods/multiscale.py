@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.decode import CHANNELS
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig, build_aggregation
 from pretrain.methods.predictor import token_position
@@ -87,11 +86,11 @@ class MultiscalePredictor(nn.Module):
     ):
         super().__init__()
         assert isinstance(target, HOGTarget), "`check_cells` refuses others"
-        dim, bins = encoder.arch.dim, target.config.bins
+        dim, values = encoder.arch.dim, target.channels * target.config.bins
         self.blocks = tuple(blocks)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for _ in self.blocks[:-1])  # the last is the encoder's
         self.decoders = nn.ModuleList(
-            CellDecoder(encoder, arch, grid, scale, bins, build_aggregation(pr_mim, arch, grid))
+            CellDecoder(encoder, arch, grid, scale, values, build_aggregation(pr_mim, arch, grid))
             for scale in target.scales
         )
         self.register_buffer("buckets", encoder.grid_position(grid), persistent=False)
@@ -116,16 +115,16 @@ class MultiscalePredictor(nn.Module):
 
 
 class CellDecoder(Decoder):
-    """A decoder of the cells of one size."""
+    """A decoder of the cells of one size, of as many `values` each."""
 
     def __init__(
-        self, encoder: ViT, arch: Arch, grid: Grid, scale: CellScale, bins: int, aggregation: nn.Module | None
+        self, encoder: ViT, arch: Arch, grid: Grid, scale: CellScale, values: int, aggregation: nn.Module | None
     ):
         prefix = encoder.num_prefix_tokens
         super().__init__(encoder.arch.dim, arch, grid, scale.num_outputs, aggregation, num_prefix_tokens=prefix)
         self.grid, self.coarse = grid, scale.coarse
         if scale.per_side > 1:
-            self.pred = upsampling_head(arch.dim, scale.per_side, bins)
+            self.pred = upsampling_head(arch.dim, scale.per_side, values)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
         """As `Decoder`, (G, M, num_outputs); a coarse cell is the mean over its 2 x 2 patches, visible ones too."""
@@ -142,15 +141,15 @@ class CellDecoder(Decoder):
         return gather_tokens(cells.expand(-1, -1, 2, -1, 2, -1).flatten(1, 4), masked)
 
 
-def upsampling_head(dim: int, per_side: int, bins: int) -> nn.Sequential:
-    """(..., D) tokens -> histograms of their per_side x per_side cells, in raster order: (..., per_side^2 * 3 n)."""
+def upsampling_head(dim: int, per_side: int, values: int) -> nn.Sequential:
+    """(..., D) tokens -> histograms of their per_side x per_side cells, in raster order: (..., per_side^2 * values)."""
     layers: list[nn.Module] = [nn.Unflatten(-1, (1, 1, dim))]
     while per_side > 1:
         layers += [Upsample(dim, dim // 2)]
         dim, per_side = dim // 2, per_side // 2
         if per_side > 1:
             layers += [nn.LayerNorm(dim, eps=1e-6), nn.GELU()]
-    return nn.Sequential(*layers, nn.Linear(dim, CHANNELS * bins).apply(init_weights), nn.Flatten(-3))
+    return nn.Sequential(*layers, nn.Linear(dim, values).apply(init_weights), nn.Flatten(-3))
 
 
 class Upsample(nn.ConvTranspose2d):

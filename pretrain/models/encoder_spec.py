@@ -1,9 +1,11 @@
 """The description of an encoder, stored in the metadata of its file."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data.pixel_format import IMAGENET, Pixels
 from data.transforms import height_width
 from pretrain.models.vit import ARCHS, ViT
 
@@ -21,6 +23,7 @@ class EncoderSpec:
         epochs: of pretraining, if known.
         class_token: whether there is one; only encoders of others (I-JEPA's) have none.
         registers: tokens between the class token and the patches.
+        pixels: of its images.
     """
 
     arch: str
@@ -31,6 +34,7 @@ class EncoderSpec:
     epochs: int | None = None
     class_token: bool = True
     registers: int = 0
+    pixels: Pixels = IMAGENET
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -48,6 +52,7 @@ class EncoderSpec:
             encoder.position,
             class_token=encoder.cls_token is not None,
             registers=encoder.registers,
+            pixels=encoder.pixels,
         )
 
     def build(self) -> ViT:
@@ -61,15 +66,18 @@ class EncoderSpec:
             bias=bias,
             class_token=self.class_token,
             registers=self.registers,
+            pixels=self.pixels,
         )
 
     def to_metadata(self) -> dict[str, str]:
         """As metadata of a safetensors file."""
+        not_usual = self.pixels != IMAGENET
         optional = {
             "method": self.method,
             "epochs": self.epochs,
             "class_token": None if self.class_token else "false",
             "registers": self.registers or None,
+            **({key: json.dumps(value) for key, value in self.pixels._asdict().items()} if not_usual else {}),
         }
         return {
             "arch": self.arch,
@@ -95,6 +103,7 @@ class EncoderSpec:
             int(epochs) if epochs is not None else None,
             metadata.get("class_token") != "false",
             int(metadata.get("registers", 0)),
+            _read_pixels({key: json.loads(metadata[key]) for key in Pixels._fields if key in metadata}),
         )
 
     @classmethod
@@ -105,4 +114,13 @@ class EncoderSpec:
         method, registers = signature["method"]["name"], model.get("registers", 0)
         position = "sincos" if model["position"] == "learned" else model["position"]
         size = (height, width)
-        return cls(model["arch"], model["patch_size"], size, position, method, epochs, registers=registers)
+        pixels = _read_pixels(signature["data"])
+        return cls(
+            model["arch"], model["patch_size"], size, position, method, epochs, registers=registers, pixels=pixels
+        )
+
+
+def _read_pixels(record: Mapping[str, Any]) -> Pixels:
+    """Those of a record with `mean`, `std` and `dtype`, as far as it has them."""
+    mean, std = (tuple(record.get(key) or getattr(IMAGENET, key)) for key in ("mean", "std"))
+    return Pixels(mean, std, record.get("dtype", IMAGENET.dtype))

@@ -28,7 +28,7 @@ def features(encoder: ViT, images: Tensor, blocks: Sequence[int] = ()) -> Tensor
 
     Args:
         encoder: of any kind of position; with LoMaR's relative one, images of other sizes than its own are encoded too.
-        images: (B, 3, H, W) standardized pixels.
+        images: (B, C, H, W) standardized pixels.
         blocks: whose outputs are wanted, 1 being the first block's, before the encoder's last norm and side by side;
             unless given, the output of the encoder.
 
@@ -79,7 +79,7 @@ def pooled_features(
 
     Args:
         encoder, blocks: as of `features`.
-        images: (B, H, W, 3) pixels from 0 to 255, uint8 or not.
+        images: (B, H, W, C) pixels of `encoder.pixels`, of their type or as float32.
         kinds: the `mean` of the patch tokens, the `class` token, both side by side (`class_mean`), the mean of all
             tokens in front of the patches (`prefix`), or all `patches`.
         norm_after_pool: whether the encoder's last norm is that of a classifier, of the mean and not of every token.
@@ -88,7 +88,8 @@ def pooled_features(
         (B, D) of each kind, (B, 2D) of `class_mean`, (B, N, D) of patches in raster order.
     """
     last = norm_after_pool and not blocks
-    tokens = features(encoder, normalize_pixels(images).movedim(-1, 1), (len(encoder.blocks),) if last else blocks)
+    standardized = normalize_pixels(images, encoder.pixels).movedim(-1, 1)
+    tokens = features(encoder, standardized, (len(encoder.blocks),) if last else blocks)
     pooled = [_pool(tokens, kind, max(encoder.num_prefix_tokens, 1)) for kind in kinds]
     normed = [encoder.norm(part) for part in pooled] if last else pooled
     return [part.flatten(1) if kind == "class_mean" else part for kind, part in zip(kinds, normed, strict=True)]

@@ -1,6 +1,7 @@
 """Pixels <-> patches, and their normalization.
 
-Shapes: B images or windows, H x W pixels, N patches of p x p pixels, P = p*p*3 values of a patch, channels last.
+Shapes: B images or windows, H x W pixels of C channels, N patches of p x p pixels, P = p*p*C values of a patch, with
+the channels last. What is drawn to look at is always of red, green and blue: 3 in place of C.
 """
 
 from functools import lru_cache
@@ -8,34 +9,32 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from data.decode import CHANNELS
+from data.pixel_format import IMAGENET, RGB, Pixels
 
 ALONE = "prediction alone"  # the name of the image that shows predictions without anything of the truth
 _NO_PREDICTION = 255
+_CONTRAST_SHOWN = 0.25  # of a deviation, where there is no white
 _CONTRAST = 0.5  # standard deviation of standardized pixels, about that of photographs' patches
 
-# ImageNet's mean and standard deviation of RGB in 0..1.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-
-def values_per_patch(patch_size: int) -> int:
-    """P = p*p*3."""
-    return patch_size**2 * CHANNELS
+def values_per_patch(patch_size: int, channels: int = RGB.channels) -> int:
+    """P = p*p*C."""
+    return patch_size**2 * channels
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, H, W, 3) images of any dtype -> (B, N, P) patches in raster order."""
+    """(B, H, W, C) images of any dtype -> (B, N, P) patches in raster order."""
     B, H, W, C = images.shape
     x = images.view(B, H // patch_size, patch_size, W // patch_size, patch_size, C)
     return x.transpose(2, 3).reshape(B, -1, patch_size * patch_size * C)
 
 
-def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, N, P) patches of a grid -> (B, H, W, 3); the inverse of `patchify`."""
+def unpatchify(patches: Tensor, grid: tuple[int, int], channels: int = RGB.channels) -> Tensor:
+    """(B, N, P) patches of a grid -> (B, H, W, C); the inverse of `patchify`."""
     B, _, P = patches.shape
-    patch_size = round((P // CHANNELS) ** 0.5)
-    x = patches.view(B, *grid, patch_size, patch_size, CHANNELS)
-    return x.transpose(2, 3).reshape(B, grid[0] * patch_size, grid[1] * patch_size, CHANNELS)
+    patch_size = round((P // channels) ** 0.5)
+    x = patches.view(B, *grid, patch_size, patch_size, channels)
+    return x.transpose(2, 3).reshape(B, grid[0] * patch_size, grid[1] * patch_size, channels)
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -58,34 +57,73 @@ def cut_windows(patches: Tensor, mask_indices: dict[str, Tensor]) -> tuple[Tenso
     return windows.view(*indices["positions"].shape, -1), indices
 
 
-def _channel_values(values: tuple[float, float, float], length: int, device: torch.device) -> Tensor:
-    """The values of red, green and blue, repeated; made on the device, since a copy to it would block the host."""
-    channel = torch.arange(length, device=device) % CHANNELS
-    red, green, blue = values
-    return torch.where(channel == 0, red, torch.where(channel == 1, green, blue))
+def _channel_values(values: tuple[float, ...], length: int, device: torch.device) -> Tensor:
+    """The values of the channels, repeated; made on the device, since a copy to it would block the host."""
+    channel = torch.arange(length, device=device) % len(values)
+    repeated = torch.full((length,), values[-1], device=device)
+    for number in reversed(range(len(values) - 1)):
+        repeated = torch.where(channel == number, values[number], repeated)
+    return repeated
 
 
 @lru_cache
-def _pixel_statistics(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _channel_values(_MEAN, length, device), _channel_values(_STD, length, device)
+def _pixel_statistics(length: int, device: torch.device, pixels: Pixels) -> tuple[Tensor, Tensor]:
+    return _channel_values(pixels.mean, length, device), _channel_values(pixels.std, length, device)
 
 
-def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_std(patches: Tensor, pixels: Pixels) -> tuple[Tensor, Tensor]:
+    assert patches.shape[-1] % pixels.channels == 0, (patches.shape, pixels)
     # Compiled code computes them where they are used, and its compiler warns of the cache.
     statistics = _pixel_statistics.__wrapped__ if torch.compiler.is_compiling() else _pixel_statistics
-    return statistics(patches.shape[-1], patches.device)
+    return statistics(patches.shape[-1], patches.device, pixels)
 
 
-def normalize_pixels(patches: Tensor) -> Tensor:
-    """(..., P) uint8 patches -> float32, each channel standardized by ImageNet's statistics."""
-    mean, std = _mean_and_std(patches)
-    return (patches.float() / 255 - mean) / std
+def normalize_pixels(patches: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
+    """(..., P) patches as they are handed over -> float32, each channel standardized by its statistics."""
+    mean, std = _mean_and_std(patches, pixels)
+    return (patches.float() / pixels.format.white - mean) / std
 
 
-def to_pixels(patches: Tensor) -> Tensor:
-    """The inverse of `normalize_pixels`, rounded and clamped to uint8."""
-    mean, std = _mean_and_std(patches)
-    return ((patches * std + mean) * 255).round().clamp(0, 255).byte()
+def to_pixels(patches: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
+    """What `normalize_pixels` has made, to look at: (..., P) -> (..., p*p*3) uint8, as `show_patches`."""
+    if pixels.dtype != "uint8":
+        return _show_channels(_as_bytes(patches * _CONTRAST_SHOWN + 0.5), pixels)
+    mean, std = _mean_and_std(patches, pixels)
+    return _show_channels(_as_bytes(patches * std + mean), pixels)
+
+
+def show_patches(patches: Tensor, pixels: Pixels) -> Tensor:
+    """(..., P) patches, or (..., C) pixels, as they are handed over -> (..., p*p*3) uint8, or (..., 3), to look at.
+
+    The first three channels are red, green and blue; of one or two the first is gray. Bytes are shown as they are, and
+    of other values those within two deviations of the mean, from black to white.
+    """
+    if pixels.dtype != "uint8":
+        return to_pixels(normalize_pixels(patches, pixels), pixels)
+    return _show_channels(patches, pixels)
+
+
+def describe_shown(pixels: Pixels) -> str:
+    """What `show_patches` shows, where it is not all of it."""
+    if pixels.format == RGB:
+        return ""
+    which = f"channels 1 to 3 of {pixels.channels} as red, green and blue"
+    if pixels.channels < RGB.channels:
+        which = "the only channel" if pixels.channels == 1 else f"channel 1 of {pixels.channels}, in gray"
+    values = "" if pixels.dtype == "uint8" else ", black and white two deviations from the mean"
+    return f"The pictures show {which}{values}."
+
+
+def _show_channels(patches: Tensor, pixels: Pixels) -> Tensor:
+    if pixels.channels == RGB.channels:
+        return patches
+    values = patches.unflatten(-1, (-1, pixels.channels))
+    first = values[..., :3] if pixels.channels > RGB.channels else values[..., :1].expand(*values.shape[:-1], 3)
+    return first.flatten(-2)
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    return (values * 255).round().clamp(0, 255).byte()
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,23 +138,26 @@ def normalize_patches(patches: Tensor) -> Tensor:
     return (patches - mean) / std
 
 
-def pixel_target(patches: Tensor, norm_pix: bool) -> Tensor:
-    """The target of (..., P) uint8 patches: standardized pixels, with `norm_pix` by the patch's own statistics."""
-    pixels = normalize_pixels(patches)
-    return normalize_patches(pixels) if norm_pix else pixels
+def pixel_target(patches: Tensor, norm_pix: bool, pixels: Pixels = IMAGENET) -> Tensor:
+    """The target of (..., P) patches: standardized pixels, with `norm_pix` by the patch's own statistics."""
+    standardized = normalize_pixels(patches, pixels)
+    return normalize_patches(standardized) if norm_pix else standardized
 
 
-def predicted_pixels(prediction: Tensor, patches: Tensor, norm_pix: bool) -> dict[str, Tensor]:
-    """A prediction of `pixel_target` as uint8 pixels.
+def predicted_pixels(
+    prediction: Tensor, patches: Tensor, norm_pix: bool, pixels: Pixels = IMAGENET
+) -> dict[str, Tensor]:
+    """A prediction of `pixel_target` to look at, as `to_pixels`.
 
     With `norm_pix` nothing is predicted of a patch's mean and contrast. `reconstruction` takes those of the true
     `patches`; `ALONE` takes the mean of all photographs, and one contrast for all patches.
     """
     prediction = prediction.float()
     if not norm_pix:
-        return {"reconstruction": to_pixels(prediction)}
-    mean, std = patch_statistics(normalize_pixels(patches))
-    return {ALONE: to_pixels(prediction * _CONTRAST), "reconstruction": to_pixels(prediction * std + mean)}
+        return {"reconstruction": to_pixels(prediction, pixels)}
+    mean, std = patch_statistics(normalize_pixels(patches, pixels))
+    alone, whole = prediction * _CONTRAST, prediction * std + mean
+    return {ALONE: to_pixels(alone, pixels), "reconstruction": to_pixels(whole, pixels)}
 
 
 def frame_windows(images: Tensor, positions: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -148,7 +189,7 @@ def render_predictions(
     """Images of the model's input and of its predictions.
 
     Args:
-        patches: (B, N, P) uint8, all patches of a grid.
+        patches: (B, N, P) uint8, all patches of a grid, as `show_patches` gives them.
         masked: (B, M) positions of the masked ones.
         predicted: (B, M, P) uint8, pixels to show at the masked positions, by name.
         grid: rows and columns.

@@ -13,7 +13,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.decode import CHANNELS
+from data.pixel_format import IMAGENET, Pixels
 from pretrain.models.attention import Attention, Position, RelativeBias
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.relative_position import grid_buckets, offset_buckets
@@ -62,14 +62,14 @@ class _PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """(..., p*p*3) uint8 patches, channels last within a patch -> standardized -> (..., D) tokens."""
+    """(..., p*p*C) patches of `pixels`, channels last within a patch -> standardized -> (..., D) tokens."""
 
-    def __init__(self, patch_size: int, dim: int):
+    def __init__(self, patch_size: int, dim: int, pixels: Pixels = IMAGENET):
         super().__init__()
-        self.proj = _PatchProjection(CHANNELS, dim, patch_size, patch_size)
+        self.pixels, self.proj = pixels, _PatchProjection(pixels.channels, dim, patch_size, patch_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(normalize_pixels(patches))
+        return self.proj(normalize_pixels(patches, self.pixels))
 
 
 class DropPath(nn.Module):
@@ -152,6 +152,7 @@ class ViT(nn.Module):
         layer_scale: the first value of factors that scale what each block adds; 0 for none.
         class_token: false in encoders of others that have none (I-JEPA's), for features only.
         drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks, from 0 in the first.
+        pixels: of the images, how many channels they have and their statistics.
 
     Attributes:
         residual_dtype: of the residual stream, if it is not to be `at_least_fp32`.
@@ -177,14 +178,15 @@ class ViT(nn.Module):
         learned: bool = False,
         registers: int = 0,
         layer_scale: float = 0.0,
+        pixels: Pixels = IMAGENET,
     ):
         super().__init__()
         assert relative + (bias or shared_bias) + learned <= 1, "one kind of position"
         assert class_token or not (relative or bias or registers), "buckets have a row for the class token"
         self.arch, self.patch_size, self.grid, self.relative = ARCHS[arch], patch_size, grid, relative
         self.grad_checkpointing, self.bias, self.registers = grad_checkpointing, bias or shared_bias, registers
-        dim = self.arch.dim
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        dim, self.pixels = self.arch.dim, pixels
+        self.patch_embed = PatchEmbed(patch_size, dim, pixels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         if learned:
@@ -193,15 +195,14 @@ class ViT(nn.Module):
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         self.class_adapter: nn.Module | None = None
         self.rel_pos_bias = RelativeBias(self.arch.heads, grid) if shared_bias else None
-        bias_grid = grid if bias else None
         rates = [drop_path_rate * block / max(self.arch.depth - 1, 1) for block in range(self.arch.depth)]
+        bias_grid = grid if bias else None
         self.blocks = nn.ModuleList(Block(self.arch, relative, bias_grid, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
-        if self.reg_token is not None:
-            nn.init.normal_(self.reg_token, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
         if learned:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from data.decode import CHANNELS
+from data.pixel_format import computable, empty_images
 from pretrain.build import build_method, feature_teacher, untrained_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
@@ -102,7 +102,7 @@ class Trace:
         parameters: that are trained.
         averaged: of a teacher that is a moving average.
         frozen: of a teacher that stays as it is.
-        image_bytes: of the pixels of a sample, all views.
+        image_bytes: of the pixels of a sample on the device, all views.
     """
 
     calls: tuple[BlockCall, ...]
@@ -142,7 +142,7 @@ def trace_method(config: PretrainConfig) -> Trace:
         count(method),
         count(averaged),
         count(frozen),
-        images[0].numel(),
+        images[0].nbytes,
     )
 
 
@@ -211,9 +211,11 @@ class _DependOn(torch.autograd.Function):
 
 def _draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tuple[Tensor, dict[str, Tensor]]:
     views = (len(config.augmentations),) if config.lut else ()
-    images = torch.zeros((size, *views, *config.data.height_width, CHANNELS), dtype=torch.uint8)
+    images = empty_images(size, *views, *config.data.height_width, format=config.data.pixels.format)
     samples = [method.mask_sampler()(np.random.default_rng(i)) for i in range(size)]
-    return images, {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+    return computable(images.zero_()), {
+        name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]
+    }
 
 
 def _run(

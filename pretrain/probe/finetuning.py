@@ -32,7 +32,7 @@ METRICS = ("finetune_top1", "finetune_top5")
 # encoder was still behind its own frozen tokens, with 9 % against the attentive probe's 22 % of 101 classes.
 ENOUGH_STEPS = 500
 
-Images = dict[int, Tensor]  # by sample: (H, W, 3) uint8, on the CPU
+Images = dict[int, Tensor]  # by sample: (H, W, channels), on the CPU
 
 
 class FinetunedEncoder(nn.Module):
@@ -49,7 +49,7 @@ class FinetunedEncoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) pixels from 0 to 255, of any dtype -> (B, C) fp32 logits; in bf16 on a GPU."""
+        """(B, H, W, channels) pixels, as of `image_features` -> (B, C) fp32 logits; in bf16 on a GPU."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
             mean = image_features(self.encoder, images, norm_after_pool=self.norm_after_pool)
         return F.linear(mean.float(), self.weight, self.bias)
@@ -74,12 +74,12 @@ def crop_and_flip(images: Tensor, step: int, samples: np.ndarray) -> Tensor:
     """A random part of each image, at the image's size, flipped or not: a function of step and sample alone.
 
     Args:
-        images: (B, H, W, 3) uint8.
+        images: (B, H, W, channels), of any dtype.
         step: of the optimizer.
         samples: int64 (B,), whose images these are.
 
     Returns:
-        (B, H, W, 3) fp32, from 0 to 255.
+        (B, H, W, channels) fp32.
     """
     drawn = np.stack([uniforms(generator(step, sample), (4,)) for sample in samples.tolist()])
     low, high = CROP_SCALE

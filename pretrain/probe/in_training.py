@@ -39,6 +39,7 @@ class Probe:
                 rank=world.rank,
                 world_size=world.size,
                 num_workers=config.data.num_workers,
+                format=encoder.pixels.format,
             )
             for samples in (train, val)
         )

@@ -148,6 +148,7 @@ def build_loader(
         augmentations=config.augmentations,
         num_workers=config.data.num_workers,
         repeats=config.data.repeats,
+        format=config.data.pixels.format,
         mask_sampler=mask_sampler,
         labels=labels,
         num_classes=num_classes,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from data.pixel_format import IMAGENET, MAX_CHANNELS, RGB, DType, Pixels
 from data.transforms import Augmentation, height_width
 from pretrain.trainer.schema import DEFAULT_AS_BEFORE, MAY_CHANGE, Section
 
@@ -50,6 +51,20 @@ class DataConfig(Section):
     crop_scale: tuple[Share, Share] = Field((0.2, 1.0), description="range of the random crop's share of the area")
     hflip: Share = Field(0.5, description="probability of a horizontal flip")
     color_jitter: Share = Field(0.0, description="probability of changing brightness, contrast, saturation and hue")
+    channels: Annotated[int, DEFAULT_AS_BEFORE] = Field(
+        3, ge=1, le=MAX_CHANNELS, description="of a pixel; images of others are skipped, but 3 is also made of gray"
+    )
+    dtype: Annotated[DType, DEFAULT_AS_BEFORE] = Field(
+        "uint8", description="of the values in the files: none is cut down to fewer bits, but of photographs for uint8"
+    )
+    mean: Annotated[tuple[float, ...] | None, DEFAULT_AS_BEFORE] = Field(
+        None,
+        description="of each channel, divided by 255 for uint8 and 65535 for uint16; `python -m data.statistics` "
+        "measures it; none: ImageNet's, of 3 channels of uint8",
+    )
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...] | None, DEFAULT_AS_BEFORE] = Field(
+        None, description="standard deviation, in the same way"
+    )
     repeats: Annotated[int, DEFAULT_AS_BEFORE] = Field(
         1, ge=1, description="crops of each decoded photograph, side by side in a batch; a pass takes as many epochs"
     )
@@ -61,6 +76,32 @@ class DataConfig(Section):
     @property
     def height_width(self) -> tuple[int, int]:
         return height_width(self.image_size)
+
+    @property
+    def pixels(self) -> Pixels:
+        """What pixels are; their statistics are those of as many channels once `problems` has none."""
+        return Pixels(self.mean or IMAGENET.mean, self.std or IMAGENET.std, self.dtype)
+
+    def problems(self) -> Iterator[str]:
+        """What of channels, type and statistics does not fit together."""
+        format = f"data.channels={self.channels} data.dtype={self.dtype}"
+        measure = f"`python -m data.statistics {self.shards} --channels {self.channels} --dtype {self.dtype}`"
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if values is None and (self.channels, self.dtype) != RGB:
+                yield f"{format} needs data.{key} of these images: {measure} measures it"
+            if values is not None and len(values) != self.channels:
+                yield (
+                    f"data.{key} has {len(values)} values, and data.channels={self.channels}: give one for each; "
+                    f"{measure} measures them"
+                )
+        if self.color_jitter and (self.channels, self.dtype) != RGB:
+            yield f"data.color_jitter={self.color_jitter:g} {self.not_rgb}: set data.color_jitter=0"
+
+    @property
+    def not_rgb(self) -> str:
+        """Why an augmentation of colors cannot be used where images are no RGB, the verb first."""
+        return f"changes colors of RGB in 8 bits, and data.channels={self.channels} data.dtype={self.dtype} are others"
 
 
 class OptimConfig(Section):
@@ -203,6 +244,7 @@ class RunConfig(Section):
 
     def problems(self) -> Iterator[str]:
         """What of the values does not fit together: a sentence each, with the key to change."""
+        yield from self.data.problems()
         patch = self.model.patch_size
         for side in self.data.height_width:
             if side < patch or side % patch:

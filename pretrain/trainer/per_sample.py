@@ -23,7 +23,7 @@ def computed_batches(
     """This rank's part, batch by batch; every rank gets equally many, of which the last may have no samples.
 
     Args:
-        compute: ((B, H, W, 3) uint8 images on the device, (B,) sample numbers) -> (B, ...). Padding (PADDING) and
+        compute: ((B, H, W, C) images on the device, (B,) sample numbers) -> (B, ...). Padding (PADDING) and
             images that cannot be decoded are black images.
         loader: the samples.
         device: where to compute.

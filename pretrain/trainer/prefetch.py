@@ -24,7 +24,8 @@ def prefetch(steps: Iterable[list[Batch]], device: torch.device) -> Generator[tu
     """
     read = _timed(itertools.chain.from_iterable(steps))
     if device.type != "cuda":
-        yield from read
+        for batch, seconds in read:
+            yield batch.to(device), seconds
         return
     copies, ahead, waited = _Copies(device), None, 0.0
     for batch, seconds in read:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from data.pixel_format import RGB
 from pretrain.trainer.loop import Run
 from pretrain.trainer.run_folder import git_state, versions
 
@@ -22,8 +23,8 @@ def describe_run(
     accumulation = train.gradient_accumulation_steps
     micro_batch = train.global_batch_size // (world.size * accumulation)
     return (
-        f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {_sizes(run)}, "
-        f"{parameters / 1e6:.1f}M parameters; git {git_state()}\n"
+        f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {_sizes(run)}"
+        f"{_format(run)}, {parameters / 1e6:.1f}M parameters; git {git_state()}\n"
         f"global batch {train.global_batch_size} = {world.size} ranks x {accumulation} micro-batches x {micro_batch}; "
         f"learning rate {config.peak_lr:.3g} = {optim.base_lr:g} x {train.global_batch_size} / {optim.lr_batch_size}\n"
         f"{samples} samples, {run.loader.steps_per_epoch} steps per epoch, {train.epochs} epochs{_passes(run)}, "
@@ -42,6 +43,12 @@ def _sizes(run: Run) -> str:
         f"{height}x{width}" + (f" from epoch {begin // spe} on" if begin else "")
         for begin, (height, width) in run.loader.sizes
     )
+
+
+def _format(run: Run) -> str:
+    """What images are, where they are no photographs."""
+    format = run.config.data.pixels.format
+    return "" if format == RGB else f" of {format}"
 
 
 def _passes(run: Run) -> str:

@@ -53,3 +53,13 @@ def test_what_is_computed_is_computed_of_the_right_batch(device: torch.device):
         del batch
     count = torch.Size(size).numel()
     assert torch.stack(sums).tolist() == [n % 8 * count for n in range(steps)]
+
+
+def test_every_value_of_16_bits_arrives(device: torch.device):
+    values = torch.arange(2**16).view(4, 64, 64, 4)
+    images = values.to(torch.uint16)
+    images = images.pin_memory() if device.type == "cuda" else images
+    ((batch, _),) = prefetch([[Batch(images, {}, None, torch.arange(4), (), ())]], device)
+    assert batch.images.dtype == torch.float32
+    assert batch.images.device == device
+    assert torch.equal(batch.images.cpu(), values.float())

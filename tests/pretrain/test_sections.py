@@ -130,8 +130,9 @@ def test_the_resume_signature_holds_every_key_that_is_not_marked(recipe_name: st
     signature = flatten(config.resume_signature())
     compared = {key for key, may_change in leaves(PretrainConfig) if not may_change}
     resolved = flatten(config.model_dump(mode="json"))
-    defaults = [resolved.pop(key) for key in ("data.repeats", "data.size_schedule")]
-    assert defaults == [1, None], "what runs did before there were these keys"
+    before: dict[str, Any] = {"repeats": 1, "size_schedule": None}  # there were these keys
+    before |= {"channels": 3, "dtype": "uint8", "mean": None, "std": None}
+    assert {key: resolved.pop(f"data.{key}") for key in before} == before
     # Of several kinds, or perhaps none: `leaves` has all their keys.
     sections = {"method", "target", "lut", "pr_mim", "start"}
     assert signature.keys() <= compared | sections

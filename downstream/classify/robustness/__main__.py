@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 
 from data.labels import check_same_classes
+from data.pixel_format import RGB
 from downstream.classify.evaluation_cli import add_loading_options, run_on_ranks
 from downstream.classify.robustness.datasets import NUM_CLASSES, synsets
 from downstream.classify.robustness.evaluator import SETS, Evaluator, prepare
@@ -40,6 +41,8 @@ def parse_paths(pairs: list[str]) -> dict[str, str]:
 
 def check_classifier(trained: TrainedClassifier) -> None:
     """Raises ValueError where the classes are not ImageNet's; class names that are not WordNet ids are not compared."""
+    if trained.pixels.format != RGB:
+        raise ValueError(f"{trained.path} is of {trained.pixels.format}; these sets are of RGB in 8 bits")
     if trained.num_classes != NUM_CLASSES:
         raise ValueError(
             f"{trained.path} has {trained.num_classes} classes; these sets are for ImageNet's {NUM_CLASSES}"

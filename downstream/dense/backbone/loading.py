@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
+from data.pixel_format import IMAGENET, RGB
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.compare import FLOAT64_TOLERANCE, float64_copy, max_difference, random_images
 from downstream.checkpoints.report import Report
@@ -82,7 +83,13 @@ def read_start(
     try:
         found = read_encoder(path, weights=weights)
         rows, cols = found.spec.grid
-        encoder, report = build_encoder(found, image_size=(rows * patch_size, cols * patch_size), patch_size=patch_size)
+        if found.spec.pixels.format != RGB:
+            raise ValueError(
+                f"{path} is of {found.spec.pixels.format}, and detection and segmentation read RGB in 8 bits: give a "
+                f"checkpoint of that"
+            )
+        size = rows * patch_size, cols * patch_size
+        encoder, report = build_encoder(found, image_size=size, patch_size=patch_size, pixels=IMAGENET)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None
     stored = next(name for name, arch in ARCHS.items() if arch == encoder.arch)

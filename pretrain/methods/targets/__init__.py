@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data.pixel_format import IMAGENET, Pixels
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
 from pretrain.methods.targets.features import EMAConfig, FeatureTarget, FeatureTeacher, TeacherConfig
@@ -39,7 +40,11 @@ AnyTargetConfig = Annotated[
 
 
 def build_target(
-    config: TargetConfig, grid: Grid, patch_size: int, teacher: FeatureTeacher | None = None
+    config: TargetConfig,
+    grid: Grid,
+    patch_size: int,
+    teacher: FeatureTeacher | None = None,
+    pixels: Pixels = IMAGENET,
 ) -> PatchTarget:
     """Builds the target of a configuration, for images of a grid of patches; `teacher` is whose features it predicts.
 
@@ -52,8 +57,8 @@ def build_target(
     if isinstance(config, PCAConfig):
         return PCATarget(config, patch_size)
     if isinstance(config, HOGConfig):
-        return HOGTarget(config, grid, patch_size)
+        return HOGTarget(config, grid, patch_size, pixels.channels)
     if isinstance(config, TokensConfig):
-        return TokenTarget(config, grid, patch_size)
+        return TokenTarget(config, grid, patch_size, pixels)
     assert isinstance(config, PixelsConfig)
-    return PixelTarget(config, patch_size)
+    return PixelTarget(config, patch_size, pixels)

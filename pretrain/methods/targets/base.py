@@ -1,12 +1,13 @@
 """The interface of a reconstruction target.
 
-Shapes: B images, N patches of an image, M of them predicted, P = p*p*3 values of a patch.
+Shapes: B images, N patches of an image, M of them predicted, P = p*p*C values of a patch.
 """
 
 from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from data.pixel_format import Pixels
 from pretrain.methods.masking import Grid
 from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.schema import Section
@@ -19,6 +20,16 @@ class TargetConfig(Section):
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
         """Raises ValueError, naming the key to change, if the target does not fit the image's grid or the encoder."""
+
+    def check_pixels(self, pixels: Pixels) -> None:
+        """Raises ValueError if the target is not defined for images of such pixels; it is for all unless it says so."""
+
+    def refuse_pixels(self, what: str, pixels: Pixels) -> None:
+        """Raises the ValueError of a target that is of photographs alone; `what` it is and needs, in words."""
+        raise ValueError(
+            f"target.name={self.name} {what}, and data.channels={pixels.channels} data.dtype={pixels.dtype} with its "
+            f"data.mean and data.std are others: set target.name=pixels"
+        )
 
 
 class PatchTarget(ABC):
@@ -37,8 +48,8 @@ class PatchTarget(ABC):
         """The data from which `loss` computes the targets of all patches, in raster order.
 
         Args:
-            images: (B, H, W, 3) uint8.
-            patches: (B, N, P) uint8, the same images as patches.
+            images: (B, H, W, C), uint8 or `computable`.
+            patches: (B, N, P), the same images as patches.
 
         Returns:
             (B, N, ...)
@@ -54,7 +65,7 @@ class PatchTarget(ABC):
 
     @abstractmethod
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """Pixels of the predicted patches, to look at, by name: (B, M, P) uint8."""
+        """Pixels of the predicted patches, to look at, by name: (B, M, p*p*3) uint8."""
 
 
 def as_sha256(key: str, given: str | None, actual: str, what: str) -> str:

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from data.messages import counted
+from data.pixel_format import RGB, Pixels
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.pca import principal_components
@@ -59,7 +60,7 @@ class FeatureTeacher(nn.Module, ABC):
         """The patch tokens behind some blocks, each (B, N, D), in raster order; no norm is applied.
 
         Args:
-            images: (B, H, W, 3) uint8; they are resized if they are not of the teacher's size.
+            images: (B, H, W, C); those of RGB are resized if they are not of the teacher's size.
             blocks: ascending numbers; 1 is the first block.
         """
 
@@ -170,6 +171,10 @@ class TeacherConfig(TargetConfig):
         if info.data.get("file") is None:
             return given  # the file is invalid, which is reported, or is yet to be named
         return as_sha256("target.sha256", given, file_digest(info.data["file"]), info.data["file"])
+
+    def check_pixels(self, pixels: Pixels) -> None:
+        if pixels.format != RGB:
+            self.refuse_pixels("has a teacher that reads RGB in 8 bits", pixels)
 
 
 class EMAConfig(TargetConfig):

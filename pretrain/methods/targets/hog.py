@@ -4,11 +4,11 @@ A cell has a histogram for each color channel, over directions without a sign, d
 brightness nor contrast is predicted, and a cell without edges has the zero vector. With several sizes of cells all of
 them are predicted, and their errors added, as in LocalMIM.
 
-Gradients are differences of the bytes of pixels, which fp32 holds exactly: bins do not depend on the device. Image
-statistics, which the authors' code applies first, cancel out: a channel's direction and normalized histogram do not
-depend on its scale.
+Channels are red, green and blue, or whatever images have. Gradients are differences of the integers of pixels, which
+fp32 holds exactly: bins do not depend on the device. Image statistics, which the authors' code applies first, cancel
+out: a channel's direction and normalized histogram do not depend on its scale.
 
-Shapes: B images of R x C cells, N patches, M of them predicted, n bins.
+Shapes: B images of R x S cells, C channels, N patches, M of them predicted, n bins.
 """
 
 import math
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from data.decode import CHANNELS
+from data.pixel_format import RGB
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
 from pretrain.models.patches import unpatchify
@@ -86,9 +86,9 @@ class HOGTarget(PatchTarget):
 
     caption = "Drawn are the edges of cells (HOG), in each color, as their directions: pixels are not predicted."
 
-    def __init__(self, config: HOGConfig, grid: Grid, patch_size: int):
-        self.config, self.grid, self.patch_size = config, grid, patch_size
-        self.scales = [_cell_scale(size, patch_size, config.bins) for size in config.cell_sizes]
+    def __init__(self, config: HOGConfig, grid: Grid, patch_size: int, channels: int = RGB.channels):
+        self.config, self.grid, self.patch_size, self.channels = config, grid, patch_size, channels
+        self.scales = [_cell_scale(size, patch_size, channels * config.bins) for size in config.cell_sizes]
         self.num_outputs = sum(scale.num_outputs for scale in self.scales)
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class HOGTarget(PatchTarget):
         by_size = []
         for scale in self.scales:
             pooled = cells.unflatten(2, (-1, scale.size // finest)).unflatten(1, (-1, scale.size // finest))
-            normalized = F.normalize(pooled.mean((2, 4)), dim=-1, eps=1e-12)  # (B, R, C, 3, n)
+            normalized = F.normalize(pooled.mean((2, 4)), dim=-1, eps=1e-12)  # (B, R, S, C, n)
             if scale.coarse:
                 normalized = normalized.repeat_interleave(2, 1).repeat_interleave(2, 2)
             of_patches = normalized.unflatten(2, (-1, scale.per_side)).unflatten(1, (-1, scale.per_side))
@@ -140,11 +140,12 @@ class HOGTarget(PatchTarget):
         return {"edges": self._draw(truth), "predicted edges": self._draw(prediction.float())}
 
     def _draw(self, histogram: Tensor) -> Tensor:
-        """(B, M, num_outputs) -> (B, M, P) uint8."""
+        """(B, M, num_outputs) -> (B, M, p*p*3) uint8: of the first three channels, or the first in gray."""
         scale, side = self.scales[0], self.patch_size // self.scales[0].per_side
-        cells = histogram[..., : scale.num_outputs].unflatten(-1, (scale.per_side**2, CHANNELS, -1)).clamp(0, 1)
+        cells = histogram[..., : scale.num_outputs].unflatten(-1, (scale.per_side**2, self.channels, -1))
+        shown = cells[..., : 3 if self.channels > 2 else 1, :].expand(*cells.shape[:-2], 3, -1).clamp(0, 1)
         lines = _lines(side, self.config.bins).to(histogram)
-        drawn = torch.einsum("bmkcn,nyx->bmkyxc", cells, lines).clamp(max=1).mul(255).round().byte()
+        drawn = torch.einsum("bmkcn,nyx->bmkyxc", shown, lines).clamp(max=1).mul(255).round().byte()
         pixels = unpatchify(drawn.flatten(3).flatten(0, 1), (scale.per_side, scale.per_side))
         return pixels.reshape(*histogram.shape[:2], -1)
 
@@ -153,13 +154,13 @@ def histograms(images: Tensor, cell: int, bins: int, gaussian_window: int = 0) -
     """The mean magnitude of a cell's gradients in each direction, not normalized; hard bins.
 
     Args:
-        images: (B, H, W, 3) uint8.
+        images: (B, H, W, C).
         cell: side in pixels, which divides H and W.
         bins: number of directions, over half a turn.
         gaussian_window: side of the square over which magnitudes have Gaussian weights, repeated over the image.
 
     Returns:
-        (B, H/cell, W/cell, 3, bins) fp32.
+        (B, H/cell, W/cell, C, bins) fp32.
     """
     padded = F.pad(images.permute(0, 3, 1, 2).contiguous().float(), (1, 1, 1, 1), mode="reflect")
     along_x, along_y = padded[..., :-2] - padded[..., 2:], padded[..., :-2, :] - padded[..., 2:, :]
@@ -170,15 +171,16 @@ def histograms(images: Tensor, cell: int, bins: int, gaussian_window: int = 0) -
         magnitude = magnitude * _gaussian(gaussian_window, *magnitude.shape[-2:]).to(magnitude)
     turn = torch.atan2(gx, gy) / math.pi * bins
     direction = (turn + 1e-5).floor().long() % bins  # 45 degrees may be a limit of bins, whatever fp32 rounds it to
-    maps = magnitude.new_zeros(len(images), CHANNELS, bins, *magnitude.shape[-2:])
+    channels = images.shape[-1]
+    maps = magnitude.new_zeros(len(images), channels, bins, *magnitude.shape[-2:])
     maps.scatter_(2, direction.unsqueeze(2), magnitude.unsqueeze(2))
-    pooled = F.avg_pool2d(maps.flatten(1, 2), cell).unflatten(1, (CHANNELS, bins))
+    pooled = F.avg_pool2d(maps.flatten(1, 2), cell).unflatten(1, (channels, bins))
     return pooled.permute(0, 3, 4, 1, 2)
 
 
-def _cell_scale(size: int, patch_size: int, bins: int) -> CellScale:
+def _cell_scale(size: int, patch_size: int, values: int) -> CellScale:
     per_side = max(patch_size // size, 1)
-    return CellScale(size, per_side, size > patch_size, per_side**2 * CHANNELS * bins)
+    return CellScale(size, per_side, size > patch_size, per_side**2 * values)
 
 
 def _gaussian(window: int, height: int, width: int) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.pixel_format import IMAGENET, Pixels
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.models.patches import normalize_pixels, to_pixels, values_per_patch
@@ -46,6 +47,10 @@ class PCAConfig(TargetConfig):
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
         read_components(self.file, model.patch_size)
+
+    def check_pixels(self, pixels: Pixels) -> None:
+        if pixels != IMAGENET:
+            self.refuse_pixels("has components of RGB by ImageNet's mean and deviation", pixels)
 
 
 class PCATarget(PatchTarget):

@@ -1,10 +1,11 @@
-"""Pixels, standardized by ImageNet's statistics; with `norm_pix`, then by each patch's own (MAE, section 3)."""
+"""Pixels, standardized by their channels' statistics; with `norm_pix`, then by each patch's own (MAE, section 3)."""
 
 from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from data.pixel_format import Pixels
 from pretrain.methods.targets.base import PatchTarget, TargetConfig
 from pretrain.models.patches import pixel_target, predicted_pixels, values_per_patch
 
@@ -20,9 +21,9 @@ class PixelsConfig(TargetConfig):
 class PixelTarget(PatchTarget):
     """The pixels of the patch."""
 
-    def __init__(self, config: PixelsConfig, patch_size: int):
-        self.norm_pix, self.l1 = config.norm_pix, config.loss == "l1"
-        self.num_outputs = values_per_patch(patch_size)
+    def __init__(self, config: PixelsConfig, patch_size: int, pixels: Pixels):
+        self.norm_pix, self.l1, self.pixels = config.norm_pix, config.loss == "l1", pixels
+        self.num_outputs = values_per_patch(patch_size, pixels.channels)
         if config.norm_pix:
             self.caption = (
                 "The target is normalized patches (target.norm_pix): a patch's mean and contrast are not predicted. "
@@ -34,8 +35,8 @@ class PixelTarget(PatchTarget):
         return patches
 
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        error = prediction.float() - pixel_target(truth, self.norm_pix)
+        error = prediction.float() - pixel_target(truth, self.norm_pix, self.pixels)
         return (error.abs() if self.l1 else error.square()).mean()
 
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        return predicted_pixels(prediction, truth, self.norm_pix)
+        return predicted_pixels(prediction, truth, self.norm_pix, self.pixels)

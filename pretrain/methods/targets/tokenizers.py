@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.pixel_format import IMAGENET, Pixels
 from pretrain.methods.masking import Grid
 from pretrain.models.patches import normalize_patches, normalize_pixels, patchify, values_per_patch
 from pretrain.trainer.run_folder import file_digest
@@ -64,7 +65,7 @@ class Tokenizer(ABC):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 images -> (B, N) int64 codes of their patches in raster order."""
+        """(B, H, W, C) images -> (B, N) int64 codes of their patches in raster order."""
         if self._device != images.device:
             self._to(images.device)
             self._device = images.device
@@ -86,18 +87,19 @@ class RandomProjection(Tokenizer):
     codes: every device gives the same ones.
     """
 
-    def __init__(self, seed: int, vocab_size: int, code_dim: int, patch_size: int):
+    def __init__(self, seed: int, vocab_size: int, code_dim: int, patch_size: int, pixels: Pixels = IMAGENET):
         rng = np.random.RandomState(seed)
         codes = torch.from_numpy(rng.standard_normal((vocab_size, code_dim)))
-        self.patch_size = patch_size
+        self.patch_size, self.pixels = patch_size, pixels
         self.codes = F.normalize(codes, dim=1)
-        self.projection = torch.from_numpy(rng.standard_normal((values_per_patch(patch_size), code_dim)))
+        num_values = values_per_patch(patch_size, pixels.channels)
+        self.projection = torch.from_numpy(rng.standard_normal((num_values, code_dim)))
 
     def _to(self, device: torch.device) -> None:
         self.codes, self.projection = self.codes.to(device), self.projection.to(device)
 
     def _encode(self, images: Tensor) -> Tensor:
-        patches = normalize_patches(normalize_pixels(patchify(images, self.patch_size)).double())
+        patches = normalize_patches(normalize_pixels(patchify(images, self.patch_size), self.pixels).double())
         return (patches @ self.projection @ self.codes.T).argmax(-1)
 
 

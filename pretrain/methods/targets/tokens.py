@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
+from data.pixel_format import IMAGENET, RGB, Pixels
 from pretrain.methods.masking import Grid
 from pretrain.methods.targets.base import PatchTarget, TargetConfig, as_sha256
 from pretrain.methods.targets.tokenizers import Dalle, RandomProjection, random_projection_sha256, weights_sha256
@@ -46,18 +47,22 @@ class TokensConfig(TargetConfig):
             actual = random_projection_sha256(keys["seed"], keys["vocab_size"], keys["code_dim"])
         return as_sha256("target.sha256", given, actual, "the tokenizer")
 
+    def check_pixels(self, pixels: Pixels) -> None:
+        if self.tokenizer == "dalle" and pixels.format != RGB:
+            self.refuse_pixels("with target.tokenizer=dalle reads RGB in 8 bits", pixels)
+
 
 class TokenTarget(PatchTarget):
     """The tokenizer's code for each patch."""
 
     caption = "Codes have no pixels: each is drawn in a color of its own. A prediction is right where the colors agree."
 
-    def __init__(self, config: TokensConfig, grid: Grid, patch_size: int):
+    def __init__(self, config: TokensConfig, grid: Grid, patch_size: int, pixels: Pixels = IMAGENET):
         self.patch_size, self.num_outputs = patch_size, config.vocab_size
         if config.tokenizer == "dalle":
             self.tokenizer: Dalle | RandomProjection = Dalle(config.weights, config.vocab_size, grid)
         else:
-            self.tokenizer = RandomProjection(config.seed, config.vocab_size, config.code_dim, patch_size)
+            self.tokenizer = RandomProjection(config.seed, config.vocab_size, config.code_dim, patch_size, pixels)
 
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
         """(B, N, 1) int64"""
