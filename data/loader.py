@@ -1,6 +1,6 @@
 """Batches for one rank, made by worker processes.
 
-Their contents depend on (seed, step, global batch, repeats) alone.
+Their contents depend on (seed, step, global batch, repeats, group size) alone.
 """
 
 import contextlib
@@ -19,10 +19,11 @@ from data.decode import CHANNELS, Crop, decode_crops
 from data.image_file import BadImage
 from data.index import Index
 from data.multi_labels import LabelReader
-from data.order import Stream, Views, check_divisible, rank_views, sample_rng, steps_per_epoch
+from data.order import Groups, Stream, Views, check_divisible, group_steps, rank_views, sample_rng, steps_per_epoch
 from data.reader import ShardReader
+from data.remote_reading import announced, check_room, fetching
 from data.transforms import Augmentation, flip_decision
-from data.workers import in_workers
+from data.workers import IN_FLIGHT, in_workers
 
 MaskSampler = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
@@ -99,6 +100,7 @@ class Loader:
         num_classes: int | None = None,
         num_workers: int = 0,
         repeats: int = 1,
+        shuffle_shards: int = 0,
     ) -> None:
         """Checks the settings; starts no processes.
 
@@ -116,6 +118,7 @@ class Loader:
             num_classes: how many there are, C; needed for labels of a set that has lists of them.
             num_workers: processes that decode; 0 decodes in this one.
             repeats: of each sample's decode; see ``rank_views``.
+            shuffle_shards: shards in a group whose samples are shuffled together; 0 shuffles all samples.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
@@ -132,8 +135,13 @@ class Loader:
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers, self._repeats = rank, world_size, num_workers, repeats
+        self._groups = Groups(index.shard_sizes, shuffle_shards)
+        steps_in_flight = 2 + -(-IN_FLIGHT * num_workers // accumulation)  # of ranks that may be a step apart
+        check_room(index, shuffle_shards, -(-steps_in_flight * batch // repeats))
         self._decoder = _MicroBatchDecoder(
-            index, size, seed, mask_sampler, augmentations, LabelReader(index, num_classes) if labels else None
+            *(index, size, seed, mask_sampler, augmentations),
+            LabelReader(index, num_classes) if labels else None,
+            within_shard=shuffle_shards > 0,
         )
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
@@ -146,21 +154,24 @@ class Loader:
             ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
             ChildProcessError, TimeoutError: a worker died, or its storage stopped answering.
         """
-        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._num_workers, self._index.root)
-        with contextlib.closing(batches):
-            for _ in range(start_step, end_step):
-                yield list(islice(batches, self._accumulation))
+        steps = range(start_step, end_step)
+        if not steps:
+            return
+        plan = group_steps(self._groups, self._seed, steps, self._batch, self._repeats)
+        with fetching(self._index, plan) as fetcher:
+            requests = announced(self._requests(steps), start_step, self._accumulation, fetcher, not self._num_workers)
+            batches = in_workers(self._decoder, requests, self._num_workers, self._index.root, fetcher.check)
+            with contextlib.closing(batches):
+                for step in steps:
+                    micro_batches = list(islice(batches, self._accumulation))
+                    fetcher.done(step)
+                    yield micro_batches
 
-    def _requests(self, start_step: int, end_step: int) -> Iterator[Views]:
+    def _requests(self, steps: range) -> Iterator[Views]:
         return rank_views(
-            len(self._index),
-            self._seed,
-            range(start_step, end_step),
-            self._batch,
-            self._accumulation,
-            self._rank,
-            self._world_size,
+            *(len(self._index), self._seed, steps, self._batch, self._accumulation, self._rank, self._world_size),
             self._repeats,
+            self._groups if self._groups.size else None,
         )
 
 
@@ -175,7 +186,9 @@ class _MicroBatchDecoder:
         mask_sampler: MaskSampler | None,
         augmentations: Sequence[Augmentation],
         labels: LabelReader | None,
+        within_shard: bool,
     ) -> None:
+        self._within_shard = within_shard
         self._index, self._size, self._seed, self._labels = index, size, seed, labels
         self._mask_sampler, self._augmentations = mask_sampler, augmentations
         self._reader = ShardReader(index)
@@ -212,8 +225,13 @@ class _MicroBatchDecoder:
             The sample that was decoded, and why the requested one was not (None if it was).
         """
         first: Skipped | None = None
-        for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
-            shown %= len(self._index)
+        start, count = 0, len(self._index)
+        if self._within_shard:  # others may not be at hand
+            shard = self._index.shard_of(sample)
+            count = int(self._index.shard_sizes[shard])
+            start = int(self._index.shard_ends[shard]) - count
+        for number in range(min(MAX_REPLACEMENTS + 1, count)):
+            shown = start + (sample - start + number) % count
             try:
                 self._augment(epochs, sample, shown, out)
                 return shown, first
@@ -221,7 +239,7 @@ class _MicroBatchDecoder:
                 first = first or Skipped(self._index.keys[sample], error.kind, str(error))
         assert first is not None
         raise ValueError(
-            f"sample '{first.key}' and the {MAX_REPLACEMENTS} after it cannot be decoded (the first: "
+            f"sample '{first.key}' and the {number} after it cannot be decoded (the first: "
             f"{first.reason}): find them with `python -m data.verify SHARDS --decode`"
         )
 

@@ -125,6 +125,7 @@ def build_loader(
         augmentations=config.augmentations,
         num_workers=config.data.num_workers,
         repeats=config.data.repeats,
+        shuffle_shards=config.data.shuffle_shards,
         mask_sampler=mask_sampler,
         labels=labels,
         num_classes=num_classes,
