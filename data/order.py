@@ -86,7 +86,7 @@ class Groups(NamedTuple):
     """Which shards are shuffled together."""
 
     shard_sizes: np.ndarray  # int64 (S,), the samples of each shard
-    size: int  # shards in a group, at most
+    size: int  # shards in a group, at most; 0: all of them in one, for all steps
 
 
 class GroupedOrder:
@@ -139,6 +139,9 @@ class StepGroup(NamedTuple):
 
 def group_steps(groups: Groups, seed: int, steps: range, batch: int, repeats: int = 1) -> Iterator[StepGroup]:
     """The groups that some steps of ``rank_views`` need, in the order in which they need them."""
+    if not groups.size:
+        yield StepGroup(steps.start, steps.stop - 1, range(len(groups.shard_sizes)))
+        return
     per_pass = steps_per_epoch(int(groups.shard_sizes.sum()), batch) * repeats
     for number in range(steps.start // per_pass, -(-steps.stop // per_pass)):
         order = GroupedOrder(groups, seed, number * repeats)
