@@ -190,8 +190,7 @@ def _translated(remote: Remote) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        hidden = "; what needs a token is not there without it" if remote.scheme == "hf" else ""
-        raise NotThereError(f"{remote}: is not in the store (404): is the address right?{hidden}") from None
+        raise _not_there(remote) from None
     except (PermissionDeniedError, UnauthenticatedError) as error:
         status = 403 if isinstance(error, PermissionDeniedError) else 401
         raise StoreError(
@@ -204,6 +203,11 @@ def _translated(remote: Remote) -> Iterator[None]:
         raise TransientError(without_secrets(str(error) or type(error).__name__)) from None
 
 
+def _not_there(remote: Remote) -> NotThereError:
+    hidden = "; what needs a token is not there without it" if remote.scheme == "hf" else ""
+    return NotThereError(f"{remote}: is not in the store (404): is the address right?{hidden}")
+
+
 def _error_of(text: str, remote: Remote) -> Exception:
     """What a client's error means; its first line says what failed, and the lines below why."""
     short = without_secrets(text.partition("\n")[0])
@@ -214,6 +218,8 @@ def _error_of(text: str, remote: Remote) -> Exception:
     code = int(status.group(1)) if status else 0
     if "169.254.169.254" in text:
         return TransientError(f"no credentials were found; {credentials_advice(remote.scheme)}", _WITHOUT_ROLE)
+    if code == 404:  # of a bucket
+        return _not_there(remote)
     if "BareRedirect" in text:
         return StoreError(f"{remote}: the bucket is in another region: set AWS_REGION")
     if (400 <= code < 500 and code not in (408, 425, 429)) or code in (501, 505):
