@@ -18,16 +18,23 @@ from pathlib import Path
 
 from data.class_list import CLASSES_FILE
 from data.index import Index, index_paths, load_index
+from data.index_file import digest_of
 from data.names import shown, write_lines
 from data.pack_report import PackReport, class_table, empty_classes, note
 from data.parallel import default_workers, report_errors
+from data.remote_index import build_remote_index
 from data.scan import NO_LABEL
 from data.shard_writer import ShardTask, report_path, without_unreadable_classes, write_shards
 from data.shrink import PLAN_FILE, Shrink
 from data.sources import Source, describe_ignored, list_source
+from data.storage.cache import CacheSettings, cache_home
+from data.storage.client import StoreError
+from data.storage.files import list_files, upload
+from data.storage.location import Location, Remote, parse_location
 
 STAGING = ".pack"
 REJECTED_FILE = "rejected.txt"
+UPLOADED = "uploaded"  # in the folder that `upload_folder` names: everything is in the store
 DEFAULT_QUALITY = 90
 
 
@@ -41,6 +48,7 @@ def pack(
     bad: str = "refuse",
     bits: int | None = None,
     shrink: Shrink | None = None,
+    remote: Remote | None = None,
 ) -> Index:
     """Writes the shards, ``classes.txt`` and the index of ``source`` into ``out``; continues an interrupted run.
 
@@ -55,6 +63,8 @@ def pack(
         bad: 'refuse' publishes nothing if any file is not a readable image; 'skip' lists them in ``rejected.txt``.
         bits: gray pictures of 16 bits are rewritten as PNGs of 8, with 2**bits - 1 as white.
         shrink: larger photographs are made smaller.
+        remote: a folder in a store that each shard goes to as soon as it is written; `out` only keeps what to continue
+            from.
 
     Raises:
         ValueError: unreadable images, ``out`` holds other shards, or has no room for these.
@@ -66,8 +76,10 @@ def pack(
     plan: dict[str, str | int] = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
     plan |= ({} if bits is None else {"bits": bits}) | ({} if shrink is None else shrink._asdict())
     with _plan(out, plan):
-        if not staging.exists() and any(out.glob("*.tar")):
-            return load_index(out)  # complete already
+        if not staging.exists() and (any(out.glob("*.tar")) or (out / UPLOADED).exists()):
+            return load_index(str(remote or out))  # complete already
+        if remote and not staging.exists():
+            check_empty(remote)
         staging.mkdir(exist_ok=True)
         for leftover in staging.glob("*.tmp"):
             leftover.unlink()
@@ -79,16 +91,19 @@ def pack(
                 staging / f"{prefix}-{number:06d}.tar",
                 bits,
                 shrink,
+                remote / f"{prefix}-{number:06d}.tar" if remote else None,
             )
             for number, start in enumerate(range(0, len(source.files), samples_per_shard))
         ]
         write_shards(
-            [task for task in tasks if not (task.path.exists() or (out / task.path.name).exists())], out, workers
+            [task for task in tasks if not (task.done.exists() or (out / task.path.name).exists())], out, workers
         )
         report = PackReport.merge(PackReport.read(report_path(task.path)) for task in tasks)
         if report.rejected and (bad == "refuse" or len(report.rejected) == len(source.files)):
             raise ValueError(report.refusal(len(source.files), out))
         note([*unreadable, *report.remarks()])
+        if remote:
+            return _publish_remote(out, remote, source.classes, report.rejected)
         return _publish(out, tasks, source.classes, report.rejected)
 
 
@@ -101,6 +116,19 @@ def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink |
         shrink.check()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the shards")
+
+
+def upload_folder(remote: Remote) -> Path:
+    """Here, what packing into a store continues from after a kill."""
+    return cache_home() / "pack" / digest_of(str(remote))
+
+
+def check_empty(remote: Remote) -> None:
+    """Raises ValueError if there are shards in a folder of a store already, or it is read-only for us."""
+    if remote.scheme == "hf":
+        raise StoreError(f"{remote}: hf:// is read only here: pack into a folder, and upload that by `hf upload`")
+    if any(name.endswith(".tar") for name in list_files(remote) or {}):
+        raise ValueError(f"{remote}: holds shards that were not packed from here: give another OUT")
 
 
 @contextmanager
@@ -145,13 +173,28 @@ def _publish(out: Path, tasks: Sequence[ShardTask], classes: tuple[str, ...], re
     return index
 
 
-def _list(path: Path, out: Path, classes_file: Path | None, labels: bool) -> Source:
+def _publish_remote(out: Path, remote: Remote, classes: tuple[str, ...], rejected: list[str]) -> Index:
+    """Writes what lies next to the shards, which are there already, and the index last: without it nothing trains."""
+    if classes:
+        write_lines(out / CLASSES_FILE, classes)
+    if rejected:
+        write_lines(out / REJECTED_FILE, rejected)
+    for name in (PLAN_FILE, CLASSES_FILE, REJECTED_FILE):
+        if (out / name).exists():
+            upload(out / name, remote / name)
+    index, _ = build_remote_index(str(remote), CacheSettings())
+    (out / UPLOADED).touch()
+    shutil.rmtree(out / STAGING)
+    return index
+
+
+def _list(path: Path, out: Location, classes_file: Path | None, labels: bool) -> Source:
     """As `list_source`; says what will not be packed.
 
     Raises:
         ValueError: also if ``out`` lies in the folder, or it is not clear what its folders mean.
     """
-    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+    if path.is_dir() and isinstance(out, Path) and out.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{out} lies in {path}, whose images are packed: give an OUT outside of it")
     source = list_source(path, classes_file, labels)
     if source.unsorted:
@@ -165,7 +208,7 @@ def _list(path: Path, out: Path, classes_file: Path | None, labels: bool) -> Sou
     return source
 
 
-def _summary(index: Index, out: Path) -> str:
+def _summary(index: Index, out: Location) -> str:
     labels = index.label[index.label != NO_LABEL]
     if index.classes:
         what = f"of {len(index.classes)} classes"
@@ -190,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source", metavar="SOURCE", type=Path, help="image folder, or a list file of path[<TAB>label] lines"
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    parser.add_argument("out", metavar="OUT", type=parse_location, help="folder for the shards, here or at a URL")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
     parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do about unreadable files")
@@ -217,9 +260,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         source = _list(args.source, args.out, args.classes, not args.no_labels)
+        remote = args.out if isinstance(args.out, Remote) else None
         index = pack(
             source,
-            args.out,
+            upload_folder(remote) if remote else args.out,
+            remote=remote,
             prefix=args.prefix,
             samples_per_shard=args.samples_per_shard,
             workers=args.num_workers,

@@ -1,6 +1,7 @@
-"""An S3-compatible server in this process, with one bucket."""
+"""An S3-compatible server in this process, with one bucket, empty at first."""
 
 import os
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,9 @@ def serve_s3() -> Iterator[dict[str, str]]:
     before = dict(os.environ)
     os.environ.update(environment)
     try:
+        urllib.request.urlopen(
+            urllib.request.Request(f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")
+        )
         client().create_bucket(Bucket=BUCKET)
         yield environment
     finally:
