@@ -5,6 +5,7 @@ Their contents depend on (seed, step, global batch, repeats, group size) alone.
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, product
@@ -35,6 +36,14 @@ def draw_masks(sampler: MaskSampler, seed: int, views: Iterable[tuple[int, int]]
     """The mask sampler's arrays of each view (epoch, sample), stacked: (B, ...); of B views, at least one."""
     masks = [sampler(sample_rng(seed, epoch, sample, Stream.MASK)) for epoch, sample in views]
     return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
+
+
+class SizedUntil(NamedTuple):
+    """What a run's views are like before an epoch, where that is not what they are like in the end."""
+
+    epoch: int  # the first one that they are not for
+    size: tuple[int, int]  # (H, W)
+    mask_sampler: MaskSampler | None
 
 
 class Skipped(NamedTuple):
@@ -82,6 +91,7 @@ class Loader:
 
     Attributes:
         steps_per_epoch: optimizer steps in an epoch; from the index alone, so equal on all ranks.
+        sizes: the first step of each size (H, W) that images have, and that size.
     """
 
     def __init__(
@@ -100,13 +110,14 @@ class Loader:
         num_classes: int | None = None,
         num_workers: int = 0,
         repeats: int = 1,
+        earlier: Sequence[SizedUntil] = (),
         shuffle_shards: int = 0,
     ) -> None:
         """Checks the settings; starts no processes.
 
         Args:
             index: the samples.
-            size: (H, W) of the images.
+            size: (H, W) of the images, in the end.
             batch: global batch, over all ranks and micro-batches of an optimizer step.
             accumulation: micro-batches per optimizer step.
             rank, world_size: this process and how many there are.
@@ -118,6 +129,8 @@ class Loader:
             num_classes: how many there are, C; needed for labels of a set that has lists of them.
             num_workers: processes that decode; 0 decodes in this one.
             repeats: of each sample's decode; see ``rank_views``.
+            earlier: by rising epochs, all multiples of ``repeats``, what counts in place of ``size`` and
+                ``mask_sampler`` until then. No step has views of two sizes, since no pass over the samples has.
             shuffle_shards: shards in a group whose samples are shuffled together; 0 shuffles all samples.
 
         Raises:
@@ -132,17 +145,26 @@ class Loader:
             raise ValueError(f"samples in {index.root} have lists of labels: this needs one label for each")
         assert 0 <= rank < world_size
         assert 1 <= len(augmentations) <= len(CROP_STREAMS)
+        assert all(stage.epoch % repeats == 0 for stage in earlier)
+        assert [stage.epoch for stage in earlier] == sorted({stage.epoch for stage in earlier})
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
+        begins, sizes = [0, *(stage.epoch for stage in earlier)], [*(stage.size for stage in earlier), size]
+        self.sizes = [(begin * self.steps_per_epoch, size) for begin, size in zip(begins, sizes, strict=True)]
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers, self._repeats = rank, world_size, num_workers, repeats
         self._groups = Groups(index.shard_sizes, shuffle_shards)
         steps_in_flight = 2 + -(-IN_FLIGHT * num_workers // accumulation)  # of ranks that may be a step apart
         check_room(index, shuffle_shards, -(-steps_in_flight * batch // repeats))
+        last = SizedUntil(sys.maxsize, size, mask_sampler)
         self._decoder = _MicroBatchDecoder(
-            *(index, size, seed, mask_sampler, augmentations),
+            *(index, [*earlier, last], seed, augmentations),
             LabelReader(index, num_classes) if labels else None,
             within_shard=shuffle_shards > 0,
         )
+
+    def size_at(self, step: int) -> tuple[int, int]:
+        """(H, W) of the images in a global step."""
+        return next(size for begin, size in reversed(self.sizes) if step >= begin)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         """For each global step from ``start_step`` up to ``end_step``, this rank's ``accumulation`` micro-batches.
@@ -181,21 +203,19 @@ class _MicroBatchDecoder:
     def __init__(
         self,
         index: Index,
-        size: tuple[int, int],
+        stages: Sequence[SizedUntil],
         seed: int,
-        mask_sampler: MaskSampler | None,
         augmentations: Sequence[Augmentation],
         labels: LabelReader | None,
         within_shard: bool,
     ) -> None:
-        self._within_shard = within_shard
-        self._index, self._size, self._seed, self._labels = index, size, seed, labels
-        self._mask_sampler, self._augmentations = mask_sampler, augmentations
+        self._index, self._stages, self._seed, self._labels = index, stages, seed, labels
+        self._augmentations, self._within_shard = augmentations, within_shard
         self._reader = ShardReader(index)
 
     def __call__(self, views: Views) -> Batch:
-        samples = views.samples
-        images = torch.empty((len(samples), len(self._augmentations), *self._size, CHANNELS), dtype=torch.uint8)
+        samples, stage = views.samples, next(s for s in self._stages if views.epochs[0] < s.epoch)
+        images = torch.empty((len(samples), len(self._augmentations), *stage.size, CHANNELS), dtype=torch.uint8)
         pixels = images.numpy()
         shown, skipped = samples.copy(), []
         starts = np.flatnonzero(np.diff(samples, prepend=-1))
@@ -207,7 +227,7 @@ class _MicroBatchDecoder:
         labels = torch.from_numpy(self._labels(shown)) if self._labels is not None else None
         return Batch(
             images=images.squeeze(1),
-            mask_indices=self._sample_masks(views),
+            mask_indices=self._sample_masks(stage.mask_sampler, views),
             labels=labels,
             samples=torch.from_numpy(shown),
             keys=tuple(self._index.keys[sample] for sample in shown.tolist()),
@@ -246,13 +266,14 @@ class _MicroBatchDecoder:
     def _augment(self, epochs: Sequence[int], sample: int, shown: int, out: np.ndarray) -> None:
         """Writes all views of a sample; a replacement uses the random numbers of the sample that it replaces."""
         augmentations, rngs, crops = [*self._augmentations] * len(epochs), [], []
+        size = out.shape[2:4]
         streams = product(epochs, CROP_STREAMS[: len(self._augmentations)])
         for (epoch, stream), augmentation in zip(streams, augmentations, strict=True):
             rng = sample_rng(self._seed, epoch, sample, stream)
             flipped = flip_decision(rng, augmentation.flip)  # first: a crop draws a varying number of times
-            crops.append(Crop(functools.partial(augmentation.box, rng, size=self._size), flipped))
+            crops.append(Crop(functools.partial(augmentation.box, rng, size=size), flipped))
             rngs.append(rng)
-        decoded = decode_crops(self._reader.read(shown), crops, self._size)
+        decoded = decode_crops(self._reader.read(shown), crops, size)
         views = out.reshape(-1, *out.shape[2:])
         for view, (rng, augmentation, pixels) in enumerate(zip(rngs, augmentations, decoded, strict=True)):
             if augmentation.color_jitter:
@@ -261,8 +282,7 @@ class _MicroBatchDecoder:
                 pixels = rand_augment(rng, pixels, augmentation.rand_augment)
             views[view] = three_augment(rng, pixels) if augmentation.three_augment else pixels
 
-    def _sample_masks(self, views: Views) -> dict[str, Tensor]:
-        if self._mask_sampler is None:
+    def _sample_masks(self, sampler: MaskSampler | None, views: Views) -> dict[str, Tensor]:
+        if sampler is None:
             return {}
-        pairs = zip(views.epochs.tolist(), views.samples.tolist(), strict=True)
-        return draw_masks(self._mask_sampler, self._seed, pairs)
+        return draw_masks(sampler, self._seed, zip(views.epochs.tolist(), views.samples.tolist(), strict=True))

@@ -1,12 +1,14 @@
 """Batches made by worker processes, in the order of the requests."""
 
 import atexit
+import faulthandler
+import os
 import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -24,6 +26,7 @@ Result = TypeVar("Result")
 WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
 _TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no place is left out
 IN_FLIGHT = 2  # requests of each worker that are read ahead of the results
+_STACKS = signal.SIGUSR2  # by which a worker prints its stacks
 POLL = 1.0  # seconds of waiting between looks at workers and signals
 
 _while_waiting: ContextVar[Callable[[], None] | None] = ContextVar("while_waiting", default=None)
@@ -265,5 +268,15 @@ def ignore_signals(worker: int) -> None:
     A worker still ends when the main process tells it to or has died, and is killed if it does not. DataLoader has
     limited it to one thread.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(_STACKS, file=2, all_threads=True)
+
+
+def print_stacks_of_workers() -> list[int]:
+    """Lets those of this process print to stderr what they are doing; returns the process IDs of all that are alive."""
+    alive = [worker.pid for worker in list(_RUNNING) if worker.pid is not None and worker.is_alive()]
+    for pid in alive:
+        with suppress(ProcessLookupError):
+            os.kill(pid, _STACKS)
+    return alive

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
@@ -16,6 +17,7 @@ from pretrain.methods.targets.features import EMAConfig
 from pretrain.models.features import check_blocks
 from pretrain.models.vit import ARCHS
 from pretrain.probe.settings import ProbeSettings
+from pretrain.size_schedule import PretrainDataConfig, Size, size_text
 from pretrain.trainer.config import ModelConfig, RunConfig, StartConfig, problem_of
 from pretrain.trainer.recipe import load_config, parse_overrides
 from pretrain.trainer.schema import MAY_CHANGE
@@ -89,6 +91,7 @@ class PretrainConfig(RunConfig):
     follows: ClassVar[dict[str, str]] = {"target": "method"}
 
     model: PretrainModelConfig = PretrainModelConfig()
+    data: PretrainDataConfig
     method: AnyMethodConfig
     target: AnyTargetConfig
     pr_mim: PRMIMConfig | None = None
@@ -112,6 +115,18 @@ class PretrainConfig(RunConfig):
         if lut is None:
             return (first,)
         return first, replace(first, color_jitter=lut.color_jitter, three_augment=lut.three_augment)
+
+    @property
+    def earlier(self) -> list[tuple[int, "PretrainConfig"]]:
+        """What counts in place of this configuration until an epoch, by rising epochs; of `data.size_schedule`."""
+        sizes = self.data.sizes
+        return [(epoch, self.at_size(size)) for (_, size), (epoch, _) in pairwise(sizes)]
+
+    def at_size(self, size: Size) -> "PretrainConfig":
+        """The same with images of another size throughout. It is not checked: `problems` does that."""
+        data = self.data.model_copy(update={"image_size": size, "size_schedule": None})
+        at = self.model_copy(update={"data": data})
+        return at.model_copy(update={"method": self.method.on_grid(at.grid, self.grid)})
 
     @model_validator(mode="before")
     @classmethod
@@ -150,13 +165,45 @@ class PretrainConfig(RunConfig):
             )
 
     def problems(self) -> Iterator[str]:
-        """As of every training, and what method, target and add-ons do not take."""
-        sizes = list(super().problems())
-        yield from sizes
+        """As of every training, and what method, target, add-ons and a schedule of sizes do not take."""
+        own = list(super().problems())
+        has_grid = not any(problem.startswith("data.image_size") for problem in own)
         if self.probe:
-            yield from problem_of(_check_probe, self.probe.block, ARCHS[self.model.arch].depth)
-        if any(problem.startswith("data.image_size") for problem in sizes):
-            return  # there is no grid of patches
+            own += problem_of(_check_probe, self.probe.block, ARCHS[self.model.arch].depth)
+        own += self._problems_on_grid() if has_grid else ()
+        yield from own
+        if self.data.size_schedule and has_grid:
+            yield from self._problems_of_schedule({*own})
+
+    def _problems_of_schedule(self, own: set[str]) -> Iterator[str]:
+        """What is wrong with `data.size_schedule`, and what with its sizes, but for what is wrong at any size."""
+        schedule, position = f"data.size_schedule={self.data.size_schedule}", self.model.position
+        if problem := self.data.schedule_problem(self.train.epochs):
+            yield problem
+        elif position in ("learned", "bias") and self.earlier:
+            yield (
+                f"model.position={position} has numbers for one grid of patches, and {schedule} has several: set "
+                f"model.position=sincos or relative, or leave the schedule out"
+            )
+        else:
+            for size in dict.fromkeys(size for _, size in self.data.sizes):
+                new = (problem for problem in self.at_size(size).problems() if problem not in own)
+                if problem := next(new, ""):
+                    problem = problem.partition(f"data.image_size={size}: ")[2] or problem
+                    fits = " and ".join(size_text(near) for near in self._nearest_sizes(size, own))
+                    yield f"{schedule} has {size_text(size)}: {problem}; of sizes like it, {fits or 'none'} would fit"
+
+    def _nearest_sizes(self, size: Size, own: set[str]) -> list[Size]:
+        """The next smaller and the next larger size, of the same shape, at which there are no further problems."""
+        patch, (height, width) = self.model.patch_size, size
+        heights = range(patch, 2 * max(height, *self.data.height_width), patch)
+        shaped = [(side, max(round(side * width / height / patch), 1) * patch) for side in heights]
+        fits = [near for near in shaped if {*self.at_size(near).problems()} <= own]
+        smaller, larger = ([near for near in fits if (near[0] < height) == below] for below in (True, False))
+        return [*smaller[-1:], *larger[:1]]
+
+    def _problems_on_grid(self) -> Iterator[str]:
+        """What method, target and add-ons do not take."""
         method, kind = self.method, METHODS[self.method.name]
         unfit = [*problem_of(method.check, self.grid, self.model)]
         yield from unfit

@@ -19,6 +19,7 @@ from pretrain.trainer.engine import gather_state_dict, save_state_dict
 from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
+from pretrain.trainer.phases import limited
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path,
     save_state_dict(encoder, spec.to_metadata(), path)
 
 
+@limited("writing the encoder, the loss curve and reconstructions", "evaluation_minutes")
 def finish(run: Run, index: Index) -> None:
     """Writes the encoder, the teacher's encoder if there is one, and the figures; called by all ranks together.
 

@@ -87,6 +87,11 @@ def check_settings(config: PretrainConfig, stage: int) -> None:
     """Raises ValueError for settings that work together on no device."""
     if config.model.residual == "bf16" and config.train.precision != "bf16":
         raise ValueError("model.residual=bf16 needs train.precision=bf16")
+    if config.earlier and stage == 3:
+        raise ValueError(
+            f"data.size_schedule={config.data.size_schedule} has a method for each size, with the same weights, and "
+            f"ZeRO stage 3 partitions those of one: set train.ds_config=zero2, or leave the schedule out"
+        )
     if config.model.compile == "on" and stage == 3:
         raise ValueError(
             "model.compile=on loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8, without an error: set "
@@ -102,6 +107,8 @@ def cuda_graphs_obstacle(config: PretrainConfig, stage: int) -> str:
         return "in ZeRO stage 3 weights come and go with the blocks"
     if config.model.grad_checkpointing:
         return "model.grad_checkpointing=true sets random states while it computes"
+    if config.earlier:
+        return "data.size_schedule has images of several sizes, and a graph is of one"
     if config.lut:
         return "LUT's ranks exchange statistics in the middle of a pass"
     return ""
@@ -136,7 +143,10 @@ def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
 
 
 def unserved_by_window_kernel(config: PretrainConfig) -> str:
-    """Why the kernel for windows cannot be used on any device; empty if it can."""
+    """Why the kernel for windows cannot be used on any device; empty if it can, at all sizes of images."""
+    for _, earlier in config.earlier:
+        if obstacle := unserved_by_window_kernel(earlier):
+            return obstacle
     rows, cols = config.method.sequence_grid(config.grid)
     arch = ARCHS[config.model.arch]
     if config.model.position != "relative":

@@ -54,6 +54,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 def _train(config: PretrainConfig, world: World, device: torch.device, index: Index, folder: RunFolder) -> None:
     # These import DeepSpeed, which chooses its accelerator on import.
     from pretrain.build import build_ema, build_evaluation, build_method, feature_teacher
+    from pretrain.by_size import build_sizes
     from pretrain.finish import finish, finish_stopped
     from pretrain.numerics import apply_numerics, check_window_kernel, choose_numerics
     from pretrain.trainer.assemble import Parts, assemble, build_loader
@@ -71,7 +72,8 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         folder.cache_compiled()
     if numerics.attention == "triton":
         with report_if_slow("the kernel for attention in windows is compiled and checked"):
-            check_window_kernel(config, device)
+            for _, one in [*config.earlier, (0, config)]:
+                check_window_kernel(one, device)
     method = build_method(config, read_feature_teacher(config.target, config.grid))
     start = find_start(config, folder, world)
     loaded = _load_start(config, method, start) if start else None
@@ -82,6 +84,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         apply_numerics(module, numerics)
     if numerics.cuda_graphs:
         graph_steps(method)
+    earlier = build_sizes(config, method, ema, numerics, lambda one: read_feature_teacher(one.target, one.grid))
     parts = Parts(
         method,
         build_adamw(
@@ -90,7 +93,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
             zero_stage(settings),
         ),
         ema,
-        build_loader(config, index, world, mask_sampler=method.mask_sampler()),
+        build_loader(config, index, world, mask_sampler=method.mask_sampler(), earlier=earlier),
         build_evaluation(config, method, world, device),
         numerics.signature(),
         loaded.record() if loaded else {},

@@ -14,7 +14,9 @@ export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 logs=slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 attempt=$logs/attempt${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs" || exit
-export LOMAR_STOPPED_FILE=$PWD/$attempt-stopped # rank 0 creates it if a signal stopped the training
+previous=$logs/attempt$((${SLURM_RESTART_COUNT:-0} - 1))
+# Ranks create $attempt-saved with a checkpoint, -stopped if a signal stopped the training, -hung if the watchdog did.
+export LOMAR_ATTEMPT=$PWD/$attempt
 
 # Slurm signals only this shell (B:USR1): before the time limit, and before preemption if the site is set up for that.
 srun=
@@ -37,8 +39,16 @@ done
 
 # A job that is cancelled, or requeued by Slurm, does not get here: this shell is killed with it.
 # 138 is USR1 while Python was still starting.
-if [ "$code" = 138 ] || { [ "$code" = 0 ] && [ -e "$LOMAR_STOPPED_FILE" ]; }; then
-    echo "$(date '+%F %T') stopped by a signal, and requeued"
+why=
+if [ "$code" = 138 ] || { [ "$code" = 0 ] && [ -e "$attempt-stopped" ]; }; then why="stopped by a signal"; fi
+if [ -e "$attempt-hung" ]; then why="ended by the watchdog, which says in $attempt-rank*.log where it hung"; fi
+if [ "$why" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ ! -e "$attempt-saved" ] && [ ! -e "$previous-saved" ]; then
+    echo "error: $why; not requeued, as neither this attempt nor the one before it has saved a checkpoint" >&2
+    why=
+    [ "$code" != 0 ] || code=1
+fi
+if [ "$why" ]; then
+    echo "$(date '+%F %T') $why, and requeued"
     scontrol requeue "$SLURM_JOB_ID" && exit
     echo "error: could not requeue: submit the same command again to continue" >&2
     exit 1

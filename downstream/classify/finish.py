@@ -13,10 +13,12 @@ from pretrain.trainer.engine import gather_state_dict, save_state_dict
 from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
+from pretrain.trainer.phases import limited
 
 _NORM = "head.0."  # the batch norm of a linear probe's head, before its matrix
 
 
+@limited("writing the classifier and the loss curve", "evaluation_minutes")
 def finish(run: Run, class_names: Sequence[str], multi_label: bool = False) -> None:
     """Writes the classifier, its moving average if there is one, and the loss curve. Called by all ranks together."""
     config = run.config

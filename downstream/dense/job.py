@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.trainer.config import WatchdogConfig
+
 
 @dataclass(frozen=True)
 class Job:
@@ -21,6 +23,11 @@ class Job:
     resume: bool = True
     test: str | None = None
     tta: bool = False
+
+    @property
+    def watchdog(self) -> WatchdogConfig:
+        """How long anything may take: the usual limits, of which mmengine's steps have none."""
+        return WatchdogConfig()
 
     def memory_advice(self, ranks: int) -> str:
         """The keys to change where a GPU's memory is full, as what to do."""

@@ -36,6 +36,10 @@ class MethodConfig(Section):
         """The number of patches encoded together (of an image or of a window), and how many of them are masked."""
         raise NotImplementedError
 
+    def on_grid(self, grid: Grid, final: Grid) -> "MethodConfig":
+        """The keys for images of another grid than that of `data.image_size`: `data.size_schedule` has such."""
+        return self
+
     def sequence_grid(self, grid: Grid) -> Grid:
         """Rows and columns of the patches that are encoded together: those of the image, or of a window."""
         return grid

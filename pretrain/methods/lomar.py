@@ -14,6 +14,7 @@ Shapes: B images, G = B*W windows, L = K*K patches of a window, M of them masked
 """
 
 import functools
+import math
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler
+from pretrain.methods.base import LossAndTokens, LUTMethod, MaskIndices, MaskSampler, MethodConfig
 from pretrain.methods.decoders import DecoderConfig, predict_all
 from pretrain.methods.masking import (
     Grid,
@@ -30,6 +31,7 @@ from pretrain.methods.masking import (
     check_random_masks,
     check_windows,
     complementary_masked,
+    count_places,
     random_masked,
     random_windows,
 )
@@ -109,6 +111,13 @@ class LoMaR(LUTMethod):
 
         def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
             return self.window_size**2, self.num_masked
+
+        def on_grid(self, grid: Grid, final: Grid) -> MethodConfig:
+            """As many windows for each patch of the image, which is what they cost; not more than there are places."""
+            windows = int(self.num_windows * math.prod(grid) / math.prod(final) + 0.5)
+            if self.window_sampling == "distinct":
+                windows = min(windows, count_places(self.window_size, grid))
+            return self.model_copy(update={"num_windows": max(windows, 1)})
 
         def sequence_grid(self, grid: Grid) -> Grid:
             return self.window_size, self.window_size

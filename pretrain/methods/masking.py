@@ -120,6 +120,11 @@ def split_positions(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (~masked).nonzero()[1].reshape(rows, -1), masked.nonzero()[1].reshape(rows, -1)
 
 
+def count_places(size: int, grid: Grid) -> int:
+    """Where in a grid a window of `size` x `size` patches can be."""
+    return max(grid[0] - size + 1, 0) * max(grid[1] - size + 1, 0)
+
+
 def check_windows(count: int, size: int, grid: Grid) -> None:
     """Raises ValueError if a grid cannot hold `count` distinct windows of `size` x `size` patches."""
     if size > min(grid):
@@ -127,7 +132,7 @@ def check_windows(count: int, size: int, grid: Grid) -> None:
             f"method.window_size={size} is larger than the image's grid of {grid[0]}x{grid[1]} patches: "
             f"set method.window_size to at most {min(grid)}, or data.image_size larger"
         )
-    num_corners = (grid[0] - size + 1) * (grid[1] - size + 1)
+    num_corners = count_places(size, grid)
     if count > num_corners:
         raise ValueError(
             f"method.num_windows={count}, but a window of {size}x{size} patches fits in only "

@@ -22,7 +22,7 @@ def main() -> int:
     from pretrain.plan.advice import advise
     from pretrain.plan.estimate import check_gpus, choose_numerics, make_plan
     from pretrain.plan.table import as_json, render
-    from pretrain.plan.trace import trace_method
+    from pretrain.plan.trace import trace_sizes
 
     try:
         if options.images < 1:
@@ -30,7 +30,8 @@ def main() -> int:
         cluster = build_cluster(options.gpu, options.gpus, options.gpus_per_node, options.link)
         config = load(options.recipe, ["data.shards=unused", *options.overrides])
         check_gpus(config, cluster)
-        plan = make_plan(config, cluster, options.images, choose_numerics(config, cluster), trace_method(config))
+        *earlier, trace = trace_sizes(config)
+        plan = make_plan(config, cluster, options.images, choose_numerics(config, cluster), trace, earlier)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

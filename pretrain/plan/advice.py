@@ -9,7 +9,7 @@ from pretrain.methods import METHODS
 from pretrain.models.vit import ARCHS
 from pretrain.numerics import cuda_graphs_obstacle
 from pretrain.plan.estimate import Plan, choose_numerics, make_plan
-from pretrain.plan.trace import trace_method
+from pretrain.plan.trace import trace_sizes
 from pretrain.trainer.recipe import merge
 
 LEAST_GAIN = 1.03
@@ -78,8 +78,9 @@ def _planned(plan: Plan, changes: dict[str, Any], note: str) -> Advice | None:
     try:
         config = PretrainConfig.model_validate(merge(plan.config.model_dump(), changes, PretrainConfig))
         numerics = choose_numerics(config, plan.cluster)
-        trace = trace_method(config) if changes.keys() & {"method", "pr_mim"} else plan.trace
-        other = make_plan(config, plan.cluster, plan.images, numerics, trace)
+        traces = [part.trace for _, part in plan.sizes]
+        *earlier, trace = trace_sizes(config) if changes.keys() & {"method", "pr_mim"} else traces
+        other = make_plan(config, plan.cluster, plan.images, numerics, trace, earlier)
     except ValueError:
         return None  # these keys do not fit this recipe, so they are no advice
     if not other.fits and plan.fits:
@@ -87,7 +88,7 @@ def _planned(plan: Plan, changes: dict[str, Any], note: str) -> Advice | None:
     keys = [f"{section}.{key}={_yaml(value)}" for section, values in changes.items() for key, value in values.items()]
     if other.step.data:  # the gain of the change itself, and what the loader then needs
         keys.append(f"data.num_workers={_workers(other)}")
-    return Advice(" ".join(keys), _hours_without_wait(plan) / _hours_without_wait(other), note)
+    return Advice(" ".join(keys), plan.hours_without_wait / other.hours_without_wait, note)
 
 
 def _yaml(value: object) -> str:
@@ -97,7 +98,3 @@ def _yaml(value: object) -> str:
 def _workers(plan: Plan) -> int:
     """Of each rank, so that its GPU does not wait."""
     return math.ceil(plan.loader_cores / plan.cluster.gpus)
-
-
-def _hours_without_wait(plan: Plan) -> float:
-    return plan.hours * (1 - plan.step.data / plan.step.total)

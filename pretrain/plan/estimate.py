@@ -1,5 +1,6 @@
 """The plan of a recipe on a cluster: the parts of a step, the run's hours, memory by ZeRO stage, and what limits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data.order import check_divisible, steps_per_epoch
@@ -44,7 +45,13 @@ class NodeNeeds:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the planner says about a recipe on a cluster."""
+    """What the planner says about a recipe on a cluster.
+
+    Attributes:
+        trace, step, communication: at `data.image_size`, as all properties but those that speak of the whole run.
+        stages: at the size of images that needs the most memory.
+        earlier: with `data.size_schedule`, the earlier sizes in plans of their own, each with its number of epochs.
+    """
 
     config: PretrainConfig
     cluster: Cluster
@@ -56,6 +63,12 @@ class Plan:
     step: Step
     communication: Communication
     stages: tuple[StageMemory, ...]
+    earlier: tuple[tuple[int, "Plan"], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[tuple[int, "Plan"], ...]:
+        """The epochs of each size of images, and its plan."""
+        return *self.earlier, (self.config.train.epochs - sum(epochs for epochs, _ in self.earlier), self)
 
     @property
     def steps(self) -> int:
@@ -69,7 +82,17 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        return self.steps * self.step.total / 3600
+        """Of the whole run."""
+        return sum(plan.hours_of(epochs) for epochs, plan in self.sizes)
+
+    @property
+    def hours_without_wait(self) -> float:
+        """The same if no GPU had to wait for data."""
+        return sum(plan.hours_of(epochs) * (1 - plan.step.data / plan.step.total) for epochs, plan in self.sizes)
+
+    def hours_of(self, epochs: int) -> float:
+        """Of some epochs at this plan's size of images."""
+        return epochs * self.steps / self.config.train.epochs * self.step.total / 3600
 
     @property
     def mfu(self) -> float:
@@ -94,18 +117,22 @@ class Plan:
         return self.memory.total <= self.cluster.gpu.memory * GIB
 
     @property
+    def computed_rate(self) -> float:
+        """Images a second that the GPUs compute, if they do not wait for data."""
+        return self.config.train.global_batch_size / (self.step.total - self.step.data)
+
+    @property
     def loader_cores(self) -> float:
-        """Cores that decode as fast as the GPUs compute, in all nodes together."""
-        rate = self.config.train.global_batch_size / (self.step.total - self.step.data)
-        return rate * self.core_seconds
+        """Cores that decode as fast as the GPUs compute, in all nodes together; at the size that needs the most."""
+        return max(plan.computed_rate * plan.core_seconds for _, plan in self.sizes)
 
     @property
     def node_needs(self) -> "NodeNeeds":
         """What a node must provide besides GPUs."""
-        per_node = self.loader_cores / self.core_seconds / self.cluster.nodes
+        fastest = max(plan.computed_rate for _, plan in self.sizes)
         return NodeNeeds(
             self.loader_cores / self.cluster.nodes,
-            per_node * JPEG_BYTES / 1e9 / self.config.data.repeats,
+            fastest / self.cluster.nodes * JPEG_BYTES / 1e9 / self.config.data.repeats,
             index_bytes(self.images, self.cluster.per_node) / GIB,
         )
 
@@ -114,8 +141,15 @@ class Plan:
         return core_seconds(self.config.data.height_width, self.config.augmentations, self.config.data.repeats)
 
 
-def make_plan(config: PretrainConfig, cluster: Cluster, images: int, numerics: Numerics, trace: Trace) -> Plan:
-    """The plan of a configuration.
+def make_plan(
+    config: PretrainConfig,
+    cluster: Cluster,
+    images: int,
+    numerics: Numerics,
+    trace: Trace,
+    earlier: Sequence[Trace] = (),
+) -> Plan:
+    """The plan of a configuration; `earlier` are the traces at the sizes that images have before the last one.
 
     Raises:
         ValueError: GPUs that do not divide the batch, a GPU that cannot compute in the recipe's precision, or fewer
@@ -132,7 +166,18 @@ def make_plan(config: PretrainConfig, cluster: Cluster, images: int, numerics: N
         _stage_memory(cluster, numerics, trace, micro_batch, zero if zero.stage == stage else shipped_zero(stage))
         for stage in range(4)
     )
-    return Plan(config, cluster, images, numerics, zero, trace, micro_batch, step, communication, stages)
+    plan = Plan(config, cluster, images, numerics, zero, trace, micro_batch, step, communication, stages)
+    return _with_earlier(plan, earlier) if earlier else plan
+
+
+def _with_earlier(plan: Plan, traces: Sequence[Trace]) -> Plan:
+    """The plan of the last size of images, with those of the earlier sizes."""
+    begin, parts = 0, []
+    for (end, config), trace in zip(plan.config.earlier, traces, strict=True):
+        parts.append((end - begin, make_plan(config, plan.cluster, plan.images, plan.numerics, trace)))
+        begin = end
+    largest = max([plan, *(part for _, part in parts)], key=lambda part: part.memory.total)
+    return replace(plan, stages=largest.stages, earlier=tuple(parts))
 
 
 def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:

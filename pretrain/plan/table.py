@@ -25,7 +25,8 @@ _COLUMNS = {
 
 def render(plan: Plan, gpu: str, advice: list[Advice]) -> str:
     """The whole plan, for a console of 100 characters."""
-    return "\n\n".join([_head(plan, gpu), _memory(plan, gpu), _step(plan), _host(plan), _limits(plan, advice)])
+    sizes = [_sizes(plan)] if plan.earlier else []
+    return "\n\n".join([_head(plan, gpu), *sizes, _memory(plan, gpu), _step(plan), _host(plan), _limits(plan, advice)])
 
 
 def _head(plan: Plan, gpu: str) -> str:
@@ -46,6 +47,19 @@ def _head(plan: Plan, gpu: str) -> str:
             f"MFU {plan.mfu:.0%}",
         ]
     )
+
+
+def _sizes(plan: Plan) -> str:
+    """The parts of a run whose images have several sizes."""
+    lines = ["images by size (what follows is of the last one, memory and cores of the one that needs the most)"]
+    lines.append(f"{'size':>9}{'epochs':>8}{'GFLOP':>8}{'ms a step':>11}{'images/s':>10}{'hours':>8}")
+    for epochs, part in plan.sizes:
+        size, step = "x".join(map(str, part.config.data.height_width)), part.step.total * 1e3
+        lines.append(
+            f"{size:>9}{epochs:8}{image_flops(part.trace) / 1e9:8.1f}{step:11,.1f}{part.images_per_second:10,.0f}"
+            f"{part.hours_of(epochs):8.1f}"
+        )
+    return "\n".join(lines)
 
 
 def _memory(plan: Plan, gpu: str) -> str:
@@ -170,6 +184,16 @@ def as_json(plan: Plan, gpu: str, advice: list[Advice]) -> dict[str, Any]:
         "zero_stage": plan.zero.stage,
         "micro_batch": plan.micro_batch,
         "steps": plan.steps,
+        "sizes": [
+            {
+                "size": part.config.data.height_width,
+                "epochs": epochs,
+                "step_seconds": part.step.total,
+                "images_per_second": part.images_per_second,
+                "hours": part.hours_of(epochs),
+            }
+            for epochs, part in plan.sizes
+        ],
         "step_seconds": plan.step.total,
         "step_parts": asdict(plan.step),
         "communication": asdict(plan.communication),

@@ -146,6 +146,11 @@ def trace_method(config: PretrainConfig) -> Trace:
     )
 
 
+def trace_sizes(config: PretrainConfig) -> list[Trace]:
+    """`trace_method` at each size of images that a configuration has, that of `data.image_size` last."""
+    return [trace_method(one) for one in (*(earlier for _, earlier in config.earlier), config)]
+
+
 class _ParametersOnMeta(TorchFunctionMode):
     """Modules allocate their parameters by `torch.empty`: these get no memory and are not initialized."""
 

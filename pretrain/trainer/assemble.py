@@ -1,6 +1,7 @@
 """Assembles the parts of a run, and resumes it where it has a checkpoint."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from data.index import Index
-from data.loader import Loader, MaskSampler
+from data.loader import Loader, MaskSampler, SizedUntil
 from pretrain.trainer.cautions import cautions
 from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
@@ -112,8 +113,9 @@ def build_loader(
     mask_sampler: MaskSampler | None = None,
     labels: bool = False,
     num_classes: int | None = None,
+    earlier: Sequence[SizedUntil] = (),
 ) -> Loader:
-    """This rank's loader of the training samples; `mask_sampler`, `labels` and `num_classes` as of `Loader`."""
+    """This rank's loader of the training samples; what is not of the configuration as of `Loader`."""
     return Loader(
         index,
         size=config.data.height_width,
@@ -129,4 +131,5 @@ def build_loader(
         mask_sampler=mask_sampler,
         labels=labels,
         num_classes=num_classes,
+        earlier=earlier,
     )

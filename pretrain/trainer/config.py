@@ -159,6 +159,17 @@ class StartConfig(Section):
     )
 
 
+class WatchdogConfig(Section):
+    """Minutes that anything may take before the run ends, with exit code 75, and says where it was; 0: no limit."""
+
+    start_minutes: float = Field(60, ge=0, description="a phase of the start: the index, joining, loading")
+    first_step_minutes: float = Field(60, ge=0, description="the first step, in which a model is compiled")
+    step_minutes: float = Field(10, ge=0, description="a step, its images included")
+    checkpoint_minutes: float = Field(30, ge=0, description="saving a checkpoint")
+    evaluation_minutes: float = Field(120, ge=0, description="an evaluation or probe, and the files of the end")
+    silent_minutes: float = Field(2, ge=0, description="until a rank counts as lost of which nothing is heard")
+
+
 class LogConfig(Section):
     """What is logged."""
 
@@ -180,6 +191,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     checkpoint: Annotated[CheckpointConfig, MAY_CHANGE] = CheckpointConfig()
     log: Annotated[LogConfig, MAY_CHANGE] = LogConfig()
+    watchdog: Annotated[WatchdogConfig, MAY_CHANGE] = WatchdogConfig()
 
     @property
     def task(self) -> str:

@@ -124,14 +124,16 @@ class ProgressBar(MetricLogger):
             self._say(f"{seconds:.2f} s a step, about {left} left")
 
     def log_metrics(self, values: Values) -> None:
+        size = f"{values['image_size']} px  " if "image_size" in values else ""
         line = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.1f} img/s  "
+            f"{size}loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:.1f} img/s  "
             f"wait {values['data_wait']:.0%}"
         )
         self.bar.set_postfix_str(line)
         if self.bar.disable:
             left = (self.total - values["step"]) * values["step_s"]
-            self._say(f"{line}  {tqdm.format_interval(left)} left")
+            pace = " at this pace" if size else ""
+            self._say(f"{line}  {tqdm.format_interval(left)} left{pace}")
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()

@@ -12,6 +12,7 @@ import torch
 
 from data.loader import Batch, Loader, Skipped
 from data.workers import while_waiting
+from pretrain.trainer.attempt import mark_attempt
 from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
@@ -21,7 +22,7 @@ from pretrain.trainer.loggers import Loggers, build_loggers
 from pretrain.trainer.metrics import Meter, read_metrics
 from pretrain.trainer.nonfinite import Diverged, applied_later, list_samples, poison_nonfinite
 from pretrain.trainer.optim import learning_rate, set_learning_rate
-from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.phases import limited, report_if_slow
 from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.seed import seed_step
@@ -91,6 +92,11 @@ class Run:
     def epoch(self) -> float:
         return self.state.step / self.loader.steps_per_epoch
 
+    @property
+    def size_changes(self) -> bool:
+        """Whether the images of the next step have another size than those of the last one."""
+        return any(begin == self.state.step for begin, _ in self.loader.sizes[1:])
+
 
 def train(run: Run) -> None:
     """Trains from `run.state` to the end, and saves there.
@@ -108,14 +114,20 @@ def train(run: Run) -> None:
     look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
     with contextlib.closing(loggers), contextlib.closing(batches), look, contextlib.ExitStack() as starting:
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
-        starting.enter_context(report_if_slow("the first step, with the first images and what is compiled"))
+        starting.enter_context(
+            report_if_slow("the first step, with the first images and what is compiled", "first_step_minutes")
+        )
+        first = state.step + 1
         while state.step < total:
-            lr = _step(run, batches, meter)
+            step = state.step + 1
+            with limited(f"step {step}", "first_step_minutes" if step == first else "step_minutes"):
+                lr = _step(run, batches, meter)
+                signal = stop.agreed()
             starting.close()
             loggers.step()
-            signal = stop.agreed()
             last = bool(signal) or state.step == total
-            logs = last or state.step % config.log.every_steps == 0
+            # No logged speed is of two sizes.
+            logs = last or state.step % config.log.every_steps == 0 or run.size_changes
             saves = last or state.step % config.checkpoint.every_steps == 0
             if logs or saves or _evaluates(run) or run.ema.model is not None:
                 _settle(run)
@@ -126,6 +138,9 @@ def train(run: Run) -> None:
                 saved = _save(run, saved, required=last)
             if signal and state.step < total:
                 raise _stopped(run, signal)
+            if run.size_changes:
+                _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(state.step))
+                starting.enter_context(report_if_slow("the first step of this size, with what is compiled"))
             _evaluate(run, loggers, meter)
 
 
@@ -202,10 +217,19 @@ def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
         "step": state.step,
         "epoch": run.epoch,
         **meter.read(),
+        **_size(run),
         "lr": lr,
         "grad_norm": float(run.engine.get_global_grad_norm()),
         "refused_steps": state.step - state.updates,
     }
+
+
+def _size(run: Run) -> dict[str, Any]:
+    """Of the images of the last step, where not all have the same: the side of a square, or height x width."""
+    if len(run.loader.sizes) == 1:
+        return {}
+    height, width = run.loader.size_at(run.state.step - 1)
+    return {"image_size": height if height == width else f"{height}x{width}"}
 
 
 def _evaluates(run: Run) -> bool:
@@ -225,7 +249,8 @@ def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
     torch.distributed.broadcast_object_list(measured)  # the main rank's file counts
     if not measured[0]:
         start = time.perf_counter()
-        values = evaluation.measure(run.engine, run.ema)
+        with limited(f"the evaluation after step {state.step}", "evaluation_minutes"):
+            values = evaluation.measure(run.engine, run.ema)
         loggers.log_evaluation({"step": state.step, "epoch": run.epoch, **values})
         meter.exclude(time.perf_counter() - start)
 
@@ -237,8 +262,11 @@ def _save(run: Run, saved: int, required: bool) -> int:
     """
     if saved == run.state.step:
         return saved
-    problem = run.checkpoints.save(run.engine, run.ema, run.state)
+    with limited(f"saving step {run.state.step}", "checkpoint_minutes"):
+        problem = run.checkpoints.save(run.engine, run.ema, run.state)
     if problem is None:
+        if run.world.is_main:
+            mark_attempt("saved")
         return run.state.step
     if required:
         raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")

@@ -3,26 +3,31 @@
 import argparse
 import contextlib
 import logging
-import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
 import torch
 
+from pretrain.trainer.attempt import mark_attempt
+from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process, find_world
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_console
 from pretrain.trainer.nonfinite import Diverged
 from pretrain.trainer.run_folder import package_version
 from pretrain.trainer.signals import Stopped, told_to_stop, watch_signals
+from pretrain.trainer.watchdog import Watchdog
 
 
 class TrainingConfig(Protocol):
     """What `main` asks of a configuration."""
+
+    @property
+    def watchdog(self) -> WatchdogConfig:
+        """How long anything may take."""
 
     def memory_advice(self, ranks: int) -> str:
         """The keys to change where a GPU's memory is full, as what to do."""
@@ -36,7 +41,6 @@ _LOST_RANK = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited|recvValue failed"
 )
 PATIENCE = 5.0  # seconds for which other ranks leave it to the first to say what is wrong
-STOPPED_FILE = "LOMAR_STOPPED_FILE"  # of the environment: by this file slurm/_train.sh knows that it is to requeue
 
 
 @contextlib.contextmanager
@@ -70,7 +74,7 @@ def main(
 ) -> NoReturn:
     """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise.
 
-    Where a signal stopped the run, it creates the file that the environment variable `STOPPED_FILE` names.
+    Where a signal stopped the run, `mark_attempt` says so.
 
     Args:
         description: of the command, for --help.
@@ -100,29 +104,33 @@ def main(
 
 
 def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, world: World) -> int:
-    """Trains; what goes wrong is logged, so that it is in the rank's log file as well."""
-    try:
-        train(config, world)
-    except Stopped as stopped:
-        _log.info("%s", stopped)
-        return _mark_stopped() if world.is_main else 0
-    except torch.OutOfMemoryError as error:
+    """Trains; what goes wrong is logged, so that it is in the rank's log file as well, and told to the other ranks."""
+    with Watchdog(config.watchdog, world) as watchdog:
+        try:
+            train(config, world)
+        except Stopped as stopped:
+            _log.info("%s", stopped)
+            return _mark_stopped() if world.is_main else 0
+        except Exception as error:
+            if world.size > 1 and _LOST_RANK.search(str(error)):
+                cause = watchdog.cause()
+                why = f": {cause}" if cause else f", which says why ({_first_line(error)})"
+                _log.error("error on rank %d: another rank has ended%s", world.rank, why)
+                return 1
+            problem = _describe(error, config, world)
+            _log.error("error on rank %d:%s", world.rank, problem and f" {problem}", exc_info=not problem)
+            watchdog.tell(problem or f"{type(error).__name__}: {_first_line(error)}")
+            return 1
+    return 0
+
+
+def _describe(error: Exception, config: TrainingConfig, world: World) -> str:
+    """What to do about it; '' of an error that nobody has foreseen, of which the traceback is wanted."""
+    if isinstance(error, torch.OutOfMemoryError):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         more = f" ({wanted[1]} more were asked for)" if wanted else ""
-        _log.error(
-            "error on rank %d: the GPU's memory is full%s: %s", world.rank, more, config.memory_advice(world.size)
-        )
-        return 1
-    except (ValueError, Diverged, OSError) as error:
-        _log.error("error on rank %d: %s", world.rank, error)
-        return 1
-    except Exception as error:
-        if world.size > 1 and _LOST_RANK.search(str(error)):
-            _log.error("error on rank %d: another rank has ended, which says why (%s)", world.rank, _first_line(error))
-        else:
-            _log.exception("error on rank %d:", world.rank)
-        return 1
-    return 0
+        return f"the GPU's memory is full{more}: {config.memory_advice(world.size)}"
+    return str(error) if isinstance(error, ValueError | Diverged | OSError) else ""
 
 
 def _first_line(error: Exception) -> str:
@@ -130,12 +138,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _mark_stopped() -> int:
-    path = os.environ.get(STOPPED_FILE)
     try:
-        if path:
-            Path(path).touch()
+        mark_attempt("stopped")
     except OSError as error:
-        _log.error("error: the job is not requeued, since %s could not be written: %s", path, error)
+        _log.error("error: the job is not requeued, since a file could not be written: %s", error)
         return 1
     return 0
 

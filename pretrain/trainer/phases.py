@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -12,9 +13,37 @@ SLOW = 10.0  # seconds after which a phase is mentioned; then after twice as man
 _log = logging.getLogger(__name__)
 
 
+class Phase(NamedTuple):
+    """What this process does, which key of `watchdog` limits it, and since when by `time.monotonic`."""
+
+    name: str
+    limit: str
+    start: float
+
+
+_running: list[Phase] = []
+
+
+def current_phase() -> Phase | None:
+    """The innermost of those that this process is in; asked by the watchdog's thread."""
+    running = list(_running)
+    return running[-1] if running else None
+
+
 @contextlib.contextmanager
-def report_if_slow(phase: str) -> Iterator[None]:
-    """Logs every now and then that `phase` still goes on; nothing if it is quick."""
+def limited(name: str, limit: str) -> Iterator[None]:
+    """Within this context the process does what `name` says, for at most `watchdog.<limit>` minutes."""
+    phase = Phase(name, limit, time.monotonic())
+    _running.append(phase)
+    try:
+        yield
+    finally:
+        _running.remove(phase)
+
+
+@contextlib.contextmanager
+def report_if_slow(phase: str, limit: str = "start_minutes") -> Iterator[None]:
+    """Logs every now and then that `phase` still goes on; nothing if it is quick. Limited, as by `limited`."""
     start, ended = time.monotonic(), threading.Event()
 
     def report() -> None:
@@ -26,7 +55,8 @@ def report_if_slow(phase: str) -> Iterator[None]:
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
-        yield
+        with limited(phase, limit):
+            yield
     finally:
         ended.set()
         thread.join()

@@ -17,12 +17,12 @@ def describe_run(
 ) -> str:
     """The model, batch sizes, length, engine settings, versions, and where the run starts."""
     config, world = run.config, run.world
-    train, optim, (height, width) = config.train, config.optim, config.data.height_width
+    train, optim = config.train, config.optim
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters())  # ZeRO-3 empties p
     accumulation = train.gradient_accumulation_steps
     micro_batch = train.global_batch_size // (world.size * accumulation)
     return (
-        f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {height}x{width}, "
+        f"{config.name}: {config.task} with {config.model.arch}/{config.model.patch_size} at {_sizes(run)}, "
         f"{parameters / 1e6:.1f}M parameters; git {git_state()}\n"
         f"global batch {train.global_batch_size} = {world.size} ranks x {accumulation} micro-batches x {micro_batch}; "
         f"learning rate {config.peak_lr:.3g} = {optim.base_lr:g} x {train.global_batch_size} / {optim.lr_batch_size}\n"
@@ -32,6 +32,15 @@ def describe_run(
         f"computes with {json.dumps(numerics)}\n"
         f"versions {json.dumps(versions())}\n"
         f"{f'resumes from {resumed}' if resumed else 'starts at step 0'}; writes to {run.folder.root}/"
+    )
+
+
+def _sizes(run: Run) -> str:
+    """Of the images, and from which epoch on where there are several."""
+    spe = run.loader.steps_per_epoch
+    return ", ".join(
+        f"{height}x{width}" + (f" from epoch {begin // spe} on" if begin else "")
+        for begin, (height, width) in run.loader.sizes
     )
 
 

@@ -16,7 +16,7 @@ from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
 from PIL import Image
 
 from data.index import Index, load_index
-from data.loader import Batch, Loader
+from data.loader import Batch, Loader, SizedUntil
 from data.transforms import Augmentation
 
 SIZE = (16, 24)
@@ -95,6 +95,48 @@ def test_other_seed_and_other_epoch_give_other_crops(index: Index) -> None:
 def test_resumed_equals_uninterrupted(index: Index, resume: int, workers: int) -> None:
     """In mid-epoch, at its end, with other ranks: the rest of the stream is the same."""
     assert_same(stream(index, resume, 6, world=2, num_workers=workers), stream(index, 0, 6)[resume:])
+
+
+def sample_fewer_masks(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"masked": rng.random((2, 3)) < 0.5, "windows": rng.integers(0, 100, 2)}
+
+
+SMALLER = (12, 8)
+EARLIER = (SizedUntil(2, SMALLER, sample_fewer_masks), SizedUntil(4, (8, 8), None), SizedUntil(6, SIZE, sample_masks))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_smaller_images_first_are_those_of_a_run_on_that_size(index: Index, repeats: int) -> None:
+    """In an epoch all that a sample draws is what it is in a run on this size: the order, too."""
+    sized = stream(index, 0, 14, earlier=EARLIER, repeats=repeats)
+    settings = {"size": SMALLER, "mask_sampler": sample_fewer_masks}, {"size": (8, 8), "mask_sampler": None}, {}
+    alone = [stream(index, 0, 14, repeats=repeats, **keys) for keys in settings]
+    for step, batches in enumerate(sized):
+        expected = alone[min(step // 4, 2)][step]
+        assert [batch.keys for batch in batches] == [batch.keys for batch in expected]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(batches, expected, strict=True))
+        for name, drawn in expected[0].mask_indices.items():
+            assert torch.equal(batches[0].mask_indices[name], drawn)
+        assert batches[0].mask_indices.keys() == expected[0].mask_indices.keys()
+    assert [*map(loader(index, earlier=EARLIER).size_at, (0, 3, 4, 7, 8, 99))] == [
+        *[SMALLER] * 2,
+        *[(8, 8)] * 2,
+        *[SIZE] * 2,
+    ]
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize(("world", "accumulation", "workers"), [(1, 1, 2), (3, 2, 0), (2, 2, 1)])
+def test_resumed_at_any_step_across_a_change_of_size(
+    index: Index, world: int, accumulation: int, workers: int, repeats: int
+) -> None:
+    """With other ranks, micro-batches and workers; what they prefetch is of two sizes."""
+    earlier = EARLIER[:1]
+    whole = stream(index, 0, 7, earlier=earlier, repeats=repeats)
+    for resume in range(2, 6) if workers == 0 else (3,):
+        settings: dict[str, object] = {"accumulation": accumulation, "num_workers": workers, "repeats": repeats}
+        assert_same(stream(index, resume, 7, world, earlier=earlier, **settings), whole[resume:])
+    assert [step[0].images.shape[1:3] for step in whole] == [*[SMALLER] * 4, *[SIZE] * 3]
 
 
 def test_steps_per_epoch_drop_the_incomplete_batch(index: Index) -> None:

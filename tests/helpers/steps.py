@@ -118,6 +118,7 @@ class FixedBatches:
     """What the loop takes for its loader: the ranks' parts of `global_batch`."""
 
     steps_per_epoch = STEPS
+    sizes = ((0, (64, 80)),)
 
     def __init__(self, config: RunConfig, draw: Callable[..., dict[str, Any]], world: World):
         self.config, self.draw, self.world = config, draw, world

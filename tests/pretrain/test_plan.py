@@ -313,6 +313,32 @@ def test_too_few_workers_limit_and_more_are_advised():
     assert plan.hours / enough.hours == pytest.approx(best.gain, rel=0.02)
 
 
+def test_hours_of_a_schedule_are_those_of_its_parts_and_memory_is_that_of_the_largest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    shared = ("data.num_workers=99", "train.epochs=100")
+    alone = {
+        size: plan_on(8, LOMAR, f"data.image_size={size}", f"method.num_windows={windows}", *shared)
+        for size, windows in ((128, 1), (256, 5), (224, 4))
+    }
+    schedule = "data.size_schedule=0:128,50:256,70:224"
+    assert run_command(monkeypatch, LOMAR, *shared, schedule, "--gpus", "8", "--gpu", "h100", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [(part["size"], part["epochs"]) for part in planned["sizes"]] == [
+        ([128, 128], 50),
+        ([256, 256], 20),
+        ([224, 224], 30),
+    ]
+    hours = [alone[size].hours * epochs / 100 for size, epochs in ((128, 50), (256, 20), (224, 30))]
+    assert [part["hours"] for part in planned["sizes"]] == pytest.approx(hours)
+    assert planned["hours"] == pytest.approx(sum(hours))
+    assert planned["steps"] == alone[224].steps
+    assert planned["step_seconds"] == alone[224].step.total
+    assert planned["memory"][1]["plain"]["total"] == alone[256].memory.total > alone[224].memory.total
+    cores = [alone[size].loader_cores for size in alone]
+    assert planned["node"]["loader_cores"] == pytest.approx(max(cores))
+
+
 def test_advice_is_written_as_a_command_takes_it():
     plan = plan_on(8, LOMAR, "model.grad_checkpointing=true", "data.num_workers=99")
     assert "model.grad_checkpointing=false" in [item.change for item in advise(plan)]

@@ -130,7 +130,8 @@ def test_the_resume_signature_holds_every_key_that_is_not_marked(recipe_name: st
     signature = flatten(config.resume_signature())
     compared = {key for key, may_change in leaves(PretrainConfig) if not may_change}
     resolved = flatten(config.model_dump(mode="json"))
-    assert resolved.pop("data.repeats") == 1  # what runs did before there was this key
+    defaults = [resolved.pop(key) for key in ("data.repeats", "data.size_schedule")]
+    assert defaults == [1, None], "what runs did before there were these keys"
     # Of several kinds, or perhaps none: `leaves` has all their keys.
     sections = {"method", "target", "lut", "pr_mim", "start"}
     assert signature.keys() <= compared | sections

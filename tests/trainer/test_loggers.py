@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.loader import Batch, Loader
 from data.workers import in_workers
 from pretrain.trainer import phases, signals
 from pretrain.trainer.checkpoint_layout import TrainState
@@ -81,6 +81,7 @@ class StubEngine:
 
 class StubLoader:
     steps_per_epoch = 4
+    sizes = ((0, (16, 16)),)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
@@ -136,6 +137,21 @@ def test_a_logger_of_ones_own_sees_a_whole_training(process_group: None, tmp_pat
         {"step": 4, "epoch": 1.0, "top1": 0.5},
         {"step": 8, "epoch": 2.0, "top1": 0.5},
     ]
+
+
+def test_no_logged_speed_is_of_two_sizes_of_images(
+    process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A line at the last step of each size, and each line says which it is."""
+    from pretrain.trainer.loop import train
+
+    monkeypatch.setattr(StubLoader, "sizes", [(0, (8, 8)), (3, (8, 16)), (6, (16, 16))])
+    monkeypatch.setattr(StubLoader, "size_at", Loader.size_at, raising=False)
+    bare = Recorder()
+    with patch("pretrain.trainer.loop.build_loggers", lambda *_: Loggers([bare])):
+        train(stub_run(tmp_path / "run"))
+    metrics = [(values["step"], values["image_size"]) for name, values in bare.calls if name == "metrics"]
+    assert metrics == [(2, 8), (3, 8), (4, "8x16"), (6, "8x16"), (8, 16)]
 
 
 def test_loggers_are_closed_when_a_training_fails(process_group: None, tmp_path: Path):

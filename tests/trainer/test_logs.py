@@ -14,6 +14,7 @@ import torch
 
 from downstream.dense.job import Job
 from pretrain.trainer import main as entry
+from pretrain.trainer.attempt import ATTEMPT
 from pretrain.trainer.config import ModelConfig, RunConfig
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import ProgressBar
@@ -263,20 +264,22 @@ def test_an_unexpected_error_leaves_its_traceback_in_both(
 def test_a_stopped_run_marks_itself_and_says_so(
     error: Exception, rank: int, marked: bool, run_main: Callable[..., object], tmp_path: Path, monkeypatch, capsys
 ):
-    monkeypatch.setenv(entry.STOPPED_FILE, str(tmp_path / "stopped"))
+    monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempt0"))
     assert run_main(error, rank) == 0
-    assert (tmp_path / "stopped").exists() == marked
+    assert (tmp_path / "attempt0-stopped").exists() == marked
     assert capsys.readouterr() == ("saved\n" if marked else "", "")
     assert (tmp_path / "logs" / f"rank{rank}.log").read_text().endswith("saved\n")
 
 
 def test_a_complete_run_leaves_no_mark(run_main: Callable[..., object], tmp_path: Path, monkeypatch):
-    monkeypatch.setenv(entry.STOPPED_FILE, str(tmp_path / "stopped"))
+    monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempt0"))
     assert run_main(None) == 0
-    assert not (tmp_path / "stopped").exists()
+    assert not (tmp_path / "attempt0-stopped").exists()
 
 
 def test_a_mark_that_cannot_be_written_is_an_error(run_main: Callable[..., object], monkeypatch, capsys):
-    monkeypatch.setenv(entry.STOPPED_FILE, "/nowhere/stopped")
+    monkeypatch.setenv(ATTEMPT, "/nowhere/attempt0")
     assert run_main(Stopped("saved")) == 1
-    assert "error: the job is not requeued, since /nowhere/stopped could not be written" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "error: the job is not requeued, since a file could not be written: " in err
+    assert "'/nowhere/attempt0-stopped'" in err

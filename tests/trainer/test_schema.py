@@ -132,4 +132,5 @@ def test_only_keys_that_do_not_change_the_weights_are_marked():
         "train.max_nonfinite_steps",
         "checkpoint",
         "log",
+        "watchdog",
     }

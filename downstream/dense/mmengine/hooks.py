@@ -14,6 +14,7 @@ from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch import Tensor
 
+from pretrain.trainer.attempt import mark_attempt
 from pretrain.trainer.checkpoint import first_problem, write_durably
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
@@ -212,6 +213,8 @@ class DurableCheckpointHook(CheckpointHook):
                 self._delete_old(folder)
             except OSError as error:
                 problem = str(error)
+        if problem is None and runner.rank == 0:
+            mark_attempt("saved")
         if problem := first_problem(problem):
             raise OSError(f"checkpoint {path} could not be written: {problem}; make room and give the command again")
 

@@ -1,0 +1,77 @@
+"""A schedule of image sizes, smaller ones first: what it says, and what is wrong with it."""
+
+import re
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from pretrain.trainer.config import DataConfig
+from pretrain.trainer.schema import DEFAULT_AS_BEFORE
+
+Size = tuple[int, int]  # height and width in pixels
+_ENTRY = re.compile(r"(\d+):(\d+)(?:x(\d+))?")
+
+
+def size_text(size: Size) -> str:
+    """The side of a square, or height x width: as a schedule has it."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+
+
+def parse_schedule(text: str) -> list[tuple[int, Size]]:
+    """The epochs, and the size from each of them on; raises ValueError where it is written in another way."""
+    entries = [_ENTRY.fullmatch(entry) for entry in re.split(r"[,\s]+", text.strip())]
+    if not all(entries):
+        raise ValueError(
+            f"data.size_schedule={text}: write epochs and the sizes from them on, such as 0:128,60:192,180:224, or "
+            f"0:96x128 for a height and a width"
+        )
+    found = [(entry[1], entry[2], entry[3] or entry[2]) for entry in entries if entry]
+    return [(int(epoch), (int(height), int(width))) for epoch, height, width in found]
+
+
+class PretrainDataConfig(DataConfig):
+    """Training shards, and the crops taken from their images."""
+
+    size_schedule: Annotated[str | None, DEFAULT_AS_BEFORE] = Field(
+        None, description="sizes and the epochs that they begin with, 0:128,60:192,180:224; the last is image_size"
+    )
+
+    @field_validator("size_schedule")
+    @classmethod
+    def _is_written_in_one_way(cls, text: str | None) -> str | None:
+        if text is None:
+            return None
+        return ",".join(f"{epoch}:{size_text(size)}" for epoch, size in parse_schedule(text))
+
+    @property
+    def sizes(self) -> list[tuple[int, Size]]:
+        """The epochs with which another size begins, and that size."""
+        return parse_schedule(self.size_schedule) if self.size_schedule else [(0, self.height_width)]
+
+    def schedule_problem(self, epochs: int) -> str | None:
+        """What of the schedule does not fit a training of so many epochs, or other keys of this section."""
+        begins, (_, last) = [epoch for epoch, _ in self.sizes], self.sizes[-1]
+        given = f"data.size_schedule={self.size_schedule}"
+        if begins[0] != 0:
+            return f"{given} does not say with which size to begin: write 0:{size_text(self.sizes[0][1])} in front"
+        if any(later <= earlier for earlier, later in pairwise(begins)):
+            return f"{given}: epochs that rise, such as 0:128,60:192,180:224"
+        if last != self.height_width:
+            own, wanted = (str(size[0] if size[0] == size[1] else [*size]) for size in (self.height_width, last))
+            return (
+                f"{given} ends with {size_text(last)}, and data.image_size={own} is the size that the encoder is for: "
+                f"end it with {begins[-1]}:{size_text(self.height_width)}, or set data.image_size={wanted}"
+            )
+        if begins[-1] >= epochs:
+            return (
+                f"{given} begins its last size with epoch {begins[-1]}, and train.epochs={epochs}: begin it before, "
+                f"with epoch {epochs * 7 // 8} or earlier"
+            )
+        if inside := next((epoch for epoch in begins if epoch % self.repeats), None):
+            near = max(inside // self.repeats, 1) * self.repeats
+            return (
+                f"{given} changes the size with epoch {inside}, in the middle of a pass of data.repeats="
+                f"{self.repeats} epochs: change it with {near} or {near + self.repeats}"
+            )
+        return None

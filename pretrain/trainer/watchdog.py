@@ -1,0 +1,206 @@
+"""Ends a run that hangs, and says where: a thread of each rank, which looks at what the rank does and at the others.
+
+A phase that takes longer than its limit ends every rank with `HUNG`: each prints what it does, the stacks of its
+threads and of its data workers, and the file that is being read. A rank that fails tells the others why, which end
+within seconds; one that is killed, stopped or lost with its node is noticed by its silence.
+
+What ranks tell each other goes through torch's store, by a connection of the watchdog's own: a rank that hangs may hold
+the other one.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+from data.workers import print_stacks_of_workers
+from pretrain.trainer.attempt import mark_attempt
+from pretrain.trainer.config import WatchdogConfig
+from pretrain.trainer.launch import World, exit_process
+from pretrain.trainer.phases import current_phase
+
+HUNG = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry": slurm/_train.sh requeues
+POLL = 1.0  # seconds between looks
+_HEARTBEAT = 5  # polls between a rank's signs of life
+_GRACE = 10.0  # seconds for which a rank may end by itself, with an error of its own, once another has ended
+_LAST_WORDS = 30.0  # seconds after which a rank that cannot even say that it hangs ends all the same
+_READING = {"x86_64": {0, 17, 19, 295}, "aarch64": {63, 65, 67, 69}}  # numbers of read, pread64, readv and preadv
+_log = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Watches within its context, on every rank.
+
+    Args:
+        config: the limits, in minutes; 0 is no limit.
+        world: the ranks, which meet when the process group is initialized.
+    """
+
+    def __init__(self, config: WatchdogConfig, world: World):
+        self._config, self._world = config, world
+        self._store: dist.Store | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._polls = 0
+        self._heard: dict[int, tuple[bytes, float]] = {}  # of each rank: its last sign of life, and when it came
+        self._told: dict[str, Any] | None = None  # how the first rank that ended did
+        self._answered = time.monotonic()  # when the store did
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        self._thread.join(POLL)
+
+    def tell(self, problem: str) -> None:
+        """Before this rank ends with an error: the others end, too, and say that it was this one's."""
+        if self._store is None:
+            return
+        with contextlib.suppress(RuntimeError):  # another rank, which had the store, has ended first
+            self._publish(problem, hung=False)
+            if self._world.is_main:
+                time.sleep(2 * POLL)  # the store may be in this process: until all have read it
+
+    def cause(self) -> str:
+        """Of the end of another rank, as far as it has been told; '' if it has not."""
+        with contextlib.suppress(RuntimeError):
+            self._listen()
+        return "" if self._told is None else str(self._told["problem"])
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL):
+            self._check_limit()
+            if self._world.size > 1 and dist.is_available() and dist.is_initialized():
+                self._look_at_others()
+
+    def _check_limit(self) -> None:
+        phase = current_phase()
+        if phase is None:
+            return
+        limit, minutes = getattr(self._config, phase.limit), (time.monotonic() - phase.start) / 60
+        if limit and minutes > limit:
+            problem = f"{phase.name} has taken longer than watchdog.{phase.limit}={limit:g} minutes"
+            self._end(f"{self._name}: {problem}", HUNG, tell=True)
+
+    def _look_at_others(self) -> None:
+        self._polls += 1
+        try:
+            self._store = self._store or _connect()
+            if self._polls % _HEARTBEAT == 1:
+                self._store.set(f"alive/{self._world.rank}", str(self._polls))
+            self._listen()
+            if self._told is not None:
+                self._follow(**self._told)
+            if self._world.is_main and self._polls % _HEARTBEAT == 0:
+                self._check_silence(self._store)
+            self._answered = time.monotonic()
+        except RuntimeError as error:  # torch's network errors
+            if time.monotonic() - self._answered > _GRACE:
+                self._end(f"rank 0, or the launcher, has ended or does not answer ({str(error).splitlines()[0]})", 1)
+
+    def _listen(self) -> None:
+        if self._told is None and self._store is not None and self._store.check(["ended"]):
+            self._told = json.loads(self._store.get("ended"))
+
+    def _check_silence(self, store: dist.Store) -> None:
+        """On the main rank alone, so that what is asked of the store grows with the ranks and not with their square."""
+        limit, now = self._config.silent_minutes, time.monotonic()
+        for rank in range(1, self._world.size):
+            key = f"alive/{rank}"
+            sign = store.get(key) if store.check([key]) else b""
+            if self._heard.get(rank, (None, 0.0))[0] != sign:
+                self._heard[rank] = (sign, now)
+            elif limit and now - self._heard[rank][1] > 60 * limit:
+                silence = f"nothing was heard of rank {rank} for watchdog.silent_minutes={limit:g} minutes"
+                self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
+
+    def _follow(self, rank: int, problem: str, hung: bool) -> None:
+        """Ends as another rank does, unless this one does so by itself in time."""
+        if rank == self._world.rank:
+            return
+        if hung:
+            self._end(problem, HUNG)
+        if not self._closed.wait(_GRACE):
+            self._end(f"rank {rank} has ended: {problem}", 1)
+
+    def _publish(self, problem: str, hung: bool) -> None:
+        assert self._store is not None
+        told = json.dumps({"rank": self._world.rank, "problem": problem, "hung": hung})
+        self._store.compare_set("ended", "", told)  # the first cause stays
+
+    @property
+    def _name(self) -> str:
+        return f"rank {self._world.rank} on {socket.gethostname()}"
+
+    def _end(self, problem: str, code: int, tell: bool = False) -> None:
+        """Says why, and where this rank is; the process ends even if it can neither tell the others nor write."""
+        faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
+        if tell and self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._publish(problem, hung=code == HUNG)
+        where = "" if code != HUNG else f"\n{self._name} is at: {_position()}"
+        _log.error("error on rank %d: %s%s", self._world.rank, problem, where)
+        if code == HUNG:
+            with contextlib.suppress(OSError):
+                mark_attempt("hung")
+        if tell:
+            time.sleep(2 * POLL)  # all have read it, before a broken connection tells them less
+        exit_process(code)
+
+
+def _connect() -> dist.Store:
+    store: Any = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    own = dist.TCPStore(
+        store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_GRACE)
+    )
+    return dist.PrefixStore("lomar/watchdog", own)
+
+
+def _position() -> str:
+    """The phase, the files being read, and the stacks of all threads; data workers print theirs to stderr."""
+    phase = current_phase()
+    lines = [phase.name if phase else "no phase that has a name"]
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error, OSError):
+            state = f"process {process.pid} ({process.status()})"
+            lines += [f"{state} reads {path}" for path in files_being_read(process.pid)]
+            if process.status() == psutil.STATUS_STOPPED:
+                lines.append(f"{state}: something has stopped it (SIGSTOP)")
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        lines.append(file.read())
+    sys.stderr.flush()
+    if workers := print_stacks_of_workers():
+        time.sleep(POLL)
+        lines.append(f"the stacks of the data workers {', '.join(map(str, workers))} are on stderr")
+    return "\n".join(lines)
+
+
+def files_being_read(pid: int) -> list[str]:
+    """Files that threads of a process wait for in a system call; none where the kernel does not tell."""
+    numbers, found = _READING.get(os.uname().machine, set()), []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread has ended, or the kernel does not let us look
+            number, _, rest = (task / "syscall").read_text().partition(" ")
+            if number.isdigit() and int(number) in numbers:
+                path = os.readlink(f"/proc/{pid}/fd/{int(rest.split()[0], 16)}")
+                if path.startswith("/"):  # neither a pipe nor a socket
+                    found.append(path)
+    return found

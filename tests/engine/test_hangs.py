@@ -1,0 +1,57 @@
+"""Ranks and data workers that are stopped, killed or fail: all ranks end soon, and say why."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.rank_checks import wait_for
+
+from pretrain.trainer.watchdog import HUNG
+
+pytestmark = pytest.mark.engine
+LONG = ("train.epochs=100", "train.ds_config=zero1", "checkpoint.every_steps=2", "checkpoint.keep_last=1")
+
+
+def train(start: Callable[..., Any], recipe: Path, tmp_path: Path, *overrides: str) -> Any:
+    """A run that has begun to train."""
+    run = start(recipe, *LONG, *overrides)
+    wait_for(tmp_path / "runs" / "tiny" / "checkpoints" / "latest", run)
+    return run
+
+
+def test_a_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
+    run = train(start, recipe, tmp_path, "watchdog.silent_minutes=0.1")
+    main, stopped = run.all
+    stopped.send_signal(signal.SIGSTOP)
+    assert main.ended(time.monotonic() + 60)
+    assert main.returncode == HUNG
+    assert "nothing was heard of rank 1 for watchdog.silent_minutes=0.1 minutes" in main.said()
+    assert "rank 0 on " in main.said()
+    assert " is at: " in main.said()
+
+
+def test_a_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
+    run = train(start, recipe, tmp_path, "watchdog.step_minutes=0.1")
+    (worker,) = psutil.Process(run.all[1].pid).children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    main, other = run.outputs(60)
+    assert [rank.returncode for rank in run.all] == [HUNG, HUNG]
+    assert "has taken longer than watchdog.step_minutes=0.1 minutes" in main
+    assert f"process {worker.pid} (stopped): something has stopped it (SIGSTOP)" in other
+    assert psutil.wait_procs([worker], 10)[1] == []
+
+
+def test_a_rank_that_fails_tells_the_others_why(start: Callable[..., Any], recipe: Path, tmp_path: Path):
+    run = train(start, recipe, tmp_path)
+    (worker,) = psutil.Process(run.all[1].pid).children()
+    worker.kill()
+    main, other = run.outputs(60)
+    assert [rank.returncode for rank in run.all] == [1, 1]
+    why = f"a data worker (process {worker.pid}) was killed by SIGKILL"
+    assert f"error on rank 1: {why}" in other
+    assert why in main

@@ -1,0 +1,158 @@
+"""A rank that hangs says where, and ends; what it says names the file that is being read."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from pretrain.trainer import watchdog
+from pretrain.trainer.config import WatchdogConfig
+from pretrain.trainer.launch import World
+from pretrain.trainer.phases import current_phase, limited, report_if_slow
+from pretrain.trainer.watchdog import HUNG, Watchdog, files_being_read
+
+ROOT = Path(__file__).parents[2]
+HANGS = """
+import time
+from pretrain.trainer.config import WatchdogConfig
+from pretrain.trainer.launch import World
+from pretrain.trainer.phases import limited
+from pretrain.trainer.watchdog import Watchdog
+
+def wait_for_ever():
+    open("{pipe}").read()
+
+with Watchdog(WatchdogConfig(step_minutes=0.01), World(0, 1, 0)), limited("step 7", "step_minutes"):
+    wait_for_ever()
+"""
+
+
+def test_a_phase_is_the_innermost_and_ends_with_its_context():
+    assert current_phase() is None
+    with report_if_slow("loading"), limited("step 1", "step_minutes"):
+        assert current_phase()[:2] == ("step 1", "step_minutes")
+    with pytest.raises(KeyError), limited("step 2", "step_minutes"):
+        raise KeyError
+    assert current_phase() is None
+
+
+def test_a_process_that_hangs_ends_with_what_it_was_doing(tmp_path: Path):
+    pipe = tmp_path / "stalled.tar"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)  # or it would wait for one rather than for bytes
+    command = [sys.executable, "-c", HANGS.format(pipe=pipe)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOMAR_ATTEMPT": str(tmp_path / "attempt0")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    os.close(writer)
+    assert done.returncode == HUNG
+    assert "step 7 has taken longer than watchdog.step_minutes=0.01 minutes" in done.stderr
+    assert "in wait_for_ever" in done.stderr
+    assert f"reads {pipe}" in done.stderr
+    assert (tmp_path / "attempt0-hung").exists()
+
+
+def test_the_file_that_is_read_is_found_unless_the_process_does_something_else(tmp_path: Path):
+    pipe = tmp_path / "stalled.tar"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.DEVNULL)
+    sleeper = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not (found := files_being_read(reader.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert found == [str(pipe)]
+        assert files_being_read(sleeper.pid) == []
+    finally:
+        for process in (reader, sleeper):
+            process.kill()
+            process.wait()
+        os.close(writer)
+
+
+class Ended(Exception):  # noqa: N818 - a process's end, in a test
+    """In place of a process's end."""
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watchdog]:
+    """watch(rank, minutes=...) -> the watchdog of a rank of three, whose store is shared and whose thread stands."""
+    store = dist.HashStore()
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(watchdog, "exit_process", end)
+    monkeypatch.setattr(watchdog, "POLL", 0.01)
+    monkeypatch.setattr(watchdog, "_GRACE", 0.05)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *arguments, **keys: None)
+
+    def make(rank: int, **minutes: float) -> Watchdog:
+        made = Watchdog(WatchdogConfig(**minutes), World(rank, 3, rank))
+        made._store = store
+        return made
+
+    return make
+
+
+def test_a_rank_follows_one_that_failed_and_says_why(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+    failed, other = watch(1), watch(2)
+    other._look_at_others()
+    failed.tell("the disk is full")
+    watch(2).tell("connection closed")  # of it: the first cause stays
+    assert other.cause() == "the disk is full"
+    with pytest.raises(Ended, match="1"):
+        other._look_at_others()
+    assert "error on rank 2: rank 1 has ended: the disk is full" in caplog.text
+    failed._look_at_others()  # it ends by itself
+
+
+def test_a_rank_that_hangs_takes_the_others_with_it(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+    hangs, other = watch(1, step_minutes=1e-6), watch(2)
+    with limited("step 7", "step_minutes"):
+        time.sleep(0.01)
+        for rank, dog in ((1, hangs), (2, other)):
+            with pytest.raises(Ended, match=str(HUNG)):
+                (dog._check_limit if rank == 1 else dog._look_at_others)()
+            assert f"error on rank {rank}: rank 1 on " in caplog.text
+            assert f"rank {rank} on {os.uname().nodename} is at: step 7" in caplog.text
+
+
+def test_without_a_limit_nothing_ends(watch: Callable[..., Watchdog]):
+    with limited("step 7", "step_minutes"):
+        watch(1, step_minutes=0)._check_limit()
+
+
+def test_silence_is_noticed_by_the_main_rank(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+    main, lively = watch(0, silent_minutes=1e-3), watch(1)
+    for _ in range(3):
+        main._check_silence(main._store)  # rank 2 has never been heard of, and rank 1 is
+        lively._store.set("alive/1", str(time.monotonic()))
+    time.sleep(0.08)
+    lively._store.set("alive/1", "again")
+    with pytest.raises(Ended, match=str(HUNG)):
+        main._check_silence(main._store)
+    assert "nothing was heard of rank 2 for watchdog.silent_minutes=0.001 minutes" in caplog.text
+    assert json.loads(main._store.get("ended"))["hung"]
+
+
+def test_a_store_that_does_not_answer_ends_the_rank(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+    lost = watch(1)
+
+    class Gone:
+        def set(self, *arguments: object) -> None:
+            raise RuntimeError("Connection reset by peer\nframes")
+
+    lost._store = Gone()
+    lost._look_at_others()  # which may be short
+    time.sleep(0.06)
+    lost._polls = 0
+    with pytest.raises(Ended, match="1"):
+        lost._look_at_others()
+    assert "rank 0, or the launcher, has ended or does not answer (Connection reset by peer)" in caplog.text
