@@ -137,14 +137,10 @@ class Loader:
             ValueError: settings that cannot work, with the one to change.
         """
         check_divisible(batch, world_size, accumulation)
-        if min(size) < 1 or seed < 0 or num_workers < 0:
-            raise ValueError(
-                f"size {size}, seed {seed} and num_workers {num_workers}: size must be positive, the others at least 0"
-            )
+        _check_numbers(size, seed, num_workers)
         if labels and index.multi_labels is not None and num_classes is None:
             raise ValueError(f"samples in {index.root} have lists of labels: this needs one label for each")
-        assert 0 <= rank < world_size
-        assert 1 <= len(augmentations) <= len(CROP_STREAMS)
+        assert 0 <= rank < world_size and 1 <= len(augmentations) <= len(CROP_STREAMS)
         assert all(stage.epoch % repeats == 0 for stage in earlier)
         assert [stage.epoch for stage in earlier] == sorted({stage.epoch for stage in earlier})
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
@@ -155,12 +151,9 @@ class Loader:
         self._groups = Groups(index.shard_sizes, shuffle_shards)
         steps_in_flight = 2 + -(-IN_FLIGHT * num_workers // accumulation)  # of ranks that may be a step apart
         check_room(index, shuffle_shards, -(-steps_in_flight * batch // repeats))
-        last = SizedUntil(sys.maxsize, size, mask_sampler)
-        self._decoder = _MicroBatchDecoder(
-            *(index, [*earlier, last], seed, augmentations),
-            LabelReader(index, num_classes) if labels else None,
-            within_shard=shuffle_shards > 0,
-        )
+        reader = LabelReader(index, num_classes) if labels else None
+        stages = [*earlier, SizedUntil(sys.maxsize, size, mask_sampler)]
+        self._decoder = _MicroBatchDecoder(index, stages, seed, augmentations, reader, shuffle_shards > 0)
 
     def size_at(self, step: int) -> tuple[int, int]:
         """(H, W) of the images in a global step."""
@@ -194,6 +187,13 @@ class Loader:
             *(len(self._index), self._seed, steps, self._batch, self._accumulation, self._rank, self._world_size),
             self._repeats,
             self._groups if self._groups.size else None,
+        )
+
+
+def _check_numbers(size: tuple[int, int], seed: int, num_workers: int) -> None:
+    if min(size) < 1 or seed < 0 or num_workers < 0:
+        raise ValueError(
+            f"size {size}, seed {seed} and num_workers {num_workers}: size must be positive, the others at least 0"
         )
 
 

@@ -8,6 +8,7 @@ were finished.
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -84,27 +85,19 @@ def pack(
         for leftover in staging.glob("*.tmp"):
             leftover.unlink()
         source, unreadable = without_unreadable_classes(source, workers, bits)
-        tasks = [
-            ShardTask(
-                source.root,
-                source.files[start : start + samples_per_shard],
-                staging / f"{prefix}-{number:06d}.tar",
-                bits,
-                shrink,
-                remote / f"{prefix}-{number:06d}.tar" if remote else None,
-            )
-            for number, start in enumerate(range(0, len(source.files), samples_per_shard))
-        ]
-        write_shards(
-            [task for task in tasks if not (task.done.exists() or (out / task.path.name).exists())], out, workers
-        )
+        tasks = []
+        for number, start in enumerate(range(0, len(source.files), samples_per_shard)):
+            files, name = source.files[start : start + samples_per_shard], f"{prefix}-{number:06d}.tar"
+            upload_to = remote / name if remote else None
+            tasks.append(ShardTask(source.root, files, staging / name, bits, shrink, upload_to))
+        missing = [task for task in tasks if not (task.done.exists() or (out / task.path.name).exists())]
+        write_shards(missing, out, workers)
         report = PackReport.merge(PackReport.read(report_path(task.path)) for task in tasks)
         if report.rejected and (bad == "refuse" or len(report.rejected) == len(source.files)):
             raise ValueError(report.refusal(len(source.files), out))
         note([*unreadable, *report.remarks()])
-        if remote:
-            return _publish_remote(out, remote, source.classes, report.rejected)
-        return _publish(out, tasks, source.classes, report.rejected)
+        publish = functools.partial(_publish_remote, out, remote) if remote else functools.partial(_publish, out, tasks)
+        return publish(source.classes, report.rejected)
 
 
 def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink | None) -> None:
