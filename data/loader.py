@@ -140,7 +140,7 @@ class Loader:
         _check_numbers(size, seed, num_workers)
         if labels and index.multi_labels is not None and num_classes is None:
             raise ValueError(f"samples in {index.root} have lists of labels: this needs one label for each")
-        assert 0 <= rank < world_size and 1 <= len(augmentations) <= len(CROP_STREAMS)
+        assert 0 <= rank < world_size
         assert all(stage.epoch % repeats == 0 for stage in earlier)
         assert [stage.epoch for stage in earlier] == sorted({stage.epoch for stage in earlier})
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
@@ -210,6 +210,7 @@ class _MicroBatchDecoder:
         within_shard: bool,
     ) -> None:
         self._index, self._stages, self._seed, self._labels = index, stages, seed, labels
+        assert 1 <= len(augmentations) <= len(CROP_STREAMS)
         self._augmentations, self._within_shard = augmentations, within_shard
         self._reader = ShardReader(index)
 
