@@ -1,5 +1,6 @@
 """One pass over samples in order, each exactly once, with the same number of batches on every rank."""
 
+import contextlib
 import functools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -11,12 +12,15 @@ from torch import Tensor
 from data.decode import decode
 from data.image_file import BadImage
 from data.image_folder import Samples, reader_of
+from data.index import Index
 from data.multi_labels import LabelReader
 from data.pixel_format import RGB, PixelFormat, empty_images
+from data.remote_reading import announced, check_room, fetching, shard_steps
 from data.scan import NO_LABEL
 from data.transforms import center_crop
-from data.workers import in_workers
+from data.workers import IN_FLIGHT, in_workers
 
+AHEAD = 8  # shards of a store that are fetched beyond those that are needed
 PADDING = -1  # in place of a sample's index
 
 
@@ -78,6 +82,8 @@ class EvalLoader:
         self.num_workers = num_workers
         self.indices = np.arange(len(samples)) if subset is None else np.asarray(subset, np.int64)
         assert (np.diff(self.indices) > 0).all(), "ascending, none twice"
+        if isinstance(samples, Index):
+            check_room(samples, 1, (2 + IN_FLIGHT * num_workers) * batch * world_size)
         self._decoder = _CropDecoder(samples, size, border, LabelReader(samples, num_classes), format)
 
     def __len__(self) -> int:
@@ -86,7 +92,17 @@ class EvalLoader:
 
     def batches(self) -> Generator[EvalBatch, None, None]:
         """Raises the errors that `Loader.batches` raises."""
-        return in_workers(self._decoder, self._requests(), self.num_workers, self.samples.root)
+        per_step, samples = self.batch * self.world_size, self.samples
+        if not (isinstance(samples, Index) and samples.is_remote):
+            yield from in_workers(self._decoder, self._requests(), self.num_workers, samples.root)
+            return
+        with fetching(samples, shard_steps(samples, self.indices, per_step), AHEAD) as fetcher:
+            requests = announced(self._requests(), 0, 1, fetcher, not self.num_workers)
+            batches = in_workers(self._decoder, requests, self.num_workers, samples.root, fetcher.check)
+            with contextlib.closing(batches):
+                for number, batch in enumerate(batches):
+                    fetcher.done(number)
+                    yield batch
 
     def _requests(self) -> Iterator[np.ndarray]:
         for number in range(len(self)):

@@ -14,6 +14,8 @@ from data.names import readable
 from data.reader import ShardReader
 from data.shard_files import holds_shards
 from data.sources import list_source
+from data.storage.cache import CacheSettings
+from data.storage.location import is_url
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,16 +65,18 @@ class FolderReader:
         """Nothing is kept open."""
 
 
-def load_samples(path: str | Path) -> Samples:
-    """Shards (a folder of ``*.tar``, one tar, a brace pattern) or a folder of images, whichever it is.
+def load_samples(path: str | Path, cache: CacheSettings | None = None) -> Samples:
+    """Shards (a folder of ``*.tar``, one tar, a brace pattern) or a folder of images, or shards at a URL.
 
     Raises:
         ValueError: it is neither.
     """
+    if is_url(path):
+        return load_index(path, cache)
     folder = Path(path).expanduser()
     if folder.is_dir() and not holds_shards(folder):
         return list_folder(folder)
-    return load_index(path)
+    return load_index(path, cache)
 
 
 def list_folder(path: Path) -> Folder:

@@ -1,6 +1,6 @@
 """Batches for one rank, made by worker processes.
 
-Their contents depend on (seed, step, global batch, repeats) alone.
+Their contents depend on (seed, step, global batch, repeats, group size) alone.
 """
 
 import contextlib
@@ -20,11 +20,12 @@ from data.decode import Crop, decode_crops
 from data.image_file import BadImage
 from data.index import Index
 from data.multi_labels import LabelReader
-from data.order import Stream, Views, check_divisible, rank_views, sample_rng, steps_per_epoch
+from data.order import Groups, Stream, Views, check_divisible, group_steps, rank_views, sample_rng, steps_per_epoch
 from data.pixel_format import RGB, PixelFormat, computable, empty_images
 from data.reader import ShardReader
+from data.remote_reading import announced, check_room, fetching
 from data.transforms import Augmentation, flip_decision
-from data.workers import in_workers
+from data.workers import IN_FLIGHT, in_workers
 
 MaskSampler = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
@@ -112,6 +113,7 @@ class Loader:
         repeats: int = 1,
         earlier: Sequence[SizedUntil] = (),
         format: PixelFormat = RGB,
+        shuffle_shards: int = 0,
     ) -> None:
         """Checks the settings; starts no processes.
 
@@ -131,19 +133,16 @@ class Loader:
             earlier: by rising epochs, all multiples of ``repeats``, what counts in place of ``size`` and
                 ``mask_sampler`` until then. No step has views of two sizes, since no pass over the samples has.
             format: of the images; those of others are replaced like damaged ones.
+            shuffle_shards: shards in a group whose samples are shuffled together; 0 shuffles all samples.
 
         Raises:
             ValueError: settings that cannot work, with the one to change.
         """
         check_divisible(batch, world_size, accumulation)
-        if min(size) < 1 or seed < 0 or num_workers < 0:
-            raise ValueError(
-                f"size {size}, seed {seed} and num_workers {num_workers}: size must be positive, the others at least 0"
-            )
+        _check_numbers(size, seed, num_workers)
         if labels and index.multi_labels is not None and num_classes is None:
             raise ValueError(f"samples in {index.root} have lists of labels: this needs one label for each")
         assert 0 <= rank < world_size
-        assert 1 <= len(augmentations) <= len(CROP_STREAMS)
         assert all(stage.epoch % repeats == 0 for stage in earlier)
         assert [stage.epoch for stage in earlier] == sorted({stage.epoch for stage in earlier})
         self.steps_per_epoch = steps_per_epoch(len(index), batch)
@@ -151,9 +150,12 @@ class Loader:
         self.sizes = [(begin * self.steps_per_epoch, size) for begin, size in zip(begins, sizes, strict=True)]
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers, self._repeats = rank, world_size, num_workers, repeats
+        self._groups = Groups(index.shard_sizes, shuffle_shards)
+        steps_in_flight = 2 + -(-IN_FLIGHT * num_workers // accumulation)  # of ranks that may be a step apart
+        check_room(index, shuffle_shards, -(-steps_in_flight * batch // repeats))
         stages = [*earlier, SizedUntil(sys.maxsize, size, mask_sampler)]
         reader = LabelReader(index, num_classes) if labels else None
-        self._decoder = _MicroBatchDecoder(index, stages, seed, augmentations, reader, format)
+        self._decoder = _MicroBatchDecoder(index, stages, seed, augmentations, reader, format, shuffle_shards > 0)
 
     def size_at(self, step: int) -> tuple[int, int]:
         """(H, W) of the images in a global step."""
@@ -169,21 +171,31 @@ class Loader:
             ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
             ChildProcessError, TimeoutError: a worker died, or its storage stopped answering.
         """
-        batches = in_workers(self._decoder, self._requests(start_step, end_step), self._num_workers, self._index.root)
-        with contextlib.closing(batches):
-            for _ in range(start_step, end_step):
-                yield list(islice(batches, self._accumulation))
+        steps = range(start_step, end_step)
+        if not steps:
+            return
+        plan = group_steps(self._groups, self._seed, steps, self._batch, self._repeats)
+        with fetching(self._index, plan) as fetcher:
+            requests = announced(self._requests(steps), start_step, self._accumulation, fetcher, not self._num_workers)
+            batches = in_workers(self._decoder, requests, self._num_workers, self._index.root, fetcher.check)
+            with contextlib.closing(batches):
+                for step in steps:
+                    micro_batches = list(islice(batches, self._accumulation))
+                    fetcher.done(step)
+                    yield micro_batches
 
-    def _requests(self, start_step: int, end_step: int) -> Iterator[Views]:
+    def _requests(self, steps: range) -> Iterator[Views]:
         return rank_views(
-            len(self._index),
-            self._seed,
-            range(start_step, end_step),
-            self._batch,
-            self._accumulation,
-            self._rank,
-            self._world_size,
+            *(len(self._index), self._seed, steps, self._batch, self._accumulation, self._rank, self._world_size),
             self._repeats,
+            self._groups if self._groups.size else None,
+        )
+
+
+def _check_numbers(size: tuple[int, int], seed: int, num_workers: int) -> None:
+    if min(size) < 1 or seed < 0 or num_workers < 0:
+        raise ValueError(
+            f"size {size}, seed {seed} and num_workers {num_workers}: size must be positive, the others at least 0"
         )
 
 
@@ -198,9 +210,10 @@ class _MicroBatchDecoder:
         augmentations: Sequence[Augmentation],
         labels: LabelReader | None,
         format: PixelFormat,
+        within_shard: bool,
     ) -> None:
         self._index, self._stages, self._seed, self._labels = index, stages, seed, labels
-        self._augmentations, self._format = augmentations, format
+        self._augmentations, self._format, self._within_shard = augmentations, format, within_shard
         self._reader = ShardReader(index)
 
     def __call__(self, views: Views) -> Batch:
@@ -235,8 +248,13 @@ class _MicroBatchDecoder:
             The sample that was decoded, and why the requested one was not (None if it was).
         """
         first: Skipped | None = None
-        for shown in range(sample, sample + MAX_REPLACEMENTS + 1):
-            shown %= len(self._index)
+        start, count = 0, len(self._index)
+        if self._within_shard:  # others may not be at hand
+            shard = self._index.shard_of(sample)
+            count = int(self._index.shard_sizes[shard])
+            start = int(self._index.shard_ends[shard]) - count
+        for number in range(min(MAX_REPLACEMENTS + 1, count)):
+            shown = start + (sample - start + number) % count
             try:
                 self._augment(epochs, sample, shown, out)
                 return shown, first
@@ -244,7 +262,7 @@ class _MicroBatchDecoder:
                 first = first or Skipped(self._index.keys[sample], error.kind, str(error))
         assert first is not None
         raise ValueError(
-            f"sample '{first.key}' and the {MAX_REPLACEMENTS} after it cannot be decoded (the first: "
+            f"sample '{first.key}' and the {number} after it cannot be decoded (the first: "
             f"{first.reason}): find them with `python -m data.verify SHARDS --decode`"
         )
 

@@ -1,6 +1,6 @@
-"""The crops of a step: a pure function of (seed, step, global batch, repeats). No I/O, no state."""
+"""The crops of a step: a pure function of (seed, step, global batch, repeats, group size). No I/O, no state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -16,6 +16,8 @@ class Stream(IntEnum):
     CROP = 0
     MASK = 1
     SECOND_CROP = 2
+    SHARDS = 3  # of an epoch: the order of its shards
+    GROUP = 4  # of a group of shards: the order of its samples
 
 
 class Views(NamedTuple):
@@ -80,6 +82,77 @@ class EpochOrder:
             yield start, words, first.astype(np.int64)
 
 
+class Groups(NamedTuple):
+    """Which shards are shuffled together."""
+
+    shard_sizes: np.ndarray  # int64 (S,), the samples of each shard
+    size: int  # shards in a group, at most; 0: all of them in one, for all steps
+
+
+class GroupedOrder:
+    """Shards are shuffled and cut into groups, and the samples of each group are shuffled.
+
+    All samples of a group come before those of the next, so no more than a group has to be at hand.
+
+    Attributes:
+        groups: the shards of each group, as many as of each other or one less.
+        ends: int64 (G,), how many samples there are up to the end of each group.
+    """
+
+    def __init__(self, groups: Groups, seed: int, epoch: int) -> None:
+        """Draws a word for each shard."""
+        sizes = groups.shard_sizes
+        self._sizes, self._starts, self._key = sizes, np.cumsum(sizes) - sizes, [seed, epoch]
+        shuffled = np.argsort(self._words(0, Stream.SHARDS, len(sizes)), kind="stable")
+        self.groups = np.array_split(shuffled, -(-len(sizes) // groups.size))
+        self.ends = np.cumsum([sizes[shards].sum() for shards in self.groups])
+        self._number, self._samples = -1, np.empty(0, np.int64)
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """As of ``EpochOrder``."""
+        assert 0 <= start < stop <= int(self.ends[-1])
+        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right").tolist()
+        pieces = []
+        for number in range(first, last + 1):
+            if number != self._number:
+                self._number, self._samples = number, self._shuffled(number)
+            begin = int(self.ends[number]) - len(self._samples)
+            pieces.append(self._samples[max(start - begin, 0) : stop - begin])
+        return np.concatenate(pieces)
+
+    def _shuffled(self, number: int) -> np.ndarray:
+        shards = np.sort(self.groups[number])
+        samples = np.concatenate([np.arange(self._sizes[shard]) + self._starts[shard] for shard in shards])
+        return samples[np.argsort(self._words(number, Stream.GROUP, len(samples)), kind="stable")]
+
+    def _words(self, number: int, stream: Stream, count: int) -> np.ndarray:
+        return np.random.PCG64(np.random.SeedSequence([*self._key, number, stream])).random_raw(count)
+
+
+class StepGroup(NamedTuple):
+    """Shards that are needed together, and the first and last step that reads them."""
+
+    first_step: int
+    last_step: int
+    shards: Sequence[int]
+
+
+def group_steps(groups: Groups, seed: int, steps: range, batch: int, repeats: int = 1) -> Iterator[StepGroup]:
+    """The groups that some steps of ``rank_views`` need, in the order in which they need them."""
+    if not groups.size:
+        yield StepGroup(steps.start, steps.stop - 1, range(len(groups.shard_sizes)))
+        return
+    per_pass = steps_per_epoch(int(groups.shard_sizes.sum()), batch) * repeats
+    for number in range(steps.start // per_pass, -(-steps.stop // per_pass)):
+        order = GroupedOrder(groups, seed, number * repeats)
+        start = 0
+        for end, shards in zip((order.ends * repeats).tolist(), order.groups, strict=True):
+            first, last = start // batch, min((end - 1) // batch, per_pass - 1)
+            start = end
+            if first <= last and first + number * per_pass < steps.stop and last + number * per_pass >= steps.start:
+                yield StepGroup(first + number * per_pass, last + number * per_pass, shards.tolist())
+
+
 def steps_per_epoch(num_samples: int, batch: int) -> int:
     """Optimizer steps in an epoch; the last incomplete global batch is dropped.
 
@@ -130,6 +203,7 @@ def rank_views(
     rank: int = 0,
     world_size: int = 1,
     repeats: int = 1,
+    groups: Groups | None = None,
 ) -> Iterator[Views]:
     """What a rank shows in global steps: for each of them ``accumulation`` micro-batches.
 
@@ -144,14 +218,17 @@ def rank_views(
         batch: global batch, over all ranks and micro-batches.
         accumulation, rank, world_size: as of ``micro_batches``.
         repeats: views of a sample side by side.
+        groups: shards that are shuffled together; all samples are without them.
     """
     per_pass = steps_per_epoch(num_samples, batch) * repeats
-    order, order_epoch = None, -1
+    order: EpochOrder | GroupedOrder | None = None
+    order_epoch = -1
     for global_step in steps:
         number, step = divmod(global_step, per_pass)
         epoch = number * repeats
         if order is None or epoch != order_epoch:
-            order, order_epoch = EpochOrder(num_samples, seed, epoch), epoch
+            order_epoch = epoch
+            order = GroupedOrder(groups, seed, epoch) if groups else EpochOrder(num_samples, seed, epoch)
         positions, repeat = np.divmod(np.arange(step * batch, (step + 1) * batch), repeats)
         samples = order.samples(int(positions[0]), int(positions[-1]) + 1)[positions - positions[0]]
         parts = (micro_batches(array, accumulation, rank, world_size) for array in (epoch + repeat, samples))

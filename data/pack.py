@@ -8,6 +8,7 @@ were finished.
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -18,17 +19,24 @@ from pathlib import Path
 
 from data.class_list import CLASSES_FILE
 from data.index import Index, index_paths, load_index
+from data.index_file import digest_of
 from data.names import shown, write_lines
 from data.pack_report import PackReport, class_table, empty_classes, note
 from data.parallel import default_workers, report_errors
 from data.pixel_format import RGB, PixelFormat, add_format, given_format
+from data.remote_index import build_remote_index
 from data.scan import NO_LABEL
 from data.shard_writer import ShardTask, report_path, without_unreadable_classes, write_shards
 from data.shrink import PLAN_FILE, Shrink
 from data.sources import Source, describe_ignored, list_source
+from data.storage.cache import CacheSettings, cache_home
+from data.storage.client import StoreError
+from data.storage.files import list_files, upload
+from data.storage.location import Location, Remote, parse_location
 
 STAGING = ".pack"
 REJECTED_FILE = "rejected.txt"
+UPLOADED = "uploaded"  # in the folder that `upload_folder` names: everything is in the store
 DEFAULT_QUALITY = 90
 
 
@@ -43,6 +51,7 @@ def pack(
     bits: int | None = None,
     shrink: Shrink | None = None,
     format: PixelFormat = RGB,
+    remote: Remote | None = None,
 ) -> Index:
     """Writes the shards, ``classes.txt`` and the index of ``source`` into ``out``; continues an interrupted run.
 
@@ -58,6 +67,8 @@ def pack(
         bits: gray pictures of 16 bits are rewritten as PNGs of 8, with 2**bits - 1 as white.
         shrink: larger photographs are made smaller.
         format: that images must have; others than RGB are packed as they are.
+        remote: a folder in a store that each shard goes to as soon as it is written; `out` only keeps what to continue
+            from.
 
     Raises:
         ValueError: unreadable images, ``out`` holds other shards, or has no room for these.
@@ -70,23 +81,27 @@ def pack(
     plan |= ({} if bits is None else {"bits": bits}) | ({} if shrink is None else shrink._asdict())
     plan |= {} if format == RGB else format._asdict()
     with _plan(out, plan):
-        if not staging.exists() and any(out.glob("*.tar")):
-            return load_index(out)  # complete already
+        if not staging.exists() and (any(out.glob("*.tar")) or (out / UPLOADED).exists()):
+            return load_index(str(remote or out))  # complete already
+        if remote and not staging.exists():
+            check_empty(remote)
         staging.mkdir(exist_ok=True)
         for leftover in staging.glob("*.tmp"):
             leftover.unlink()
         source, unreadable = without_unreadable_classes(source, workers, bits, format)
-        parts = enumerate(range(0, len(source.files), samples_per_shard))
-        files = ((source.files[start : start + samples_per_shard], f"{prefix}-{n:06d}.tar") for n, start in parts)
-        tasks = [ShardTask(source.root, part, staging / name, bits, shrink, format) for part, name in files]
-        write_shards(
-            [task for task in tasks if not (task.path.exists() or (out / task.path.name).exists())], out, workers
-        )
+        tasks = []
+        for number, start in enumerate(range(0, len(source.files), samples_per_shard)):
+            files, name = source.files[start : start + samples_per_shard], f"{prefix}-{number:06d}.tar"
+            upload_to = remote / name if remote else None
+            tasks.append(ShardTask(source.root, files, staging / name, bits, shrink, format, upload_to))
+        missing = [task for task in tasks if not (task.done.exists() or (out / task.path.name).exists())]
+        write_shards(missing, out, workers)
         report = PackReport.merge(PackReport.read(report_path(task.path)) for task in tasks)
         if report.rejected and (bad == "refuse" or len(report.rejected) == len(source.files)):
             raise ValueError(report.refusal(len(source.files), out))
         note([*unreadable, *report.remarks()])
-        return _publish(out, tasks, source.classes, report.rejected)
+        publish = functools.partial(_publish_remote, out, remote) if remote else functools.partial(_publish, out, tasks)
+        return publish(source.classes, report.rejected)
 
 
 def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink | None, format: PixelFormat) -> None:
@@ -103,6 +118,19 @@ def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink |
         shrink.check()
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the shards")
+
+
+def upload_folder(remote: Remote) -> Path:
+    """Here, what packing into a store continues from after a kill."""
+    return cache_home() / "pack" / digest_of(str(remote))
+
+
+def check_empty(remote: Remote) -> None:
+    """Raises ValueError if there are shards in a folder of a store already, or it is read-only for us."""
+    if remote.scheme == "hf":
+        raise StoreError(f"{remote}: hf:// is read only here: pack into a folder, and upload that by `hf upload`")
+    if any(name.endswith(".tar") for name in list_files(remote) or {}):
+        raise ValueError(f"{remote}: holds shards that were not packed from here: give another OUT")
 
 
 @contextmanager
@@ -147,13 +175,28 @@ def _publish(out: Path, tasks: Sequence[ShardTask], classes: tuple[str, ...], re
     return index
 
 
-def _list(path: Path, out: Path, classes_file: Path | None, labels: bool, arrays: bool) -> Source:
+def _publish_remote(out: Path, remote: Remote, classes: tuple[str, ...], rejected: list[str]) -> Index:
+    """Writes what lies next to the shards, which are there already, and the index last: without it nothing trains."""
+    if classes:
+        write_lines(out / CLASSES_FILE, classes)
+    if rejected:
+        write_lines(out / REJECTED_FILE, rejected)
+    for name in (PLAN_FILE, CLASSES_FILE, REJECTED_FILE):
+        if (out / name).exists():
+            upload(out / name, remote / name)
+    index, _ = build_remote_index(str(remote), CacheSettings())
+    (out / UPLOADED).touch()
+    shutil.rmtree(out / STAGING)
+    return index
+
+
+def _list(path: Path, out: Location, classes_file: Path | None, labels: bool, arrays: bool) -> Source:
     """As `list_source`; says what will not be packed.
 
     Raises:
         ValueError: also if ``out`` lies in the folder, or it is not clear what its folders mean.
     """
-    if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+    if path.is_dir() and isinstance(out, Path) and out.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{out} lies in {path}, whose images are packed: give an OUT outside of it")
     source = list_source(path, classes_file, labels, arrays=arrays)
     if source.unsorted:
@@ -167,7 +210,7 @@ def _list(path: Path, out: Path, classes_file: Path | None, labels: bool, arrays
     return source
 
 
-def _summary(index: Index, out: Path) -> str:
+def _summary(index: Index, out: Location) -> str:
     labels = index.label[index.label != NO_LABEL]
     if index.classes:
         what = f"of {len(index.classes)} classes"
@@ -192,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source", metavar="SOURCE", type=Path, help="image folder, or a list file of path[<TAB>label] lines"
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    parser.add_argument("out", metavar="OUT", type=parse_location, help="folder for the shards, here or at a URL")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
     parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do about unreadable files")
@@ -221,9 +264,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         format = given_format(args)
         source = _list(args.source, args.out, args.classes, not args.no_labels, arrays=args.channels is not None)
+        remote = args.out if isinstance(args.out, Remote) else None
         index = pack(
             source,
-            args.out,
+            upload_folder(remote) if remote else args.out,
+            remote=remote,
             prefix=args.prefix,
             samples_per_shard=args.samples_per_shard,
             workers=args.num_workers,

@@ -6,7 +6,8 @@ import time
 from collections import OrderedDict
 
 from data.image_file import check_length
-from data.index import HOW_TO_REINDEX, Index
+from data.index_file import HOW_TO_REINDEX, Index
+from data.storage.cache import POLL, ShardCache, unpin
 from data.tar_members import HEADER, header_problem
 
 MAX_OPEN_SHARDS = 256  # well under the usual limit of 1024 descriptors a process
@@ -18,12 +19,14 @@ TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, e
 class ShardReader:
     """Reads samples by ``os.pread``, which has no file position: a forked worker may share its parent's descriptors.
 
-    Descriptors are opened when first needed, kept in a small LRU, and not pickled with the reader.
+    Descriptors are opened when first needed, kept in a small LRU, and not pickled with the reader. Shards of a store
+    are read from this node's cache: what fetches them is `Prefetcher`, in the main process.
     """
 
     def __init__(self, index: Index) -> None:
         self.index = index
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, the least recently used first
+        self._cache, self._process = ShardCache(index.cache), os.getpid()
 
     def read(self, sample: int) -> bytes:
         """The image file's bytes of a sample.
@@ -70,9 +73,26 @@ class ShardReader:
             return self._open[shard]
         if len(self._open) >= MAX_OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        self._open[shard] = descriptor
+        if self.index.is_remote:
+            for opened in [number for number, file in self._open.items() if not os.fstat(file).st_nlink]:
+                self._forget(opened)  # the cache has deleted it, and its room is free only when nobody has it open
+        self._open[shard] = descriptor = self._open_cached(shard) if self.index.is_remote else self._open_file(shard)
         return descriptor
+
+    def _open_file(self, shard: int) -> int:
+        return os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+
+    def _open_cached(self, shard: int) -> int:
+        """The process that has made this reader fetches shards; a worker waits for them."""
+        remote, what = self.index.stored(shard)
+        while True:
+            try:
+                return os.open(self._cache.path(remote, what), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if os.getpid() != self._process:
+                    time.sleep(POLL)
+                elif (descriptor := self._cache.pin(remote, what)) is not None:
+                    unpin(descriptor)
 
     def _forget(self, shard: int) -> None:
         descriptor = self._open.pop(shard, None)
@@ -80,7 +100,7 @@ class ShardReader:
             os.close(descriptor)
 
     def _path(self, shard: int) -> str:
-        return os.path.join(self.index.root, self.index.shards[shard])
+        return str(self.index.root / self.index.shards[shard])
 
     def __getstate__(self) -> dict[str, object]:
-        return {"index": self.index, "_open": OrderedDict()}
+        return {**vars(self), "_open": OrderedDict()}

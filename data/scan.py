@@ -4,13 +4,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from data.multi_labels import Label, MultiLabels, UnusableLabel, read_cls, read_json
 from data.names import readable
+from data.storage.client import Object
+from data.storage.files import open_shard
+from data.storage.location import Location
 from data.tar_members import FOLDER, HARD_LINK, HEADER, SPARSE, SYMBOLIC_LINK, Member, header_problem, read_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "jp2", "avif", "heic", "heif")
@@ -75,19 +77,20 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match.group(1), match.group(2).lower()
 
 
-def scan_shard(path: Path, numbers: Mapping[str, int] | None = None) -> ShardContent:
-    """Lists the samples of a shard from its tar headers, seeking over the images.
+def scan_shard(path: Location, numbers: Mapping[str, int] | None = None, what: Object | None = None) -> ShardContent:
+    """Lists the samples of a shard from its tar headers, seeking over the images; one in a store is streamed once.
 
     Args:
         path: the shard.
         numbers: the classes that labels may name.
+        what: size and version of a shard in a store, if they are known.
 
     Raises:
         ValueError: the file is not a complete, uncompressed tar, or its samples are not usable; says where and what to
             do.
     """
     unused = Counter[str]()
-    with open(path, "rb") as file:
+    with open_shard(path, what) as file:
         samples = list(_samples(path, file, numbers or {}, unused))
     if not samples:
         others = f" (in it: {describe_unused(unused)})" if unused else ""
@@ -122,7 +125,7 @@ def describe_unused(unused: Counter[str]) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in unused.most_common())
 
 
-def _samples(path: Path, file: BinaryIO, numbers: Mapping[str, int], unused: Counter[str]) -> Iterator[_Sample]:
+def _samples(path: Location, file: BinaryIO, numbers: Mapping[str, int], unused: Counter[str]) -> Iterator[_Sample]:
     keys: set[str] = set()
     without_bytes: list[Member] = []
     current: _Sample | None = None
@@ -194,7 +197,7 @@ def _why_no_sample(name: str) -> str:
     return "name that begins with __" if _SKIPPED.match(name) else "name without an extension"
 
 
-def _without_bytes(path: Path, members: list[Member]) -> str:
+def _without_bytes(path: Location, members: list[Member]) -> str:
     """What is wrong with members of samples that are links, devices or the like."""
     counts, first = Counter(member.kind for member in members), members[0]
     advice = {

@@ -1,12 +1,13 @@
 """Which files are the shards of a set."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import braceexpand
 
 from data.messages import one_or_list
+from data.storage.location import Location
 
 _COMPRESSED = {  # suffix of a compressed tar -> what undoes it
     **dict.fromkeys((".tar.gz", ".tar.z"), "gzip -d"),
@@ -29,7 +30,8 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
     """
     text = os.path.expanduser(str(shards))  # of `data.shards=~/x` the shell makes nothing
     if Path(text).is_dir():
-        paths = _tars_in(Path(text).absolute())
+        folder = Path(text).absolute()
+        paths = [folder / name for name in tars_of(folder, _visible_names(folder))]
     elif "{" in text:
         paths = [Path(os.path.abspath(name)) for name in braceexpand.braceexpand(text)]
     else:
@@ -47,7 +49,7 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
         count = f"{len(missing)} of {len(paths)} missing"
         problems = [f"{path}: no such shard ({count}); give a folder of *.tar" for path in missing]
         raise ValueError(one_or_list(problems, f"shards are missing, {count}:"))
-    _refuse_compressed([path for path in paths if _suffix_of_compressed(path.name)], len(paths))
+    refuse_compressed(paths, len(paths))
     root = Path(os.path.commonpath([path.parent for path in paths]))
     return root, tuple(sorted({path.relative_to(root).as_posix() for path in paths}))
 
@@ -68,24 +70,25 @@ def _visible_names(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
-def _tars_in(folder: Path) -> list[Path]:
-    """The shards in a folder; refuses compressed ones, which would be left out."""
-    names = _visible_names(folder)
+def tars_of(folder: Location, names: Collection[str]) -> list[str]:
+    """The shards of a folder with these visible files, sorted; refuses compressed ones, which would be left out."""
     tars = {name for name in names if name.lower().endswith(".tar")}
     compressed = []
     for name in names:
         suffix = _suffix_of_compressed(name)
         if suffix and name[: -len(suffix)] + ".tar" not in tars:
             compressed.append(folder / name)
-    _refuse_compressed(compressed, len(tars) + len(compressed))
-    return [folder / name for name in sorted(tars)]
+    refuse_compressed(compressed, len(tars) + len(compressed))
+    return sorted(tars)
 
 
 def _suffix_of_compressed(name: str) -> str:
     return next((suffix for suffix in _COMPRESSED if name.lower().endswith(suffix)), "")
 
 
-def _refuse_compressed(compressed: list[Path], shards: int) -> None:
+def refuse_compressed(paths: Iterable[Location], shards: int) -> None:
+    """Raises ValueError for those of `shards` shards that are compressed."""
+    compressed = [path for path in paths if _suffix_of_compressed(path.name)]
     if not compressed:
         return
     command = _COMPRESSED[_suffix_of_compressed(compressed[0].name)]

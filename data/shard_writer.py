@@ -20,6 +20,8 @@ from data.pixel_format import RGB, PixelFormat
 from data.scan import ARRAY_EXTENSION, NO_LABEL
 from data.shrink import Shrink, shrink_image
 from data.sources import Source, SourceFile
+from data.storage.files import upload
+from data.storage.location import Remote
 
 _EXTENSIONS = {
     "JPEG": "jpg",
@@ -48,6 +50,12 @@ class ShardTask:
     bits: int | None
     shrink: Shrink | None = None
     format: PixelFormat = RGB
+    upload: Remote | None = None  # where it goes in a store, and is not kept here
+
+    @property
+    def done(self) -> Path:
+        """Exists once the shard is complete, where it should be."""
+        return self.path.with_suffix(".uploaded") if self.upload else self.path
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
         ValueError: there is no room for them, or a file has changed.
     """
     needed, free = sum(file.size + _HEADERS for task in tasks for file in task.files), shutil.disk_usage(out).free
-    if needed > free and not any(task.shrink for task in tasks):  # else nobody knows what they need
+    if needed > free and not any(task.shrink or task.upload for task in tasks):  # else nobody knows what they need
         raise ValueError(
             f"{out}: the shards need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free: make room, or give "
             "another OUT"
@@ -170,6 +178,11 @@ def _write_shard(task: ShardTask) -> None:
         os.fsync(file.fileno())
     report.write(report_path(task.path))  # before the rename, which marks the shard as complete
     os.replace(temporary, task.path)
+    if task.upload:
+        if report.images:
+            upload(task.path, task.upload)
+        task.done.touch()
+        task.path.unlink()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -3,10 +3,10 @@
 import tarfile
 from collections.abc import Iterator
 from io import BytesIO
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from data.names import readable
+from data.storage.location import Location
 
 FOLDER, SYMBOLIC_LINK, HARD_LINK, SPARSE = "folder", "symbolic link", "hard link out of the tar", "sparse file"
 MAX_PADDING = 1 << 20  # bytes of zeros behind the last member that a writer with large records may leave
@@ -36,7 +36,7 @@ class Member(NamedTuple):
     kind: str  # '' for a file whose content is in the tar as it is, otherwise what it is
 
 
-def read_members(path: Path, file: BinaryIO) -> Iterator[Member]:
+def read_members(path: Location, file: BinaryIO) -> Iterator[Member]:
     """Every member, seeking over the contents; a hard link has the content of the member that it names.
 
     Does not use ``TarFile.next``, which takes a broken header in mid-file for the end. Goes on behind the zero blocks
@@ -106,7 +106,7 @@ def _size(header: bytes) -> int:
     return int(digits or b"0", 8)
 
 
-def _check_extensions(path: Path, file: BinaryIO, offset: int) -> None:
+def _check_extensions(path: Location, file: BinaryIO, offset: int) -> None:
     """Raises ValueError for headers that `tarfile` would read into memory whole, or one in the other without end."""
     position = offset
     for _ in range(_MAX_EXTENSIONS):
@@ -154,7 +154,7 @@ def _kind(info: tarfile.TarInfo) -> str:
     return "FIFO" if info.isfifo() else f"member of type {info.type.decode('latin-1')!r}"
 
 
-def _after_zeros(path: Path, file: BinaryIO, offset: int, size: int) -> int | None:
+def _after_zeros(path: Location, file: BinaryIO, offset: int, size: int) -> int | None:
     """The first block from `offset` on that is not all zeros; None if there is none."""
     file.seek(offset)
     position = offset

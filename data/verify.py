@@ -6,19 +6,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
+from data.class_list import read_classes_of_shards
 from data.image_facts import check_image
 from data.image_file import BadImage, check_length
-from data.index import Index, check_names, index_paths, is_current, load_index, read_index
+from data.index import index_paths, load_index
+from data.index_file import Index, check_names, is_current, read_index
 from data.multi_labels import MultiLabels
 from data.names import readable
 from data.parallel import default_workers, report_errors, run_parallel
 from data.pixel_format import RGB, PixelFormat, add_format, given_format
+from data.remote_index import build_remote_index, read_remote_index
 from data.scan import NO_LABEL, ShardContent, describe_unused, scan_shard
 from data.shard_files import find_shards
+from data.storage.cache import CacheSettings
+from data.storage.client import Object
+from data.storage.files import look_up, open_shard
+from data.storage.location import Location, is_url
 
 SHOWN_PROBLEMS = 50
 
@@ -27,8 +33,8 @@ SHOWN_PROBLEMS = 50
 class _Task:
     """One shard and its entries in the index."""
 
-    path: Path
-    size: int
+    path: Location
+    what: Object  # size and version, as the index says
     recorded: ShardContent
     numbers: dict[str, int]  # of the classes
     decode: bool
@@ -61,7 +67,9 @@ def check_shards(index: Index, *, decode: bool = False, workers: int = 1, format
         arrays = (index.offset[part], index.length[part], index.label[part])
         lists = multi_labels.part(part.start, part.stop)
         recorded = ShardContent(keys, *arrays, lists, np.diff(lists.ends, prepend=0) > 0)
-        tasks.append(_Task(index.root / name, int(index.shard_bytes[number]), recorded, numbers, decode, format))
+        version = index.versions[number] if index.versions else ""
+        what = Object(int(index.shard_bytes[number]), version)
+        tasks.append(_Task(index.root / name, what, recorded, numbers, decode, format))
     results = dict(run_parallel(_check_shard, tasks, workers, "verifying", "shard"))
     return Verified(
         [problem for task in tasks for problem in results[task.path].problems],
@@ -69,20 +77,22 @@ def check_shards(index: Index, *, decode: bool = False, workers: int = 1, format
     )
 
 
-def _check_shard(task: _Task) -> tuple[Path, Verified]:
+def _check_shard(task: _Task) -> tuple[Location, Verified]:
     try:
-        found = scan_shard(task.path, task.numbers)
+        now = look_up(task.path)
+        found = scan_shard(task.path, task.numbers, now)
+        problems = [*_differences(task, found, now), *_undecodable(task.path, found, now, task.decode, task.format)]
     except (ValueError, OSError) as error:
         return task.path, Verified([str(error)], Counter())
-    problems = [*_differences(task, found), *_undecodable(task.path, found, task.decode, task.format)]
     return task.path, Verified(problems, found.unused)
 
 
-def _differences(task: _Task, found: ShardContent) -> list[str]:
+def _differences(task: _Task, found: ShardContent, now: Object) -> list[str]:
     problems, recorded = [], task.recorded
-    size = task.path.stat().st_size
-    if size != task.size:
-        problems.append(f"{task.path}: {size} bytes, the index says {task.size}")
+    if now.size != task.what.size:
+        problems.append(f"{task.path}: {now.size} bytes, the index says {task.what.size}")
+    elif task.what.version and now.version and now.version != task.what.version:
+        problems.append(f"{task.path}: version {now.version}, the index says {task.what.version}")
     if len(found.keys) != len(recorded.keys):
         problems.append(f"{task.path}: {len(found.keys)} samples, the index says {len(recorded.keys)}")
     for i, (key, expected) in enumerate(zip(found.keys, recorded.keys, strict=False)):
@@ -98,10 +108,10 @@ def _differences(task: _Task, found: ShardContent) -> list[str]:
     return problems
 
 
-def _undecodable(path: Path, content: ShardContent, decode: bool, format: PixelFormat) -> list[str]:
+def _undecodable(path: Location, content: ShardContent, what: Object, decode: bool, format: PixelFormat) -> list[str]:
     """The images that training would skip; without `decode` those whose length says so."""
     problems = []
-    with open(path, "rb") as file:
+    with open_shard(path, what) as file:  # which asks a store for nothing before it is read
         for key, offset, length in zip(content.keys, content.offset.tolist(), content.length.tolist(), strict=True):
             try:
                 check_length(length)
@@ -115,13 +125,15 @@ def _undecodable(path: Path, content: ShardContent, decode: bool, format: PixelF
 
 def _read_or_build(shards: str, reindex: bool) -> Index:
     """The index as stored; ``load_index`` would stop at the first shard that has changed."""
+    if is_url(shards):
+        return build_remote_index(shards, CacheSettings())[0] if reindex else read_remote_index(shards, CacheSettings())
     root, names = find_shards(shards)
     paths = index_paths(shards)
     if reindex:
         for path in paths:
             path.unlink(missing_ok=True)
     for path in paths:
-        if is_current(path, root):
+        if is_current(path, read_classes_of_shards(root)):
             index = read_index(path, root)
             check_names(index, path, names)
             return index
@@ -148,7 +160,7 @@ def _summary(index: Index, unused: Counter[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__.split(":")[0])
-    parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern")
+    parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern; also at a URL")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     add_format(parser)
     parser.add_argument("--reindex", action="store_true", help="delete the index and build it again first")

@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 
 WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
 _TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no place is left out
+IN_FLIGHT = 2  # requests of each worker that are read ahead of the results
 _STACKS = signal.SIGUSR2  # by which a worker prints its stacks
 POLL = 1.0  # seconds of waiting between looks at workers and signals
 
@@ -41,6 +42,13 @@ def while_waiting(look: Callable[[], None]) -> Iterator[None]:
         _while_waiting.reset(before)
 
 
+def look_while_waiting() -> None:
+    """What the context's `while_waiting` is given, if anything; to be called while this process waits for data."""
+    look = _while_waiting.get()
+    if look is not None:
+        look()
+
+
 @dataclass(frozen=True)
 class _Refusal:
     """A worker's error on its way to the main process, without the traceback that DataLoader would wrap it in."""
@@ -52,7 +60,11 @@ class _Refusal:
 
 
 def in_workers(
-    make: Callable[[Request], Result], requests: Iterator[Request], workers: int, source: object = "the data"
+    make: Callable[[Request], Result],
+    requests: Iterator[Request],
+    workers: int,
+    source: object = "the data",
+    fetching: Callable[[], bool] = lambda: False,
 ) -> Generator[Result, None, None]:
     """``make(request)`` for every request, one batch each. Closing the iterator stops the workers.
 
@@ -61,6 +73,8 @@ def in_workers(
         requests: read in this process, some ahead of the results.
         workers: processes; 0 does everything in this one.
         source: what is read, for messages.
+        fetching: asked every second of waiting; true while this process fetches what the workers wait for, which has
+            a deadline of its own. What it raises ends the waiting.
 
     Raises:
         ValueError, OSError: what ``make`` raised, in a worker or here.
@@ -78,7 +92,7 @@ def in_workers(
     _RUNNING.update(processes)
     warned = False
     try:
-        for item in _waited_for(made, processes, source):
+        for item in _waited_for(made, processes, source, fetching):
             if isinstance(item, _Refusal):
                 raise item.error
             if item.problem and not warned:
@@ -99,6 +113,7 @@ def _start(make: Callable[[Request], Result], requests: Iterator[Request], worke
         batch_size=None,  # one request is one batch, made by one worker
         collate_fn=_unchanged,
         num_workers=workers,
+        prefetch_factor=IN_FLIGHT,
         worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         timeout=POLL,
@@ -116,7 +131,9 @@ def _start(make: Callable[[Request], Result], requests: Iterator[Request], worke
             signal.signal(signal.SIGCHLD, before)
 
 
-def _waited_for(made: Any, processes: Sequence[BaseProcess], source: object) -> Iterator[Any]:
+def _waited_for(
+    made: Any, processes: Sequence[BaseProcess], source: object, fetching: Callable[[], bool]
+) -> Iterator[Any]:
     """What DataLoader's iterator gives; while it is waited for, dead workers and signals are noticed."""
     deadline = time.monotonic() + WORKER_TIMEOUT
     while True:
@@ -134,6 +151,8 @@ def _waited_for(made: Any, processes: Sequence[BaseProcess], source: object) -> 
             if "DataLoader timed out" not in str(error):
                 raise
             try:
+                if fetching():
+                    deadline = time.monotonic() + WORKER_TIMEOUT
                 _look_while_waiting(deadline, len(processes), source)
             except BaseException:
                 _kill(processes)  # DataLoader would wait 5 seconds for each of them
@@ -157,9 +176,7 @@ def _look_while_waiting(deadline: float, workers: int, source: object) -> None:
             f"no batch for {WORKER_TIMEOUT:.0f} seconds from {workers} data workers, which are alive and read "
             f"{source}: does this storage still answer?"
         )
-    look = _while_waiting.get()
-    if look is not None:
-        look()
+    look_while_waiting()
 
 
 @contextmanager

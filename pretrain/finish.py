@@ -88,6 +88,7 @@ def _draw_training_images(
         mask_sampler=drawn_method(method).mask_sampler(),
         augmentations=config.augmentations[:1],
         format=config.data.pixels.format,
+        shuffle_shards=1 if index.is_remote else 0,  # few images, of few shards to fetch
     )
     # The epoch after the last one: its crops and masks are new to the model.
     step = config.train.epochs * loader.steps_per_epoch

@@ -21,6 +21,7 @@ from data.parallel import default_workers, report_errors
 from pretrain.methods.targets.pca import principal_components
 from pretrain.models.patches import normalize_pixels, patchify, values_per_patch
 
+REMOTE_SHARDS = 8  # of a store that are fetched and shuffled together
 BATCH = 32  # limits memory: 32 crops of 224 px are 6272 patches, 38 MB in float64
 
 
@@ -64,7 +65,14 @@ def fit(
         )
     index = load_index(shards)
     batch = min(BATCH, images, len(index))
-    loader = Loader(index, size=(image_size, image_size), batch=batch, seed=seed, num_workers=num_workers)
+    loader = Loader(
+        index,
+        size=(image_size, image_size),
+        batch=batch,
+        seed=seed,
+        num_workers=num_workers,
+        shuffle_shards=REMOTE_SHARDS if index.is_remote else 0,
+    )
     steps = min(images // batch, loader.steps_per_epoch)
     covariance = Covariance(num_values)
     for (micro_batch,) in tqdm(loader.batches(0, steps), total=steps, desc="covariance", unit="batch", disable=None):

@@ -44,7 +44,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     with said_once(world.local_rank):  # before the process group exists: indexing many shards takes long
         check_start(config, folder)
         with report_if_slow(f"the index of {config.data.shards} is read or made"):
-            index = load_index(config.data.shards)
+            index = load_index(config.data.shards, config.data.cache)
     device = init_distributed(world)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)

@@ -20,6 +20,7 @@ import torch
 from data.decode import DECODER
 from data.image_folder import Samples, load_samples
 from data.index import Index, load_index
+from data.storage.cache import CacheSettings
 from downstream.classify.checks import check_batches, check_train_and_val, with_classes_of_data
 from downstream.classify.config import ELSEWHERE, RECIPES, FinetuneConfig, load
 from downstream.classify.model import build_classifier, check_start
@@ -43,8 +44,8 @@ def finetune(config: FinetuneConfig, world: World) -> None:
     with said_once(world.local_rank):  # before joining the process group, as reading many shards takes time
         if is_new:
             check_start(config)
-        index = _load("data.shards", load_index, config.data.shards)
-        val = _load("val.shards", load_samples, config.val.shards)
+        index = _load("data.shards", load_index, config.data.shards, config.data.cache)
+        val = _load("val.shards", load_samples, config.val.shards, config.data.cache)
         config = with_classes_of_data(config, index, val)
         assert config.head.num_classes is not None
         check_train_and_val(index, val, config.head.num_classes)
@@ -55,9 +56,11 @@ def finetune(config: FinetuneConfig, world: World) -> None:
         _train(config, world, device, folder, index, val, is_new)
 
 
-def _load(key: str, load_set: Callable[[str], AnySamples], path: str) -> AnySamples:
+def _load(
+    key: str, load_set: Callable[[str, CacheSettings], AnySamples], path: str, cache: CacheSettings
+) -> AnySamples:
     try:
-        return load_set(path)
+        return load_set(path, cache)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 

@@ -28,7 +28,7 @@ class Probe:
 
     def __init__(self, config: PretrainConfig, encoder: ViT, world: World, device: torch.device):
         assert config.probe is not None
-        train, val = load_samples(config.probe.train), load_samples(config.probe.val)
+        train, val = (load_samples(path, config.data.cache) for path in (config.probe.train, config.probe.val))
         check_sets(train, val, config.probe.k)
         micro_batch = config.train.global_batch_size // (world.size * config.train.gradient_accumulation_steps)
         self.train, self.val = (

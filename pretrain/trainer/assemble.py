@@ -149,6 +149,7 @@ def build_loader(
         num_workers=config.data.num_workers,
         repeats=config.data.repeats,
         format=config.data.pixels.format,
+        shuffle_shards=config.data.shuffle_shards,
         mask_sampler=mask_sampler,
         labels=labels,
         num_classes=num_classes,

@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.pixel_format import IMAGENET, MAX_CHANNELS, RGB, DType, Pixels
+from data.storage.cache import DEFAULT_GB, CacheSettings
+from data.storage.fetch import DEFAULT_TIMEOUT
+from data.storage.location import is_url, parse_url
 from data.transforms import Augmentation, height_width
 from pretrain.trainer.schema import DEFAULT_AS_BEFORE, MAY_CHANGE, Section
 
@@ -39,7 +42,8 @@ class DataConfig(Section):
     """Training shards, and the crops taken from their images."""
 
     shards: Annotated[str, MAY_CHANGE] = Field(
-        min_length=1, description="a folder of tar shards, a tar file, or a brace pattern"
+        min_length=1,
+        description="a folder of tar shards, a tar file, or a brace pattern; also at s3://, gs://, hf://, https://",
     )
     accept_changed_shards: Annotated[bool, MAY_CHANGE] = Field(
         False, description="true: a run continues with other shards, from the end of an epoch on"
@@ -68,14 +72,42 @@ class DataConfig(Section):
     repeats: Annotated[int, DEFAULT_AS_BEFORE] = Field(
         1, ge=1, description="crops of each decoded photograph, side by side in a batch; a pass takes as many epochs"
     )
+    shuffle_shards: Annotated[int, DEFAULT_AS_BEFORE] = Field(
+        0, ge=0, description="shuffle the samples of so many shards together, as shards in a store need; 0: all samples"
+    )
+    cache_dir: Annotated[str, MAY_CHANGE] = Field(
+        "",
+        description="where the processes of a node keep shards of a store, on its own disk; empty: $SLURM_TMPDIR, or "
+        "~/.cache/lomar-deepspeed/shards",
+    )
+    cache_gb: Annotated[float, MAY_CHANGE] = Field(
+        DEFAULT_GB, gt=0, description="most gigabytes (10^9 bytes) of shards there"
+    )
+    fetch_timeout: Annotated[float, MAY_CHANGE] = Field(
+        DEFAULT_TIMEOUT,
+        gt=0,
+        description="seconds in which nothing of a shard comes, after which the run stops",
+    )
     num_workers: Annotated[int, MAY_CHANGE] = Field(8, ge=0, description="data-loading processes of each rank")
     max_skipped_images: Annotated[Annotated[int, Field(ge=0)] | Share, MAY_CHANGE] = Field(
         1000, description="undecodable images that a rank may replace before the run stops, or their share, as 0.01"
     )
 
+    @field_validator("shards")
+    @classmethod
+    def _without_credentials(cls, shards: str) -> str:
+        if is_url(shards):
+            parse_url(shards)
+        return shards
+
     @property
     def height_width(self) -> tuple[int, int]:
         return height_width(self.image_size)
+
+    @property
+    def cache(self) -> CacheSettings:
+        """For shards in a store."""
+        return CacheSettings(self.cache_dir, self.cache_gb, self.fetch_timeout)
 
     @property
     def pixels(self) -> Pixels:

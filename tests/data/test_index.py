@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
 from webdataset.tariterators import base_plus_ext
 
 import data.index
+import data.index_scan
 from data.index import Index, index_paths, load_index
 from data.reader import ShardReader
 from data.scan import split_name
@@ -85,7 +87,7 @@ def test_foreign_shards_are_indexed_on_first_use(tmp_path: Path, format: int) ->
 
 
 def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.index, "scan_shard", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr(data.index_scan, "scan_shard", lambda path: pytest.fail("scanned again"))
     again = load_index(shards)
     for name in ("shard_ends", "offset", "length", "label", "shard_sizes", "shard_bytes"):
         assert np.array_equal(getattr(again, name), getattr(index, name)), name
@@ -115,15 +117,15 @@ def test_brace_pattern_and_single_tar_have_an_index_of_their_own(shards: Path, i
 
 
 def _load_and_count(shards: Path, log: Path, barrier: "multiprocessing.synchronize.Barrier") -> None:
-    scan = data.index._scan
+    scan = data.index.scan_shards
 
-    def counted(root: Path, names: tuple[str, ...]) -> Index:
+    def counted(*arguments: Any) -> Index:
         with open(log, "a") as file:
             file.write("scanned\n")
         time.sleep(0.3)
-        return scan(root, names)
+        return scan(*arguments)
 
-    data.index._scan = counted
+    data.index.scan_shards = counted
     barrier.wait(30)
     assert len(load_index(shards)) == 53
 
@@ -141,12 +143,12 @@ def test_processes_that_start_together_build_once(shards: Path, tmp_path: Path) 
 
 
 def _hang_while_building(shards: Path, building: Path) -> None:
-    def hang(root: Path, names: tuple[str, ...]) -> Index:
+    def hang(*arguments: Any) -> Index:
         building.touch()
         time.sleep(1000)
         raise AssertionError
 
-    data.index._scan = hang
+    data.index.scan_shards = hang
     load_index(shards)
 
 

@@ -1,0 +1,178 @@
+"""The index of shards in a store: next to them, or in this user's cache, and a copy here to map into memory."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import braceexpand
+
+from data.class_list import CLASSES_FILE
+from data.file_lock import locked
+from data.index_file import (
+    Index,
+    check_names,
+    check_unchanged,
+    digest_of,
+    is_current,
+    read_index,
+    write_index,
+)
+from data.index_scan import scan_shards
+from data.shard_files import refuse_compressed, tars_of
+from data.shrink import PLAN_FILE
+from data.storage.cache import CacheSettings, cache_home
+from data.storage.client import NotThereError, Object, StoreError
+from data.storage.files import copy_small, list_files, look_up, upload
+from data.storage.location import Remote, parse_url
+
+_REQUESTS = 32  # at once, where a store has no lists
+
+
+@dataclass(frozen=True)
+class RemoteShards:
+    """A set of shards in a store, as far as it is known without an index."""
+
+    url: str
+    root: Remote
+    is_subset: bool  # of a folder: a tar, or a brace pattern
+    names: tuple[str, ...] | None  # sorted, relative to `root`; None: of a folder of a store that has no lists
+    files: dict[str, Object] | None  # what is right in `root`, if the store has lists
+
+    @property
+    def index(self) -> Remote:
+        """Next to the shards; a subset of a folder has its own."""
+        part = f"-{digest_of(chr(10).join(self.names or ()))[:12]}" if self.is_subset else ""
+        return self.root / f"index{part}.npz"
+
+    @property
+    def folder(self) -> Path:
+        """Here, for copies of the small files next to the shards, and for an index that cannot be next to them."""
+        return cache_home() / digest_of(str(self.root))
+
+    def has(self, name: str, timeout: float) -> Object | None:
+        """A file next to the shards."""
+        if self.files is not None:
+            return self.files.get(name)
+        try:
+            return look_up(self.root / name, timeout)
+        except NotThereError:
+            return None
+
+    def objects(self, names: Sequence[str], timeout: float) -> list[Object]:
+        """What the shards are now; raises StoreError, naming one that is not there."""
+        if self.files is not None and not any("/" in name for name in names):
+            for name in names:
+                if name not in self.files:
+                    raise NotThereError(f"{self.root / name}: there is no such shard")
+            return [self.files[name] for name in names]
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            return list(pool.map(lambda name: look_up(self.root / name, timeout), names))
+
+
+def find_remote_shards(url: str, timeout: float) -> RemoteShards:
+    """What the store says of shards.
+
+    Args:
+        url: a folder, a tar, or a brace pattern.
+        timeout: as of `request`.
+
+    Raises:
+        ValueError: no URL of a store, credentials in it, or no shards there.
+    """
+    shards = [parse_url(text) for text in braceexpand.braceexpand(url)]
+    if "{" not in url and not url.rstrip("/").lower().endswith(".tar"):
+        files = list_files(shards[0], timeout)
+        if files is None:
+            return RemoteShards(url, shards[0], False, None, None)
+        names = tars_of(shards[0], [name for name in files if not name.startswith(".")])
+        if not names:
+            raise ValueError(f"{shards[0]}: no shards (*.tar) there; `python -m data.pack` makes them from images")
+        return RemoteShards(url, shards[0], False, tuple(names), files)
+    refuse_compressed(shards, len(shards))
+    common = os.path.commonpath([f"/{shard.parent.path}" for shard in shards]).strip("/")
+    root = Remote(shards[0].scheme, shards[0].authority, common)
+    names = sorted({shard.path[len(common) :].strip("/") for shard in shards})
+    return RemoteShards(url, root, True, tuple(names), list_files(root, timeout))
+
+
+def load_remote_index(url: str, cache: CacheSettings) -> Index:
+    """The index of shards in a store, compared with what the store lists; makes none.
+
+    Raises:
+        ValueError: there is none, or shards that do not match it; says what to do.
+    """
+    shards = find_remote_shards(url, cache.timeout)
+    index, where = _read(shards, cache)
+    if shards.files is None:  # each is looked at when it is fetched
+        return index
+    found = shards.objects(index.shards, cache.timeout)
+    check_unchanged(index, where, found)
+    return replace(index, versions=index.versions or tuple(what.version for what in found))
+
+
+def read_remote_index(url: str, cache: CacheSettings) -> Index:
+    """As `load_remote_index`, but shards may have changed."""
+    return _read(find_remote_shards(url, cache.timeout), cache)[0]
+
+
+def _read(shards: RemoteShards, cache: CacheSettings) -> tuple[Index, object]:
+    path, where = _find(shards, cache.timeout)
+    if path is None:
+        raise ValueError(
+            f"{shards.root}: no index of these shards is next to them or in {shards.folder}: make it once, by "
+            f"`python -m data.index {shards.url}`, which reads every shard"
+        )
+    index = replace(read_index(path, shards.root), cache=cache)
+    if shards.names is not None:
+        check_names(index, where, shards.names)
+    return index, where
+
+
+def build_remote_index(url: str, cache: CacheSettings) -> tuple[Index, str]:
+    """Reads every shard once, and writes the index next to them, or here where that is not allowed.
+
+    Returns:
+        The index, and where it is.
+
+    Raises:
+        ValueError: shards that cannot be used.
+    """
+    shards = find_remote_shards(url, cache.timeout)
+    if shards.names is None:
+        raise ValueError(
+            f"{shards.root}: this store has no lists of files, and which shards to index is not clear: give a pattern "
+            f"such as {shards.root}/train-{{000000..000146}}.tar"
+        )
+    shards.folder.mkdir(parents=True, exist_ok=True)
+    path = shards.folder / shards.index.name
+    objects = shards.objects(shards.names, cache.timeout)
+    with locked(path):
+        for name in (CLASSES_FILE, PLAN_FILE):
+            if shards.has(name, cache.timeout):
+                copy_small(shards.root / name, shards.folder / name, cache.timeout)
+            else:
+                (shards.folder / name).unlink(missing_ok=True)
+        write_index(scan_shards(shards.root, shards.names, shards.folder, objects), path)
+        index = replace(read_index(path, shards.root), cache=cache)
+        try:
+            upload(path, shards.index, cache.timeout)
+        except StoreError as error:
+            return index, f"{path}, as it could not be written next to the shards ({error})"
+        return index, str(shards.index)
+
+
+def _find(shards: RemoteShards, timeout: float) -> tuple[Path | None, object]:
+    """A copy of the index that is next to the shards, or the one that is here; and what to call it."""
+    published = shards.has(shards.index.name, timeout)
+    here = shards.folder / shards.index.name
+    if published is None:
+        return (here, here) if is_current(here, None) else (None, "")
+    # Under a name of its own for each version: a process that has mapped an older one goes on with that.
+    copy = here.with_name(f"{here.stem}-{digest_of(f'{published}')[:12]}.npz")
+    shards.folder.mkdir(parents=True, exist_ok=True)
+    with locked(copy):
+        if not copy.exists():
+            copy_small(shards.index, copy, timeout)
+    return (copy if is_current(copy, None) else None), shards.index

@@ -1,0 +1,150 @@
+"""What shards in a store add to a loader: room for them, and fetching them while others are read."""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from data.index_file import Index
+from data.order import StepGroup
+from data.storage.cache import POLL, ShardCache
+from data.storage.prefetch import Prefetcher
+from data.workers import look_while_waiting
+
+Request = TypeVar("Request")
+
+_OTHER_FILES = 1024  # descriptors that a process needs besides those of shards
+_SUGGESTED = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # shards in a group
+
+
+class Fetching(Protocol):
+    """What a loader says to a `Prefetcher`, and hears from it."""
+
+    def need(self, step: int) -> None: ...
+
+    def done(self, step: int) -> None: ...
+
+    def check(self) -> bool: ...
+
+
+class _Local:
+    """Shards that are here need no fetching."""
+
+    def need(self, step: int) -> None:
+        pass
+
+    def done(self, step: int) -> None:
+        pass
+
+    def check(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def fetching(index: Index, plan: Iterable[StepGroup], ahead: int = 1) -> Iterator[Fetching]:
+    """Within this context the shards of a plan are fetched as they are needed, if they are in a store.
+
+    Args:
+        index: the shards.
+        plan: see `Prefetcher`; not read for shards that are here.
+        ahead: groups to fetch beyond those that are needed.
+    """
+    if not index.is_remote:
+        yield _Local()
+        return
+    shards = [index.stored(shard) for shard in range(len(index.shards))]
+    prefetcher = Prefetcher(ShardCache(index.cache), shards, plan, ahead)
+    try:
+        yield prefetcher
+    finally:
+        prefetcher.close()
+
+
+def announced(
+    requests: Iterable[Request], first_step: int, per_step: int, fetcher: Fetching, wait: bool
+) -> Iterator[Request]:
+    """The requests of steps, each said to the fetcher before it is passed on.
+
+    Args:
+        requests: `per_step` for each step.
+        first_step: of the first of them.
+        per_step: how many.
+        fetcher: of `fetching`.
+        wait: whether what passes them on reads in this very process: the shards must be there first.
+    """
+    for number, request in enumerate(requests):
+        fetcher.need(first_step + number // per_step)
+        while fetcher.check() and wait:
+            look_while_waiting()
+            time.sleep(POLL / 10)
+        yield request
+
+
+def shard_steps(index: Index, samples: np.ndarray, per_step: int) -> Iterator[StepGroup]:
+    """The shards of samples in ascending order, of which each step reads so many."""
+    shards, first = np.unique(np.searchsorted(index.shard_ends, samples, side="right"), return_index=True)
+    last = np.append(first[1:], len(samples)) - 1
+    for shard, start, stop in zip(
+        shards.tolist(), (first // per_step).tolist(), (last // per_step).tolist(), strict=True
+    ):
+        yield StepGroup(start, stop, (shard,))
+
+
+def check_room(index: Index, size: int, in_flight: int) -> None:
+    """Makes sure that the cache can hold all that is needed at once.
+
+    Args:
+        index: shards in a store; nothing is checked of those that are here.
+        size: shards in a group; 0: all of them are one.
+        in_flight: samples that are read before the first of them is used.
+
+    Raises:
+        ValueError: it cannot; says what can.
+    """
+    if not index.is_remote:
+        return
+    cache, sizes = index.cache, np.sort(index.shard_bytes)
+    total, needed = int(sizes.sum()), _needed(index, size, in_flight)[1]
+    if needed > cache.limit:
+        fits = next((n for n in _SUGGESTED if n < len(sizes) and _needed(index, n, in_flight)[1] <= cache.limit), 0)
+        smaller = f"data.shuffle_shards={fits}, or " if fits and size != 1 else ""
+        what = (
+            f"{_needed(index, size, in_flight)[0]} groups of data.shuffle_shards={size} are needed at once, up to "
+            f"{needed / 1e9:.3g} GB"
+            if size
+            else f"data.shuffle_shards=0 shuffles all {total / 1e9:.3g} GB of them at once"
+        )
+        raise ValueError(
+            f"data.cache_gb={cache.gigabytes:g} is not enough for {index.root}: {what}; set {smaller}data.cache_gb to "
+            f"at least {math.ceil(needed / 1e7) / 100:g}"
+        )
+    _allow_files(_needed(index, size, in_flight)[2], size)
+
+
+def _needed(index: Index, size: int, in_flight: int) -> tuple[int, int, int]:
+    """At once, at most: groups, bytes, shards."""
+    sizes, samples, count = np.sort(index.shard_bytes), np.sort(index.shard_sizes), len(index.shards)
+    if not size:
+        return 1, int(sizes.sum()), count
+    number = -(-count // size)
+    fewest, most = count // number, -(-count // number)  # shards in a group
+    groups = 1 + max(1, -(-in_flight // int(samples[:fewest].sum())))
+    return groups, min(groups * int(sizes[-most:].sum()), int(sizes.sum())), min(groups * most, count)
+
+
+def _allow_files(shards: int, size: int) -> None:
+    """Each shard in use is an open file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * shards + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ValueError(
+            f"data.shuffle_shards={size}: {shards} shards in use are as many open files, and this process may have "
+            f"{hard}: raise that with `ulimit -n {needed}`, or lower data.shuffle_shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

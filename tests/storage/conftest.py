@@ -1,0 +1,74 @@
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from helpers.file_server import FileServer, serve
+from helpers.shard_tools import jpeg, write_tar
+
+from data.storage.cache import CacheSettings
+from data.storage.client import open_store
+
+SECONDS = 60
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A test that hangs fails instead."""
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"still running after {SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Caches and credentials of the test alone, and stores that know them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    open_store.cache_clear()
+    yield
+    open_store.cache_clear()
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """45 samples in six shards of 7 and 8, below the folder that `server` serves."""
+    folder = tmp_path / "served" / "shards"
+    folder.mkdir(parents=True)
+    number = 0
+    for shard in range(6):
+        members = []
+        for _ in range(7 + shard % 2):
+            members.append((f"i{number:03d}.jpg", jpeg(number, 40 + number, 60)))
+            members.append((f"i{number:03d}.cls", str(number % 3).encode()))
+            number += 1
+        write_tar(folder / f"t-{shard}.tar", members)
+    return folder
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[FileServer]:
+    """Serves the folder above `shards`."""
+    with serve(shards.parent) as running:
+        yield running
+
+
+@pytest.fixture
+def url(server: FileServer) -> str:
+    """The shards' pattern."""
+    return f"{server.url}/shards/t-{{0..5}}.tar"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> CacheSettings:
+    """Room for everything, and little patience."""
+    return CacheSettings(str(tmp_path / "node"), 1.0, 3.0)

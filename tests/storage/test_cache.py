@@ -1,0 +1,200 @@
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers.file_server import FileServer
+
+from data.storage import client, fetch
+from data.storage.cache import CacheSettings, ShardCache, unpin
+from data.storage.client import Object, StoreError
+from data.storage.files import look_up
+from data.storage.location import Remote, parse_url
+
+SPAWN = multiprocessing.get_context("spawn")  # a store does not work in a forked process
+Shard = tuple[Remote, Object]
+
+
+@pytest.fixture
+def stored(server: FileServer) -> list[Shard]:
+    remotes = [parse_url(f"{server.url}/shards/t-{number}.tar") for number in range(6)]
+    return [(remote, look_up(remote)) for remote in remotes]
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def names_in(folder: Path) -> list[str]:
+    """Of shards."""
+    return sorted(path.name.split("-")[0] + path.name.split("-")[1] for path in folder.glob("*.tar"))
+
+
+def pin(cache: ShardCache, shard: Shard) -> int:
+    descriptor = cache.pin(*shard)
+    assert descriptor is not None
+    return descriptor
+
+
+def test_a_shard_is_fetched_once_and_stays(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+    first, second = ShardCache(cache), ShardCache(cache)
+    descriptor = pin(first, stored[0])
+    content = (server.folder / "shards" / "t-0.tar").read_bytes()
+    assert os.pread(descriptor, len(content) + 1, 0) == content
+    assert first.path(*stored[0]).read_bytes() == content
+    unpin(descriptor)
+    unpin(pin(second, stored[0]))
+    assert server.gets["t-0.tar"] == 1
+    assert not list(first.folder.glob(".*.part"))
+
+
+def fetch_all(settings: CacheSettings, stored: list[Shard], barrier: "multiprocessing.synchronize.Barrier") -> None:
+    cache = ShardCache(settings)
+    barrier.wait(30)
+    for shard in stored:
+        pin(cache, shard)
+
+
+def test_processes_of_a_node_fetch_a_shard_once(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+    server.delay = 0.05  # so that they meet
+    barrier = SPAWN.Barrier(3)
+    processes = [SPAWN.Process(target=fetch_all, args=(cache, stored, barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(40)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert {name: count for name, count in server.gets.items() if count} == {f"t-{n}.tar": 1 for n in range(6)}
+
+
+def fetch_one(settings: CacheSettings, shard: Shard) -> None:
+    ShardCache(settings).pin(*shard)
+
+
+def test_a_killed_process_leaves_no_lock_and_nothing_that_is_believed(
+    server: FileServer, stored: list[Shard], cache: CacheSettings
+) -> None:
+    server.faults["t-0.tar"], server.stall = ["stall"], 30.0
+    process = SPAWN.Process(target=fetch_one, args=(cache, stored[0]))
+    process.start()
+    node = ShardCache(cache)
+    while not list(node.folder.glob(".*.part")) or not server.gets["t-0.tar"]:
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert not names_in(node.folder)
+    start = time.monotonic()
+    descriptor = pin(node, stored[0])
+    assert os.fstat(descriptor).st_size == stored[0][1].size
+    assert time.monotonic() - start < 5
+    assert node.path(*stored[0]).read_bytes() == (server.folder / "shards" / "t-0.tar").read_bytes()
+    assert not list(node.folder.glob(".*.part"))
+
+
+def test_what_a_killed_process_left_is_deleted_when_room_is_needed(
+    server: FileServer, stored: list[Shard], cache: CacheSettings
+) -> None:
+    node = ShardCache(cache)
+    node.folder.mkdir(parents=True)
+    leftover = node.folder / ".t-9-0123.tar.part"
+    leftover.write_bytes(bytes(1000))
+    unpin(pin(node, stored[0]))
+    assert not leftover.exists()
+
+
+def room_for(settings: CacheSettings, stored: list[Shard], shards: float) -> ShardCache:
+    return ShardCache(CacheSettings(settings.folder, shards * max(what.size for _, what in stored) / 1e9, 1.0))
+
+
+def test_what_was_needed_least_recently_makes_room(
+    server: FileServer, stored: list[Shard], cache: CacheSettings
+) -> None:
+    node = room_for(cache, stored, 3)
+    for number in (0, 1, 2, 0, 3):  # 1 is the oldest when 3 comes
+        unpin(pin(node, stored[number]))
+        time.sleep(0.02)
+        assert bytes_in(node.folder) <= node.settings.limit
+    assert names_in(node.folder) == ["t0", "t2", "t3"]
+
+
+def test_what_is_needed_is_never_deleted(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+    node = room_for(cache, stored, 2)
+    held = pin(node, stored[0])
+    for number in (1, 2, 3):
+        unpin(pin(node, stored[number]))
+    assert names_in(node.folder) == ["t0", "t3"]
+    other = pin(node, stored[4])
+    with pytest.raises(StoreError, match=r"t-5.tar: no room for its .* GB in .*data.cache_gb"):
+        node.pin(*stored[5])
+    assert not list(node.folder.glob(".*.part"))
+    unpin(held)
+    unpin(pin(node, stored[5]))
+    assert names_in(node.folder) == ["t4", "t5"]
+    unpin(other)
+
+
+def test_a_forked_process_keeps_nothing(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+    node = room_for(cache, stored, 1)
+    held = pin(node, stored[0])
+    child = os.fork()
+    if not child:
+        time.sleep(30)
+        os._exit(0)
+    unpin(held)
+    unpin(pin(node, stored[1]))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert names_in(node.folder) == ["t1"]
+
+
+def test_a_changed_shard_is_refused_and_fetched_anew_under_another_name(
+    server: FileServer, stored: list[Shard], cache: CacheSettings, shards: Path
+) -> None:
+    node = ShardCache(cache)
+    unpin(pin(node, stored[0]))
+    (shards / "t-1.tar").write_bytes((shards / "t-1.tar").read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"t-1.tar: has changed"):
+        node.pin(*stored[1])
+    assert names_in(node.folder) == ["t0"]
+    remote = stored[1][0]
+    unpin(pin(node, (remote, look_up(remote))))
+    assert node.path(*stored[1]) != node.path(remote, look_up(remote))
+
+
+def test_a_file_that_was_cut_is_not_believed(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+    node = ShardCache(cache)
+    unpin(pin(node, stored[0]))
+    os.truncate(node.path(*stored[0]), 100)
+    assert os.fstat(pin(node, stored[0])).st_size == stored[0][1].size
+
+
+def test_a_full_disk_is_said(
+    server: FileServer, stored: list[Shard], cache: CacheSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StoreError, match=r"the disk or the quota is full while .*t-0.tar is fetched"):
+        ShardCache(cache).pin(*stored[0])
+    assert not names_in(Path(cache.folder))
+
+
+def test_a_folder_that_cannot_be_is_said(stored: list[Shard], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"no folder for shards can be made there .*: set data.cache_dir"):
+        ShardCache(CacheSettings(str(tmp_path / "file" / "x"))).pin(*stored[0])
+
+
+def test_flapping_storage_is_survived(
+    server: FileServer, stored: list[Shard], cache: CacheSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "CHUNK", 1000)
+    server.faults["*"] = [503, "truncate", "reset", "truncate", 429, 500] * 3
+    node = ShardCache(cache)
+    for remote, what in stored:
+        unpin(pin(node, (remote, what)))
+        assert node.path(remote, what).read_bytes() == (server.folder / "shards" / remote.name).read_bytes()
