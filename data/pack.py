@@ -67,8 +67,7 @@ def pack(
         bits: gray pictures of 16 bits are rewritten as PNGs of 8, with 2**bits - 1 as white.
         shrink: larger photographs are made smaller.
         format: that images must have; others than RGB are packed as they are.
-        remote: a folder in a store that each shard goes to as soon as it is written; `out` only keeps what to continue
-            from.
+        remote: a folder in a store that each shard goes to once written; `out` only keeps what to continue from.
 
     Raises:
         ValueError: unreadable images, ``out`` holds other shards, or has no room for these.
@@ -77,10 +76,8 @@ def pack(
     _check(out, samples_per_shard, bits, shrink, format)
     out.mkdir(parents=True, exist_ok=True)
     staging = out / STAGING
-    plan: dict[str, str | int] = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
-    plan |= ({} if bits is None else {"bits": bits}) | ({} if shrink is None else shrink._asdict())
-    plan |= {} if format == RGB else format._asdict()
-    with _plan(out, plan):
+    plan = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
+    with _plan(out, plan | _pixels_plan(bits, shrink, format)):
         if not staging.exists() and (any(out.glob("*.tar")) or (out / UPLOADED).exists()):
             return load_index(str(remote or out))  # complete already
         if remote and not staging.exists():
@@ -89,11 +86,12 @@ def pack(
         for leftover in staging.glob("*.tmp"):
             leftover.unlink()
         source, unreadable = without_unreadable_classes(source, workers, bits, format)
-        tasks = []
-        for number, start in enumerate(range(0, len(source.files), samples_per_shard)):
-            files, name = source.files[start : start + samples_per_shard], f"{prefix}-{number:06d}.tar"
-            upload_to = remote / name if remote else None
-            tasks.append(ShardTask(source.root, files, staging / name, bits, shrink, format, upload_to))
+        starts = range(0, len(source.files), samples_per_shard)
+        parts = {f"{prefix}-{n:06d}.tar": source.files[i : i + samples_per_shard] for n, i in enumerate(starts)}
+        tasks = [
+            ShardTask(source.root, files, staging / name, bits, shrink, format, remote / name if remote else None)
+            for name, files in parts.items()
+        ]
         missing = [task for task in tasks if not (task.done.exists() or (out / task.path.name).exists())]
         write_shards(missing, out, workers)
         report = PackReport.merge(PackReport.read(report_path(task.path)) for task in tasks)
@@ -102,6 +100,11 @@ def pack(
         note([*unreadable, *report.remarks()])
         publish = functools.partial(_publish_remote, out, remote) if remote else functools.partial(_publish, out, tasks)
         return publish(source.classes, report.rejected)
+
+
+def _pixels_plan(bits: int | None, shrink: Shrink | None, format: PixelFormat) -> dict[str, str | int]:
+    plan: dict[str, str | int] = {} if bits is None else {"bits": bits}
+    return plan | ({} if shrink is None else shrink._asdict()) | ({} if format == RGB else format._asdict())
 
 
 def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink | None, format: PixelFormat) -> None:

@@ -16,7 +16,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from data.loader import SizedUntil
+from data.batch import SizedUntil
 from pretrain.build import build_method, feature_teacher
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from data.loader import draw_masks
+from data.batch import draw_masks
 from pretrain.config import PretrainConfig, load
 from pretrain.trainer.launch import choose_accelerator
 from pretrain.trainer.run_folder import RunFolder

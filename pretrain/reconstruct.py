@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.batch import draw_masks
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples
-from data.loader import draw_masks
 from data.parallel import report_errors
 from data.pixel_format import RGB, PixelFormat, computable
 from downstream.checkpoints.feature_teachers import read_feature_teacher

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from pretrain.trainer.config import DataConfig
+from pretrain.trainer.data_config import DataConfig
 from pretrain.trainer.schema import DEFAULT_AS_BEFORE
 
 Size = tuple[int, int]  # height and width in pixels

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from data.pixel_format import RGB
 from data.transforms import Augmentation
-from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, Share, StartConfig
+from pretrain.trainer.config import ModelConfig, OptimConfig, RunConfig, StartConfig
 from pretrain.trainer.recipe import load_config
 from pretrain.trainer.run_folder import RunFolder
-from pretrain.trainer.schema import MAY_CHANGE, Section
+from pretrain.trainer.schema import MAY_CHANGE, Section, Share
 
 RECIPES = Path(__file__).parent / "recipes"
 ELSEWHERE = {"pretrain/run.py": Path(__file__).parents[2] / "pretrain" / "recipes"}

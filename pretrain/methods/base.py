@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import Field
 from torch import Tensor, nn
 
-from data.loader import MaskSampler
+from data.batch import MaskSampler
 from pretrain.methods.masking import Grid
 from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.methods.targets import TARGETS, PatchTarget, PixelsConfig, TargetConfig

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from data.batch import MaskSampler, SizedUntil
 from data.image_file import READS_HEIC
 from data.index import Index
-from data.loader import Loader, MaskSampler, SizedUntil
+from data.loader import Loader
 from pretrain.trainer.cautions import cautions
 from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState

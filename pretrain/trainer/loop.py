@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from data.loader import Batch, Loader, Skipped
+from data.batch import Batch, Skipped
+from data.loader import Loader
 from data.workers import while_waiting
 from pretrain.trainer.attempt import mark_attempt
 from pretrain.trainer.checkpoint import Checkpoints

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from data.loader import Batch
+from data.batch import Batch
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.loader import Batch
+from data.batch import Batch
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import drop_after
 

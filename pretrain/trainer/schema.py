@@ -5,10 +5,10 @@ import difflib
 import re
 from collections.abc import Iterator
 from types import NoneType
-from typing import Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 # Marks a key, by `Annotated[int, MAY_CHANGE]`, that a run may continue with another value of: the weights do not
 # depend on it. All other keys are compared when a run continues, so that a new one cannot be forgotten.
@@ -17,6 +17,8 @@ MAY_CHANGE = object()
 # Marks a key that is younger than the first runs, which did what its default says: it is compared only where a run has,
 # or had, another value.
 DEFAULT_AS_BEFORE = object()
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.batch import Skipped
 from data.image_file import count_kinds
-from data.loader import Skipped
 from data.names import readable
 
 

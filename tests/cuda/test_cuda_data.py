@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.gpu_steps import build, cases, configure
 
+from data.batch import Batch
 from data.index import load_index
-from data.loader import Batch, Loader
+from data.loader import Loader
 from pretrain.trainer.prefetch import prefetch
 
 pytestmark = pytest.mark.cuda

@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers.shard_tools import jpeg, write_tar
 
+from data.batch import Batch
 from data.index import Index, load_index
-from data.loader import Batch, Loader
+from data.loader import Loader
 from data.order import EpochOrder, Views, rank_views, steps_per_epoch
 from data.transforms import Augmentation
 from data.workers import in_workers
@@ -200,12 +201,15 @@ def test_changed_shards_are_refused_by_name_when_a_run_continues(shards: Path, i
             check_continues(before, state_of(load_index(shards)))
         return str(caught.value)
 
-    assert "data.shards has different samples: 1 of 4 shards are new: 'train-000003.tar'\n" in refused()
+    assert (
+        "data.shards has different samples: 1 of 4 shards are new: 'train-000003.tar'; data.accept_changed_shards=true"
+        in refused()
+    )
     added.unlink()
     write_tar(shards / "train-000001.tar", [("other.jpg", jpeg(1))])
     assert "1 shards were written anew: 'train-000001.tar' (the first had 16 samples in " in refused()
     (shards / "train-000001.tar").unlink()
-    assert "1 of 3 shards are gone: 'train-000001.tar'\n" in refused()
+    assert "1 of 3 shards are gone: 'train-000001.tar'; data.accept" in refused()
     labels = [(f"img{sample}.cls", b"7") for sample in range(30, 46)]  # as many bytes as there were
     images = [(f"img{sample}.jpg", jpeg(sample, 40 + sample, 90 - sample)) for sample in range(30, 46)]
     write_tar(shards / "train-000001.tar", list(chain(*zip(images, labels, strict=True))))

@@ -15,8 +15,9 @@ import torch
 from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
 from PIL import Image
 
+from data.batch import Batch, SizedUntil
 from data.index import Index, load_index
-from data.loader import Batch, Loader, SizedUntil
+from data.loader import Loader
 from data.transforms import Augmentation
 
 SIZE = (16, 24)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.loader import Batch
+from data.batch import Batch
 from downstream.checkpoints.feature_teachers import read_feature_teacher
 from helpers.processes import SMALL
 from helpers.recomputed import graphs_on_a_cpu

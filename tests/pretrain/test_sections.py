@@ -98,6 +98,10 @@ def test_a_run_continues_only_with_equal_keys_but_for_these():
     """A new key is compared unless it is marked: this list changes only on purpose."""
     assert sorted({key for key, may_change in leaves(PretrainConfig) if may_change}) == [
         "checkpoint",
+        "data.accept_changed_shards",
+        "data.cache_dir",
+        "data.cache_gb",
+        "data.fetch_timeout",
         "data.max_skipped_images",
         "data.num_workers",
         "data.shards",
@@ -112,11 +116,13 @@ def test_a_run_continues_only_with_equal_keys_but_for_these():
         "probe",
         "runs",
         "target.file",
+        "target.resize_images",
         "target.weights",
         "train.deterministic",
         "train.ds_config",
         "train.gradient_accumulation_steps",
         "train.max_nonfinite_steps",
+        "watchdog",
     ]
 
 
@@ -130,7 +136,7 @@ def test_the_resume_signature_holds_every_key_that_is_not_marked(recipe_name: st
     signature = flatten(config.resume_signature())
     compared = {key for key, may_change in leaves(PretrainConfig) if not may_change}
     resolved = flatten(config.model_dump(mode="json"))
-    before: dict[str, Any] = {"repeats": 1, "size_schedule": None}  # there were these keys
+    before: dict[str, Any] = {"repeats": 1, "shuffle_shards": 0, "size_schedule": None}  # there were these keys
     before |= {"channels": 3, "dtype": "uint8", "mean": None, "std": None}
     assert {key: resolved.pop(f"data.{key}") for key in before} == before
     # Of several kinds, or perhaps none: `leaves` has all their keys.

@@ -13,9 +13,10 @@ from helpers.shard_tools import jpeg, write_tar
 
 from data import index as index_command
 from data import verify
+from data.batch import Batch
 from data.eval_loader import EvalLoader
 from data.index import Index, load_index
-from data.loader import Batch, Loader
+from data.loader import Loader
 from data.reader import ShardReader
 from data.storage.cache import CacheSettings
 

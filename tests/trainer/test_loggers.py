@@ -20,11 +20,13 @@ import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from data.loader import Batch, Loader
+from data.batch import Batch
+from data.loader import Loader
 from data.workers import in_workers
 from pretrain.trainer import phases, signals
 from pretrain.trainer.checkpoint_layout import TrainState
-from pretrain.trainer.config import CheckpointConfig, DataConfig, LogConfig, OptimConfig, RunConfig, TrainConfig
+from pretrain.trainer.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, TrainConfig
+from pretrain.trainer.data_config import DataConfig
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import JsonLines, Loggers, MetricLogger, ProgressBar, TensorBoard, Values, build_loggers

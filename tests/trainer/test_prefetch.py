@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.loader import Batch
+from data.batch import Batch
 from pretrain.trainer.prefetch import prefetch
 
 CPU = torch.device("cpu")

@@ -124,6 +124,10 @@ def test_only_keys_that_do_not_change_the_weights_are_marked():
         "runs",
         "model.grad_checkpointing",
         "data.shards",  # compared by its index's fingerprint
+        "data.accept_changed_shards",
+        "data.cache_dir",
+        "data.cache_gb",
+        "data.fetch_timeout",
         "data.num_workers",
         "data.max_skipped_images",
         "train.gradient_accumulation_steps",

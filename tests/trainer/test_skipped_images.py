@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from data.loader import Skipped
-from pretrain.trainer.config import DataConfig
+from data.batch import Skipped
+from pretrain.trainer.data_config import DataConfig
 from pretrain.trainer.skipped_images import SkippedImages
 
 CUT, EMPTY = Skipped("a\udcdf\nb", "damaged", "image file is truncated"), Skipped("c", "empty", "an empty file")
