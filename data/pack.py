@@ -76,7 +76,7 @@ def pack(
     _check(out, samples_per_shard, bits, shrink, format)
     out.mkdir(parents=True, exist_ok=True)
     staging = out / STAGING
-    plan = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
+    plan: dict[str, str | int] = {"prefix": prefix, "samples_per_shard": samples_per_shard, "source": source.digest()}
     with _plan(out, plan | _pixels_plan(bits, shrink, format)):
         if not staging.exists() and (any(out.glob("*.tar")) or (out / UPLOADED).exists()):
             return load_index(str(remote or out))  # complete already
