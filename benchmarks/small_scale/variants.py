@@ -90,15 +90,20 @@ def variants(size: Size) -> dict[str, Variant]:
     sincos, hog = "model.position=sincos", "target.name=hog"
     mae = ("method.name=mae", *size.decoder, sincos)
     lomar, pr_mim = "method.name=lomar", ("pr_mim.throw_ratio=0.5", "pr_mim.kernel_size=7")
+    asymmetric = (lomar, "method.architecture=asymmetric", *size.decoder)
+    cross = (*asymmetric, "method.decoder=cross", hog, size.half_patch)
+    multiscale = (lomar, "method.architecture=multiscale", *size.small_decoder, *size.cells(3))
+    large_window = ("method.num_windows=1", "method.window_size=10", "method.mask_ratio=0.75")
     return {
         "MAE": Variant(mae),
         "LoMaR": Variant((lomar,)),
         "LoMaR fast": Variant((lomar, size.late, *pr_mim)),
         "LocalMIM": Variant(("method.name=local_mim", *size.small_decoder, *size.cells(4), sincos)),
-        "LoMaR multiscale": Variant((lomar, "method.architecture=multiscale", *size.small_decoder, *size.cells(3))),
-        "LoMaR cross": Variant(
-            (lomar, "method.architecture=asymmetric", *size.decoder, "method.decoder=cross", hog, size.half_patch)
-        ),
+        "LoMaR multiscale": Variant(multiscale),
+        "LoMaR cross": Variant(cross),
+        "LoMaR next": Variant((*cross, sincos)),
+        "LoMaR, one large window": Variant((*large_window, *multiscale)),
+        "LoMaR, one large window, sin-cos": Variant((*large_window, *multiscale, sincos)),
         "MFF": Variant(("method.name=mff", f"method.blocks={size.fused}", *size.decoder, sincos)),
         "MAE + LUT": Variant((*mae, f"lut.hidden_dim={4 * size.dim}", "lut.alpha=1.0", "data.crop=simple")),
     }
