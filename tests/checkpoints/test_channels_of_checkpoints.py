@@ -181,7 +181,7 @@ def test_what_reads_photographs_refuses_others_in_a_sentence(tmp_path: Path):
     with pytest.raises(ValueError, match=r"5 channels of uint16, and mm's pipelines give backbones RGB"):
         export_encoder(path, tmp_path / "x.pth", "mm")
     with pytest.raises(ValueError, match=r"target.file=.*it is of 5 channels of uint16: give a teacher of RGB"):
-        read_feature_teacher(TeacherConfig(file=str(path)), (3, 4))
+        read_feature_teacher(TeacherConfig(file=str(path)), (3, 4), 8)
     state = load_file(path)
     save_file(state, path)
     with pytest.raises(ValueError, match="this encoder has square patches of 3 channels"):
