@@ -238,6 +238,7 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
         sizes = {
             "local_mim": "[7, 7, 14, 28]",
             "quickstart": "[7, 7, 7, 14]",
+            "lomar_next": "[7]",
             "lomar_multiscale": "[7, 7, 14]",
             "maskfeat": "[7]",
         }
