@@ -228,7 +228,7 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
     if ("_fast_vitl" in name or "_fast_vith" in name) and ARCHS[arch].depth == 12:
         needed += ["method.mask_token_block=11"]
     depth = ARCHS[arch].depth
-    if name.startswith(("local_mim", "quickstart")) and depth != (24 if "vitl" in name else 12):
+    if name.startswith("local_mim") and depth != (24 if "vitl" in name else 12):
         needed += [f"method.blocks=[2, 4, {depth - 2}, {depth}]"]
     if name.startswith("lomar_multiscale") and depth != 12:
         needed += [f"method.blocks=[2, 4, {depth}]"]
@@ -237,7 +237,6 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
     if arch == "vit_huge":
         sizes = {
             "local_mim": "[7, 7, 14, 28]",
-            "quickstart": "[7, 7, 7, 14]",
             "lomar_next": "[7]",
             "lomar_multiscale": "[7, 7, 14]",
             "maskfeat": "[7]",

@@ -90,7 +90,7 @@ def test_a_module_that_is_not_there_or_not_the_methods_is_refused(module: Path, 
         load("quickstart", [f"method.module={tmp_path}/nowhere.py"])
     with pytest.raises(ValueError, match="Python finds no module nowhere"):
         load("quickstart", ["method.module=nowhere.mine"])
-    with pytest.raises(ValueError, match=r"defines inpainting, not local_mim: give method\.name=inpainting"):
+    with pytest.raises(ValueError, match=r"defines inpainting, not mae: give method\.name=inpainting"):
         load("quickstart", [f"method.module={module}"])
     (tmp_path / "yaml.py").touch()
     with pytest.raises(ValueError, match="is another module of that name: rename the file"):
