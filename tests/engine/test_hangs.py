@@ -25,12 +25,12 @@ def train(start: Callable[..., Any], recipe: Path, tmp_path: Path, *overrides: s
 
 
 def test_a_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
-    run = train(start, recipe, tmp_path, "watchdog.silent_minutes=0.1")
+    run = train(start, recipe, tmp_path, "watchdog.silent_minutes=0.25")
     main, stopped = run.all
     stopped.send_signal(signal.SIGSTOP)
     assert main.ended(time.monotonic() + 60)
     assert main.returncode == HUNG
-    assert "nothing was heard of rank 1 for watchdog.silent_minutes=0.1 minutes" in main.said()
+    assert "nothing was heard of rank 1 for watchdog.silent_minutes=0.25 minutes" in main.said()
     assert "rank 0 on " in main.said()
     assert " is at: " in main.said()
 
