@@ -68,9 +68,9 @@ class Watchdog:
 
     def tell(self, problem: str) -> None:
         """Before this rank ends with an error: the others end, too, and say that it was this one's."""
-        if self._store is None:
-            return
         with contextlib.suppress(RuntimeError):  # another rank, which had the store, has ended first
+            if not self._join():
+                return
             self._publish(problem, hung=False)
             if self._world.is_main:
                 time.sleep(2 * POLL)  # the store may be in this process: until all have read it
@@ -78,14 +78,20 @@ class Watchdog:
     def cause(self) -> str:
         """Of the end of another rank, as far as it has been told; '' if it has not."""
         with contextlib.suppress(RuntimeError):
-            self._listen()
+            if self._join():
+                self._listen()
         return "" if self._told is None else str(self._told["problem"])
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL):
             self._check_limit()
-            if self._world.size > 1 and dist.is_available() and dist.is_initialized():
-                self._look_at_others()
+            self._look_at_others()
+
+    def _join(self) -> bool:
+        """Whether there are other ranks, to which this one is then connected."""
+        if self._store is None and self._world.size > 1 and dist.is_available() and dist.is_initialized():
+            self._store = _connect()
+        return self._store is not None
 
     def _check_limit(self) -> None:
         phase = current_phase()
@@ -99,7 +105,9 @@ class Watchdog:
     def _look_at_others(self) -> None:
         self._polls += 1
         try:
-            self._store = self._store or _connect()
+            if not self._join():
+                return
+            assert self._store is not None
             if self._polls % _HEARTBEAT == 1:
                 self._store.set(f"alive/{self._world.rank}", str(self._polls))
             self._listen()
