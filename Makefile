@@ -17,7 +17,7 @@ NEED_MM := tests/dense tests/detect tests/segment tests/export/test_export_to_mm
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## */\1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
-pretrain: install  ## the quick start: LoMaR on photographs, a few minutes on two cores
+pretrain: install  ## the quick start: MAE on photographs, a few minutes on two cores
 	python -m data.samples shards/samples
 	epochs=$$(python -m pretrain.quickstart) && \
 		deepspeed $(PROCESSES) pretrain/run.py pretrain/recipes/quickstart.yaml $$epochs

@@ -143,12 +143,12 @@ def train(run: Run) -> None:
         starting.enter_context(
             report_if_slow("the first step, with the first images and what is compiled", "first_step_minutes")
         )
-        first = state.step + 1
+        limit = "first_step_minutes"
         while state.step < total:
-            step = state.step + 1
-            with limited(f"step {step}", "first_step_minutes" if step == first else "step_minutes"):
+            with limited(f"step {state.step + 1}", limit):
                 lr = _step(run, batches, meter)
                 signal = stop.agreed()
+            limit = "step_minutes"
             starting.close()
             loggers.step()
             last = bool(signal) or state.step == total
@@ -166,7 +166,8 @@ def train(run: Run) -> None:
                 raise _stopped(run, signal)
             if run.size_changes:
                 _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(run.position))
-                starting.enter_context(report_if_slow("the first step of this size, with what is compiled"))
+                limit = "first_step_minutes"
+                starting.enter_context(report_if_slow("the first step of this size, with what is compiled", limit))
             _evaluate(run, loggers, meter)
 
 

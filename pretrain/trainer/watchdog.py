@@ -69,17 +69,16 @@ class Watchdog:
     def tell(self, problem: str) -> None:
         """Before this rank ends with an error: the others end, too, and say that it was this one's."""
         with contextlib.suppress(RuntimeError):  # another rank, which had the store, has ended first
-            if not self._join():
-                return
-            self._publish(problem, hung=False)
-            if self._world.is_main:
+            if store := self._join():
+                self._publish(store, problem, hung=False)
+            if store and self._world.is_main:
                 time.sleep(2 * POLL)  # the store may be in this process: until all have read it
 
     def cause(self) -> str:
         """Of the end of another rank, as far as it has been told; '' if it has not."""
         with contextlib.suppress(RuntimeError):
-            if self._join():
-                self._listen()
+            if store := self._join():
+                self._listen(store)
         return "" if self._told is None else str(self._told["problem"])
 
     def _watch(self) -> None:
@@ -87,11 +86,11 @@ class Watchdog:
             self._check_limit()
             self._look_at_others()
 
-    def _join(self) -> bool:
-        """Whether there are other ranks, to which this one is then connected."""
+    def _join(self) -> dist.Store | None:
+        """The store, to which this rank is connected once there are others; None until then."""
         if self._store is None and self._world.size > 1 and dist.is_available() and dist.is_initialized():
             self._store = _connect()
-        return self._store is not None
+        return self._store
 
     def _check_limit(self) -> None:
         phase = current_phase()
@@ -105,24 +104,24 @@ class Watchdog:
     def _look_at_others(self) -> None:
         self._polls += 1
         try:
-            if not self._join():
+            store = self._join()
+            if store is None:
                 return
-            assert self._store is not None
             if self._polls % _HEARTBEAT == 1:
-                self._store.set(f"alive/{self._world.rank}", str(self._polls))
-            self._listen()
+                store.set(f"alive/{self._world.rank}", str(self._polls))
+            self._listen(store)
             if self._told is not None:
                 self._follow(**self._told)
             if self._world.is_main and self._polls % _HEARTBEAT == 0:
-                self._check_silence(self._store)
+                self._check_silence(store)
             self._answered = time.monotonic()
         except RuntimeError as error:  # torch's network errors
             if time.monotonic() - self._answered > _GRACE:
                 self._end(f"rank 0, or the launcher, has ended or does not answer ({str(error).splitlines()[0]})", 1)
 
-    def _listen(self) -> None:
-        if self._told is None and self._store is not None and self._store.check(["ended"]):
-            self._told = json.loads(self._store.get("ended"))
+    def _listen(self, store: dist.Store) -> None:
+        if self._told is None and store.check(["ended"]):
+            self._told = json.loads(store.get("ended"))
 
     def _check_silence(self, store: dist.Store) -> None:
         """On the main rank alone, so that what is asked of the store grows with the ranks and not with their square."""
@@ -145,10 +144,9 @@ class Watchdog:
         if not self._closed.wait(_GRACE):
             self._end(f"rank {rank} has ended: {problem}", 1)
 
-    def _publish(self, problem: str, hung: bool) -> None:
-        assert self._store is not None
+    def _publish(self, store: dist.Store, problem: str, hung: bool) -> None:
         told = json.dumps({"rank": self._world.rank, "problem": problem, "hung": hung})
-        self._store.compare_set("ended", "", told)  # the first cause stays
+        store.compare_set("ended", "", told)  # the first cause stays
 
     @property
     def _name(self) -> str:
@@ -159,7 +157,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
         if tell and self._store is not None:
             with contextlib.suppress(RuntimeError):
-                self._publish(problem, hung=code == HUNG)
+                self._publish(self._store, problem, hung=code == HUNG)
         where = "" if code != HUNG else f"\n{self._name} is at: {_position()}"
         _log.error("%s: %s%s", self._world.error, problem, where)
         if code == HUNG:
