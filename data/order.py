@@ -27,7 +27,35 @@ class Views(NamedTuple):
     samples: np.ndarray  # int64 (B,)
 
 
-class EpochOrder:
+class _OrderInParts:
+    """An order of samples of which one part at a time is in memory.
+
+    Attributes:
+        ends: int64 (P,), how many samples there are up to the end of each part.
+    """
+
+    def __init__(self, ends: np.ndarray) -> None:
+        self.ends = ends
+        self._number, self._part = -1, np.empty(0, np.int64)
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """Those at some positions in a row, int64 (stop - start,); cheapest if asked for in ascending order."""
+        assert 0 <= start < stop <= int(self.ends[-1])
+        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right").tolist()
+        pieces = []
+        for number in range(first, last + 1):
+            if number != self._number:
+                self._part = np.empty(0, np.int64)  # the old part's memory, before the new one needs its own
+                self._number, self._part = number, self._make_part(number)
+            begin = int(self.ends[number]) - len(self._part)
+            pieces.append(self._part[max(start - begin, 0) : stop - begin])
+        return np.concatenate(pieces).astype(np.int64, copy=False)
+
+    def _make_part(self, number: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+class EpochOrder(_OrderInParts):
     """A uniform shuffle of all samples: they are sorted by raw 64-bit words, one drawn for each.
 
     NumPy guarantees the stream of a bit generator, but not that of its distributions, such as ``permutation``.
@@ -46,25 +74,11 @@ class EpochOrder:
                 counts += np.bincount(first, minlength=len(counts))
         else:
             counts[0] = num_samples
-        self._ends = np.cumsum(counts)
-        self._number, self._part = -1, np.empty(0, np.int64)
+        super().__init__(np.cumsum(counts))
 
-    def samples(self, start: int, stop: int) -> np.ndarray:
-        """Those at some positions in a row, int64 (stop - start,); cheapest if asked for in ascending order."""
-        assert 0 <= start < stop <= self._num_samples
-        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right").tolist()
-        pieces = []
-        for number in range(first, last + 1):
-            if number != self._number:
-                self._number, self._part = number, self._sorted(number)
-            begin = int(self._ends[number]) - len(self._part)
-            pieces.append(self._part[max(start - begin, 0) : stop - begin])
-        return np.concatenate(pieces).astype(np.int64)
-
-    def _sorted(self, number: int) -> np.ndarray:
-        self._part = np.empty(0, np.int64)  # the old part's memory, before the new one needs its own
+    def _make_part(self, number: int) -> np.ndarray:
         dtype = np.uint32 if self._num_samples <= 1 << 32 else np.int64
-        count = int(self._ends[number]) - (int(self._ends[number - 1]) if number else 0)
+        count = int(self.ends[number]) - (int(self.ends[number - 1]) if number else 0)
         words, samples, filled = np.empty(count, np.uint64), np.empty(count, dtype), 0
         for start, drawn, first in self._drawn():
             chosen = np.flatnonzero(first == number)
@@ -89,14 +103,14 @@ class Groups(NamedTuple):
     size: int  # shards in a group, at most; 0: all of them in one, for all steps
 
 
-class GroupedOrder:
+class GroupedOrder(_OrderInParts):
     """Shards are shuffled and cut into groups, and the samples of each group are shuffled.
 
     All samples of a group come before those of the next, so no more than a group has to be at hand.
 
     Attributes:
         groups: the shards of each group, as many as of each other or one less.
-        ends: int64 (G,), how many samples there are up to the end of each group.
+        ends: as of the base, of each group.
     """
 
     def __init__(self, groups: Groups, seed: int, epoch: int) -> None:
@@ -105,22 +119,9 @@ class GroupedOrder:
         self._sizes, self._starts, self._key = sizes, np.cumsum(sizes) - sizes, [seed, epoch]
         shuffled = np.argsort(self._words(0, Stream.SHARDS, len(sizes)), kind="stable")
         self.groups = np.array_split(shuffled, -(-len(sizes) // groups.size))
-        self.ends = np.cumsum([sizes[shards].sum() for shards in self.groups])
-        self._number, self._samples = -1, np.empty(0, np.int64)
+        super().__init__(np.cumsum([sizes[shards].sum() for shards in self.groups]))
 
-    def samples(self, start: int, stop: int) -> np.ndarray:
-        """As of ``EpochOrder``."""
-        assert 0 <= start < stop <= int(self.ends[-1])
-        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right").tolist()
-        pieces = []
-        for number in range(first, last + 1):
-            if number != self._number:
-                self._number, self._samples = number, self._shuffled(number)
-            begin = int(self.ends[number]) - len(self._samples)
-            pieces.append(self._samples[max(start - begin, 0) : stop - begin])
-        return np.concatenate(pieces)
-
-    def _shuffled(self, number: int) -> np.ndarray:
+    def _make_part(self, number: int) -> np.ndarray:
         shards = np.sort(self.groups[number])
         samples = np.concatenate([np.arange(self._sizes[shard]) + self._starts[shard] for shard in shards])
         return samples[np.argsort(self._words(number, Stream.GROUP, len(samples)), kind="stable")]

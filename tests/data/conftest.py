@@ -1,10 +1,9 @@
-import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import pytest
 from helpers.shard_tools import jpeg, write_tar
+from helpers.time_limit import time_limit
 
 from data.index import Index, load_index
 
@@ -13,16 +12,8 @@ SECONDS = 120
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """A test that hangs fails instead."""
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"still running after {SECONDS} s")
-
-    previous = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
+    with time_limit(SECONDS):
+        yield
 
 
 @pytest.fixture

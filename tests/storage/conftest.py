@@ -1,11 +1,10 @@
-import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import pytest
 from helpers.file_server import FileServer, serve
 from helpers.shard_tools import jpeg, write_tar
+from helpers.time_limit import time_limit
 
 from data.storage.cache import CacheSettings
 from data.storage.client import open_store
@@ -15,16 +14,8 @@ SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def no_hang() -> Iterator[None]:
-    """A test that hangs fails instead."""
-
-    def give_up(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"still running after {SECONDS} s")
-
-    previous = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, previous)
+    with time_limit(SECONDS):
+        yield
 
 
 @pytest.fixture(autouse=True)
