@@ -60,7 +60,7 @@ def engine_sections(*runs: tuple[str, bool, bool]) -> list[Section]:
     def section(arguments: tuple[str, bool, bool]) -> Section:
         # The name without importing webdataset, which not every machine has.
         ds_config, fast, graphs = arguments
-        name = f"engine: {'fast' if fast else 'lomar'}, {ds_config}{', CUDA graphs' if graphs else ''}"
+        name = f"engine: {'fast' if fast else 'lomar'}, {ds_config}{'' if graphs else ', without CUDA graphs'}"
 
         def run(session: Session) -> None:
             from benchmarks.gpu_engine import Run, engine
@@ -98,7 +98,7 @@ def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
     if dry:
         tried = [*first_cells(), Cell("vit_base", 448, "fast", "now"), Cell("vit_base", 224, "lomar", BF16)]
         tried += theirs[: len(checkouts)]
-        return [*start, *kernel, *profiles, *sweeps, *cells(tried, checkouts), *engine_sections(("zero0", True, False))]
+        return [*start, *kernel, *profiles, *sweeps, *cells(tried, checkouts), *engine_sections(("zero0", True, True))]
     return [
         *start,
         *cells([*first_cells(), *theirs[: len(checkouts)]], checkouts),

@@ -25,16 +25,16 @@ WARMUP_LOGS = 3  # their steps compile, start workers and fill queues
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained: LoMaR B/16 at 224, or its fast variant, by a file of ds_configs/, perhaps by CUDA graphs."""
+    """What is trained: LoMaR B/16 at 224, or its fast variant, by a file of ds_configs/, by CUDA graphs or not."""
 
     ds_config: str
     fast: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
 
     @property
     def name(self) -> str:
         name = f"engine: {'fast' if self.fast else 'lomar'}, {self.ds_config}"
-        return f"{name}, CUDA graphs" if self.cuda_graphs else name
+        return name if self.cuda_graphs else f"{name}, without CUDA graphs"
 
 
 def make_shards(folder: Path, photographs: int, copies: int) -> Path:
@@ -72,7 +72,7 @@ def engine(run: Run) -> Callable[[Session], None]:
                 *(f"log.every_steps={every}", "log.num_reconstructions=1", f"train.ds_config={run.ds_config}"),
                 *(["model.arch=vit_tiny"] if session.dry else []),
                 *(["method.mask_token_block=8", "pr_mim.throw_ratio=0.5"] if run.fast else []),
-                *(["model.cuda_graphs=true"] if run.cuda_graphs and not session.dry else []),
+                *([] if run.cuda_graphs else ["model.cuda_graphs=off"]),
             ]
             rows = _start(command, environment, folder, session)
         if not rows:

@@ -59,14 +59,14 @@ def load_variant(variant: str, arch: str, size: int, *overrides: str) -> Pretrai
 
 
 def build(config: PretrainConfig, device: torch.device) -> Method:
-    """The method, initialized on its device, with the kernels and the compiler that a run of ZeRO stage 1 has there."""
+    """The method, initialized on its device, with the kernels and the compiler that a run of ZeRO stage 0 has there."""
     with device:
         method = build_method(config)
     assert isinstance(method, Method)
-    numerics = choose_numerics(config, device, stage=1)
+    numerics = choose_numerics(config, device, stage=0)
     apply_numerics(method, numerics)
     if numerics.cuda_graphs:
-        graph_steps(method)
+        graph_steps(method, stage=0)
     return method.to(device)
 
 

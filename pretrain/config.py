@@ -41,8 +41,8 @@ class PretrainModelConfig(ModelConfig):
     compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
         "auto", description="torch.compile of the blocks and both ends of the network; auto: on a GPU, not in ZeRO 3"
     )
-    cuda_graphs: Annotated[bool, MAY_CHANGE] = Field(
-        False, description="each pass as a CUDA graph, which a CPU starts in no time; on a GPU, in ZeRO 0 to 2"
+    cuda_graphs: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
+        "auto", description="each pass as a CUDA graph, which a CPU starts in no time; auto: on a GPU where it serves"
     )
     attention: Annotated[Literal["auto", "triton", "sdpa"], MAY_CHANGE] = Field(
         "auto", description="attention in windows; triton: a kernel of our own, auto: on a GPU where it serves"

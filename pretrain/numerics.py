@@ -58,7 +58,7 @@ class Numerics:
 
 
 def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) -> Numerics:
-    """Resolves `model.compile`, `model.attention` and `train.deterministic` for a device and a ZeRO stage.
+    """Resolves `model.compile`, `cuda_graphs` and `attention` and `train.deterministic` for a device and a ZeRO stage.
 
     Raises:
         ValueError: a setting that cannot work here; the message names the key to change.
@@ -67,8 +67,8 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
     if cuda and config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"{name} has no bf16: set train.precision=fp32 (GPUs since the A100 have it)")
-    if model.cuda_graphs and not cuda:
-        raise ValueError("model.cuda_graphs=true needs a GPU: set model.cuda_graphs=false")
+    if model.cuda_graphs == "on" and not cuda:
+        raise ValueError("model.cuda_graphs=on needs a GPU: set model.cuda_graphs=auto")
     check_settings(config, stage)
     obstacle = window_kernel_obstacle(config, device)
     if model.attention == "triton" and obstacle:
@@ -78,7 +78,7 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
         attention="triton" if model.attention != "sdpa" and not obstacle else "sdpa",
         residual=model.residual,
         sdpa=("efficient" if config.train.deterministic else "fastest") if cuda else "cpu",
-        cuda_graphs=model.cuda_graphs,
+        cuda_graphs=cuda and wants_cuda_graphs(config, stage),
         why_sdpa="model.attention=sdpa" if model.attention == "sdpa" else obstacle,
     )
 
@@ -97,8 +97,15 @@ def check_settings(config: PretrainConfig, stage: int) -> None:
             "model.compile=on loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8, without an error: set "
             "model.compile=off, or train.ds_config=zero2"
         )
-    if config.model.cuda_graphs and (obstacle := cuda_graphs_obstacle(config, stage)):
-        raise ValueError(f"model.cuda_graphs=true cannot be used: {obstacle}; set model.cuda_graphs=false")
+    if config.model.cuda_graphs == "on" and (obstacle := cuda_graphs_obstacle(config, stage)):
+        raise ValueError(f"model.cuda_graphs=on cannot be used: {obstacle}; set model.cuda_graphs=auto")
+
+
+def wants_cuda_graphs(config: PretrainConfig, stage: int) -> bool:
+    """Whether steps on a GPU are CUDA graphs. A user's own method has to be tried with them before: set `on`."""
+    if config.model.cuda_graphs == "auto":
+        return not config.method.module and not cuda_graphs_obstacle(config, stage)
+    return config.model.cuda_graphs == "on"
 
 
 def cuda_graphs_obstacle(config: PretrainConfig, stage: int) -> str:

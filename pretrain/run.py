@@ -84,7 +84,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     for module in filter(None, dict.fromkeys((method, ema.model, feature_teacher(method)))):
         apply_numerics(module, numerics)
     if numerics.cuda_graphs:
-        graph_steps(method)
+        graph_steps(method, zero_stage(settings))
     earlier = build_sizes(config, method, ema, numerics, _read_teacher)
     parts = Parts(
         method,

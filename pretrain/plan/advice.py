@@ -69,7 +69,7 @@ def _candidates(plan: Plan) -> list[tuple[dict[str, Any], str]]:
     if not plan.numerics.compile and plan.zero.stage < 3:
         candidates.append(({"model": {"compile": "on"}}, ""))
     if not plan.numerics.cuda_graphs and not cuda_graphs_obstacle(config, plan.zero.stage):
-        candidates.append(({"model": {"cuda_graphs": True}}, "see docs/speed.md"))
+        candidates.append(({"model": {"cuda_graphs": "on"}}, "see docs/speed.md"))
     if plan.numerics.residual == "fp32" and config.train.precision == "bf16":
         candidates.append(({"model": {"residual": "bf16"}}, "less exact"))
     if plan.numerics.attention == "sdpa":

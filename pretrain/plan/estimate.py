@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from data.order import check_divisible, steps_per_epoch
 from pretrain.config import PretrainConfig
-from pretrain.numerics import check_settings, unserved_by_window_kernel
+from pretrain.numerics import check_settings, unserved_by_window_kernel, wants_cuda_graphs
 from pretrain.plan.block_cost import Numerics
 from pretrain.plan.communication import Communication
 from pretrain.plan.hardware import Cluster
@@ -240,5 +240,5 @@ def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
         attention="triton" if model.attention != "sdpa" and not obstacle else "sdpa",
         precision=config.train.precision,
         hopper=cluster.gpu.hopper,
-        cuda_graphs=model.cuda_graphs,
+        cuda_graphs=wants_cuda_graphs(config, stage),
     )

@@ -201,12 +201,12 @@ class Checkpoints:
 
     def _check_numerics(self, state: TrainState, now: TrainState) -> None:
         """Refuses, or says, that the run would continue with other bits than it would have had."""
-        changed = _differences(state.numerics, now.numerics)
+        changed = _differences(*(_without_graphs(one.numerics) for one in (state, now)))
         if changed and self.config.exact_resume:
             raise CannotContinueError(
                 f"the run would not continue with the same bits: {', '.join(changed)}; change these back "
-                f"(model.compile, model.cuda_graphs, model.attention, model.residual, train.deterministic, the "
-                f"device), or set checkpoint.exact_resume=false"
+                f"(model.compile, model.attention, model.residual, train.deterministic, the device), or set "
+                f"checkpoint.exact_resume=false"
             )
         if changed and self.world.is_main:
             _log.warning("the run continues with other bits: %s", ", ".join(changed))
@@ -270,6 +270,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if (before[key] != after.get(key) if key in before else after[key])
     ]
+
+
+def _without_graphs(numerics: dict[str, Any]) -> dict[str, Any]:
+    """A CUDA graph computes the bits that its kernels compute when they are started one by one."""
+    return {key: value for key, value in numerics.items() if key != "cuda_graphs"}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

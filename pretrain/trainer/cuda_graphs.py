@@ -43,12 +43,15 @@ class _Graphs:
 
     Attributes:
         parameters: those that the loss depends on.
+        differentiated: the inputs of the pass, for autograd: these, or a substitute.
         upstream: the gradient of the loss.
     """
 
-    def __init__(self, module: nn.Module, function: Function, leaves: list[Any], structure: Any):
+    def __init__(self, module: nn.Module, function: Function, leaves: list[Any], structure: Any, hooked: bool):
         self.inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.layout, self.addresses = layout(leaves, structure), addresses(module)
+        self.layout = layout(leaves, structure)
+        self._all_parameters = list(module.parameters())
+        self._addresses = [parameter.data_ptr() for parameter in self._all_parameters]
         # Engines keep nodes of autograd that belong to their parameters and to another stream, which a capture must not
         # touch: the graphs are captured with other parameters, in the same memory.
         plain = _Plain(module, function)
@@ -67,6 +70,8 @@ class _Graphs:
             used = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
             del gradients
             self.parameters = [plain.get_parameter(name) for name in used]
+            # Autograd would copy each gradient by a kernel of its own.
+            self.differentiated = self.parameters if hooked else [torch.ones((), requires_grad=True)]
             self._aliases = [aliases[name] for name in used]
             self.forward = Recording(run)
             self.upstream = torch.ones_like(self.forward.result["loss"])
@@ -75,20 +80,43 @@ class _Graphs:
     def _differentiate(self) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.forward.result["loss"], self._aliases, self.upstream)
 
+    def moved(self) -> bool:
+        """Whether parameters are elsewhere in memory than they were."""
+        return self._addresses != [parameter.data_ptr() for parameter in self._all_parameters]
+
+    def differentiate(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The backward pass; returns the gradients that autograd adds to what parameters have, if it shall."""
+        self.upstream.copy_(upstream)
+        if self.differentiated is self.parameters:
+            self.backward.replay()
+            return self.backward.result
+        # What the graph writes is the gradient itself, until another micro-batch overwrites it.
+        for parameter, written in zip(self.parameters, self.backward.result, strict=True):
+            if parameter.grad is not None and parameter.grad is written:
+                parameter.grad = parameter.grad.clone()
+        self.backward.replay()
+        sums = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if sums:
+            torch._foreach_add_(sums, list(self.backward.result))
+        else:
+            for parameter, written in zip(self.parameters, self.backward.result, strict=True):
+                parameter.grad = written
+        return (None,)
+
     def __call__(self, leaves: list[Any]) -> dict[str, Tensor]:
         for mine, given in zip(self.inputs, leaves, strict=True):
             if isinstance(mine, Tensor):
                 mine.copy_(given, non_blocking=True)
-        loss, *others = _Replay.apply(self, *self.parameters)
+        loss, *others = _Replay.apply(self, *self.differentiated)
         names = [name for name in self.forward.result if name != "loss"]
         return {"loss": loss, **dict(zip(names, others, strict=True))}
 
 
 class _Replay(torch.autograd.Function):
-    """To autograd, and to DeepSpeed's hooks, one operator that has all parameters as inputs and the loss as output."""
+    """To autograd, and to hooks of DeepSpeed's, one operator from all parameters, or a substitute, to the loss."""
 
     @staticmethod
-    def forward(ctx: Any, graphs: _Graphs, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, graphs: _Graphs, *differentiated: Tensor) -> tuple[Tensor, ...]:
         ctx.graphs = graphs
         graphs.forward.replay()
         result = dict(graphs.forward.result)
@@ -100,10 +128,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        graphs = ctx.graphs
-        graphs.upstream.copy_(upstream)
-        graphs.backward.replay()
-        return None, *graphs.backward.result
+        return None, *ctx.graphs.differentiate(upstream)
 
 
 class _Plain(nn.Module):
@@ -124,46 +149,45 @@ class GraphedForward:
     and inputs of other shapes, get the function itself. Between a call and the next one, its backward pass has to be
     done or is lost.
 
+    Args:
+        hooked: whether something waits for the gradient of each parameter, as ZeRO does from stage 1 on; autograd then
+            hands it out. Otherwise it is put where it belongs, in a hundredth of the time.
+
     Raises, when called:
         ValueError: the module cannot be captured.
         torch.OutOfMemoryError: as the function itself.
     """
 
-    def __init__(self, module: nn.Module):
-        self._module, self._function = module, module.forward
+    def __init__(self, module: nn.Module, hooked: bool):
+        self._module, self._function, self._hooked = module, module.forward, hooked
         self._graphs: _Graphs | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         if not (self._module.training and torch.is_grad_enabled()):
             return self._function(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
-        if self._graphs is None or self._graphs.addresses != addresses(self._module):
+        if self._graphs is None or self._graphs.moved():
             self._graphs = None
             try:
-                self._graphs = _Graphs(self._module, self._function, leaves, structure)
+                self._graphs = _Graphs(self._module, self._function, leaves, structure, self._hooked)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 problem = f"no CUDA graph can be made of a step ({str(error).splitlines()[0]})"
-                raise ValueError(f"{problem}: set model.cuda_graphs=false") from error
+                raise ValueError(f"{problem}: set model.cuda_graphs=off") from error
         if layout(leaves, structure) != self._graphs.layout:
             return self._function(*args, **kwargs)
         return self._graphs(leaves)
 
 
-def graph_steps(module: nn.Module) -> None:
-    """From now on a module on a GPU trains by CUDA graphs."""
-    module.forward = GraphedForward(module)
+def graph_steps(module: nn.Module, stage: int) -> None:
+    """From now on a module on a GPU trains by CUDA graphs, in a ZeRO stage."""
+    module.forward = GraphedForward(module, hooked=stage > 0)
 
 
 def layout(leaves: list[Any], structure: Any) -> tuple[Any, ...]:
     """What has to be equal for a graph to serve: shapes and dtypes of tensors, and all that is no tensor."""
     return structure, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-
-
-def addresses(module: nn.Module) -> list[int]:
-    """Where the parameters are."""
-    return [parameter.data_ptr() for parameter in module.parameters()]
 
 
 def _uncached_autocast() -> torch.autocast:

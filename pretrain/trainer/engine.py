@@ -129,6 +129,8 @@ def build_engine(
         optimizer.clip_grad = config.optim.clip_grad
         settings = {**settings, "gradient_clipping": 0.0}  # or DeepSpeed would clip before the norm is known
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    if not zero_stage(settings) and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # it would copy all gradients twice for a sum over one rank
     return engine
 
 

@@ -34,8 +34,9 @@ class NonfiniteGuard(torch.optim.Optimizer):
     """A mixin that gives an optimizer what DeepSpeed's ZeRO optimizers have and its stage 0 lacks.
 
     It clips the gradient, records the norm before that, and refuses a step whose gradient is not finite: weights,
-    moments and step counts keep their bits. With a fused optimizer no step waits for the device to know:
-    `applied_later` tells the host. DeepSpeed reads `_global_grad_norm` after `step`.
+    moments and step counts keep their bits. Parameters without a gradient have one of 0, and decay. With a fused
+    optimizer no step waits for the device to know: `applied_later` tells the host. DeepSpeed reads `_global_grad_norm`
+    after `step`.
 
     Attributes:
         refused: () float32 on the device, 1 if the last step was refused, else 0.
@@ -49,7 +50,10 @@ class NonfiniteGuard(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.clip_grad:  # by a norm that is not finite it spoils the gradient, which is refused anyway
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self._global_grad_norm = norm

@@ -11,13 +11,13 @@ pytestmark = pytest.mark.cuda
 CASES = [name for name, sections in cases().items() if not cuda_graphs_obstacle(configure(sections), stage=0)]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_graph_computes_what_it_was_captured_from(case: str, device: torch.device):
+@pytest.mark.parametrize(("case", "stage"), [*((case, 0) for case in CASES), (CASES[0], 1)])
+def test_a_graph_computes_what_it_was_captured_from(case: str, stage: int, device: torch.device):
     if device.type != "cuda":
         pytest.skip("CUDA graphs are for GPUs; tests/trainer has a recording for the CPU")
     config = configure(cases()[case])
     method, plain = build(config, device), build(config, device)
-    graph_steps(method)
+    graph_steps(method, stage)
     for step in (0, 1, 0):
         mine, theirs = (run_step(one, config, device, bf16=True, step=step) for one in (method, plain))
         assert torch.allclose(mine.loss, theirs.loss, rtol=1e-4)
@@ -37,7 +37,7 @@ def test_what_a_graph_cannot_hold_is_an_error_that_names_the_key(device: torch.d
             return {"loss": loss * float(loss.detach())}
 
     module = Waits(4, 4).to(device)
-    graph_steps(module)
-    with pytest.raises(ValueError, match=r"set model\.cuda_graphs=false"):
+    graph_steps(module, stage=0)
+    with pytest.raises(ValueError, match=r"set model\.cuda_graphs=off"):
         module(torch.ones(2, 4, device=device))
     assert float(torch.ones(1, device=device)) == 1  # the GPU can still be used

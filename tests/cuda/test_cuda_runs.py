@@ -24,13 +24,14 @@ FAST = {
     "method": {"name": "lomar", "num_windows": 2, "mask_token_block": 8},
     "pr_mim": {"throw_ratio": 0.5, "kernel_size": 7},
 }
-EAGER, COMPILED = {"arch": "vit_tiny", "compile": "off"}, {"arch": "vit_tiny", "compile": "on"}
+EAGER = {"arch": "vit_tiny", "compile": "off", "cuda_graphs": "off"}
+COMPILED = EAGER | {"compile": "on"}
 TRAININGS: dict[str, dict[str, Any]] = {
     "lomar": {"model": EAGER},
     "lomar_fast": FAST | {"model": EAGER},
     "mae": {"method": MAE, "model": EAGER | {"position": "sincos"}},
     "compiled": FAST | {"model": COMPILED},
-    "graphs": FAST | {"model": EAGER | {"cuda_graphs": True}},
+    "graphs": FAST | {"model": EAGER | {"cuda_graphs": "on"}},
 }
 LONG = "train.epochs=4"
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -51,7 +52,7 @@ def stages(recipes: dict[str, Path], command: Callable[..., Command]) -> dict[st
         stage: command(recipes["lomar"], f"train.ds_config={stage[:5]}", f"name={stage}", *keys)
         for stage, keys in {
             **dict.fromkeys(STAGES, ()),
-            **{f"{stage}-graphs": ("model.cuda_graphs=true",) for stage in STAGES[:3]},
+            **{f"{stage}-graphs": ("model.cuda_graphs=on",) for stage in STAGES[:3]},
         }.items()
     }
 

@@ -7,7 +7,6 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,16 +32,22 @@ def assert_as_without_workers(index: Index, num_workers: int = 2) -> None:
 
 
 @pytest.fixture
+def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor goes through shared memory."""
+    monkeypatch.setattr(data.handover, "SMALL", -1)
+
+
+@pytest.fixture
 def full_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As torch reports it, with the file that it leaves behind."""
 
-    def dumps(result: object) -> bytes:
+    def no_room(*_: object) -> None:
         (tmp_path / f"torch_{os.getpid()}_123_0").touch()
         raise RuntimeError(
             "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
         )
 
-    monkeypatch.setattr(data.handover, "ForkingPickler", SimpleNamespace(dumps=dumps))
+    monkeypatch.setattr(data.handover, "_SharingPickler", no_room)
     monkeypatch.setattr(data.handover, "SHARED_MEMORY", tmp_path)
     return tmp_path
 
@@ -61,13 +66,16 @@ def test_without_room_in_shared_memory_batches_go_through_pipes(
 
 
 def test_shared_memory_is_used_where_it_has_room(index: Index, caplog: pytest.LogCaptureFixture) -> None:
-    packed = HandoverPacker()(torch.zeros(1 << 20))
+    packed = HandoverPacker()({"images": torch.zeros(1 << 20), "masks": torch.arange(100)})
     assert len(packed.pickled) < 10000
-    assert torch.equal(packed.result, torch.zeros(1 << 20))
+    assert torch.equal(packed.result["images"], torch.zeros(1 << 20))
+    assert torch.equal(packed.result["masks"], torch.arange(100))
+    packed.result["masks"][0] = 1  # the memory is writable
     assert_as_without_workers(index)
     assert not caplog.records
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_a_long_tmpdir(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,6 +90,7 @@ def test_a_long_tmpdir(
     assert not list(folder.iterdir())
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_without_a_short_folder_batches_go_through_pipes(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,6 +116,7 @@ def many_arrays(request: int) -> list[torch.Tensor]:
     return [torch.zeros(1) for _ in range(100)]
 
 
+@pytest.mark.usefixtures("nothing_is_small")
 def test_too_many_open_files_are_one_clear_error() -> None:
     """Descriptors of shared memory that do not fit are left out of a message."""
     open_now, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)

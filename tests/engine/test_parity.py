@@ -37,7 +37,7 @@ def jobs(stage: str, write_recipe: Callable[..., Path], tmp_path_factory: pytest
     }
     with_teacher = write_recipe(tmp_path_factory.mktemp("recipes"), lut={"hidden_dim": 16, "momentum": 0.9})
     if stage != "zero3":
-        settings["graphs"] = [recipe, engine, "train.gradient_accumulation_steps=2", "model.cuda_graphs=true"]
+        settings["graphs"] = [recipe, engine, "train.gradient_accumulation_steps=2", "model.cuda_graphs=on"]
     return settings | {"teacher": [str(with_teacher), engine, "train.gradient_accumulation_steps=2"]}
 
 

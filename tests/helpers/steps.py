@@ -184,9 +184,9 @@ def train_small(
 
     loader: Any = FixedBatches(config, method.mask_sampler(), world)
     ema = build_ema(config, method, device)
-    if config.model.cuda_graphs:
-        graph_steps(method)
     settings = small_settings(config, world.size)
+    if config.model.cuda_graphs == "on":
+        graph_steps(method, zero_stage(settings))
     groups = parameter_groups(method, config.optim.weight_decay)
     engine = build_engine(method, build_adamw(groups, config, zero_stage(settings)), config, settings)
     fresh = TrainState(

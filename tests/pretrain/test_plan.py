@@ -318,7 +318,7 @@ def test_too_few_workers_limit_and_more_are_advised():
 def test_hours_of_a_schedule_are_those_of_its_parts_and_memory_is_that_of_the_largest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    shared = ("data.num_workers=99", "train.epochs=100")
+    shared = ("data.num_workers=99", "train.epochs=100", "model.cuda_graphs=off")
     alone = {
         size: plan_on(8, LOMAR, f"data.image_size={size}", f"method.num_windows={windows}", *shared)
         for size, windows in ((128, 1), (256, 5), (224, 4))
@@ -454,10 +454,17 @@ def test_settings_are_chosen_as_a_run_on_a_gpu_chooses_them():
     def chosen(*overrides: str) -> Numerics:
         return choose_numerics(configure(LOMAR, *overrides), build_cluster("h100", 8))
 
-    fast: Any = {"compile": True, "residual": "fp32", "attention": "triton", "precision": "bf16"}
+    fast: Any = {
+        "compile": True,
+        "residual": "fp32",
+        "attention": "triton",
+        "precision": "bf16",
+        "cuda_graphs": True,
+    }
     assert chosen() == Numerics(**fast)
-    assert chosen("train.ds_config=zero3") == replace(Numerics(**fast), compile=False)
+    assert chosen("train.ds_config=zero3") == replace(Numerics(**fast), compile=False, cuda_graphs=False)
     assert chosen("method.window_size=9") == replace(Numerics(**fast), attention="sdpa")
+    assert chosen("model.cuda_graphs=off") == replace(Numerics(**fast), cuda_graphs=False)
     assert chosen("model.residual=bf16") == replace(Numerics(**fast), residual="bf16")
     assert chosen("train.precision=fp32") == replace(Numerics(**fast), attention="sdpa", precision="fp32")
 

@@ -247,8 +247,8 @@ def test_what_a_schedule_cannot_be_used_with_is_refused(tmp_path: Path):
     check_settings(config, 2)
     with pytest.raises(ValueError, match=r"ZeRO stage 3 partitions those of one: set train\.ds_config=zero2"):
         check_settings(config, 3)
-    graphs = config.model_copy(update={"model": config.model.model_copy(update={"cuda_graphs": True})})
-    with pytest.raises(ValueError, match=r"several sizes, and a graph is of one; set model\.cuda_graphs=false"):
+    graphs = config.model_copy(update={"model": config.model.model_copy(update={"cuda_graphs": "on"})})
+    with pytest.raises(ValueError, match=r"several sizes, and a graph is of one; set model\.cuda_graphs=auto"):
         check_settings(graphs, 1)
     constant = configure(tmp_path, CASES["lomar"], "data.size_schedule=0:64x80")
     check_settings(constant, 3)

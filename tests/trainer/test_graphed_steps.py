@@ -45,7 +45,7 @@ def batch(seed: int, size: int = 3) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 def captured(module: nn.Module) -> Any:
     """The graphs with which a module trains from now on, captured by a first call."""
-    graph_steps(module)
+    graph_steps(module, stage=0)
     forward = module.forward
     assert isinstance(forward, GraphedForward)
     module(*batch(0))
@@ -53,24 +53,38 @@ def captured(module: nn.Module) -> Any:
     return forward._graphs
 
 
-def test_gradients_of_several_micro_batches_are_summed_and_scaled():
+@pytest.mark.parametrize("stage", [0, 1])
+def test_gradients_of_several_micro_batches_are_summed_and_scaled(stage: int):
     module, plain = Small(), Small()
     plain.load_state_dict(module.state_dict())
-    graph_steps(module)
-    for one in (module, plain):
-        for seed in range(3):
-            (one(*batch(seed))["loss"] / 3).backward()
-    assert module.unused.weight.grad is None
-    for mine, theirs in zip(module.used.parameters(), plain.used.parameters(), strict=True):
-        assert mine.grad is not None
-        assert theirs.grad is not None
-        assert torch.equal(mine.grad, theirs.grad)
+    graph_steps(module, stage)
+    for step in range(2):
+        for one in (module, plain):
+            one.zero_grad()
+            for seed in range(3):
+                (one(*batch(3 * step + seed))["loss"] / 3).backward()
+        assert module.unused.weight.grad is None
+        for mine, theirs in zip(module.used.parameters(), plain.used.parameters(), strict=True):
+            assert mine.grad is not None
+            assert theirs.grad is not None
+            assert torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_zero_from_stage_1_on_is_told_of_each_gradient(stage: int):
+    module = Small()
+    graph_steps(module, stage)
+    told: list[torch.Tensor] = []
+    for parameter in module.used.parameters():
+        parameter.register_post_accumulate_grad_hook(told.append)
+    module(*batch(0))["loss"].backward()
+    assert len(told) == (2 if stage else 0)
 
 
 def test_numbers_are_those_of_their_own_call_and_need_no_gradient():
     module, plain = Small(), Small()
     plain.load_state_dict(module.state_dict())
-    graph_steps(module)
+    graph_steps(module, stage=0)
     mine = [module(*batch(seed)) for seed in range(2)]
     theirs = [plain(*batch(seed)) for seed in range(2)]
     for one, other in zip(mine, theirs, strict=True):
@@ -95,7 +109,7 @@ def test_evaluation_and_other_shapes_are_computed_without_graphs():
 
 def test_parameters_that_moved_in_memory_are_captured_again():
     module, plain = Small(), Small()
-    graph_steps(module)
+    graph_steps(module, stage=0)
     module(*batch(0))
     for parameter, other in zip(module.parameters(), plain.parameters(), strict=True):
         parameter.data = other.data.clone()
@@ -115,7 +129,7 @@ def test_a_method_trains_as_without_graphs():
         torch.manual_seed(0)
         method = tiny_lomar()
         if graphed:
-            graph_steps(method)
+            graph_steps(method, stage=0)
         optimizer = torch.optim.AdamW(method.parameters(), lr=1e-3)
         for seed in range(3):
             images, masks = random_images(method), random_mask_indices(method, seed=seed)
@@ -136,14 +150,14 @@ def test_a_method_trains_as_without_graphs():
     ],
 )
 def test_graphs_that_no_device_can_make_are_refused(overrides: list[str], stage: int, problem: str):
-    config = load("mae_vitb16_224_1600e", ["data.shards=none", "model.cuda_graphs=true", *overrides])
-    with pytest.raises(ValueError, match=rf"{problem}.*set model\.cuda_graphs=false"):
+    config = load("mae_vitb16_224_1600e", ["data.shards=none", "model.cuda_graphs=on", *overrides])
+    with pytest.raises(ValueError, match=rf"{problem}.*set model\.cuda_graphs=auto"):
         check_settings(config, stage)
 
 
 def test_graphs_need_a_gpu():
-    config = load("mae_vitb16_224_1600e", ["data.shards=none", "model.cuda_graphs=true"])
-    with pytest.raises(ValueError, match=r"needs a GPU: set model\.cuda_graphs=false"):
+    config = load("mae_vitb16_224_1600e", ["data.shards=none", "model.cuda_graphs=on"])
+    with pytest.raises(ValueError, match=r"needs a GPU: set model\.cuda_graphs=auto"):
         choose_numerics(config, torch.device("cpu"), 1)
 
 
@@ -153,6 +167,6 @@ def test_what_cannot_be_captured_names_the_key(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(cuda_graphs, "Recording", fails)
     module = Small()
-    graph_steps(module)
-    with pytest.raises(ValueError, match=r"not permitted when stream is capturing\): set model\.cuda_graphs=false"):
+    graph_steps(module, stage=0)
+    with pytest.raises(ValueError, match=r"not permitted when stream is capturing\): set model\.cuda_graphs=off"):
         module(*batch(0))
