@@ -1,6 +1,6 @@
 """Kills a run at random and continues it, many times, and compares it with one that was left alone.
 
-    python benchmarks/soak.py [--quick] [--kills 25] [--seed 0] [--shards SHARDS ...] [section.key=value ...]
+    python benchmarks/soak.py [--quick] [--kills 25] [--seed 0] [--shards SHARDS ...] [--store] [section.key=value ...]
 
 Two ranks on CPUs pretrain a ViT-Ti on small images. One run goes through; another is killed and started again, until it
 has been killed and has resumed `--kills` times (3 with `--quick`), and then goes on to its end. What happens to it, and
@@ -11,9 +11,10 @@ when, is drawn from `--seed`:
 - `signal`: SIGTERM to one rank or to all, upon which the run saves and stops;
 
 each between a start and some steps later, so also while it starts or saves. Each start has 0, 1 or 2 data workers a
-rank, and one of the SHARDS: the same shards at several places, paths or URLs, such as a folder and the bucket of a
-server that fails (`--shards A --shards B`); the run that goes through reads the first. Without --shards there are some
-made of noise; of others a few hundred images are enough.
+rank, and one of the SHARDS: the same shards at several places, paths or URLs (`--shards A --shards B`); the run that
+goes through reads the first. Without --shards there are some made of noise; of others a few hundred images are enough.
+With `--store` half of the starts read the shards from an S3 server that a quarter of the requests fail at, with nothing
+in the node's cache (`pip install moto[server] boto3`).
 
 Both must have the same images in every step, by key and pixels, and the same losses and gradient norms; the weights at
 the end must have the same bits. The last line is one JSON object; the exit code is 1 if anything differs.
@@ -23,9 +24,8 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,82 +43,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from benchmarks.soak_ranks import PATIENCE, Ranks, has_ended, last_step, wait_until
+from benchmarks.soak_store import failing_store
 from data.index import load_index
 from data.pack import pack
 from data.sources import list_source
 from pretrain.trainer.metrics import read_metrics
 
-RUN = Path(__file__).resolve().parent.parent / "pretrain" / "run.py"
 KINDS = ("all", "rank", "signal")
 STEPS_PER_KILL = 20  # of the whole run: more than it advances between two of them, or it would end too soon
 BATCH = 8
 MOST_STEPS = 5  # that it is left in peace for
-PATIENCE = 300.0  # seconds in which ranks end by themselves, or a run advances
-
-
-class Rank:
-    """A process of a run."""
-
-    def __init__(self, process: subprocess.Popen[bytes], said: Path):
-        self._process, self._said, self.pid = process, said, process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.poll()
-
-    def said(self) -> str:
-        return self._said.read_text(errors="replace")
-
-
-class Ranks:
-    """The processes of a run, started as `srun` does: without a launcher that ends the others when one is gone."""
-
-    def __init__(self, folder: Path, *arguments: str, count: int = 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.all = []
-        for rank in range(count):
-            said = folder / f"rank{rank}.txt"
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-            environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            with said.open("w") as file:
-                process = subprocess.Popen(
-                    [sys.executable, str(RUN), *arguments],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    start_new_session=True,
-                )
-            self.all.append(Rank(process, said))
-
-    def kill(self) -> None:
-        """SIGKILL to every rank and its data workers."""
-        for rank in self.all:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
-        wait_until(lambda: has_ended(self), "the killed ranks to end")
-
-
-def has_ended(ranks: Any) -> bool:
-    """Whether all processes of a run have."""
-    return all(rank.returncode is not None for rank in ranks.all)
-
-
-def wait_until(happened: Callable[[], bool], what: str) -> None:
-    """Raises TimeoutError after `PATIENCE`."""
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {PATIENCE:.0f} s for {what}")
-        time.sleep(0.02)
-
-
-def last_step(run: Path) -> int:
-    """That a run has logged."""
-    rows = read_metrics(run / "metrics.jsonl")
-    return rows[-1]["step"] if rows else 0
 
 
 class Soak:
@@ -295,18 +230,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shards", action="append", metavar="SHARDS", help="shards of a few hundred images; again: another place"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keeps the runs; must be new")
+    parser.add_argument("--store", action="store_true", help="half of the starts read from an S3 server that fails")
     args = parser.parse_intermixed_args(argv)
     kills = 3 if args.quick else args.kills
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=args.out is None)
         shards = args.shards or [str(make_shards(folder))]
         recipe = write_recipe(folder, shards[0], kills)
+        overrides, cache, faults = list(args.overrides), folder / "cache", None
+        if args.store:
+            url, faults = stack.enter_context(failing_store(Path(shards[0]), args.seed))
+            shards.append(url)
+            overrides += [f"data.cache_dir={cache}", "data.shuffle_shards=2"]
 
         def start(recipe: Path, *keys: str) -> Ranks:
-            return Ranks(folder, str(recipe), *args.overrides, *keys)
+            shutil.rmtree(cache, ignore_errors=True)
+            return Ranks(folder, str(recipe), *overrides, *keys)
 
         figures = soak(start, recipe, folder / "runs", shards, kills, args.seed)
+        if faults is not None:
+            figures["store"] = dict(faults)
     print(json.dumps(figures))
     return 0 if all(value for name, value in figures.items() if name.endswith("_identical")) else 1
 

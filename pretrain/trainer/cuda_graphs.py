@@ -5,7 +5,7 @@ docs/speed.md, twice as long for ViT-L by the fast variant. A graph computes wha
 memory: the shapes are fixed, and nothing in it may wait for the GPU or depend on its results.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,7 +78,8 @@ class _Graphs:
             self.backward = Recording(self._differentiate, self.forward)
 
     def _differentiate(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward.result["loss"], self._aliases, self.upstream)
+        gradients = torch.autograd.grad(self.forward.result["loss"], self._aliases, self.upstream)
+        return _of_their_own(gradients, self._aliases)
 
     def moved(self) -> bool:
         """Whether parameters are elsewhere in memory than they were."""
@@ -110,6 +111,19 @@ class _Graphs:
         loss, *others = _Replay.apply(self, *self.differentiated)
         names = [name for name in self.forward.result if name != "loss"]
         return {"loss": loss, **dict(zip(names, others, strict=True))}
+
+
+def _of_their_own(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients as autograd stores them: each in memory of its own, and laid out as its parameter, as AdamW reads it."""
+    taken: set[int] = set()
+    own = []
+    for gradient, parameter in zip(gradients, parameters, strict=True):
+        memory = gradient.untyped_storage().data_ptr()
+        if gradient.stride() != parameter.stride() or memory in taken:
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        own.append(gradient)
+        taken.add(memory)
+    return tuple(own)
 
 
 class _Replay(torch.autograd.Function):

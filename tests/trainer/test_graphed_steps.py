@@ -81,6 +81,32 @@ def test_zero_from_stage_1_on_is_told_of_each_gradient(stage: int):
     assert len(told) == (2 if stage else 0)
 
 
+class Odd(nn.Module):
+    """Autograd gives the first two parameters one gradient in common, and the last one a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.matrix = (nn.Parameter(torch.ones(4, 4)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": ((self.a + self.b) * x + self.matrix.t() * x).pow(2).sum()}
+
+
+def test_gradients_have_memory_of_their_own_in_the_layout_of_their_parameters():
+    module, plain = Odd(), Odd()
+    graph_steps(module, stage=0)
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    for one in (module, plain):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=0.1, fused=True)
+        for _ in range(2):
+            optimizer.zero_grad()
+            one(x)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(one.parameters(), 0.5)
+            optimizer.step()
+    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_numbers_are_those_of_their_own_call_and_need_no_gradient():
     module, plain = Small(), Small()
     plain.load_state_dict(module.state_dict())
