@@ -5,7 +5,7 @@ docs/speed.md, twice as long for ViT-L by the fast variant. A graph computes wha
 memory: the shapes are fixed, and nothing in it may wait for the GPU or depend on its results.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,6 +44,7 @@ class _Graphs:
     Attributes:
         parameters: those that the loss depends on.
         differentiated: the inputs of the pass, for autograd: these, or a substitute.
+        gradients: theirs, written by each backward pass.
         upstream: the gradient of the loss.
     """
 
@@ -71,15 +72,18 @@ class _Graphs:
             del gradients
             self.parameters = [plain.get_parameter(name) for name in used]
             # Autograd would copy each gradient by a kernel of its own.
-            self.differentiated = self.parameters if hooked else [torch.ones((), requires_grad=True)]
+            substitute = torch.ones((), device=self.parameters[0].device, requires_grad=True)
+            self.differentiated = self.parameters if hooked else [substitute]
             self._aliases = [aliases[name] for name in used]
+            # Not among what the graphs allocate, which another forward pass may use anew; laid out as the parameters.
+            self.gradients = [torch.empty_like(alias) for alias in self._aliases]
             self.forward = Recording(run)
             self.upstream = torch.ones_like(self.forward.result["loss"])
             self.backward = Recording(self._differentiate, self.forward)
 
-    def _differentiate(self) -> tuple[Tensor, ...]:
-        gradients = torch.autograd.grad(self.forward.result["loss"], self._aliases, self.upstream)
-        return _of_their_own(gradients, self._aliases)
+    def _differentiate(self) -> None:
+        found = torch.autograd.grad(self.forward.result["loss"], self._aliases, self.upstream)
+        torch._foreach_copy_(self.gradients, list(found))
 
     def moved(self) -> bool:
         """Whether parameters are elsewhere in memory than they were."""
@@ -90,17 +94,17 @@ class _Graphs:
         self.upstream.copy_(upstream)
         if self.differentiated is self.parameters:
             self.backward.replay()
-            return self.backward.result
+            return tuple(self.gradients)
         # What the graph writes is the gradient itself, until another micro-batch overwrites it.
-        for parameter, written in zip(self.parameters, self.backward.result, strict=True):
+        for parameter, written in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not None and parameter.grad is written:
                 parameter.grad = parameter.grad.clone()
         self.backward.replay()
         sums = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if sums:
-            torch._foreach_add_(sums, list(self.backward.result))
+            torch._foreach_add_(sums, self.gradients)
         else:
-            for parameter, written in zip(self.parameters, self.backward.result, strict=True):
+            for parameter, written in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = written
         return (None,)
 
@@ -111,19 +115,6 @@ class _Graphs:
         loss, *others = _Replay.apply(self, *self.differentiated)
         names = [name for name in self.forward.result if name != "loss"]
         return {"loss": loss, **dict(zip(names, others, strict=True))}
-
-
-def _of_their_own(gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients as autograd stores them: each in memory of its own, and laid out as its parameter, as AdamW reads it."""
-    taken: set[int] = set()
-    own = []
-    for gradient, parameter in zip(gradients, parameters, strict=True):
-        memory = gradient.untyped_storage().data_ptr()
-        if gradient.stride() != parameter.stride() or memory in taken:
-            gradient = torch.empty_like(parameter).copy_(gradient)
-        own.append(gradient)
-        taken.add(memory)
-    return tuple(own)
 
 
 class _Replay(torch.autograd.Function):

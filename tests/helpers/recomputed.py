@@ -11,7 +11,7 @@ from pretrain.trainer import cuda_graphs
 
 
 class Recomputed:
-    """`cuda_graphs.Recording`, but that a `result` with gradients holds new tensors after a replay."""
+    """`cuda_graphs.Recording`, but that `result` holds new tensors after a replay."""
 
     def __init__(self, function: Callable[[], Any], before: "Recomputed | None" = None):
         self.function, self.replays = function, 0
@@ -19,12 +19,7 @@ class Recomputed:
 
     def replay(self) -> None:
         with torch.enable_grad():
-            result = self.function()
-        if self.replays and isinstance(result, tuple):
-            for written, one in zip(self.result, result, strict=True):
-                written.copy_(one)
-        else:
-            self.result = result
+            self.result = self.function()
         self.replays += 1
 
 
