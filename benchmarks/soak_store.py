@@ -1,6 +1,7 @@
 """An S3-compatible store on this machine that fails as real ones do, for `soak.py`."""
 
 import http.client
+import logging
 import os
 import random
 import socket
@@ -30,6 +31,7 @@ def failing_store(folder: Path, seed: int) -> Iterator[tuple[str, Counter[str]]]
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would print every request
     store = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     store.start()
     host, port = store.get_host_and_port()
