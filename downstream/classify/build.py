@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.cores import count_workers
 from data.image_folder import Samples
 from downstream.classify.config import FinetuneConfig
 from downstream.classify.evaluate import evaluate
@@ -44,7 +45,7 @@ def build_evaluation(config: FinetuneConfig, samples: Samples, world: World, dev
             batch=config.val.batch_size,
             rank=world.rank,
             world_size=world.size,
-            num_workers=config.data.num_workers,
+            num_workers=count_workers(config.data.num_workers),
             device=device,
             format=config.data.pixels.format,
         )

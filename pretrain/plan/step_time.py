@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from data.cores import AUTO, MOST_WORKERS
 from pretrain.config import PretrainConfig
 from pretrain.plan.block_cost import (
     Numerics,
@@ -227,7 +228,8 @@ def _host_seconds(trace: Trace, numerics: Numerics, config: PretrainConfig) -> f
 
 
 def _loader_seconds(config: PretrainConfig, cluster: Cluster, photographs: Photographs) -> float:
-    """Seconds that `data.num_workers` processes of each rank need for a step's images."""
+    """Seconds that `data.num_workers` processes of each rank need for a step's images; `auto`: the most."""
     data, samples = config.data, config.train.global_batch_size / cluster.gpus
     seconds = core_seconds(data.height_width, config.augmentations, data.repeats, photographs)
-    return samples * seconds / max(data.num_workers, 1)
+    workers = MOST_WORKERS if data.num_workers == AUTO else data.num_workers
+    return samples * seconds / max(workers, 1)

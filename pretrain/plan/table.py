@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from data.cores import AUTO, MOST_WORKERS
 from data.messages import counted
 from pretrain.plan.advice import Advice
 from pretrain.plan.estimate import Plan, StageMemory
@@ -147,17 +148,24 @@ def _links(plan: Plan) -> list[str]:
 
 
 def _host(plan: Plan) -> str:
-    needs, workers = plan.node_needs, plan.config.data.num_workers
+    needs = plan.node_needs
     size = plan.photographs.bytes
     shrunk = f" ({plan.photographs.shrunk})" if plan.photographs.shrunk else ""
     warning = ", MORE THAN NODES USUALLY HAVE" if needs.index_memory > USUAL_MEMORY else ""
     return (
-        f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute (data.num_workers="
-        f"{workers} on {counted(plan.cluster.per_node, 'rank')} are {workers * plan.cluster.per_node}), "
+        f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute ("
+        f"{_workers(plan)}), "
         f"{needs.read_rate:.2f} GB/s are read,\n"
         f"{needs.index_memory:,.1f} GiB of the host's memory hold the index{warning}; all photographs are "
         f"{plan.images * size / 1e12:,.2f} TB at {size / 1e3:.0f} KB each{shrunk}"
     )
+
+
+def _workers(plan: Plan) -> str:
+    workers, ranks = plan.config.data.num_workers, counted(plan.cluster.per_node, "rank")
+    if workers == AUTO:
+        return f"data.num_workers=auto takes what {ranks} have, up to {MOST_WORKERS} each"
+    return f"data.num_workers={workers} on {ranks} are {workers * plan.cluster.per_node}"
 
 
 def _limits(plan: Plan, advice: list[Advice]) -> str:

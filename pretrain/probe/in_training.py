@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from data.cores import count_workers
 from data.eval_loader import EvalLoader
 from data.image_folder import load_samples
 from pretrain.config import PretrainConfig
@@ -38,7 +39,7 @@ class Probe:
                 batch=min(micro_batch, MAX_BATCH),
                 rank=world.rank,
                 world_size=world.size,
-                num_workers=config.data.num_workers,
+                num_workers=count_workers(config.data.num_workers),
                 format=encoder.pixels.format,
             )
             for samples in (train, val)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data.batch import MaskSampler, SizedUntil
+from data.cores import count_workers
 from data.image_file import READS_HEIC
 from data.index import Index
 from data.loader import Loader
@@ -147,7 +148,7 @@ def build_loader(
         world_size=world.size,
         seed=config.seed,
         augmentations=config.augmentations,
-        num_workers=config.data.num_workers,
+        num_workers=count_workers(config.data.num_workers),
         repeats=config.data.repeats,
         format=config.data.pixels.format,
         shuffle_shards=config.data.shuffle_shards,

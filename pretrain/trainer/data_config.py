@@ -63,7 +63,9 @@ class DataConfig(Section):
         gt=0,
         description="seconds in which nothing of a shard comes, after which the run stops",
     )
-    num_workers: Annotated[int, MAY_CHANGE] = Field(8, ge=0, description="data-loading processes of each rank")
+    num_workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], MAY_CHANGE] = Field(
+        "auto", description="processes of each rank that decode; auto: one fewer than its share of the node's cores"
+    )
     max_skipped_images: Annotated[Annotated[int, Field(ge=0)] | Share, MAY_CHANGE] = Field(
         1000, description="undecodable images that a rank may replace before the run stops, or their share, as 0.01"
     )
