@@ -70,6 +70,8 @@ def _candidates(plan: Plan) -> list[tuple[dict[str, Any], str]]:
         candidates.append(({"model": {"compile": "on"}}, ""))
     if not plan.numerics.cuda_graphs and not cuda_graphs_obstacle(config, plan.zero.stage):
         candidates.append(({"model": {"cuda_graphs": "on"}}, "see docs/speed.md"))
+    if plan.zero.stage in (1, 2):
+        candidates.append(({"train": {"ds_config": "zero0"}}, "no wait for the gradient's norm; more memory"))
     if plan.numerics.residual == "fp32" and config.train.precision == "bf16":
         candidates.append(({"model": {"residual": "bf16"}}, "less exact"))
     if plan.numerics.attention == "sdpa":
