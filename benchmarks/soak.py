@@ -193,6 +193,7 @@ def write_recipe(folder: Path, shards: str, kills: int) -> Path:
         "train": {"epochs": epochs, "global_batch_size": BATCH, "precision": "fp32", "ds_config": "zero1"},
         "checkpoint": {"every_steps": 3},
         "log": {"every_steps": 1, "num_reconstructions": 2, "samples": True},
+        "watchdog": {"start_minutes": 2},  # a rank may be killed before it has met the others
     }
     (folder / "soak.yaml").write_text(yaml.safe_dump(keys))
     return folder / "soak.yaml"
