@@ -13,15 +13,23 @@ from pretrain.trainer.launch import World, exit_process, find_world, init_distri
 from pretrain.trainer.optim import build_adamw, parameter_groups
 
 UPDATES = 2
+PAIRS = (
+    ("zero0", "zero3"),
+    ("zero3", "zero1"),
+    ("zero1", "zero2_offload"),
+    ("zero2_offload", "zero3_offload"),
+    ("zero2", "zero0"),
+)
 
 
-def build(recipe: str, stage: int, world: World, elsewhere: bool) -> tuple[Any, Any]:
-    from pretrain.trainer.engine import build_engine
+def build(recipe: str, engine: str, world: World, elsewhere: bool) -> tuple[Any, Any]:
+    from pretrain.trainer.engine import build_engine, zero_stage
 
-    config = configure(recipe, f"train.ds_config=zero{stage}")
+    config = configure(recipe, f"train.ds_config={engine}")
     method = begin_elsewhere(config) if elsewhere else build_small(config)
-    optimizer = build_adamw(parameter_groups(method, config.optim.weight_decay), config, stage)
-    return config, build_engine(method, optimizer, config, small_settings(config, world.size))
+    settings = small_settings(config, world.size)
+    optimizer = build_adamw(parameter_groups(method, config.optim.weight_decay), config, zero_stage(settings))
+    return config, build_engine(method, optimizer, config, settings)
 
 
 def step(engine: Any, config: Any, number: int, world: World) -> None:
@@ -61,15 +69,16 @@ def counts(engine: Any) -> set[float]:
     return {float(state["step"]) for state in engine.basic_optimizer.state.values()}
 
 
-def check(recipe: str, stage: int, other: int, folder: Path, world: World) -> None:
-    """From an engine of one stage into one of another that has begun elsewhere, which then goes on as Adam does."""
+def check(recipe: str, first: str, second: str, folder: Path, world: World) -> None:
+    """From an engine into another that has begun elsewhere, which then goes on as Adam does."""
     from pretrain.trainer.checkpoint import Checkpoints
     from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_name
     from pretrain.trainer.engine import gather_state_dict
     from pretrain.trainer.moments import read_moments, set_moments
     from pretrain.trainer.stored_state import StoredState
 
-    config, engine = build(recipe, stage, world, elsewhere=False)
+    config, engine = build(recipe, first, world, elsewhere=False)
+    stage = engine.zero_optimization_stage()
     for number in range(UPDATES):
         step(engine, config, number, world)
     moments, weights, whole = live_moments(engine), live_weights(engine), gather_state_dict(engine, world)
@@ -83,7 +92,8 @@ def check(recipe: str, stage: int, other: int, folder: Path, world: World) -> No
         assert_same_bits({name: stored.moment(name, kind) for name in average}, average)
     assert_same_bits({name: stored.weight(name) for name in moments["exp_avg"]}, {n: weights[n] for n in stored.shapes})
 
-    config, engine = build(recipe, other, world, elsewhere=True)
+    config, engine = build(recipe, second, world, elsewhere=True)
+    other = engine.zero_optimization_stage()
     fresh = TrainState(world_size=world.size, zero_stage=other)
     assert checkpoints.resume(engine, NoEMA(), fresh)[0].step == UPDATES
     assert_same_bits(live_weights(engine), weights)
@@ -94,7 +104,7 @@ def check(recipe: str, stage: int, other: int, folder: Path, world: World) -> No
     assert counts(engine) == {UPDATES + 1.0}
     engine.destroy()
 
-    config, engine = build(recipe, other, world, elsewhere=True)
+    config, engine = build(recipe, second, world, elsewhere=True)
     left_out = next(iter(moments["exp_avg"]))
     names = {name: name for name in moments["exp_avg"] if name != left_out}
     set_moments(engine, read_moments(folder / checkpoint_name(UPDATES)).renamed(names))
@@ -108,9 +118,9 @@ def check(recipe: str, stage: int, other: int, folder: Path, world: World) -> No
 def main() -> None:
     world = find_world()
     init_distributed(world)
-    for stage, other in ((0, 3), (3, 1), (1, 2), (2, 0)):
-        check(sys.argv[1], stage, other, Path(sys.argv[2]) / f"zero{stage}", world)
-        print(f"zero{stage} -> zero{other}: the same", flush=True)
+    for first, second in PAIRS:
+        check(sys.argv[1], first, second, Path(sys.argv[2]) / first, world)
+        print(f"{first} -> {second}: the same", flush=True)
     exit_process(0)
 
 
