@@ -58,13 +58,14 @@ class StoredState:
         model: DeepSpeed's file about the module and its own counts.
 
     Raises:
-        ValueError: files of the checkpoint are missing, or hold less than the parameters need.
+        ValueError: files of the checkpoint are missing or hold less than the parameters need, or, without `trained`,
+            stage 0 had other groups than those of `parameter_groups`.
     """
 
     def __init__(
         self, checkpoint: Path, trained: Sequence[str] | None = None, load: Callable[[Path], Any] = _load
     ) -> None:
-        state = read_state(checkpoint)
+        self._checkpoint, state = checkpoint, read_state(checkpoint)
         self.stage, ranks = state.zero_stage, range(state.world_size)
         models = [checkpoint / MODEL_STATES]
         if self.stage == 3:
@@ -132,7 +133,10 @@ class StoredState:
             decaying = [name for name, t in self._whole.items() if decays(name, t.ndim, decay_class_token)]
             if len(decaying) == first:
                 return decaying + [name for name in self._whole if name not in decaying]
-        raise ValueError(f"the optimizer's first group has {first} parameters, and those that decay are others")
+        raise ValueError(
+            f"{self._checkpoint} has other parameter groups than a pretraining, and does not name them: set "
+            f"start.optimizer=false"
+        )
 
     def _join(self, flats: list[Tensor], start: int, name: str) -> Tensor:
         """A parameter's elements out of the tensors of all ranks."""
@@ -149,7 +153,7 @@ class StoredState:
                 before += flat.numel()
         whole = torch.cat(pieces)[:numel]
         if whole.numel() < numel:
-            raise ValueError(f"the checkpoint has {whole.numel()} of the {numel} elements of {name}")
+            raise ValueError(f"{self._checkpoint} has {whole.numel()} of the {numel} elements of {name}")
         return whole.view(shape)
 
 

@@ -141,13 +141,24 @@ def test_the_optimizer_of_stage_0_numbers_parameters_by_its_groups(decay_class_t
         assert torch.equal(stored.moment(name, "exp_avg"), optimizer.state[parameter]["exp_avg"]), name
 
 
+def test_groups_that_nobody_names_are_refused(tmp_path: Path):
+    module = Small()
+    optimizer = torch.optim.AdamW(module.parameters()).state_dict()
+    saved = {"module": module.state_dict(), "buffer_names": [], "optimizer": optimizer}
+    checkpoint = write(tmp_path / "tuned", 0, [], saved, 1)
+    with pytest.raises(ValueError, match=r"tuned has other parameter groups .*: set start\.optimizer=false"):
+        StoredState(checkpoint)
+    names = [name for name, _ in module.named_parameters()]
+    assert StoredState(checkpoint, names).trained == names
+
+
 def test_files_that_are_missing_or_too_short_are_named(tmp_path: Path):
     short = write_cut(tmp_path / "short", 2, draw())
     path = short / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     file = torch.load(path)
     file["optimizer_state_dict"]["fp32_flat_groups"][0] = torch.zeros(4)
     torch.save(file, path)
-    with pytest.raises(ValueError, match=r"the checkpoint has 7 of the 12 elements of proj\.weight"):
+    with pytest.raises(ValueError, match=r"short has 7 of the 12 elements of proj\.weight"):
         StoredState(short).weight("proj.weight")
     path.unlink()
     with pytest.raises(ValueError, match=r"short has 1 of 2 ranks' files, and no zero_pp_rank_1_mp_rank_00_optim"):
