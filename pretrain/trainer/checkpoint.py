@@ -29,7 +29,7 @@ from pretrain.trainer.checkpoint_layout import (
     size_and_crc,
 )
 from pretrain.trainer.config import CheckpointConfig
-from pretrain.trainer.elastic import BY_STAGE, layout_change, load_parts
+from pretrain.trainer.elastic import BY_STAGE, has_other_parts, layout_change, load_parts
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.optim import keep_fused
@@ -186,9 +186,9 @@ class Checkpoints:
         check_continues(state, fresh)
         self._check_numerics(state, fresh)
         engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
-        if layout_change(state, fresh) and (state.zero_stage or fresh.zero_stage):
+        if has_other_parts(engine, self.folder / name, state, fresh):
             load_parts(engine, self.folder / name)
-        else:  # as it was written; in stage 0 all ranks have the same
+        else:
             path, _ = engine.load_checkpoint(str(self.folder), tag=name)
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
         keep_fused(engine.basic_optimizer)

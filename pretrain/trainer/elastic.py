@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.trainer.checkpoint_layout import TrainState
+from pretrain.trainer.checkpoint_layout import MODEL_STATES, STAGE3_MODEL_STATES, TrainState, load_deepspeed_file
 from pretrain.trainer.moments import Moments, set_moments, trained_tensors
 from pretrain.trainer.stored_state import StoredState
 
@@ -25,6 +25,21 @@ def layout_change(state: TrainState, now: TrainState) -> list[str]:
         "the ZeRO stage (train.ds_config)": (state.zero_stage, now.zero_stage),
     }
     return [f"{what} was {before} and is {after}" for what, (before, after) in pairs.items() if before != after]
+
+
+def has_other_parts(engine: Any, checkpoint: Path, state: TrainState, now: TrainState) -> bool:
+    """Whether ranks of this engine have other parts of the training than those that wrote a checkpoint.
+
+    Keys within DeepSpeed's `zero_optimization` can bring that about, too; DeepSpeed notices some of them, and takes the
+    wrong moments with others (`round_robin_gradients`).
+    """
+    if state.zero_stage == now.zero_stage == 0:
+        return False  # all ranks have all of it
+    if layout_change(state, now):
+        return True
+    file = checkpoint / (STAGE3_MODEL_STATES if state.zero_stage == 3 else MODEL_STATES)
+    written = load_deepspeed_file(str(file), "cpu", mmap=True)["ds_config"]
+    return bool(written["zero_optimization"] != engine.config["zero_optimization"])
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """One rank of a launch: weights, buffers and moments go from engines of every ZeRO stage into another's, exactly."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from helpers.rank_checks import assert_same_bits
@@ -115,9 +117,45 @@ def check(recipe: str, first: str, second: str, folder: Path, world: World) -> N
     engine.destroy()
 
 
+def check_order(recipe: str, folder: Path, world: World) -> None:
+    """The same stage and ranks, with parameters in another order, and back; DeepSpeed cannot find them there."""
+    from pretrain.trainer.checkpoint import Checkpoints
+    from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_name
+    from pretrain.trainer.elastic import has_other_parts
+    from pretrain.trainer.stored_state import StoredState
+
+    state = TrainState(step=UPDATES, updates=UPDATES, world_size=world.size, zero_stage=1)
+    config, engine = build(recipe, "zero1", world, elsewhere=False)
+    for number in range(UPDATES):
+        step(engine, config, number, world)
+    moments, weights = live_moments(engine), live_weights(engine)
+    plain, ordered = (Checkpoints(folder / name, world, config.checkpoint) for name in ("plain", "ordered"))
+    assert plain.save(engine, NoEMA(), state) is None
+    engine.destroy()
+    ordered_file = folder / "ordered.json"
+    if world.is_main:
+        ordered_file.write_text(json.dumps({"zero_optimization": {"stage": 1, "round_robin_gradients": True}}))
+    dist.barrier()
+    _, engine = build(recipe, str(ordered_file), world, elsewhere=True)
+    plain.resume(engine, NoEMA(), state)
+    assert ordered.save(engine, NoEMA(), state) is None
+    engine.destroy()
+    stored = StoredState(folder / "ordered" / checkpoint_name(UPDATES))
+    for kind, average in moments.items():
+        assert_same_bits({name: stored.moment(name, kind) for name in average}, average)
+    _, engine = build(recipe, "zero1", world, elsewhere=True)
+    found = [has_other_parts(engine, one.folder / checkpoint_name(UPDATES), state, state) for one in (plain, ordered)]
+    assert found == [False, True]
+    ordered.resume(engine, NoEMA(), state)
+    assert_same_bits(live_weights(engine), weights)
+    assert_same_bits(live_moments(engine), moments)
+    engine.destroy()
+
+
 def main() -> None:
     world = find_world()
     init_distributed(world)
+    check_order(sys.argv[1], Path(sys.argv[2]), world)
     for first, second in PAIRS:
         check(sys.argv[1], first, second, Path(sys.argv[2]) / first, world)
         print(f"{first} -> {second}: the same", flush=True)
