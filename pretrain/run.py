@@ -132,7 +132,7 @@ def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moment
     if loaded is None or config.start is None or not config.start.optimizer:
         return None
     moments = read_moments(loaded.path).renamed(loaded.taken)
-    _log.info("the optimizer starts with the moments of %d parameters", len(moments.averages["exp_avg"]))
+    _log.info("the optimizer starts with the moments of %d parameters", len(moments.names))
     return moments
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,13 +19,12 @@ from pretrain.trainer.checkpoint_layout import (
     EMA_FILE,
     MANIFEST,
     MODEL_STATES,
-    STAGE3_MODEL_STATES,
-    STAGE3_OPTIMIZER_STATES,
     deepspeed_types,
     latest_checkpoint,
     read_state,
 )
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.stored_state import StoredState
 
 
 @dataclass(frozen=True)
@@ -186,34 +184,6 @@ def _read_states(path: Path) -> Any:
 
 
 def _gather_stage3(folder: Path) -> dict[str, Tensor]:
-    """Complete parameters from the ranks' partitions.
-
-    A rank keeps its partitions of all parameters in one flat fp32 vector (in several, if it is long), in the order of
-    `param_shapes`. Every parameter is cut into as many equal partitions as there are ranks, the last one padded.
-    """
-    ranks = sorted(folder.glob(STAGE3_OPTIMIZER_STATES), key=_rank)
-    first = folder / STAGE3_MODEL_STATES
-    if not ranks or not first.is_file():
-        raise ValueError(f"{folder} lacks files of the checkpoint: copy all of it")
-    parts = [_read_states(path)["optimizer_state_dict"] for path in ranks]
-    if parts[0]["partition_count"] != len(ranks):
-        raise ValueError(f"{folder} has {len(ranks)} of {parts[0]['partition_count']} ranks' files: copy all of it")
-    flats = [torch.cat([group.flatten() for group in part["fp32_flat_groups"]]) for part in parts]
-    states = _read_states(first)
-    tensors = {name: states["module"][name] for name in states["buffer_names"] if name in states["module"]}
-    at = 0
-    for shapes in states["param_shapes"]:
-        for name, shape in shapes.items():
-            length = -(-shape.numel() // len(ranks))
-            padded = torch.cat([flat[at : at + length] for flat in flats])
-            tensors[name] = padded[: shape.numel()].view(shape)
-            at += length
-    if at > len(flats[0]):
-        raise ValueError(f"{folder}: its parameters need {at} numbers per rank, there are {len(flats[0])}")
-    return tensors
-
-
-def _rank(path: Path) -> int:
-    found = re.search(r"rank_(\d+)_", path.name)
-    assert found, path
-    return int(found[1])
+    """Complete parameters from the ranks' partitions."""
+    stored = StoredState(folder, load=_read_states)
+    return stored.buffers | {name: stored.weight(name) for name in stored.shapes}

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from pretrain.trainer.checkpoint_layout import (
-    CONVERTED,
     LATEST,
     MANIFEST,
     UNFINISHED,
@@ -30,7 +29,7 @@ from pretrain.trainer.checkpoint_layout import (
     size_and_crc,
 )
 from pretrain.trainer.config import CheckpointConfig
-from pretrain.trainer.elastic import convert, load_universal
+from pretrain.trainer.elastic import BY_STAGE, has_other_parts, layout_change, load_parts
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.launch import World
 from pretrain.trainer.optim import keep_fused
@@ -164,7 +163,7 @@ class Checkpoints:
     def resume(
         self, engine: Any, ema: NoEMA, fresh: TrainState, changed: ChangedShards | None = None
     ) -> tuple[TrainState, str | None]:
-        """Loads the newest intact checkpoint into engine and moving average; the number of ranks may have changed.
+        """Loads the newest intact checkpoint into engine and moving average, whatever ranks and stage it is of.
 
         Args:
             engine, ema: what is loaded into.
@@ -175,8 +174,7 @@ class Checkpoints:
             The state of the run and the checkpoint's name; `fresh` and None if there are no checkpoints.
 
         Raises:
-            CannotContinueError: the newest checkpoint is of a different training, or cannot be converted to this number
-                of ranks.
+            CannotContinueError: the newest checkpoint is of a different training.
             ValueError: all checkpoints are damaged, or other shards cannot be accepted at this step.
         """
         found = self.newest_intact()
@@ -188,8 +186,8 @@ class Checkpoints:
         check_continues(state, fresh)
         self._check_numerics(state, fresh)
         engine.checkpoint_engine = SafeCheckpointEngine(engine._config)
-        if state.zero_stage and state.world_size != self.world.size:
-            self._load_converted(engine, name)
+        if has_other_parts(engine, self.folder / name, state, fresh):
+            load_parts(engine, self.folder / name)
         else:
             path, _ = engine.load_checkpoint(str(self.folder), tag=name)
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
@@ -197,38 +195,25 @@ class Checkpoints:
         ema.load(self.folder / name)
         if self.world.is_main:
             write_durably(self.folder / LATEST, name)  # what it named may be damaged, and will be written again
-        return replace(state, world_size=self.world.size, numerics=fresh.numerics, machine=fresh.machine), name
+        now = {key: getattr(fresh, key) for key in ("world_size", "zero_stage", "numerics", "machine")}
+        return replace(state, **now), name
 
     def _check_numerics(self, state: TrainState, now: TrainState) -> None:
         """Refuses, or says, that the run would continue with other bits than it would have had."""
+        layout = layout_change(state, now)
         changed = _differences(*(_without_graphs(one.numerics) for one in (state, now)))
-        if changed and self.config.exact_resume:
+        chosen = [change for change in changed if state.zero_stage == now.zero_stage or not change.startswith(BY_STAGE)]
+        if chosen and self.config.exact_resume:
             raise CannotContinueError(
-                f"the run would not continue with the same bits: {', '.join(changed)}; change these back "
+                f"the run would not continue with the same bits: {', '.join(chosen)}; change these back "
                 f"(model.compile, model.attention, model.residual, train.deterministic, the device), or set "
                 f"checkpoint.exact_resume=false"
             )
-        if changed and self.world.is_main:
-            _log.warning("the run continues with other bits: %s", ", ".join(changed))
+        if (layout or changed) and self.world.is_main:
+            _log.warning("the run continues with other bits: %s", ", ".join(layout + changed))
         elsewhere = _differences(state.machine, now.machine)
         if elsewhere and self.world.is_main:
             _log.warning("the run may continue with other bits: %s", ", ".join(elsewhere))
-
-    def _load_converted(self, engine: Any, name: str) -> None:
-        converted = self.folder / CONVERTED
-        problem = None
-        if self.world.is_main:
-            shutil.rmtree(converted, ignore_errors=True)
-            for path in (self.folder / name).glob("*.pt"):  # the converter unpickles anything
-                SafeCheckpointEngine().load(str(path))
-            problem = convert(self.folder / name, converted / name)
-        problem = first_problem(problem)
-        if problem:
-            raise CannotContinueError(f"checkpoint {name} was written by another number of ranks, and {problem}")
-        load_universal(engine, converted, name)
-        dist.barrier()
-        if self.world.is_main:
-            shutil.rmtree(converted)
 
     def _share(self, folder: Path) -> list[Path]:
         return sorted(folder.iterdir())[self.world.rank :: self.world.size]
@@ -248,13 +233,6 @@ def check_continues(state: TrainState, now: TrainState) -> None:
         differences.append(
             f"data.shards has different samples: {shard_difference(state.shards, now.shards)}; "
             "data.accept_changed_shards=true continues with them, where an epoch ends"
-        )
-    if state.zero_stage != now.zero_stage:
-        differences.append(f"train.ds_config was ZeRO stage {state.zero_stage} and is stage {now.zero_stage}")
-    elif state.zero_stage == 3 and state.world_size != now.world_size:
-        # DeepSpeed 0.19.8 converts it without complaint, and the optimizer continues with a wrong state.
-        differences.append(
-            f"there were {state.world_size} ranks and are {now.world_size}; ZeRO-3 cannot change the number of ranks"
         )
     if differences:
         raise CannotContinueError(

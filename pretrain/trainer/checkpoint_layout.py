@@ -20,11 +20,10 @@ MANIFEST = "manifest.json"
 EMA_FILE = "ema.safetensors"
 LATEST = "latest"
 UNFINISHED = "unfinished"
-CONVERTED = "converted"  # a checkpoint for another number of ranks, while it is loaded
 MODEL_STATES = "mp_rank_00_model_states.pt"  # whole weights, in ZeRO stages 0 to 2
-STAGE3_MODEL_STATES = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+STAGE3_RANK_STATES = "zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+STAGE3_MODEL_STATES = STAGE3_RANK_STATES.format(rank=0)
 OPTIMIZER_STATES = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # in ZeRO stages 1 to 3
-STAGE3_OPTIMIZER_STATES = "zero_pp_rank_*_optim_states.pt"
 ANY_MODEL_STATES = "*_model_states.pt"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -120,7 +119,11 @@ def deepspeed_types() -> list[Any]:
     return [ZeroStageEnum, LossScaler, fragment_address]
 
 
-def load_deepspeed_file(path: str, map_location: Any = None) -> Any:
-    """Loads tensors, plain values and `deepspeed_types`; a file with anything else is refused, not unpickled."""
+def load_deepspeed_file(path: str, map_location: Any = None, mmap: bool = False) -> Any:
+    """Loads tensors, plain values and `deepspeed_types`; a file with anything else is refused, not unpickled.
+
+    Args:
+        mmap: leave tensors on disk until they are used.
+    """
     with torch.serialization.safe_globals(deepspeed_types()):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)

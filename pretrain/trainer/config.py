@@ -170,7 +170,7 @@ class RunConfig(Section):
         advice = [f"train.gradient_accumulation_steps higher than {accumulation} (the micro-batch is {micro_batch})"]
         if not self.model.grad_checkpointing:
             advice.append("model.grad_checkpointing=true")
-        return f"set {', '.join(advice)}, or start a new run with a higher ZeRO stage (train.ds_config)"
+        return f"set {', '.join(advice)}, or continue with a higher ZeRO stage (train.ds_config)"
 
     def problems(self) -> Iterator[str]:
         """What of the values does not fit together: a sentence each, with the key to change."""

@@ -12,6 +12,11 @@ from pretrain.trainer.config import OptimConfig, RunConfig
 from pretrain.trainer.nonfinite import NonfiniteGuard
 
 
+def decays(name: str, ndim: int, decay_class_token: bool) -> bool:
+    """Whether `parameter_groups` gives a parameter weight decay."""
+    return ndim > 1 and (decay_class_token or name.rpartition(".")[2] != "cls_token")
+
+
 def parameter_groups(model: nn.Module, weight_decay: float, decay_class_token: bool = True) -> list[dict[str, Any]]:
     """Every trainable parameter exactly once: matrices, tokens and relative tables decay, vectors do not.
 
@@ -21,13 +26,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_class_token: b
         decay_class_token: False for SimMIM's rule, by which the encoder's class token does not decay.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decays = {
-        name: p.ndim > 1 and (decay_class_token or name.rpartition(".")[2] != "cls_token")
-        for name, p in trainable.items()
-    }
+    decaying = {name for name, p in trainable.items() if decays(name, p.ndim, decay_class_token)}
     groups = [
-        {"params": [p for name, p in trainable.items() if decays[name]], "weight_decay": weight_decay},
-        {"params": [p for name, p in trainable.items() if not decays[name]], "weight_decay": 0.0},
+        {"params": [p for name, p in trainable.items() if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable.items() if name not in decaying], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -77,7 +79,7 @@ def build_adamw(groups: list[dict[str, Any]], config: RunConfig, stage: int) -> 
 def keep_fused(optimizer: torch.optim.Optimizer) -> None:
     """Call it when the optimizer's state was loaded: the options of the one that was saved must not win.
 
-    A fused optimizer reads its step counts on the device; DeepSpeed loads them to the CPU when ranks have changed.
+    A fused optimizer reads its step counts on the device, and others keep them on the CPU.
     """
     if not optimizer.defaults.get("fused"):
         return

@@ -134,7 +134,9 @@ def test_what_a_run_leaves_and_measures(whole: Path):
     assert json.loads((whole / "environment.json").read_text())["deepspeed"]["zero_stage"] == 3
 
 
-def test_another_number_of_ranks_continues_with_layer_decay(tuning: Path, start: Callable[..., Any], tmp_path: Path):
+def test_other_ranks_and_another_stage_continue_with_layer_decay(
+    tuning: Path, start: Callable[..., Any], tmp_path: Path
+):
     """Without what is drawn for each rank; the data workers' draws are the samples' own. The classes are learned."""
     still = (
         "model.drop_path_rate=0",
@@ -143,14 +145,16 @@ def test_another_number_of_ranks_continues_with_layer_decay(tuning: Path, start:
         "augment.random_erasing=0",
         "train.precision=fp32",
     )
-    keys = (tuning, *still, "train.ds_config=zero1", "augment.randaugment=rand-m3-mstd0.5-inc1")
-    start(*keys, script=CLASSIFY).finish()
+    keys = (tuning, *still, "augment.randaugment=rand-m3-mstd0.5-inc1")
+    start(*keys, "train.ds_config=zero1", script=CLASSIFY).finish()
     run = tmp_path / "runs" / "tuned"
     before, measured = read_metrics(run / "metrics.jsonl"), read_metrics(run / "evaluation.jsonl")
     assert measured[-1]["top1"] > 0.6
     last = load_file(run / "model.safetensors")
     subprocess.run(["rm", "-r", str(run / "checkpoints" / "step_00000015")], check=True)
-    assert "resumes from step_00000010" in start(*keys, script=CLASSIFY, processes=1).finish()
+    said = start(*keys, "train.ds_config=zero3", script=CLASSIFY, processes=1).finish()
+    assert "resumes from step_00000010" in said
+    assert "the number of ranks was 2 and is 1, the ZeRO stage (train.ds_config) was 1 and is 3" in said
     after = read_metrics(run / "metrics.jsonl")
     assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in before], rel=1e-5)
     assert [row["grad_norm"] for row in after] == pytest.approx([row["grad_norm"] for row in before], rel=1e-3)

@@ -59,10 +59,10 @@ def build_small(config: PretrainConfig) -> Any:
 
 def global_batch(step: int, draw: Callable[..., dict[str, Any]], config: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Random images, and what `draw` draws for each from a generator."""
-    rng = np.random.default_rng(step)
-    shape = (BATCH, len(config.augmentations), 64, 80, 3)
+    rng, batch = np.random.default_rng(step), config.train.global_batch_size
+    shape = (batch, len(config.augmentations), 64, 80, 3)
     images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).squeeze(1)
-    drawn = [draw(rng) for _ in range(BATCH)]
+    drawn = [draw(rng) for _ in range(batch)]
     return images, {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in drawn[0]}
 
 
@@ -125,7 +125,7 @@ class FixedBatches:
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
         parts = self.config.train.gradient_accumulation_steps
-        size = BATCH // (self.world.size * parts)
+        size = self.config.train.global_batch_size // (self.world.size * parts)
         for step in range(start_step, end_step):
             images, drawn = global_batch(step, self.draw, self.config)
             micro_batches = []

@@ -222,7 +222,7 @@ def test_adamw_is_fused_in_every_stage():
 
 
 def test_loading_does_not_bring_back_the_options_of_the_optimizer_that_was_saved():
-    """A step count as DeepSpeed's universal checkpoints hold it, on the CPU and of whatever type."""
+    """Nor a step count on the CPU and of whatever type."""
     models, guarded, _ = optimizers()
     saved = torch.optim.AdamW(parameter_groups(models[1], 0.05), lr=1e-2, betas=(0.9, 0.95))
     set_gradients(models, 0)

@@ -241,8 +241,7 @@ def test_a_full_gpu_is_one_line_with_the_keys_to_change(
     assert run_main(torch.OutOfMemoryError(said), rank=1) == 1
     line = (
         f"error on rank 1: the GPU's memory is full{more}: set train.gradient_accumulation_steps higher than 4 (the "
-        "micro-batch is 8), model.grad_checkpointing=true, or start a new run with a higher ZeRO stage "
-        "(train.ds_config)\n"
+        "micro-batch is 8), model.grad_checkpointing=true, or continue with a higher ZeRO stage (train.ds_config)\n"
     )
     assert capsys.readouterr().err == line
     assert (tmp_path / "logs" / "rank1.log").read_text().endswith(line)
