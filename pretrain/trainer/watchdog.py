@@ -13,7 +13,6 @@ import faulthandler
 import json
 import logging
 import os
-import socket
 import sys
 import tempfile
 import threading
@@ -26,9 +25,10 @@ import psutil
 import torch.distributed as dist
 
 from data.workers import print_stacks_of_workers
-from pretrain.trainer.attempt import mark_attempt
+from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process
+from pretrain.trainer.meeting import connect, meeting_store
 from pretrain.trainer.phases import current_phase
 
 HUNG = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry": slurm/_train.sh requeues
@@ -45,7 +45,7 @@ class Watchdog:
 
     Args:
         config: the limits, in minutes; 0 is no limit.
-        world: the ranks, which meet when the process group is initialized.
+        world: the ranks, which `meet` as soon as they have started.
     """
 
     def __init__(self, config: WatchdogConfig, world: World):
@@ -87,9 +87,9 @@ class Watchdog:
             self._look_at_others()
 
     def _join(self) -> dist.Store | None:
-        """The store, to which this rank is connected once there are others; None until then."""
-        if self._store is None and self._world.size > 1 and dist.is_available() and dist.is_initialized():
-            self._store = _connect()
+        """The store, to which this rank is connected once it has met the others; None until then."""
+        if self._store is None and self._world.size > 1 and meeting_store() is not None:
+            self._store = dist.PrefixStore("watchdog", connect(timedelta(seconds=_GRACE)))
         return self._store
 
     def _check_limit(self) -> None:
@@ -108,7 +108,7 @@ class Watchdog:
             if store is None:
                 return
             if self._polls % _HEARTBEAT == 1:
-                store.set(f"alive/{self._world.rank}", str(self._polls))
+                store.set(f"alive/{self._world.rank}", f"{self._polls} {node_name()}")
             self._listen(store)
             if self._told is not None:
                 self._follow(**self._told)
@@ -132,7 +132,12 @@ class Watchdog:
             if self._heard.get(rank, (None, 0.0))[0] != sign:
                 self._heard[rank] = (sign, now)
             elif limit and now - self._heard[rank][1] > 60 * limit:
-                silence = f"nothing was heard of rank {rank} for watchdog.silent_minutes={limit:g} minutes"
+                node = sign.decode().partition(" ")[2]
+                who = f"rank {rank} on {node}" if node else f"rank {rank}"
+                if node:
+                    with contextlib.suppress(OSError):
+                        mark_bad_node(node)
+                silence = f"nothing was heard of {who} for watchdog.silent_minutes={limit:g} minutes"
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
 
     def _follow(self, rank: int, problem: str, hung: bool) -> None:
@@ -150,7 +155,7 @@ class Watchdog:
 
     @property
     def _name(self) -> str:
-        return f"rank {self._world.rank} on {socket.gethostname()}"
+        return f"rank {self._world.rank} on {node_name()}"
 
     def _end(self, problem: str, code: int, tell: bool = False) -> None:
         """Says why, and where this rank is; the process ends even if it can neither tell the others nor write."""
@@ -166,16 +171,6 @@ class Watchdog:
         if tell:
             time.sleep(2 * POLL)  # all have read it, before a broken connection tells them less
         exit_process(code)
-
-
-def _connect() -> dist.Store:
-    store: Any = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    own = dist.TCPStore(
-        store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_GRACE)
-    )
-    return dist.PrefixStore("lomar/watchdog", own)
 
 
 def _position() -> str:
