@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -19,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.handover import SHARED_MEMORY, Handover, HandoverPacker, shorten_socket_folder, warn_of_pipes
+from data.waiting import POLL, look_while_waiting
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -27,26 +27,7 @@ WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped r
 _TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no place is left out
 IN_FLIGHT = 2  # requests of each worker that are read ahead of the results
 _STACKS = signal.SIGUSR2  # by which a worker prints its stacks
-POLL = 1.0  # seconds of waiting between looks at workers and signals
-
-_while_waiting: ContextVar[Callable[[], None] | None] = ContextVar("while_waiting", default=None)
-
-
-@contextmanager
-def while_waiting(look: Callable[[], None]) -> Iterator[None]:
-    """Within this context `look` is called every second in which a batch is waited for; what it raises ends that."""
-    before = _while_waiting.set(look)
-    try:
-        yield
-    finally:
-        _while_waiting.reset(before)
-
-
-def look_while_waiting() -> None:
-    """What the context's `while_waiting` is given, if anything; to be called while this process waits for data."""
-    look = _while_waiting.get()
-    if look is not None:
-        look()
+KILL_TIMEOUT = 5.0  # seconds to wait for one that was killed: a storage that hangs may hold it for ever
 
 
 @dataclass(frozen=True)
@@ -250,7 +231,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
     """Kills workers that are still alive: they ignore the SIGTERM that DataLoader would send."""
     for worker in list(workers):
         worker.kill()
-        worker.join()
+        worker.join(KILL_TIMEOUT)
         _RUNNING.discard(worker)
 
 

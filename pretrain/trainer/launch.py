@@ -1,7 +1,9 @@
 """This process among those of the run, started by deepspeed, torchrun, srun or plain python."""
 
+import contextlib
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,6 +64,29 @@ def find_world() -> World:
     else:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+# Processes that start ranks and end them when they are ended themselves.
+_LAUNCHERS = re.compile(r"(^|/)(deepspeed|torchrun|_node\.sh)$|^(deepspeed\.launcher|torch\.distributed)\.|^slurmstepd")
+
+
+def launchers() -> list[psutil.Process]:
+    """Those that have started this process, from its parent upwards; none of plain python."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):  # another user's
+            if not any(_LAUNCHERS.search(word) for word in process.cmdline()[:5]):
+                break
+            found.append(process)
+    return found
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also if nobody has asked for its exit code yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def ranks_on_node(world: World) -> int:

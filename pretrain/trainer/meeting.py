@@ -18,7 +18,7 @@ import psutil
 import torch.distributed as dist
 
 from pretrain.trainer.phases import SLOW, report_if_slow
-from pretrain.trainer.signals import Stopped, told_to_stop
+from pretrain.trainer.signals import stop_if_told
 
 _TRY = timedelta(seconds=5)  # of one attempt to reach the store
 _FOREIGN = 30.0  # seconds in which something listens at the port that is no store
@@ -90,7 +90,7 @@ def _find_store() -> dist.TCPStore:
         threading.Thread(target=attempt, daemon=True).start()
         start = time.monotonic()
         while tries.empty():
-            _stop_if_told("the main rank")
+            stop_if_told("the main rank to start")
             if time.monotonic() - start > _FOREIGN:
                 raise ValueError(_foreign(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
             time.sleep(_POLL)
@@ -106,7 +106,7 @@ def _introduce(store: dist.TCPStore, rank: int) -> None:
         store.set(run, token)
     start = time.monotonic()
     while not store.check([run]):
-        _stop_if_told("the main rank")
+        stop_if_told("the main rank to start")
         if attempt is None and time.monotonic() - start > _FOREIGN:  # torchrun's store is there before the main rank
             raise ValueError(_foreign(store.host, store.port))
         time.sleep(_POLL)
@@ -123,7 +123,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
             store.set("all", "")
             return
         names = _ranks(missing) if rank == 0 else "other ranks"
-        _stop_if_told(names)
+        stop_if_told(f"{names} to start")
         if rank == 0 and time.monotonic() - start > mention:
             _log.warning("%s have not started: look at what their nodes say", names)
             mention *= 3
@@ -133,11 +133,6 @@ def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
 def _ranks(missing: list[int]) -> str:
     shown = ", ".join(map(str, missing[:16]))
     return f"ranks {shown}{' and others' if len(missing) > 16 else ''}"
-
-
-def _stop_if_told(names: str) -> None:
-    if told_to_stop():
-        raise Stopped(f"stopped by a signal while waiting for {names} to start; give the same command to continue")
 
 
 def _token() -> str:
@@ -180,7 +175,7 @@ def _port_in_use(port: int) -> str:
         listening, command = set(), ""
     owner = f"process {min(listening)} ({command})" if command else "another process of this machine"
     return (
-        f"port {port} is already in use by {owner}. If that is this very run, whose launcher was killed, it still goes "
-        f"on: `kill {min(listening, default='PID')}` saves and stops it. To start another run beside it choose another "
+        f"port {port} is already in use by {owner}. If that is this very run, which still goes on, "
+        f"`kill {min(listening, default='PID')}` saves and stops it. To start another run beside it choose another "
         f"port: deepspeed (or torchrun) --master_port={free_port()} ..."
     )

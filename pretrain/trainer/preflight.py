@@ -21,13 +21,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
+from data.waiting import while_waiting
 from pretrain.trainer.attempt import mark_bad_node, node_name
 from pretrain.trainer.launch import World
 from pretrain.trainer.main import said_once
 from pretrain.trainer.meeting import meet, meeting_store
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import package_version
-from pretrain.trainer.signals import Stopped, told_to_stop
+from pretrain.trainer.signals import stop_if_told
 
 _ROOT = Path(__file__).parents[2]
 _PROJECT = ("data", "pretrain", "downstream")
@@ -108,7 +109,8 @@ def checked_start(
     meet(world.rank, world.size)
     loaded, index, problem = None, "", ""
     try:
-        loaded = load()
+        with while_waiting(lambda: stop_if_told("another process that makes the index")):
+            loaded = load()
         index = fingerprint(loaded)
     except (ValueError, OSError) as error:
         if world.size == 1:
@@ -259,7 +261,6 @@ def _wait_for(store: dist.Store, key: str, whom: str) -> str:
     """What another rank says; by looking now and then, so that signals are noticed."""
     with report_if_slow(f"waiting for {whom}, which still reads or checks"):
         while not store.check([key]):
-            if told_to_stop():
-                raise Stopped(f"stopped by a signal while waiting for {whom}; give the same command to continue")
+            stop_if_told(whom)
             time.sleep(_POLL)
     return store.get(key).decode()

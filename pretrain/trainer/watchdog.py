@@ -13,6 +13,7 @@ import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from data.workers import print_stacks_of_workers
 from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
 from pretrain.trainer.config import WatchdogConfig
-from pretrain.trainer.launch import World, exit_process
+from pretrain.trainer.launch import World, exit_process, has_ended, launchers
 from pretrain.trainer.meeting import connect, meeting_store
 from pretrain.trainer.phases import current_phase
 
@@ -54,6 +55,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._polls = 0
+        self._launchers = launchers()
+        self._is_orphan = False
         self._heard: dict[int, tuple[bytes, float]] = {}  # of each rank: its last sign of life, and when it came
         self._told: dict[str, Any] | None = None  # how the first rank that ended did
         self._answered = time.monotonic()  # when the store did
@@ -84,6 +87,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(POLL):
             self._check_limit()
+            self._check_launcher()
             self._look_at_others()
 
     def _join(self) -> dist.Store | None:
@@ -101,6 +105,13 @@ class Watchdog:
             problem = f"{phase.name} has taken longer than watchdog.{phase.limit}={limit:g} minutes"
             self._end(f"{self._name}: {problem}", HUNG, tell=True)
 
+    def _check_launcher(self) -> None:
+        """Without a launcher nobody could stop the run any more: it saves and stops by itself."""
+        if not self._is_orphan and (ended := [process.pid for process in self._launchers if has_ended(process)]):
+            self._is_orphan = True
+            _log.warning("the launcher (process %d) has ended: this rank saves and stops", ended[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def _look_at_others(self) -> None:
         self._polls += 1
         try:
@@ -116,7 +127,8 @@ class Watchdog:
                 self._check_silence(store)
             self._answered = time.monotonic()
         except RuntimeError as error:  # torch's network errors
-            if time.monotonic() - self._answered > _GRACE:
+            # torchrun's store ends with it, and then a checkpoint is still to be saved.
+            if time.monotonic() - self._answered > _GRACE and not self._is_orphan:
                 self._end(f"rank 0, or the launcher, has ended or does not answer ({str(error).splitlines()[0]})", 1)
 
     def _listen(self, store: dist.Store) -> None:

@@ -17,7 +17,8 @@ import data.workers
 from data.handover import HandoverPacker
 from data.index import Index
 from data.loader import Loader
-from data.workers import in_workers, while_waiting
+from data.waiting import while_waiting
+from data.workers import in_workers
 
 
 def batches(index: Index, num_workers: int) -> list[torch.Tensor]:
