@@ -1,10 +1,12 @@
 """Batches made by worker processes, in the order of the requests."""
 
 import atexit
+import ctypes
 import faulthandler
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -26,6 +28,7 @@ Result = TypeVar("Result")
 WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
 _TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no place is left out
 IN_FLIGHT = 2  # requests of each worker that are read ahead of the results
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _STACKS = signal.SIGUSR2  # by which a worker prints its stacks
 KILL_TIMEOUT = 5.0  # seconds to wait for one that was killed: a storage that hangs may hold it for ever
 
@@ -246,12 +249,23 @@ def ignore_signals(worker: int) -> None:
 
     A scheduler sends them to the whole job, and the current step must complete.
 
-    A worker still ends when the main process tells it to or has died, and is killed if it does not. DataLoader has
-    limited it to one thread.
+    A worker still ends when the main process tells it to, and is killed if it does not, or when that dies. DataLoader
+    has limited it to one thread.
     """
+    _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(_STACKS, file=2, all_threads=True)
+
+
+def _end_with_parent() -> None:
+    """The kernel kills this worker when the thread that has started it ends.
+
+    By itself it would notice seconds later, if at all, and until then hold the inherited connections between the ranks:
+    the others would not see that its rank is gone.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def print_stacks_of_workers() -> list[int]:

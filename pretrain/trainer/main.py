@@ -119,7 +119,7 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
         except Exception as error:
             if world.size > 1 and _LOST_RANK.search(str(error)):
                 cause = watchdog.cause()
-                why = f": {cause}" if cause else f", which says why ({_first_line(error)})"
+                why = f": {cause}" if cause else f": it says why, or was killed ({_first_line(error)})"
                 _log.error("%s: another rank has ended%s", world.error, why)
                 return 1
             problem = _describe(error, config, world)

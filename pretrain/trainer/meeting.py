@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 class _Meeting:
     """This process's; the launcher's variables are the same for all of its life."""
 
+    server: dist.TCPStore | None = None  # on the main rank
     store: dist.Store | None = None
 
 
@@ -49,11 +50,13 @@ def meet(rank: int, size: int) -> None:
         ValueError: the port is taken by another program or run; on all ranks.
         Stopped: a signal came.
     """
+    hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun has one
+    if hosts_store and _Meeting.server is None:
+        _Meeting.server = _host_store()
     if size == 1 or _Meeting.store is not None:
         return
     with report_if_slow(f"waiting until all {size} ranks have started"):
-        hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun has one
-        store = _host_store() if hosts_store else _find_store()
+        store = _Meeting.server or _find_store()
         _introduce(store, rank)
         _Meeting.store = dist.PrefixStore(_token(), store)
         _wait_for_all(_Meeting.store, rank, size)
