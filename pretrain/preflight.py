@@ -37,7 +37,8 @@ def preflight(config: PretrainConfig, world: World) -> None:
             lambda index: index.fingerprint,
         )
     device = init_distributed(world)
-    speeds = check_speed(world, device, config.watchdog.slow_factor)
+    # On CPUs, whatever else they do would decide.
+    speeds = check_speed(world, device, config.watchdog.slow_factor if device.type == "cuda" else 0)
     if world.is_main:
         print(f"{len(index)} samples; code, versions, recipe, shards, disk and GPUs are fine on all ranks")
         print(describe_speeds(speeds, torch.cuda.is_available()))

@@ -22,8 +22,11 @@ previous=$logs/attempt$((${SLURM_RESTART_COUNT:-0} - 1))
 export LOMAR_ATTEMPT=$PWD/$attempt
 
 # One task a GPU is one rank each. One task a node starts a rank for each of its GPUs, or as many as RANKS_PER_NODE says.
+# Of a job whose number of nodes was changed while it waited, SLURM_NTASKS may be that of before.
+tasks=${SLURM_NTASKS_PER_NODE:+$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))}
+tasks=${tasks:-$SLURM_NTASKS}
 ranks=1
-if [ "$SLURM_NTASKS" = "$SLURM_JOB_NUM_NODES" ]; then ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}; fi
+if [ "$tasks" = "$SLURM_JOB_NUM_NODES" ]; then ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}; fi
 [ "$ranks" -gt 0 ] || ranks=1
 start=("${PYTHON[@]}" -u "$ENTRY" "$RECIPE" "$@")
 output=$attempt-rank%t.log
@@ -44,10 +47,10 @@ trap 'interrupted=yes; kill -USR1 "$srun"' USR1
 # srun does not inherit --cpus-per-task from the job. What it says itself, which is kept, tells where a rank was killed.
 exec 3> >(exec tee "$attempt-srun.log" >&2)
 tee=$!
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 --output="$output" \
+srun --ntasks="$tasks" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 --output="$output" \
     "${SRUN_OPTIONS[@]}" "${start[@]}" 2>&3 3>&- &
 srun=$!
-echo "$(date '+%F %T') $SLURM_JOB_NUM_NODES nodes, $((SLURM_NTASKS * ranks)) ranks: see $attempt-rank0.log"
+echo "$(date '+%F %T') $SLURM_JOB_NUM_NODES nodes, $((tasks * ranks)) ranks: see $attempt-rank0.log"
 
 interrupted=yes
 while [ "$interrupted" ]; do # the trap interrupts wait

@@ -24,7 +24,7 @@ class Speed:
 
     Attributes:
         product: seconds of a matrix product.
-        exchange: seconds of an all-reduce with one rank of a neighboring node, the faster of two; 0 on one rank.
+        exchange: seconds of an all-reduce with one rank of a neighboring node, the faster of two; 0 if there is none.
     """
 
     rank: int
@@ -39,31 +39,38 @@ def measure_speed(world: World, device: torch.device) -> Speed:
     size = 8192 if on_gpu else 512
     matrix = torch.ones(size, size, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
     product = _best_time(lambda: torch.mm(matrix, matrix), device)
-    tensor = torch.ones(2**24 if on_gpu else 2**18, device=device)
-    exchange = 0.0
-    for group in _pairs(world):
-        seconds = _best_time(functools.partial(dist.all_reduce, tensor, group=group), device)
-        exchange = min(exchange, seconds) if exchange else seconds
+    mine = torch.ones(2**24 if on_gpu else 2**18, device=device)
+    dist.all_reduce(mine)
+    other, times = torch.empty_like(mine), []
+    for turn in (0, 1):
+        peer = neighbor(world.rank, world.size, ranks_on_node(world), turn)
+        if peer is not None:
+            times.append(_best_time(functools.partial(_add_up, mine, other, peer), device))
     dist.barrier()
-    return Speed(world.rank, node_name(), product, exchange)
+    return Speed(world.rank, node_name(), product, min(times, default=0.0))
 
 
-def _pairs(world: World) -> list[dist.ProcessGroup]:
-    """The groups of two ranks that this rank is in: with the same rank of the nodes before and behind its own.
+def neighbor(rank: int, size: int, on_node: int, turn: int) -> int | None:
+    """The rank of the same place on the node behind (turn 0, of even nodes) or before; None where there is none.
 
-    On one node these are the ranks themselves. All ranks make all groups, in the same order.
+    Each rank is in one pair a turn, so that all pairs are busy at once. On one node, these are its ranks themselves.
     """
-    size, stride = world.size, ranks_on_node(world)
-    if stride == size:
-        stride = 1
-    mine = []
-    for first in range(size):
-        pair = sorted({first, (first + stride) % size})
-        if len(pair) == 2 and (size > 2 * stride or first < stride):
-            group = dist.new_group(pair)
-            if world.rank in pair:
-                mine.append(group)
-    return mine
+    if size % on_node or size == on_node:
+        on_node = 1
+    nodes, node = size // on_node, rank // on_node
+    peer = node + 1 if node % 2 == turn else node - 1
+    if nodes % 2 == 0:
+        peer %= nodes
+    return peer * on_node + rank % on_node if nodes > 1 and 0 <= peer < nodes else None
+
+
+def _add_up(mine: torch.Tensor, other: torch.Tensor, peer: int) -> None:
+    """An all-reduce of two ranks, for which no group is made: with many nodes that alone would take long."""
+    sent = dist.P2POp(dist.isend, mine, peer)
+    received = dist.P2POp(dist.irecv, other, peer)
+    for work in dist.batch_isend_irecv([sent, received]):
+        work.wait()
+    other.add_(mine)
 
 
 def _best_time(compute: Callable[[], object], device: torch.device) -> float:

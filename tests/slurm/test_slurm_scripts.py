@@ -132,7 +132,7 @@ while true; do sleep 0.05; done
 
 def test_the_ranks_of_a_node_have_logs_signals_and_exit_codes(tmp_path: Path) -> None:
     """The second of two nodes, each of which has two ranks; they send a signal to their task."""
-    job = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "77", "PATH": os.environ["PATH"]}
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "77", "PATH": os.environ["PATH"]}
     attempt = tmp_path / "attempt0"
     command = ["bash", str(FOLDER / "_node.sh"), "2", str(attempt), "bash", "-c", NODE]
     done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=30)
@@ -143,7 +143,7 @@ def test_the_ranks_of_a_node_have_logs_signals_and_exit_codes(tmp_path: Path) ->
 
 
 def test_a_node_on_which_a_rank_is_killed_is_named(tmp_path: Path) -> None:
-    job = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURMD_NODENAME": "node7"}
+    job = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURMD_NODENAME": "node7"}
     kill = "[ $RANK = 0 ] || kill -KILL $$; exit 1"
     command = ["bash", str(FOLDER / "_node.sh"), "2", str(tmp_path / "attempt0"), "bash", "-c", kill]
     done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=30)

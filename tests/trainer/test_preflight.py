@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pretrain.trainer import preflight
 from pretrain.trainer.launch import World
-from pretrain.trainer.node_speed import Speed, find_slow, measure_speed
+from pretrain.trainer.node_speed import Speed, find_slow, measure_speed, neighbor
 from pretrain.trainer.preflight import Facts, Fault, checked_start, find_fault, project_digest, refuse_faults
 
 FACTS = Facts(0, "n0", "c0de", "torch 2.5", "rec", "idx", gpus=2, visible="0,1", free=2**40)
@@ -112,6 +112,7 @@ def test_all_ranks_are_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_one_rank_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "meet", lambda rank, size: None)
     monkeypatch.setattr(preflight, "meeting_store", lambda: None)
     world, folder = World(0, 1, 0), tmp_path / "runs" / "new"
     assert checked_start(world, folder, "recipe", lambda: 5, str) == 5
@@ -128,8 +129,22 @@ def test_one_rank_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(project_digest()) == 12
 
 
+@pytest.mark.parametrize(("size", "on_node"), [(2, 1), (3, 1), (8, 2), (6, 2), (16, 8), (4, 4), (5, 5)])
+def test_each_rank_has_a_neighbor_of_its_own(size: int, on_node: int) -> None:
+    for turn in (0, 1):
+        peers = [neighbor(rank, size, on_node, turn) for rank in range(size)]
+        for rank, peer in enumerate(peers):
+            if peer is not None:
+                assert peers[peer] == rank != peer
+                assert size == on_node or peer // on_node != rank // on_node
+                assert size == on_node or peer % on_node == rank % on_node
+    assert all(any(neighbor(rank, size, on_node, turn) is not None for turn in (0, 1)) for rank in range(size))
+    assert neighbor(0, 1, 1, 0) is None
+
+
 def test_a_rank_alone_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     speed = measure_speed(World(0, 1, 0), torch.device("cpu"))
     assert 0 < speed.product < 10
     assert speed.exchange == 0
