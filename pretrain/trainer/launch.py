@@ -147,17 +147,18 @@ def init_distributed(world: World) -> torch.device:
     """
     deepspeed = import_deepspeed()
     if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {world.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start one "
-                f"process for each"
-            )
-        torch.cuda.set_device(world.local_rank)
+        count, gpu = torch.cuda.device_count(), world.local_rank
+        if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the scheduler has given each rank one of its own
+            gpu = 0
+        if gpu >= count:
+            raise ValueError(f"local rank {gpu} has no GPU: this node shows {count}; start one process for each")
+        os.environ["LOCAL_RANK"] = str(gpu)  # for DeepSpeed
+        torch.cuda.set_device(gpu)
     meet(world.rank, world.size)
     with report_if_slow(f"the {world.size} ranks are connected"):
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if torch.cuda.is_available():
-        return torch.device("cuda", world.local_rank)
+        return torch.device("cuda", torch.cuda.current_device())
     if "OMP_NUM_THREADS" not in os.environ:  # not all launchers set it: share the cores
         torch.set_num_threads(_gather_cores(world))
     return torch.device("cpu")

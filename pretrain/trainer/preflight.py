@@ -70,7 +70,7 @@ class Facts:
         recipe: a digest of all keys.
         index: the fingerprint of the training samples.
         gpus: how many this rank sees.
-        visible: which, by CUDA_VISIBLE_DEVICES.
+        only_gpu: which it is, if it sees a single one.
         free: bytes that the disk of the run's folder has left, or could get inodes for.
         problem: why the data cannot be read, or the folder not be written; '' if they can.
     """
@@ -82,7 +82,7 @@ class Facts:
     recipe: str
     index: str
     gpus: int
-    visible: str
+    only_gpu: str
     free: int
     problem: str = ""
 
@@ -139,7 +139,7 @@ def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> 
         recipe=hashlib.sha256(recipe.encode()).hexdigest()[:12],
         index=index[:12],
         gpus=torch.cuda.device_count(),
-        visible=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        only_gpu=str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.device_count() == 1 else "",
         free=free,
         problem=problem,
     )
@@ -196,7 +196,7 @@ def _too_few_gpus(facts: Sequence[Facts]) -> Fault | None:
     if not any(each.gpus for each in facts):
         return None  # a training on CPUs
     for node, ranks in _by_node(facts).items():
-        own = all(each.gpus == 1 and each.visible for each in ranks) and len({r.visible for r in ranks}) == len(ranks)
+        own = all(each.gpus == 1 for each in ranks) and len({each.only_gpu for each in ranks}) == len(ranks)
         if not own and min(each.gpus for each in ranks) < len(ranks):
             seen = min(each.gpus for each in ranks)
             return Fault(f"{node} shows {seen} GPUs to {len(ranks)} ranks: start one process for each GPU", (node,))

@@ -14,7 +14,7 @@ from pretrain.trainer.launch import World
 from pretrain.trainer.node_speed import Speed, find_slow, measure_speed, neighbor
 from pretrain.trainer.preflight import Facts, Fault, checked_start, find_fault, project_digest, refuse_faults
 
-FACTS = Facts(0, "n0", "c0de", "torch 2.5", "rec", "idx", gpus=2, visible="0,1", free=2**40)
+FACTS = Facts(0, "n0", "c0de", "torch 2.5", "rec", "idx", gpus=2, only_gpu="", free=2**40)
 
 
 def of_ranks(**changes: dict[int, object]) -> list[Facts]:
@@ -44,7 +44,7 @@ def test_ranks_that_agree_have_no_fault() -> None:
         ({"recipe": {5: "other"}}, "n2 (rank 5) differs in the recipe", ()),
         ({"index": {2: "few", 3: "few"}}, "have all nodes see the same shards", ("n1",)),
         ({"code": {2: "old", 4: "older"}}, "n1 (rank 2), n2 (rank 4) differs in the code of this project", ()),
-        ({"gpus": {2: 1, 3: 1}, "visible": {2: "0", 3: "0"}}, "n1 shows 1 GPUs to 2 ranks", ("n1",)),
+        ({"gpus": {2: 1, 3: 1}, "only_gpu": {2: "GPU-7", 3: "GPU-7"}}, "n1 shows 1 GPUs to 2 ranks", ("n1",)),
         ({"gpus": {2: 0, 3: 0}}, "n1 shows 0 GPUs to 2 ranks", ("n1",)),
         ({"free": {4: 0}}, "n2 (rank 4) has only 0 KiB left on the disk of the run's folder", ("n2",)),
         ({"problem": {3: "no shards"}}, "n1 (rank 3) cannot do what the other ranks can: no shards", ("n1",)),
@@ -60,7 +60,7 @@ def test_what_differs_and_where_is_named(changes: dict, said: str, nodes: tuple[
 
 def test_a_gpu_of_its_own_is_enough_for_each_rank() -> None:
     own = {rank: str(rank % 2) for rank in range(6)}
-    assert find_fault(of_ranks(gpus=dict.fromkeys(range(6), 1), visible=own)) is None
+    assert find_fault(of_ranks(gpus=dict.fromkeys(range(6), 1), only_gpu=own)) is None
     assert find_fault(of_ranks(gpus=dict.fromkeys(range(6), 0))) is None, "a training on CPUs"
 
 
