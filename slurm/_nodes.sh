@@ -10,8 +10,8 @@ bad_nodes() { # ATTEMPT
         printf '%s\n' "${names[@]#"$1-bad-"}"
         return
     fi
-    sed -nE 's/^srun: error: ([^ :]+): tasks? [0-9,-]+: (Killed|Segmentation fault|Bus error|Illegal instruction).*/\1/p' \
-        "$1-srun.log" | head -n 1
+    sed -E '/^srun: (First task exited|Job step aborted|Force Terminated)/q' "$1-srun.log" |
+        sed -nE 's/^srun: error: ([^ :]+): tasks? [0-9,-]+: (Killed|Segmentation fault|Bus error|Illegal instruction).*/\1/p' | head -n 1
     sed -nE 's/^srun: error: .*[nN]ode failure on ([^ ]+).*/\1/p' "$1-srun.log"
 }
 

@@ -162,6 +162,12 @@ def test_a_node_on_which_a_rank_is_killed_is_named(tmp_path: Path) -> None:
             [],
             "n2",
         ),
+        (
+            "srun: error: n1: task 0: Exited with exit code 1\n"
+            "srun: First task exited 120s ago\nsrun: error: n2: task 1: Killed\n",
+            [],
+            "",
+        ),
         ("srun: error: Node failure on n3\n", [], "n3"),
         ("srun: error: n1: task 0: Killed\n", ["n4", "n5"], "n4 n5"),
     ],
