@@ -125,14 +125,17 @@ def test_one_task_a_node_starts_a_rank_for_each_gpu(tmp_path: Path) -> None:
 NODE = """
 trap 'echo "$RANK of $WORLD_SIZE: USR1"; exit $((10 + LOCAL_RANK))' USR1
 echo "$RANK $LOCAL_RANK $MASTER_PORT"
-kill -USR1 $PPID
+touch "$READY-$LOCAL_RANK"
+until [ -e "$READY-0" ] && [ -e "$READY-1" ]; do sleep 0.05; done
+[ "$LOCAL_RANK" = 1 ] || kill -USR1 $PPID
 while true; do sleep 0.05; done
 """
 
 
 def test_the_ranks_of_a_node_have_logs_signals_and_exit_codes(tmp_path: Path) -> None:
-    """The second of two nodes, each of which has two ranks; they send a signal to their task."""
+    """The second of two nodes, each of which has two ranks; one sends a signal to their task."""
     job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "77", "PATH": os.environ["PATH"]}
+    job["READY"] = str(tmp_path / "ready")
     attempt = tmp_path / "attempt0"
     command = ["bash", str(FOLDER / "_node.sh"), "2", str(attempt), "bash", "-c", NODE]
     done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=30)
