@@ -4,9 +4,14 @@ import errno
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from data.waiting import POLL, look_while_waiting
+
+TIMEOUT = 3600.0  # seconds to wait for another process; the headers of a million shards take less
 
 
 class NotWritableError(Exception):
@@ -19,6 +24,7 @@ def locked(path: Path) -> Iterator[None]:
 
     Raises:
         NotWritableError: the folder is read-only.
+        TimeoutError: another process has held the lock for `TIMEOUT` seconds.
     """
     lock = path.with_name(f".{path.name}.lock")
     try:
@@ -33,7 +39,7 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for another process that writes {path}", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _wait_for(descriptor, lock)
         except OSError:
             pass  # a file system without locks: two processes may build the same index, and both results are right
         yield
@@ -42,3 +48,18 @@ def locked(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _wait_for(descriptor: int, lock: Path) -> None:
+    """By trying now and then, since the process that has the lock may hang, and signals must be noticed."""
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"another process has held {lock} for {TIMEOUT / 60:.0f} minutes: end it, and start again"
+                ) from None
+        look_while_waiting()
+        time.sleep(POLL)

@@ -13,7 +13,7 @@ from data.index_file import Index
 from data.order import StepGroup
 from data.storage.cache import POLL, ShardCache
 from data.storage.prefetch import Prefetcher
-from data.workers import look_while_waiting
+from data.waiting import look_while_waiting
 
 Request = TypeVar("Request")
 

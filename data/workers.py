@@ -1,15 +1,16 @@
 """Batches made by worker processes, in the order of the requests."""
 
 import atexit
+import ctypes
 import faulthandler
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -19,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.handover import SHARED_MEMORY, Handover, HandoverPacker, shorten_socket_folder, warn_of_pipes
+from data.waiting import POLL, look_while_waiting
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -26,27 +28,9 @@ Result = TypeVar("Result")
 WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
 _TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no place is left out
 IN_FLIGHT = 2  # requests of each worker that are read ahead of the results
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _STACKS = signal.SIGUSR2  # by which a worker prints its stacks
-POLL = 1.0  # seconds of waiting between looks at workers and signals
-
-_while_waiting: ContextVar[Callable[[], None] | None] = ContextVar("while_waiting", default=None)
-
-
-@contextmanager
-def while_waiting(look: Callable[[], None]) -> Iterator[None]:
-    """Within this context `look` is called every second in which a batch is waited for; what it raises ends that."""
-    before = _while_waiting.set(look)
-    try:
-        yield
-    finally:
-        _while_waiting.reset(before)
-
-
-def look_while_waiting() -> None:
-    """What the context's `while_waiting` is given, if anything; to be called while this process waits for data."""
-    look = _while_waiting.get()
-    if look is not None:
-        look()
+KILL_TIMEOUT = 5.0  # seconds to wait for one that was killed: a storage that hangs may hold it for ever
 
 
 @dataclass(frozen=True)
@@ -250,7 +234,7 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
     """Kills workers that are still alive: they ignore the SIGTERM that DataLoader would send."""
     for worker in list(workers):
         worker.kill()
-        worker.join()
+        worker.join(KILL_TIMEOUT)
         _RUNNING.discard(worker)
 
 
@@ -265,12 +249,23 @@ def ignore_signals(worker: int) -> None:
 
     A scheduler sends them to the whole job, and the current step must complete.
 
-    A worker still ends when the main process tells it to or has died, and is killed if it does not. DataLoader has
-    limited it to one thread.
+    A worker still ends when the main process tells it to, and is killed if it does not, or when that dies. DataLoader
+    has limited it to one thread.
     """
+    _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.register(_STACKS, file=2, all_threads=True)
+
+
+def _end_with_parent() -> None:
+    """The kernel kills this worker when the thread that has started it ends.
+
+    By itself it would notice seconds later, if at all, and until then hold the inherited connections between the ranks:
+    the others would not see that its rank is gone.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def print_stacks_of_workers() -> list[int]:

@@ -26,12 +26,14 @@ from pretrain.methods.lut import LUT, TeacherModel
 from pretrain.methods.targets.features import EncoderTeacher, FeatureTeacher
 from pretrain.start import check_start, find_start
 from pretrain.trainer.engine import check_engine, check_engine_file
-from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.launch import World, init_distributed, ranks_on_node
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main, said_once
+from pretrain.trainer.main import main
 from pretrain.trainer.moments import Moments, read_moments
+from pretrain.trainer.node_speed import check_speed
 from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.preflight import checked_start
 from pretrain.trainer.run_folder import RunFolder, file_digest
 from pretrain.trainer.signals import Stopped
 
@@ -41,11 +43,17 @@ _log = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig, world: World) -> None:
     """A whole run; called on every rank."""
     folder = RunFolder(Path(config.runs) / config.name)
-    with said_once(world.local_rank):  # before the process group exists: indexing many shards takes long
+
+    def load() -> Index:
         check_start(config, folder)
         with report_if_slow(f"the index of {config.data.shards} is read or made"):
-            index = load_index(config.data.shards, config.data.cache)
+            return load_index(config.data.shards, config.data.cache)
+
+    # Before the process group exists: indexing many shards takes long.
+    index = checked_start(world, folder.root, config.to_yaml(), load, lambda index: index.fingerprint)
     device = init_distributed(world)
+    if ranks_on_node(world) < world.size and device.type == "cuda":
+        check_speed(world, device, config.watchdog.slow_factor)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
         _train(config, world, device, index, folder)

@@ -1,22 +1,42 @@
 # shellcheck shell=bash
-# What every job does, in its batch shell and in the project's root: it starts a rank for each task, and requeues the job
-# if a signal stopped the training before its end. $ENTRY trains the recipe $RECIPE; the job's arguments are overrides.
+# What every training does, in its batch shell and in the project's root: it starts the ranks, and requeues the job if a
+# signal stopped the training before its end, if it hung, or if a node is bad. $ENTRY trains the recipe $RECIPE; the
+# job's arguments are overrides.
+. slurm/_environment.sh
+. slurm/_nodes.sh
 
-# slurm/site.sh, if there, prepares the environment or chooses a container: see slurm/site.sh.example.
-PYTHON=(python)
-SRUN_OPTIONS=()
-# shellcheck disable=SC1091
-if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
-# shellcheck disable=SC1091
-if [ -f slurm/site.sh ]; then . slurm/site.sh || { echo "error: slurm/site.sh failed" >&2; exit 1; }; fi
-export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
-
-logs=slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+# A job of several elements, --array=1-8%1, is a chain: each continues the run, until one of them has finished it.
+id=$SLURM_JOB_ID
+if [ "${SLURM_ARRAY_JOB_ID-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+logs=slurm/logs/$SLURM_JOB_NAME-$id
+finished=slurm/logs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID-$id}-finished
+if [ "${SLURM_ARRAY_JOB_ID-}" ] && [ -e "$finished" ]; then
+    echo "$(date '+%F %T') the run is finished: nothing is left to do"
+    exit 0
+fi
 attempt=$logs/attempt${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs" || exit
 previous=$logs/attempt$((${SLURM_RESTART_COUNT:-0} - 1))
-# Ranks create $attempt-saved with a checkpoint, -stopped if a signal stopped the training, -hung if the watchdog did.
+# Ranks create $attempt-saved with a checkpoint, -stopped if a signal stopped the training, -hung if the watchdog did,
+# and -bad-NODE if something is wrong with a node.
 export LOMAR_ATTEMPT=$PWD/$attempt
+
+# One task a GPU is one rank each. One task a node starts a rank for each of its GPUs, or as many as RANKS_PER_NODE says.
+# Of a job whose number of nodes was changed while it waited, SLURM_NTASKS may be that of before.
+tasks=${SLURM_NTASKS_PER_NODE:+$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))}
+tasks=${tasks:-$SLURM_NTASKS}
+ranks=1
+if [ "$tasks" = "$SLURM_JOB_NUM_NODES" ]; then ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}; fi
+[ "$ranks" -gt 0 ] || ranks=1
+start=("${PYTHON[@]}" -u "$ENTRY" "$RECIPE" "$@")
+output=$attempt-rank%t.log
+if [ "$ranks" -gt 1 ]; then
+    start=(bash slurm/_node.sh "$ranks" "$attempt" "${start[@]}")
+    output=$attempt-node%t.log
+fi
+export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / ranks > 0 ? SLURM_CPUS_PER_TASK / ranks : 1))
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # here: a container may have no scontrol
+export MASTER_ADDR
 
 # Slurm signals only this shell (B:USR1): before the time limit, and before preemption if the site is set up for that.
 srun=
@@ -24,11 +44,13 @@ trap 'interrupted=yes; kill -USR1 "$srun"' USR1
 
 # Each node writes its ranks' files: over srun's own connection the last lines of a failing rank can be lost.
 # --wait rather than --kill-on-bad-exit, which would kill the rank that was about to report the error.
-# srun does not inherit --cpus-per-task from the job.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 --output="$attempt-rank%t.log" \
-    "${SRUN_OPTIONS[@]}" "${PYTHON[@]}" -u "$ENTRY" "$RECIPE" "$@" &
+# srun does not inherit --cpus-per-task from the job. What it says itself, which is kept, tells where a rank was killed.
+exec 3> >(exec tee "$attempt-srun.log" >&2)
+tee=$!
+srun --ntasks="$tasks" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 --output="$output" \
+    "${SRUN_OPTIONS[@]}" "${start[@]}" 2>&3 3>&- &
 srun=$!
-echo "$(date '+%F %T') $SLURM_JOB_NUM_NODES nodes, $SLURM_NTASKS ranks: see $attempt-rank0.log"
+echo "$(date '+%F %T') $SLURM_JOB_NUM_NODES nodes, $((tasks * ranks)) ranks: see $attempt-rank0.log"
 
 interrupted=yes
 while [ "$interrupted" ]; do # the trap interrupts wait
@@ -36,25 +58,40 @@ while [ "$interrupted" ]; do # the trap interrupts wait
     wait "$srun"
     code=$?
 done
+exec 3>&-
+wait "$tee"
 
 # A job that is cancelled, or requeued by Slurm, does not get here: this shell is killed with it.
 # 138 is USR1 while Python was still starting.
 why=
-if [ "$code" = 138 ] || { [ "$code" = 0 ] && [ -e "$attempt-stopped" ]; }; then why="stopped by a signal"; fi
+chained=
+if [ "$code" = 138 ] || { [ "$code" = 0 ] && [ -e "$attempt-stopped" ]; }; then
+    why="stopped by a signal"
+    [ "${SLURM_ARRAY_TASK_ID-}" = "${SLURM_ARRAY_TASK_MAX-}" ] || chained=yes
+fi
 if [ -e "$attempt-hung" ]; then why="ended by the watchdog, which says in $attempt-rank*.log where it hung"; fi
-if [ "$why" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ ! -e "$attempt-saved" ] && [ ! -e "$previous-saved" ]; then
+excluded=
+if [ "$code" != 0 ]; then choose_excluded "$logs" "$attempt"; fi
+if [ "$excluded" ]; then why=${why:-a node is bad}; fi
+
+if [ "$chained" ]; then
+    echo "$(date '+%F %T') $why: the next of the array's jobs continues"
+    exit 0
+fi
+if [ "$why" ] && [ ! "$excluded" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ ! -e "$attempt-saved" ] \
+    && [ ! -e "$previous-saved" ]; then
     echo "error: $why; not requeued, as neither this attempt nor the one before it has saved a checkpoint" >&2
     why=
     [ "$code" != 0 ] || code=1
 fi
 if [ "$why" ]; then
     echo "$(date '+%F %T') $why, and requeued"
-    scontrol requeue "$SLURM_JOB_ID" && exit
-    echo "error: could not requeue: submit the same command again to continue" >&2
-    exit 1
+    requeue
 fi
 if [ "$code" != 0 ]; then
     echo "error: a rank ended with exit code $code; the last lines of each:" >&2
     tail -n 3 "$attempt"-rank*.log >&2
+else
+    touch "$finished"
 fi
 exit "$code"

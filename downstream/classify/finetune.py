@@ -26,10 +26,12 @@ from downstream.classify.config import ELSEWHERE, RECIPES, FinetuneConfig, load
 from downstream.classify.model import build_classifier, check_start
 from pretrain.trainer.checkpoint_layout import checkpoint_names
 from pretrain.trainer.engine import check_engine, check_engine_file
-from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.launch import World, init_distributed, ranks_on_node
 from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
-from pretrain.trainer.main import main, said_once
+from pretrain.trainer.main import main
+from pretrain.trainer.node_speed import check_speed
+from pretrain.trainer.preflight import checked_start
 from pretrain.trainer.run_folder import RunFolder
 
 AnySamples = TypeVar("AnySamples", Index, Samples)
@@ -41,16 +43,23 @@ def finetune(config: FinetuneConfig, world: World) -> None:
     folder = RunFolder(Path(config.runs) / config.name)
     # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
     is_new = not checkpoint_names(folder.checkpoints)
-    with said_once(world.local_rank):  # before joining the process group, as reading many shards takes time
+
+    def load() -> tuple[FinetuneConfig, Index, Samples]:
         if is_new:
             check_start(config)
         index = _load("data.shards", load_index, config.data.shards, config.data.cache)
         val = _load("val.shards", load_samples, config.val.shards, config.data.cache)
-        config = with_classes_of_data(config, index, val)
-        assert config.head.num_classes is not None
-        check_train_and_val(index, val, config.head.num_classes)
-        check_batches(config, world, len(index))
+        complete = with_classes_of_data(config, index, val)
+        assert complete.head.num_classes is not None
+        check_train_and_val(index, val, complete.head.num_classes)
+        check_batches(complete, world, len(index))
+        return complete, index, val
+
+    # Before joining the process group, as reading many shards takes time.
+    config, index, val = checked_start(world, folder.root, config.to_yaml(), load, lambda loaded: loaded[1].fingerprint)
     device = init_distributed(world)
+    if ranks_on_node(world) < world.size and device.type == "cuda":
+        check_speed(world, device, config.watchdog.slow_factor)
     with folder.locked(world.is_main):
         log_to_file(folder.logs, world)
         _train(config, world, device, folder, index, val, is_new)

@@ -15,6 +15,7 @@ from downstream.dense.job import Job
 from pretrain.trainer import main as command_line
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.logs import log_to_file
+from pretrain.trainer.preflight import checked_start
 from pretrain.trainer.run_folder import RunFolder
 
 
@@ -40,12 +41,14 @@ def _load(name: str, overrides: list[str], configs: Path, propagate: Callable[[A
 
 
 def _train(job: Job, world: World, checks: str) -> None:
+    folder = RunFolder(Path(job.cfg.work_dir))
+    # The data's files are read later, by the libraries.
+    checked_start(world, folder.root, job.cfg.pretty_text, lambda: None, lambda nothing: "")
     init_distributed(world)
     with needs_mm():
         from downstream.dense.mmengine.runner import run
 
         check = importlib.import_module(checks).check
-    folder = RunFolder(Path(job.cfg.work_dir))
     if not job.test:
         check_folder(folder)
     with folder.locked(world.is_main and not job.test):

@@ -4,6 +4,7 @@ The environment variable `ATTEMPT` has the beginning of their paths. Without it 
 """
 
 import os
+import socket
 from pathlib import Path
 from typing import Literal
 
@@ -12,5 +13,19 @@ ATTEMPT = "LOMAR_ATTEMPT"
 
 def mark_attempt(how: Literal["saved", "stopped", "hung"]) -> None:
     """Creates the file `ATTEMPT`-`how`; raises OSError if that is not possible."""
+    _create(how)
+
+
+def mark_bad_node(node: str) -> None:
+    """Creates the file `ATTEMPT`-bad-`node`: the script leaves that node out of a requeued job; raises OSError, too."""
+    _create(f"bad-{node}")
+
+
+def node_name() -> str:
+    """This machine's name, as its scheduler knows it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _create(what: str) -> None:
     if attempt := os.environ.get(ATTEMPT):
-        Path(f"{attempt}-{how}").touch()
+        Path(f"{attempt}-{what}").touch()

@@ -110,6 +110,9 @@ class WatchdogConfig(Section):
     checkpoint_minutes: float = Field(30, ge=0, description="saving a checkpoint")
     evaluation_minutes: float = Field(120, ge=0, description="an evaluation or probe, and the files of the end")
     silent_minutes: float = Field(2, ge=0, description="until a rank counts as lost of which nothing is heard")
+    slow_factor: float = Field(
+        2, ge=0, description="a node that is so many times as slow as the median is refused at the start; 0: none is"
+    )
 
 
 class LogConfig(Section):

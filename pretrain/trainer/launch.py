@@ -1,8 +1,9 @@
 """This process among those of the run, started by deepspeed, torchrun, srun or plain python."""
 
+import contextlib
 import multiprocessing
 import os
-import socket
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import NoReturn
 import psutil
 import torch
 
+from pretrain.trainer.meeting import free_port, meet
 from pretrain.trainer.phases import report_if_slow
 
 # Longer than any step or collective, shorter than a wasted night.
@@ -60,8 +62,39 @@ def find_world() -> World:
         # A port for each job, so that two jobs on a node do not collide.
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     else:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+
+
+# Processes that start ranks and end them when they are ended themselves.
+_LAUNCHERS = re.compile(r"(^|/)(deepspeed|torchrun|_node\.sh)$|^(deepspeed\.launcher|torch\.distributed)\.|^slurmstepd")
+
+
+def launchers() -> list[psutil.Process]:
+    """Those that have started this process, from its parent upwards; none of plain python."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):  # another user's
+            if not any(_LAUNCHERS.search(word) for word in process.cmdline()[:5]):
+                break
+            found.append(process)
+    return found
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also if nobody has asked for its exit code yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def ranks_on_node(world: World) -> int:
+    """As many as are on each; all, if the launcher does not tell."""
+    env = os.environ
+    if "SLURM_STEP_NUM_NODES" in env and "LOCAL_WORLD_SIZE" not in env:
+        return world.size // int(env["SLURM_STEP_NUM_NODES"])
+    return int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world.size)
 
 
 def _first_host(nodelist: str) -> str:
@@ -75,12 +108,6 @@ def _port_of_launcher() -> str | None:
     if "deepspeed.launcher.launch" not in parent.cmdline():
         return None
     return str(20000 + (parent.pid + int(parent.create_time() * 1000)) % 12000)  # below those that the kernel gives out
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def choose_accelerator() -> None:
@@ -115,43 +142,26 @@ def init_distributed(world: World) -> torch.device:
     """Joins the process group and picks this rank's device.
 
     Raises:
-        ValueError: as `import_deepspeed`, or another run is listening on the port.
+        ValueError: as `import_deepspeed` and `meet`.
+        Stopped: as `meet`.
     """
     deepspeed = import_deepspeed()
     if torch.cuda.is_available():
-        if world.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {world.local_rank} has no GPU: this node shows {torch.cuda.device_count()}; start one "
-                f"process for each"
-            )
-        torch.cuda.set_device(world.local_rank)
-    try:
-        with report_if_slow(f"waiting until all {world.size} ranks have started"):
-            deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise ValueError(_port_in_use(int(os.environ["MASTER_PORT"]))) from None
+        count, gpu = torch.cuda.device_count(), world.local_rank
+        if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the scheduler has given each rank one of its own
+            gpu = 0
+        if gpu >= count:
+            raise ValueError(f"local rank {gpu} has no GPU: this node shows {count}; start one process for each")
+        os.environ["LOCAL_RANK"] = str(gpu)  # for DeepSpeed
+        torch.cuda.set_device(gpu)
+    meet(world.rank, world.size)
+    with report_if_slow(f"the {world.size} ranks are connected"):
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if torch.cuda.is_available():
-        return torch.device("cuda", world.local_rank)
+        return torch.device("cuda", torch.cuda.current_device())
     if "OMP_NUM_THREADS" not in os.environ:  # not all launchers set it: share the cores
         torch.set_num_threads(_gather_cores(world))
     return torch.device("cpu")
-
-
-def _port_in_use(port: int) -> str:
-    """Who listens on a port, and what to do."""
-    try:
-        listening = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid}
-        command = " ".join(psutil.Process(min(listening)).cmdline()) if listening else ""
-    except (psutil.Error, OSError):  # other users' processes are not shown everywhere
-        listening, command = set(), ""
-    owner = f"process {min(listening)} ({command})" if command else "another process of this machine"
-    return (
-        f"port {port} is already in use by {owner}. If that is this very run, whose launcher was killed, it still goes "
-        f"on: `kill {min(listening, default='PID')}` saves and stops it. To start another run beside it choose another "
-        f"port: deepspeed (or torchrun) --master_port={_free_port()} ..."
-    )
 
 
 def _gather_cores(world: World) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from data.batch import Batch, Skipped
 from data.loader import Loader
-from data.workers import while_waiting
+from data.waiting import while_waiting
 from pretrain.trainer.attempt import mark_attempt
 from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState

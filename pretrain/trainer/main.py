@@ -11,7 +11,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 import torch
 
-from pretrain.trainer.attempt import mark_attempt
+from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process, find_world
 from pretrain.trainer.listing import Catalog
@@ -39,6 +39,11 @@ _log = logging.getLogger(__name__)
 # What gloo, NCCL and torch's store say on the ranks that are left.
 _LOST_RANK = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited|recvValue failed"
+)
+# What torch says where a GPU, its link or its driver has failed, and not what runs on it.
+_BROKEN_GPU = re.compile(
+    r"uncorrectable|hardware stack error|busy or unavailable|no CUDA-capable device|unspecified launch failure"
+    r"|CUDA (error: )?unknown error|NVLink|fallen off the bus|system not yet initialized"
 )
 PATIENCE = 5.0  # seconds for which other ranks leave it to the first to say what is wrong
 
@@ -114,10 +119,14 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
         except Exception as error:
             if world.size > 1 and _LOST_RANK.search(str(error)):
                 cause = watchdog.cause()
-                why = f": {cause}" if cause else f", which says why ({_first_line(error)})"
+                why = f": {cause}" if cause else f": it says why, or was killed ({_first_line(error)})"
                 _log.error("%s: another rank has ended%s", world.error, why)
                 return 1
             problem = _describe(error, config, world)
+            if isinstance(error, RuntimeError) and _BROKEN_GPU.search(str(error)):
+                _log.error("a GPU of %s has failed", node_name())
+                with contextlib.suppress(OSError):  # the script then leaves no node out
+                    mark_bad_node(node_name())
             _log.error("%s:%s", world.error, problem and f" {problem}", exc_info=not problem)
             watchdog.tell(problem or f"{type(error).__name__}: {_first_line(error)}")
             return 1

@@ -117,9 +117,8 @@ class RunFolder:
             owner = lock.read().strip()
             if time.monotonic() > deadline:
                 return (
-                    f"another run is writing to {self.root}, and goes on even if its launcher was killed: {owner} "
-                    f"saves and stops it, and then the same command continues it; what it says is in {self.logs}. To "
-                    f"train something else choose another name="
+                    f"another run is writing to {self.root}: {owner} saves and stops it, and then the same command "
+                    f"continues it; what it says is in {self.logs}. To train something else choose another name="
                 )
             _log.warning("waiting for %s: another run is still writing to it (%s)", self.root, owner)
             time.sleep(5)

@@ -18,7 +18,10 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 ROUND_SECONDS = 5.0  # for which a rank that waits for data waits for the others to say that they do, too
 
+AGAIN = 1.0  # seconds after which a second Ctrl-C is another one: of the first, a launcher may send one more
+
 _received: list[int] = []
+_interrupted: list[float] = []  # when the first Ctrl-C came
 
 
 def watch_signals() -> None:
@@ -33,9 +36,18 @@ def told_to_stop() -> bool:
     return bool(_received)
 
 
+def stop_if_told(waits_for: str) -> None:
+    """Raises Stopped if this process has received a signal while it waits for something, at the start."""
+    if _received:
+        raise Stopped(f"stopped by a signal while waiting for {waits_for}; give the same command to continue")
+
+
 def _remember(number: int, frame: FrameType | None) -> None:
     _received.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+    if number == signal.SIGINT:
+        if _interrupted and time.monotonic() - _interrupted[0] > AGAIN:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        _interrupted.append(time.monotonic())
 
 
 class StopRequest:

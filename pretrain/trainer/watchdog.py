@@ -13,7 +13,7 @@ import faulthandler
 import json
 import logging
 import os
-import socket
+import signal
 import sys
 import tempfile
 import threading
@@ -26,9 +26,10 @@ import psutil
 import torch.distributed as dist
 
 from data.workers import print_stacks_of_workers
-from pretrain.trainer.attempt import mark_attempt
+from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
 from pretrain.trainer.config import WatchdogConfig
-from pretrain.trainer.launch import World, exit_process
+from pretrain.trainer.launch import World, exit_process, has_ended, launchers
+from pretrain.trainer.meeting import connect, meeting_store
 from pretrain.trainer.phases import current_phase
 
 HUNG = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry": slurm/_train.sh requeues
@@ -45,7 +46,7 @@ class Watchdog:
 
     Args:
         config: the limits, in minutes; 0 is no limit.
-        world: the ranks, which meet when the process group is initialized.
+        world: the ranks, which `meet` as soon as they have started.
     """
 
     def __init__(self, config: WatchdogConfig, world: World):
@@ -54,6 +55,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._polls = 0
+        self._launchers = launchers()
+        self._is_orphan = False
         self._heard: dict[int, tuple[bytes, float]] = {}  # of each rank: its last sign of life, and when it came
         self._told: dict[str, Any] | None = None  # how the first rank that ended did
         self._answered = time.monotonic()  # when the store did
@@ -84,12 +87,13 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(POLL):
             self._check_limit()
+            self._check_launcher()
             self._look_at_others()
 
     def _join(self) -> dist.Store | None:
-        """The store, to which this rank is connected once there are others; None until then."""
-        if self._store is None and self._world.size > 1 and dist.is_available() and dist.is_initialized():
-            self._store = _connect()
+        """The store, to which this rank is connected once it has met the others; None until then."""
+        if self._store is None and self._world.size > 1 and meeting_store() is not None:
+            self._store = dist.PrefixStore("watchdog", connect(timedelta(seconds=_GRACE)))
         return self._store
 
     def _check_limit(self) -> None:
@@ -101,6 +105,13 @@ class Watchdog:
             problem = f"{phase.name} has taken longer than watchdog.{phase.limit}={limit:g} minutes"
             self._end(f"{self._name}: {problem}", HUNG, tell=True)
 
+    def _check_launcher(self) -> None:
+        """Without a launcher nobody could stop the run any more: it saves and stops by itself."""
+        if not self._is_orphan and (ended := [process.pid for process in self._launchers if has_ended(process)]):
+            self._is_orphan = True
+            _log.warning("the launcher (process %d) has ended: this rank saves and stops", ended[0])
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def _look_at_others(self) -> None:
         self._polls += 1
         try:
@@ -108,7 +119,7 @@ class Watchdog:
             if store is None:
                 return
             if self._polls % _HEARTBEAT == 1:
-                store.set(f"alive/{self._world.rank}", str(self._polls))
+                store.set(f"alive/{self._world.rank}", f"{self._polls} {node_name()}")
             self._listen(store)
             if self._told is not None:
                 self._follow(**self._told)
@@ -116,7 +127,8 @@ class Watchdog:
                 self._check_silence(store)
             self._answered = time.monotonic()
         except RuntimeError as error:  # torch's network errors
-            if time.monotonic() - self._answered > _GRACE:
+            # torchrun's store ends with it, and then a checkpoint is still to be saved.
+            if time.monotonic() - self._answered > _GRACE and not self._is_orphan:
                 self._end(f"rank 0, or the launcher, has ended or does not answer ({str(error).splitlines()[0]})", 1)
 
     def _listen(self, store: dist.Store) -> None:
@@ -132,7 +144,12 @@ class Watchdog:
             if self._heard.get(rank, (None, 0.0))[0] != sign:
                 self._heard[rank] = (sign, now)
             elif limit and now - self._heard[rank][1] > 60 * limit:
-                silence = f"nothing was heard of rank {rank} for watchdog.silent_minutes={limit:g} minutes"
+                node = sign.decode().partition(" ")[2]
+                who = f"rank {rank} on {node}" if node else f"rank {rank}"
+                if node:
+                    with contextlib.suppress(OSError):
+                        mark_bad_node(node)
+                silence = f"nothing was heard of {who} for watchdog.silent_minutes={limit:g} minutes"
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
 
     def _follow(self, rank: int, problem: str, hung: bool) -> None:
@@ -150,7 +167,7 @@ class Watchdog:
 
     @property
     def _name(self) -> str:
-        return f"rank {self._world.rank} on {socket.gethostname()}"
+        return f"rank {self._world.rank} on {node_name()}"
 
     def _end(self, problem: str, code: int, tell: bool = False) -> None:
         """Says why, and where this rank is; the process ends even if it can neither tell the others nor write."""
@@ -166,16 +183,6 @@ class Watchdog:
         if tell:
             time.sleep(2 * POLL)  # all have read it, before a broken connection tells them less
         exit_process(code)
-
-
-def _connect() -> dist.Store:
-    store: Any = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    own = dist.TCPStore(
-        store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_GRACE)
-    )
-    return dist.PrefixStore("lomar/watchdog", own)
 
 
 def _position() -> str:

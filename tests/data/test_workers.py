@@ -4,11 +4,15 @@ import logging
 import multiprocessing
 import os
 import resource
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -17,7 +21,8 @@ import data.workers
 from data.handover import HandoverPacker
 from data.index import Index
 from data.loader import Loader
-from data.workers import in_workers, while_waiting
+from data.waiting import while_waiting
+from data.workers import in_workers
 
 
 def batches(index: Index, num_workers: int) -> list[torch.Tensor]:
@@ -136,6 +141,28 @@ def sleep(request: int) -> None:
 
 def fail(request: int) -> None:
     raise OSError(5, "Input/output error", "/storage/a.tar")
+
+
+RANK = """
+import os, signal
+from data.workers import in_workers
+def make(request):
+    return os.getpid()
+batches = in_workers(make, iter(range(100)), 1)
+print(next(batches), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_die_with_their_process() -> None:
+    """At once, or they would hold its connections to other ranks."""
+    command = [sys.executable, "-c", RANK]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 2
+    while psutil.pid_exists(worker := int(done.stdout)) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_a_port_on_which_another_run_listens(recipe: Path, start: Callable[..., 
         port = other.getsockname()[1]
         output = refused(start(recipe, processes=1, port=port))
     assert f"port {port} is already in use by process {os.getpid()} (" in output
-    assert f"it still goes on: `kill {os.getpid()}` saves and stops it" in output
+    assert f"which still goes on, `kill {os.getpid()}` saves and stops it" in output
     assert "choose another port: deepspeed (or torchrun) --master_port=" in output
 
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from helpers.rank_checks import wait_for
 
+from pretrain.trainer.attempt import node_name
 from pretrain.trainer.watchdog import HUNG
 
 pytestmark = pytest.mark.engine
@@ -30,7 +31,7 @@ def test_a_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_pa
     stopped.send_signal(signal.SIGSTOP)
     assert main.ended(time.monotonic() + 60)
     assert main.returncode == HUNG
-    assert "nothing was heard of rank 1 for watchdog.silent_minutes=0.25 minutes" in main.said()
+    assert f"nothing was heard of rank 1 on {node_name()} for watchdog.silent_minutes=0.25 minutes" in main.said()
     assert "rank 0 on " in main.said()
     assert " is at: " in main.said()
 

@@ -40,6 +40,20 @@ class Cluster:
         """`sbatch OPTIONS`."""
         return Job(self, self.ask("sbatch", "--parsable", *options))
 
+    def restart_daemons(self, node: str) -> None:
+        """Slurm's own on the main node and on one of the others; what runs goes on meanwhile."""
+        self.ask("bash", "-c", f"kill $(cat {self.folder}/slurmctld.pid) && sleep 1 && slurmctld")
+        daemon = f"{self.folder}/slurmd.{node}.pid"
+        self.ask(
+            "bash",
+            "-c",
+            f'nsenter --net --uts --target="$(cat {daemon})" bash -c "kill $(cat {daemon}); sleep 1; slurmd"',
+        )
+        deadline = time.monotonic() + 30
+        while self.run("scontrol", "ping").returncode:
+            assert time.monotonic() < deadline
+            time.sleep(0.25)
+
     def wait_empty(self, seconds: float = 30) -> None:
         """Waits until no process of any job is left."""
         deadline = time.monotonic() + seconds
@@ -77,5 +91,5 @@ class Job:
     def logs(self) -> str:
         """Everything that the job has written, each file under its name."""
         project = self.cluster.project
-        files = [*project.glob(f"*-{self.number}.out"), *sorted(project.glob(f"slurm/logs/*-{self.number}/*"))]
+        files = [*project.glob(f"*-{self.show()['JobId']}.out"), *sorted(project.glob(f"slurm/logs/*-{self.number}/*"))]
         return "\n".join(f"--- {path.relative_to(project)}\n{path.read_text()}" for path in files)

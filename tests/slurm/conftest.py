@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.slurm_cluster import NAMESPACES, Cluster
+from helpers.slurm_runs import submit
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -88,15 +89,22 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """61 images of two classes, packed by our own command."""
-    images, shards = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("shards")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """61 of two classes."""
+    images = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number in range(61):
         folder = images / ("odd" if number % 2 else "even")
         folder.mkdir(exist_ok=True)
         pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((112, 96)).save(folder / f"{number:02d}.jpg")
+    return images
+
+
+@pytest.fixture(scope="session")
+def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images, packed by our own command."""
+    shards = tmp_path_factory.mktemp("shards")
     subprocess.run(
         [sys.executable, "-m", "data.pack", str(images), str(shards)], cwd=ROOT, check=True, capture_output=True
     )
@@ -146,3 +154,12 @@ def tuning(write_recipe: Callable[..., Path], shards: Path) -> Path:
         train={"epochs": 4, "global_batch_size": 8, "precision": "fp32"},
         log={"every_steps": 1},
     )
+
+
+@pytest.fixture(scope="session")
+def whole(slurm: Cluster, recipe: Path) -> Path:
+    """The folder of a run that nothing interrupted."""
+    job = submit(slurm, recipe, "name=whole")
+    end = job.wait_end()
+    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "0", "0:0"), job.logs()
+    return slurm.project / "runs" / "whole"

@@ -5,61 +5,14 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import torch
-from helpers.slurm_cluster import Cluster, Job
+from helpers.slurm_cluster import Cluster
+from helpers.slurm_runs import ODD, STEPS, check_same_end, rank_process, rows, submit, wait_step
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slurm
-STEPS = 8 * 7
-ODD = "data.image_size=[64, 80]"  # with its space and brackets it must reach the trainer as one argument
-
-
-def submit(
-    cluster: Cluster, recipe: Path, *overrides: str, ranks: int = 1, script: str = "slurm/pretrain_vitb.sh"
-) -> Job:
-    """Two nodes without GPUs."""
-    shape = ["--nodes=2", f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "--cpus-per-task=1"]
-    return cluster.submit(*shape, f"--export=ALL,RECIPE={recipe}", script, ODD, *overrides)
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, without a line that is just being written."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def wait_step(job: Job, folder: Path, step: int) -> None:
-    def reached() -> bool:
-        return any(row["step"] >= step for row in rows(folder))
-
-    job.wait_for(f"step {step} in {folder}", reached)
-
-
-def losses(folder: Path) -> list[tuple[int, float, float]]:
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(folder)]
-
-
-@pytest.fixture(scope="module")
-def whole(slurm: Cluster, recipe: Path) -> Path:
-    """The folder of a run that nothing interrupted."""
-    job = submit(slurm, recipe, "name=whole")
-    end = job.wait_end()
-    assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "0", "0:0"), job.logs()
-    return slurm.project / "runs" / "whole"
-
-
-def check_same_end(job: Job, folder: Path, whole: Path, restarts: int) -> None:
-    end = job.wait_end()
-    assert (end["JobState"], int(end["Restarts"])) == ("COMPLETED", restarts), job.logs()
-    assert losses(folder) == losses(whole)
-    weights, expected = (load_file(run / "encoder.safetensors") for run in (folder, whole))
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_two_nodes_train_to_the_end(whole: Path) -> None:
@@ -116,6 +69,7 @@ def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Clust
     end = job.wait_end(seconds=60)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "137:0"), job.logs()
     assert "a rank ended with exit code 137" in job.logs()
+    assert "node2 seems to be bad, and is not excluded: partition main has no node to spare" in job.logs()
     check_same_end(submit(cluster, recipe, "name=killed"), folder, whole, restarts=0)
 
 
@@ -149,18 +103,6 @@ def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, t
     measured = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert [(row["step"], row["images"]) for row in measured] == [(7 * epoch, 61) for epoch in range(1, 5)]
     assert load_file(folder / "model.safetensors")["head.weight"].shape == (2, 192)
-
-
-def rank_process(rank: int, argument: str) -> int:
-    """The process of a rank: its loader's workers have its command line too, and are its children."""
-    parents = {}
-    for process in psutil.process_iter(["cmdline", "environ", "ppid"]):
-        command, environment = process.info["cmdline"] or [""], process.info["environ"] or {}
-        is_rank = "pretrain/run.py" in command and argument in command and not command[0].endswith("srun")
-        if is_rank and environment.get("SLURM_PROCID") == str(rank):
-            parents[process.pid] = process.info["ppid"]
-    (found,) = parents.keys() - {child for child, parent in parents.items() if parent in parents}
-    return found
 
 
 @pytest.mark.parametrize(

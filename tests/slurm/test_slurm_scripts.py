@@ -11,7 +11,8 @@ from helpers.slurm_cluster import Cluster
 
 FOLDER = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(path for path in FOLDER.glob("[!_]*.sh") if path.name != "site.sh")  # that one is the site's own
-# What differs between scripts: the name, the nodes, the entry and the recipe.
+TRAININGS = [script for script in SCRIPTS if script.stem != "pack"]
+# What differs between trainings: the name, the nodes, the entry and the recipe.
 CHOICES = [
     r"^#SBATCH --job-name=\w+$",
     r"^#SBATCH --nodes=\d+$",
@@ -23,8 +24,8 @@ CHOICES = [
 ]
 
 
-def test_scripts_have_one_shape() -> None:
-    assert [script.stem for script in SCRIPTS] == [
+def test_trainings_have_one_shape() -> None:
+    assert [script.stem for script in TRAININGS] == [
         "finetune_ade20k",
         "finetune_coco",
         "finetune_in1k",
@@ -33,7 +34,7 @@ def test_scripts_have_one_shape() -> None:
         "pretrain_vitl",
     ]
     shapes = set()
-    for script in SCRIPTS:
+    for script in TRAININGS:
         shape = script.read_text()
         for choice in CHOICES:
             shape, count = re.subn(choice, "CHOICE", shape, flags=re.MULTILINE)
@@ -42,7 +43,7 @@ def test_scripts_have_one_shape() -> None:
     assert len(shapes) == 1
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", TRAININGS, ids=lambda script: script.stem)
 def test_recipe_exists(script: Path) -> None:
     (recipe,) = re.findall(CHOICES[2], script.read_text(), flags=re.MULTILINE)
     (entry,) = re.findall(CHOICES[-1], script.read_text(), flags=re.MULTILINE)
@@ -70,23 +71,29 @@ def test_bash_reads_script(script: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def start_job(folder: Path, site: str | None) -> subprocess.CompletedProcess[str]:
+def start_job(folder: Path, site: str | None, **variables: str) -> subprocess.CompletedProcess[str]:
     """A job's script in a project of its own, where `srun` only shows its arguments and what it inherits."""
-    (folder / "slurm").mkdir()
-    for name in ("_train.sh", "pretrain_vitb.sh"):
-        shutil.copy(FOLDER / name, folder / "slurm")
+    (folder / "slurm").mkdir(exist_ok=True)
+    for path in FOLDER.glob("*.sh"):
+        if path.name != "site.sh":
+            shutil.copy(path, folder / "slurm")
     if site is not None:
         (folder / "slurm" / "site.sh").write_text(site)
     (folder / "bin").mkdir()
     srun = folder / "bin" / "srun"
     srun.write_text('#!/bin/sh\nline=$(printf "[%s]" "$@")\necho "$line module=$LOADED"\n')  # the script writes, too
     srun.chmod(0o755)
+    scontrol = folder / "bin" / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho node1\n")
+    scontrol.chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NAME": "x", "SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "3"}
     job |= {
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_NTASKS": "1",
+        "SLURM_JOB_NODELIST": "node1",
         "RECIPE": "tiny",
         "PATH": f"{srun.parent}:{os.environ['PATH']}",
+        **variables,
     }
     script = folder / "slurm" / "pretrain_vitb.sh"
     return subprocess.run(["bash", str(script), "name=a b"], env=job, capture_output=True, text=True, timeout=30)
@@ -106,6 +113,89 @@ def test_the_site_file_loads_modules_and_chooses_a_container(tmp_path: Path) -> 
     done = start_job(tmp_path, site)
     assert done.returncode == 0, done.stderr
     assert f"[--container-image=x][apptainer][exec][my image.sif][python]{COMMAND} module=cuda\n" in done.stdout
+
+
+def test_one_task_a_node_starts_a_rank_for_each_gpu(tmp_path: Path) -> None:
+    done = start_job(tmp_path, None, SLURM_GPUS_ON_NODE="3")
+    assert done.returncode == 0, done.stderr
+    assert f"attempt0-node%t.log][bash][slurm/_node.sh][3][slurm/logs/x-1/attempt0][python]{COMMAND}" in done.stdout
+    assert "1 nodes, 3 ranks" in done.stdout
+
+
+NODE = """
+trap 'echo "$RANK of $WORLD_SIZE: USR1"; exit $((10 + LOCAL_RANK))' USR1
+echo "$RANK $LOCAL_RANK $MASTER_PORT"
+touch "$READY-$LOCAL_RANK"
+until [ -e "$READY-0" ] && [ -e "$READY-1" ]; do sleep 0.05; done
+[ "$LOCAL_RANK" = 1 ] || kill -USR1 $PPID
+while true; do sleep 0.05; done
+"""
+
+
+def test_the_ranks_of_a_node_have_logs_signals_and_exit_codes(tmp_path: Path) -> None:
+    """The second of two nodes, each of which has two ranks; one sends a signal to their task."""
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "77", "PATH": os.environ["PATH"]}
+    job["READY"] = str(tmp_path / "ready")
+    attempt = tmp_path / "attempt0"
+    command = ["bash", str(FOLDER / "_node.sh"), "2", str(attempt), "bash", "-c", NODE]
+    done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 11, done.stderr
+    for local in (0, 1):
+        log = (tmp_path / f"attempt0-rank{2 + local}.log").read_text()
+        assert log == f"{2 + local} {local} 20077\n{2 + local} of 4: USR1\n"
+
+
+def test_a_node_on_which_a_rank_is_killed_is_named(tmp_path: Path) -> None:
+    job = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURMD_NODENAME": "node7"}
+    kill = "[ $RANK = 0 ] || kill -KILL $$; exit 1"
+    command = ["bash", str(FOLDER / "_node.sh"), "2", str(tmp_path / "attempt0"), "bash", "-c", kill]
+    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 128 + 9
+    assert (tmp_path / "attempt0-bad-node7").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "files", "bad"),
+    [
+        ("srun: error: gpu-07: task 3: Killed\nsrun: error: gpu-08: tasks 8-15: Killed\n", [], "gpu-07"),
+        ("srun: error: gpu-07: tasks 0-3: Exited with exit code 1\n", [], ""),
+        ("srun: error: gpu-07: task 1: Out Of Memory\n", [], ""),
+        (
+            "srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 1: Bus error (core dumped)\n",
+            [],
+            "n2",
+        ),
+        (
+            "srun: error: n1: task 0: Exited with exit code 1\n"
+            "srun: First task exited 120s ago\nsrun: error: n2: task 1: Killed\n",
+            [],
+            "",
+        ),
+        ("srun: error: Node failure on n3\n", [], "n3"),
+        ("srun: error: n1: task 0: Killed\n", ["n4", "n5"], "n4 n5"),
+    ],
+)
+def test_which_nodes_are_bad(tmp_path: Path, said: str, files: list[str], bad: str) -> None:
+    (tmp_path / "attempt0-srun.log").write_text(said)
+    for node in files:
+        (tmp_path / f"attempt0-bad-{node}").touch()
+    command = f". {FOLDER / '_nodes.sh'}; bad_nodes {tmp_path / 'attempt0'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, bad.split(), "")
+
+
+def test_a_finished_array_ends_at_once(tmp_path: Path) -> None:
+    """What the first of its jobs leaves is seen by the next ones."""
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
+    (tmp_path / "first").mkdir()
+    first = start_job(tmp_path / "first", None, **array)
+    assert (first.returncode, f"attempt0-rank%t.log][python]{COMMAND}" in first.stdout) == (0, True)
+    (tmp_path / "next" / "slurm").mkdir(parents=True)
+    (tmp_path / "next" / "slurm" / "logs").symlink_to(tmp_path / "first" / "slurm" / "logs")
+    following = start_job(tmp_path / "next", None, **array | {"SLURM_ARRAY_TASK_ID": "2"})
+    assert (following.returncode, following.stderr) == (0, "")
+    assert "the run is finished: nothing is left to do" in following.stdout
+    assert "pretrain/run.py" not in following.stdout
 
 
 def test_a_site_file_that_fails_ends_the_job(tmp_path: Path) -> None:

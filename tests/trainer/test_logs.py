@@ -88,7 +88,7 @@ def test_a_rank_that_lost_another_says_so_in_one_line(
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1\nframes")
     assert run_main(lost, rank=1) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error on rank 1: another rank has ended, which says why ([gloo")
+    assert err.startswith("error on rank 1: another rank has ended: it says why, or was killed ([gloo")
     assert len(err.splitlines()) == 1
 
 

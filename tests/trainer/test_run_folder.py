@@ -30,14 +30,11 @@ def test_the_environments_own_caches_are_kept(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also when its launcher was killed and nobody knows of it any more."""
     first, second = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "mine")
     for job, stop in ((None, f"`kill {os.getpid()}`"), ("77", "`scancel 77`")):
         monkeypatch.setenv("SLURM_JOB_ID", job or "")
-        said = (
-            f"another run is writing to {tmp_path / 'mine'}, and goes on even if its launcher was killed: {stop} on "
-            f"{socket.gethostname()} (process {os.getpid()}, since "
-        )
+        here = f"{socket.gethostname()} (process {os.getpid()}, since "
+        said = f"another run is writing to {tmp_path / 'mine'}: {stop} on {here}"
         with (
             first.locked(),
             pytest.raises(ValueError, match=re.escape(said) + r".*the same command continues it.*another name="),

@@ -23,6 +23,19 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_started_it(
     assert handlers[signal.SIGTERM] == signals._remember
 
 
+def test_only_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch):
+    """Neither SIGTERM before a Ctrl-C, nor what a launcher sends for the same one."""
+    for name in ("_received", "_interrupted"):
+        monkeypatch.setattr(signals, name, [])
+    times = iter([100.0, 100.1, 100.1, 102.0, 102.0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(times))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        signals._remember(number, None)
+    with pytest.raises(KeyboardInterrupt):
+        signals._remember(signal.SIGINT, None)
+    assert signals._received == [signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGINT]
+
+
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process has got SIGTERM, and a round of agreement is short."""

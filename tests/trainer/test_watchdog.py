@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from pretrain.trainer import watchdog
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World
+from pretrain.trainer.main import _exit_code
 from pretrain.trainer.phases import current_phase, limited, report_if_slow
 from pretrain.trainer.watchdog import HUNG, Watchdog, files_being_read
 
@@ -156,3 +158,24 @@ def test_a_store_that_does_not_answer_ends_the_rank(watch: Callable[..., Watchdo
     with pytest.raises(Ended, match="1"):
         lost._look_at_others()
     assert "rank 0, or the launcher, has ended or does not answer (Connection reset by peer)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("problem", "is_bad"),
+    [
+        ("CUDA error: uncorrectable ECC error encountered", True),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUDA out of memory. Tried to allocate 2 GiB", False),
+    ],
+)
+def test_a_node_whose_gpu_has_failed_is_named(
+    problem: str, is_bad: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOMAR_ATTEMPT", str(tmp_path / "attempt0"))
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+
+    def train(config: object, world: World) -> None:
+        raise RuntimeError(problem)
+
+    assert _exit_code(train, SimpleNamespace(watchdog=WatchdogConfig()), World(0, 1, 0)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == (["attempt0-bad-node7"] if is_bad else [])

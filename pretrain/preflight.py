@@ -1,0 +1,58 @@
+"""Checks the nodes of a run and trains nothing: `torchrun ... -m pretrain.preflight RECIPE [section.key=value ...]`.
+
+Started as `pretrain/run.py` is, by deepspeed (with --module), torchrun, srun or python, on all nodes. In seconds it
+finds which node has another code, environment, recipe or index than the others, shows too few GPUs, has no room on the
+disk of the run's folder, cannot read the shards, or is slower than the others at a matrix product and an all-reduce.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a launcher may start us as a script
+if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one show frames of its C++
+
+import torch
+
+from data.index import load_index
+from pretrain.config import PretrainConfig, load
+from pretrain.trainer.engine import check_engine
+from pretrain.trainer.launch import World, init_distributed
+from pretrain.trainer.main import main
+from pretrain.trainer.node_speed import Speed, check_speed
+from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.preflight import checked_start
+
+
+def preflight(config: PretrainConfig, world: World) -> None:
+    """All checks; called on every rank. Raises ValueError as `checked_start` and `check_speed`."""
+    folder, shards = Path(config.runs) / config.name, config.data.shards
+    with report_if_slow(f"the index of {shards} is read or made"):
+        index = checked_start(
+            world,
+            folder,
+            config.to_yaml(),
+            lambda: load_index(shards, config.data.cache),
+            lambda index: index.fingerprint,
+        )
+    device = init_distributed(world)
+    # On CPUs, whatever else they do would decide.
+    speeds = check_speed(world, device, config.watchdog.slow_factor if device.type == "cuda" else 0)
+    if world.is_main:
+        print(f"{len(index)} samples; code, versions, recipe, shards, disk and GPUs are fine on all ranks")
+        print(describe_speeds(speeds, torch.cuda.is_available()))
+
+
+def describe_speeds(speeds: list[Speed], on_gpus: bool) -> str:
+    """A line for each node, of its slowest rank."""
+    lines = [f"{'node':20} {'ranks':>6} {'product':>10} {'all-reduce of two':>18}   on {'GPUs' if on_gpus else 'CPUs'}"]
+    for node in dict.fromkeys(speed.node for speed in speeds):
+        ranks = [speed for speed in speeds if speed.node == node]
+        product, exchange = max(speed.product for speed in ranks), max(speed.exchange for speed in ranks)
+        lines.append(f"{node:20} {len(ranks):6} {1000 * product:7.2f} ms {1000 * exchange:15.2f} ms")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(__doc__, load, preflight, check=check_engine)

@@ -1,0 +1,266 @@
+"""Before a training: whether all ranks have the same code, recipe and data, and which node is not fit to train.
+
+What each rank finds out goes through the store at which they have met, so nothing here needs a process group. The main
+rank compares, and all ranks refuse with the same sentence, which names the nodes.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from data.waiting import while_waiting
+from pretrain.trainer.attempt import mark_bad_node, node_name
+from pretrain.trainer.launch import World
+from pretrain.trainer.main import said_once
+from pretrain.trainer.meeting import meet, meeting_store
+from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.run_folder import package_version
+from pretrain.trainer.signals import stop_if_told
+
+_ROOT = Path(__file__).parents[2]
+_PROJECT = ("data", "pretrain", "downstream")
+_LEAST_FREE = 2**18  # bytes
+_POLL = 0.1
+_ADVICE = {
+    "code": "have all nodes see the same checkout of this project",
+    "versions": "have all nodes use the same environment",
+    "recipe": "give all ranks the same recipe and keys",
+    "index": "have all nodes see the same shards",
+}
+_WHAT = {"code": "code of this project", "versions": "versions", "recipe": "recipe", "index": "index of the shards"}
+Loaded = TypeVar("Loaded")
+
+
+class OfRank(Protocol):
+    """What is known of a rank."""
+
+    @property
+    def rank(self) -> int:
+        """Its number."""
+
+    @property
+    def node(self) -> str:
+        """The name of its node."""
+
+
+AnyFacts = TypeVar("AnyFacts", bound=OfRank)
+_exchanges = itertools.count()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rank finds out about its node, and what it is about to train.
+
+    Attributes:
+        code: of the project's files, a digest; '' on all but the first rank of a node.
+        versions: of Python and of the packages that compute.
+        recipe: a digest of all keys.
+        index: the fingerprint of the training samples.
+        gpus: how many this rank sees.
+        only_gpu: which it is, if it sees a single one.
+        free: bytes that the disk of the run's folder has left, or could get inodes for.
+        problem: why the data cannot be read, or the folder not be written; '' if they can.
+    """
+
+    rank: int
+    node: str
+    code: str
+    versions: str
+    recipe: str
+    index: str
+    gpus: int
+    only_gpu: str
+    free: int
+    problem: str = ""
+
+
+def checked_start(
+    world: World,
+    folder: Path,
+    recipe: str,
+    load: Callable[[], Loaded],
+    fingerprint: Callable[[Loaded], str],
+) -> Loaded:
+    """What `load` returns, if all ranks agree and every node can train; called by all ranks together, before anything.
+
+    Args:
+        folder: of the run; it need not exist.
+        recipe: all keys, as text.
+        load: reads the data's index; what it refuses, or cannot read, is one of the facts.
+        fingerprint: of what it has loaded.
+
+    Raises:
+        ValueError: the first thing that is wrong, and with which nodes; on all ranks.
+        Stopped: as `meet`.
+    """
+    meet(world.rank, world.size)
+    loaded, index, problem = None, "", ""
+    try:
+        with while_waiting(lambda: stop_if_told("another process that makes the index")):
+            loaded = load()
+        index = fingerprint(loaded)
+    except (ValueError, OSError) as error:
+        if world.size == 1:
+            raise
+        problem = str(error)
+    mine = _look(world, folder, recipe, index, problem)
+    with said_once(world.rank):
+        refuse_faults(world, mine, find_fault)
+    assert loaded is not None
+    return loaded
+
+
+def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> Facts:
+    versions = {name: package_version(name) for name in ("torch", "deepspeed", "triton")}
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = 0
+    with suppress(OSError):  # of a disk that is gone, and then has no room
+        free = shutil.disk_usage(existing).free
+    if not problem and not os.access(existing, os.W_OK):
+        problem = f"{existing} cannot be written to"
+    return Facts(
+        rank=world.rank,
+        node=node_name(),
+        code=project_digest() if world.local_rank == 0 else "",
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        recipe=hashlib.sha256(recipe.encode()).hexdigest()[:12],
+        index=index[:12],
+        gpus=torch.cuda.device_count(),
+        only_gpu=str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.device_count() == 1 else "",
+        free=free,
+        problem=problem,
+    )
+
+
+@functools.cache
+def project_digest() -> str:
+    """Of the names and bytes of all Python files of this project."""
+    digest = hashlib.sha256()
+    for package in _PROJECT:
+        for path in sorted((_ROOT / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(_ROOT)}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and the nodes that a job had better leave out."""
+
+    problem: str
+    nodes: tuple[str, ...] = ()
+
+
+def find_fault(facts: Sequence[Facts]) -> Fault | None:
+    """The first of all that can be wrong with the facts of all ranks."""
+    if (problem := facts[0].problem) and all(each.problem for each in facts):
+        return Fault(problem)
+    if failed := [each for each in facts if each.problem]:
+        nodes = tuple(dict.fromkeys(each.node for each in failed))
+        return Fault(f"{named(failed)} cannot do what the other ranks can: {failed[0].problem}", nodes)
+    return _difference(facts) or _too_few_gpus(facts) or _full_disk(facts)
+
+
+def _difference(facts: Sequence[Facts]) -> Fault | None:
+    for name, what in _WHAT.items():
+        values = [(each, getattr(each, name)) for each in facts if getattr(each, name)]
+        counts = Counter(value for _, value in values)
+        if len(counts) < 2:
+            continue
+        usual, times = counts.most_common(1)[0]  # of equally many, that of the lowest rank
+        others = [each for each, value in values if value != usual]
+        nodes = (
+            tuple(dict.fromkeys(each.node for each in others)) if name != "recipe" and 2 * times > len(values) else ()
+        )
+        theirs = ", ".join(dict.fromkeys(getattr(each, name) for each in others))
+        problem = f"{named(others)} differs in the {what}: {theirs}, and {usual} elsewhere; {_ADVICE[name]}"
+        return Fault(problem, nodes)
+    return None
+
+
+def _too_few_gpus(facts: Sequence[Facts]) -> Fault | None:
+    """A node has a GPU for each of its ranks: each rank sees all of them, or one of its own."""
+    if not any(each.gpus for each in facts):
+        return None  # a training on CPUs
+    for node, ranks in _by_node(facts).items():
+        own = all(each.gpus == 1 for each in ranks) and len({each.only_gpu for each in ranks}) == len(ranks)
+        if not own and min(each.gpus for each in ranks) < len(ranks):
+            seen = min(each.gpus for each in ranks)
+            return Fault(f"{node} shows {seen} GPUs to {len(ranks)} ranks: start one process for each GPU", (node,))
+    return None
+
+
+def _full_disk(facts: Sequence[Facts]) -> Fault | None:
+    full = [each for each in facts if each.free < _LEAST_FREE]
+    if not full:
+        return None
+    nodes = tuple(dict.fromkeys(each.node for each in full))
+    left = f"{full[0].free / 2**10:.0f} KiB"
+    problem = f"{named(full)} has only {left} left on the disk of the run's folder: make room, or set runs= to another"
+    return Fault(problem, nodes if len(full) < len(facts) else ())
+
+
+def _by_node(facts: Sequence[AnyFacts]) -> dict[str, list[AnyFacts]]:
+    nodes: dict[str, list[AnyFacts]] = {}
+    for each in facts:
+        nodes.setdefault(each.node, []).append(each)
+    return nodes
+
+
+def named(facts: Sequence[OfRank]) -> str:
+    """'node2 (rank 4)': nodes and the first rank of each."""
+    nodes = _by_node(facts)
+    shown = [f"{node} (rank {ranks[0].rank})" for node, ranks in list(nodes.items())[:8]]
+    return ", ".join(shown) + (f" and {len(nodes) - 8} more" if len(nodes) > 8 else "")
+
+
+def refuse_faults(world: World, mine: AnyFacts, find: Callable[[Sequence[AnyFacts]], Fault | None]) -> list[AnyFacts]:
+    """The facts of all ranks on the main rank, and [] on the others; called by all together.
+
+    Raises:
+        ValueError: `find` finds a fault in them; on all ranks.
+    """
+    facts = [mine]
+    store, number = meeting_store(), next(_exchanges)
+    if store is not None:
+        store.set(f"facts/{number}/{world.rank}", json.dumps(vars(mine)))
+        others = range(1, world.size) if world.is_main else ()
+        kind: Any = type(mine)
+        facts += [kind(**json.loads(_wait_for(store, f"facts/{number}/{rank}", f"rank {rank}"))) for rank in others]
+    problem = ""
+    if world.is_main:
+        fault = find(facts)
+        problem = fault.problem if fault else ""
+        for node in fault.nodes if fault else ():
+            with suppress(OSError):  # the job's script then leaves no node out
+                mark_bad_node(node)
+        if store is not None:
+            store.set(f"verdict/{number}", problem)
+    else:
+        assert store is not None
+        problem = _wait_for(store, f"verdict/{number}", "the main rank")
+    if problem:
+        raise ValueError(problem)
+    return facts if world.is_main else []
+
+
+def _wait_for(store: dist.Store, key: str, whom: str) -> str:
+    """What another rank says; by looking now and then, so that signals are noticed."""
+    with report_if_slow(f"waiting for {whom}, which still reads or checks"):
+        while not store.check([key]):
+            stop_if_told(whom)
+            time.sleep(_POLL)
+    return store.get(key).decode()

@@ -1,0 +1,10 @@
+# shellcheck shell=bash
+# What every job does first, in its batch shell and in the project's root: it finds Python, and what the cluster needs.
+
+# slurm/site.sh, if there, prepares the environment or chooses a container: see slurm/site.sh.example.
+PYTHON=(python)
+SRUN_OPTIONS=()
+# shellcheck disable=SC1091
+if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
+# shellcheck disable=SC1091
+if [ -f slurm/site.sh ]; then . slurm/site.sh || { echo "error: slurm/site.sh failed" >&2; exit 1; }; fi

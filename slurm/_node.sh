@@ -1,0 +1,39 @@
+#!/bin/bash
+# The one task of a node: starts its ranks, each with a log of its own, and passes signals on to them.
+#   srun --ntasks-per-node=1 bash slurm/_node.sh RANKS ATTEMPT COMMAND...
+# The exit code is the highest of its ranks, as srun's is that of its tasks.
+ranks=$1
+attempt=$2
+shift 2
+export WORLD_SIZE=$((SLURM_STEP_NUM_TASKS * ranks)) LOCAL_WORLD_SIZE=$ranks
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # a port for each job
+started=()
+interrupted=
+forward() {
+    interrupted=yes
+    kill -"$1" "${started[@]}" 2> /dev/null
+}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM
+for ((local = 0; local < ranks; local++)); do
+    rank=$((SLURM_PROCID * ranks + local))
+    RANK=$rank LOCAL_RANK=$local "$@" > "$attempt-rank$rank.log" 2>&1 &
+    started+=($!)
+done
+highest=0
+for pid in "${started[@]}"; do
+    interrupted=yes
+    while [ "$interrupted" ]; do # a trap interrupts wait
+        interrupted=
+        wait "$pid"
+        code=$?
+    done
+    [ "$code" -le "$highest" ] || highest=$code
+    case $((code - 128)) in
+        4 | 7 | 9 | 11) # illegal instruction, bus error, killed, segmentation fault: as in slurm/_nodes.sh
+            echo "a rank on $SLURMD_NODENAME was ended by signal $((code - 128))"
+            compgen -G "$attempt-bad-*" > /dev/null || touch "$attempt-bad-$SLURMD_NODENAME"
+            ;;
+    esac
+done
+exit "$highest"

@@ -1,0 +1,37 @@
+"""A lock that another process has, and does not give back."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from data import file_lock
+from data.waiting import while_waiting
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The file whose lock is held."""
+    monkeypatch.setattr(file_lock, "POLL", 0.01)
+    with (tmp_path / ".index.npz.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield tmp_path / "index.npz"
+
+
+def test_a_process_that_hangs_with_the_lock_is_not_waited_for_forever(
+    held: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_lock, "TIMEOUT", 0.05)
+    with pytest.raises(TimeoutError, match=r"another process has held .*\.index\.npz\.lock"), file_lock.locked(held):
+        pass
+
+
+def test_waiting_for_the_lock_can_be_ended(held: Path) -> None:
+    class ToldToStopError(Exception):
+        pass
+
+    def look() -> None:
+        raise ToldToStopError
+
+    with pytest.raises(ToldToStopError), while_waiting(look), file_lock.locked(held):
+        pass

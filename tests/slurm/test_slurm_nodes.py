@@ -1,0 +1,115 @@
+"""Nodes that are bad, drained or gone, daemons that restart, and jobs that chain."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.slurm_cluster import Cluster, Job
+from helpers.slurm_runs import STEPS, check_same_end, rank_process, rows, submit, wait_step
+
+pytestmark = pytest.mark.slurm
+
+# Writing to the disk takes a minute in ranks that import this, while the file is there.
+SLOW_DISK = """
+import os, time
+fsync = os.fsync
+def slow(descriptor):
+    if os.path.exists("{slow}"):
+        open("{slow}.reached", "w").close()
+        time.sleep(60)
+    fsync(descriptor)
+os.fsync = slow
+"""
+
+
+def test_an_array_is_a_chain_while_a_node_is_drained_and_daemons_restart(
+    cluster: Cluster, recipe: Path, whole: Path
+) -> None:
+    """Two ranks of one node, which is drained; the next element continues on the other one, and the third has nothing
+    to do."""
+    array = submit(cluster, recipe, "name=chained", ranks=2, nodes="1", options=["--array=1-3%1"])
+    first, second, third = (Job(cluster, f"{array.number}_{element}") for element in (1, 2, 3))
+    folder = cluster.project / "runs" / "chained"
+    wait_step(first, folder, 12)
+    node = first.show()["BatchHost"]
+    try:
+        cluster.ask("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
+        cluster.restart_daemons(node)
+        # Not `ask`: right after its daemons have restarted, scancel signals the job and complains all the same.
+        cluster.run("scancel", "--batch", "--signal=USR1", first.show()["JobId"])
+        end = first.wait_end()
+        assert (end["JobState"], end["Restarts"], end["BatchHost"]) == ("COMPLETED", "0", node), first.logs()
+        assert "stopped by a signal: the next of the array's jobs continues" in first.logs()
+        assert len(rows(folder)) < STEPS
+        check_same_end(second, folder, whole, restarts=0)
+        assert second.show()["BatchHost"] != node
+        assert third.wait_end()["JobState"] == "COMPLETED"
+        assert "the run is finished: nothing is left to do" in third.logs()
+    finally:
+        cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
+
+
+def test_a_node_on_which_a_rank_is_killed_is_excluded(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    job, folder = submit(cluster, recipe, "name=bad", ranks=2, nodes="1"), cluster.project / "runs" / "bad"
+    wait_step(job, folder, 12)
+    bad = job.show()["BatchHost"]
+    os.kill(rank_process(1, "name=bad"), signal.SIGKILL)
+    check_same_end(job, folder, whole, restarts=1)
+    end = job.show()
+    assert (end["ExcNodeList"], end["BatchHost"] != bad) == (bad, True)
+    assert f"{bad} seems to be bad, and is excluded from this job" in job.logs()
+    assert "a node is bad, and requeued" in job.logs()
+
+
+def test_half_of_the_nodes_are_enough(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    """One of two nodes is lost, and the job told to make do with the other: ZeRO 1 of two ranks continues on one."""
+    job, folder = submit(cluster, recipe, "name=half"), cluster.project / "runs" / "half"
+    wait_step(job, folder, 12)
+    try:
+        cluster.ask("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+        job.wait_for("requeued", lambda: job.show()["Restarts"] == "1")
+        cluster.ask("scontrol", "update", "nodename=node2", "state=drain", "reason=test")  # it comes back by itself
+        cluster.ask("scontrol", "update", f"jobid={job.number}", "numnodes=1-1", "numtasks=1")
+        end = job.wait_end()
+    finally:
+        cluster.run("scontrol", "update", "nodename=node2", "state=resume")
+    assert (end["JobState"], end["Restarts"], end["NumNodes"]) == ("COMPLETED", "1", "1"), job.logs()
+    assert json.loads((folder / "environment.json").read_text())["world_size"] == 1
+    assert [row["step"] for row in rows(folder)] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([row["loss"] for row in rows(folder)], [row["loss"] for row in rows(whole)], rtol=1e-3)
+
+
+def test_the_time_that_ends_while_saving_costs_that_checkpoint(
+    cluster: Cluster, recipe: Path, whole: Path, tmp_path: Path
+) -> None:
+    """SIGTERM, and SIGKILL a while later, as at a time limit; one task a node, which starts two ranks."""
+    slow = tmp_path / "slow"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK.format(slow=slow))
+    shape = {"nodes": "1", "RANKS_PER_NODE": 2, "PYTHONPATH": tmp_path}
+    job, folder = submit(cluster, recipe, "name=saving", **shape), cluster.project / "runs" / "saving"
+    wait_step(job, folder, 12)
+    slow.touch()
+    job.wait_for("saving", Path(f"{slow}.reached").exists)
+    cluster.ask("scancel", job.number)
+    assert job.wait_end()["JobState"] == "CANCELLED"
+    cluster.wait_empty()
+    slow.unlink()
+    assert len(rows(folder)) < STEPS
+    again = submit(cluster, recipe, "name=saving", **shape)
+    check_same_end(again, folder, whole, restarts=0)
+    assert "resumes from step_" in again.logs()
+
+
+def test_a_job_packs(cluster: Cluster, images: Path, shards: Path, tmp_path: Path) -> None:
+    shape = ["--parsable", "--cpus-per-task=1", "--mem=1G"]
+    job = Job(cluster, cluster.ask("sbatch", *shape, "slurm/pack.sh", str(images), str(tmp_path / "packed")))
+    end = job.wait_end()
+    assert (end["JobState"], end["ExitCode"]) == ("COMPLETED", "0:0"), job.logs()
+    packed = sorted(path.name for path in (tmp_path / "packed").iterdir() if path.suffix == ".tar")
+    assert packed == sorted(path.name for path in shards.iterdir() if path.suffix == ".tar")
+    for name in packed:
+        assert subprocess.run(["cmp", str(tmp_path / "packed" / name), str(shards / name)]).returncode == 0

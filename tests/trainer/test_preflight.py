@@ -1,0 +1,151 @@
+"""Ranks that differ, and nodes that cannot train, are named before a training."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.trainer import preflight
+from pretrain.trainer.launch import World
+from pretrain.trainer.node_speed import Speed, find_slow, measure_speed, neighbor
+from pretrain.trainer.preflight import Facts, Fault, checked_start, find_fault, project_digest, refuse_faults
+
+FACTS = Facts(0, "n0", "c0de", "torch 2.5", "rec", "idx", gpus=2, only_gpu="", free=2**40)
+
+
+def of_ranks(**changes: dict[int, object]) -> list[Facts]:
+    """Three nodes of two ranks; `name={rank: value}` changes what some of them find."""
+    facts = [replace(FACTS, rank=rank, node=f"n{rank // 2}", code="" if rank % 2 else "c0de") for rank in range(6)]
+    for name, values in changes.items():
+        for rank, value in values.items():
+            facts[rank] = replace(facts[rank], **{name: value})
+    return facts
+
+
+def test_ranks_that_agree_have_no_fault() -> None:
+    assert find_fault(of_ranks()) is None
+    assert find_fault(of_ranks()[:1]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "nodes"),
+    [
+        ({"code": {2: "old"}}, "n1 (rank 2) differs in the code of this project: old, and c0de elsewhere", ("n1",)),
+        ({"code": {0: "old"}}, "n0 (rank 0) differs in the code", ("n0",)),
+        (
+            {"versions": {4: "torch 2.4", 5: "torch 2.4"}},
+            "n2 (rank 4) differs in the versions: torch 2.4, and",
+            ("n2",),
+        ),
+        ({"recipe": {5: "other"}}, "n2 (rank 5) differs in the recipe", ()),
+        ({"index": {2: "few", 3: "few"}}, "have all nodes see the same shards", ("n1",)),
+        ({"code": {2: "old", 4: "older"}}, "n1 (rank 2), n2 (rank 4) differs in the code of this project", ()),
+        ({"gpus": {2: 1, 3: 1}, "only_gpu": {2: "GPU-7", 3: "GPU-7"}}, "n1 shows 1 GPUs to 2 ranks", ("n1",)),
+        ({"gpus": {2: 0, 3: 0}}, "n1 shows 0 GPUs to 2 ranks", ("n1",)),
+        ({"free": {4: 0}}, "n2 (rank 4) has only 0 KiB left on the disk of the run's folder", ("n2",)),
+        ({"problem": {3: "no shards"}}, "n1 (rank 3) cannot do what the other ranks can: no shards", ("n1",)),
+        ({"problem": dict.fromkeys(range(6), "no shards")}, "no shards", ()),
+    ],
+)
+def test_what_differs_and_where_is_named(changes: dict, said: str, nodes: tuple[str, ...]) -> None:
+    fault = find_fault(of_ranks(**changes))
+    assert fault is not None
+    assert said in fault.problem
+    assert fault.nodes == nodes
+
+
+def test_a_gpu_of_its_own_is_enough_for_each_rank() -> None:
+    own = {rank: str(rank % 2) for rank in range(6)}
+    assert find_fault(of_ranks(gpus=dict.fromkeys(range(6), 1), only_gpu=own)) is None
+    assert find_fault(of_ranks(gpus=dict.fromkeys(range(6), 0))) is None, "a training on CPUs"
+
+
+def test_a_node_that_is_twice_as_slow_is_named() -> None:
+    speeds = [Speed(rank, f"n{rank}", 0.010, 0.020) for rank in range(4)]
+    assert find_slow(speeds, 2) is None
+    for slow, what in (
+        (replace(speeds[2], product=0.021), "matrix product"),
+        (replace(speeds[2], exchange=1), "all-red"),
+    ):
+        fault = find_slow([*speeds[:2], slow, speeds[3]], 2)
+        assert fault is not None
+        assert fault.nodes == ("n2",)
+        assert "n2 (rank 2) takes at a" in fault.problem
+        assert what in fault.problem
+        assert "watchdog.slow_factor=0" in fault.problem
+    assert find_slow([replace(speeds[0], exchange=0.0)], 2) is None, "alone there is nothing to exchange"
+
+
+def ask(worlds: int, monkeypatch: pytest.MonkeyPatch, mine: Callable[[int], Facts]) -> list[object]:
+    """What each of several ranks of one process gets, or is refused with."""
+    store, results = dist.HashStore(), [None] * worlds
+    monkeypatch.setattr(preflight, "meeting_store", lambda: store)
+    monkeypatch.setattr(preflight, "_exchanges", iter([7] * worlds))
+
+    def rank(number: int) -> None:
+        try:
+            results[number] = refuse_faults(World(number, worlds, number), mine(number), find_fault)
+        except ValueError as error:
+            results[number] = str(error)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(worlds)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return results
+
+
+def test_all_ranks_are_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOMAR_ATTEMPT", str(tmp_path / "attempt0"))
+    facts = of_ranks()
+    assert ask(6, monkeypatch, lambda rank: facts[rank]) == [facts, [], [], [], [], []]
+    assert not list(tmp_path.iterdir())
+    facts = of_ranks(code={4: "old"})
+    (said,) = set(ask(6, monkeypatch, lambda rank: facts[rank]))
+    assert "n2 (rank 4) differs in the code of this project" in str(said)
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt0-bad-n2"], "the job's script leaves it out"
+
+
+def test_one_rank_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "meet", lambda rank, size: None)
+    monkeypatch.setattr(preflight, "meeting_store", lambda: None)
+    world, folder = World(0, 1, 0), tmp_path / "runs" / "new"
+    assert checked_start(world, folder, "recipe", lambda: 5, str) == 5
+    assert not folder.exists()
+
+    def refuse() -> int:
+        raise ValueError("no shards")
+
+    with pytest.raises(ValueError, match="no shards"):
+        checked_start(world, folder, "recipe", refuse, str)
+    monkeypatch.setattr(preflight, "_LEAST_FREE", 2**70)
+    with pytest.raises(ValueError, match="on the disk of the run's folder: make room"):
+        checked_start(world, folder, "recipe", lambda: 5, str)
+    assert len(project_digest()) == 12
+
+
+@pytest.mark.parametrize(("size", "on_node"), [(2, 1), (3, 1), (8, 2), (6, 2), (16, 8), (4, 4), (5, 5)])
+def test_each_rank_has_a_neighbor_of_its_own(size: int, on_node: int) -> None:
+    for turn in (0, 1):
+        peers = [neighbor(rank, size, on_node, turn) for rank in range(size)]
+        for rank, peer in enumerate(peers):
+            if peer is not None:
+                assert peers[peer] == rank != peer
+                assert size == on_node or peer // on_node != rank // on_node
+                assert size == on_node or peer % on_node == rank % on_node
+    assert all(any(neighbor(rank, size, on_node, turn) is not None for turn in (0, 1)) for rank in range(size))
+    assert neighbor(0, 1, 1, 0) is None
+
+
+def test_a_rank_alone_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    speed = measure_speed(World(0, 1, 0), torch.device("cpu"))
+    assert 0 < speed.product < 10
+    assert speed.exchange == 0
+    assert isinstance(find_slow([speed, replace(speed, product=1e-9), replace(speed, product=1e-9)], 2), Fault)
