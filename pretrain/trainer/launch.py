@@ -1,5 +1,6 @@
 """This process among those of the run, started by deepspeed, torchrun, srun or plain python."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -179,6 +180,7 @@ def exit_process(code: int) -> NoReturn:
     """
     for child in multiprocessing.active_children():
         child.kill()  # a worker that cannot hand over its last batch would outlive us
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it has ended
+            stream.flush()
     os._exit(code)
