@@ -46,7 +46,7 @@ class Saver:
                 self._begun = state.step
                 self._writer = self._checkpoints.begin(engine, ema, state)
                 if required:
-                    problem = self._wait(report=False)
+                    problem = self._wait(then=None)
             stall = time.perf_counter() - start
         self._stall = {"checkpoint_stall_s": stall, "checkpoint_stall_share": stall / max(start - self._since, stall)}
         self._since = start
@@ -67,13 +67,14 @@ class Saver:
         """Waits for what is being written, however the training ends."""
         if self._writer is not None:
             with limited(f"the checkpoint of step {self._begun} is written", "checkpoint_minutes"):
-                self._wait()
+                self._wait(then="the older ones stay")
 
-    def _wait(self, report: bool = True) -> str | None:
+    def _wait(self, then: str | None = "training continues, and the next checkpoint is tried") -> str | None:
+        """The problem of the save that is under way; logged, with what comes `then`."""
         writer, self._writer = self._writer, None
         problem = writer.wait() if writer else None
-        if problem and report:
-            _log.warning("%s; training continues, and the next checkpoint is tried", problem)
+        if problem and then:
+            _log.warning("%s; %s", problem, then)
         if writer and problem is None:
             self._saved = self._begun
             self._mark()
