@@ -20,7 +20,7 @@ from pretrain.trainer.deepspeed_files import write_torch
 from pretrain.trainer.durable import DurableFile, rename, sync_folder, write_durably
 from pretrain.trainer.host_copy import HostCopies
 from pretrain.trainer.launch import World
-from pretrain.trainer.retention import put_aside, retain
+from pretrain.trainer.retention import make_way, retain
 from pretrain.trainer.safetensors_file import write_safetensors
 
 _log = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ class CheckpointWriter:
     def _publish(self, written: Path, files: dict[str, list[int]]) -> None:
         write_durably(written / MANIFEST, manifest_text(self._manifest_state, files))
         final = self._folder / self._name
-        if final.exists():  # this step was saved before the run fell back to an older one
-            put_aside(final)
+        if final.exists():  # this step was saved before the run fell back to an older one, or `latest` had no room
+            make_way(final)
         rename(written, final)
         write_durably(self._folder / LATEST, self._name)
         retain(self._folder, self._name, self._damaged, self._config)

@@ -112,6 +112,14 @@ def _retain(folder: Path, written: str, damaged: Collection[str], config: Checkp
                 remove_folder(folder / one.name, folder / f"{DELETED}{one.name}")
 
 
+def make_way(checkpoint: Path) -> None:
+    """Frees the name of a checkpoint for another of the same step: sets it aside if it is damaged, or deletes it."""
+    if damage(checkpoint):
+        put_aside(checkpoint)
+    else:
+        remove_folder(checkpoint, checkpoint.with_name(f"{DELETED}{checkpoint.name}"))
+
+
 def put_aside(checkpoint: Path) -> None:
     """Renames a damaged checkpoint, so that it counts as none; one of the same step from before is deleted."""
     aside = checkpoint.with_name(f"{ASIDE}{checkpoint.name}")

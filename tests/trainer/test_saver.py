@@ -118,6 +118,25 @@ def test_a_required_save_waits_and_one_that_is_done_is_not_repeated(training: Tr
     assert (training.folder / checkpoint_name(10)).stat().st_ino == written
 
 
+def test_latest_without_room_is_a_failure_after_which_the_same_step_is_saved_again(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+):
+    training.save(10)
+    write = checkpoint_writer.write_durably
+
+    def refuse(path: Path, text: str) -> None:
+        if path.name == LATEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint_writer, "write_durably", refuse)
+        assert training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
+    assert training.steps == [10, 20], "it is there, and sound"
+    training.save(20)
+    assert sorted(path.name for path in training.folder.iterdir()) == [LATEST, checkpoint_name(10), checkpoint_name(20)]
+
+
 def unreadable_folder(training: Training) -> None:
     (training.folder / "unfinished").write_text("a file")
 
