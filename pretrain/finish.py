@@ -15,11 +15,12 @@ from pretrain.config import PretrainConfig
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import CLASS_ADAPTER, fold_class_adapter
 from pretrain.reconstructions import draw_reconstructions, drawn_method
-from pretrain.trainer.engine import gather_state_dict, save_state_dict
+from pretrain.trainer.engine import gather_state_dict
 from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.phases import limited
+from pretrain.trainer.safetensors_file import save_state_dict
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +60,12 @@ def finish(run: Run, index: Index) -> None:
     for path in old:
         if step is None or path not in (folder.result(folder.encoder, step), folder.result(folder.encoder_ema, step)):
             path.unlink()
-    metrics = read_metrics(folder.metrics)
-    draw_loss(metrics, folder.loss_curve)
-    _draw_training_images(run, state, config, index, metrics)
+    try:
+        metrics = read_metrics(folder.metrics)
+        draw_loss(metrics, folder.loss_curve)
+        _draw_training_images(run, state, config, index, metrics)
+    except (OSError, ValueError) as error:  # the run is complete without them
+        _log.warning("the figures could not be drawn: %s; the same command draws them", error)
 
 
 def finish_stopped(run: Run, index: Index) -> None:

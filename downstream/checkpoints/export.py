@@ -30,15 +30,16 @@ from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.classifiers import load_classifier_weights
 from downstream.checkpoints.export_hub import timm_usage, to_hf
 from downstream.checkpoints.export_programs import to_onnx, to_torch_export, to_torchscript
-from downstream.checkpoints.exported import Export, write_safetensors
+from downstream.checkpoints.exported import Export
 from downstream.checkpoints.pixels import STATISTICS
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.weights import Size, build_encoder, features, load_encoder, read_encoder
 from pretrain.models.encoder_spec import EncoderSpec
+from pretrain.trainer.safetensors_file import save_state_dict
 
 
 def _to_timm(export: Export, out: Path) -> tuple[float, str]:
-    write_safetensors(out, export.tensors, export.metadata)
+    save_state_dict(export.tensors, export.metadata, out)
     name, options = export.timm_call()
     model = timm.create_model(name, checkpoint_path=str(out), **options).double().eval()
     usage = timm_usage(export.spec, name, {"checkpoint_path": "{out}", **options})

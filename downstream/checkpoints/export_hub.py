@@ -12,10 +12,11 @@ import timm
 from torch import Tensor
 
 from data.pixel_format import IMAGENET
-from downstream.checkpoints.exported import Export, TimmOptions, write_safetensors
+from downstream.checkpoints.exported import Export, TimmOptions
 from downstream.checkpoints.model_card import write_card
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS
+from pretrain.trainer.safetensors_file import save_state_dict
 
 
 def to_hf(export: Export, out: Path) -> tuple[float, str]:
@@ -43,7 +44,7 @@ def _transformers_class(export: Export) -> str | None:
 
 def _timm_folder(export: Export, out: Path) -> tuple[float, str]:
     name, options = export.timm_call()
-    write_safetensors(out / "model.safetensors", export.tensors, export.metadata)
+    save_state_dict(export.tensors, export.metadata, out / "model.safetensors")
     pretrained_cfg = {
         "input_size": [export.spec.pixels.channels, *export.spec.image_size],
         "mean": list(export.spec.pixels.mean),
@@ -99,7 +100,7 @@ def _transformers_folder(export: Export, out: Path, kind: str) -> tuple[float, s
     }
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-    write_safetensors(out / "model.safetensors", transformers_names(export.tensors), {"format": "pt"})
+    save_state_dict(transformers_names(export.tensors), {"format": "pt"}, out / "model.safetensors")
     options = {} if export.classifier else {"add_pooling_layer": False}
     model, info = getattr(transformers, kind).from_pretrained(str(out), output_loading_info=True, **options)
     if problems := {kind: keys for kind, keys in info.items() if keys}:

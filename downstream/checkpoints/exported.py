@@ -1,10 +1,8 @@
 """An encoder or a classifier on its way to another library."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.pixel_format import RGB
@@ -120,8 +118,3 @@ class Export:
                 f"{difference:.2g} of the largest (at most {tolerance:.0e})"
             )
         return difference
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """As safetensors' own function, which makes files that only their owner reads."""
-    path.write_bytes(save(tensors, metadata=metadata))

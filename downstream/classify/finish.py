@@ -10,11 +10,12 @@ from downstream.checkpoints.fold import fold_batch_norm
 from downstream.classify.classifier_spec import ClassifierSpec
 from downstream.classify.config import FinetuneConfig
 from downstream.classify.model import encoder_spec
-from pretrain.trainer.engine import gather_state_dict, save_state_dict
+from pretrain.trainer.engine import gather_state_dict
 from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.phases import limited
+from pretrain.trainer.safetensors_file import save_state_dict
 
 _NORM = "head.0."  # the batch norm of a linear probe's head, before its matrix
 

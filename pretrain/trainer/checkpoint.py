@@ -1,61 +1,41 @@
-"""Atomic checkpoints: written to a temporary folder, checksummed, then renamed.
+"""The checkpoints of a run: taken at a step, written beside the next ones, and resumed from the newest intact one.
 
-A run resumes from the newest intact one. Their layout is in `checkpoint_layout.py`.
+Their layout is in `checkpoint_layout.py`, how they are written in `checkpoint_writer.py`, which of them stay in
+`retention.py`.
 """
 
-import json
 import logging
-import os
-import shutil
+from copy import deepcopy
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from pretrain.trainer.checkpoint_layout import (
+    EMA_FILE,
     LATEST,
-    MANIFEST,
     UNFINISHED,
     TrainState,
     checkpoint_name,
     checkpoint_names,
-    checkpoint_step,
-    has_all_bytes,
-    load_deepspeed_file,
-    read_files,
+    damage,
     read_state,
-    size_and_crc,
 )
+from pretrain.trainer.checkpoint_writer import CheckpointWriter
 from pretrain.trainer.config import CheckpointConfig
+from pretrain.trainer.deepspeed_files import SafeCheckpointEngine, TakingEngine
+from pretrain.trainer.durable import make_folder, write_durably
 from pretrain.trainer.elastic import BY_STAGE, has_other_parts, layout_change, load_parts
 from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.host_copy import HostCopies
 from pretrain.trainer.launch import World
 from pretrain.trainer.optim import keep_fused
 from pretrain.trainer.shard_record import ChangedShards, shard_difference
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
 _log = logging.getLogger(__name__)
-
-
-class SafeCheckpointEngine(TorchCheckpointEngine):
-    """Writes and reads DeepSpeed's files.
-
-    A failed write must not raise on this rank while the others wait in DeepSpeed's barriers: it is kept in `failure`,
-    for `Checkpoints.save` to agree on. Nothing but tensors, plain values and `deepspeed_types` is unpickled.
-    """
-
-    failure: Exception | None = None
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        try:
-            super().save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.failure = error
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        return load_deepspeed_file(path, map_location)
 
 
 class CannotContinueError(ValueError):
@@ -68,65 +48,49 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, config: CheckpointConfig):
         self.folder, self.world, self.config = folder, world, config
         self._damaged: set[str] = set()  # those that the run has resumed before
-        folder.mkdir(parents=True, exist_ok=True)
+        self._copies = HostCopies()
+        self._group: dist.ProcessGroup | None = None  # of the threads that write
+        make_folder(folder)
 
     def names(self) -> list[str]:
         """The finished checkpoints, those of later steps first."""
         return checkpoint_names(self.folder)
 
-    def save(self, engine: Any, ema: NoEMA, state: TrainState) -> str | None:
-        """Writes a checkpoint; returns the problem in words if that failed, and then keeps all older ones."""
-        name = checkpoint_name(state.step)
-        temporary = self.folder / UNFINISHED
-        engine.checkpoint_engine = files = SafeCheckpointEngine(engine._config)
-        engine._copy_recovery_script = lambda folder: None  # on a full disk it would raise on one rank only
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        dist.barrier()
-        engine.save_checkpoint(str(temporary), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False)
-        if self.world.is_main and files.failure is None:
-            try:
-                ema.save(temporary / name)
-            except OSError as error:
-                files.failure = error
-        problem = first_problem(str(files.failure) if files.failure else None)
-        if problem is None:
-            problem = self._publish(temporary / name, state)
-        if self.world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return problem and f"checkpoint {name} could not be written to {self.folder}: {problem}"
+    def begin(self, engine: Any, ema: NoEMA, state: TrainState) -> CheckpointWriter:
+        """Takes a checkpoint, and writes it while the training goes on; the one before must be written.
 
-    def _publish(self, written: Path, state: TrainState) -> str | None:
-        files = _gather({p.name: size_and_crc(p) for p in self._share(written)})
-        problem = None
-        if self.world.is_main:
-            try:
-                write_durably(written / MANIFEST, json.dumps({"state": asdict(state), "files": files}, indent=1))
-                final = self.folder / written.name
-                if final.exists():  # this step was saved before the run fell back to an older one
-                    shutil.rmtree(final)
-                os.replace(written, final)
-                write_durably(self.folder / LATEST, final.name)
-                self._delete_old(final.name)
-            except OSError as error:
-                problem = str(error)
-        return first_problem(problem)
-
-    def _delete_old(self, written: str) -> None:
-        """Keeps the one just written, the newest before it, and those that are kept for good.
-
-        One that is damaged does not count. Those of later steps, which the run has resumed before since they are
-        damaged, go now: the run will train these steps again.
+        Training waits for a copy of weights, optimizer and moving average in host memory. What cannot be written is the
+        problem that the writer tells in the end; it then has kept all older ones.
         """
-        names, keep_every = self.names(), self.config.keep_every_steps
-        later, earlier = names[: names.index(written)], names[names.index(written) + 1 :]
-        whole = [name for name in earlier if has_all_bytes(self.folder / name)]
-        kept = set(whole[: self.config.keep_last - 1])
-        kept |= {name for name in earlier if keep_every and (checkpoint_step(name) or 0) % keep_every == 0}
-        for name in [*self._damaged.intersection(later), *earlier]:
-            if name not in kept:
-                shutil.rmtree(self.folder / name)
-        self._damaged.clear()
+        name = checkpoint_name(state.step)
+        engine.checkpoint_engine = files = TakingEngine(engine._config, self._copies)
+        engine._copy_recovery_script = lambda folder: None  # it would write beside our engine
+        if self._group is None and self.world.size > 1:
+            # Without a limit of time: the watchdog has one for a checkpoint that is waited for.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        engine.save_checkpoint(
+            str(self.folder / UNFINISHED), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False
+        )
+        if self.world.is_main and ema.model is not None:
+            files.save(dict(ema.model.state_dict()), EMA_FILE)
+        self._copies.wait()
+        damaged, self._damaged = self._damaged, set()
+        return CheckpointWriter(
+            self.folder,
+            name,
+            files.taken,
+            deepcopy(state),
+            str(files.failure) if files.failure else None,
+            damaged=damaged,
+            config=self.config,
+            world=self.world,
+            group=self._group,
+            copies=self._copies,
+        )
+
+    def save(self, engine: Any, ema: NoEMA, state: TrainState) -> str | None:
+        """As `begin`, and waits; returns the problem in words if it could not be written."""
+        return self.begin(engine, ema, state).wait()
 
     def newest_intact(self) -> tuple[str, TrainState] | None:
         """The newest checkpoint whose files are all as they were written; None if there are no checkpoints.
@@ -134,30 +98,20 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints, and all of them are damaged.
         """
-        names = self.names()
-        for name in names:
-            problem = first_problem(self._damage(self.folder / name))
+        names = [self.names()]
+        dist.broadcast_object_list(names)  # a shared disk may not show all ranks the same
+        for name in names[0]:
+            checkpoint = self.folder / name
+            problem = first_problem(damage(checkpoint, part=self.world.rank, parts=self.world.size))
             if problem is None:
-                return name, read_state(self.folder / name)
+                return name, read_state(checkpoint)
             self._damaged.add(name)
             if self.world.is_main:
                 _log.warning("checkpoint %s is damaged and skipped: %s", name, problem)
-        if names:
+        if names[0]:
             raise ValueError(
                 f"no intact checkpoint in {self.folder}: restore one, or move the folder away to start from step 0"
             )
-        return None
-
-    def _damage(self, checkpoint: Path) -> str | None:
-        files = read_files(checkpoint)
-        if files is None:
-            return f"{MANIFEST} is missing or unreadable"
-        for name in sorted(files)[self.world.rank :: self.world.size]:
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if size_and_crc(path) != files[name]:
-                return f"{name} differs from what was written"
         return None
 
     def resume(
@@ -215,9 +169,6 @@ class Checkpoints:
         if elsewhere and self.world.is_main:
             _log.warning("the run may continue with other bits: %s", ", ".join(elsewhere))
 
-    def _share(self, folder: Path) -> list[Path]:
-        return sorted(folder.iterdir())[self.world.rank :: self.world.size]
-
 
 def first_problem(mine: str | None) -> str | None:
     """The problem of the first rank that has one; the same on all ranks."""
@@ -260,19 +211,3 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _gather(mine: dict[str, Any]) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a file atomically: a reader, or a crash, finds the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

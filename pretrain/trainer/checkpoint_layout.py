@@ -2,15 +2,17 @@
 
 checkpoints/
     step_00001000/      DeepSpeed's files, a set for each rank; EMA_FILE if there is a moving average; and MANIFEST,
-                        with the state of the run and the size and CRC-32 of each file
+                        with the state of the run, the size and CRC-32 of each file, and a CRC-32 of all this
     latest              the name of the checkpoint that was written last, or that the run has resumed from since
     unfinished/         a save in progress, or the remains of one that was killed
+    damaged_step_*/     one that was damaged, of a step that the run has since trained again
+    deleted_step_*/     one that was being deleted when the run was killed
 """
 
 import json
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ MANIFEST = "manifest.json"
 EMA_FILE = "ema.safetensors"
 LATEST = "latest"
 UNFINISHED = "unfinished"
+ASIDE, DELETED = "damaged_", "deleted_"  # in front of a checkpoint's name
 MODEL_STATES = "mp_rank_00_model_states.pt"  # whole weights, in ZeRO stages 0 to 2
 STAGE3_RANK_STATES = "zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
 STAGE3_MODEL_STATES = STAGE3_RANK_STATES.format(rank=0)
 OPTIMIZER_STATES = "zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"  # in ZeRO stages 1 to 3
 ANY_MODEL_STATES = "*_model_states.pt"
+_CRC = "crc32"  # in the manifest: of everything else in it
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -72,31 +76,88 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return folder / (named if named in names else names[0]) if names else None
 
 
+def manifest_text(state: TrainState, files: dict[str, list[int]]) -> str:
+    """What a checkpoint's manifest says.
+
+    Args:
+        files: size and CRC-32 of each, by its name.
+    """
+    content = {"state": asdict(state), "files": dict(sorted(files.items()))}
+    return json.dumps({**content, _CRC: _crc(json.loads(json.dumps(content)))}, indent=1)
+
+
+def _crc(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Raises ValueError where it is missing, unreadable or was changed; older ones cannot tell whether they were."""
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{MANIFEST} is none of this project's")
+    if _CRC in content and content.pop(_CRC) != _crc(content):
+        raise ValueError(f"{MANIFEST} differs from what was written")
+    return content
+
+
 def read_state(checkpoint: Path) -> TrainState:
     """The state of the run, from the manifest.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: no manifest, or not one of this project.
+        ValueError: no manifest, a changed one, or not one of this project.
     """
-    return TrainState(**json.loads((checkpoint / MANIFEST).read_text())["state"])
-
-
-def read_files(checkpoint: Path) -> dict[str, list[int]] | None:
-    """Size and CRC-32 of each file, by the manifest; None if that is missing or unreadable."""
     try:
-        files: dict[str, list[int]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return None
+        return TrainState(**_read_manifest(checkpoint)["state"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} has no state of a run ({error})") from None
+
+
+def read_files(checkpoint: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of each file, by the manifest.
+
+    Raises:
+        ValueError: no manifest, a changed one, or one without files.
+    """
+    files = _read_manifest(checkpoint).get("files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{MANIFEST} names no files")
+    if any(Path(name).name != name or not _is_pair(numbers) for name, numbers in files.items()):
+        raise ValueError(f"{MANIFEST} is none of this project's")
     return files
 
 
-def has_all_bytes(checkpoint: Path) -> bool:
-    """Whether all files have the size that the manifest says: what can be known without reading them."""
-    files = read_files(checkpoint)
-    return files is not None and all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, (size, _) in files.items()
-    )
+def _is_pair(numbers: Any) -> bool:
+    return isinstance(numbers, list) and len(numbers) == 2 and all(isinstance(number, int) for number in numbers)
+
+
+def damage(checkpoint: Path, read: bool = True, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is sound.
+
+    Args:
+        read: reads all files and compares their checksums; otherwise only their sizes are looked at.
+        part, parts: every `parts`-th file is looked at, from file `part` on: ranks share the work.
+    """
+    try:
+        read_state(checkpoint)
+        files = read_files(checkpoint)
+    except ValueError as error:
+        return str(error)
+    for name in sorted(files)[part::parts]:
+        path = checkpoint / name
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            size, crc = files[name]
+            if path.stat().st_size != size or (read and size_and_crc(path) != [size, crc]):
+                return f"{name} differs from what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+    return None
 
 
 def size_and_crc(path: Path) -> list[int]:

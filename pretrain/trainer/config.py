@@ -84,6 +84,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
     keep_every_steps: int = Field(0, ge=0, description="never delete checkpoints at multiples of this; 0: none")
+    max_gb: float = Field(
+        0, ge=0, description="GB (1e9 bytes) that all of them may take: the oldest go first, also of those; 0: any"
+    )
     exact_resume: bool = Field(
         True, description="refuse to resume where compile, attention or residual differ; false: warn and continue"
     )

@@ -41,11 +41,8 @@ class NoEMA:
             progress: fraction of the training's updates that is done.
         """
 
-    def save(self, checkpoint: Path) -> None:
-        """Writes the average into a checkpoint's folder; on the main rank only. Raises OSError."""
-
     def load(self, checkpoint: Path) -> None:
-        """Reads what `save` wrote."""
+        """Reads what a checkpoint has of `model`."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights and buffers, on the CPU."""
@@ -76,9 +73,6 @@ class EMA(NoEMA):
             _lerp(self.model.parameters(), parameters, weight)
         averaged_buffers = [b for module in self.model.children() for b in module.buffers()]
         _lerp(averaged_buffers, [b for module in self.modules for b in module.buffers()], weight)
-
-    def save(self, checkpoint: Path) -> None:
-        (checkpoint / EMA_FILE).write_bytes(safetensors.torch.save(self.state_dict()))
 
     def load(self, checkpoint: Path) -> None:
         self.model.load_state_dict(safetensors.torch.load_file(checkpoint / EMA_FILE))

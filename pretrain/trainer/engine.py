@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from data.order import check_divisible
@@ -163,10 +162,3 @@ def gather_state_dict(engine: Any, world: World) -> dict[str, Tensor]:
         if not world.is_main:
             return {}
         return {name: tensor.detach().cpu().clone() for name, tensor in engine.module.state_dict().items()}
-
-
-def save_state_dict(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    """Writes a safetensors file, under another name until it is complete."""
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    unfinished.write_bytes(save({name: tensor.contiguous() for name, tensor in state.items()}, metadata))
-    unfinished.replace(path)

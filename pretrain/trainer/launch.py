@@ -189,6 +189,7 @@ def exit_process(code: int) -> NoReturn:
     """
     for child in multiprocessing.active_children():
         child.kill()  # a worker that cannot hand over its last batch would outlive us
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it has ended
+            stream.flush()
     os._exit(code)

@@ -1,22 +1,25 @@
 """Where a run's metrics go: JSON lines, TensorBoard and a progress bar, behind one interface."""
 
 import json
+import logging
 import math
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pretrain.trainer.append import append
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
 
 _SILENCE = 60.0  # seconds after which a run without a terminal says how far it is
+_log = logging.getLogger(__name__)
 Values = dict[str, Any]  # by name, `step` and `epoch` among them
 
 
@@ -39,26 +42,37 @@ class MetricLogger(ABC):
 
 
 class Loggers(MetricLogger):
-    """Passes everything to several loggers; to none on ranks that log nothing."""
+    """Passes everything to several loggers; to none on ranks that log nothing.
+
+    One that cannot write, since a disk is full or the reader of our output has ended, is mentioned once, and does not
+    end the training.
+    """
 
     def __init__(self, loggers: Sequence[MetricLogger] = ()):
         self.loggers = loggers
+        self._failed: set[MetricLogger] = set()
 
     def log_metrics(self, values: Values) -> None:
-        for logger in self.loggers:
-            logger.log_metrics(values)
+        self._each(lambda logger: logger.log_metrics(values))
 
     def log_evaluation(self, values: Values) -> None:
-        for logger in self.loggers:
-            logger.log_evaluation(values)
+        self._each(lambda logger: logger.log_evaluation(values))
 
     def step(self) -> None:
-        for logger in self.loggers:
-            logger.step()
+        self._each(lambda logger: logger.step())
 
     def close(self) -> None:
+        self._each(lambda logger: logger.close())
+
+    def _each(self, call: Callable[[MetricLogger], None]) -> None:
         for logger in self.loggers:
-            logger.close()
+            try:
+                call(logger)
+            except OSError as error:
+                if logger not in self._failed:
+                    name = type(logger).__name__
+                    _log.warning("%s cannot write: %s; the training goes on, and some is missing there", name, error)
+                self._failed.add(logger)
 
 
 def build_loggers(config: RunConfig, folder: RunFolder, start: int, total: int, is_main: bool) -> Loggers:
@@ -152,8 +166,7 @@ class ProgressBar(MetricLogger):
 
 def _append(path: Path, values: Values) -> None:
     finite = {key: v if isinstance(v, int | str) or math.isfinite(v) else None for key, v in values.items()}
-    with path.open("a") as file:
-        file.write(json.dumps(finite) + "\n")
+    append(path, json.dumps(finite) + "\n")
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -13,7 +13,6 @@ import torch
 from data.batch import Batch, Skipped
 from data.loader import Loader
 from data.waiting import while_waiting
-from pretrain.trainer.attempt import mark_attempt
 from pretrain.trainer.checkpoint import Checkpoints
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
@@ -27,6 +26,7 @@ from pretrain.trainer.phases import limited, report_if_slow
 from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.sample_record import SampleRecord
+from pretrain.trainer.saver import Saver
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 from pretrain.trainer.skipped_images import SkippedImages
@@ -134,11 +134,17 @@ def train(run: Run) -> None:
         OSError: the last checkpoint, at the end or on a signal, could not be written.
     """
     config, state, total = run.config, run.state, run.total_steps
-    stop, meter, saved = StopRequest(), Meter(), state.step
+    stop, meter, saver = StopRequest(), Meter(), Saver(run.checkpoints, run.world.is_main, state.step)
     loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
     batches = prefetch(run.loader.batches(run.position, run.end), run.device)
-    look = while_waiting(lambda: _stop_while_waiting(run, stop, saved))
-    with contextlib.closing(loggers), contextlib.closing(batches), look, contextlib.ExitStack() as starting:
+    look = while_waiting(lambda: _stop_while_waiting(run, stop, saver))
+    with (
+        contextlib.closing(loggers),
+        contextlib.closing(saver),
+        contextlib.closing(batches),
+        look,
+        contextlib.ExitStack() as starting,
+    ):
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
         starting.enter_context(
             report_if_slow("the first step, with the first images and what is compiled", "first_step_minutes")
@@ -151,6 +157,7 @@ def train(run: Run) -> None:
             limit = "step_minutes"
             starting.close()
             loggers.step()
+            saver.poll()
             last = bool(signal) or state.step == total
             # No logged speed is of two sizes.
             logs = last or state.step % config.log.every_steps == 0 or run.size_changes
@@ -158,10 +165,10 @@ def train(run: Run) -> None:
             if logs or saves or _evaluates(run) or run.ema.model is not None:
                 _settle(run)
             if logs:
-                loggers.log_metrics(_metrics(run, meter, lr))
+                loggers.log_metrics({**_metrics(run, meter, lr), **saver.metrics()})
                 meter.reset()
             if saves:
-                saved = _save(run, saved, required=last)
+                saver.save(run.engine, run.ema, state, required=last)
             if signal and state.step < total:
                 raise _stopped(run, signal)
             if run.size_changes:
@@ -171,12 +178,12 @@ def train(run: Run) -> None:
             _evaluate(run, loggers, meter)
 
 
-def _stop_while_waiting(run: Run, stop: StopRequest, saved: int) -> None:
+def _stop_while_waiting(run: Run, stop: StopRequest, saver: Saver) -> None:
     """Saves and raises Stopped if a signal came and all ranks wait for data, which may never come."""
     signal = stop.agreed_while_waiting(run.state.step)
     if signal:
         _settle(run)
-        _save(run, saved, required=True)
+        saver.save(run.engine, run.ema, run.state, required=True)
         raise _stopped(run, f"{signal} while waiting for data")
 
 
@@ -276,22 +283,3 @@ def _evaluate(run: Run, loggers: Loggers, meter: Meter) -> None:
             values = evaluation.measure(run.engine, run.ema)
         loggers.log_evaluation({"step": state.step, "epoch": run.epoch, **values})
         meter.exclude(time.perf_counter() - start)
-
-
-def _save(run: Run, saved: int, required: bool) -> int:
-    """Saves unless this step is already saved; returns the newest saved step.
-
-    A periodic save that fails is reported, and tried again at the next: stopping would save no more than continuing.
-    """
-    if saved == run.state.step:
-        return saved
-    with limited(f"saving step {run.state.step}", "checkpoint_minutes"):
-        problem = run.checkpoints.save(run.engine, run.ema, run.state)
-    if problem is None:
-        if run.world.is_main:
-            mark_attempt("saved")
-        return run.state.step
-    if required:
-        raise OSError(f"{problem}; make room and start the same command: it continues from step {saved}")
-    _log.warning("%s; training continues, and tries again in %d steps", problem, run.config.checkpoint.every_steps)
-    return saved

@@ -70,13 +70,18 @@ def varying_size(loader: Loader, position: int) -> dict[str, int | str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; empty without the file. A last line cut off by a kill is ignored."""
+    """The records of a file of JSON lines; empty without the file.
+
+    What is no record is left out: lines that a kill or a full disk has cut off, and what a crash may leave in a file.
+    """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:  # nor UTF-8, perhaps
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records

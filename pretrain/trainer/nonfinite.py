@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.trainer.append import append
 from pretrain.trainer.launch import World
 
 
@@ -26,8 +27,7 @@ def list_samples(path: Path, step: int, keys: list[str], world: World) -> None:
     parts: list[list[str]] = [[] for _ in range(world.size)]
     dist.all_gather_object(parts, keys)
     if world.is_main:
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "samples": [key for part in parts for key in part]}) + "\n")
+        append(path, json.dumps({"step": step, "samples": [key for part in parts for key in part]}) + "\n")
 
 
 class NonfiniteGuard(torch.optim.Optimizer):

@@ -1,6 +1,7 @@
 """The folder of a run: its layout, its lock, and the record of its environment. See docs/pretraining.md."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pretrain.trainer.checkpoint_layout import checkpoint_name
+from pretrain.trainer.durable import make_folder
 
 _PACKAGES = (
     "lomar-deepspeed",
@@ -96,7 +98,7 @@ class RunFolder:
             yield
             return
         is_new = not self.root.exists()
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_folder(self.root)
         with (self.root / ".lock").open("a+") as lock:
             _agree(self._wait_for(lock, patience))
             lock.truncate(0)
@@ -203,4 +205,8 @@ def _try_lock(descriptor: int) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        _log.warning("the runs' file system has no locks (%s): take care that no second run writes there", error)
     return True

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.batch import Batch
+from pretrain.trainer.append import append
 from pretrain.trainer.launch import World
 from pretrain.trainer.loggers import drop_after
 
@@ -38,5 +39,4 @@ class SampleRecord:
         if self._world.is_main:
             shown = [pair for parts in zip(*ranks, strict=True) for part in parts for pair in part]
             keys, digests = zip(*shown, strict=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, "keys": keys, "digests": digests}) + "\n")
+            append(self._path, json.dumps({"step": step, "keys": keys, "digests": digests}) + "\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 from data.batch import Skipped
 from data.image_file import count_kinds
 from data.names import readable
+from pretrain.trainer.append import append
 
 
 class SkippedImages:
@@ -34,8 +35,8 @@ class SkippedImages:
         self._read += read
         if not skipped:
             return 0
-        with self._path.open("a", encoding="utf-8") as file:  # at once: other ranks append to it, too
-            file.write("".join(f"{readable(key)}\t{kind}\t{readable(reason)}\n" for key, kind, reason in skipped))
+        lines = [f"{readable(key)}\t{kind}\t{readable(reason)}\n" for key, kind, reason in skipped]
+        append(self._path, "".join(lines))  # at once: other ranks append to it, too
         self._kinds.update(kind for _, kind, _ in skipped)
         total, limit = self._kinds.total(), self._limit
         if isinstance(limit, float):

@@ -23,7 +23,7 @@ from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.features import features
 from pretrain.models.patches import normalize_pixels
 from pretrain.models.vit import ViT
-from pretrain.trainer.engine import save_state_dict
+from pretrain.trainer.safetensors_file import save_state_dict
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """Where a new run begins: what `start` may say, what is found there, and what is refused before anything long."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +10,8 @@ from pretrain.config import PretrainConfig, load
 from pretrain.run import pretrain
 from pretrain.start import check_start, find_start
 from pretrain.trainer.checkpoint import check_continues
-from pretrain.trainer.checkpoint_layout import MANIFEST, TrainState
+from pretrain.trainer.checkpoint_layout import MANIFEST, TrainState, manifest_text
+from pretrain.trainer.durable import DurableFile
 from pretrain.trainer.launch import World
 from pretrain.trainer.run_folder import RunFolder
 
@@ -32,8 +30,9 @@ def write_checkpoint(run: Path, step: int) -> Path:
     checkpoint = run / "checkpoints" / f"step_{step:08d}"
     checkpoint.mkdir(parents=True)
     (run / "config.yaml").touch()
-    manifest: dict[str, Any] = {"state": asdict(TrainState(step=step)), "files": {}}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    with DurableFile(checkpoint / "weights.pt") as file:
+        file.write(b"weights")
+    (checkpoint / MANIFEST).write_text(manifest_text(TrainState(step=step), {"weights.pt": [file.size, file.crc]}))
     return checkpoint
 
 

@@ -1,77 +1,17 @@
 """Which checkpoints a run keeps and which `latest` names, in whatever order their steps come. Without DeepSpeed."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch.distributed as dist
+from helpers.checkpoint_stubs import Training
 
 from pretrain.trainer.checkpoint_layout import (
     LATEST,
-    TrainState,
     checkpoint_name,
-    checkpoint_names,
-    checkpoint_step,
     latest_checkpoint,
 )
-from pretrain.trainer.config import CheckpointConfig
-from pretrain.trainer.ema import NoEMA
-from pretrain.trainer.launch import World
 
-
-@pytest.fixture(autouse=True)
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-class StubEngine:
-    """Saves one file, and loads nothing."""
-
-    _config = None
-    basic_optimizer = SimpleNamespace(param_groups=[], defaults={})
-
-    def save_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
-        (Path(folder) / tag).mkdir(parents=True)
-        (Path(folder) / tag / "weights.pt").write_bytes(tag.encode())
-
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict[str, Any]]:
-        return f"{folder}/{tag}", {}
-
-
-class Training:
-    """A run of which only the checkpoints exist."""
-
-    def __init__(self, folder: Path, keep_last: int, keep_every: int = 0):
-        self.folder, self.keys = folder, {"keep_last": keep_last, "keep_every_steps": keep_every}
-        self.start()
-
-    def start(self) -> int:
-        """The command is given again; returns the step at which it goes on."""
-        from pretrain.trainer.checkpoint import Checkpoints  # imports DeepSpeed
-
-        self.checkpoints = Checkpoints(self.folder, World(0, 1, 0), CheckpointConfig(**self.keys))
-        state, _ = self.checkpoints.resume(StubEngine(), NoEMA(), TrainState())
-        return state.step
-
-    def save(self, *steps: int) -> None:
-        for step in steps:
-            assert self.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=step)) is None
-            latest = (self.folder / LATEST).read_text()
-            assert latest == checkpoint_name(step), "the newest in time"
-            assert (self.folder / latest / "weights.pt").is_file()
-            assert checkpoint_name(step) in checkpoint_names(self.folder)
-
-    def damage(self, step: int, cut_off: bool = False) -> None:
-        path = self.folder / checkpoint_name(step) / "weights.pt"
-        path.write_bytes(b"cut off" if cut_off else path.read_bytes()[::-1])
-
-    @property
-    def steps(self) -> list[int]:
-        return [checkpoint_step(name) or 0 for name in reversed(checkpoint_names(self.folder))]
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture
@@ -109,12 +49,24 @@ def test_several_damaged_ones_count_for_nothing(keep_last: int, keep_every: int,
     assert training.steps == sorted({*[10, 15, 20, 25, 33][-keep_last:], *([20] if keep_every else [])})
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_the_step_of_a_damaged_one_is_written_again(keep_last: int, folder: Path):
+    training = Training(folder, keep_last=keep_last, keep_every=10)
+    training.save(10, 20)
+    training.damage(20)
+    assert training.start() == 10
+    training.save(20)
+    assert training.start() == 20
+    assert training.steps == [10, 20]
+    assert (folder / "damaged_step_00000020").is_dir()
+
+
 def test_a_run_that_dies_before_it_saves_again_has_lost_nothing(folder: Path):
     training = Training(folder, keep_last=2)
     training.save(10, 20)
     training.damage(20)
     assert (training.start(), training.steps) == (10, [10, 20])
-    (folder / checkpoint_name(20) / "weights.pt").write_bytes(checkpoint_name(20).encode())  # restored by somebody
+    training.damage(20)  # the same bytes in their old order: restored by somebody
     assert training.start() == 20
 
 
@@ -128,13 +80,14 @@ def test_one_that_was_cut_off_takes_no_place_among_those_kept(folder: Path):
 
 def test_only_checkpoints_are_read_and_deleted(folder: Path):
     training = Training(folder, keep_last=1)
-    for name in ("step_00000005_copy", "step_old"):
+    for name in ("step_00000005_copy", "step_00000010.bak", "step_old"):
         (folder / name).mkdir()
     training.save(10, 20)
     assert training.start() == 20
     assert sorted(path.name for path in folder.iterdir()) == [
         LATEST,
         "step_00000005_copy",
+        "step_00000010.bak",
         checkpoint_name(20),
         "step_old",
     ]

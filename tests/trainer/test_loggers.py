@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -93,13 +92,6 @@ class StubLoader:
                 yield [batch]
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def stub_run(root: Path, measure: Any = None, state: TrainState | None = None) -> Any:
     """Two epochs of four steps, logged at every second step and evaluated after each epoch."""
     from pretrain.trainer.loop import Evaluation, Run  # imports DeepSpeed
@@ -113,7 +105,7 @@ def stub_run(root: Path, measure: Any = None, state: TrainState | None = None) -
         log=LogConfig(every_steps=2),
     )
     root.mkdir(exist_ok=True)
-    checkpoints: Any = SimpleNamespace(save=lambda engine, ema, state: None)
+    checkpoints: Any = SimpleNamespace(begin=lambda engine, ema, state: SimpleNamespace(done=True, wait=lambda: None))
     evaluation = Evaluation(1, measure) if measure else None
     device, world = torch.device("cpu"), World(0, 1, 0)
     loader: Any = StubLoader()
@@ -270,7 +262,7 @@ def test_a_signal_ends_a_run_whose_data_never_comes(
 
     saved: list[int] = []
     run = stub_run(tmp_path / "run", state=TrainState(step=4))
-    run.checkpoints.save = lambda engine, ema, state: saved.append(state.step)
+    run.checkpoints.begin = lambda engine, ema, state: SimpleNamespace(wait=lambda: saved.append(state.step))
     one = itertools.islice(run.loader.batches(4, 8), 1)
     never = ([batch] for batch in in_workers(wait_forever, iter(range(99)), 1))
     run.loader.batches = lambda start, end: itertools.chain(one, never)

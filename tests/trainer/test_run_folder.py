@@ -1,5 +1,7 @@
 """The folder of a run: who may write to it, what a refused one leaves, and where what is compiled goes."""
 
+import errno
+import fcntl
 import os
 import re
 import socket
@@ -43,6 +45,17 @@ def test_a_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch:
             pass
     with second.locked(patience=0):
         pass
+
+
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with RunFolder(tmp_path / "mine").locked(patience=0):
+        assert "has no locks ([Errno 38] Function not implemented)" in caplog.text
 
 
 def end(folder: RunFolder, error: Exception, *written: Path) -> None:

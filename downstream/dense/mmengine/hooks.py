@@ -15,7 +15,8 @@ from mmengine.utils import apply_to
 from torch import Tensor
 
 from pretrain.trainer.attempt import mark_attempt
-from pretrain.trainer.checkpoint import first_problem, write_durably
+from pretrain.trainer.checkpoint import first_problem
+from pretrain.trainer.durable import rename, sync_all, write_durably
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 
@@ -207,14 +208,14 @@ class DurableCheckpointHook(CheckpointHook):
         problem = first_problem(problem)
         if problem is None and runner.rank == 0:
             try:
+                sync_all(temporary)
                 _remove(path)  # it exists if the training fell back to an older one
-                temporary.rename(path)
+                rename(temporary, path)
                 write_durably(Path(runner.work_dir) / "last_checkpoint", str(path))
                 self._delete_old(folder)
+                mark_attempt("saved")
             except OSError as error:
                 problem = str(error)
-        if problem is None and runner.rank == 0:
-            mark_attempt("saved")
         if problem := first_problem(problem):
             raise OSError(f"checkpoint {path} could not be written: {problem}; make room and give the command again")
 

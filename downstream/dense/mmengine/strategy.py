@@ -20,7 +20,8 @@ from mmengine.runner.checkpoint import _load_checkpoint, _load_checkpoint_to_mod
 from torch import nn
 
 from downstream.dense.mmengine.console import shorten_console
-from pretrain.trainer.checkpoint import SafeCheckpointEngine, first_problem
+from pretrain.trainer.checkpoint import first_problem
+from pretrain.trainer.deepspeed_files import SafeCheckpointEngine
 from pretrain.trainer.engine import gather_state_dict
 from pretrain.trainer.launch import World
 

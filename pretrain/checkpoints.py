@@ -1,0 +1,150 @@
+"""A run's checkpoints: `python -m pretrain.checkpoints RUN` lists them, and says which stay and why.
+
+    --verify            reads all of their bytes, and says which differ from what was written
+    --prune             deletes what the run itself would delete, by the `checkpoint` section of its config.yaml, and
+                        all that is damaged or was left by a kill; refused while the run goes on
+    --export STEP OUT   writes the encoder of one of them, for timm, as downstream.checkpoints.export does
+
+Without --verify only sizes and the manifest are looked at. The exit code is 1 if a checkpoint is damaged.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from data.parallel import report_errors
+from pretrain.trainer.checkpoint_layout import (
+    DELETED,
+    LATEST,
+    MANIFEST,
+    UNFINISHED,
+    checkpoint_name,
+    damage,
+    latest_checkpoint,
+)
+from pretrain.trainer.config import CheckpointConfig
+from pretrain.trainer.durable import remove_folder, write_durably
+from pretrain.trainer.retention import Stored, folder_size, set_aside, stored, why_kept
+from pretrain.trainer.run_folder import RunFolder
+
+
+def read_config(run: RunFolder) -> CheckpointConfig:
+    """The `checkpoint` section of a run; raises ValueError where there is no run."""
+    if not run.config.is_file():
+        raise ValueError(f"{run.root} is not the folder of a run: it has no {run.config.name}")
+    return CheckpointConfig.model_validate(yaml.safe_load(run.config.read_text()).get("checkpoint", {}))
+
+
+def describe(run: RunFolder, read: bool) -> tuple[list[str], bool]:
+    """A line for each checkpoint, later steps first, and whether all of them are sound."""
+    config, found = read_config(run), stored(run.checkpoints, read)
+    aside = set_aside(run.checkpoints)
+    newest = next((one for one in found if one.damage is None), None)
+    others = sum(map(folder_size, aside))
+    reasons = why_kept(found, newest, config, others) if newest else {}
+    sound = "sound" if read else "complete"
+    lines = [
+        f"{one.name:28}  {_written(run.checkpoints / one.name):16}  {one.size / 1e9:8.2f} GB  "
+        + (f"damaged: {one.damage}" if one.damage else f"{sound}; {reasons.get(one.name, 'the next save deletes it')}")
+        for one in found
+    ]
+    lines += [f"{path.name:28}  {_written(path):16}  {folder_size(path) / 1e9:8.2f} GB  set aside" for path in aside]
+    total = (others + sum(one.size for one in found)) / 1e9
+    lines.append(f"{len(found)} checkpoints, {total:.2f} GB in all" if found else "no checkpoint yet")
+    return lines, not any(one.damage for one in found)
+
+
+def _written(checkpoint: Path) -> str:
+    manifest = checkpoint / MANIFEST
+    return time.strftime("%F %R", time.localtime(manifest.stat().st_mtime)) if manifest.is_file() else "unknown"
+
+
+def prune(run: RunFolder) -> list[str]:
+    """Deletes what need not stay; returns what it has deleted.
+
+    Raises:
+        ValueError: the run goes on, or has no sound checkpoint.
+        OSError: something could not be deleted.
+    """
+    config = read_config(run)
+    with run.locked(patience=0):
+        found = stored(run.checkpoints, read=True)
+        newest = next((one for one in found if one.damage is None), None)
+        if newest is None:
+            raise ValueError(f"{run.checkpoints} has no sound checkpoint: nothing is deleted")
+        reasons = why_kept(found, newest, config)
+        write_durably(run.checkpoints / LATEST, newest.name)
+        gone: list[str] = []
+        for one in (one for one in found if one.damage or one.name not in reasons):
+            remove_folder(run.checkpoints / one.name, run.checkpoints / f"{DELETED}{one.name}")
+            gone.append(_described(one))
+        left = [run.checkpoints / UNFINISHED, *run.checkpoints.glob(f"{DELETED}*")]
+        for path in [*set_aside(run.checkpoints), *filter(Path.is_dir, left)]:
+            shutil.rmtree(path)
+            gone.append(path.name)
+    return gone
+
+
+def _described(one: Stored) -> str:
+    return f"{one.name}, {one.size / 1e9:.2f} GB{' (damaged)' if one.damage else ''}"
+
+
+def export(run: RunFolder, step: str, out: Path) -> int:
+    """Writes the encoder of a checkpoint; returns the exit code of the command that does.
+
+    Args:
+        step: a number, a checkpoint's name, or `latest`.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    read_config(run)
+    name = checkpoint_name(int(step)) if step.isdigit() else step
+    checkpoint = latest_checkpoint(run.checkpoints) if step == LATEST else run.checkpoints / name
+    if checkpoint is None or not checkpoint.is_dir():
+        there = ", ".join(str(one.step) for one in stored(run.checkpoints)) or "none"
+        raise ValueError(f"--export {step}: {run.checkpoints} has checkpoints of the steps {there}")
+    if problem := damage(checkpoint):
+        raise ValueError(f"--export {step}: {checkpoint} is damaged: {problem}")
+    # In a process of its own: what reads weights of all kinds is above this package.
+    command = [sys.executable, "-m", "downstream.checkpoints.export", str(checkpoint), str(out), "--format", "timm"]
+    return subprocess.run(command).returncode
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.checkpoints",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="read all bytes")
+    what.add_argument("--prune", action="store_true", help="delete what need not stay")
+    what.add_argument("--export", metavar=("STEP", "OUT"), nargs=2, help="a step or `latest`, and OUT.safetensors")
+    options = parser.parse_args(argv)
+
+    def command() -> int:
+        run = RunFolder(options.run)
+        if options.export:
+            step, out = options.export
+            return export(run, step, Path(out))
+        if options.prune:
+            print("\n".join(f"deleted {gone}" for gone in prune(run)) or "nothing to delete")
+            return 0
+        lines, all_sound = describe(run, options.verify)
+        print("\n".join(lines))
+        return 0 if all_sound else 1
+
+    return report_errors(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

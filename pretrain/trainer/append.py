@@ -1,0 +1,21 @@
+"""Lists that grow beside a training: metrics, images that were skipped. None of them is worth ending it."""
+
+import logging
+from pathlib import Path
+
+_failed: set[Path] = set()
+_log = logging.getLogger(__name__)
+
+
+def append(path: Path, text: str) -> None:
+    """Appends lines to a file; where that is not possible, it says so once, and the training goes on without them."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            # What was written before may end in half a line.
+            file.write("\n" + text if path in _failed else text)
+    except OSError as error:
+        if path not in _failed:
+            _log.warning("%s cannot be written: %s; the training goes on, and lines are missing there", path, error)
+        _failed.add(path)
+    else:
+        _failed.discard(path)

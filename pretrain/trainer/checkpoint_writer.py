@@ -1,0 +1,145 @@
+"""Writes a checkpoint beside the training, whose step loop goes on meanwhile.
+
+The threads of all ranks agree with each other over a process group of their own: each has one operation at a time, in
+the same order on all ranks, whatever the training does in its groups meanwhile. Each checkpoint has one thread in each
+rank, and the next one begins when that has ended, on all ranks at the same step.
+"""
+
+import logging
+import shutil
+import threading
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain.trainer.checkpoint_layout import EMA_FILE, LATEST, MANIFEST, UNFINISHED, TrainState, manifest_text
+from pretrain.trainer.config import CheckpointConfig
+from pretrain.trainer.deepspeed_files import write_torch
+from pretrain.trainer.durable import DurableFile, rename, sync_folder, write_durably
+from pretrain.trainer.host_copy import HostCopies
+from pretrain.trainer.launch import World
+from pretrain.trainer.retention import make_way, retain
+from pretrain.trainer.safetensors_file import write_safetensors
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """One checkpoint that is being written.
+
+    Args:
+        folder: of all checkpoints.
+        name: of this one.
+        taken: by the name of its file, what this rank writes, in memory that nothing changes.
+        state: of the run.
+        failure: why this rank has not been able to take it, if so.
+        damaged: the checkpoints that the run could not continue from; they are set aside when this one is written.
+        group: of the ranks' threads; None where there is one rank.
+        copies: whose memory is free again afterwards.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        taken: Mapping[str, Any],
+        state: TrainState,
+        failure: str | None,
+        *,
+        damaged: Set[str],
+        config: CheckpointConfig,
+        world: World,
+        group: dist.ProcessGroup | None,
+        copies: HostCopies,
+    ):
+        self._folder, self._name, self._taken, self._manifest_state, self._failure = folder, name, taken, state, failure
+        self._damaged, self._config, self._world, self._group, self._copies = damaged, config, world, group, copies
+        self._problem: str | None = None
+        self._thread = threading.Thread(target=self._run, name=f"writes {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether it is written, or has failed: `wait` does not wait."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> str | None:
+        """Until it is written; the problem in words if that has failed, the same on all ranks."""
+        self._thread.join()
+        return self._problem and f"checkpoint {self._name} could not be written to {self._folder}: {self._problem}"
+
+    def _run(self) -> None:
+        try:
+            self._problem = self._write()
+        except RuntimeError as error:  # of the process group
+            self._problem = f"another rank has ended ({str(error).splitlines()[0]})"
+        finally:
+            self._taken = {}
+            self._copies.release()
+
+    def _write(self) -> str | None:
+        """The problem of the first rank that has one."""
+        written = self._folder / UNFINISHED / self._name
+        problem = self._agree(self._failure or (self._attempt(self._make, written) if self._world.is_main else None))
+        if problem is None:
+            files: dict[str, list[int]] = {}
+            problem = self._attempt(self._write_files, written, files)
+            everywhere = self._gather((problem, files))
+            problem = next((problem for problem, _ in everywhere if problem), None)
+            if problem is None and self._world.is_main:
+                names = {name: numbers for _, part in everywhere for name, numbers in part.items()}
+                problem = self._attempt(self._publish, written, names)
+            problem = self._agree(problem)
+        if problem and self._world.is_main:
+            shutil.rmtree(self._folder / UNFINISHED, ignore_errors=True)  # the next one says what it cannot overwrite
+        return problem
+
+    def _make(self, written: Path) -> None:
+        if written.parent.exists():
+            shutil.rmtree(written.parent)
+        written.mkdir(parents=True)
+
+    def _write_files(self, written: Path, files: dict[str, list[int]]) -> None:
+        written.mkdir(parents=True, exist_ok=True)  # another node may not see it yet
+        for name, content in self._taken.items():
+            if name == EMA_FILE:
+                with DurableFile(written / name) as file:
+                    write_safetensors(file, content)
+                files[name] = [file.size, file.crc]
+            else:
+                files[name] = write_torch(written / name, content)
+        if not self._world.is_main:  # which does so with the manifest
+            sync_folder(written)
+
+    def _publish(self, written: Path, files: dict[str, list[int]]) -> None:
+        write_durably(written / MANIFEST, manifest_text(self._manifest_state, files))
+        final = self._folder / self._name
+        if final.exists():  # this step was saved before the run fell back to an older one, or `latest` had no room
+            make_way(final)
+        rename(written, final)
+        write_durably(self._folder / LATEST, self._name)
+        retain(self._folder, self._name, self._damaged, self._config)
+        shutil.rmtree(written.parent, ignore_errors=True)
+
+    def _attempt(self, action: Any, *arguments: Any) -> str | None:
+        """The problem in words: on this rank alone it must not raise, since the others would wait for it."""
+        try:
+            action(*arguments)
+        except OSError as error:
+            return str(error)
+        except Exception as error:
+            _log.exception("while checkpoint %s was written", self._name)
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _agree(self, mine: str | None) -> str | None:
+        return next((problem for problem in self._gather(mine) if problem), None)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        parts: list[Any] = [None] * self._world.size
+        if self._group is None:
+            return [mine]
+        dist.all_gather_object(parts, mine, group=self._group)
+        return parts

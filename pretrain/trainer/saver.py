@@ -1,0 +1,88 @@
+"""When a training waits for its checkpoints, and what it says of them."""
+
+import logging
+import time
+from typing import Any
+
+from pretrain.trainer.attempt import mark_attempt
+from pretrain.trainer.checkpoint import Checkpoints
+from pretrain.trainer.checkpoint_layout import TrainState
+from pretrain.trainer.checkpoint_writer import CheckpointWriter
+from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.phases import limited
+
+_log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves a run at the same steps on all ranks, and keeps account of what is written.
+
+    Args:
+        is_main: whether this is the rank that tells a job's script of each checkpoint.
+        saved: the step that the run begins at, which needs no saving.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, is_main: bool, saved: int):
+        self._checkpoints, self._is_main = checkpoints, is_main
+        self._begun = self._saved = saved  # steps: of the last save, and of the last one known to be written
+        self._writer: CheckpointWriter | None = None
+        self._since = time.perf_counter()  # when the last save began
+        self._stall: dict[str, float] = {}
+
+    def save(self, engine: Any, ema: NoEMA, state: TrainState, required: bool) -> None:
+        """Begins to save, unless this step is saved; waits for the save before, and, if `required`, for this one.
+
+        One that fails is reported, and the next one tried: stopping would save no more than continuing.
+
+        Raises:
+            OSError: a required one could not be written.
+        """
+        with limited(f"saving step {state.step}", "checkpoint_minutes"):
+            start = time.perf_counter()
+            if required or self._begun != state.step:
+                self._wait()
+            problem = None
+            if (self._saved if required else self._begun) != state.step:
+                self._begun = state.step
+                self._writer = self._checkpoints.begin(engine, ema, state)
+                if required:
+                    problem = self._wait(then=None)
+            stall = time.perf_counter() - start
+        self._stall = {"checkpoint_stall_s": stall, "checkpoint_stall_share": stall / max(start - self._since, stall)}
+        self._since = start
+        if problem:
+            raise OSError(f"{problem}; make room and start the same command: it continues from step {self._saved}")
+
+    def poll(self) -> None:
+        """Reports how the last save has ended, if it has; called after each step, and waits for nothing."""
+        if self._writer is not None and self._writer.done:
+            self._wait()
+
+    def metrics(self) -> dict[str, float]:
+        """How long the last save has kept the training, and which share of the time since the one before; once."""
+        stall, self._stall = self._stall, {}
+        return stall
+
+    def close(self) -> None:
+        """Waits for what is being written, however the training ends."""
+        if self._writer is not None:
+            with limited(f"the checkpoint of step {self._begun} is written", "checkpoint_minutes"):
+                self._wait(then="the older ones stay")
+
+    def _wait(self, then: str | None = "training continues, and the next checkpoint is tried") -> str | None:
+        """The problem of the save that is under way; logged, with what comes `then`."""
+        writer, self._writer = self._writer, None
+        problem = writer.wait() if writer else None
+        if problem and then:
+            _log.warning("%s; %s", problem, then)
+        if writer and problem is None:
+            self._saved = self._begun
+            self._mark()
+        return problem
+
+    def _mark(self) -> None:
+        try:
+            if self._is_main:
+                mark_attempt("saved")
+        except OSError as error:
+            _log.warning("the job's script does not know of the checkpoint of step %d: %s", self._saved, error)

@@ -1,0 +1,83 @@
+"""The ranks' threads that write a checkpoint agree on what becomes of it."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_names, damage, read_files
+from pretrain.trainer.config import CheckpointConfig
+from pretrain.trainer.launch import World
+
+RANKS = 3
+NAME = "step_00000010"
+
+
+class Meeting:
+    """Stands for a process group: all ranks come, each with its part, and all leave with all parts."""
+
+    def __init__(self) -> None:
+        self._parts: list[Any] = [None] * RANKS
+        self._barrier = threading.Barrier(RANKS, timeout=20)
+
+    def gather(self, rank: int, mine: Any) -> list[Any]:
+        self._parts[rank] = mine
+        self._barrier.wait()
+        parts = list(self._parts)
+        self._barrier.wait()
+        return parts
+
+
+def write(folder: Path, failing: int | None = None, failure: str | None = None) -> list[str | None]:
+    """What each rank is told; `failing` is one that cannot write, or has not been able to copy for the reason given."""
+    from pretrain.trainer.checkpoint_writer import CheckpointWriter  # imports DeepSpeed
+    from pretrain.trainer.host_copy import HostCopies
+
+    meeting = Meeting()
+
+    class OfThree(CheckpointWriter):
+        def _gather(self, mine: Any) -> list[Any]:
+            return meeting.gather(self._world.rank, mine)
+
+    writers = []
+    for rank in range(RANKS):
+        fails = rank == failing
+        name = "no/such/folder.pt" if fails and failure is None else f"rank{rank}.pt"
+        writers.append(
+            OfThree(
+                folder,
+                NAME,
+                {name: {"w": torch.full((3,), float(rank))}},
+                TrainState(step=10),
+                failure if fails else None,
+                damaged=set(),
+                config=CheckpointConfig(),
+                world=World(rank, RANKS, 0),
+                group=None,
+                copies=HostCopies(),
+            )
+        )
+    return [writer.wait() for writer in writers]
+
+
+def test_the_manifest_has_the_files_of_all_ranks(tmp_path: Path):
+    assert write(tmp_path) == [None] * RANKS
+    assert checkpoint_names(tmp_path) == [NAME]
+    assert sorted(read_files(tmp_path / NAME)) == ["rank0.pt", "rank1.pt", "rank2.pt"]
+    assert damage(tmp_path / NAME) is None
+    assert not (tmp_path / "unfinished").exists()
+
+
+@pytest.mark.parametrize("failing", range(RANKS))
+@pytest.mark.parametrize("failure", [None, "no memory can be pinned"])
+def test_if_one_rank_fails_none_has_written_and_all_know_why(failing: int, failure: str | None, tmp_path: Path):
+    assert write(tmp_path) == [None] * RANKS
+    before = (tmp_path / NAME / "manifest.json").read_bytes()
+    (told,) = set(write(tmp_path, failing, failure))
+    assert told
+    assert f"checkpoint {NAME} could not be written" in told
+    assert (failure or "No such file or directory") in told
+    assert (tmp_path / NAME / "manifest.json").read_bytes() == before
+    assert not (tmp_path / "unfinished").exists()

@@ -1,0 +1,197 @@
+"""Training goes on while a checkpoint is written, whatever becomes of it."""
+
+import errno
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoint_stubs import StubEngine, Training
+from safetensors.torch import load_file
+
+from pretrain.trainer import checkpoint_writer
+from pretrain.trainer.checkpoint_layout import EMA_FILE, LATEST, TrainState, checkpoint_name, load_deepspeed_file
+from pretrain.trainer.ema import EMA, NoEMA
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+class Blocked:
+    """Holds up whoever writes a file of torch's, until `go` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.go, self.writes = threading.Event(), 0
+        self._write = checkpoint_writer.write_torch
+        monkeypatch.setattr(checkpoint_writer, "write_torch", self)
+
+    def __call__(self, path: Path, content: Any) -> list[int]:
+        self.writes += 1
+        assert self.go.wait(30)
+        return self._write(path, content)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", refuse)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    return Training(tmp_path / "checkpoints", keep_last=2)
+
+
+@pytest.fixture
+def saver(training: Training) -> Any:
+    from pretrain.trainer.saver import Saver  # imports DeepSpeed
+
+    return Saver(training.checkpoints, is_main=True, saved=0)
+
+
+def test_what_is_written_is_what_was_when_the_save_began(
+    training: Training, saver: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights and their average go on, and so does the run's state; a second save waits for the first."""
+    blocked, engine, state = Blocked(monkeypatch), StubEngine(), TrainState(step=10)
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, [model], 0.9, 0.9, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saver.save(engine, ema, state, required=False)
+    assert saver.metrics().keys() == {"checkpoint_stall_s", "checkpoint_stall_share"}
+    assert saver.metrics() == {}, "once"
+    with torch.no_grad():
+        engine.weights.add_(1)
+        model.weight.add_(1)
+    state.step = 20
+    saver.poll()
+    assert training.steps == []
+    second = threading.Thread(target=saver.save, args=(engine, NoEMA(), state, False))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    assert blocked.writes == 1
+    blocked.go.set()
+    second.join(30)
+    saver.close()
+    assert training.steps == [10, 20]
+    for step, value in ((10, 0.0), (20, 1.0)):
+        written = load_deepspeed_file(str(training.folder / checkpoint_name(step) / "weights.pt"))
+        assert written["module"]["w"].tolist() == [value] * 9
+        assert written["lomar"]["step"] == step
+    averaged = load_file(training.folder / checkpoint_name(10) / EMA_FILE)
+    assert all(torch.equal(averaged[f"{name}"], tensor) for name, tensor in before.items())
+
+
+def test_a_save_that_fails_is_told_at_the_next_step_and_the_training_goes_on(
+    training: Training, saver: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    training.save(10)
+    with monkeypatch.context() as broken:
+        full_disk(broken)
+        saver.save(StubEngine(), NoEMA(), TrainState(step=20), required=False)
+        saver._writer._thread.join()
+        saver.poll()
+        (message,) = caplog.messages
+        assert "checkpoint step_00000020 could not be written" in message
+        assert "No space left on device; training continues" in message
+        assert training.steps == [10]
+        with pytest.raises(OSError, match=r"step_00000020 could not .* make room .* continues from step 0"):
+            saver.save(StubEngine(), NoEMA(), TrainState(step=20), required=True)
+    saver.save(StubEngine(), NoEMA(), TrainState(step=30), required=True)
+    saver.close()
+    assert training.steps == [10, 30]
+    assert training.start() == 30
+
+
+def test_a_required_save_waits_and_one_that_is_done_is_not_repeated(training: Training, saver: Any):
+    saver.save(StubEngine(), NoEMA(), TrainState(step=10), required=False)
+    saver.save(StubEngine(), NoEMA(), TrainState(step=10), required=True)
+    written = (training.folder / checkpoint_name(10)).stat().st_ino
+    saver.save(StubEngine(), NoEMA(), TrainState(step=10), required=True)
+    assert training.steps == [10]
+    assert (training.folder / checkpoint_name(10)).stat().st_ino == written
+
+
+def test_latest_without_room_is_a_failure_after_which_the_same_step_is_saved_again(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+):
+    training.save(10)
+    write = checkpoint_writer.write_durably
+
+    def refuse(path: Path, text: str) -> None:
+        if path.name == LATEST:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint_writer, "write_durably", refuse)
+        assert training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
+    assert training.steps == [10, 20], "it is there, and sound"
+    training.save(20)
+    assert sorted(path.name for path in training.folder.iterdir()) == [LATEST, checkpoint_name(10), checkpoint_name(20)]
+
+
+def unreadable_folder(training: Training) -> None:
+    (training.folder / "unfinished").write_text("a file")
+
+
+def no_memory(training: Training) -> None:
+    def fail(tree: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    training.checkpoints._copies.copy = fail
+
+
+@pytest.mark.parametrize("breaks", [unreadable_folder, no_memory])
+def test_whatever_fails_is_a_problem_in_words(breaks: Callable[[Training], None], training: Training):
+    training.save(10)
+    breaks(training)
+    problem = training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
+    assert problem
+    assert "step_00000020 could not be written" in problem
+    assert training.steps == [10]
+    assert (training.folder / LATEST).read_text() == checkpoint_name(10)
+
+
+def test_an_old_one_that_cannot_be_deleted_is_no_failure(
+    training: Training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    training.save(10, 20)
+
+    def refuse(folder: Path, *arguments: Any, **keys: Any) -> None:
+        if "deleted" in str(folder):
+            raise OSError(errno.EIO, "Input/output error")
+
+    caplog.set_level(logging.WARNING)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    training.save(30)
+    assert "the old checkpoint step_00000010 could not be deleted: [Errno 5]" in caplog.text
+    assert training.steps == [20, 30]
+    monkeypatch.undo()
+    training.save(40)
+    assert not list(training.folder.glob("deleted_*")), "it is tried again"
+
+
+def test_memory_of_copies_is_used_again_and_shared_tensors_stay_shared():
+    from pretrain.trainer.host_copy import HostCopies
+
+    copies, weights = HostCopies(), torch.arange(6.0).view(2, 3)
+    tree = {"w": weights, "row": weights[1], "list": [weights.t(), (1, "two")]}
+    first = copies.copy(tree)
+    copies.wait()
+    assert torch.equal(first["w"], weights)
+    assert torch.equal(first["list"][0], weights.t())
+    assert first["row"].untyped_storage().data_ptr() == first["w"].untyped_storage().data_ptr()
+    assert first["w"].data_ptr() != weights.data_ptr()
+    at = first["w"].data_ptr()
+    second = copies.copy(tree)
+    copies.wait()
+    assert second["w"].data_ptr() != at, "it is still read"
+    copies.release()
+    assert copies.copy(tree)["w"].data_ptr() in (at, second["w"].data_ptr())
