@@ -6,8 +6,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # With GPUs DeepSpeed starts a process for each; without, it would start only one.
 PROCESSES = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_accelerators 2')")
 
-# The fast tests start no processes of several ranks, so they run on all cores. The others mostly wait for a rank: two
-# files at a time, as the tests of a file share runs. The tests on Slurm share one cluster.
+# The fast tests start no processes of several ranks, so they run on all cores. The others mostly wait for a rank: three
+# files at a time, or two and the tests on Slurm.
 SLOW := engine or slurm or slow or mm
 FAST := -n logical --maxprocesses 8 -m "not ($(SLOW) or cuda)"
 NEED_MM := tests/dense tests/detect tests/segment tests/export/test_export_to_mm.py tests/slurm/test_dense_jobs.py
@@ -27,8 +27,7 @@ check: lint  ## lint and the fast tests: under three minutes on two cores, witho
 
 test: lint .venv/mm  ## lint and all tests
 	python -m pytest $(FAST)
-	python -m pytest -n 2 --dist loadfile -m "($(SLOW)) and not slurm"
-	python -m pytest -m slurm
+	python -m pytest -n 3 --dist loadgroup -m "$(SLOW)"
 
 test-avx2: .venv/mm  ## part of the tests, on what a processor without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m pytest $(FAST) tests/pretrain tests/classify \
