@@ -21,6 +21,7 @@ from pretrain.trainer.checkpoint_layout import (
     checkpoint_name,
     checkpoint_names,
     damage,
+    latest_checkpoint,
     read_state,
 )
 from pretrain.trainer.checkpoint_writer import CheckpointWriter
@@ -147,7 +148,7 @@ class Checkpoints:
             assert path is not None, f"DeepSpeed did not load {self.folder / name}"
         keep_fused(engine.basic_optimizer)
         ema.load(self.folder / name)
-        if self.world.is_main:
+        if self.world.is_main and latest_checkpoint(self.folder) != self.folder / name:
             write_durably(self.folder / LATEST, name)  # what it named may be damaged, and will be written again
         now = {key: getattr(fresh, key) for key in ("world_size", "zero_stage", "numerics", "machine")}
         return replace(state, **now), name

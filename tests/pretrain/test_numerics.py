@@ -39,9 +39,11 @@ def chosen(*overrides: str, recipe: str = LOMAR, device: torch.device = GPU, sta
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_gpu_gets_the_kernel_compiled_blocks_and_deterministic_attention():
+def test_a_gpu_gets_the_kernel_compiled_blocks_graphs_and_deterministic_attention():
     for recipe in (LOMAR, "lomar_vith14_224_1600e", "lomar_pr_vitb16_224_400e"):
-        assert chosen(recipe=recipe) == Numerics(True, "triton", "fp32", "efficient")
+        assert chosen(recipe=recipe) == Numerics(True, "triton", "fp32", "efficient", cuda_graphs=True)
+    assert not chosen("model.cuda_graphs=off").cuda_graphs
+    assert not chosen("model.grad_checkpointing=true").cuda_graphs
 
 
 def test_a_cpu_gets_neither():
