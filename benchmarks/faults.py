@@ -19,6 +19,7 @@ is one JSON object; the exit code is 1 if anything hung, was lost or wrong.
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -187,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*chosen, sep="\n")
         return 0
     os.environ["DS_ACCELERATOR"] = "cpu"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # of nohup, which the ranks would inherit
     preload("deepspeed")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)

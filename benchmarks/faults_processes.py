@@ -76,10 +76,10 @@ def tell(scene: Scene, *ranks: int, signals: tuple[int, ...] = (signal.SIGTERM,)
 
 
 @fault
-def tell_while_starting(scene: Scene, seed: int) -> Iterator[None]:
+def kill_while_starting(scene: Scene, seed: int) -> Iterator[None]:
     """SIGKILL to all at a random moment of a start that resumes."""
     scene.killed_run(12).start()
-    time.sleep(float(np.random.default_rng(seed).uniform(0, 4)))
+    time.sleep(float(np.random.default_rng(seed).uniform(0, 1.5)))
     scene.kill()
     yield
 

@@ -61,7 +61,7 @@ class Rank:
         return self.returncode is not None
 
     def said(self) -> str:
-        return self._said.read_text()
+        return self._said.read_text() if self._said.exists() else ""
 
 
 def _become(script: str, arguments: list[str], environment: dict[str, str], cwd: Path, said: Path) -> None:
