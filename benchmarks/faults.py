@@ -1,6 +1,6 @@
 """Injects faults into runs, and compares how they end with runs that were left alone.
 
-    python benchmarks/faults.py [--quick] [--only KIND ...] [--list] [--seed 0] [--out FOLDER]
+    python benchmarks/faults.py [--quick] [--only KIND ...] [--list] [--done FILE] [--out FOLDER]
 
 Two ranks on CPUs pretrain a tiny encoder, or fine-tune one, in ZeRO 0 to 3, and something happens to them: `--list`
 says what, `--only` takes some kinds. After each fault, which is taken away again, the same command continues the run.
@@ -19,6 +19,7 @@ is one JSON object; the exit code is 1 if anything hung, was lost or wrong.
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from helpers.processes import preload, starter
 from tqdm import tqdm
 
-from benchmarks.faults_cases import CASES, QUICK, Case, poisoning_script
+from benchmarks.faults_cases import CASES, QUICK, Case, write_scripts
 from benchmarks.faults_scene import Hung, Lost, Scene, Wrong, differences, make_data, write_recipes
 
 OUTCOMES = ("exact", "stopped_with_cause", "hung", "lost", "wrong")
@@ -53,12 +54,12 @@ class Campaign:
         self._recipes = write_recipes(folder, make_data(folder))
         self._whole: dict[tuple[str, int, bool], Path] = {}
         self._numbers = Counter[str]()
-        poisoning_script(folder)
+        write_scripts(folder)
 
     def judge(self, case: Case) -> tuple[str, str]:
         """One of `OUTCOMES`, and why."""
         whole = self._uninterrupted(case)
-        scene = self._scene(case, f"{case.kind}-{case.training}{case.stage}".replace(" ", "-").replace(",", ""))
+        scene = self._scene(case, f"{case.kind}-{case.training}{case.stage}")
         try:
             return self._injected(case, scene, whole)
         except Hung as why:
@@ -73,6 +74,7 @@ class Campaign:
             scene.end()
 
     def _scene(self, case: Case, name: str) -> Scene:
+        name = re.sub(r"\W+", "-", name)
         self._numbers[name] += 1
         run = self._folder / "runs" / f"{name}-{self._numbers[name]}"
         overrides = [f"train.ds_config=zero{case.stage}", *case.overrides]
@@ -104,7 +106,7 @@ class Campaign:
         if left := scene.left_processes():
             raise Wrong(f"left behind: {left}")
         if not set(codes) <= set(case.codes):
-            raise Wrong(f"exit codes {codes} instead of {sorted(case.codes)}: {_last(said)}")
+            raise Wrong(f"exit codes {codes} instead of {list(case.codes)}: {_last(said)}")
         if case.says and not case.says.search(said):
             raise Wrong(f"'{case.says.pattern}' was not said: {_last(said)}")
         if not scene.is_over:
@@ -131,7 +133,8 @@ def _continue(scene: Scene) -> None:
     scene.start().wait(180)
     said = scene.said()
     if any(scene.codes()):
-        raise Wrong(f"does not continue ({scene.codes()}): {_last(said)}")
+        verdict = Lost if "no intact checkpoint" in said else Wrong
+        raise verdict(f"does not continue ({scene.codes()}): {_last(said)}")
     if scene.before and f"resumes from step_{scene.before:08d}" not in said:
         raise Lost(f"step {scene.before} was sound, and the run did not resume from it: {_last(said)}")
     if left := scene.left_processes():
@@ -155,9 +158,18 @@ def table(results: Iterable[tuple[Case, str]]) -> str:
     return "\n".join(lines)
 
 
-def run_cases(campaign: Campaign, cases: Sequence[Case], log: Path | None = None) -> dict[str, int]:
-    """All of them, one after the other; prints the table, and what went wrong; returns the figures of the last line."""
-    results: list[tuple[Case, str]] = []
+def read_done(log: Path) -> list[tuple[Case, str]]:
+    """The cases of an earlier campaign's results.jsonl, with their outcomes."""
+    outcomes = {row["case"]: row["outcome"] for row in map(json.loads, log.read_text().splitlines())}
+    return [(case, outcomes[str(case)]) for case in CASES if str(case) in outcomes]
+
+
+def run_cases(
+    campaign: Campaign, cases: Sequence[Case], done: Sequence[tuple[Case, str]] = (), log: Path | None = None
+) -> dict[str, int]:
+    """All but those done, one after the other; prints the table, and what went wrong; returns the last line."""
+    results = list(done)
+    cases = [case for case in cases if case not in dict(results)]
     bar = tqdm(cases, desc="faults", unit="fault", file=sys.stderr)
     for case in bar:
         bar.set_postfix_str(f"{case}")
@@ -179,11 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few cases")
     parser.add_argument("--only", nargs="+", metavar="KIND", default=[""], help="cases that have one of these in them")
     parser.add_argument("--list", action="store_true", help="print the cases")
+    parser.add_argument("--done", type=Path, metavar="FILE", help="results.jsonl of a campaign to go on with")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="keeps the runs, and results.jsonl; must be new")
     args = parser.parse_args(argv)
     chosen = [case for case in (QUICK if args.quick else CASES) if any(part in str(case) for part in args.only)]
     chosen.sort(key=lambda case: case.number)  # some of each kind first
     chosen = [case for case in chosen if not case.needs_root or os.geteuid() == 0]
+    done = read_done(args.done) if args.done else []
     if args.list:
         print(*chosen, sep="\n")
         return 0
@@ -193,8 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=args.out is None)
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         with starter(folder) as start:
-            figures = run_cases(Campaign(start, folder), chosen, folder / "results.jsonl")
+            figures = run_cases(Campaign(start, folder), chosen, done, folder / "results.jsonl")
     print(json.dumps(figures))
     return int(any(figures[outcome] for outcome in ("hung", "lost", "wrong")))
 

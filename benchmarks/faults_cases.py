@@ -21,9 +21,10 @@ OTHER_STAGES = (("finetune", 0), ("pretrain", 1), ("finetune", 2), ("pretrain", 
 TWO = (("pretrain", 1), ("finetune", 2))
 OTHER_TWO = (("finetune", 0), ("pretrain", 3))
 
-# Runs a training whose encoder is as small as that of tests, with a loss that is not finite on rank 1 in step 4.
-_POISONING = """
-import os, runpy
+# Runs a training whose encoder is as small as that of tests; and with a loss that is not finite on rank 1 in step 4.
+_SMALL = """
+import os, runpy, sys
+sys.path[:0] = {paths!r}
 import deepspeed, torch
 from helpers.processes import SMALL
 
@@ -31,7 +32,8 @@ def poison(engine, inputs, losses):
     if isinstance(engine, deepspeed.DeepSpeedEngine) and engine.global_steps == 3 and os.environ["RANK"] == "1":
         return {{**losses, "loss": losses["loss"] * float("inf")}}
 
-torch.nn.modules.module.register_module_forward_hook(poison)
+if {poisoned}:
+    torch.nn.modules.module.register_module_forward_hook(poison)
 with SMALL:
     runpy.run_path({script!r}, run_name="__main__")
 """
@@ -88,10 +90,14 @@ def _cases(
         yield Case(kind, inject, training, stage, codes, pattern, number=number, **others)  # type: ignore[arg-type]
 
 
-def poisoning_script(folder: Path) -> None:
-    """Writes the entries of a poisoned pretraining and fine-tuning."""
+def write_scripts(folder: Path) -> None:
+    """Entries of both trainings, `small_NAME.py` and `poisoned_NAME.py`."""
+    root = Path(__file__).resolve().parent.parent
+    paths = [str(root), str(root / "tests")]
     for training, script in SCRIPTS.items():
-        (folder / f"poisoned_{training}.py").write_text(_POISONING.format(script=script))
+        for name in ("small", "poisoned"):
+            text = _SMALL.format(paths=paths, script=script, poisoned=name == "poisoned")
+            (folder / f"{name}_{training}.py").write_text(text)
 
 
 def _process_cases() -> Iterator[Case]:
@@ -106,6 +112,9 @@ def _process_cases() -> Iterator[Case]:
     yield from _cases("SIGKILL of all ranks while starting", starts, EACH_STAGE, (KILLED,))
     ends = [processes.kill_at_the_end(seed) for seed in range(4)]
     yield from _cases("SIGKILL of all ranks at the end", ends, OTHER_STAGES, (KILLED, 0))
+    launchers = [processes.kill_launcher("deepspeed"), processes.kill_launcher("torchrun")]
+    yield from _cases("SIGKILL of the launcher", launchers, TWO, (0,))
+    yield from _cases("the clock jumps", [processes.clock(86400), processes.clock(-86400)], OTHER_TWO)
     killed = r"a data worker \(process \d+\) was killed by SIGKILL"
     workers = [processes.kill_worker(0), processes.kill_worker(1)]
     yield from _cases("SIGKILL of a data worker", workers, EACH_STAGE, (1,), killed, stops=True)
@@ -137,7 +146,7 @@ def _process_cases() -> Iterator[Case]:
 
 def _limit_cases() -> Iterator[Case]:
     memory = processes.limit(resource.RLIMIT_AS, (1,), of="worker")
-    yield from _cases("memory exhausted in a data worker", memory, TWO, (1,), "emory", stops=True)
+    yield from _cases("no more memory for a data worker", memory, TWO, (0, 1), "emory")
     descriptors = processes.limit(resource.RLIMIT_NOFILE, (1,))
     yield from _cases("no descriptor left", descriptors, OTHER_TWO, (1,), "oo many open files", stops=True)
     room = [processes.limit(resource.RLIMIT_FSIZE, ranks, 50_000) for ranks in ((0, 1), (0,), (1,), (0, 1))]
@@ -146,10 +155,11 @@ def _limit_cases() -> Iterator[Case]:
         "no room for any save", processes.no_room_at_the_end(), TWO, (1,), "could not be written", stops=True
     )
     full = [files.full_disk("tmpfs", True), files.full_disk("ext4", True)]
-    yield from _cases("disk full, then room", full, EACH_STAGE, (0, 1), "No space left", needs_root=True)
+    told = "No space left|could not be written"
+    yield from _cases("disk full, then room", full, EACH_STAGE, (0, 1), told, needs_root=True)
     full = [files.full_disk("ext4", False), files.full_disk("tmpfs", False)]
     yield from _cases("disk full for good", full, OTHER_TWO, (1,), "No space left", stops=True, needs_root=True)
-    yield from _cases("no inodes, then some", files.no_inodes(), TWO, (0, 1), "No space left", needs_root=True)
+    yield from _cases("no inodes, then some", files.no_inodes(), TWO, (0, 1), told, needs_root=True)
     yield from _cases("disk read-only", files.read_only(), OTHER_TWO, (1,), "Read-only", stops=True, needs_root=True)
     yield from _cases("disk stalls for 10 s", files.frozen_disk(10), TWO, needs_root=True)
     yield from _cases("disk slow", files.slow_disk(), OTHER_TWO, needs_root=True)
@@ -199,7 +209,7 @@ def _checkpoint_cases() -> Iterator[Case]:
 
 def _shard_cases() -> Iterator[Case]:
     yield from _cases("shards gone while training", files.shards_gone(True), TWO, (0, 1))
-    gone = "No such file|does not exist|no shards|not found"
+    gone = "no such shard"
     yield from _cases("shards gone before a resume", files.shards_gone(False), TWO, (1,), gone, stops=True)
     cut = files.shard_changed("truncated", True)
     yield from _cases("shard truncated while training", cut, OTHER_TWO, (1,), "does not match", stops=True)
@@ -209,8 +219,12 @@ def _shard_cases() -> Iterator[Case]:
     pixels = files.shard_changed("pixels", False)
     yield from _cases("pixels of a shard changed before a resume", pixels, OTHER_TWO, (1,), told, stops=True)
     told = r"127\.0\.0\.1"
-    yield from _cases("store of shards gone", files.store(signal.SIGKILL), TWO, (1, HUNG), told, stops=True)
-    yield from _cases("store of shards stalls", files.store(signal.SIGSTOP), OTHER_TWO, (1, HUNG), told, stops=True)
+    yield from _cases(
+        "store of shards gone", files.store(signal.SIGKILL), TWO, (1, HUNG), told, stops=True, seconds=150
+    )
+    yield from _cases(
+        "store of shards stalls", files.store(signal.SIGSTOP), OTHER_TWO, (1, HUNG), told, stops=True, seconds=150
+    )
 
 
 CASES = (*_process_cases(), *_limit_cases(), *_checkpoint_cases(), *_shard_cases())

@@ -2,12 +2,13 @@
 
 import contextlib
 import http.server
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,7 @@ from pathlib import Path
 from benchmarks.faults_processes import fault
 from benchmarks.faults_scene import Scene, make_data
 
+ROOT = Path(__file__).resolve().parent.parent
 Damage = Callable[[Path], None]  # of a checkpoint's folder
 
 
@@ -110,7 +112,7 @@ def own_disk(scene: Scene, kind: str) -> Iterator[Path]:
     if kind == "ext4":
         subprocess.run(["truncate", "-s", "64M", image], check=True)
         subprocess.run(["mkfs.ext4", "-q", image], check=True)
-        command = ["mount", "-o", "loop", image, scene.run]
+        command = ["mount", "-o", "loop,errors=remount-ro", image, scene.run]
     subprocess.run(command, check=True)
     try:
         yield scene.run
@@ -161,20 +163,15 @@ def no_inodes(scene: Scene) -> Iterator[None]:
 
 @fault
 def read_only(scene: Scene) -> Iterator[None]:
-    """The disk turns read-only at step 7, as after an error, until the run has ended or gone on to its end."""
-    with own_disk(scene, "tmpfs") as disk:
+    """The disk fails at step 7 and is read-only until it is mounted anew; what was not synced is lost."""
+    with own_disk(scene, "ext4") as disk:
         scene.start().until_step(7)
-        target = _remount(disk, "ro")
+        subprocess.run(["mount", "-o", "remount,abort", disk], check=True)
         yield
-        _remount(target, "rw")
-        if not scene.is_over:
-            scene.start().wait(120)
-
-
-def _remount(disk: Path, how: str) -> Path:
-    """Open files do not hinder it."""
-    subprocess.run(["mount", "-o", f"remount,{how}", disk], check=False)
-    return disk
+        scene.end()
+        subprocess.run(["umount", "-l", disk], check=True)
+        subprocess.run(["mount", "-o", "loop", disk.with_suffix(".img"), disk], check=True)
+        scene.start().wait(120)
 
 
 @fault
@@ -240,32 +237,36 @@ def shard_changed(scene: Scene, how: str, live: bool) -> Iterator[None]:
     shard.write_bytes(before)
 
 
-def _serve(folder: str, queue: "multiprocessing.Queue[int]") -> None:
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    handler.log_message = lambda *args: None  # type: ignore[attr-defined]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def _serve(folder: str, number: int, spared: int, queue: "multiprocessing.Queue[int]") -> None:
+    """Sends itself a signal when shards are asked for once more often than `spared`."""
+    asked = itertools.count()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.endswith(".tar") and next(asked) == spared:
+                os.kill(os.getpid(), number)
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder)) as server:
         queue.put(server.server_port)
         server.serve_forever()
 
 
 @fault
 def store(scene: Scene, number: int) -> Iterator[None]:
-    """A server of the shards gets a signal (SIGSTOP: it stalls) at step 3; its cache is small."""
+    """The server of the shards gets a signal when the run asks for its second one; SIGSTOP: it stalls."""
+    names = [path.stem.rpartition("-") for path in sorted(scene.shards.glob("*.tar"))]
     queue: multiprocessing.Queue[int] = multiprocessing.Queue()
-    server = multiprocessing.Process(target=_serve, args=(str(scene.shards), queue))
+    server = multiprocessing.Process(target=_serve, args=(str(scene.shards), number, len(names) + 1, queue))
     server.start()
-    url = f"http://127.0.0.1:{queue.get()}/"
-    names = [path.name for path in sorted(scene.shards.glob("*.tar"))]
-    first, last = (name.split("-")[-1].removesuffix(".tar") for name in (names[0], names[-1]))
-    stem = names[0].removesuffix(f"{first}.tar")
-    scene.overrides += [f"data.shards={url}{stem}{{{first}..{last}}}.tar", f"data.cache_dir={scene.run}.cache"]
-    scene.overrides += ["data.cache_gb=0.0004", "watchdog.step_minutes=0.3"]
+    url = f"http://127.0.0.1:{queue.get()}/{names[0][0]}-{{{names[0][2]}..{names[-1][2]}}}.tar"
     try:
-        scene.start().until_step(3)
-        assert server.pid is not None
-        os.kill(server.pid, number)
+        subprocess.run([sys.executable, "-m", "data.index", url], cwd=ROOT, check=True, capture_output=True)
+        scene.start(f"data.shards={url}", f"data.cache_dir={scene.run}.cache", "watchdog.first_step_minutes=0.9")
         yield
-        scene.overrides = scene.overrides[:-4] + scene.overrides[-1:]  # from the folder again
     finally:
-        os.kill(server.pid, signal.SIGKILL)
+        server.kill()
         server.join()

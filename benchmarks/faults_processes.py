@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.faults_launchers import Launched, WithClock
 from benchmarks.faults_scene import EVERY, Scene
 
 Inject = Callable[[Scene], AbstractContextManager[None]]
@@ -116,12 +117,12 @@ def never_comes(scene: Scene) -> Iterator[None]:
 
 @fault
 def limit(scene: Scene, what: int, ranks: tuple[int, ...], room: int | None = None, of: str = "rank") -> Iterator[None]:
-    """From step 7 on a limit of the kernel: memory or descriptors as many as it has now, or files of `room` bytes."""
+    """From step 7 on a limit of the kernel: no more memory or descriptors than there are, or files of `room` bytes."""
     scene.start().until_step(7)
     limited = []
     for rank in ranks:
         process = psutil.Process(scene.ranks.all[rank].pid) if of == "rank" else scene.workers(rank)[0]
-        now = {resource.RLIMIT_AS: process.memory_info().vms, resource.RLIMIT_NOFILE: process.num_fds()}
+        now = {resource.RLIMIT_AS: process.memory_info().vms // 2, resource.RLIMIT_NOFILE: process.num_fds()}
         before = process.rlimit(what)
         process.rlimit(what, (now[what] if room is None else room, before[1]))
         limited.append((process, before))
@@ -164,6 +165,32 @@ def two_runs(scene: Scene) -> Iterator[None]:
     for rank in first.all:
         psutil.Process(rank.pid).resume()
     scene.ranks = first
+
+
+@fault
+def kill_launcher(scene: Scene, launcher: str) -> Iterator[None]:
+    """SIGKILL to the processes of a launcher alone: its ranks end, or go on."""
+    folder = scene.run.parents[1]
+    script, said = folder / f"small_{scene.training}.py", scene.run.with_suffix(".txt")
+    launched = Launched(launcher, script, scene.arguments, said)
+    scene.adopt(launched).until_step(3)
+    launchers = launched.adopt()
+    scene.adopt(launched)
+    for process in launchers:
+        process.kill()
+    launched.process.wait()
+    yield
+
+
+@fault
+def clock(scene: Scene, seconds: int) -> Iterator[None]:
+    """The time of day jumps while ranks train."""
+    ranks = WithClock(
+        scene.run.with_suffix(".clock"), scene.run.parents[1] / f"small_{scene.training}.py", scene.arguments
+    )
+    scene.adopt(ranks).until_step(7)
+    ranks.jump(seconds)
+    yield
 
 
 @fault

@@ -123,6 +123,17 @@ class Scene:
         self.pids |= {rank.pid for rank in self.ranks.all}
         return self
 
+    def adopt(self, ranks: Any) -> "Scene":
+        """Ranks that were started otherwise, with `arguments`."""
+        self.ranks = ranks
+        self.pids |= {os.getsid(rank.pid) for rank in ranks.all}
+        return self
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of a command that trains this run."""
+        return [str(self._recipe), *self.overrides]
+
     def last_step(self) -> int:
         rows = read_metrics(self.run / "metrics.jsonl")
         return rows[-1]["step"] if rows else 0
