@@ -108,7 +108,8 @@ def _process_cases() -> Iterator[Case]:
     yield from _cases("SIGKILL of all ranks while saving", saves, EVERYWHERE, (KILLED,))
     saves = [processes.kill_while_saving(seed, seed % 2) for seed in range(100, 108)]
     yield from _cases("SIGKILL of a rank while saving", saves, EVERYWHERE, (KILLED, 1))
-    starts = [processes.kill_while_starting(seed) for seed in range(4)]
+    moments = ("", "samples, ", "computes with", "resumes from")
+    starts = [processes.kill_while_starting(moment) for moment in moments]
     yield from _cases("SIGKILL of all ranks while starting", starts, EACH_STAGE, (KILLED,))
     ends = [processes.kill_at_the_end(seed) for seed in range(4)]
     yield from _cases("SIGKILL of all ranks at the end", ends, OTHER_STAGES, (KILLED, 0))

@@ -77,11 +77,9 @@ def tell(scene: Scene, *ranks: int, signals: tuple[int, ...] = (signal.SIGTERM,)
 
 
 @fault
-def kill_while_starting(scene: Scene, seed: int) -> Iterator[None]:
-    """SIGKILL to all at a random moment of a start that resumes."""
-    scene.killed_run(12).start()
-    time.sleep(float(np.random.default_rng(seed).uniform(0, 1.5)))
-    scene.kill()
+def kill_while_starting(scene: Scene, said: str) -> Iterator[None]:
+    """SIGKILL to all when a start that resumes says this."""
+    scene.killed_run(12).start().until_said(said).kill()
     yield
 
 
