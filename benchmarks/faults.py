@@ -97,10 +97,10 @@ class Campaign:
         with case.inject(scene):
             began, ranks = time.monotonic(), scene.ranks
             scene.wait(case.seconds, scene.watched)
-            took, codes, said = time.monotonic() - began, scene.codes(), scene.said()
+            took, codes, said = time.monotonic() - began, scene.codes(), scene.told()
             if scene.watched is not None:
                 codes = [codes[rank] for rank in scene.watched]
-            _check_resume(scene, said, case)
+            _check_resume(scene, said)
         if scene.ranks is ranks or not scene.is_over:
             scene.wait(case.seconds)
         if left := scene.left_processes():
@@ -110,7 +110,7 @@ class Campaign:
         if case.says and not case.says.search(said):
             raise Wrong(f"'{case.says.pattern}' was not said: {_last(said)}")
         if not scene.is_over:
-            _continue(scene)
+            _continue(scene, case)
         if different := differences(whole, scene.run):
             raise Wrong(f"other bits: {different}")
         if left_files := scene.left_files():
@@ -118,7 +118,7 @@ class Campaign:
         return ("stopped_with_cause" if case.stops else "exact"), f"exit codes {codes} after {took:.0f} s"
 
 
-def _check_resume(scene: Scene, said: str, case: Case) -> None:
+def _check_resume(scene: Scene, said: str) -> None:
     """That ranks which resumed did so from the newest sound checkpoint."""
     resumed = [
         int(line.partition("resumes from step_")[2][:8]) for line in said.splitlines() if "resumes from step_" in line
@@ -127,7 +127,7 @@ def _check_resume(scene: Scene, said: str, case: Case) -> None:
         raise Lost(f"resumed from step {resumed[0]}, and step {scene.before} was sound")
 
 
-def _continue(scene: Scene) -> None:
+def _continue(scene: Scene, case: Case) -> None:
     """The same command, once there is no fault any more."""
     at = scene.last_step()
     scene.start().wait(180)
@@ -139,7 +139,8 @@ def _continue(scene: Scene) -> None:
         raise Lost(f"step {scene.before} was sound, and the run did not resume from it: {_last(said)}")
     if left := scene.left_processes():
         raise Wrong(f"left behind at the end: {left}")
-    scene.repeated = at - scene.before
+    if at - scene.before > case.most_repeated:
+        raise Lost(f"{at - scene.before} steps were repeated, from step {scene.before} on")
 
 
 def _last(said: str, lines: int = 6) -> str:

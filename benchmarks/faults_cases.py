@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import faults_files as files
 from benchmarks import faults_processes as processes
 from benchmarks.faults_processes import Inject
-from benchmarks.faults_scene import SCRIPTS
+from benchmarks.faults_scene import EVERY, SCRIPTS
 from pretrain.trainer.watchdog import HUNG
 
 KILLED = -signal.SIGKILL
@@ -51,6 +51,7 @@ class Case:
         says: what one of them has to say.
         stops: whether it refuses to start, or stops by itself.
         seconds: in which all ranks have to end.
+        most_repeated: steps that the run may do again: two saves, as one may not be complete yet.
         poisoned: whether a loss is not finite, also in the run that it is compared with.
         overrides: of the recipe.
         number: among those of its kind, training and stage.
@@ -64,6 +65,7 @@ class Case:
     says: re.Pattern[str] | None = None
     stops: bool = False
     seconds: float = 90
+    most_repeated: int = 2 * EVERY
     poisoned: bool = False
     needs_root: bool = False
     overrides: tuple[str, ...] = ()
@@ -103,6 +105,10 @@ def write_scripts(folder: Path) -> None:
 def _process_cases() -> Iterator[Case]:
     lost = r"another rank has ended|rank \d+ has ended|rank 0, or the launcher, has ended"
     yield from _cases("SIGKILL of a rank", [processes.kill(0), processes.kill(1)], EVERYWHERE, (KILLED, 1), lost)
+    several = ("data.num_workers=3",)
+    yield from _cases(
+        "SIGKILL of a rank with three data workers", processes.kill(1), TWO, (KILLED, 1), lost, overrides=several
+    )
     yield from _cases("SIGKILL of all ranks", processes.kill(), EVERYWHERE, (KILLED,))
     saves = [processes.kill_while_saving(seed) for seed in range(16)]
     yield from _cases("SIGKILL of all ranks while saving", saves, EVERYWHERE, (KILLED,))
@@ -153,7 +159,13 @@ def _limit_cases() -> Iterator[Case]:
     room = [processes.limit(resource.RLIMIT_FSIZE, ranks, 50_000) for ranks in ((0, 1), (0,), (1,), (0, 1))]
     yield from _cases("no room for a save, then room", room, EACH_STAGE, (0,), "could not be written")
     yield from _cases(
-        "no room for any save", processes.no_room_at_the_end(), TWO, (1,), "could not be written", stops=True
+        "no room for any save",
+        processes.no_room_at_the_end(),
+        TWO,
+        (1,),
+        "could not be written",
+        stops=True,
+        most_repeated=40,
     )
     full = [files.full_disk("tmpfs", True), files.full_disk("ext4", True)]
     told = "No space left|could not be written"

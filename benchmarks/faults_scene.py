@@ -112,11 +112,13 @@ class Scene:
         self.watched: list[int] | None = None
         self.script, self.port = SCRIPTS[training], None
         self.before = 0  # the newest sound checkpoint's step, when ranks were last started
+        self._logged: dict[Path, int] = {}  # sizes of log files when ranks were last started
         self.pids: set[int] = set()  # of all ranks; each leads a session, to which its workers belong
 
     def start(self, *overrides: str, processes: int = 2) -> "Scene":
         """All ranks; those of an earlier start have ended."""
         self.before = max(self.sound_checkpoints(), default=0)
+        self._logged = {path: path.stat().st_size for path in self.run.glob("logs/*.log")}
         self.ranks = self._start(
             self._recipe, *self.overrides, *overrides, processes=processes, script=self.script, port=self.port
         )
@@ -202,6 +204,11 @@ class Scene:
     def said(self) -> str:
         return "\n".join(rank.said() for rank in self.ranks.all)
 
+    def told(self) -> str:
+        """What ranks said since they were last started, and what is in their log files of it."""
+        logs = [path.read_text(errors="replace")[self._logged.get(path, 0) :] for path in self.run.glob("logs/*.log")]
+        return "\n".join([*logs, self.said()])
+
     def checkpoints(self) -> list[Path]:
         """Finished ones, the newest first."""
         return sorted((self.run / "checkpoints").glob("step_????????"), reverse=True)
@@ -225,7 +232,11 @@ class Scene:
 
     def left_files(self) -> list[str]:
         """What a run that is over should not leave: unfinished folders and files, and shared memory."""
-        found = [path for path in self.run.rglob("*") if path.suffix == ".tmp" or path.name.startswith("unfinished")]
+        found = [
+            path
+            for path in self.run.rglob("*")
+            if path.suffix == ".tmp" or path.name.startswith(("unfinished", "deleted_"))
+        ]
         found += [path for pid in self.pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
         return [str(path.relative_to(self.run) if path.is_relative_to(self.run) else path) for path in found]
 
