@@ -244,10 +244,10 @@ CASES = (*_process_cases(), *_limit_cases(), *_checkpoint_cases(), *_shard_cases
 
 _QUICK = (
     ("SIGKILL of a rank", "finetune", 3),
-    ("SIGKILL of all ranks while saving", "pretrain", 2),
+    ("SIGKILL of all ranks while saving", "finetune", 3),
     ("SIGKILL of a data worker", "finetune", 1),
     ("storm of SIGTERM", "pretrain", 1),
-    ("no room for a save, then room", "pretrain", 2),
+    ("no room for a save, then room", "finetune", 3),
     ("checkpoint truncated", "pretrain", 1),
     ("two generations damaged", "finetune", 1),
 )
