@@ -169,6 +169,7 @@ class Scene:
 
     def kill(self) -> "Scene":
         """SIGKILL to all ranks and their workers."""
+        self.send(signal.SIGKILL)  # also to ranks that do not lead a session yet
         self.ranks.kill()
         return self
 
