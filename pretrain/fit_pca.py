@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -109,7 +109,7 @@ def main() -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         tensors, explained = fit(**options)
         temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # save_file makes files that only their owner reads
         temporary.replace(out)
         print(
             f"{out}: {options['components']} of {values_per_patch(options['patch_size'])} components, "

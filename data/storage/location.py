@@ -9,10 +9,8 @@ from urllib.parse import unquote
 
 SCHEMES = ("https", "http", "s3", "gs", "hf")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}(.*)", re.DOTALL)
-_SECRETS = (  # environment variables whose values appear in no message
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
-    "GOOGLE_SERVICE_ACCOUNT_KEY",
-)
+# Environment variables whose values appear in no message: AWS_ACCESS_KEY_ID, HF_TOKEN, WANDB_API_KEY and all alike.
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|KEY_ID)$", re.IGNORECASE)
 _REPOSITORY = "hf://datasets/USER/NAME/FOLDER, or hf://datasets/USER/NAME@REVISION/FOLDER"
 
 
@@ -110,8 +108,8 @@ def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> s
     """A message of a client without query strings, users, passwords, and the keys in the environment."""
     text = re.sub(r"(://[^\s?#/]*)@", "://...@", text)
     text = re.sub(r"(://[^\s?\"')]*)[?][^\s\"')]*", r"\1?...", text)
-    for name in _SECRETS:
-        if len(value := environment.get(name, "")) >= 8:
+    for name, value in environment.items():
+        if _SECRET.search(name) and len(value) >= 8:
             text = text.replace(value, "...")
     return text
 

@@ -9,14 +9,26 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.parallel import print_any_name
+from data.storage.location import without_secrets
 from pretrain.trainer.launch import World
 
 VERBOSE = "LOMAR_VERBOSE"  # of the environment: 1 to see what libraries say, too
 _PROJECT = ("data", "pretrain", "downstream", "__main__")  # an entry that a launcher starts as a script is __main__
 
 
+class _Formatter(logging.Formatter):
+    """Without passwords and tokens, also where an error of a library repeats them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+
 class _ConsoleHandler(logging.Handler):
     """Lines that do not break a progress bar: warnings on stderr, the rest on stdout."""
+
+    def __init__(self, level: int):
+        super().__init__(level)
+        self.setFormatter(_Formatter())
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
@@ -32,7 +44,7 @@ class _RankFileHandler(logging.FileHandler):
 
     def __init__(self, path: Path):
         super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

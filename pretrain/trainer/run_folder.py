@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from data.storage.location import without_secrets
 from pretrain.trainer.checkpoint_layout import checkpoint_name
 from pretrain.trainer.durable import make_folder
 
@@ -136,7 +137,7 @@ class RunFolder:
             "host": socket.gethostname(),
             "command": sys.argv,
         }
-        self.environment.write_text(json.dumps(environment, indent=2, default=str) + "\n")
+        self.environment.write_text(without_secrets(json.dumps(environment, indent=2, default=str)) + "\n")
 
 
 def file_digest(path: Path | str) -> str:

@@ -30,9 +30,13 @@ SMALL = patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2))  # within it, the sma
 # The launchers' own tests start everything from nothing.
 _SERVER = multiprocessing.get_context("forkserver")
 _COMPILED = ["torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]  # DeepSpeed uses torch.compile on import
-_SERVER.set_forkserver_preload(
-    ["torch", "timm.layers", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot", *_COMPILED]
-)
+_PRELOADED = ["torch", "timm.layers", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot", *_COMPILED]
+_SERVER.set_forkserver_preload(_PRELOADED)
+
+
+def preload(*modules: str) -> None:
+    """More modules that all ranks have imported; before the first of them is started."""
+    _SERVER.set_forkserver_preload([*_PRELOADED, *modules])
 
 
 class Rank:
@@ -57,7 +61,7 @@ class Rank:
         return self.returncode is not None
 
     def said(self) -> str:
-        return self._said.read_text()
+        return self._said.read_text() if self._said.exists() else ""
 
 
 def _become(script: str, arguments: list[str], environment: dict[str, str], cwd: Path, said: Path) -> None:

@@ -1,0 +1,272 @@
+"""A run that faults are injected into: its recipes, its processes, what it leaves, and what it ought to leave."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+from helpers.processes import CLASSIFY, RUN
+from helpers.rank_checks import assert_same_run
+from PIL import Image
+
+from data.pack import pack
+from data.sources import list_source
+from pretrain.trainer.metrics import read_metrics
+
+EVERY, STEPS = 5, 40  # steps between checkpoints, and of a whole run
+PATIENCE = 120.0  # seconds until a run that is not disturbed has begun to train, has advanced or has ended
+COLORS = {"blue": (40, 60, 200), "green": (60, 180, 50), "red": (210, 50, 40), "yellow": (220, 210, 60)}
+SCRIPTS = {"pretrain": RUN, "finetune": CLASSIFY}
+RESULTS = {"pretrain": "encoder.safetensors", "finetune": "model.safetensors"}  # what a run ends with
+
+
+class Hung(Exception):  # noqa: N818 - a verdict
+    """Something has neither ended nor gone on in its time."""
+
+
+class Lost(Exception):  # noqa: N818
+    """More than the work since the last checkpoint has to be done again."""
+
+
+class Wrong(Exception):  # noqa: N818
+    """The end has other bits, the cause is not told, or something is left behind."""
+
+
+def make_data(folder: Path) -> Path:
+    """Shards of 64 small noisy images of four classes."""
+    rng = np.random.default_rng(0)
+    for name, color in COLORS.items():
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(16):
+            pixels = np.clip(color + rng.normal(0, 40, (72, 88, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{number:02d}.jpg", quality=90)
+    pack(list_source(folder / "images"), folder / "shards", samples_per_shard=24)
+    return folder / "shards"
+
+
+def write_recipes(folder: Path, shards: Path) -> dict[str, Path]:
+    """A small pretraining and a small fine-tuning, from scratch, of `STEPS` steps each."""
+    shared = {
+        "runs": str(folder / "runs"),
+        "model": {"arch": "vit_tiny"},
+        "train": {"epochs": STEPS // 8, "global_batch_size": 8, "precision": "fp32"},
+        "checkpoint": {"every_steps": EVERY, "keep_last": 3},
+        "log": {"every_steps": 1},
+        "watchdog": {"step_minutes": 1, "start_minutes": 2, "checkpoint_minutes": 1, "evaluation_minutes": 2},
+    }
+    data = {"shards": str(shards), "image_size": 64, "num_workers": 1}
+    pretraining = {
+        **shared,
+        "name": "pretrain",
+        "method": {"name": "lomar", "num_windows": 2, "window_size": 3},
+        "data": data,
+        "optim": {"warmup_epochs": 0.3, "base_lr": 1e-2},
+    }
+    tuning = {
+        **shared,
+        "name": "finetune",
+        "data": data,
+        "val": {"shards": str(shards), "batch_size": 16, "every_epochs": STEPS},
+        "augment": {"mixup": 0.8},
+        "ema": {"decay": 0.8},
+        "optim": {"base_lr": 1e-2, "warmup_epochs": 1, "layer_decay": 0.75},
+    }
+    recipes = {}
+    for keys in (pretraining, tuning):
+        recipes[keys["name"]] = folder / f"{keys['name']}.yaml"
+        recipes[keys["name"]].write_text(yaml.safe_dump(keys))
+    return recipes
+
+
+class Scene:
+    """One run of a case.
+
+    Args:
+        start: starts ranks, as `helpers.processes.starter` does.
+        recipe: its first argument.
+        training: `pretrain` or `finetune`.
+        run: its folder; a new one.
+        overrides: of the recipe, the ZeRO stage among them.
+
+    Attributes:
+        shards: what it reads; `own_shards` makes it a copy that may be damaged.
+        watched: numbers of the ranks that have to end while the fault lasts; None: all.
+        script, port: of the next start.
+    """
+
+    def __init__(self, start: Callable[..., Any], recipe: Path, training: str, run: Path, overrides: list[str]):
+        self._start, self._recipe, self.training = start, recipe, training
+        self.run, self.overrides = run, [f"runs={run.parent}", f"name={run.name}", *overrides]
+        self.shards = Path(yaml.safe_load(recipe.read_text())["data"]["shards"])
+        self.ranks: Any = None
+        self.watched: list[int] | None = None
+        self.script, self.port = SCRIPTS[training], None
+        self.before = 0  # the newest sound checkpoint's step, when ranks were last started
+        self._logged: dict[Path, int] = {}  # sizes of log files when ranks were last started
+        self.pids: set[int] = set()  # of all ranks; each leads a session, to which its workers belong
+
+    def start(self, *overrides: str, processes: int = 2) -> "Scene":
+        """All ranks; those of an earlier start have ended."""
+        self.before = max(self.sound_checkpoints(), default=0)
+        self._logged = {path: path.stat().st_size for path in self.run.glob("logs/*.log")}
+        self.ranks = self._start(
+            self._recipe, *self.overrides, *overrides, processes=processes, script=self.script, port=self.port
+        )
+        self.pids |= {rank.pid for rank in self.ranks.all}
+        return self
+
+    def adopt(self, ranks: Any) -> "Scene":
+        """Ranks that were started otherwise, with `arguments`."""
+        self.ranks = ranks
+        self.pids |= {os.getsid(rank.pid) for rank in ranks.all}
+        return self
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of a command that trains this run."""
+        return [str(self._recipe), *self.overrides]
+
+    def last_step(self) -> int:
+        rows = read_metrics(self.run / "metrics.jsonl")
+        return rows[-1]["step"] if rows else 0
+
+    @property
+    def is_over(self) -> bool:
+        return (self.run / RESULTS[self.training]).exists()
+
+    def until(self, happened: Callable[[], object], what: str) -> "Scene":
+        """While ranks run; raises Wrong if they end first and Hung if it takes too long."""
+        deadline = time.monotonic() + PATIENCE
+        while not happened():
+            if all(rank.returncode is not None for rank in self.ranks.all):
+                raise Wrong(f"the run ended before {what}: {self.codes()} {self.said()[-1500:]}")
+            if time.monotonic() > deadline:
+                raise Hung(f"{PATIENCE:.0f} s without {what}")
+            time.sleep(0.003)
+        return self
+
+    def until_step(self, step: int) -> "Scene":
+        return self.until(lambda: self.last_step() >= step, f"step {step}")
+
+    def until_said(self, text: str) -> "Scene":
+        return self.until(lambda: re.search(text, self.said()), f"'{text}'")
+
+    def send(self, number: int, *ranks: int) -> None:
+        """A signal to these ranks, or to all."""
+        for rank in [self.ranks.all[rank] for rank in ranks] or self.ranks.all:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, number)
+
+    def kill(self) -> "Scene":
+        """SIGKILL to all ranks and their workers."""
+        self.send(signal.SIGKILL)  # also to ranks that do not lead a session yet
+        self.ranks.kill()
+        return self
+
+    def killed_run(self, step: int = 17) -> "Scene":
+        """Starts, and kills all ranks after a step; there are checkpoints of steps 5, 10 and 15."""
+        return self.start().until_step(step).kill()
+
+    def workers(self, rank: int) -> list[psutil.Process]:
+        return psutil.Process(self.ranks.all[rank].pid).children()
+
+    def own_shards(self, folder: Path) -> Path:
+        """A copy of the shards for this run, from its first start on."""
+        for path in self.shards.iterdir():
+            (folder / path.name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path.name).write_bytes(path.read_bytes())
+        self.overrides.append(f"data.shards={folder}")
+        self.shards = folder
+        return folder
+
+    def wait(self, seconds: float, ranks: list[int] | None = None) -> None:
+        """Until ranks have ended; raises Hung."""
+        deadline = time.monotonic() + seconds
+        wanted = self.ranks.all if ranks is None else [self.ranks.all[rank] for rank in ranks]
+        while any(rank.returncode is None for rank in wanted):
+            if time.monotonic() > deadline:
+                alive = [number for number, rank in enumerate(self.ranks.all) if rank.returncode is None]
+                raise Hung(f"ranks {alive} have not ended in {seconds:.0f} s, at step {self.last_step()}")
+            time.sleep(0.02)
+
+    def codes(self) -> list[int | None]:
+        return [rank.returncode for rank in self.ranks.all]
+
+    def said(self) -> str:
+        return "\n".join(rank.said() for rank in self.ranks.all)
+
+    def told(self) -> str:
+        """What ranks said since they were last started, and what is in their log files of it."""
+        logs = [path.read_text(errors="replace")[self._logged.get(path, 0) :] for path in self.run.glob("logs/*.log")]
+        return "\n".join([*logs, self.said()])
+
+    def checkpoints(self) -> list[Path]:
+        """Finished ones, the newest first."""
+        return sorted((self.run / "checkpoints").glob("step_????????"), reverse=True)
+
+    def sound_checkpoints(self) -> list[int]:
+        """Steps of those whose files are all as the manifest says, by a check of our own."""
+        return [int(path.name.removeprefix("step_")) for path in self.checkpoints() if is_sound(path)]
+
+    def left_processes(self, seconds: float = 10) -> list[str]:
+        """Of the sessions that ranks led, and that are still there after some seconds."""
+        deadline = time.monotonic() + seconds
+        while (left := list(self._processes())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return left
+
+    def _processes(self) -> Iterator[str]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) in self.pids and process.status() != psutil.STATUS_ZOMBIE:
+                    yield f"process {process.pid} ({process.status()})"
+
+    def left_files(self) -> list[str]:
+        """What a run that is over should not leave: unfinished folders and files, and shared memory."""
+        found = [
+            path
+            for path in self.run.rglob("*")
+            if path.suffix == ".tmp" or path.name.startswith(("unfinished", "deleted_"))
+        ]
+        found += [path for pid in self.pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")]
+        return [str(path.relative_to(self.run) if path.is_relative_to(self.run) else path) for path in found]
+
+    def end(self) -> None:
+        """Kills whatever is left of it."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) in self.pids:
+                    process.send_signal(signal.SIGKILL)
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether all files have the size and CRC-32 of the manifest, whose step is that of the folder's name."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        files, step = manifest["files"], manifest["state"]["step"]
+        whole = all(
+            [(content := (checkpoint / name).read_bytes()) and len(content), zlib.crc32(content)] == list(facts[:2])
+            for name, facts in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return whole and bool(files) and step == int(checkpoint.name.removeprefix("step_"))
+
+
+def differences(whole: Path, other: Path) -> str:
+    """Between two runs: the first, in words; '' if there are none."""
+    try:
+        assert_same_run(whole, other)
+    except AssertionError as error:
+        return str(error).partition("\n")[0] or f"{sys.exc_info()[2] and 'bits differ'}"
+    return ""
