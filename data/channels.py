@@ -97,6 +97,8 @@ def read_npy(data: bytes) -> np.ndarray:
     shape = tuple(int(side) for side in sides if side)
     if descr not in ("|u1", "<u2", ">u2", "<f4", ">f4"):
         raise BadImage(f"a .npy file of {descr}: save uint8, uint16 or float32", UNSUPPORTED)
+    if len(shape) == 3 and shape[2] > MAX_CHANNELS >= shape[0]:
+        raise BadImage(f"a .npy file of {shape}: save it as (height, width, channels)", OTHER_CHANNELS)
     check_size(shape[1], shape[0])
     dtype = np.dtype(descr)
     expected, given = math.prod(shape) * dtype.itemsize, len(data) - start - length
@@ -185,6 +187,8 @@ def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
         ) from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a line for each damaged file
     with tifffile.TiffFile(BytesIO(data)) as file:
+        if not len(file.pages):
+            raise BadImage("a TIFF file without an image")
         page: Any = file.pages[0]
         _check_all(page.imagewidth, page.imagelength, page.nbytes // max(page.imagewidth * page.imagelength, 1))
         if page.imagedepth != 1 or page.samplesperpixel > MAX_CHANNELS:

@@ -149,7 +149,7 @@ def _plan(out: Path, plan: dict[str, str | int]) -> Iterator[None]:
         if text and text != json.dumps(plan):
             raise ValueError(
                 f"{out}: holds another pack, of other files or settings ({text}, now {json.dumps(plan)}): "
-                "give another OUT, or delete this one"
+                f"give another OUT, or delete {out}"
             )
         if not text:
             if any(out.glob("*.tar")):

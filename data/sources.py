@@ -228,7 +228,7 @@ def describe_ignored(ignored: Counter[str]) -> str:
     if ".tar" in ignored:
         text += "; shards (*.tar) need no packing: data.shards takes them as they are"
     if f".{ARRAY_EXTENSION}" in ignored:
-        text += "; .npy files are images with --channels"
+        text += "; `python -m data.pack FOLDER SHARDS --channels C` takes .npy files for images"
     if ignored.keys() & {".zip", ".tgz", ".gz", ".7z", ".rar"}:
         text += "; unpack archives first"
     if ignored.keys() & {".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:

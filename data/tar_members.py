@@ -16,13 +16,13 @@ _EXTENSION_TYPES = (b"L", b"K", b"x", b"g", b"X")
 _MAGICS = (b"ustar", bytes(5))  # POSIX and GNU; tars from before POSIX have none
 _CHUNK = 1 << 20
 _DECOMPRESSORS = {  # first bytes -> what undoes it
-    b"\x1f\x8b": "gzip -d",
-    b"BZh": "bzip2 -d",
-    b"\xfd7zXZ\0": "xz -d",
-    b"\x28\xb5\x2f\xfd": "zstd -d",
-    b"\x04\x22\x4d\x18": "lz4 -d",
-    b"\x1f\x9d": "uncompress",
-    b"PK\x03\x04": "unzip",
+    b"\x1f\x8b": "gzip -dc",
+    b"BZh": "bzip2 -dc",
+    b"\xfd7zXZ\0": "xz -dc",
+    b"\x28\xb5\x2f\xfd": "zstd -dc",
+    b"\x04\x22\x4d\x18": "lz4 -dc",
+    b"\x1f\x9d": "uncompress -c",
+    b"PK\x03\x04": "unzip -p",
 }
 
 
@@ -182,6 +182,6 @@ def _problem(file: BinaryIO, offset: int, end: int, size: int, error: tarfile.Ta
     start = file.read(8)
     for magic, command in _DECOMPRESSORS.items():
         if offset == 0 and start.startswith(magic):
-            return f"compressed, and shards are uncompressed tars: undo it first with `{command}`"
+            return f"compressed, and shards are uncompressed tars: undo it first with `{command} SHARD > NEW.tar`"
     where = f"behind the end of the tar at byte {end} there is something else" if end else "no readable tar header"
     return f"{where} ({error}) at byte {offset}; shards are uncompressed tars: copy or write it again"

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.class_list import read_classes_of_shards
 from data.image_facts import check_image
-from data.image_file import BadImage, check_length
+from data.image_file import OTHER_CHANNELS, OTHER_TYPE, BadImage, check_length
 from data.index import index_paths, load_index
 from data.index_file import Index, check_names, is_current, read_index
 from data.multi_labels import MultiLabels
@@ -27,6 +27,7 @@ from data.storage.files import look_up, open_shard
 from data.storage.location import Location, is_url
 
 SHOWN_PROBLEMS = 50
+_OTHER_FORMATS = (OTHER_CHANNELS, OTHER_TYPE)
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrong: {problem}", file=sys.stderr)
         if len(problems) > SHOWN_PROBLEMS:
             print(f"... and {len(problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
+        if format == RGB and any(f"({kind})" in problem for problem in problems for kind in _OTHER_FORMATS):
+            print("give the --channels and --dtype that the images have", file=sys.stderr)
         print(f"{len(problems)} problems" if problems else "ok")
         return 1 if problems else 0
 

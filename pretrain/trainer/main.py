@@ -98,7 +98,8 @@ def main(
         with said_once(world.rank):
             if (text := _listed(options, catalog)) is not None:
                 if world.is_main:
-                    print(text)
+                    with contextlib.suppress(BrokenPipeError):  # of `| head`
+                        print(text, flush=True)
                 exit_process(0)
             config = load(options.recipe, options.overrides)
             if check is not None:

@@ -4,7 +4,9 @@ Waiting here listens to signals and says which ranks are missing. The process gr
 """
 
 import contextlib
+import errno
 import hashlib
+import ipaddress
 import logging
 import os
 import queue
@@ -71,11 +73,33 @@ def _host_store() -> dist.TCPStore:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         # multi_tenant: torch's own, for the process group, is then the same server.
-        return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True)
+        return dist.TCPStore(
+            host, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listen(host, port)
+        )
+    except OSError as error:  # torch's network errors are RuntimeErrors
+        if error.errno != errno.EADDRINUSE:
+            raise
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ValueError(_port_in_use(port)) from None
+    raise ValueError(_port_in_use(port))
+
+
+def listen(host: str, port: int) -> int | None:
+    """The descriptor of a socket at the host's address alone, where torch would listen at all addresses of the node.
+
+    None, which leaves it to torch, where the address is none of this node's, as behind a load balancer, or where the
+    host's own name means the node itself (127.0.1.1 in Debian's /etc/hosts), which no other node could reach.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    if ipaddress.ip_address(address[0]).is_loopback and host not in ("localhost", address[0]):
+        return None
+    try:
+        return socket.create_server(address[:2], family=family, backlog=2048).detach()
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+    return None
 
 
 def _find_store() -> dist.TCPStore:

@@ -54,6 +54,9 @@ class Watchdog:
         self._store: dist.Store | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # Of its own: where the process that has the store is stopped, it gives no answer and no error.
+        self._listener = threading.Thread(target=self._follow_others, name="watchdog's store", daemon=True)
+        self._asked = 0.0  # when the store was asked for what it has not answered yet; 0: for nothing
         self._polls = 0
         self._launchers = launchers()
         self._is_orphan = False
@@ -63,11 +66,13 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
+        self._listener.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._closed.set()
-        self._thread.join(POLL)
+        for thread in (self._thread, self._listener):
+            thread.join(POLL)
 
     def tell(self, problem: str) -> None:
         """Before this rank ends with an error: the others end, too, and say that it was this one's."""
@@ -88,7 +93,23 @@ class Watchdog:
         while not self._closed.wait(POLL):
             self._check_limit()
             self._check_launcher()
+            self._check_answer()
+
+    def _follow_others(self) -> None:
+        while not self._closed.wait(POLL):
+            self._asked = time.monotonic()
             self._look_at_others()
+            self._asked = 0.0
+
+    def _waits_for_answer(self, seconds: float) -> bool:
+        asked = self._asked
+        return asked > 0 and time.monotonic() - asked > seconds
+
+    def _check_answer(self) -> None:
+        limit = self._config.silent_minutes
+        if limit and self._waits_for_answer(60 * limit):
+            silence = f"rank 0, or the launcher, has not answered for watchdog.silent_minutes={limit:g} minutes"
+            self._end(f"{silence}: it was stopped, or its node is lost", HUNG)
 
     def _join(self) -> dist.Store | None:
         """The store, to which this rank is connected once it has met the others; None until then."""
@@ -172,7 +193,7 @@ class Watchdog:
     def _end(self, problem: str, code: int, tell: bool = False) -> None:
         """Says why, and where this rank is; the process ends even if it can neither tell the others nor write."""
         faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
-        if tell and self._store is not None:
+        if tell and self._store is not None and not self._waits_for_answer(_GRACE):
             with contextlib.suppress(RuntimeError):
                 self._publish(self._store, problem, hung=code == HUNG)
         where = "" if code != HUNG else f"\n{self._name} is at: {_position()}"

@@ -163,7 +163,7 @@ REFUSED = {
         "unsupported",
     ),
     "one dimension": (npy(np.zeros(400, "uint8")), PixelFormat(1), "something else", "unsupported"),
-    "channels first": (npy(np.zeros((5, 20, 20), "uint8")), PixelFormat(5), "20 x 5 is under 8 pixels", "too small"),
+    "channels first": (npy(np.zeros((5, 20, 20), "uint8")), PixelFormat(5), "save it as \(height, width, channels\)", "too small"),
     "less than it says": (npy(noise(5, "uint16"))[:-1], PixelFormat(5, "uint16"), "bytes of values, where", "damaged"),
     "more than it says": (npy(noise(5, "uint16")) + b"0", PixelFormat(5, "uint16"), "bytes of values, where", ""),
     "a lying shape": (
@@ -317,7 +317,7 @@ def test_arrays_are_packed_only_where_channels_are_given(tmp_path: Path, capsys:
     assert pack.main([str(tmp_path / "photos"), str(tmp_path / "shards"), "--num-workers", "1"]) == 0
     said = capsys.readouterr()
     assert "1 samples" in said.out
-    assert ".npy files are images with --channels" in said.err
+    assert "--channels C` takes .npy files for images" in said.err
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])

@@ -16,9 +16,11 @@ from data.pack import pack
 from data.sources import list_source
 from downstream.checkpoints.export import export_encoder
 from pretrain import fit_pca
-from pretrain.trainer.checkpoint import write_durably
+from pretrain.trainer.checkpoint_layout import EMA_FILE
+from pretrain.trainer.durable import write_durably
 from pretrain.trainer.ema import EMA
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.safetensors_file import save_state_dict
 
 UMASK = 0o027
 
@@ -64,5 +66,5 @@ def test_what_a_run_writes(tmp_path: Path):
         folder.write_environment()
         write_durably(folder.root / "latest", "step_00000005")
         average = EMA(torch.nn.Linear(2, 2), [], 0.5, 1, torch.device("cpu"))
-        average.save(folder.root)
+        save_state_dict(average.state_dict(), {}, folder.root / EMA_FILE)
     assert_as_the_umask_says(tmp_path)

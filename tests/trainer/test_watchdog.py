@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,27 @@ def test_a_store_that_does_not_answer_ends_the_rank(watch: Callable[..., Watchdo
     with pytest.raises(Ended, match="1"):
         lost._look_at_others()
     assert "rank 0, or the launcher, has ended or does not answer (Connection reset by peer)" in caplog.text
+
+
+def test_a_store_that_is_stopped_ends_the_rank(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+    """Its process is stopped, so that there is neither an answer nor an error."""
+    lost, asked, ended = watch(1, silent_minutes=1e-3), threading.Event(), threading.Event()
+
+    class Stopped:
+        def set(self, *arguments: object) -> None:
+            asked.set()
+            ended.wait(60)
+            raise RuntimeError("gone on again")
+
+    lost._store, lost._is_orphan = Stopped(), True  # its listener does not end it
+    lost._listener.start()
+    assert asked.wait(10)
+    time.sleep(0.1)
+    with pytest.raises(Ended, match=str(HUNG)):
+        lost._check_answer()
+    lost._closed.set()
+    ended.set()
+    assert "rank 0, or the launcher, has not answered for watchdog.silent_minutes=0.001 minutes" in caplog.text
 
 
 @pytest.mark.parametrize(
