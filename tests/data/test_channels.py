@@ -163,7 +163,12 @@ REFUSED = {
         "unsupported",
     ),
     "one dimension": (npy(np.zeros(400, "uint8")), PixelFormat(1), "something else", "unsupported"),
-    "channels first": (npy(np.zeros((5, 20, 20), "uint8")), PixelFormat(5), "save it as \(height, width, channels\)", "too small"),
+    "channels first": (
+        npy(np.zeros((5, 20, 20), "uint8")),
+        PixelFormat(5),
+        r"as \(height, width, channels\)",
+        "other channels",
+    ),
     "less than it says": (npy(noise(5, "uint16"))[:-1], PixelFormat(5, "uint16"), "bytes of values, where", "damaged"),
     "more than it says": (npy(noise(5, "uint16")) + b"0", PixelFormat(5, "uint16"), "bytes of values, where", ""),
     "a lying shape": (
