@@ -7,6 +7,7 @@ import torch
 from helpers.processes import Processes, starter
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `--dist loadgroup`: the tests of a file share runs, and all that run on Slurm share a cluster."""
     for item in items:
