@@ -6,13 +6,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # With GPUs DeepSpeed starts a process for each; without, it would start only one.
 PROCESSES = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--num_accelerators 2')")
 
-# The fast tests start no processes of several ranks, so they run on all cores. The others mostly wait for a rank: three
-# files at a time, or two and the tests on Slurm.
+# The fast tests start no processes of several ranks, so they run on all cores. The others mostly wait for a rank: two
+# files at a time, as the tests of a file share runs, and beside them those on Slurm, which share one cluster.
 SLOW := engine or slurm or slow or mm
 FAST := -n logical --maxprocesses 8 -m "not ($(SLOW) or cuda)"
 NEED_MM := tests/dense tests/detect tests/segment tests/export/test_export_to_mm.py tests/slurm/test_dense_jobs.py
 
-.PHONY: help pretrain check test test-avx2 lint install hooks clean
+.PHONY: help pretrain check test test-ranks test-slurm test-avx2 lint install hooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## */\1|/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -27,7 +27,13 @@ check: lint  ## lint and the fast tests: under three minutes on two cores, witho
 
 test: lint .venv/mm  ## lint and all tests
 	python -m pytest $(FAST)
-	python -m pytest -n 3 --dist loadgroup -m "$(SLOW)"
+	$(MAKE) --no-print-directory -j 2 test-ranks test-slurm
+
+test-ranks:
+	python -m pytest -n 2 --dist loadfile -m "($(SLOW)) and not slurm"
+
+test-slurm:
+	python -m pytest -m slurm
 
 test-avx2: .venv/mm  ## part of the tests, on what a processor without AVX-512 computes
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m pytest $(FAST) tests/pretrain tests/classify \

@@ -7,14 +7,6 @@ import torch
 from helpers.processes import Processes, starter
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: the tests of a file share runs, and all that run on Slurm share a cluster."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Threads only get into each other's way on tensors this small: up to a hundred times slower on a busy machine."""
