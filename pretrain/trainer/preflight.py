@@ -107,7 +107,8 @@ def checked_start(
         Stopped: as `meet`.
     """
     meet(world.rank, world.size)
-    loaded, index, problem = None, "", ""
+    loaded: Any = None
+    index, problem = "", ""
     try:
         with while_waiting(lambda: stop_if_told("another process that makes the index")):
             loaded = load()
@@ -119,8 +120,7 @@ def checked_start(
     mine = _look(world, folder, recipe, index, problem)
     with said_once(world.rank):
         refuse_faults(world, mine, find_fault)
-    assert loaded is not None
-    return loaded
+    return loaded  # otherwise there was a problem
 
 
 def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> Facts:

@@ -116,6 +116,7 @@ def test_one_rank_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(preflight, "meeting_store", lambda: None)
     world, folder = World(0, 1, 0), tmp_path / "runs" / "new"
     assert checked_start(world, folder, "recipe", lambda: 5, str) == 5
+    assert checked_start(world, folder, "recipe", lambda: None, lambda nothing: "") is None
     assert not folder.exists()
 
     def refuse() -> int:
