@@ -5,6 +5,7 @@ the same order on all ranks, whatever the training does in its groups meanwhile.
 rank, and the next one begins when that has ended, on all ranks at the same step.
 """
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from pretrain.trainer.checkpoint_layout import EMA_FILE, LATEST, MANIFEST, UNFINISHED, TrainState, manifest_text
 from pretrain.trainer.config import CheckpointConfig
 from pretrain.trainer.deepspeed_files import write_torch
-from pretrain.trainer.durable import DurableFile, rename, sync_folder, write_durably
+from pretrain.trainer.durable import DurableFile, rename, sync_all, sync_folder, write_durably
 from pretrain.trainer.host_copy import HostCopies
 from pretrain.trainer.launch import World
 from pretrain.trainer.retention import make_way, retain
@@ -114,6 +115,11 @@ class CheckpointWriter:
             sync_folder(written)
 
     def _publish(self, written: Path, files: dict[str, list[int]]) -> None:
+        for lines in self._folder.parent.glob(
+            "*.jsonl"
+        ):  # of the steps that a run which continues here does not repeat
+            with contextlib.suppress(OSError):  # they are worth no checkpoint; `append` says what cannot be written
+                sync_all(lines)
         write_durably(written / MANIFEST, manifest_text(self._manifest_state, files))
         final = self._folder / self._name
         if final.exists():  # this step was saved before the run fell back to an older one, or `latest` had no room

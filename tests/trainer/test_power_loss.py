@@ -32,6 +32,18 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return recorder.steps
 
 
+def test_metrics_are_synced_before_the_checkpoint_of_their_step_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    training = Training(tmp_path / "checkpoints", keep_last=1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n')
+    recorder = Recorder(tmp_path, monkeypatch)
+    training.save(10)
+    monkeypatch.undo()
+    named = next(number for number, step in enumerate(recorder.steps) if step[-1] == f"checkpoints/{LATEST}")
+    assert ("sync", "metrics.jsonl") in recorder.steps[:named]
+
+
 def loss(steps: Sequence[Step], folder: Path, seen: dict[Any, str | None]) -> str | None:
     """What a loss of power at some moment would have lost, if anything; `seen`: by what is left, what is lost."""
     disk, saved = Disk(), 0
