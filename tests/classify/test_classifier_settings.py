@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.originals import SAME_TO_FP32, randomized
+from helpers.ports import free_port
 from helpers.tiny import everything_float64
 from helpers.tiny_classifier import DEPTH, POSITIONS, batch, configure, encoder_file
 from safetensors.torch import load_file
@@ -100,8 +101,10 @@ def test_a_start_that_does_not_fit_is_refused(keys: dict[str, Any], says: str, t
         check_start(config)
 
 
-def test_a_start_is_checked_before_anything_else(tmp_path: Path):
+def test_a_start_is_checked_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The data need not even exist."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), model__patch_size=2)
     with pytest.raises(ValueError, match="has patches of 4 pixels, the encoder of 2"):
         finetune(config, World(0, 1, 0))

@@ -153,15 +153,15 @@ def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Calla
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("this machine does not let us mount a small disk")
     try:
-        run = start(recipe, "checkpoint.every_steps=4")  # a checkpoint takes 1.3 MB
+        run = start(recipe, "checkpoint.every_steps=3")  # a checkpoint takes 1.3 MB
         output = "".join(run.outputs())
         assert all(process.returncode == 1 for process in run.all), output
-        assert "checkpoint step_00000008 could not be written" in output
-        assert "training continues, and tries again in 4 steps" in output
-        assert "make room and start the same command: it continues from step 4" in output
-        assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000004"]
+        assert "checkpoint step_00000006 could not be written" in output
+        assert "training continues, and tries again in 3 steps" in output
+        assert "make room and start the same command: it continues from step 3" in output
+        assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000003"]
         subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)
-        assert "resumes from step_00000004" in start(recipe, "checkpoint.every_steps=4").finish()
+        assert "resumes from step_00000003" in start(recipe, "checkpoint.every_steps=3").finish()
         assert (disk / "tiny" / "checkpoints" / "latest").read_text() == "step_00000010"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
