@@ -29,10 +29,10 @@ test: lint .venv/mm  ## lint and all tests
 	python -m pytest $(FAST)
 	$(MAKE) --no-print-directory -j 2 test-ranks test-slurm
 
-test-ranks:
+test-ranks: .venv/mm  ## the slow tests but those on Slurm
 	python -m pytest -n 2 --dist loadfile -m "($(SLOW)) and not slurm"
 
-test-slurm:
+test-slurm: .venv/mm  ## the tests on Slurm
 	python -m pytest -m slurm
 
 test-avx2: .venv/mm  ## part of the tests, on what a processor without AVX-512 computes

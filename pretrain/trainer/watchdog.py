@@ -57,6 +57,7 @@ class Watchdog:
         # Of its own: where the process that has the store is stopped, it gives no answer and no error.
         self._listener = threading.Thread(target=self._follow_others, name="watchdog's store", daemon=True)
         self._asked = 0.0  # when the store was asked for what it has not answered yet; 0: for nothing
+        self._ending = threading.Lock()
         self._polls = 0
         self._launchers = launchers()
         self._is_orphan = False
@@ -192,18 +193,19 @@ class Watchdog:
 
     def _end(self, problem: str, code: int, tell: bool = False) -> None:
         """Says why, and where this rank is; the process ends even if it can neither tell the others nor write."""
-        faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
-        if tell and self._store is not None and not self._waits_for_answer(_GRACE):
-            with contextlib.suppress(RuntimeError):
-                self._publish(self._store, problem, hung=code == HUNG)
-        where = "" if code != HUNG else f"\n{self._name} is at: {_position()}"
-        _log.error("%s: %s%s", self._world.error, problem, where)
-        if code == HUNG:
-            with contextlib.suppress(OSError):
-                mark_attempt("hung")
-        if tell:
-            time.sleep(2 * POLL)  # all have read it, before a broken connection tells them less
-        exit_process(code)
+        with self._ending:  # one thread alone, or the other would end the process before all ranks have been told
+            faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
+            if tell and self._store is not None and not self._waits_for_answer(_GRACE):
+                with contextlib.suppress(RuntimeError):
+                    self._publish(self._store, problem, hung=code == HUNG)
+            where = "" if code != HUNG else f"\n{self._name} is at: {_position()}"
+            _log.error("%s: %s%s", self._world.error, problem, where)
+            if code == HUNG:
+                with contextlib.suppress(OSError):
+                    mark_attempt("hung")
+            if tell:
+                time.sleep(2 * POLL)  # all have read it, before a broken connection tells them less
+            exit_process(code)
 
 
 def _position() -> str:

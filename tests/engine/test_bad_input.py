@@ -157,7 +157,7 @@ def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Calla
         output = "".join(run.outputs())
         assert all(process.returncode == 1 for process in run.all), output
         assert "checkpoint step_00000006 could not be written" in output
-        assert "training continues, and tries again in 3 steps" in output
+        assert "training continues, and the next checkpoint is tried" in output
         assert "make room and start the same command: it continues from step 3" in output
         assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000003"]
         subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)

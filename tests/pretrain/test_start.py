@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from helpers.ports import free_port
 
 from pretrain.config import PretrainConfig, load
 from pretrain.run import pretrain
@@ -59,7 +60,10 @@ def test_keys_that_contradict_each_other_are_refused(overrides: list[str], says:
         configure(tmp_path, *overrides)
 
 
-def test_what_is_not_there_is_found_before_the_shards_are_read(tmp_path: Path):
+def test_what_is_not_there_is_found_before_the_shards_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+
     def refusal(override: str) -> str:
         config = configure(tmp_path, override)
         with pytest.raises(ValueError, match=override.split("=")[0]) as error:
