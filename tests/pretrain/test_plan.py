@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.plan_steps import planned_steps
 from benchmarks.saved import saved_storages
 from data.order import PART
+from data.transforms import Augmentation
 from pretrain.build import build_ema, build_method, untrained_teacher
 from pretrain.config import PretrainConfig, load
 from pretrain.plan import __main__ as command
@@ -22,7 +23,7 @@ from pretrain.plan.block_cost import Numerics, attention_bytes, attention_flops,
 from pretrain.plan.communication import step_communication
 from pretrain.plan.estimate import Plan, choose_numerics, make_plan
 from pretrain.plan.hardware import GPUS, Cluster, build_cluster
-from pretrain.plan.loader_cost import SMALLER, Photographs, index_bytes
+from pretrain.plan.loader_cost import SMALLER, Photographs, core_seconds, index_bytes
 from pretrain.plan.memory import (
     GIB,
     Zero,
@@ -483,9 +484,17 @@ def test_less_to_decode_is_advised_where_gpus_wait():
         )
 
 
-def test_decoding_takes_what_was_measured():
-    assert Photographs().decode == pytest.approx(1 / 593, rel=0.01)
-    assert SMALLER.decode == pytest.approx(1 / 1332, rel=0.01)
+@pytest.mark.parametrize(
+    ("side", "photographs", "repeats", "measured"),
+    [
+        *((224, Photographs(), 1, 395), (448, Photographs(), 1, 256), (224, SMALLER, 1, 713), (448, SMALLER, 1, 361)),
+        *((224, Photographs(), 2, 650), (448, Photographs(), 2, 346)),
+    ],
+)
+def test_loading_takes_what_was_measured(side: int, photographs: Photographs, repeats: int, measured: int):
+    """Views a second of a core, by benchmarks/loader.py."""
+    seconds = core_seconds((side, side), [Augmentation()], repeats, photographs)
+    assert seconds == pytest.approx(1 / measured, rel=0.03)
 
 
 def test_the_index_of_shards_says_how_many_and_how_large(
