@@ -7,7 +7,7 @@ from typing import Final
 AUTO: Final = "auto"
 MOST_WORKERS = 32  # of a rank: more decode faster than one process takes batches
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")  # torchrun's, DeepSpeed's; one node, if none says more
+_LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # torchrun's and slurm/_node.sh's, DeepSpeed's
 
 
 def count_workers(wish: int | str) -> int:
@@ -18,12 +18,14 @@ def count_workers(wish: int | str) -> int:
 
 
 def cores_of_a_rank() -> int:
-    """Those that Slurm gave this task, or else this rank's share of those that this process may use."""
-    cores = min(len(os.sched_getaffinity(0)), _quota())
-    if task := os.environ.get("SLURM_CPUS_PER_TASK"):
-        return min(cores, int(task))
-    ranks = next((int(os.environ[name]) for name in _LOCAL_RANKS if os.environ.get(name)), 1)
-    return max(cores // ranks, 1)
+    """This rank's share of those that this process may use, or that Slurm gave this task."""
+    cores, task = min(len(os.sched_getaffinity(0)), _quota()), os.environ.get("SLURM_CPUS_PER_TASK")
+    if task:
+        cores = min(cores, int(task))
+    # Without a word of the launcher: a task is a rank, or all ranks are here.
+    others = 1 if task else os.environ.get("WORLD_SIZE") or 1
+    ranks = next((os.environ[name] for name in _LOCAL_RANKS if os.environ.get(name)), others)
+    return max(cores // int(ranks), 1)
 
 
 def _quota() -> int:

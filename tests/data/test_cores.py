@@ -34,6 +34,7 @@ def test_a_number_is_a_number() -> None:
         ({"SLURM_CPUS_PER_TASK": "12", "WORLD_SIZE": "64"}, 11),
         ({"LOCAL_WORLD_SIZE": "96"}, 1),
         ({"SLURM_CPUS_PER_TASK": "1"}, 1),
+        ({"SLURM_CPUS_PER_TASK": "48", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}, 11),  # one task a node
     ],
 )
 def test_auto_is_a_share_of_the_node(variables: dict[str, str], workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
