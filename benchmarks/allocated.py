@@ -1,7 +1,6 @@
 """What a real DeepSpeed engine allocates in a step: every tensor's storage, from its making to its end."""
 
 import os
-import socket
 import weakref
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from pretrain.config import PretrainConfig
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT
+from pretrain.trainer.meeting import free_port
 
 
 def draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,9 +66,7 @@ class Measured:
 
 def measure_step(config: PretrainConfig, ranks: int) -> Measured:
     """The third step of a run of CPU processes, of the rank that needs most."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     context = mp.get_context("spawn")
     receivers, processes = [], []
     for rank in range(ranks):

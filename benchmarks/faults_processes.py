@@ -28,11 +28,7 @@ def fault(function: Callable[..., Iterator[None]]) -> Callable[..., Inject]:
 @fault
 def kill(scene: Scene, *ranks: int, step: int = 7) -> Iterator[None]:
     """SIGKILL to these ranks alone, or to all with their workers."""
-    scene.start().until_step(step)
-    if ranks:
-        scene.send(signal.SIGKILL, *ranks)
-    else:
-        scene.kill()
+    scene.start().until_step(step).kill(*ranks)
     yield
 
 
@@ -90,10 +86,7 @@ def kill_while_saving(scene: Scene, seed: int, *ranks: int) -> Iterator[None]:
     step = int(rng.integers(1, 5)) * EVERY
     scene.start().until_step(step - 1)
     time.sleep(float(rng.uniform(0, 0.3)))
-    if ranks:
-        scene.send(signal.SIGKILL, *ranks)
-    else:
-        scene.kill()
+    scene.kill(*ranks)
     yield
 
 
@@ -109,7 +102,7 @@ def kill_at_the_end(scene: Scene, seed: int) -> Iterator[None]:
 @fault
 def never_comes(scene: Scene) -> Iterator[None]:
     """A rank ends before it has joined the others."""
-    scene.start("watchdog.start_minutes=0.3").send(signal.SIGKILL, 1)
+    scene.start("watchdog.start_minutes=0.3").kill(1)
     yield
 
 

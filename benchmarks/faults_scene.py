@@ -167,10 +167,11 @@ class Scene:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
 
-    def kill(self) -> "Scene":
-        """SIGKILL to all ranks and their workers."""
-        self.send(signal.SIGKILL)  # also to ranks that do not lead a session yet
-        self.ranks.kill()
+    def kill(self, *ranks: int) -> "Scene":
+        """SIGKILL to these ranks alone, or to all with their workers."""
+        self.send(signal.SIGKILL, *ranks)  # also to ranks that do not lead a session yet
+        if not ranks:
+            self.ranks.kill()
         return self
 
     def killed_run(self, step: int = 17) -> "Scene":

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pretrain.trainer.meeting import free_port
 from pretrain.trainer.metrics import read_metrics
 
 RUN = Path(__file__).resolve().parent.parent / "pretrain" / "run.py"
@@ -35,9 +35,7 @@ class Ranks:
     """The processes of a run, started as `srun` does: without a launcher that ends the others when one is gone."""
 
     def __init__(self, folder: Path, *arguments: str, count: int = 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.all = []
         for rank in range(count):
             said = folder / f"rank{rank}.txt"
