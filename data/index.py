@@ -1,4 +1,8 @@
-"""The index of shards: loaded, or made once from tar headers and kept next to them: ``python -m data.index SHARDS``."""
+"""The index of shards: loaded, or made once and kept next to them: ``python -m data.index SHARDS``.
+
+On first use it is made from tar headers alone. This command, `data.pack` and `data.verify --reindex` also read the
+images, for the checksums that are compared wherever an image is read.
+"""
 
 import argparse
 import os
@@ -43,13 +47,20 @@ def load_index(shards: str | Path, cache: CacheSettings | None = None) -> Index:
     return build_index(shards)
 
 
-def build_index(shards: str | Path) -> Index:
-    """Builds and publishes the index, or loads one that another process publishes meanwhile; raises as `load_index`."""
+def build_index(shards: str | Path, *, checksums: bool = False) -> Index:
+    """Builds and publishes the index, or loads one that another process publishes meanwhile; raises as `load_index`.
+
+    Args:
+        shards: as of `load_index`, here.
+        checksums: also read the images, for `Index.checksum`; an index without is built again.
+    """
     root, names = find_shards(shards)
     for path in index_paths(shards):
         with suppress(NotWritableError), locked(path):
-            if not is_current(path, read_classes_of_shards(root)):
-                write_index(scan_shards(root, names, root), path)
+            if not is_current(path, read_classes_of_shards(root)) or (
+                checksums and read_index(path, root).checksum is None
+            ):
+                write_index(scan_shards(root, names, root, checksums=checksums), path)
             return _checked(read_index(path, root), root, path, names)
     raise ValueError(
         f"no index can be written, neither in {root} nor in the cache: set XDG_CACHE_HOME to a writable folder"
@@ -81,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_url(args.shards):
             index, where = build_remote_index(args.shards, CacheSettings())
         else:
-            index = load_index(args.shards)
+            index = build_index(args.shards, checksums=True)
             where = str(index.file)
         print(f"{len(index)} samples in {len(index.shards)} shards; their index is {where}")
         return 0

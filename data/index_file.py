@@ -40,6 +40,7 @@ class Index:
     keys: Keys  # N WebDataset keys
     classes: tuple[str, ...]  # names of the labels, from classes.txt; may be empty
     fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; not of the folder
+    checksum: np.ndarray | None = None  # uint32 (N,), CRC-32 of the image; None if only tar headers were read
     shrunk: str = ""  # how photographs were made smaller as they were packed
     file: Path | None = None  # where the arrays are mapped from
     versions: tuple[str, ...] = ()  # of shards in a store: S, '' where it names none
@@ -114,6 +115,7 @@ def read_index(path: Path, root: Location) -> Index:
             fingerprint=str(fields["fingerprint"]),
             shrunk=str(fields.get("shrunk", "")),
             versions=tuple(str(version) for version in fields.get("versions", ())),
+            checksum=fields.get("checksum"),
             file=path,
             **arrays,
         )
@@ -162,6 +164,8 @@ def write_index(index: Index, path: Path) -> None:
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     if multi is not None:
         arrays |= {"multi_labels": multi.classes, "multi_label_ends": multi.ends}
+    if index.checksum is not None:
+        arrays["checksum"] = index.checksum
     with open(temporary, "wb") as file:
         np.savez(
             file,

@@ -1,4 +1,4 @@
-"""Makes the index of shards by reading all their tar headers."""
+"""Makes the index of shards by reading all their tar headers, and, for checksums, their images."""
 
 import hashlib
 import sys
@@ -26,7 +26,14 @@ from data.storage.location import Location, Remote
 SCAN_THREADS = 8  # the work is mostly waiting for storage, and threads start much faster than processes
 
 
-def scan_shards(root: Location, names: tuple[str, ...], beside: Path, objects: Sequence[Object] | None = None) -> Index:
+def scan_shards(
+    root: Location,
+    names: tuple[str, ...],
+    beside: Path,
+    objects: Sequence[Object] | None = None,
+    *,
+    checksums: bool = False,
+) -> Index:
     """Reads all shards.
 
     Args:
@@ -34,6 +41,7 @@ def scan_shards(root: Location, names: tuple[str, ...], beside: Path, objects: S
         names: the shards, sorted, relative to it.
         beside: a folder here with what may be next to shards, `classes.txt` and `pack.json`.
         objects: sizes and versions of shards in a store.
+        checksums: also read the images, for `Index.checksum`.
 
     Raises:
         ValueError: shards that cannot be used; names all of them.
@@ -44,7 +52,7 @@ def scan_shards(root: Location, names: tuple[str, ...], beside: Path, objects: S
 
     def scan(name: str, what: Object) -> ShardContent | str:
         try:
-            return scan_shard(root / name, numbers, what)
+            return scan_shard(root / name, numbers, what, checksums)
         except (ValueError, OSError) as error:
             return str(error)
 
@@ -71,6 +79,7 @@ def scan_shards(root: Location, names: tuple[str, ...], beside: Path, objects: S
         classes=classes,
         shrunk=str(read_shrink(beside) or ""),
         versions=tuple(what.version for what in known) if isinstance(root, Remote) else (),
+        checksum=_joined([content.checksum for content in contents]),
     )
 
 
@@ -103,6 +112,11 @@ def _index(root: Location, names: tuple[str, ...], shard_bytes: np.ndarray, cont
         classes=(),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if len(known) == len(parts) else None
 
 
 def _problem_of_lists(keys: Keys, label: np.ndarray, has_list: np.ndarray) -> str:

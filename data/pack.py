@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.class_list import CLASSES_FILE
-from data.index import Index, index_paths, load_index
+from data.index import Index, build_index, index_paths, load_index
 from data.index_file import digest_of
 from data.names import shown, write_lines
 from data.pack_report import PackReport, class_table, empty_classes, note
@@ -173,7 +173,7 @@ def _publish(out: Path, tasks: Sequence[ShardTask], classes: tuple[str, ...], re
     if rejected:
         write_lines(out / REJECTED_FILE, rejected)
     index_paths(out)[0].unlink(missing_ok=True)  # a run may have indexed the first shards already
-    index = load_index(out)
+    index = build_index(out, checksums=True)
     shutil.rmtree(staging)
     return index
 

@@ -154,7 +154,7 @@ def build_remote_index(url: str, cache: CacheSettings) -> tuple[Index, str]:
                 copy_small(shards.root / name, shards.folder / name, cache.timeout)
             else:
                 (shards.folder / name).unlink(missing_ok=True)
-        write_index(scan_shards(shards.root, shards.names, shards.folder, objects), path)
+        write_index(scan_shards(shards.root, shards.names, shards.folder, objects, checksums=True), path)
         index = replace(read_index(path, shards.root), cache=cache)
         try:
             upload(path, shards.index, cache.timeout)

@@ -1,10 +1,11 @@
-"""Reads the headers of one tar shard: its samples and the positions of their bytes."""
+"""Reads the headers of one tar shard: its samples, where their bytes are, and, if asked for, checksums of these."""
 
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "jfif", "png", "webp", "bmp", "tif", "tiff", 
 ARRAY_EXTENSION = "npy"  # the image of a sample that has none of these
 NO_LABEL = -1
 MAX_LABEL_FILE = 1 << 24  # bytes
+_CHUNK = 1 << 20  # bytes of an image that are read at once
 
 # WebDataset's grammar: the key is the path up to the first dot of the base name, the rest is the (lower-cased)
 # extension.
@@ -44,8 +46,16 @@ class ShardContent:
     label: np.ndarray  # int32 (n,), NO_LABEL where there is none
     multi_labels: MultiLabels  # of n samples; none where a sample has no list of labels
     has_list: np.ndarray  # bool (n,), whether it has one, be it empty
+    checksum: np.ndarray | None = None  # uint32 (n,), CRC-32 of the image's bytes, if they were read
     label_problem: str = ""  # of the first sample whose label means nothing
     unused: Counter[str] = field(default_factory=Counter)  # members that nothing is read from, by what they are
+
+
+class _Image(NamedTuple):
+    suffix: str
+    offset: int
+    length: int
+    checksum: int  # 0 if the bytes were not read
 
 
 @dataclass
@@ -53,8 +63,8 @@ class _Sample:
     key: str
     start: int
     suffixes: set[str] = field(default_factory=set)
-    images: list[tuple[str, int, int]] = field(default_factory=list)  # suffix, offset, length
-    arrays: list[tuple[str, int, int]] = field(default_factory=list)  # in the same way
+    images: list[_Image] = field(default_factory=list)
+    arrays: list[_Image] = field(default_factory=list)
     labels: dict[str, Label] = field(default_factory=dict)  # by the suffix of the member
     problems: dict[str, str] = field(default_factory=dict)  # of labels that mean nothing, in the same way
 
@@ -77,13 +87,16 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match.group(1), match.group(2).lower()
 
 
-def scan_shard(path: Location, numbers: Mapping[str, int] | None = None, what: Object | None = None) -> ShardContent:
+def scan_shard(
+    path: Location, numbers: Mapping[str, int] | None = None, what: Object | None = None, checksums: bool = False
+) -> ShardContent:
     """Lists the samples of a shard from its tar headers, seeking over the images; one in a store is streamed once.
 
     Args:
         path: the shard.
         numbers: the classes that labels may name.
         what: size and version of a shard in a store, if they are known.
+        checksums: also read the images, for `ShardContent.checksum`.
 
     Raises:
         ValueError: the file is not a complete, uncompressed tar, or its samples are not usable; says where and what to
@@ -91,7 +104,7 @@ def scan_shard(path: Location, numbers: Mapping[str, int] | None = None, what: O
     """
     unused = Counter[str]()
     with open_shard(path, what) as file:
-        samples = list(_samples(path, file, numbers or {}, unused))
+        samples = list(_samples(path, file, numbers or {}, unused, checksums))
     if not samples:
         others = f" (in it: {describe_unused(unused)})" if unused else ""
         links = "; links have no bytes, `tar -h` packs what they point to" if unused[SYMBOLIC_LINK] else ""
@@ -110,11 +123,12 @@ def scan_shard(path: Location, numbers: Mapping[str, int] | None = None, what: O
     problems = (f"{path}: sample '{readable(sample.key)}': {sample.problem}" for sample in samples if sample.problem)
     return ShardContent(
         keys=tuple(sample.key for sample in samples),
-        offset=np.array([offset for _, offset, _ in images], np.int64),
-        length=np.array([length for _, _, length in images], np.int64),
+        offset=np.array([image.offset for image in images], np.int64),
+        length=np.array([image.length for image in images], np.int64),
         label=np.array([label if isinstance(label, int) else NO_LABEL for label in labels], np.int32),
         multi_labels=MultiLabels.of([label if isinstance(label, tuple) else () for label in labels]),
         has_list=np.array([isinstance(label, tuple) for label in labels]),
+        checksum=np.array([image.checksum for image in images], np.uint32) if checksums else None,
         label_problem=next(problems, ""),
         unused=unused,
     )
@@ -125,7 +139,9 @@ def describe_unused(unused: Counter[str]) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in unused.most_common())
 
 
-def _samples(path: Location, file: BinaryIO, numbers: Mapping[str, int], unused: Counter[str]) -> Iterator[_Sample]:
+def _samples(
+    path: Location, file: BinaryIO, numbers: Mapping[str, int], unused: Counter[str], checksums: bool
+) -> Iterator[_Sample]:
     keys: set[str] = set()
     without_bytes: list[Member] = []
     current: _Sample | None = None
@@ -161,18 +177,24 @@ def _samples(path: Location, file: BinaryIO, numbers: Mapping[str, int], unused:
         current.suffixes.add(suffix)
         if extension in IMAGE_EXTENSIONS or extension == ARRAY_EXTENSION:
             kind = current.arrays if extension == ARRAY_EXTENSION else current.images
-            kind.append((suffix, member.offset, member.size))
-            file.seek(member.offset - HEADER)
-            if problem := header_problem(file.read(HEADER), member.size):
-                raise ValueError(
-                    f"{path}: '{readable(member.name)}' at byte {member.header}: {problem}; write the shard again"
-                )
+            kind.append(_read_image(path, suffix, member, file, checksums))
         elif suffix not in _LABEL_READERS or not _read_label(current, suffix, member, file, numbers):
             unused[f".{suffix}"] += 1
     if without_bytes:
         raise ValueError(_without_bytes(path, without_bytes))
     if current is not None and _is_a_sample(current, unused):
         yield current
+
+
+def _read_image(path: Location, suffix: str, member: Member, file: BinaryIO, checksums: bool) -> _Image:
+    """Reads the header right before an image, and the image if its checksum is wanted."""
+    file.seek(member.offset - HEADER)
+    if problem := header_problem(file.read(HEADER), member.size):
+        raise ValueError(f"{path}: '{readable(member.name)}' at byte {member.header}: {problem}; write the shard again")
+    checksum, left = 0, member.size if checksums else 0
+    while left and (chunk := file.read(min(left, _CHUNK))):
+        checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
+    return _Image(suffix, member.offset, member.size, checksum)
 
 
 def _read_label(sample: _Sample, suffix: str, member: Member, file: BinaryIO, numbers: Mapping[str, int]) -> bool:
@@ -215,19 +237,19 @@ def _is_a_sample(sample: _Sample, unused: Counter[str]) -> bool:
     """Whether it is one, when all of its members are known; `unused` gets arrays that lie beside its image."""
     about_the_dataset = sample.key.lower() in _ABOUT_THE_DATASET or re.fullmatch("__.*__", sample.key)
     if sample.images or about_the_dataset:
-        unused.update(f".{suffix}" for suffix, _, _ in sample.arrays)
+        unused.update(f".{image.suffix}" for image in sample.arrays)
     else:
         sample.images = sample.arrays
     return bool(sample.images) or not about_the_dataset
 
 
-def _image_of(sample: _Sample) -> tuple[str, int, int] | str:
-    """Suffix, offset and length of a sample's image, or in words what it has instead of one."""
+def _image_of(sample: _Sample) -> _Image | str:
+    """A sample's image, or in words what it has instead of one."""
     images = sample.images
     if len(images) > 1:  # 'x.jpg' and 'x.seg.png': the one with a plain extension is the image
-        images = [image for image in images if image[0] in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)]
+        images = [image for image in images if image.suffix in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)]
     if len(images) > 1:  # what was converted, and the photograph of the telephone
-        images = [image for image in images if image[0] not in ("heic", "heif")]
+        images = [image for image in images if image.suffix not in ("heic", "heif")]
     if len(images) == 1:
         return images[0]
     what = "no image" if not sample.images else "more than one image"

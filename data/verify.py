@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from data.class_list import read_classes_of_shards
 from data.image_facts import check_image
 from data.image_file import OTHER_CHANNELS, OTHER_TYPE, BadImage, check_length
-from data.index import index_paths, load_index
+from data.index import build_index, index_paths, load_index
 from data.index_file import Index, check_names, is_current, read_index
 from data.multi_labels import MultiLabels
 from data.names import readable
@@ -55,7 +56,7 @@ def check_shards(index: Index, *, decode: bool = False, workers: int = 1, format
 
     Args:
         index: as read; it may be out of date.
-        decode: also decode every image.
+        decode: also decode every image, and compare its checksum, if the index has one.
         workers: processes.
         format: that images must have.
     """
@@ -67,7 +68,8 @@ def check_shards(index: Index, *, decode: bool = False, workers: int = 1, format
         keys = tuple(index.keys[sample] for sample in range(part.start, part.stop))
         arrays = (index.offset[part], index.length[part], index.label[part])
         lists = multi_labels.part(part.start, part.stop)
-        recorded = ShardContent(keys, *arrays, lists, np.diff(lists.ends, prepend=0) > 0)
+        checksum = None if index.checksum is None else index.checksum[part]
+        recorded = ShardContent(keys, *arrays, lists, np.diff(lists.ends, prepend=0) > 0, checksum)
         version = index.versions[number] if index.versions else ""
         what = Object(int(index.shard_bytes[number]), version)
         tasks.append(_Task(index.root / name, what, recorded, numbers, decode, format))
@@ -82,7 +84,7 @@ def _check_shard(task: _Task) -> tuple[Location, Verified]:
     try:
         now = look_up(task.path)
         found = scan_shard(task.path, task.numbers, now)
-        problems = [*_differences(task, found, now), *_undecodable(task.path, found, now, task.decode, task.format)]
+        problems = [*_differences(task, found, now), *_bad_images(task, found, now)]
     except (ValueError, OSError) as error:
         return task.path, Verified([str(error)], Counter())
     return task.path, Verified(problems, found.unused)
@@ -109,18 +111,25 @@ def _differences(task: _Task, found: ShardContent, now: Object) -> list[str]:
     return problems
 
 
-def _undecodable(path: Location, content: ShardContent, what: Object, decode: bool, format: PixelFormat) -> list[str]:
-    """The images that training would skip; without `decode` those whose length says so."""
-    problems = []
-    with open_shard(path, what) as file:  # which asks a store for nothing before it is read
-        for key, offset, length in zip(content.keys, content.offset.tolist(), content.length.tolist(), strict=True):
+def _bad_images(task: _Task, found: ShardContent, now: Object) -> list[str]:
+    """The images that training would skip, or refuse for their bytes; without `decode` those whose length says so."""
+    problems, checksums = [], task.recorded.checksum
+    if not np.array_equal(found.offset, task.recorded.offset) or not np.array_equal(found.length, task.recorded.length):
+        checksums = None  # of other images
+    with open_shard(task.path, now) as file:  # which asks a store for nothing before it is read
+        for number, key in enumerate(found.keys):
+            offset, length = int(found.offset[number]), int(found.length[number])
+            where = f"{task.path}: '{readable(key)}' at byte {offset}"
             try:
                 check_length(length)
-                if decode:
+                if task.decode:
                     file.seek(offset)
-                    check_image(file.read(length), format)
+                    image = file.read(length)
+                    if checksums is not None and zlib.crc32(image) != checksums[number]:
+                        problems.append(f"{where}: its bytes are not those that were indexed")
+                    check_image(image, task.format)
             except BadImage as error:
-                problems.append(f"{path}: '{readable(key)}' at byte {offset} cannot be decoded ({error.kind}): {error}")
+                problems.append(f"{where} cannot be decoded ({error.kind}): {error}")
     return problems
 
 
@@ -133,6 +142,7 @@ def _read_or_build(shards: str, reindex: bool) -> Index:
     if reindex:
         for path in paths:
             path.unlink(missing_ok=True)
+        return build_index(shards, checksums=True)
     for path in paths:
         if is_current(path, read_classes_of_shards(root)):
             index = read_index(path, root)

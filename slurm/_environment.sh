@@ -8,3 +8,12 @@ SRUN_OPTIONS=()
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 # shellcheck disable=SC1091
 if [ -f slurm/site.sh ]; then . slurm/site.sh || { echo "error: slurm/site.sh failed" >&2; exit 1; }; fi
+
+wait_for_srun() { # sets code to that with which $srun ends; every trap on a signal sets interrupted
+    interrupted=yes
+    while [ "$interrupted" ]; do # a trap interrupts wait
+        interrupted=
+        wait "$srun"
+        code=$?
+    done
+}

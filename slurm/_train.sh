@@ -52,12 +52,7 @@ srun --ntasks="$tasks" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit
 srun=$!
 echo "$(date '+%F %T') $SLURM_JOB_NUM_NODES nodes, $((tasks * ranks)) ranks: see $attempt-rank0.log"
 
-interrupted=yes
-while [ "$interrupted" ]; do # the trap interrupts wait
-    interrupted=
-    wait "$srun"
-    code=$?
-done
+wait_for_srun
 exec 3>&-
 wait "$tee"
 

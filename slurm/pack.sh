@@ -24,12 +24,7 @@ trap 'interrupted=yes; stopped=yes; kill -TERM "$srun"' USR1
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" "${SRUN_OPTIONS[@]}" \
     "${PYTHON[@]}" -u -m data.pack --num-workers "$SLURM_CPUS_PER_TASK" "$@" &
 srun=$!
-interrupted=yes
-while [ "$interrupted" ]; do # the trap interrupts wait
-    interrupted=
-    wait "$srun"
-    code=$?
-done
+wait_for_srun
 if [ "$stopped" ] && [ "$code" != 0 ]; then
     echo "$(date '+%F %T') stopped before the time limit, and requeued: it continues after the shards that are written"
     scontrol requeue "$SLURM_JOB_ID" && exit

@@ -33,7 +33,7 @@ from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.host_copy import HostCopies
 from pretrain.trainer.launch import World
 from pretrain.trainer.optim import keep_fused
-from pretrain.trainer.shard_record import ChangedShards, shard_difference
+from pretrain.trainer.shard_record import ChangedShards, has_other_samples, shard_difference
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
 _log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Checkpoints:
         if found is None:
             return fresh, None
         name, state = found
-        if changed and state.fingerprint != fresh.fingerprint:
+        if changed and has_other_samples(state, fresh):
             state = changed.accept(state, fresh, self.names())
         check_continues(state, fresh)
         self._check_numerics(state, fresh)
@@ -150,7 +150,7 @@ class Checkpoints:
         ema.load(self.folder / name)
         if self.world.is_main and latest_checkpoint(self.folder) != self.folder / name:
             write_durably(self.folder / LATEST, name)  # what it named may be damaged, and will be written again
-        now = {key: getattr(fresh, key) for key in ("world_size", "zero_stage", "numerics", "machine")}
+        now = {key: getattr(fresh, key) for key in ("world_size", "zero_stage", "numerics", "machine", "shards")}
         return replace(state, **now), name
 
     def _check_numerics(self, state: TrainState, now: TrainState) -> None:
@@ -181,7 +181,7 @@ def first_problem(mine: str | None) -> str | None:
 def check_continues(state: TrainState, now: TrainState) -> None:
     """Raises CannotContinueError, naming every difference, where a checkpoint is of a different training."""
     differences = _differences(state.resume_signature, now.resume_signature)
-    if state.fingerprint != now.fingerprint:
+    if has_other_samples(state, now):
         differences.append(
             f"data.shards has different samples: {shard_difference(state.shards, now.shards)}; "
             "data.accept_changed_shards=true continues with them, where an epoch ends"

@@ -41,7 +41,7 @@ class TrainState:
     consecutive_nonfinite: int = 0
     samples: int = 0
     fingerprint: str = ""  # of the shards' index
-    shards: dict[str, list[int]] = field(default_factory=dict)  # bytes and samples of each, by its name
+    shards: dict[str, list[int]] = field(default_factory=dict)  # what shard_record.Record says
     index_samples: int = 0  # in all of them; 0 in checkpoints that are older than this number
     offset: int = 0  # the order is at `step` plus this: not 0 once the run has accepted other shards
     shard_changes: list[dict[str, Any]] = field(default_factory=list)  # that it has accepted, with their steps

@@ -1,31 +1,43 @@
 """What a checkpoint records of the shards that it was trained on, to say later what is different, or to accept it."""
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from data.index import Index
 from data.names import shown
 from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_step
 
-Record = Mapping[str, list[int]]  # by shard: its bytes and its samples
+Record = Mapping[str, list[int]]  # by shard: bytes, samples and, if the index has their checksums, a CRC-32 of these
 MAX_SHARDS = 100_000  # of more, a record would slow down every checkpoint
 
 
 def record_shards(index: Index) -> dict[str, list[int]]:
-    """Bytes and samples of each shard, by its name; nothing of more than `MAX_SHARDS` shards."""
+    """A `Record`; nothing of more than `MAX_SHARDS` shards."""
     if len(index.shards) > MAX_SHARDS:
         return {}
-    numbers = zip(index.shard_bytes.tolist(), index.shard_sizes.tolist(), strict=True)
-    return {name: list(pair) for name, pair in zip(index.shards, numbers, strict=True)}
+    columns = [index.shard_bytes.tolist(), index.shard_sizes.tolist()]
+    if index.checksum is not None:
+        parts = np.split(index.checksum, index.shard_ends[:-1])
+        columns.append([zlib.crc32(part.astype("<u4").tobytes()) for part in parts])
+    return {name: list(numbers) for name, *numbers in zip(index.shards, *columns, strict=True)}
+
+
+def has_other_samples(before: TrainState, now: TrainState) -> bool:
+    """Whether the shards differ: their names, sizes, samples and labels, and, where both records say it, the images."""
+    return before.fingerprint != now.fingerprint or bool(_with_other_images(before.shards, now.shards))
 
 
 def shard_difference(before: Record, now: Record) -> str:
-    """In words, for shards whose indexes have different fingerprints."""
+    """In words, for shards with other samples."""
     if not before or not now:  # too many, or the checkpoint is older than such records
         return "the fingerprint of the index differs"
     same_sizes = "shards of the same names and sizes have other images or labels in them"
-    return "; ".join(_differences(before, now)) or same_sizes
+    named = shown(_with_other_images(before, now))
+    return "; ".join(_differences(before, now)) or same_sizes + (f": {named}" if named else "")
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class ChangedShards:
         Raises:
             ValueError: the checkpoint is not where a pass ends; says which is, or where that will be.
         """
-        before = state.index_samples or sum(samples for _, samples in state.shards.values())
+        before = state.index_samples or sum(numbers[1] for numbers in state.shards.values())
         if not before:
             raise ValueError(
                 "data.accept_changed_shards=true: the checkpoint does not say how many samples the shards had, so it "
@@ -113,13 +125,19 @@ def describe_change(change: Mapping[str, Any]) -> str:
     )
 
 
+def _with_other_images(before: Record, now: Record) -> list[str]:
+    """Shards of the same bytes and samples whose checksums are known and differ."""
+    both = [(name, before[name], now[name]) for name in now if name in before]
+    return [name for name, old, new in both if old[:2] == new[:2] and len(old) == len(new) == 3 and old != new]
+
+
 def _differences(before: Record, now: Record) -> Iterator[str]:
     new, gone = [name for name in now if name not in before], [name for name in before if name not in now]
     if new:
         yield f"{len(new)} of {len(now)} shards are new: {shown(new)}"
     if gone:
         yield f"{len(gone)} of {len(before)} shards are gone: {shown(gone)}"
-    changed = [name for name in now if name in before and list(before[name]) != list(now[name])]
+    changed = [name for name in now if name in before and list(before[name][:2]) != list(now[name][:2])]
     if changed:
         old, new_numbers = before[changed[0]], now[changed[0]]
         yield (

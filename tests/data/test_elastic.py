@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.shard_tools import jpeg, write_tar
+from helpers.shard_tools import flip, jpeg, write_tar
 
 from data.batch import Batch
-from data.index import Index, load_index
+from data.index import Index, build_index, load_index
 from data.loader import Loader
 from data.order import EpochOrder, Views, rank_views, steps_per_epoch
 from data.transforms import Augmentation
@@ -215,6 +215,19 @@ def test_changed_shards_are_refused_by_name_when_a_run_continues(shards: Path, i
     write_tar(shards / "train-000001.tar", list(chain(*zip(images, labels, strict=True))))
     assert "shards of the same names and sizes have other images or labels in them" in refused()
     assert shard_difference({}, before.shards) == "the fingerprint of the index differs"
+
+
+def test_other_images_of_the_same_sizes_are_refused_by_name(shards: Path, index: Index) -> None:
+    """Where both were indexed with checksums; the index of headers, of before, says nothing of images."""
+    checked = build_index(shards, checksums=True)
+    before = state_of(checked)
+    flip(shards / "train-000001.tar", int(index.offset[30]) + 300)
+    (shards / "index.npz").unlink()
+    check_continues(before, state_of(load_index(shards)))
+    after = state_of(build_index(shards, checksums=True))
+    check_continues(state_of(index), after)
+    with pytest.raises(CannotContinueError, match=r"other images or labels in them: 'train-000001.tar'; "):
+        check_continues(before, after)
 
 
 def test_the_index_of_a_million_images_is_mapped(shards: Path, index: Index, tmp_path: Path) -> None:

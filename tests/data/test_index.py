@@ -119,11 +119,11 @@ def test_brace_pattern_and_single_tar_have_an_index_of_their_own(shards: Path, i
 def _load_and_count(shards: Path, log: Path, barrier: "multiprocessing.synchronize.Barrier") -> None:
     scan = data.index.scan_shards
 
-    def counted(*arguments: Any) -> Index:
+    def counted(*arguments: Any, **options: Any) -> Index:
         with open(log, "a") as file:
             file.write("scanned\n")
         time.sleep(0.3)
-        return scan(*arguments)
+        return scan(*arguments, **options)
 
     data.index.scan_shards = counted
     barrier.wait(30)
@@ -143,7 +143,7 @@ def test_processes_that_start_together_build_once(shards: Path, tmp_path: Path) 
 
 
 def _hang_while_building(shards: Path, building: Path) -> None:
-    def hang(*arguments: Any) -> Index:
+    def hang(*arguments: Any, **options: Any) -> Index:
         building.touch()
         time.sleep(1000)
         raise AssertionError

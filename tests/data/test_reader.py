@@ -2,15 +2,17 @@ import errno
 import os
 import pickle
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
+from helpers.shard_tools import flip
 
 import data.reader
 from data import verify
 from data.image_file import MAX_BYTES, BadImage
 from data.image_folder import FolderReader, list_folder
-from data.index import Index, load_index
+from data.index import Index, build_index, load_index
 from data.pack import pack
 from data.reader import ShardReader
 from data.sources import list_source
@@ -25,6 +27,22 @@ def test_other_bytes_of_the_same_size_stop_the_run(shards: Path, index: Index) -
     assert path.stat().st_size == size
     with pytest.raises(ValueError, match=r"train-000001.tar: the index does not match this shard at byte .* --reindex"):
         ShardReader(index).read(30)
+
+
+def test_a_bit_of_an_image_that_has_flipped_stops_the_run(shards: Path, index: Index) -> None:
+    """As soon as the image is read; an index of tar headers alone, as is made on first use, cannot tell."""
+    flip(shards / index.shards[1], int(index.offset[30]) + 300)
+    ShardReader(index).read(30)
+    flip(shards / index.shards[1], int(index.offset[30]) + 300)
+    checked = build_index(shards, checksums=True)
+    assert checked.fingerprint == index.fingerprint
+    assert checked.checksum.tolist() == [zlib.crc32(ShardReader(index).read(sample)) for sample in range(len(index))]
+    flip(shards / index.shards[1], int(index.offset[30]) + 300)
+    reader = ShardReader(pickle.loads(pickle.dumps(checked)))
+    message = r"train-000001.tar: the bytes of sample '.*30' at byte .* are not those that were indexed: .* --reindex"
+    with pytest.raises(ValueError, match=message):
+        reader.read(30)
+    reader.read(31)
 
 
 def test_shard_cut_or_gone_after_the_start(shards: Path, index: Index) -> None:

@@ -2,9 +2,10 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers.shard_tools import jpeg, write_tar
+from helpers.shard_tools import flip, jpeg, write_tar
 
 from data.index import Index, load_index
+from data.index import main as make_index
 from data.verify import main
 
 
@@ -44,6 +45,17 @@ def test_same_size_but_other_content(shards: Path, index: Index, capsys: pytest.
     assert "img250" in capsys.readouterr().err
     assert main([str(shards), "--num-workers", "1", "--reindex"]) == 0
     assert load_index(shards).keys[52].endswith("img250")
+
+
+def test_an_image_with_other_bytes_is_named(shards: Path, index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    assert index.checksum is None
+    assert make_index([str(shards)]) == 0  # also where there is an index of headers
+    flip(shards / index.shards[1], int(index.offset[30]) + 300)
+    assert main([str(shards), "--num-workers", "1", "--decode"]) == 1
+    said = capsys.readouterr().err
+    assert f"train-000001.tar: '{index.keys[30]}' at byte {index.offset[30]}: its bytes are not those that were" in said
+    assert main([str(shards), "--num-workers", "1", "--decode", "--reindex"]) == 0
+    assert load_index(shards).checksum is not None
 
 
 def test_user_errors_are_one_line(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

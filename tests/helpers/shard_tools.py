@@ -35,3 +35,12 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]], format: int = ta
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
+
+
+def flip(path: Path, position: int) -> None:
+    """One bit of a byte, in place."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))
