@@ -115,9 +115,8 @@ class CheckpointWriter:
             sync_folder(written)
 
     def _publish(self, written: Path, files: dict[str, list[int]]) -> None:
-        for lines in self._folder.parent.glob(
-            "*.jsonl"
-        ):  # of the steps that a run which continues here does not repeat
+        # Of the steps that a run which continues here does not repeat.
+        for lines in self._folder.parent.glob("*.jsonl"):
             with contextlib.suppress(OSError):  # they are worth no checkpoint; `append` says what cannot be written
                 sync_all(lines)
         write_durably(written / MANIFEST, manifest_text(self._manifest_state, files))

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A real Slurm of two nodes with eight mock GPUs each, for as long as standard input stays open. It is started as
+# A real Slurm of four nodes with eight mock GPUs each, two of them in its default partition, for as long as standard input stays open. It is started as
 #   unshare --mount --uts --net --pid --fork --kill-child --mount-proc cluster.sh FOLDER
 # so that its ports and addresses meet nobody's, and so that the kernel ends all of it with this script.
 # A node is a slurmd with its own host name and network: "localhost" is another place on each, as on a real cluster.
@@ -42,14 +42,15 @@ AccountingStorageType=accounting_storage/none
 ReturnToService=2
 KillWait=5
 MinJobAge=3600
-NodeName=node1 NodeAddr=$net.1 CPUs=96 RealMemory=262144 Gres=gpu:8
-NodeName=node2 NodeAddr=$net.2 CPUs=96 RealMemory=262144 Gres=gpu:8
+NodeName=node[1-4] NodeAddr=$net.[1-4] CPUs=96 RealMemory=262144 Gres=gpu:8
 PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30
 PartitionName=high Nodes=node[1-2] MaxTime=INFINITE PriorityTier=10
+PartitionName=wide Nodes=node[1-4] MaxTime=INFINITE PriorityTier=1
 C
 
 hostname ctl
-printf '%s\n' "127.0.0.1 localhost" "$net.254 ctl" "$net.1 node1" "$net.2 node2" > "$folder/hosts"
+printf '%s\n' "127.0.0.1 localhost" "$net.254 ctl" > "$folder/hosts"
+for number in {1..4}; do echo "$net.$number node$number" >> "$folder/hosts"; done
 mount --bind "$folder/hosts" /etc/hosts
 mkdir -p /run/netns
 mount -t tmpfs none /run/netns
@@ -63,7 +64,7 @@ chmod 400 "$folder/munge.key"
 munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munge.pid" \
     --log-file="$folder/log/munged" --seed-file="$folder/munge.seed"
 slurmctld
-for number in 1 2; do
+for number in {1..4}; do
     node=node$number
     ip netns add $node
     ip link add veth$number type veth peer name eth0 netns $node
@@ -74,6 +75,6 @@ for number in 1 2; do
     # Not 'ip netns exec': it hides /sys/fs/cgroup, without which slurmd does not start.
     nsenter --net=/run/netns/$node unshare --uts bash -c "hostname $node && exec slurmd"
 done
-until [ "$(sinfo -h -p main -o '%t %D')" = "idle 2" ]; do sleep 0.1; done
+until [ "$(sinfo -h -p wide -o '%t %D')" = "idle 4" ]; do sleep 0.1; done
 echo ready
 cat > /dev/null

@@ -23,17 +23,6 @@ def test_two_nodes_train_to_the_end(whole: Path) -> None:
         assert (whole / name).is_file()
 
 
-def test_usr1_saves_requeues_and_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
-    """What --signal does before the time limit, without waiting for it."""
-    job, folder = submit(cluster, recipe, "name=warned"), cluster.project / "runs" / "warned"
-    wait_step(job, folder, 12)
-    cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
-    check_same_end(job, folder, whole, restarts=1)
-    assert "stopped by a signal, and requeued" in job.logs()
-    logs = cluster.project / "slurm" / "logs" / f"pretrain_vitb-{job.number}"
-    assert [path.name for path in logs.glob("*-stopped")] == ["attempt0-stopped"]
-
-
 def test_preempted_job_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
     job, folder = submit(cluster, recipe, "name=preempted"), cluster.project / "runs" / "preempted"
     wait_step(job, folder, 12)
