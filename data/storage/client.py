@@ -214,6 +214,16 @@ def _error_of(text: str, remote: Remote) -> Exception:
     for kind in ("TimedOut", "ConnectionReset", "ConnectionRefused", "IncompleteMessage", "UnexpectedEof"):
         if kind in text:
             short += f" ({kind})"
+    if refused := re.search(r"InvalidCertificate\(\s*(\w+)", text):
+        return StoreError(
+            f"{remote}: the store's certificate is not accepted ({refused[1]}): that of an authority of your site goes "
+            f"into the file that SSL_CERT_FILE names"
+        )
+    if "InvalidContentType" in text:
+        return StoreError(
+            f"{remote}: what answers there does not speak TLS: is its address http:// (of s3://, that in "
+            "AWS_ENDPOINT_URL)?"
+        )
     status = re.search(r"status code: (\d+)", text)
     code = int(status.group(1)) if status else 0
     if "169.254.169.254" in text:

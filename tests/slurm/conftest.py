@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes, and a place to submit the project's scripts from."""
+"""A real Slurm, and a place to submit the project's scripts from."""
 
 import os
 import shutil

@@ -54,7 +54,7 @@ def test_a_node_on_which_a_rank_is_killed_is_excluded(cluster: Cluster, recipe: 
 
 
 def test_half_of_the_nodes_are_enough(cluster: Cluster, recipe: Path, whole: Path) -> None:
-    """Two of four nodes are lost, and the job told to make do with the others: ZeRO 1 of four ranks continues on two."""
+    """Two of four nodes are lost, and the job told to make do with the others: ZeRO 1 continues on two ranks."""
     job = submit(cluster, recipe, "name=half", nodes="4", options=["--partition=wide"])
     folder = cluster.project / "runs" / "half"
     wait_step(job, folder, 12)

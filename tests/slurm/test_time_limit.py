@@ -11,8 +11,8 @@ pytestmark = pytest.mark.slurm
 # Slurm looks every half minute: it warns up to so much too early, and ends a job up to so much too late.
 LIMIT = ("--time=2", "--signal=B:USR1@1")
 
-# In ranks that import this, and while the files are there: an image takes half a second to be read, and a checkpoint's files
-# ten minutes to reach the disk.
+# In ranks that import this, and while the files are there: an image takes half a second to be read, and a file of a
+# checkpoint ten minutes to reach the disk.
 SLOW = """
 import os, time
 
