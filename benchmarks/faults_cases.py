@@ -51,7 +51,8 @@ class Case:
         says: what one of them has to say.
         stops: whether it refuses to start, or stops by itself.
         seconds: in which all ranks have to end.
-        most_repeated: steps that the run may do again: two saves, as one may not be complete yet.
+        most_repeated: steps that the run may do again: two saves, as one may not be complete yet; all, if none can be
+            written.
         poisoned: whether a loss is not finite, also in the run that it is compared with.
         overrides: of the recipe.
         number: among those of its kind, training and stage.
@@ -155,7 +156,8 @@ def _limit_cases() -> Iterator[Case]:
     memory = processes.limit(resource.RLIMIT_AS, (1,), of="worker")
     yield from _cases("no more memory for a data worker", memory, TWO, (0, 1), "emory")
     descriptors = processes.limit(resource.RLIMIT_NOFILE, (1,))
-    yield from _cases("no descriptor left", descriptors, OTHER_TWO, (1,), "oo many open files", stops=True)
+    told = "oo many open files"
+    yield from _cases("no descriptor left", descriptors, OTHER_TWO, (1,), told, stops=True, most_repeated=40)
     room = [processes.limit(resource.RLIMIT_FSIZE, ranks, 50_000) for ranks in ((0, 1), (0,), (1,), (0, 1))]
     yield from _cases("no room for a save, then room", room, EACH_STAGE, (0,), "could not be written")
     yield from _cases(
