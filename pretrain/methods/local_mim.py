@@ -2,8 +2,8 @@
 
 The encoder sees only visible patches. Fine cells are predicted behind shallow blocks, coarse cells behind deep ones.
 
-A coarse cell of 2 x 2 patches is weighted by the share of them that is masked. Here that is the mean over the masked
-patches of each one's cell error, so a patch's target is a single vector, as for any other target.
+A coarse cell of 2 x 2 patches is weighted by the share of them that is masked. Here this follows from averaging, over
+the masked patches, the error of each one's cell, so a patch's target is a single vector, as for any other target.
 
 Shapes: B images, N patches of an image, M of them masked, V visible, D width.
 """

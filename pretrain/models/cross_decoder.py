@@ -124,8 +124,8 @@ class CrossDecoder(nn.Module):
 def fix_last_norm(encoder: ViT) -> None:
     """Makes the weight and bias of an encoder's last norm constant; inter-block attention does not use them.
 
-    They are not trained, so they must not be parameters. They stay in the encoder's file, as one and zero: features and
-    fine-tuning start from a normalization without a scale.
+    They are not trained, so they must not be parameters. They stay in the encoder's file, as ones and zeros: features
+    and fine-tuning start from a normalization without a scale.
     """
     dim = encoder.arch.dim
     for name, value in (("weight", torch.ones(dim)), ("bias", torch.zeros(dim))):

@@ -19,7 +19,7 @@ class EncoderSpec:
         patch_size: side of a patch in pixels.
         image_size: (height, width) in pixels.
         position: `relative`, `bias` or `sincos`; the last means any absolute table, even a learned one.
-        method: with which it was pretrained, if known.
+        method: of pretraining, if known.
         epochs: of pretraining, if known.
         class_token: whether there is one; only encoders from other projects (I-JEPA's) have none.
         registers: tokens between the class token and the patches.

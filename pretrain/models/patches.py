@@ -96,7 +96,7 @@ def show_patches(patches: Tensor, pixels: Pixels) -> Tensor:
     """(..., P) patches, or (..., C) pixels, as loaded -> (..., p*p*3) uint8, or (..., 3), for display.
 
     The first three channels become red, green and blue; with one or two, the first becomes gray. Bytes are shown as
-    they are; for other values, black to white spans two deviations around the mean.
+    they are; for other values, black and white are two deviations from the mean.
     """
     if pixels.dtype != "uint8":
         return to_pixels(normalize_pixels(patches, pixels), pixels)

@@ -36,7 +36,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """The same (..., L, L) bias, copied if its memory layout is not what the operator needs, which does not check.
+    """The same (..., L, L) bias, copied if its memory layout does not suit the operator, which does not check it.
 
     Keys are contiguous, and every row begins at a multiple of 8 elements.
     """

@@ -246,9 +246,9 @@ class ViT(nn.Module):
 
         Args:
             tokens: (B, L, D) patch tokens; with a `start`, the prefix tokens are already in front of them.
-            position: relative: that of every pair of the P + L tokens, `grid_buckets`, `pair_buckets` or
-                `window_tokens`, or for a learned bias `offset_buckets` or `pair_offsets`. Absolute: the grid positions
-                (B, L) or (L,) of the tokens, whose embeddings are added here; None if they are added already.
+            position: if relative, that of every pair of the P + L tokens: `grid_buckets`, `pair_buckets` or
+                `window_tokens`, or for a learned bias `offset_buckets` or `pair_offsets`. If absolute, the tokens' grid
+                positions (B, L) or (L,), whose embeddings are added here; None if they are added already.
             start, stop: the range of blocks to run; the last norm is applied only if `stop` is None.
             hidden: ascending block numbers; the last of them is the last block to run. 1 is the first block, and 0
                 stands for its input.

@@ -15,7 +15,7 @@ from pretrain.plan.trace import trace_sizes
 from pretrain.trainer.recipe import merge
 
 LEAST_GAIN = 1.03
-SMALL_ENOUGH = 288  # pixels: photographs that were shrunk so far are too small for larger views
+SMALL_ENOUGH = 288  # pixels: photographs that were shrunk this far are too small for larger views
 
 
 @dataclass(frozen=True)

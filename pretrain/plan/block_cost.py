@@ -27,7 +27,7 @@ class Numerics:
             memory, like a CPU and the code of MAE's and LoMaR's authors.
         precision: of the whole training; fp32 means no autocast.
         hopper: whether the GPU has compute capability 9.x, which determines how the window kernel is launched.
-        cuda_graphs: whether the host launches a pass by one call.
+        cuda_graphs: whether the host launches a pass with one call.
     """
 
     compile: bool = False

@@ -1,4 +1,4 @@
-"""A short fine-tuning of a copy of the encoder: what masked image models are made for, at a fraction of its length.
+"""A short fine-tuning of a copy of the encoder: what masked image models are made for, at a fraction of the length.
 
 The recipe is fixed and follows no paper: AdamW with layer decay, crops and flips, a linear layer on the mean of the
 patch tokens. Its accuracy is below that of a real fine-tuning, more so with fewer steps. With fewer than `ENOUGH_STEPS`
@@ -28,8 +28,8 @@ WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 CROP_SCALE = (0.35, 1.0)  # of the image's area
 METRICS = ("finetune_top1", "finetune_top5")
-# Five epochs of the default 10,000 images are 780. After 188 (four epochs of 3,030 images), an encoder was still behind
-# its own frozen tokens: 9 % against the attentive probe's 22 %, on 101 classes.
+# Five epochs of the default 10,000 images are 780 steps. After 188 (four epochs of 3,030 images), an encoder was still
+# behind its own frozen tokens: 9 % against the attentive probe's 22 %, on 101 classes.
 ENOUGH_STEPS = 500
 
 Images = dict[int, Tensor]  # by sample: (H, W, channels), on the CPU

@@ -103,7 +103,7 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def principal_components(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The eigenvectors of the largest eigenvalues; signs are arbitrary: each one's largest entry is made positive.
+    """The eigenvectors of the largest eigenvalues; signs, which are arbitrary, make the largest entry positive.
 
     Args:
         covariance: (P, P) float64, symmetric.
