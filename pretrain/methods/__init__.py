@@ -1,6 +1,6 @@
 """The methods. A new one needs one file in this folder, one entry in `METHODS` and one in `AnyMethodConfig`.
 
-Or a file anywhere, which `import_methods` adds while a command runs.
+A method in a file elsewhere is added at run time by `import_methods`.
 """
 
 import importlib
@@ -47,17 +47,17 @@ AnyMethodConfig = Annotated[
 
 
 def import_methods(module: str) -> frozenset[str]:
-    """Runs a Python module that is no part of this project, and adds the methods that it defines to `METHODS`.
+    """Imports a Python module from outside this project and adds the methods that it defines to `METHODS`.
 
     Args:
-        module: `method.module`: a file, or a dotted name that Python can import.
+        module: the value of `method.module`: a file, or a dotted name that Python can import.
 
     Returns:
         The names of the methods.
 
     Raises:
-        ValueError: there is no such module, another one has its name, or it defines no method, or none with a name of
-            its own.
+        ValueError: there is no such module, another module has its name, it defines no method, or the name of a method
+            is missing or taken.
     """
     path = Path(module)
     name = path.stem if path.suffix == ".py" else module
@@ -70,7 +70,7 @@ def import_methods(module: str) -> frozenset[str]:
         imported = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # an import within it, whose traceback says more
+            raise  # an import inside the module failed: its traceback says more
         raise ValueError(f"method.module={module}: Python finds no module {error.name}; give a file, my.py") from None
     if path.suffix == ".py" and Path(imported.__file__ or "").resolve() != path.resolve():
         raise ValueError(f"method.module={module}: {imported.__file__} is another module of that name: rename the file")

@@ -1,7 +1,7 @@
 """AE(k), the auto-encoder of LC-MAE's Table 3: MAE without masks; each token predicts its surroundings.
 
-Every patch is encoded, and every token predicts the k x k pixels around its center: with k = 16 that is the patch
-itself, a larger k asks for the surroundings as well.
+Every patch is encoded, and every token predicts the k x k pixels around its patch's center: with k = 16 the patch
+itself, with a larger k its surroundings as well.
 
 Shapes: B images, N patches of p x p pixels, K = k*k*3 values of a block.
 """

@@ -37,7 +37,7 @@ class MethodConfig(Section):
         raise NotImplementedError
 
     def on_grid(self, grid: Grid, final: Grid) -> "MethodConfig":
-        """The keys for images of another grid than that of `data.image_size`: `data.size_schedule` has such."""
+        """The keys for the other grids of `data.size_schedule`; `final` is the grid of `data.image_size`."""
         return self
 
     def sequence_grid(self, grid: Grid) -> Grid:
@@ -45,10 +45,10 @@ class MethodConfig(Section):
         return grid
 
     def check_target(self, target: TargetConfig, patch_size: int) -> None:
-        """Raises ValueError if keys of the target do not fit these."""
+        """Raises ValueError if the target's keys do not fit these."""
 
     def check_pr_mim(self) -> None:
-        """Raises ValueError if PR-MIM has nothing to do with these keys."""
+        """Raises ValueError if PR-MIM cannot be used with these keys."""
 
     def check_lut(self) -> None:
         """Raises ValueError if LUT cannot be used with these keys."""
@@ -58,8 +58,8 @@ class Method(nn.Module, ABC):
     """Owns encoder, predictor and loss. Parameters are used only inside the `forward` of the module that owns them.
 
     Attributes:
-        add_ons: names of the add-ons that are defined for the method.
-        targets: names of the targets that it can predict; all of them unless it says otherwise.
+        add_ons: names of the add-ons that the method supports.
+        targets: names of the targets that it can predict; by default all of them.
         default_target: the target if the configuration names none.
         encoder: the model to pretrain.
         target: what is predicted.
@@ -83,24 +83,24 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """A batch's `loss` and what else is logged, detached; `loss_*` are its terms.
+        """A batch's `loss`, and other values to log, detached; `loss_*` are the terms of the loss.
 
         Args:
             images: (B, H, W, C), uint8 or `computable`.
-            mask_indices: of its mask sampler.
+            mask_indices: from the method's mask sampler.
         """
 
     @abstractmethod
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """Images to look at, by name: (B, H, W, 3) uint8, of a size that may differ between names."""
+        """Images for display, by name: (B, H, W, 3) uint8; sizes may differ between names."""
 
     def draw_whole_images(self, images: Tensor, masked: Tensor, prediction: Tensor) -> dict[str, Tensor]:
-        """What `reconstruct` returns where a mask is the whole image's, not a window's.
+        """The result of `reconstruct` for methods that mask whole images, not windows.
 
         Args:
             images: (B, H, W, C).
             masked: (B, M) grid positions.
-            prediction: (B, M, num_outputs) of these patches.
+            prediction: (B, M, num_outputs) for these patches.
 
         Returns:
             `original`, `masked` and the target's renderings, (B, H, W, 3) uint8.
@@ -115,7 +115,7 @@ class Method(nn.Module, ABC):
 class LossAndTokens(NamedTuple):
     """The results of a batch that LUT needs."""
 
-    losses: dict[str, Tensor]  # of the images that are predicted: scalar `loss`, and what else is logged, detached
+    losses: dict[str, Tensor]  # of the predicted images: scalar `loss`, and other values to log, detached
     visible_tokens: Tensor  # (B, V, D) encoded visible tokens of all images
     positions: Tensor  # (B, V) grid positions of these tokens in the image
 

@@ -1,7 +1,7 @@
-"""BEiT (Bao et al.): predicts the codes of the masked patches by a frozen tokenizer.
+"""BEiT (Bao et al.): predicts the codes that a frozen tokenizer gives to the masked patches.
 
-All patches of the image enter the encoder, with mask tokens in place of the masked ones, whose outputs a linear layer
-classifies over the vocabulary. LoMaR + BEiT (LoMaR, section 4.2) is `lomar` with codes as its target.
+All patches of the image enter the encoder, with mask tokens in place of the masked ones. A linear layer classifies the
+outputs of the mask tokens over the vocabulary. LoMaR + BEiT (LoMaR, section 4.2) is `lomar` with codes as its target.
 
 Shapes: B images, N patches of an image, M of them masked, V codes.
 """
@@ -25,7 +25,7 @@ from pretrain.trainer.config import ModelConfig
 def sample_masks(
     rng: np.random.Generator, *, grid: Grid, config: "BEiT.Config", pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """`visible` (N-M,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
+    """`visible` (N-M,), `masked` (M,) and its subset `kept` (K,): grid positions, ascending, int64."""
     _, count = config.count_patches(grid, 1)
     if config.mask_type == "random":
         return sample_random_mask(rng, grid=grid, count=count, pr_mim=pr_mim)

@@ -1,6 +1,6 @@
-"""What MAE and LoMaR share of a decoder outside of the encoder: its keys, and what it gets from the encoder.
+"""What MAE and LoMaR share for a decoder that is separate from the encoder: its keys, and its input.
 
-Shapes: G sequences (images or windows), T encoded tokens of each with the prefix tokens, V visible patches,
+Shapes: G sequences (images or windows), T encoded tokens of each including the prefix tokens, V visible patches,
 D the encoder's width, S its residual streams.
 """
 
@@ -20,7 +20,7 @@ from pretrain.models.vit import Arch, ViT
 
 
 class DecoderConfig(MethodConfig):
-    """The keys of a decoder that is a transformer, by self-attention or by cross-attention."""
+    """The keys of a transformer decoder with self-attention or cross-attention."""
 
     decoder: str
     decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
@@ -34,11 +34,11 @@ class DecoderConfig(MethodConfig):
     )
 
     def num_predicted(self, patches: int) -> int | None:
-        """floor(N * ratio) of the masked patches are predicted; None: all of them."""
+        """How many masked patches are predicted, floor(N * ratio); None: all of them."""
         return None if self.predict_ratio is None else int(patches * self.predict_ratio)
 
     def check_decoder(self, patches: int, masked: int) -> None:
-        """Raises ValueError if the keys do not fit each other, or N patches of which M are masked."""
+        """Raises ValueError if the keys do not fit each other, or do not fit N patches with M of them masked."""
         check_heads(self.decoder_embed_dim, self.decoder_num_heads)
         if self.inter_block_attention and self.decoder != "cross":
             raise ValueError(
@@ -69,15 +69,15 @@ def build_decoder(
     pr_mim: PRMIMConfig | None,
     mask_tokens: bool = True,
 ) -> Decoder | CrossDecoder:
-    """The transformer that a configuration describes; of the encoder, inter-block attention fixes the last norm.
+    """Builds the decoder of a configuration; for inter-block attention, also makes the encoder's last norm constant.
 
     Args:
         config: its keys.
-        encoder: whose tokens are decoded.
+        encoder: its tokens are decoded.
         grid: rows and columns of a sequence.
         num_outputs: values predicted for each patch.
         pr_mim: the add-on's settings.
-        mask_tokens: whether they are the decoder's; not if they went through the encoder.
+        mask_tokens: whether the decoder adds mask tokens; not if they went through the encoder.
     """
     dim, arch = encoder.arch.dim, Arch(config.decoder_embed_dim, config.decoder_depth, config.decoder_num_heads)
     aggregation = build_aggregation(pr_mim, arch, grid)
@@ -90,21 +90,21 @@ def build_decoder(
 
 
 def encode(encoder: ViT, tokens: Tensor, position: Position, config: DecoderConfig) -> Tensor:
-    """What the decoder attends to: (G, T, D), or with inter-block attention all residual streams, (S, G, T, D)."""
+    """The decoder's input: (G, T, D), or with inter-block attention all residual streams, (S, G, T, D)."""
     if not config.inter_block_attention:
         return encoder(tokens, position)
     return torch.stack(encoder(tokens, position, hidden=range(encoder.arch.depth + 1)))
 
 
 def encoded_patches(encoder: ViT, encoded: Tensor, count: int) -> Tensor:
-    """The first `count` patches of the result of `encode`, as the encoder's last norm gives them: (G, count, D)."""
+    """The first `count` patches of the result of `encode`, after the encoder's last norm: (G, count, D)."""
     if encoded.ndim == 4:
         encoded = encoder.norm(encoded[-1])
     return encoded[:, encoder.num_prefix_tokens :][:, :count]
 
 
 def predict_all(config: DecoderConfig, mask_indices: MaskIndices, patches: int) -> MaskIndices:
-    """Indices by which all that is not visible of N patches is predicted, to look at, whatever `predict_ratio` says."""
+    """Indices for display: they predict all patches that are not visible, whatever `predict_ratio` says."""
     if config.predict_ratio is None:
         return mask_indices
     visible = mask_indices["visible"]

@@ -1,7 +1,8 @@
 """LC-MAE (Yue et al.): MAE's reconstruction with its implicit contrastive terms made explicit.
 
 Each image passes through the same MAE under two masks. In addition to the reconstruction, the two predictions of a
-patch masked in both should agree (cross-view), and those of two patches should be as similar as the patches (in-view).
+patch masked in both should agree (cross-view), and the predictions of two patches should be as similar as the patches
+themselves (in-view).
 
 Shapes: B images, N patches of an image, M of them masked, V visible, P = p*p*3, E width of the projected vectors v.
 """
@@ -49,7 +50,7 @@ def in_view_loss(v: Tensor, x: Tensor) -> Tensor:
 
     Args:
         v: (B, M, E) fp32.
-        x: (B, M, P) fp32, the pixels as the encoder gets them, not normalized by patch.
+        x: (B, M, P) fp32, the pixels as the encoder gets them, not normalized per patch.
     """
     pairs = v.shape[1] * (v.shape[1] - 1) / 2
     difference = (cosines(v, v) - cosines(x, x)).abs().triu(1)  # i < j: the matrix is symmetric

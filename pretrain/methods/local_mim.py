@@ -1,8 +1,9 @@
-"""LocalMIM (Wang et al., section 3): the encoder sees only visible patches, and histograms of oriented gradients (HOG)
-are predicted behind several of its blocks, of fine cells behind shallow blocks and of coarse ones behind deep blocks.
+"""LocalMIM (Wang et al., section 3): predicts histograms of oriented gradients (HOG) behind several encoder blocks.
 
-A coarse cell of 2 x 2 patches counts by the share of them that is masked. Here that is the mean over masked patches of
-the error of the cell that each is in, so what is predicted of a patch is one vector as of any other target.
+The encoder sees only visible patches. Fine cells are predicted behind shallow blocks, coarse cells behind deep ones.
+
+A coarse cell of 2 x 2 patches is weighted by the share of them that is masked. Here this follows from averaging, over
+the masked patches, the error of each one's cell, so a patch's target is a single vector, as for any other target.
 
 Shapes: B images, N patches of an image, M of them masked, V visible, D width.
 """

@@ -7,8 +7,8 @@ windows (the authors' code draws windows once per batch, and assigns them so tha
 
 With a tokenizer's codes as the target and `mask_type=block` this is section 4.2's LoMaR + BEiT. Fig. 5's asymmetric
 architecture is MAE's, applied to windows: the mask tokens are in a decoder, not in the encoder. With `decoder=cross` it
-is CrossMAE's. The multiscale one is LocalMIM's: a decoder behind each of several blocks, for histograms of oriented
-gradients (HOG) of another size.
+is CrossMAE's. The multiscale one is LocalMIM's: a decoder behind each of several blocks, each for histograms of
+oriented gradients (HOG) of its own cell size.
 
 Shapes: B images, G = B*W windows, L = K*K patches of a window, M of them masked, D width, P = p*p*3.
 """
@@ -47,7 +47,7 @@ def sample_masks(
 
     Returns:
         `positions` (W, L): the grid position in the image of each patch of each window; `visible` (W, L-M), `masked`
-        (W, M) and of those `kept` (W, K): positions within the window, ascending. All int64.
+        (W, M) and its subset `kept` (W, K): positions within the window, ascending. All int64.
     """
     one = config.window_sampling != "distinct"
     positions = random_windows(rng, 1 if one else config.num_windows, config.window_size, grid)
@@ -121,8 +121,8 @@ class LoMaR(LUTMethod):
         """The paper's Fig. 7 for the first window of each image.
 
         Returns:
-            `original` and `framed`, with the window's frame, (B, H, W, 3), and `window`, `masked` and the target's
-            renderings of the window, (B, K*p, K*p, 3); uint8.
+            `original` and `framed`, with a frame around the window, (B, H, W, 3); `window`, `masked` and the target's
+            renderings of the window, (B, K*p, K*p, 3). All uint8.
         """
         first = {name: array[:, :1] for name, array in mask_indices.items()}
         first = predict_all(self.config, first, self.config.window_size**2)

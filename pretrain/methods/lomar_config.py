@@ -1,4 +1,4 @@
-"""LoMaR's keys, and what of them does not fit together."""
+"""LoMaR's keys, and the checks that they fit together."""
 
 import math
 from typing import Literal
@@ -16,7 +16,7 @@ from pretrain.trainer.config import ModelConfig
 
 
 class LoMaRConfig(DecoderConfig):
-    """Windows and their masks, where mask tokens are, and the decoder."""
+    """Windows and their masks, where mask tokens enter, and the decoder."""
 
     num_windows: int = Field(4, ge=1, description="windows per image, W: 4 at 224, 6 at 384, 9 at 448")
     window_size: int = Field(7, ge=2, description="side of a window in patches, K")
@@ -48,7 +48,7 @@ class LoMaRConfig(DecoderConfig):
         return self.window_size**2, self.num_masked
 
     def on_grid(self, grid: Grid, final: Grid) -> MethodConfig:
-        """As many windows for each patch of the image, which is what they cost; not more than there are places."""
+        """Keeps the windows per patch, and so the cost; distinct windows are limited to the places in the grid."""
         windows = int(self.num_windows * math.prod(grid) / math.prod(final) + 0.5)
         if self.window_sampling == "distinct":
             windows = min(windows, count_places(self.window_size, grid))

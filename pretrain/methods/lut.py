@@ -85,12 +85,12 @@ def disjoint_mask(rng: np.random.Generator, masked: np.ndarray, grid: Grid, cell
 def sample_masks(
     rng: np.random.Generator, *, first: MaskSampler, grid: Grid, cell: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """The method's own indices of the first view, and of the second with other visible patches: (2, ...) each."""
+    """Indices of both views, (2, ...) each: the method's own, and others with disjoint visible patches."""
     one = first(rng)
     masked = np.ones((one["visible"].size // one["visible"].shape[-1], grid[0] * grid[1]), dtype=bool)
     np.put_along_axis(masked, np.atleast_2d(one["visible"]), False, axis=1)
     other = build_mask_indices(rng, disjoint_mask(rng, masked, grid, cell), pr_mim, grid[1])
-    # Where only part of the masked patches is predicted, as many of the second view, in which none is.
+    # If only part of the masked patches is predicted, the second view, which predicts none, gets as many indices.
     other = {name: array[:, : one[name].shape[-1]].reshape(one[name].shape) for name, array in other.items()}
     two = one | other
     return {name: np.stack([one[name], two[name]]) for name in one}
@@ -108,7 +108,7 @@ class TeacherModel(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 2, H, W, 3) uint8 -> features (2B, 1, D), or of each token (2B, N, D); fp32."""
+        """(B, 2, H, W, 3) uint8 -> pooled features (2B, 1, D), or those of each token (2B, N, D); fp32."""
         patches = patchify(images.transpose(0, 1).flatten(0, 1), self.encoder.patch_size)
         encoded = self.encoder(self.encoder.patch_embed(patches), self.position)[:, self.encoder.num_prefix_tokens :]
         features = encoded.mean(1, keepdim=True) if self.pooled else encoded
@@ -129,7 +129,7 @@ class LUT(nn.Module):
         return self.method.encoder
 
     def mask_sampler(self) -> MaskSampler:
-        """As `Method.mask_sampler`, for two views."""
+        """Like `Method.mask_sampler`, for two views."""
         method = self.method
         return functools.partial(
             sample_masks,
@@ -149,7 +149,7 @@ class LUT(nn.Module):
         return [self.encoder, self.projector]
 
     def forward(self, images: Tensor, mask_indices: MaskIndices, teacher_features: Tensor) -> dict[str, Tensor]:
-        """The loss of a batch and its terms, detached and unweighted: `loss_mim`, its own, and `loss_context`.
+        """The loss of a batch and its terms, detached and unweighted: `loss_mim`, the method's, and `loss_context`.
 
         Args:
             images: (B, 2, H, W, 3) uint8.
@@ -192,7 +192,7 @@ class LUT(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask_indices: MaskIndices) -> dict[str, Tensor]:
-        """The method's own reconstructions, of the first view of each image."""
+        """The method's own reconstructions of the first view of each image."""
         first = {name: array[:, 0] for name, array in mask_indices.items()}
         return self.method.reconstruct(images[:, 0].contiguous(), first)
 
@@ -201,8 +201,8 @@ class Teacher(EMA):
     """The momentum encoder as a moving average; computes features of the images that the method trains on.
 
     Args:
-        method: the one that is trained; not partitioned by ZeRO-3 yet.
-        device: that of the images.
+        method: the one in training, not yet partitioned by ZeRO-3.
+        device: the images' device.
         bf16: whether to compute under autocast, as the engine does.
     """
 
@@ -220,7 +220,7 @@ class Teacher(EMA):
 
 
 def _gather_over_ranks(vectors: Tensor) -> tuple[Tensor, int]:
-    """The (R, D) vectors of all ranks, without gradients, and the index of this rank's first; equally many on each."""
+    """The (R, D) vectors of all ranks, without gradients, and the index of this rank's first; R is equal on all."""
     if not dist.is_initialized():
         return vectors, 0
     parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]

@@ -28,9 +28,9 @@ from pretrain.models.vit import ViT
 def sample_masks(
     rng: np.random.Generator, *, grid: Grid, config: MAEConfig, patch_size: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64.
+    """`visible` (V,), `masked` (M,) and its subset `kept` (K,): grid positions, ascending, int64.
 
-    Of several masks, drawn one after the other: (num_masks, V) and so on.
+    Several masks are drawn one after the other and stacked: (num_masks, V) and so on.
     """
     one = functools.partial(sample_mask, rng, grid, config, patch_size, pr_mim)
     if config.num_masks == 1:
@@ -98,12 +98,12 @@ class MAE(LUTMethod):
         return LossAndTokens(losses, encoded_patches(self.encoder, encoded, visible.shape[1]), visible)
 
     def _by_mask(self, mask_indices: MaskIndices, *of_images: Tensor) -> Any:
-        """Arrays (B, W, ...) of W masks -> (B*W, ...), those of an image adjacent, and (B, ...) tensors as often."""
+        """Arrays (B, W, ...) of W masks -> (B*W, ...), an image's masks adjacent; repeats (B, ...) tensors W times."""
         indices = {name: array.flatten(0, 1) for name, array in mask_indices.items()}
         return indices, *(x.repeat_interleave(self.config.num_masks, dim=0) for x in of_images)
 
     def _encode(self, patches: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, P) uint8 patches -> encoded prefix tokens, visible patches and mask tokens: what `encode` gives."""
+        """(B, N, P) uint8 patches -> encoded prefix tokens, visible patches and mask tokens, as from `encode`."""
         tokens = self.encoder.patch_embed(gather_tokens(patches, visible))
         if self.mask_tokens is None:
             return self._run_encoder(tokens, visible)
@@ -111,7 +111,7 @@ class MAE(LUTMethod):
         return self._run_encoder(tokens, torch.cat([visible, kept], dim=1))
 
     def _run_encoder(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """(B, T, D) tokens at grid positions (B, T) -> what the decoder gets."""
+        """(B, T, D) tokens at grid positions (B, T) -> the decoder's input."""
         return encode(self.encoder, tokens, positions, self.config)
 
     def _decode(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The keys that MAE, MFF and LC-MAE share, and what of them does not fit together."""
+"""The keys that MAE, MFF and LC-MAE share, and the checks that they fit together."""
 
 import math
 from typing import Literal
@@ -42,7 +42,7 @@ class MAEConfig(DecoderConfig):
     )
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
-        """Patches of an image, and how many are masked; of cells ceil(cells * ratio), as SimMIM counts."""
+        """Patches of an image, and how many are masked; of cells, ceil(cells * ratio), as in SimMIM."""
         patches = math.prod(grid)
         if self.mask_type == "cell":
             return patches, count_cell_masked(grid, self.mask_patch_size // patch_size, self.mask_ratio)

@@ -1,4 +1,4 @@
-"""Random masks and windows: pure NumPy, drawn in the data workers out of raw words (`data/draw.py`).
+"""Random masks and windows: pure NumPy, drawn in the data workers from raw words (`data/draw.py`).
 
 `masked` arrays are true at patches to predict. Grids are (rows, columns) of patches.
 """
@@ -54,7 +54,7 @@ def block_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray
 
 
 def grid_masked(rng: np.random.Generator, grid: Grid, count: int) -> np.ndarray:
-    """MAE's regular grid: of every 2 x 2 patches the top left one is visible, and three are predicted.
+    """MAE's regular grid: of every 2 x 2 patches, the top left one is visible and three are predicted.
 
     Returns:
         (N,) bool in raster order.
@@ -77,15 +77,15 @@ def cell_masked(rng: np.random.Generator, grid: Grid, cell: int, ratio: float) -
 
 
 def count_cell_masked(grid: Grid, cell: int, ratio: float) -> int:
-    """The patches that `cell_masked` masks."""
+    """How many patches `cell_masked` masks."""
     return math.ceil(math.prod(grid) // cell**2 * ratio) * cell**2
 
 
 def complementary_masked(rng: np.random.Generator, rows: int, length: int, count: int) -> np.ndarray:
     """Masks of one window that show different patches: `count` of `length` positions are masked in each of `rows`.
 
-    What the rows show are consecutive slices of one permutation, which begins anew when it is used up. So no two rows
-    show the same as long as there are patches left, and no patch is shown twice before each is shown once.
+    The rows show consecutive slices of one permutation, which starts over when it is used up. So no patch is shown
+    twice before every patch has been shown once.
 
     Returns:
         (rows, length) bool.
@@ -101,7 +101,7 @@ def random_windows(rng: np.random.Generator, count: int, size: int, grid: Grid) 
     """`count` distinct square windows of a grid, uniformly.
 
     Returns:
-        (count, size*size) int64: the grid positions of each window's patches, both in raster order.
+        (count, size*size) int64: the grid positions of each window's patches, in raster order.
     """
     height, width = grid
     corners = (height - size + 1, width - size + 1)  # possible rows and columns of a window's first patch
@@ -121,7 +121,7 @@ def split_positions(masked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_places(size: int, grid: Grid) -> int:
-    """Where in a grid a window of `size` x `size` patches can be."""
+    """In how many places of a grid a window of `size` x `size` patches fits."""
     return max(grid[0] - size + 1, 0) * max(grid[1] - size + 1, 0)
 
 
@@ -141,7 +141,7 @@ def check_windows(count: int, size: int, grid: Grid) -> None:
 
 
 def check_cells(mask_patch_size: int, patch_size: int, grid: Grid) -> None:
-    """Raises ValueError if squares of so many pixels are not whole patches of which the image is made."""
+    """Raises ValueError unless squares of `mask_patch_size` pixels are whole patches and tile the image."""
     side = mask_patch_size // patch_size
     if mask_patch_size % patch_size or not side or grid[0] % side or grid[1] % side:
         height, width = grid[0] * patch_size, grid[1] * patch_size
@@ -163,6 +163,6 @@ def check_masked(ratio: float, masked: int, patches: int, owner: str) -> None:
 
 
 def check_random_masks(mask_type: str, drawable: tuple[str, ...] = ("random",)) -> None:
-    """Raises ValueError if masks are of a type of which LUT cannot draw two disjoint ones."""
+    """Raises ValueError if LUT cannot draw two disjoint masks of this type."""
     if mask_type not in drawable:
         raise ValueError(f"lut draws two disjoint random masks: set method.mask_type=random, not {mask_type}")

@@ -1,9 +1,9 @@
-"""MFF, multi-level feature fusion (Liu et al., arXiv:2308.00261): MAE whose decoder gets a sum over several blocks of
-the encoder, so that deep blocks need not carry what pixels need.
+"""MFF, multi-level feature fusion (Liu et al., arXiv:2308.00261): MAE that decodes a sum over several encoder blocks.
 
-The output of each block but the last goes through a projection of its own, and a softmax over learned scalars weighs
-them all. The encoder's last norm is that of the sum: what uses the encoder later has it on the last block's output
-alone, as the authors do, whose scale differs. Batch normalization, as probes have it, hides that.
+So deep blocks need not carry what pixels need. The output of each block but the last goes through its own projection,
+and a softmax over learned scalars weights them all. The encoder's last norm is trained on the sum. Whatever uses the
+encoder later applies it to the last block's output alone, as the authors do, although the scale differs. Batch
+normalization, as in probes, hides that.
 
 Shapes: B images, T tokens (class token, visible patches), D width, S blocks.
 """
@@ -27,7 +27,7 @@ from pretrain.trainer.config import ModelConfig
 
 
 class MFF(MAE):
-    """MAE with multi-level feature fusion; `weight_<block>` are logged, each block's share of the sum."""
+    """MAE with multi-level feature fusion; each block's share of the sum is logged as `weight_<block>`."""
 
     class Config(MAEConfig):
         """MAE's keys and the blocks that are summed."""

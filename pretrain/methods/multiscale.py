@@ -1,8 +1,8 @@
-"""LocalMIM's predictor: small decoders behind several blocks of the encoder, each for cells of another size.
+"""LocalMIM's predictor: small decoders behind several blocks of the encoder, each for its own cell size.
 
-The encoder sees only the visible patches, of an image or of a window. Shallow blocks predict fine cells, deep ones
-coarse cells: each block's output goes through a norm and a decoder of its own. What is predicted are the histograms of
-`targets/hog.py`, all sizes of a masked patch in one vector; a cell of 2 x 2 patches is in that of each of them.
+The encoder sees only the visible patches of an image or of a window. Shallow blocks predict fine cells, deep ones
+coarse cells: each block's output goes through a norm and a decoder of its own. The targets are the histograms of
+`targets/hog.py`. A masked patch has one vector for all sizes; a cell of 2 x 2 patches is in the vectors of all four.
 
 Shapes: G sequences of L patches on a grid, V of them visible, M masked, K kept, D width, n directions of a histogram.
 """
@@ -25,10 +25,10 @@ from pretrain.trainer.config import ModelConfig
 
 
 def check_blocks(blocks: Sequence[int], model: ModelConfig) -> None:
-    """Raises ValueError unless they are numbers of blocks, ascending, the last of which is the encoder's last."""
+    """Raises ValueError unless these are ascending block numbers that end with the encoder's last block."""
     depth, last = ARCHS[model.arch].depth, max(blocks, default=0)
     if list(blocks) != sorted({*blocks}) or not blocks or blocks[0] < 1 or last != depth:
-        # As many blocks. As LocalMIM does from ViT-B to L, the deeper half keeps its distance from the last block.
+        # Moves the blocks like LocalMIM from ViT-B to L: the deeper half keeps its distance from the last block.
         moved = {max(block, 1) if 2 * block <= last else depth - last + block for block in blocks}
         like_these = [*sorted(block for block in moved if 0 < block < depth), depth]
         raise ValueError(
@@ -38,7 +38,7 @@ def check_blocks(blocks: Sequence[int], model: ModelConfig) -> None:
 
 
 def check_cells(blocks: Sequence[int], target: TargetConfig, patch_size: int, whole_image: bool) -> None:
-    """Raises ValueError if a target does not have one size of cells for each block, in sizes that can be predicted."""
+    """Raises ValueError unless a target has one cell size for each block, and all these sizes can be predicted."""
     halves = [patch_size >> power for power in range(3, -1, -1) if patch_size % (1 << power) == 0]
     fits = halves + [2 * patch_size] * whole_image
     if not isinstance(target, HOGConfig):
@@ -53,7 +53,7 @@ def check_cells(blocks: Sequence[int], target: TargetConfig, patch_size: int, wh
         )
     if not {*sizes} <= {*fits}:
         where = f"patches of {patch_size} pixels{'' if whole_image else ' in windows'}"
-        # As the papers have them: from fine to coarse, each twice the one before.
+        # As in the papers: from fine to coarse, each twice the previous one.
         better = fits[-len(blocks) :] if len(blocks) <= len(fits) else [nearest_size(size, fits) for size in sizes]
         raise ValueError(
             f"target.cell_sizes={sizes} must each be one of {', '.join(map(str, fits))} for {where}: set "
@@ -62,15 +62,15 @@ def check_cells(blocks: Sequence[int], target: TargetConfig, patch_size: int, wh
 
 
 class MultiscalePredictor(nn.Module):
-    """Predicts the histograms of the masked patches; called as `Predictor`.
+    """Predicts the histograms of the masked patches; called like `Predictor`.
 
     Args:
         encoder: determines width, patch size and kind of position.
         grid: rows and columns of a sequence: a window's, or the image's.
-        target: the sizes of cells.
-        blocks: the block behind which each size is predicted; the encoder's last one is the last.
+        target: determines the cell sizes.
+        blocks: the block behind which each size is predicted; the last one is the encoder's last.
         arch: of each decoder.
-        pr_mim: the add-on's settings; each decoder computes its own thrown tokens, of the same patches.
+        pr_mim: the add-on's settings; the decoders throw the same patches, and each computes its own tokens for them.
     """
 
     buckets: Tensor
@@ -115,7 +115,7 @@ class MultiscalePredictor(nn.Module):
 
 
 class CellDecoder(Decoder):
-    """A decoder of the cells of one size, of as many `values` each."""
+    """A decoder for the cells of one size, with `values` values each."""
 
     def __init__(
         self, encoder: ViT, arch: Arch, grid: Grid, scale: CellScale, values: int, aggregation: nn.Module | None
@@ -127,7 +127,7 @@ class CellDecoder(Decoder):
             self.pred = upsampling_head(arch.dim, scale.per_side, values)
 
     def forward(self, encoded: Tensor, visible: Tensor, masked: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
-        """As `Decoder`, (G, M, num_outputs); a coarse cell is the mean over its 2 x 2 patches, visible ones too."""
+        """Like `Decoder`, (G, M, num_outputs); a coarse cell is the mean over its 2 x 2 patches, visible ones too."""
         if not self.coarse:
             return super().forward(encoded, visible, masked, kept)
         if self.aggregation is None:
@@ -137,7 +137,7 @@ class CellDecoder(Decoder):
             everywhere = torch.arange(self.grid[0] * self.grid[1], device=masked.device).expand(len(masked), -1)
             of_patches = super().forward(encoded, visible, everywhere, kept)
         cells = of_patches.unflatten(1, (-1, 2, self.grid[1] // 2, 2)).mean((2, 4), keepdim=True)
-        # To all patches, then those that are masked: gradients of a cell gathered twice would add up in any order.
+        # Expand to all patches, then gather the masked ones: gathering a cell twice would sum gradients in any order.
         return gather_tokens(cells.expand(-1, -1, 2, -1, 2, -1).flatten(1, 4), masked)
 
 
@@ -153,7 +153,7 @@ def upsampling_head(dim: int, per_side: int, values: int) -> nn.Sequential:
 
 
 class Upsample(nn.ConvTranspose2d):
-    """A transposed convolution of kernel and stride 2, channels last: a matrix product, on just the patches given."""
+    """A transposed convolution of kernel and stride 2, channels last: a matrix product on only the given patches."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__(dim, out_dim, kernel_size=2, stride=2)
@@ -161,7 +161,7 @@ class Upsample(nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(..., rows, columns, D) cells of each patch -> (..., 2 rows, 2 columns, out_dim), in fp32 for the norm.
 
-        Under autocast a CPU's norms would else add up gradients in bf16; a GPU's do not.
+        Under autocast, a CPU's norms would otherwise sum gradients in bf16; a GPU's do not.
         """
         assert self.bias is not None
         cells = F.linear(x, self.weight.permute(2, 3, 1, 0).flatten(0, 2), self.bias.repeat(4))

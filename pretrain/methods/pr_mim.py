@@ -1,4 +1,4 @@
-"""PR-MIM, an add-on: reconstruct only part of the masked tokens, and the others by one cheap convolution.
+"""PR-MIM, an add-on: decode only part of the masked tokens, and compute the others by one cheap convolution.
 
 Of the masked tokens, the *kept* ones go through the transformer; the *thrown* ones do not. Afterwards a depth-wise
 convolution over the grid computes each thrown token from its neighborhood, so that all masked patches are supervised
@@ -61,11 +61,11 @@ def squared_distances(height: int, width: int) -> np.ndarray:
 def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count: int, grid: Grid) -> np.ndarray:
     """Algorithm 1: the first token at random, then always the one furthest (Euclidean) from all kept so far.
 
-    All rows at once: NumPy's calls, not their arithmetic, are what it costs.
+    All rows are computed at once: the cost is in NumPy's calls, not in their arithmetic.
 
     Args:
         rng: draws the first token of each row.
-        masked: (R, M) positions in the grid; of several that are equally far the first in the grid is taken.
+        masked: (R, M) positions in the grid; of equally far ones, the first in the grid is taken.
         count: how many to keep in each row, K.
         grid: its rows and columns.
 
@@ -75,7 +75,7 @@ def furthest_point_sampling(rng: np.random.Generator, masked: np.ndarray, count:
     distances, rows = squared_distances(*grid), np.arange(len(masked))
     kept = np.empty((count, len(masked)), dtype=np.int64)
     kept[0] = masked[rows, integers(rng, masked.shape[1], len(masked))]
-    # To the nearest kept token, of every position in the grid; visible ones are below all others and stay so.
+    # Every grid position's distance to the nearest kept token; visible ones are below all others and stay so.
     nearest = np.full((len(masked), len(distances)), -1, dtype=distances.dtype)
     nearest[rows[:, None], masked] = np.iinfo(distances.dtype).max
     to_last = np.empty_like(nearest)
@@ -96,15 +96,15 @@ def build_mask_indices(
     """The index arrays of a method.
 
     Args:
-        rng: draws the kept positions, if any are thrown.
-        masked: (R, N) bool, the same number in each row; or one row alone, (N,), whose arrays have no R either.
-        pr_mim: settings; None keeps all of them.
+        rng: draws the predicted and the kept positions, if these are not all.
+        masked: (R, N) bool, the same number in each row; or a single row (N,), whose arrays have no R either.
+        pr_mim: settings; None keeps all masked positions.
         width: columns of the grid.
-        num_predicted: how many masked positions of each row are predicted, any of them; None for all. The others are
-            in none of the arrays.
+        num_predicted: how many masked positions of each row are predicted, chosen at random; None for all. The others
+            are in none of the arrays.
 
     Returns:
-        `visible` (R, V), `masked` (R, M) and of those `kept` (R, K): positions, ascending, int64.
+        `visible` (R, V), `masked` (R, M) and its subset `kept` (R, K): positions, ascending, int64.
     """
     if masked.ndim == 1:
         indices = build_mask_indices(rng, masked[None], pr_mim, width, num_predicted)
@@ -119,14 +119,14 @@ def build_mask_indices(
 def sample_random_mask(
     rng: np.random.Generator, *, grid: Grid, count: int, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """A mask sampler: `count` patches of an image are masked, uniformly. As of `build_mask_indices`, without rows."""
+    """A mask sampler: masks `count` patches of an image uniformly. Arrays as from `build_mask_indices`, without R."""
     return build_mask_indices(rng, random_masked(rng, 1, grid[0] * grid[1], count)[0], pr_mim, grid[1])
 
 
 def choose_kept(
     rng: np.random.Generator, masked: np.ndarray, pr_mim: PRMIMConfig, patches: int, width: int
 ) -> np.ndarray:
-    """Chooses the kept ones in each row of masked positions: (R, M) -> (R, K), ascending."""
+    """Chooses which masked positions of each row are kept: (R, M) -> (R, K), ascending."""
     count = pr_mim.num_kept(patches, masked.shape[1])
     if pr_mim.sampling == "furthest":
         return furthest_point_sampling(rng, masked, count, (patches // width, width))
@@ -134,7 +134,7 @@ def choose_kept(
 
 
 def random_part(rng: np.random.Generator, positions: np.ndarray, count: int) -> np.ndarray:
-    """Any `count` positions of each row: (R, M) -> (R, count), ascending."""
+    """`count` random positions of each row: (R, M) -> (R, count), ascending."""
     chosen = permutations(rng, *positions.shape)[:, :count]
     return np.sort(np.take_along_axis(positions, chosen, axis=1), axis=1)
 

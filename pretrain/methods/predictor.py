@@ -1,13 +1,13 @@
-"""From the visible patches of a sequence, a window or an image, to a prediction of its masked ones.
+"""Predicts the masked patches of a sequence, a window or an image, from its visible ones.
 
-`Predictor`, of LoMaR, SimMIM and BEiT: mask tokens in the encoder, and a linear head on their outputs. It combines
+`Predictor`, for LoMaR, SimMIM and BEiT: mask tokens in the encoder, and a linear head on their outputs. It combines
 three settings: which mask tokens enter the encoder (all, or PR-MIM's kept ones), before which block they enter (0, or
 later), and how the tokens that never entered are computed (PR-MIM's spatial aggregation).
 
 `AsymmetricPredictor`, LoMaR's ablation: only visible patches in the encoder, mask tokens in a decoder, as in MAE and
 CrossMAE.
 
-`PredictorMethod` is what methods on whole images share, which differ in masks, predictor and default target.
+`PredictorMethod` is shared by methods on whole images, which differ in masks, predictor and default target.
 
 Shapes: G sequences (windows or images) of L patches, V of them visible, M masked, K kept, D width.
 """
@@ -47,7 +47,7 @@ class MaskTokens(nn.Module):
         nn.init.normal_(self.token, std=0.02)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """(B, K) grid positions of the masked patches -> as many tokens (B, K, D), all of them equal."""
+        """(B, K) grid positions of the masked patches -> (B, K, D) tokens, all of them equal."""
         return self.token.expand(*indices.shape, -1)
 
 
@@ -93,7 +93,7 @@ class Predictor(nn.Module):
             patches: (G, V, P) uint8, the visible ones.
             visible, masked, kept: (G, V), (G, M) and (G, K) positions within the sequence.
             positions: (G, L) grid position in the image of each patch of a sequence; by default a sequence is an image.
-            num_predicted: the number of sequences to predict, S, the first ones; by default all.
+            num_predicted: how many sequences to predict, S, the first ones; by default all.
 
         Returns:
             Predictions of the masked patches (S, M, num_outputs), and the encoded visible tokens (G, V, D).
@@ -135,7 +135,7 @@ class Predictor(nn.Module):
         return torch.cat([prefix_tokens, inserted], dim=1)
 
     def _mask_tokens(self, encoder: ViT, positions: Tensor, indices: Tensor) -> Tensor:
-        """Mask tokens at their positions if they enter late, since the encoder then does not move them there."""
+        """Mask tokens; late ones get their absolute positions here, since the encoder does not add them then."""
         tokens, late = self.mask_token.expand(*indices.shape, -1), self.mask_token_block
         if not (encoder.absolute and late):
             return tokens
@@ -145,7 +145,7 @@ class Predictor(nn.Module):
 class AsymmetricPredictor(nn.Module):
     """Predicts the masked patches by a decoder with mask tokens; the encoder sees only the visible patches.
 
-    Called as `Predictor`. The decoder's fixed positions are those in the sequence.
+    Called like `Predictor`. The decoder's fixed positions are those within the sequence.
 
     Args:
         encoder: determines width and kind of position.
@@ -180,7 +180,7 @@ class AsymmetricPredictor(nn.Module):
 
 
 class PredictorMethod(LUTMethod):
-    """A method on whole images that is all in its predictor, which `__init__` sets with the other attributes."""
+    """A method on whole images that leaves all work to its predictor; subclasses set the attributes in `__init__`."""
 
     predictor: nn.Module
 
@@ -208,7 +208,7 @@ class PredictorMethod(LUTMethod):
 
 
 def token_position(encoder: ViT, buckets: Tensor, positions: Tensor | None, indices: Tensor | None) -> Position:
-    """What the encoder is to be told of the position of its prefix tokens and of some patches of each sequence.
+    """The encoder's `position` argument for its prefix tokens and some patches of each sequence.
 
     Args:
         encoder: determines the kind of position.

@@ -22,7 +22,7 @@ from pretrain.trainer.config import ModelConfig
 def sample_masks(
     rng: np.random.Generator, *, grid: Grid, cell: int, ratio: float, pr_mim: PRMIMConfig | None
 ) -> dict[str, np.ndarray]:
-    """`visible` (V,), `masked` (M,) and of those `kept` (K,): grid positions, ascending, int64."""
+    """`visible` (V,), `masked` (M,) and its subset `kept` (K,): grid positions, ascending, int64."""
     return build_mask_indices(rng, cell_masked(rng, grid, cell, ratio), pr_mim, grid[1])
 
 

@@ -1,11 +1,11 @@
-"""TEC, target-enhanced conditional reconstruction (Gao et al., arXiv:2210.11016): a frozen teacher's features and the
-attention of its class token, out of the patches that MAE's encoder sees.
+"""TEC, target-enhanced conditional reconstruction (Gao et al., arXiv:2210.11016): MAE that predicts a frozen teacher.
 
-The teacher sees the whole image. Of its features, those at the masked patches are predicted. Of the attention in its
-last block, the rows of the class token and of the patches that this attends to most are predicted, over all patches,
-masked or not (section 3.1). Two adapters condition the encoder on the teacher (section 3.2): the class token goes
-through an MLP before it enters, a constant into which it is folded when the encoder is exported; and the outputs of all
-blocks are joined before the decoder. The decoder is shallow, and goes through both targets with the same blocks.
+From the patches that the encoder sees, TEC predicts the features and the attention of a teacher that sees the whole
+image. Features are predicted at the masked patches. Of the attention in the teacher's last block, TEC predicts the rows
+of the class token and of the patches that it attends to most, over all patches, masked or not (section 3.1). Two
+adapters condition the encoder on the teacher (section 3.2). The class token goes through an MLP before it enters; both
+are folded into a constant when the encoder is exported. The outputs of all blocks are joined before the decoder. The
+decoder is shallow, and its blocks are shared by both targets.
 
 Shapes: B images, N patches, M of them masked, R = 1 + num_queries rows of attention, H heads of the teacher, D its
 width.
@@ -35,15 +35,15 @@ from pretrain.trainer.config import ModelConfig
 
 
 def attention_loss(queries_keys: Tensor, rows: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of the predicted attention with the teacher's, the mean over images, rows and heads.
+    """Cross-entropy of the predicted attention with the teacher's, averaged over images, rows and heads.
 
-    The predicted logits are scaled by D^-0.5, as in the authors' code, and not by the width of a head.
+    The predicted logits are scaled by D^-0.5, as in the authors' code, not by the width of a head.
 
     Args:
         queries_keys: (B, 1+N, 2D), predicted for the class token and all patches.
         rows: (B, R-1) the patches whose attention is predicted besides the class token's.
         logits: (B, H, R, N) fp32, the teacher's before the softmax.
-        temperature: divides the teacher's.
+        temperature: divides the teacher's logits.
     """
     B, length, width = queries_keys.shape
     heads = logits.shape[1]
@@ -55,7 +55,7 @@ def attention_loss(queries_keys: Tensor, rows: Tensor, logits: Tensor, temperatu
 
 
 class TEC(Method):
-    """MAE's encoder with adapters, a shallow decoder for features and attention."""
+    """MAE's encoder with adapters, and a shallow decoder for features and attention."""
 
     add_ons = frozenset({"pr_mim"})
     targets = frozenset({"teacher"})

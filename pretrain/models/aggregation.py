@@ -1,6 +1,6 @@
 """PR-MIM's spatial aggregation: computes the thrown tokens from those that went through the transformer (Table 12).
 
-Thrown tokens are zero at first. Each module gets the whole grid; its output at the other positions is not used.
+Thrown tokens start at zero. Each module gets the whole grid; its output is used at the thrown positions only.
 
 Shapes: R sequences (images or windows) of N patches on a grid, T of them with a token, M to predict, D width.
 """

@@ -1,7 +1,7 @@
-"""Self-attention, with relative position or without.
+"""Self-attention, with or without relative position.
 
 `RelativeKey` is LoMaR's contextual kind (iRPE "product" on keys). `RelativeBias` is BEiT's and SimMIM's kind: in
-pretraining, all blocks share one, which the encoder owns; what `downstream.checkpoints` loads has one in each block.
+pretraining, all blocks share one, which the encoder owns; encoders from `downstream.checkpoints` have one per block.
 
 Shapes: B sequences, H heads, L tokens, C channels of a head.
 """
@@ -14,7 +14,7 @@ from pretrain.models.relative_position import NUM_BUCKETS, pad_keys
 from pretrain.models.sdpa import aligned, fused_attention
 from pretrain.models.window_attention import WindowTokens, window_attention
 
-# Of all pairs of tokens: buckets, or what the window kernel reads instead, or a bias that is already looked up.
+# For all pairs of tokens: buckets, or what the window kernel reads instead, or a bias that is already looked up.
 Position = Tensor | WindowTokens
 
 
@@ -26,11 +26,11 @@ class RelativeKey(nn.Module):
         self.lookup_table_weight = nn.Parameter(torch.zeros(1, head_dim, NUM_BUCKETS))
 
     def forward(self, q: Tensor, position: Position) -> Tensor:
-        """Bias of the logits, q_i . r[bucket(i, j)]; or, for tokens of windows, attention as a whole by their kernel.
+        """The bias of the logits, q_i . r[bucket(i, j)]; or, for `WindowTokens`, the whole attention by the kernel.
 
         The bias is one matrix product per query position instead of a gather over all logits: as fast, and its backward
-        pass is deterministic on a GPU, unlike that of a gather. The kernel is called here, and not by `Attention`,
-        since in ZeRO-3 the table is there only while this module runs.
+        pass is deterministic on a GPU, unlike that of a gather. The kernel is called here, not by `Attention`, since
+        ZeRO-3 gathers the table only while this module runs.
 
         Args:
             q: (B, H, L, C) queries; for the kernel, queries, keys and values (B, L, 3, H, C).
@@ -38,7 +38,7 @@ class RelativeKey(nn.Module):
                 `pair_buckets`; or `WindowTokens`.
 
         Returns:
-            (B, H, L, L); of the kernel (B, L, H, C).
+            (B, H, L, L); from the kernel (B, L, H, C).
         """
         table = self.lookup_table_weight[0]
         if isinstance(position, WindowTokens):
@@ -55,7 +55,7 @@ def _vectors(buckets: Tensor, table: Tensor) -> Tensor:
     # Not `is_compiling`: that is true in torch.export too, which cannot make a one-hot of constants and trains nothing.
     if not (buckets.is_cuda or torch.compiler.is_dynamo_compiling()):
         return F.embedding(buckets, table.T)
-    # Compiled, the gradient of an embedding is a sum by atomic additions on every device: not deterministic.
+    # When compiled, an embedding's gradient is summed by atomic additions on every device: not deterministic.
     with torch.autocast(buckets.device.type, enabled=False):
         return F.one_hot(buckets, NUM_BUCKETS).to(table.dtype) @ table.T
 
@@ -69,9 +69,9 @@ class RelativeBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
 
     def forward(self, buckets: Tensor) -> Tensor:
-        """(B or 1, H, L, L), to be added to the logits, of `offset_buckets` (L, L) or `pair_offsets` (B, L, L)."""
+        """`offset_buckets` (L, L) or `pair_offsets` (B, L, L) -> (B or 1, H, L, L), to be added to the logits."""
         table = self.relative_position_bias_table
-        # On a GPU the gradient of an embedding may have other bits each time; that of an index is sorted first.
+        # On a GPU the gradient of an embedding may vary between runs; that of an index is sorted first.
         bias = (table[buckets] if buckets.is_cuda else F.embedding(buckets, table)).movedim(-1, -3)
         if buckets.ndim == 2:
             return bias[None]
@@ -111,8 +111,8 @@ class Attention(nn.Module):
 
         Args:
             x: the tokens.
-            position: of the encoder's kind; where the blocks share a bias, that bias, (B or 1, H, L, L); None if
-                position is absolute.
+            position: of the encoder's kind; if the blocks share a bias, that bias, (B or 1, H, L, L); None if position
+                is absolute.
         """
         B, L, D = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)

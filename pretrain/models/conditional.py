@@ -1,4 +1,4 @@
-"""TEC's modules between encoder and targets: what joins the outputs of all blocks, and a decoder for two targets.
+"""TEC's modules between encoder and targets: one joins the outputs of all blocks, one decodes for two targets.
 
 Shapes: B images, N patches of an image, V of them visible, M masked, K kept, P prefix tokens, D the encoder's width, E
 the decoder's.
@@ -18,10 +18,10 @@ from pretrain.models.vit import Arch, Block, init_weights
 
 
 class EncoderAdapter(nn.Module):
-    """The outputs of all blocks, joined and normalized, by groups of three: a projection, then an MLP with a residual.
+    """Joins and normalizes the outputs of all blocks, then projects them in groups of three.
 
-    The groups' results are summed and normalized. Where three does not divide the number of blocks, some groups are
-    larger. (The authors' norms have PyTorch's epsilon.)
+    Each group goes through a projection and an MLP with a residual; the results are summed and normalized. If three
+    does not divide the number of blocks, some groups are larger. (The authors' norms have PyTorch's epsilon.)
     """
 
     def __init__(self, dim: int, depth: int, hidden_dim: int):
@@ -44,14 +44,14 @@ class EncoderAdapter(nn.Module):
 
 
 class SharedDecoder(nn.Module):
-    """MAE's decoder for several targets: all have their own ends, and go through the same blocks.
+    """MAE's decoder for several targets: each has its own entry and exit, and all go through the same blocks.
 
     Args:
         encoder_dim: width of the encoded tokens.
         arch: the decoder's width, blocks and heads.
         grid: rows and columns of the image's patches.
         num_outputs: values predicted for each token, by target.
-        aggregations: for each target, what computes the tokens that do not go through the blocks (PR-MIM), if anything.
+        aggregations: for each target, the module, if any, for the tokens that do not go through the blocks (PR-MIM).
         num_prefix_tokens: the encoder's tokens in front of the patches, whose position here is zero.
     """
 

@@ -1,10 +1,10 @@
 """CrossMAE's decoder (Fu et al., section 3): mask tokens attend to the encoded tokens, and not to each other.
 
-So a patch's prediction does not depend on which others are predicted, and only those that are supervised need cost
-anything. With inter-block attention each block of it attends to its own learned sum over the encoder's blocks.
+So a patch's prediction does not depend on which others are predicted, and only supervised patches need be computed.
+With inter-block attention, each of its blocks attends to its own learned sum over the encoder's blocks.
 
-Shapes: B images, T encoded tokens with those in front of the patches, V visible patches, M masked, K kept, D the
-encoder's width, S residual streams of it.
+Shapes: B images, T encoded tokens including the prefix tokens, V visible patches, M masked, K kept, D the encoder's
+width, S its residual streams.
 """
 
 import torch
@@ -71,7 +71,7 @@ class CrossDecoder(nn.Module):
         grid: rows and columns of the patches.
         num_outputs: values predicted for each patch.
         aggregation: computes the masked tokens that are not queries (`aggregation.py`). The visible patches, which are
-            no tokens of this decoder, enter it by a linear layer, `embed`.
+            not tokens of this decoder, enter it through a linear layer, `embed`.
         num_streams: residual streams of the encoder, for inter-block attention; 0 without it.
     """
 
@@ -102,8 +102,8 @@ class CrossDecoder(nn.Module):
         """Predicts the masked patches.
 
         Args:
-            encoded: (B, T, D) tokens in front of the patches and visible patches, or, with inter-block attention, these
-                in all residual streams (S, B, T, D).
+            encoded: (B, T, D) prefix tokens and visible patches; with inter-block attention, these in all residual
+                streams (S, B, T, D).
             visible: (B, V) grid positions of the encoded patches.
             masked: (B, M) grid positions.
             kept: (B, K) those of `masked` that are queries; all of them unless there is an `aggregation`.
@@ -122,10 +122,10 @@ class CrossDecoder(nn.Module):
 
 
 def fix_last_norm(encoder: ViT) -> None:
-    """Makes constants of the weight and bias of an encoder's last norm, which inter-block attention does not use.
+    """Makes the weight and bias of an encoder's last norm constant; inter-block attention does not use them.
 
-    Trained they are not, so they are no parameters. They stay in the encoder's file, as one and zero: a normalization
-    without a scale, which is what features and a fine-tuning start from.
+    They are not trained, so they must not be parameters. They stay in the encoder's file, as ones and zeros: features
+    and fine-tuning start from a normalization without a scale.
     """
     dim = encoder.arch.dim
     for name, value in (("weight", torch.ones(dim)), ("bias", torch.zeros(dim))):

@@ -23,7 +23,7 @@ class DecoderInput(nn.Module):
     Args:
         encoder_dim, dim: both widths.
         grid: rows and columns of the image's patches.
-        mask_tokens, num_prefix_tokens: as of `Decoder`.
+        mask_tokens, num_prefix_tokens: as for `Decoder`.
     """
 
     pos_embed: Tensor
@@ -36,7 +36,7 @@ class DecoderInput(nn.Module):
         self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0)), persistent=False)
 
     def initialize(self) -> None:
-        """All weights of the module, which a subclass calls when it is complete."""
+        """Initializes all weights of the module; a subclass calls this when it is complete."""
         self.apply(init_weights)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -60,7 +60,7 @@ class Decoder(DecoderInput):
         grid: rows and columns of the image's patches.
         num_outputs: values predicted for each patch.
         aggregation: computes the masked tokens that do not go through the blocks (`aggregation.py`).
-        mask_tokens: whether it has mask tokens; not for an auto-encoder, nor if the encoder has them.
+        mask_tokens: whether it has mask tokens; not in an auto-encoder, nor if the encoder has them.
         num_prefix_tokens: the encoder's tokens in front of the patches, whose position here is zero.
     """
 
@@ -84,7 +84,7 @@ class Decoder(DecoderInput):
     def forward(
         self, encoded: Tensor, visible: Tensor, masked: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
-        """Predicts the masked patches, or the encoded ones where nothing is masked.
+        """Predicts the masked patches, or the encoded ones if nothing is masked.
 
         Args:
             encoded: (B, P+V, D) prefix tokens and encoded tokens.
@@ -128,7 +128,7 @@ class _FilledGrid(nn.Module):
 class AverageDecoder(nn.Module):
     """LC-MAE's "weighted average" (Table 2): a fixed 5x5 Gaussian, sigma 1, over the filled grid, then an MLP.
 
-    The Gaussian's weights sum to one over the patches inside the grid, so the border does not fade. Called as
+    The Gaussian's weights sum to one over the patches inside the grid, so the border does not fade. Called like
     `Decoder`.
     """
 
@@ -148,7 +148,7 @@ class AverageDecoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """LC-MAE's "conv layer" (Table 2): one 5x5 convolution of the filled grid, zero-padded. Called as `Decoder`."""
+    """LC-MAE's "conv layer" (Table 2): one zero-padded 5x5 convolution of the filled grid. Called like `Decoder`."""
 
     def __init__(self, encoder_dim: int, grid: tuple[int, int], num_outputs: int):
         super().__init__()

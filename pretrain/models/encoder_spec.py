@@ -19,9 +19,9 @@ class EncoderSpec:
         patch_size: side of a patch in pixels.
         image_size: (height, width) in pixels.
         position: `relative`, `bias` or `sincos`; the last means any absolute table, even a learned one.
-        method: by which it was pretrained, if known.
+        method: of pretraining, if known.
         epochs: of pretraining, if known.
-        class_token: whether there is one; only encoders of others (I-JEPA's) have none.
+        class_token: whether there is one; only encoders from other projects (I-JEPA's) have none.
         registers: tokens between the class token and the patches.
         pixels: of its images.
     """
@@ -70,7 +70,7 @@ class EncoderSpec:
         )
 
     def to_metadata(self) -> dict[str, str]:
-        """As metadata of a safetensors file."""
+        """The metadata of a safetensors file."""
         not_usual = self.pixels != IMAGENET
         optional = {
             "method": self.method,
@@ -89,7 +89,7 @@ class EncoderSpec:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None) -> "EncoderSpec | None":
-        """None if the metadata does not describe an encoder, as in files from other projects."""
+        """The spec in a file's metadata; None if it does not describe an encoder, as in files from other projects."""
         if not metadata or not metadata.keys() >= {"arch", "patch_size", "image_size", "position"}:
             return None
         height, width = map(int, metadata["image_size"].split("x"))
@@ -121,6 +121,6 @@ class EncoderSpec:
 
 
 def _read_pixels(record: Mapping[str, Any]) -> Pixels:
-    """Those of a record with `mean`, `std` and `dtype`, as far as it has them."""
+    """The pixels of a record with `mean`, `std` and `dtype`; what it lacks is ImageNet's."""
     mean, std = (tuple(record.get(key) or getattr(IMAGENET, key)) for key in ("mean", "std"))
     return Pixels(mean, std, record.get("dtype", IMAGENET.dtype))

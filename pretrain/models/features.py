@@ -27,18 +27,17 @@ def features(encoder: ViT, images: Tensor, blocks: Sequence[int] = ()) -> Tensor
     """All tokens of whole images.
 
     Args:
-        encoder: of any kind of position; with LoMaR's relative one, images of other sizes than its own are encoded too.
+        encoder: with any kind of position; LoMaR's relative position encodes images of any other size as well.
         images: (B, C, H, W) standardized pixels.
-        blocks: whose outputs are wanted, 1 being the first block's, before the encoder's last norm and side by side;
-            unless given, the output of the encoder.
+        blocks: whose outputs to return, side by side and before the encoder's last norm; 1 is the first block. If
+            empty, the output of the encoder.
 
     Returns:
-        (B, P+N, D), the P prefix tokens first, of which the first is the class token; where there is none, the mean of
-        the others is put in front. D for each block.
+        (B, P+N, D), the P prefix tokens first, starting with the class token; without one, the mean of the others is
+        put in front. D values for each block.
 
     Raises:
-        ValueError: images of a size that the encoder's positions are not for, or that patches do not divide; or no
-            such block.
+        ValueError: images of a size that does not fit the encoder's positions or patches, or no such block.
     """
     check_blocks(blocks, len(encoder.blocks))
     rows, cols = encoder.grid
@@ -78,14 +77,14 @@ def pooled_features(
     """Several kinds of features of the same images, which are encoded once.
 
     Args:
-        encoder, blocks: as of `features`.
-        images: (B, H, W, C) pixels of `encoder.pixels`, of their type or as float32.
+        encoder, blocks: as for `features`.
+        images: (B, H, W, C) pixels of `encoder.pixels`, in their type or as float32.
         kinds: the `mean` of the patch tokens, the `class` token, both side by side (`class_mean`), the mean of all
             tokens in front of the patches (`prefix`), or all `patches`.
-        norm_after_pool: whether the encoder's last norm is that of a classifier, of the mean and not of every token.
+        norm_after_pool: whether the encoder's last norm is a classifier's, applied after pooling, not to every token.
 
     Returns:
-        (B, D) of each kind, (B, 2D) of `class_mean`, (B, N, D) of patches in raster order.
+        (B, D) for each kind, (B, 2D) for `class_mean`, (B, N, D) for patches in raster order.
     """
     last = norm_after_pool and not blocks
     standardized = normalize_pixels(images, encoder.pixels).movedim(-1, 1)
@@ -96,7 +95,7 @@ def pooled_features(
 
 
 def _pool(tokens: Tensor, kind: Kind, prefix: int) -> Tensor:
-    """`pooled_features` of (B, prefix+N, D) tokens; (B, 2, D) of `class_mean`."""
+    """`pooled_features` of (B, prefix+N, D) tokens; (B, 2, D) for `class_mean`."""
     if kind == "class_mean":
         return torch.stack([_pool(tokens, "class", prefix), _pool(tokens, "mean", prefix)], dim=1)
     if kind == "class":

@@ -1,7 +1,7 @@
 """Pixels <-> patches, and their normalization.
 
 Shapes: B images or windows, H x W pixels of C channels, N patches of p x p pixels, P = p*p*C values of a patch, with
-the channels last. What is drawn to look at is always of red, green and blue: 3 in place of C.
+the channels last. Images for display are always red, green and blue: 3 in place of C.
 """
 
 from functools import lru_cache
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data.pixel_format import IMAGENET, RGB, Pixels
 
-ALONE = "prediction alone"  # the name of the image that shows predictions without anything of the truth
+ALONE = "prediction alone"  # name of the image that shows predictions without any of the truth
 _NO_PREDICTION = 255
-_CONTRAST_SHOWN = 0.25  # of a deviation, where there is no white
+_CONTRAST_SHOWN = 0.25  # share of the brightness range that one deviation spans, for values that are not bytes
 _CONTRAST = 0.5  # standard deviation of standardized pixels, about that of photographs' patches
 
 
@@ -58,7 +58,7 @@ def cut_windows(patches: Tensor, mask_indices: dict[str, Tensor]) -> tuple[Tenso
 
 
 def _channel_values(values: tuple[float, ...], length: int, device: torch.device) -> Tensor:
-    """The values of the channels, repeated; made on the device, since a copy to it would block the host."""
+    """The channels' values, repeated; made on the device, since a copy to it would block the host."""
     channel = torch.arange(length, device=device) % len(values)
     repeated = torch.full((length,), values[-1], device=device)
     for number in reversed(range(len(values) - 1)):
@@ -73,19 +73,19 @@ def _pixel_statistics(length: int, device: torch.device, pixels: Pixels) -> tupl
 
 def _mean_and_std(patches: Tensor, pixels: Pixels) -> tuple[Tensor, Tensor]:
     assert patches.shape[-1] % pixels.channels == 0, (patches.shape, pixels)
-    # Compiled code computes them where they are used, and its compiler warns of the cache.
+    # Compiled code computes them where they are used, and the compiler warns about the cache.
     statistics = _pixel_statistics.__wrapped__ if torch.compiler.is_compiling() else _pixel_statistics
     return statistics(patches.shape[-1], patches.device, pixels)
 
 
 def normalize_pixels(patches: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
-    """(..., P) patches as they are handed over -> float32, each channel standardized by its statistics."""
+    """(..., P) patches as loaded -> float32, each channel standardized by its statistics."""
     mean, std = _mean_and_std(patches, pixels)
     return (patches.float() / pixels.format.white - mean) / std
 
 
 def to_pixels(patches: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
-    """What `normalize_pixels` has made, to look at: (..., P) -> (..., p*p*3) uint8, as `show_patches`."""
+    """Standardized pixels for display, like `show_patches`: (..., P) from `normalize_pixels` -> (..., p*p*3) uint8."""
     if pixels.dtype != "uint8":
         return _show_channels(_as_bytes(patches * _CONTRAST_SHOWN + 0.5), pixels)
     mean, std = _mean_and_std(patches, pixels)
@@ -93,10 +93,10 @@ def to_pixels(patches: Tensor, pixels: Pixels = IMAGENET) -> Tensor:
 
 
 def show_patches(patches: Tensor, pixels: Pixels) -> Tensor:
-    """(..., P) patches, or (..., C) pixels, as they are handed over -> (..., p*p*3) uint8, or (..., 3), to look at.
+    """(..., P) patches, or (..., C) pixels, as loaded -> (..., p*p*3) uint8, or (..., 3), for display.
 
-    The first three channels are red, green and blue; of one or two the first is gray. Bytes are shown as they are, and
-    of other values those within two deviations of the mean, from black to white.
+    The first three channels become red, green and blue; with one or two, the first becomes gray. Bytes are shown as
+    they are; for other values, black and white are two deviations from the mean.
     """
     if pixels.dtype != "uint8":
         return to_pixels(normalize_pixels(patches, pixels), pixels)
@@ -104,7 +104,7 @@ def show_patches(patches: Tensor, pixels: Pixels) -> Tensor:
 
 
 def describe_shown(pixels: Pixels) -> str:
-    """What `show_patches` shows, where it is not all of it."""
+    """Says what `show_patches` shows, if that is not everything."""
     if pixels.format == RGB:
         return ""
     which = f"channels 1 to 3 of {pixels.channels} as red, green and blue"
@@ -133,13 +133,13 @@ def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Each (..., P) fp32 patch by its own statistics: MAE's and LoMaR's "normalized pixels" target."""
+    """Normalizes each (..., P) fp32 patch by its own statistics: MAE's and LoMaR's "normalized pixels" target."""
     mean, std = patch_statistics(patches)
     return (patches - mean) / std
 
 
 def pixel_target(patches: Tensor, norm_pix: bool, pixels: Pixels = IMAGENET) -> Tensor:
-    """The target of (..., P) patches: standardized pixels, with `norm_pix` by the patch's own statistics."""
+    """The target of (..., P) patches: standardized pixels, with `norm_pix` then by the patch's own statistics."""
     standardized = normalize_pixels(patches, pixels)
     return normalize_patches(standardized) if norm_pix else standardized
 
@@ -147,10 +147,10 @@ def pixel_target(patches: Tensor, norm_pix: bool, pixels: Pixels = IMAGENET) -> 
 def predicted_pixels(
     prediction: Tensor, patches: Tensor, norm_pix: bool, pixels: Pixels = IMAGENET
 ) -> dict[str, Tensor]:
-    """A prediction of `pixel_target` to look at, as `to_pixels`.
+    """A prediction of `pixel_target` for display, by `to_pixels`.
 
-    With `norm_pix` nothing is predicted of a patch's mean and contrast. `reconstruction` takes those of the true
-    `patches`; `ALONE` takes the mean of all photographs, and one contrast for all patches.
+    With `norm_pix`, a patch's mean and contrast are not predicted. `reconstruction` takes those of the true `patches`;
+    `ALONE` takes the mean of all photographs, and one contrast for all patches.
     """
     prediction = prediction.float()
     if not norm_pix:
@@ -189,14 +189,14 @@ def render_predictions(
     """Images of the model's input and of its predictions.
 
     Args:
-        patches: (B, N, P) uint8, all patches of a grid, as `show_patches` gives them.
+        patches: (B, N, P) uint8, all patches of a grid, from `show_patches`.
         masked: (B, M) positions of the masked ones.
         predicted: (B, M, P) uint8, pixels to show at the masked positions, by name.
         grid: rows and columns.
 
     Returns:
-        `masked`, with gray at the masked positions, and an image for each name: (B, H, W, 3) uint8. In `ALONE`, which
-        is also made of a `reconstruction` that needs nothing of the truth, other positions are white.
+        `masked`, with gray at the masked positions, and an image for each name: (B, H, W, 3) uint8. `ALONE` is white at
+        the other positions; it is made from `reconstruction` if that needs nothing of the truth.
     """
     index = masked.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
     rendered = {"masked": patches.scatter(1, index, 128)}

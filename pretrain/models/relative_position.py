@@ -37,7 +37,7 @@ def product_buckets(rows: Tensor, cols: Tensor, span: int | None = None) -> Tens
 
     Args:
         rows, cols: (..., L) integer grid positions of the patches, in patches.
-        span: the largest offset among them, where it is known; an exported program must not ask the positions for it.
+        span: the largest offset among them, if known; an exported program must not compute it from the positions.
 
     Returns:
         (..., L, L) int64 ids in 0..48; the offset is query minus key.
@@ -64,7 +64,7 @@ def pair_buckets(buckets: Tensor, index: Tensor, num_prefix_tokens: int = 1) -> 
     """The buckets of a subset of a grid's tokens, a different one for each sequence.
 
     Args:
-        buckets: (P+N, P+N) int64 of `grid_buckets`.
+        buckets: (P+N, P+N) int64 from `grid_buckets`.
         index: (B, T) grid positions; the prefix tokens are put in front of them.
         num_prefix_tokens: P, at least 1.
 
@@ -78,13 +78,13 @@ def pair_buckets(buckets: Tensor, index: Tensor, num_prefix_tokens: int = 1) -> 
 
 
 def pair_offsets(buckets: Tensor, index: Tensor, num_prefix_tokens: int = 1) -> Tensor:
-    """As `pair_buckets`, but the buckets themselves, (B, P+T, P+T) int64; those of `offset_buckets`, for example."""
-    tokens = F.pad(num_prefix_tokens + index, (num_prefix_tokens, 0))  # 0 for each of them: their buckets are equal
+    """Like `pair_buckets`, but the bucket ids themselves, (B, P+T, P+T) int64; also for those of `offset_buckets`."""
+    tokens = F.pad(num_prefix_tokens + index, (num_prefix_tokens, 0))  # 0 for every prefix token: buckets are equal
     return buckets[tokens.unsqueeze(2), tokens.unsqueeze(1)]
 
 
 def pad_keys(buckets: Tensor) -> Tensor:
-    """On a GPU, more keys up to a multiple of 8: fused attention would copy a bias whose rows are not aligned so."""
+    """On a GPU, pads the keys to a multiple of 8: fused attention would copy a bias whose rows are not aligned."""
     missing = -buckets.shape[-1] % 8 if buckets.is_cuda else 0
     return F.pad(buckets, (0, missing), value=CLASS_BUCKET) if missing else buckets
 

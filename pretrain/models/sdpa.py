@@ -1,8 +1,8 @@
-"""Attention by torch's fused CUDA kernels, with a backward pass that gives the same bits twice.
+"""Attention by torch's fused CUDA kernels, with a bitwise reproducible backward pass.
 
-Torch chooses among its kernels by speed. On an H100 that is cuDNN's, whose backward pass is not deterministic; flash's
-is not for more than two blocks of keys. The memory-efficient kernel is, as long as it does not split the keys among
-programs that add to one sum, and only the operators underneath `scaled_dot_product_attention` let us say so.
+Torch picks its fastest kernel. On an H100 that is cuDNN's, whose backward pass is not deterministic; flash attention's
+is not either for more than two blocks of keys. The memory-efficient kernel's is, as long as it does not split the keys
+among programs that add to one sum. Only the operators below `scaled_dot_product_attention` let us request that.
 """
 
 import torch
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_ALIGNMENT = 8  # channels of a head, and keys of a bias' row in memory
+_ALIGNMENT = 8  # of a head's channels, and of the keys of a bias' row in memory
 _deterministic = False
 
 
 def set_deterministic(deterministic: bool) -> None:
-    """Chooses this process' CUDA kernels: of `fused_attention`, and as far as one can those that others call."""
+    """Chooses this process' CUDA kernels: those of `fused_attention` and, as far as possible, of other callers."""
     global _deterministic
     _deterministic = deterministic
     torch.backends.cuda.enable_cudnn_sdp(not deterministic)
@@ -26,7 +26,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
     """softmax(q k^T / sqrt(C) + bias) v for (B, H, L, C) CUDA tensors and an optional (B or 1, H, L, L) bias."""
     if not _deterministic:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    if q.shape[-1] % _ALIGNMENT or q.dtype == torch.float64:  # which the fused kernels do not have
+    if q.shape[-1] % _ALIGNMENT or q.dtype == torch.float64:  # not supported by the fused kernels
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -36,9 +36,9 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """The same (..., L, L) bias, copied if its rows do not lie in memory as the operator, which does not look, wants.
+    """The same (..., L, L) bias, copied if its memory layout does not suit the operator, which does not check it.
 
-    Keys lie side by side, and every row begins at a multiple of 8 elements.
+    Keys are contiguous, and every row begins at a multiple of 8 elements.
     """
     L = bias.shape[-1]
     if bias.stride(-1) == 1 and all(stride % _ALIGNMENT == 0 for stride in bias.stride()[:-1]):

@@ -50,12 +50,12 @@ def sincos_positions(dim: int, height: int, width: int) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """What the residual stream is kept in: fp32 also under autocast, as in the authors' code; float64 stays float64."""
+    """The residual stream's precision: fp32 even under autocast, as in the authors' code; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _PatchProjection(nn.Conv2d):
-    """timm's `patch_embed.proj` applied to patches that are already cut: a matrix product, on just those given."""
+    """timm's `patch_embed.proj` applied to patches that are already cut: a matrix product on only the given ones."""
 
     def forward(self, patches: Tensor) -> Tensor:
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
@@ -73,9 +73,9 @@ class PatchEmbed(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, zero for a share of the sequences, and the others scaled up to make up for it.
+    """Stochastic depth: in training, zeroes a share of the sequences and scales up the others to compensate.
 
-    timm's has the rate as a number, for each value of which a block would be compiled anew.
+    timm's rate is a Python number, for each value of which a block would be recompiled.
     """
 
     kept_share: Tensor
@@ -93,7 +93,7 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor for each channel, which is trained (Touvron et al., CaiT)."""
+    """A trained factor for each channel (Touvron et al., CaiT)."""
 
     def __init__(self, dim: int, init_value: float):
         super().__init__()
@@ -105,13 +105,13 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), each perhaps scaled and perhaps skipped.
+    """x + attention(norm(x)), then x + mlp(norm(x)), each optionally scaled and randomly skipped.
 
     Args:
         arch: width and heads.
-        relative, bias_grid: of `Attention`.
+        relative, bias_grid: as for `Attention`.
         drop_path_rate: probability of skipping.
-        layer_scale: the first value of the scales; 0 for none.
+        layer_scale: initial value of the scales; 0 for none.
     """
 
     def __init__(
@@ -144,20 +144,20 @@ class ViT(nn.Module):
         patch_size: side of a patch in pixels.
         grid: rows and columns of the image's patches; contextual relative position does not depend on it.
         relative: contextual relative position in every block instead of fixed sin-cos positions.
-        checkpoint_blocks: recompute each block in the backward pass: less memory, a third more compute.
+        grad_checkpointing: recompute each block in the backward pass: less memory, a third more compute.
         bias: a learned relative bias (BEiT's, SimMIM's) in every block instead of either.
-        shared_bias: one that all blocks share, as while BEiT and SimMIM pretrain.
+        shared_bias: a single bias for all blocks, as when BEiT and SimMIM pretrain.
         learned: learned absolute positions instead of fixed ones.
-        registers: tokens behind the class token that belong to no patch (DINOv2's; Pixio's further class tokens).
-        layer_scale: the first value of factors that scale what each block adds; 0 for none.
-        class_token: false in encoders of others that have none (I-JEPA's), for features only.
+        registers: tokens after the class token that belong to no patch (DINOv2's; Pixio's further class tokens).
+        layer_scale: initial value of the factors that scale what each block adds; 0 for none.
+        class_token: false for encoders from other projects without one (I-JEPA's), for features only.
         drop_path_rate: stochastic depth of the last block; it grows linearly over the blocks, from 0 in the first.
-        pixels: of the images, how many channels they have and their statistics.
+        pixels: the images' number of channels and their statistics.
 
     Attributes:
-        residual_dtype: of the residual stream, if it is not to be `at_least_fp32`.
-        window_kernel: whether callers should give `WindowTokens` where they could give buckets.
-        class_adapter: what the class token goes through before it enters, while TEC trains; see `fold_class_adapter`.
+        residual_dtype: dtype of the residual stream; `at_least_fp32` unless set.
+        window_kernel: whether callers should pass `WindowTokens` where they could pass buckets.
+        class_adapter: applied to the class token before it enters, while TEC trains; see `fold_class_adapter`.
     """
 
     pos_embed: Tensor  # (1, 1+N, D): the class token's first; registers have none
@@ -191,7 +191,7 @@ class ViT(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         if learned:
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], dim))
-        elif self.absolute:  # a buffer: a frozen parameter would be missing from the optimiser's shards
+        elif self.absolute:  # a buffer: a frozen parameter would be missing from the optimizer's shards
             self.register_buffer("pos_embed", F.pad(sincos_positions(dim, *grid), (0, 0, 1, 0))[None])
         self.class_adapter: nn.Module | None = None
         self.rel_pos_bias = RelativeBias(self.arch.heads, grid) if shared_bias else None
@@ -214,17 +214,17 @@ class ViT(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of those of the patches: the class token, if there is one, and registers (timm's name)."""
+        """Tokens in front of the patches: the class token, if there is one, and registers (timm's name)."""
         return (0 if self.cls_token is None else 1) + self.registers
 
     @property
     def absolute(self) -> bool:
-        """Whether position is added to the tokens that enter."""
+        """Whether positions are added to the tokens as they enter."""
         return not (self.relative or self.bias)
 
     @property
     def position(self) -> str:
-        """`relative`, `bias` or `sincos`; the last is any absolute table, also a learned one."""
+        """`relative`, `bias` or `sincos`; the last is any absolute table, even a learned one."""
         return "relative" if self.relative else "bias" if self.bias else "sincos"
 
     def grid_position(self, grid: tuple[int, int] | None = None, device: torch.device | None = None) -> Tensor:
@@ -245,18 +245,17 @@ class ViT(nn.Module):
         """Puts the prefix tokens in front and encodes, all at once or in two parts, between which tokens may join.
 
         Args:
-            tokens: (B, L, D) patch tokens; from a `start` on, the prefix tokens are already in front of them.
-            position: where position is relative, that of every pair of the P + L tokens: `grid_buckets`,
-                `pair_buckets` or `window_tokens`, or for a learned bias `offset_buckets` or `pair_offsets`. Where it is
-                absolute, the grid positions (B, L) or (L,) of the tokens, whose embeddings are added here; None if
-                they are added already.
-            start, stop: the blocks to go through; the last norm belongs to the last of all blocks.
-            hidden: ascending numbers of blocks, of which the last one is the last to go through. 1 is the first block,
-                and 0 stands for its input.
+            tokens: (B, L, D) patch tokens; with a `start`, the prefix tokens are already in front of them.
+            position: if relative, that of every pair of the P + L tokens: `grid_buckets`, `pair_buckets` or
+                `window_tokens`, or for a learned bias `offset_buckets` or `pair_offsets`. If absolute, the tokens' grid
+                positions (B, L) or (L,), whose embeddings are added here; None if they are added already.
+            start, stop: the range of blocks to run; the last norm is applied only if `stop` is None.
+            hidden: ascending block numbers; the last of them is the last block to run. 1 is the first block, and 0
+                stands for its input.
 
         Returns:
             (B, P+L, D), the prefix tokens first. With `hidden`, a list of the residual streams behind these blocks,
-            each of this shape, to which no norm is applied.
+            each of this shape and without a norm.
         """
         if self.absolute and isinstance(position, Tensor):
             tokens, position = tokens + self.pos_embed[0, 1 + position], None
@@ -266,7 +265,7 @@ class ViT(nn.Module):
             prefix = class_token + self.pos_embed[:, :1] if self.absolute else class_token
             if self.reg_token is not None:
                 prefix = torch.cat([prefix, self.reg_token], dim=1)
-            # A batch size as a number would be fixed in a traced encoder.
+            # Not `len(x)`: tracing would fix the batch size.
             x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.rel_pos_bias is not None:
             position = self.rel_pos_bias(position)
@@ -284,7 +283,7 @@ class ViT(nn.Module):
 
 
 def fold_class_adapter(cls_token: Tensor, *adapter: Tensor) -> Tensor:
-    """The class token as it enters behind TEC's MLP, whose two weights and biases are given in timm's order."""
+    """The class token after TEC's MLP, whose two weights and biases are given in timm's order."""
     weight1, bias1, weight2, bias2 = adapter
     return F.linear(F.gelu(F.linear(cls_token, weight1, bias1)), weight2, bias2)
 

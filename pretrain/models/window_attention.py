@@ -1,11 +1,11 @@
-"""Attention within windows, with contextual relative position, by a kernel of its own: for CUDA, bf16 and fp16.
+"""Attention within windows, with contextual relative position, by our own kernel for CUDA, bf16 and fp16.
 
 Torch's fused attention takes the relative position as a bias of all logits, which goes through memory six times a step.
-Here a token brings its place in the window instead: the P prefix tokens (the class token and registers) come first,
-P + K*row + column is a patch's, 63 padding's.
-The tokens may be all of a window, or some of them, others in each window (PR-MIM, late mask tokens).
+Here each token carries its place in the window instead: the P prefix tokens (the class token and registers) come first,
+a patch has place P + K*row + column, and padding has 63.
+The tokens may be all those of a window, or some of them, which differ between windows (PR-MIM, late mask tokens).
 
-Shapes: G windows of K x K patches, L tokens of a window (with the prefix tokens), H heads, C channels of a head.
+Shapes: G windows of K x K patches, L tokens of a window (including prefix tokens), H heads, C channels of a head.
 """
 
 from functools import lru_cache
@@ -24,13 +24,13 @@ MAX_PREFIX_TOKENS = 9  # they share one bucket, whose gradient is a sum of 3 x 3
 
 
 class WindowTokens(NamedTuple):
-    """Which tokens windows have, as the kernels read it; N is L rounded up to a power of two that leaves padding."""
+    """The tokens of windows, as the kernels read them; N is L rounded up to a power of two that leaves padding."""
 
     buckets: Tensor  # (64, 64) int8: the bucket of each pair of places
-    keys: Tensor  # (2, 3, 64, 64) int8, of `_keys_of_buckets`
+    keys: Tensor  # (2, 3, 64, 64) int8, from `_keys_of_buckets`
     place: Tensor  # (G or 1, N) int8: the place of each token, 63 for padding
     token: Tensor  # (G or 1, 64) int8: the token at each place, or a padding token
-    in_order: bool  # whether each token's place is its own number
+    in_order: bool  # whether each token's place is its index
 
 
 def window_tokens(size: int, patches: Tensor | None, device: torch.device, num_prefix_tokens: int = 1) -> WindowTokens:
@@ -68,11 +68,11 @@ def _tables(size: int, device: torch.device, num_prefix_tokens: int) -> tuple[Te
 
 
 def _keys_of_buckets(size: int, num_prefix_tokens: int) -> Tensor:
-    """Of which keys each bucket's gradient is the sum, for each query's place, in two stages of three summands.
+    """The keys that each bucket's gradient sums, for each query's place, in two stages of three summands.
 
     Stage 1 adds the keys of one row that share a column's bucket c, into place 7*row + c; the prefix tokens' keys go to
-    49, 50 and 51. Stage 2 adds those that share a row's bucket r, into bucket 7*r + c. A missing summand is 63, a place
-    that is empty. A prefix token's query has none: its bias is one number, which softmax ignores.
+    49, 50 and 51. Stage 2 adds those that share a row's bucket r, into bucket 7*r + c. A missing summand is 63, an
+    empty place. A prefix token's query has no summands: its bias is equal for all keys, which softmax ignores.
 
     Returns:
         (2, 3, 64, 64) int8.
@@ -107,9 +107,9 @@ class Launch(NamedTuple):
 
 
 def choose_launch(backward: bool, padded: int, heads: int, head_dim: int, hopper: bool) -> Launch:
-    """By what the compiler reports, not by time: on sm_90 none of these spills registers into memory.
+    """Chosen by the compiler's reports, not by timing: on sm_90 none of these spills registers into memory.
 
-    Several heads a program mean fewer partial sums of the table's gradient; before sm_90 registers do not suffice.
+    Several heads per program mean fewer partial sums of the table's gradient; before sm_90 there are too few registers.
 
     Args:
         backward: which of the two kernels.
@@ -138,7 +138,7 @@ def _forward(
     token: Tensor,
     in_order: bool,
 ) -> Tensor:
-    from pretrain.models.window_kernels import forward_kernel  # Triton is not there on every machine
+    from pretrain.models.window_kernels import forward_kernel  # Triton is not installed on every machine
 
     G, L, _, H, C = qkv.shape
     N = place.shape[1]
@@ -231,12 +231,12 @@ def window_attention(qkv: Tensor, table: Tensor, tokens: WindowTokens) -> Tensor
     """softmax(q k^T / sqrt(C) + q . table[bucket]) v within each window.
 
     Args:
-        qkv: (G, L, 3, H, C) contiguous bf16 or fp16, as the linear layer gives it.
+        qkv: (G, L, 3, H, C) contiguous bf16 or fp16, the linear layer's output.
         table: (C, 50) of any dtype: `RelativeKey`'s vectors, shared by the heads.
-        tokens: which they are.
+        tokens: from `window_tokens`.
 
     Returns:
-        (G, L, H, C), of `qkv`'s dtype.
+        (G, L, H, C), in `qkv`'s dtype.
     """
     return _forward(qkv, F.pad(table.float(), (0, PLACES - NUM_BUCKETS)), *tokens)
 
@@ -251,7 +251,7 @@ def worst_error(
     dtype: torch.dtype,
     num_prefix_tokens: int = 1,
 ) -> float:
-    """The kernels against the formula in float64: the largest relative error of any result; NaN if one is not finite.
+    """Compares the kernels with the formula in float64: the largest relative error; NaN if a result is not finite.
 
     On random windows of `size` x `size` patches, `count` of which are tokens. Also compiles the kernels for these.
     """

@@ -3,7 +3,7 @@
     o_i = softmax_j(scale q_i . k_j + (q_i . table)[bucket(i, j)]) v_j
 
 A row of logits lies in one program, so there is no log-sum-exp to keep, no split of the keys, and no atomic addition:
-the same bits every time. The backward pass computes everything again from q, k and v.
+the same bits every time. The backward pass recomputes everything from q, k and v.
 
 Shapes: G windows, H heads, L tokens padded to N, C channels of a head padded to CP, NB places of a window, which is
 also the padded number of buckets.
@@ -72,7 +72,7 @@ def _sum_by_bucket(ds, keys_ptr, place, inverse, offs_b, N: tl.constexpr, NB: tl
     columns, then along rows.
     """
     part = ds
-    if SUBSET:  # tokens -> places; those without a token read a padding token, whose gradient is 0
+    if SUBSET:  # tokens -> places; places without a token read a padding token, whose gradient is 0
         part = tl.gather(ds, tl.broadcast_to(inverse[None, :], (N, NB)), 1)
     for stage in tl.static_range(2):
         total = tl.zeros((N, NB), dtype=tl.float32)

@@ -17,7 +17,7 @@ IMAGES = 1_281_167  # images of ImageNet-1K
 
 
 def main() -> int:
-    """Exit code 0, or 1 with one line that names what to change."""
+    """Returns exit code 0, or 1 after one line that names what to change."""
     options = _parser().parse_intermixed_args()
     os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, or it warns that there is no GPU
     from data.index import load_index

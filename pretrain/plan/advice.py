@@ -15,15 +15,15 @@ from pretrain.plan.trace import trace_sizes
 from pretrain.trainer.recipe import merge
 
 LEAST_GAIN = 1.03
-SMALL_ENOUGH = 288  # pixels: larger views are not cut out of photographs that were shrunk so far
+SMALL_ENOUGH = 288  # pixels: photographs that were shrunk this far are too small for larger views
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A change and what it gives.
+    """A change and its gain.
 
     Attributes:
-        change: keys, or what to do.
+        change: keys to set, or a command to run.
         gain: how many times faster the run would be.
         note: what else it changes.
     """
@@ -34,7 +34,7 @@ class Advice:
 
 
 def advise(plan: Plan) -> list[Advice]:
-    """Changes that are worth it, the largest gain first."""
+    """Worthwhile changes, the largest gain first."""
     found = [_planned(plan, changes, note) for changes, note in _candidates(plan)]
     advice = [item for item in found if item and item.gain >= LEAST_GAIN]
     if plan.step.total / (plan.step.total - plan.step.data) >= LEAST_GAIN:
@@ -43,7 +43,7 @@ def advise(plan: Plan) -> list[Advice]:
 
 
 def _feeding(plan: Plan) -> Iterator[Advice]:
-    """What feeds GPUs that wait for data: more cores, or less to decode."""
+    """Advice for GPUs that wait for data: more cores, or less to decode."""
     wait = plan.step.total / (plan.step.total - plan.step.data)
     yield Advice(f"data.num_workers={_workers(plan)}", wait, "so many cores for each GPU")
     config, data = plan.config, plan.config.data
@@ -57,7 +57,7 @@ def _feeding(plan: Plan) -> Iterator[Advice]:
         twice = merge(config.model_dump(), {"data": {"repeats": 2 * data.repeats}}, PretrainConfig)
         repeated = make_plan(PretrainConfig.model_validate(twice), *known, plan.photographs)
     except ValueError:
-        return  # of a number of epochs, or a loss, that it does not fit
+        return  # repeats do not fit the number of epochs or the loss
     note = "so many crops of each decode, side by side in a batch"
     yield Advice(f"data.repeats={2 * data.repeats}", plan.hours / repeated.hours, note)
 
@@ -117,5 +117,5 @@ def _yaml(value: object) -> str:
 
 
 def _workers(plan: Plan) -> int:
-    """Of each rank, so that its GPU does not wait."""
+    """Workers of each rank so that its GPU does not wait."""
     return math.ceil(plan.loader_cores / plan.cluster.gpus)

@@ -3,7 +3,7 @@
 Bytes are per token, and most of them in units of D, the width: an activation of D values takes 2 D bytes in bf16, 4 D
 in fp32. docs/planning.md derives the numbers.
 
-Shapes: N tokens in sequences of L tokens (with the class token), H heads of C channels, D = H C.
+Shapes: N tokens in sequences of L tokens (including the class token), H heads of C channels, D = H C.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pretrain.models.window_attention import MAX_PREFIX_TOKENS, MAX_WINDOW_SIZE,
 from pretrain.plan.trace import BlockCall
 
 AttentionKind = Literal["triton", "sdpa", "unfused"]
-ROWS = 64  # attention kernels work on tiles of so many tokens
+ROWS = 64  # tokens of the tiles that attention kernels work on
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Numerics:
     Attributes:
         compile: whether torch.compile fuses their element-wise operators.
         residual: the dtype of the residual stream.
-        attention: the kernel where position is relative; elsewhere `triton` means SDPA. `unfused` writes the logits to
-            memory, as a CPU does, and the code of MAE's and LoMaR's authors.
+        attention: the kernel for relative position; elsewhere `triton` means SDPA. `unfused` writes the logits to
+            memory, like a CPU and the code of MAE's and LoMaR's authors.
         precision: of the whole training; fp32 means no autocast.
-        hopper: whether the GPU has compute capability 9.x, by which the window kernel is started.
-        cuda_graphs: whether the host starts a pass by one call.
+        hopper: whether the GPU has compute capability 9.x, which determines how the window kernel is launched.
+        cuda_graphs: whether the host launches a pass with one call.
     """
 
     compile: bool = False
@@ -39,7 +39,7 @@ class Numerics:
 
 
 class Pass(NamedTuple):
-    """Something of the forward and of the backward pass."""
+    """A quantity of the forward and of the backward pass."""
 
     forward: float
     backward: float
@@ -52,7 +52,7 @@ class Pass(NamedTuple):
 def matrix_flops(call: BlockCall) -> float:
     """Forward flops for each token of qkv (6 D^2), projection (2 D^2) and MLP (16 D^2).
 
-    In cross-attention, keys and values are of the context's tokens.
+    In cross-attention, keys and values come from the context's tokens.
     """
     if call.context:
         return 20.0 * call.dim**2 + 4.0 * call.dim * call.context_dim * call.context / call.tokens
@@ -65,7 +65,7 @@ def attention_flops(call: BlockCall) -> float:
 
 
 def keys(call: BlockCall) -> int:
-    """The tokens to which each one attends."""
+    """How many tokens each token attends to."""
     return call.context or call.tokens
 
 
@@ -85,7 +85,7 @@ _ELEMENTWISE = {
 def elementwise_bytes(call: BlockCall, numerics: Numerics) -> Pass:
     """Bytes that the element-wise operators of a block move for each token."""
     forward, backward = _ELEMENTWISE[numerics.precision, _residual(call, numerics), numerics.compile]
-    if call.layer_scale:  # reads and writes both branches; back, reads them and their gradient once, writes one
+    if call.layer_scale:  # reads and writes both branches; backward, reads them and their gradient once, writes one
         size = _width(numerics)
         forward += 0 if numerics.compile else 2 * 2 * size
         backward += 2 * size if numerics.compile else 2 * 4 * size
@@ -93,11 +93,11 @@ def elementwise_bytes(call: BlockCall, numerics: Numerics) -> Pass:
 
 
 def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
-    """Bytes that attention's core moves for each token: all between the qkv projection and the output's."""
+    """Bytes that attention's core moves for each token: all between the qkv and the output projection."""
     x = _width(numerics) * call.dim  # one of q, k, v, o, or of their gradients
     bias = _width(numerics) * call.heads * keys(call)
     kind = kernel(call, numerics)
-    if kind == "triton":  # reads q, k, v, writes o; reads these but o, and do, writes dq, dk, dv into one tensor
+    if kind == "triton":  # reads q, k, v, writes o; backward: reads q, k, v, do, writes dq, dk, dv into one tensor
         return Pass(4 * x, 7 * x + 2 * table_gradient_bytes(call, numerics))
     if kind == "unfused":
         return _unfused_bytes(call, numerics, x, bias)
@@ -117,9 +117,9 @@ def attention_bytes(call: BlockCall, numerics: Numerics) -> Pass:
 
 
 def table_gradient_bytes(call: BlockCall, numerics: Numerics) -> float:
-    """Bytes for each token of the table's gradient as the window kernel writes it, to be summed by another kernel.
+    """Bytes for each token of the window kernel's partial table gradients, which another kernel sums.
 
-    Each program writes its own part, C x 64 in fp32: one for each window and group of heads.
+    Each program, one for each window and group of heads, writes its own part, C x 64 in fp32.
     """
     if kernel(call, numerics) != "triton":
         return 0.0
@@ -142,7 +142,7 @@ def _unfused_bytes(call: BlockCall, numerics: Numerics, x: float, logits: float)
 
 
 def attention_work(call: BlockCall, numerics: Numerics) -> Pass:
-    """Flops that attention's core really does for each token, whole tiles and the logits' second computation included.
+    """Flops that attention's core really does for each token, including whole tiles and the recomputed logits.
 
     They bound the time of long sequences; in windows, bytes do.
     """
@@ -169,9 +169,9 @@ def kept_bytes(call: BlockCall, numerics: Numerics) -> float:
     """Bytes that a block keeps for the backward pass for each token, its input included.
 
     The residual stream before each of the two norms, the four inputs of the linear layers (one of them, GELU's output,
-    four times as wide), q, k and v, and GELU's input; with LayerScale what it scales. Compiled, the second of the
-    residual stream's two is the attention's bf16 output instead, from which it is computed again. In cross-attention,
-    k, v and the context as the input of their layer are kept for the context's tokens.
+    four times as wide), q, k and v, and GELU's input; with LayerScale, what it scales. If compiled, the attention's
+    bf16 output is kept in place of the second residual stream, which is recomputed from it. In cross-attention, k, v
+    and the context, the input of their layer, are kept for the context's tokens.
     """
     size, residual = _width(numerics), input_bytes(call, numerics) / call.dim
     second = size if numerics.compile else residual
@@ -201,7 +201,7 @@ def _attention_kept(call: BlockCall, numerics: Numerics) -> float:
     if kind == "triton":
         return 0.0
     if kind == "unfused":  # the softmax, and q besides its scaled copy
-        full = 4.0 * call.heads * call.tokens  # a bias that blocks share is in fp32, and so is then the softmax
+        full = 4.0 * call.heads * call.tokens  # a bias that blocks share is in fp32, so the softmax is too
         return bias + (x if call.relative else full if call.bias else 0.0)
     logsumexp = 4.0 * call.heads
     if not call.relative:

@@ -1,4 +1,4 @@
-"""What the ranks send each other in a step, and what of it the backward pass does not hide."""
+"""What the ranks send each other in a step, and how much of it the backward pass does not hide."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class Communication:
-    """One optimizer step.
+    """The communication of one optimizer step.
 
     Attributes:
-        node_bytes: that a GPU sends to others of its node.
-        network_bytes: that a node sends to other nodes.
-        node_seconds, network_seconds: what that takes on each link; NCCL uses both at once.
+        node_bytes: bytes that a GPU sends to others of its node.
+        network_bytes: bytes that a node sends to other nodes.
+        node_seconds, network_seconds: the time on each link; NCCL uses both at once.
         seconds: of all collectives.
         exposed: the part of `seconds` in which GPUs wait.
     """
@@ -39,9 +39,9 @@ def step_communication(
 ) -> Communication:
     """The communication of an optimizer step.
 
-    Stage 0 sums all gradients after the last backward pass. Stages 1 and 2 do so bucket by bucket, beside that pass
-    with `overlap_comm`, and collect the new weights; stage 2 in each micro-batch. Stage 3 collects the weights for each
-    forward and each backward pass, ahead of the blocks that need them, and reduces gradients to their owners.
+    Stage 0 sums all gradients after the last backward pass. Stages 1 and 2 do so bucket by bucket, during that pass
+    with `overlap_comm`, and gather the new weights; stage 2 sums in each micro-batch. Stage 3 gathers the weights for
+    each forward and each backward pass, ahead of the blocks that need them, and reduces gradients to their owners.
 
     Args:
         forward, backward: seconds of a micro-batch's passes.
@@ -73,7 +73,7 @@ def step_communication(
 
 
 def _collective(size: float, passes: int, buckets: int, cluster: Cluster) -> Communication:
-    """A reduction or collection (`passes` = 1) of `size` bytes, or both, an all-reduce (2)."""
+    """A reduce-scatter or an all-gather (`passes` = 1) of `size` bytes, or both, an all-reduce (2)."""
     local, nodes = cluster.per_node, cluster.nodes
     node_bytes = passes * (local - 1) / local * size
     network_bytes = passes * (nodes - 1) / nodes * size

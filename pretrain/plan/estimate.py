@@ -1,4 +1,4 @@
-"""The plan of a recipe on a cluster: the parts of a step, the run's hours, memory by ZeRO stage, and what limits."""
+"""The plan of a recipe on a cluster: the parts of a step, the run's hours, memory by ZeRO stage, and what limits it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,9 +33,9 @@ class NodeNeeds:
     """What a node must provide besides GPUs.
 
     Attributes:
-        loader_cores: that decode as fast as its GPUs compute.
+        loader_cores: cores that decode as fast as its GPUs compute.
         read_rate: GB/s of photographs.
-        index_memory: GiB for the index of all samples, once, and for their order in each rank.
+        index_memory: GiB for the index of all samples (once) and for their order (in each rank).
     """
 
     loader_cores: float
@@ -48,9 +48,9 @@ class Plan:
     """What the planner says about a recipe on a cluster.
 
     Attributes:
-        trace, step, communication: at `data.image_size`, as all properties but those that speak of the whole run.
-        stages: at the size of images that needs the most memory.
-        earlier: with `data.size_schedule`, the earlier sizes in plans of their own, each with its number of epochs.
+        trace, step, communication: at `data.image_size`, like all properties except those of the whole run.
+        stages: at the image size that needs the most memory.
+        earlier: with `data.size_schedule`, the number of epochs and the plan of each earlier size.
     """
 
     config: PretrainConfig
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def sizes(self) -> tuple[tuple[int, "Plan"], ...]:
-        """The epochs of each size of images, and its plan."""
+        """The number of epochs and the plan of each image size."""
         return *self.earlier, (self.config.train.epochs - sum(epochs for epochs, _ in self.earlier), self)
 
     @property
@@ -78,38 +78,38 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Of all GPUs together."""
+        """The rate of all GPUs together."""
         return self.config.train.global_batch_size / self.step.total
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Hours of the whole run."""
         return sum(plan.hours_of(epochs) for epochs, plan in self.sizes)
 
     @property
     def hours_without_wait(self) -> float:
-        """The same if no GPU had to wait for data."""
+        """Hours of the whole run if no GPU had to wait for data."""
         return sum(plan.hours_of(epochs) * (1 - plan.step.data / plan.step.total) for epochs, plan in self.sizes)
 
     def hours_of(self, epochs: int) -> float:
-        """Of some epochs at this plan's size of images."""
+        """Hours of `epochs` epochs at this plan's image size."""
         return epochs * self.steps / self.config.train.epochs * self.step.total / 3600
 
     @property
     def mfu(self) -> float:
-        """Model flops (a backward pass counts twice) of the data sheet's peak."""
+        """Model flops (a backward pass counts twice) as a share of the data sheet's peak."""
         rate = self.images_per_second / self.cluster.gpus * image_flops(self.trace)
         return rate / (peak(self.cluster.gpu, self.numerics) * 1e12)
 
     @property
     def limit(self) -> str:
-        """What most of a step is spent on; the loader, if GPUs wait for it."""
+        """What most of a step is spent on; `data` if GPUs wait for the loader."""
         limits = self.step.limits
         return "data" if limits["data"] > 0.02 * self.step.total else max(limits, key=lambda name: limits[name])
 
     @property
     def memory(self) -> Memory:
-        """Of the recipe's own stage."""
+        """Memory in the recipe's own stage."""
         stage = next(stage for stage in self.stages if stage.zero.stage == self.zero.stage)
         return stage.checkpointed if self.config.model.grad_checkpointing else stage.memory
 
@@ -119,12 +119,12 @@ class Plan:
 
     @property
     def computed_rate(self) -> float:
-        """Images a second that the GPUs compute, if they do not wait for data."""
+        """Images a second that the GPUs compute if they do not wait for data."""
         return self.config.train.global_batch_size / (self.step.total - self.step.data)
 
     @property
     def loader_cores(self) -> float:
-        """Cores that decode as fast as the GPUs compute, in all nodes together; at the size that needs the most."""
+        """Cores of all nodes that decode as fast as the GPUs compute, at the image size that needs the most."""
         return max(plan.computed_rate * plan.core_seconds for _, plan in self.sizes)
 
     @property
@@ -152,11 +152,11 @@ def make_plan(
     earlier: Sequence[Trace] = (),
     photographs: Photographs = IMAGENET,
 ) -> Plan:
-    """The plan of a configuration; `earlier` are the traces at the sizes that images have before the last one.
+    """The plan of a configuration; `earlier` are the traces at the image sizes before the last one.
 
     Raises:
-        ValueError: GPUs that do not divide the batch, a GPU that cannot compute in the recipe's precision, or fewer
-            images than a batch.
+        ValueError: the GPUs do not divide the batch, the GPU does not support the recipe's precision, or there are
+            fewer images than a batch.
     """
     check_gpus(config, cluster)
     numerics = replace(numerics, hopper=cluster.gpu.hopper)
@@ -175,7 +175,7 @@ def make_plan(
 
 
 def _with_earlier(plan: Plan, traces: Sequence[Trace]) -> Plan:
-    """The plan of the last size of images, with those of the earlier sizes."""
+    """The plan of the last image size, with those of the earlier sizes."""
     begin, parts = 0, []
     for (end, config), trace in zip(plan.config.earlier, traces, strict=True):
         part = make_plan(config, plan.cluster, plan.images, plan.numerics, trace, (), plan.photographs)
@@ -186,7 +186,7 @@ def _with_earlier(plan: Plan, traces: Sequence[Trace]) -> Plan:
 
 
 def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
-    """Raises ValueError, with the numbers of GPUs and the accumulations that divide the batch, as `make_plan`."""
+    """Raises the ValueError of `make_plan` about GPUs, naming GPU counts and accumulations that divide the batch."""
     train, gpus = config.train, cluster.gpus
     if train.precision == "bf16" and not cluster.gpu.bf16:
         raise ValueError("this GPU does not compute in bf16: set train.precision=fp32, or take an a100, l40s or newer")
@@ -203,7 +203,7 @@ def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
 
 
 def own_zero(config: PretrainConfig, gpus: int) -> Zero:
-    """The engine keys of the recipe, `auto` chosen as a run does: a run that exists keeps its stage."""
+    """The recipe's engine keys, with `auto` chosen as in a run: an existing run keeps its stage."""
     return Zero.of(read_ds_config(choose_ds_config(config, gpus)))
 
 
@@ -224,10 +224,10 @@ def _stage_memory(cluster: Cluster, numerics: Numerics, trace: Trace, micro_batc
 
 
 def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
-    """What `auto` means on a GPU, as `pretrain.numerics` chooses it there.
+    """The numerics that `auto` means on the cluster's GPU, as chosen by `pretrain.numerics`.
 
     Raises:
-        ValueError: a setting that cannot work; the message names the key to change.
+        ValueError: a setting cannot work; the message names the key to change.
     """
     model, stage = config.model, own_zero(config, cluster.gpus).stage
     check_settings(config, stage)

@@ -1,4 +1,4 @@
-"""What GPUs and the links between them can do: makers' data sheets, and what has been measured of them.
+"""What GPUs and the links between them can do, from makers' data sheets and measurements.
 
 Units: TFLOP/s without sparsity, GB/s = 1e9 bytes a second in one direction, GiB of memory.
 """
@@ -15,14 +15,14 @@ class GPU:
     Attributes:
         tflops: peak of bf16 matrix products with fp32 accumulation.
         gemm_share: the share of it that the best matrix products reach.
-        fp32_tflops: peak in fp32 outside of tensor cores: of matrix products too, as torch uses no TF32 by default.
+        fp32_tflops: peak in fp32 outside tensor cores; of matrix products too, as torch uses no TF32 by default.
         bandwidth: GB/s of its memory by the data sheet.
         memory: GiB that a process can allocate.
-        nvlink: GB/s of a GPU to the others of its node; 0: they are joined by PCIe.
+        nvlink: GB/s of a GPU to the others of its node; 0: they are connected by PCIe.
         pcie: GB/s of its PCIe slot.
         network: Gb/s of all network adapters of a node as the maker or clouds build it.
         bf16: whether it computes in bf16.
-        hopper: whether its compute capability is 9.x, by which the window kernel is started.
+        hopper: whether its compute capability is 9.x, which determines how the window kernel is launched.
     """
 
     tflops: float
@@ -39,8 +39,8 @@ class GPU:
 
 # Peaks, bandwidths and links: NVIDIA's data sheets (dense; the sheets of consumer GPUs are the architecture papers).
 # gemm_share: "maximum achievable matmul FLOPS" of stas00/ml-engineering, compute/accelerator, where it has the GPU:
-# A100 SXM 267.9 of 312, A100 PCIe 256.4, H100 and H200 794.5 of 989, GH200 821, B200 1745 of 2250. The others were
-# not found measured: 0.75, a guess, and 0.65 where the power limit is far below that of an SXM module (L40S, L4).
+# A100 SXM 267.9 of 312, A100 PCIe 256.4, H100 and H200 794.5 of 989, GH200 821, B200 1745 of 2250. No measurements
+# were found for the others: a guess of 0.75, or 0.65 if the power limit is far below an SXM module's (L40S, L4).
 UNMEASURED, POWER_LIMITED = 0.75, 0.65
 GPUS = {
     "b200": GPU(2250, 0.776, 80, 8000, 178, 900, 64, 3200),
@@ -70,7 +70,7 @@ NETWORK_SHARE = 0.90
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of a name. Raises ValueError, with the nearest name, if there is none."""
+    """The GPU with a name. Raises ValueError, with the nearest name, if there is none."""
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key not in GPUS:
         raise ValueError(f"--gpu {name} is not known to the planner: {nearest(key, list(GPUS))}")
@@ -84,7 +84,7 @@ def stream_rate(gpu: GPU) -> float:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs in nodes of equal size; where they do not fill one node, there is one.
+    """GPUs in nodes of equal size; if they do not fill one node, there is one.
 
     Attributes:
         gpus: how many in all.
@@ -111,7 +111,7 @@ def build_cluster(gpu: str, gpus: int, per_node: int = 8, network: float | None 
     """The cluster of a command line.
 
     Raises:
-        ValueError: an unknown GPU, no GPUs, or GPUs that do not fill nodes.
+        ValueError: the GPU is unknown, a number is not positive, or the GPUs do not fill nodes.
     """
     kind = find_gpu(gpu)
     for option, number in (("--gpus", gpus), ("--gpus-per-node", per_node)):

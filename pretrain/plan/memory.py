@@ -14,18 +14,18 @@ from pretrain.plan.trace import Trace
 GIB = 2.0**30
 CONTEXT = 1.0 * GIB  # CUDA's context, the libraries' workspaces and NCCL's buffers
 FRAGMENTATION = 0.05  # of what is allocated anew in each step
-DEFAULT_BUCKET = 500_000_000  # elements, where the engine keys name none
+DEFAULT_BUCKET = 500_000_000  # elements, if the engine keys set none
 LIVE, PREFETCH = 1_000_000_000, 50_000_000  # elements: stage 3's max_live_parameters and prefetch_bucket_size
 _FP32 = 4
 
 
 @dataclass(frozen=True)
 class Zero:
-    """DeepSpeed's keys that decide about memory and communication.
+    """DeepSpeed's keys that determine memory and communication.
 
     Attributes:
         bucket: elements of a reduction.
-        overlap: whether reductions run beside the backward pass, for which there are two buckets.
+        overlap: whether reductions overlap with the backward pass, which takes two buckets.
         offload_optimizer, offload_parameters: whether these are in the host's memory.
     """
 
@@ -51,15 +51,15 @@ class Zero:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU at the peak of a step, by what they are for.
+    """Bytes of one GPU at the peak of a step, by purpose.
 
     Attributes:
         optimizer: AdamW's two moments and, from stage 1 on, its own copy of this rank's share of the weights.
         deepspeed: buckets, flat copies, and the weights that stage 3 has gathered.
         casts: the bf16 copies of weights that autocast makes in the forward pass.
         activations: kept for the backward pass.
-        workspace: gradients on their way back through a block, and what no tensor of ours accounts for.
-        teacher: the weights of a momentum encoder or a frozen one.
+        workspace: gradients in flight through a block, and memory outside our tensors.
+        teacher: the weights of a momentum encoder or of a frozen one.
     """
 
     weights: float
@@ -77,7 +77,7 @@ class Memory:
 
 
 def activation_bytes(trace: Trace, numerics: Numerics, checkpointing: bool) -> float:
-    """Bytes kept for the backward pass, for each image; with checkpointing, one recomputed block's among them."""
+    """Bytes kept for the backward pass, for each image; with checkpointing, those of one recomputed block included."""
     kept, largest = trace.ends.kept, 0.0
     for call in trace.calls:
         if call.backward:
@@ -91,10 +91,10 @@ def activation_bytes(trace: Trace, numerics: Numerics, checkpointing: bool) -> f
 
 
 def workspace_bytes(trace: Trace, numerics: Numerics) -> float:
-    """Bytes for each image: what the backward pass of a block needs at once.
+    """Bytes that the backward pass of a block needs at once, for each image.
 
     24 D in the MLP: the gradients of its widest maps (8 + 8 D), of the residual stream and the norms. In attention 12 D
-    (of the residual stream 4 D, its output 2 D, q, k and v 6 D) and the window kernel's parts of its table's gradient.
+    (the residual stream's 4 D, its output's 2 D, 6 D of q, k and v) and the window kernel's partial table gradients.
     """
     return max(
         (
@@ -125,12 +125,12 @@ def engine_buffers(parameters: int, zero: Zero, gpus: int) -> tuple[float, float
     """Bytes that DeepSpeed adds during the backward pass, and during the optimizer's step."""
     share = _FP32 * parameters / gpus
     bucket = float(_FP32 * zero.bucket)
-    if zero.stage == 0:  # gradients are flattened to be reduced, when the activations are gone
+    if zero.stage == 0:  # gradients are flattened to be reduced, once the activations are freed
         return 0.0, _FP32 * float(min(parameters, DEFAULT_BUCKET))
     flat = 0.0 if zero.offload_optimizer else share  # this rank's gradients as one tensor
     if zero.stage == 3:
         live = float(_FP32 * min(parameters, LIVE))
-        if gpus > 1:  # this rank's part of what is collected at once, as one tensor
+        if gpus > 1:  # this rank's part of what is gathered at once, as one tensor
             live += _FP32 * min(parameters, PREFETCH) / gpus
         return bucket + live, bucket + flat
     return bucket * (2 if zero.overlap else 1), flat
@@ -141,7 +141,7 @@ def step_memory(
 ) -> Memory:
     """A step's peak with micro-batches of `images`: as the backward pass starts, or in the optimizer's step."""
     weights, gradients, optimizer = state_memory(trace.parameters, zero, gpus)
-    if numerics.cuda_graphs:  # those that the graph writes, which are then copied or added up
+    if numerics.cuda_graphs:  # the gradients that the graph writes, which are then copied or summed
         weights += _FP32 * trace.parameters
     in_backward, in_step = engine_buffers(trace.parameters, zero, gpus)
     activations = images * activation_bytes(trace, numerics, checkpointing)
@@ -159,7 +159,7 @@ def step_memory(
         gradients_in_flight + fragments + CONTEXT,
         teacher,
     )
-    if zero.stage:  # those of other ranks' shares are freed by then
+    if zero.stage:  # gradients of other ranks' shares are freed by then
         gradients = min(gradients, _FP32 * trace.parameters / gpus)
     step = Memory(weights, gradients, optimizer, in_step, 0.0, 0.0, CONTEXT, teacher)
     return max(backward, step, key=lambda memory: memory.total)
@@ -168,14 +168,14 @@ def step_memory(
 def largest_micro_batch(
     trace: Trace, numerics: Numerics, zero: Zero, gpus: int, memory: float, checkpointing: bool = False
 ) -> int:
-    """The largest micro-batch that fits into `memory` bytes; 0: not even one image does."""
+    """The largest micro-batch that fits into `memory` bytes; 0 if not even one image does."""
 
     def total(images: int) -> float:
         return step_memory(trace, numerics, zero, gpus, images, checkpointing).total
 
     if total(1) > memory:
         return 0
-    # Linear in the images once the backward pass is the peak, which it is for any number that nearly fills the memory.
+    # Linear in the images once the backward pass is the peak, as it is for any number that nearly fills the memory.
     many = 1 << 20
     per_image = (total(2 * many) - total(many)) / many
     fixed = total(many) - many * per_image

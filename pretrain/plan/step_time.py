@@ -19,21 +19,21 @@ from pretrain.plan.loader_cost import IMAGENET, Photographs, core_seconds
 from pretrain.plan.memory import Zero
 from pretrain.plan.trace import BlockCall, Trace
 
-# The share of the best matrix product's rate that those of a block of width D reach, 51,200 tokens at a time.
+# The share of the best matrix product's rate that a block of width D reaches, with 51,200 tokens at a time.
 _WIDTH_SHARE = ((192, 0.50), (384, 0.65), (512, 0.72), (768, 0.80), (1024, 0.84), (1280, 0.86))
-ENDS_SHARE = 0.7  # the same of the products outside of blocks
-DEPTHWISE_SHARE = 0.11  # of the peak in fp32 outside of tensor cores that cuDNN's depth-wise convolution reaches
-ATTENTION_SHARE = 0.35  # of the same rate, in attention kernels
+ENDS_SHARE = 0.7  # the same for products outside the blocks
+DEPTHWISE_SHARE = 0.11  # of the fp32 peak outside tensor cores that cuDNN's depth-wise convolution reaches
+ATTENTION_SHARE = 0.35  # of the best matrix product's rate that attention kernels reach
 _SLOWER = {"triton": 1.25, "sdpa": 1.35, "unfused": 1.0}  # than the time that attention's bytes take
 COMPILED_ENDS = 1 / 3  # of the bytes of the ends, once compiled
-# Seconds of the host to start a block's two passes: eager, compiled, and compiled with the window kernel.
+# Seconds of the host to launch a block's two passes: eager, compiled, and compiled with the window kernel.
 HOST_EAGER, HOST_COMPILED, HOST_WINDOWS = 3.2e-3, 2.4e-3, 3.0e-3
-MEASURED = 1.15  # what an H200 took over these formulas in eight steps: 1.09 to 1.25 times
+MEASURED = 1.15  # an H200's time relative to these formulas in eight steps: 1.09 to 1.25
 BETWEEN_STEPS = {True: 16e-3, False: 0.3e-3}  # seconds; DeepSpeed's ZeRO optimizers wait for the gradient's norm
-ADAMW_BYTES = 32  # of a parameter, fused, with the norm
-ZERO_BYTES = 40  # of a parameter: what ZeRO's flat copies move
-CAST_BYTES = 18  # of a parameter: to bf16, and its gradient back
-AVERAGE_BYTES = 12  # of a teacher's parameter
+ADAMW_BYTES = 32  # per parameter, fused, with the norm
+ZERO_BYTES = 40  # per parameter: what ZeRO's flat copies move
+CAST_BYTES = 18  # per parameter: to bf16, and its gradient back
+AVERAGE_BYTES = 12  # per parameter of a teacher
 HOST_RATE = 20e9  # bytes a second of the host's memory for each GPU, a guess; AdamW runs there with offload_optimizer
 
 
@@ -42,11 +42,11 @@ class Step:
     """Seconds of an optimizer step, by part.
 
     Attributes:
-        matrices: products of the blocks and outside of them.
-        attention: its core, between the qkv projection and the output's.
+        matrices: matrix products in the blocks and outside them.
+        attention: its core, between the qkv and the output projection.
         elementwise: all other operators of the blocks.
         convolution: PR-MIM's depth-wise one, both passes.
-        ends: the other operators outside of the blocks that are no products.
+        ends: all other operators outside the blocks.
         recomputed: the forward passes of the encoder's blocks that `model.grad_checkpointing` repeats.
         casts: weights to bf16, and their gradients back.
         optimizer: AdamW, ZeRO's copies, a teacher's average.
@@ -73,7 +73,7 @@ class Step:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Seconds by what they are spent on."""
+        """Seconds of a step by what limits them."""
         memory = self.attention + self.elementwise + self.ends + self.recomputed + self.casts + self.optimizer
         return {
             "compute": self.matrices + self.convolution,
@@ -152,8 +152,10 @@ def step_time(
 def _passes(
     trace: Trace, numerics: Numerics, gpu: GPU, micro_batch: int
 ) -> tuple[dict[str, float], dict[str, float], float]:
-    """Seconds of the forward and of the backward pass of a micro-batch, and of what checkpointing computes again: the
-    forward pass of the encoder's blocks, not of a teacher's or decoder's."""
+    """Seconds of a micro-batch's forward and backward pass, and of what checkpointing recomputes.
+
+    That is the forward pass of the encoder's blocks, not of a teacher's or decoder's.
+    """
     best, rate = peak(gpu, numerics) * 1e12 * gpu.gemm_share, stream_rate(gpu)
     forward, backward = (dict.fromkeys(("matrices", "attention", "elementwise"), 0.0) for _ in range(2))
     ends = trace.ends
@@ -177,14 +179,14 @@ def _passes(
 
 
 def _depthwise_seconds(trace: Trace, gpu: GPU, micro_batch: int) -> float:
-    """Of both passes: tensor cores do not help where a channel is a product of its own."""
+    """Seconds of both passes; tensor cores do not help where each channel is a product of its own."""
     depthwise = trace.ends.depthwise
     computed = 3 * depthwise.flops / (gpu.fp32_tflops * 1e12 * DEPTHWISE_SHARE)
     return micro_batch * max(depthwise.bytes / stream_rate(gpu), computed)
 
 
 def _attention_seconds(call: BlockCall, numerics: Numerics, best: float, rate: float) -> tuple[float, float]:
-    """Forward and backward, for each token: whatever takes longer, its bytes or its products."""
+    """Forward and backward seconds for each token: its bytes or its products, whichever take longer."""
     moved, work = attention_bytes(call, numerics), attention_work(call, numerics)
     slower = _SLOWER[kernel(call, numerics)] / rate
     forward, backward = (
@@ -195,7 +197,7 @@ def _attention_seconds(call: BlockCall, numerics: Numerics, best: float, rate: f
 
 
 def _width_share(dim: int) -> float:
-    """Between the widths of `_WIDTH_SHARE` linearly."""
+    """Interpolates linearly between the widths of `_WIDTH_SHARE`."""
     widths, shares = zip(*_WIDTH_SHARE, strict=True)
     above = next((i for i, width in enumerate(widths) if width >= dim), len(widths) - 1)
     if above == 0 or widths[above] <= dim:
@@ -209,13 +211,13 @@ def _optimizer(trace: Trace, zero: Zero, cluster: Cluster) -> float:
     seconds = AVERAGE_BYTES * trace.averaged / rate
     if zero.stage:
         seconds += ZERO_BYTES * (share if zero.stage == 3 else trace.parameters) / rate
-    if zero.offload_optimizer:  # gradients there, weights back, by PCIe
+    if zero.offload_optimizer:  # gradients to the host, weights back, by PCIe
         return seconds + 2 * 4 * share / (cluster.gpu.pcie * 1e9) + ADAMW_BYTES * share / HOST_RATE
     return seconds + ADAMW_BYTES * share / rate
 
 
 def _host_seconds(trace: Trace, numerics: Numerics, config: PretrainConfig) -> float:
-    """What the host needs to start a micro-batch's kernels, beside what the GPU computes."""
+    """Seconds that the host needs to launch a micro-batch's kernels, while the GPU computes."""
     if numerics.cuda_graphs:
         return 0.0
     seconds = 0.0
@@ -228,7 +230,7 @@ def _host_seconds(trace: Trace, numerics: Numerics, config: PretrainConfig) -> f
 
 
 def _loader_seconds(config: PretrainConfig, cluster: Cluster, photographs: Photographs) -> float:
-    """Seconds that `data.num_workers` processes of each rank need for a step's images; `auto`: the most."""
+    """Seconds that `data.num_workers` processes of each rank need for a step's images; `auto` means `MOST_WORKERS`."""
     data, samples = config.data, config.train.global_batch_size / cluster.gpus
     seconds = core_seconds(data.height_width, config.augmentations, data.repeats, photographs)
     workers = MOST_WORKERS if data.num_workers == AUTO else data.num_workers

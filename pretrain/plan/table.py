@@ -1,4 +1,4 @@
-"""A plan to read, and as JSON."""
+"""A plan as text and as JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +25,7 @@ _COLUMNS = {
 
 
 def render(plan: Plan, gpu: str, advice: list[Advice]) -> str:
-    """The whole plan, for a console of 100 characters."""
+    """The whole plan, for a console 100 characters wide."""
     sizes = [_sizes(plan)] if plan.earlier else []
     return "\n\n".join([_head(plan, gpu), *sizes, _memory(plan, gpu), _step(plan), _host(plan), _limits(plan, advice)])
 
@@ -51,7 +51,7 @@ def _head(plan: Plan, gpu: str) -> str:
 
 
 def _sizes(plan: Plan) -> str:
-    """The parts of a run whose images have several sizes."""
+    """The parts of a run with several image sizes."""
     lines = ["images by size (what follows is of the last one, memory and cores of the one that needs the most)"]
     lines.append(f"{'size':>9}{'epochs':>8}{'GFLOP':>8}{'ms a step':>11}{'images/s':>10}{'hours':>8}")
     for epochs, part in plan.sizes:
@@ -92,7 +92,7 @@ def _offload(stage: StageMemory) -> str:
 
 
 def _how_to_fit(plan: Plan) -> str:
-    """The accumulation with which the recipe's own stage fits, or another stage or checkpointing where none does."""
+    """The accumulation that makes the recipe's own stage fit; if none does, checkpointing or another stage."""
     train, gpus = plan.config.train, plan.cluster.gpus
     own = next(stage for stage in plan.stages if stage.zero.stage == plan.zero.stage)
     checkpointing = plan.config.model.grad_checkpointing
@@ -180,7 +180,7 @@ def _limits(plan: Plan, advice: list[Advice]) -> str:
 
 
 def as_json(plan: Plan, gpu: str, advice: list[Advice]) -> dict[str, Any]:
-    """All of the plan's numbers; bytes and seconds without units in their names, unless said."""
+    """All of the plan's numbers; names without a unit mean bytes or seconds, except in `NodeNeeds`."""
     return {
         "recipe": plan.config.name,
         "gpu": gpu,

@@ -1,10 +1,10 @@
-"""What a method computes: one forward and backward pass of the real method, in which transformer blocks are recorded
-and passed over, and everything else ("the ends": cutting, embedding, heads, targets, loss) is counted as it runs.
+"""Traces what a method computes, by one forward and backward pass of the real method.
 
-Thus any method can be planned, the blocks cost nothing to run, and nothing is said twice about which tokens a method
-sends where. The blocks' costs follow from their shapes (`block_cost.py`).
+Transformer blocks are recorded and skipped; everything else ("the ends": cutting, embedding, heads, targets, loss) is
+counted as it runs. So any method can be planned, the blocks cost nothing to run, and which tokens a method sends where
+is not described a second time. The blocks' costs follow from their shapes (`block_cost.py`).
 
-Shapes: B images, R sequences (images or windows), L tokens of a sequence with the class token.
+Shapes: B images, R sequences (images or windows), L tokens of a sequence including the class token.
 """
 
 import functools
@@ -29,23 +29,23 @@ from pretrain.methods.lut import LUT
 from pretrain.models.cross_decoder import CrossBlock
 from pretrain.models.vit import Block, LayerScale
 
-SIZES = (2, 3)  # of the traced batches: what a step has once, not for each image, is told apart by their difference
+SIZES = (2, 3)  # of the traced batches: their difference separates costs per image from those per step
 
 
 @dataclass(frozen=True)
 class BlockCall:
-    """Equal calls of transformer blocks.
+    """Identical calls of transformer blocks.
 
     Attributes:
-        sequences: for each image, in one block; a fraction where only some images pass.
+        sequences: for each image, in one block; a fraction if only some images pass.
         tokens: of a sequence.
-        blocks: how many blocks are called so.
+        blocks: how many blocks are called like this.
         relative: whether position is contextual and relative.
         encoder: whether it is a block of the encoder, which `model.grad_checkpointing` recomputes.
         backward: whether there is a backward pass; a teacher has none.
         bias: whether a bias that all blocks share is added to the logits.
         layer_scale: whether what the block adds is scaled.
-        context, context_dim: number and width of the other tokens that these attend to, if not to each other.
+        context, context_dim: number and width of other tokens that these attend to instead of each other.
     """
 
     sequences: float
@@ -64,13 +64,13 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Ends:
-    """Everything outside of the blocks.
+    """Everything outside the blocks.
 
     Attributes:
         forward_flops, backward_flops: of matrix products and convolutions, for each image.
         bytes: read and written by all operators of both passes, one after the other; for each image.
         kept: bytes kept for the backward pass, for each image.
-        fixed_bytes: read and written once in a micro-batch, however many images it has: weights and their gradients.
+        fixed_bytes: read and written once per micro-batch, whatever its size: weights and their gradients.
     """
 
     forward_flops: float
@@ -83,7 +83,7 @@ class Ends:
 
 @dataclass(frozen=True)
 class Depthwise:
-    """What of the ends is depth-wise convolutions, PR-MIM's, for each image.
+    """The part of the ends that is depth-wise convolutions, PR-MIM's, for each image.
 
     Attributes:
         flops: of the forward pass; the backward pass has twice as many.
@@ -99,9 +99,9 @@ class Trace:
     """A method's work.
 
     Attributes:
-        parameters: that are trained.
-        averaged: of a teacher that is a moving average.
-        frozen: of a teacher that stays as it is.
+        parameters: number of trained parameters.
+        averaged: parameters of a teacher that is a moving average.
+        frozen: parameters of a frozen teacher.
         image_bytes: of the pixels of a sample on the device, all views.
     """
 
@@ -147,12 +147,12 @@ def trace_method(config: PretrainConfig) -> Trace:
 
 
 def trace_sizes(config: PretrainConfig) -> list[Trace]:
-    """`trace_method` at each size of images that a configuration has, that of `data.image_size` last."""
+    """`trace_method` at each image size of a configuration, `data.image_size` last."""
     return [trace_method(one) for one in (*(earlier for _, earlier in config.earlier), config)]
 
 
 class _ParametersOnMeta(TorchFunctionMode):
-    """Modules allocate their parameters by `torch.empty`: these get no memory and are not initialized."""
+    """Gives no memory and no initial values to parameters, which modules allocate by `torch.empty`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,7 +162,7 @@ class _ParametersOnMeta(TorchFunctionMode):
 
 
 def _pass_over_blocks(module: nn.Module, calls: Counter[BlockCall]) -> None:
-    """Blocks record their calls and return their input; all other modules get weights, zeros, on the CPU."""
+    """Makes blocks record their calls and return their input; gives all other modules zero weights on the CPU."""
     inside: set[nn.Module] = set()
     for name, block in module.named_modules():
         if isinstance(block, Block):
@@ -197,7 +197,7 @@ def _record_cross(block: CrossBlock, calls: Counter[BlockCall], x: Tensor, conte
 
 
 class _DependOn(torch.autograd.Function):
-    """`x`, whose backward pass reaches the context as well, with zeros that take no memory."""
+    """Returns `x`; the backward pass also reaches the context, with zeros that take no memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, context: Tensor) -> Tensor:
@@ -221,8 +221,12 @@ def _draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tupl
 def _run(
     method: Method | LUT, teacher: nn.Module | None, images: Tensor, mask_indices: dict[str, Tensor], bf16: bool
 ) -> tuple[int, ...]:
-    """One pass: flops forward (a teacher's with them) and backward, bytes moved, bytes kept for the backward, and the
-    forward flops and moved bytes of depth-wise convolutions."""
+    """Runs one forward and backward pass.
+
+    Returns:
+        Forward flops (including a teacher's) and backward flops, bytes moved, bytes kept for the backward pass, and the
+        forward flops and moved bytes of depth-wise convolutions.
+    """
     saved, moved = _Saved(method), _Moved()
     with moved:
         with FlopCounterMode(display=False) as forward, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -235,7 +239,7 @@ def _run(
         with FlopCounterMode(display=False) as backward:
             loss.backward()
     forward_flops = forward.get_total_flops()
-    # Torch counts the backward pass of a depth-wise convolution as a full convolution's.
+    # Torch counts the backward pass of a depth-wise convolution like that of a full convolution.
     backward_flops = backward.get_total_flops() - moved.depthwise_miscounted + 2 * moved.depthwise_flops
     return forward_flops, backward_flops, moved.bytes, saved.bytes, moved.depthwise_flops, moved.depthwise_bytes
 

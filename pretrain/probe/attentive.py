@@ -1,9 +1,9 @@
 """An attentive probe: cross-attention with learned queries over frozen patch tokens, and a linear layer.
 
-Masked image models leave an image's content in the patch tokens, where a mean over all of them loses it. This is
+Masked image models leave an image's content in the patch tokens, and a mean over all of them loses it. This is
 Efficient Probing (Psomas et al., ICLR 2026, arXiv 2506.10178): queries attend to the tokens themselves, without a
-projection of keys, and each has its own part of the values. Tokens are standardized by channel first, so that encoders
-and blocks of any scale are comparable. The recipe is ours: AdamW, a fixed number of steps, without augmentation.
+projection of keys, and each has its own part of the values. Tokens are first standardized per channel, so that encoders
+and blocks of any scale are comparable. The recipe is ours: AdamW, a fixed number of steps, no augmentation.
 
 Shapes: B images, N patches, D channels, Q queries, C classes.
 """
@@ -20,7 +20,7 @@ from pretrain.trainer.per_sample import sum_over_ranks
 QUERIES = 16
 BATCH = 256
 # The rate is 1 / D, so that a step changes sums over channels equally whatever the width; at 192 channels 0.005.
-QUERY_RATE = 1 / 3  # of that of other parameters, since queries meet whole tokens, and the others means of them
+QUERY_RATE = 1 / 3  # of the other parameters' rate: queries see whole tokens, the others only means of them
 DECAY = 2.5e-3  # of the parameters in a step at the highest rate
 METRICS = ("attentive_top1", "attentive_top5")
 ENOUGH_STEPS = 100  # a fifth of the default; the first tenth of them is warm-up, and the linear layer starts at zero
@@ -30,7 +30,7 @@ Tokens = dict[int, Tensor]  # by sample: (N, D) float16, on the CPU
 
 
 def store(tokens: Tensor) -> Tensor:
-    """What is kept of patch tokens until the probe is trained: float16 on the CPU."""
+    """Patch tokens as they are kept until the probe is trained: float16 on the CPU."""
     return tokens.clamp(-_LARGEST, _LARGEST).half().cpu()
 
 
@@ -57,8 +57,8 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) of any dtype -> (B, C) fp32."""
-        # Tokens are standardized and values projected behind the sum, which is the same, and 1/N of the work: the
-        # weights of a sum add up to 1, and the softmax does not see what the mean adds to all logits of a query.
+        # Tokens are standardized and values projected after the sum: the same result, for 1/N of the work. The weights
+        # of a sum add up to 1, and the softmax ignores what the mean adds to all logits of a query.
         x = tokens.float()
         attention = (x @ (self.query / self.std).T).softmax(1)  # (B, N, Q)
         pooled = (attention.transpose(1, 2) @ x - self.mean) / self.std
@@ -92,16 +92,16 @@ def fit_attentive_probe(
     dim: int,
     device: torch.device,
 ) -> AttentiveProbe:
-    """Called by all ranks together; the same weights on all of them.
+    """Trains a probe; called by all ranks together, with the same weights on all of them.
 
     Args:
         tokens: of this rank's part of the samples.
         samples: those to learn from, of all ranks.
         labels: int, the class of every sample of the set.
         num_classes: C.
-        loader: of the set; says how many ranks there are.
+        loader: of the set; gives the number of ranks.
         steps: of the optimizer, each on `BATCH` images.
-        dim: D, also where this rank has no tokens.
+        dim: D, even if this rank has no tokens.
         device: where to compute.
 
     Returns:

@@ -1,8 +1,8 @@
-"""A short fine-tuning of a copy of the encoder: what masked image models are made for, at a fraction of its length.
+"""A short fine-tuning of a copy of the encoder: what masked image models are made for, at a fraction of the length.
 
-The recipe is fixed, and no paper's: AdamW with layer decay, crops and flips, a linear layer on the mean of the patch
-tokens. Its accuracy is below that of a real fine-tuning, the more so the fewer steps there are. With too few of them it
-says how fast a head is learned, and not what the encoder is worth: `ENOUGH_STEPS`.
+The recipe is fixed and follows no paper: AdamW with layer decay, crops and flips, a linear layer on the mean of the
+patch tokens. Its accuracy is below that of a real fine-tuning, more so with fewer steps. With fewer than `ENOUGH_STEPS`
+it shows how fast a head is learned, not how good the encoder is.
 
 Shapes: B images of H x W pixels, C classes.
 """
@@ -28,8 +28,8 @@ WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 CROP_SCALE = (0.35, 1.0)  # of the image's area
 METRICS = ("finetune_top1", "finetune_top5")
-# Five epochs of the 10,000 images that are learned from by default are 780. After 188 (four epochs of 3,030 images) an
-# encoder was still behind its own frozen tokens, with 9 % against the attentive probe's 22 % of 101 classes.
+# Five epochs of the default 10,000 images are 780 steps. After 188 (four epochs of 3,030 images), an encoder was still
+# behind its own frozen tokens: 9 % against the attentive probe's 22 %, on 101 classes.
 ENOUGH_STEPS = 500
 
 Images = dict[int, Tensor]  # by sample: (H, W, channels), on the CPU
@@ -49,19 +49,19 @@ class FinetunedEncoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, H, W, channels) pixels, as of `image_features` -> (B, C) fp32 logits; in bf16 on a GPU."""
+        """(B, H, W, channels) pixels, as for `image_features` -> (B, C) fp32 logits; computed in bf16 on a GPU."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
             mean = image_features(self.encoder, images, norm_after_pool=self.norm_after_pool)
         return F.linear(mean.float(), self.weight, self.bias)
 
 
 def steps_per_epoch(images: int) -> int:
-    """Steps of the optimizer in a pass over so many images; at least one."""
+    """Optimizer steps in a pass over `images` images; at least one."""
     return max(images // BATCH, 1)
 
 
 def layer_decay_groups(model: FinetunedEncoder) -> list[dict]:
-    """Every parameter exactly once, with `lr_scale` = `LAYER_DECAY` ** (blocks above it + 1), 1 for norm and head."""
+    """A group per parameter, with `lr_scale` = `LAYER_DECAY` ** (blocks above it + 1), and 1 for norm and head."""
     depth, groups = len(model.encoder.blocks), []
     for name, parameter in model.named_parameters():
         above = layers_above(name.removeprefix("encoder."), depth) if name.startswith("encoder.") else 0
@@ -71,12 +71,12 @@ def layer_decay_groups(model: FinetunedEncoder) -> list[dict]:
 
 
 def crop_and_flip(images: Tensor, step: int, samples: np.ndarray) -> Tensor:
-    """A random part of each image, at the image's size, flipped or not: a function of step and sample alone.
+    """A random crop of each image, resized to the image's size and perhaps flipped, by step and sample alone.
 
     Args:
         images: (B, H, W, channels), of any dtype.
         step: of the optimizer.
-        samples: int64 (B,), whose images these are.
+        samples: int64 (B,), the images' sample numbers.
 
     Returns:
         (B, H, W, channels) fp32.
@@ -105,14 +105,14 @@ def finetune(
     norm_after_pool: bool,
     device: torch.device,
 ) -> FinetunedEncoder:
-    """Called by all ranks together; the same weights on all of them, and the encoder stays as it is.
+    """Fine-tunes a copy of the encoder; called by all ranks together, with the same weights on all of them.
 
     Args:
         encoder: on the device.
         images: of this rank's part of the samples.
-        samples, labels, num_classes, loader: as of `fit_attentive_probe`.
+        samples, labels, num_classes, loader: as for `fit_attentive_probe`.
         epochs: passes over the samples, each of at least one step.
-        norm_after_pool: as of `image_features`.
+        norm_after_pool: as for `image_features`.
         device: where to compute.
 
     Returns:

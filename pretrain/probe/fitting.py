@@ -1,7 +1,7 @@
 """A few hundred optimizer steps, by all ranks together and with the same weights on all of them.
 
-Each rank computes the gradients of those samples of a batch that it has in memory. Nothing is drawn from a generator of
-the process: what is random is a function of the seed here, and of the sample.
+Each rank computes the gradients of the samples of a batch that it has in memory. Nothing is drawn from the process's
+generators: random numbers depend only on the seed here and on the pass, step or sample.
 """
 
 import math
@@ -22,21 +22,21 @@ WARMUP = 0.1  # of all steps
 
 
 def generator(*numbers: int) -> np.random.Generator:
-    """For draws of `data.draw` that depend on these numbers alone."""
+    """A generator for `data.draw` that depends on these numbers alone."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([SEED, *numbers])))
 
 
 def normal(shape: tuple[int, ...], std: float, number: int) -> Tensor:
-    """Initial values, fp32: normally distributed, of a generator that is the `number`-th of this module."""
+    """Initial values, fp32: normally distributed, from the `number`-th generator of this module."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(SEED + number)) * std
 
 
 def draw_batches(samples: np.ndarray, batch_size: int, steps: int) -> Iterator[np.ndarray]:
-    """The samples of each of `steps` batches: in a new order for every pass, and the last part of a pass is left out.
+    """The samples of each of `steps` batches: in a new order for every pass, without the incomplete last batch.
 
     Args:
-        samples: int64 (N,), N >= 1; with fewer than `batch_size`, all of them are each batch.
-        batch_size, steps: as they are on all ranks together.
+        samples: int64 (N,), N >= 1; if fewer than `batch_size`, each batch is all of them.
+        batch_size, steps: over all ranks together.
     """
     batch_size = min(batch_size, len(samples))
     per_pass = len(samples) // batch_size
@@ -48,7 +48,7 @@ def draw_batches(samples: np.ndarray, batch_size: int, steps: int) -> Iterator[n
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over `WARMUP` of the steps, then half a cosine down to 0, which no step has."""
+    """Linear warm-up over `WARMUP` of the steps, then half a cosine down to 0, which no step reaches."""
     warmup = max(round(WARMUP * steps), 1)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -67,15 +67,15 @@ def fit(
     world_size: int,
     description: str,
 ) -> None:
-    """AdamW on the mean of a batch's losses; the ranks' gradients are added up.
+    """Runs AdamW on the mean of a batch's losses; gradients are summed over the ranks.
 
     Args:
         groups: parameter groups, in which `lr_scale` scales the rate; the same values on all ranks.
-        losses: (step, (b,) samples of this rank) -> their losses (b,), of the parameters.
-        batches: as of `draw_batches`.
+        losses: (step, (b,) samples of this rank) -> their losses (b,), with gradients of the parameters.
+        batches: as from `draw_batches`.
         mine: whether a sample is in this rank's memory; every sample is in exactly one rank's.
-        steps, peak_lr: how many batches, and the highest rate.
-        at_once: samples of which activations are kept at the same time.
+        steps, peak_lr: how many batches, and the highest learning rate.
+        at_once: samples whose activations are kept at the same time.
         world_size: number of ranks.
         description: label of the progress bar.
     """
@@ -95,7 +95,7 @@ def fit(
 
 
 def _add_up_gradients(parameters: list[Tensor]) -> None:
-    """In place, over all ranks; one that has no sample of a batch adds zeros."""
+    """Sums gradients over all ranks, in place; a rank that has no sample of a batch adds zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""Measures the encoder of a run every so many epochs, on a copy, so that the training is the same without it."""
+"""Measures a run's encoder every few epochs, on a copy, so that training is the same without it."""
 
 import copy
 
@@ -12,7 +12,7 @@ from pretrain.models.vit import ViT
 from pretrain.probe.measure import Measured, check_sets, probe
 from pretrain.trainer.launch import World
 
-MAX_BATCH = 64  # images; as many as downstream.classify.probe takes at once, unless the run has less memory
+MAX_BATCH = 64  # images at once, as in downstream.classify.probe; fewer if the run's micro-batch is smaller
 
 
 class Probe:
@@ -24,7 +24,7 @@ class Probe:
         world, device: this rank, and the device that it computes on.
 
     Raises:
-        ValueError: sets that cannot be used together; the message names both.
+        ValueError: the sets cannot be used together; the message names both.
     """
 
     def __init__(self, config: PretrainConfig, encoder: ViT, world: World, device: torch.device):
@@ -47,7 +47,7 @@ class Probe:
         self.settings = config.probe
         self.device = device
         self.copy = copy.deepcopy(encoder).eval()
-        # In fp32 whatever the run's precision: the numbers of downstream.classify.probe.
+        # In fp32 whatever the run's precision, for the same numbers as downstream.classify.probe.
         self.copy.residual_dtype = None
 
     @torch.no_grad()

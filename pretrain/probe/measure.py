@@ -1,8 +1,8 @@
-"""The quality of an encoder, by measures from cheap to telling; which of them to trust is said with them.
+"""The quality of an encoder, by measures from cheap to meaningful, and which of them to trust.
 
-k-NN and ridge regression see one vector for each image, and rank masked image models wrongly: of MAE's ViT-B they find
-less than of DINO's ViT-S, which fine-tunes worse. The attentive probe looks for what the patch tokens hold, and a short
-fine-tuning for what the encoder becomes: docs/classification.md has the numbers.
+k-NN and ridge regression see one vector for each image and rank masked image models wrongly: they rate MAE's ViT-B
+below DINO's ViT-S, which fine-tunes worse. The attentive probe measures what the patch tokens hold, and a short
+fine-tuning what the encoder becomes: docs/classification.md has the numbers.
 """
 
 import math
@@ -47,13 +47,13 @@ def check_sets(train: Samples, val: Samples, k: int) -> None:
 
 
 def names_of(settings: ProbeSettings) -> tuple[str, ...]:
-    """What is measured, as it is called."""
+    """The names of the measures."""
     further = attentive.METRICS if settings.attentive_steps else ()
     return neighbors.METRICS + further + ((*finetuning.METRICS, FINETUNE_STEPS) if settings.finetune_epochs else ())
 
 
 def trusted(settings: ProbeSettings, finetune_images: int) -> tuple[str, str]:
-    """The name of the number by which encoders are to be compared, or `none`, and why it is that one.
+    """The name of the measure to compare encoders by, or `none`, and the reason.
 
     Args:
         settings: what is measured.
@@ -85,7 +85,7 @@ def _judgement(settings: ProbeSettings, measured: Measured, finetune_images: int
 
 
 def describe(measured: Measured) -> str:
-    """A table of what was measured, the most telling first, with what each number is worth."""
+    """A table of the measures, the most meaningful first, with what each number is worth."""
     steps = measured.get(FINETUNE_STEPS)
     worth = {
         "finetune_top1": f"what the encoder becomes in {counted(int(steps), 'step')} of fine-tuning"
@@ -101,7 +101,7 @@ def describe(measured: Measured) -> str:
 
 
 class _Learned(NamedTuple):
-    """What the training images give, (N, D) unit vectors and (N,) classes on the device, and those to fit models on."""
+    """The training images' (N, D) unit vectors and (N,) classes on the device, and the samples to fit models on."""
 
     bank: Tensor
     bank_labels: Tensor
@@ -124,17 +124,17 @@ def probe(
     """Accuracies on all images of `val`; called by all ranks together, with the same result on all of them.
 
     Args:
-        encoder: in eval mode, not partitioned, on the device; it stays as it is.
-        train: the images that are learned from; those that cannot be decoded are left out.
-        val: the images that are classified; one that cannot be decoded counts as wrong.
-        settings: which features, and what is measured.
+        encoder: in eval mode, not partitioned, on the device; it is not changed.
+        train: the images to learn from; those that cannot be decoded are left out.
+        val: the images to classify; one that cannot be decoded counts as wrong.
+        settings: which features, and what to measure.
         device: where to compute.
-        norm_after_pool: as of `image_features`.
+        norm_after_pool: as for `image_features`.
 
     Returns:
         `names_of` the settings: k-NN with weighted votes (top-1 and top-5) and with plain ones, ridge regression, the
-        attentive probe and the fine-tuned copy, and how many steps that had; and under `JUDGE_BY` and `JUDGE_REASON`
-        which of them to trust, and why. NaN if features are not finite.
+        attentive probe, and the fine-tuned copy with its number of steps. `JUDGE_BY` and `JUDGE_REASON` say which of
+        them to trust, and why. NaN if features are not finite.
 
     Raises:
         ValueError: the encoder has no such block.
@@ -174,7 +174,7 @@ def probe(
 
 
 def _read_train(encode: Encode, train: EvalLoader, settings: ProbeSettings, device: torch.device) -> _Learned | None:
-    """One pass over the training images; None if features are not finite, or no image is there to learn from."""
+    """One pass over the training images; None if features are not finite, or if there is no image to learn from."""
     tokens: attentive.Tokens = {}
     pixels: finetuning.Images = {}
     samples = np.unique(np.linspace(0, len(train.samples) - 1, settings.max_images).round().astype(np.int64))
@@ -226,7 +226,7 @@ def _judge_frozen(
         learned.tokens.clear()
 
     def classify(images: Tensor, samples: Tensor) -> Tensor:
-        """(B, D+2), the vectors, and whether the attentive probe is right; (B, D) without one."""
+        """(B, D+2), the vectors, and `_hits` of the attentive probe; (B, D) without one."""
         vectors, patches = encode(images)
         return vectors if head is None else torch.cat([vectors, _hits(head(patches), val, samples)], dim=1)
 
@@ -247,6 +247,6 @@ def _judge_frozen(
 
 
 def _hits(logits: Tensor, val: EvalLoader, samples: Tensor) -> Tensor:
-    """(B, 2) fp32: whether the right class is the first, or among the first five; of padding, anything."""
+    """(B, 2) fp32: whether the right class is the first, or among the first five; arbitrary for padding."""
     labels = torch.tensor(val.samples.label).long()[samples]
     return topk_hits(logits, labels.to(logits.device)).float()

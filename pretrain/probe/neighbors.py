@@ -21,8 +21,8 @@ def neighbor_hits(
 
     Args:
         bank, bank_labels: (N, D) normalized features and their (N,) classes, on the device.
-        queries, labels: (Q, D) and (Q,), on any device; some at a time are moved to the bank's.
-        k: neighbors that vote; all of the bank where it has fewer.
+        queries, labels: (Q, D) and (Q,), on any device; moved to the bank's device in parts.
+        k: neighbors that vote; all of the bank if it has fewer.
         num_classes: C.
     """
     weight, bias = ridge(bank, bank_labels, num_classes)
@@ -49,7 +49,7 @@ def votes(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int, num_classe
 def ridge(bank: Tensor, bank_labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Regression from (N, D) features to one-hot labels: (D, C) weights and (C,) biases, in float64.
 
-    The penalty is `RIDGE` of the features' mean variance, so that it is comparable between encoders.
+    The penalty is `RIDGE` times the features' mean variance, so that it is comparable between encoders.
     """
     mean = bank.double().mean(0)
     centered = bank.double() - mean

@@ -1,4 +1,4 @@
-"""What is measured of an encoder: the keys that `probe.*` of a run and `downstream.classify.probe` share."""
+"""What to measure of an encoder: the keys that a run's `probe.*` and `downstream.classify.probe` share."""
 
 from typing import Literal
 

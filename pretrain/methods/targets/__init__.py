@@ -1,4 +1,4 @@
-"""What is predicted of a masked patch, and the loss: pixels, PCA coefficients, edges, codes or features."""
+"""What is predicted for a masked patch, and the loss: pixels, PCA coefficients, edges, codes or features."""
 
 from typing import Annotated
 
@@ -46,10 +46,10 @@ def build_target(
     teacher: FeatureTeacher | None = None,
     pixels: Pixels = IMAGENET,
 ) -> PatchTarget:
-    """Builds the target of a configuration, for images of a grid of patches; `teacher` is whose features it predicts.
+    """Builds the target of a configuration for a grid of patches; `teacher` computes the features to predict, if any.
 
     Raises:
-        ValueError: its file is not a valid one.
+        ValueError: the target's file is not valid.
     """
     if isinstance(config, TeacherConfig | EMAConfig):
         assert teacher is not None, "whoever builds such a target has its teacher"

@@ -22,10 +22,10 @@ class TargetConfig(Section):
         """Raises ValueError, naming the key to change, if the target does not fit the image's grid or the encoder."""
 
     def check_pixels(self, pixels: Pixels) -> None:
-        """Raises ValueError if the target is not defined for images of such pixels; it is for all unless it says so."""
+        """Raises ValueError if the target does not support such pixels; by default it supports all."""
 
     def refuse_pixels(self, what: str, pixels: Pixels) -> None:
-        """Raises the ValueError of a target that is of photographs alone; `what` it is and needs, in words."""
+        """Raises the ValueError of a target for photographs only; `what` describes what the target needs."""
         raise ValueError(
             f"target.name={self.name} {what}, and data.channels={pixels.channels} data.dtype={pixels.dtype} with its "
             f"data.mean and data.std are others: set target.name=pixels"
@@ -37,7 +37,7 @@ class PatchTarget(ABC):
 
     Attributes:
         num_outputs: number of values to predict for each patch.
-        caption: what whoever looks at the images of `render` must know, if anything.
+        caption: what a viewer of the images of `render` must know, if anything.
     """
 
     num_outputs: int
@@ -57,15 +57,15 @@ class PatchTarget(ABC):
 
     @abstractmethod
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """The mean over all (B, M, num_outputs) predictions, in fp32; `truth` (B, M, ...) of the same patches."""
+        """The mean over all (B, M, num_outputs) predictions, in fp32; `truth` (B, M, ...) is for the same patches."""
 
     def losses(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """`loss` and, where it is a sum, what else is logged of it: its terms `loss_*`, detached."""
+        """`loss` and, if it is a sum, its terms `loss_*`, detached, to be logged."""
         return {"loss": self.loss(prediction, truth)}
 
     @abstractmethod
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """Pixels of the predicted patches, to look at, by name: (B, M, p*p*3) uint8."""
+        """Pixels of the predicted patches for display, by name: (B, M, p*p*3) uint8."""
 
 
 def as_sha256(key: str, given: str | None, actual: str, what: str) -> str:

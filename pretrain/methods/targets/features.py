@@ -1,9 +1,9 @@
-"""Features of whole images as targets, by a frozen teacher or by the moving average of the encoder itself.
+"""Features of whole images as targets, from a frozen teacher or from the moving average of the encoder itself.
 
-A teacher sees the whole image, and the trained model must predict, from what it sees of the image, what the teacher's
-last blocks have at the masked patches: those of another encoder (TEC's feature target, Gao et al., section 3.1), or
-those of the encoder's own moving average (data2vec 2.0, Baevski et al., section 3.1). Like a tokenizer, a teacher is no
-part of the trained module: nothing in it is trained, partitioned or exported.
+A teacher sees the whole image. From the part that it sees, the trained model predicts what the teacher's last blocks
+output at the masked patches. The teacher is another encoder (TEC's feature target, Gao et al., section 3.1), or the
+moving average of the encoder itself (data2vec 2.0, Baevski et al., section 3.1). Like a tokenizer, it is not part of
+the trained module: nothing in it is trained, partitioned or exported.
 
 Shapes: B images, N patches of an image, M of them predicted, D the teacher's width, P = p*p*3.
 """
@@ -30,7 +30,7 @@ from pretrain.trainer.config import ModelConfig
 from pretrain.trainer.run_folder import file_digest
 from pretrain.trainer.schema import MAY_CHANGE
 
-_EPS = 1e-6  # of the variance, in the root
+_EPS = 1e-6  # added to the variance under the root
 
 
 def standardize_over_patches(features: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ def standardize_over_patches(features: Tensor) -> Tensor:
 
 
 class FeatureTeacher(nn.Module, ABC):
-    """What is applied to whole images, without gradients.
+    """A model that is applied to whole images, without gradients.
 
     Attributes:
-        dim, depth: its width, and its number of blocks.
-        image_size: (height, width) in pixels of what it sees: as many patches as the trained encoder's, perhaps of
-            another size.
+        dim, depth: its width and its number of blocks.
+        image_size: (height, width) in pixels of the images that it sees: they have as many patches as the trained
+            encoder's, perhaps of another size.
     """
 
     dim: int
@@ -60,13 +60,13 @@ class FeatureTeacher(nn.Module, ABC):
         """The patch tokens behind some blocks, each (B, N, D), in raster order; no norm is applied.
 
         Args:
-            images: (B, H, W, C); those of RGB are resized if they are not of the teacher's size.
+            images: (B, H, W, C); RGB images of another size are resized to the teacher's.
             blocks: ascending numbers; 1 is the first block.
         """
 
 
 class EncoderTeacher(FeatureTeacher):
-    """An encoder of ours, at the image size that it was made for."""
+    """One of our encoders, at its own image size."""
 
     position: Tensor
 
@@ -83,7 +83,7 @@ class EncoderTeacher(FeatureTeacher):
 
     @torch.no_grad()
     def streams(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """As `forward`, with the class token and any other tokens in front."""
+        """Like `forward`, with the class token and any other prefix tokens in front."""
         patches = patchify(resize(images, self.image_size), self.encoder.patch_size)
         streams = self.encoder(self.encoder.patch_embed(patches), self.position, hidden=tuple(blocks))
         assert isinstance(streams, list)
@@ -91,7 +91,7 @@ class EncoderTeacher(FeatureTeacher):
 
 
 class ClassAttention(nn.Module):
-    """What the last block of an encoder with absolute positions attends to from its class token and some patches.
+    """Attention from the class token and some patches in the last block of an encoder with absolute positions.
 
     It has copies of the parameters that queries and keys depend on.
     """
@@ -108,11 +108,11 @@ class ClassAttention(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, num_queries: int) -> tuple[Tensor, Tensor]:
-        """The patches with the largest logits of the class token, and the logits of all of these.
+        """The patches that the class token attends to most, and the logits of the class token and of these.
 
         Args:
-            tokens: (B, P+N, D) what enters the last block.
-            num_queries: how many patches, those with the largest mean over the heads.
+            tokens: (B, P+N, D), the input of the last block.
+            num_queries: how many patches: those with the largest mean logit over the heads.
 
         Returns:
             Their positions (B, num_queries), and logits before the softmax (B, H, 1+num_queries, N), fp32, with the
@@ -130,7 +130,7 @@ class ClassAttention(nn.Module):
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H, W, 3) images in 0..255 -> (B, *size, 3), bicubic and not rounded; as they are, if they have that size."""
+    """(B, H, W, 3) images in 0..255 -> (B, *size, 3), bicubic and not rounded; unchanged if they have that size."""
     if images.shape[1:3] == size:
         return images
     pixels = F.interpolate(images.movedim(-1, 1).float(), size, mode="bicubic", antialias=True)
@@ -198,14 +198,14 @@ def check_blocks(blocks: int, depth: int, owner: str) -> None:
 
 
 class FeatureTarget(PatchTarget):
-    """The mean of what a teacher's last blocks have at the patch.
+    """The mean output of a teacher's last blocks at the patch.
 
-    Of a frozen teacher their mean is standardized over the patches, as in TEC. Of the moving average each block is,
-    and the mean gets a layer norm, as in data2vec 2.0: no block outweighs the others while all of them change. (There,
-    what is averaged is the outputs of the MLPs, here of the whole blocks.)
+    For a frozen teacher, this mean is standardized over the patches, as in TEC. For the moving average, each block is
+    standardized and the mean gets a layer norm, as in data2vec 2.0: no block outweighs the others while all of them
+    change. (data2vec 2.0 averages the outputs of the MLPs; here they are those of whole blocks.)
 
     Attributes:
-        teacher: also what `build_ema` updates, if it is the moving average.
+        teacher: computes the features; `build_ema` updates it if it is the moving average.
         last: numbers of its last blocks.
     """
 
@@ -220,12 +220,12 @@ class FeatureTarget(PatchTarget):
         self.last = tuple(range(teacher.depth - config.blocks + 1, teacher.depth + 1))
 
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
-        """(B, N, D) fp32; the teacher computes in the precision of whoever calls this, the statistics in fp32."""
+        """(B, N, D) fp32; the teacher computes in the caller's precision, the statistics are in fp32."""
         self.place(images.device)
         return self.from_blocks(self.teacher(images, self.last))
 
     def with_attention(self, images: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ground_truth`, and the results of `ClassAttention`, for TEC: all in one pass of the teacher."""
+        """The results of `ground_truth` and, for TEC, of `ClassAttention`, in one pass of the teacher."""
         self.place(images.device)
         teacher = self.teacher
         assert isinstance(teacher, EncoderTeacher)
@@ -241,7 +241,7 @@ class FeatureTarget(PatchTarget):
             self.teacher.to(device)
 
     def from_blocks(self, blocks: list[Tensor]) -> Tensor:
-        """The target, out of the patch tokens (B, N, D) behind each of the blocks `last`."""
+        """The target from the patch tokens (B, N, D) behind each of the blocks `last`."""
         if isinstance(self.config, TeacherConfig):
             return standardize_over_patches(torch.stack(blocks).float().mean(0))
         standardized = torch.stack([standardize_over_patches(block) for block in blocks])
@@ -258,7 +258,7 @@ class FeatureTarget(PatchTarget):
         spread = variances.clamp(min=1e-12).sqrt()
 
         def colors(features: Tensor) -> Tensor:
-            values = (features.double() - center) @ components.T / spread  # two deviations, from black to white
+            values = (features.double() - center) @ components.T / spread  # black to white: two deviations each way
             return ((values / 4 + 0.5).clamp(0, 1) * 255).byte().tile(values_per_patch(self.patch_size) // 3)
 
         return {"features": colors(truth), "predicted features": colors(prediction)}

@@ -1,12 +1,12 @@
-"""Histograms of oriented gradients (HOG), MaskFeat's and LocalMIM's target: how strong edges are, by their direction.
+"""Histograms of oriented gradients (HOG), MaskFeat's and LocalMIM's target: the strength of edges by direction.
 
-A cell has a histogram for each color channel, over directions without a sign, divided by its L2 norm. So neither
-brightness nor contrast is predicted, and a cell without edges has the zero vector. With several sizes of cells all of
-them are predicted, and their errors added, as in LocalMIM.
+A cell has a histogram for each color channel, over unsigned directions, divided by its L2 norm. So neither brightness
+nor contrast is predicted, and a cell without edges has the zero vector. Several cell sizes are all predicted and their
+errors summed, as in LocalMIM.
 
-Channels are red, green and blue, or whatever images have. Gradients are differences of the integers of pixels, which
-fp32 holds exactly: bins do not depend on the device. Image statistics, which the authors' code applies first, cancel
-out: a channel's direction and normalized histogram do not depend on its scale.
+Channels are red, green and blue, or whatever images have. Gradients are differences of integer pixels, which fp32 holds
+exactly: bins do not depend on the device. Image statistics, which the authors' code applies first, cancel out: a
+channel's direction and normalized histogram do not depend on its scale.
 
 Shapes: B images of R x S cells, C channels, N patches, M of them predicted, n bins.
 """
@@ -26,8 +26,8 @@ from pretrain.methods.targets.base import PatchTarget, TargetConfig
 from pretrain.models.patches import unpatchify
 from pretrain.trainer.config import ModelConfig
 
-# Limits the memory for n maps of each channel: 27 x 224 x 224 in fp32 are 5.4 MB an image. On a CPU few images stay in
-# its caches, which halves the time; a GPU takes 32.
+# Limits the memory for n maps of each channel: 27 x 224 x 224 in fp32 are 5.4 MB an image. A few images stay in a CPU's
+# caches, which halves the time; a GPU takes 32.
 _IMAGES_AT_ONCE = {"cpu": 4}
 
 
@@ -61,7 +61,7 @@ class HOGConfig(TargetConfig):
 
 
 def nearest_size(size: int, fits: Sequence[int]) -> int:
-    """That of `fits` whose ratio to `size` is nearest to one."""
+    """The element of `fits` whose ratio to `size` is nearest to one."""
     return min(fits, key=lambda fit: max(fit / max(size, 1), size / fit))
 
 
@@ -70,9 +70,9 @@ class CellScale(NamedTuple):
 
     Attributes:
         size: side of a cell in pixels.
-        per_side: cells along the side of a patch; 1 also where a cell is 2 x 2 patches.
+        per_side: cells along the side of a patch; also 1 if a cell is 2 x 2 patches.
         coarse: whether a cell is 2 x 2 patches, each of which has the whole cell's histogram.
-        num_outputs: values that a patch has of this size.
+        num_outputs: values of this size for each patch.
     """
 
     size: int
@@ -82,7 +82,7 @@ class CellScale(NamedTuple):
 
 
 class HOGTarget(PatchTarget):
-    """The histograms of the cells in a patch: by size of cell, then in raster order, by color, by direction."""
+    """The histograms of a patch's cells: by cell size, then in raster order, by color, by direction."""
 
     caption = "Drawn are the edges of cells (HOG), in each color, as their directions: pixels are not predicted."
 
@@ -112,15 +112,15 @@ class HOGTarget(PatchTarget):
         return torch.cat(by_size, dim=-1)
 
     def loss(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """The sum over the sizes of cells of the mean squared error.
+        """The mean squared error, summed over the cell sizes.
 
-        A coarse cell's error is in those of its masked patches, so cells have the weight that LocalMIM gives them: the
-        share of their patches that is masked.
+        A coarse cell's error counts for each of its masked patches, so cells have the weight that LocalMIM gives them:
+        the share of their patches that is masked.
         """
         return self._losses_by_size(prediction, truth).sum()
 
     def losses(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """As of any target; of several sizes of cells each one's error is logged, as `loss_cell_8`."""
+        """As for any target; with several cell sizes, each one's error is logged, for example as `loss_cell_8`."""
         by_size = self._losses_by_size(prediction, truth)
         sizes = self.config.cell_sizes
         names = [
@@ -136,7 +136,7 @@ class HOGTarget(PatchTarget):
         return torch.stack([part.mean() for part in error.split(sizes, dim=-1)])
 
     def render(self, prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-        """A line in each cell of the first size for every direction, in its color, as bright as there is of it."""
+        """A line for every direction in each cell of the first size, in its color, with its strength as brightness."""
         return {"edges": self._draw(truth), "predicted edges": self._draw(prediction.float())}
 
     def _draw(self, histogram: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def histograms(images: Tensor, cell: int, bins: int, gaussian_window: int = 0) -
     if gaussian_window:
         magnitude = magnitude * _gaussian(gaussian_window, *magnitude.shape[-2:]).to(magnitude)
     turn = torch.atan2(gx, gy) / math.pi * bins
-    direction = (turn + 1e-5).floor().long() % bins  # 45 degrees may be a limit of bins, whatever fp32 rounds it to
+    direction = (turn + 1e-5).floor().long() % bins  # 45 degrees may be an edge of bins, whatever fp32 rounds it to
     channels = images.shape[-1]
     maps = magnitude.new_zeros(len(images), channels, bins, *magnitude.shape[-2:])
     maps.scatter_(2, direction.unsqueeze(2), magnitude.unsqueeze(2))
@@ -191,7 +191,7 @@ def _gaussian(window: int, height: int, width: int) -> Tensor:
 
 
 def _lines(side: int, bins: int) -> Tensor:
-    """(bins, side, side): a line through the center of a cell along the edge that each direction means, one pixel wide.
+    """(bins, side, side): for each direction, a line one pixel wide through the center of a cell, along the edge.
 
     Directions are those of atan2(gx, gy), and an edge is perpendicular to its gradient.
     """

@@ -1,7 +1,7 @@
 """The largest PCA coefficients of a patch's standardized pixels (96 of 768 in MAE's table 1d); squared error.
 
 The components are in a small file, computed from shards by `python -m pretrain.fit_pca`: once and not during training,
-so that a run does not depend on when or by how many ranks this was done. The file's SHA-256 identifies them.
+so that a run does not depend on when or on how many ranks this was done. The file's SHA-256 identifies them.
 """
 
 from pathlib import Path
@@ -84,7 +84,7 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
     """The mean (P,) and the components (K, P), largest variance first, of standardized patches.
 
     Raises:
-        ValueError: not a file of components, or of components for another patch size.
+        ValueError: the file holds no components, or components for another patch size.
     """
     try:
         stored = load_file(file)
@@ -103,7 +103,7 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def principal_components(covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The eigenvectors of the largest eigenvalues; signs are arbitrary: each one's largest entry is made positive.
+    """The eigenvectors of the largest eigenvalues; signs, which are arbitrary, make the largest entry positive.
 
     Args:
         covariance: (P, P) float64, symmetric.

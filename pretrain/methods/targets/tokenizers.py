@@ -1,4 +1,4 @@
-"""Frozen image tokenizers: a code of a fixed vocabulary for every patch, BEiT's target.
+"""Frozen image tokenizers: a code from a fixed vocabulary for every patch, BEiT's target.
 
 A tokenizer is not part of the trained model. It is deliberately not an `nn.Module`, so that a method that holds one
 does not train, save or export it, and no ZeRO stage partitions it. It is identified by a SHA-256.
