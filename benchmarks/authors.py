@@ -71,7 +71,7 @@ def _import(checkout: Path, name: str, repository: str) -> types.ModuleType:
     if not (checkout / f"{name}.py").is_file():
         raise ValueError(f"{checkout} has no {name}.py: give a checkout of {repository}")
     before = set(sys.modules)
-    sys.path.append(str(checkout))  # last: LoMaR's checkout has a `profile.py`
+    sys.path.append(str(checkout))  # last, because LoMaR's checkout has a `profile.py`
     try:
         if importlib.util.find_spec("easydict") is None:
             sys.modules["easydict"] = types.ModuleType("easydict")

@@ -38,7 +38,7 @@ class Shape:
     channels: int
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """qkv (G, L, 3, H, C), table (C, 50), and the patches (G, T) if they are not all."""
+        """qkv (G, L, 3, H, C), table (C, 50), and the patches (G, T), or None for all."""
         torch.manual_seed(0)
         G, L = self.windows, 1 + self.patches
         qkv = torch.randn(G, L, 3, self.heads, self.channels, device=device).to(dtype)

@@ -91,7 +91,7 @@ class NaiveLoMaR(nn.Module):
 
     @classmethod
     def like(cls, ours: LoMaR) -> "NaiveLoMaR":
-        """The same function with the same weights."""
+        """A naive implementation of our method with the same weights."""
         encoder, target = ours.encoder, ours.target
         assert isinstance(target, PixelTarget)
         naive = cls(encoder.arch, encoder.patch_size, ours.config.window_size, target.norm_pix)

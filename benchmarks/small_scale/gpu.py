@@ -67,7 +67,7 @@ class Evidence:
             f"train.global_batch_size={self.size.batch}",
             f"train.epochs={epochs}",
             f"optim.warmup_epochs={epochs / 10}",
-            "model.compile=off",  # compiling each method anew would take minutes of the ten
+            "model.compile=off",  # compiling each method would take several of the ten minutes
             *self.variants[variant].keys,
         ]
         return run_pretraining(self.world, overrides)

@@ -1,4 +1,4 @@
-"""Does it help, and what does it cost? Small encoders pretrained by each method, then fine-tuned on few labels.
+"""Does it help, and what does it cost? Small encoders pretrained with each method, then fine-tuned on few labels.
 
     python benchmarks/small_scale/run.py caltech101.tar OUT [--minutes 10] [--seeds 3] [--quick]
     python benchmarks/small_scale/run.py caltech101.tar OUT --gpu [--minutes 9.5] [--dry]

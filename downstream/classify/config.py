@@ -28,7 +28,7 @@ class FinetuneModelConfig(ModelConfig):
 
 
 class FinetuneStartConfig(StartConfig):
-    """Where the encoder's weights come from, and which of them are trained; it may be a classifier, too."""
+    """Where the encoder's weights come from (an encoder or a classifier), and which of them are trained."""
 
     trained_blocks: int | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""What a classifier sees in images: `python -m downstream.classify.predict MODEL IMAGES [--out predictions.csv]`.
+"""Predicts the classes of images: `python -m downstream.classify.predict MODEL IMAGES [--out predictions.csv]`.
 
 MODEL is a classifier's file, or the folder of its run. IMAGES is an image, a folder of images with any nesting, or
 shards; labels are not needed. The most probable classes of each image and their probabilities are printed, or written

@@ -20,7 +20,7 @@ class Predictions:
         labels: int64 (N,).
         hits: int64 (N, 2) of 0 and 1: whether the label is the most probable class, and among the five most probable.
         predicted: int64 (N,), the most probable class, or NOTHING.
-        confidence: float64 (N,), its probability; 0 where there is none.
+        confidence: float64 (N,), its probability; 0 if there is none.
         num_classes: C.
     """
 

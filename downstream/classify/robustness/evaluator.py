@@ -44,7 +44,7 @@ class Confidences(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A classifier and how to feed it; `top1` and `confidences` are collectives.
+    """A classifier and how to feed it; all ranks must call `top1` and `confidences`.
 
     Attributes:
         predict: uint8 (B, H, W, 3) on the device -> logits (B, 1000).

@@ -25,7 +25,7 @@ FRESH = (".parallel.", ".propagate.", ".rel_pos_h", ".rel_pos_w")
 class EncoderCheckpoint:
     """Starts a `PlainViT` from an encoder: `init_cfg=dict(type="EncoderCheckpoint", checkpoint=FILE)`.
 
-    On our commands' lines: `start.checkpoint=FILE`, and `start.weights=ema`.
+    With our commands: `start.checkpoint=FILE`, and `start.weights=ema`.
 
     Args:
         checkpoint, weights: see `downstream.checkpoints.weights.load_encoder`.

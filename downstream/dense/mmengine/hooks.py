@@ -193,7 +193,7 @@ class DurableCheckpointHook(CheckpointHook):
         self._publish(runner, f"{'epoch' if self.by_epoch else 'iter'}_{step}", meta, self.by_epoch)
 
     def _publish(self, runner: Any, name: str, meta: dict[str, Any], by_epoch: bool) -> None:
-        """Writes a checkpoint; a collective. Raises OSError on all ranks if writing fails."""
+        """Writes a checkpoint; all ranks must call it. Raises OSError on all ranks if writing fails."""
         folder = Path(self.out_dir)
         temporary, path = folder / "unfinished", folder / f"{name}{self.suffix}"
         self.last_ckpt = str(path)

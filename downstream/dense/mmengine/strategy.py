@@ -33,7 +33,7 @@ class ZeroOptimWrapper(DeepSpeedOptimWrapper):
     """Adapts the engine's optimizer to mmengine's loops and schedules."""
 
     def step(self, **kwargs: Any) -> None:
-        """Takes a micro-batch's step; at an optimizer step, logs the gradient norm if clipping, as mmengine does."""
+        """Takes a micro-batch's step; optimizer steps log the gradient norm (if it is clipped) and refusals."""
         last = self.model.is_gradient_accumulation_boundary()
         self.model.step()
         if last and self.model.gradient_clipping():
@@ -68,7 +68,7 @@ class ZeroModel(MMDeepSpeedEngineWrapper):
 
     @torch.no_grad()
     def eval(self) -> "ZeroModel":
-        """Switches to evaluation; a collective."""
+        """Switches to evaluation; all ranks must call it."""
         self.model.eval()
         if self.predictor is not self.model.module:
             self.predictor.to(self.model.device).eval()
@@ -107,7 +107,7 @@ class ZeroStrategy(BaseStrategy):
         compile: Any = False,
         dispatch_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Builds model, optimizer and schedules for `FlexibleRunner.train`; a collective."""
+        """Builds model, optimizer and schedules for `FlexibleRunner.train`; all ranks must call it."""
         assert optim_wrapper is not None, "mmengine's Runner evaluates"
         self.dispatch_kwargs.update(dispatch_kwargs or {})
         model = self._init_model_weights(self.build_model(model))
@@ -143,7 +143,7 @@ class ZeroStrategy(BaseStrategy):
         extra_ckpt: dict[str, Any] | None = None,
         callback: Any = None,
     ) -> None:
-        """Writes a folder, or without the optimizer a file with the weights; a collective.
+        """Writes a folder, or without the optimizer a file with the weights; all ranks must call it.
 
         Raises:
             OSError: writing failed; raised on all ranks.
@@ -182,7 +182,7 @@ class ZeroStrategy(BaseStrategy):
         map_location: Any = "default",
         callback: Any = None,
     ) -> dict[str, Any]:
-        """Resumes from a checkpoint's folder; a collective.
+        """Resumes from a checkpoint's folder; all ranks must call it.
 
         Returns:
             The rest of `weights.pth`.
