@@ -1,4 +1,4 @@
-"""What a real DeepSpeed engine allocates in a step: every tensor's storage, from its making to its end."""
+"""Measures what a real DeepSpeed engine allocates in a step: every tensor's storage, from creation to release."""
 
 import os
 import weakref
@@ -28,7 +28,7 @@ def draw_batch(method: Method | LUT, config: PretrainConfig, size: int) -> tuple
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of all storages made within it that are alive, now and at most."""
+    """Counts the bytes of live storages created within this context, now and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ class Allocated(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one rank: after a step, and at its peak."""
+    """Bytes of one rank, after a step and at the peak."""
 
     after: int
     peak: int
 
 
 def measure_step(config: PretrainConfig, ranks: int) -> Measured:
-    """The third step of a run of CPU processes, of the rank that needs most."""
+    """Measures the third step of a run with CPU processes; returns the rank with the highest peak."""
     port = free_port()
     context = mp.get_context("spawn")
     receivers, processes = [], []

@@ -1,9 +1,9 @@
-"""The authors' LoMaR and MAE out of a user's checkouts, to be timed beside ours; this project has none of their code.
+"""The authors' LoMaR and MAE from a user's checkouts, timed beside ours; this project contains none of their code.
 
-They were written for timm 0.3.2 and older numpy. Only what no longer exists is put in their place: the unused
-`qk_scale` of timm's `Block`, `numpy.float`, and `easydict` where it is not installed. timm's `Block` is today's, with
-fused attention; LoMaR's is its own. iRPE's CUDA operator (`rpe_ops`) is used if it is built and can be imported, else
-iRPE's own fallback in PyTorch, which says so.
+They were written for timm 0.3.2 and older numpy. Only what no longer exists is replaced: the unused `qk_scale` of
+timm's `Block`, `numpy.float`, and `easydict` if it is not installed. MAE uses today's timm `Block`, with fused
+attention; LoMaR has its own. iRPE's CUDA operator (`rpe_ops`) is used if it can be imported; otherwise iRPE falls back
+to PyTorch and reports it.
 """
 
 import functools
@@ -28,7 +28,7 @@ _MODULES = {"lomar": "models_lomar", "mae": "models_mae"}
 
 
 def authors_trainee(kind: str, checkout: Path, arch: str, size: int, images: int, device: torch.device) -> Trainee:
-    """The authors' `lomar` or `mae` with torch's AdamW, on a batch that is already float and normalized.
+    """The authors' `lomar` or `mae` with torch's AdamW, on a batch of normalized floats.
 
     Raises:
         ValueError: the checkout does not have the module.
@@ -67,22 +67,22 @@ def _block(block: type[nn.Module], *args: Any, qk_scale: None = None, **keys: An
 
 
 def _import(checkout: Path, name: str, repository: str) -> types.ModuleType:
-    """A module of a checkout; nothing else will import from there."""
+    """Imports a module from a checkout; later imports do not see the checkout."""
     if not (checkout / f"{name}.py").is_file():
         raise ValueError(f"{checkout} has no {name}.py: give a checkout of {repository}")
     before = set(sys.modules)
-    sys.path.append(str(checkout))  # last: LoMaR's checkout has a `profile.py`
+    sys.path.append(str(checkout))  # last, because LoMaR's checkout has a `profile.py`
     try:
         if importlib.util.find_spec("easydict") is None:
             sys.modules["easydict"] = types.ModuleType("easydict")
             sys.modules["easydict"].EasyDict = types.SimpleNamespace  # type: ignore[attr-defined]
-        with warnings.catch_warnings():  # those of today's timm; that iRPE's CUDA operator is not built is still said
+        with warnings.catch_warnings():  # hide today's timm's; iRPE's warning about a missing CUDA operator is kept
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", message="Overwriting .* in registry")
             return importlib.import_module(name)
     finally:
         sys.path.remove(str(checkout))
-        for added in sys.modules.keys() - before:  # both checkouts have a package `util`
+        for added in sys.modules.keys() - before:  # because both checkouts have a package `util`
             if added == "easydict" or str(checkout) in _places(sys.modules[added]):
                 del sys.modules[added]
 

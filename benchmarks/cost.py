@@ -1,23 +1,23 @@
-"""What a training step of each method costs: multiply-adds counted, and the memory kept for the backward pass.
+"""Counts what a training step of each method costs: multiply-adds, and memory kept for the backward pass.
 
     python benchmarks/cost.py [--quick]
 
-Nothing is timed. The forward pass is counted, as it runs on a GPU in bf16 (`fake_gpu.py`); the backward pass of matrix
-products costs twice as much, so a step's ratios are the same (torch's counter counts the backward of a depth-wise
-convolution as a full one's). A teacher's forward pass, which has no backward, counts as a third.
+Nothing is timed. The forward pass is counted as it runs on a GPU in bf16 (`fake_gpu.py`). The backward pass of matrix
+products costs twice as much, so a step has the same ratios (torch's counter counts the backward pass of a depth-wise
+convolution as a full convolution's). A teacher's forward pass, which has no backward, counts as a third.
 
-What is kept is counted twice where the kernel for windows serves. With torch's fused attention the relative position is
-a bias: it is kept, with a copy of the queries, the sums of the softmax, and one-hot positions where sequences differ.
-The kernel keeps the linear layer's output as it is, and int8 places of the tokens, one set for all blocks. (A compiler
-decides anew what it keeps and what it computes again; that is not counted.)
+Kept memory is counted twice if the window kernel applies. With torch's fused attention, relative position is a bias:
+it is kept, along with a copy of the queries, the softmax sums, and one-hot positions if sequences differ. The kernel
+keeps the linear layer's output as it is, and the tokens' int8 places, one set for all blocks. (A compiler makes its own
+choice of what to keep and what to recompute; that is not counted.)
 
-The first table is each method, relative to the one without the add-on and next to PR-MIM's own figures (its Tables 2
-and 4). Two of these mean something else: of SimMIM with 30 % of all patches thrown, the encoder still works on 138 of
-196, which is 0.70 of its arithmetic, and half of it is what throwing 50 % leaves; and TEC's frozen teacher is not
-counted there, but here.
+The first table shows each method relative to the one without the add-on, next to PR-MIM's own figures (its Tables 2
+and 4). Two of these mean something else. With SimMIM and 30 % of all patches thrown, the encoder still processes 138 of
+196 patches, 0.70 of its arithmetic; the paper's half is what throwing 50 % leaves. And PR-MIM does not count TEC's
+frozen teacher, which is counted here.
 
-The second table is the fast recipes at every size, relative to LoMaR and to MAE; the last counts the graphs that
-torch.compile makes of the blocks, none of which is broken.
+The second table shows the fast recipes at every size, relative to LoMaR and to MAE. The last one counts the graphs that
+torch.compile makes of the blocks; there are no graph breaks.
 `--quick` counts a smaller encoder. The last line of the output is one JSON object.
 """
 
@@ -43,18 +43,18 @@ MFF, LOCAL_MIM, LOCAL_MIM_PR = "mff_vitb16_224_800e", "local_mim_vitb16_224_1600
 TEC, CROSS_MAE, PIXIO = "tec_vitb16_224_300e", "crossmae_vitb16_224_800e", "pixio_vitb16_256_400e"
 LOMAR_CROSS = "lomar_cross_vitb16_224_400e"
 PR = "pr_mim.throw_ratio=0.5"
-A_THIRD = "method.predict_ratio=0.25"  # of the masked patches, which are 75 or 80 % of all
+A_THIRD = "method.predict_ratio=0.25"  # a third of the masked patches, which are 75 or 80 % of all patches
 
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe with overrides, the case it is compared with, and the paper's ratios of FLOPs and memory to that one."""
+    """A recipe with overrides, its base case, and the paper's ratios of FLOPs and memory to the base."""
 
     name: str
     recipe: str
     overrides: tuple[str, ...] = ()
     base: str = ""
-    paper: tuple[float, ...] | None = None  # FLOPs alone, where it says nothing of memory
+    paper: tuple[float, ...] | None = None  # only FLOPs if the paper does not report memory
 
 
 CASES = [
@@ -97,7 +97,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Scale:
-    """An encoder at one image size, and at which of its blocks late mask tokens enter: two thirds of the depth."""
+    """An encoder at one image size, and the block where late mask tokens enter: two thirds of the depth."""
 
     encoder: str
     size: int
@@ -130,7 +130,7 @@ SCALES = [
 
 
 def count_case(case: Case, arch: str = "") -> dict[str, float]:
-    """G multiply-adds of an image's forward pass, and MiB that it keeps, with torch's attention and with the kernel."""
+    """G multiply-adds of an image's forward pass, and the MiB it keeps with torch's attention and with the kernel."""
     config = load(case.recipe, ["data.shards=none", *([f"model.arch={arch}"] if arch else []), *case.overrides])
     counted = count(config)
     rows, cols = config.method.sequence_grid(config.grid)
@@ -143,7 +143,7 @@ def count_case(case: Case, arch: str = "") -> dict[str, float]:
 
 
 def print_methods(arch: str) -> list[dict]:
-    """The first table; returns its rows."""
+    """Prints the first table; returns its rows."""
     print(f"{'':28}{'forward':>9}{'kept':>9}{'kernel':>9}{'forward':>9}{'kept':>8}{'paper':>10}")
     print(f"{arch + '/16, 224 px':28}{'G MAC':>9}{'MiB':>9}{'MiB':>9}{'ratio':>9}{'ratio':>8}   FLOPs   memory")
     results: dict[str, dict] = {}
@@ -162,7 +162,7 @@ def print_methods(arch: str) -> list[dict]:
 
 
 def print_scales(scales: list[Scale], arch: str) -> list[dict]:
-    """The second table; returns its rows. Ratios of what is kept are those of the best attention that there is."""
+    """Prints the second table; returns its rows. Ratios of kept memory use the kernel if it applies."""
     print(f"\n{'':32}{'forward':>9}{'kept':>9}{'kernel':>9}{'of LoMaR':>16}{'of MAE':>16}")
     print(f"{'':32}{'G MAC':>9}{'MiB':>9}{'MiB':>9}{'FLOPs  kept':>16}{'FLOPs  kept':>16}")
     rows: list[dict] = []
@@ -183,7 +183,7 @@ def print_scales(scales: list[Scale], arch: str) -> list[dict]:
 
 
 def print_graphs() -> dict[str, int]:
-    """The graphs of the second table's methods, which do not depend on the encoder's width."""
+    """Prints and returns the second table's graph counts, which do not depend on the encoder's width."""
     graphs = {}
     for case in progress(SCALES[0].cases()):
         config = load(case.recipe, ["data.shards=none", "model.arch=vit_tiny", *case.overrides])
@@ -193,7 +193,7 @@ def print_graphs() -> dict[str, int]:
 
 
 def progress(cases: Iterable) -> Iterable:
-    """A bar, which does not stay."""
+    """A progress bar that disappears at the end."""
     return tqdm(cases, leave=False, disable=None)
 
 

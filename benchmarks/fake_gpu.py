@@ -1,7 +1,7 @@
-"""A method on a GPU that need not be there: shapes, dtypes and kernels as on one, without numbers and memory.
+"""Runs a method on a fake GPU: shapes, dtypes and kernels as on a real one, without numbers and memory.
 
-Which of torch's operators run, and what they keep for the backward pass, depends on the device. Fake tensors go through
-the same code as those of a GPU, in bf16 under autocast, in milliseconds even for ViT-H.
+The device determines which of torch's operators run and what they keep for the backward pass. Fake tensors take the
+same code paths as a GPU's, in bf16 under autocast, in milliseconds even for ViT-H.
 """
 
 import functools
@@ -32,7 +32,7 @@ FAKE = FakeTensorMode()  # one for the process: fake tensors of two modes do not
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Skips the initialization of weights, which is most of the time that building a large model takes."""
+    """Skips weight initialization, which takes most of the time when building a large model."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,7 +66,7 @@ def _replace_tensors(module: nn.Module) -> None:
 
 @contextmanager
 def _autocast() -> Iterator[None]:
-    """`torch.autocast` switches itself off where there is no GPU."""
+    """Enables CUDA autocast without a GPU, where `torch.autocast` would disable itself."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.autocast_increment_nesting()
@@ -79,7 +79,7 @@ def _autocast() -> Iterator[None]:
 
 
 def _tables_of_places(size: int, device: torch.device, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """In place of the window kernel's, which are made from numbers."""
+    """Replaces the window kernel's tables, which are made from real numbers."""
     shape = window_attention.PLACES, window_attention.PLACES
     return (
         torch.empty(shape, dtype=torch.int8, device=device),
@@ -94,13 +94,13 @@ def _fake_gpu() -> Iterator[None]:
         stack.enter_context(_autocast())
         stack.enter_context(mock.patch.object(sdpa, "_deterministic", True))
         stack.enter_context(mock.patch.object(window_attention, "_tables", _tables_of_places))
-        # Without its cache, in which fake tensors must not stay.
+        # Bypass its cache, where fake tensors must not end up.
         stack.enter_context(mock.patch.object(patches, "_pixel_statistics", patches._pixel_statistics.__wrapped__))
         yield
 
 
 def _efficient_attention_flops(q: tuple[int, ...], k: tuple[int, ...], *_: object, **__: object) -> int:
-    """Torch's own formula takes heads for tokens here; q and k are (B, L, H, C)."""
+    """Replaces torch's formula, which mistakes heads for tokens here; q and k are (B, L, H, C)."""
     B, L, H, C = q
     return 4 * B * H * L * k[1] * C
 
@@ -109,18 +109,18 @@ FORMULAS = {torch.ops.aten._efficient_attention_forward: _efficient_attention_fl
 
 
 class Count(NamedTuple):
-    """Of one image's forward pass."""
+    """FLOPs and kept memory of one image's forward pass."""
 
     flops: float
     kept: float  # bytes kept for the backward pass
 
 
 def count(config: PretrainConfig, window_kernel: bool = False) -> Count:
-    """What one image more costs; the copies of the weights in bf16, which are one for all images, are left out.
+    """The cost of one more image, without the bf16 copies of the weights, which all images share.
 
-    Blocks of the encoder are alike, before and after mask tokens enter: at most two of either are counted, and the
-    difference that the second makes stands for the others. A teacher's operations count as a third, since they have no
-    backward pass. The window kernel's are not counted: ask for them without it.
+    The encoder's blocks before mask tokens enter are alike, and so are those after: at most two of either kind are
+    counted, and the second one's difference stands for the others. A teacher's operations count as a third, because
+    they have no backward pass. FLOPs of the window kernel are not counted; get those with `window_kernel=False`.
     """
     if _needs_all_blocks(config):
         return _count_image(config, (0, ARCHS[config.model.arch].depth), window_kernel)
@@ -136,13 +136,13 @@ def count(config: PretrainConfig, window_kernel: bool = False) -> Count:
 
 
 def _needs_all_blocks(config: PretrainConfig) -> bool:
-    """Whether outputs of certain blocks are used, of the encoder or of a teacher, so that none can be left out."""
+    """Whether the method uses outputs of specific blocks of the encoder or a teacher, so none can be left out."""
     named = getattr(config.method, "blocks", None) or isinstance(config.target, TeacherConfig | EMAConfig)
     return bool(named) or config.method.name == "mff"
 
 
 def _count_image(config: PretrainConfig, blocks: tuple[int, int], window_kernel: bool) -> Count:
-    """With so many blocks before mask tokens enter, and after."""
+    """Counts an image with these numbers of blocks before and after mask tokens enter."""
     name = config.model.arch
     if blocks[0]:
         config = config.model_copy(update={"method": config.method.model_copy(update={"mask_token_block": blocks[0]})})
@@ -177,7 +177,7 @@ def _flops() -> FlopCounterMode:
 
 @contextmanager
 def _flops_of_targets() -> Iterator[list[int]]:
-    """Of what a teacher computes while it is open, call by call."""
+    """Collects the FLOPs of each teacher call within the context."""
     found = []
 
     def counted(target: FeatureTarget, compute: Callable[..., Any], *args: Any) -> Any:

@@ -1,19 +1,19 @@
-"""Injects faults into runs, and compares how they end with runs that were left alone.
+"""Injects faults into runs, and compares their results with undisturbed runs.
 
     python benchmarks/faults.py [--quick] [--only KIND ...] [--list] [--done FILE] [--out FOLDER]
 
-Two ranks on CPUs pretrain a tiny encoder, or fine-tune one, in ZeRO 0 to 3, and something happens to them: `--list`
-says what, `--only` takes some kinds. After each fault, which is taken away again, the same command continues the run.
+Two CPU ranks pretrain a tiny encoder, or fine-tune one, in ZeRO 0 to 3, and a fault is injected: `--list` lists the
+faults, `--only` selects some kinds. The fault is then removed, and the same command continues the run. Outcomes:
 
-- `exact`: it ended as it should, with the exit code and the message that fit, and then with the same bits as a run
-  that was left alone; at most the work since the last sound checkpoint was repeated, and nothing is left behind.
-- `stopped_with_cause`: that, and it had refused to start or stopped by itself, with the cause in its last lines.
-- `hung`: something had neither ended nor gone on within its limit.
-- `lost`: more than the work since the last sound checkpoint had to be done again.
-- `wrong`: anything else, such as other bits, a cause that is not told, or a process that stays.
+- `exact`: it ended as it should, with the expected exit code and message, and then with the same bits as an
+  undisturbed run; at most the work since the last sound checkpoint was repeated, and nothing is left behind.
+- `stopped_with_cause`: the same, but it refused to start or stopped by itself, with the cause in its last lines.
+- `hung`: something neither ended nor made progress within its limit.
+- `lost`: more than the work since the last sound checkpoint had to be repeated.
+- `wrong`: anything else, such as different bits, a cause that is not reported, or a leftover process.
 
-File systems that are full, read-only or slow need root, and are skipped without. The table is Markdown; the last line
-is one JSON object; the exit code is 1 if anything hung, was lost or wrong.
+Full, read-only or slow file systems need root, and are skipped without it. The table is Markdown; the last line is one
+JSON object; the exit code is 1 if anything hung, was lost or was wrong.
 """
 
 import argparse
@@ -45,8 +45,8 @@ class Campaign:
     """Runs cases in a folder.
 
     Args:
-        start: starts the ranks of a run, as `helpers.processes.starter` does.
-        folder: of all runs, their shards and recipes.
+        start: starts the ranks of a run, like `helpers.processes.starter`.
+        folder: for all runs, their shards and recipes.
     """
 
     def __init__(self, start: Callable[..., Any], folder: Path):
@@ -68,7 +68,7 @@ class Campaign:
             return "lost", str(why)
         except Wrong as why:
             return "wrong", str(why)
-        except Exception as error:  # of the injection: the others go on
+        except Exception as error:  # from the injection; other cases continue
             return "wrong", f"could not be injected: {error!r}"
         finally:
             scene.end()
@@ -81,7 +81,7 @@ class Campaign:
         return Scene(self._start, self._recipes[case.training], case.training, run, overrides)
 
     def _uninterrupted(self, case: Case) -> Path:
-        """The run of this training and stage, with the same loss that is not finite if there is one."""
+        """The undisturbed run of this training and stage, with the same non-finite loss if the case has one."""
         key = (case.training, case.stage, case.poisoned)
         if key not in self._whole:
             scene = self._scene(case, f"whole-{case.training}{case.stage}{'-poisoned' * case.poisoned}")
@@ -119,7 +119,7 @@ class Campaign:
 
 
 def _check_resume(scene: Scene, said: str) -> None:
-    """That ranks which resumed did so from the newest sound checkpoint."""
+    """Raises Lost if ranks resumed from anything but the newest sound checkpoint."""
     resumed = [
         int(line.partition("resumes from step_")[2][:8]) for line in said.splitlines() if "resumes from step_" in line
     ]
@@ -128,7 +128,7 @@ def _check_resume(scene: Scene, said: str) -> None:
 
 
 def _continue(scene: Scene, case: Case) -> None:
-    """The same command, once there is no fault any more."""
+    """Continues the run with the same command, after the fault is gone."""
     at = scene.last_step()
     scene.start().wait(180)
     said = scene.said()
@@ -148,7 +148,7 @@ def _last(said: str, lines: int = 6) -> str:
 
 
 def table(results: Iterable[tuple[Case, str]]) -> str:
-    """Markdown: how many cases of each kind ended in each way."""
+    """A Markdown table of how many cases of each kind had each outcome."""
     counts: dict[str, Counter[str]] = {}
     for case, outcome in results:
         counts.setdefault(case.kind, Counter())[outcome] += 1
@@ -168,7 +168,7 @@ def read_done(log: Path) -> list[tuple[Case, str]]:
 def run_cases(
     campaign: Campaign, cases: Sequence[Case], done: Sequence[tuple[Case, str]] = (), log: Path | None = None
 ) -> dict[str, int]:
-    """All but those done, one after the other; prints the table, and what went wrong; returns the last line."""
+    """Runs the remaining cases one by one, prints the table and what went wrong, and returns the last line's object."""
     results = list(done)
     cases = [case for case in cases if case not in dict(results)]
     bar = tqdm(cases, desc="faults", unit="fault", file=sys.stderr)
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*chosen, sep="\n")
         return 0
     os.environ["DS_ACCELERATOR"] = "cpu"
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # of nohup, which the ranks would inherit
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # otherwise ranks would inherit nohup's handling
     preload("deepspeed")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)

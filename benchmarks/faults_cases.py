@@ -1,4 +1,4 @@
-"""The faults that `faults.py` injects, and how a run has to end after each."""
+"""The faults that `faults.py` injects, and how a run must end after each."""
 
 import re
 import resource
@@ -21,7 +21,7 @@ OTHER_STAGES = (("finetune", 0), ("pretrain", 1), ("finetune", 2), ("pretrain", 
 TWO = (("pretrain", 1), ("finetune", 2))
 OTHER_TWO = (("finetune", 0), ("pretrain", 3))
 
-# Runs a training whose encoder is as small as that of tests; and with a loss that is not finite on rank 1 in step 4.
+# Runs a training with an encoder as small as in tests, optionally with a non-finite loss on rank 1 in step 4.
 _SMALL = """
 import os, runpy, sys
 sys.path[:0] = {paths!r}
@@ -41,21 +41,21 @@ with SMALL:
 
 @dataclass(frozen=True)
 class Case:
-    """A fault, and what is expected.
+    """A fault, and the expected outcome.
 
     Attributes:
         kind: of the fault; a row of the table.
-        inject: starts the ranks and leaves them with the fault; its end takes the fault away.
+        inject: starts the ranks and injects the fault; leaving the context removes it.
         training, stage: `pretrain` or `finetune`, and the ZeRO stage.
-        codes: exit codes that the ranks may have.
-        says: what one of them has to say.
-        stops: whether it refuses to start, or stops by itself.
-        seconds: in which all ranks have to end.
-        most_repeated: steps that the run may do again: two saves, as one may not be complete yet; all, if none can be
-            written.
-        poisoned: whether a loss is not finite, also in the run that it is compared with.
+        codes: permitted exit codes of the ranks.
+        says: what one of the ranks must print.
+        stops: whether the run refuses to start, or stops by itself.
+        seconds: time limit for all ranks to end.
+        most_repeated: steps that the run may repeat: two save intervals, because one save may be incomplete; all, if
+            none can be written.
+        poisoned: whether a loss is non-finite, also in the run to compare with.
         overrides: of the recipe.
-        number: among those of its kind, training and stage.
+        number: index among the cases that one call of `_cases` makes.
     """
 
     kind: str
@@ -84,7 +84,7 @@ def _cases(
     says: str = "",
     **others: object,
 ) -> Iterator[Case]:
-    """One for each of the places, with the injections in turn, or all of them at a single place."""
+    """Combines the injections with the places; the shorter list is repeated."""
     given, places = [injects] if callable(injects) else list(injects), list(where)
     pattern = re.compile(says) if says else None
     for number in range(max(len(given), len(places))):
@@ -94,7 +94,7 @@ def _cases(
 
 
 def write_scripts(folder: Path) -> None:
-    """Entries of both trainings, `small_NAME.py` and `poisoned_NAME.py`."""
+    """Writes entry scripts for both trainings, `small_NAME.py` and `poisoned_NAME.py`."""
     root = Path(__file__).resolve().parent.parent
     paths = [str(root), str(root / "tests")]
     for training, script in SCRIPTS.items():
@@ -184,7 +184,7 @@ def _checkpoint_cases() -> Iterator[Case]:
     skipped = "is damaged and skipped"
     weights, moments = "*model_states.pt", "*optim_states.pt"
     cut = [files.damage(files.truncate(weights)), files.damage(files.truncate(moments))]
-    stages = EVERYWHERE[2:]  # in stage 0 the optimizer's state is with the weights
+    stages = EVERYWHERE[2:]  # stage 0 stores the optimizer's state with the weights
     yield from _cases("checkpoint truncated", cut, stages, says=skipped)
     flipped = [files.damage(files.flip(moments)), files.damage(files.flip(weights))]
     yield from _cases("a bit of a checkpoint flipped", flipped, stages, says=skipped)

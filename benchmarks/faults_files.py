@@ -1,4 +1,4 @@
-"""Faults of files: of checkpoints at rest, of disks while a run saves, and of shards."""
+"""File faults: damaged checkpoints, disks that fail while a run saves, and damaged shards."""
 
 import contextlib
 import http.server
@@ -18,12 +18,12 @@ from benchmarks.faults_processes import fault
 from benchmarks.faults_scene import Scene, make_data
 
 ROOT = Path(__file__).resolve().parent.parent
-Damage = Callable[[Path], None]  # of a checkpoint's folder
+Damage = Callable[[Path], None]  # takes a checkpoint's folder
 
 
 @fault
 def damage(scene: Scene, *damages: Damage) -> Iterator[None]:
-    """All ranks are killed, the newest checkpoints are damaged, one by each function, and the run starts again."""
+    """Kills all ranks, damages the newest checkpoints, one with each function, and restarts the run."""
     scene.killed_run()
     for checkpoint, change in zip(scene.checkpoints(), damages, strict=False):
         change(checkpoint)
@@ -33,7 +33,7 @@ def damage(scene: Scene, *damages: Damage) -> Iterator[None]:
 
 @fault
 def damage_all(scene: Scene, change: Damage) -> Iterator[None]:
-    """As `damage`, of every checkpoint; they are put back once the run has been refused."""
+    """Like `damage`, but for every checkpoint; they are restored after the run has refused to start."""
     scene.killed_run()
     folder = scene.run / "checkpoints"
     shutil.copytree(folder, folder.with_name("copy"))
@@ -54,7 +54,7 @@ def truncate(pattern: str) -> Damage:
 
 
 def flip(pattern: str) -> Damage:
-    """One bit in the middle."""
+    """Flips one bit in the middle of a file."""
 
     def change(checkpoint: Path) -> None:
         path = _one(checkpoint, pattern)
@@ -70,7 +70,7 @@ def remove(pattern: str) -> Damage:
 
 
 def edit_manifest(**keys: object) -> Damage:
-    """Replaces keys of the manifest, or of the state in it where they are numbers; None removes one."""
+    """Replaces keys of the manifest, or of its state if the value is an integer; None removes a key."""
 
     def change(checkpoint: Path) -> None:
         path = checkpoint / "manifest.json"
@@ -84,7 +84,7 @@ def edit_manifest(**keys: object) -> Damage:
 
 
 def write(name: str, content: bytes) -> Damage:
-    """Of a file in the checkpoint's folder, or beside it."""
+    """Writes a file into the checkpoint's folder, or beside it."""
 
     def change(checkpoint: Path) -> None:
         path = checkpoint / name
@@ -95,7 +95,7 @@ def write(name: str, content: bytes) -> Damage:
 
 
 def copy_beside(checkpoint: Path) -> None:
-    """A backup that somebody made."""
+    """Copies the checkpoint, like a user's backup."""
     shutil.copytree(checkpoint, checkpoint.with_name(checkpoint.name + ".bak"))
 
 
@@ -105,7 +105,7 @@ def _one(checkpoint: Path, pattern: str) -> Path:
 
 @contextlib.contextmanager
 def own_disk(scene: Scene, kind: str) -> Iterator[Path]:
-    """The run's folder is a file system of its own, 64 MiB of tmpfs or ext4; needs root."""
+    """Puts the run's folder on its own file system, 64 MiB of tmpfs or ext4; needs root."""
     scene.run.mkdir(parents=True)
     image = scene.run.with_suffix(".img")
     command = ["mount", "-t", "tmpfs", "-o", "size=64m,nr_inodes=200", "faults", scene.run]
@@ -128,7 +128,7 @@ def own_disk(scene: Scene, kind: str) -> Iterator[Path]:
 
 @fault
 def full_disk(scene: Scene, kind: str, until_told: bool) -> Iterator[None]:
-    """Not a byte is free from step 7 on, until the run has said so, or until it has ended."""
+    """Fills the disk completely from step 7 on, until the run reports it or until it has ended."""
     with own_disk(scene, kind) as disk:
         scene.start().until_step(7)
         filler = disk / "filler"
@@ -147,7 +147,7 @@ def full_disk(scene: Scene, kind: str, until_told: bool) -> Iterator[None]:
 
 @fault
 def no_inodes(scene: Scene) -> Iterator[None]:
-    """No file can be made from step 7 on, until the run has said so."""
+    """Uses up all inodes from step 7 on, until the run reports it."""
     with own_disk(scene, "tmpfs") as disk:
         scene.start().until_step(7)
         made = []
@@ -163,7 +163,7 @@ def no_inodes(scene: Scene) -> Iterator[None]:
 
 @fault
 def read_only(scene: Scene) -> Iterator[None]:
-    """The disk fails at step 7 and is read-only until it is mounted anew; what was not synced is lost."""
+    """Makes the disk fail at step 7; it is read-only until remounted, and unsynced data is lost."""
     with own_disk(scene, "ext4") as disk:
         scene.start().until_step(7)
         subprocess.run(["mount", "-o", "remount,abort", disk], check=True)
@@ -176,7 +176,7 @@ def read_only(scene: Scene) -> Iterator[None]:
 
 @fault
 def frozen_disk(scene: Scene, seconds: float) -> Iterator[None]:
-    """Whoever writes waits for so many seconds, in the middle of the run."""
+    """Blocks all writes for some seconds in the middle of the run."""
     with own_disk(scene, "ext4") as disk:
         scene.start().until_step(7)
         subprocess.run(["fsfreeze", "-f", disk], check=True)
@@ -189,7 +189,7 @@ def frozen_disk(scene: Scene, seconds: float) -> Iterator[None]:
 
 @fault
 def slow_disk(scene: Scene) -> Iterator[None]:
-    """Writes go through for a tenth of each second, for ten seconds."""
+    """Lets writes through for a tenth of each second, for ten seconds."""
     with own_disk(scene, "ext4") as disk:
         scene.start().until_step(7)
         for _ in range(10):
@@ -202,7 +202,7 @@ def slow_disk(scene: Scene) -> Iterator[None]:
 
 @fault
 def shards_gone(scene: Scene, live: bool) -> Iterator[None]:
-    """While the run trains, or before it continues."""
+    """Moves the shards away while the run trains (`live`), or before it continues."""
     shards = scene.own_shards(scene.run.with_suffix(".shards"))
     scene.start().until_step(7)
     if not live:
@@ -216,7 +216,7 @@ def shards_gone(scene: Scene, live: bool) -> Iterator[None]:
 
 @fault
 def shard_changed(scene: Scene, how: str, live: bool) -> Iterator[None]:
-    """`truncated`; `replaced` by other images; or `pixels`: bytes of an image are others, and nothing else."""
+    """Changes a shard: `truncated`, `replaced` by other images, or `pixels`, where only bytes of one image change."""
     shards = scene.own_shards(scene.run.with_suffix(".shards"))
     scene.start().until_step(7)
     if not live:
@@ -238,7 +238,7 @@ def shard_changed(scene: Scene, how: str, live: bool) -> Iterator[None]:
 
 
 def _serve(folder: str, number: int, spared: int, queue: "multiprocessing.Queue[int]") -> None:
-    """Sends itself a signal when shards are asked for once more often than `spared`."""
+    """Serves the folder; sends itself a signal at the first request for a shard after `spared` ones."""
     asked = itertools.count()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -257,7 +257,7 @@ def _serve(folder: str, number: int, spared: int, queue: "multiprocessing.Queue[
 
 @fault
 def store(scene: Scene, number: int) -> Iterator[None]:
-    """The server of the shards gets a signal when the run asks for its second one; SIGSTOP: it stalls."""
+    """Sends the shard server a signal when the run requests its second shard; with SIGSTOP it stalls."""
     names = [path.stem.rpartition("-") for path in sorted(scene.shards.glob("*.tar"))]
     queue: multiprocessing.Queue[int] = multiprocessing.Queue()
     server = multiprocessing.Process(target=_serve, args=(str(scene.shards), number, len(names) + 1, queue))

@@ -1,4 +1,4 @@
-"""Ranks that a launcher starts, and ranks whose clock can be set."""
+"""Ranks started by a launcher, and ranks whose clock can be set."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ _LAUNCHERS = {
     "torchrun": ("--nproc_per_node", "2", "--master_port"),
 }
 
-# Adds to the time of day the seconds that stand in the file CLOCK_FILE, as a number of eight bytes.
+# Adds the seconds in the file CLOCK_FILE, an eight-byte integer, to the time of day.
 _CLOCK = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -54,14 +54,14 @@ time_t time(time_t *now) {
 
 
 class Started:
-    """A process that was started, or one that it has started itself; what all of them say is in one file."""
+    """A process that we or a launcher started, and the file with its output."""
 
     def __init__(self, process: Any, said: Path):
         self._process, self._said, self.pid = process, said, process.pid
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; of a process of others 0 once it has ended, however it did."""
+        """None while it runs; for a process that we did not start, 0 once it has ended in any way."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll()
         running = self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
@@ -72,7 +72,7 @@ class Started:
 
 
 class Launched:
-    """A launcher, which is `all` until `adopt` takes its ranks instead."""
+    """A launcher; `all` holds the launcher itself until `adopt` replaces it with the ranks."""
 
     def __init__(self, launcher: str, script: Path, arguments: list[str], said: Path):
         command = [str(Path(sys.executable).parent / launcher), *_LAUNCHERS[launcher], str(free_port())]
@@ -89,10 +89,10 @@ class Launched:
         self.all = [Started(self.process, said)]
 
     def adopt(self) -> list[psutil.Process]:
-        """The launcher's own processes, the first one first; `all` is the ranks."""
+        """Sets `all` to the ranks; returns the launcher's own processes, the outermost first."""
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         ranks = [process for process in family if "RANK" in process.environ()]
-        ranks = [rank for rank in ranks if rank.parent() not in ranks]  # not their workers
+        ranks = [rank for rank in ranks if rank.parent() not in ranks]  # without their workers
         self.all = [Started(rank, self._said) for rank in ranks]
         return [process for process in family if "RANK" not in process.environ()]
 
@@ -102,7 +102,7 @@ class Launched:
 
 
 class WithClock:
-    """Two ranks in processes of their own, whose time of day `jump` changes; needs gcc."""
+    """Two rank processes whose time of day `jump` changes; needs gcc."""
 
     def __init__(self, folder: Path, script: Path, arguments: list[str]):
         folder.mkdir(parents=True)

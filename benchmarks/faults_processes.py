@@ -1,4 +1,4 @@
-"""Faults of processes: killed, stopped, told to stop, or without memory, descriptors or room for their files."""
+"""Process faults: killed, stopped, told to stop, or out of memory, descriptors or disk space."""
 
 import resource
 import signal
@@ -18,16 +18,16 @@ Inject = Callable[[Scene], AbstractContextManager[None]]
 
 
 def fault(function: Callable[..., Iterator[None]]) -> Callable[..., Inject]:
-    """A generator over a scene, which leaves its ranks with a fault and takes it away after the yield, as an `Inject`.
+    """Turns a generator over a scene, which injects a fault and removes it after the yield, into an `Inject` factory.
 
-    What follows the scene among its arguments is given first.
+    The factory takes the generator's arguments after the scene.
     """
     return lambda *args, **keys: lambda scene: contextmanager(function)(scene, *args, **keys)
 
 
 @fault
 def kill(scene: Scene, *ranks: int, step: int = 7) -> Iterator[None]:
-    """SIGKILL to these ranks alone, or to all with their workers."""
+    """Sends SIGKILL to these ranks only, or to all ranks and their workers."""
     scene.start().until_step(step).kill(*ranks)
     yield
 
@@ -40,7 +40,7 @@ def kill_worker(scene: Scene, rank: int) -> Iterator[None]:
 
 @fault
 def stop(scene: Scene, rank: int) -> Iterator[None]:
-    """SIGSTOP; the others have to end, and the rank too, once it may go on."""
+    """Sends SIGSTOP; the other ranks must end, and so must this one after SIGCONT."""
     scene.start("watchdog.silent_minutes=0.25").until_step(7).send(signal.SIGSTOP, rank)
     scene.watched = [other for other in range(len(scene.ranks.all)) if other != rank]
     yield
@@ -49,7 +49,7 @@ def stop(scene: Scene, rank: int) -> Iterator[None]:
 
 @fault
 def pause(scene: Scene, rank: int, seconds: float) -> Iterator[None]:
-    """SIGSTOP for less than the watchdog's patience."""
+    """Sends SIGSTOP for less time than the watchdog waits."""
     scene.start().until_step(7).send(signal.SIGSTOP, rank)
     time.sleep(seconds)
     scene.send(signal.SIGCONT, rank)
@@ -64,7 +64,7 @@ def stop_worker(scene: Scene, rank: int) -> Iterator[None]:
 
 @fault
 def tell(scene: Scene, *ranks: int, signals: tuple[int, ...] = (signal.SIGTERM,), gap: float = 0.01) -> Iterator[None]:
-    """Signals one after the other, to these ranks or to all."""
+    """Sends signals one after the other, to these ranks or to all."""
     scene.start().until_step(7)
     for number in signals:
         scene.send(number, *ranks)
@@ -74,14 +74,14 @@ def tell(scene: Scene, *ranks: int, signals: tuple[int, ...] = (signal.SIGTERM,)
 
 @fault
 def kill_while_starting(scene: Scene, said: str) -> Iterator[None]:
-    """SIGKILL to all when a start that resumes says this."""
+    """Sends SIGKILL to all ranks when a resuming run prints this text."""
     scene.killed_run(12).start().until_said(said).kill()
     yield
 
 
 @fault
 def kill_while_saving(scene: Scene, seed: int, *ranks: int) -> Iterator[None]:
-    """SIGKILL at a random moment from the step before a save on, to these ranks or to all."""
+    """Sends SIGKILL to these ranks or to all, at a random moment after the step before a save."""
     rng = np.random.default_rng(seed)
     step = int(rng.integers(1, 5)) * EVERY
     scene.start().until_step(step - 1)
@@ -92,7 +92,7 @@ def kill_while_saving(scene: Scene, seed: int, *ranks: int) -> Iterator[None]:
 
 @fault
 def kill_at_the_end(scene: Scene, seed: int) -> Iterator[None]:
-    """SIGKILL to all at a random moment after the last step, while results are written."""
+    """Sends SIGKILL to all ranks at a random moment after the last step, while results are written."""
     scene.start().until_step(40)
     time.sleep(float(np.random.default_rng(seed).uniform(0, 1)))
     scene.kill()
@@ -101,14 +101,14 @@ def kill_at_the_end(scene: Scene, seed: int) -> Iterator[None]:
 
 @fault
 def never_comes(scene: Scene) -> Iterator[None]:
-    """A rank ends before it has joined the others."""
+    """Kills a rank before it has joined the others."""
     scene.start("watchdog.start_minutes=0.3").kill(1)
     yield
 
 
 @fault
 def limit(scene: Scene, what: int, ranks: tuple[int, ...], room: int | None = None, of: str = "rank") -> Iterator[None]:
-    """From step 7 on a limit of the kernel: no more memory or descriptors than there are, or files of `room` bytes."""
+    """Sets a kernel limit from step 7 on: no more memory or descriptors, or files of at most `room` bytes."""
     scene.start().until_step(7)
     limited = []
     for rank in ranks:
@@ -117,7 +117,7 @@ def limit(scene: Scene, what: int, ranks: tuple[int, ...], room: int | None = No
         before = process.rlimit(what)
         process.rlimit(what, (now[what] if room is None else room, before[1]))
         limited.append((process, before))
-    if what == resource.RLIMIT_FSIZE:  # for one save, and then there is room again
+    if what == resource.RLIMIT_FSIZE:  # for one save only
         scene.until_said("could not be written")
         for process, before in limited:
             process.rlimit(what, before)
@@ -126,7 +126,7 @@ def limit(scene: Scene, what: int, ranks: tuple[int, ...], room: int | None = No
 
 @fault
 def no_room_at_the_end(scene: Scene) -> Iterator[None]:
-    """From step 7 on no file of a checkpoint can be written, until the run gives up."""
+    """Prevents writing any checkpoint file from step 7 on, until the run gives up."""
     scene.start().until_step(7)
     for rank in scene.ranks.all:
         process = psutil.Process(rank.pid)
@@ -136,7 +136,7 @@ def no_room_at_the_end(scene: Scene) -> Iterator[None]:
 
 @fault
 def port_taken(scene: Scene) -> Iterator[None]:
-    """Something else listens where the ranks are to meet."""
+    """Occupies the port where the ranks are to meet."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -148,9 +148,9 @@ def port_taken(scene: Scene) -> Iterator[None]:
 
 @fault
 def two_runs(scene: Scene) -> Iterator[None]:
-    """The same command while the run goes on: the second is refused, the first goes on."""
+    """Starts the same command during a run: the second one is refused, the first one continues."""
     first: Any = scene.start().until_step(3).ranks
-    scene.send(signal.SIGSTOP)  # or it would be over before the second has looked
+    scene.send(signal.SIGSTOP)  # otherwise it could finish before the second one checks
     scene.start()
     yield
     for rank in first.all:
@@ -160,7 +160,7 @@ def two_runs(scene: Scene) -> Iterator[None]:
 
 @fault
 def kill_launcher(scene: Scene, launcher: str) -> Iterator[None]:
-    """SIGKILL to the processes of a launcher alone: its ranks end, or go on."""
+    """Sends SIGKILL to a launcher's own processes only: its ranks end or continue."""
     folder = scene.run.parents[1]
     script, said = folder / f"small_{scene.training}.py", scene.run.with_suffix(".txt")
     launched = Launched(launcher, script, scene.arguments, said)
@@ -175,7 +175,7 @@ def kill_launcher(scene: Scene, launcher: str) -> Iterator[None]:
 
 @fault
 def clock(scene: Scene, seconds: int) -> Iterator[None]:
-    """The time of day jumps while ranks train."""
+    """Makes the time of day jump while ranks train."""
     ranks = WithClock(
         scene.run.with_suffix(".clock"), scene.run.parents[1] / f"small_{scene.training}.py", scene.arguments
     )
@@ -186,7 +186,7 @@ def clock(scene: Scene, seconds: int) -> Iterator[None]:
 
 @fault
 def poisoned(scene: Scene) -> Iterator[None]:
-    """A loss that is not finite, on one rank in one step; and then all are killed."""
+    """Makes the loss non-finite on one rank in one step, and later kills all ranks."""
     scene.script = str(scene.run.parents[1] / f"poisoned_{scene.training}.py")
     scene.start().until_step(17)
     if "the gradient is not finite" not in scene.said():

@@ -1,4 +1,4 @@
-"""A run that faults are injected into: its recipes, its processes, what it leaves, and what it ought to leave."""
+"""A run for fault injection: its recipes, its processes, what it leaves behind, and what it should leave."""
 
 import contextlib
 import json
@@ -23,27 +23,27 @@ from data.pack import pack
 from data.sources import list_source
 from pretrain.trainer.metrics import read_metrics
 
-EVERY, STEPS = 5, 40  # steps between checkpoints, and of a whole run
-PATIENCE = 120.0  # seconds until a run that is not disturbed has begun to train, has advanced or has ended
+EVERY, STEPS = 5, 40  # steps between checkpoints, and steps of a whole run
+PATIENCE = 120.0  # seconds within which an undisturbed run starts training, advances or ends
 COLORS = {"blue": (40, 60, 200), "green": (60, 180, 50), "red": (210, 50, 40), "yellow": (220, 210, 60)}
 SCRIPTS = {"pretrain": RUN, "finetune": CLASSIFY}
-RESULTS = {"pretrain": "encoder.safetensors", "finetune": "model.safetensors"}  # what a run ends with
+RESULTS = {"pretrain": "encoder.safetensors", "finetune": "model.safetensors"}  # final outputs
 
 
 class Hung(Exception):  # noqa: N818 - a verdict
-    """Something has neither ended nor gone on in its time."""
+    """Something neither ended nor made progress in time."""
 
 
 class Lost(Exception):  # noqa: N818
-    """More than the work since the last checkpoint has to be done again."""
+    """More than the work since the last checkpoint must be repeated."""
 
 
 class Wrong(Exception):  # noqa: N818
-    """The end has other bits, the cause is not told, or something is left behind."""
+    """The result has different bits, the cause is not reported, or something is left behind."""
 
 
 def make_data(folder: Path) -> Path:
-    """Shards of 64 small noisy images of four classes."""
+    """Makes shards of 64 small noisy images of four classes."""
     rng = np.random.default_rng(0)
     for name, color in COLORS.items():
         (folder / "images" / name).mkdir(parents=True)
@@ -55,7 +55,7 @@ def make_data(folder: Path) -> Path:
 
 
 def write_recipes(folder: Path, shards: Path) -> dict[str, Path]:
-    """A small pretraining and a small fine-tuning, from scratch, of `STEPS` steps each."""
+    """Writes a small pretraining and a small fine-tuning from scratch, with `STEPS` steps each."""
     shared = {
         "runs": str(folder / "runs"),
         "model": {"arch": "vit_tiny"},
@@ -92,16 +92,16 @@ class Scene:
     """One run of a case.
 
     Args:
-        start: starts ranks, as `helpers.processes.starter` does.
+        start: starts ranks, like `helpers.processes.starter`.
         recipe: its first argument.
         training: `pretrain` or `finetune`.
-        run: its folder; a new one.
-        overrides: of the recipe, the ZeRO stage among them.
+        run: its folder, which must be new.
+        overrides: of the recipe, including the ZeRO stage.
 
     Attributes:
-        shards: what it reads; `own_shards` makes it a copy that may be damaged.
-        watched: numbers of the ranks that have to end while the fault lasts; None: all.
-        script, port: of the next start.
+        shards: what the run reads; `own_shards` replaces it with a copy that may be damaged.
+        watched: numbers of the ranks that must end while the fault lasts; None: all.
+        script, port: for the next start.
     """
 
     def __init__(self, start: Callable[..., Any], recipe: Path, training: str, run: Path, overrides: list[str]):
@@ -111,12 +111,12 @@ class Scene:
         self.ranks: Any = None
         self.watched: list[int] | None = None
         self.script, self.port = SCRIPTS[training], None
-        self.before = 0  # the newest sound checkpoint's step, when ranks were last started
+        self.before = 0  # the newest sound checkpoint's step when ranks were last started
         self._logged: dict[Path, int] = {}  # sizes of log files when ranks were last started
-        self.pids: set[int] = set()  # of all ranks; each leads a session, to which its workers belong
+        self.pids: set[int] = set()  # of all ranks; each leads a session that its workers belong to
 
     def start(self, *overrides: str, processes: int = 2) -> "Scene":
-        """All ranks; those of an earlier start have ended."""
+        """Starts all ranks; those of an earlier start must have ended."""
         self.before = max(self.sound_checkpoints(), default=0)
         self._logged = {path: path.stat().st_size for path in self.run.glob("logs/*.log")}
         self.ranks = self._start(
@@ -126,14 +126,14 @@ class Scene:
         return self
 
     def adopt(self, ranks: Any) -> "Scene":
-        """Ranks that were started otherwise, with `arguments`."""
+        """Takes over ranks that were started in another way, with `arguments`."""
         self.ranks = ranks
         self.pids |= {os.getsid(rank.pid) for rank in ranks.all}
         return self
 
     @property
     def arguments(self) -> list[str]:
-        """Of a command that trains this run."""
+        """The arguments of a command that trains this run."""
         return [str(self._recipe), *self.overrides]
 
     def last_step(self) -> int:
@@ -145,7 +145,7 @@ class Scene:
         return (self.run / RESULTS[self.training]).exists()
 
     def until(self, happened: Callable[[], object], what: str) -> "Scene":
-        """While ranks run; raises Wrong if they end first and Hung if it takes too long."""
+        """Waits while ranks run; raises Wrong if they end first and Hung if it takes too long."""
         deadline = time.monotonic() + PATIENCE
         while not happened():
             if all(rank.returncode is not None for rank in self.ranks.all):
@@ -162,27 +162,27 @@ class Scene:
         return self.until(lambda: re.search(text, self.said()), f"'{text}'")
 
     def send(self, number: int, *ranks: int) -> None:
-        """A signal to these ranks, or to all."""
+        """Sends a signal to these ranks, or to all."""
         for rank in [self.ranks.all[rank] for rank in ranks] or self.ranks.all:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank.pid, number)
 
     def kill(self, *ranks: int) -> "Scene":
-        """SIGKILL to these ranks alone, or to all with their workers."""
-        self.send(signal.SIGKILL, *ranks)  # also to ranks that do not lead a session yet
+        """Sends SIGKILL to these ranks only, or to all ranks and their workers."""
+        self.send(signal.SIGKILL, *ranks)  # also reaches ranks that do not lead a session yet
         if not ranks:
             self.ranks.kill()
         return self
 
     def killed_run(self, step: int = 17) -> "Scene":
-        """Starts, and kills all ranks after a step; there are checkpoints of steps 5, 10 and 15."""
+        """Starts all ranks and kills them after a step; by default, there are checkpoints of steps 5, 10 and 15."""
         return self.start().until_step(step).kill()
 
     def workers(self, rank: int) -> list[psutil.Process]:
         return psutil.Process(self.ranks.all[rank].pid).children()
 
     def own_shards(self, folder: Path) -> Path:
-        """A copy of the shards for this run, from its first start on."""
+        """Gives this run its own copy of the shards; call it before the first start."""
         for path in self.shards.iterdir():
             (folder / path.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / path.name).write_bytes(path.read_bytes())
@@ -191,7 +191,7 @@ class Scene:
         return folder
 
     def wait(self, seconds: float, ranks: list[int] | None = None) -> None:
-        """Until ranks have ended; raises Hung."""
+        """Waits until ranks have ended; raises Hung if they do not."""
         deadline = time.monotonic() + seconds
         wanted = self.ranks.all if ranks is None else [self.ranks.all[rank] for rank in ranks]
         while any(rank.returncode is None for rank in wanted):
@@ -207,20 +207,20 @@ class Scene:
         return "\n".join(rank.said() for rank in self.ranks.all)
 
     def told(self) -> str:
-        """What ranks said since they were last started, and what is in their log files of it."""
+        """What ranks printed and wrote to their log files since the last start."""
         logs = [path.read_text(errors="replace")[self._logged.get(path, 0) :] for path in self.run.glob("logs/*.log")]
         return "\n".join([*logs, self.said()])
 
     def checkpoints(self) -> list[Path]:
-        """Finished ones, the newest first."""
+        """Finished checkpoints, the newest first."""
         return sorted((self.run / "checkpoints").glob("step_????????"), reverse=True)
 
     def sound_checkpoints(self) -> list[int]:
-        """Steps of those whose files are all as the manifest says, by a check of our own."""
+        """Steps of the checkpoints whose files all match the manifest, by an independent check."""
         return [int(path.name.removeprefix("step_")) for path in self.checkpoints() if is_sound(path)]
 
     def left_processes(self, seconds: float = 10) -> list[str]:
-        """Of the sessions that ranks led, and that are still there after some seconds."""
+        """Processes of the ranks' sessions that are still alive after some seconds."""
         deadline = time.monotonic() + seconds
         while (left := list(self._processes())) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -233,7 +233,7 @@ class Scene:
                     yield f"process {process.pid} ({process.status()})"
 
     def left_files(self) -> list[str]:
-        """What a run that is over should not leave: unfinished folders and files, and shared memory."""
+        """What a finished run should not leave behind: unfinished folders and files, and shared memory."""
         found = [
             path
             for path in self.run.rglob("*")
@@ -243,7 +243,7 @@ class Scene:
         return [str(path.relative_to(self.run) if path.is_relative_to(self.run) else path) for path in found]
 
     def end(self) -> None:
-        """Kills whatever is left of it."""
+        """Kills all remaining processes of the run."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 if os.getsid(process.pid) in self.pids:
@@ -251,7 +251,7 @@ class Scene:
 
 
 def is_sound(checkpoint: Path) -> bool:
-    """Whether all files have the size and CRC-32 of the manifest, whose step is that of the folder's name."""
+    """Whether all files have the size and CRC-32 in the manifest, and its step matches the folder's name."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         files, step = manifest["files"], manifest["state"]["step"]
@@ -265,7 +265,7 @@ def is_sound(checkpoint: Path) -> bool:
 
 
 def differences(whole: Path, other: Path) -> str:
-    """Between two runs: the first, in words; '' if there are none."""
+    """The first difference between two runs, in words; '' if there is none."""
     try:
         assert_same_run(whole, other)
     except AssertionError as error:

@@ -1,10 +1,10 @@
-"""Everything that has to be measured on a GPU, in eight minutes of one: ceilings, our kernels, training steps.
+"""Measures everything that needs a GPU, in eight GPU minutes: ceilings, our kernels, training steps.
 
     python benchmarks/gpu.py OUT [--seconds 480] [--dry] [--resume] [--only NAME ...] [--lomar-path L] [--mae-path M]
 
-Sections run in the order of what they decide. One that would not end before the deadline is left out, one that fails
-leaves the others alone, and both are said; OUT/gpu.json grows with each. `--resume` goes on with what an earlier call
-with the same OUT left out. `--only` runs the sections whose names contain one of the words. `--lomar-path` and
+The most decisive sections run first. A section that would not end before the deadline is left out, and a section that
+fails does not affect the others; both are reported. OUT/gpu.json is updated after each. `--resume` runs what an earlier
+call with the same OUT left out. `--only` runs the sections whose names contain one of the words. `--lomar-path` and
 `--mae-path`, checkouts of the authors' code, are measured in the same run. `--dry` tries the command on a CPU, with
 a tiny encoder and without the kernel, in under two minutes. The last line of the output is one JSON object.
 
@@ -36,7 +36,7 @@ from pretrain.trainer.run_folder import RunFolder
 
 class Section(NamedTuple):
     name: str
-    kind: str  # sections of a kind take about as long
+    kind: str  # sections of one kind take about the same time
     needs: float  # seconds
     run: Callable[[Session], None]
 
@@ -55,10 +55,10 @@ def cells(wanted: list[Cell], checkouts: dict[str, Path]) -> list[Section]:
 
 
 def engine_sections(*runs: tuple[str, bool, bool]) -> list[Section]:
-    """Real runs, each of a DeepSpeed file, of the fast variant or not, and by CUDA graphs or not."""
+    """Sections of real runs, given as (DeepSpeed file, whether the fast variant, whether with CUDA graphs)."""
 
     def section(arguments: tuple[str, bool, bool]) -> Section:
-        # The name without importing webdataset, which not every machine has.
+        # Builds the name without importing webdataset, which not every machine has.
         ds_config, fast, graphs = arguments
         name = f"engine: {'fast' if fast else 'lomar'}, {ds_config}{'' if graphs else ', without CUDA graphs'}"
 
@@ -73,7 +73,7 @@ def engine_sections(*runs: tuple[str, bool, bool]) -> list[Section]:
 
 
 def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
-    """All sections, those that decide most first."""
+    """All sections, the most decisive first."""
     profiles = [
         Section(f"profile: {cell.name}", "profile", 10, profiled(cell))
         for cell in (Cell("vit_base", 224, "fast", "now"), Cell("vit_huge", 224, "lomar", "now"))
@@ -127,10 +127,10 @@ def main() -> None:
     if not arguments.dry and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --dry tries the command without one")
     paths = {"lomar": arguments.lomar_path, "mae": arguments.mae_path}
-    # What is compiled here is there for the runs of the section `engine` as well.
+    # The runs of the `engine` sections reuse what is compiled here.
     RunFolder(Path(tempfile.gettempdir()) / "gpu_benchmark").cache_compiled()
     if arguments.dry:
-        torch.set_num_threads(1)  # nothing is measured, and threads wait for each other on a busy machine
+        torch.set_num_threads(1)  # timings do not matter, and threads would wait for each other on a busy machine
     device = torch.device("cpu" if arguments.dry else "cuda")
     with Session(arguments.out, arguments.seconds, device, arguments.resume) as session:
         for section in sections(arguments.dry, {kind: path for kind, path in paths.items() if path}):

@@ -1,4 +1,4 @@
-"""What the GPU can do at most: copies, matrix products of the shapes of our layers, and torch's choice of attention."""
+"""The GPU's ceilings: copies, matrix products with our layers' shapes, and torch's choice of attention."""
 
 import os
 import platform
@@ -12,12 +12,12 @@ from benchmarks.gpu_session import Session, median_ms
 from pretrain.models.sdpa import set_deterministic
 from pretrain.models.vit import ARCHS
 
-TOKENS = 51_200  # of 256 images of 4 windows of 50
+TOKENS = 51_200  # 256 images x 4 windows x 50 tokens
 SDPA_NAMES = {0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}  # torch.nn.attention.SDPBackend's values
 
 
 def environment(session: Session) -> None:
-    """Versions, and the card."""
+    """Records versions, and the card."""
     info = {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
     if session.dry:
         info["device"] = f"dry run on a CPU ({platform.machine()})"
@@ -43,7 +43,7 @@ def _nvidia_smi() -> str:
 
 
 def ceilings(session: Session) -> None:
-    """TB/s of a copy; TFLOP/s of each product, of the gradient of its input and of that of its weight."""
+    """Measures TB/s of a copy, and TFLOP/s of each product, its input's gradient and its weight's gradient."""
     device = session.device
     rows: dict[str, object] = {"copy TB/s": _copy_speed(2**20 if session.dry else 2**31, device)}
     session.say(f"copy {rows['copy TB/s']} TB/s")
@@ -72,7 +72,7 @@ def _copy_speed(size: int, device: torch.device) -> float:
 
 
 def attention_choice(session: Session) -> None:
-    """Which kernel torch takes if it is free to choose: without a bias, with one, and with one that has a gradient."""
+    """Records which kernel torch chooses freely: without a bias, with one, and with one that has a gradient."""
     set_deterministic(False)
     rows, batch = {}, 1 if session.dry else 8
     for name, tokens, heads, channels in (
@@ -88,7 +88,7 @@ def attention_choice(session: Session) -> None:
         if name.startswith("LoMaR"):
             choices |= {"bias": bias[..., :tokens], "bias with gradient": bias.requires_grad_()[..., :tokens]}
         for kind, mask in choices.items():
-            F.scaled_dot_product_attention(q, q, q, attn_mask=mask).sum().backward()  # it works as well
+            F.scaled_dot_product_attention(q, q, q, attn_mask=mask).sum().backward()  # checks that it works
             rows[f"{name}, {kind}"] = SDPA_NAMES[torch._fused_sdp_choice(q, q, q, attn_mask=mask)]
             session.say(f"torch's attention, {name}, {kind}: {rows[f'{name}, {kind}']}")
     session.keep("attention_choice", rows)

@@ -1,4 +1,4 @@
-"""PR-MIM's depth-wise convolution, the part of the fast variants that no tensor core computes: which kernel is fast?"""
+"""Times kernels for PR-MIM's depth-wise convolution, the part of the fast variants that tensor cores cannot compute."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from pretrain.models.aggregation import ConvAggregation, as_image, as_tokens
 from pretrain.models.sdpa import set_deterministic
 
 NAME = "PR-MIM's convolution"  # the section
-GRID, KERNEL = (7, 7), 7  # of a window, and the side of the convolution
-SHAPES = {"B": (1024, 768), "L": (512, 1024), "H": (256, 1280)}  # windows of the table's batches at 224, and width
+GRID, KERNEL = (7, 7), 7  # a window's grid, and the side of the convolution
+SHAPES = {"B": (1024, 768), "L": (512, 1024), "H": (256, 1280)}  # windows in the table's batches at 224, and width
 
 
 class Contiguous(ConvAggregation):
-    """The same from images with contiguous rows, copies included: `as_image` gives the layout of channels last."""
+    """The same on contiguous images, including the copies; `as_image` returns the channels-last layout."""
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
         return as_tokens(self.conv(as_image(tokens, self.grid).contiguous()))
@@ -23,9 +23,9 @@ LAYOUTS = {"channels last": ConvAggregation, "contiguous": Contiguous}
 
 
 def convolution(session: Session) -> None:
-    """Milliseconds of the forward pass without a graph, and of both passes, from tokens to tokens.
+    """Measures milliseconds of the forward pass without autograd and of both passes, from tokens to tokens.
 
-    Both layouts, with cuDNN's deterministic kernels alone (what `train.deterministic` asks for) and with all.
+    It tries both layouts, with only cuDNN's deterministic kernels (as `train.deterministic` requests) and with all.
     """
     rows: dict[str, dict[str, float]] = {}
     for arch, (windows, dim) in SHAPES.items():

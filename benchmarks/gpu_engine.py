@@ -1,4 +1,4 @@
-"""A real run of `pretrain/run.py` on one GPU: DeepSpeed's engine, the data loader, and how long steps wait for data."""
+"""A real run of `pretrain/run.py` on one GPU, with DeepSpeed's engine and the data loader: its speed and data wait."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from data.sources import list_source
 from pretrain.trainer.metrics import read_metrics
 
 RUN = Path(__file__).resolve().parents[1] / "pretrain" / "run.py"
-WARMUP_LOGS = 3  # their steps compile, start workers and fill queues
+WARMUP_LOGS = 3  # log rows whose steps compile, start workers and fill queues
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained: LoMaR B/16 at 224, or its fast variant, by a file of ds_configs/, by CUDA graphs or not."""
+    """What is trained: LoMaR B/16 at 224 or its fast variant, with a file of ds_configs/, and CUDA graphs or not."""
 
     ds_config: str
     fast: bool = False
@@ -38,7 +38,7 @@ class Run:
 
 
 def make_shards(folder: Path, photographs: int, copies: int) -> Path:
-    """Shards of JPEGs of 500 x 375 pixels and about 100 KB, like ImageNet's: smooth noise, each in several copies."""
+    """Makes shards of ImageNet-like JPEGs, 500 x 375 pixels and about 100 KB: smooth noise, each in several copies."""
     images, shards = folder / "images", folder / "shards"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def make_shards(folder: Path, photographs: int, copies: int) -> Path:
 
 
 def engine(run: Run) -> Callable[[Session], None]:
-    """The section that starts a run in a process of its own, and reads its metrics."""
+    """The section that starts a run in its own process, and reads its metrics."""
 
     def section(session: Session) -> None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -95,7 +95,7 @@ def engine(run: Run) -> Callable[[Session], None]:
 
 
 def _start(command: list[str], environment: dict[str, str], folder: Path, session: Session) -> list[dict]:
-    """The logged metrics of a run that ends by itself or, if it takes too long, is ended."""
+    """The logged metrics of a run, which is ended if it takes too long."""
     limit = max(session.left(), 20)
     log = folder / "log.txt"
     with log.open("w") as file:

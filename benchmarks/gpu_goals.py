@@ -1,11 +1,11 @@
-"""What the GPU table should reach, and whether it did."""
+"""Goals for the GPU table, and whether they were met."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu_session import Session
 
-# Images/s of the fast variant over MAE's, both as they are now, with CUDA graphs or without them.
+# Images/s of the fast variant over MAE's, both in column "now", with or without CUDA graphs.
 FAST_OVER_MAE = {
     ("vit_base", 224): 1.8, ("vit_base", 384): 2.6, ("vit_base", 448): 3.3,
     ("vit_large", 224): 1.1, ("vit_large", 384): 1.6, ("vit_large", 448): 2.0,
@@ -16,7 +16,7 @@ MFU = {"vit_large": 0.45, "vit_huge": 0.50}  # of plain LoMaR at 224
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that should be at least `least`; `value` is None if it was not measured."""
+    """A value that should be at least `least`, or None if it was not measured."""
 
     name: str
     least: float
@@ -37,7 +37,7 @@ def goals(cells: dict[str, dict[str, Any]]) -> list[Goal]:
         return speeds[0] / speeds[1] if all(speeds) else None
 
     def best(name: str, key: str) -> float | None:
-        """With CUDA graphs or without."""
+        """The better value of those with and without CUDA graphs."""
         return max(
             (cells[found][key] for found in (name, f"{name}, without CUDA graphs") if found in cells), default=None
         )
@@ -57,7 +57,7 @@ def goals(cells: dict[str, dict[str, Any]]) -> list[Goal]:
 
 
 def print_goals(session: Session) -> dict[str, float | None]:
-    """Prints each goal, and returns what was reached by name."""
+    """Prints each goal, and returns the values reached, by name."""
     found = goals(session.results.get("cells", {}))
     for goal in found:
         session.say(str(goal))

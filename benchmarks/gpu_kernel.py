@@ -1,4 +1,4 @@
-"""The kernel for attention in windows: is it right, how is it best started, is it faster than torch's attention?"""
+"""Tests the window-attention kernel: is it correct, which launch is best, is it faster than torch's attention?"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,16 +20,16 @@ from pretrain.models.window_attention import Launch, window_tokens
 
 SIZE = 7  # patches along a side of a window
 RIGHT = "kernel: right?"  # the section
-RESERVE = 30  # seconds that a sweep leaves
+RESERVE = 30  # seconds that a sweep leaves for other sections
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative, against float64 from the same inputs
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Windows of one layer of one step: those of the table's batches.
+    """Windows of one layer in one step, with the table's batches.
 
     Attributes:
-        patches: of a window, besides the class token; all 49 are in raster order.
+        patches: per window, besides the class token; all 49 are in raster order.
     """
 
     windows: int
@@ -38,7 +38,7 @@ class Shape:
     channels: int
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """qkv (G, L, 3, H, C), table (C, 50), and the patches (G, T) if they are not all."""
+        """qkv (G, L, 3, H, C), table (C, 50), and the patches (G, T), or None for all."""
         torch.manual_seed(0)
         G, L = self.windows, 1 + self.patches
         qkv = torch.randn(G, L, 3, self.heads, self.channels, device=device).to(dtype)
@@ -59,7 +59,7 @@ LAUNCHES = [Launch(heads, warps, stages) for heads in (1, 2, 4, 12, 16) for warp
 
 
 def reference(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Tensor:
-    """(G, L, H, C), by gathers and whole maps, in the dtype of its inputs."""
+    """(G, L, H, C), computed with gathers and whole maps, in the dtype of the inputs."""
     tokens = torch.arange(1 + SIZE * SIZE, device=qkv.device)[None]
     if patches is not None:
         tokens = F.pad(1 + patches, (1, 0))
@@ -77,9 +77,9 @@ def by_kernel(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[]
 
 
 def by_torch(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[], Tensor]:
-    """What the project does without the kernel: a bias of all logits, and torch's attention.
+    """What the project does without the kernel: a bias for all logits, and torch's attention.
 
-    A step makes the buckets once for all blocks, so they are no part of the call.
+    A step computes the buckets once for all blocks, so they are not part of the call.
     """
     key, buckets = RelativeKey(qkv.shape[-1]), grid_buckets(SIZE, SIZE).to(qkv.device)
     with torch.autocast(qkv.device.type, qkv.dtype):
@@ -95,7 +95,7 @@ def by_torch(qkv: Tensor, table: Tensor, patches: Tensor | None) -> Callable[[],
 
 
 def right(session: Session) -> None:
-    """Outputs and gradients against float64, and the same bits twice; in a dry run, of torch's attention."""
+    """Checks outputs and gradients against float64, and that two runs have equal bits (dry: of torch's attention)."""
     make = by_torch if session.dry else by_kernel
     set_deterministic(True)
     rows = session.table("kernel_right")
@@ -141,7 +141,7 @@ def _errors(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None) 
 
 
 def launched(direction: str, launch: Launch) -> AbstractContextManager:
-    """Within it the kernel of one direction is started in another way than the project does."""
+    """A context in which the kernel of one direction uses another launch than the project's."""
     chosen = window_attention.choose_launch
 
     def choose(backward: bool, *rest: Any) -> Launch:
@@ -151,7 +151,7 @@ def launched(direction: str, launch: Launch) -> AbstractContextManager:
 
 
 def against_torch(name: str) -> Callable[[Session], None]:
-    """Times one layer's attention at a key of `SHAPES`, by the kernel and by torch, and says which is faster."""
+    """Times one layer's attention at a key of `SHAPES`, with the kernel and with torch, and reports which is faster."""
 
     def section(session: Session) -> None:
         shape = replace(SHAPES[name], windows=4) if session.dry else SHAPES[name]
@@ -163,7 +163,7 @@ def against_torch(name: str) -> Callable[[Session], None]:
             ("torch, fastest", by_torch, False),
         ):
             if session.dry and make is by_kernel:
-                continue  # it is for GPUs
+                continue  # the kernel needs a GPU
             set_deterministic(deterministic)
             rows[label] = _times(make, *inputs, session)
             session.say(f"{name}, {label}: " + ", ".join(f"{part} {ms:.3f} ms" for part, ms in rows[label].items()))
@@ -178,7 +178,7 @@ def against_torch(name: str) -> Callable[[Session], None]:
 
 
 def _times(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None, session: Session) -> dict[str, float]:
-    """Milliseconds of the forward pass without a graph, and of both passes."""
+    """Milliseconds of the forward pass without autograd, and of both passes."""
     qkv, table = qkv.requires_grad_(), table.requires_grad_()
     call = make(qkv, table, patches)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def _times(make: Callable, qkv: Tensor, table: Tensor, patches: Tensor | None, s
 
 
 def sweep(name: str) -> Callable[[Session], None]:
-    """Times the kernel at a key of `SHAPES` in each of the ways to start it; the fastest is not taken by itself."""
+    """Times the kernel at a key of `SHAPES` with every launch; the fastest is only reported, not adopted."""
 
     def section(session: Session) -> None:
         if session.dry:
@@ -218,13 +218,13 @@ def sweep(name: str) -> Callable[[Session], None]:
 def _launch_times(
     make: Callable, inputs: tuple[Tensor, Tensor, Tensor | None], session: Session, direction: str, launch: Launch
 ) -> float | str:
-    """Milliseconds: of the forward pass alone, or of both, of which only the backward's start differs."""
+    """Milliseconds of the forward pass alone, or of both passes, where only the backward launch differs."""
     from triton.errors import TritonError
 
     try:
         with launched(direction, launch):
             times = _times(make, *inputs, session)
-    except TritonError as error:  # such as too much shared memory: a result of the sweep
+    except TritonError as error:  # for example too much shared memory; this is a result of the sweep
         free_memory()
         return f"{type(error).__name__}: {error}"[:200]
     return round(times["forward" if direction == "forward" else "both"], 4)

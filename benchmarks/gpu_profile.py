@@ -1,4 +1,4 @@
-"""Which kernels a step spends its time in."""
+"""Profiles which kernels a step spends its time in."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ SHOWN = 14
 
 
 def profiled(cell: Cell) -> Callable[[Session], None]:
-    """The section that keeps milliseconds and calls of each kernel in one step, the slowest first."""
+    """The section that records milliseconds and calls of each kernel in one step, the slowest first."""
 
     def section(session: Session) -> None:
         if session.dry:

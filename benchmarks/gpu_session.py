@@ -1,4 +1,4 @@
-"""The results of `gpu.py`: written as they come, in sections that end in time and fail alone."""
+"""The results of `gpu.py`, written as they come; its sections end in time and fail independently."""
 
 import faulthandler
 import gc
@@ -17,19 +17,19 @@ import torch
 
 from pretrain.trainer.cuda_graphs import Recording, warm_up
 
-GRACE = 90  # seconds past the deadline after which a section that hangs is ended, and the command with it
+GRACE = 90  # seconds past the deadline after which a hanging section is ended, along with the command
 
 
 class Session:
-    """One run of the command; within it, whatever hangs long past the deadline is ended with the process.
+    """One run of the command; if anything hangs long past the deadline, the process ends.
 
     Attributes:
-        device: what everything is measured on; the CPU in a dry run.
-        results: by name; `sections` says how each section ended.
+        device: where everything is measured; the CPU in a dry run.
+        results: by name; `sections` has how each section ended.
     """
 
     def __init__(self, out: Path, seconds: float, device: torch.device, resume: bool):
-        """With `resume`, sections that ended before, well or not, are not run again, and their results stay."""
+        """With `resume`, sections that succeeded or failed before are not run again, and their results are kept."""
         self.device, self._seconds, self._start = device, seconds, time.monotonic()
         self._file = out / "gpu.json"
         out.mkdir(parents=True, exist_ok=True)
@@ -57,21 +57,21 @@ class Session:
         print(f"[{time.monotonic() - self._start:4.0f} s] {text}", flush=True)
 
     def keep(self, name: str, value: Any) -> None:
-        """Puts a result into the file."""
+        """Writes a result to the file."""
         self.results[name] = value
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.results, indent=1))
         temporary.replace(self._file)
 
     def table(self, name: str) -> dict[str, Any]:
-        """A result that is a table, to which rows are added."""
+        """A result table, for adding rows."""
         return self.results.setdefault(name, {})
 
     def section(self, name: str, kind: str, needs: float, function: Callable[["Session"], None]) -> None:
-        """Runs a section, unless it was run before or would start too late.
+        """Runs a section, unless it was run before or too little time is left.
 
         Args:
-            kind: sections of one kind take about as long; the longest so far replaces `needs`.
+            kind: sections of one kind take about the same time; the longest so far replaces `needs`.
             needs: seconds that it may take.
         """
         sections = self.results["sections"]
@@ -87,9 +87,9 @@ class Session:
         try:
             function(self)
             if not self.dry:
-                torch.cuda.synchronize()  # an error of a kernel that still runs is this section's
+                torch.cuda.synchronize()  # attributes errors of running kernels to this section
             sections[name] = f"done in {time.monotonic() - start:.0f} s"
-        except Exception as error:  # the others still run; this one's error is a result
+        except Exception as error:  # the error is a result; other sections still run
             sections[name] = f"error: {type(error).__name__}: {error}"[:1000]
             self.keep("tracebacks", self.table("tracebacks") | {name: traceback.format_exc()})
             self.say("\n".join((*traceback.format_exc().splitlines()[-5:-1], sections[name])))
@@ -98,14 +98,14 @@ class Session:
         self._free_memory_or_restart()
 
     def _free_memory_or_restart(self) -> None:
-        """In a new process what is left is done, if this one can do no more.
+        """Frees memory; continues in a new process if this one cannot use the GPU any more.
 
-        That is so after an illegal memory access, and random numbers are lost when a CUDA graph could not be captured.
+        An illegal memory access causes that; a failed CUDA graph capture breaks the random number generator.
         """
         if self.dry:
             return free_memory()
         try:
-            free_memory()  # which fails as well
+            free_memory()  # fails in that case, too
             torch.rand(1, device=self.device).item()
         except RuntimeError:
             self.say("the GPU cannot be used any more by this process; a new one goes on")
@@ -117,14 +117,14 @@ class Session:
 
 
 def free_memory() -> None:
-    """Gives back what the last section held."""
+    """Releases what the last section held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def graphed_ms(function: Callable[[], object], device: torch.device, calls: int = 10) -> float:
-    """Milliseconds that a GPU computes a call: several are captured in a CUDA graph, or the CPU's work would count."""
+    """GPU milliseconds of a call; a CUDA graph captures several calls, so that the CPU's work does not count."""
     if device.type == "cpu":
         return median_ms(function, device, repetitions=2, warmup=0)
     warm_up(function)

@@ -1,8 +1,8 @@
 """Training steps on one GPU: encoders x sizes x variants, before kernel, compiler and fused AdamW, and now.
 
-A step is forward, backward and AdamW on one batch that stays on the GPU, in plain PyTorch; MFU is three times the
-counted FLOPs of a forward pass over 989 TFLOP/s, an H100's dense bf16. "MAE" is ours with torch's fused attention: the
-fastest that torch has, although its backward pass may give other bits each time, except in the column that says so.
+A step is forward, backward and AdamW on one batch that stays on the GPU, in plain PyTorch. MFU is three times the
+counted FLOPs of a forward pass over 989 TFLOP/s, an H100's dense bf16 peak. "MAE" is ours with torch's fastest fused
+attention, whose backward pass may give different bits each time, except in the column "now, deterministic".
 """
 
 import time
@@ -29,7 +29,7 @@ IMAGES = {
 BF16, SDPA = "now, bf16 residual", "now, without the kernel"
 ONE_BY_ONE = "now, without CUDA graphs"
 BEFORE = ("model.attention=sdpa", "model.compile=off", "train.deterministic=false")
-# The keys of each column, besides those that every LoMaR or MAE has.
+# The keys of each column, added to those of every LoMaR or MAE.
 COLUMNS = {
     "before": BEFORE,
     "now": (),
@@ -62,7 +62,7 @@ class Cell:
     def overrides(self, session: Session) -> tuple[str, ...]:
         keys = ["train.deterministic=false"] if self.variant == "mae" else []
         if self.compiled and is_wrong(session):
-            keys.append("model.attention=sdpa")  # the speed of a kernel that is wrong is worth nothing
+            keys.append("model.attention=sdpa")  # the speed of a wrong kernel is meaningless
         return (*keys, *COLUMNS[self.column])
 
 
@@ -71,7 +71,7 @@ def _both(arch: str, size: int, *variants: str) -> list[Cell]:
 
 
 def first_cells() -> list[Cell]:
-    """What decides most."""
+    """The most decisive cells."""
     return [
         *_both("vit_base", 224, "lomar", "fast", "mae"),
         Cell("vit_base", 224, "lomar", SDPA),
@@ -91,7 +91,7 @@ def second_cells() -> list[Cell]:
 
 
 def further_cells() -> list[Cell]:
-    """The rest of the table, most wanted first; those of `first_cells` and `second_cells` are left out."""
+    """The rest of the table, the most wanted first, without `first_cells` and `second_cells`."""
     wanted = [
         Cell("vit_base", 224, "lomar", BF16),
         Cell("vit_large", 224, "lomar", BF16),
@@ -115,7 +115,7 @@ def authors_cells(kinds: list[str]) -> list[Cell]:
 
 
 def measure(cell: Cell, checkout: Path | None = None) -> Callable[[Session], None]:
-    """The section that fills a cell; `checkout` is of the authors' code, for their column."""
+    """The section that fills a cell; `checkout` is the authors' code, for their column."""
 
     def section(session: Session) -> None:
         arch, images = (cell.arch, IMAGES[cell.arch, cell.size]) if not session.dry else ("vit_tiny", 1)
@@ -142,7 +142,7 @@ def measure(cell: Cell, checkout: Path | None = None) -> Callable[[Session], Non
 
 
 def _forward_flops(arch: str, size: int, variant: str, session: Session) -> float:
-    """Of one image, counted without kernel and compiler, once for each variant."""
+    """FLOPs of one image, counted without kernel and compiler, once per encoder, size and variant."""
     known, key = session.table("forward_flops"), f"{arch} {size} {variant}"
     if key not in known:
         config = load_variant(variant, arch, size, *BEFORE)
@@ -152,7 +152,7 @@ def _forward_flops(arch: str, size: int, variant: str, session: Session) -> floa
 
 
 def _measure(cell: Cell, arch: str, images: int, checkout: Path | None, session: Session) -> dict[str, Any]:
-    """Times a step; nothing of the model is left when it returns."""
+    """Times a step; the model is released when it returns."""
     device, numerics = session.device, "the authors'"
     torch._dynamo.reset()
     if checkout is not None:

@@ -1,4 +1,4 @@
-"""The graphs that torch.compile makes of a method's blocks: counted, with a backend that compiles nothing."""
+"""Counts the graphs that torch.compile makes of a method's blocks, with a backend that compiles nothing."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ from pretrain.models.vit import Block
 
 
 def count_graphs(config: PretrainConfig, batch: int = 2) -> int:
-    """Graphs of all blocks in two training steps, in bf16 on the CPU; one for each shape of sequences.
+    """Counts all blocks' graphs in two training steps, in bf16 on the CPU: one for each shape of sequences.
 
     Raises:
-        torch._dynamo.exc.Unsupported: a block is not one graph, but broken into several.
+        torch._dynamo.exc.Unsupported: a block has a graph break.
     """
     graphs: list[torch.fx.GraphModule] = []
 

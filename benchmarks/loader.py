@@ -1,21 +1,21 @@
-"""Photographs per second of one core: ours, torchvision's usual pipeline, and bare decoding as the limit.
+"""Photographs per second on one core: ours, torchvision's usual pipeline, and bare decoding as the limit.
 
     python benchmarks/loader.py PHOTOGRAPHS.tar [--quick]
 
-PHOTOGRAPHS.tar is any tar of photographs, such as some hundred of ImageNet's training set. They are packed twice: as
-they are, and with ``--short-side 288 --quality 90``. One process and one thread do everything, timed in CPU seconds, so
-that other work on the machine matters little. Contenders take turns at the same eight photographs; a ratio is the
-median over rounds, each of which is all photographs, of the ratios within a round.
+PHOTOGRAPHS.tar is any tar of photographs, such as a few hundred from ImageNet's training set. They are packed twice: as
+they are, and with ``--short-side 288 --quality 90``. A single-threaded process does everything, timed in CPU seconds,
+so that other work on the machine matters little. Contenders take turns at the same eight photographs. Each round covers
+all photographs; ratios are computed within a round, and their median over rounds is reported.
 
 - `usual`: what ImageFolder does (PIL), RandomResizedCrop (0.2 to 1, bicubic), a flip, ToTensor and Normalize, from
-  files in a folder; without putting batches together. It draws as it always does, and then takes the crop of ours.
-- `ours`: micro-batches of `data.loader.Loader`, out of shards. They are uint8, as the GPU normalizes them.
-- `ours_repeats2`: the same with `data.repeats=2`, two crops of each decode; its times and rates are those of a crop.
-- `limit`: torchvision decodes the whole file, and nothing is made of it.
+  files in a folder, without collating batches. It draws its own crop as always, and then uses ours.
+- `ours`: micro-batches of `data.loader.Loader` from shards, in uint8, because the GPU normalizes them.
+- `ours_repeats2`: the same with `data.repeats=2`, two crops per decode; its times and rates are per crop.
+- `limit`: torchvision decodes the whole file and does nothing else.
 
-The last line of the output is one JSON object. `ratio_224` and `ratio_448` are ours to usual, `ratio_224_repeats2` is
-that with two crops of each decode, `ratio_224_packed288` ours on the shrunk photographs to usual on the whole ones;
-`share_of_limit_*` are ours to the limit on the same files. `loader_peers.py` compares other loaders.
+The last line of the output is one JSON object. `ratio_224` and `ratio_448` compare ours to usual, `ratio_224_repeats2`
+with two crops per decode. `ratio_224_packed288` compares ours on the shrunk photographs to usual on the whole ones;
+`share_of_limit_*` compare ours to the limit on the same files. `loader_peers.py` compares other loaders.
 """
 
 import argparse
@@ -60,7 +60,7 @@ Contender = Callable[[Sequence[int]], object]  # handles the photographs of thes
 
 
 def extract(tar: Path, folder: Path, limit: int | None) -> int:
-    """Writes the photographs of a tar into a folder, under numbers; returns how many."""
+    """Extracts the photographs of a tar into a folder, with numbers as names; returns how many."""
     count = 0
     with tarfile.open(tar) as members:
         for member in members:
@@ -76,7 +76,7 @@ def extract(tar: Path, folder: Path, limit: int | None) -> int:
 
 
 class _SameCrop(transforms.RandomResizedCrop):
-    """Draws as always, and takes another box."""
+    """Draws as usual, but then uses a given box."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -88,7 +88,7 @@ class _SameCrop(transforms.RandomResizedCrop):
 
 
 def same_box(size: int, seed: int, number: int, image: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box that the loader cuts out of a sample in the first epoch."""
+    """The box that the loader crops from a sample in the first epoch."""
     rng, augmentation = sample_rng(seed, 0, number, Stream.CROP), Augmentation()
     flip_decision(rng, augmentation.flip)
     left, top, right, bottom = augmentation.box(rng, *image, (size, size))
@@ -96,7 +96,7 @@ def same_box(size: int, seed: int, number: int, image: tuple[int, int]) -> tuple
 
 
 def usual(files: Sequence[Path], size: int, seed: int) -> Contender:
-    """torchvision's."""
+    """torchvision's pipeline."""
     crop = _SameCrop(size, (0.2, 1), interpolation=transforms.InterpolationMode.BICUBIC)
     after = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     pipeline = transforms.Compose([crop, *after])
@@ -115,14 +115,14 @@ def limit(files: Sequence[Path]) -> Contender:
 
 
 def ours(index: Index, size: int, seed: int, repeats: int = 1) -> Iterator[Sequence[int]]:
-    """Makes a micro-batch each time, in the loader's order; yields the numbers of its photographs."""
+    """Makes micro-batches in the loader's order; yields the numbers of each one's photographs."""
     loader = Loader(index, size=(size, size), batch=BATCH, seed=seed, repeats=repeats)
     for (batch,) in loader.batches(0, repeats * loader.steps_per_epoch):
         yield batch.samples.tolist()
 
 
 def time_round(index: Index, shrunk: Index, files: dict[str, list[Path]], size: int, seed: int) -> dict[str, float]:
-    """CPU seconds a photograph of each contender."""
+    """CPU seconds per photograph for each contender."""
     torch.manual_seed(seed)
     spent: dict[str, float] = defaultdict(float)
     others = {
@@ -143,7 +143,7 @@ def time_round(index: Index, shrunk: Index, files: dict[str, list[Path]], size: 
     for _ in range(steps):
         numbers = timed("ours", partial(next, whole_batches))
         assert timed("ours_packed288", partial(next, shrunk_batches)) == numbers, "both in the same order"
-        for _ in range(REPEATS):  # all photographs once, too
+        for _ in range(REPEATS):  # this covers all photographs once, too
             timed("ours_repeats2", partial(next, repeated))
         for name, contender in others.items():
             timed(name, partial(contender, numbers))
@@ -152,7 +152,7 @@ def time_round(index: Index, shrunk: Index, files: dict[str, list[Path]], size: 
 
 
 def summarize(rounds: dict[int, list[dict[str, float]]]) -> dict[str, float]:
-    """Medians of the ratios of each round."""
+    """Medians over rounds of the ratios and rates."""
 
     def ratio(size: int, slower: str, faster: str) -> float:
         return round(statistics.median(times[slower] / times[faster] for times in rounds[size]), 3)
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _unpack(index: Index, folder: Path) -> Iterator[Path]:
-    """Files of the samples of shards, in their order."""
+    """Writes the samples of shards into files, in their order."""
     reader = ShardReader(index)
     for sample in range(len(index)):
         path = folder / f"{sample:06d}"

@@ -2,20 +2,20 @@
 
     python benchmarks/loader_peers.py PHOTOGRAPHS.tar [--quick] [--workers 0 1 2] [--size 224]
 
-The JPEGs of PHOTOGRAPHS.tar are written in each loader's own format, and each goes through all of them as its users
-write it: random crops (0.2 to 1, bicubic) of its own, flips, batches of 32. Loaders that are not installed are left
-out, with a line that says so; `pip install litdata mosaicml-streaming nvidia-dali-cuda120` installs them.
+The JPEGs of PHOTOGRAPHS.tar are written in each loader's own format. Each loader reads all of them in the way its users
+write it: its own random crops (0.2 to 1, bicubic), flips, batches of 32. Loaders that are not installed are left out,
+and this is reported; `pip install litdata mosaicml-streaming nvidia-dali-cuda120` installs them.
 
 - `ours`: `data.loader.Loader`; uint8, normalized on the GPU. `ours_repeats2`: with `data.repeats=2`, per crop.
-- `torchvision`: ImageFolder (Pillow), its transforms, torch's DataLoader. The others are compared with it.
-- `webdataset`: `decode("pil")` and the same transforms, from the very shards of `ours`.
-- `litdata`: optimized chunks, which it decodes by torchvision; transforms of tensors.
+- `torchvision`: ImageFolder (Pillow), its transforms, torch's DataLoader.
+- `webdataset`: `decode("pil")` and the same transforms, from the same shards as `ours`.
+- `litdata`: optimized chunks, which it decodes with torchvision; transforms on tensors.
 - `mosaicml_streaming`: MDS shards with a column of JPEGs (Pillow), and torchvision's transforms.
-- `dali_cpu`: `readers.webdataset` of our shards, `image_random_crop` and resize on the CPU; its threads are `workers`.
+- `dali_cpu`: `readers.webdataset` on our shards, `image_random_crop` and resize on the CPU; `workers` is its threads.
 
-Milliseconds of CPU time for a photograph, of the main process and all others, and photographs a second, in a pass over
-the photographs after one that is not counted; medians of rounds, in which all take turns. CPU time hardly depends on
-other work on the machine, the rate does: it needs as many idle cores as there are workers, and one.
+Reported are milliseconds of CPU time per photograph, over the main process and all others, and photographs per second,
+in one pass after a warm-up pass; medians over rounds, in which all loaders take turns. CPU time hardly depends on other
+work on the machine. The rate does: it needs one idle core more than there are workers.
 
 The last line is one JSON object; `ratio_NAME_W` is ours to that loader, by CPU time, with W workers.
 """
@@ -57,26 +57,26 @@ SCALE = (0.2, 1.0)
 class Sources(NamedTuple):
     """The same photographs in every format."""
 
-    folder: Path  # with a folder of JPEGs in it
+    folder: Path  # contains a folder of JPEGs
     shards: Path
-    other: Path  # for what a loader needs besides
+    other: Path  # for other loaders' formats
 
     def files(self) -> list[Path]:
         return sorted(self.folder.glob("*/*"))
 
 
-Batches = Iterator[int]  # makes a batch each time; yields its photographs
+Batches = Iterator[int]  # makes a batch each time; yields its number of photographs
 
 
 def transform(size: int) -> Callable[[Any], torch.Tensor]:
-    """torchvision's usual one, of Pillow's images or of tensors."""
+    """torchvision's usual transform, for Pillow images or tensors."""
     crop = v2.RandomResizedCrop(size, SCALE, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *to_float])
 
 
 def _passes(make: Callable[[int], Iterator[Any]], count: int) -> Batches:
-    """Batches of tensors, or of tuples that begin with one, of several epochs."""
+    """Counts the batches of several epochs; a batch is a tensor, or a tuple that begins with one."""
     for epoch in range(count):
         for batch in make(epoch):
             yield len(batch if isinstance(batch, torch.Tensor) else batch[0])
@@ -112,7 +112,7 @@ def webdataset(sources: Sources, size: int, workers: int, passes: int) -> Batche
 def _split(shards: Iterator[Any]) -> Iterator[Any]:
     import webdataset as wds
 
-    return wds.split_by_worker(shards)  # by name: a class's default could not be pickled
+    return wds.split_by_worker(shards)  # a module-level function, because the class's default cannot be pickled
 
 
 def litdata(sources: Sources, size: int, workers: int, passes: int) -> Batches:
@@ -122,7 +122,7 @@ def litdata(sources: Sources, size: int, workers: int, passes: int) -> Batches:
     if not chunks.exists():
         files = [str(path) for path in sources.files()]
         litdata.optimize(Image.open, files, str(chunks), chunk_bytes="16MB", num_workers=1, verbose=False)
-        multiprocessing.set_start_method("fork", force=True)  # the system's default, which that has changed
+        multiprocessing.set_start_method("fork", force=True)  # restores the system's default, which litdata changed
     change = transform(size)
 
     class Photographs(litdata.StreamingDataset):
@@ -180,7 +180,7 @@ def dali_cpu(sources: Sources, size: int, workers: int, passes: int) -> Batches:
 
 
 class Contender(NamedTuple):
-    """A loader and the package that it needs; ours and torchvision need none that is not a dependency."""
+    """A loader and the package that it needs; ours and torchvision need only our dependencies."""
 
     make: Callable[[Sources, int, int, int], Batches]
     package: str = "torch"
@@ -201,18 +201,18 @@ def installed(package: str) -> bool:
     """Whether a package can be imported."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it is in
+    except ModuleNotFoundError:  # of a parent package
         return False
 
 
 def _cpu_seconds() -> float:
-    """Of this process and all below it that are alive."""
+    """CPU seconds of this process and its live descendants."""
     below = psutil.Process().children(recursive=True)
     return time.process_time() + sum(sum(process.cpu_times()[:2]) for process in below)
 
 
 def time_pass(contender: Contender, sources: Sources, size: int, workers: int, photographs: int) -> tuple[float, float]:
-    """CPU seconds and seconds for a photograph, in the second pass."""
+    """CPU seconds and elapsed seconds per photograph, in the second pass."""
     batches, seen, started = contender.make(sources, size, workers, 3), 0, (0, 0.0, 0.0)
     for count in batches:
         seen += count

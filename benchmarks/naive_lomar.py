@@ -1,8 +1,8 @@
 """LoMaR as a first research implementation would write it; `step.py` measures ours against it.
 
-It embeds the whole image, copies the token map once for each window and gathers from the copies, assigns mask tokens by
-boolean index, gathers the relative bias out of the scores of all buckets, and sends every token through the head and
-every patch through the target before a mask selects. Its weights have the names of `pretrain.methods.lomar.LoMaR`.
+It embeds the whole image, copies the token map for each window and gathers from the copies, and assigns mask tokens by
+boolean index. It gathers the relative bias from the scores of all buckets, and computes the head and the target for all
+tokens and patches before a mask selects. Its weights are named as in `pretrain.methods.lomar.LoMaR`.
 """
 
 import torch
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
 
 
 class NaiveLoMaR(nn.Module):
-    """Takes the batches of `LoMaR` and gives the same loss."""
+    """Takes the same batches as `LoMaR` and computes the same loss."""
 
     def __init__(self, arch: Arch, patch_size: int, window_size: int, norm_pix: bool):
         super().__init__()
@@ -91,7 +91,7 @@ class NaiveLoMaR(nn.Module):
 
     @classmethod
     def like(cls, ours: LoMaR) -> "NaiveLoMaR":
-        """The same function with the same weights."""
+        """A naive implementation of our method with the same weights."""
         encoder, target = ours.encoder, ours.target
         assert isinstance(target, PixelTarget)
         naive = cls(encoder.arch, encoder.patch_size, ours.config.window_size, target.norm_pix)
@@ -130,7 +130,7 @@ class NaiveLoMaR(nn.Module):
 
 
 def randomize_tables(ours: LoMaR) -> None:
-    """The relative tables are zero at first, which would hide a wrong bias."""
+    """Randomizes the relative tables, because their initial zeros would hide a wrong bias."""
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if "lookup_table" in name:
@@ -138,7 +138,7 @@ def randomize_tables(ours: LoMaR) -> None:
 
 
 def assert_equal_steps(ours: LoMaR, naive: NaiveLoMaR, batch: tuple[Tensor, dict[str, Tensor]], bf16: bool) -> None:
-    """The same loss to rounding, and gradients of all parameters in the same direction."""
+    """Asserts that losses are equal up to rounding, and all parameters' gradients have the same direction."""
     losses, gradients = [], []
     for model in (ours, naive):
         with torch.autocast(batch[0].device.type, torch.bfloat16, enabled=bf16):

@@ -1,18 +1,18 @@
-"""How far `python -m pretrain.plan` is off, against what can be counted on a CPU and against published times.
+"""Measures the errors of `python -m pretrain.plan`, against counts on a CPU, published times and an H200's steps.
 
     python benchmarks/plan_check.py [--quick]
 
 1. flops of a forward pass, counted by torch in the real method;
-2. bytes kept for the backward pass under bf16 autocast, for each image: of the real method on the CPU, against the
-   formula of a CPU's attention, which writes its logits to memory; and on a GPU that is not there (`fake_gpu.py`), with
-   SDPA and with the window kernel;
+2. bytes per image kept for the backward pass under bf16 autocast: of the real method on the CPU, against the formula
+   for a CPU's attention, which writes its logits to memory; and on a fake GPU (`fake_gpu.py`), with SDPA and with the
+   window kernel;
 3. memory of 1, 2 and 4 real DeepSpeed processes in every ZeRO stage: after a step, and at its peak;
-4. hours and rates that papers report, planned as far as possible as their authors computed: eager, fp32 residual,
-   attention through memory. docs/planning.md says why they are off;
+4. hours and rates reported in papers, planned as closely as possible to the authors' setup: eager, fp32 residual,
+   attention through memory. docs/planning.md explains the errors;
 5. steps that were measured on an H200.
 
-`--quick` takes a smaller encoder on the CPU, and no 4 processes. Minutes on two cores. The last line is one JSON
-object.
+`--quick` uses a smaller encoder on the CPU, and at most 2 processes. It takes minutes on two cores. The last line is
+one JSON object.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def forward_flops(trace: Trace) -> float:
 
 
 def count_flops(config: PretrainConfig) -> float:
-    """Of an image's forward pass, a teacher's with it."""
+    """FLOPs of one image's forward pass, including a teacher's."""
     method = build_method(config)
     ema = build_ema(config, method, torch.device("cpu"))
     images, mask_indices = draw_batch(method, config, 2)
@@ -99,7 +99,7 @@ def count_flops(config: PretrainConfig) -> float:
 
 
 def count_kept(config: PretrainConfig) -> float:
-    """Bytes that one image more keeps."""
+    """Bytes kept for one more image."""
     method = build_method(config)
     ema = build_ema(config, method, torch.device("cpu"))
     kept = []
@@ -133,7 +133,7 @@ def check_counts(quick: bool) -> list[Row]:
 
 
 def check_compiled() -> list[Row]:
-    """A block that the CPU's Inductor compiles keeps what the formula of compiled blocks says."""
+    """Compares what a block compiled by the CPU's Inductor keeps with the formula for compiled blocks."""
     arch, tokens, sequences = Arch(192, 1, 3), 50, (8, 16)
     block, buckets = Block(arch, relative=True), grid_buckets(7, 7)
     forward = torch.compile(block.forward, dynamic=False)
@@ -151,7 +151,7 @@ def check_compiled() -> list[Row]:
 
 
 def check_memory(quick: bool) -> list[Row]:
-    """One image a rank, so that what is measured is weights, gradients, optimizer and DeepSpeed, not activations."""
+    """Uses one image per rank, to measure weights, gradients, optimizer and DeepSpeed instead of activations."""
     rows = []
     cases = [(stage, ranks) for ranks in ((1, 2) if quick else (1, 2, 4)) for stage in range(4)]
     for stage, ranks in tqdm(cases, desc="ZeRO"):
@@ -167,7 +167,7 @@ def check_memory(quick: bool) -> list[Row]:
         memory = step_memory(trace, ON_CPU, zero, ranks, images=1)
         assumed = CONTEXT + FRAGMENTATION * memory.activations if memory.activations else CONTEXT
         weights, gradients, optimizer = state_memory(trace.parameters, zero, ranks)
-        # Stage 3 keeps its gradients' and its bucket's memory between steps.
+        # Stage 3 keeps the memory of its gradients and its bucket between steps.
         after = weights + optimizer + (gradients + 4 * zero.bucket if stage == 3 else 0)
         name = f"ZeRO {stage}, {ranks} rank{'s' if ranks > 1 else ''}"
         rows.append(Row("memory", f"{name}: after a step", "MB", measured.after / 1e6, after / 1e6))
@@ -177,8 +177,8 @@ def check_memory(quick: bool) -> list[Row]:
 
 AUTHORS = ON_CPU
 A100 = Cluster(GPUS["a100"], 4, 4, 1600)
-V100 = Cluster(replace(GPUS["v100"], bf16=True), 8, 8, 100)  # its fp16, as the authors' autocast, costs as bf16
-# A core of TPU v3: half of a chip's 123 TFLOP/s and 900 GB/s (Google Cloud's documentation). XLA fuses what it can.
+V100 = Cluster(replace(GPUS["v100"], bf16=True), 8, 8, 100)  # the authors' fp16 autocast costs the same as bf16
+# A TPU v3 core: half of a chip's 123 TFLOP/s and 900 GB/s (Google Cloud's documentation). XLA fuses what it can.
 TPU = Cluster(GPU(61.5, 0.8, 4, 450, 16, nvlink=70, pcie=16, network=10_000), 128, 128, 10_000)
 
 
@@ -196,7 +196,7 @@ def mae(*overrides: str) -> Plan:
 
 
 def vit_small(numerics: Numerics) -> Plan:
-    """SimMIM with a ViT-S encodes all 196 patches, as a classifier does."""
+    """Plans SimMIM with a ViT-S, which encodes all 196 patches like a classifier."""
     overrides = ("model.arch=vit_small", "train.global_batch_size=256", "train.gradient_accumulation_steps=1")
     return plan(Cluster(GPUS["h100"], 1, 1, 400), numerics, SIMMIM, *overrides)
 

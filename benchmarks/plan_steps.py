@@ -1,4 +1,4 @@
-"""The planner against steps that a GPU was measured with: `results/`, written by gpu.py."""
+"""The planner against steps measured on a GPU, from `results/`, written by gpu.py."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def planned_steps(gpu: str) -> Iterator[tuple[str, float, float]]:
-    """Cell, and milliseconds of its step: measured, and planned."""
+    """Yields each cell's name and the milliseconds of its step, measured and planned."""
     for name, cell in json.loads((RESULTS / f"{gpu}.json").read_text())["cells"].items():
         (arch, size, variant), column = name.split(", ", 1)[0].split(), name.split(", ", 1)[1]
         if column == "now" and cell["images"] == IMAGES[arch, int(size)]:

@@ -1,23 +1,23 @@
-"""Kills a run at random and continues it, many times, and compares it with one that was left alone.
+"""Kills a run at random and continues it, many times, and compares it with an undisturbed run.
 
     python benchmarks/soak.py [--quick] [--kills 25] [--seed 0] [--shards SHARDS ...] [--store] [section.key=value ...]
 
-Two ranks on CPUs pretrain a ViT-Ti on small images. One run goes through; another is killed and started again, until it
-has been killed and has resumed `--kills` times (3 with `--quick`), and then goes on to its end. What happens to it, and
-when, is drawn from `--seed`:
+Two CPU ranks pretrain a ViT-Ti on small images. One run is undisturbed; another is killed and restarted until it has
+been killed and has resumed `--kills` times (3 with `--quick`), and then runs to its end. `--seed` determines what
+happens to it and when:
 
 - `all`: SIGKILL to all ranks and their data workers, as when a node fails;
-- `rank`: SIGKILL to one rank, and the others have to end by themselves;
-- `signal`: SIGTERM to one rank or to all, upon which the run saves and stops;
+- `rank`: SIGKILL to one rank; the others must end by themselves;
+- `signal`: SIGTERM to one rank or to all, after which the run saves and stops.
 
-each between a start and some steps later, so also while it starts or saves. Each start has 0, 1 or 2 data workers a
-rank, and one of the SHARDS: the same shards at several places, paths or URLs (`--shards A --shards B`); the run that
-goes through reads the first. Without --shards there are some made of noise; of others a few hundred images are enough.
-With `--store` half of the starts read the shards from an S3 server that a quarter of the requests fail at, with nothing
-in the node's cache (`pip install moto[server] boto3`).
+Each happens between a start and some steps later, so also while the run starts or saves. Each start uses 0, 1 or 2 data
+workers per rank, and one of the SHARDS: the same shards in several places, paths or URLs (`--shards A --shards B`). The
+undisturbed run reads the first. Without --shards, shards of noise are made; otherwise, a few hundred images are enough.
+With `--store`, half of the starts read the shards from an S3 server where a quarter of the requests fail, with an empty
+node cache (`pip install moto[server] boto3`).
 
-Both must have the same images in every step, by key and pixels, and the same losses and gradient norms; the weights at
-the end must have the same bits. The last line is one JSON object; the exit code is 1 if anything differs.
+Both runs must have the same images in every step, by key and pixels, and the same losses and gradient norms; the final
+weights must have the same bits. The last line is one JSON object; the exit code is 1 if anything differs.
 """
 
 import argparse
@@ -51,20 +51,20 @@ from data.sources import list_source
 from pretrain.trainer.metrics import read_metrics
 
 KINDS = ("all", "rank", "signal")
-STEPS_PER_KILL = 20  # of the whole run: more than it advances between two of them, or it would end too soon
+STEPS_PER_KILL = 20  # total steps per kill: more than the run advances between kills, or it would end too soon
 BATCH = 8
-MOST_STEPS = 5  # that it is left in peace for
+MOST_STEPS = 5  # most steps that a start is left undisturbed
 
 
 class Soak:
     """A run that is killed again and again.
 
     Args:
-        start: starts the ranks of a run with these arguments; `Ranks`, or what tests have.
+        start: starts the ranks of a run with these arguments; `Ranks`, or a test's replacement.
         recipe: its first argument.
         run: its folder.
         shards: places of the same shards.
-        seed: of what happens to it.
+        seed: determines what happens to it.
     """
 
     def __init__(self, start: Callable[..., Any], recipe: Path, run: Path, shards: Sequence[str], seed: int):
@@ -72,14 +72,14 @@ class Soak:
         self._rng = np.random.default_rng(seed)
         self.kills = Counter[str]()
         self.resumed = 0
-        self.seconds_to_start = 0.0  # until the first step has been logged, of the slowest start so far
+        self.seconds_to_start = 0.0  # until the first step is logged, in the slowest start so far
 
     def go(self, kills: int, bar: Any) -> None:
-        """Until it is at its end, after so many kills and as many times that it has resumed.
+        """Runs to the end, after it has been killed and has resumed this many times.
 
         Raises:
             TimeoutError: it does not advance, or does not end.
-            RuntimeError: it failed, or was at its end too soon.
+            RuntimeError: it failed, or ended too soon.
         """
         while True:
             spared = min(self.kills.total(), self.resumed) >= kills
@@ -96,7 +96,7 @@ class Soak:
                 raise RuntimeError(f"the run was at its end after {self.kills.total()} kills: give it more images")
 
     def _kill_soon(self, ranks: Any) -> None:
-        """Within two steps, or, while it starts, the time that this takes."""
+        """Kills the run within the time of two steps or, if it is still starting, of a start."""
         rows = read_metrics(self._run / "metrics.jsonl")
         started = rows and self._rows_at_start != len(rows)
         time.sleep(float(self._rng.uniform(0, 2 * rows[-1]["step_s"] if started else self.seconds_to_start)))
@@ -112,7 +112,7 @@ class Soak:
         )
 
     def _wait(self, ranks: Any, step: int, bar: Any) -> None:
-        """Until a step has been logged, or the run is over; it has to advance meanwhile."""
+        """Waits until a step is logged or the run ends; the run must keep advancing."""
         began, first, seen = time.monotonic(), last_step(self._run), -1
         deadline = began + PATIENCE
         while not has_ended(ranks):
@@ -170,7 +170,7 @@ def compare(whole: Path, soaked: Path) -> dict[str, bool]:
 
 
 def make_shards(folder: Path, images: int = 120) -> Path:
-    """Some, of noise."""
+    """Makes shards of noise images."""
     (photos := folder / "photos").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(images):
@@ -181,7 +181,7 @@ def make_shards(folder: Path, images: int = 120) -> Path:
 
 
 def write_recipe(folder: Path, shards: str, kills: int) -> Path:
-    """A small LoMaR, saved at every third step, that lasts for so many kills."""
+    """Writes the recipe of a small LoMaR that saves every third step and lasts for this many kills."""
     epochs = -(-(kills + 1) * STEPS_PER_KILL * BATCH // len(load_index(shards)))
     keys = {
         "name": "whole",
@@ -193,14 +193,14 @@ def write_recipe(folder: Path, shards: str, kills: int) -> Path:
         "train": {"epochs": epochs, "global_batch_size": BATCH, "precision": "fp32", "ds_config": "zero1"},
         "checkpoint": {"every_steps": 3},
         "log": {"every_steps": 1, "num_reconstructions": 2, "samples": True},
-        "watchdog": {"start_minutes": 2},  # a rank may be killed before it has met the others
+        "watchdog": {"start_minutes": 2},  # a rank may be killed before it meets the others
     }
     (folder / "soak.yaml").write_text(yaml.safe_dump(keys))
     return folder / "soak.yaml"
 
 
 def soak(start: Callable[..., Any], recipe: Path, runs: Path, shards: Sequence[str], kills: int, seed: int) -> Any:
-    """Both runs; the figures of the last line."""
+    """Performs both runs; returns the figures for the last line."""
     bar = tqdm(desc="the run that goes through", unit="step", file=sys.stderr)
     through = Soak(start, recipe, runs / "whole", shards[:1], seed)
     through.go(0, bar)

@@ -1,4 +1,4 @@
-"""The processes of a run that `soak.py` kills and starts again."""
+"""The processes of a run that `soak.py` kills and restarts."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from pretrain.trainer.meeting import free_port
 from pretrain.trainer.metrics import read_metrics
 
 RUN = Path(__file__).resolve().parent.parent / "pretrain" / "run.py"
-PATIENCE = 300.0  # seconds in which ranks end by themselves, or a run advances
+PATIENCE = 300.0  # seconds within which ranks must end by themselves, or a run must advance
 
 
 class Rank:
@@ -32,7 +32,7 @@ class Rank:
 
 
 class Ranks:
-    """The processes of a run, started as `srun` does: without a launcher that ends the others when one is gone."""
+    """The processes of a run, started like `srun` does: no launcher ends the others when one is gone."""
 
     def __init__(self, folder: Path, *arguments: str, count: int = 2):
         port = free_port()
@@ -53,7 +53,7 @@ class Ranks:
             self.all.append(Rank(process, said))
 
     def kill(self) -> None:
-        """SIGKILL to every rank and its data workers."""
+        """Sends SIGKILL to every rank and its data workers."""
         for rank in self.all:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)
@@ -61,12 +61,12 @@ class Ranks:
 
 
 def has_ended(ranks: Any) -> bool:
-    """Whether all processes of a run have."""
+    """Whether all processes of a run have ended."""
     return all(rank.returncode is not None for rank in ranks.all)
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:
-    """Raises TimeoutError after `PATIENCE`."""
+    """Waits for an event; raises TimeoutError after `PATIENCE`."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
         if time.monotonic() > deadline:
@@ -75,6 +75,6 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
 
 
 def last_step(run: Path) -> int:
-    """That a run has logged."""
+    """The last step that a run has logged, or 0."""
     rows = read_metrics(run / "metrics.jsonl")
     return rows[-1]["step"] if rows else 0

@@ -1,4 +1,4 @@
-"""An S3-compatible store on this machine that fails as real ones do, for `soak.py`."""
+"""A local S3-compatible store that fails like real ones, for `soak.py`."""
 
 import http.client
 import logging
@@ -16,14 +16,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 BUCKET = "soak"
-FAULTS = {"503": 0.1, "reset": 0.05, "truncated": 0.05, "stalled": 0.05}  # the share of requests for bytes of shards
+FAULTS = {"503": 0.1, "reset": 0.05, "truncated": 0.05, "stalled": 0.05}  # shares of the requests for shard bytes
 STALL = 3.0  # seconds
 _PASSED_ON = {"content-length", "content-type", "content-range", "accept-ranges", "etag", "last-modified"}
 
 
 @contextmanager
 def failing_store(folder: Path, seed: int) -> Iterator[tuple[str, Counter[str]]]:
-    """Puts a folder's files into a bucket; yields its URL, for which the environment is set, and counts of faults.
+    """Puts a folder's files into a bucket; sets the environment for it, and yields its URL and counts of faults.
 
     Raises:
         ImportError: moto or boto3 is not installed.
@@ -31,7 +31,7 @@ def failing_store(folder: Path, seed: int) -> Iterator[tuple[str, Counter[str]]]
     import boto3
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would print every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # otherwise it prints every request
     store = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     store.start()
     host, port = store.get_host_and_port()
@@ -57,7 +57,7 @@ def failing_store(folder: Path, seed: int) -> Iterator[tuple[str, Counter[str]]]
 
 
 class _Proxy(BaseHTTPRequestHandler):
-    """Passes requests on to the store, and fails now and then where shards are read."""
+    """Forwards requests to the store; reads of shards fail now and then."""
 
     protocol_version = "HTTP/1.1"
     store: tuple[str, int]
@@ -119,4 +119,4 @@ class _Proxy(BaseHTTPRequestHandler):
         return answer.status, headers, body
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: requests are counted."""
+        """Logs nothing, because requests are counted."""

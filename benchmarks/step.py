@@ -2,18 +2,18 @@
 
     python benchmarks/step.py [--quick] [--lomar-path LoMaR] [--mae-path mae]
 
-A step is forward, backward and AdamW, in bf16 autocast, of ViT-B/16 at 224 pixels (batch 8) and at 448 (batch 2); all
-models train in one process, in turn, and the order is reversed from one round to the next. The rates are medians over
-rounds; a ratio is the median of the ratios within a round, so that a slowdown of the machine affects both sides. Beside
-it stands the ratio of the counted FLOPs. `naive` is plain LoMaR as a first research implementation would write it
-(naive_lomar.py); before anything is timed it must give the same loss and gradients as ours.
+A step is forward, backward and AdamW, in bf16 autocast, of ViT-B/16 at 224 pixels (batch 8) and at 448 (batch 2). All
+models train in one process, in turn; the order is reversed in every other round. The rates are medians over rounds. A
+ratio is the median of the ratios within a round, so that a slowdown of the machine affects both sides; next to it is
+the ratio of the counted FLOPs. `naive` is plain LoMaR as a first research implementation would write it
+(naive_lomar.py); before anything is timed, it must give the same loss and gradients as ours.
 
-MAE is this project's, whose attention on a CPU is a product of matrices. On a GPU it is torch's fused attention:
-`benchmarks/gpu.py` measures there. With a path to the authors' checkouts their code is timed in the same rounds; the
-blocks of their MAE are timm's, with fused attention.
+MAE is this project's. On a CPU its attention consists of matrix products; on a GPU, where `benchmarks/gpu.py` measures,
+it is torch's fused attention. Given paths to the authors' checkouts, their code is timed in the same rounds; the blocks
+of their MAE are timm's, with fused attention.
 
-`--quick`: ViT-S, under two minutes; its MAE has a decoder larger than its encoder. The last line of the output is one
-JSON object.
+`--quick` uses ViT-S and takes under two minutes; its MAE has a decoder larger than its encoder. The last line of the
+output is one JSON object.
 """
 
 import argparse
@@ -45,7 +45,7 @@ BASES = ("lomar", "mae")
 
 @dataclass(frozen=True)
 class Case:
-    """The steps of one size of image."""
+    """The steps at one image size."""
 
     arch: str
     size: int
@@ -60,7 +60,7 @@ def cases(quick: bool) -> list[Case]:
 
 
 def naive_trainee(case: Case) -> Trainee:
-    """Plain LoMaR's naive implementation, after its loss and gradients were compared with ours on one batch."""
+    """Plain LoMaR's naive implementation, after comparing its loss and gradients with ours on one batch."""
     config = load_variant("lomar", case.arch, case.size)
     ours = build(config, CPU)
     assert isinstance(ours, LoMaR)
@@ -72,7 +72,7 @@ def naive_trainee(case: Case) -> Trainee:
 
 
 def trainees(case: Case, checkouts: dict[str, Path]) -> dict[str, Trainee]:
-    """By the keys of `ROWS`."""
+    """The models to compare, by the keys of `ROWS`."""
     ours = {name: trainee(load_variant(name, case.arch, case.size), case.batch, CPU) for name in NAMES}
     theirs = {
         f"authors_{kind}": authors_trainee(kind, path, case.arch, case.size, case.batch, CPU)
@@ -91,7 +91,7 @@ def timed_steps(models: dict[str, Trainee], rounds: int) -> Iterator[tuple[int, 
 
 
 def measure(case: Case, checkouts: dict[str, Path], progress: tqdm) -> dict:
-    """Rates, their ratios to those of each base with quartiles, and the ratios by arithmetic."""
+    """Rates, their ratios to each base with quartiles, and the ratios of FLOPs."""
     progress.set_description(f"{case.size} px: models")
     models = trainees(case, checkouts)
     flops = {name: model.forward_flops() for name, model in models.items()}

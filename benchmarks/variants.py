@@ -30,7 +30,7 @@ Loss = Callable[[], Tensor]
 
 
 def image_side(arch: str, size: int) -> int:
-    """`size`, or for ViT-H/14 the multiple of its patches below: 378 for 384."""
+    """`size`, rounded down to a multiple of the patch size: 378 instead of 384 for ViT-H/14."""
     return size // patch_size(arch) * patch_size(arch)
 
 
@@ -39,13 +39,13 @@ def patch_size(arch: str) -> int:
 
 
 def load_variant(variant: str, arch: str, size: int, *overrides: str) -> PretrainConfig:
-    """The configuration of a key of `NAMES` at a size of `WINDOWS`; `late` is after two thirds of the blocks."""
+    """The configuration of a variant in `NAMES` at a size in `WINDOWS`; `late` is after two thirds of the blocks."""
     keys = [
         "data.shards=none",
         f"model.arch={arch}",
         f"model.patch_size={patch_size(arch)}",
         f"data.image_size={image_side(arch, size)}",
-        "optim.base_lr=1e-6",  # on random images the recipe's would diverge without its warm-up
+        "optim.base_lr=1e-6",  # on random images, the recipe's rate would diverge without its warm-up
         *overrides,
     ]
     if variant == "mae":
@@ -59,7 +59,7 @@ def load_variant(variant: str, arch: str, size: int, *overrides: str) -> Pretrai
 
 
 def build(config: PretrainConfig, device: torch.device) -> Method:
-    """The method, initialized on its device, with the kernels and the compiler that a run of ZeRO stage 0 has there."""
+    """The method, initialized on the device, with the kernels and compilation of a run with ZeRO stage 0 there."""
     with device:
         method = build_method(config)
     assert isinstance(method, Method)
@@ -71,7 +71,7 @@ def build(config: PretrainConfig, device: torch.device) -> Method:
 
 
 def draw_batch(method: Method, config: PretrainConfig, images: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Random pixels and the method's mask indices, on the device of the method."""
+    """Random pixels and the method's mask indices, on the method's device."""
     device = next(method.parameters()).device
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (images, *config.data.height_width, 3), generator=generator, dtype=torch.uint8)
@@ -83,12 +83,12 @@ def draw_batch(method: Method, config: PretrainConfig, images: int) -> tuple[Ten
 
 @dataclass
 class Trainee:
-    """A model that trains on the same batch again and again.
+    """A model that repeatedly trains on the same batch.
 
     Attributes:
         model: what `loss` calls.
         loss: the forward pass on the batch, without autocast.
-        images: of the batch.
+        images: number of images in the batch.
     """
 
     model: nn.Module
@@ -107,9 +107,9 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
 
     def forward_flops(self) -> float:
-        """Of an image's forward pass, counted; a step's are three times that.
+        """Counted FLOPs of one image's forward pass; a step has three times as many.
 
-        Not all of torch's fused kernels are counted, so attention is done without them meanwhile.
+        Not all of torch's fused kernels are counted, so attention runs without them here.
         """
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.autocast_loss()
@@ -117,7 +117,7 @@ class Trainee:
 
 
 def trainee(config: PretrainConfig, images: int, device: torch.device, fused: bool = True) -> Trainee:
-    """A method of this project with its optimizer: AdamW in one kernel or, as it was before, in several."""
+    """A method of this project with its optimizer: AdamW in one kernel (`fused`) or, as before, in several."""
     method = build(config, device)
     batch = draw_batch(method, config, images)
     groups = parameter_groups(method, config.optim.weight_decay)

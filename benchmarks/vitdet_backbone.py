@@ -2,12 +2,12 @@
 
     python benchmarks/vitdet_backbone.py [--quick] [--arch vit_base]
 
-The usual way pads the grid to whole windows and adds the bias of relative position to a whole attention map: ViTDet's
-decomposed bias, or LoMaR's gathered by bucket (padded keys are masked, or features would differ); its MLPs are timm's.
-All else is shared. Both must give the same features and gradients before anything is timed. Repetitions alternate (A B,
-then B A); times are medians, ratios are medians over pairs of neighboring steps. Memory: what is kept for the backward
-pass, and the peak above the model alone; on a CPU that is the resident memory of a process that makes a single step.
-`--quick` takes a smaller encoder and image. The last line of the output is one JSON object.
+The usual way pads the grid to whole windows and adds the relative position bias to a whole attention map: ViTDet's
+decomposed bias, or LoMaR's gathered by bucket (padded keys are masked, or features would differ). Its MLPs are timm's;
+everything else is shared. Both must give the same features and gradients before anything is timed. Repetitions
+alternate (A B, then B A); times are medians, ratios are medians over pairs of neighboring steps. Memory is what is kept
+for the backward pass, and the peak above the model alone; on a CPU, the resident memory of a process that takes one
+step. `--quick` uses a smaller encoder and image. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def cases(quick: bool, arch: str | None, device: str) -> list[Case]:
 
 
 class UsualAttention(nn.Module):
-    """As in ViTDet's public codes: windows cut out of a padded grid, a whole attention map, the bias added to it."""
+    """Attention as in ViTDet's public code: windows of a padded grid, and a whole attention map with the bias added."""
 
     def __init__(self, ours: GridAttention):
         super().__init__()
@@ -122,7 +122,7 @@ def _partition(x: Tensor, window: int) -> Tensor:
 
 
 def build(case: Case, device: str) -> dict[str, nn.Module]:
-    """Equal weights; parameters that start at zero do not, so that a wrong bias would show."""
+    """Builds both with equal weights; position tables that start at zero are randomized, so that a wrong bias shows."""
     torch.manual_seed(0)
     last = 23 if case.arch == "vit_large" else 11
     every = (last + 1) // 4
@@ -165,7 +165,7 @@ def step(model: nn.Module, images: Tensor, case: Case, mode: str) -> None:
 
 
 def assert_equal_models(models: dict[str, nn.Module], case: Case, device: str) -> None:
-    """The same features to rounding, and gradients in the same direction."""
+    """Asserts that features are equal up to rounding, and gradients have the same direction."""
     images = draw_images(case, device)
     weights = torch.randn(features(models["ours"], images[:1, :, :64, :64], "fp32").shape[1], device=device)
     found, gradients = {}, {}
@@ -184,7 +184,7 @@ def assert_equal_models(models: dict[str, nn.Module], case: Case, device: str) -
 
 
 def timed(models: dict[str, nn.Module], case: Case, device: str, mode: str, progress: tqdm) -> dict[str, list[float]]:
-    """Seconds of each repetition; the comparison before was the warm-up."""
+    """Seconds of each repetition; the comparison before serves as the warm-up."""
     images = draw_images(case, device)
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     for repetition in range(case.repetitions):
@@ -201,9 +201,9 @@ def timed(models: dict[str, nn.Module], case: Case, device: str, mode: str, prog
 
 
 def peak_mib(case: Case, name: str, device: str) -> float:
-    """The most that one step needs beyond weights and gradients."""
+    """The peak memory of one step beyond weights and gradients."""
     model = build(case, device)[name]
-    step(model, draw_images(case, device)[:, :, :64, :64], case, "both")  # what libraries allocate once
+    step(model, draw_images(case, device)[:, :, :64, :64], case, "both")  # makes libraries' one-time allocations
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     images = draw_images(case, device)
@@ -218,7 +218,7 @@ def peak_mib(case: Case, name: str, device: str) -> float:
 
 
 def peak_resident() -> int:
-    """Bytes. Not `getrusage`'s: a process inherits that from the one that started it."""
+    """Peak resident bytes; `getrusage` would include a value inherited from the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -228,7 +228,7 @@ def measure(case: Case, device: str, progress: tqdm) -> dict:
     peak = {}
     for name in NAMES:
         command = [sys.executable, __file__, "--peak", json.dumps(asdict(case)), name]
-        # Or glibc keeps freed tensors of up to 32 MiB for itself, gigabytes of them, and none larger.
+        # Otherwise glibc keeps gigabytes of freed tensors of up to 32 MiB each, but none that are larger.
         alone = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=alone)
         peak[name] = float(done.stdout.split()[-1])

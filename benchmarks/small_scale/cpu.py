@@ -1,15 +1,15 @@
-"""What two cores can say: every variant gets the same time of one core, and the same number of epochs.
+"""The experiment for two cores: every variant gets the same time on one core, and also the same number of epochs.
 
-The encoder has 8 blocks, 128 wide, on 14x14 patches of 8 pixels, and is judged by an attentive probe: fine-tuning it
-takes a core a quarter of an hour, in which it has hardly begun to learn. A run is a process of one thread, two at a
-time:
+The encoder has 8 blocks, 128 wide, on 14x14 patches of 8 pixels. It is judged by an attentive probe, because a quarter
+of an hour of fine-tuning on a core is hardly enough for it to start learning. Each run is a single-threaded process;
+two run at a time:
 
-1. The steps of each variant are timed, in processor time, so that the machine may be busy with other work.
-2. Learning rates are tuned for each variant: a fifth of the time each, judged on photographs of the training set.
+1. The steps of each variant are timed in CPU time, so that the machine may be busy with other work.
+2. Learning rates are tuned for each variant: a fifth of the time each, judged on photographs from the training set.
 3. Every variant is pretrained for the same time and tested, the first ones with several seeds.
-4. The same, by what is faster than LoMaR, for as many epochs as LoMaR has in that time.
+4. Variants faster than LoMaR are also pretrained for the number of epochs that LoMaR completes in that time.
 
-A command that was interrupted continues where it stopped: OUT/rows has a file for each run.
+An interrupted command continues where it stopped: OUT/rows has a file for each run.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 CPU = Size(("model.arch=vit_tiny", "model.patch_size=8", "data.image_size=112"), 8, 128, 8, 64, 64, 8)
 UNTRAINED = "not pretrained"
 RATES = (1e-3, 3e-3)
-REFERENCE = "LoMaR"  # whose epochs all others have in the second comparison
+REFERENCE = "LoMaR"  # its number of epochs is used in the second comparison
 SEEDED = 4  # the first variants have all seeds
 IMAGES = 6985
 TIMED_STEPS = 8
@@ -39,11 +39,11 @@ TIMED_STEPS = 8
 
 @dataclass(frozen=True)
 class Job:
-    """A run: a pretraining and what is measured of it.
+    """A run: a pretraining and its measurement.
 
     Attributes:
         kind: `timing`, `tuning` or `test`.
-        epochs: of pretraining; 0 without.
+        epochs: of pretraining; 0 if there is none.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Job:
 
 
 def run(options: argparse.Namespace) -> None:
-    """All jobs, then the tables."""
+    """Runs all jobs, then prints the table."""
     minutes = 0.2 if options.quick else options.minutes
     jobs = Jobs(options)
     names, tried = list(variants(CPU))[: 2 if options.quick else None], RATES[: 1 if options.quick else None]
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 class Jobs:
-    """Runs them, two at a time, unless their rows are there."""
+    """Runs jobs, one per core at a time, unless their rows exist."""
 
     def __init__(self, options: argparse.Namespace):
         self.out, self.shards = options.out, options.out / "shards"
@@ -95,7 +95,7 @@ class Jobs:
             (self.out / "rows").mkdir()
 
     def done(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """The rows of some jobs, in their order."""
+        """Runs jobs and returns their rows in the same order."""
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return list(tqdm(pool.map(self._row, jobs), jobs[0].kind, len(jobs), unit="run"))
 
@@ -112,7 +112,7 @@ class Jobs:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """A Markdown table: mean and standard deviation over seeds."""
+    """Prints a Markdown table with mean and standard deviation over seeds."""
     print("| pretraining | epochs | minutes of a core | base_lr | probe, top-1, % | seeds |\n|---|---|---|---|---|---|")
     for variant, epochs in dict.fromkeys((row["variant"], row["epochs"]) for row in rows):
         same = [row for row in rows if (row["variant"], row["epochs"]) == (variant, epochs)]
@@ -123,10 +123,10 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def run_job(job: Job, shards: Path, out: Path) -> dict[str, Any]:
-    """In a process of its own."""
+    """Runs a job, in its own process, and returns its row."""
     from pretrain.models.vit import ARCHS, Arch
 
-    # The smallest encoder that there is has too many blocks for two cores.
+    # The smallest regular encoder has too many blocks for two cores.
     ARCHS["vit_tiny"] = Arch(CPU.dim, CPU.depth, CPU.dim // 64)
     from trainings import run_pretraining
 
@@ -154,7 +154,7 @@ def run_job(job: Job, shards: Path, out: Path) -> dict[str, Any]:
 
 
 def probe_untrained(world: Any, overrides: list[str]) -> float:
-    """The attentive probe of LoMaR's encoder as it is initialized."""
+    """The attentive probe of LoMaR's encoder right after initialization."""
     from pretrain.build import build_method
     from pretrain.config import load
     from pretrain.probe.in_training import Probe
@@ -169,7 +169,7 @@ def probe_untrained(world: Any, overrides: list[str]) -> float:
 
 
 def time_step(overrides: list[str]) -> float:
-    """Seconds of one core for a step: reading, decoding, both passes and AdamW."""
+    """CPU seconds of a step on one core: reading, decoding, both passes and AdamW."""
     import torch
 
     from data.index import load_index

@@ -1,13 +1,13 @@
-"""What `run.py --gpu` does: ten minutes of one GPU, in which every variant gets the same minutes.
+"""The experiment of `run.py --gpu`: ten minutes on one GPU, where every variant gets the same time.
 
-ViT-S/8 on Caltech-101 at 112 pixels: 14x14 patches, so windows, masks and tokens are those of 16-pixel patches at 224.
-The photos have at most 176 pixels a side: at 224 all of them would be enlarged, and 16 cores could not make as many
-images as the fast methods take.
+It trains ViT-S/8 on Caltech-101 at 112 pixels: 14x14 patches, so windows, masks and tokens are those of 16-pixel
+patches at 224. The photos have at most 176 pixels per side; at 224 all of them would be enlarged, and 16 cores could
+not decode as many images as the fast methods consume.
 
-Everything happens in this process, one run after the other: a start costs as much as thousands of images. Before the
-pretrainings a few epochs of each are timed, and from their steps follow the numbers of epochs that end the program in
-time. Training from scratch is fine-tuned once as long as the others, and once for as long as their pretraining and
-fine-tuning together. What could not be done in time is missing in the table, and the exit code is 1.
+All runs happen in this process, one after the other, because a start costs as much as thousands of images. First, a few
+epochs of each variant are timed, and their step times determine the numbers of epochs that end the program in time.
+Training from scratch gets one run as long as the others' fine-tuning, and one as long as their pretraining and
+fine-tuning together. Runs that did not finish in time are missing from the table, and the exit code is 1.
 """
 
 import argparse
@@ -34,18 +34,18 @@ COMPARED = (
     "MAE",
     "LocalMIM",
     "LoMaR",
-)  # in this order: where time runs out, the comparison that matters is there
-TIMED_EPOCHS = 6  # before the numbers of epochs are set; the first half fills the loader's buffers, and does not count
+)  # in this order, so that the comparison that matters exists if time runs out
+TIMED_EPOCHS = 6  # for setting the numbers of epochs; the first half fills the loader's buffers and does not count
 LONG = f"{SCRATCH}, for as long in all"
 
 
 class Evidence:
-    """All runs, in OUT/runs; results in OUT/results.jsonl, a row when it is known."""
+    """All runs, in OUT/runs; results go to OUT/results.jsonl, row by row."""
 
     def __init__(self, shards: Path, out: Path, minutes: float, size: Size):
         self.shards, self.out, self.size = shards, out, size
         self.variants = variants(size)
-        # Imports took seconds already; in some containers the start of a process is not known, but they took no minute.
+        # Imports already took seconds. In some containers the process start is unknown; imports take under a minute.
         imports = min(max(time.time() - psutil.Process().create_time(), 0), 60)
         self.start = time.monotonic() - imports
         self.deadline = self.start + 60 * minutes
@@ -67,13 +67,13 @@ class Evidence:
             f"train.global_batch_size={self.size.batch}",
             f"train.epochs={epochs}",
             f"optim.warmup_epochs={epochs / 10}",
-            "model.compile=off",  # compiling each method anew would take minutes of the ten
+            "model.compile=off",  # compiling each method would take several of the ten minutes
             *self.variants[variant].keys,
         ]
         return run_pretraining(self.world, overrides)
 
     def finetune(self, name: str, variant: str, epochs: int, start: Path | None) -> Done:
-        """Also of random weights."""
+        """Fine-tunes a checkpoint, or random weights if `start` is None."""
         overrides = [
             *self.common,
             f"name={name}",
@@ -104,11 +104,11 @@ class Evidence:
         print(json.dumps(row), flush=True)
 
     def measure(self) -> None:
-        """All variants, the lengths set so that the last one ends before the deadline."""
+        """Measures all variants, with lengths chosen so that the last one ends before the deadline."""
         first = self.finetune("finetune-scratch", SCRATCH, self.size.finetune_epochs, None)
         self.add(SCRATCH, first)
         timed = {name: self.pretrain(f"timed-{label(name)}", name, TIMED_EPOCHS) for name in COMPARED}
-        # What a run costs beyond its steps: workers that start, reconstructions, an encoder that is written.
+        # What a run costs beyond its steps: starting workers, reconstructions, writing the encoder.
         besides = statistics.mean(done.seconds - done.training_s for done in timed.values())
         left = 0.95 * (self.deadline - time.monotonic()) - (2 * len(timed) + 1) * besides
         left -= (len(timed) + 1) * first.training_s
@@ -123,13 +123,13 @@ class Evidence:
         self.add(LONG, self.finetune("finetune-scratch-long", LONG, epochs, None))
 
     def epochs(self, seconds: float, like: Done) -> int:
-        """How many take these seconds, at the speed of another run."""
+        """The number of epochs that fit into these seconds at another run's speed."""
         epochs = seconds / (like.step_s * like.steps / like.rows[-1]["epoch"])
         return max(int(epochs), 1)
 
 
 def summary(done: Done, prefix: str, batch: int) -> dict[str, float]:
-    """For a row of the results; waiting for data is a share of the time."""
+    """A run's part of a results row; `data_wait` is a share of the time."""
     return {
         f"{prefix}_epochs": done.rows[-1]["epoch"],
         f"{prefix}_steps": done.steps,
@@ -141,7 +141,7 @@ def summary(done: Done, prefix: str, batch: int) -> dict[str, float]:
 
 
 def report(results: list[dict[str, Any]]) -> None:
-    """A Markdown table."""
+    """Prints a Markdown table."""
     print("| variant | minutes | epochs of pretraining | step, ms | data wait | top-1, % |\n|---|---|---|---|---|---|")
     for row in results:
         kind = "pretrain" if "pretrain_steps" in row else "finetune"
@@ -156,14 +156,14 @@ def _time_is_up(number: int, frame: object) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Ends the process, and does so in time."""
+    """Runs the experiment and ends the process, in time."""
     if not (options.dry or torch.cuda.is_available()):
         raise SystemExit("--gpu: torch finds no GPU; --gpu --dry shows on a CPU that it works")
     if (options.out / "runs").exists():
         raise SystemExit(f"{options.out} holds the runs of another start: give another OUT")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.dry:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # with so little to do, threads only wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # with so little work, threads only wait for each other
     evidence = Evidence(options.out / "shards", options.out, options.minutes, DRY if options.dry else GPU)
     signal.signal(signal.SIGALRM, _time_is_up)
     signal.setitimer(signal.ITIMER_REAL, max(evidence.deadline - time.monotonic(), 1))

@@ -1,11 +1,11 @@
-"""Does it help, and what does it cost? Small encoders pretrained by each method, then fine-tuned on few labels.
+"""Does it help, and what does it cost? Small encoders pretrained with each method, then fine-tuned on few labels.
 
     python benchmarks/small_scale/run.py caltech101.tar OUT [--minutes 10] [--seeds 3] [--quick]
     python benchmarks/small_scale/run.py caltech101.tar OUT --gpu [--minutes 9.5] [--dry]
 
-The tar has Caltech-101's photographs as train/CLASS (30 a class), val/CLASS (20 a class; tested) and extra/CLASS (the
-rest; pretraining, without labels). The first command is cpu.py's experiment, hours of two cores; the second is
-gpu.py's, ten minutes of one GPU. The last line of the output is one JSON object.
+The tar has Caltech-101's photographs as train/CLASS (30 per class), val/CLASS (20 per class, for testing) and
+extra/CLASS (the rest, for pretraining without labels). The first command is cpu.py's experiment, hours on two cores;
+the second is gpu.py's, ten minutes on one GPU. The last line of the output is one JSON object.
 """
 
 import argparse

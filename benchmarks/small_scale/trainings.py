@@ -1,4 +1,4 @@
-"""Runs of this project's own commands within a process, and the photographs that they train on."""
+"""Runs this project's own commands within a process, and packs the photographs that they train on."""
 
 import gc
 import os
@@ -30,12 +30,12 @@ class Done:
     """A finished training."""
 
     folder: Path
-    seconds: float  # in all, with building, saving and evaluating
+    seconds: float  # in total, including building, saving and evaluating
     rows: list[dict[str, Any]]  # its metrics
 
     @property
     def step_s(self) -> float:
-        """Of its second half: until then, batches come out of buffers that were filled before the first step."""
+        """Mean step time of the second half; in the first, batches come from buffers filled before the first step."""
         return statistics.mean(row["step_s"] for row in self.rows[len(self.rows) // 2 :])
 
     @property
@@ -44,13 +44,13 @@ class Done:
 
     @property
     def training_s(self) -> float:
-        """The steps alone; a row speaks for the steps since the one before."""
+        """Seconds of the steps alone; a row stands for all steps since the previous row."""
         ends = [0, *(row["step"] for row in self.rows)]
         return sum(row["step_s"] * (end - start) for row, start, end in zip(self.rows, ends, ends[1:], strict=False))
 
     @property
     def evaluation(self) -> dict[str, float]:
-        """The last one."""
+        """The last evaluation."""
         return read_metrics(self.folder / "evaluation.jsonl")[-1]
 
 
@@ -65,20 +65,20 @@ def run_finetuning(world: World, overrides: list[str]) -> Done:
 def _run(train: Callable[..., None], config: Any, world: World) -> Done:
     began = time.monotonic()
     train(config, world)
-    gc.collect()  # an engine's hooks hold it in cycles
+    gc.collect()  # an engine's hooks form reference cycles with it
     folder = Path(config.runs) / config.name
     return Done(folder, time.monotonic() - began, read_metrics(folder / "metrics.jsonl"))
 
 
 def pack_photos(tar: Path, out: Path, classes: int = 10**6, photos_per_class: int = 10**6) -> None:
-    """Packs photos at train/CLASS, val/CLASS and extra/CLASS in a tar; the last has unlabeled ones for pretraining.
+    """Packs a tar's photos in train/CLASS, val/CLASS and extra/CLASS; the last are unlabeled, for pretraining.
 
-    The shards are in OUT/shards: `all` (train and extra), `train`, `val`, and of train the first third of each
-    class, `tune_val`, and the others, `tune_train`: by them learning rates are chosen, not by those of the test.
+    The shards are in OUT/shards: `all` (train and extra), `train`, `val`, and two parts of train for choosing learning
+    rates without the test photos: `tune_val`, the first third of each class, and `tune_train`, the rest.
 
     Args:
         tar, out: the tar, and a folder for what is unpacked and packed.
-        classes, photos_per_class: only the first classes, and the first photos of each in each of the three folders.
+        classes, photos_per_class: use only the first classes, and only the first photos of each folder.
     """
     photos = out / "photos"
     with tarfile.open(tar) as file:

@@ -1,4 +1,4 @@
-"""What is compared, and at which sizes: grids of 14x14 patches, in which LoMaR's windows of 7x7 are windows."""
+"""The compared variants and sizes: grids of 14x14 patches, large enough for LoMaR's 7x7 windows to be windows."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ SCRATCH = "from scratch"
 
 @dataclass(frozen=True)
 class Size:
-    """An encoder and the images that it gets.
+    """An encoder and its images.
 
     Attributes:
         model: keys of the encoder and its images.
         patch: side of a patch in pixels.
-        dim, depth: the encoder's, from which decoders and blocks follow.
-        batch, finetune_batch: images of a step.
-        finetune_epochs: of 30 labeled images per class.
+        dim, depth: the encoder's; they determine decoders and blocks.
+        batch, finetune_batch: images per step.
+        finetune_epochs: with 30 labeled images per class.
     """
 
     model: tuple[str, ...]
@@ -28,12 +28,12 @@ class Size:
 
     @property
     def late(self) -> str:
-        """Mask tokens enter after two thirds of the blocks."""
+        """Key that lets mask tokens enter after two thirds of the blocks."""
         return f"method.mask_token_block={self.depth * 2 // 3}"
 
     @property
     def decoder(self) -> tuple[str, ...]:
-        """Of two blocks and half the encoder's width: MAE's accuracy hardly depends on it (its Table 1a, b)."""
+        """Two blocks of half the encoder's width; MAE's accuracy hardly depends on it (its Table 1a, b)."""
         width = self.dim // 2
         return (
             f"method.decoder_embed_dim={width}",
@@ -43,7 +43,7 @@ class Size:
 
     @property
     def small_decoder(self) -> tuple[str, ...]:
-        """One block of a third of the encoder's width: LocalMIM has one behind each of several blocks."""
+        """One block of a third of the encoder's width; LocalMIM has such a decoder behind each of several blocks."""
         return (
             f"method.decoder_embed_dim={self.dim // 3 // 32 * 32 or 32}",
             "method.decoder_depth=1",
@@ -52,18 +52,18 @@ class Size:
 
     @property
     def half_patch(self) -> str:
-        """Cells of histograms, 2 x 2 in a patch."""
+        """Histogram cells, 2 x 2 per patch."""
         return f"target.cell_sizes=[{self.patch // 2}]"
 
     def cells(self, count: int) -> tuple[str, ...]:
-        """As LocalMIM has them: fine ones behind shallow blocks, coarse ones behind deep ones."""
+        """Cells as in LocalMIM: fine ones behind shallow blocks, coarse ones behind deep blocks."""
         blocks = [2, 4, self.depth - 2, self.depth] if count == 4 else [2, 4, self.depth]
         sizes = [self.patch // 4, self.patch // 2, self.patch, 2 * self.patch][:count]
         return f"method.blocks={blocks}", "target.name=hog", f"target.cell_sizes={sizes}"
 
     @property
     def fused(self) -> list[int]:
-        """MFF's six blocks of twelve, of as many as there are."""
+        """MFF's six of twelve blocks, scaled to this depth."""
         return [round(block * self.depth / 12) for block in (1.5, 3, 5, 7, 9, 12)]
 
 
@@ -73,7 +73,7 @@ class Variant:
 
     Attributes:
         keys: of the configuration.
-        base_lr: what tuning has found, for a batch of 256.
+        base_lr: found by tuning, for a batch of 256.
     """
 
     keys: tuple[str, ...]
@@ -81,12 +81,12 @@ class Variant:
 
 
 def label(name: str) -> str:
-    """Of a variant, for the folder of its run."""
+    """A variant's name for its run's folder."""
     return "_".join(re.findall(r"\w+", name.lower()))
 
 
 def variants(size: Size) -> dict[str, Variant]:
-    """By name, the most important ones first: where time runs out, those are there."""
+    """The variants by name, the most important first, so that these exist if time runs out."""
     sincos, hog = "model.position=sincos", "target.name=hog"
     mae = ("method.name=mae", *size.decoder, sincos)
     lomar, pr_mim = "method.name=lomar", ("pr_mim.throw_ratio=0.5", "pr_mim.kernel_size=7")

@@ -1,1 +1,1 @@
-"""Image classification: fine-tuning, probes, training from scratch, and every kind of evaluation of a classifier."""
+"""Image classification: fine-tuning, probes, training from scratch, and every kind of classifier evaluation."""

@@ -1,4 +1,4 @@
-"""Configuration -> moving average and evaluation of a classifier."""
+"""Builds a classifier's moving average and evaluation from its configuration."""
 
 from copy import deepcopy
 from typing import Any
@@ -24,12 +24,12 @@ def build_ema(config: FinetuneConfig, classifier: Classifier, device: torch.devi
 
 
 def build_evaluation(config: FinetuneConfig, samples: Samples, world: World, device: torch.device) -> Evaluation:
-    """Accuracy (of lists of labels, mAP) on the validation images, of the weights and their moving average (`ema_*`).
+    """Validation accuracy (mAP for lists of labels) of the weights and of their moving average (`ema_*`).
 
     Args:
         config: the run's.
         samples: the validation images.
-        world, device: where this rank is, and computes.
+        world, device: this rank's position and device.
     """
 
     def accuracy(model: nn.Module) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is checked of a classifier's training before DeepSpeed starts: its data, batches and number of classes."""
+"""Checks of a classifier's data, batches and number of classes before DeepSpeed starts."""
 
 import logging
 
@@ -16,7 +16,7 @@ MAX_NAMED = 10
 
 
 def with_classes_of_data(config: FinetuneConfig, index: Index, val: Samples) -> FinetuneConfig:
-    """The configuration with `head.num_classes` of the data where it has none: of its class names, else of its labels.
+    """Fills in a missing `head.num_classes` from the data: from its class names, or else from its labels.
 
     Raises:
         ValueError: samples without a label, or fewer than two classes.
@@ -36,11 +36,11 @@ def with_classes_of_data(config: FinetuneConfig, index: Index, val: Samples) -> 
 
 
 def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
-    """Checks that both sets have labels of the same `num_classes` classes; warns of classes without training images.
+    """Checks that both sets label the same `num_classes` classes; warns about classes without training images.
 
     Raises:
-        ValueError: lists of labels in one set alone; samples without a label, or with one that is not a class; another
-            number of classes; or a label that is one class in training and another in validation, by their names.
+        ValueError: only one set has lists of labels; a sample has no label, or one that is not a class; the number of
+            classes differs; or the class names show that a label means different classes in training and validation.
     """
     where, val_where = f"data.shards ({index.root})", f"val.shards ({val.root})"
     check_same_classes(index.classes, where, val.classes, val_where, "pack both with the same classes (--classes)")
@@ -68,7 +68,7 @@ def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
 
 
 def labels_in(samples: Samples) -> np.ndarray:
-    """int32, all labels of all images, in no order of use."""
+    """int32, all labels of all images, in arbitrary order."""
     return samples.label if samples.multi_labels is None else samples.multi_labels.classes
 
 
@@ -80,7 +80,7 @@ def _check_labels(key: str, samples: Samples, num_classes: int | None = None) ->
 
 
 def check_batches(config: FinetuneConfig, world: World, num_images: int) -> None:
-    """Raises ValueError where the images do not fill a batch, ranks do not divide it, or an image has no partner.
+    """Raises ValueError if the images do not fill a batch, the ranks do not divide it, or an image has no partner.
 
     Mixup and cutmix mix pairs of images.
     """

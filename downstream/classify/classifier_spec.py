@@ -1,4 +1,4 @@
-"""The one record of what a classifier is beyond its encoder: written into the metadata of its file, and read back."""
+"""What describes a classifier beyond its encoder, as written to and read from its file's metadata."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ class ClassifierSpec:
     """What is needed to rebuild a classifier.
 
     Attributes:
-        encoder: what it is built on.
+        encoder: the encoder it is built on.
         num_classes: outputs of its head.
-        pool: `avg` of the patch tokens, or `token`, the class token.
-        class_names: in the order of the labels; empty where the shards that it was trained on have none.
-        multi_label: whether an image may be of several classes or none: each output is a decision of its own.
+        pool: `avg` (mean of the patch tokens) or `token` (the class token).
+        class_names: in the order of the labels; empty if the training shards have none.
+        multi_label: whether an image can have several classes or none; each output is then an independent decision.
     """
 
     encoder: EncoderSpec
@@ -27,7 +27,7 @@ class ClassifierSpec:
     multi_label: bool = False
 
     def to_metadata(self) -> dict[str, str]:
-        """As a safetensors file keeps it."""
+        """The metadata of a safetensors file."""
         metadata = {**self.encoder.to_metadata(), "num_classes": str(self.num_classes), "pool": self.pool}
         if self.class_names:
             metadata["class_names"] = json.dumps(list(self.class_names))
@@ -37,7 +37,7 @@ class ClassifierSpec:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "ClassifierSpec | None":
-        """None where a file does not say that it is a classifier."""
+        """None if the metadata does not describe a classifier."""
         encoder = EncoderSpec.from_metadata(metadata)
         if encoder is None or not metadata.keys() >= {"num_classes", "pool"}:
             return None

@@ -1,4 +1,4 @@
-"""The configuration of a classifier's training: `load` makes one, frozen and checked, of a recipe and its overrides."""
+"""The configuration of a classifier's training; `load` makes a frozen, checked one from a recipe and overrides."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +28,7 @@ class FinetuneModelConfig(ModelConfig):
 
 
 class FinetuneStartConfig(StartConfig):
-    """Where the encoder's weights come from, and which of them are trained; it may be a classifier, too."""
+    """Where the encoder's weights come from (an encoder or a classifier), and which of them are trained."""
 
     trained_blocks: int | None = Field(
         None,
@@ -117,7 +117,7 @@ class FinetuneConfig(RunConfig):
         return (replace(first, rand_augment=self.augment.randaugment),)
 
     def problems(self) -> Iterator[str]:
-        """As of every training, and what the classifier's sections do not take together."""
+        """The problems any training can have, and settings of the classifier's sections that conflict."""
         yield from super().problems()
         start, optim = self.start, self.optim
         if start.checkpoint is None and start.trained_blocks is not None:

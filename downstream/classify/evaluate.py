@@ -1,10 +1,10 @@
 """Accuracy of a classifier: `python -m downstream.classify.evaluate CHECKPOINT --data SHARDS_OR_FOLDER`.
 
-Top-1, top-5, the mean over classes of their accuracy, and the expected calibration error; `--out FOLDER` writes the
-accuracy of each class, the confusion matrix and a reliability diagram as tables and pictures. Where
-images have lists of labels: the mean average precision, and that of each class. Also with torchrun, srun
-or deepspeed, on any number of processes: each image counts once, and one that cannot be decoded counts as wrong. The
-last line of the output is a JSON object.
+Reports top-1, top-5, the mean of the per-class accuracies, and the expected calibration error. `--out FOLDER` writes
+the accuracy of each class, the confusion matrix and a reliability diagram as tables and pictures. If images have lists
+of labels, it reports the mean average precision, and that of each class. It also runs with torchrun, srun or
+deepspeed, on any number of processes. Each image counts once; one that cannot be decoded counts as wrong. The last line
+of the output is a JSON object.
 """
 
 import argparse
@@ -46,21 +46,21 @@ def evaluate(
     device: torch.device,
     format: PixelFormat = RGB,
 ) -> tuple[Predictions | MultiLabelPredictions, dict[str, int]]:
-    """Predictions for all samples, each counted once; called by all ranks together, and the same on all of them.
+    """Predictions for all samples, each counted once. A collective: all ranks call it and get the same result.
 
     Args:
         predict: (B, H, W, channels) on the device -> logits (B, C). Every rank calls it equally often.
         samples: all of them labeled, with one class each or with lists of classes.
         size: (H, W) of the central crops.
         batch: images per batch of each rank.
-        rank, world_size: this process and how many there are.
+        rank, world_size: this process's rank and the number of processes.
         num_workers: decoding processes of each rank.
         device: where `predict` computes.
-        format: of the images; those of others count as wrong.
+        format: of the images; images of another format count as wrong.
 
     Returns:
-        The predictions; and of how many `images` how many were `skipped`: undecodable, therefore wrong, and listed on
-        stderr.
+        The predictions, and the numbers of `images` and of those `skipped`: undecodable images, which count as wrong
+        and are listed on stderr.
 
     Raises:
         ValueError: samples without labels, or labels beyond the logits.
@@ -111,7 +111,7 @@ def _evaluate_lists(
 
 
 def check_classes(trained: TrainedClassifier, samples: Samples) -> None:
-    """Raises ValueError where the data has other classes than the classifier, or another number of them."""
+    """Raises ValueError if the classes of the data, or their number, differ from the classifier's."""
     if samples.classes and len(samples.classes) != trained.num_classes:
         raise ValueError(
             f"{trained.path} has {trained.num_classes} classes, {samples.root} has {len(samples.classes)}: {_ADVICE}"
@@ -139,7 +139,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exit code 0 and one JSON line, or 1 and one clear error."""
+    """Exits with 0 and one JSON line, or with 1 and one clear error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a classifier's model.safetensors, or its run's folder"

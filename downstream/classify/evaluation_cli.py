@@ -1,4 +1,4 @@
-"""What the commands that evaluate share: options, ranks, one-line errors, and the result as one JSON line."""
+"""What the evaluating commands share: options, ranks, one-line errors, and the result as one JSON line."""
 
 import argparse
 import json
@@ -28,14 +28,14 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
 
 
 def block_numbers(text: str) -> tuple[int, ...]:
-    """`8` or `4,8,12`, as the type of an option."""
+    """Parses an option such as `8` or `4,8,12`."""
     return tuple(int(number) for number in text.split(","))
 
 
 def build_loader(
     samples: Samples, size: tuple[int, int], options: argparse.Namespace, world: World, format: PixelFormat
 ) -> EvalLoader:
-    """Of all samples, in central crops of (H, W) and a format, with the options of `add_loading_options`."""
+    """A loader of all samples as central crops of (H, W), using the options of `add_loading_options`."""
     return EvalLoader(
         samples,
         size=size,
@@ -48,18 +48,18 @@ def build_loader(
 
 
 def run_on_ranks(command: Command, options: argparse.Namespace) -> NoReturn:
-    """Runs `command` on every rank and prints what the main one returns; exit code 1 and one line on an error.
+    """Runs `command` on every rank and prints the main rank's result; an error prints one line and exits with 1.
 
     Args:
         command: (options, world, device) -> the result.
-        options: of the command line.
+        options: the parsed command line.
     """
     try:
         world = find_world()
         result = command(options, world, init_distributed(world))
         if world.is_main:
             print(json.dumps(result), flush=True)
-        torch.distributed.barrier()  # when the first rank exits, a launcher may kill the others
+        torch.distributed.barrier()  # a launcher may kill the other ranks when the first one exits
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         exit_process(1)

@@ -1,4 +1,4 @@
-"""What `downstream.classify.evaluate --out FOLDER` writes: tables for spreadsheets, and pictures of them."""
+"""The files of `downstream.classify.evaluate --out FOLDER`: tables for spreadsheets, and pictures of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
 
 MAX_NAMED = 60  # classes whose names fit beside a picture
-MAX_NUMBERS = 20  # classes whose counts fit into its cells
+MAX_NUMBERS = 20  # classes whose counts fit into the cells
 MAX_CONFUSIONS = 1000
 
 
@@ -33,12 +33,12 @@ def write_report(folder: Path, predictions: Predictions | MultiLabelPredictions,
         calibration.csv           bins of the confidence: from, to, images, mean confidence, accuracy
         reliability.png           accuracy over confidence
 
-    Of lists of labels only per_class.csv, with the average precision.
+    For lists of labels it writes only per_class.csv, with the average precision.
 
     Args:
-        folder: is made if it does not exist.
+        folder: created if it does not exist.
         predictions: of all images.
-        class_names: in the order of the labels; without them classes are called by their labels.
+        class_names: in the order of the labels; if empty, the labels serve as names.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = predictions.images_per_class().tolist()
@@ -98,7 +98,7 @@ def _number(value: float) -> str:
 
 
 def _draw_confusion(matrix: Tensor, names: list[str], path: Path) -> None:
-    """Shares of each row, so that rare classes show as clearly as frequent ones; small shares are made visible."""
+    """Colors show each row's shares, so that rare classes are as clear as frequent ones; small shares stay visible."""
     count = len(names)
     side = min(max(0.35 * count, 4.0), 16.0)
     figure, axis = plt.subplots(figsize=(side + 1.5, side), layout="constrained")
@@ -120,7 +120,7 @@ def _draw_confusion(matrix: Tensor, names: list[str], path: Path) -> None:
 
 
 def _draw_reliability(calibration: Tensor, path: Path) -> None:
-    """Bars of accuracy with the diagonal that they would follow, over bars of how many images each bin has."""
+    """Draws accuracy bars with the diagonal of perfect calibration; below them, the number of images in each bin."""
     width = 1 / CALIBRATION_BINS
     centers = [(number + 0.5) * width for number in range(CALIBRATION_BINS)]
     count, _, accuracy = calibration.T.tolist()

@@ -1,7 +1,7 @@
 """Trains a classifier: `deepspeed downstream/classify/finetune.py RECIPE [section.key=value ...]`.
 
-Also with torchrun, srun or python. RECIPE is a YAML file or the name of one in downstream/classify/recipes. A run that
-was stopped continues when the same command is given again.
+torchrun, srun and python work too. RECIPE is a YAML file or the name of one in downstream/classify/recipes. A stopped
+run continues when the same command is given again.
 """
 
 import logging
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a launcher starts us as a script
-if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is imported
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one show frames of its C++
+if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads the level below on import
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a rank that loses a peer prints C++ stack frames
 
 import torch
 
@@ -39,9 +39,9 @@ _log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, world: World) -> None:
-    """The whole run, on all ranks."""
+    """Runs the whole training, on all ranks."""
     folder = RunFolder(Path(config.runs) / config.name)
-    # A run that has a checkpoint of its own needs nothing else, even if start.checkpoint has been deleted since.
+    # A run with a checkpoint of its own does not need start.checkpoint, which may have been deleted since.
     is_new = not checkpoint_names(folder.checkpoints)
 
     def load() -> tuple[FinetuneConfig, Index, Samples]:
@@ -55,7 +55,7 @@ def finetune(config: FinetuneConfig, world: World) -> None:
         check_batches(complete, world, len(index))
         return complete, index, val
 
-    # Before joining the process group, as reading many shards takes time.
+    # Before joining the process group, because reading many shards takes time.
     config, index, val = checked_start(world, folder.root, config.to_yaml(), load, lambda loaded: loaded[1].fingerprint)
     device = init_distributed(world)
     if ranks_on_node(world) < world.size and device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The end of a classifier's run: its weights under timm's names, with what is needed to rebuild the model."""
+"""The end of a classifier's run: saves the weights under timm's names, with what is needed to rebuild the model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,12 +17,12 @@ from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.phases import limited
 from pretrain.trainer.safetensors_file import save_state_dict
 
-_NORM = "head.0."  # the batch norm of a linear probe's head, before its matrix
+_NORM = "head.0."  # the batch norm in front of a linear probe's matrix
 
 
 @limited("writing the classifier and the loss curve", "evaluation_minutes")
 def finish(run: Run, class_names: Sequence[str], multi_label: bool = False) -> None:
-    """Writes the classifier, its moving average if there is one, and the loss curve. Called by all ranks together."""
+    """Writes the classifier, its moving average if there is one, and the loss curve. All ranks must call it."""
     config = run.config
     assert isinstance(config, FinetuneConfig)
     state = gather_state_dict(run.engine, run.world)
@@ -44,8 +44,8 @@ def save_classifier(
 
     Args:
         state: of a `Classifier`.
-        config: that it was trained with.
-        class_names: in the order of the labels; empty where the shards have none.
+        config: the one it was trained with.
+        class_names: in the order of the labels; empty if the shards have none.
         path: of the safetensors file.
         multi_label: whether it was trained on lists of labels.
     """
@@ -57,7 +57,7 @@ def save_classifier(
 
 
 def _fold_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Folds a probe's batch norm into its matrix, as timm's head is a matrix alone."""
+    """Folds a probe's batch norm into its matrix, because timm's head is only a matrix."""
     if _NORM + "running_mean" not in tensors:
         return tensors
     folded = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}

@@ -1,4 +1,4 @@
-"""A timm Vision Transformer as the training loop takes it: from uint8 images and labels to a loss, or to logits."""
+"""A timm Vision Transformer for the training loop: from uint8 images and labels to a loss, or to logits."""
 
 import warnings
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from pretrain.models.vit import ViT
 
 
 class Classifier(nn.Module):
-    """The model, and what is done to its images and labels during training.
+    """The model, and the augmentation of its images and labels during training.
 
     All randomness is drawn from the process's generators, which the training loop seeds before each micro-batch.
 
     Args:
         vit: (B, C, H, W) standardized pixels -> (B, num_classes) logits.
-        num_classes: that mixed labels are spread over.
-        augment: of the training images and labels.
+        num_classes: the classes that mixed labels are spread over.
+        augment: how training images and labels are augmented.
         pixels: of the images.
     """
 
@@ -42,12 +42,12 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """(B, H, W, C) images of `pixels` -> the `loss` for labels; without labels their `logits` (B, C).
+        """(B, H, W, C) images of `pixels` -> the `loss` if labels are given, otherwise the `logits` (B, C).
 
         Args:
-            images: of which those of a training batch are augmented.
-            labels: int64 (B,), one class each: cross entropy; or float (B, C) of 0 and 1, any number of classes each:
-                the mean over images and classes of the binary cross entropy.
+            images: augmented only if labels are given.
+            labels: int64 (B,), one class per image, for cross entropy; or float (B, C) of 0 and 1, any number of
+                classes per image, for binary cross entropy averaged over images and classes.
         """
         pixels = normalize_pixels(images, self.pixels).permute(0, 3, 1, 2)
         if labels is None:
@@ -62,13 +62,13 @@ class Classifier(nn.Module):
                 self.augment.mixup, self.augment.cutmix, label_smoothing=smoothing, num_classes=self.num_classes
             )
             pixels, target = mixup(pixels, target)
-            smoothing = 0.0  # it is in the mixed targets
+            smoothing = 0.0  # the mixed targets are already smoothed
         return {"loss": F.cross_entropy(self.vit(pixels).float(), target, label_smoothing=smoothing)}
 
     def _binary_loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Of lists of labels: those of an image are mixed with its partner's in the shares that their pixels have."""
+        """The loss for lists of labels; those of two mixed images are mixed in the same shares as their pixels."""
         if self.augment.mixes:
-            # timm mixes the numbers of classes. With a class of its own for each image it tells the shares.
+            # timm mixes class indices. Giving each image its own class reveals the shares.
             mixup = Mixup(self.augment.mixup, self.augment.cutmix, label_smoothing=0.0, num_classes=len(labels))
             pixels, mixed = mixup(pixels, torch.arange(len(labels), device=labels.device))
             share = mixed.diagonal()[:, None]
@@ -83,9 +83,9 @@ class _Start:
     """What a checkpoint provided besides the encoder's weights.
 
     Attributes:
-        report: what became of its keys, in words.
+        report: what happened to its keys, in words.
         pool_norm: whether the encoder's last norm came from behind a classifier's pool.
-        head: weight and bias of its head, where that is for the same classes.
+        head: weight and bias of its head, if that is for the same classes.
     """
 
     report: str = "from scratch"
@@ -96,18 +96,18 @@ class _Start:
 def build_classifier(
     config: FinetuneConfig, class_names: Sequence[str] = (), load_start: bool = True
 ) -> tuple[Classifier, str]:
-    """The classifier, initialized from the seed and `start.checkpoint` alone: the same weights on every rank.
+    """The classifier. Its weights depend only on the seed and `start.checkpoint`, so they are equal on every rank.
 
     Args:
         config: the run's.
         class_names: in the order of the labels; a start that is a classifier of the same classes keeps its head.
-        load_start: false where a checkpoint of the run itself is loaded afterwards, which makes it unnecessary.
+        load_start: false if a checkpoint of the run itself is loaded afterwards, which makes the start unnecessary.
 
     Returns:
-        The classifier, and what became of the start's keys, in words.
+        The classifier, and what happened to the start's keys, in words.
 
     Raises:
-        ValueError: the start has another architecture, patch size or kind of position, is damaged, or has unknown keys.
+        ValueError: the start differs in architecture, patch size or kind of position, is damaged, or has unknown keys.
     """
     torch.manual_seed(config.seed)
     model, start, head = config.model, config.start, config.head
@@ -120,7 +120,7 @@ def build_classifier(
     _fill(vit, encoder, own_norm, started.pool_norm)
     if model.grad_checkpointing:
         vit.set_grad_checkpointing()
-    # MAE's deviations: a head that starts near zero hardly changes the pretrained weights in the first steps.
+    # MAE's standard deviations: a head that starts near zero hardly changes the pretrained weights in the first steps.
     nn.init.trunc_normal_(vit.head.weight, std=0.01 if start.trained_blocks == 0 else 2e-5)
     if started.head:
         vit.head.load_state_dict(started.head)
@@ -131,19 +131,19 @@ def build_classifier(
 
 
 def check_start(config: FinetuneConfig) -> None:
-    """Raises ValueError, as `build_classifier`, where the start does not fit; needs no data, and makes no weights."""
+    """Raises ValueError like `build_classifier` if the start does not fit; needs no data and creates no weights."""
     if config.start.checkpoint is None:
         return
     with torch.device("meta"):
         encoder = encoder_spec(config).build()
     _check_blocks(config, len(encoder.blocks))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # nothing is to be copied
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")  # nothing needs to be copied
         _load_start(encoder, config, ())
 
 
 def encoder_spec(config: FinetuneConfig) -> EncoderSpec:
-    """What the classifier is built on."""
+    """The encoder that the classifier is built on."""
     model, data = config.model, config.data
     registers, pixels = model.registers, data.pixels
     return EncoderSpec(
@@ -152,7 +152,7 @@ def encoder_spec(config: FinetuneConfig) -> EncoderSpec:
 
 
 def _has_own_norm(config: FinetuneConfig) -> bool:
-    """Whether the pool gets a norm of its own instead of the encoder's last one, as in MAE's and LoMaR's fine-tuning.
+    """Whether a norm after the pool replaces the encoder's last one, as in MAE's and LoMaR's fine-tuning.
 
     A frozen encoder keeps its norm: nothing below the pool could adapt to a new one.
     """
@@ -160,7 +160,7 @@ def _has_own_norm(config: FinetuneConfig) -> bool:
 
 
 def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]) -> _Start:
-    """Fills the encoder from `start.checkpoint`; raises ValueError as `build_classifier`."""
+    """Fills the encoder from `start.checkpoint`; raises ValueError like `build_classifier`."""
     start = config.start
     assert start.checkpoint
     try:
@@ -179,7 +179,7 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
             f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train all of it, with "
             f"head.pool=avg and without start.trained_blocks, or start from the encoder that it came from"
         )
-    if found.pool_norm:  # behind the pool, where it was
+    if found.pool_norm:  # it goes back behind the pool
         for kind in ("weight", "bias"):
             del report.folded[f"norm.{kind}"]
     kept = {}
@@ -194,7 +194,7 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
 
 
 def _how_to_match(found: EncoderSpec, config: FinetuneConfig) -> str:
-    """The keys that make the model that of a start, as what to do."""
+    """Advice naming the keys that make the model match a start."""
     theirs, ours = (
         {name: getattr(record, name) for name in ("arch", "position", "patch_size", "registers")}
         for record in (found, config.model)
@@ -209,7 +209,7 @@ def _check_blocks(config: FinetuneConfig, depth: int) -> None:
 
 
 def _fill(vit: VisionTransformer, encoder: ViT, own_norm: bool, pool_norm: bool) -> None:
-    """Copies all of the encoder's weights. Where the pool has its own norm, the last norm goes there or is left out."""
+    """Copies the encoder's weights; if the pool has its own norm, the encoder's last norm goes there or is dropped."""
     state = to_timm(EncoderSpec.of(encoder), encoder.state_dict())
     if own_norm:
         norm = {kind: state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
@@ -224,7 +224,7 @@ def _fill(vit: VisionTransformer, encoder: ViT, own_norm: bool, pool_norm: bool)
 
 
 def _freeze(vit: VisionTransformer, trained_blocks: int | None) -> None:
-    """Freezes everything but the last `trained_blocks` blocks, the last norm and the head; None freezes nothing."""
+    """Freezes all but the last `trained_blocks` blocks, the last norm and the head (0: but the head; None: nothing)."""
     if trained_blocks is None:
         return
     blocks = list(vit.blocks)

@@ -16,7 +16,7 @@ class GuardedLars(NonfiniteGuard, Lars):
 
 
 def layer_decay_groups(vit: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter exactly once, with `lr_scale` = layer_decay ** (blocks above it + 1), the head's 1.
+    """Groups each trainable parameter once, with `lr_scale` = layer_decay ** (blocks above it + 1), or 1 for the head.
 
     Tokens, positions and vectors have no weight decay. Call it before ZeRO-3 empties the shapes.
     """
@@ -44,7 +44,7 @@ def build_optimizer(vit: VisionTransformer, config: FinetuneConfig, stage: int) 
             f"optim.name=lars scales each matrix by its norm, and ZeRO stage {stage} cuts matrices into pieces: "
             f"set train.ds_config=zero0"
         )
-    for group in groups:  # as in MAE's code: every matrix, with or without weight decay
+    for group in groups:  # as in MAE's code, adapt every matrix, with or without weight decay
         group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
     options: Any = {"lr": config.peak_lr, "momentum": optim.momentum}
     return GuardedLars(groups, **options)

@@ -1,11 +1,11 @@
-"""What a classifier sees in images: `python -m downstream.classify.predict MODEL IMAGES [--out predictions.csv]`.
+"""Predicts the classes of images: `python -m downstream.classify.predict MODEL IMAGES [--out predictions.csv]`.
 
-MODEL is a classifier's file, or the folder of its run. IMAGES is an image, a folder of images of any nesting, or
-shards; labels are not needed. For each image the most probable classes and their probabilities are printed, or written
-to a CSV file with the columns key, class_1, probability_1, class_2 and so on; a row is empty where the image cannot be
-decoded. Of a classifier that was trained on lists of labels every class has a probability of its own, and those below
-0.5 are left out. Also with torchrun, srun or deepspeed, on any number of processes. The last line of the output is a
-JSON object.
+MODEL is a classifier's file, or the folder of its run. IMAGES is an image, a folder of images with any nesting, or
+shards; labels are not needed. The most probable classes of each image and their probabilities are printed, or written
+to a CSV file with the columns key, class_1, probability_1, class_2 and so on; the row of an image that cannot be
+decoded is empty. A classifier trained on lists of labels gives every class a probability of its own; classes below 0.5
+are left out. It also runs with torchrun, srun or deepspeed, on any number of processes. The last line of the output is
+a JSON object.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from pretrain.trainer.per_sample import compute_per_sample
 def most_probable(
     trained: TrainedClassifier, loader: EvalLoader, top: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The most probable classes of each of N images; called by all ranks together, and the same on all of them.
+    """The most probable classes of N images. A collective: all ranks call it and get the same result.
 
     Args:
         trained: on the device.
         loader: the images.
-        top: how many classes; all of them, if there are fewer.
+        top: how many classes; all of them if there are fewer.
         device: where to compute.
 
     Returns:
-        Their probabilities, float64 (N, K), falling; the classes, int64 (N, K); and bool (N,), whether the image can be
-        decoded: the others' mean nothing.
+        The probabilities, float64 (N, K), descending; the classes, int64 (N, K); and bool (N,), whether the image can
+        be decoded. The values of other images mean nothing.
     """
     top = min(top, trained.num_classes)
 
@@ -69,7 +69,7 @@ def named_rows(
     predictions: tuple[Tensor, Tensor, Tensor],
     threshold: float,
 ) -> Iterator[tuple[str, list[tuple[str, float]]]]:
-    """The name of each image, and the classes with at least `threshold`, the most probable first, as (name, share)."""
+    """Each image's name, and its classes with at least `threshold` as (name, probability), the most probable first."""
     for sample, shares, labels, readable in zip(
         loader.indices.tolist(), *(tensor.tolist() for tensor in predictions), strict=True
     ):
@@ -107,7 +107,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exit code 0 and one JSON line, or 1 and one clear error."""
+    """Exits with 0 and one JSON line, or with 1 and one clear error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("images", metavar="IMAGES")

@@ -1,16 +1,17 @@
 """How good an encoder is: `python -m downstream.classify.probe ENCODER --train DATA --val DATA`.
 
-ENCODER is whatever `downstream.checkpoints.weights.load_encoder` reads; DATA is labeled shards or a folder of class
-folders. Also with torchrun, srun or deepspeed, on any number of processes. Measured are, from cheap to telling:
+ENCODER is anything that `downstream.checkpoints.weights.load_encoder` reads; DATA is labeled shards or a folder of
+class folders. It also runs with torchrun, srun or deepspeed, on any number of processes. The measures, from the
+cheapest to the most informative:
 
     knn_top1, knn_top5    k-NN on frozen features, with DINO's weighted vote; knn_plain_top1 with equal votes
     linear_top1           ridge regression on frozen features
     attentive_top1, _top5 an attentive probe of the frozen patch tokens
-    finetune_top1, _top5  a short fine-tuning of a copy, as costly as training for some epochs: --finetune-epochs
+    finetune_top1, _top5  a short fine-tuning of a copy, which costs some epochs of training: --finetune-epochs
 
 k-NN and ridge regression rank masked image models wrongly. The last line of the output is a JSON object with these
-numbers, and under `judge_by` the name of the one by which encoders are to be compared: `finetune_top1`, unless the
-fine-tuning had too few steps (`finetune_steps`), else `attentive_top1`; `judge_reason` says why.
+numbers. `judge_by` names the one to compare encoders by: `finetune_top1`, or `attentive_top1` if the fine-tuning had
+too few steps (`finetune_steps`); `judge_reason` says why.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def _add_count(parser: argparse.ArgumentParser, name: str, lowest: int, default:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exit code 0 and one JSON line, or 1 and one clear error."""
+    """Exits with 0 and one JSON line, or with 1 and one clear error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = ProbeSettings()
     parser.add_argument("encoder", metavar="ENCODER")

@@ -1,4 +1,4 @@
-"""What is measured of a classifier's predictions: accuracy, per class too, calibration, average precision."""
+"""Measures of a classifier's predictions: accuracy, also per class, calibration and average precision."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says about N images, each of one class of C.
+    """A classifier's predictions for N images, each with one of C classes.
 
     Attributes:
         labels: int64 (N,).
         hits: int64 (N, 2) of 0 and 1: whether the label is the most probable class, and among the five most probable.
         predicted: int64 (N,), the most probable class, or NOTHING.
-        confidence: float64 (N,), its probability; 0 where there is none.
+        confidence: float64 (N,), its probability; 0 if there is none.
         num_classes: C.
     """
 
@@ -57,7 +57,7 @@ class Predictions:
         return torch.bincount(cells, minlength=self.num_classes * columns).view(-1, columns)
 
     def calibration(self) -> Tensor:
-        """float64 (CALIBRATION_BINS, 3): images, mean confidence and accuracy in bins of equal width of the confidence.
+        """float64 (CALIBRATION_BINS, 3): images, mean confidence and accuracy in equally wide bins of confidence.
 
         Images without a prediction are left out; the means of an empty bin are NaN.
         """
@@ -73,18 +73,18 @@ class Predictions:
 
 @dataclass(frozen=True)
 class MultiLabelPredictions:
-    """What a classifier says about N images, each of any number of C classes.
+    """A classifier's predictions for N images, each with any number of C classes.
 
     Attributes:
         labels: bool (N, C).
-        scores: float (N, C), higher for more probable classes; the lowest where an image cannot be decoded.
+        scores: float (N, C), higher for more probable classes; the lowest value if an image cannot be decoded.
     """
 
     labels: Tensor
     scores: Tensor
 
     def summary(self) -> dict[str, float]:
-        """`map`: the mean of the average precision over the classes that have images."""
+        """`map`: the average precision, averaged over the classes that have images."""
         per_class = self.average_precision_per_class()
         return {"map": per_class[~per_class.isnan()].mean().item()}
 
@@ -102,7 +102,7 @@ class MultiLabelPredictions:
 def predict_one_label(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, C) logits, (B,) labels -> (B, 4) float64: hits of top-1 and top-5, predicted class or NOTHING, confidence."""
     finite = torch.isfinite(logits).all(1)
-    best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # the same choice among equals as in the hits
+    best = logits.topk(min(5, logits.shape[1])).indices[:, :1]  # ties are broken as in the hits
     confidence = logits.double().softmax(1).gather(1, best)
     return torch.cat(
         [
@@ -115,13 +115,13 @@ def predict_one_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def expected_calibration_error(calibration: Tensor) -> float:
-    """The mean over images of |accuracy - confidence| of their bin (Guo et al., 2017); NaN without any prediction."""
+    """|accuracy - confidence| of each image's bin, averaged over images (Guo et al., 2017); NaN without predictions."""
     count, confidence, accuracy = calibration[calibration[:, 0] > 0].T
     return ((accuracy - confidence).abs() * count).sum().div(count.sum()).item()
 
 
 def average_precision(positives: Tensor, negatives: Tensor) -> float:
-    """Area under the precision-recall curve of telling positives, which should score higher; NaN without any."""
+    """Area under the precision-recall curve; positives should score higher than negatives. NaN without positives."""
     if not len(positives):
         return float("nan")
     scores = torch.cat([positives, negatives]).numpy()

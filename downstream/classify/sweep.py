@@ -1,11 +1,11 @@
-"""A grid of fine-tunings of one recipe, reported by its best run and the mean and deviation over the grid.
+"""Runs a grid of fine-tunings of one recipe and reports the best run, and the mean and deviation over the grid.
 
     python -m downstream.classify.sweep transfer_flowers_vitb16_224_100e data.shards=/data/flowers/train \\
         val.shards=/data/flowers/val start.checkpoint=runs/my-run name=flowers \\
         --grid optim.base_lr=1e-4,2.5e-4,5e-4 --grid optim.weight_decay=0.05,0.1
 
-Every setting is checked before the first one is trained. The runs are `runs/<name>/run<number>`; an interrupted
-command continues when it is given again. The last line of the output is a JSON object.
+All settings are checked before the first one is trained. The runs are `runs/<name>/run<number>`; an interrupted sweep
+continues when the same command is given again. The last line of the output is a JSON object.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parse_grid(arguments: list[str]) -> list[list[str]]:
     """['a=1,2', 'b=3'] -> [['a=1', 'b=3'], ['a=2', 'b=3']].
 
     Raises:
-        ValueError: there is no argument, or one that is not `key=value,value`.
+        ValueError: there is no argument, or one is not `key=value,value`.
     """
     keys = []
     for argument in arguments:
@@ -43,7 +43,7 @@ def parse_grid(arguments: list[str]) -> list[list[str]]:
 
 
 def configure(recipe: str, overrides: list[str], grid: list[list[str]]) -> list[FinetuneConfig]:
-    """The configuration of every setting; raises ValueError where one cannot work, before anything is trained."""
+    """The configuration of every setting; raises ValueError if one cannot work, before anything is trained."""
     base = load(recipe, overrides)
     folder = [f"runs={Path(base.runs) / base.name}"]
     return [load(recipe, [*overrides, *setting, *folder, f"name=run{n:03d}"]) for n, setting in enumerate(grid)]
@@ -53,7 +53,7 @@ def train(config: FinetuneConfig, launcher: list[str]) -> dict[str, Any]:
     """Trains one setting, or continues it, and returns the last evaluation.
 
     Raises:
-        ValueError: the run failed, and printed its own error; or it was stopped.
+        ValueError: the run failed and printed its own error, or it was stopped.
     """
     folder = RunFolder(Path(config.runs) / config.name)
     folder.root.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def train(config: FinetuneConfig, launcher: list[str]) -> dict[str, Any]:
 
 
 def find_metric(measured: dict[str, Any]) -> str:
-    """What settings are compared by: top-1, or the mean average precision where images have lists of labels."""
+    """The metric that ranks settings: top-1, or the mean average precision if images have lists of labels."""
     return "top1" if "top1" in measured else "map"
 
 
@@ -85,7 +85,7 @@ def summarize(grid: list[list[str]], scores: list[float]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exit code 0 with the table and the summary, 1 with one clear error."""
+    """Exits with 0 after the table and the summary, or with 1 and one clear error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")

@@ -1,4 +1,4 @@
-"""A trained classifier from its file, ready to predict."""
+"""Loads a trained classifier from its file, ready to predict."""
 
 import sys
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ class TrainedClassifier:
         model: timm's, in eval mode: standardized pixels (B, channels, H, W) -> logits.
         image_size: (H, W) of its images.
         num_classes: outputs of its head.
-        class_names: in the order of the labels; empty where they are not known.
-        multi_label: whether each output is a decision of its own.
+        class_names: in the order of the labels; empty if unknown.
+        multi_label: whether each output is an independent decision.
         pixels: of its images.
     """
 
@@ -43,10 +43,10 @@ class TrainedClassifier:
 
 
 def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier:
-    """Reads a classifier that this project saved, or a published one; what became of a published one's keys is printed.
+    """Reads a classifier saved by this project, or a published one; for the latter, prints what happened to its keys.
 
     Raises:
-        ValueError: it is damaged, or no classifier, or the folder of a run that is not over.
+        ValueError: it is damaged, not a classifier, or the folder of a run that has not finished.
     """
     folder = RunFolder(Path(path))
     if checkpoint_names(folder.checkpoints) and not folder.model.is_file():

@@ -1,1 +1,1 @@
-"""What detection and segmentation share: encoders as backbones of mm*, and mmengine on DeepSpeed."""
+"""What detection and segmentation share: encoders as mmdet and mmseg backbones, and mmengine on DeepSpeed."""

@@ -1,4 +1,4 @@
-"""Checks of detection and segmentation before a model is built: mmcv's compiled operators, and files."""
+"""Checks for detection and segmentation before a model is built: mmcv's compiled operators, and files."""
 
 import contextlib
 import importlib
@@ -19,15 +19,15 @@ TRANSPOSED = {5, 6, 7, 8}  # EXIF orientations that swap height and width, which
 
 
 def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, str], str]) -> list[str]:
-    """Checks each data set; returns a line about each.
+    """Checks each data set and returns a line about each.
 
     Args:
         cfg: an mmengine Config.
         splits: any of train, val and test.
-        check: (dotted key, data set, split) -> the line. It raises ValueError where something is wrong.
+        check: (dotted key, data set, split) -> the line. It raises ValueError if something is wrong.
 
     Raises:
-        ValueError: one line for each data set in which something is wrong.
+        ValueError: one line for each data set with a problem.
     """
     check_ops()
     lines, problems = [], []
@@ -44,14 +44,14 @@ def check_datasets(cfg: Any, splits: Sequence[str], check: Callable[[str, Any, s
 
 @contextlib.contextmanager
 def needs_mm() -> Iterator[None]:
-    """Around imports of mmengine, mmdet or mmseg: a ValueError of one sentence where one of them is not installed.
+    """Wraps imports of mmengine, mmdet or mmseg; a missing library raises a one-sentence ValueError.
 
-    What they print is not shown, and from then on neither are warnings of theirs and of torch: they are about their own
-    calls of functions that will change, and optional packages.
+    Output of the imports is hidden. Warnings of these libraries and of torch stay hidden from then on: they concern the
+    libraries' own use of deprecated functions, and optional packages.
     """
     warnings.filterwarnings("ignore", module=r"(mmcv|mmdet|mmengine|mmseg|torch)(\.|$)")
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which mmengine imports, warns that it chose it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # mmengine imports DeepSpeed, which warns if it must choose
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
@@ -62,7 +62,7 @@ def needs_mm() -> Iterator[None]:
 
 
 def check_ops() -> None:
-    """Raises ValueError where mmcv has no compiled operators, or operators that were built for another torch."""
+    """Raises ValueError if mmcv has no compiled operators, or if they were built for another torch."""
     try:
         importlib.import_module("mmcv._ext")
     except ImportError as error:
@@ -72,7 +72,7 @@ def check_ops() -> None:
 
 
 def find_missing(folder: str, names: Iterable[str]) -> list[str]:
-    """Those of `names`, paths below `folder`, that do not exist; each folder is listed once, no file is opened."""
+    """The `names` (paths below `folder`) that do not exist; lists each folder once and opens no file."""
     listed: dict[str, set[str]] = {}
     missing = []
     for name in names:
@@ -91,12 +91,12 @@ def first_names(names: list[str]) -> str:
 
 
 def is_local(path: str) -> bool:
-    """Whether it is a path on this machine, and not a URL (s3://...), which is not checked."""
+    """Whether it is a local path, not a URL (s3://...); URLs are not checked."""
     return "://" not in path
 
 
 def check_exists(key: str, path: str, kind: str) -> None:
-    """Raises ValueError where `path`, the value of `key` in the configuration, is not a file (or folder)."""
+    """Raises ValueError if `path`, the value of `key` in the configuration, is not a file (or folder)."""
     found = Path(path).is_file() if kind == "file" else Path(path).is_dir()
     if not found:
         nearest = next((str(parent) for parent in Path(path).parents if parent.is_dir()), "/")
@@ -104,12 +104,12 @@ def check_exists(key: str, path: str, kind: str) -> None:
 
 
 def read_image_size(key: str, path: str, oriented: bool = True) -> tuple[int, int]:
-    """(height, width) after mmcv's decoder, from the file's header.
+    """(height, width) as mmcv's decoder returns them, read from the file's header.
 
     Args:
         key: of the data set, for messages.
         path: of the image.
-        oriented: whether the decoder applies the EXIF orientation, as of `applies_orientation`.
+        oriented: whether the decoder applies the EXIF orientation; see `applies_orientation`.
 
     Raises:
         ValueError: it is not an image.
@@ -124,7 +124,7 @@ def read_image_size(key: str, path: str, oriented: bool = True) -> tuple[int, in
 
 
 def applies_orientation(pipeline: Any) -> bool:
-    """Whether the step of a pipeline that reads images turns them as their EXIF orientation says."""
+    """Whether the image-reading step of a pipeline applies the EXIF orientation."""
     loading: dict[str, Any] = next((step for step in pipeline if step.type.endswith("LoadImageFromFile")), {})
     color, decoder = loading.get("color_type", "color"), loading.get("imdecode_backend", "cv2")
     return color in ("color", "grayscale") and decoder in ("cv2", "pillow")

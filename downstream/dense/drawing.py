@@ -1,6 +1,6 @@
-"""The commands that draw predictions on images, but for what is of detection or of segmentation.
+"""What the commands that draw predictions on images share.
 
-Neither mmengine nor mmcv is imported before it is needed: a command says what is missing.
+mmengine and mmcv are imported only when needed, so that a command can report what is missing.
 """
 
 import argparse
@@ -25,13 +25,13 @@ def load_model(cfg: Any, weights: str, scope: str, device: torch.device) -> nn.M
     """The model of an mmengine Config with these weights, in eval mode.
 
     Args:
-        cfg: changed: no encoder is loaded.
+        cfg: modified so that no encoder is loaded.
         weights: a file.
         scope: `mmdet` or `mmseg`.
         device: of the model.
 
     Raises:
-        ValueError: the file is damaged, holds more than weights, or holds the weights of another model.
+        ValueError: the file is damaged, holds more than weights, or its weights belong to another model.
     """
     from mmengine.registry import MODELS, init_default_scope
     from mmengine.runner.checkpoint import CheckpointLoader
@@ -42,7 +42,7 @@ def load_model(cfg: Any, weights: str, scope: str, device: torch.device) -> nn.M
     refuse_pickles()
     import_modules_from_strings(**cfg.get("custom_imports") or {"imports": []})
     init_default_scope(scope)
-    clear_start(cfg)  # the weights are those of the whole model
+    clear_start(cfg)  # the file has the weights of the whole model
     model: nn.Module = MODELS.build(cfg.model)
     content = CheckpointLoader.load_checkpoint(weights, map_location="cpu")
     tensors = content.get("state_dict", content) if isinstance(content, dict) else {}
@@ -86,13 +86,13 @@ def run_draw(
     propagate: Callable[[Any], None],
     prepare: Callable[[Any, str, torch.device], Draw],
 ) -> int:
-    """The whole command, given a function that draws.
+    """Runs the whole command with the given drawing function.
 
     Args:
         options: of `make_parser`.
-        configs, propagate: as of `downstream.dense.mmengine.config_file.load_job`.
-        prepare: (configuration, file of weights, device) -> a function of an image, (H, W, 3) uint8 in BGR, and of the
-            file that the drawn image is written to.
+        configs, propagate: see `downstream.dense.mmengine.config_file.load_job`.
+        prepare: (configuration, weights file, device) -> a function that takes an image, (H, W, 3) uint8 in BGR, and
+            the file to write the drawn image to.
 
     Returns:
         The exit code.

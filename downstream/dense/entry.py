@@ -1,7 +1,7 @@
-"""The commands that train a detector or a segmentor, but for what is of one of them.
+"""What the commands that train a detector or a segmentor share.
 
-Neither mmengine nor DeepSpeed is imported before it is needed: a command says what is missing, and DeepSpeed looks for
-its accelerator as soon as it is imported.
+mmengine and DeepSpeed are imported only when needed: a command must be able to report what is missing, and DeepSpeed
+looks for its accelerator on import.
 """
 
 import functools
@@ -20,21 +20,21 @@ from pretrain.trainer.run_folder import RunFolder
 
 
 def main(description: str | None, configs: Path, propagate: Callable[[Any], None], checks: str) -> NoReturn:
-    """Trains by a configuration, or evaluates a checkpoint, and ends the process.
+    """Trains as configured, or evaluates a checkpoint, and ends the process.
 
     Args:
         description: of the command, for --help.
         configs: the folder of the shipped configurations.
-        propagate: copies keys at the top of a configuration to where they are read.
-        checks: a module with a function `check`, as of `downstream.dense.mmengine.runner.run`; it is imported when
-            all ranks have started, since it needs mmdet or mmseg.
+        propagate: copies top-level keys of a configuration to where they are read.
+        checks: a module with a function `check` for `downstream.dense.mmengine.runner.run`. It is imported after all
+            ranks have started, because it needs mmdet or mmseg.
     """
     load = functools.partial(_load, configs=configs, propagate=propagate)
     command_line.main(description, load, functools.partial(_train, checks=checks), recipe="CONFIG")
 
 
 def _load(name: str, overrides: list[str], configs: Path, propagate: Callable[[Any], None]) -> Job:
-    """As `load_job`; ValueError also where mmengine is not installed."""
+    """Like `load_job`, but raises ValueError if mmengine is not installed, too."""
     with needs_mm():
         from downstream.dense.mmengine.config_file import load_job
     return load_job(name, overrides, configs, propagate)
@@ -42,7 +42,7 @@ def _load(name: str, overrides: list[str], configs: Path, propagate: Callable[[A
 
 def _train(job: Job, world: World, checks: str) -> None:
     folder = RunFolder(Path(job.cfg.work_dir))
-    # Configuration and data are compared by nobody: they are objects and files of the libraries.
+    # Configuration and data are not compared across ranks: they are the libraries' objects and files.
     checked_start(world, folder.root, "", lambda: None, lambda nothing: "")
     init_distributed(world)
     with needs_mm():
@@ -57,6 +57,6 @@ def _train(job: Job, world: World, checks: str) -> None:
 
 
 def check_folder(folder: RunFolder) -> None:
-    """Raises ValueError where another kind of training has been: its files would be mixed with ours."""
+    """Raises ValueError if the folder belongs to another kind of training, whose files would mix with ours."""
     if folder.config.is_file():
         raise ValueError(f"{folder.root} is the folder of a pretraining or of a classifier: choose another name=")

@@ -1,4 +1,4 @@
-"""What a command of detection or segmentation asks for."""
+"""The job that a detection or segmentation command asks for."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,14 @@ from pretrain.trainer.config import WatchdogConfig
 
 @dataclass(frozen=True)
 class Job:
-    """A configuration and how it is run.
+    """A configuration and how to run it.
 
     Attributes:
         cfg: an mmengine Config, with all overrides.
-        ds_config: DeepSpeed's engine keys, a name in ds_configs/ or a file; None is mmengine's own Runner.
-        resume: whether the training in `work_dir`, if there is one, is continued.
+        ds_config: DeepSpeed's engine keys, a name in ds_configs/ or a file; None means mmengine's own Runner.
+        resume: whether to continue the training in `work_dir`, if there is one.
         test: a checkpoint to evaluate instead of training.
-        tta: whether it is evaluated with test-time augmentation, by the configuration's `tta_model`.
+        tta: whether to evaluate it with test-time augmentation, using the configuration's `tta_model`.
     """
 
     cfg: Any
@@ -26,11 +26,11 @@ class Job:
 
     @property
     def watchdog(self) -> WatchdogConfig:
-        """How long anything may take: the usual limits, of which mmengine's steps have none."""
+        """The usual time limits; they do not apply to mmengine's steps."""
         return WatchdogConfig()
 
     def memory_advice(self, ranks: int) -> str:
-        """The keys to change where a GPU's memory is full, as what to do."""
+        """Advice naming the keys to change when a GPU runs out of memory."""
         loader = "test_dataloader" if self.test else "train_dataloader"
         advice = f"set {loader}.batch_size lower than {self.cfg[loader]['batch_size']}"
         if self.test:

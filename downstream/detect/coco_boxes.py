@@ -1,4 +1,4 @@
-"""Counts what mmdet does with the annotations of a file in COCO's format: used, clipped, ignored or skipped."""
+"""Counts which annotations of a COCO-format file mmdet uses, clips, ignores or skips."""
 
 import math
 from collections.abc import Sequence
@@ -10,19 +10,19 @@ from tqdm import tqdm
 
 @dataclass
 class BoxCounts:
-    """Numbers of annotations, and the ids (as text) of those that would stop a training.
+    """Numbers of annotations, and the ids (as text) of those that would make a training fail.
 
     Attributes:
         used: boxes that are trained on or evaluated.
-        images, categories: ids of those that have a used box.
-        annotated: ids of the images that have an annotation of a class, used or not.
-        outside: outside their image, thinner than a pixel, or without area.
-        fractions: of those, boxes within 0 to 1: of pixels they would be a corner.
-        clipped: used, but they extend more than a pixel beyond their image.
+        images, categories: ids of those with a used box.
+        annotated: ids of images with an annotation of a class, used or not.
+        outside: boxes outside their image, thinner than a pixel, or without area.
+        fractions: those of `outside` with all values from 0 to 1, which are probably fractions instead of pixels.
+        clipped: used boxes that extend more than a pixel beyond their image.
         ignored: marked with `ignore`.
-        rle: used, and their mask is run-length encoded.
-        no_polygon: used, but mmdet skips them where it reads masks: all their polygons have fewer than three points or
-            half a point, or a run-length encoding lacks its counts or size.
+        rle: used boxes with a run-length encoded mask.
+        no_polygon: used boxes that mmdet skips if it reads masks: all polygons have fewer than three points or an odd
+            number of coordinates, or a run-length encoding lacks its counts or size.
         malformed, malformed_mask, no_mask, other_size: ids.
     """
 
@@ -113,23 +113,23 @@ def _count(counts: BoxCounts, annotation: dict[str, Any], height: int, width: in
 
 
 def _mask_well_formed(mask: Any) -> bool:
-    """Polygons, each a list of numbers, or a run-length encoding."""
+    """Whether it is a list of polygons, each a list of numbers, or a run-length encoding."""
     return isinstance(mask, dict) or (
         isinstance(mask, list) and all(isinstance(part, list) and is_finite(part) for part in mask)
     )
 
 
 def _other_size(mask: dict[str, Any], height: int, width: int) -> bool:
-    """Whether a run-length encoding that mmdet would read is not of the image's pixels."""
+    """Whether a run-length encoding that mmdet would read does not have the image's size."""
     counts, size = mask.get("counts"), mask.get("size")
     if counts is None or size is None:
-        return False  # it is skipped
+        return False  # mmdet skips it
     runs = isinstance(counts, list)
     return list(size) != [height, width] or (runs and (not is_finite(counts) or sum(counts) != height * width))
 
 
 def _usable(mask: Any) -> bool:
-    """Whether mmdet reads it, and does not skip its box."""
+    """Whether mmdet reads the mask instead of skipping its box."""
     if isinstance(mask, dict):
         return isinstance(mask.get("counts"), (list, str)) and mask.get("size") is not None
     return any(len(part) >= 6 and len(part) % 2 == 0 for part in mask)

@@ -1,6 +1,6 @@
-"""Checks the data of a detection config by its annotation files, in seconds, before any model is built.
+"""Checks a detection config's data from its annotation files, in seconds, before any model is built.
 
-What would make mmdet fail in the middle of an epoch is an error here; what it would skip silently is counted.
+Anything that would make mmdet fail in the middle of an epoch is an error here; what it would skip silently is counted.
 """
 
 import functools
@@ -25,7 +25,7 @@ REQUIRED = {"images": ("id", "file_name", "height", "width"), "categories": ("id
 
 @dataclass(frozen=True)
 class Annotations:
-    """The lists of a file in COCO's format, its path, and the key of the data set that names it."""
+    """The lists of a COCO-format file, its path, and the key of the data set that names it."""
 
     key: str
     path: str
@@ -35,7 +35,7 @@ class Annotations:
 
 
 def check(cfg: Any, splits: Sequence[str] = ("train", "val")) -> list[str]:
-    """Checks each data set; returns a line about each.
+    """Checks each data set and returns a line about each.
 
     Args:
         cfg: an mmengine Config.
@@ -79,7 +79,7 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
 
 
 def read_annotations(key: str, path: str) -> Annotations:
-    """Raises ValueError where there is no such file, or it is not in COCO's format, empty or inconsistent."""
+    """Reads an annotation file; raises ValueError if it is missing, empty, inconsistent or not in COCO's format."""
     check_exists(f"{key}.ann_file", path, "file")
     try:
         with open(path) as file:
@@ -108,7 +108,7 @@ def read_annotations(key: str, path: str) -> Annotations:
 
 
 def _has_values(entry: dict[str, Any]) -> bool:
-    """Whether what an image, a category or an annotation has of ids, names and sizes can be used."""
+    """Whether the id, name and size (if present) of an image, a category or an annotation are usable."""
     sides = [entry[key] for key in ("height", "width") if "file_name" in entry]
     return (
         isinstance(entry["id"], (int, float, str))
@@ -119,10 +119,10 @@ def _has_values(entry: dict[str, Any]) -> bool:
 
 
 def check_classes(found: Annotations, classes: tuple[str, ...]) -> None:
-    """Compares the classes with the categories of the file, by whose order mmdet numbers them.
+    """Compares the classes with the file's categories, whose order determines mmdet's class numbers.
 
     Raises:
-        ValueError: a number would mean another class in the file than in the config.
+        ValueError: a number would mean different classes in the file and in the config.
     """
     names = [category["name"] for category in found.categories]
     present = [name for name in names if name in classes]
@@ -141,7 +141,7 @@ def check_classes(found: Annotations, classes: tuple[str, ...]) -> None:
 
 
 def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
-    """Raises ValueError where a head predicts another number of classes than the data set has."""
+    """Raises ValueError if a head's number of classes differs from the data set's."""
     for name, head in heads(cfg):
         if head.num_classes != len(classes):
             raise ValueError(
@@ -155,14 +155,14 @@ def _category_ids(found: Annotations, classes: tuple[str, ...]) -> set[int]:
 
 
 def _check_evaluators(cfg: Any, split: str, found: Annotations) -> list[str]:
-    """A note where the ids of annotations are not used; raises ValueError where they would be measured wrong."""
+    """A note if the annotations' ids are replaced; raises ValueError if they would lead to wrong measurements."""
     strange = [a["id"] for a in found.annotations if not isinstance(a["id"], int) or a["id"] < 1]
     incomplete = [a["id"] for a in found.annotations if "iscrowd" not in a]
     for evaluator in evaluators(cfg, split):
         file = evaluator.get("ann_file")
         if file is not None and os.path.abspath(file) != os.path.abspath(found.path):
             raise ValueError(f"{split}_evaluator.ann_file={file} is not the file of {split}_dataloader, {found.path}")
-        if (strange or incomplete) and evaluator.get("type") == "CocoMetric":  # ours takes any
+        if (strange or incomplete) and evaluator.get("type") == "CocoMetric":  # AnyIdsCocoMetric takes any
             raise ValueError(
                 f"{found.key}: {found.path}: annotation {(strange + incomplete)[0]!r} has no iscrowd, or an id that is "
                 f"no number from 1, and pycocotools would measure it wrong: give {split}_evaluator.type="
@@ -214,7 +214,7 @@ def _check_polygons(dataset: Any, found: Annotations, counts: BoxCounts, loading
 
 
 def _explain(found: Annotations, counts: BoxCounts) -> str:
-    """Why no annotation is used, as far as it can be told."""
+    """The reason why no annotation is used, if it can be determined."""
     first = found.annotations[0]
     if counts.no_image == len(found.annotations):
         return f": no image has the id image_id={first.get('image_id')!r}; ids are like {found.images[0]['id']!r}"
@@ -227,10 +227,10 @@ def _explain(found: Annotations, counts: BoxCounts) -> str:
 
 
 def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -> list[str]:
-    """The line of a training set, in parts.
+    """The parts of the line about a training set.
 
     Raises:
-        ValueError: no image is left, or one would be resized to nothing.
+        ValueError: no image is left, or one would be resized to a side of 0.
     """
     filters = dataset.get("filter_cfg") or {}
     smallest, without_boxes = filters.get("min_size", 0), not filters.get("filter_empty_gt", False)

@@ -1,4 +1,4 @@
-"""Compares the images of an annotation file with what is in the folder: names, and sizes as mmcv will decode them."""
+"""Compares an annotation file's images with the files in the folder: names, and sizes as mmcv will decode them."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ OPENED_IMAGES = 5000
 
 
 def check_images(key: str, dataset: Any, folder: str, file: str, images: Sequence[dict[str, Any]]) -> None:
-    """Checks that all files exist, and the size of at most `OPENED_IMAGES` of them, evenly spaced.
+    """Checks that all files exist, and the sizes of at most `OPENED_IMAGES` of them, evenly spaced.
 
     Args:
         key: of the data set, for messages.
@@ -25,7 +25,7 @@ def check_images(key: str, dataset: Any, folder: str, file: str, images: Sequenc
         images: with `file_name`, `height` and `width`.
 
     Raises:
-        ValueError: a file is missing, is no image, or has another size.
+        ValueError: a file is missing, is not an image, or has another size.
     """
     check_exists(f"{key}.data_prefix.img", folder, "folder")
     missing = find_missing(folder, (image["file_name"] for image in images))
@@ -59,7 +59,7 @@ _OTHER_VERSION = "its boxes are of another version of the images"
 
 
 def _explain_turned(key: str, dataset: Any, oriented: bool) -> str:
-    """Why height and width are exchanged."""
+    """The reason why height and width are swapped, and what to do."""
     steps = [step.type for step in dataset.pipeline]
     number = next((n for n, kind in enumerate(steps) if kind.endswith("LoadImageFromFile")), 0)
     if oriented:
@@ -71,7 +71,7 @@ def _explain_turned(key: str, dataset: Any, oriented: bool) -> str:
 
 
 def _explain_missing(folder: str, name: str) -> str:
-    """Where a file that is missing is, if it is somewhere below the folder or has another suffix."""
+    """Where a missing file is, if it is elsewhere below the folder or has another suffix."""
     base = PurePosixPath(name.replace("\\", "/")).name
     stem = os.path.splitext(base)[0].lower()
     for parent, _, names in os.walk(folder, followlinks=True):

@@ -1,4 +1,4 @@
-"""mmdet's COCO metric for annotation files as tools write them."""
+"""mmdet's COCO metric, for annotation files as various tools write them."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from mmdet.registry import METRICS
 
 @METRICS.register_module()
 class AnyIdsCocoMetric(CocoMetric):
-    """COCO's box and mask AP, whatever the ids of the annotations are.
+    """COCO's box and mask AP, with any annotation ids.
 
-    pycocotools marks a detection as found by the id of its annotation: one with the id 0 counts as never found, and
-    text is an error after the first epoch. So annotations are numbered from 1 here. One without `iscrowd` is no crowd.
+    pycocotools marks a matched detection with the id of its annotation, so an annotation with id 0 counts as never
+    found, and text ids fail after the first epoch. Here annotations are numbered from 1. A missing `iscrowd` means 0.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

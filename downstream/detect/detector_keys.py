@@ -1,6 +1,6 @@
-"""Copies keys from the top of a detection config to wherever mmdet reads them.
+"""Copies top-level keys of a detection config to wherever mmdet reads them.
 
-They are `data_root` and `classes` as in segmentation, `size`, and `with_masks`.
+The keys are `data_root` and `classes`, as in segmentation, `size`, and `with_masks`.
 """
 
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from downstream.dense.mmengine.dataset_keys import SPLITS, below_root, datasets,
 
 
 def propagate_keys(cfg: Any) -> None:
-    """Fills in data sets, evaluators and the model from the top of an mmengine Config, in place.
+    """Fills in data sets, evaluators and the model from an mmengine Config's top-level keys, in place.
 
-    A key that is None changes nothing. As `propagate_data_keys`; the evaluators also read the annotation file of their
-    data set, and:
-    `classes`: their number is every head's `num_classes`.
-    `size`, the side of a square in pixels: of the image that the backbone is built for, and in place of the square that
-    it was: of padded batches and crops, and of what images are resized to, in training times a random ratio.
-    `with_masks`: False is a detector of boxes, without a mask head; neither masks nor polygons are read or measured.
+    A key that is None changes nothing. Beyond `propagate_data_keys`, evaluators get the annotation file of their data
+    set, and:
+    `classes`: their number becomes every head's `num_classes`.
+    `size`: the side in pixels of the square image that the backbone is built for. It also replaces the old side of
+    padded batches, of crops, and of what images are resized to (in training times a random ratio).
+    `with_masks`: False means a box detector without a mask head; masks and polygons are neither read nor measured.
     `model.roi_head.mask_head=None` means the same.
 
     Raises:
-        ValueError: `classes` is not a list of different names, `size` is not a number of whole patches, or masks that
-            are not predicted choose the best checkpoint.
+        ValueError: `classes` is not a list of different names, `size` is not a multiple of the patch size, or the best
+            checkpoint is chosen by masks that are not predicted.
     """
     propagate_data_keys(cfg)
     if cfg.get("classes") is not None:
@@ -86,13 +86,13 @@ def heads(cfg: Any) -> Iterator[tuple[str, Any]]:
 
 
 def evaluators(cfg: Any, split: str) -> list[Any]:
-    """The metrics of a split, of which mmengine takes one or a list."""
+    """The metrics of a split as a list; mmengine accepts one or a list."""
     found = cfg.get(f"{split}_evaluator") or []
     return [found] if isinstance(found, dict) else list(found)
 
 
 def annotation_file(dataset: Any) -> str:
-    """Its path as mmdet resolves it."""
+    """The annotation file's path as mmdet resolves it."""
     return below_root(dataset, dataset.ann_file)
 
 

@@ -1,8 +1,8 @@
 """Draws what a detector finds: `python -m downstream.detect.draw_detections CONFIG WEIGHTS IMAGES OUT [--score 0.5]`.
 
-CONFIG and WEIGHTS are as for downstream/detect/train_detector.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES
-is an image or a folder; in OUT a drawing of each has the same name, with boxes, classes and scores, and with masks if
-the detector has them.
+CONFIG and WEIGHTS are as for downstream/detect/train_detector.py; for a run, give runs/NAME/config.py and runs/NAME.
+IMAGES is an image or a folder. OUT gets a drawing of each under the same name, with boxes, classes and scores, and with
+masks if the detector has them.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def _probability(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 and one clear error."""
+    """Returns exit code 0, or 1 with one clear error."""
     parser = make_parser(__doc__)
     parser.add_argument(
         "--score",

@@ -1,4 +1,4 @@
-"""ViTDet's simple feature pyramid: five maps from the backbone's last one."""
+"""ViTDet's simple feature pyramid: five maps from the backbone's last map."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,8 @@ MODELS.register_module(name="LN2d", module=LayerNorm2d)
 class SimpleFeaturePyramid(BaseModule):
     """Maps at strides of 4, 8, 16, 32 and 64 pixels for patches of 16 pixels.
 
-    Each scale has its own layers: transposed convolutions up or a pool down, then a 1x1 and a 3x3 convolution, each
-    with a layer norm. The last map is the one before it, subsampled, for the region proposals.
+    Each scale has its own layers: transposed convolutions up or pooling down, then a 1x1 and a 3x3 convolution, each
+    with a layer norm. The last map, for the region proposals, is the one before it, subsampled.
 
     Args:
         in_channels: of the backbone's map, a multiple of 4.
@@ -34,7 +34,7 @@ class SimpleFeaturePyramid(BaseModule):
             nn.ConvTranspose2d(half, quarter, 2, 2),
         ]
         up2: list[nn.Module] = [nn.ConvTranspose2d(in_channels, half, 2, 2)]
-        # A map of odd sides keeps its last row and column.
+        # ceil_mode keeps the last row and column of a map with odd sides.
         down2: list[nn.Module] = [nn.MaxPool2d(2, ceil_mode=True)]
         scales = [(up4, quarter), (up2, half), ([], in_channels), (down2, in_channels)]
         self.scales = nn.ModuleList(
@@ -49,9 +49,9 @@ class SimpleFeaturePyramid(BaseModule):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The backbone's one map, (B, D, h, w), in a tuple -> (B, out_channels, ...) of 4h, 2h, h, h/2, h/4 rows.
+        """The backbone's only map, (B, D, h, w), in a tuple -> (B, out_channels, ...) with 4h, 2h, h, h/2, h/4 rows.
 
-        Halves are rounded up.
+        h/2 and h/4 are rounded up.
         """
         (last,) = maps
         # mmcv's RoIAlign assumes contiguous memory, which the output of LayerNorm2d does not have.

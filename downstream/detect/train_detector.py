@@ -1,8 +1,7 @@
 """Trains a detector: `deepspeed downstream/detect/train_detector.py CONFIG start.checkpoint=FILE [KEY=value ...]`.
 
-CONFIG is an mmengine configuration or the name of one in downstream/detect/configs; torchrun, srun and python start it
-as well. A training that was stopped continues when the same command is given again; with test=FILE a checkpoint is
-evaluated instead.
+CONFIG is an mmengine configuration or the name of one in downstream/detect/configs. torchrun, srun and python work too.
+A stopped training continues when the same command is given again; test=FILE evaluates a checkpoint instead.
 """
 
 import sys

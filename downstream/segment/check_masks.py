@@ -1,8 +1,9 @@
 """Checks the data of a segmentation config before any model is built.
 
-A training checks names, and some masks of each split. All masks are read by
+A training checks names, and some masks of each split. To read all masks, run
 `python -m downstream.segment.check_masks CONFIG data_root=FOLDER [KEY=value ...]`, with the arguments of
-downstream/segment/train_segmentor.py. mmseg is imported where it is used: the command says what is missing.
+downstream/segment/train_segmentor.py. mmseg is imported only when needed, so that the command can report what is
+missing.
 """
 
 import argparse
@@ -34,12 +35,12 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def check(cfg: Any, splits: Sequence[str] = ("train", "val"), opened: int | None = OPENED_MASKS) -> list[str]:
-    """Checks each data set; returns a line about each.
+    """Checks each data set and returns a line about each.
 
     Args:
         cfg: an mmengine Config.
         splits: any of train, val and test.
-        opened: how many masks of a data set are read, evenly spaced; None: all.
+        opened: number of masks to read per data set, evenly spaced; None: all.
 
     Raises:
         ValueError: something is wrong; one line for each data set, with the file and the key to change.
@@ -76,7 +77,7 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
     read = pairs[:: math.ceil(len(pairs) / opened) if opened else 1]
     counts = count(read)
     if split == "train" and len(values.present(counts)) == 1 and len(read) < len(pairs):
-        read = pairs  # those of another class may be rare
+        read = pairs  # masks with another class may be rare
         counts = count(read)
     _check_values(key, counts, values)
     if split == "train":
@@ -88,7 +89,7 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
 
 
 def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
-    """Raises ValueError where a head predicts another number of classes, or ignores another label than mmseg writes."""
+    """Raises ValueError if a head's number of classes is wrong, or its ignored label is not the one mmseg writes."""
     for name, head in heads(cfg):
         if head.get("ignore_index", IGNORED) != IGNORED:
             raise ValueError(
@@ -130,7 +131,7 @@ def _check_values(key: str, counts: MaskCounts, values: MaskValues) -> None:
 
 
 def _check_crops(key: str, dataset: Any, counts: MaskCounts) -> list[str]:
-    """Notes about sizes; raises ValueError where an image would be resized to nothing, or no image fills a crop."""
+    """Notes about sizes; raises ValueError if an image would be resized to a side of 0, or no image fills a crop."""
     notes = []
     if counts.unlabeled:
         notes.append(f"{len(counts.unlabeled)} masks without a labeled pixel")
@@ -158,13 +159,13 @@ def _check_crops(key: str, dataset: Any, counts: MaskCounts) -> list[str]:
 
 
 def _resized(size: tuple[float, float], scale: Sequence[int], ratio: float) -> tuple[float, float]:
-    """As mmcv resizes with keep_ratio: to the largest size that fits into both sides, portrait or landscape."""
+    """The size after mmcv's keep_ratio resize: the largest that fits into both sides, in portrait or landscape."""
     factor = min(max(scale) * ratio / max(size), min(scale) * ratio / min(size))
     return size[0] * factor, size[1] * factor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 and one clear error."""
+    """Returns exit code 0, or 1 with one clear error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="KEY=value", nargs="*")

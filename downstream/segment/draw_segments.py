@@ -1,8 +1,8 @@
 """Draws predictions: `python -m downstream.segment.draw_segments CONFIG WEIGHTS IMAGES OUT [--opacity 0.6]`.
 
-CONFIG and WEIGHTS are as for downstream/segment/train_segmentor.py; of a run, runs/NAME/config.py and runs/NAME. IMAGES
-is an image or a folder; in OUT a drawing of each has the same name, with a color and a name for each class. Images are
-resized and cut into windows as in the configuration's test.
+CONFIG and WEIGHTS are as for downstream/segment/train_segmentor.py; for a run, give runs/NAME/config.py and runs/NAME.
+IMAGES is an image or a folder. OUT gets a drawing of each under the same name, with a color and a name for each class.
+Images are resized and cut into windows as in the configuration's test.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def _opacity(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0, or 1 and one clear error."""
+    """Returns exit code 0, or 1 with one clear error."""
     parser = make_parser(__doc__)
     parser.add_argument("--opacity", metavar="A", type=_opacity, default=0.6, help="of the colors (default 0.6)")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""A linear head, to evaluate the features of a frozen encoder."""
+"""A linear head for evaluating the features of a frozen encoder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @MODELS.register_module()
 class LinearHead(BaseDecodeHead):
-    """A norm and a 1x1 convolution on one map; logits are resized to the image like those of any head.
+    """A norm and a 1x1 convolution on one map; logits are resized to the image as for any head.
 
     Args:
         in_channels: of the map.
         norm_cfg: of the norm.
-        others: arguments of mmseg's heads.
+        others: further arguments of mmseg's heads.
     """
 
     def __init__(self, in_channels: int, norm_cfg: dict[str, Any], **others: Any):
@@ -24,5 +24,5 @@ class LinearHead(BaseDecodeHead):
         self.norm = build_norm_layer(norm_cfg, in_channels)[1]
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """(B, D, h, w) maps -> (B, classes, h, w) logits of the one at `in_index`."""
+        """(B, D, h, w) maps -> (B, classes, h, w) logits from the map at `in_index`."""
         return self.cls_seg(self.norm(self._transform_inputs(maps)))

@@ -1,4 +1,4 @@
-"""Counts the values in the masks of a data set, read as mmseg reads them, but for its cast to 8 bits."""
+"""Counts the values in a data set's masks, read as mmseg reads them, except for its cast to 8 bits."""
 
 import os
 from collections import Counter
@@ -25,8 +25,8 @@ class MaskCounts:
         pixels: the number of pixels of each value in the files.
         sizes: (height, width) of the images, in the order of the pairs.
         unlabeled: masks in which every pixel is ignored.
-        outside: names of masks with values that are not a class, and these values.
-        broken: what is wrong with a pair that cannot be used.
+        outside: names of masks with invalid values, and these values.
+        broken: for each unusable pair, what is wrong with it.
     """
 
     pixels: Counter[int] = field(default_factory=Counter)
@@ -43,10 +43,10 @@ def count_masks(
 
     Args:
         key: of the data set, for messages.
-        pairs: paths of images and of their masks.
+        pairs: paths of images and their masks.
         labels: the value of each class.
         ignored: the values of pixels without a class.
-        oriented: as of `read_image_size`, for the images; masks are never turned.
+        oriented: for the images, see `read_image_size`; masks are never rotated.
     """
     valid, ignored = {*labels, *ignored}, {*ignored}
     counts = MaskCounts()
@@ -68,7 +68,7 @@ def count_masks(
 
 
 def _read(key: str, image: str, mask: str, oriented: bool) -> tuple[Size, dict[int, int]] | str:
-    """The image's size and the number of pixels of each value in its mask, or what is wrong."""
+    """The image's size and the pixel count of each value in its mask, or what is wrong."""
     try:
         size = read_image_size(key, image, oriented)
     except ValueError as error:

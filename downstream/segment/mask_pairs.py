@@ -1,4 +1,4 @@
-"""Finds the mask of each image of a data set, as mmseg does."""
+"""Finds the mask of each image in a data set, as mmseg does."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ from downstream.segment.segmentor_keys import image_folder, mask_folder
 
 
 def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]], list[str]]:
-    """Paths of images and of their masks relative to their folders, as mmseg pairs them, and notes about unused files.
+    """Relative paths of images and their masks, as mmseg pairs them, and notes about unused files.
 
     Args:
         key: of the data set, for messages.
@@ -20,7 +20,7 @@ def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]]
         kind: its type, a class of mmseg.
 
     Raises:
-        ValueError: a folder does not exist or has no images, images have no mask, or two of them have one.
+        ValueError: a folder does not exist or has no images, images have no mask, or two images share one.
     """
     images, masks = image_folder(dataset), mask_folder(dataset)
     check_exists(f"{key}.data_prefix.img_path", images, "folder")
@@ -50,13 +50,13 @@ def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]]
     paired = {stem + mask_suffix for stem in stems}
     unpaired = [name for name in list_images(masks, mask_suffix) if name not in paired]
     notes = [f"{len(others)} images of another suffix than {suffix} ({suffixes}) are not used"] if others else []
-    if unpaired and not dataset.get("ann_file"):  # then the others may be of another split
+    if unpaired and not dataset.get("ann_file"):  # with an ann_file, the others may belong to another split
         notes.append(f"{len(unpaired)} masks have no image (not used)")
     return [(stems[stem], stem + mask_suffix) for stem in sorted(stems)], notes
 
 
 def _check_missing_masks(key: str, masks: str, suffix: str, stems: list[str]) -> None:
-    """Raises ValueError where images have no mask, with the suffix that would find that of the first one."""
+    """Raises ValueError if images have no mask, suggesting a suffix that would find the first missing one."""
     missing = find_missing(masks, [stem + suffix for stem in stems])
     if not missing:
         return

@@ -1,4 +1,4 @@
-"""Which values the masks of a data set may have, and what is probably meant where they have others."""
+"""The values that a data set's masks may have, and what other values probably mean."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ class MaskValues:
     """The meaning of the values in the masks of a data set.
 
     Attributes:
-        names: by its value, the name of each class that the files know: with a subset of its type's classes all of
+        names: value -> name of each class in the files; if the data set uses a subset of its type's classes, all of
             the type's.
         used: the names of the classes that are predicted.
         ignored: the values of pixels without a class.
         reduces: `reduce_zero_label`.
-        listed: whether the values are those of `mask_values`.
+        listed: whether `mask_values` lists the values.
     """
 
     names: dict[int, str]
@@ -30,7 +30,7 @@ class MaskValues:
 
     @classmethod
     def of(cls, key: str, dataset: Any, kind: Any, classes: Sequence[str]) -> "MaskValues":
-        """Of a data set's configuration; ValueError where 8 bits, which mmseg reads of a mask, do not suffice.
+        """Reads them from a data set's configuration; raises ValueError if mmseg's 8 bits are too few.
 
         Args:
             key: of the data set, for messages.
@@ -50,11 +50,11 @@ class MaskValues:
         return cls(dict(zip(values, known, strict=True)), classes, ignored, reduces, bool(listed))
 
     def present(self, counts: MaskCounts) -> list[str]:
-        """The names of the classes that have a pixel."""
+        """The names of the predicted classes that have a pixel."""
         return [name for value, name in self.names.items() if counts.pixels[value] and name in self.used]
 
     def notes(self, counts: MaskCounts) -> list[str]:
-        """What is to be said of masks that can be used."""
+        """Notes about usable masks."""
         present = set(self.present(counts))
         absent = [name for name in self.names.values() if name in self.used and name not in present]
         if not absent:
@@ -65,7 +65,7 @@ class MaskValues:
         return [note]
 
     def explain_one_class(self, counts: MaskCounts) -> str:
-        """Why masks are of no use in which all labeled pixels are of one class."""
+        """The reason why masks whose labeled pixels all belong to one class are useless."""
         (name,) = self.present(counts)
         problem = f"all pixels of the masks that have a class are {name}, so that nothing would be learned"
         share = counts.pixels[IGNORED] / max(counts.pixels.total(), 1)
@@ -76,7 +76,7 @@ class MaskValues:
         return problem
 
     def explain_outside(self, found: Sequence[int]) -> str:
-        """Which values masks may have, where these were found that they may not have."""
+        """The values that masks may have, given the invalid values found."""
         none = " and ".join(map(str, sorted(self.ignored)))
         if self.listed:
             return f"by mask_values they are {', '.join(map(str, self.names))}" + (
@@ -94,7 +94,7 @@ class MaskValues:
         )
 
     def explain_unlabeled(self, counts: MaskCounts) -> str:
-        """What to do where no pixel has a class."""
+        """What to do if no pixel has a class."""
         if self.reduces and counts.pixels[IGNORED] and counts.pixels[0] and len(self.used) == 2:
             return "they are 0 and 255: give mask_values=[0,255]"
         return f"is reduce_zero_label={self.reduces} right?"

@@ -1,4 +1,4 @@
-"""Images and masks of one's own as a data set of mmseg."""
+"""Your own images and masks as an mmseg data set."""
 
 import os
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from data.scan import IMAGE_EXTENSIONS
 
 @DATASETS.register_module()
 class OwnSegDataset(BaseSegDataset):
-    """mmseg's data set of two folders, for images of any suffix and masks of any values.
+    """mmseg's data set of two folders, for images with any suffix and masks with any values.
 
     Args:
-        img_suffix: of the images; None: each of `data.scan.IMAGE_EXTENSIONS`, in small letters or capitals.
+        img_suffix: of the images; None: all of `data.scan.IMAGE_EXTENSIONS`, in lower or upper case.
         mask_values: the value of each class in the masks, in the order of the classes; None: 0, 1, 2, ...
-        args, kwargs: as of mmseg's.
+        args, kwargs: mmseg's.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class OwnSegDataset(BaseSegDataset):
         super().__init__(*args, img_suffix=img_suffix, **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """As mmseg's: a dictionary for each pair, in the order of the images' paths."""
+        """Like mmseg's method: a dictionary for each pair, in the order of the images' paths."""
         images, masks = self.data_prefix["img_path"], self.data_prefix["seg_map_path"]
         names = list_images(images, self.img_suffix, self.backend_args)
         stems = {strip_suffix(name, self.img_suffix): name for name in names}
@@ -49,7 +49,7 @@ class OwnSegDataset(BaseSegDataset):
 
 
 def list_images(folder: str, suffix: str | None, backend_args: dict[str, Any] | None = None) -> list[str]:
-    """The sorted paths below a folder of all files in it that have this suffix, or with None any of an image."""
+    """The sorted relative paths of all files below a folder with this suffix; None: with any image suffix."""
     suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     found = list_dir_or_file(folder, list_dir=False, recursive=True, backend_args=backend_args)
     return sorted(
@@ -58,5 +58,5 @@ def list_images(folder: str, suffix: str | None, backend_args: dict[str, Any] | 
 
 
 def strip_suffix(name: str, suffix: str | None) -> str:
-    """What the name of an image has in common with that of its mask."""
+    """The part of an image's name that its mask's name shares."""
     return name.removesuffix(suffix) if suffix else os.path.splitext(name)[0]

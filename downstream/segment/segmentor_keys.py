@@ -1,6 +1,6 @@
-"""Copies keys from the top of a segmentation config to wherever mmseg reads them.
+"""Copies top-level keys of a segmentation config to wherever mmseg reads them.
 
-They are `data_root` and `classes` as in detection, `reduce_zero_label` and `mask_values`, and the sizes `size`,
+The keys are `data_root` and `classes`, as in detection, `reduce_zero_label` and `mask_values`, and the sizes `size`,
 `stride` and `scale`.
 """
 
@@ -12,20 +12,20 @@ from downstream.dense.mmengine.dataset_keys import SPLITS, below_root, datasets,
 
 
 def propagate_keys(cfg: Any) -> None:
-    """Fills in data sets, pipelines and the model from the top of an mmengine Config, in place.
+    """Fills in data sets, pipelines and the model from an mmengine Config's top-level keys, in place.
 
-    A key that is None changes nothing. As `propagate_data_keys`, and:
-    `classes`, names in the order of their labels: their number is every head's `num_classes`; an ADE20KDataset with
-    other classes becomes an OwnSegDataset.
-    `reduce_zero_label`, whether label 0 is ignored and the first class is 1: of every data set.
-    `mask_values`, the value of each class in the masks, in place of `reduce_zero_label`: [0, 255] for two classes.
-    `size`, pixels or (height, width): of the crops of training, of the padded batches, of the images that the backbone
-    is built for, and of the windows of an evaluation; `stride`: between these windows.
-    `scale`, (long, short) side: what images are resized to, in training times a random ratio.
+    A key that is None changes nothing. Beyond `propagate_data_keys`:
+    `classes`, names in the order of their labels: their number becomes every head's `num_classes`; an ADE20KDataset
+    with other classes becomes an OwnSegDataset.
+    `reduce_zero_label`: whether label 0 is ignored and the first class is 1, in every data set.
+    `mask_values`: the value of each class in the masks, instead of `reduce_zero_label`; [0, 255] for two classes.
+    `size`, pixels or (height, width): the size of training crops, of padded batches, of the images that the backbone
+    is built for, and of the windows of an evaluation. `stride`: the distance between these windows.
+    `scale`, (long, short) side: the size that images are resized to, in training times a random ratio.
 
     Raises:
-        ValueError: `classes` is not a list of at least two different names, `mask_values` are not as many different
-            values, or a size is not one.
+        ValueError: `classes` is not a list of at least two different names, `mask_values` is not a list of as many
+            different values, or a size is invalid.
     """
     propagate_data_keys(cfg)
     classes = cfg.get("classes")
@@ -81,7 +81,7 @@ def _propagate_sizes(cfg: Any, steps: Any) -> None:
 
 
 def flatten_steps(steps: Any) -> Iterator[Any]:
-    """The steps of a pipeline; in place of TestTimeAug, the steps that it combines."""
+    """The steps of a pipeline; TestTimeAug is replaced by the steps that it combines."""
     for step in steps:
         if isinstance(step, dict):
             yield from flatten_steps(step["transforms"]) if "transforms" in step else [step]
@@ -90,7 +90,7 @@ def flatten_steps(steps: Any) -> Iterator[Any]:
 
 
 def as_pair(key: str, value: Any, multiple: int = 1) -> tuple[int, int]:
-    """One number twice, or two; ValueError in terms of `key` where they are none, or no multiples."""
+    """Makes a pair of one number or two; raises ValueError, naming `key`, unless both are valid multiples."""
     try:
         pair = height_width(value)
     except (TypeError, ValueError):

@@ -1,8 +1,8 @@
 """Trains a segmentor: `deepspeed downstream/segment/train_segmentor.py CONFIG start.checkpoint=FILE [KEY=value ...]`.
 
-CONFIG is an mmengine configuration or the name of one in downstream/segment/configs; torchrun, srun and python start it
-as well. A training that was stopped continues when the same command is given again; with test=FILE a checkpoint is
-evaluated instead, with tta=true on several sizes of each image and their mirror images.
+CONFIG is an mmengine configuration or the name of one in downstream/segment/configs. torchrun, srun and python work
+too. A stopped training continues when the same command is given again. test=FILE evaluates a checkpoint instead; with
+tta=true, on several sizes of each image and their mirror images.
 """
 
 import sys

@@ -4,13 +4,14 @@ PATH is a folder in the published layout, or its shards:
 
     val, real, occlusion             ImageNet's validation set, folders named by WordNet id; real needs its file names
     v2                               folders 0 to 999
-    a, r, sketch                     folders named by WordNet id; of A and R only their 200 classes are candidates
+    a, r, sketch                     folders named by WordNet id; A and R choose among their own 200 classes only
     c                                corruption/severity/WordNet id, 15 x 5 of them
     o                                folders named by WordNet id; needs val=PATH as well
-    objectnet                        its 313 folders, or at least the 113 that are ImageNet's; borders are cut off
+    objectnet                        its 313 folders, or at least the 113 in ImageNet's classes; borders are cut off
     si_size, si_location, si_rotation    SI-Score's folders of 61 classes
 
-Also with torchrun, srun or deepspeed, on any number of processes. Prints a table, then a JSON object as the last line.
+It also runs with torchrun, srun or deepspeed, on any number of processes. It prints a table, then a JSON object as the
+last line.
 """
 
 import argparse
@@ -31,7 +32,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 
 def parse_paths(pairs: list[str]) -> dict[str, str]:
-    """['v2=/data/v2'] -> {'v2': '/data/v2'}; raises ValueError where a pair names no set or no path."""
+    """['v2=/data/v2'] -> {'v2': '/data/v2'}; raises ValueError if a pair has no known set or no path."""
     paths = dict(pair.partition("=")[::2] for pair in pairs)
     for name, path in paths.items():
         if name not in SETS or not path:
@@ -40,7 +41,7 @@ def parse_paths(pairs: list[str]) -> dict[str, str]:
 
 
 def check_classifier(trained: TrainedClassifier) -> None:
-    """Raises ValueError where the classes are not ImageNet's; class names that are not WordNet ids are not compared."""
+    """Raises ValueError unless images are RGB and classes ImageNet's; compares only names that are all WordNet ids."""
     if trained.pixels.format != RGB:
         raise ValueError(f"{trained.path} is of {trained.pixels.format}; these sets are of RGB in 8 bits")
     if trained.num_classes != NUM_CLASSES:
@@ -57,7 +58,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
     paths = parse_paths(options.on)
     trained = load_classifier(options.checkpoint, device)
     check_classifier(trained)
-    prepared = {name: prepare(name, paths) for name in paths}  # all are checked before the first is evaluated
+    prepared = {name: prepare(name, paths) for name in paths}  # checks all sets before evaluating the first
     evaluator = Evaluator(trained.predict, trained.image_size, options.batch_size, options.num_workers, world, device)
     results = {}
     for name, measure in prepared.items():
@@ -74,7 +75,7 @@ def _table_row(name: str, result: dict[str, float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exit code 0, a table and one JSON line, or 1 and one clear error."""
+    """Exits with 0, a table and one JSON line, or with 1 and one clear error."""
     parser = argparse.ArgumentParser(
         "python -m downstream.classify.robustness",
         description=__doc__,

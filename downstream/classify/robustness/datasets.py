@@ -1,8 +1,8 @@
-"""The published robustness sets: their folders, and which ImageNet classes are right for each.
+"""The published robustness sets: their folders, and the ImageNet classes that are correct for each.
 
-`objectnet.json` has, for each of ObjectNet's 313 folders, the ImageNet classes that its authors count as right; for 200
-of them there are none. `siscore.json` has the class of each of SI-Score's 61 folders. The synsets of ImageNet,
-ImageNet-A and -R and the labels of ReaL come with timm.
+`objectnet.json` has the ImageNet classes that ObjectNet's authors accept for each of its 313 folders; 200 folders have
+none. `siscore.json` has the class of each of SI-Score's 61 folders. The synsets of ImageNet, ImageNet-A and -R and the
+labels of ReaL come with timm.
 """
 
 import functools
@@ -22,8 +22,8 @@ from data.image_folder import Samples
 NUM_CLASSES = 1000  # of ImageNet
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})$")
 
-# Mean error of AlexNet over the five severities: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to
-# Common Corruptions and Perturbations, ICLR 2019, whose mCE divides by them; in the digits of their code.
+# AlexNet's mean errors over the five severities, which the mCE divides by, with the digits of the authors' code:
+# Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and Perturbations, ICLR 2019.
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
@@ -42,18 +42,18 @@ ALEXNET_ERRORS = {
     "jpeg_compression": 0.606500,
 }
 SEVERITIES = ("1", "2", "3", "4", "5")
-# Corruptions that are published with the 15 of the mCE, which does not count them.
+# Corruptions that are published along with the mCE's 15, but that the mCE does not count.
 EXTRA_CORRUPTIONS = {"speckle_noise", "gaussian_blur", "spatter", "saturate"}
 
 OBJECTNET_BORDER = 2  # red pixels around each image
 OUTLIER_CLASSES = 200  # of ImageNet-O
 
-ClassMap = Mapping[str, Sequence[int]]  # name of a folder -> the ImageNet classes that are right for its images
+ClassMap = Mapping[str, Sequence[int]]  # name of a folder -> the correct ImageNet classes for its images
 
 
 @lru_cache
 def synsets() -> dict[str, int]:
-    """ImageNet's WordNet ids -> their labels, in the order of these."""
+    """ImageNet's WordNet ids -> their labels, in label order."""
     return {name: label for label, name in enumerate(_read_timm("imagenet_synsets.txt").split())}
 
 
@@ -64,12 +64,12 @@ def imagenet(subset: str = "") -> ClassMap:
 
 
 def imagenet_v2() -> ClassMap:
-    """The folders of ImageNet-V2, which are named by the label."""
+    """The folders of ImageNet-V2, which are named by label."""
     return {str(label): [label] for label in range(NUM_CLASSES)}
 
 
 def objectnet() -> ClassMap:
-    """The 313 folders of ObjectNet; those that are none of ImageNet's classes have no right class."""
+    """The 313 folders of ObjectNet; those outside ImageNet's classes have no correct class."""
     found: ClassMap = json.loads((Path(__file__).parent / "objectnet.json").read_text())
     return found
 
@@ -80,7 +80,7 @@ def si_score() -> ClassMap:
     return {name: [label] for name, label in labels.items()}
 
 
-# Of the sets that are folders of classes and nothing else.
+# The sets that consist of class folders and need nothing else.
 CLASS_MAPS: dict[str, Callable[[], ClassMap]] = {
     "val": imagenet,
     "occlusion": imagenet,
@@ -93,13 +93,13 @@ CLASS_MAPS: dict[str, Callable[[], ClassMap]] = {
 
 
 def real_labels() -> list[list[int]]:
-    """ReaL's labels (Beyer et al. 2020): what is right for each of ImageNet's validation images; for some, nothing."""
+    """ReaL's labels (Beyer et al. 2020): the correct classes of each ImageNet validation image; some have none."""
     found: list[list[int]] = json.loads(_read_timm("imagenet_real_labels.json"))
     return found
 
 
 def _read_timm(name: str) -> str:
-    """One of the text files about ImageNet that come with timm."""
+    """One of timm's text files about ImageNet."""
     content = pkgutil.get_data("timm.data", f"_info/{name}")
     assert content is not None
     return content.decode()
@@ -108,13 +108,13 @@ def _read_timm(name: str) -> str:
 def check_folders(
     found: Collection[str], classes: ClassMap, where: object, needed: Collection[str] | None = None
 ) -> None:
-    """Raises ValueError where folders are not those of the class map.
+    """Raises ValueError if the folders do not match the class map.
 
     Args:
         found: names of folders.
         classes: the map; folders that are not in it are refused.
-        where: the folder that they are in, for the message.
-        needed: those that must be there; all of the map unless given.
+        where: their parent folder, for the message.
+        needed: the folders that must exist; by default, all of the map.
     """
     if unknown := sorted(set(found) - set(classes)):
         raise ValueError(
@@ -130,12 +130,12 @@ def check_folders(
 
 
 def right_classes(samples: Samples, classes: ClassMap, needed: Collection[str] | None = None) -> Tensor:
-    """(N, 1000) bool: the ImageNet classes that are right for each sample.
+    """(N, 1000) bool: the correct ImageNet classes of each sample.
 
-    The labels of shards without class names are taken to be ImageNet's own.
+    The labels of shards without class names are assumed to be ImageNet's.
 
     Raises:
-        ValueError: as `check_folders`, or samples without labels.
+        ValueError: as in `check_folders`, or samples without labels.
     """
     if not samples.classes:
         label = samples.label
@@ -149,7 +149,7 @@ def right_classes(samples: Samples, classes: ClassMap, needed: Collection[str] |
 
 
 def right_by_real(samples: Samples) -> Tensor:
-    """(N, 1000) bool: ReaL's labels of images of the validation set, found by their file names."""
+    """(N, 1000) bool: ReaL's labels of validation images, looked up by file name."""
     labels = real_labels()
     numbers = np.empty(len(samples), np.int64)
     for sample, key in enumerate(samples.keys):

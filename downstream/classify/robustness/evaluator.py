@@ -1,4 +1,4 @@
-"""Evaluates a classifier on the robustness sets: `prepare` checks a set's listing, an `Evaluator` goes through it."""
+"""Evaluates a classifier on the robustness sets: `prepare` checks a set's listing, an `Evaluator` evaluates on it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -35,23 +35,23 @@ SETS = (*CLASS_MAPS, "real", "c", "o", "objectnet")
 
 
 class Confidences(NamedTuple):
-    """How sure a classifier is of each of N samples."""
+    """A classifier's confidence for each of N samples."""
 
     values: Tensor  # float64 (N,)
     readable: Tensor  # bool (N,), whether the image could be decoded
-    loader: EvalLoader  # that the images came from
+    loader: EvalLoader  # the source of the images
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A classifier and how to feed it; `top1` and `confidences` are called by all ranks together.
+    """A classifier and how to feed it; all ranks must call `top1` and `confidences`.
 
     Attributes:
         predict: uint8 (B, H, W, 3) on the device -> logits (B, 1000).
         size: (H, W) of the central crops.
         batch: images per batch of each rank.
         workers: decoding processes of each rank.
-        world, device: where this rank is, and computes.
+        world, device: this rank's position and device.
     """
 
     predict: Predict
@@ -64,13 +64,13 @@ class Evaluator:
     def top1(
         self, name: str, samples: Samples, right: Tensor, candidates: Tensor | None = None, border: int = 0
     ) -> dict[str, float]:
-        """`top1` over the samples that have a right class, with how many `images` these are and how many `skipped`.
+        """`top1` over the samples that have a correct class, and the numbers of these `images` and of those `skipped`.
 
         Args:
-            name: in front of the progress bar.
+            name: label of the progress bar.
             samples: N.
-            right: bool (N, 1000), the right classes of each sample.
-            candidates: the classes to choose from; all unless given.
+            right: bool (N, 1000), the correct classes of each sample.
+            candidates: the classes to choose from; by default, all.
             border: pixels to cut off on each side first.
         """
         loader = self._loader(samples, right.any(1), border)
@@ -82,10 +82,10 @@ class Evaluator:
         return {"top1": hits.sum().item() / len(hits), **count_images(loader, readable, COUNT_AS_WRONG)}
 
     def confidences(self, name: str, samples: Samples, selected: Tensor, candidates: Tensor) -> Confidences:
-        """The classifier's confidence in the selected samples, choosing from the candidate classes alone.
+        """The classifier's confidence for the selected samples, choosing only from the candidate classes.
 
         Args:
-            name: in front of the progress bar.
+            name: label of the progress bar.
             samples: N.
             selected: bool (N,).
             candidates: the classes to choose from.
@@ -113,14 +113,14 @@ Measure = Callable[[Evaluator], dict[str, float]]
 
 
 def prepare(name: str, paths: dict[str, str]) -> Measure:
-    """Reads and checks a set's listing; the function that it returns evaluates on it.
+    """Reads and checks a set's listing, and returns a function that evaluates on the set.
 
     Args:
         name: one of `SETS`.
-        paths: of each set that is evaluated on.
+        paths: of all sets to evaluate on.
 
     Raises:
-        ValueError: a folder or shards that are not this set, with what is missing or unexpected.
+        ValueError: the folder or shards are not this set; the message says what is missing or unexpected.
     """
     path = paths[name]
     if name == "c":
@@ -149,7 +149,7 @@ def _with_occlusion(evaluator: Evaluator) -> Evaluator:
 
 
 def _prepare_c(root: Path) -> Measure:
-    """ImageNet-C: mCE over 15 corruptions of 5 severities."""
+    """ImageNet-C: mCE over 15 corruptions with 5 severities."""
     folders = [folder.name for folder in root.iterdir() if folder.is_dir()]
     check_folders(set(folders) - EXTRA_CORRUPTIONS, dict.fromkeys(ALEXNET_ERRORS, ()), root)
     for corruption in ALEXNET_ERRORS:
@@ -174,7 +174,7 @@ def _prepare_c(root: Path) -> Measure:
 
 
 def _prepare_o(samples: Samples, paths: dict[str, str]) -> Measure:
-    """ImageNet-O: AUPR of detecting its images among those of the validation set, by a low confidence.
+    """ImageNet-O: AUPR of telling its images from validation images by their low confidence.
 
     Inliers are the validation images of the same 200 classes, and these classes are the only candidates.
     """
@@ -193,7 +193,7 @@ def _prepare_o(samples: Samples, paths: dict[str, str]) -> Measure:
         outliers = evaluator.confidences("o", samples, torch.ones(len(samples), dtype=torch.bool), candidates)
         inliers = evaluator.confidences("o: val", val, is_inlier, candidates)
         counts = [count_images(found.loader, found.readable, COUNT_AS_WRONG) for found in (outliers, inliers)]
-        # The worst value for what cannot be decoded, and for logits that are not finite.
+        # Undecodable images and non-finite logits get the worst value.
         outlier_values = torch.where(outliers.readable, outliers.values, 1.0).nan_to_num(1.0)
         return {
             "aupr": average_precision(-outlier_values, -inliers.values.nan_to_num(0.0)),

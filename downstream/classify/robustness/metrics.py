@@ -1,4 +1,4 @@
-"""The metrics of the robustness sets: from logits and right classes to a number."""
+"""The metrics of the robustness sets, computed from logits and correct classes."""
 
 import torch
 from torch import Tensor
@@ -8,12 +8,12 @@ from pretrain.trainer.accuracy import topk_hits
 
 
 def top1_hits(logits: Tensor, right: Tensor, candidates: Tensor | None = None) -> Tensor:
-    """(B, 1) of 0 and 1: whether the largest logit belongs to a right class.
+    """(B, 1) of 0 and 1: whether the largest logit belongs to a correct class.
 
     Args:
-        logits: (B, 1000); a row that is not all finite hits nothing.
+        logits: (B, 1000); a row with a non-finite logit counts as 0.
         right: bool (B, 1000).
-        candidates: the classes to choose from, ascending; all unless given.
+        candidates: the classes to choose from, ascending; by default, all.
     """
     finite = torch.isfinite(logits).all(1, keepdim=True)
     if candidates is not None:
@@ -22,14 +22,14 @@ def top1_hits(logits: Tensor, right: Tensor, candidates: Tensor | None = None) -
 
 
 def confidence(logits: Tensor, candidates: Tensor) -> Tensor:
-    """(B,) float64: the largest probability in a softmax over the candidate classes alone."""
+    """(B,) float64: the largest probability in a softmax over only the candidate classes."""
     others = torch.full_like(logits, -torch.inf)
     masked = others.index_copy(1, candidates.to(logits.device), logits[:, candidates])
     return masked.double().softmax(1).amax(1)
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> dict[str, float]:
-    """`mce`, and `ce_*` of each corruption, relative to AlexNet's, from the errors at each severity.
+    """`mce`, and `ce_*` of each corruption, relative to AlexNet's, from the errors at all severities.
 
     CE = sum of errors / sum of AlexNet's errors; mCE = mean of the 15 CE.
     """

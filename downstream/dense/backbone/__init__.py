@@ -1,1 +1,1 @@
-"""`PlainViT`, our encoder as a backbone of mmdet and mmseg, and how a checkpoint is loaded into it."""
+"""`PlainViT`, our encoder as a backbone of mmdet and mmseg, and loading a checkpoint into it."""

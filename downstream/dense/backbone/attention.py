@@ -1,12 +1,12 @@
-"""Self-attention over grids of tokens, in windows or whole, with relative position, in little memory.
+"""Memory-efficient self-attention with relative position over grids of tokens, in windows or global.
 
-At 1024 pixels the logits of a ViT-B's global block are 800 MB, and autograd keeps several such tensors. Here they
-never exist as a whole: logits and bias are computed for some rows of queries at a time, and again in the backward pass.
+At 1024 pixels the logits of a ViT-B's global block are 800 MB, and autograd keeps several such tensors. Here they never
+exist as a whole: logits and bias are computed for some rows of queries at a time, and again in the backward pass.
 
-Windows that the grid cuts off at its right and bottom edge are not padded: a token attends to the tokens of its window
-that exist, and there is nothing to mask. There are at most four window shapes; the windows of one shape are one batch.
+Windows cut off by the right and bottom edge of the grid are not padded: a token attends to the existing tokens of its
+window, so nothing needs masking. There are at most four window shapes; the windows of one shape form one batch.
 
-Shapes: B images, N grids (images, or windows of one shape), h heads, L tokens, C channels of a head, D width.
+Shapes: B images, N grids (images, or windows of one shape), h heads, L tokens, C channels per head, D width.
 """
 
 from collections.abc import Callable
@@ -27,14 +27,14 @@ from downstream.dense.backbone.relative_position import (
 )
 from pretrain.models.attention import attend
 
-# How many logits exist at a time: fewer need less memory, more need fewer kernel calls.
+# Logits that exist at a time: fewer need less memory, more need fewer kernel calls.
 _MAX_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 
 Bias = Callable[[Tensor, Grid, int, int], Tensor]
 
 
 def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, grid: Grid) -> Tensor:
-    """Attention in which the logits exist for some rows of queries at a time, in the backward pass too.
+    """Attention that computes the logits for some rows of queries at a time, in the backward pass too.
 
     Args:
         q, k, v: (N, h, L, C), L = P + H*W with P prefix tokens (class token, registers) in front.
@@ -48,10 +48,10 @@ def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, g
     num_prefix_tokens = q.shape[2] - height * width
     rows = max(1, _MAX_LOGITS[q.device.type] // (q.shape[0] * q.shape[1] * width * q.shape[2]))
     counts = [min(rows, height - top) * width for top in range(0, height, rows)]
-    # `split` rather than slices: the gradient of each slice would be padded to the whole tensor.
+    # `split` instead of slices: the gradient of each slice would be padded to the whole tensor.
     lengths = [num_prefix_tokens, *counts]
     parts = list(zip(q.split(lengths, 2), terms.split(lengths, 2), strict=True))
-    # All keys have the same bias for the query of a prefix token, which does not change its softmax.
+    # A prefix token's query has the same bias for all keys, which does not change its softmax.
     out = [attend(parts[0][0], k, v, None)] if num_prefix_tokens else []
 
     def some_rows(some_q: Tensor, some_terms: Tensor, k: Tensor, v: Tensor, top: int) -> Tensor:
@@ -67,11 +67,11 @@ def attend_by_rows(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, bias: Bias, g
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, grid: Grid) -> Tensor:
-    """The same for `decomposed_terms`, by one of torch's fused kernels, which never store the logits.
+    """The same for `decomposed_terms`, using torch's fused kernels, which never store the logits.
 
-    q.k + bias is one product of longer vectors, (q, terms) and (k, its row and column one-hot). Values are padded to
-    their length, as flash attention requires, and that to a multiple of 8. On a CPU torch's kernel is slower than
-    `attend_by_rows`: three times the arithmetic, and in bf16 far below the speed of matrix products.
+    q.k + bias is one product of longer vectors, (q, terms) and (k, its row and column one-hot). Their length is padded
+    to a multiple of 8, and values are padded to the same length, as flash attention requires. On a CPU, torch's kernel
+    is slower than `attend_by_rows`: three times the arithmetic, and in bf16 far slower than matrix products.
     """
     channels = q.shape[-1]
     keys = one_hot_keys(grid, q.device, q.dtype, k.shape[2] - grid[0] * grid[1])
@@ -87,7 +87,7 @@ class GridAttention(nn.Module):
     """Multi-head self-attention with timm's parameter names; a subclass for each kind of position.
 
     Args:
-        dim, heads: width, and how many heads share it.
+        dim, heads: width, and the number of heads that share it.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -100,7 +100,7 @@ class GridAttention(nn.Module):
         """(B, L, D) tokens in raster order -> (B, L, D).
 
         Args:
-            x: L = H*W, or more with prefix tokens in front, which attend to all tokens and they to them.
+            x: L = H*W, or more with prefix tokens in front; these attend to all tokens, and all tokens to them.
             grid: (H, W).
             window_size: side of the windows in tokens, from the top left corner; 0 for attention over the whole grid.
         """
@@ -117,7 +117,7 @@ class GridAttention(nn.Module):
         return self.proj(torch.cat(bands, dim=1).flatten(1, 2))
 
     def _attend_windows(self, qkv: Tensor, window: Grid) -> Tensor:
-        """(B, Y, X, 3, h, C) of an area that is divided into windows of one shape -> (B, Y, X, D)."""
+        """(B, Y, X, 3, h, C) of an area consisting of windows of one shape -> (B, Y, X, D)."""
         B, Y, X, _, h, C = qkv.shape
         rows, cols = window
         cells = qkv.view(B, Y // rows, rows, X // cols, cols, 3, h, C)
@@ -127,12 +127,12 @@ class GridAttention(nn.Module):
         return cells.reshape(B, Y, X, h * C)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, windowed: bool) -> Tensor:
-        """(N, h, L, C) each -> (N, h, L, C), over all of a grid, which is a window or a whole image's."""
+        """(N, h, L, C) each -> (N, h, L, C), over the whole grid of a window or an image."""
         raise NotImplementedError
 
 
 class RelativeAttention(GridAttention):
-    """With LoMaR's contextual relative position; buckets are offsets in patches and do not depend on the grid."""
+    """Attention with LoMaR's contextual relative position; buckets are offsets in patches, independent of the grid."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dim, heads)
@@ -143,12 +143,12 @@ class RelativeAttention(GridAttention):
 
 
 class DecomposedAttention(GridAttention):
-    """With ViTDet's decomposed relative position: zero at first, so that training starts with the pretrained positions.
+    """Attention with ViTDet's decomposed relative position, initially zero so as to keep the pretrained positions.
 
     Args:
-        dim, heads: width, and how many heads share it.
-        grid: rows and columns that the tables are for, of a window or of the image. For a larger or smaller image
-            they are interpolated, as in ViTDet; windows at the edge use a part of them.
+        dim, heads: width, and the number of heads that share it.
+        grid: rows and columns of the window or image that the tables are for. They are interpolated for images of
+            other sizes, as in ViTDet; windows at the edge use a part of them.
     """
 
     def __init__(self, dim: int, heads: int, grid: Grid):
@@ -170,7 +170,7 @@ class DecomposedAttention(GridAttention):
 
 
 def _split_side(length: int, window_size: int) -> tuple[list[int], list[int]]:
-    """The lengths of the part of a side that whole windows fill and of the rest, and the size of a window in each."""
+    """The lengths of a side's parts (whole windows, and the rest if any), and the window size in each part."""
     rest = length % window_size
     extents, sides = [length - rest, rest], [window_size, rest]
     kept = [number for number in (0, 1) if extents[number]]

@@ -1,6 +1,6 @@
-"""Convolutions parallel to a block's attention or after a block, on grids of tokens.
+"""Convolutions on grids of tokens, parallel to a block's attention or after a block.
 
-Shapes: B images, L tokens of a (H, W) grid, with or without a class token in front, D width.
+Shapes: B images, L tokens of a (H, W) grid, with or without prefix tokens in front, D width.
 """
 
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from pretrain.models.vit import init_weights
 
 
 def on_grid(convolutions: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-    """Applies (B, D, H, W) -> (B, D, H, W) to (B, L, D) tokens; zeros for a class token."""
+    """Applies convolutions, (B, D, H, W) -> (B, D, H, W), to (B, L, D) tokens; prefix tokens get zeros."""
     num_prefix_tokens = x.shape[1] - grid[0] * grid[1]
     image = x[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid)
     return F.pad(convolutions(image).flatten(2).transpose(1, 2), (0, 0, num_prefix_tokens, 0))
@@ -22,9 +22,9 @@ def on_grid(convolutions: nn.Module, x: Tensor, grid: Grid) -> Tensor:
 
 @MODELS.register_module(name="RankBN")
 class ChannelBatchNorm(SyncBatchNorm):
-    """Batch normalization of (B, D, H, W) by the statistics of all ranks; `norm_cfg=dict(type="RankBN")`.
+    """Batch normalization of (B, D, H, W) with statistics over all ranks; `norm_cfg=dict(type="RankBN")`.
 
-    Not SyncBN, which has no CPU path and which mmengine converts to under its own launchers only.
+    It replaces SyncBN, which has no CPU path and which mmengine converts to only under its own launchers.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class ChannelBatchNorm(SyncBatchNorm):
 
 
 def propagation(dim: int) -> nn.Sequential:
-    """ViTDet's cross-window propagation: a residual bottleneck, whose last norm is zero at first."""
+    """ViTDet's cross-window propagation: a residual bottleneck whose last norm is initially zero."""
     half = dim // 2
     last = LayerNorm2d(dim)
     layers = nn.Sequential(
@@ -51,9 +51,9 @@ def propagation(dim: int) -> nn.Sequential:
 
 
 def parallel_branch(dim: int) -> nn.Sequential:
-    """ViTAE's convolutions parallel to attention; the last one is zero at first.
+    """ViTAE's convolutions parallel to attention; the last one is initially zero.
 
-    In groups of 4 channels, D -> 4D -> D, with batch normalization and SiLU between them.
+    They work on groups of 4 channels, D -> 4D -> D, with batch normalization and SiLU in between.
     """
     last = nn.Conv2d(4 * dim, dim, 3, padding=1, groups=dim // 4)
     layers = nn.Sequential(

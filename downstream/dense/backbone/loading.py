@@ -1,4 +1,4 @@
-"""A checkpoint into a backbone, strictly, and a check that the backbone computes the encoder's features."""
+"""Loads a checkpoint into a backbone, strictly, and checks that the backbone computes the encoder's features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,30 +25,30 @@ FRESH = (".parallel.", ".propagate.", ".rel_pos_h", ".rel_pos_w")
 class EncoderCheckpoint:
     """Starts a `PlainViT` from an encoder: `init_cfg=dict(type="EncoderCheckpoint", checkpoint=FILE)`.
 
-    On the command line of our entries: `start.checkpoint=FILE`, and `start.weights=ema`.
+    With our commands: `start.checkpoint=FILE`, and `start.weights=ema`.
 
     Args:
-        checkpoint, weights: as of `downstream.checkpoints.weights.load_encoder`.
+        checkpoint, weights: see `downstream.checkpoints.weights.load_encoder`.
     """
 
-    wholemodule = False  # mmengine sets it; a backbone is always filled as a whole
+    wholemodule = False  # set by mmengine; a backbone is always filled as a whole
 
     def __init__(self, checkpoint: str, weights: Weights | None = None):
         self.checkpoint, self.weights = checkpoint, weights
 
     def __call__(self, module: nn.Module) -> None:
-        """Raises ValueError where the module is not a `PlainViT`, and as `load_start`."""
+        """Fills the module; raises ValueError if it is not a `PlainViT`, and like `load_start`."""
         if not isinstance(module, PlainViT):
             raise ValueError(f"init_cfg: EncoderCheckpoint fills a PlainViT, not a {type(module).__name__}")
         print_log(str(load_start(module, self.checkpoint, self.weights)), logger="current")
 
 
 def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report:
-    """Fills a backbone, all but its `FRESH` parameters, and compares features.
+    """Fills all but a backbone's `FRESH` parameters, and compares features.
 
     Raises:
-        ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position; or the
-            backbone computes other features with its weights than the encoder.
+        ValueError: as in `load_encoder`; the file differs in architecture, patch size or kind of position; or the
+            backbone's features differ from the encoder's.
     """
     arch = next(name for name, arch in ARCHS.items() if arch == backbone.arch)
     class_token = backbone.cls_token is not None
@@ -77,8 +77,8 @@ def read_start(
     """The encoder that a backbone with these arguments starts from, with patches of its size.
 
     Raises:
-        ValueError: as of `load_encoder`; the file is of another architecture, patch size or kind of position, or has no
-            class token where one is needed, or another number of registers beside it.
+        ValueError: as in `load_encoder`; the file differs in architecture, patch size or kind of position, or it lacks
+            a required class token or has another number of registers beside it.
     """
     try:
         found = read_encoder(path, weights=weights)
@@ -128,7 +128,7 @@ def _fill(backbone: PlainViT, encoder: ViT, report: Report) -> None:
         for name, what in (("cls_token", "the class token"), ("reg_token", "registers")):
             state.pop(name, None)
             for key in report.used.pop(name, ()):
-                if not key.endswith(("pos_embed", "position_embeddings")):  # a row of which was added to it
+                if not key.endswith(("pos_embed", "position_embeddings")):  # one row of these was added to the token
                     report.dropped[key] = f"{what}: model.backbone.class_token=False"
     if backbone.position == "sincos":
         state["pos_embed"] = resize_positions(state["pos_embed"][:, 1:], encoder.grid, backbone.grid)
@@ -143,15 +143,15 @@ def _fill(backbone: PlainViT, encoder: ViT, report: Report) -> None:
 
 @torch.no_grad()
 def compare_features(backbone: PlainViT, encoder: ViT) -> float:
-    """The largest difference of the two's tokens after any of `out_indices`, of random images of the encoder's size.
+    """The largest difference between the two models' tokens after any of `out_indices`, on random images.
 
-    The backbone's windows are off and it gets the encoder's class token and positions, if it has none or those of
-    another grid. Both are compared as copies in float64 on the CPU.
+    The images have the encoder's size. The backbone runs without windows, with the encoder's absolute positions, and
+    with the encoder's prefix tokens if it has no class token. Both are compared as float64 copies on the CPU.
 
     Returns:
-        As of `max_difference`: relative to the largest feature; NaN if a feature is.
+        As `max_difference`: relative to the largest feature; NaN if a feature is NaN.
     """
-    # While mmengine initializes, every module refers to the parameters of the whole model: they are not copied.
+    # During mmengine's initialization every module refers to the parameters of the whole model: do not copy them.
     skipped: dict[int, object] = {id(getattr(backbone, "_params_init_info", None)): None}
     backbone_copy, encoder_copy = float64_copy(backbone, skipped), float64_copy(encoder)
     rows, cols = encoder.grid
@@ -169,7 +169,7 @@ def compare_features(backbone: PlainViT, encoder: ViT) -> float:
 
 
 def _outputs(encoder: ViT, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-    """The outputs of the encoder's blocks with these indices; of the last block, that of the norm after it."""
+    """The outputs of the encoder's blocks with these indices; for the last block, the output of the final norm."""
     outputs: dict[nn.Module, Tensor] = {}
 
     def keep(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,7 +177,7 @@ def _outputs(encoder: ViT, images: Tensor, indices: Sequence[int]) -> list[Tenso
 
     hooks = [block.register_forward_hook(keep) for block in encoder.blocks]
     tokens = features(encoder, images)
-    outputs[encoder.blocks[-1]] = tokens if encoder.cls_token is not None else tokens[:, 1:]  # without their mean
+    outputs[encoder.blocks[-1]] = tokens if encoder.cls_token is not None else tokens[:, 1:]  # drop their mean
     for hook in hooks:
         hook.remove()
     return [outputs[encoder.blocks[index]] for index in indices]

@@ -1,4 +1,4 @@
-"""A block's MLP in less memory: one of its two hidden activations is kept for the backward pass."""
+"""A block's MLP that saves memory: it keeps only one of its two hidden activations for the backward pass."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class Mlp(nn.Module):
     """linear(gelu(linear(x))), with timm's parameter names; (..., D) -> (..., D).
 
     Args:
-        dim, hidden_dim: D, and the width between the two matrices.
+        dim, hidden_dim: D, and the hidden width.
     """
 
     def __init__(self, dim: int, hidden_dim: int):
@@ -24,14 +24,14 @@ class Mlp(nn.Module):
 
 
 class ActivatedLinear(nn.Linear):
-    """linear(gelu(x)), computed in x's precision. It is a module because ZeRO-3 gathers weights by modules."""
+    """linear(gelu(x)), computed in x's precision; a module because ZeRO-3 gathers weights per module."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _ActivatedLinear.apply(x, self.weight, self.bias)
 
 
 class _ActivatedLinear(torch.autograd.Function):
-    """Saves x and the weight itself, not gelu(x) nor the copy of the weight that autocast would save."""
+    """Saves x and the weight itself, instead of gelu(x) and the copy of the weight that autocast would save."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Our encoder as a backbone of mmdet and mmseg: images of any size -> maps of features.
+"""Our encoder as a backbone of mmdet and mmseg: images of any size -> feature maps.
 
-Parameters have the encoder's (timm's) names: `patch_embed.proj`, `blocks.N.attn.qkv`, `norm`. What pretraining does not
-have, ViTDet's tables and the convolutions, is zero at first, so that a loaded backbone starts from what was pretrained.
+Parameters have the encoder's (timm's) names: `patch_embed.proj`, `blocks.N.attn.qkv`, `norm`. Parts without pretrained
+weights (ViTDet's tables and the convolutions) initially output zero, so that a loaded backbone starts as pretrained.
 `init_cfg=dict(type="EncoderCheckpoint", checkpoint=...)` loads an encoder (`downstream.dense.backbone.loading`).
 """
 
@@ -42,10 +42,10 @@ class Block(nn.Module):
 
     Args:
         arch: width and heads.
-        attention: its attention.
-        drop_path: probability of skipping a branch, per image, while training.
-        parallel: add a convolution of the block's input to the output of attention.
-        propagate: a convolution after the block.
+        attention: the block's attention.
+        drop_path: probability of skipping a branch, per image, in training.
+        parallel: whether to add convolutions of the block's input to the output of attention.
+        propagate: whether to add a convolution after the block.
     """
 
     def __init__(self, arch: Arch, attention: GridAttention, drop_path: float, parallel: bool, propagate: bool):
@@ -69,31 +69,31 @@ class Block(nn.Module):
 
 @MODELS.register_module()
 class PlainViT(BaseModule):
-    """A plain Vision Transformer over whole images, or ViTDet's: windows, with some blocks that see everything.
+    """A plain Vision Transformer over whole images, or ViTDet's version with windows and some global blocks.
 
     Args:
-        arch: a name of `ARCHS`.
+        arch: a name in `ARCHS`.
         patch_size: side of a patch in pixels.
-        img_size: of the images it is trained with, in pixels, or (height, width); others are possible.
-        position: `relative`, LoMaR's in every block, or `sincos`, an absolute table that is trained, as in MAE's
-            fine-tuning, with ViTDet's decomposed relative position in every block. The table has no row for the class
-            token, whose position `downstream.checkpoints.weights` folds into the token.
-        window_size: side of the windows in patches; 0: every block sees everything.
-        global_blocks: those that attend to the whole image where others have windows.
-        conv_blocks: those followed by a convolution, ViTDet's other way across windows.
-        parallel_conv: ViTAE's convolutions parallel to every block's attention, with batch normalization over all
-            ranks. Their last one is zero at first.
-        class_token: keep it; only without windows.
-        registers: with the class token, how many are kept behind it: all that the encoder has.
-        out_indices: the blocks whose tokens are returned, the last block among them. Those of the last one are
-            normalized as in pretraining, those of others are not.
+        img_size: side of the training images in pixels, or (height, width); other sizes work too.
+        position: `relative` is LoMaR's in every block. `sincos` is an absolute table that is trained, as in MAE's
+            fine-tuning, plus ViTDet's decomposed relative position in every block. The table has no row for the class
+            token; `downstream.checkpoints.weights` folds that token's position into it.
+        window_size: side of the windows in patches; 0: every block is global.
+        global_blocks: blocks that attend to the whole image while the others use windows.
+        conv_blocks: blocks followed by a convolution, ViTDet's other way across windows.
+        parallel_conv: whether ViTAE's convolutions run parallel to every block's attention, with batch normalization
+            over all ranks. The last convolution is initially zero.
+        class_token: whether to keep it; only without windows.
+        registers: number of registers kept behind the class token, which they need: all that the encoder has.
+        out_indices: blocks whose tokens are returned; they must include the last block. Only the last block's tokens
+            are normalized, as in pretraining.
         drop_path_rate: of the last block; it grows linearly over the depth.
-        grad_checkpointing: recompute each block in the backward pass: less memory, a third more compute.
-        frozen: nothing of it is trained, and it is always in eval mode.
-        init_cfg: mmengine's initializers, `EncoderCheckpoint` among them; trained from scratch without one.
+        grad_checkpointing: whether to recompute each block in the backward pass: less memory, a third more compute.
+        frozen: whether nothing of it is trained, and it is always in eval mode.
+        init_cfg: mmengine's initializers, such as `EncoderCheckpoint`; without one, training starts from scratch.
 
     Raises:
-        ValueError: settings that contradict each other, in terms of `model.backbone`.
+        ValueError: settings contradict each other; the message names keys of `model.backbone`.
     """
 
     def __init__(
@@ -184,14 +184,14 @@ class PlainViT(BaseModule):
         return tuple(tokens[:, num_prefix_tokens:].transpose(1, 2).unflatten(2, grid) for tokens in maps)
 
     def embed(self, images: Tensor, positions: Tensor | None) -> tuple[Tensor, Grid]:
-        """(B, 3, H, W), and a table (1, N, D) for `self.grid` -> (B, L, D) tokens and their grid, (H/p, W/p)."""
+        """(B, 3, H, W) and a table (1, N, D) for `self.grid` -> (B, L, D) tokens and their grid (H/p, W/p)."""
         image = at_least_fp32(self.patch_embed(images))
         grid = (image.shape[2], image.shape[3])
         x = image.flatten(2).transpose(1, 2)
         return (x if positions is None else x + resize_positions(positions, self.grid, grid)), grid
 
     def encode(self, x: Tensor, grid: Grid, window_sizes: Sequence[int]) -> list[Tensor]:
-        """(B, L, D) tokens through blocks with these windows -> (B, L, D) for each of `out_indices`."""
+        """Runs (B, L, D) tokens through the blocks with these windows -> (B, L, D) for each of `out_indices`."""
         out = []
         for number, (block, window_size) in enumerate(zip(self.blocks, window_sizes, strict=True)):
             if self.grad_checkpointing and self.training:
@@ -204,7 +204,7 @@ class PlainViT(BaseModule):
 
 
 def _check_prefix_tokens(class_token: bool, registers: int, window_size: int) -> None:
-    """Raises ValueError where there are windows, or registers without the class token."""
+    """Raises ValueError for a class token with windows, or registers without the class token."""
     if class_token and window_size:
         raise ValueError(
             f"model.backbone.class_token=True belongs to no window: set model.backbone.window_size=0 (it is "
@@ -220,7 +220,7 @@ def _check_prefix_tokens(class_token: bool, registers: int, window_size: int) ->
 def _check_blocks(
     depth: int, conv_blocks: Sequence[int], global_blocks: Sequence[int], out_indices: Sequence[int]
 ) -> None:
-    """Raises ValueError where one of these names a block that does not exist, or one twice."""
+    """Raises ValueError if one of these names a missing block or a block twice, or outputs lack the last block."""
     named = {"conv_blocks": conv_blocks, "out_indices": out_indices, "global_blocks": global_blocks}
     for key, blocks in named.items():
         if len(set(blocks)) < len(blocks) or not all(0 <= number < depth for number in blocks):
@@ -230,7 +230,7 @@ def _check_blocks(
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For a block's forward pass, and for its recomputation, which must not update batch statistics a second time."""
+    """Contexts for a block's forward pass and its recomputation, which must not update batch statistics again."""
     return nullcontext(), _frozen_statistics(block)
 
 

@@ -1,7 +1,7 @@
-"""Relative position on grids: a few terms per query, from which the bias of any key is computed when it is needed.
+"""Relative position on grids: a few terms per query, from which the bias of any key is computed on demand.
 
-Shapes: N grids (images or windows) of `grid` = (H, W) tokens, h heads, C channels of a head. Tokens are in raster
-order, after the class token if there is one.
+Shapes: N grids (images or windows) of `grid` = (H, W) tokens, h heads, C channels per head. Tokens are in raster
+order, after the prefix tokens if there are any.
 """
 
 import math
@@ -21,31 +21,31 @@ _AXIS = math.isqrt(CLASS_BUCKET)
 
 
 class BucketTerms(RelativeKey):
-    """LoMaR's table. The terms are the query's products with all buckets; `product_bias` makes the bias."""
+    """LoMaR's table; the terms are the query's products with all buckets, and `product_bias` makes the bias."""
 
     def forward(self, q: Tensor) -> Tensor:  # type: ignore[override]
         """(N, h, L, C) queries -> (N, h, L, 50)."""
         return q @ self.lookup_table_weight[0]
 
 
-@lru_cache  # or each forward pass would copy it to the device and make the host wait
-@torch.inference_mode(False)  # or a tensor that an evaluation cached could not be used in training
+@lru_cache  # otherwise each forward pass would copy it to the device and make the host wait
+@torch.inference_mode(False)  # otherwise a tensor cached by an evaluation could not be used in training
 def _axis_one_hot(side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(side, side, 7): which of an axis's buckets each pair of positions falls into."""
+    """(side, side, 7): one-hot, the bucket of an axis that each pair of positions falls into."""
     positions = torch.arange(side)
     buckets = product_buckets(positions, torch.zeros_like(positions)) // _AXIS
     return F.one_hot(buckets, _AXIS).to(device, dtype)
 
 
 def product_bias(terms: Tensor, grid: Grid, top: int = 0, num_prefix_tokens: int = 0) -> Tensor:
-    """The bias of every key for queries in whole rows of a grid, row `top` first.
+    """The bias of every key for queries in whole rows of a grid, starting at row `top`.
 
-    A bucket is a row bucket times a column bucket, so two small products with one-hot tables, first along the keys'
-    columns, then along their rows, do what a gather would, and their backward is deterministic on a GPU.
+    A bucket combines a row bucket and a column bucket. So two small products with one-hot tables, first along the keys'
+    columns, then along their rows, do the work of a gather, and their backward is deterministic on a GPU.
 
     Args:
         terms: (N, h, R*W, 50) of `BucketTerms`.
-        num_prefix_tokens: how many class tokens and registers are the first keys, P.
+        num_prefix_tokens: number of class tokens and registers in front of the other keys, P.
 
     Returns:
         (N, h, R*W, P + H*W).
@@ -64,7 +64,7 @@ def decomposed_terms(q: Tensor, table_h: Tensor, table_w: Tensor, grid: Grid) ->
 
     Args:
         q: (N, h, H*W, C).
-        table_h, table_w: (2a-1, C) with a >= H, (2b-1, C) with b >= W: a vector for every offset, query minus key.
+        table_h, table_w: (2a-1, C) with a >= H, (2b-1, C) with b >= W: a vector per offset, query minus key.
 
     Returns:
         (N, h, H*W, H + W)
@@ -77,7 +77,7 @@ def decomposed_terms(q: Tensor, table_h: Tensor, table_w: Tensor, grid: Grid) ->
 
 
 def _per_pair(table: Tensor, side: int) -> Tensor:
-    """(side, side, C) of (2n-1, C), n >= side."""
+    """(2n-1, C) -> (side, side, C), n >= side."""
     positions = torch.arange(side, device=table.device)
     return F.embedding(positions[:, None] - positions + len(table) // 2, table)
 
@@ -90,15 +90,15 @@ def resize_table(table: Tensor, side: int) -> Tensor:
 
 
 def decomposed_bias(terms: Tensor, grid: Grid, top: int = 0, num_prefix_tokens: int = 0) -> Tensor:
-    """As `product_bias`, of `decomposed_terms` (N, h, R*W, H + W); the prefix tokens' is zero."""
-    del top  # the terms are already those of their query's position
+    """Like `product_bias`, from `decomposed_terms` (N, h, R*W, H + W); the prefix tokens' bias is zero."""
+    del top  # the terms already depend on their query's position
     rows, cols = terms.split(grid, dim=-1)
     bias = (rows.unsqueeze(-1) + cols.unsqueeze(-2)).flatten(-2)
     return F.pad(bias, (num_prefix_tokens, 0))
 
 
 def one_hot_keys(grid: Grid, device: torch.device, dtype: torch.dtype, num_prefix_tokens: int) -> Tensor:
-    """(P + H*W, H + W): each key's row and column one-hot; the product of `decomposed_terms` and this is the bias."""
+    """(P + H*W, H + W): each key's row and column, one-hot; the product of `decomposed_terms` with it is the bias."""
     height, width = grid
     rows = torch.eye(height, device=device, dtype=dtype).repeat_interleave(width, 0)
     cols = torch.eye(width, device=device, dtype=dtype).repeat(height, 1)

@@ -1,1 +1,1 @@
-"""Trainings on mmengine: command line, runners, DeepSpeed's ZeRO as a strategy, hooks and resumable data order."""
+"""Training on mmengine: command line, runners, DeepSpeed's ZeRO as a strategy, hooks and resumable data order."""

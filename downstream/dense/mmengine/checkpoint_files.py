@@ -1,4 +1,4 @@
-"""Finds checkpoints in mmengine's layout, and reads them without running anything that a file says."""
+"""Finds checkpoints in mmengine's layout, and reads them without running code from a file."""
 
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,10 +12,10 @@ from downstream.dense.mmengine.strategy import WEIGHTS
 
 
 def last_checkpoint(work_dir: str) -> Path | None:
-    """The newest checkpoint of a training, a file or ZeRO's folder; None where there is none.
+    """The newest checkpoint of a training, a file or ZeRO's folder; None if there is none.
 
     Raises:
-        ValueError: the checkpoint that the file `last_checkpoint` names does not exist.
+        ValueError: the checkpoint named in the file `last_checkpoint` does not exist.
     """
     named = Path(work_dir) / "last_checkpoint"
     if not named.is_file():
@@ -30,7 +30,7 @@ def last_checkpoint(work_dir: str) -> Path | None:
 
 
 def find_weights(name: str) -> str:
-    """The file with the weights of a checkpoint, given as mmengine's file, ZeRO's folder, or the folder of a run.
+    """The weights file of a checkpoint, which is given as mmengine's file, ZeRO's folder, or the folder of a run.
 
     Raises:
         ValueError: there is none.
@@ -46,9 +46,9 @@ def find_weights(name: str) -> str:
 
 
 def refuse_pickles() -> None:
-    """From now on mmengine reads tensors, what `read_pickle` knows to be harmless, and its own log buffers only.
+    """Restricts mmengine to reading tensors, its own log buffers, and what `read_pickle` considers harmless.
 
-    Without this it would read a file with anything else a second time, and run the code in it.
+    Otherwise it would read a file with anything else a second time, and run the code in it.
     """
     CheckpointLoader.register_scheme(prefixes="", loader=_read, force=True)
 
@@ -63,5 +63,5 @@ def _getattr_of_buffer(owner: Any, name: str) -> Any:
 def _read(filename: str, map_location: Any = None) -> Any:
     allowed = [kind for kind in get_torch_safe_globals() if kind is not getattr]
     allowed.append((_getattr_of_buffer, "builtins.getattr"))
-    # A file that is read again may be overwritten by then.
+    # No mmap: a lazily read file could be overwritten in the meantime.
     return read_pickle(Path(filename), allowed, map_location=map_location, mmap=False)

@@ -1,4 +1,4 @@
-"""The command line of trainings on mmengine: a configuration, overrides of its keys, and keys of the run."""
+"""The command line for training on mmengine: a configuration, overrides of its keys, and keys of the run."""
 
 import functools
 import re
@@ -13,13 +13,13 @@ from downstream.dense.mmengine.encoder_start import set_start
 from downstream.dense.mmengine.known_keys import READ, check_variables, explain_variable, known_keys
 from pretrain.trainer.schema import nearest, split_override
 
-# mmengine looks for a package of the original name where a configuration inherits "mmseg::...".
+# If a configuration inherits "mmseg::...", mmengine looks for the package under its original name.
 utils.MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
 
-# And for each inherited file it parses an index of all models that the package has.
+# For each inherited file, mmengine parses an index of all models in the package.
 utils.load = functools.cache(utils.load)
 
-# Keys of the run, with the names that they have in the recipes of pretraining; no configuration has them.
+# Keys of the run, named as in the pretraining recipes; configurations do not have them.
 _RUN_KEYS: dict[str, Any] = {
     "name": None,
     "runs": None,
@@ -34,7 +34,7 @@ _RUN_KEYS: dict[str, Any] = {
 _TEXT = {"name", "runs", "test", "start.checkpoint", "start.weights", "train.ds_config"}  # taken as they are typed
 _CHOICES = {"train.precision": ("fp32", "bf16")}
 
-# Keys of mmengine that can be overridden even if the configuration does not set them.
+# mmengine's keys that can be overridden even if the configuration does not set them.
 _DEFAULTS = {
     "load_from": None,
     "randomness": {"seed": 0},
@@ -46,18 +46,17 @@ _DEFAULTS = {
 
 
 def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable[[Config], None]) -> Job:
-    """A configuration, by path or by the name of one in the folder `configs`, under `KEY=value` overrides.
+    """Loads a configuration, by path or by its name in the folder `configs`, and applies `KEY=value` overrides.
 
-    `propagate` then copies the keys at the configuration's top to wherever else they are read; a copy cannot be
-    overridden.
+    `propagate` then copies the top-level keys to wherever else they are read; a copy cannot be overridden.
 
-    Besides the configuration's own keys there are those of the run: `name=` (its folder is runs/NAME; by default the
-    configuration's name) and `runs=`, `start.checkpoint=FILE` and `start.weights=ema` (short for
+    Besides the configuration's own keys, overrides can set those of the run: `name=` (its folder is runs/NAME; the
+    default is the configuration's name), `runs=`, `start.checkpoint=FILE` and `start.weights=ema` (short for
     `model.backbone.init_cfg`), `train.ds_config=zero1|zero2|zero3|FILE`, `train.precision=fp32|bf16`, `resume=false`,
     `test=FILE` and `tta=true`.
 
     Raises:
-        ValueError: no such configuration or key, or a value of another type than the configuration's.
+        ValueError: no such configuration or key, or a value whose type differs from the configuration's.
     """
     cfg = _read(_find(name, configs))
     for key, value in _DEFAULTS.items():
@@ -93,9 +92,9 @@ def _find(name: str, configs: Path) -> Path:
 
 def _read(path: Path) -> Config:
     try:
-        # Its modules are imported later: DeepSpeed's accelerator is not chosen yet.
+        # Its modules are imported later, because DeepSpeed's accelerator is not chosen yet.
         cfg = Config.fromfile(path, import_custom_modules=False)
-    except Exception as error:  # whatever its Python raises
+    except Exception as error:  # its Python can raise anything
         raise ValueError(f"{path} cannot be read as a configuration: {type(error).__name__}: {error}") from None
     check_variables(path)
     return cfg
@@ -110,14 +109,14 @@ def _set_default(tree: Any, key: str, value: Any) -> None:
 
 
 def _check_text(key: str, text: str) -> str | None:
-    """The value of a key of the run that is text; ValueError where it cannot be one."""
+    """The value of one of the run's text keys; raises ValueError if it is not valid."""
     if key == "name" and not re.fullmatch(r"[\w-][\w.-]*", text):
         raise ValueError(f"name={text!r}: the name of a folder in runs=, of letters, digits, '_', '-' and '.'")
     return text if key == "name" or text not in ("", "null", "None") else None
 
 
 def _check_run_key(key: str, value: Any) -> Any:
-    """The value of another key of the run; ValueError where it has another type or is not one of its choices."""
+    """The value of another key of the run; raises ValueError for a wrong type or a value outside its choices."""
     if isinstance(_RUN_KEYS[key], bool):
         if not isinstance(value, bool):
             raise ValueError(f"{key}={value!r}: true or false")
@@ -127,14 +126,14 @@ def _check_run_key(key: str, value: Any) -> Any:
 
 
 def _work_dir(run: dict[str, Any], default: str) -> str:
-    """The folder of the run: `runs`/`name`, each by default as in `default`."""
+    """The folder of the run: `runs`/`name`; missing parts come from `default`."""
     return str(Path(run["runs"] or Path(default).parent) / (run["name"] or Path(default).name))
 
 
 def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
     """The dictionary or list that holds the value of a dotted key, and the last part of the key.
 
-    Of a dictionary the value may be missing, if it is one of its `known_keys`.
+    A dictionary may lack the value if the key is one of its `known_keys`.
 
     Raises:
         ValueError: there is no such key, or nothing reads it.
@@ -150,7 +149,7 @@ def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
             known = known_keys(cfg, parent, tree)
             if part in known and depth == len(above):
                 return tree, part
-            if depth == 0:  # or the first part of a key of the run is meant
+            if depth == 0:  # it may also be the first part of a key of the run
                 run_key = next((known for known in _RUN_KEYS if known.startswith(f"{part}.")), None)
                 near = nearest(key, list(_RUN_KEYS)) if run_key else nearest(part, [*{*names, *known, *_RUN_KEYS}])
                 raise ValueError(f"unknown key {key}: {near}")
@@ -178,7 +177,7 @@ def _override(cfg: Config, key: str, value: Any, text: str) -> Any:
 
 
 def _check_overridden(cfg: Config, overridden: dict[str, Any]) -> None:
-    """Raises ValueError where the value of an override was replaced by that of a key at the configuration's top."""
+    """Raises ValueError if a top-level key of the configuration replaced the value of an override."""
     for key, value in overridden.items():
         tree, step = _find_key(cfg, key)
         if tree[step] != value:
@@ -200,7 +199,7 @@ def _wrong_type(old: Any, new: Any) -> str | None:
         if isinstance(old, types):
             fits = isinstance(new, types) and (bool in types or not isinstance(new, bool))
             return None if fits or new is None else f"it is {description} in the configuration ({_shorten(old)})"
-    return None  # it was None, which says nothing of its type
+    return None  # the old value is None, which does not reveal the type
 
 
 def _shorten(value: Any) -> str:
@@ -220,4 +219,4 @@ def _set_precision(cfg: Config, precision: str | None) -> None:
     if kind == "AmpOptimWrapper":
         if wrapper.setdefault("dtype", "bfloat16") != "bfloat16":
             raise ValueError(f"optim_wrapper.dtype={wrapper.dtype!r}: only bfloat16, which needs no loss scale")
-        wrapper["loss_scale"] = 1.0  # no scaling; but a step with a gradient that is not finite is skipped
+        wrapper["loss_scale"] = 1.0  # no scaling, but steps with a non-finite gradient are skipped

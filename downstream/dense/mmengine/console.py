@@ -1,10 +1,10 @@
-"""What mmengine and its libraries say on the console: their log file in the run's folder has all of it."""
+"""Filters what mmengine and its libraries log to the console; the log file in the run's folder has all of it."""
 
 import logging
 
 from mmengine.logging import MMLogger
 
-# How messages begin that are long, or false alarms.
+# The beginnings of messages that are long, or false alarms.
 _FOR_THE_FILE = (
     "System environment:",
     "Config:",

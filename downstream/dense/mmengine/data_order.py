@@ -1,9 +1,9 @@
-"""Order and seeds of the training data on mmengine, so that a resumed training has the bits of one without a stop.
+"""Order and seeds of mmengine's training data, so that a resumed training is bit-identical to an uninterrupted one.
 
-mmengine draws augmentations from its workers' generators and what the model draws (samples of regions, drop path) from
-the process's, and saves neither. Here both are seeded by the progress of the training: by (seed, epoch, image) before
-an image is read, and by (seed, iteration, rank) before a forward pass. Then no generator need be saved, and a training
-can stop in the middle of an epoch as well as at its end.
+mmengine draws augmentations from its workers' generators, and the model's random choices (sampled regions, drop path)
+from the process's generators; it saves neither. Here both are seeded from the progress of the training: from (seed,
+epoch, image) before an image is read, and from (seed, iteration, rank) before a forward pass. So no generator state
+needs to be saved, and a training can stop in the middle of an epoch as well as at its end.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from pretrain.trainer.seed import seed_step
 
 
 class SeededIndex(int):
-    """The index of an image, and with it the number that seeds its augmentations.
+    """The index of an image, along with the number that seeds its augmentations.
 
     Attributes:
-        epoch: the number of the epoch, or of the batch in an infinite order.
+        epoch: the number of the epoch, or of the batch if the order is infinite.
     """
 
     epoch: int
@@ -33,23 +33,23 @@ class SeededIndex(int):
         seeded.epoch = epoch
         return seeded
 
-    def __reduce__(self) -> tuple[Any, ...]:  # to be sent to a worker
+    def __reduce__(self) -> tuple[Any, ...]:  # for sending it to a worker
         return SeededIndex, (int(self), self.epoch)
 
 
 @DATA_SAMPLERS.register_module()
 class ResumableBatches:
-    """A rank's batches, as lists of `SeededIndex`, from any batch on.
+    """A rank's batches, as lists of `SeededIndex`, starting at any batch.
 
-    Batches at an epoch's end that make no whole optimizer step are left out, since a checkpoint cannot hold a part of
-    one. The next epoch is shuffled anew, so these are other images each time.
+    Batches at the end of an epoch that do not fill an optimizer step are left out, because a checkpoint cannot hold a
+    partial step. Each epoch is shuffled anew, so other images are left out each time.
 
     Args:
         sampler: mmengine's `DefaultSampler` or `InfiniteSampler`.
-        batch_size: of a rank.
-        accumulation: batches of an optimizer step.
+        batch_size: per rank.
+        accumulation: batches per optimizer step.
         batches: the configuration's batch sampler, if it has one.
-        drop_last: whether a batch that is not full is left out.
+        drop_last: whether to leave out an incomplete batch.
 
     Raises:
         ValueError: another sampler, or too few images for one step.
@@ -97,10 +97,10 @@ class ResumableBatches:
 
 @DATASETS.register_module()
 class SeededDataset(Dataset[Any]):
-    """A data set whose augmentations depend on nothing but the seed, the epoch and the image.
+    """A data set whose augmentations depend only on the seed, the epoch and the image.
 
     Args:
-        dataset: its configuration, as of mmengine.
+        dataset: its mmengine configuration.
         seed: of the training.
     """
 
@@ -129,7 +129,7 @@ FUNCTIONS.register_module(module=ignore_signals)
 
 
 def shield_workers(cfg: Config) -> None:
-    """Data workers leave signals to their rank, so that a job that is told to stop can complete its step and save."""
+    """Makes data workers ignore signals, so that their rank can complete its step and save when told to stop."""
     for split in SPLITS:
         if loader := cfg.get(f"{split}_dataloader"):
             loader.worker_init_fn = {"type": ignore_signals.__name__}
@@ -146,11 +146,11 @@ def wrap_train_data(cfg: Config) -> None:
         "drop_last": loader.pop("drop_last", False),
     }
     if not by_epoch(cfg):
-        cfg.train_cfg.fast_forward_on_resume = True  # or mmengine would load all images again to skip them
+        cfg.train_cfg.fast_forward_on_resume = True  # otherwise mmengine would load all skipped images again
 
 
 def by_epoch(cfg: Config) -> bool:
-    """Whether a configuration counts its training in epochs; ValueError where it says neither that nor iterations."""
+    """Whether the training is counted in epochs, not iterations; raises ValueError if `train_cfg` says neither."""
     if not {"by_epoch", "type"} & cfg.train_cfg.keys():
         raise ValueError(
             f"train_cfg={dict(cfg.train_cfg)} has neither type nor by_epoch: override its keys one by one, for example "

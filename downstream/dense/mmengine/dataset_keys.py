@@ -1,4 +1,4 @@
-"""The data sets of a configuration, and the keys at its top that are copied into each of them."""
+"""The data sets of a configuration, and the top-level keys that are copied into each of them."""
 
 import os
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from typing import Any
 
 SPLITS = ("train", "val", "test")
 
-# All keys at the top of a configuration that are copied: see `propagate_keys` of detection and of segmentation.
+# All top-level keys that are copied; see `propagate_keys` of detection and of segmentation.
 PROPAGATED = ("data_root", "classes", "size", "with_masks", "reduce_zero_label", "mask_values", "stride", "scale")
 
 
 def propagate_data_keys(cfg: Any) -> None:
-    """Copies `data_root` and `classes`, where they are not None, into every data set of an mmengine Config.
+    """Copies `data_root` and `classes`, unless they are None, into every data set of an mmengine Config.
 
     Raises:
         ValueError: `classes` is not a list of different names.
@@ -33,7 +33,7 @@ def propagate_data_keys(cfg: Any) -> None:
 
 
 def datasets(cfg: Any, split: str) -> Iterator[tuple[str, Any]]:
-    """(dotted key, data set) of each data set of a split; for wrappers, those that they wrap."""
+    """(dotted key, data set) of each data set of a split; wrappers are replaced by what they wrap."""
     loader = cfg.get(f"{split}_dataloader")
     if loader is not None:
         yield from _unwrap(f"{split}_dataloader.dataset", loader.dataset)
@@ -50,12 +50,12 @@ def _unwrap(key: str, dataset: Any) -> Iterator[tuple[str, Any]]:
 
 
 def below_root(dataset: Any, path: str) -> str:
-    """A path as mmengine's data sets resolve it: below their root, unless it is absolute."""
+    """Resolves a path like mmengine's data sets: below their root, unless it is absolute."""
     return os.path.join(dataset.get("data_root") or "", path)
 
 
 def class_names(dataset: Any, kind: Any) -> tuple[str, ...]:
-    """The names of the classes, in the order of the heads' outputs: the data set's own or those of its type.
+    """The class names in the order of the heads' outputs: the data set's own, or those of its type.
 
     Args:
         dataset: its configuration.

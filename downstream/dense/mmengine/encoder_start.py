@@ -1,4 +1,4 @@
-"""The encoder that a training starts from: `model.backbone.init_cfg` of type EncoderCheckpoint."""
+"""The encoder that a training starts from: a `model.backbone.init_cfg` of type EncoderCheckpoint."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ _TYPE = "EncoderCheckpoint"  # of downstream.dense.backbone.loading, which a con
 
 
 def set_start(cfg: Any, checkpoint: str | None, weights: str | None) -> None:
-    """Makes `start.checkpoint` and `start.weights` the backbone's `init_cfg`; None leaves what the configuration has.
+    """Writes `start.checkpoint` and `start.weights` into the backbone's `init_cfg`; None keeps the configuration's.
 
     Args:
-        cfg: an mmengine Config; changed.
-        checkpoint, weights: as of `EncoderCheckpoint`.
+        cfg: an mmengine Config; modified.
+        checkpoint, weights: see `EncoderCheckpoint`.
 
     Raises:
-        ValueError: another backbone than ours, or weights of no checkpoint.
+        ValueError: the backbone is not ours, or weights are given without a checkpoint.
     """
     if checkpoint is None and weights is None:
         return
@@ -33,8 +33,8 @@ def set_start(cfg: Any, checkpoint: str | None, weights: str | None) -> None:
 
 
 def check_start(cfg: Any) -> None:
-    """Raises ValueError where the backbone's encoder cannot start it, as `load_start`, before any model is built."""
-    from downstream.dense.backbone.loading import read_start  # it needs modules that a configuration names
+    """Raises ValueError, like `load_start`, if the encoder does not fit the backbone, before any model is built."""
+    from downstream.dense.backbone.loading import read_start  # it needs modules that a configuration imports
 
     backbone = cfg.model.get("backbone") or {}
     for init in _init_cfgs(backbone):
@@ -50,7 +50,7 @@ def has_start(cfg: Any) -> bool:
 
 
 def clear_start(cfg: Any) -> None:
-    """For a model that is loaded as a whole: its encoder's checkpoint is not needed and may be gone."""
+    """Removes the encoder's checkpoint: a model that is loaded as a whole does not need it, and it may be gone."""
     if has_start(cfg):
         cfg.model.backbone.init_cfg = None
 

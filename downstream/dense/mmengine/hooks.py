@@ -1,4 +1,4 @@
-"""Hooks of mmengine's runners, by which a training resumes exactly, saves without losing anything, and stops."""
+"""Hooks of mmengine's runners that make a training resume exactly, save without losing anything, and stop."""
 
 import json
 import math
@@ -20,29 +20,29 @@ from pretrain.trainer.durable import rename, sync_all, write_durably
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 
-# mmdet's heads are called as modules; mmseg calls the `forward` of a head itself, whose last module is conv_seg.
+# mmdet calls its heads as modules; mmseg calls a head's `forward` directly, and the last module in it is conv_seg.
 FP32_OUTPUTS = ("neck", "rpn_head", "bbox_head", "mask_head", "conv_seg")
 
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Seeds forward passes by their iteration and rank, and continues from the iteration of the checkpoint.
+    """Seeds forward passes by iteration and rank, and continues from the iteration of the checkpoint.
 
     Args:
         seed: of the training.
-        signature: what must be the same when a training is resumed; it is saved in its checkpoints.
-        strict: whether what is loaded must be the whole model (a checkpoint to continue from or to test).
+        signature: settings that must not change when a training is resumed; saved in its checkpoints.
+        strict: whether a loaded checkpoint must hold the whole model (to continue from it or to test it).
         resumes: whether a training is resumed.
     """
 
-    priority = "LOWEST"  # a missed evaluation is made up for when all other hooks are ready
+    priority = "LOWEST"  # a missed evaluation runs when all other hooks are ready
 
     def __init__(self, seed: int, signature: dict[str, Any], strict: bool, resumes: bool):
         self.seed, self.strict, self.resumes = seed, strict, resumes
-        self.signature = dict(signature)  # a plain dict: it is saved
+        self.signature = dict(signature)  # a plain dict, because it is saved
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError, naming what differs, where the checkpoint is of another training or model."""
+        """Raises ValueError, naming the differences, if the checkpoint belongs to another training or model."""
         if self.resumes:
             check_signature(checkpoint["meta"].get("resume_signature", {}), self.signature, runner.work_dir)
         if self.strict:
@@ -68,7 +68,7 @@ class ResumeHook(Hook):
 
 
 def plain_numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    """As floats (mmseg's are numpy's); None where not finite, such as the IoU of a class without any pixel."""
+    """Metrics as floats (mmseg returns numpy's); None if not finite, such as the IoU of a class without pixels."""
     numbers = {name: float(value) for name, value in metrics.items()}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
@@ -78,7 +78,7 @@ def _evaluations(runner: Any) -> Path:
 
 
 def _evaluate_missed(runner: Any, done: int) -> None:
-    """Does the evaluation that a kill or a signal prevented; `done` are epochs or iterations, as the loop counts."""
+    """Runs the evaluation that a kill or a signal prevented; `done` counts epochs or iterations, like the loop."""
     loop = runner.train_loop
     last = runner.iter == runner.max_iters
     if runner.val_loop is None or not done or done < loop.val_begin or (done % loop.val_interval and not last):
@@ -92,7 +92,7 @@ def _evaluate_missed(runner: Any, done: int) -> None:
 
 
 def check_signature(before: dict[str, Any], now: dict[str, Any], work_dir: str) -> None:
-    """Raises ValueError, naming every difference, where a checkpoint is of another training."""
+    """Raises ValueError, naming every difference, if a checkpoint belongs to another training."""
     different = [
         f"{key} was {before.get(key, 'unset')!r} and is {value!r}"
         for key, value in now.items()
@@ -106,8 +106,8 @@ def check_signature(before: dict[str, Any], now: dict[str, Any], work_dir: str) 
 
 
 def check_model(state: dict[str, Any], model: Any) -> None:
-    """Raises ValueError where a checkpoint's tensors are not the model's: mmengine would load those that fit."""
-    # Under ZeRO-3 a parameter is empty and has its whole shape in an attribute.
+    """Raises ValueError if a checkpoint's tensors are not the model's; mmengine would just load those that fit."""
+    # Under ZeRO-3 a parameter is empty; an attribute has its full shape.
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.state_dict(keep_vars=True).items()}
     found = {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in state.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
@@ -131,10 +131,10 @@ def _unwrap(model: Any) -> Any:
 
 @HOOKS.register_module()
 class Fp32OutputsHook(Hook):
-    """Under bf16's autocast, necks and heads return fp32.
+    """Makes necks and heads return fp32 under bf16 autocast.
 
-    mmdet casts boxes to the type of the features that it crops: in bf16 that rounds 1000 pixels to multiples of 4. It
-    sorts proposals by the sigmoid of their logits: in bf16 many good ones would be equal. mmcv's operators do not
+    mmdet casts boxes to the type of the features that it crops; in bf16 that rounds 1000 pixels to multiples of 4. It
+    sorts proposals by the sigmoid of their logits; in bf16 many good ones would be equal. mmcv's operators do not
     support bf16. mmseg resizes logits before it takes the largest. Inside these modules autocast works as before.
     """
 
@@ -150,13 +150,14 @@ def _to_fp32(module: Any, inputs: Any, outputs: Any) -> Any:
 
 @HOOKS.register_module()
 class DurableCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, but a kill while it saves loses no older checkpoint, and a signal saves and stops.
+    """A CheckpointHook that saves and stops on a signal, and that loses no older checkpoint if killed while saving.
 
     mmengine deletes an old checkpoint before it writes the new one, and overwrites the file that names the newest. Here
-    a checkpoint is written under another name and moved into place, then named, and only then an old one is deleted.
+    a checkpoint is written under a temporary name, moved into place and recorded as the newest; only then are old ones
+    deleted.
 
     Args:
-        accumulation: micro-batches of an optimizer step: a checkpoint cannot hold a part of one.
+        accumulation: micro-batches per optimizer step; a checkpoint cannot hold a partial step.
         suffix: of the checkpoints' names.
     """
 
@@ -172,7 +173,7 @@ class DurableCheckpointHook(CheckpointHook):
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         batches, done = runner.train_dataloader.batch_sampler, runner.iter + 1
         if done % self.accumulation or (not batches.infinite and done % len(batches) == 0):
-            return  # at an epoch's end it is stopped below, when all that belongs to the epoch has been done
+            return  # at the end of an epoch, `after_train_epoch` stops it once the epoch's work is done
         self._stop_on_signal(runner, done, f"iter_{done}", by_epoch=False)
 
     def after_train_epoch(self, runner: Any) -> None:
@@ -192,7 +193,7 @@ class DurableCheckpointHook(CheckpointHook):
         self._publish(runner, f"{'epoch' if self.by_epoch else 'iter'}_{step}", meta, self.by_epoch)
 
     def _publish(self, runner: Any, name: str, meta: dict[str, Any], by_epoch: bool) -> None:
-        """Writes a checkpoint; all ranks together. Raises OSError, on all of them, where the disk does not take it."""
+        """Writes a checkpoint; all ranks must call it. Raises OSError on all ranks if writing fails."""
         folder = Path(self.out_dir)
         temporary, path = folder / "unfinished", folder / f"{name}{self.suffix}"
         self.last_ckpt = str(path)
@@ -209,7 +210,7 @@ class DurableCheckpointHook(CheckpointHook):
         if problem is None and runner.rank == 0:
             try:
                 sync_all(temporary)
-                _remove(path)  # it exists if the training fell back to an older one
+                _remove(path)  # it exists if the training fell back to an older checkpoint
                 rename(temporary, path)
                 write_durably(Path(runner.work_dir) / "last_checkpoint", str(path))
                 self._delete_old(folder)

@@ -1,7 +1,7 @@
-"""Which keys mean something, beside those that a configuration sets.
+"""Finds the keys that have a meaning although a configuration does not set them.
 
-A key is known where mmengine's Runner, or the class that a group names as its `type`, takes an argument of this name. A
-variable at a configuration's top that nothing reads is a mistyped key, or one that was resolved as the file was read.
+A key is known if mmengine's Runner, or the class that a group names as its `type`, takes an argument of this name. A
+top-level variable that nothing reads is a mistyped key, or one that was resolved when the file was read.
 """
 
 import ast
@@ -15,7 +15,7 @@ import torch
 
 from downstream.dense.mmengine.dataset_keys import PROPAGATED
 
-# At the top of a configuration: arguments of mmengine's Runner, and what it, our commands and `Config` read besides.
+# Top-level keys: arguments of mmengine's Runner, and what else the Runner, our commands and `Config` read.
 READ = {
     *("model", "train_dataloader", "val_dataloader", "test_dataloader", "train_cfg", "val_cfg", "test_cfg"),
     *("auto_scale_lr", "optim_wrapper", "param_scheduler", "val_evaluator", "test_evaluator", "default_hooks"),
@@ -24,9 +24,9 @@ READ = {
     *("efficient_conv_bn_eval", "find_unused_parameters", "custom_imports", "tta_model", "tta_pipeline", "work_dir"),
     *("launcher", "resume", "_base_", *PROPAGATED),
 }
-_OWNED = {"launcher", "resume", "work_dir", "_base_"}  # of those, what the command decides
+_OWNED = {"launcher", "resume", "work_dir", "_base_"}  # those that the command decides
 
-# Where a group has no `type`: what takes its keys.
+# What takes the keys of groups without a `type`.
 _PLAIN: dict[str, Any] = {
     r"(train|val|test)_dataloader": torch.utils.data.DataLoader,
     r".*\.filter_cfg": {"filter_empty_gt": True, "min_size": 0},
@@ -35,7 +35,7 @@ _PLAIN: dict[str, Any] = {
     r"env_cfg": {"cudnn_benchmark": False, "mp_cfg": None, "resource_limit": 4096},
     r"randomness": {"seed": None, "deterministic": False},
 }
-# Where it has one: the registry that knows the type.
+# The registries that know the types of the other groups.
 _REGISTRIES = {
     r".*\.(sampler|batch_sampler)": "DATA_SAMPLERS",
     r".*_dataloader\.dataset(\.dataset|\.datasets\.\d+)*": "DATASETS",
@@ -54,11 +54,11 @@ _REGISTRIES = {
 
 
 def known_keys(cfg: Any, path: str, group: Any) -> dict[str, Any]:
-    """The keys that a group of a configuration may have although it does not, with their default values.
+    """The keys that a group of a configuration accepts, with their default values.
 
     Args:
         cfg: the mmengine Config.
-        path: of the group, dotted; '' is the top.
+        path: of the group, dotted; '' is the top level.
         group: its content.
     """
     if not path:
@@ -85,7 +85,7 @@ def _find_class(cfg: Any, registry: str, name: str) -> Any:
 
 
 def _arguments(kind: type) -> dict[str, Any]:
-    """Those of a class, with their defaults; where it hands on all others, those of the class that it extends too."""
+    """A class's arguments with their defaults; its base class's too, if it passes on keyword arguments."""
     found: dict[str, Any] = {}
     for base in kind.__mro__[:-1]:
         if "__init__" not in vars(base):
@@ -99,9 +99,9 @@ def _arguments(kind: type) -> dict[str, Any]:
 
 
 def check_variables(path: Path) -> None:
-    """Raises ValueError where a configuration that inherits another one sets a variable that nothing reads.
+    """Raises ValueError if a configuration that inherits another one sets a variable that nothing reads.
 
-    What is inherited is not looked at: one such file may serve several.
+    Inherited files are not checked, because one may serve several configurations.
     """
     if path.suffix != ".py":
         return
@@ -110,7 +110,7 @@ def check_variables(path: Path) -> None:
     names = [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
     loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     if "_base_" not in names:
-        return  # a configuration that was saved has all variables of all files
+        return  # a saved configuration has all variables of all files
     for name in names:
         if name not in READ | loaded:
             close = difflib.get_close_matches(name, READ, n=1, cutoff=0.75)
@@ -120,7 +120,7 @@ def check_variables(path: Path) -> None:
 
 
 def explain_variable(cfg: Any, key: str) -> str:
-    """What to override in place of a variable at the top of a configuration, for an error."""
+    """What to override instead of a top-level variable, for an error message."""
     name, dot, rest = key.partition(".")
     value = cfg[name]
     places = [place for place in _find_equal(cfg, value) if isinstance(value, list | dict)]
@@ -128,7 +128,7 @@ def explain_variable(cfg: Any, key: str) -> str:
 
 
 def _find_equal(cfg: Any, value: Any) -> list[str]:
-    """The dotted keys, below those that are read, that have this value."""
+    """The dotted keys with this value, among the top-level keys that are read and below them."""
     found = []
     stack = [(key, cfg[key]) for key in sorted(READ & cfg.keys(), reverse=True)]
     while stack:

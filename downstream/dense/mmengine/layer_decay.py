@@ -14,20 +14,20 @@ _NOT_DECAYED = re.compile(r".*(cls_token|reg_token|pos_embed|rel_pos_[hw])")
 
 
 def layer_decay_groups(model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Every trainable parameter exactly once; for each layer a group with and one without weight decay.
+    """Groups each trainable parameter once: per layer, one group with and one without weight decay.
 
-    `lr_scale` is layer_decay ** (blocks above + 1), with all blocks above for patch embedding, class token and
-    positions; 1 for what follows the blocks. Vectors, class token, positions and decomposed tables have no weight
-    decay; LoMaR's tables have, as in pretraining. Call it before ZeRO-3 partitions parameters and empties their shapes.
+    `lr_scale` is layer_decay ** (blocks above + 1). Patch embedding, class token and positions have all blocks above
+    them; what follows the blocks gets 1. Vectors, class token, positions and decomposed tables have no weight decay;
+    LoMaR's tables do, as in pretraining. Call it before ZeRO-3 partitions parameters and empties their shapes.
 
     Args:
         model: contains one `PlainViT`.
         lr: of the model's heads.
         weight_decay: of matrices.
-        layer_decay: factor of the learning rate from one block to the one before it, above 0 and at most 1.
+        layer_decay: ratio of a block's learning rate to the next block's, above 0 and at most 1.
 
     Returns:
-        Groups of an optimizer with their `lr`, from the image upwards.
+        Optimizer groups with their `lr`, from the image upwards.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"optim_wrapper.paramwise_cfg.layer_decay={layer_decay}: above 0, at most 1")
@@ -55,7 +55,7 @@ def layer_decay_groups(model: nn.Module, *, lr: float, weight_decay: float, laye
 class LayerDecayOptimWrapperConstructor:
     """`optim_wrapper=dict(constructor=<this class's name>, paramwise_cfg=dict(layer_decay=0.7), optimizer=...)`.
 
-    The optimizer's `lr` is that of the heads. Schedulers of mmengine scale each group's own.
+    The optimizer's `lr` applies to the heads; mmengine's schedulers scale each group's own.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):

@@ -1,4 +1,4 @@
-"""Runs a job on all ranks by mmengine's Runner, or by its FlexibleRunner on ZeRO; resumes and stops like all runs."""
+"""Runs a job on all ranks with mmengine's Runner, or FlexibleRunner for ZeRO; resumes and stops like all runs."""
 
 import copy
 import json
@@ -41,15 +41,15 @@ _OWNED = OWNED | {
 
 
 def run(job: Job, world: World, check: Callable[[Config, list[str]], list[str]]) -> None:
-    """Trains, or evaluates a checkpoint; after `init_distributed`.
+    """Trains, or evaluates a checkpoint; call it after `init_distributed`.
 
     Args:
         check: (configuration, splits) -> a line about each data set; called on the main rank. It raises ValueError
-            where something is wrong with the configuration or the data.
+            if something is wrong with the configuration or the data.
 
     Raises:
-        ValueError: as `check`, or settings or a checkpoint that do not fit together.
-        Stopped: a signal came, and everything is saved.
+        ValueError: from `check`, or settings and checkpoint do not fit together.
+        Stopped: a signal arrived, and everything is saved.
         OSError: a checkpoint could not be written.
     """
     refuse_pickles()
@@ -67,7 +67,7 @@ def run(job: Job, world: World, check: Callable[[Config, list[str]], list[str]])
 
 
 def _on_main(world: World, function: Callable[[], None]) -> None:
-    """Calls it on the main rank; where it raises there, all ranks raise ValueError."""
+    """Calls a function on the main rank; if it fails there, all ranks raise ValueError."""
     problem = None
     if world.is_main:
         try:
@@ -79,7 +79,7 @@ def _on_main(world: World, function: Callable[[], None]) -> None:
 
 
 def _test(cfg: Config, checkpoint: str, tta: bool, world: World) -> None:
-    """Prints what `test_evaluator` measures as a JSON object, in the last line."""
+    """Evaluates and prints the metrics of `test_evaluator` as a JSON object, in the last line."""
     cfg.load_from, cfg.resume = find_weights(checkpoint), False
     clear_start(cfg)
     if tta:
@@ -95,7 +95,7 @@ def _augment_test(cfg: Config) -> None:
         raise ValueError("tta=true: the configuration has no tta_model and tta_pipeline")
     for _, dataset in datasets(cfg, "test"):
         dataset.pipeline = cfg.tta_pipeline
-    # Set here, or mmengine would take another one, from the top of mmseg's configurations.
+    # Otherwise mmengine would use the top-level one of mmseg's configurations.
     preprocessor = cfg.model.get("data_preprocessor")
     cfg.model = {**cfg.tta_model, "module": cfg.model, "data_preprocessor": preprocessor}
 
@@ -133,19 +133,19 @@ def _train(cfg: Config, job: Job, world: World) -> None:
     if world.is_main:
         origin = f"continues from {last}" if last else f"starts from the weights in {start}" if start else "starts"
         _log.info("%s; %s", batch_line, origin)
-        as_given.dump(Path(cfg.work_dir) / "config.py")  # mmengine has dumped it with all that was added here
+        as_given.dump(Path(cfg.work_dir) / "config.py")  # replaces mmengine's dump, which has everything added here
     runner.train()
 
 
 def _resume_signature(cfg: Config, settings: dict[str, Any] | None, world: World) -> dict[str, Any]:
-    """What a training that is resumed must have in common with its checkpoint."""
+    """The settings that a resumed training must share with its checkpoint."""
     return {
         "train.ds_config": f"ZeRO {zero_stage(settings)}" if settings else "none",
         "the number of ranks": world.size,
         "train_dataloader.batch_size": cfg.train_dataloader.batch_size,
         "optim_wrapper.accumulative_counts": cfg.optim_wrapper.accumulative_counts,
         "optim_wrapper.type": cfg.optim_wrapper.type,
-        # These two are in the checkpoint as well, whose values would silently win.
+        # The checkpoint has these two as well, and its values would silently win.
         "optim_wrapper.optimizer": str(cfg.optim_wrapper.optimizer),
         "param_scheduler": str(cfg.get("param_scheduler")),
         "randomness.seed": cfg.randomness.seed,
@@ -153,14 +153,14 @@ def _resume_signature(cfg: Config, settings: dict[str, Any] | None, world: World
 
 
 def _plain_runner(cfg: Config, world: World) -> Runner:
-    """In the process group that exists already: mmengine would make one itself, and cannot on CPUs."""
+    """A Runner in the existing process group; mmengine would create one itself, which fails on CPUs."""
     cfg.launcher = "pytorch" if world.size > 1 else "none"
     if not torch.cuda.is_available():
         cfg.model_wrapper_cfg = {
             "type": "MMDistributedDataParallel",
             "broadcast_buffers": False,
             "find_unused_parameters": cfg.find_unused_parameters,
-            "device_ids": None,  # mmengine's default are GPUs
+            "device_ids": None,  # mmengine defaults to GPUs
         }
     return _PlainRunner.from_cfg(cfg)
 
@@ -183,7 +183,7 @@ def _ds_settings(cfg: Config, ds_config: str, world: World) -> dict[str, Any]:
     """All of DeepSpeed's keys.
 
     Raises:
-        ValueError: as `read_ds_config`, or settings that are for mmengine's Runner only.
+        ValueError: from `read_ds_config`, or settings that only mmengine's Runner supports.
     """
     clip = dict(cfg.optim_wrapper.clip_grad or {})
     if clip and (clip.get("type", "norm") != "norm" or float(clip.get("norm_type", 2)) != 2):
@@ -191,7 +191,7 @@ def _ds_settings(cfg: Config, ds_config: str, world: World) -> dict[str, Any]:
     if cfg.get("compile"):
         raise ValueError("compile is for mmengine's Runner: delete it, or leave out train.ds_config")
     if any(hook["type"] == "EMAHook" for hook in cfg.get("custom_hooks") or []):
-        # It copies parameters, which ZeRO-3 partitions, and mmengine's FlexibleRunner loads before the hook can.
+        # It copies parameters, which ZeRO-3 partitions, and FlexibleRunner loads checkpoints before the hook is ready.
         raise ValueError("EMAHook is for mmengine's Runner: delete it from custom_hooks, or leave out train.ds_config")
     keys = read_ds_config(ds_config, _OWNED)
     if not zero_stage(keys):
@@ -210,7 +210,7 @@ def _ds_settings(cfg: Config, ds_config: str, world: World) -> dict[str, Any]:
 
 
 def _check_steps(cfg: Config) -> int:
-    """The micro-batches of an optimizer step; ValueError where it does not divide what is counted in iterations."""
+    """The micro-batches per optimizer step; raises ValueError if they do not divide settings counted in iterations."""
     accumulation = int(cfg.optim_wrapper.accumulative_counts)
     if not by_epoch(cfg):
         counted = {
@@ -225,9 +225,9 @@ def _check_steps(cfg: Config) -> int:
 
 
 def _scale_lr(cfg: Config, world: World) -> str:
-    """The batch size and learning rate of a step, as a line. Scales the learning rate if `auto_scale_lr.enable`.
+    """Scales the learning rate if `auto_scale_lr.enable`; returns a line with the batch size and learning rate.
 
-    mmengine does not count accumulation when it scales.
+    mmengine's own scaling ignores accumulation.
     """
     per_rank, accumulation = cfg.train_dataloader.batch_size, cfg.optim_wrapper.accumulative_counts
     batch, base = world.size * per_rank * accumulation, cfg.auto_scale_lr.get("base_batch_size")

@@ -1,8 +1,8 @@
-"""mmengine's FlexibleRunner on DeepSpeed's ZeRO: a model, an optimizer and schedules of an mmengine configuration.
+"""mmengine's FlexibleRunner on DeepSpeed's ZeRO, with model, optimizer and schedules of an mmengine configuration.
 
-A checkpoint is a folder: the files of DeepSpeed for each rank, and `weights.pth` in mmengine's usual layout, with the
-whole weights, the schedules and the progress of the training. So mmengine's Runner reads what ZeRO has written; ZeRO
-starts from what the Runner has written by `load_from`.
+A checkpoint is a folder: DeepSpeed's files for each rank, and `weights.pth` in mmengine's usual layout, with the whole
+weights, the schedules and the progress of the training. So mmengine's Runner can read what ZeRO wrote, and ZeRO can
+start from what the Runner wrote, with `load_from`.
 """
 
 import copy
@@ -30,10 +30,10 @@ WEIGHTS = "weights.pth"  # in a checkpoint's folder
 
 @OPTIM_WRAPPERS.register_module()
 class ZeroOptimWrapper(DeepSpeedOptimWrapper):
-    """The engine's optimizer for mmengine's loops and schedules."""
+    """Adapts the engine's optimizer to mmengine's loops and schedules."""
 
     def step(self, **kwargs: Any) -> None:
-        """A micro-batch; at an optimizer step it logs the gradient's norm, as mmengine does where it clips."""
+        """Takes a micro-batch's step; optimizer steps log the gradient norm (if it is clipped) and refusals."""
         last = self.model.is_gradient_accumulation_boundary()
         self.model.step()
         if last and self.model.gradient_clipping():
@@ -47,13 +47,13 @@ class ZeroOptimWrapper(DeepSpeedOptimWrapper):
 class ZeroModel(MMDeepSpeedEngineWrapper):
     """The engine as the runner's model.
 
-    Under ZeRO-3 it predicts with a whole copy, filled when an evaluation begins. The engine gathers parameters from all
-    ranks whenever one of them is used, and how often a detector uses them depends on the image: where one rank's image
-    is empty and the others' are not, the ranks would wait for each other forever.
+    Under ZeRO-3 it predicts with a whole copy, filled at the start of an evaluation. The engine gathers parameters from
+    all ranks on every use, and how often a detector uses them depends on the image: if one rank's image is empty and
+    the others' are not, the ranks would wait for each other forever.
 
     Args:
         engine: DeepSpeed's.
-        predictor: the engine's module, or under ZeRO-3 a copy made before it was partitioned.
+        predictor: the engine's module, or under ZeRO-3 a copy made before partitioning.
     """
 
     def __init__(self, engine: Any, predictor: nn.Module):
@@ -68,7 +68,7 @@ class ZeroModel(MMDeepSpeedEngineWrapper):
 
     @torch.no_grad()
     def eval(self) -> "ZeroModel":
-        """All ranks together."""
+        """Switches to evaluation; all ranks must call it."""
         self.model.eval()
         if self.predictor is not self.model.module:
             self.predictor.to(self.model.device).eval()
@@ -82,13 +82,13 @@ class ZeroModel(MMDeepSpeedEngineWrapper):
 
 @STRATEGIES.register_module()
 class ZeroStrategy(BaseStrategy):
-    """Builds what the runner trains, saves it and resumes it.
+    """Builds, saves and resumes what the runner trains.
 
-    mmengine's own DeepSpeedStrategy cannot be built with current versions of DeepSpeed.
+    mmengine's own DeepSpeedStrategy fails with current versions of DeepSpeed.
 
     Args:
         settings: all of DeepSpeed's keys (`pretrain.trainer.engine.complete_settings`).
-        start: a file in mmengine's layout whose weights the training starts from.
+        start: a file in mmengine's layout; the training starts from its weights.
     """
 
     def __init__(self, *, settings: dict[str, Any], start: str | None = None, **kwargs: Any):
@@ -107,7 +107,7 @@ class ZeroStrategy(BaseStrategy):
         compile: Any = False,
         dispatch_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Model, optimizer and schedules for `FlexibleRunner.train`; all ranks together."""
+        """Builds model, optimizer and schedules for `FlexibleRunner.train`; all ranks must call it."""
         assert optim_wrapper is not None, "mmengine's Runner evaluates"
         self.dispatch_kwargs.update(dispatch_kwargs or {})
         model = self._init_model_weights(self.build_model(model))
@@ -127,7 +127,7 @@ class ZeroStrategy(BaseStrategy):
         )
         if stage3:
             _remove_hooks(model)
-        # After: DeepSpeed counts steps by wrapping the optimizer's `step`, and so do mmengine's schedules.
+        # Only now: DeepSpeed counts steps by wrapping the optimizer's `step`, and so do mmengine's schedules.
         self.optim_wrapper.model = engine
         self.model = ZeroModel(engine, predictor)
         if param_scheduler is not None:
@@ -143,10 +143,10 @@ class ZeroStrategy(BaseStrategy):
         extra_ckpt: dict[str, Any] | None = None,
         callback: Any = None,
     ) -> None:
-        """Writes a folder, or without the optimizer a file with the weights; all ranks together.
+        """Writes a folder, or without the optimizer a file with the weights; all ranks must call it.
 
         Raises:
-            OSError: it could not be written; raised on all ranks.
+            OSError: writing failed; raised on all ranks.
         """
         folder, engine = Path(filename), self.model.model
         problem = self._save_engine(folder) if save_optimizer else None
@@ -182,7 +182,7 @@ class ZeroStrategy(BaseStrategy):
         map_location: Any = "default",
         callback: Any = None,
     ) -> dict[str, Any]:
-        """Resumes from a checkpoint's folder; all ranks together.
+        """Resumes from a checkpoint's folder; all ranks must call it.
 
         Returns:
             The rest of `weights.pth`.
@@ -200,21 +200,21 @@ class ZeroStrategy(BaseStrategy):
         return content
 
     def load_checkpoint(self, filename: str, **kwargs: Any) -> dict[str, Any]:
-        """Not possible: ZeRO has copied the weights by now."""
+        """Raises ValueError: ZeRO has already copied the weights."""
         raise ValueError(f"pass {filename} to the strategy as `start`")
 
 
 def _without_engine_keys(optim_wrapper: dict[str, Any]) -> dict[str, Any]:
-    """mmengine's optimizer wrapper without what the engine does itself."""
+    """mmengine's optimizer wrapper without the keys that the engine handles itself."""
     engine_keys = ("accumulative_counts", "clip_grad", "dtype", "loss_scale")
     return {key: value for key, value in optim_wrapper.items() if key not in engine_keys}
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Removes ZeRO-3's hooks from modules without parameters, for which there is nothing to gather.
+    """Removes ZeRO-3's hooks from modules without parameters, which have nothing to gather.
 
-    ZeRO-3 raises where ranks do not call the same modules in the same order, and a head calls its losses, which are
-    modules, only for images that have objects.
+    ZeRO-3 raises if ranks do not call the same modules in the same order, and a head calls its losses, which are
+    modules, only for images with objects.
     """
     for module in model.modules():
         if next(module.parameters(), None) is None:
@@ -223,6 +223,6 @@ def _remove_hooks(model: nn.Module) -> None:
 
 
 def _trainable(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without frozen parameters and empty groups: DeepSpeed deletes empty groups, which schedules count."""
+    """Drops frozen parameters and empty groups: DeepSpeed deletes empty groups, but schedules count them."""
     kept = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
     return [group for group in kept if group["params"]]

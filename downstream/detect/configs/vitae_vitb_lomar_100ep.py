@@ -1,12 +1,12 @@
-"""As vitdet_vitb_lomar_100ep, with ViTAE's convolutions parallel to the attention of each block.
+"""Like vitdet_vitb_lomar_100ep, with ViTAE's convolutions parallel to the attention of each block.
 
     deepspeed downstream/detect/train_detector.py vitae_vitb_lomar_100ep \
         start.checkpoint=runs/my-run data_root=/data/coco
 
-A step is 64 images: 8 ranks x 4 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
-so that it stays 64. LoMaR's paper, Table 2: 51.8 box AP, 46.0 mask AP, for "25 epochs": in ViTAE's code, which its
-baselines are from, an epoch reads COCO four times. The rate falls after 89 and 96 epochs, as in detectron2 (ViTAE's
-code: 88 and 96). Not run by us.
+A step is 64 images: 8 ranks x 4 x 2 micro-batches. With another number of ranks, choose
+optim_wrapper.accumulative_counts so that it stays 64. LoMaR's paper, Table 2: 51.8 box AP, 46.0 mask AP, for "25
+epochs"; in ViTAE's code, the source of its baselines, an epoch reads COCO four times. The rate drops after 89 and 96
+epochs, as in detectron2 (ViTAE's code: 88 and 96). Not run by us.
 """
 
 _base_ = ["vitdet_vitb_lomar_100ep.py"]

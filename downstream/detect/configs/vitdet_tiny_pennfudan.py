@@ -1,10 +1,10 @@
-"""A small Mask R-CNN on Penn-Fudan's 136 street photographs with people, to try all parts on two CPU cores.
+"""A small Mask R-CNN on Penn-Fudan's 136 street photographs with people, to try everything on two CPU cores.
 
     python downstream/detect/train_detector.py vitdet_tiny_pennfudan \
         start.checkpoint=runs/my-run data_root=/data/pennfudan
 
-A step is 4 images, 34 steps per epoch. The heads are a quarter as wide as ViTDet's and get an eighth of the regions. It
-is not a published recipe and its AP says nothing about others; in fp32, which is fastest on most CPUs.
+A step is 4 images; an epoch has 34 steps. The heads are a quarter as wide as ViTDet's and get an eighth of the regions.
+It is not a published recipe, and its AP says nothing about others. It runs in fp32, which is fastest on most CPUs.
 """
 
 _base_ = ["_base_/vitdet.py"]

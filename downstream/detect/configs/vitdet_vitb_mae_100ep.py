@@ -1,12 +1,12 @@
-"""ViTDet Mask R-CNN, ViT-B pretrained by MAE, COCO, 100 epochs: fixed positions, decomposed relative ones from zero.
+"""ViTDet Mask R-CNN, ViT-B pretrained with MAE, COCO, 100 epochs: fixed positions, decomposed relative ones from zero.
 
     deepspeed downstream/detect/train_detector.py vitdet_vitb_mae_100ep \
         start.checkpoint=runs/my-run data_root=/data/coco
 
-A step is 64 images: 8 ranks x 4 x 2 micro-batches. On other numbers of ranks, choose optim_wrapper.accumulative_counts
-so that it stays 64. LoMaR's paper, Table 2: 51.1 box AP, 45.4 mask AP, for "25 epochs": in ViTAE's code, which its
-baselines are from, an epoch reads COCO four times. detectron2's ViTDet: 51.6 and 45.9. The rate falls after 89 and 96
-epochs, as in detectron2 (ViTAE's code: 88 and 96). Not run by us.
+A step is 64 images: 8 ranks x 4 x 2 micro-batches. With another number of ranks, choose
+optim_wrapper.accumulative_counts so that it stays 64. LoMaR's paper, Table 2: 51.1 box AP, 45.4 mask AP, for "25
+epochs"; in ViTAE's code, the source of its baselines, an epoch reads COCO four times. detectron2's ViTDet: 51.6 and
+45.9. The rate drops after 89 and 96 epochs, as in detectron2 (ViTAE's code: 88 and 96). Not run by us.
 """
 
 _base_ = ["vitdet_vitb_lomar_100ep.py"]

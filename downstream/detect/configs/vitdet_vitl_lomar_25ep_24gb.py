@@ -1,13 +1,13 @@
-"""As vitdet_vitl_lomar_25ep, for eight cards of 24 GB: half the batch and rate, blocks recomputed in the backward pass.
+"""Like vitdet_vitl_lomar_25ep, for eight 24 GB GPUs: half the batch and rate, blocks recomputed in the backward pass.
 
     deepspeed downstream/detect/train_detector.py vitdet_vitl_lomar_25ep_24gb \
         start.checkpoint=runs/my-run data_root=/data/coco
 
-A step is 32 images: 8 ranks x 1 x 4 micro-batches, and the learning rate 1e-4 x 32 / 64: the linear rule, which is not
-derived for AdamW. It is expected to cost AP; how much was not measured. Recomputing changes no number, only the time
-(about a third more in the backbone), and bf16 is in all our configurations. For the published batch of 64:
-optim_wrapper.accumulative_counts=8 optim_wrapper.optimizer.lr=1e-4 param_scheduler.0.end=2000. It fits in 24 GB by
-arithmetic; this was not measured. Not run by us.
+A step is 32 images: 8 ranks x 1 x 4 micro-batches, and the learning rate is 1e-4 x 32 / 64, by the linear rule, which
+is not derived for AdamW. This is expected to cost AP; how much was not measured. Recomputing changes only the time
+(about a third more in the backbone), not the results; all our configurations use bf16. For the published batch of 64:
+optim_wrapper.accumulative_counts=8 optim_wrapper.optimizer.lr=1e-4 param_scheduler.0.end=2000. By calculation it fits
+in 24 GB; this was not measured. Not run by us.
 """
 
 _base_ = ["vitdet_vitl_lomar_25ep.py"]

@@ -1,13 +1,13 @@
-"""ViTDet Mask R-CNN, ViT-S pretrained by LoMaR, one GPU and a few hundred to ten thousand photographs of your own.
+"""ViTDet Mask R-CNN, ViT-S pretrained with LoMaR, for one GPU and a few hundred to ten thousand of your photographs.
 
     python downstream/detect/train_detector.py vitdet_vits_lomar_small \
         start.checkpoint=runs/my-run data_root=/data/birds classes='["robin", "wren"]'
 
-A step is 16 images: 1 rank x 8 x 2 micro-batches, at 640 pixels. 50 epochs; the best checkpoint by box AP is kept as
-well as the last two. Without masks in the annotations: with_masks=false. For MAE's encoders:
+A step is 16 images: 1 rank x 8 x 2 micro-batches, at 640 pixels. It trains for 50 epochs and keeps the checkpoint with
+the best box AP and the last two. If the annotations have no masks: with_masks=false. For MAE's encoders:
 model.backbone.position=sincos. For less memory: train_dataloader.batch_size=4 optim_wrapper.accumulative_counts=4
-param_scheduler.0.end=1000. Batch, rate and epochs are between ViTDet's and those of vitdet_tiny_pennfudan; they are not
-published, and were not tuned. Not run by us.
+param_scheduler.0.end=1000. Batch, rate and epochs lie between those of ViTDet and vitdet_tiny_pennfudan; they are
+neither published nor tuned. Not run by us.
 """
 
 _base_ = ["_base_/vitdet.py"]

@@ -1,11 +1,11 @@
-"""One linear layer on the last block of a frozen ViT-B pretrained by LoMaR, ADE20K, 40k iterations.
+"""One linear layer on the last block of a frozen ViT-B pretrained with LoMaR, ADE20K, 40k iterations.
 
     deepspeed downstream/segment/train_segmentor.py linear_vitb_lomar_40k \
         start.checkpoint=runs/my-run data_root=/data/ade
 
-A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
-it stays 16. DINOv2's linear protocol: batch normalization and one linear layer, AdamW with a learning rate of 1e-3 and
-a weight decay of 1e-4. No published number for LoMaR. Not run by us.
+A step is 16 images: 8 ranks x 2 x 1 micro-batch. With another number of ranks, choose train_dataloader.batch_size so
+that it stays 16. DINOv2's linear protocol: batch normalization and one linear layer, AdamW with a learning rate of 1e-3
+and a weight decay of 1e-4. No published number for LoMaR. Not run by us.
 """
 
 _base_ = ["_base_/upernet.py"]

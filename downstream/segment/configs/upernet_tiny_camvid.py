@@ -1,11 +1,11 @@
-"""A small UperNet on CamVid's 123 frames of driving, to try all parts on two CPU cores.
+"""A small UperNet on CamVid's 123 frames of driving, to try everything on two CPU cores.
 
     python downstream/segment/train_segmentor.py upernet_tiny_camvid \
         start.checkpoint=runs/my-run data_root=/data/camvid
 
-A step is 4 images: 1 rank x 4 x 1 micro-batch, and there are 1500 of them. The heads are 64 channels wide and look at
-windows of 256 pixels. It is not a published recipe and its mIoU says nothing about others; in fp32, which is
-fastest on most CPUs.
+A step is 4 images: 1 rank x 4 x 1 micro-batch; there are 1500 steps. The heads are 64 channels wide and see windows of
+256 pixels. It is not a published recipe, and its mIoU says nothing about others. It runs in fp32, which is fastest on
+most CPUs.
 """
 
 _base_ = ["_base_/upernet.py"]

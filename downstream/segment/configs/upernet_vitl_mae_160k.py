@@ -1,10 +1,10 @@
-"""UperNet, ViT-L pretrained by MAE or LUT, ADE20K, 160k iterations: absolute positions, relative ones from zero.
+"""UperNet, ViT-L pretrained with MAE or LUT, ADE20K, 160k iterations: absolute positions, relative ones from zero.
 
     deepspeed downstream/segment/train_segmentor.py upernet_vitl_mae_160k \
         start.checkpoint=runs/my-run data_root=/data/ade train.ds_config=zero1
 
-A step is 16 images: 8 ranks x 2 x 1 micro-batch. On other numbers of ranks, choose train_dataloader.batch_size so that
-it stays 16. MAE's paper: 53.6 mIoU. Layer decay is between the 0.65 and 0.8 of others. Not run by us.
+A step is 16 images: 8 ranks x 2 x 1 micro-batch. With another number of ranks, choose train_dataloader.batch_size so
+that it stays 16. MAE's paper: 53.6 mIoU. Layer decay is within the 0.65 to 0.8 of other recipes. Not run by us.
 """
 
 _base_ = ["upernet_vitl_lomar_160k.py"]

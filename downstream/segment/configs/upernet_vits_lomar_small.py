@@ -1,12 +1,12 @@
-"""UperNet, ViT-S pretrained by LoMaR, one GPU and a few hundred to ten thousand photographs of your own.
+"""UperNet, ViT-S pretrained with LoMaR, for one GPU and a few hundred to ten thousand of your photographs.
 
     python downstream/segment/train_segmentor.py upernet_vits_lomar_small \
         start.checkpoint=runs/my-run data_root=/data/fields classes='["soil", "wheat"]'
 
-A step is 16 images: 1 rank x 8 x 2 micro-batches, in crops of 512 pixels. 10,000 steps, which are 20,000 micro-batches
-as mmengine counts; the best checkpoint by mIoU is kept as well as the last two. Labels are numbered from 0; masks that
-are 0 and 255: mask_values=[0,255]. For MAE's encoders: model.backbone.position=sincos. Batch and rate are
-upernet_vitb_lomar_160k's; the number of steps is not published, and was not tuned. Not run by us.
+A step is 16 images: 1 rank x 8 x 2 micro-batches, in crops of 512 pixels. It trains for 10,000 steps (mmengine counts
+20,000 micro-batches) and keeps the checkpoint with the best mIoU and the last two. Labels are numbered from 0; for
+masks with 0 and 255: mask_values=[0,255]. For MAE's encoders: model.backbone.position=sincos. Batch and rate are
+upernet_vitb_lomar_160k's; the number of steps is neither published nor tuned. Not run by us.
 """
 
 _base_ = ["_base_/upernet.py"]

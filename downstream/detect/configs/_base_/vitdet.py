@@ -1,12 +1,13 @@
 """ViTDet Mask R-CNN on ViT-B, COCO at 1024 pixels with large-scale jitter: mmdet's own configs with these changes.
 
-A data set of your own in COCO's format needs overrides only if it has COCO's layout
-(`annotations/instances_{train,val}2017.json`, `train2017/`, `val2017/`):
+If your own data set has COCO's format and layout (`annotations/instances_{train,val}2017.json`, `train2017/`,
+`val2017/`), overrides are enough:
 
     data_root=/data/birds classes='["robin", "wren"]'
 
-and else a config of your own. Classes are named in the order of the annotation file. `data_root`, `classes`, `size` and
-`with_masks` are copied to wherever mmdet reads them (data sets, evaluators, heads) when our commands load the config:
+Otherwise write a config of your own. List classes in the order of the annotation file. When our commands load the
+config, they copy `data_root`, `classes`, `size` and `with_masks` to wherever mmdet reads them (data sets, evaluators,
+heads):
 
     _base_ = ["vitdet_vitb_lomar_25ep.py"]    # or its path
     data_root = "/data/birds/"
@@ -15,9 +16,9 @@ and else a config of your own. Classes are named in the order of the annotation 
     val_dataloader = dict(dataset=dict(ann_file="val.json", data_prefix=dict(img="images/")))
     test_dataloader = val_dataloader
 
-Where the published recipe (detectron2's `mask_rcnn_vitdet_b_100ep`) and mmdet's defaults differ, this follows the
-former: 1024 pixels in training and evaluation, padded to a square; two convolutions in the RPN, layer norm in the
-heads; gradients are not clipped.
+Where the published recipe (detectron2's `mask_rcnn_vitdet_b_100ep`) and mmdet's defaults differ, this config follows
+the recipe: 1024 pixels in training and evaluation, padded to a square; two convolutions in the RPN; layer norm in the
+heads; no gradient clipping.
 """
 
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::common/lsj-100e_coco-instance.py"]
@@ -32,13 +33,13 @@ custom_imports = dict(
 )
 
 data_root = "data/coco/"
-classes = None  # those of COCO
+classes = None  # COCO's
 with_masks = True
 size = 1024
 norm = dict(type="LN2d")
 
 model = dict(
-    # mmdet's mean and deviation are ImageNet's in 0 to 255 and RGB, as in pretraining; it reads pixels as BGR.
+    # mmdet's mean and deviation are ImageNet's, in RGB from 0 to 255, as in pretraining; it reads pixels as BGR.
     # Padding to a multiple of the image size makes every batch the square that the backbone is built for.
     data_preprocessor=dict(pad_size_divisor=size),
     backbone=dict(
@@ -72,7 +73,7 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=4,
     num_workers=8,
-    dataset=dict(  # mmdet repeats it four times per epoch; here it is read once
+    dataset=dict(  # read once per epoch; mmdet reads it four times
         _delete_=True,
         type="CocoDataset",
         data_root=data_root,
@@ -87,8 +88,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="AnyIdsCocoMetric")
 test_evaluator = val_evaluator
 
-# bf16 has the range of fp32 and needs no loss scale; autocast keeps weights, norms, gradients and AdamW's states in
-# fp32; a step with a gradient that is not finite is skipped. detectron2's recipe is in fp16.
+# bf16 has the range of fp32 and needs no loss scale. Autocast keeps weights, norms, gradients and AdamW's states in
+# fp32. Steps with a non-finite gradient are skipped. detectron2's recipe uses fp16.
 optim_wrapper = dict(
     _delete_=True,
     type="AmpOptimWrapper",
@@ -101,7 +102,7 @@ optim_wrapper = dict(
 )
 auto_scale_lr = dict(base_batch_size=64, enable=False)
 
-# mmengine's schedulers count micro-batches: two for each of the 250 updates of the warm-up.
+# mmengine's schedulers count micro-batches: two for each of the warm-up's 250 updates.
 warm_up = dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500)
 schedule_25ep = [warm_up, dict(type="MultiStepLR", by_epoch=True, begin=0, end=25, milestones=[22, 24], gamma=0.1)]
 schedule_100ep = [warm_up, dict(type="MultiStepLR", by_epoch=True, begin=0, end=100, milestones=[89, 96], gamma=0.1)]

@@ -1,14 +1,14 @@
 """UperNet on ViT-B, ADE20K at 512 pixels, 160k iterations: mmseg's own configs with these changes.
 
-A data set of your own needs overrides only if it has ADE20K's layout (images in `images/{training,validation}/`,
-`annotations/{training,validation}/*.png`, the number of a class in each pixel of a mask, 255 where it has none):
+If your own data set has ADE20K's layout (images in `images/{training,validation}/`, masks in
+`annotations/{training,validation}/*.png`, each mask pixel a class number, or 255 for no class), overrides are enough:
 
     data_root=/data/fields classes='["soil", "wheat"]' reduce_zero_label=false
 
-and else a config of your own. Classes are named in the order of their numbers, from 0, or from 1 with
-`reduce_zero_label=true`, where 0 is no class, as in ADE20K. Masks with other numbers need `mask_values`, the number of
-each class: `mask_values=[0,255]` where one of two classes is white. The keys at the top are copied to wherever mmseg
-reads them (data sets, pipelines, heads, windows) when our commands load the config:
+Otherwise write a config of your own. List classes in the order of their numbers, from 0, or from 1 with
+`reduce_zero_label=true`, where 0 is no class, as in ADE20K. For masks with other numbers, `mask_values` gives the
+number of each class: `mask_values=[0,255]` if one of two classes is white. When our commands load the config, they copy
+the top-level keys to wherever mmseg reads them (data sets, pipelines, heads, windows):
 
     _base_ = ["upernet_vitb_lomar_160k.py"]    # or its path
     data_root = "/data/fields/"
@@ -18,9 +18,9 @@ reads them (data sets, pipelines, heads, windows) when our commands load the con
     val_dataloader = dict(dataset=dict(data_prefix=dict(img_path="val/", seg_map_path="val_masks/")))
     test_dataloader = val_dataloader
 
-The recipe is mmseg's `mae-base_upernet_8xb2-amp-160k_ade20k-512x512`, with the settings of LUT's Table E. Two
-things differ: relative position is the encoder's own (LoMaR's) or ViTDet's, from zero (MAE's encoders), and precision
-is bf16. The last map is normalized as in pretraining; those of other blocks are not.
+The recipe is mmseg's `mae-base_upernet_8xb2-amp-160k_ade20k-512x512`, with the settings of LUT's Table E. It differs in
+two ways: relative position is the encoder's own (LoMaR) or ViTDet's, starting at zero (MAE's encoders), and precision
+is bf16. The last block's map is normalized as in pretraining; those of other blocks are not.
 """
 
 _base_ = [
@@ -40,7 +40,7 @@ custom_imports = dict(
 )
 
 data_root = "data/ade/ADEChallengeData2016"
-classes = None  # those of ADE20K
+classes = None  # ADE20K's
 reduce_zero_label = True
 mask_values = None  # 0, 1, 2, ...
 size = 512
@@ -50,8 +50,8 @@ norm = dict(type="RankBN")
 dim = 768
 
 model = dict(
-    # mmseg's mean and deviation are ImageNet's in 0 to 255 and RGB, as in pretraining; it reads pixels as BGR.
-    # Images of an evaluation are padded to a multiple of the stride of the coarsest map, 32.
+    # mmseg's mean and deviation are ImageNet's, in RGB from 0 to 255, as in pretraining; it reads pixels as BGR.
+    # Evaluation images are padded to a multiple of 32, the stride of the coarsest map.
     data_preprocessor=dict(size=(size, size), test_cfg=dict(size_divisor=32)),
     backbone=dict(
         _delete_=True,
@@ -87,10 +87,10 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations"),  # after the resize: masks keep their size
+    dict(type="LoadAnnotations"),  # after the resize, so that masks keep their size
     dict(type="PackSegInputs"),
 ]
-# With `tta=true`. Ratios are of `scale`, as in BEiT and MAE, not of the files' sizes, as in mmseg.
+# For `tta=true`. Ratios are relative to `scale`, as in BEiT and MAE, not to the images' own sizes, as in mmseg.
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
@@ -110,8 +110,8 @@ train_dataloader = dict(batch_size=2, num_workers=8, dataset=dict(pipeline=train
 val_dataloader = dict(batch_size=1, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# bf16 has the range of fp32 and needs no loss scale; autocast keeps weights, norms, gradients and AdamW's states in
-# fp32; a step with a gradient that is not finite is skipped.
+# bf16 has the range of fp32 and needs no loss scale. Autocast keeps weights, norms, gradients and AdamW's states in
+# fp32. Steps with a non-finite gradient are skipped.
 optim_wrapper = dict(
     _delete_=True,
     type="AmpOptimWrapper",
@@ -128,8 +128,8 @@ param_scheduler = [
 ]
 train_cfg = dict(max_iters=160000, val_interval=16000)
 
-# save_best="mIoU" also keeps the best. A lost node costs at most 2000 iterations.
+# save_best="mIoU" also keeps the best checkpoint. A lost node costs at most 2000 iterations.
 default_hooks = dict(checkpoint=dict(interval=2000, max_keep_ckpts=2))
 visualizer = dict(vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")])
-env_cfg = dict(cudnn_benchmark=False)  # or a resumed training would not have the same bits
+env_cfg = dict(cudnn_benchmark=False)  # otherwise a resumed training would not be bit-identical
 randomness = dict(seed=0)
