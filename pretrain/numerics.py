@@ -102,7 +102,7 @@ def check_settings(config: PretrainConfig, stage: int) -> None:
 
 
 def wants_cuda_graphs(config: PretrainConfig, stage: int) -> bool:
-    """Whether steps on a GPU are CUDA graphs. `auto` excludes a user's own method, which must be tried with them."""
+    """Whether steps on a GPU are CUDA graphs. `auto` excludes a user's own method: it must be tried first."""
     if config.model.cuda_graphs == "auto":
         return not config.method.module and not cuda_graphs_obstacle(config, stage)
     return config.model.cuda_graphs == "on"

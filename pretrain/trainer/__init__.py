@@ -1,4 +1,4 @@
-"""What all trainings share; it knows no method and no task, whose parts `assemble` takes.
+"""What all trainings share; it knows no method and no task: `assemble` takes their parts.
 
-Configuration, command line, launch, DeepSpeed engine, step loop, checkpoints that resume exactly, averages, logs.
+Configuration, command line, launch, DeepSpeed engine, step loop, exactly resuming checkpoints, moving averages, logs.
 """
