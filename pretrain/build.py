@@ -1,4 +1,4 @@
-"""Builds the method, its teacher and the evaluation of a configuration."""
+"""Builds the method, its teacher and its evaluation from a configuration."""
 
 import copy
 
@@ -21,8 +21,8 @@ def build_method(config: PretrainConfig, teacher: FeatureTeacher | None = None) 
     """The method, initialized from the seed alone: the same weights on every rank.
 
     Args:
-        teacher: the one of `target.name=teacher`, which `downstream` reads. That of `target.name=ema` is a copy of the
-            encoder, unless one is given.
+        teacher: for `target.name=teacher`, the frozen teacher, which `downstream` reads. For `target.name=ema`, a copy
+            of the encoder unless one is given.
     """
     encoder = _build_encoder(config)
     if isinstance(config.target, EMAConfig) and teacher is None:
@@ -54,7 +54,7 @@ def _build_encoder(config: PretrainConfig) -> ViT:
 
 
 def untrained_teacher(config: PretrainConfig) -> FeatureTeacher | None:
-    """What stands for a frozen teacher where only costs matter, if there is one: an encoder like that of the run."""
+    """A stand-in for the frozen teacher, if there is one, where only costs matter: an encoder like the run's."""
     return EncoderTeacher(_build_encoder(config)) if isinstance(config.target, TeacherConfig) else None
 
 
@@ -65,13 +65,13 @@ def feature_teacher(method: Method | LUT) -> FeatureTeacher | None:
 
 
 def build_ema(config: PretrainConfig, method: Method | LUT, device: torch.device) -> NoEMA:
-    """The moving average that the method learns from, if it has one; the method is not partitioned yet."""
+    """The moving average that the method learns from, if any; called before the method is partitioned."""
     if isinstance(method, LUT):
         return Teacher(method, device, bf16=config.train.precision == "bf16")
     if isinstance(config.target, EMAConfig):
         teacher = feature_teacher(method)
         assert isinstance(teacher, EncoderTeacher)
-        teacher.encoder.load_state_dict(method.encoder.state_dict())  # which may have been loaded since it was copied
+        teacher.encoder.load_state_dict(method.encoder.state_dict())  # may have been loaded since the copy was made
         return EMA(teacher, [method.encoder], config.target.momentum, config.target.final_momentum, device)
     return NoEMA()
 
@@ -79,7 +79,7 @@ def build_ema(config: PretrainConfig, method: Method | LUT, device: torch.device
 def build_evaluation(
     config: PretrainConfig, method: Method | LUT, world: World, device: torch.device
 ) -> Evaluation | None:
-    """The probe, if there is one; the method is not partitioned yet."""
+    """The probe, if there is one; called before the method is partitioned."""
     if config.probe is None:
         return None
     probe = Probe(config, method.encoder, world, device)

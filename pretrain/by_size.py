@@ -1,11 +1,11 @@
-"""A method for images of several sizes (`data.size_schedule`): built once for each size, with the same parameters.
+"""A method for images of several sizes (`data.size_schedule`): built once for each size, with shared parameters.
 
-So whatever a method makes of a grid of patches (masks, windows, offsets, where a convolution ends) is at each size what
-it is in a run on that size alone, and the parameters, which do not depend on the grid, are trained at all of them.
-Absolute positions are those of the last size, resampled, as they are where an encoder is fine-tuned at another size: a
-place in the image has the same position at every size.
+At each size, whatever a method derives from the grid of patches (masks, windows, offsets, where a convolution ends) is
+the same as in a run at that size alone. The parameters do not depend on the grid and are trained at all sizes. Absolute
+positions are those of the last size, resampled as when an encoder is fine-tuned at another size, so a place in the
+image has the same position at every size.
 
-Only the method of the last size is the engine's, and in checkpoints. The others are called in its place.
+Only the method of the last size belongs to the engine and is in checkpoints. The others are called in its place.
 """
 
 import math
@@ -27,7 +27,7 @@ from pretrain.numerics import Numerics, apply_numerics
 from pretrain.size_schedule import Size
 from pretrain.trainer.ema import NoEMA
 
-POSITIONS = "pos_embed"  # the name of every table of absolute positions, an encoder's or a decoder's
+POSITIONS = "pos_embed"  # the name of every table of absolute positions, in encoders and decoders
 
 
 def build_sizes(
@@ -37,22 +37,22 @@ def build_sizes(
     numerics: Numerics,
     read_teacher: Callable[[PretrainConfig], FeatureTeacher | None],
 ) -> list[SizedUntil]:
-    """From now on the method, and a moving average that sees images, take those of all sizes of the configuration.
+    """Makes the method, and a moving average that sees images, accept images of all sizes in the configuration.
 
     Args:
         config: of the run.
-        method, ema: for its last size; the engine is not built yet.
+        method, ema: for the last size; the engine is not built yet.
         numerics: how a step is computed.
         read_teacher: reads the frozen teacher of a configuration, if it has one.
 
     Returns:
-        What the loader has to know of the earlier sizes.
+        What the loader needs to know about the earlier sizes.
 
     Raises:
-        ValueError: a method with parameters that have another shape at another size.
+        ValueError: a parameter of the method has another shape at another size.
     """
     built, stages = {config.data.height_width: method}, []
-    if numerics.compile:  # beyond torch's limit, what is compiled for one shape would no more be for a further one
+    if numerics.compile:  # torch stops compiling for new shapes at this limit
         torch._dynamo.config.recompile_limit *= 1 + len(config.earlier)
     for epoch, earlier in config.earlier:
         size = earlier.data.height_width
@@ -71,7 +71,7 @@ def _add_size(
     ema: NoEMA,
     numerics: Numerics,
 ) -> None:
-    """Lets the method that was built for an earlier size be called with images of that size."""
+    """Passes images of an earlier size to the method that was built for that size."""
     teacher, theirs = feature_teacher(method), feature_teacher(other)
     for part in filter(None, (other, theirs)):
         apply_numerics(part, numerics)
@@ -86,10 +86,10 @@ def _add_size(
 
 
 class Twins:
-    """Modules that are built for another size, and those that they share parameters with.
+    """Modules and their twins, which are built for another size and share the modules' parameters.
 
     Args:
-        pairs: modules and their twins, of which the first is called.
+        pairs: modules and their twins; calls go to the first twin.
         grid, other: of the modules and of their twins.
     """
 
@@ -99,7 +99,7 @@ class Twins:
         self._share()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_called:  # buffers are other tensors where the engine has moved the module
+        if not self._is_called:  # the engine may have replaced buffers when it moved the module
             self._share()
             self._is_called = True
         if self._twin.training != self.module.training:
@@ -112,7 +112,7 @@ class Twins:
 
 
 def call_by_size(size: Size, twins: Twins) -> None:
-    """From now on images of a size, the first argument of a module's `forward`, go to its twin."""
+    """Makes a module's `forward` pass images of the given size, its first argument, to the twin."""
     module = twins.module
     otherwise = module.forward
 
@@ -123,14 +123,14 @@ def call_by_size(size: Size, twins: Twins) -> None:
 
 
 def share(module: nn.Module, twin: nn.Module, grid: Grid, other: Grid) -> None:
-    """Gives a twin a module's parameters, those of its buffers that are saved, its device, and resampled positions.
+    """Gives a twin the module's parameters, its saved buffers, its device, and resampled positions.
 
     Args:
-        module: for images of a `grid` of patches.
-        twin: the same, built for those of the `other` grid.
+        module: built for a `grid` of patches.
+        twin: the same module, built for the `other` grid.
 
     Raises:
-        ValueError: a parameter of another shape.
+        ValueError: a parameter has another shape in the twin.
     """
     saved = module.state_dict().keys()
     for name, part in module.named_modules():
@@ -153,7 +153,7 @@ def share(module: nn.Module, twin: nn.Module, grid: Grid, other: Grid) -> None:
 
 
 def resample_positions(table: Tensor, grid: Grid, other: Grid) -> Tensor:
-    """A table of positions for another grid: (..., P+N, D) with P rows of no patch in front -> (1, P+N', D)."""
+    """Resamples a position table for another grid: (..., P+N, D), the first P rows of no patch -> (1, P+N', D)."""
     prefix = table.shape[-2] - math.prod(grid)
     return resample_abs_pos_embed(
         table.reshape(1, -1, table.shape[-1]),

@@ -1,11 +1,11 @@
-"""A run's checkpoints: `python -m pretrain.checkpoints RUN` lists them, and says which stay and why.
+"""A run's checkpoints: `python -m pretrain.checkpoints RUN` lists them, and says which are kept and why.
 
-    --verify            reads all of their bytes, and says which differ from what was written
-    --prune             deletes what the run itself would delete, by the `checkpoint` section of its config.yaml, and
-                        all that is damaged or was left by a kill; refused while the run goes on
-    --export STEP OUT   writes the encoder of one of them, for timm, as downstream.checkpoints.export does
+    --verify            reads all of their bytes, and reports checkpoints that differ from what was written
+    --prune             deletes what the run itself would delete under the `checkpoint` section of its config.yaml, and
+                        everything damaged or left behind by a kill; refused while the run is going on
+    --export STEP OUT   writes the encoder of one of them for timm, as downstream.checkpoints.export does
 
-Without --verify only sizes and the manifest are looked at. The exit code is 1 if a checkpoint is damaged.
+Without --verify, only sizes and the manifest are checked. The exit code is 1 if a checkpoint is damaged.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from pretrain.trainer.run_folder import RunFolder
 
 
 def read_config(run: RunFolder) -> CheckpointConfig:
-    """The `checkpoint` section of a run; raises ValueError where there is no run."""
+    """The `checkpoint` section of a run; raises ValueError if there is no run."""
     if not run.config.is_file():
         raise ValueError(f"{run.root} is not the folder of a run: it has no {run.config.name}")
     return CheckpointConfig.model_validate(yaml.safe_load(run.config.read_text()).get("checkpoint", {}))
 
 
 def describe(run: RunFolder, read: bool) -> tuple[list[str], bool]:
-    """A line for each checkpoint, later steps first, and whether all of them are sound."""
+    """One line per checkpoint, latest step first, and whether all of them are sound."""
     config, found = read_config(run), stored(run.checkpoints, read)
     aside = set_aside(run.checkpoints)
     newest = next((one for one in found if one.damage is None), None)
@@ -66,10 +66,10 @@ def _written(checkpoint: Path) -> str:
 
 
 def prune(run: RunFolder) -> list[str]:
-    """Deletes what need not stay; returns what it has deleted.
+    """Deletes what need not be kept; returns what was deleted.
 
     Raises:
-        ValueError: the run goes on, or has no sound checkpoint.
+        ValueError: the run is still going on, or has no sound checkpoint.
         OSError: something could not be deleted.
     """
     config = read_config(run)
@@ -96,7 +96,7 @@ def _described(one: Stored) -> str:
 
 
 def export(run: RunFolder, step: str, out: Path) -> int:
-    """Writes the encoder of a checkpoint; returns the exit code of the command that does.
+    """Writes the encoder of a checkpoint; returns the exit code of the export command.
 
     Args:
         step: a number, a checkpoint's name, or `latest`.
@@ -112,7 +112,7 @@ def export(run: RunFolder, step: str, out: Path) -> int:
         raise ValueError(f"--export {step}: {run.checkpoints} has checkpoints of the steps {there}")
     if problem := damage(checkpoint):
         raise ValueError(f"--export {step}: {checkpoint} is damaged: {problem}")
-    # In a process of its own: what reads weights of all kinds is above this package.
+    # In a separate process: the package that reads all kinds of weights depends on this one.
     command = [sys.executable, "-m", "downstream.checkpoints.export", str(checkpoint), str(out), "--format", "timm"]
     return subprocess.run(command).returncode
 

@@ -53,7 +53,7 @@ class PretrainModelConfig(ModelConfig):
 
 
 class ProbeConfig(ProbeSettings):
-    """How good the encoder is during the run; training is the same with and without it."""
+    """Measures how good the encoder is during the run; training is the same with and without it."""
 
     train: str = Field(description="labeled shards or class folders to learn from")
     val: str = Field(description="labeled shards or class folders to classify")
@@ -64,7 +64,7 @@ Load = Literal["all", "fitting", "encoder"]
 
 
 class PretrainStartConfig(StartConfig):
-    """The weights that a new run begins with, of the encoder and of whatever else a file or another run has."""
+    """The weights that a new run starts from: the encoder's, and whatever else a file or another run has."""
 
     run: str | None = Field(
         None, description="the folder of a pretraining: a new run, from step 0, from all that its newest checkpoint has"
@@ -95,7 +95,7 @@ class PretrainConfig(RunConfig):
     """A pretraining run.
 
     Attributes:
-        imported: `method.module` as it was given on the command line, and imported.
+        imported: the `method.module` that was given on the command line and imported.
         own_methods: the names of the methods that it defines.
     """
 
@@ -132,12 +132,12 @@ class PretrainConfig(RunConfig):
 
     @property
     def earlier(self) -> list[tuple[int, "PretrainConfig"]]:
-        """What counts in place of this configuration until an epoch, by rising epochs; of `data.size_schedule`."""
+        """The earlier sizes of `data.size_schedule`, in order: the epoch where each ends, and its configuration."""
         sizes = self.data.sizes
         return [(epoch, self.at_size(size)) for (_, size), (epoch, _) in pairwise(sizes)]
 
     def at_size(self, size: Size) -> "PretrainConfig":
-        """The same with images of another size throughout. It is not checked: `problems` does that."""
+        """The same configuration with images of one other size throughout; unchecked, see `problems`."""
         data = self.data.model_copy(update={"image_size": size, "size_schedule": None})
         at = self.model_copy(update={"data": data})
         return at.model_copy(update={"method": self.method.on_grid(at.grid, self.grid)})
@@ -145,7 +145,7 @@ class PretrainConfig(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _complete_target(cls, raw: object) -> object:
-        """Completes `target` with the method's default; `method: mae` and `target: tokens` are sections of a name."""
+        """Completes `target` with the method's default; expands `method: mae` and `target: tokens` to sections."""
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
@@ -166,7 +166,7 @@ class PretrainConfig(RunConfig):
 
     @classmethod
     def _check_module(cls, module: object, name: object) -> None:
-        """No recipe, and no configuration in the folder of a run, makes a command run code."""
+        """Ensures that no recipe, and no configuration in a run's folder, makes a command run code."""
         if module != cls.imported:
             raise ValueError(
                 f"method.module={module} is in the recipe alone, and to use it is to run its code: if you trust it, "
@@ -179,7 +179,7 @@ class PretrainConfig(RunConfig):
             )
 
     def problems(self) -> Iterator[str]:
-        """As of every training, and what method, target, add-ons and a schedule of sizes do not take."""
+        """Problems of every training, and what the method, target, add-ons and size schedule do not accept."""
         own = list(super().problems())
         has_grid = not any(problem.startswith("data.image_size") for problem in own)
         if self.probe:
@@ -190,7 +190,7 @@ class PretrainConfig(RunConfig):
             yield from self._problems_of_schedule({*own})
 
     def _problems_of_schedule(self, own: set[str]) -> Iterator[str]:
-        """What is wrong with `data.size_schedule`, and what with its sizes, but for what is wrong at any size."""
+        """Problems of `data.size_schedule` and of its sizes, except those that exist at any size."""
         schedule, position = f"data.size_schedule={self.data.size_schedule}", self.model.position
         if problem := self.data.schedule_problem(self.train.epochs):
             yield problem
@@ -208,7 +208,7 @@ class PretrainConfig(RunConfig):
                     yield f"{schedule} has {size_text(size)}: {problem}; of sizes like it, {fits or 'none'} would fit"
 
     def _nearest_sizes(self, size: Size, own: set[str]) -> list[Size]:
-        """The next smaller and the next larger size, of the same shape, at which there are no further problems."""
+        """The next smaller and the next larger size of the same shape that cause no further problems."""
         patch, (height, width) = self.model.patch_size, size
         heights = range(patch, 2 * max(height, *self.data.height_width), patch)
         shaped = [(side, max(round(side * width / height / patch), 1) * patch) for side in heights]
@@ -217,7 +217,7 @@ class PretrainConfig(RunConfig):
         return [*smaller[-1:], *larger[:1]]
 
     def _problems_on_grid(self) -> Iterator[str]:
-        """What method, target and add-ons do not take."""
+        """What the method, target and add-ons do not accept."""
         method, kind = self.method, METHODS[self.method.name]
         unfit = [*problem_of(method.check, self.grid, self.model)]
         yield from unfit
@@ -284,7 +284,7 @@ def load(recipe: str, overrides: list[str]) -> PretrainConfig:
 
 
 def _schema_with(module: str) -> type[PretrainConfig]:
-    """`PretrainConfig`, whose `method` may be one that a module outside of this project defines."""
+    """`PretrainConfig` whose `method` may also be one that a module outside this project defines."""
     own_methods = import_methods(module)
     configs: Any = Union[tuple(kind.Config for kind in METHODS.values())]  # noqa: UP007 - as many as there are
     method: Any = Annotated[configs, Field(discriminator="name")]

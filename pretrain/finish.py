@@ -1,4 +1,4 @@
-"""Writes the results of a run: the encoder, the loss curve and reconstructions, by the weights that it has so far."""
+"""Writes the results of a run from its current weights: the encoder, the loss curve and reconstructions."""
 
 import copy
 import logging
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's weights, under timm's names, out of those of a module that has an `encoder`."""
+    """The encoder's weights, under timm's names, from the state of a module that has an `encoder`."""
     prefix = next(name for name, module in method.named_modules() if module is method.encoder) + "."
     encoder = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if adapter := [encoder.pop(name) for name in CLASS_ADAPTER if name in encoder]:
@@ -35,7 +35,7 @@ def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str,
 
 
 def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path, epochs: int | None = None) -> None:
-    """Writes a safetensors file whose metadata is the `EncoderSpec`; `epochs` of training unless all are over."""
+    """Writes a safetensors file with the `EncoderSpec` as metadata; `epochs` is how many were trained, if not all."""
     spec = EncoderSpec.from_signature(config.resume_signature(), config.train.epochs if epochs is None else epochs)
     save_state_dict(encoder, spec.to_metadata(), path)
 
@@ -69,7 +69,7 @@ def finish(run: Run, index: Index) -> None:
 
 
 def finish_stopped(run: Run, index: Index) -> None:
-    """As `finish`, after a signal: what cannot be written is said, since the checkpoint is complete."""
+    """Like `finish`, after a signal: a failed write is only logged, since the checkpoint is complete."""
     try:
         finish(run, index)
     except (OSError, ValueError) as error:
@@ -92,7 +92,7 @@ def _draw_training_images(
         mask_sampler=drawn_method(method).mask_sampler(),
         augmentations=config.augmentations[:1],
         format=config.data.pixels.format,
-        shuffle_shards=1 if index.is_remote else 0,  # few images, of few shards to fetch
+        shuffle_shards=1 if index.is_remote else 0,  # few images, so fetch few shards
     )
     # The epoch after the last one: its crops and masks are new to the model.
     step = config.train.epochs * loader.steps_per_epoch

@@ -21,7 +21,7 @@ from data.parallel import default_workers, report_errors
 from pretrain.methods.targets.pca import principal_components
 from pretrain.models.patches import normalize_pixels, patchify, values_per_patch
 
-REMOTE_SHARDS = 8  # of a store that are fetched and shuffled together
+REMOTE_SHARDS = 8  # shards of a store that are fetched and shuffled together
 BATCH = 32  # limits memory: 32 crops of 224 px are 6272 patches, 38 MB in float64
 
 
@@ -109,7 +109,7 @@ def main() -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         tensors, explained = fit(**options)
         temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(save(tensors))  # save_file makes files that only their owner reads
+        temporary.write_bytes(save(tensors))  # save_file makes files that only their owner can read
         temporary.replace(out)
         print(
             f"{out}: {options['components']} of {values_per_patch(options['patch_size'])} components, "

@@ -1,6 +1,6 @@
-"""How a step is computed where the configuration leaves it open: which kernels, compiled or not, in what precision.
+"""Chooses how a step is computed where the configuration leaves it open: kernels, compilation, precision.
 
-Another choice gives other bits, so a run records its own, and resumes with another only if it is told to.
+Other choices give other bits, so a run records its own, and resumes with others only if it is told to.
 """
 
 import os
@@ -29,15 +29,15 @@ _KERNEL_TOLERANCE = 0.02  # relative; rounding to bf16 gives 0.004
 
 @dataclass(frozen=True)
 class Numerics:
-    """What was chosen.
+    """The choices made.
 
     Attributes:
         compile: whether blocks, the patch embedding and the loss are compiled.
         attention: `triton`, the kernel for windows, or `sdpa`.
         residual: `fp32` or `bf16`.
-        sdpa: torch's kernel on a GPU: `efficient` (the memory-efficient one, deterministic) or `fastest` (which torch
-            chooses); `cpu` without one.
-        masks: how they are drawn in the data workers.
+        sdpa: torch's kernel on a GPU: `efficient` (the memory-efficient one, deterministic) or `fastest` (torch's
+            choice); `cpu` without a GPU.
+        masks: how masks are drawn in the data workers.
         decoder: what decodes and resizes images there.
         cuda_graphs: whether each pass of the method is a CUDA graph.
         why_sdpa: why the kernel for windows is not used; empty if it is.
@@ -84,7 +84,7 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
 
 
 def check_settings(config: PretrainConfig, stage: int) -> None:
-    """Raises ValueError for settings that work together on no device."""
+    """Raises ValueError for settings that cannot work together on any device."""
     if config.model.residual == "bf16" and config.train.precision != "bf16":
         raise ValueError("model.residual=bf16 needs train.precision=bf16")
     if config.earlier and stage == 3:
@@ -102,7 +102,7 @@ def check_settings(config: PretrainConfig, stage: int) -> None:
 
 
 def wants_cuda_graphs(config: PretrainConfig, stage: int) -> bool:
-    """Whether steps on a GPU are CUDA graphs. A user's own method has to be tried with them before: set `on`."""
+    """Whether steps on a GPU are CUDA graphs. `auto` excludes a user's own method: it must be tried first."""
     if config.model.cuda_graphs == "auto":
         return not config.method.module and not cuda_graphs_obstacle(config, stage)
     return config.model.cuda_graphs == "on"
@@ -129,7 +129,7 @@ def _choose_compile(wish: str, device: torch.device, stage: int) -> bool:
 
 
 def _compiler_obstacle() -> str:
-    """What is missing to compile at run time: torch and Triton compile the C code that starts their kernels."""
+    """What is missing to compile at run time: torch and Triton compile C code that launches their kernels."""
     if torch.cuda.is_available() and not has_triton():
         return "Triton is not installed"
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
@@ -170,7 +170,7 @@ def unserved_by_window_kernel(config: PretrainConfig) -> str:
 
 
 def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
-    """Compares the kernel with the formula, on this very device, before hours are spent with it.
+    """Compares the kernel with the formula on this very device, before hours are spent on it.
 
     Raises:
         ValueError: it does not compile, does not run or is wrong here.
@@ -180,7 +180,7 @@ def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
     kept = config.pr_mim.num_kept(patches, masked) if config.pr_mim else masked
     failure = None
     try:
-        # Visible patches only, in the blocks before mask tokens enter, and all that enter: each has its own kernels.
+        # Only the visible patches, before mask tokens enter, and all that enter: each count has its own kernels.
         errors = [
             worst_error(
                 size, count, arch.heads, arch.dim // arch.heads, device, torch.bfloat16, 1 + config.model.registers
@@ -191,7 +191,7 @@ def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
         problem = f"its results are wrong by {error:.1e}" if error else ""
     except torch.OutOfMemoryError:
         raise
-    except Exception as raised:  # Triton's errors have no class in common
+    except Exception as raised:  # Triton's errors have no common base class
         failure, problem = raised, f"{type(raised).__name__}: {raised}".splitlines()[0]
     if problem:
         message = f"the kernel for attention in windows does not work here ({problem}): set model.attention=sdpa"
@@ -201,7 +201,7 @@ def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
 def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
     """Prepares a method, or a teacher, before the engine is built.
 
-    A copy that is made of a module afterwards is not compiled: torch drops that from copies.
+    A copy made afterwards is not compiled: torch does not copy the compiled code.
     """
     set_deterministic(numerics.sdpa == "efficient")
     options = _compiler_options(numerics) if numerics.compile else {}
@@ -217,6 +217,6 @@ def apply_numerics(module: nn.Module, numerics: Numerics) -> None:
 
 
 def _compiler_options(numerics: Numerics) -> dict[str, Any]:
-    """Of torch's Inductor: without its deterministic mode, it times kernels that add up in different orders."""
+    """Options of torch's Inductor, which times kernels with different summation orders unless it is deterministic."""
     known = numerics.sdpa == "efficient" and "deterministic" in torch._inductor.list_options()  # since torch 2.10
     return {"deterministic": True} if known else {}

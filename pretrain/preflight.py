@@ -1,8 +1,8 @@
 """Checks the nodes of a run and trains nothing: `torchrun ... -m pretrain.preflight RECIPE [section.key=value ...]`.
 
-Started as `pretrain/run.py` is, by deepspeed (with --module), torchrun, srun or python, on all nodes. In seconds it
-finds which node has another code, environment, recipe or index than the others, shows too few GPUs, has no room on the
-disk of the run's folder, cannot read the shards, or is slower than the others at a matrix product and an all-reduce.
+Start it like `pretrain/run.py` on all nodes, with deepspeed (and --module), torchrun, srun or python. In seconds it
+finds nodes whose code, environment, recipe or index differs from the others', and nodes that show too few GPUs, have no
+space on the disk of the run's folder, cannot read the shards, or are slow at a matrix product or an all-reduce.
 """
 
 import os
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a launcher may start us as a script
-if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is imported
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one show frames of its C++
+if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it on import
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one print C++ stack frames
 
 import torch
 
@@ -26,7 +26,7 @@ from pretrain.trainer.preflight import checked_start
 
 
 def preflight(config: PretrainConfig, world: World) -> None:
-    """All checks; called on every rank. Raises ValueError as `checked_start` and `check_speed`."""
+    """Runs all checks; called on every rank. Raises ValueError as `checked_start` and `check_speed`."""
     folder, shards = Path(config.runs) / config.name, config.data.shards
     with report_if_slow(f"the index of {shards} is read or made"):
         index = checked_start(
@@ -37,7 +37,7 @@ def preflight(config: PretrainConfig, world: World) -> None:
             lambda index: index.fingerprint,
         )
     device = init_distributed(world)
-    # On CPUs, whatever else they do would decide.
+    # On CPUs, other load would decide the result.
     speeds = check_speed(world, device, config.watchdog.slow_factor if device.type == "cuda" else 0)
     if world.is_main:
         print(f"{len(index)} samples; code, versions, recipe, shards, disk and GPUs are fine on all ranks")
@@ -45,7 +45,7 @@ def preflight(config: PretrainConfig, world: World) -> None:
 
 
 def describe_speeds(speeds: list[Speed], on_gpus: bool) -> str:
-    """A line for each node, of its slowest rank."""
+    """One line per node, with the times of its slowest rank."""
     lines = [f"{'node':20} {'ranks':>6} {'product':>10} {'all-reduce of two':>18}   on {'GPUs' if on_gpus else 'CPUs'}"]
     for node in dict.fromkeys(speed.node for speed in speeds):
         ranks = [speed for speed in speeds if speed.node == node]

@@ -1,8 +1,8 @@
-"""How many epochs of the quick start fit into minutes on this machine: ``python -m pretrain.quickstart``.
+"""Finds how many epochs of the quick start fit into minutes on this machine: ``python -m pretrain.quickstart``.
 
-Takes a few steps of the recipe as one of its processes does, but without data and engine, says on stderr how long one
-took, and prints the overrides with which `make pretrain` trains: none where all epochs of the recipe fit. A run that
-has begun keeps its epochs.
+Takes a few steps of the recipe like one of its processes, but without data and engine. It prints the time of a step on
+stderr, and the overrides for `make pretrain` on stdout: none if all epochs of the recipe fit. A run that has begun
+keeps its epochs.
 """
 
 import os
@@ -22,14 +22,14 @@ from pretrain.trainer.run_folder import RunFolder
 RECIPE = "quickstart"
 STEPS_PER_EPOCH = 10
 MINUTES = 4.0  # of training
-FEWEST = 10  # epochs, after which the reconstructions show something
+FEWEST = 10  # epochs after which the reconstructions show something
 PROCESSES = 2  # of `make pretrain` on CPUs
 MEASURED = 5.0  # seconds, after a first step that is not counted
-ENGINE = 1.3  # a step with engine, data workers and logs takes as many times as long
+ENGINE = 1.3  # factor by which engine, data workers and logs lengthen a step
 
 
 def measure_step(config: PretrainConfig, seconds: float = MEASURED) -> float:
-    """Seconds of a step on this machine as it is now: forward, backward and AdamW, on one process's part of a batch."""
+    """Seconds per step on this machine as it is now: forward, backward, AdamW; on one process's part of a batch."""
     choose_accelerator()
     from pretrain.build import build_method  # imports DeepSpeed
 
@@ -57,7 +57,7 @@ def measure_step(config: PretrainConfig, seconds: float = MEASURED) -> float:
 
 
 def choose_epochs(step: float, most: int) -> int:
-    """As many epochs as fit into `MINUTES` if a step takes so many seconds, from `FEWEST` to `most`."""
+    """How many epochs fit into `MINUTES` if a step takes `step` seconds, between `FEWEST` and `most`."""
     return min(max(int(60 * MINUTES / (step * ENGINE * STEPS_PER_EPOCH)), FEWEST), most)
 
 

@@ -1,9 +1,9 @@
-"""Draws what a run's newest checkpoint predicts of own images: `python -m pretrain.reconstruct RUN IMAGES OUT.png`.
+"""Draws what a run's newest checkpoint predicts for your images: `python -m pretrain.reconstruct RUN IMAGES OUT.png`.
 
-RUN is the folder of a run: one that is complete, was stopped or killed, or still goes on. IMAGES are image files, a
-folder of them, or shards. Central crops are shown; masks depend on --seed alone. Codes and features, which have no
-pixels, are drawn in false colors. What the run reads besides its checkpoint must be there: a tokenizer, components or a
-frozen teacher, perhaps at another place (--set target.file=FILE), and a method of your own (--set method.module=FILE).
+RUN is the folder of a run: complete, stopped, killed, or still going on. IMAGES are image files, a folder of them, or
+shards. Central crops are shown; masks depend on --seed alone. Codes and features, which have no pixels, are drawn in
+false colors. Whatever the run reads besides its checkpoint must exist: a tokenizer, components or a frozen teacher,
+perhaps elsewhere (--set target.file=FILE), and a method of your own (--set method.module=FILE).
 """
 
 import argparse
@@ -39,10 +39,10 @@ def load_trained(run: Path, overrides: list[str]) -> tuple[Method, tuple[int, in
         overrides: of the run's configuration, `section.key=value`.
 
     Returns:
-        The method whose predictions are drawn, height and width of its images, and what these weights are, in words.
+        The method whose predictions are drawn, the height and width of its images, and what its weights are, in words.
 
     Raises:
-        ValueError: it is no run of a pretraining, has no checkpoint, or what it reads besides that is gone.
+        ValueError: it is no pretraining run, has no checkpoint, or something else that it reads is gone.
     """
     choose_accelerator()
     from pretrain.build import build_method, feature_teacher  # imports DeepSpeed
@@ -73,10 +73,10 @@ def load_trained(run: Path, overrides: list[str]) -> tuple[Method, tuple[int, in
 def read_images(
     samples: Samples, size: tuple[int, int], count: int, format: PixelFormat = RGB
 ) -> tuple[Tensor, list[int]]:
-    """The first images that can be decoded, (B, H, W, C), and which samples they are; at most `count`.
+    """The first images that can be decoded, (B, H, W, C), and their sample numbers; at most `count`.
 
     Raises:
-        ValueError: none of those tried can be decoded.
+        ValueError: none of the images can be decoded.
     """
     images, numbers = [], []
     for batch in EvalLoader(samples, size=size, batch=1, format=format).batches():

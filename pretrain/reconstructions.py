@@ -1,4 +1,4 @@
-"""Draws what a method predicts of images, beside the truth, in columns that say what they are."""
+"""Draws a method's predictions next to the truth, in labeled columns."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from pretrain.methods.lut import LUT
 from pretrain.models.patches import ALONE, describe_shown
 from pretrain.trainer.figures import draw_image_grid
 
-# What the methods' `reconstruct` calls an image -> the title of its column; others are titled by their names.
+# The name of an image in the result of `reconstruct` -> the title of its column; other names are titles themselves.
 _TITLES = {
     "framed": "image",
     "masked": "what the model sees",
@@ -22,7 +22,7 @@ _TITLES = {
 
 
 def drawn_method(method: Method | LUT) -> Method:
-    """The method whose predictions are drawn: LUT's own ones are no images."""
+    """The method whose predictions are drawn: for LUT the wrapped one, since LUT's own are not images."""
     return method.method if isinstance(method, LUT) else method
 
 
@@ -30,15 +30,15 @@ def drawn_method(method: Method | LUT) -> Method:
 def draw_reconstructions(
     method: Method, images: Tensor, mask_indices: MaskIndices, path: Path, heading: str, caption: str = ""
 ) -> None:
-    """Draws a row for each image, the truth last.
+    """Draws one row per image, the truth last.
 
     Args:
-        method: in eval mode; of LUT's, `drawn_method`.
-        images: (B, H, W, C), uint8 or `computable`, on the method's device, as the indices.
-        mask_indices: of its mask sampler.
+        method: in eval mode; for LUT, its `drawn_method`.
+        images: (B, H, W, C), uint8 or `computable`, on the method's device like the indices.
+        mask_indices: from its mask sampler.
         path: of the PNG.
-        heading: whose predictions of what these are.
-        caption: added to that of the target.
+        heading: says which model's predictions these are.
+        caption: follows that of the target.
     """
     shown = method.reconstruct(images, mask_indices)
     columns = {title: column.cpu() for title, column in _columns(shown, bool(method.target.caption)).items()}
@@ -49,9 +49,9 @@ def draw_reconstructions(
 
 
 def _columns(shown: dict[str, Tensor], has_note: bool) -> dict[str, Tensor]:
-    """The images by the titles of their columns, the whole image before the window that is predicted, the truth last.
+    """The images by the titles of their columns: the whole image before the predicted window, the truth last.
 
-    The column that a note is about has a star.
+    The column that a note refers to has a star.
     """
     truth = "window" if "window" in shown else "original"
     others = [name for name in shown if name not in ("framed", "original", truth)]

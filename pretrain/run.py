@@ -11,8 +11,8 @@ from inspect import getfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `deepspeed pretrain/run.py` starts us as a script
-if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it as it is imported
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one show frames of its C++
+if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it on import
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or ranks that lose another one print C++ stack frames
 
 import torch
 
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig, world: World) -> None:
-    """A whole run; called on every rank."""
+    """Does a whole run; called on every rank."""
     folder = RunFolder(Path(config.runs) / config.name)
 
     def load() -> Index:
@@ -113,7 +113,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     try:
         train(run)
     except Stopped as stopped:
-        _log.info("%s", stopped)  # at once: who has sent the signal may not wait for what follows
+        _log.info("%s", stopped)  # at once: the sender of the signal may not wait for what follows
         finish_stopped(run, index)
         raise Stopped(describe_outputs(run)) from None
     finish(run, index)
@@ -125,7 +125,7 @@ def _read_teacher(config: PretrainConfig) -> FeatureTeacher | None:
 
 
 def _load_start(config: PretrainConfig, method: Method | LUT, start: Path) -> LoadedMethod:
-    """Fills a method that is not partitioned yet; raises ValueError where that is not possible."""
+    """Loads the start's weights into a method that is not partitioned yet; raises ValueError if that fails."""
     assert config.start
     try:
         loaded = load_method(method, start, config.start.weights, config.start.load)
@@ -136,7 +136,7 @@ def _load_start(config: PretrainConfig, method: Method | LUT, start: Path) -> Lo
 
 
 def _load_moments(config: PretrainConfig, loaded: LoadedMethod | None) -> Moments | None:
-    """Those of the parameters that were taken as they are, if they are asked for."""
+    """The optimizer's moments of the parameters that were loaded unchanged, if `start.optimizer` asks for them."""
     if loaded is None or config.start is None or not config.start.optimizer:
         return None
     moments = read_moments(loaded.path).renamed(loaded.taken)

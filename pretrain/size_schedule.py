@@ -1,4 +1,4 @@
-"""A schedule of image sizes, smaller ones first: what it says, and what is wrong with it."""
+"""A schedule of image sizes, usually smaller ones first: parses and checks it."""
 
 import re
 from itertools import pairwise
@@ -14,12 +14,12 @@ _ENTRY = re.compile(r"(\d+):(\d+)(?:x(\d+))?")
 
 
 def size_text(size: Size) -> str:
-    """The side of a square, or height x width: as a schedule has it."""
+    """A size as written in a schedule: the side of a square, or height x width."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def parse_schedule(text: str) -> list[tuple[int, Size]]:
-    """The epochs, and the size from each of them on; raises ValueError where it is written in another way."""
+    """The epochs, and the size from each of them on; raises ValueError if the text is not a schedule."""
     entries = [_ENTRY.fullmatch(entry) for entry in re.split(r"[,\s]+", text.strip())]
     if not all(entries):
         raise ValueError(
@@ -46,11 +46,11 @@ class PretrainDataConfig(DataConfig):
 
     @property
     def sizes(self) -> list[tuple[int, Size]]:
-        """The epochs with which another size begins, and that size."""
+        """The epochs at which a size begins, and that size."""
         return parse_schedule(self.size_schedule) if self.size_schedule else [(0, self.height_width)]
 
     def schedule_problem(self, epochs: int) -> str | None:
-        """What of the schedule does not fit a training of so many epochs, or other keys of this section."""
+        """What in the schedule does not fit the number of epochs or other keys of this section, if anything."""
         begins, (_, last) = [epoch for epoch, _ in self.sizes], self.sizes[-1]
         given = f"data.size_schedule={self.size_schedule}"
         if begins[0] != 0:

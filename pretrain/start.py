@@ -1,4 +1,4 @@
-"""Where a new run begins, if not from scratch: finds and checks what `start` names. `run.py` loads it."""
+"""Finds and checks what `start` names, for a new run that does not begin from scratch. `run.py` loads it."""
 
 import logging
 from pathlib import Path
@@ -14,22 +14,22 @@ _log = logging.getLogger(__name__)
 
 
 def find_start(config: PretrainConfig, folder: RunFolder, world: World) -> Path | None:
-    """What a new run is to be loaded from: the file or folder, or the newest intact checkpoint of `start.run`.
+    """What a new run is loaded from: the file or folder, or the newest intact checkpoint of `start.run`.
 
     All ranks of a process group call it together.
 
     Returns:
-        None without a start, and where the run has a checkpoint of its own, from which it continues: the start may be
-        gone by then.
+        The path; None without a start, or if the run has a checkpoint of its own, from which it continues: by then the
+        start may be gone.
 
     Raises:
-        ValueError: `start.checkpoint` does not exist, or `start.run` is no run or has no intact checkpoint.
+        ValueError: all checkpoints of `start.run` are damaged.
     """
     start = config.start
     if start is None or not (start.checkpoint or start.run):
         return None
     is_new = [not checkpoint_names(folder.checkpoints)]
-    dist.broadcast_object_list(is_new)  # a shared disk may not show all ranks the same
+    dist.broadcast_object_list(is_new)  # a shared disk may not look the same to all ranks
     if not is_new[0]:
         if world.is_main:
             _log.info("%s has checkpoints of its own: the start is not loaded again", folder.root)
@@ -41,7 +41,11 @@ def find_start(config: PretrainConfig, folder: RunFolder, world: World) -> Path 
 
 
 def check_start(config: PretrainConfig, folder: RunFolder) -> None:
-    """Finds at once what would otherwise be found after the shards were indexed; raises ValueError as `find_start`."""
+    """Checks the start early, before the shards are indexed.
+
+    Raises:
+        ValueError: `start.checkpoint` does not exist, or `start.run` is no run or has no checkpoint.
+    """
     start = config.start
     if start is None or checkpoint_names(folder.checkpoints):
         return

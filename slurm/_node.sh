@@ -1,7 +1,7 @@
 #!/bin/bash
-# The one task of a node: starts its ranks, each with a log of its own, and passes signals on to them.
+# The single task of a node: starts its ranks, each with its own log, and passes signals on to them.
 #   srun --ntasks-per-node=1 bash slurm/_node.sh RANKS ATTEMPT COMMAND...
-# The exit code is the highest of its ranks, as srun's is that of its tasks.
+# Exits with the highest exit code of its ranks, as srun does with that of its tasks.
 ranks=$1
 attempt=$2
 shift 2

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Which nodes a requeued job leaves out.
+# Which nodes a requeued job excludes.
 
-# Nodes on which something is wrong, the first first: those that ranks name (a rank that fell silent, a GPU that failed,
-# what is found before the training), otherwise the one on which a rank was killed first. The others, which srun kills
-# for that, are not to blame, nor is a node on which a rank has used more memory than it may.
+# Prints the bad nodes: those that ranks name (a rank that fell silent, a GPU that failed, a fault found before the
+# training), or else the one on which a rank was killed first, and nodes that Slurm reports as failed. Ranks that srun
+# kills after that are not to blame, nor is a node on which a rank exceeded its memory limit.
 bad_nodes() { # ATTEMPT
     local names=("$1"-bad-*)
     if [ -e "${names[0]}" ]; then
@@ -15,14 +15,14 @@ bad_nodes() { # ATTEMPT
     sed -nE 's/^srun: error: .*[nN]ode failure on ([^ ]+).*/\1/p' "$1-srun.log"
 }
 
-# Those of the job's partition that work, but for the ones that are left out.
+# Counts the working nodes of the job's partition, without the excluded ones.
 nodes_left() { # NODES, separated by commas
     comm -23 <(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format='%N %T' |
         grep -Ev 'down|drain|fail|maint|unknown|\*' | cut -d ' ' -f 1 | sort -u) \
         <(scontrol show hostnames "${1:-none}" | sort -u) | wc -l
 }
 
-# Sets $excluded to the job's new list if there are bad nodes which can be spared; at most MAX_EXCLUDED_NODES in all.
+# Sets $excluded to the job's new list if there are bad nodes that can be spared; at most MAX_EXCLUDED_NODES in all.
 choose_excluded() { # LOGS ATTEMPT
     local node list count
     list=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -nE 's/.* ExcNodeList=([^ ]+).*/\1/p')
@@ -42,8 +42,8 @@ choose_excluded() { # LOGS ATTEMPT
     done
 }
 
-# Ends this shell. Slurm takes a list of excluded nodes only for a job that does not run: after the requeue, which ends
-# this shell by SIGTERM, and a while later by SIGKILL.
+# Ends this shell. Slurm accepts a list of excluded nodes only for a job that is not running: after the requeue, which
+# ends this shell by SIGTERM and, a while later, by SIGKILL.
 requeue() {
     trap '' TERM
     if ! scontrol requeue "$SLURM_JOB_ID"; then

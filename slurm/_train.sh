@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What every training does, in its batch shell and in the project's root: it starts the ranks, and requeues the job if a
-# signal stopped the training before its end, if it hung, or if a node is bad. $ENTRY trains the recipe $RECIPE; the
-# job's arguments are overrides.
+# Every training job sources this, in its batch shell and in the project's root. It starts the ranks, and requeues the
+# job if a signal stopped the training before its end, if it hung, or if a node is bad. $ENTRY trains the recipe
+# $RECIPE; the job's arguments are overrides.
 . slurm/_environment.sh
 . slurm/_nodes.sh
 
-# A job of several elements, --array=1-8%1, is a chain: each continues the run, until one of them has finished it.
+# A job array, --array=1-8%1, is a chain: each of its jobs continues the run, until one of them has finished it.
 id=$SLURM_JOB_ID
 if [ "${SLURM_ARRAY_JOB_ID-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 logs=slurm/logs/$SLURM_JOB_NAME-$id
@@ -17,12 +17,12 @@ fi
 attempt=$logs/attempt${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs" || exit
 previous=$logs/attempt$((${SLURM_RESTART_COUNT:-0} - 1))
-# Ranks create $attempt-saved with a checkpoint, -stopped if a signal stopped the training, -hung if the watchdog did,
+# Ranks create $attempt-saved after a checkpoint, -stopped if a signal stopped the training, -hung if the watchdog did,
 # and -bad-NODE if something is wrong with a node.
 export LOMAR_ATTEMPT=$PWD/$attempt
 
-# One task a GPU is one rank each. One task a node starts a rank for each of its GPUs, or as many as RANKS_PER_NODE says.
-# Of a job whose number of nodes was changed while it waited, SLURM_NTASKS may be that of before.
+# With one task per GPU, each task is a rank. With one task per node, it starts a rank for each of its GPUs, or
+# RANKS_PER_NODE ranks. If the number of nodes was changed while the job was pending, SLURM_NTASKS may be outdated.
 tasks=${SLURM_NTASKS_PER_NODE:+$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))}
 tasks=${tasks:-$SLURM_NTASKS}
 ranks=1
@@ -44,7 +44,7 @@ trap 'interrupted=yes; kill -USR1 "$srun"' USR1
 
 # Each node writes its ranks' files: over srun's own connection the last lines of a failing rank can be lost.
 # --wait rather than --kill-on-bad-exit, which would kill the rank that was about to report the error.
-# srun does not inherit --cpus-per-task from the job. What it says itself, which is kept, tells where a rank was killed.
+# srun does not inherit --cpus-per-task from the job. Its own messages are kept: they tell where a rank was killed.
 exec 3> >(exec tee "$attempt-srun.log" >&2)
 tee=$!
 srun --ntasks="$tasks" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=120 --output="$output" \
@@ -57,7 +57,7 @@ exec 3>&-
 wait "$tee"
 
 # A job that is cancelled, or requeued by Slurm, does not get here: this shell is killed with it.
-# 138 is USR1 while Python was still starting.
+# 138: USR1 came while Python was still starting.
 why=
 chained=
 if [ "$code" = 138 ] || { [ "$code" = 0 ] && [ -e "$attempt-stopped" ]; }; then

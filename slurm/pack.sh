@@ -1,8 +1,8 @@
 #!/bin/bash
 # Packs an image folder or a list of files into shards, from the project's root:
 #   sbatch slurm/pack.sh /data/imagenet/train /data/shards
-# sbatch's options go before the script, those of `python -m data.pack` after it. What a job has written is kept, and the
-# next one continues: a job that reaches its time limit is requeued.
+# sbatch's options go before the script, those of `python -m data.pack` after it. Finished shards are kept, and the next
+# job continues after them: a job that reaches its time limit is requeued.
 #SBATCH --job-name=pack
 #SBATCH --nodes=1
 #SBATCH --time=12:00:00

@@ -1,3 +1,4 @@
-"""What every training shares, whatever it trains: configuration, command line, launch, DeepSpeed engine, the step loop,
-checkpoints that resume exactly, moving averages, logs. It knows no method and no task; `assemble` takes their parts.
+"""What all trainings share; it knows no method and no task: `assemble` takes their parts.
+
+Configuration, command line, launch, DeepSpeed engine, step loop, exactly resuming checkpoints, moving averages, logs.
 """

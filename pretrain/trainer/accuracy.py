@@ -1,4 +1,4 @@
-"""Whether predictions are right: the one definition of top-k that every evaluation uses."""
+"""Top-k accuracy: the one definition that every evaluation uses."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def topk_hits(scores: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """(B, len(ks)) int64 of 0 and 1: whether one of the k largest scores belongs to a right class.
+    """(B, len(ks)) int64, 1 where one of the k largest scores belongs to a right class, else 0.
 
-    A row of scores that are not all finite hits nothing: NaN counts as the largest, and so a classifier that diverged
-    would be right about its first class.
+    A row with non-finite scores has no hits: NaN sorts as the largest, so a diverged classifier would be right about
+    its first class.
 
     Args:
         scores: (B, C); with fewer than k classes, all of them count.
         targets: the right class of each row, int64 (B,), or bool (B, C) where several may be right.
-        ks: of top-k. For k = 1 alone, the first of equal scores is the largest; otherwise any of them may be.
+        ks: the values of k. For k = 1 alone, the first of equal scores is the largest; otherwise any of them may be.
     """
     most = min(max(ks), scores.shape[1])
     best = scores.argmax(1, keepdim=True) if most == 1 else scores.topk(most).indices

@@ -1,4 +1,4 @@
-"""Lists that grow beside a training: metrics, images that were skipped. None of them is worth ending it."""
+"""Appends to lists that grow during a training, such as metrics or skipped images; a failure never ends it."""
 
 import logging
 from pathlib import Path
@@ -8,10 +8,10 @@ _log = logging.getLogger(__name__)
 
 
 def append(path: Path, text: str) -> None:
-    """Appends lines to a file; where that is not possible, it says so once, and the training goes on without them."""
+    """Appends lines to a file; if that fails, it is logged once, and the training goes on without them."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            # What was written before may end in half a line.
+            # The write that failed may have left half a line.
             file.write("\n" + text if path in _failed else text)
     except OSError as error:
         if path not in _failed:

@@ -1,4 +1,4 @@
-"""Assembles the parts of a run, and resumes it where it has a checkpoint."""
+"""Assembles the parts of a run, and resumes it if it has a checkpoint."""
 
 import logging
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 from pretrain.trainer.shard_record import ChangedShards, describe_change, record_shards
 
-_COMPUTES = ("torch", "triton", "deepspeed")  # packages of which another version may give other bits
+_COMPUTES = ("torch", "triton", "deepspeed")  # packages; another version of one may give other bits
 _log = logging.getLogger(__name__)
 
 
@@ -37,12 +37,12 @@ class Parts:
 
     Attributes:
         module: not partitioned yet; `forward(images, **batch.model_inputs())` returns a dictionary with the `loss`.
-        optimizer: of its parameters, for the ZeRO stage in use.
+        optimizer: for the module's parameters and the ZeRO stage in use.
         evaluation: what is measured during training, if anything.
         numerics: how a step is computed, beyond the configuration; a run resumes with the same.
-        start: the file that a new run begins with, and its digest, for the record.
-        code: digests of code that is no part of this project; another may give other bits.
-        moments: that a new run's optimizer begins with, if not with zeros.
+        start: the file that a new run starts from and its digest, for the record.
+        code: digests of code outside this project; other code may give other bits.
+        moments: what a new run's optimizer starts with, if not with zeros.
     """
 
     module: nn.Module
@@ -65,11 +65,11 @@ def assemble(
     settings: dict[str, Any],
     parts: Parts,
 ) -> Run:
-    """Builds the engine, resumes from the newest checkpoint if there is one, and logs it; called by all ranks together.
+    """Builds the engine, resumes from the newest checkpoint if any, and logs the run; called by all ranks together.
 
     Args:
         index: the training samples.
-        settings: DeepSpeed's keys, of `ds_settings`.
+        settings: DeepSpeed's keys, from `ds_settings`.
 
     Raises:
         ValueError: as `Checkpoints.resume`.
@@ -104,7 +104,7 @@ def assemble(
 
 
 def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str | None) -> None:
-    """Logs what is trained, with what and from where, and writes it into the run's folder."""
+    """Logs what is trained, how and from where, and records it in the run's folder."""
     config, folder, state, effective = run.config, run.folder, run.state, effective_settings(run.engine)
     folder.config.write_text(config.to_yaml())
     folder.write_environment(
@@ -125,7 +125,7 @@ def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str
 
 
 def _versions_that_compute() -> dict[str, str | None]:
-    heic = ("pillow-heif",) if READS_HEIC else ()  # runs of before do not say that they had none
+    heic = ("pillow-heif",) if READS_HEIC else ()  # older runs do not record that they had none
     return {name: versions()[name] for name in (*_COMPUTES, *heic)}
 
 
@@ -138,7 +138,7 @@ def build_loader(
     num_classes: int | None = None,
     earlier: Sequence[SizedUntil] = (),
 ) -> Loader:
-    """This rank's loader of the training samples; what is not of the configuration as of `Loader`."""
+    """This rank's loader of the training samples; arguments that are not in the configuration are `Loader`'s."""
     return Loader(
         index,
         size=config.data.height_width,

@@ -1,6 +1,6 @@
-"""Tells a job's script how this attempt at the training went: by empty files, since an exit code may be another rank's.
+"""Tells the job script how this attempt at the training went: by empty files, since an exit code may be another rank's.
 
-The environment variable `ATTEMPT` has the beginning of their paths. Without it there is no such script.
+The environment variable `ATTEMPT` holds the prefix of their paths. If it is not set, there is no such script.
 """
 
 import os
@@ -12,12 +12,12 @@ ATTEMPT = "LOMAR_ATTEMPT"
 
 
 def mark_attempt(how: Literal["saved", "stopped", "hung"]) -> None:
-    """Creates the file `ATTEMPT`-`how`; raises OSError if that is not possible."""
+    """Creates the file `ATTEMPT`-`how`; raises OSError if that fails."""
     _create(how)
 
 
 def mark_bad_node(node: str) -> None:
-    """Creates the file `ATTEMPT`-bad-`node`: the script leaves that node out of a requeued job; raises OSError, too."""
+    """Creates the file `ATTEMPT`-bad-`node`, so that a requeued job excludes that node; raises OSError, too."""
     _create(f"bad-{node}")
 
 

@@ -1,19 +1,19 @@
-"""What a run may have been started with by mistake: it goes on, and says so at its beginning."""
+"""Settings that are probably a mistake: the run warns about them when it starts, and goes on."""
 
 from collections.abc import Iterator
 
 from pretrain.trainer.config import RunConfig
 
-TINY_RATE = 1e-4  # at a batch of 256; in proportion to the root of the batch, by which AdamW's noise falls
-FEW_STEPS = 8  # of an epoch
+TINY_RATE = 1e-4  # at a batch of 256; scales with the square root of the batch, by which AdamW's noise falls
+FEW_STEPS = 8  # per epoch
 
 
 def cautions(config: RunConfig, samples: int, steps_per_epoch: int) -> Iterator[str]:
-    """A sentence for each setting that trains next to nothing, with what to set instead.
+    """One sentence for each setting that trains next to nothing, with what to set instead.
 
     Args:
-        samples: of the training set.
-        steps_per_epoch: whole batches in it.
+        samples: the size of the training set.
+        steps_per_epoch: the number of whole batches in it.
     """
     optim, batch = config.optim, config.train.global_batch_size
     base = optim.lr_batch_size

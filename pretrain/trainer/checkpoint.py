@@ -1,7 +1,7 @@
-"""The checkpoints of a run: taken at a step, written beside the next ones, and resumed from the newest intact one.
+"""The checkpoints of a run: taken at a step, written during the next ones, and resumed from the newest intact one.
 
-Their layout is in `checkpoint_layout.py`, how they are written in `checkpoint_writer.py`, which of them stay in
-`retention.py`.
+`checkpoint_layout.py` defines their layout, `checkpoint_writer.py` writes them, and `retention.py` decides which are
+kept.
 """
 
 import logging
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class CannotContinueError(ValueError):
-    """An intact checkpoint is not one that the run, as it is configured now, can continue from."""
+    """The run, as it is configured now, cannot continue from its intact checkpoint."""
 
 
 class Checkpoints:
@@ -48,26 +48,26 @@ class Checkpoints:
 
     def __init__(self, folder: Path, world: World, config: CheckpointConfig):
         self.folder, self.world, self.config = folder, world, config
-        self._damaged: set[str] = set()  # those that the run has resumed before
+        self._damaged: set[str] = set()  # found when the run was resumed
         self._copies = HostCopies()
         self._group: dist.ProcessGroup | None = None  # of the threads that write
         make_folder(folder)
 
     def names(self) -> list[str]:
-        """The finished checkpoints, those of later steps first."""
+        """The names of the finished checkpoints, latest step first."""
         return checkpoint_names(self.folder)
 
     def begin(self, engine: Any, ema: NoEMA, state: TrainState) -> CheckpointWriter:
-        """Takes a checkpoint, and writes it while the training goes on; the one before must be written.
+        """Takes a checkpoint and writes it while the training goes on; the previous one must have been written.
 
-        Training waits for a copy of weights, optimizer and moving average in host memory. What cannot be written is the
-        problem that the writer tells in the end; it then has kept all older ones.
+        Training waits until weights, optimizer and moving average are copied to host memory. If writing fails, the
+        writer's `wait` returns the problem, and all older checkpoints are kept.
         """
         name = checkpoint_name(state.step)
         engine.checkpoint_engine = files = TakingEngine(engine._config, self._copies)
-        engine._copy_recovery_script = lambda folder: None  # it would write beside our engine
+        engine._copy_recovery_script = lambda folder: None  # it would bypass our checkpoint engine
         if self._group is None and self.world.size > 1:
-            # Without a limit of time: the watchdog has one for a checkpoint that is waited for.
+            # In effect without a timeout: the watchdog limits the wait for a checkpoint.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         engine.save_checkpoint(
             str(self.folder / UNFINISHED), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False
@@ -90,17 +90,17 @@ class Checkpoints:
         )
 
     def save(self, engine: Any, ema: NoEMA, state: TrainState) -> str | None:
-        """As `begin`, and waits; returns the problem in words if it could not be written."""
+        """Like `begin`, but waits; returns the problem in words if the checkpoint could not be written."""
         return self.begin(engine, ema, state).wait()
 
     def newest_intact(self) -> tuple[str, TrainState] | None:
-        """The newest checkpoint whose files are all as they were written; None if there are no checkpoints.
+        """The newest checkpoint whose files all match what was written; None if there are no checkpoints.
 
         Raises:
             ValueError: there are checkpoints, and all of them are damaged.
         """
         names = [self.names()]
-        dist.broadcast_object_list(names)  # a shared disk may not show all ranks the same
+        dist.broadcast_object_list(names)  # a shared disk may not look the same to all ranks
         for name in names[0]:
             checkpoint = self.folder / name
             problem = first_problem(damage(checkpoint, part=self.world.rank, parts=self.world.size))
@@ -118,18 +118,18 @@ class Checkpoints:
     def resume(
         self, engine: Any, ema: NoEMA, fresh: TrainState, changed: ChangedShards | None = None
     ) -> tuple[TrainState, str | None]:
-        """Loads the newest intact checkpoint into engine and moving average, whatever ranks and stage it is of.
+        """Loads the newest intact checkpoint into engine and moving average, whatever its ranks and ZeRO stage.
 
         Args:
-            engine, ema: what is loaded into.
+            engine, ema: what to load into.
             fresh: the state of a new run.
-            changed: accepts other shards than the checkpoint's, if they may be others.
+            changed: accepts shards other than the checkpoint's; None refuses them.
 
         Returns:
             The state of the run and the checkpoint's name; `fresh` and None if there are no checkpoints.
 
         Raises:
-            CannotContinueError: the newest checkpoint is of a different training.
+            CannotContinueError: the newest checkpoint is of a different training, or other bits are refused.
             ValueError: all checkpoints are damaged, or other shards cannot be accepted at this step.
         """
         found = self.newest_intact()
@@ -149,12 +149,12 @@ class Checkpoints:
         keep_fused(engine.basic_optimizer)
         ema.load(self.folder / name)
         if self.world.is_main and latest_checkpoint(self.folder) != self.folder / name:
-            write_durably(self.folder / LATEST, name)  # what it named may be damaged, and will be written again
+            write_durably(self.folder / LATEST, name)  # the one it named may be damaged, and will be written again
         now = {key: getattr(fresh, key) for key in ("world_size", "zero_stage", "numerics", "machine", "shards")}
         return replace(state, **now), name
 
     def _check_numerics(self, state: TrainState, now: TrainState) -> None:
-        """Refuses, or says, that the run would continue with other bits than it would have had."""
+        """Refuses to continue with other bits than an uninterrupted run would have, or warns about it."""
         layout = layout_change(state, now)
         changed = _differences(*(_without_graphs(one.numerics) for one in (state, now)))
         chosen = [change for change in changed if state.zero_stage == now.zero_stage or not change.startswith(BY_STAGE)]
@@ -179,7 +179,7 @@ def first_problem(mine: str | None) -> str | None:
 
 
 def check_continues(state: TrainState, now: TrainState) -> None:
-    """Raises CannotContinueError, naming every difference, where a checkpoint is of a different training."""
+    """Raises CannotContinueError, naming every difference, if a checkpoint is of a different training."""
     differences = _differences(state.resume_signature, now.resume_signature)
     if has_other_samples(state, now):
         differences.append(
@@ -193,7 +193,7 @@ def check_continues(state: TrainState, now: TrainState) -> None:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What changed. A key that is younger than the checkpoint counts if it is set to something now."""
+    """What changed. A key that is newer than the checkpoint counts only if it is set now."""
     before, after = _flatten(old), _flatten(new)
     return [
         f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
@@ -203,7 +203,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _without_graphs(numerics: dict[str, Any]) -> dict[str, Any]:
-    """A CUDA graph computes the bits that its kernels compute when they are started one by one."""
+    """Drops `cuda_graphs`: a graph computes the same bits as its kernels launched one by one."""
     return {key: value for key, value in numerics.items() if key != "cuda_graphs"}
 
 

@@ -1,12 +1,12 @@
 """The layout of a checkpoint on disk, and how its files are read; for all code that writes or reads one.
 
 checkpoints/
-    step_00001000/      DeepSpeed's files, a set for each rank; EMA_FILE if there is a moving average; and MANIFEST,
-                        with the state of the run, the size and CRC-32 of each file, and a CRC-32 of all this
+    step_00001000/      DeepSpeed's files, one set per rank; EMA_FILE if there is a moving average; and MANIFEST, with
+                        the state of the run, the size and CRC-32 of each file, and a CRC-32 of all of this
     latest              the name of the checkpoint that was written last, or that the run has resumed from since
     unfinished/         a save in progress, or the remains of one that was killed
-    damaged_step_*/     one that was damaged, of a step that the run has since trained again
-    deleted_step_*/     one that was being deleted when the run was killed
+    damaged_step_*/     a damaged checkpoint, of a step that the run has since trained again
+    deleted_step_*/     a checkpoint that was being deleted when the run was killed
 """
 
 import json
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 EMA_FILE = "ema.safetensors"
 LATEST = "latest"
 UNFINISHED = "unfinished"
-ASIDE, DELETED = "damaged_", "deleted_"  # in front of a checkpoint's name
+ASIDE, DELETED = "damaged_", "deleted_"  # prefixes of a checkpoint's name
 MODEL_STATES = "mp_rank_00_model_states.pt"  # whole weights, in ZeRO stages 0 to 2
 STAGE3_RANK_STATES = "zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
 STAGE3_MODEL_STATES = STAGE3_RANK_STATES.format(rank=0)
@@ -37,20 +37,20 @@ class TrainState:
     """The progress of a run, and what must not change when it resumes; the same on every rank."""
 
     step: int = 0  # global batches consumed
-    updates: int = 0  # of them, those that changed the weights
+    updates: int = 0  # steps that changed the weights
     consecutive_nonfinite: int = 0
     samples: int = 0
     fingerprint: str = ""  # of the shards' index
-    shards: dict[str, list[int]] = field(default_factory=dict)  # what shard_record.Record says
-    index_samples: int = 0  # in all of them; 0 in checkpoints that are older than this number
-    offset: int = 0  # the order is at `step` plus this: not 0 once the run has accepted other shards
-    shard_changes: list[dict[str, Any]] = field(default_factory=list)  # that it has accepted, with their steps
+    shards: dict[str, list[int]] = field(default_factory=dict)  # a shard_record.Record
+    index_samples: int = 0  # in all shards; 0 in checkpoints that are older than this field
+    offset: int = 0  # `step` plus this is the position in the order; not 0 once other shards were accepted
+    shard_changes: list[dict[str, Any]] = field(default_factory=list)  # accepted so far, with their steps
     world_size: int = 1
     zero_stage: int = 0
     resume_signature: dict[str, Any] = field(default_factory=dict)  # of the configuration
     numerics: dict[str, Any] = field(default_factory=dict)  # kernels and precisions: others give other bits
     start: dict[str, str] = field(default_factory=dict)  # the file whose weights it began with, and its SHA-256
-    machine: dict[str, Any] = field(default_factory=dict)  # device and versions: others may
+    machine: dict[str, Any] = field(default_factory=dict)  # device and versions: others may give other bits
 
 
 def checkpoint_name(step: int) -> str:
@@ -64,7 +64,7 @@ def checkpoint_step(checkpoint: Path | str) -> int | None:
 
 
 def checkpoint_names(folder: Path) -> list[str]:
-    """The finished checkpoints of a run, those of later steps first."""
+    """The names of a run's finished checkpoints, latest step first."""
     steps = {path.name: checkpoint_step(path) for path in folder.glob("step_*")}
     return sorted((name for name, step in steps.items() if step is not None), key=lambda name: -(steps[name] or 0))
 
@@ -77,10 +77,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def manifest_text(state: TrainState, files: dict[str, list[int]]) -> str:
-    """What a checkpoint's manifest says.
+    """The text of a checkpoint's manifest.
 
     Args:
-        files: size and CRC-32 of each, by its name.
+        files: size and CRC-32 of each file, by name.
     """
     content = {"state": asdict(state), "files": dict(sorted(files.items()))}
     return json.dumps({**content, _CRC: _crc(json.loads(json.dumps(content)))}, indent=1)
@@ -91,7 +91,7 @@ def _crc(content: dict[str, Any]) -> int:
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Raises ValueError where it is missing, unreadable or was changed; older ones cannot tell whether they were."""
+    """Raises ValueError if it is missing, unreadable or was changed; older ones have no CRC that would show it."""
     try:
         content = json.loads((checkpoint / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -139,8 +139,8 @@ def damage(checkpoint: Path, read: bool = True, part: int = 0, parts: int = 1) -
     """What is wrong with a checkpoint, in words; None if it is sound.
 
     Args:
-        read: reads all files and compares their checksums; otherwise only their sizes are looked at.
-        part, parts: every `parts`-th file is looked at, from file `part` on: ranks share the work.
+        read: read all files and compare their checksums, not only their sizes.
+        part, parts: check every `parts`-th file, from file `part` on, so that ranks share the work.
     """
     try:
         read_state(checkpoint)

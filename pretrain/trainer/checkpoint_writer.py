@@ -1,8 +1,8 @@
-"""Writes a checkpoint beside the training, whose step loop goes on meanwhile.
+"""Writes a checkpoint in the background, while the step loop goes on.
 
-The threads of all ranks agree with each other over a process group of their own: each has one operation at a time, in
-the same order on all ranks, whatever the training does in its groups meanwhile. Each checkpoint has one thread in each
-rank, and the next one begins when that has ended, on all ranks at the same step.
+The threads of all ranks agree over a process group of their own: one operation at a time, in the same order on all
+ranks, whatever the training does in its groups meanwhile. Each checkpoint has one thread per rank. The next one begins
+after that thread has ended, at the same step on all ranks.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ class CheckpointWriter:
     Args:
         folder: of all checkpoints.
         name: of this one.
-        taken: by the name of its file, what this rank writes, in memory that nothing changes.
+        taken: what this rank writes, by file name, in memory that nothing changes.
         state: of the run.
-        failure: why this rank has not been able to take it, if so.
+        failure: why this rank could not take the checkpoint, if so.
         damaged: the checkpoints that the run could not continue from; they are set aside when this one is written.
-        group: of the ranks' threads; None where there is one rank.
-        copies: whose memory is free again afterwards.
+        group: of the ranks' threads; None if there is one rank.
+        copies: their memory is released afterwards.
     """
 
     def __init__(
@@ -63,25 +63,25 @@ class CheckpointWriter:
 
     @property
     def done(self) -> bool:
-        """Whether it is written, or has failed: `wait` does not wait."""
+        """Whether it is written or has failed, so that `wait` returns at once."""
         return not self._thread.is_alive()
 
     def wait(self) -> str | None:
-        """Until it is written; the problem in words if that has failed, the same on all ranks."""
+        """Waits until it is written; returns the problem in words if that failed, the same on all ranks."""
         self._thread.join()
         return self._problem and f"checkpoint {self._name} could not be written to {self._folder}: {self._problem}"
 
     def _run(self) -> None:
         try:
             self._problem = self._write()
-        except RuntimeError as error:  # of the process group
+        except RuntimeError as error:  # from the process group
             self._problem = f"another rank has ended ({str(error).splitlines()[0]})"
         finally:
             self._taken = {}
             self._copies.release()
 
     def _write(self) -> str | None:
-        """The problem of the first rank that has one."""
+        """Writes and publishes the checkpoint; returns the problem of the first rank that has one."""
         written = self._folder / UNFINISHED / self._name
         problem = self._agree(self._failure or (self._attempt(self._make, written) if self._world.is_main else None))
         if problem is None:
@@ -94,7 +94,7 @@ class CheckpointWriter:
                 problem = self._attempt(self._publish, written, names)
             problem = self._agree(problem)
         if problem and self._world.is_main:
-            shutil.rmtree(self._folder / UNFINISHED, ignore_errors=True)  # the next one says what it cannot overwrite
+            shutil.rmtree(self._folder / UNFINISHED, ignore_errors=True)  # the next save says what it cannot overwrite
         return problem
 
     def _make(self, written: Path) -> None:
@@ -111,17 +111,17 @@ class CheckpointWriter:
                 files[name] = [file.size, file.crc]
             else:
                 files[name] = write_torch(written / name, content)
-        if not self._world.is_main:  # which does so with the manifest
+        if not self._world.is_main:  # the main rank syncs it with the manifest
             sync_folder(written)
 
     def _publish(self, written: Path, files: dict[str, list[int]]) -> None:
-        # Of the steps that a run which continues here does not repeat.
+        # Sync the logs first: a run that continues from here does not repeat their steps.
         for lines in self._folder.parent.glob("*.jsonl"):
-            with contextlib.suppress(OSError):  # they are worth no checkpoint; `append` says what cannot be written
+            with contextlib.suppress(OSError):  # not worth losing a checkpoint; `append` logs what cannot be written
                 sync_all(lines)
         write_durably(written / MANIFEST, manifest_text(self._manifest_state, files))
         final = self._folder / self._name
-        if final.exists():  # this step was saved before the run fell back to an older one, or `latest` had no room
+        if final.exists():  # saved before the run fell back to an older one, or when there was no room for `latest`
             make_way(final)
         rename(written, final)
         write_durably(self._folder / LATEST, self._name)
@@ -129,7 +129,7 @@ class CheckpointWriter:
         shutil.rmtree(written.parent, ignore_errors=True)
 
     def _attempt(self, action: Any, *arguments: Any) -> str | None:
-        """The problem in words: on this rank alone it must not raise, since the others would wait for it."""
+        """Returns the problem in words: if this rank alone raised, the others would wait for it."""
         try:
             action(*arguments)
         except OSError as error:

@@ -93,7 +93,7 @@ class CheckpointConfig(Section):
 
 
 class StartConfig(Section):
-    """The weights that a new run begins with; a run that has a checkpoint of its own continues from that."""
+    """The weights that a new run starts from; a run with a checkpoint of its own continues from that."""
 
     checkpoint: str | None = Field(
         None, description="a run or a file that downstream.checkpoints.export reads; none: from scratch"
@@ -105,7 +105,7 @@ class StartConfig(Section):
 
 
 class WatchdogConfig(Section):
-    """Minutes that anything may take before the run ends, with exit code 75, and says where it was; 0: no limit."""
+    """Minutes that anything may take before the run ends with exit code 75 and reports where it was; 0: no limit."""
 
     start_minutes: float = Field(60, ge=0, description="a phase of the start: the index, joining, loading")
     first_step_minutes: float = Field(60, ge=0, description="the first step, in which a model is compiled")
@@ -149,7 +149,7 @@ class RunConfig(Section):
 
     @property
     def new_run_advice(self) -> str:
-        """What to do where the run cannot continue as it is configured now: how a new one begins where it ended."""
+        """What to do if the run cannot continue as it is configured now: how a new one starts where it ended."""
         return "start a new run with another name="
 
     @property
@@ -170,7 +170,7 @@ class RunConfig(Section):
         return self.optim.base_lr * self.train.global_batch_size / self.optim.lr_batch_size
 
     def memory_advice(self, ranks: int) -> str:
-        """The keys to change where a GPU's memory is full, as what to do."""
+        """What to do if a GPU's memory is full: the keys to change."""
         accumulation = self.train.gradient_accumulation_steps
         micro_batch = self.train.global_batch_size // (ranks * accumulation)
         advice = [f"train.gradient_accumulation_steps higher than {accumulation} (the micro-batch is {micro_batch})"]
@@ -179,7 +179,7 @@ class RunConfig(Section):
         return f"set {', '.join(advice)}, or continue with a higher ZeRO stage (train.ds_config)"
 
     def problems(self) -> Iterator[str]:
-        """What of the values does not fit together: a sentence each, with the key to change."""
+        """Values that do not fit together: one sentence each, with the key to change."""
         yield from self.data.problems()
         patch = self.model.patch_size
         for side in self.data.height_width:
@@ -226,7 +226,7 @@ class RunConfig(Section):
 
 
 def problem_of(check: Callable[..., object], *arguments: object) -> Iterator[str]:
-    """What a check refuses by a ValueError, if it does."""
+    """The message of the ValueError that a check raises, if it does."""
     try:
         check(*arguments)
     except ValueError as error:

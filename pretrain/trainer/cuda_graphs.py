@@ -1,8 +1,8 @@
-"""The forward and the backward pass of a module as two CUDA graphs, each of which the CPU starts with one call.
+"""The forward and the backward pass of a module as two CUDA graphs, each launched by the CPU in one call.
 
-Started one by one, a step's thousands of kernels take some CPUs longer than the GPU needs to compute them: in
-docs/speed.md, twice as long for ViT-L by the fast variant. A graph computes what was captured, from and into the same
-memory: the shapes are fixed, and nothing in it may wait for the GPU or depend on its results.
+Launching a step's thousands of kernels one by one takes some CPUs longer than the GPU needs to compute them: in
+docs/speed.md, twice as long for ViT-L with the fast variant. A graph replays what was captured, in the same memory. So
+its shapes are fixed, and nothing in it may wait for the GPU or depend on its results.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ WARMUP = 2  # passes before the capture: they compile, and allocate what librari
 
 
 class Recording:
-    """What a function did, to be done again: its kernels, captured in a CUDA graph.
+    """The kernels that a function launched, captured in a CUDA graph for replay.
 
     Attributes:
         result: what the function returned; tensors in it are overwritten by each replay.
     """
 
     def __init__(self, function: Callable[[], Any], before: "Recording | None" = None):
-        """With `before`, a recording that is always replayed first, whose memory this one shares."""
+        """Captures `function`; shares the memory of `before`, a recording that is always replayed first."""
         self._graph = torch.cuda.CUDAGraph()
         pool = before._graph.pool() if before else None
         # Other threads may go on, such as the one that copies the next batch to pinned memory.
@@ -43,8 +43,8 @@ class _Graphs:
 
     Attributes:
         parameters: those that the loss depends on.
-        differentiated: the inputs of the pass, for autograd: these, or a substitute.
-        gradients: theirs, written by each backward pass.
+        differentiated: the inputs that autograd sees: the parameters, or a substitute.
+        gradients: of the parameters, written by each backward pass.
         upstream: the gradient of the loss.
     """
 
@@ -53,8 +53,8 @@ class _Graphs:
         self.layout = layout(leaves, structure)
         self._all_parameters = list(module.parameters())
         self._addresses = [parameter.data_ptr() for parameter in self._all_parameters]
-        # Engines keep nodes of autograd that belong to their parameters and to another stream, which a capture must not
-        # touch: the graphs are captured with other parameters, in the same memory.
+        # Engines keep autograd nodes of their parameters that belong to another stream, which a capture must not touch.
+        # So the graphs are captured with other parameters, in the same memory.
         plain = _Plain(module, function)
         aliases: dict[str, Tensor] = {
             name: nn.Parameter(p.detach(), p.requires_grad) for name, p in plain.named_parameters()
@@ -71,11 +71,11 @@ class _Graphs:
             used = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is not None]
             del gradients
             self.parameters = [plain.get_parameter(name) for name in used]
-            # Autograd would copy each gradient by a kernel of its own.
+            # From the parameters, autograd would copy each gradient by a kernel of its own.
             substitute = torch.ones((), device=self.parameters[0].device, requires_grad=True)
             self.differentiated = self.parameters if hooked else [substitute]
             self._aliases = [aliases[name] for name in used]
-            # Not among what the graphs allocate, which another forward pass may use anew; laid out as the parameters.
+            # Outside the graphs' pool, whose memory another forward pass may reuse; laid out like the parameters.
             self.gradients = [torch.empty_like(alias) for alias in self._aliases]
             self.forward = Recording(run)
             self.upstream = torch.ones_like(self.forward.result["loss"])
@@ -86,16 +86,16 @@ class _Graphs:
         torch._foreach_copy_(self.gradients, list(found))
 
     def moved(self) -> bool:
-        """Whether parameters are elsewhere in memory than they were."""
+        """Whether parameters have moved in memory."""
         return self._addresses != [parameter.data_ptr() for parameter in self._all_parameters]
 
     def differentiate(self, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """The backward pass; returns the gradients that autograd adds to what parameters have, if it shall."""
+        """Does the backward pass; returns the gradients if autograd is to accumulate them."""
         self.upstream.copy_(upstream)
         if self.differentiated is self.parameters:
             self.backward.replay()
             return tuple(self.gradients)
-        # What the graph writes is the gradient itself, until another micro-batch overwrites it.
+        # A parameter's gradient may be the graph's output itself, which is overwritten now.
         for parameter, written in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not None and parameter.grad is written:
                 parameter.grad = parameter.grad.clone()
@@ -118,7 +118,7 @@ class _Graphs:
 
 
 class _Replay(torch.autograd.Function):
-    """To autograd, and to hooks of DeepSpeed's, one operator from all parameters, or a substitute, to the loss."""
+    """For autograd and DeepSpeed's hooks, one operator from all parameters, or a substitute, to the loss."""
 
     @staticmethod
     def forward(ctx: Any, graphs: _Graphs, *differentiated: Tensor) -> tuple[Tensor, ...]:
@@ -137,7 +137,7 @@ class _Replay(torch.autograd.Function):
 
 
 class _Plain(nn.Module):
-    """A module that is called by another function than its `forward`."""
+    """A module that runs another function than its `forward` when it is called."""
 
     def __init__(self, module: nn.Module, function: Function):
         super().__init__()
@@ -148,15 +148,15 @@ class _Plain(nn.Module):
 
 
 class GraphedForward:
-    """Takes the place of a module's `forward`, which returns a dict with a scalar `loss` and numbers to be logged.
+    """Replaces a module's `forward`, which returns a dict with a scalar `loss` and numbers to log.
 
-    The graphs are captured at the first call in training, and again when parameters have moved in memory; evaluation,
-    and inputs of other shapes, get the function itself. Between a call and the next one, its backward pass has to be
-    done or is lost.
+    The graphs are captured at the first call in training, and again when parameters have moved in memory. Evaluation
+    and inputs of other shapes run the function itself. The backward pass of a call must be done before the next call,
+    or it is lost.
 
     Args:
         hooked: whether something waits for the gradient of each parameter, as ZeRO does from stage 1 on; autograd then
-            hands it out. Otherwise it is put where it belongs, in a hundredth of the time.
+            delivers it. Otherwise it is written to its place directly, in a hundredth of the time.
 
     Raises, when called:
         ValueError: the module cannot be captured.
@@ -186,23 +186,23 @@ class GraphedForward:
 
 
 def graph_steps(module: nn.Module, stage: int) -> None:
-    """From now on a module on a GPU trains by CUDA graphs, in a ZeRO stage."""
+    """Makes a module on a GPU train with CUDA graphs, in the given ZeRO stage."""
     module.forward = GraphedForward(module, hooked=stage > 0)
 
 
 def layout(leaves: list[Any], structure: Any) -> tuple[Any, ...]:
-    """What has to be equal for a graph to serve: shapes and dtypes of tensors, and all that is no tensor."""
+    """What must be equal for a graph to be used: shapes and dtypes of tensors, and everything that is no tensor."""
     return structure, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
 def _uncached_autocast() -> torch.autocast:
-    """As it is around, but weights in lower precision are not kept: they would be memory of the graph."""
+    """The surrounding autocast without its cache of low-precision weights, which would be in the graph's memory."""
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     return torch.autocast("cuda", dtype, enabled, cache_enabled=False)
 
 
 def warm_up(function: Callable[[], Any]) -> Any:
-    """The last result of a function that is called a few times beside the current stream, as a capture needs it."""
+    """Calls a function a few times on a side stream, as a capture requires; returns the last result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -214,7 +214,7 @@ def warm_up(function: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _state_kept(module: nn.Module) -> Iterator[None]:
-    """Random numbers and buffers, such as a batch norm's averages, are afterwards as they were before."""
+    """Restores the random state and buffers, such as a batch norm's averages, afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     state = torch.cuda.get_rng_state()
     yield

@@ -83,16 +83,16 @@ class DataConfig(Section):
 
     @property
     def cache(self) -> CacheSettings:
-        """For shards in a store."""
+        """Cache settings for shards in a store."""
         return CacheSettings(self.cache_dir, self.cache_gb, self.fetch_timeout)
 
     @property
     def pixels(self) -> Pixels:
-        """What pixels are; their statistics are those of as many channels once `problems` has none."""
+        """Type and statistics of pixels; the statistics fit the number of channels if `problems` finds nothing."""
         return Pixels(self.mean or IMAGENET.mean, self.std or IMAGENET.std, self.dtype)
 
     def problems(self) -> Iterator[str]:
-        """What of channels, type and statistics does not fit together."""
+        """Channels, type and statistics that do not fit together."""
         format = f"data.channels={self.channels} data.dtype={self.dtype}"
         measure = f"`python -m data.statistics {self.shards} --channels {self.channels} --dtype {self.dtype}`"
         for key in ("mean", "std"):
@@ -109,5 +109,5 @@ class DataConfig(Section):
 
     @property
     def not_rgb(self) -> str:
-        """Why an augmentation of colors cannot be used where images are no RGB, the verb first."""
+        """Why a color augmentation cannot be used unless images are 8-bit RGB; starts with the verb."""
         return f"changes colors of RGB in 8 bits, and data.channels={self.channels} data.dtype={self.dtype} are others"

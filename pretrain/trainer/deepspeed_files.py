@@ -1,4 +1,4 @@
-"""How DeepSpeed's files are written and read: in place of its own checkpoint engine, which it asks for each of them."""
+"""Checkpoint engines through which DeepSpeed writes and reads its files, in place of its own."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -12,17 +12,17 @@ from pretrain.trainer.host_copy import HostCopies
 
 
 def write_torch(path: Path, content: Any) -> list[int]:
-    """Writes a file of torch.save, synced; returns its size and CRC-32. Raises OSError."""
+    """Writes a file with torch.save and syncs it; returns its size and CRC-32. Raises OSError."""
     with DurableFile(path) as file:
-        torch.save(content, cast(Any, file))  # whose `write` is all that torch calls
+        torch.save(content, cast(Any, file))  # torch calls only its `write` and `flush`
     return [file.size, file.crc]
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
-    """Writes and reads files at once.
+    """Writes and reads files immediately.
 
     A failed write must not raise on this rank while the others wait in DeepSpeed's barriers: it is kept in `failure`,
-    for the ranks to agree on. Nothing but tensors, plain values and `deepspeed_types` is unpickled.
+    for the ranks to agree on. Only tensors, plain values and `deepspeed_types` are unpickled.
     """
 
     failure: Exception | None = None
@@ -38,7 +38,7 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
 
 
 class TakingEngine(SafeCheckpointEngine):
-    """Writes nothing: copies to host memory what DeepSpeed wants to save, in `taken`, by the name of the file."""
+    """Writes nothing: copies what DeepSpeed wants to save to host memory, into `taken`, by file name."""
 
     def __init__(self, config: Any, copies: HostCopies):
         super().__init__(config)
@@ -46,10 +46,10 @@ class TakingEngine(SafeCheckpointEngine):
         self.taken: dict[str, Any] = {}
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing: who writes makes the folder, where a failure is agreed on."""
+        """Does nothing: `CheckpointWriter` makes the folder, where ranks agree on a failure."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         try:
             self.taken[Path(path).name] = self._copies.copy(state_dict)
-        except (MemoryError, RuntimeError) as error:  # no memory that can be pinned is a RuntimeError
+        except (MemoryError, RuntimeError) as error:  # RuntimeError: no memory could be pinned
             self.failure = error

@@ -1,7 +1,7 @@
-"""Files that survive a loss of power: written, synced, and named only then.
+"""Files that survive a power loss: written, synced, and only then given their names.
 
 A file's bytes are safe once it is synced, and its name once the folder is. Everything here goes through functions of
-`os`, so that a test can record their order and try what a loss of power at each moment would leave.
+`os`, so that a test can record their order and try what a power loss at each moment would leave behind.
 """
 
 import errno
@@ -11,15 +11,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-# What file systems say that cannot sync a folder, such as some of FUSE; there is nothing more that could be done.
+# Errors of file systems that cannot sync a folder, such as some FUSE ones; nothing more can be done there.
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
 class DurableFile:
-    """A new file, or one written anew, of which size and CRC-32 are known; it is synced when its context ends.
+    """A new or rewritten file whose size and CRC-32 are known; it is synced when its context ends.
 
     Attributes:
-        size, crc: of what was handed over to be written, so that they also tell what the disk has lost.
+        size, crc: of what was passed to `write`, so that they also reveal what the disk has lost.
     """
 
     def __init__(self, path: Path):
@@ -35,7 +35,7 @@ class DurableFile:
         """Appends any buffer of bytes; other threads go on meanwhile.
 
         Raises:
-            OSError: the context ends with it, too, even if who writes (torch) makes something else of it.
+            OSError: the context ends with it, too, even if the caller (torch) turns it into another error.
         """
         view = memoryview(data).cast("B")
         self.crc, written = zlib.crc32(view, self.crc), 0
@@ -49,7 +49,7 @@ class DurableFile:
         return written
 
     def flush(self) -> None:
-        """Nothing is held back; torch asks."""
+        """Does nothing, since nothing is buffered; torch calls it."""
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
@@ -62,7 +62,7 @@ class DurableFile:
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in a folder are as they are now after a loss of power, too."""
+    """Makes the names in a folder survive a power loss."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -74,7 +74,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_all(path: Path) -> None:
-    """A file, or a folder with the files in it, is as it is now after a loss of power, too."""
+    """Makes a file, or a folder with everything in it, survive a power loss."""
     if path.is_dir():
         for inside in path.iterdir():
             sync_all(inside)
@@ -88,7 +88,7 @@ def sync_all(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Creates a folder, and those that it is in, where they do not exist yet."""
+    """Creates a folder and its missing parents."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -97,7 +97,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replaces a file: a reader, a crash or a loss of power finds the old content or the new."""
+    """Replaces a file: a reader, a crash or a power loss finds either the old content or the new."""
     temporary = path.with_name(path.name + ".tmp")
     with DurableFile(temporary) as file:
         file.write(text.encode())
@@ -105,13 +105,13 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file over another one, or a folder to a name that is free or names an empty folder."""
+    """Renames a file over another one, or a folder to a name that is free or an empty folder's."""
     os.replace(source, target)
     sync_folder(target.parent)
 
 
 def remove_folder(folder: Path, meanwhile: Path) -> None:
-    """Deletes a folder, which is named `meanwhile` from the first of its files on: never half of it has its name.
+    """Renames a folder to `meanwhile` and deletes it, so that its name never stands for half of it.
 
     Raises:
         OSError: some of it could not be deleted.

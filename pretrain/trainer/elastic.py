@@ -1,7 +1,7 @@
 """Continues a training on another number of ranks, or in another ZeRO stage.
 
-DeepSpeed loads its files only as they were written, and its converter to "universal" checkpoints unpickles whatever is
-in them, leaves buffers out, and in stage 3 gives all parameter groups the options of the first.
+DeepSpeed loads its files only into the layout that wrote them. Its converter to "universal" checkpoints unpickles
+whatever is in them, leaves buffers out, and in stage 3 gives all parameter groups the options of the first.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ from pretrain.trainer.checkpoint_layout import MODEL_STATES, STAGE3_MODEL_STATES
 from pretrain.trainer.moments import Moments, set_moments, trained_tensors
 from pretrain.trainer.stored_state import StoredState
 
-BY_STAGE = "compile was"  # the change of numerics that another stage brings: model.compile=auto is off in stage 3
+BY_STAGE = "compile was"  # the change of numerics that another stage causes: model.compile=auto is off in stage 3
 
 
 def layout_change(state: TrainState, now: TrainState) -> list[str]:
-    """Why ranks have other parts of the training than those that wrote a checkpoint, and sum in another order."""
+    """Why ranks hold other parts of the training than those that wrote a checkpoint, and sum in another order."""
     pairs = {
         "the number of ranks": (state.world_size, now.world_size),
         "the ZeRO stage (train.ds_config)": (state.zero_stage, now.zero_stage),
@@ -28,13 +28,13 @@ def layout_change(state: TrainState, now: TrainState) -> list[str]:
 
 
 def has_other_parts(engine: Any, checkpoint: Path, state: TrainState, now: TrainState) -> bool:
-    """Whether ranks of this engine have other parts of the training than those that wrote a checkpoint.
+    """Whether ranks of this engine hold other parts of the training than those that wrote a checkpoint.
 
-    Keys within DeepSpeed's `zero_optimization` can bring that about, too; DeepSpeed notices some of them, and takes the
-    wrong moments with others (`round_robin_gradients`).
+    Keys in DeepSpeed's `zero_optimization` can cause that, too. DeepSpeed notices some of them, and loads wrong moments
+    with others (`round_robin_gradients`).
     """
     if state.zero_stage == now.zero_stage == 0:
-        return False  # all ranks have all of it
+        return False  # every rank holds all of it
     if layout_change(state, now):
         return True
     file = checkpoint / (STAGE3_MODEL_STATES if state.zero_stage == 3 else MODEL_STATES)
@@ -56,7 +56,7 @@ def load_parts(engine: Any, checkpoint: Path) -> None:
     stored = StoredState(checkpoint, [name for names in groups for name in names])
     _check_parameters(engine, stored, checkpoint)
     if stage == 3:
-        optimizer.checkpoint_event_prologue()  # parameters that are whole on every rank become parts as well
+        optimizer.checkpoint_event_prologue()  # partitions the parameters that are whole on every rank, too
     for name, parameter in engine.module.named_parameters():
         weight = stored.weight(name)
         if stage == 3:
@@ -76,7 +76,7 @@ def load_parts(engine: Any, checkpoint: Path) -> None:
 
 
 def _part(whole: Tensor, length: int, rank: int) -> Tensor:
-    """What a rank of stage 3 has of a parameter; zeros behind its end."""
+    """A rank's part of a parameter in stage 3, padded with zeros at the end."""
     part = whole.flatten()[rank * length : (rank + 1) * length]
     return F.pad(part, (0, length - part.numel()))
 

@@ -1,8 +1,8 @@
 """Exponential moving averages of parts of the trained module, in fp32, under every ZeRO stage; LUT's teacher is one.
 
-They live outside of the engine, unpartitioned and bit-identical on every rank: each rank computes the same from the
-same parameters. These are fp32 in every stage (autocast instead of DeepSpeed's bf16 mode), so there are no separate
-master weights; ZeRO-3's partitions are gathered for each update.
+They live outside the engine, unpartitioned and bit-identical on every rank: each rank computes the same from the same
+parameters. Parameters are fp32 in every stage (autocast instead of DeepSpeed's bf16 mode), so there are no separate
+master weights. ZeRO-3's partitions are gathered for each update.
 """
 
 import math
@@ -22,7 +22,7 @@ def cosine_momentum(start: float, end: float, progress: float) -> float:
 
 
 class NoEMA:
-    """The interface of moving averages; by itself, it stands for having none.
+    """The interface of moving averages; this class itself stands for having none.
 
     Attributes:
         model: the averaged copy, if there is one.
@@ -42,7 +42,7 @@ class NoEMA:
         """
 
     def load(self, checkpoint: Path) -> None:
-        """Reads what a checkpoint has of `model`."""
+        """Loads `model`, if there is one, from a checkpoint."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights and buffers, on the CPU."""
@@ -53,7 +53,7 @@ class EMA(NoEMA):
     """An averaged copy of some modules.
 
     Args:
-        model: whose children are copies of `modules`, in the same order; made before ZeRO-3 partitions them.
+        model: its children are copies of `modules`, in the same order, made before ZeRO-3 partitions them.
         modules: parts of the module that the engine trains.
         start, end: momentum at the beginning and at the end of training.
     """

@@ -1,4 +1,4 @@
-"""DeepSpeed: ds_configs + recipe -> engine, and the settings that the engine really uses."""
+"""Builds the DeepSpeed engine from ds_configs and the recipe, and reads back the settings that it really uses."""
 
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,30 @@ from pretrain.trainer.run_folder import RunFolder
 def choose_ds_config(config: RunConfig, world_size: int) -> str:
     """`train.ds_config`; for `auto`, the name in ds_configs/ that it stands for.
 
-    That is the ZeRO stage of the run's newest checkpoint: it continues when the number of ranks has changed. A new run
-    has stage 1 from two ranks on, whose communication overlaps with the backward pass, and stage 0 on one rank, which
-    never waits for the device. All ranks of a process group call it together, and do as the first.
+    `auto` keeps the ZeRO stage of the run's newest checkpoint, even on another number of ranks. A new run gets stage 1
+    on two ranks or more, where communication overlaps with the backward pass, and stage 0 on one rank, which never
+    waits for the device. All ranks of a process group call it together; the first one's choice counts.
     """
     if config.train.ds_config != AUTO:
         return config.train.ds_config
     stage = [_checkpoint_stage(RunFolder(Path(config.runs) / config.name).checkpoints)]
     if dist.is_initialized():
-        dist.broadcast_object_list(stage)  # a shared disk may not show all ranks the same
+        dist.broadcast_object_list(stage)  # a shared disk may not look the same to all ranks
     return f"zero{int(world_size > 1) if stage[0] is None else stage[0]}"
 
 
 def _checkpoint_stage(checkpoints: Path) -> int | None:
-    """The ZeRO stage of a run, by the newest checkpoint whose manifest is readable; None if there is none."""
+    """The ZeRO stage of a run's newest checkpoint with a readable manifest; None if there is none."""
     for name in checkpoint_names(checkpoints):
         try:
             return read_state(checkpoints / name).zero_stage
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # `Checkpoints.resume` says what is damaged
+            continue  # `Checkpoints.resume` reports damage
     return None
 
 
 def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """All of DeepSpeed's keys for a run; those with surprising defaults are written out.
+    """All of DeepSpeed's keys for a run; those with surprising defaults are set explicitly.
 
     All ranks of a process group call it together.
 
@@ -69,7 +69,7 @@ def check_engine(config: RunConfig, world: World) -> None:
 
 
 def check_engine_file(config: RunConfig) -> None:
-    """As `check_engine`, where a configuration is only shown: DeepSpeed is not asked about what it chooses itself."""
+    """Like `check_engine`, for a configuration that is only shown; `auto` is not checked."""
     if config.train.ds_config != AUTO:
         import_deepspeed()
         ds_settings(config, world_size=1)
@@ -78,7 +78,7 @@ def check_engine_file(config: RunConfig) -> None:
 def complete_settings(
     keys: dict[str, Any], *, micro_batch: int, accumulation: int, world_size: int, clip_grad: float, bf16: bool
 ) -> dict[str, Any]:
-    """The engine keys of a file and those that the recipe owns; those with surprising defaults are written out.
+    """The engine keys of a file and those that the recipe owns; those with surprising defaults are set explicitly.
 
     Raises:
         ValueError: DeepSpeed refuses them.
@@ -100,7 +100,7 @@ def complete_settings(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice per micro-batch
         **keys,
     }
     check_sections(settings)
@@ -118,8 +118,8 @@ def build_engine(
     """The DeepSpeed engine that trains a module.
 
     Args:
-        optimizer: of the module's parameters; in stage 0 a `NonfiniteGuard`.
-        settings: DeepSpeed's keys, of `ds_settings`.
+        optimizer: for the module's parameters; in stage 0 a `NonfiniteGuard`.
+        settings: DeepSpeed's keys, from `ds_settings`.
     """
     import deepspeed
 

@@ -1,6 +1,6 @@
-"""The engine's file, `train.ds_config`: DeepSpeed's keys, all of them known, none that the recipe owns.
+"""Reads the engine's file, `train.ds_config`; refuses keys that DeepSpeed does not know or that the recipe owns.
 
-DeepSpeed itself reads the keys at the top that it knows and says nothing of any other.
+DeepSpeed itself silently ignores top-level keys that it does not know.
 """
 
 import json
@@ -33,7 +33,7 @@ OWNED = {
     "activation_checkpointing": "model.grad_checkpointing",
 }
 
-# All others that DeepSpeed reads: sections, and values by their types.
+# All other keys that DeepSpeed reads: sections, and values by their types.
 _SECTION_NAMES = """
     aio autotuning checkpoint comet comms_logger compile csv_monitor data_efficiency datastates_ckpt expert_parallel
     flops_profiler hybrid_engine pipeline tensor_parallel tensorboard timers wandb weight_quantization zero_optimization
@@ -53,23 +53,23 @@ _VALUES: dict[str, tuple[type, ...]] = {
 }
 _KINDS = {(bool,): "true or false", (str,): "text", (int,): "a whole number", (int, float): "a number"}
 ENGINE_KEYS = _SECTIONS | _VALUES.keys()
-# Sections of which DeepSpeed looks up what it knows, and does not see what else there is.
+# Sections in which DeepSpeed looks up the keys that it knows, and does not notice others.
 _LOOKED_UP = ("aio", "checkpoint", "flops_profiler")
 
 
 def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
     """The engine keys of `train.ds_config`: the name of a file in ds_configs/, or the path of one.
 
-    `auto`, as files for Hugging Face's Trainer have it, is the recipe's value where the recipe owns the key, and
+    `auto`, as in files for Hugging Face's Trainer, stands for the recipe's value if the recipe owns the key, and for
     DeepSpeed's default within a section.
 
     Args:
         name: such as `zero1`, or a JSON file.
-        owned: keys that may not be in it, and the keys of the recipe that set them.
+        owned: keys that may not be in the file, and the keys of the recipe that set them.
 
     Raises:
-        ValueError: no such file, not JSON, or keys that DeepSpeed does not know or that the recipe owns: a line each,
-            then as of `check_sections`.
+        ValueError: no such file, not JSON, or keys that DeepSpeed does not know or that the recipe owns: one line each,
+            followed by the problems of `check_sections`.
     """
     path = next((p for p in (_SHIPPED / f"{name}.json", Path(name), _ROOT / name) if p.is_file()), None)
     if path is None:
@@ -99,7 +99,7 @@ def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _problem(key: str, value: Any, owned: dict[str, str]) -> str | None:
-    """What is wrong with a key at the top, if anything."""
+    """What is wrong with a top-level key, if anything."""
     if key in owned:
         if _is_auto(value):
             return None
@@ -123,7 +123,7 @@ def _nearest_key(key: str, owned: dict[str, str]) -> str:
 
 
 def _is_auto(value: Any) -> bool:
-    """Whether nothing but `auto` is in it."""
+    """Whether it holds nothing but `auto`."""
     if isinstance(value, dict):
         return all(map(_is_auto, value.values()))
     return bool(value == AUTO)
@@ -139,14 +139,14 @@ def check_sections(settings: dict[str, Any]) -> None:
     """Has DeepSpeed read its keys as it will when the engine is built.
 
     Raises:
-        ValueError: what it refuses, with the keys, a line for each.
+        ValueError: what it refuses, with the keys, one line each.
     """
     if lines := _problems_of_sections(settings):
         raise ValueError("\n".join(lines))
 
 
 def _problems_of_sections(settings: dict[str, Any]) -> list[str]:
-    """What DeepSpeed refuses; it stops at the first section, so each is then read alone as well."""
+    """What DeepSpeed refuses; it stops at the first bad section, so each is then also read alone."""
     lines = _refusals(settings)
     if lines:
         micro_batch = {"train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"]}
@@ -156,11 +156,11 @@ def _problems_of_sections(settings: dict[str, Any]) -> list[str]:
 
 
 def _refusals(settings: dict[str, Any]) -> list[str]:
-    """What DeepSpeed refuses first, and keys that it does not look up."""
+    """What DeepSpeed refuses first; if nothing, the keys that it does not look up."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-    # The number of processes, by which it multiplies, is not known to it before they have joined.
+    # Before the processes have joined, it does not know their number, which it would multiply by.
     keys = json.loads(json.dumps({key: value for key, value in settings.items() if key != "train_batch_size"}))
     sections = {name: _LookedUp(keys[name]) for name in _LOOKED_UP if name in keys}
     try:
@@ -178,7 +178,7 @@ def _refusals(settings: dict[str, Any]) -> list[str]:
 
 
 class _LookedUp(dict[str, Any]):
-    """A section that notes which keys are looked up in it."""
+    """A section that records which keys are looked up in it."""
 
     def __init__(self, keys: dict[str, Any]):
         super().__init__(keys)

@@ -32,7 +32,7 @@ def draw_image_grid(images: dict[str, Tensor], path: Path, heading: str = "", ca
 
     Args:
         images: title of the column -> (B, H, W, 3) uint8 on the CPU; sizes may differ from column to column.
-        path: where the PNG goes; it is replaced at once.
+        path: where the PNG goes; it is replaced atomically.
         heading, caption: above and below all images.
     """
     rows, columns = len(next(iter(images.values()))), len(images)

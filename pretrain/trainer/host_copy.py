@@ -1,4 +1,4 @@
-"""Copies of tensors in host memory, that training may go on while they are written."""
+"""Copies tensors to host memory, so that training can go on while they are written."""
 
 import copy
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor, UntypedStorage
 
 
 class HostCopies:
-    """Copies trees of tensors; the memory is kept and used again, since new pages cost more than the copy.
+    """Copies trees of tensors; the memory is kept and reused, since new pages cost more than the copy.
 
-    On a GPU the memory is pinned: all copies are queued at once, at the bus's full speed, and `wait` waits for them.
+    From a GPU, memory is pinned: all copies are queued at once, run at the bus's full speed, and `wait` waits for them.
     """
 
     def __init__(self) -> None:
@@ -19,9 +19,9 @@ class HostCopies:
         self._copied: dict[int, tuple[UntypedStorage, UntypedStorage]] = {}  # by storage, which it keeps alive
 
     def copy(self, tree: Any) -> Any:
-        """The same tree, with each tensor's values of now; whatever else it holds is copied as well.
+        """A copy of the tree with the current values of its tensors; everything else in it is copied as well.
 
-        Tensors that share memory still do, so that a file of them is as large as one of the originals.
+        Tensors that share memory still do, so that a file of them is no larger than one of the originals.
         """
         if isinstance(tree, Tensor):
             return self._tensor(tree.detach())
@@ -35,14 +35,14 @@ class HostCopies:
         return copy.deepcopy(tree)
 
     def wait(self) -> None:
-        """Until all copies are complete: what they are of may change now."""
+        """Waits until all copies are complete; then the originals may change."""
         devices = {source.device for source, _ in self._copied.values() if source.device.type == "cuda"}
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
         self._copied.clear()
 
     def release(self) -> None:
-        """The memory of all copies may be used again: nobody reads them any more."""
+        """Frees the memory of all copies for reuse; nobody may read them any more."""
         for kind, memory in self._used:
             self._free.setdefault(kind, []).append(memory)
         self._used.clear()

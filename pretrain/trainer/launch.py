@@ -1,4 +1,4 @@
-"""This process among those of the run, started by deepspeed, torchrun, srun or plain python."""
+"""This process's place in the run, whether started by deepspeed, torchrun, srun or plain python."""
 
 import contextlib
 import multiprocessing
@@ -26,7 +26,7 @@ _DEEPSPEED_PORT = "29500"  # of every run, unless --master_port says otherwise
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, of how many."""
+    """Which process this is, and how many there are."""
 
     rank: int
     size: int
@@ -38,7 +38,7 @@ class World:
 
     @property
     def error(self) -> str:
-        """How its messages of what went wrong begin; a rank says which one it is where there are others."""
+        """How its error messages begin; a rank says which one it is if there are several."""
         return "error" if self.size == 1 else f"error on rank {self.rank}"
 
 
@@ -66,12 +66,12 @@ def find_world() -> World:
     return World(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
 
 
-# Processes that start ranks and end them when they are ended themselves.
+# Processes that start ranks, and end them when they end themselves.
 _LAUNCHERS = re.compile(r"(^|/)(deepspeed|torchrun|_node\.sh)$|^(deepspeed\.launcher|torch\.distributed)\.|^slurmstepd")
 
 
 def launchers() -> list[psutil.Process]:
-    """Those that have started this process, from its parent upwards; none of plain python."""
+    """The launchers of this process, from its parent upwards; none for plain python."""
     found: list[psutil.Process] = []
     for process in psutil.Process().parents():
         with contextlib.suppress(psutil.Error):  # another user's
@@ -82,7 +82,7 @@ def launchers() -> list[psutil.Process]:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Also if nobody has asked for its exit code yet."""
+    """Whether a process has ended, even if nobody has asked for its exit code yet."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -90,7 +90,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def ranks_on_node(world: World) -> int:
-    """As many as are on each; all, if the launcher does not tell."""
+    """The number of ranks on each node; all ranks if the launcher does not say."""
     env = os.environ
     if "SLURM_STEP_NUM_NODES" in env and "LOCAL_WORLD_SIZE" not in env:
         return world.size // int(env["SLURM_STEP_NUM_NODES"])
@@ -103,21 +103,21 @@ def _first_host(nodelist: str) -> str:
 
 
 def _port_of_launcher() -> str | None:
-    """A port of its own for each `deepspeed` on one node, the same for all its ranks; None if it did not start us."""
+    """A port for each `deepspeed` on a node, the same for all of its ranks; None if it did not start this process."""
     parent = psutil.Process(os.getppid())
     if "deepspeed.launcher.launch" not in parent.cmdline():
         return None
-    return str(20000 + (parent.pid + int(parent.create_time() * 1000)) % 12000)  # below those that the kernel gives out
+    return str(20000 + (parent.pid + int(parent.create_time() * 1000)) % 12000)  # below those that the kernel assigns
 
 
 def choose_accelerator() -> None:
-    """Tells DeepSpeed where there is no GPU, or it says so at length; called before it is imported."""
+    """Tells DeepSpeed if there is no GPU, which it would otherwise log at length; called before it is imported."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def import_deepspeed() -> ModuleType:
-    """DeepSpeed, for the accelerator that this process has; it looks for one as soon as it is imported.
+    """Imports DeepSpeed for the accelerator that this process has; DeepSpeed looks for one on import.
 
     Raises:
         ValueError: DS_ACCELERATOR=cuda without a usable GPU.
@@ -133,7 +133,7 @@ def import_deepspeed() -> ModuleType:
 
     deepspeed.logger.setLevel("WARNING")
     # An inference kernel for CPUs that training never calls. torch guards its build with a lock file that outlives a
-    # killed process: from then on every start would wait forever.
+    # killed process: after that, every start would wait forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -148,7 +148,7 @@ def init_distributed(world: World) -> torch.device:
     deepspeed = import_deepspeed()
     if torch.cuda.is_available():
         count, gpu = torch.cuda.device_count(), world.local_rank
-        if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the scheduler has given each rank one of its own
+        if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the scheduler has given each rank its own
             gpu = 0
         if gpu >= count:
             raise ValueError(f"local rank {gpu} has no GPU: this node shows {count}; start one process for each")
@@ -165,7 +165,7 @@ def init_distributed(world: World) -> torch.device:
 
 
 def _gather_cores(world: World) -> int:
-    """This rank's share of the cores that it may run on; called by all ranks together."""
+    """The number of cores that are this rank's share; called by all ranks together."""
     mine = (Path("/proc/sys/kernel/random/boot_id").read_text(), os.sched_getaffinity(0))  # the machine, and its cores
     ranks: list[tuple[str, set[int]]] = [mine] * world.size
     torch.distributed.all_gather_object(ranks, mine)
@@ -177,7 +177,7 @@ def share_of_cores(mine: set[int], on_machine: Sequence[set[int]]) -> int:
 
     Args:
         mine: cores that the rank may run on.
-        on_machine: the same of all ranks on its machine, itself included.
+        on_machine: the same for all ranks on its machine, including itself.
     """
     return max(int(sum(1 / sum(core in cores for cores in on_machine) for core in mine) + 1e-6), 1)
 
@@ -190,6 +190,6 @@ def exit_process(code: int) -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()  # a worker that cannot hand over its last batch would outlive us
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read it has ended
+        with contextlib.suppress(OSError):  # its reader has ended
             stream.flush()
     os._exit(code)

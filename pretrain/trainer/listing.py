@@ -1,4 +1,4 @@
-"""What a command can be given: its recipes, its keys, and a recipe's keys with what set them; for 120 columns."""
+"""Lists a command's recipes and keys, and shows a recipe's keys with what set them, in 120 columns."""
 
 import inspect
 import itertools
@@ -24,14 +24,14 @@ UNSET = "(must be set)"
 
 @dataclass(frozen=True)
 class Catalog:
-    """What a command that trains takes.
+    """The recipes and keys of a command that trains.
 
     Attributes:
         schema: its configuration.
         recipes: the folder of its shipped recipes.
         load: (recipe, overrides) -> the checked configuration.
-        elsewhere: as of `load_config`.
-        check: what else is refused of a configuration that is shown.
+        elsewhere: as in `load_config`.
+        check: a further check of a configuration that is shown.
     """
 
     schema: type[Section]
@@ -41,7 +41,7 @@ class Catalog:
     check: Callable[[Any], None] | None = None
 
     def list_recipes(self) -> str:
-        """Each shipped recipe with the first sentence of its head."""
+        """Each shipped recipe with the first sentence of its comment."""
         heads = {path.stem: _head(path.read_text()) for path in sorted(self.recipes.glob("*.yaml"))}
         width = max(map(len, heads))
         return "\n".join(_columns(f"{name:{width}}  ", head) for name, head in heads.items())
@@ -50,7 +50,7 @@ class Catalog:
         """Every key with its type, its default and what it does.
 
         Args:
-            word: a section, a method or another `name` of a section, a key or a part of one; '': all keys.
+            word: a section, a method or another `name` of a section, or a key with or without section; '': all keys.
 
         Raises:
             ValueError: nothing has this name.
@@ -78,7 +78,7 @@ class Catalog:
         """The configuration in YAML, each key with what sets it.
 
         Raises:
-            ValueError: as `load`, but for texts that are not set, and `check`.
+            ValueError: as `load`, except for required texts that are not set, and as `check`.
         """
         layers = read_layers(self.schema, recipe, overrides, self.recipes, self.elsewhere)
         unset = [f"{key}={UNSET}" for key in _unset_texts(self.schema, layers)]
@@ -89,7 +89,7 @@ class Catalog:
 
 
 def _unset_texts(schema: type[BaseModel], layers: list[Layer]) -> Iterator[str]:
-    """The keys, such as `data.shards`, without which a run cannot start and which nothing has set."""
+    """Required texts that nothing has set, such as `data.shards`."""
     for section, field in schema.model_fields.items():
         kinds = sections_in(field.annotation)
         if len(kinds) == 1 and not optional(field.annotation):
@@ -123,7 +123,7 @@ def _columns(start: str, text: str) -> str:
 
 
 def _all_sections(schema: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
-    """The keys at the top, and each type of each section."""
+    """The schema of the top-level keys, and each type of each section."""
     yield "", schema
     for name, field in schema.model_fields.items():
         for kind in sections_in(field.annotation):
@@ -131,7 +131,7 @@ def _all_sections(schema: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel
 
 
 def _tag(kind: type[BaseModel]) -> str | None:
-    """The `name` by which one of several types of a section is chosen."""
+    """The `name` that selects this type of a section, if the section has several."""
     field = kind.model_fields.get("name")
     return str(field.default) if field is not None and describe(field.annotation) == field.default else None
 

@@ -18,34 +18,34 @@ from pretrain.trainer.config import RunConfig
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
 
-_SILENCE = 60.0  # seconds after which a run without a terminal says how far it is
+_SILENCE = 60.0  # seconds after which a run without a terminal reports its progress
 _log = logging.getLogger(__name__)
-Values = dict[str, Any]  # by name, `step` and `epoch` among them
+Values = dict[str, Any]  # by name, including `step` and `epoch`
 
 
 class MetricLogger(ABC):
-    """A destination of a run's metrics, on the main rank only. `build_loggers` lists those that a run has."""
+    """A destination for a run's metrics, on the main rank only. `build_loggers` builds those of a run."""
 
     @abstractmethod
     def log_metrics(self, values: Values) -> None:
-        """Training metrics since the last call. Some may not be finite."""
+        """Logs training metrics since the last call. Some may not be finite."""
 
     @abstractmethod
     def log_evaluation(self, values: Values) -> None:
-        """Results of an evaluation between two steps: numbers, and perhaps words about them."""
+        """Logs the results of an evaluation between two steps: numbers, and perhaps words about them."""
 
     def step(self) -> None:  # noqa: B027 - most loggers do nothing here
-        """After every optimizer step."""
+        """Called after every optimizer step."""
 
     def close(self) -> None:  # noqa: B027
-        """At the end of training, however it ends."""
+        """Called at the end of training, however it ends."""
 
 
 class Loggers(MetricLogger):
     """Passes everything to several loggers; to none on ranks that log nothing.
 
-    One that cannot write, since a disk is full or the reader of our output has ended, is mentioned once, and does not
-    end the training.
+    A logger that cannot write, because a disk is full or the reader of our output has ended, is reported once and does
+    not end the training.
     """
 
     def __init__(self, loggers: Sequence[MetricLogger] = ()):
@@ -98,7 +98,7 @@ class JsonLines(MetricLogger):
 
 
 class TensorBoard(MetricLogger):
-    """Event files, without words and non-finite values."""
+    """Event files, without text and non-finite values."""
 
     def __init__(self, folder: RunFolder, start: int):
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
@@ -115,7 +115,7 @@ class TensorBoard(MetricLogger):
 
 
 class ProgressBar(MetricLogger):
-    """A progress bar on a terminal. Elsewhere a line for each logged step, and for others where those are far apart."""
+    """A progress bar on a terminal; elsewhere one line per logged step, and more lines if those are far apart."""
 
     def __init__(self, name: str, start: int, total: int):
         self.start, self.done, self.total = start, start, total
@@ -132,7 +132,7 @@ class ProgressBar(MetricLogger):
         if self.done == self.start + 1:
             self.first = now
             self._say(f"the first one took {now - self.began:.1f} s")
-        elif self.done == self.start + 3 or now - self.said > _SILENCE:  # the first step is no measure
+        elif self.done == self.start + 3 or now - self.said > _SILENCE:  # the first step is not typical
             seconds = (now - self.first) / (self.done - self.start - 1)
             left = tqdm.format_interval((self.total - self.done) * seconds)
             self._say(f"{seconds:.2f} s a step, about {left} left")

@@ -12,19 +12,19 @@ from data.parallel import print_any_name
 from data.storage.location import without_secrets
 from pretrain.trainer.launch import World
 
-VERBOSE = "LOMAR_VERBOSE"  # of the environment: 1 to see what libraries say, too
+VERBOSE = "LOMAR_VERBOSE"  # environment variable: 1 to see the messages of libraries, too
 _PROJECT = ("data", "pretrain", "downstream", "__main__")  # an entry that a launcher starts as a script is __main__
 
 
 class _Formatter(logging.Formatter):
-    """Without passwords and tokens, also where an error of a library repeats them."""
+    """Removes passwords and tokens, even if a library's error repeats them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
 
 
 class _ConsoleHandler(logging.Handler):
-    """Lines that do not break a progress bar: warnings on stderr, the rest on stdout."""
+    """Prints lines that do not break a progress bar: warnings on stderr, the rest on stdout."""
 
     def __init__(self, level: int):
         super().__init__(level)
@@ -40,7 +40,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _RankFileHandler(logging.FileHandler):
-    """Appends to a rank's file. A disk that is full must not stop a training whose next checkpoint may fit again."""
+    """Appends to a rank's file. A full disk must not stop a training whose next checkpoint may fit again."""
 
     def __init__(self, path: Path):
         super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
@@ -49,11 +49,11 @@ class _RankFileHandler(logging.FileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             super().emit(record)
-        except OSError:  # of opening it: the main rank has removed the folder of a run that was refused
+        except OSError:  # when opening it: the main rank has removed the folder of a refused run
             self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Nothing: what matters is on the console as well."""
+        """Does nothing: what matters is on the console as well."""
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -61,14 +61,14 @@ class _RankFileHandler(logging.FileHandler):
 
 
 def is_verbose() -> bool:
-    """Whether libraries may talk."""
+    """Whether messages of libraries are shown."""
     return os.environ.get(VERBOSE, "0") not in ("", "0")
 
 
 def log_to_console(world: World) -> None:
-    """From now on the messages of this project go to the main rank's console; of other ranks only errors do.
+    """Sends this project's messages to the console: all of those of the main rank, only errors of other ranks.
 
-    What libraries warn of goes to the files of `log_to_file`, and to the console as well if `VERBOSE` is set.
+    Warnings of libraries go to the files of `log_to_file`, and to the console as well if `VERBOSE` is set.
     """
     print_any_name()
     verbose = is_verbose()
@@ -79,7 +79,7 @@ def log_to_console(world: World) -> None:
 
 
 def log_to_file(folder: Path, world: World) -> None:
-    """From now on they go to `folder`/rank<N>.log as well, with times, and so do warnings that libraries log.
+    """Sends them to `folder`/rank<N>.log as well, with times, together with warnings that libraries log.
 
     The main rank creates the folder.
     """
@@ -89,7 +89,7 @@ def log_to_file(folder: Path, world: World) -> None:
 
 
 def _replace(handler: logging.Handler, only_ours: bool) -> None:
-    """Adds a handler in place of an earlier one of its kind: a process may train several runs, one after the other."""
+    """Adds a handler in place of an earlier one of its type: a process may train several runs in turn."""
     root = logging.getLogger()
     for old in [old for old in root.handlers if type(old) is type(handler)]:
         root.removeHandler(old)

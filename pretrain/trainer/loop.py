@@ -39,9 +39,9 @@ class Evaluation:
     """What is measured during training.
 
     Attributes:
-        every_epochs: the end of training is measured as well.
-        measure: called by all ranks together, between steps, with the engine's module and the moving average; returns
-            the same on all of them: numbers, and perhaps words about them.
+        every_epochs: epochs between measurements; the end of training is measured as well.
+        measure: called by all ranks together, between steps, with the engine and the moving average; returns the same
+            on all ranks: numbers, and perhaps words about them.
     """
 
     every_epochs: int
@@ -50,11 +50,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TakenStep:
-    """An optimizer step of which the state does not know yet whether it changed the weights."""
+    """An optimizer step that `state` has not counted yet: it may not have changed the weights."""
 
     step: int
     keys: list[str]  # of this rank's samples
-    applied: Callable[[], bool]  # of `applied_later`
+    applied: Callable[[], bool]  # from `applied_later`
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Run:
 
     @property
     def end(self) -> int:
-        """Of the order, whose steps are those of the run plus `state.offset`."""
+        """The end of the order, whose steps are those of the run plus `state.offset`."""
         return self.config.train.epochs * self.loader.steps_per_epoch
 
     @property
@@ -110,17 +110,17 @@ class Run:
 
     @property
     def scheduled(self) -> int:
-        """The update that a schedule is at."""
+        """The update number that schedules use."""
         return max(self.state.updates + self.state.offset, 0)
 
     @property
     def progress(self) -> float:
-        """The share of the run that is over, by its updates."""
+        """The share of the run that is done, by updates."""
         return self.scheduled / self.end
 
     @property
     def size_changes(self) -> bool:
-        """Whether the images of the next step have another size than those of the last one."""
+        """Whether the images of the next step have another size than those of the last step."""
         return any(begin == self.position for begin, _ in self.loader.sizes[1:])
 
 
@@ -159,7 +159,7 @@ def train(run: Run) -> None:
             loggers.step()
             saver.poll()
             last = bool(signal) or state.step == total
-            # No logged speed is of two sizes.
+            # No logged speed mixes two sizes.
             logs = last or state.step % config.log.every_steps == 0 or run.size_changes
             saves = last or state.step % config.checkpoint.every_steps == 0
             if logs or saves or _evaluates(run) or run.ema.model is not None:
@@ -193,7 +193,7 @@ def _stopped(run: Run, why: str) -> Stopped:
 
 
 def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> float:
-    """One optimizer step, with `run.taken` for what is not known of it yet; returns its learning rate."""
+    """Takes one optimizer step, whose outcome is still pending in `run.taken`; returns its learning rate."""
     config, engine, state = run.config, run.engine, run.state
     accumulation = config.train.gradient_accumulation_steps
     keys: list[str] = []
@@ -225,9 +225,9 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
 
 
 def _settle(run: Run) -> None:
-    """Counts the step that was taken, if it is not counted yet; if the optimizer refused it, records its samples.
+    """Counts the last step, if it is not counted yet; if the optimizer refused it, records its samples.
 
-    Until then nothing waits for the device to know. Called by all ranks together.
+    Nothing waits for the device's answer before that. Called by all ranks together.
     """
     taken, run.taken = run.taken, None
     if taken is None:

@@ -24,39 +24,39 @@ from pretrain.trainer.watchdog import Watchdog
 
 
 class TrainingConfig(Protocol):
-    """What `main` asks of a configuration."""
+    """What `main` needs from a configuration."""
 
     @property
     def watchdog(self) -> WatchdogConfig:
         """How long anything may take."""
 
     def memory_advice(self, ranks: int) -> str:
-        """The keys to change where a GPU's memory is full, as what to do."""
+        """What to do if a GPU's memory is full: the keys to change."""
 
 
 AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 _log = logging.getLogger(__name__)
 
-# What gloo, NCCL and torch's store say on the ranks that are left.
+# What gloo, NCCL and torch's store report on the ranks that are left.
 _LOST_RANK = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited|recvValue failed"
 )
-# What torch says where a GPU, its link or its driver has failed, and not what runs on it.
+# What torch reports if a GPU, its link or its driver has failed, and not the program that runs on it.
 _BROKEN_GPU = re.compile(
     r"uncorrectable|hardware stack error|busy or unavailable|no CUDA-capable device|unspecified launch failure"
     r"|CUDA (error: )?unknown error|NVLink|fallen off the bus|system not yet initialized"
 )
-PATIENCE = 5.0  # seconds for which other ranks leave it to the first to say what is wrong
+PATIENCE = 5.0  # seconds for which other ranks leave it to the first one to report an error
 
 
 @contextlib.contextmanager
 def said_once(ranks_before: int) -> Iterator[None]:
-    """For what several ranks do alike: the first of them says a ValueError at once, and the others after a while.
+    """For code that several ranks run alike: the first of them raises a ValueError at once, the others after a while.
 
-    Until then their launcher has ended them, as the first is gone. If they were gone before, it would not be heard.
+    By then their launcher has ended them, since the first is gone. If they ended earlier, its message could be lost.
 
     Args:
-        ranks_before: how many of these ranks are before this one.
+        ranks_before: how many of these ranks come before this one.
     """
     try:
         yield
@@ -78,16 +78,16 @@ def main(
     check: Callable[[AnyConfig, World], object] | None = None,
     catalog: Catalog | None = None,
 ) -> NoReturn:
-    """Exit code 0 when the run is complete or was stopped by a signal, 1 with one clear line otherwise.
+    """Exits with 0 when the run is complete or was stopped by a signal, with 1 and one clear line otherwise.
 
-    Where a signal stopped the run, `mark_attempt` says so.
+    If a signal stopped the run, `mark_attempt` records it.
 
     Args:
         description: of the command, for --help.
         load: (recipe, overrides) -> the checked configuration.
         train: the whole run, on all ranks.
         recipe: what --help calls the first argument.
-        check: what else can be refused at once, before anything is read; the same on every rank, so that one says it.
+        check: a further check before anything is read; every rank finds the same, so that one reports it.
         catalog: what --recipes, --keys and --show print, if the command has them.
     """
     watch_signals()
@@ -111,7 +111,7 @@ def main(
 
 
 def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, world: World) -> int:
-    """Trains; what goes wrong is logged, so that it is in the rank's log file as well, and told to the other ranks."""
+    """Trains; errors are logged, so that they are in the rank's log file as well, and told to the other ranks."""
     with Watchdog(config.watchdog, world) as watchdog:
         try:
             train(config, world)
@@ -127,7 +127,7 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
             problem = _describe(error, config, world)
             if isinstance(error, RuntimeError) and _BROKEN_GPU.search(str(error)):
                 _log.error("a GPU of %s has failed", node_name())
-                with contextlib.suppress(OSError):  # the script then leaves no node out
+                with contextlib.suppress(OSError):  # then the job script excludes no node
                     mark_bad_node(node_name())
             _log.error("%s:%s", world.error, problem and f" {problem}", exc_info=not problem)
             watchdog.tell(problem or f"{type(error).__name__}: {_first_line(error)}")
@@ -136,7 +136,7 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
 
 
 def _describe(error: Exception, config: TrainingConfig, world: World) -> str:
-    """What to do about it; '' of an error that nobody has foreseen, of which the traceback is wanted."""
+    """What is wrong and what to do; '' for an unforeseen error, whose traceback is wanted."""
     if isinstance(error, torch.OutOfMemoryError):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         more = f" ({wanted[1]} more were asked for)" if wanted else ""
@@ -178,7 +178,7 @@ def _parse(description: str | None, recipe: str, catalog: Catalog | None) -> arg
 
 
 def _listed(options: argparse.Namespace, catalog: Catalog | None) -> str | None:
-    """What was asked to be printed, if anything."""
+    """The listing that was asked for, if any."""
     if catalog is None:
         return None
     if options.recipes:

@@ -1,6 +1,6 @@
 """Where the ranks of a run meet as soon as they have started: torch's store, before there is a process group.
 
-Waiting here listens to signals and says which ranks are missing. The process group later uses the same store.
+Waiting here reacts to signals and reports which ranks are missing. The process group later uses the same store.
 """
 
 import contextlib
@@ -22,31 +22,31 @@ import torch.distributed as dist
 from pretrain.trainer.phases import SLOW, report_if_slow
 from pretrain.trainer.signals import stop_if_told
 
-_TRY = timedelta(seconds=5)  # of one attempt to reach the store
-_FOREIGN = 30.0  # seconds in which something listens at the port that is no store
+_TRY = timedelta(seconds=5)  # for one attempt to reach the store
+_FOREIGN = 30.0  # seconds after which whatever listens at the port is taken for another program
 _POLL = 0.1
 _log = logging.getLogger(__name__)
 
 
 class _Meeting:
-    """This process's; the launcher's variables are the same for all of its life."""
+    """This process's store; the launcher's variables do not change during its life."""
 
     server: dist.TCPStore | None = None  # on the main rank
     store: dist.Store | None = None
 
 
 def meeting_store() -> dist.Store | None:
-    """The store at which this rank has met the others; None before, and without others."""
+    """The store at which this rank has met the others; None before that, or without others."""
     return _Meeting.store
 
 
 def connect(timeout: timedelta) -> dist.Store:
-    """A new connection to that store, for another thread than the main one."""
+    """A new connection to that store, for a thread other than the main one."""
     return dist.PrefixStore(_token(), _connect(timeout))
 
 
 def meet(rank: int, size: int) -> None:
-    """Waits until all ranks have started; after `find_world`.
+    """Waits until all ranks have started; called after `find_world`.
 
     Raises:
         ValueError: the port is taken by another program or run; on all ranks.
@@ -72,7 +72,7 @@ def _connect(timeout: timedelta) -> dist.TCPStore:
 def _host_store() -> dist.TCPStore:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        # multi_tenant: torch's own, for the process group, is then the same server.
+        # multi_tenant: torch's own store, for the process group, then uses the same server.
         return dist.TCPStore(
             host, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listen(host, port)
         )
@@ -86,10 +86,10 @@ def _host_store() -> dist.TCPStore:
 
 
 def listen(host: str, port: int) -> int | None:
-    """The descriptor of a socket at the host's address alone, where torch would listen at all addresses of the node.
+    """The descriptor of a socket at the host's address alone; torch would listen at all addresses of the node.
 
-    None, which leaves it to torch, where the address is none of this node's, as behind a load balancer, or where the
-    host's own name means the node itself (127.0.1.1 in Debian's /etc/hosts), which no other node could reach.
+    None leaves it to torch: if the address does not belong to this node, as behind a load balancer, or if the host's
+    name is a loopback address here (127.0.1.1 in Debian's /etc/hosts), which no other node could reach.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     if ipaddress.ip_address(address[0]).is_loopback and host not in ("localhost", address[0]):
@@ -103,7 +103,7 @@ def listen(host: str, port: int) -> int | None:
 
 
 def _find_store() -> dist.TCPStore:
-    """As soon as the main rank has made it."""
+    """Connects to the store as soon as the main rank has made it."""
     tries: queue.Queue[dist.TCPStore | None] = queue.Queue()
 
     def attempt() -> None:
@@ -113,7 +113,7 @@ def _find_store() -> dist.TCPStore:
         tries.put(found)
 
     while True:
-        # In a thread: where something else listens, which does not answer, torch waits forever.
+        # In a thread: if something else listens there and does not answer, torch waits forever.
         threading.Thread(target=attempt, daemon=True).start()
         start = time.monotonic()
         while tries.empty():
@@ -126,7 +126,7 @@ def _find_store() -> dist.TCPStore:
 
 
 def _introduce(store: dist.TCPStore, rank: int) -> None:
-    """Raises ValueError where the store is another run's, or an earlier start's of this one."""
+    """Raises ValueError if the store belongs to another run, or to an earlier start of this one."""
     token, attempt = _token(), os.environ.get("TORCHELASTIC_RESTART_COUNT")
     run = f"lomar/run/{attempt or 0}"
     if rank == 0:
@@ -134,7 +134,7 @@ def _introduce(store: dist.TCPStore, rank: int) -> None:
     start = time.monotonic()
     while not store.check([run]):
         stop_if_told("the main rank to start")
-        if attempt is None and time.monotonic() - start > _FOREIGN:  # torchrun's store is there before the main rank
+        if attempt is None and time.monotonic() - start > _FOREIGN:  # torchrun's store exists before the main rank
             raise ValueError(_foreign(store.host, store.port))
         time.sleep(_POLL)
     if store.get(run).decode() != token or store.add(f"{token}/here/{rank}", 1) != 1:
@@ -142,7 +142,7 @@ def _introduce(store: dist.TCPStore, rank: int) -> None:
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """The main rank sees who is there, and tells the others when all are."""
+    """The main rank checks who has arrived, and tells the others when all have."""
     start, mention, missing = time.monotonic(), SLOW, list(range(size)) if rank == 0 else []
     while not store.check(["all"]):
         missing = [other for other in missing if not store.check([f"here/{other}"])]
@@ -163,7 +163,7 @@ def _ranks(missing: list[int]) -> str:
 
 
 def _token() -> str:
-    """The same on all ranks of a start, and another one for other runs, as far as can be told."""
+    """A token that is the same on all ranks of a start, and differs from other runs' as far as can be told."""
     env = os.environ
     facts = [env["WORLD_SIZE"], *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))]
     names = (
@@ -174,7 +174,7 @@ def _token() -> str:
         "TORCHELASTIC_RESTART_COUNT",
     )
     facts += [env.get(name, "") for name in names]
-    if env.get("LOCAL_SIZE") == env["WORLD_SIZE"]:  # one launcher of DeepSpeed has started all
+    if env.get("LOCAL_SIZE") == env["WORLD_SIZE"]:  # one DeepSpeed launcher has started all ranks
         facts.append(str(os.getppid()))
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
@@ -187,14 +187,14 @@ def _foreign(host: str, port: int) -> str:
 
 
 def free_port() -> int:
-    """One that nobody on this machine uses now."""
+    """A port that nobody on this machine is using."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _port_in_use(port: int) -> str:
-    """Who listens on a port, and what to do."""
+    """Says who listens on a port, and what to do."""
     try:
         listening = {c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid}
         command = " ".join(psutil.Process(min(listening)).cmdline()) if listening else ""

@@ -25,14 +25,14 @@ class Meter:
         self._since = time.perf_counter()
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
-        """What a method returned for one micro-batch of this rank: `loss`, and what else it wants logged, by name."""
+        """Adds what a method returned for one micro-batch of this rank: `loss` and other values to log, by name."""
         for name, value in losses.items():
             value = value.detach().double()
             self._losses[name] = self._losses[name] + value if name in self._losses else value
         self._micro_batches += 1
 
     def add_step(self, images: int, waited: float, skipped: int) -> None:
-        """One optimizer step: its global batch size, the seconds this rank waited for data, the images it replaced."""
+        """Adds a step: its global batch size, the seconds that this rank waited for data, the images it replaced."""
         self._steps += 1
         self._images += images
         self._waited += waited
@@ -62,7 +62,7 @@ class Meter:
 
 
 def varying_size(loader: Loader, position: int) -> dict[str, int | str]:
-    """Of the images of a step of the order, where not all have the same: the side of a square, or height x width."""
+    """The image size at a step of the order, if the run has several: the side of a square, or height x width."""
     if len(loader.sizes) == 1:
         return {}
     height, width = loader.size_at(position)
@@ -70,9 +70,9 @@ def varying_size(loader: Loader, position: int) -> dict[str, int | str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; empty without the file.
+    """The records of a file of JSON lines; empty if there is no file.
 
-    What is no record is left out: lines that a kill or a full disk has cut off, and what a crash may leave in a file.
+    Skips what is no record: lines that a kill or a full disk has cut off, and what a crash may leave in a file.
     """
     if not path.exists():
         return []
@@ -80,7 +80,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:  # nor UTF-8, perhaps
+        except ValueError:  # perhaps not even UTF-8
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)

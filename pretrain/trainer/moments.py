@@ -1,4 +1,4 @@
-"""AdamW's moments, out of a checkpoint of any ZeRO stage and number of ranks, into an engine of any other."""
+"""Loads AdamW's moments from a checkpoint into an engine, whatever the ZeRO stage and number of ranks of each."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from pretrain.trainer.stored_state import MOMENTS, StoredState
 
 @dataclass(frozen=True)
 class Moments:
-    """Of some parameters; read from the checkpoint when they are needed.
+    """The moments of some parameters, read from the checkpoint when they are needed.
 
     Attributes:
-        stored: that has them.
+        stored: the checkpoint's state, which has them.
         names: parameter -> its name there.
     """
 
@@ -24,20 +24,20 @@ class Moments:
     names: Mapping[str, str]
 
     def renamed(self, taken: Mapping[str, str]) -> "Moments":
-        """Those of some parameters under other names.
+        """The moments of some of the parameters, under other names.
 
         Args:
-            taken: new name -> the one here; names that are not here are left out, such as those of buffers.
+            taken: new name -> name here; names that are not here, such as those of buffers, are left out.
         """
         return Moments(self.stored, {new: self.names[old] for new, old in taken.items() if old in self.names})
 
     def find(self, name: str, kind: str) -> Tensor | None:
-        """One of `MOMENTS`, of the parameter's shape, in fp32; None if it is of no parameter here."""
+        """One of `MOMENTS` of a parameter, in its shape and in fp32; None if the parameter is not here."""
         return self.stored.moment(self.names[name], kind) if name in self.names else None
 
 
 def read_moments(checkpoint: Path) -> Moments:
-    """All moments in one of our checkpoints of a pretraining.
+    """All moments in one of our pretraining checkpoints.
 
     Raises:
         ValueError: files of the checkpoint are missing.
@@ -48,7 +48,7 @@ def read_moments(checkpoint: Path) -> Moments:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `begin` to `end` of a parameter, laid flat; they are at `place` in a tensor that is trained."""
+    """Elements `begin` to `end` of a flattened parameter; they start at `place` in a tensor that is trained."""
 
     name: str
     begin: int
@@ -57,7 +57,7 @@ class Piece:
 
 
 def trained_tensors(engine: Any) -> Iterator[tuple[Tensor, list[Piece]]]:
-    """What this rank's optimizer trains, and what of the parameters is in it, in the order of the parameter groups."""
+    """The tensors that this rank's optimizer trains, and the pieces of parameters in each, in order of the groups."""
     stage, optimizer, rank = engine.zero_optimization_stage(), engine.optimizer, engine.global_rank
     if stage == 0:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -76,7 +76,7 @@ def trained_tensors(engine: Any) -> Iterator[tuple[Tensor, list[Piece]]]:
         for group, flat, partition in zip(optimizer.bit16_groups, optimizer.bit16_groups_flat, partitions, strict=True):
             pieces = []
             for parameter in group:
-                # A view of the group's flat tensor, which has its parameters in whatever order and alignment.
+                # A view of the group's flat tensor, which holds its parameters in any order and alignment.
                 place = parameter.storage_offset() - flat.storage_offset() - rank * partition.numel()
                 begin, end = (min(max(edge - place, 0), parameter.numel()) for edge in (0, partition.numel()))
                 pieces.append(Piece(engine.param_names[parameter], begin, end, place + begin))
@@ -84,10 +84,10 @@ def trained_tensors(engine: Any) -> Iterator[tuple[Tensor, list[Piece]]]:
 
 
 def set_moments(engine: Any, moments: Moments) -> None:
-    """Gives them to a new engine's optimizer; parameters of which there are none begin with zeros.
+    """Sets the moments of a new engine's optimizer; parameters that have none here begin with zeros.
 
-    Adam corrects its bias by the number of updates: in stage 0 these parameters begin at 0, and elsewhere, where a
-    tensor has several, as the others.
+    Adam's bias correction depends on the number of updates. In stage 0 such parameters begin at 0 updates. In other
+    stages, where a tensor holds several parameters, they share the number of the others.
     """
     state = engine.basic_optimizer.state
     for tensor, pieces in trained_tensors(engine):

@@ -1,4 +1,4 @@
-"""How fast each node is at a short matrix product and an all-reduce, and which is slower than the others."""
+"""Measures how fast each node is at a short matrix product and an all-reduce, and finds the slow ones."""
 
 import functools
 import statistics
@@ -15,7 +15,7 @@ from pretrain.trainer.main import said_once
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.preflight import Fault, named, refuse_faults
 
-_REPEATS = 5  # of a measurement, of which the best counts
+_REPEATS = 5  # of a measurement; the best one counts
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Speed:
 
     Attributes:
         product: seconds of a matrix product.
-        exchange: seconds of an all-reduce with one rank of a neighboring node, the faster of two; 0 if there is none.
+        exchange: seconds of an all-reduce with a rank of a neighboring node, the faster of two; 0 if there is none.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class Speed:
 
 
 def measure_speed(world: World, device: torch.device) -> Speed:
-    """In a second or two; called by all ranks together, with a process group."""
+    """Measures this rank in a second or two; called by all ranks together, with a process group."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 512
     matrix = torch.ones(size, size, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
@@ -51,9 +51,10 @@ def measure_speed(world: World, device: torch.device) -> Speed:
 
 
 def neighbor(rank: int, size: int, on_node: int, turn: int) -> int | None:
-    """The rank of the same place on the node behind (turn 0, of even nodes) or before; None where there is none.
+    """The rank in the same place on a neighboring node; None if there is none.
 
-    Each rank is in one pair a turn, so that all pairs are busy at once. On one node, these are its ranks themselves.
+    Turn 0 pairs even nodes with the next node, and turn 1 odd ones, so that all pairs are busy at once. With a single
+    node, each of its ranks counts as a node.
     """
     if size % on_node or size == on_node:
         on_node = 1
@@ -65,7 +66,7 @@ def neighbor(rank: int, size: int, on_node: int, turn: int) -> int | None:
 
 
 def _add_up(mine: torch.Tensor, other: torch.Tensor, peer: int) -> None:
-    """An all-reduce of two ranks, for which no group is made: with many nodes that alone would take long."""
+    """An all-reduce of two ranks without a process group: with many nodes, making the groups would take long."""
     sent = dist.P2POp(dist.isend, mine, peer)
     received = dist.P2POp(dist.irecv, other, peer)
     for work in dist.batch_isend_irecv([sent, received]):
@@ -85,7 +86,7 @@ def _best_time(compute: Callable[[], object], device: torch.device) -> float:
 
 
 def find_slow(speeds: Sequence[Speed], factor: float) -> Fault | None:
-    """The nodes that take `factor` times as long as the median at one of the two; of two nodes none does."""
+    """The nodes above `factor` times the median in one measurement; with two nodes, none can be above twice."""
     for name, what in (("product", "a matrix product"), ("exchange", "an all-reduce with its neighbors")):
         median = statistics.median(getattr(speed, name) for speed in speeds)
         slow = [speed for speed in speeds if getattr(speed, name) > factor * median]
@@ -102,10 +103,10 @@ def find_slow(speeds: Sequence[Speed], factor: float) -> Fault | None:
 
 
 def check_speed(world: World, device: torch.device, factor: float) -> list[Speed]:
-    """The speeds of all ranks on the main rank; called by all ranks together, with a process group.
+    """The speeds of all ranks, on the main rank; called by all ranks together, with a process group.
 
     Raises:
-        ValueError: a node is `factor` times as slow as the median; 0 for any.
+        ValueError: a node takes more than `factor` times as long as the median; not checked if `factor` is 0.
     """
     with report_if_slow("the speed of all nodes is measured"):
         mine = measure_speed(world, device)

@@ -33,10 +33,10 @@ def list_samples(path: Path, step: int, keys: list[str], world: World) -> None:
 class NonfiniteGuard(torch.optim.Optimizer):
     """A mixin that gives an optimizer what DeepSpeed's ZeRO optimizers have and its stage 0 lacks.
 
-    It clips the gradient, records the norm before that, and refuses a step whose gradient is not finite: weights,
-    moments and step counts keep their bits. Parameters without a gradient have one of 0, and decay. With a fused
-    optimizer no step waits for the device to know: `applied_later` tells the host. DeepSpeed reads `_global_grad_norm`
-    after `step`.
+    It clips the gradient, records its norm before clipping, and refuses a step whose gradient is not finite: weights,
+    moments and step counts keep their bits. Parameters without a gradient get a zero gradient, and decay. With a fused
+    optimizer no step waits for the device; `applied_later` tells the host the outcome. DeepSpeed reads
+    `_global_grad_norm` after `step`.
 
     Attributes:
         refused: () float32 on the device, 1 if the last step was refused, else 0.
@@ -54,7 +54,7 @@ class NonfiniteGuard(torch.optim.Optimizer):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.clip_grad:  # by a norm that is not finite it spoils the gradient, which is refused anyway
+        if self.clip_grad:  # a norm that is not finite spoils the gradient, which is refused anyway
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self._global_grad_norm = norm
         self.refused = norm.isfinite().logical_not().float()
@@ -69,8 +69,8 @@ def applied_later(engine: Any) -> Callable[[], bool]:
     """Whether the optimizer step that was just taken changed the weights.
 
     Returns:
-        A function that says so. In stage 0 it waits for the device, if that is not done with the step yet; DeepSpeed's
-        ZeRO optimizers have waited already.
+        A function that says so. In stage 0 it waits until the device is done with the step; DeepSpeed's ZeRO optimizers
+        have waited already.
     """
     if not isinstance(engine.optimizer, NonfiniteGuard):
         applied = bool(engine.was_step_applied())  # the next micro-batch forgets it

@@ -23,7 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_class_token: b
     This is timm's rule, which the authors of MAE and LoMaR used. Call it before ZeRO-3 empties the shapes.
 
     Args:
-        decay_class_token: False for SimMIM's rule, by which the encoder's class token does not decay.
+        decay_class_token: False for SimMIM's rule, under which the encoder's class token does not decay.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decaying = {name for name, p in trainable.items() if decays(name, p.ndim, decay_class_token)}
@@ -34,14 +34,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_class_token: b
     return [group for group in groups if group["params"]]
 
 
-# What an encoder has in front of its blocks, or for all of them.
+# An encoder's parameters in front of its blocks, or shared by all of them.
 _BELOW = ("patch_embed.", "cls_token", "class_adapter.", "reg_token", "pos_embed", "rel_pos_bias.")
 
 
 def layers_above(name: str, depth: int) -> int:
-    """By how many layers a parameter of an encoder is below the head, for layer decay: 0 of what follows the blocks.
+    """How many layers below the head an encoder's parameter is, for layer decay: 0 for what follows the blocks.
 
-    The last block's are 1 below it, and those in front of the blocks, with a table that these share, depth + 1.
+    The last block is 1 below it. What is in front of the blocks, and a table that they share, is depth + 1 below.
     """
     if block := re.match(r"blocks\.(\d+)\.", name):
         return depth - int(block[1])
@@ -77,9 +77,9 @@ def build_adamw(groups: list[dict[str, Any]], config: RunConfig, stage: int) -> 
 
 
 def keep_fused(optimizer: torch.optim.Optimizer) -> None:
-    """Call it when the optimizer's state was loaded: the options of the one that was saved must not win.
+    """Call it after loading the optimizer's state: the saved options must not win.
 
-    A fused optimizer reads its step counts on the device, and others keep them on the CPU.
+    A fused optimizer reads its step counts on the device; others keep them on the CPU.
     """
     if not optimizer.defaults.get("fused"):
         return

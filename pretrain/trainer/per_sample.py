@@ -20,7 +20,7 @@ Compute = Callable[[Tensor, Tensor], Tensor]
 def computed_batches(
     compute: Compute, loader: EvalLoader, device: torch.device, description: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's part, batch by batch; every rank gets equally many, of which the last may have no samples.
+    """This rank's results, batch by batch; every rank gets equally many batches, and the last may have no samples.
 
     Args:
         compute: ((B, H, W, C) images on the device, (B,) sample numbers) -> (B, ...). Padding (PADDING) and
@@ -31,10 +31,10 @@ def computed_batches(
 
     Yields:
         Rows (b,) in `loader.indices`, without padding, consecutive ones if the loader has no subset; their results
-        (b, ...) on the CPU; and bool (b,), whether they can be decoded: the others' results mean nothing.
+        (b, ...) on the CPU; and bool (b,), whether they can be decoded: results of the others mean nothing.
 
     Raises:
-        ValueError: no samples; and as `EvalLoader.batches`.
+        ValueError: there are no samples; and as `EvalLoader.batches`.
     """
     if not len(loader):
         raise ValueError(f"{description}: there are no samples")
@@ -50,13 +50,14 @@ def computed_batches(
 def compute_per_sample(
     compute: Compute, loader: EvalLoader, device: torch.device, description: str
 ) -> tuple[Tensor, Tensor]:
-    """Called by all ranks together; each calls `compute` equally often, on batches of the same shape.
+    """The results of all samples; called by all ranks together.
 
-    Each sample is computed by one rank, and the others add zeros: the sum over ranks is exact.
+    Each rank calls `compute` equally often, on batches of the same shape. Each sample is computed by one rank and the
+    others add zeros, so the sum over ranks is exact.
 
     Args:
-        compute: as of `computed_batches`, -> (B, K).
-        loader, device, description: as of `computed_batches`.
+        compute: as in `computed_batches`, -> (B, K).
+        loader, device, description: as in `computed_batches`.
 
     Returns:
         (N, K) on the CPU, row i for sample `loader.indices[i]`, zeros if it cannot be decoded; and bool (N,), whether
@@ -82,7 +83,7 @@ def compute_per_sample(
 
 
 def sum_over_ranks(tensor: Tensor, world: int, device: torch.device) -> None:
-    """In place, a chunk at a time: all of it may be larger than the device's memory."""
+    """Sums in place, a chunk at a time: the whole tensor may be larger than the device's memory."""
     if world == 1:
         return
     for chunk in tensor.view(-1).split(CHUNK):

@@ -1,4 +1,4 @@
-"""Says what a run is doing while something takes long: indexing, joining the other ranks, compiling."""
+"""Reports what a run is doing while something takes long: indexing, joining the other ranks, compiling."""
 
 import contextlib
 import logging
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-SLOW = 10.0  # seconds after which a phase is mentioned; then after twice as many more, and so on
+SLOW = 10.0  # seconds after which a phase is reported; then after twice as many more, and so on
 _log = logging.getLogger(__name__)
 
 
 class Phase(NamedTuple):
-    """What this process does, which key of `watchdog` limits it, and since when by `time.monotonic`."""
+    """What this process is doing, which key of `watchdog` limits it, and since when by `time.monotonic`."""
 
     name: str
     limit: str
@@ -25,7 +25,7 @@ _running: list[Phase] = []
 
 
 def current_phase() -> Phase | None:
-    """The innermost of those that this process is in; asked by the watchdog's thread."""
+    """The innermost phase that this process is in; called by the watchdog's thread."""
     running = list(_running)
     return running[-1] if running else None
 
@@ -43,7 +43,7 @@ def limited(name: str, limit: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_if_slow(phase: str, limit: str = "start_minutes") -> Iterator[None]:
-    """Logs every now and then that `phase` still goes on; nothing if it is quick. Limited, as by `limited`."""
+    """Logs every now and then that `phase` is still going on, nothing if it is quick; limits it like `limited`."""
     start, ended = time.monotonic(), threading.Event()
 
     def report() -> None:

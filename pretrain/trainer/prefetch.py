@@ -16,11 +16,11 @@ T = TypeVar("T")
 def prefetch(steps: Iterable[list[Batch]], device: torch.device) -> Generator[tuple[Batch, float], None, None]:
     """The micro-batches of all steps, on the device.
 
-    On a GPU the next micro-batch is read, and its copy started, before one is handed out. On a CPU there is nothing to
-    copy, and none is read before it is asked for.
+    On a GPU, the next micro-batch is read and its copy is started before the current one is handed out. On a CPU there
+    is nothing to copy, and each is read when it is asked for.
 
     Yields:
-        A micro-batch, and the seconds for which the loader was waited for since the one before.
+        A micro-batch, and the seconds spent waiting for the loader since the previous one.
     """
     read = _timed(itertools.chain.from_iterable(steps))
     if device.type != "cuda":
@@ -47,7 +47,7 @@ class _Copy:
 
 
 class _Copies:
-    """Copies from pinned memory on a stream of their own, beside what the device computes."""
+    """Copies from pinned memory on a stream of their own, while the device computes."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -57,12 +57,12 @@ class _Copies:
             return _Copy(batch.to(self._device), self._stream.record_event())
 
     def hand_out(self, copy: _Copy) -> Batch:
-        """The batch; what is computed from now on waits for its copy, on the device alone."""
+        """The batch; what the device computes from now on waits for its copy, the host does not."""
         stream, batch = torch.cuda.current_stream(self._device), copy.batch
         stream.wait_event(copy.done)
         for tensor in (batch.images, *batch.mask_indices.values(), batch.labels):
             if tensor is not None:
-                # Or its memory would be free for the next copy as soon as it is deleted here, still in use there.
+                # Or the next copy could reuse its memory once it is deleted here, while the device still uses it.
                 tensor.record_stream(stream)
         return batch
 

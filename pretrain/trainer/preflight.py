@@ -1,6 +1,6 @@
-"""Before a training: whether all ranks have the same code, recipe and data, and which node is not fit to train.
+"""Checks before a training that all ranks have the same code, recipe and data, and that every node can train.
 
-What each rank finds out goes through the store at which they have met, so nothing here needs a process group. The main
+Ranks exchange what they find through the store at which they have met, so nothing here needs a process group. The main
 rank compares, and all ranks refuse with the same sentence, which names the nodes.
 """
 
@@ -45,7 +45,7 @@ Loaded = TypeVar("Loaded")
 
 
 class OfRank(Protocol):
-    """What is known of a rank."""
+    """What is known about a rank."""
 
     @property
     def rank(self) -> int:
@@ -62,17 +62,17 @@ _exchanges = itertools.count()
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank finds out about its node, and what it is about to train.
+    """What a rank finds out about its node, and about what it is going to train.
 
     Attributes:
-        code: of the project's files, a digest; '' on all but the first rank of a node.
+        code: a digest of the project's files; '' on all but the first rank of a node.
         versions: of Python and of the packages that compute.
         recipe: a digest of all keys.
         index: the fingerprint of the training samples.
         gpus: how many this rank sees.
-        only_gpu: which it is, if it sees a single one.
-        free: bytes that the disk of the run's folder has left, or could get inodes for.
-        problem: why the data cannot be read, or the folder not be written; '' if they can.
+        only_gpu: the UUID of the GPU, if it sees a single one.
+        free: bytes left on the disk of the run's folder.
+        problem: why the data cannot be read or the folder cannot be written; '' if they can.
     """
 
     rank: int
@@ -94,16 +94,16 @@ def checked_start(
     load: Callable[[], Loaded],
     fingerprint: Callable[[Loaded], str],
 ) -> Loaded:
-    """What `load` returns, if all ranks agree and every node can train; called by all ranks together, before anything.
+    """What `load` returns, if all ranks agree and every node can train; called first, by all ranks together.
 
     Args:
         folder: of the run; it need not exist.
         recipe: all keys, as text.
-        load: reads the data's index; what it refuses, or cannot read, is one of the facts.
+        load: reads the data's index; an error of it becomes one of the facts.
         fingerprint: of what it has loaded.
 
     Raises:
-        ValueError: the first thing that is wrong, and with which nodes; on all ranks.
+        ValueError: the first fault found, and its nodes; on all ranks.
         Stopped: as `meet`.
     """
     meet(world.rank, world.size)
@@ -127,7 +127,7 @@ def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> 
     versions = {name: package_version(name) for name in ("torch", "deepspeed", "triton")}
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = 0
-    with suppress(OSError):  # of a disk that is gone, and then has no room
+    with suppress(OSError):  # a disk that is gone has no room
         free = shutil.disk_usage(existing).free
     if not problem and not os.access(existing, os.W_OK):
         problem = f"{existing} cannot be written to"
@@ -147,7 +147,7 @@ def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> 
 
 @functools.cache
 def project_digest() -> str:
-    """Of the names and bytes of all Python files of this project."""
+    """A digest of the names and bytes of all Python files of this project."""
     digest = hashlib.sha256()
     for package in _PROJECT:
         for path in sorted((_ROOT / package).rglob("*.py")):
@@ -158,14 +158,14 @@ def project_digest() -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and the nodes that a job had better leave out."""
+    """What is wrong, and the nodes that a job should exclude."""
 
     problem: str
     nodes: tuple[str, ...] = ()
 
 
 def find_fault(facts: Sequence[Facts]) -> Fault | None:
-    """The first of all that can be wrong with the facts of all ranks."""
+    """The first fault in the facts of all ranks, if any."""
     if (problem := facts[0].problem) and all(each.problem for each in facts):
         return Fault(problem)
     if failed := [each for each in facts if each.problem]:
@@ -180,7 +180,7 @@ def _difference(facts: Sequence[Facts]) -> Fault | None:
         counts = Counter(value for _, value in values)
         if len(counts) < 2:
             continue
-        usual, times = counts.most_common(1)[0]  # of equally many, that of the lowest rank
+        usual, times = counts.most_common(1)[0]  # in a tie, that of the lowest rank
         others = [each for each, value in values if value != usual]
         nodes = (
             tuple(dict.fromkeys(each.node for each in others)) if name != "recipe" and 2 * times > len(values) else ()
@@ -192,7 +192,7 @@ def _difference(facts: Sequence[Facts]) -> Fault | None:
 
 
 def _too_few_gpus(facts: Sequence[Facts]) -> Fault | None:
-    """A node has a GPU for each of its ranks: each rank sees all of them, or one of its own."""
+    """A node that does not have a GPU for each of its ranks: each rank must see all of them, or one of its own."""
     if not any(each.gpus for each in facts):
         return None  # a training on CPUs
     for node, ranks in _by_node(facts).items():
@@ -228,7 +228,7 @@ def named(facts: Sequence[OfRank]) -> str:
 
 
 def refuse_faults(world: World, mine: AnyFacts, find: Callable[[Sequence[AnyFacts]], Fault | None]) -> list[AnyFacts]:
-    """The facts of all ranks on the main rank, and [] on the others; called by all together.
+    """The facts of all ranks on the main rank, and [] on the others; called by all ranks together.
 
     Raises:
         ValueError: `find` finds a fault in them; on all ranks.
@@ -245,7 +245,7 @@ def refuse_faults(world: World, mine: AnyFacts, find: Callable[[Sequence[AnyFact
         fault = find(facts)
         problem = fault.problem if fault else ""
         for node in fault.nodes if fault else ():
-            with suppress(OSError):  # the job's script then leaves no node out
+            with suppress(OSError):  # then the job script excludes no node
                 mark_bad_node(node)
         if store is not None:
             store.set(f"verdict/{number}", problem)
@@ -258,7 +258,7 @@ def refuse_faults(world: World, mine: AnyFacts, find: Callable[[Sequence[AnyFact
 
 
 def _wait_for(store: dist.Store, key: str, whom: str) -> str:
-    """What another rank says; by looking now and then, so that signals are noticed."""
+    """What another rank says; polls for it, so that signals are noticed."""
     with report_if_slow(f"waiting for {whom}, which still reads or checks"):
         while not store.check([key]):
             stop_if_told(whom)

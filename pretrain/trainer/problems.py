@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in plain words: a line for each problem, with its key and where it was set."""
+"""What is wrong with a configuration, in plain words: one line per problem, with its key and where it was set."""
 
 import re
 from collections.abc import Sequence
@@ -27,29 +27,29 @@ COMMAND_LINE = "the command line"
 
 @dataclass(frozen=True)
 class Layer:
-    """Keys that were set together: by a recipe, by what it extends, or on the command line."""
+    """Keys that were set together: by a recipe, by one that it extends, or on the command line."""
 
     source: str
     keys: dict[str, Any]
 
 
 def explain(error: ValidationError, schema: type[BaseModel], layers: Sequence[Layer] = ()) -> list[str]:
-    """One line for each problem, with the dotted key and, where that is unknown, the nearest valid name.
+    """One line for each problem, with the dotted key and, if that is unknown, the nearest valid name.
 
     Args:
-        layers: what set the keys, the last one on the command line: what a recipe has set is called the recipe's.
+        layers: what set the keys, the command line last; a line names the recipe that set its key.
     """
     problems: dict[str, str] = {}
     for problem in error.errors(include_url=False):
         key, text = _explain(problem, schema)
         for line in text.splitlines():
-            # A union refuses a value once for each of its types: one line says what all of them are.
+            # A union refuses a value once for each of its types; one line covers all of them.
             problems.setdefault(key or line, line + _origins(line, key, layers))
     return list(problems.values())
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> str:
-    """What has set a key; '' where nothing has."""
+    """What has set a key; '' if nothing has."""
     for layer in reversed(layers):
         keys: Any = layer.keys
         parts = key.split(".")
@@ -61,7 +61,7 @@ def source_of(key: str, layers: Sequence[Layer]) -> str:
 
 
 def _recipe_of(key: str, layers: Sequence[Layer]) -> str:
-    """The recipe that has set a key; '' where it was the command line."""
+    """The recipe that has set a key; '' if it was the command line."""
     source = source_of(key, layers)
     return "" if source == COMMAND_LINE else source
 
@@ -76,7 +76,7 @@ def _origins(line: str, key: str, layers: Sequence[Layer]) -> str:
 
 
 def _explain(problem: Any, schema: type[BaseModel]) -> tuple[str, str]:
-    """The key, where there is one, and what is wrong with it."""
+    """The key, if there is one, and what is wrong with it."""
     section, path, annotation = locate(problem["loc"], schema)
     key, kind = ".".join(path), problem["type"]
     if kind == "extra_forbidden":
@@ -124,7 +124,7 @@ def _wanted(problem: Any, section: type[BaseModel], path: list[str], annotation:
     if words and isinstance(problem["input"], str) and nearest(problem["input"], words).startswith("did"):
         return f"{describe(annotation)}: {nearest(problem['input'], words)}"
     said = field.description or "" if field is not None and words else ""
-    if re.search(rf"\b{re.escape(str(problem['input']))}\b", said):  # it has the valid word for what was typed
+    if re.search(rf"\b{re.escape(str(problem['input']))}\b", said):  # it gives the valid word for what was typed
         return f"{describe(annotation)} ({said})"
     return describe(annotation)
 
@@ -135,7 +135,7 @@ def _limit(problem: Any) -> str:
 
 
 def problem_words(problem: Any) -> str:
-    """What is wrong with a value whose section is another library's: `must be at least 0`."""
+    """What is wrong with a value in a section of another library: `must be at least 0`."""
     kind = problem["type"]
     if kind in _LIMITS:
         return f"must be {_limit(problem)}"
@@ -179,7 +179,7 @@ def _owners(above: list[str], name: str, schema: type[BaseModel]) -> list[str]:
 
 
 def _nearest_key(unknown: str, section: type[BaseModel], schema: type[BaseModel]) -> str:
-    """The nearest key of the same section, else the same or a near name anywhere."""
+    """The nearest key of the same section, or else the same or a similar name in any section."""
     *above, name = unknown.split(".")
     prefix = "".join(f"{part}." for part in above)
     here = list(section.model_fields)

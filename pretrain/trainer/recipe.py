@@ -24,10 +24,10 @@ def load_config(
     """The configuration of a recipe (a path, or a name in the folder `recipes`) under `section.key=value` overrides.
 
     Args:
-        elsewhere: other commands with the folders of their recipes, to say so where one of those is given.
+        elsewhere: other commands with the folders of their recipes, to name the command if one of those is given.
 
     Raises:
-        ValueError: an unknown recipe or key, a wrong type, or values that do not fit together; a line for each, which
+        ValueError: an unknown recipe or key, a wrong type, or values that do not fit together; one line each, which
             names the key to change.
     """
     layers = read_layers(schema, recipe, overrides, recipes, elsewhere)
@@ -45,7 +45,7 @@ def read_layers(
     recipes: Path,
     elsewhere: Mapping[str, Path] | None = None,
 ) -> list[Layer]:
-    """What sets the keys, the last one winning; raises ValueError as `load_config`."""
+    """The layers that set keys, later ones winning; raises ValueError as `load_config`."""
     typed = Layer(COMMAND_LINE, parse_overrides(overrides, schema))
     return [*_read_extended(_find_recipe(recipe, recipes, elsewhere or {}), recipes, schema, ()), typed]
 
@@ -90,7 +90,7 @@ def _find_recipe(name: str | Path, shipped: Path, elsewhere: Mapping[str, Path])
 
 
 def _of_another_command(layers: list[Layer], schema: type[BaseModel], elsewhere: Mapping[str, Path]) -> list[str]:
-    """One line where there are sections that are not of this command, but of another."""
+    """One line if there are sections that belong to another command instead of this one."""
     unknown = {key: layer.source for layer in layers for key in layer.keys if key not in schema.model_fields}
     for command, folder in elsewhere.items() if unknown else ():
         theirs = {key for path in folder.glob("*.yaml") for key in read_yaml(path.read_text())}
@@ -102,10 +102,10 @@ def _of_another_command(layers: list[Layer], schema: type[BaseModel], elsewhere:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], schema: type[BaseModel] | None = None) -> dict[str, Any]:
-    """Nested dictionaries, `over` winning key by key.
+    """Merges nested dictionaries, `over` winning key by key.
 
-    A section of several types, told apart by `name`, is replaced as a whole where `over` names another type, and so is
-    what follows it (`Section.follows`): a method has its own target, unless `over` has one.
+    A section of several types, told apart by `name`, is replaced as a whole if `over` names another type. A section
+    that follows it (`Section.follows`) is dropped: another method has its own target, unless `over` sets one.
     """
     several = choices(schema) if schema is not None else set()
     merged = dict(base)
@@ -125,7 +125,7 @@ def _is_renamed(old: Any, new: Any) -> bool:
 
 
 def parse_overrides(arguments: list[str], schema: type[BaseModel]) -> dict[str, Any]:
-    """['optim.base_lr=1e-3', ...] -> {'optim': {'base_lr': Word('1e-3')}}: `convert` then knows the types.
+    """['optim.base_lr=1e-3', ...] -> {'optim': {'base_lr': Word('1e-3')}}; `convert` later applies the types.
 
     Raises:
         ValueError: an argument that is not `dotted.key=value`.

@@ -37,7 +37,7 @@ def describe_run(
 
 
 def _sizes(run: Run) -> str:
-    """Of the images, and from which epoch on where there are several."""
+    """The sizes of the images; if there are several, from which epoch on each."""
     spe = run.loader.steps_per_epoch
     return ", ".join(
         f"{height}x{width}" + (f" from epoch {begin // spe} on" if begin else "")
@@ -46,13 +46,13 @@ def _sizes(run: Run) -> str:
 
 
 def _format(run: Run) -> str:
-    """What images are, where they are no photographs."""
+    """What images are, if they are not 8-bit RGB."""
     format = run.config.data.pixels.format
     return "" if format == RGB else f" of {format}"
 
 
 def _passes(run: Run) -> str:
-    """How epochs are counted where each decode of an image is shown several times."""
+    """How epochs are counted if each decoded image is shown several times."""
     epochs, repeats = run.config.train.epochs, run.config.data.repeats
     if repeats == 1:
         return ""

@@ -1,4 +1,4 @@
-"""Which checkpoints stay. The newest sound one always does, and deleting one is never a failure of writing another."""
+"""Decides which checkpoints are kept, always the newest sound one; failing to delete one never fails a save."""
 
 import contextlib
 import logging
@@ -30,7 +30,7 @@ class Stored:
 
 
 def stored(folder: Path, read: bool = False) -> list[Stored]:
-    """The checkpoints in a folder, later steps first; `read`: all of their bytes are, to find damage."""
+    """The checkpoints in a folder, latest step first; with `read`, all of their bytes are read to find damage."""
     return [
         Stored(name, checkpoint_step(name) or 0, folder_size(folder / name), damage(folder / name, read))
         for name in checkpoint_names(folder)
@@ -38,26 +38,26 @@ def stored(folder: Path, read: bool = False) -> list[Stored]:
 
 
 def set_aside(folder: Path) -> list[Path]:
-    """Checkpoints that were damaged, those of earlier steps first; they count as none."""
+    """Damaged checkpoints that were set aside, earliest step first; they do not count as checkpoints."""
     return sorted(
         path for path in folder.glob(f"{ASIDE}*") if checkpoint_step(path.name.removeprefix(ASIDE)) is not None
     )
 
 
 def folder_size(folder: Path) -> int:
-    """In bytes, of the files in a folder."""
+    """The size in bytes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def why_kept(
     found: Collection[Stored], newest: Stored, config: CheckpointConfig, other_bytes: int = 0
 ) -> dict[str, str]:
-    """The reason for each checkpoint that stays, by its name; the others may go.
+    """The reason for each checkpoint that is kept, by its name; the others may be deleted.
 
     Args:
-        found: checkpoints, later steps first.
-        newest: of them, the sound one that the run continues from. What is of later steps stays, but does not count.
-        other_bytes: what else counts for `checkpoint.max_gb`.
+        found: checkpoints, latest step first.
+        newest: the sound one of them that the run continues from. Those of later steps are kept, but do not count.
+        other_bytes: what else counts towards `checkpoint.max_gb`.
     """
     every, later = config.keep_every_steps, [one for one in found if one.step > newest.step]
     whole = [one for one in found if one.step < newest.step and one.damage is None]
@@ -74,7 +74,7 @@ def why_kept(
 
 
 def retain(folder: Path, written: str, damaged: Collection[str], config: CheckpointConfig) -> None:
-    """Deletes what need not stay now that a checkpoint is written; what cannot be deleted is logged.
+    """Deletes what need not be kept now that a checkpoint is written; what cannot be deleted is logged.
 
     Args:
         folder: of all checkpoints.
@@ -88,7 +88,7 @@ def retain(folder: Path, written: str, damaged: Collection[str], config: Checkpo
 
 
 def _retain(folder: Path, written: str, damaged: Collection[str], config: CheckpointConfig) -> None:
-    for left in folder.glob(f"{DELETED}*"):  # of a deletion that was killed
+    for left in folder.glob(f"{DELETED}*"):  # from a deletion that was killed
         with _logged(left.name):
             shutil.rmtree(left)
     found = stored(folder)
@@ -121,7 +121,7 @@ def make_way(checkpoint: Path) -> None:
 
 
 def put_aside(checkpoint: Path) -> None:
-    """Renames a damaged checkpoint, so that it counts as none; one of the same step from before is deleted."""
+    """Renames a damaged checkpoint, so that it no longer counts; deletes an earlier one of the same step."""
     aside = checkpoint.with_name(f"{ASIDE}{checkpoint.name}")
     if aside.exists():
         shutil.rmtree(aside)

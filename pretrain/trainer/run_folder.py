@@ -66,15 +66,15 @@ class RunFolder:
         self.model_ema = root / "model_ema.safetensors"
 
     def result(self, path: Path, step: int | None) -> Path:
-        """Where one of the results above goes; `step` is the run's, if it is not over: such a file says so."""
+        """Where one of the results above goes; `step`, if the run is not over, becomes part of the name."""
         return path if step is None else path.with_name(f"{path.stem}_{checkpoint_name(step)}{path.suffix}")
 
     def partial_results(self) -> list[Path]:
-        """The files of `result` that a run has left which was stopped."""
+        """The files of `result` that a stopped run has left."""
         return sorted(self.root.glob("*_step_*.safetensors"))
 
     def cache_compiled(self) -> None:
-        """Makes torch and Triton keep what they compile here, unless the environment says where: a requeue starts warm.
+        """Makes torch and Triton keep compiled code here, unless the environment says where, so a requeue starts warm.
 
         Called before anything is compiled.
         """
@@ -88,8 +88,8 @@ class RunFolder:
         """Creates and locks the folder: the kernel releases the lock when this process ends, however it ends.
 
         Only the main rank does so, for all ranks of a run, which call it together. It waits for up to `patience`
-        seconds, since a requeued job may start while the old one's processes are still ending. Where the settings are
-        refused inside, and nothing has been written yet, it removes the folder.
+        seconds, since a requeued job may start while the old one's processes are still ending. If the settings are
+        refused inside and nothing has been written yet, it removes a folder that it created.
 
         Raises:
             ValueError: another run is writing to this folder; on all ranks.
@@ -113,7 +113,7 @@ class RunFolder:
                 raise
 
     def _wait_for(self, lock: TextIO, patience: float) -> str | None:
-        """Why the lock cannot be had, if so."""
+        """Waits for the lock; returns why it cannot be had, if so."""
         deadline = time.monotonic() + patience
         while not _try_lock(lock.fileno()):
             lock.seek(0)
@@ -186,7 +186,7 @@ def package_version(package: str) -> str:
 
 
 def _describe_process() -> str:
-    """The command that stops this run, and where and since when it runs: whoever wants the folder is told."""
+    """The command that stops this run, and where and since when it runs, for whoever wants the folder."""
     job = os.environ.get("SLURM_JOB_ID")
     stop = f"scancel {job}" if job else f"kill {os.getpid()}"
     return f"`{stop}` on {socket.gethostname()} (process {os.getpid()}, since {time.strftime('%F %T')})"

@@ -1,6 +1,6 @@
-"""Writes safetensors files whose bytes depend on nothing but what is in them.
+"""Writes safetensors files whose bytes depend only on what is in them.
 
-The library's own function orders the metadata anew in each process, and holds the file in memory twice.
+The library's own function orders the metadata differently in each process, and holds the file in memory twice.
 """
 
 import json
@@ -35,7 +35,7 @@ class _Writable(Protocol):
 def write_safetensors(
     file: _Writable, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors on the CPU, those of the largest elements first, as the format's alignment wants it."""
+    """Writes tensors on the CPU, those with the largest elements first, as the format's alignment requires."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
@@ -53,7 +53,7 @@ def write_safetensors(
 
 
 def save_state_dict(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Writes a safetensors file, under another name until it is complete and synced."""
+    """Writes a safetensors file, which has another name until it is complete and synced."""
     unfinished = path.with_name(f"unfinished-{path.name}")
     with DurableFile(unfinished) as file:
         write_safetensors(file, state, metadata)

@@ -1,4 +1,4 @@
-"""Which images each step trained on, in a file: to compare runs by, `log.samples=true`."""
+"""Records which images each step trained on, to compare runs: `log.samples=true`."""
 
 import json
 import zlib
@@ -13,7 +13,7 @@ from pretrain.trainer.loggers import drop_after
 
 
 class SampleRecord:
-    """samples.jsonl: for each step the keys of its global batch, in its order, and a CRC-32 of each one's pixels.
+    """samples.jsonl: for each step, the keys of its global batch in order, and a CRC-32 of each image's pixels.
 
     Neither depends on the number of ranks or of micro-batches.
     """
@@ -26,13 +26,13 @@ class SampleRecord:
             drop_after(path, start)
 
     def add(self, batch: Batch) -> None:
-        """The next micro-batch of this rank."""
+        """Adds the next micro-batch of this rank."""
         pixels = batch.images.cpu().numpy()
         digests = [zlib.crc32(image.tobytes()) for image in pixels]
         self._micro_batches.append(list(zip(batch.keys, digests, strict=True)))
 
     def write(self, step: int) -> None:
-        """The step of all micro-batches since the last one; called by all ranks together."""
+        """Writes the step of all micro-batches since the last call; called by all ranks together."""
         ranks: list[list[list[tuple[str, int]]]] = [[] for _ in range(self._world.size)]
         dist.all_gather_object(ranks, self._micro_batches)
         self._micro_batches = []

@@ -1,4 +1,4 @@
-"""When a training waits for its checkpoints, and what it says of them."""
+"""Decides when a training waits for its checkpoints, and reports how they went."""
 
 import logging
 import time
@@ -15,10 +15,10 @@ _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves a run at the same steps on all ranks, and keeps account of what is written.
+    """Saves a run at the same steps on all ranks, and keeps track of what is written.
 
     Args:
-        is_main: whether this is the rank that tells a job's script of each checkpoint.
+        is_main: whether this is the rank that tells the job script about each checkpoint.
         saved: the step that the run begins at, which needs no saving.
     """
 
@@ -30,9 +30,9 @@ class Saver:
         self._stall: dict[str, float] = {}
 
     def save(self, engine: Any, ema: NoEMA, state: TrainState, required: bool) -> None:
-        """Begins to save, unless this step is saved; waits for the save before, and, if `required`, for this one.
+        """Begins a save unless this step is saved; waits for the previous one and, if `required`, for this one.
 
-        One that fails is reported, and the next one tried: stopping would save no more than continuing.
+        A failed save is reported, and the next one is tried: stopping would save no more than continuing.
 
         Raises:
             OSError: a required one could not be written.
@@ -54,12 +54,12 @@ class Saver:
             raise OSError(f"{problem}; make room and start the same command: it continues from step {self._saved}")
 
     def poll(self) -> None:
-        """Reports how the last save has ended, if it has; called after each step, and waits for nothing."""
+        """Reports how the last save ended, if it has; called after each step, and waits for nothing."""
         if self._writer is not None and self._writer.done:
             self._wait()
 
     def metrics(self) -> dict[str, float]:
-        """How long the last save has kept the training, and which share of the time since the one before; once."""
+        """How long the last save stalled the training, and as a share of the time since the previous one; only once."""
         stall, self._stall = self._stall, {}
         return stall
 
@@ -70,7 +70,7 @@ class Saver:
                 self._wait(then="the older ones stay")
 
     def _wait(self, then: str | None = "training continues, and the next checkpoint is tried") -> str | None:
-        """The problem of the save that is under way; logged, with what comes `then`."""
+        """Waits for the save that is under way; returns its problem, which is logged with what comes `then`."""
         writer, self._writer = self._writer, None
         problem = writer.wait() if writer else None
         if problem and then:

@@ -1,4 +1,4 @@
-"""Typed sections of a recipe, what is known of their keys, and the nearest valid name. No key is known by name here."""
+"""Typed sections of a recipe, marks for their keys, and the nearest valid name. No specific key is known here."""
 
 import ast
 import difflib
@@ -10,12 +10,12 @@ from typing import Annotated, Any, ClassVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-# Marks a key, by `Annotated[int, MAY_CHANGE]`, that a run may continue with another value of: the weights do not
-# depend on it. All other keys are compared when a run continues, so that a new one cannot be forgotten.
+# Marks a key, as in `Annotated[int, MAY_CHANGE]`, whose value may change when a run continues: the weights do not
+# depend on it. All other keys are compared then, so that a new one cannot be forgotten.
 MAY_CHANGE = object()
 
-# Marks a key that is younger than the first runs, which did what its default says: it is compared only where a run has,
-# or had, another value.
+# Marks a key that is newer than the first runs, which did what its default says: it is compared only if a run has, or
+# had, another value.
 DEFAULT_AS_BEFORE = object()
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -25,8 +25,8 @@ class Section(BaseModel):
     """A frozen part of the configuration: unknown keys and wrong types are refused.
 
     Attributes:
-        follows: sections that start anew where another one gets another `name`: {section: the other one}.
-        hints: what else to say where the name of a section's type is unknown: {dotted key: text}.
+        follows: sections that are reset when another section gets another `name`: {section: the other one}.
+        hints: what to add to the error if the `name` of a section is unknown: {dotted key: text}.
     """
 
     follows: ClassVar[dict[str, str]] = {}
@@ -35,7 +35,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     def resume_signature(self) -> dict[str, Any]:
-        """The keys that are not marked `MAY_CHANGE`: a checkpoint continues only where they are equal."""
+        """The keys that are not marked `MAY_CHANGE`: a run continues only if they are equal."""
         signature, dumped = {}, self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -53,12 +53,12 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def choices(schema: type[BaseModel]) -> set[str]:
-    """The sections that are one of several types."""
+    """The sections that may have one of several types."""
     return {name for name, field in schema.model_fields.items() if len(sections_in(field.annotation)) > 1}
 
 
 def of_name(sections: list[type[BaseModel]], name: Any) -> list[type[BaseModel]]:
-    """Those of several types of a section that have this `name`; all of them where none has."""
+    """The types of a section that have this `name`; all of them if none has."""
     named = [kind for kind in sections if len(sections) > 1 and name in get_args(kind.model_fields["name"].annotation)]
     return named or sections
 
@@ -69,7 +69,7 @@ def optional(annotation: Any) -> bool:
 
 
 def leaves(schema: type[BaseModel], raw: Any = None, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a schema; of a section of several types those of the type that `raw` names, or of all."""
+    """The dotted keys of a schema; for a section of several types, those of the type that `raw` names, or of all."""
     for name, field in schema.model_fields.items():
         kinds, inner = sections_in(field.annotation), raw.get(name) if isinstance(raw, dict) else None
         if not kinds:
@@ -79,10 +79,10 @@ def leaves(schema: type[BaseModel], raw: Any = None, prefix: str = "") -> Iterat
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """'did you mean x?', or all valid names where none is close.
+    """'did you mean x?', or all valid names if none is close.
 
-    `windows` is `num_windows` rather than `window_size`, and `lomar_vitb16_400` is `lomar_vitb16_224_400e`: a name that
-    has every part of what was typed, and the fewest besides, comes before one with similar letters.
+    `windows` gives `num_windows` rather than `window_size`, and `lomar_vitb16_400` gives `lomar_vitb16_224_400e`: a
+    name that has every typed part, and the fewest others, comes before one with similar letters.
     """
     close = [known for known in names if _has_parts(known, name, "[a-z]?")]
     close = close or [known for known in names if _has_parts(known, name, ".*")]
@@ -93,13 +93,13 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def _has_parts(known: str, typed: str, rest: str) -> bool:
-    """Whether every part of what was typed is one of the name's, in this order, but for a `rest` of it: `400e`."""
+    """Whether the typed parts are parts of the name, in this order, up to a `rest` of each, as in `400e`."""
     parts = iter(known.split("_"))
     return all(any(re.fullmatch(re.escape(given) + rest, part) for part in parts) for given in typed.split("_"))
 
 
 def split_override(argument: str, form: str) -> tuple[str, str, Any]:
-    """The key, the text after it, and the value that this is; `form` is what an override looks like, for the error.
+    """The key, the text after it, and its value; `form` shows what an override looks like, for the error.
 
     Raises:
         ValueError: an argument that is not `key=value`.
@@ -112,7 +112,7 @@ def split_override(argument: str, form: str) -> tuple[str, str, Any]:
 
 
 def split_argument(argument: str, form: str) -> tuple[str, str]:
-    """The key and the text after it, as of `split_override`."""
+    """The key and the text after it, as in `split_override`."""
     key, equals, text = argument.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"{argument!r} is not an override: write {form}")
@@ -120,9 +120,9 @@ def split_argument(argument: str, form: str) -> tuple[str, str]:
 
 
 def parse_value(text: str) -> Any:
-    """The value that is typed after `key=`: a literal of Python's, `(1333, 800)`, `1e-4` or `None`; else YAML.
+    """The value that was typed after `key=`: a Python literal, such as `(1333, 800)`, `1e-4` or `None`, or else YAML.
 
-    YAML reads these three as strings, and Python does not read `true`, `[random, simple]` or words without quotes.
+    YAML reads these three as strings, and Python cannot read `true`, `[random, simple]` or words without quotes.
 
     Raises:
         ValueError: neither of the two.

@@ -1,4 +1,4 @@
-"""Seeds what a module draws by itself, so that no state of a random generator need be saved."""
+"""Seeds what modules draw themselves, so that no state of a random generator needs to be saved."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 
 
 def seed_step(*key: int) -> None:
-    """Seeds what a module draws by itself (drop path, mixup) by this key alone: no generator state needs saving."""
+    """Seeds what modules draw themselves (drop path, mixup) from this key alone."""
     (word,) = np.random.SeedSequence(key).generate_state(1)
     torch.manual_seed(int(word))
     np.random.seed(word)

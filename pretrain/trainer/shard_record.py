@@ -1,4 +1,4 @@
-"""What a checkpoint records of the shards that it was trained on, to say later what is different, or to accept it."""
+"""What a checkpoint records about its training shards, to report later what has changed, or to accept it."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +12,11 @@ from data.names import shown
 from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_step
 
 Record = Mapping[str, list[int]]  # by shard: bytes, samples and, if the index has their checksums, a CRC-32 of these
-MAX_SHARDS = 100_000  # of more, a record would slow down every checkpoint
+MAX_SHARDS = 100_000  # a record of more would slow down every checkpoint
 
 
 def record_shards(index: Index) -> dict[str, list[int]]:
-    """A `Record`; nothing of more than `MAX_SHARDS` shards."""
+    """A `Record`; empty for more than `MAX_SHARDS` shards."""
     if len(index.shards) > MAX_SHARDS:
         return {}
     columns = [index.shard_bytes.tolist(), index.shard_sizes.tolist()]
@@ -27,12 +27,12 @@ def record_shards(index: Index) -> dict[str, list[int]]:
 
 
 def has_other_samples(before: TrainState, now: TrainState) -> bool:
-    """Whether the shards differ: their names, sizes, samples and labels, and, where both records say it, the images."""
+    """Whether the shards differ: names, sizes, samples, labels and, if both records have checksums, images."""
     return before.fingerprint != now.fingerprint or bool(_with_other_images(before.shards, now.shards))
 
 
 def shard_difference(before: Record, now: Record) -> str:
-    """In words, for shards with other samples."""
+    """What has changed, in words, for shards with other samples."""
     if not before or not now:  # too many, or the checkpoint is older than such records
         return "the fingerprint of the index differs"
     same_sizes = "shards of the same names and sizes have other images or labels in them"
@@ -44,9 +44,9 @@ def shard_difference(before: Record, now: Record) -> str:
 class ChangedShards:
     """Accepts other shards where a pass over the old ones ends: `data.accept_changed_shards`.
 
-    From there on the run is at the place of one that has had the new shards from its start: as many epochs are over,
-    and its order, its steps per epoch, its learning rate and its length are those of that run. `TrainState.offset` is
-    the difference between the steps of the two.
+    From there on, the run is where a run with the new shards from the start would be after the same number of epochs:
+    its order, steps per epoch, learning rate and length are those of that run. `TrainState.offset` is the difference
+    between the steps of the two.
 
     Attributes:
         batch: `train.global_batch_size`.
@@ -57,15 +57,15 @@ class ChangedShards:
     repeats: int = 1
 
     def accept(self, state: TrainState, now: TrainState, checkpoints: Sequence[str] = ()) -> TrainState:
-        """The state that goes on with the shards of `now`.
+        """The state that continues with the shards of `now`.
 
         Args:
             state: of the checkpoint.
-            now: of a new run with the shards that there are now.
-            checkpoints: names of all that the run has.
+            now: of a new run with the current shards.
+            checkpoints: the names of all of the run's checkpoints.
 
         Raises:
-            ValueError: the checkpoint is not where a pass ends; says which is, or where that will be.
+            ValueError: the checkpoint is not where a pass ends; says which one is, or where that will be.
         """
         before = state.index_samples or sum(numbers[1] for numbers in state.shards.values())
         if not before:

@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# Slurm's warning before the time limit (--signal), a scheduler's or launcher's end, Ctrl-C, and a closed terminal.
+# Slurm's warning before the time limit (--signal), termination by a scheduler or launcher, Ctrl-C, a closed terminal.
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -16,16 +16,16 @@ class Stopped(Exception):  # noqa: N818 - not an error
     """A signal stopped the run at a step boundary; everything is saved."""
 
 
-ROUND_SECONDS = 5.0  # for which a rank that waits for data waits for the others to say that they do, too
+ROUND_SECONDS = 5.0  # how long a rank that waits for data waits for the others to say that they do, too
 
-AGAIN = 1.0  # seconds after which a second Ctrl-C is another one: of the first, a launcher may send one more
+AGAIN = 1.0  # seconds after which a second SIGINT is another Ctrl-C: a launcher may pass the first one on again
 
 _received: list[int] = []
 _interrupted: list[float] = []  # when the first Ctrl-C came
 
 
 def watch_signals() -> None:
-    """From now on signals are recorded instead of ending the process; `StopRequest` acts on them at a step boundary."""
+    """Records signals from now on instead of ending the process; `StopRequest` acts on them at a step boundary."""
     for number in _SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: the run is to go on
             signal.signal(number, _remember)
@@ -37,7 +37,7 @@ def told_to_stop() -> bool:
 
 
 def stop_if_told(waits_for: str) -> None:
-    """Raises Stopped if this process has received a signal while it waits for something, at the start."""
+    """Raises Stopped if this process has received a signal; called while it waits for something at the start."""
     if _received:
         raise Stopped(f"stopped by a signal while waiting for {waits_for}; give the same command to continue")
 
@@ -57,7 +57,7 @@ class StopRequest:
         # On the CPU, so that agreeing never waits for the device.
         self._group = dist.new_group(backend="gloo")
         self._store = dist.distributed_c10d._get_default_store()
-        self._rounds: Counter[int] = Counter()  # of `agreed_while_waiting`, by the step
+        self._rounds: Counter[int] = Counter()  # of `agreed_while_waiting`, by step
 
     def agreed(self) -> str | None:
         """The signal that any rank has received, or None; the same on all ranks."""
@@ -66,10 +66,10 @@ class StopRequest:
         return signal.Signals(int(number)).name if number else None
 
     def agreed_while_waiting(self, step: int) -> str | None:
-        """As `agreed`, on a rank that waits for data, which may never come: called now and then, after `step`.
+        """Like `agreed`, on a rank that waits for data, which may never come; called now and then, after `step`.
 
-        It cannot call `agreed`, which others reach only with its gradients. So ranks that wait tell each other of a
-        signal through the store, and stop if that is what all of them do, within `ROUND_SECONDS`.
+        It cannot call `agreed`, which others reach only with its gradients. So ranks that wait tell each other about a
+        signal through the store, and stop if all ranks are waiting, within `ROUND_SECONDS`.
 
         Returns:
             The signal on all ranks, or None on all of them.

@@ -11,23 +11,23 @@ from pretrain.trainer.append import append
 
 
 class SkippedImages:
-    """Those of one rank, since it started."""
+    """The skipped images of one rank, since it started."""
 
     def __init__(self, path: Path, limit: int | float, images_per_epoch: int) -> None:
         """Writes nothing.
 
         Args:
             path: of the list; all ranks append to it.
-            limit: `data.max_skipped_images`: how many, or, a float, which share of the images that were read. The first
-                epoch counts as read from the start: else one bad image at the beginning would be over every share.
-            images_per_epoch: that this rank reads.
+            limit: `data.max_skipped_images`: how many or, if it is a float, which share of the images that were read.
+                The whole first epoch counts as read, or one bad image at the beginning would exceed any share.
+            images_per_epoch: how many images this rank reads.
         """
         self._path, self._limit, self._images_per_epoch = path, limit, images_per_epoch
         self._kinds: Counter[str] = Counter()
         self._read = 0
 
     def add(self, skipped: Sequence[Skipped], read: int) -> int:
-        """Lists those of a step, of `read` images; returns how many.
+        """Lists the skipped images of a step that read `read` images; returns how many they are.
 
         Raises:
             ValueError: there are more than the limit.
@@ -36,7 +36,7 @@ class SkippedImages:
         if not skipped:
             return 0
         lines = [f"{readable(key)}\t{kind}\t{readable(reason)}\n" for key, kind, reason in skipped]
-        append(self._path, "".join(lines))  # at once: other ranks append to it, too
+        append(self._path, "".join(lines))  # in one write: other ranks append to it, too
         self._kinds.update(kind for _, kind, _ in skipped)
         total, limit = self._kinds.total(), self._limit
         if isinstance(limit, float):

@@ -1,11 +1,11 @@
-"""Weights and AdamW's moments in a checkpoint of any ZeRO stage and number of ranks, whole and by parameters' names.
+"""Weights and AdamW's moments in a checkpoint of any ZeRO stage and number of ranks, whole and by parameter name.
 
 What DeepSpeed's files hold, as read here:
 
 stage 0     whole weights; the moments of each parameter, by its number in the optimizer
-stages 1, 2 whole weights; of each parameter group the moments of all parameters end to end, cut into one part a rank
-stage 3     of each group (of several, if it is long) each rank's part of every parameter, end to end; a parameter is
-            cut into as many equal parts as there are ranks, the last one padded
+stages 1, 2 whole weights; for each parameter group the moments of all parameters end to end, cut into a part per rank
+stage 3     for each group (a long one is split into several), each rank's part of every parameter, end to end; a
+            parameter is cut into as many equal parts as there are ranks, the last one padded
 """
 
 import math
@@ -35,25 +35,25 @@ def _load(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class _Place:
-    """A parameter begins at element `start` of its group's tensors."""
+    """Where a parameter begins: at element `start` of its group's tensors."""
 
     group: int
     start: int
 
 
 class StoredState:
-    """The state of a training. Tensors stay on disk until they are asked for, each by itself.
+    """The state of a training. Each tensor stays on disk until it is asked for.
 
     Args:
         checkpoint: one of ours.
-        trained: the names of the trained parameters in the order of the optimizer's groups, which the files of stage 0
-            do not name. None: that of `parameter_groups`.
-        load: reads a file, without running what it says.
+        trained: the names of the trained parameters in the order of the optimizer's groups; the files of stage 0 do not
+            contain them. None: the order of `parameter_groups`.
+        load: reads a file without running code that is in it.
 
     Attributes:
         shapes: of all parameters, those that are not trained last.
         trained: the parameters that have moments.
-        step: the number of updates that the moments are of; 0 before the first.
+        step: the number of updates in the moments; 0 before the first.
         buffers: of the module, by their names.
         model: DeepSpeed's file about the module and its own counts.
 
@@ -88,7 +88,7 @@ class StoredState:
         self.step = max(map(float, steps), default=0.0)
 
     def weight(self, name: str) -> Tensor:
-        """A parameter, in fp32, of its shape."""
+        """A parameter in fp32, in its shape."""
         if name in self._whole:
             return self._whole[name]
         if name not in self._places:
@@ -97,13 +97,13 @@ class StoredState:
         return self._join([rank["fp32_flat_groups"][place.group] for rank in self._zero], place.start, name)
 
     def moment(self, name: str, kind: str) -> Tensor:
-        """One of `MOMENTS` of a trained parameter, in fp32, of its shape; zeros before the first update."""
+        """One of `MOMENTS` of a trained parameter, in fp32 and its shape; zeros before the first update."""
         place = self._places[name]
         flats = [states[place.group][kind] for states in self._optimizers() if kind in states.get(place.group, ())]
         return self._join(flats, place.start, name) if flats else torch.zeros(self.shapes[name])
 
     def _optimizers(self) -> list[dict[int, Any]]:
-        """What the optimizer of each rank keeps, by the number of the group; in stage 0 of one, by the parameter's."""
+        """The optimizer state of each rank, by group number; in stage 0 of one rank, by parameter number."""
         if not self.stage:
             return [self.model["optimizer"]["state"]]
         kept = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
@@ -139,7 +139,7 @@ class StoredState:
         )
 
     def _join(self, flats: list[Tensor], start: int, name: str) -> Tensor:
-        """A parameter's elements out of the tensors of all ranks."""
+        """Joins a parameter's elements from the tensors of all ranks."""
         shape = self.shapes[name]
         numel = shape.numel()
         if self.stage == 3:

@@ -1,4 +1,4 @@
-"""What people type, in a recipe or after `key=`, as values of the types that their keys have.
+"""Converts what people type, in a recipe or after `key=`, to the types of the keys.
 
 YAML alone would read `001` as 1, `12:30` as 750, `1e-3` as text and `on` as true. So words are kept as typed until the
 key is known.
@@ -18,11 +18,11 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False,
 
 
 class Word(str):
-    """A word without quotes, as typed: which type it has depends on its key."""
+    """A word without quotes, as typed: its type depends on its key."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose words stay `Word`s, and in which no key may stand twice."""
+    """YAML whose words stay `Word`s, and which refuses duplicate keys."""
 
     def construct_text(self, node: yaml.ScalarNode) -> str:
         text = str(self.construct_scalar(node))
@@ -37,17 +37,17 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
-# Of YAML's guesses only `<<`, which merges mappings.
+# Of YAML's implicit types, keep only `<<`, which merges mappings.
 _Loader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
 
 
 def read_yaml(text: str) -> Any:
-    """Dictionaries and lists of `Word`s, and of strings where something is in quotes; raises yaml.YAMLError."""
+    """Dictionaries and lists of `Word`s, or of strings for what is in quotes; raises yaml.YAMLError."""
     return yaml.load(text, _Loader)
 
 
 def convert(value: Any, annotation: Any) -> Any:
-    """What was typed, as values of an annotation's types; what does not fit is left for pydantic to refuse."""
+    """Converts what was typed to an annotation's types; what does not fit is left for pydantic to refuse."""
     if isinstance(value, dict):
         fields: dict[str, Any] = {}
         for kind in of_name(sections_in(annotation), value.get("name")):
@@ -61,7 +61,7 @@ def convert(value: Any, annotation: Any) -> Any:
 
 
 def read_bracketed(text: str) -> Any:
-    """`[224, 160]`, `(224, 160)` or `{name: mae}` of `Word`s; None where it is nothing of that, or is not closed."""
+    """Reads `[224, 160]`, `(224, 160)` or `{name: mae}` as `Word`s; None for other text or if it is not closed."""
     if not text.startswith(("[", "(", "{")):
         return None
     if text.startswith("(") and text.endswith(")"):
@@ -103,7 +103,7 @@ def read_number(text: str) -> int | float | None:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """What a value may be: types, `list` for all that holds several, and the words of a Literal; any for Any."""
+    """What a value may be: types, `list` for lists and tuples, and a Literal's words; for Any, all types but text."""
     if annotation is Any:
         return {int, float, bool, NoneType, list}
     if annotation is None or (isinstance(annotation, type) and get_origin(annotation) is None):

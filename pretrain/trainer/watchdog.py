@@ -1,11 +1,10 @@
-"""Ends a run that hangs, and says where: a thread of each rank, which looks at what the rank does and at the others.
+"""Ends a run that hangs, and says where: threads on each rank watch what the rank does, and the other ranks.
 
-A phase that takes longer than its limit ends every rank with `HUNG`: each prints what it does, the stacks of its
-threads and of its data workers, and the file that is being read. A rank that fails tells the others why, which end
-within seconds; one that is killed, stopped or lost with its node is noticed by its silence.
+If a phase takes longer than its limit, every rank ends with `HUNG`: each prints what it is doing, the stacks of its
+threads and of its data workers, and the files that are being read. A rank that fails tells the others why, and they end
+within seconds. One that is killed, stopped or lost with its node is noticed by its silence.
 
-What ranks tell each other goes through torch's store, by a connection of the watchdog's own: a rank that hangs may hold
-the other one.
+Ranks talk through torch's store, over a connection of the watchdog's own: a rank that hangs may be holding the other.
 """
 
 import contextlib
@@ -33,11 +32,11 @@ from pretrain.trainer.meeting import connect, meeting_store
 from pretrain.trainer.phases import current_phase
 
 HUNG = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry": slurm/_train.sh requeues
-POLL = 1.0  # seconds between looks
+POLL = 1.0  # seconds between checks
 _HEARTBEAT = 5  # polls between a rank's signs of life
-_GRACE = 10.0  # seconds for which a rank may end by itself, with an error of its own, once another has ended
-_LAST_WORDS = 30.0  # seconds after which a rank that cannot even say that it hangs ends all the same
-_READING = {"x86_64": {0, 17, 19, 295}, "aarch64": {63, 65, 67, 69}}  # numbers of read, pread64, readv and preadv
+_GRACE = 10.0  # seconds in which a rank may end by itself, with its own error, once another has ended
+_LAST_WORDS = 30.0  # seconds after which a rank that cannot even report that it hangs ends all the same
+_READING = {"x86_64": {0, 17, 19, 295}, "aarch64": {63, 65, 67, 69}}  # system calls read, pread64, readv, preadv
 _log = logging.getLogger(__name__)
 
 
@@ -54,16 +53,16 @@ class Watchdog:
         self._store: dist.Store | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        # Of its own: where the process that has the store is stopped, it gives no answer and no error.
+        # A thread of its own: if the process that has the store is stopped, the store gives no answer and no error.
         self._listener = threading.Thread(target=self._follow_others, name="watchdog's store", daemon=True)
-        self._asked = 0.0  # when the store was asked for what it has not answered yet; 0: for nothing
+        self._asked = 0.0  # when the store was asked something that it has not answered yet; 0: nothing
         self._ending = threading.Lock()
         self._polls = 0
         self._launchers = launchers()
         self._is_orphan = False
-        self._heard: dict[int, tuple[bytes, float]] = {}  # of each rank: its last sign of life, and when it came
-        self._told: dict[str, Any] | None = None  # how the first rank that ended did
-        self._answered = time.monotonic()  # when the store did
+        self._heard: dict[int, tuple[bytes, float]] = {}  # by rank: its last sign of life, and when it came
+        self._told: dict[str, Any] | None = None  # how the first rank to end did so
+        self._answered = time.monotonic()  # when the store last did
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -76,15 +75,15 @@ class Watchdog:
             thread.join(POLL)
 
     def tell(self, problem: str) -> None:
-        """Before this rank ends with an error: the others end, too, and say that it was this one's."""
+        """Tells the others before this rank ends with an error: they end, too, and say that it was this one's."""
         with contextlib.suppress(RuntimeError):  # another rank, which had the store, has ended first
             if store := self._join():
                 self._publish(store, problem, hung=False)
             if store and self._world.is_main:
-                time.sleep(2 * POLL)  # the store may be in this process: until all have read it
+                time.sleep(2 * POLL)  # the store may be in this process: wait until all have read it
 
     def cause(self) -> str:
-        """Of the end of another rank, as far as it has been told; '' if it has not."""
+        """Why another rank has ended, if it has told so; '' otherwise."""
         with contextlib.suppress(RuntimeError):
             if store := self._join():
                 self._listen(store)
@@ -113,7 +112,7 @@ class Watchdog:
             self._end(f"{silence}: it was stopped, or its node is lost", HUNG)
 
     def _join(self) -> dist.Store | None:
-        """The store, to which this rank is connected once it has met the others; None until then."""
+        """The store, connected as soon as this rank has met the others; None until then."""
         if self._store is None and self._world.size > 1 and meeting_store() is not None:
             self._store = dist.PrefixStore("watchdog", connect(timedelta(seconds=_GRACE)))
         return self._store
@@ -128,7 +127,7 @@ class Watchdog:
             self._end(f"{self._name}: {problem}", HUNG, tell=True)
 
     def _check_launcher(self) -> None:
-        """Without a launcher nobody could stop the run any more: it saves and stops by itself."""
+        """Saves and stops if the launcher has ended: without it, nobody could stop the run any more."""
         if not self._is_orphan and (ended := [process.pid for process in self._launchers if has_ended(process)]):
             self._is_orphan = True
             _log.warning("the launcher (process %d) has ended: this rank saves and stops", ended[0])
@@ -149,7 +148,7 @@ class Watchdog:
                 self._check_silence(store)
             self._answered = time.monotonic()
         except RuntimeError as error:  # torch's network errors
-            # torchrun's store ends with it, and then a checkpoint is still to be saved.
+            # torchrun's store ends with torchrun, and then a checkpoint must still be saved.
             if time.monotonic() - self._answered > _GRACE and not self._is_orphan:
                 self._end(f"rank 0, or the launcher, has ended or does not answer ({str(error).splitlines()[0]})", 1)
 
@@ -158,7 +157,7 @@ class Watchdog:
             self._told = json.loads(store.get("ended"))
 
     def _check_silence(self, store: dist.Store) -> None:
-        """On the main rank alone, so that what is asked of the store grows with the ranks and not with their square."""
+        """On the main rank alone, so that requests to the store grow with the number of ranks, not its square."""
         limit, now = self._config.silent_minutes, time.monotonic()
         for rank in range(1, self._world.size):
             key = f"alive/{rank}"
@@ -175,7 +174,7 @@ class Watchdog:
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
 
     def _follow(self, rank: int, problem: str, hung: bool) -> None:
-        """Ends as another rank does, unless this one does so by itself in time."""
+        """Ends like another rank, unless this one ends by itself in time."""
         if rank == self._world.rank:
             return
         if hung:
@@ -192,8 +191,8 @@ class Watchdog:
         return f"rank {self._world.rank} on {node_name()}"
 
     def _end(self, problem: str, code: int, tell: bool = False) -> None:
-        """Says why, and where this rank is; the process ends even if it can neither tell the others nor write."""
-        with self._ending:  # one thread alone, or the other would end the process before all ranks have been told
+        """Reports why, and where this rank is; the process ends even if it can neither tell the others nor write."""
+        with self._ending:  # only one thread, or the other would end the process before all ranks have been told
             faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
             if tell and self._store is not None and not self._waits_for_answer(_GRACE):
                 with contextlib.suppress(RuntimeError):
@@ -204,7 +203,7 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     mark_attempt("hung")
             if tell:
-                time.sleep(2 * POLL)  # all have read it, before a broken connection tells them less
+                time.sleep(2 * POLL)  # let all read it before a broken connection tells them less
             exit_process(code)
 
 
@@ -230,7 +229,7 @@ def _position() -> str:
 
 
 def files_being_read(pid: int) -> list[str]:
-    """Files that threads of a process wait for in a system call; none where the kernel does not tell."""
+    """Files that threads of a process are reading in a system call; none if the kernel does not tell."""
     numbers, found = _READING.get(os.uname().machine, set()), []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):  # a thread has ended, or the kernel does not let us look
