@@ -9,8 +9,8 @@ From bytes to batches, in five steps:
    no state. The samples of a step depend only on (seed, step, global batch, repeats, group size).
 4. ``reader`` fetches one sample's bytes with one ``pread``; ``decode`` turns them into the pixels of its crops, which
    ``transforms`` drew from a generator seeded by (seed, epoch, sample).
-5. ``loader`` does 3 and 4 in worker processes and yields one list of micro-batches per step.
 5. ``loader`` does 3 in the main process and 4 in worker processes, and yields one list of micro-batches per step.
+
 So no random state needs saving, and a run that resumes at step s, with a different number of ranks or workers, trains
 on the same batches as one that was never interrupted. Nothing here imports ``pretrain``.
 """

@@ -41,7 +41,7 @@ def locked(path: Path) -> Iterator[None]:
             print(f"waiting for another process that writes {path}", file=sys.stderr)
             _wait_for(descriptor, lock)
         except OSError:
-            pass  # a file system without locks: two processes may build the same index, and both results are right
+            pass  # a file system without locks: two processes may build the same index, and both are correct
         yield
         # The index is published before its lock is removed: whoever waits for the lock, or makes a new one, sees it.
         if path.exists():

@@ -41,7 +41,7 @@ class Handover:
         return pickle.loads(self.pickled)
 
     def pin_memory(self) -> "Handover":
-        """The same in page-locked memory; DataLoader's pinning thread calls it."""
+        """Copies the result to page-locked memory; DataLoader's pinning thread calls this."""
         pinned = Handover(b"", self.problem, self.size)
         pinned.__dict__["result"] = self.result.pin_memory()
         return pinned

@@ -111,7 +111,7 @@ def _is_transparent(image: Image.Image) -> bool:
 def orientation_of(image: Image.Image) -> int:
     """EXIF's orientation of an image whose pixels have been read; 1 is upright."""
     try:
-        return int(image.getexif().get(_ORIENTATION, _UPRIGHT))  # Pillow has applied that of a TIFF file
+        return int(image.getexif().get(_ORIENTATION, _UPRIGHT))  # Pillow has already applied a TIFF file's
     except Exception:  # damaged metadata raises anything, and does not affect the pixels
         return _UPRIGHT
 

@@ -11,7 +11,7 @@ from PIL import AvifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 from data.bit_depth import is_negative, read_16_bits, scale_to_8_bits, white_of
 
 MAX_PIXELS = 100_000_000
-MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit RGBA have 800 MB
+MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit RGBA take 800 MB
 MIN_SIDE = 8
 REDUCIBLE = ("JPEG", "MPO")  # MPO: a JPEG with further images after the first
 # Why a file is not a usable image, in a word or two.
@@ -59,7 +59,7 @@ class BadImage(Exception):  # noqa: N818  # a state of the data, not of the prog
 
 
 def check_length(length: int) -> None:
-    """Raises BadImage for a number of bytes that no image file has."""
+    """Raises BadImage for a length that no image file has."""
     if length == 0:
         raise BadImage("an empty file", EMPTY)
     if length > MAX_BYTES:

@@ -26,7 +26,7 @@ _ARRAYS = ("shard_bytes", "shard_sizes", "offset", "length", "label")
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Every sample of a set of shards; N samples in S shards, in the order of shard names and bytes."""
+    """Every sample of a set of shards; N samples in S shards, ordered by shard name and byte."""
 
     root: Location  # `shards` are relative to this folder
     shards: tuple[str, ...]  # S names, sorted

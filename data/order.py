@@ -61,7 +61,7 @@ class EpochOrder(_OrderInParts):
     NumPy guarantees the stream of a bit generator, but not that of its distributions, such as ``permutation``.
 
     Only one part is in memory at a time: the samples whose words begin with the same bits, which are consecutive in the
-    order. Each part draws all words again, and the order is the same for every size of the parts.
+    order. Each part draws all words again, and the order is the same for every part size.
     """
 
     def __init__(self, num_samples: int, seed: int, epoch: int, part: int = PART) -> None:

@@ -129,7 +129,7 @@ def upload_folder(remote: Remote) -> Path:
 
 
 def check_empty(remote: Remote) -> None:
-    """Raises ValueError if there are shards in a folder of a store already, or it is read-only for us."""
+    """Raises ValueError if a store's folder already holds shards, or is read-only for us."""
     if remote.scheme == "hf":
         raise StoreError(f"{remote}: hf:// is read only here: pack into a folder, and upload that by `hf upload`")
     if any(name.endswith(".tar") for name in list_files(remote) or {}):

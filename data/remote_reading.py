@@ -22,7 +22,7 @@ _SUGGESTED = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # shards per group
 
 
 class Fetching(Protocol):
-    """What a loader tells a `Prefetcher`, and asks it."""
+    """What a loader uses of a `Prefetcher`."""
 
     def need(self, step: int) -> None: ...
 

@@ -84,7 +84,7 @@ def read_members(path: Location, file: BinaryIO) -> Iterator[Member]:
 def header_problem(header: bytes, length: int) -> str:
     """Why the block right before a file's `length` bytes is not the tar header of such a file; '' if it is.
 
-    Training sees nothing else of the tar. A size only in a pax header is refused when the index is made.
+    Training sees nothing else of the tar. A size given only in a pax header is refused when the index is made.
     """
     if len(header) != HEADER or header[257:262] not in _MAGICS:
         return "there is no tar header right before its bytes"

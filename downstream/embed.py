@@ -1,7 +1,7 @@
 """Features of images: `python -m downstream.embed ENCODER IMAGES OUT`.
 
 ENCODER is whatever `downstream.checkpoints.weights.load_encoder` reads: a run's folder, or a file of this project or of
-others. IMAGES is a folder of images of any nesting, one image, or shards. OUT is
+others. IMAGES is a folder with images at any depth, one image, or shards. OUT is
 
     OUT.npy        an array with a row for each image, in the order of OUT.csv: key (a file's path, or the key in the
                    shards), label and class where they are known, and whether the image could be decoded

@@ -21,7 +21,7 @@ MAX_LISTED_KEYS = 20
 
 
 def load_images(*paths: str | Path) -> Samples:
-    """Loads image files, or one folder of images of any nesting, or one set of shards; labels are not needed.
+    """Loads image files, or one folder with images at any depth, or one set of shards; labels are not needed.
 
     Raises:
         ValueError: they are none of these.

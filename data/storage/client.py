@@ -177,7 +177,7 @@ def _netrc_header(authority: str) -> dict[str, str]:
 
 
 def _object(meta: Any, is_hub: bool = False) -> Object:
-    """Leaves out the ETag of a hub's file, which is that of the host that the hub redirects to."""
+    """Ignores the ETag of a hub's file: it comes from the host that the hub redirects to."""
     modified = meta["last_modified"].isoformat() if meta["last_modified"].timestamp() else ""
     return Object(meta["size"], "" if is_hub else meta["e_tag"] or modified)
 

@@ -198,7 +198,7 @@ class RemoteFile(io.RawIOBase):
         return self.read(self._expected.size)
 
     def read(self, size: int = -1) -> bytes:
-        """Like that of a file; raises StoreError."""
+        """Like a file's `read`; raises StoreError."""
         stop = self._expected.size if size < 0 else min(self._position + size, self._expected.size)
         if stop <= self._position:
             return b""

@@ -68,7 +68,7 @@ class HubRecord:
         return tuple(ordered or self.config.get("label_names") or ())
 
     def problems(self, heads: int) -> list[str]:
-        """Settings besides the weights that differ from those of our encoder with so many heads."""
+        """Settings besides the weights that differ from those of our encoder with that many heads."""
         same = {"num_attention_heads": heads, "hidden_act": "gelu"}
         differing = [key for key, value in same.items() if self.config.get(key, value) != value]
         return [f"{key}={self.config[key]} (here: {same[key]})" for key in differing]

@@ -49,7 +49,7 @@ _Parts = Mapping[str, Mapping[str, Tensor]]  # part -> its parameters, by name
 def fill_parts(
     state: Mapping[str, Tensor], source: Source, report: Report, load: Load
 ) -> tuple[list[str], dict[str, str]]:
-    """Fills whatever is not the encoder's, in place.
+    """Fills everything but the encoder, in place.
 
     Args:
         state: of the method, by its names in LUT.
@@ -137,7 +137,7 @@ def _by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _other_kinds(mine: _Parts, theirs: _Parts, path: Path) -> dict[str, str]:
     """Groups of parts that are not taken, because the file's group is of another kind -> why.
 
-    Parts of one group share all of their names but the last: those of `decoder`, `predictor.decoder` or LUT's
+    Parts of one group share all but the last component of their names: `decoder`, `predictor.decoder` or LUT's
     `projector`. Groups are of the same kind if their parts have the same names.
 
     Raises:

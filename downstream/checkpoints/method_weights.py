@@ -53,7 +53,7 @@ def load_method(
     """Fills a method that is not partitioned yet, at its own image and patch size.
 
     Args:
-        method: whose parameters are overwritten, part by part.
+        method: its parameters are overwritten, part by part.
         path, weights: as in `load_encoder`.
         load: as in `start.load`.
 

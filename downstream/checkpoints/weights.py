@@ -55,7 +55,7 @@ def load_encoder(
         path: a run's folder, one of its checkpoints, a file or a folder of the Hugging Face hub: ours, the LoMaR
             authors', MAE, LUT, SimMIM, BEiT, DINO, DINOv2, I-JEPA, MoCo v3, timm, transformers, mmpretrain.
         image_size: in pixels, or (height, width); default: the file's, or 224 if it does not say.
-        patch_size: side of a patch in pixels; default: the file's; 14 and 16 may be exchanged.
+        patch_size: side of a patch in pixels; default: the file's; 14 and 16 can be converted into each other.
         weights: `online`, `ema` for their moving average, or the name of one of several encoders in the file; default:
             those that a method's authors evaluate.
         pixels: statistics of the pixels that the weights were trained on; default: as `find_pixels` finds.
