@@ -23,7 +23,7 @@ _BLUR_RADIUS = (0.1, 2.0)  # in pixels
 
 
 def color_jitter(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> np.ndarray:
-    """Brightness, contrast, saturation and hue changed at random and in random order, or nothing: uint8 (H, W, 3)."""
+    """Jitters brightness, contrast, saturation and hue in random order, with `probability`: uint8 (H, W, 3)."""
     if uniform(rng) >= probability:
         return pixels
     image = Image.fromarray(pixels)
@@ -34,7 +34,7 @@ def color_jitter(rng: np.random.Generator, pixels: np.ndarray, probability: floa
 
 
 def three_augment(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Grayscale, solarize or blur, each with the same probability: uint8 (H, W, 3)."""
+    """Applies grayscale, solarize or blur with equal probability: uint8 (H, W, 3)."""
     image, which = Image.fromarray(pixels), integer(rng, 3)
     if which == 0:
         return np.asarray(image.convert("L").convert("RGB"))
@@ -56,7 +56,7 @@ def rand_augment(rng: np.random.Generator, pixels: np.ndarray, policy: str) -> n
 
 @lru_cache
 def _rand_augment(policy: str, side: int) -> Callable[[Image.Image], Image.Image]:
-    """With the settings of timm's own `create_transform` for images of `side` pixels."""
+    """Uses the settings of timm's own `create_transform` for images of `side` pixels."""
     from timm.data import IMAGENET_DEFAULT_MEAN, rand_augment_transform  # takes a second, and few runs need it
 
     gray = tuple(round(255 * channel) for channel in IMAGENET_DEFAULT_MEAN)
@@ -69,15 +69,15 @@ def _rand_augment(policy: str, side: int) -> Callable[[Image.Image], Image.Image
 
 
 def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **options: object) -> Image.Image:
-    """timm keeps 0 bits at the highest magnitude, which gives black and which Pillow refuses since version 13."""
+    """Returns black for 0 bits, which timm asks for at the highest magnitude and Pillow refuses since version 13."""
     return posterize(image, bits, **options) if bits else Image.new("RGB", image.size)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """timm draws from the global generators: within this context they are seeded, after it their state is restored.
+    """Seeds the global generators, which timm draws from, and restores their state afterwards.
 
-    Those streams are frozen, unlike `Generator`'s.
+    Their streams are frozen, unlike `Generator`'s.
     """
     before = random.getstate(), np.random.get_state()
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""A micro-batch: what it has, and how it is decoded, in a worker process or in this one."""
+"""A micro-batch: its contents, and how it is decoded, in a worker process or in this one."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -27,15 +27,15 @@ CROP_STREAMS = (Stream.CROP, Stream.SECOND_CROP)  # one per view of a sample
 
 
 def draw_masks(sampler: MaskSampler, seed: int, views: Iterable[tuple[int, int]]) -> dict[str, Tensor]:
-    """The mask sampler's arrays of each view (epoch, sample), stacked: (B, ...); of B views, at least one."""
+    """Draws the mask sampler's arrays for B views (epoch, sample), at least one, stacked: (B, ...)."""
     masks = [sampler(sample_rng(seed, epoch, sample, Stream.MASK)) for epoch, sample in views]
     return {name: torch.from_numpy(np.stack([mask[name] for mask in masks])) for name in masks[0]}
 
 
 class SizedUntil(NamedTuple):
-    """What a run's views are like before an epoch, where that is not what they are like in the end."""
+    """Image size and mask sampler of the views before an epoch, where they differ from the final ones."""
 
-    epoch: int  # the first one that they are not for
+    epoch: int  # the first epoch that this no longer applies to
     size: tuple[int, int]  # (H, W)
     mask_sampler: MaskSampler | None
 
@@ -44,7 +44,7 @@ class Skipped(NamedTuple):
     """A sample that could not be decoded."""
 
     key: str
-    kind: str  # of the reason, as of `BadImage`
+    kind: str  # of reason, as in `BadImage`
     reason: str
 
 
@@ -52,23 +52,23 @@ class Skipped(NamedTuple):
 class Batch:
     """One micro-batch of one rank; B samples."""
 
-    images: Tensor  # (B, H, W, C) of the format's type, or (B, 2, H, W, C) with two views per sample
-    mask_indices: dict[str, Tensor]  # the mask sampler's arrays of each sample, stacked: (B, ...)
-    labels: Tensor | None  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, of sets with lists; only if requested
+    images: Tensor  # (B, H, W, C) in the format's dtype, or (B, 2, H, W, C) with two views per sample
+    mask_indices: dict[str, Tensor]  # the mask sampler's arrays for each sample, stacked: (B, ...)
+    labels: Tensor | None  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, for sets with label lists; if requested
     samples: Tensor  # int64 (B,), index of the sample shown in `images`
     keys: tuple[str, ...]  # their keys
     skipped: tuple[Skipped, ...]  # the samples that could not be decoded and were replaced
 
     def model_inputs(self) -> dict[str, Tensor | dict[str, Tensor]]:
-        """Arguments of the trained module's forward other than the images: labels if there are any, or mask indices."""
+        """Returns the trained module's arguments besides the images: labels if there are any, else mask indices."""
         return {"mask_indices": self.mask_indices} if self.labels is None else {"labels": self.labels}
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device, where images of uint16 are `computable`."""
+        """Copies the batch to a device, where uint16 images become `computable`."""
         return self._map(lambda tensor: computable(tensor.to(device, non_blocking=True)))
 
     def pin_memory(self) -> "Batch":
-        """The same in page-locked memory; DataLoader's pinning thread calls it."""
+        """Copies the batch to page-locked memory; DataLoader's pinning thread calls this."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
@@ -119,10 +119,10 @@ class MicroBatchDecoder:
         )
 
     def _decode_or_replace(self, epochs: Sequence[int], sample: int, out: np.ndarray) -> tuple[int, Skipped | None]:
-        """Writes the sample's views, or those of the next that can be decoded, into ``out``.
+        """Writes the sample's views, or those of the next sample that can be decoded, into ``out``.
 
         Args:
-            epochs: R of them, whose draws the sample gets.
+            epochs: the R epochs whose draws the sample gets.
             out: (R, views, H, W, C).
 
         Returns:
@@ -130,7 +130,7 @@ class MicroBatchDecoder:
         """
         first: Skipped | None = None
         start, count = 0, len(self._index)
-        if self._within_shard:  # others may not be at hand
+        if self._within_shard:  # other shards may not be available
             shard = self._index.shard_of(sample)
             count = int(self._index.shard_sizes[shard])
             start = int(self._index.shard_ends[shard]) - count
@@ -154,7 +154,7 @@ class MicroBatchDecoder:
         streams = product(epochs, CROP_STREAMS[: len(self._augmentations)])
         for (epoch, stream), augmentation in zip(streams, augmentations, strict=True):
             rng = sample_rng(self._seed, epoch, sample, stream)
-            flipped = flip_decision(rng, augmentation.flip)  # first: a crop draws a varying number of times
+            flipped = flip_decision(rng, augmentation.flip)  # drawn first: a crop takes a varying number of draws
             crops.append(Crop(functools.partial(augmentation.box, rng, size=size), flipped))
             rngs.append(rng)
         decoded = decode_crops(self._reader.read(shown), crops, size, format=self._format)

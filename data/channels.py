@@ -1,8 +1,8 @@
-"""Bytes of an image file -> pixels of any number of channels, as they are in the file.
+"""Bytes of an image file -> its pixels as stored, with any number of channels.
 
-RGB of 8 bits, what photographs are, is ``decode``'s own affair: it makes RGB of grays, palettes and CMYK. Here a file
-must have the channels and the type that are asked for; only three channels of 16 bits are made of grays in the same
-way, and lose their transparency.
+``decode`` itself handles 8-bit RGB, the format of photographs, and converts grays, palettes and CMYK to it. Here a file
+must have the requested channels and dtype. The exception: three channels of 16 bits are also made from gray, and drop
+transparency.
 """
 
 import logging
@@ -33,9 +33,9 @@ from data.image_file import (
 from data.pixel_format import MAX_CHANNELS, DType, PixelFormat
 
 NPY = b"\x93NUMPY"
-_MAX_HEADER = 4096  # bytes; of an array without fields a hundred
-_COMPRESSIONS = (1, 8, 32946)  # none, deflate by its two numbers
-_MEANINGS, _ORIENTATION = (1, 2), 274  # numbers of which 0 is black, or RGB; a tag
+_MAX_HEADER = 4096  # bytes; an array without fields needs a hundred
+_COMPRESSIONS = (1, 8, 32946)  # none, and deflate under its two numbers
+_MEANINGS, _ORIENTATION = (1, 2), 274  # photometrics: 0 is black, or RGB; a tag
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL, _PLANES = 258, 277, 284  # TIFF 6.0, sections 4, 6 and 8
 _HEADER = re.compile(
     rb"\{\s*'descr':\s*'([^'\\]{1,20})',\s*'fortran_order':\s*(True|False),\s*"
@@ -44,22 +44,22 @@ _HEADER = re.compile(
 
 
 def is_npy(data: bytes) -> bool:
-    """Whether these bytes begin as a .npy file."""
+    """Whether these bytes begin like a .npy file."""
     return data.startswith(NPY)
 
 
 def read_pixels(data: bytes, format: PixelFormat) -> np.ndarray:
-    """All pixels of a file.
+    """Reads all pixels of a file.
 
     Args:
-        data: a PNG, TIFF or another image, or a .npy file with an array (H, W, C), or (H, W) of one channel.
-        format: that they must have.
+        data: an image file such as PNG or TIFF, or a .npy file with an array (H, W, C), or (H, W) for one channel.
+        format: required of the pixels.
 
     Returns:
-        (H, W, C) of the format's type, in the machine's byte order.
+        (H, W, C) in the format's dtype and the machine's byte order.
 
     Raises:
-        BadImage: as ``decode``, or other channels or another type. No other exception, whatever the bytes.
+        BadImage: as in ``decode``, or channels or dtype differ. No other exception, whatever the bytes.
     """
     try:
         values = read_npy(data) if is_npy(data) else _read_image(data, format)
@@ -77,9 +77,9 @@ def read_pixels(data: bytes, format: PixelFormat) -> np.ndarray:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The array of a .npy file, (H, W) or (H, W, C), without NumPy's reader, which can unpickle.
+    """Reads the array of a .npy file, (H, W) or (H, W, C), without NumPy's reader, which can unpickle.
 
-    The header is believed only where its shape and type are those of an image and make exactly the bytes behind it.
+    The header is trusted only if its shape and dtype fit an image and account for exactly the bytes that follow.
 
     Raises:
         BadImage: anything else.
@@ -109,7 +109,7 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def _read_image(data: bytes, format: PixelFormat) -> np.ndarray:
-    """The pixels of any other file, as they are in it: (H, W) or (H, W, C)."""
+    """Reads the pixels of any other file as stored: (H, W) or (H, W, C)."""
     try:
         image = open_image(data)
     except BadImage as error:
@@ -139,14 +139,14 @@ def _read_8_bits(image: Image.Image, format: PixelFormat) -> np.ndarray:
 
 
 def _check_all(width: int, height: int, pixel: int) -> None:
-    """Raises BadImage for sizes that are not read, and for more bytes in all, of so many a pixel, than files have."""
+    """Raises BadImage for unsupported sizes, or if all pixels, of `pixel` bytes each, exceed `MAX_BYTES`."""
     check_size(width, height)
     if width * height * pixel > MAX_BYTES:
         raise BadImage(f"{width} x {height} pixels of {pixel} bytes are over {MAX_BYTES}: cut it into parts", TOO_LARGE)
 
 
 def _lost(image: TiffImagePlugin.TiffImageFile) -> str:
-    """What Pillow would not read of a TIFF file, in words; '' where it reads all."""
+    """Names what Pillow would lose of a TIFF file; '' if nothing."""
     samples = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
     if samples != len(image.getbands()):
         return "channels"
@@ -160,7 +160,7 @@ def _pages(image: Image.Image) -> int:
 
 
 def _read_pages(data: bytes, format: PixelFormat) -> np.ndarray:
-    """A TIFF file with as many pages as there are channels, of one channel each."""
+    """Reads a TIFF file with one page per channel."""
     image, pages = open_image(data), []
     for page in range(format.channels):
         image.seek(page)
@@ -174,10 +174,10 @@ def _read_pages(data: bytes, format: PixelFormat) -> np.ndarray:
 
 
 def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
-    """The first page of a TIFF file that Pillow does not read: of more channels, or of floating point.
+    """Reads the first page of a TIFF file that Pillow cannot read: of more channels, or of floating point.
 
     Args:
-        refused: why Pillow does not.
+        refused: why Pillow cannot read it.
     """
     try:
         import tifffile
@@ -185,7 +185,7 @@ def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
         raise BadImage(
             f'{refused}; TIFF files of other channels need tifffile: pip install "lomar-deepspeed[tiff]"', UNSUPPORTED
         ) from None
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # a line for each damaged file
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs a line for each damaged file
     with tifffile.TiffFile(BytesIO(data)) as file:
         if not len(file.pages):
             raise BadImage("a TIFF file without an image")
@@ -205,7 +205,7 @@ def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
 
 
 def _check_compression(page: Any, data: bytes) -> None:
-    """Raises BadImage where it is not one that is read, or where what it unpacks to is larger than the image."""
+    """Raises BadImage if the compression is not supported, or if the data unpack to more than the image's size."""
     if page.compression not in _COMPRESSIONS:
         raise BadImage(
             f"a TIFF file compressed by {page.compression.name}: save it uncompressed, or by deflate", UNSUPPORTED

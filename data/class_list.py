@@ -1,4 +1,4 @@
-"""Names of classes in the order of their labels, from a file of one name a line."""
+"""Class names in the order of their labels, from a file with one name per line."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ CLASSES_FILE = "classes.txt"  # next to shards
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Names of classes, one a line.
+    """Reads class names, one per line.
 
     Raises:
-        ValueError: there are none, or a line is empty or there twice.
+        ValueError: there are none, or a line is empty or a duplicate.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; it should have the name of a class in each line")
@@ -31,7 +31,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 
 def read_classes_of_shards(folder: Path) -> tuple[str, ...]:
-    """The names in the list next to shards, whoever wrote it; none without a list."""
+    """Reads the names in the list next to shards, whoever wrote it; none without a list."""
     path = folder / CLASSES_FILE
     names = read_lines(path) if path.exists() else []
     while names and not names[-1]:
@@ -40,10 +40,10 @@ def read_classes_of_shards(folder: Path) -> tuple[str, ...]:
 
 
 def number_classes(classes: Sequence[str]) -> dict[str, int]:
-    """The label of each class, by `same_name`."""
+    """Maps each class, normalized by `same_name`, to its label."""
     return {same_name(name): label for label, name in enumerate(classes)}
 
 
 def same_name(name: str) -> str:
-    """What two names of a class have in common: macOS writes an accent as a character of its own."""
+    """Normalizes a class name, since macOS writes an accent as a separate character."""
     return unicodedata.normalize("NFC", readable(name))

@@ -1,6 +1,6 @@
-"""Bytes of an image file -> pixels of its crops, of photographs decoding no more than needed.
+"""Bytes of an image file -> pixels of its crops; photographs are decoded no further than needed.
 
-Of a file with several pictures (animations, pages, MPO) the first is used.
+If a file has several images (animations, pages, MPO), the first is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ from data.transforms import Box
 
 Margins = tuple[tuple[int, int], tuple[int, int]]  # above and below, left and right; in pixels of the target
 
-DECODER = "torchvision's, resized by torch"  # as a run records it: one of before would continue with other pixels
-# Crops of whole pixels are drafted from this reduction on. At 2, Pillow takes as long for its draft and its resize as
-# torchvision and torch for all pixels, and errs ten times as much.
+DECODER = "torchvision's, resized by torch"  # as runs record it: an older run would continue with other pixels
+# Crops of whole pixels are drafted from this reduction on. At 2, Pillow's draft and resize take as long as torchvision
+# and torch do for all pixels, and the error is ten times as large.
 _WORTH_A_DRAFT = 4
 
 
@@ -47,28 +47,29 @@ def decode(
 ) -> np.ndarray:
     """Decodes one crop, resized once (bicubic, antialiased).
 
-    A box of whole pixels inside the image is cut out and resized by torch: the pixels of torchvision's ``resized_crop``
-    on Pillow's image, but for rounding between rows and columns (0.04 on average and 16 at most, of 255). Other boxes,
-    and those of JPEGs that are at least `_WORTH_A_DRAFT` times their target, are Pillow's, which knows parts of pixels
-    and decodes JPEGs at 1/2, 1/4 or 1/8 of their size; there the filter also reads the pixels beyond an inner edge.
-    EXIF orientation is ignored (but in TIFF files) and transparency dropped, as torchvision's ImageFolder does.
+    A box of whole pixels inside the image is cut out and resized by torch. This gives the pixels of torchvision's
+    ``resized_crop`` on Pillow's image, except for rounding between rows and columns (0.04 on average and 16 at most, of
+    255). Other boxes, and those of JPEGs that are at least `_WORTH_A_DRAFT` times their target, are left to Pillow,
+    which supports fractions of pixels and decodes JPEGs at 1/2, 1/4 or 1/8 of their size. Its filter also reads pixels
+    beyond an inner edge. EXIF orientation is ignored (except in TIFF files) and transparency dropped, as in
+    torchvision's ImageFolder.
 
-    Of other formats than `RGB`, and of .npy files, all pixels are decoded, and each channel is cut out and resized by
-    Pillow: bytes as it resizes grays, and wider values in fp32, then rounded to the nearest of their type.
+    For formats other than `RGB`, and for .npy files, all pixels are decoded, and Pillow cuts out and resizes each
+    channel: bytes like grays, wider values in fp32 and then rounded to the nearest value of their type.
 
     Args:
         data: the file's bytes.
         choose_box, flip: as in `Crop`.
         size: (H, W) of the result.
-        border: pixels on each side that do not belong to the image: cut off first, so that no filter reads them.
+        border: pixels to cut off on each side first, so that no filter reads them.
         format: of the result.
 
     Returns:
-        (H, W, C) of the format's type.
+        (H, W, C) in the format's dtype.
 
     Raises:
-        BadImage: truncated, not an image or of another format, over 100 megapixels or a side under 8 pixels. No other
-            exception, whatever the bytes.
+        BadImage: the file is truncated, not an image or in another format, has over 100 megapixels or a side under 8
+            pixels. No other exception, whatever the bytes.
     """
     return decode_crops(data, [Crop(choose_box, flip)], size, border, format)[0]
 
@@ -76,11 +77,11 @@ def decode(
 def decode_crops(
     data: bytes, crops: Sequence[Crop], size: tuple[int, int], border: int = 0, format: PixelFormat = RGB
 ) -> list[np.ndarray]:
-    """Several crops of one image, each with exactly the pixels that ``decode`` gives.
+    """Decodes several crops of one image, each with exactly the pixels that ``decode`` gives.
 
-    The header is read once and every box is chosen once, before the pixels are decoded. Crops share one decoding,
-    unless they need different reductions: then there is one for each, because a crop out of the other's would have
-    other pixels.
+    The header is read once and every box is chosen once, before the pixels are decoded. Crops share one decoding unless
+    they need different reductions. Each reduction is decoded separately, because a crop from another one would have
+    different pixels.
 
     Args and errors are those of ``decode``.
     """
@@ -109,7 +110,7 @@ def _cut(image: Image.Image, border: int) -> Image.Image:
 
 
 class _File:
-    """A file, decoded at most once in each of the ways that its crops need."""
+    """A file, decoded at most once in each way that its crops need."""
 
     def __init__(self, data: bytes, image: Image.Image) -> None:
         self._data, self._image, self._is_used = data, image, False
@@ -130,7 +131,7 @@ class _File:
         return _render(self._reduced[reduction], inside, target, beyond, flip)
 
     def _opened(self) -> Image.Image:
-        # What was loaded can neither be drafted nor read with 16 bits a value again; what was cut is no file any more.
+        # A loaded image cannot be drafted, or read with 16 bits per value, again; a cut one no longer has a file.
         if self._is_used and self._image.format is not None:
             return open_image(self._data)
         self._is_used = True
@@ -138,7 +139,7 @@ class _File:
 
 
 class _Planes:
-    """All pixels of a file, by channels."""
+    """All pixels of a file, one plane per channel."""
 
     def __init__(self, pixels: np.ndarray, border: int) -> None:
         rows, cols = (slice(border, side - border) for side in pixels.shape[:2])
@@ -164,17 +165,17 @@ class _Planes:
 
 
 def _decode_whole(data: bytes, image: Image.Image) -> Tensor:
-    """All pixels, uint8 (3, H, W), the channels of a pixel side by side in memory.
+    """Decodes all pixels, uint8 (3, H, W), with the channels of a pixel adjacent in memory.
 
-    By torchvision if it is a JPEG of colors or grays; Pillow makes of CMYK what its authors meant. PNGs are Pillow's:
-    torchvision is 13 % faster at them, and prints a line for each with a color profile that libpng does not like.
+    torchvision decodes JPEGs of colors or grays. Pillow converts CMYK as its authors meant it, and decodes PNGs:
+    torchvision is 13 % faster at them, but prints a line for each with a color profile that libpng does not like.
     """
     if image.format in REDUCIBLE and image.mode in ("RGB", "L"):
         try:
             pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        except RuntimeError:  # Pillow says in its words what is wrong, or reads the file: one without an end mark
+        except RuntimeError:  # Pillow reports what is wrong, or reads the file, such as one without an end mark
             pixels = torch.empty(0)
-        if pixels.shape[1:] == (image.height, image.width):  # all limits are about the size that Pillow found
+        if pixels.shape[1:] == (image.height, image.width):  # all limits apply to the size that Pillow found
             return pixels
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
@@ -188,11 +189,11 @@ def _resize(pixels: Tensor, box: Box, size: tuple[int, int], flip: bool) -> np.n
 
 class _Decoded(NamedTuple):
     image: Image.Image  # RGB or L
-    scale: float  # pixels of the file for one of `image`
+    scale: float  # pixels of the file per pixel of `image`
 
 
 def _decode(image: Image.Image, reduction: int) -> _Decoded:
-    """All pixels of an opened image, at 1/reduction of its size if it is a JPEG; those of RGB and L only when used."""
+    """Decodes an opened image, at 1/reduction of its size if it is a JPEG; RGB and L are decoded only when used."""
     width, scale = image.width, 1.0
     if reduction > 1:
         drafted = image.draft(None, (width // reduction, image.height // reduction))
@@ -203,7 +204,7 @@ def _decode(image: Image.Image, reduction: int) -> _Decoded:
 
 
 def _reduction(inside: Box, size: tuple[int, int]) -> int:
-    """1, 2, 4 or 8: libjpeg decodes a crop that is at least so many times its target for a fraction of the work."""
+    """1, 2, 4 or 8: libjpeg decodes a crop at least that many times its target's size for a fraction of the work."""
     left, top, right, bottom = inside
     times = min((right - left) / size[1], (bottom - top) / size[0])
     return next((reduction for reduction in (8, 4, 2) if times >= reduction), 1)

@@ -1,14 +1,14 @@
-"""Random numbers out of the raw words of a bit generator.
+"""Random numbers made from the raw words of a bit generator.
 
-NumPy guarantees the stream of a bit generator in all of its versions, but not what the distributions of `Generator`
-make of it. So all that is drawn for a sample (crops, colors, masks) is made of raw 64-bit words here.
+NumPy guarantees the stream of a bit generator in all versions, but not what the distributions of `Generator` make of
+it. So everything drawn for a sample (crops, colors, masks) is made from raw 64-bit words here.
 """
 
 import math
 
 import numpy as np
 
-MASKS = "drawn from raw words"  # as a run records it: one of before would continue with other masks
+MASKS = "drawn from raw words"  # as runs record it: an older run would continue with other masks
 _UNIT = 2.0**-53
 
 
@@ -18,16 +18,16 @@ def uniform(rng: np.random.Generator, lowest: float = 0.0, highest: float = 1.0)
 
 
 def uniforms(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers from 0 to 1 without 1, float64."""
+    """Draws numbers in [0, 1), float64."""
     words = rng.bit_generator.random_raw(math.prod(shape))
     return ((words >> np.uint64(11)) * _UNIT).reshape(shape)
 
 
 def integer(rng: np.random.Generator, count: int) -> int:
-    """A number from 0 to `count` - 1, each as likely as any other: Lemire's method on 32 bits.
+    """Draws a number from 0 to `count` - 1 with equal probability: Lemire's method on 32 bits.
 
     Args:
-        rng: gives one word, and another where that would make some numbers likelier.
+        rng: gives one word, and another where that would bias the result.
         count: at most 2**32.
     """
     while True:
@@ -37,7 +37,7 @@ def integer(rng: np.random.Generator, count: int) -> int:
 
 
 def integers(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """`size` numbers of `integer`, int64."""
+    """Draws `size` numbers by `integer`, int64."""
     return np.array([integer(rng, count) for _ in range(size)], np.int64)
 
 
@@ -53,10 +53,10 @@ def permutations(rng: np.random.Generator, rows: int, count: int) -> np.ndarray:
 
 
 def choice(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-    """`size` different ones of 0 to `count` - 1 in random order, int64.
+    """Draws `size` distinct numbers from 0 to `count` - 1 in random order, int64.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: `size` is over `count`.
     """
     if size > count:
         raise ValueError(f"{size} different numbers cannot be chosen of {count}")

@@ -20,26 +20,26 @@ from data.scan import NO_LABEL
 from data.transforms import center_crop
 from data.workers import IN_FLIGHT, in_workers
 
-AHEAD = 8  # shards of a store that are fetched beyond those that are needed
+AHEAD = 8  # shards of a store to fetch beyond those needed now
 PADDING = -1  # in place of a sample's index
 
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """B samples of one rank; after the last sample comes padding."""
+    """B samples of one rank, padded after the last sample."""
 
-    images: Tensor  # (B, H, W, C) of the format's type; zeros where there is no readable image
-    labels: Tensor  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, of sets with lists if C was given
+    images: Tensor  # (B, H, W, C) in the format's dtype; zeros where there is no readable image
+    labels: Tensor  # int64 (B,), -1 = none; float32 (B, C), 1 or 0, for sets with label lists if C was given
     samples: Tensor  # int64 (B,), index of the sample, or PADDING
     readable: Tensor  # bool (B,), false where the image could not be decoded, and for padding
 
     def pin_memory(self) -> "EvalBatch":
-        """The same in page-locked memory; DataLoader's pinning thread calls it."""
+        """Copies the batch to page-locked memory; DataLoader's pinning thread calls this."""
         return replace(self, images=self.images.pin_memory())
 
 
 class EvalLoader:
-    """Each sample once, over all ranks; batch b of rank r is the r-th part of the b-th `world * batch` samples.
+    """Yields each sample once over all ranks; batch b of rank r is part r of the b-th `world * batch` samples.
 
     The last batches are padded, so that all ranks do the same number of forward passes, which are collective under
     ZeRO-3. An image that cannot be decoded keeps its position in the batch.
@@ -63,17 +63,17 @@ class EvalLoader:
 
         Args:
             samples: shards or a folder.
-            size: (H, W) of the central crops.
-            batch: samples in a batch of one rank.
+            size: (H, W) of the center crops.
+            batch: samples per batch of one rank.
             rank, world_size: this process and how many there are.
             num_workers: processes that decode; 0 decodes in this one.
-            subset: the indices of the samples to read, ascending; all unless given.
+            subset: the indices of the samples to read, ascending; default: all.
             border: pixels to cut off on each side first.
-            num_classes: how many there are, C, for labels of a set that has lists of them.
-            format: of the images; those of others are not readable.
+            num_classes: C, the number of classes, for sets with label lists.
+            format: of the images; images in other formats are not readable.
 
         Raises:
-            ValueError: settings that cannot work, with the one to change.
+            ValueError: settings that cannot work; names the one to change.
         """
         if batch < 1 or min(size) < 1 or num_workers < 0:
             raise ValueError(f"batch {batch} and size {size} must be at least 1, num_workers {num_workers} at least 0")
@@ -91,7 +91,7 @@ class EvalLoader:
         return -(-len(self.indices) // (self.batch * self.world_size))
 
     def batches(self) -> Generator[EvalBatch, None, None]:
-        """Raises the errors that `Loader.batches` raises."""
+        """Yields this rank's batches; raises the errors that `Loader.batches` raises."""
         per_step, samples = self.batch * self.world_size, self.samples
         if not (isinstance(samples, Index) and samples.is_remote):
             yield from in_workers(self._decoder, self._requests(), self.num_workers, samples.root)
@@ -112,7 +112,7 @@ class EvalLoader:
 
 
 def crop_fraction(size: tuple[int, int]) -> float:
-    """Share of the image's short side: 224 of 256 up to 224 pixels, all of it above, as in MAE's and LoMaR's code."""
+    """Share of the short side to crop: 224 of 256 up to 224 pixels, all of it above, as in MAE's and LoMaR's code."""
     return 224 / 256 if min(size) <= 224 else 1.0
 
 

@@ -41,9 +41,9 @@ def locked(path: Path) -> Iterator[None]:
             print(f"waiting for another process that writes {path}", file=sys.stderr)
             _wait_for(descriptor, lock)
         except OSError:
-            pass  # a file system without locks: two processes may build the same index, and both results are right
+            pass  # a file system without locks: two processes may build the same index, and both are correct
         yield
-        # A process that waits for this file, or creates a new one, finds the index published before it is removed.
+        # The index is published before its lock is removed: whoever waits for the lock, or makes a new one, sees it.
         if path.exists():
             lock.unlink(missing_ok=True)
     finally:
@@ -51,7 +51,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _wait_for(descriptor: int, lock: Path) -> None:
-    """By trying now and then, since the process that has the lock may hang, and signals must be noticed."""
+    """Polls for the lock: the process that holds it may hang, and signals must be noticed."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:

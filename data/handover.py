@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing  # by which tensors are pickled as shared memory
+import torch.multiprocessing  # makes tensors pickle as shared memory
 from torch import Tensor
 
 SHARED_MEMORY = Path("/dev/shm")
-# Of the folder of sockets in TMPDIR: AF_UNIX takes 107 bytes, and the names of the sockets in it add about 35.
+# Longest TMPDIR: AF_UNIX takes 107 bytes, of which the folder of the sockets and their names need 32.
 MAX_SOCKET_FOLDER = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
 SMALL = 1 << 20  # bytes up to which a pipe is faster: a tensor in shared memory costs the main process a millisecond
 _log = logging.getLogger(__name__)
@@ -29,19 +29,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Handover:
-    """A result on its way; pickled anew it is just bytes."""
+    """A result on its way; pickling it again only copies its bytes."""
 
     pickled: bytes
     problem: str = ""  # why it is not in shared memory; '' if it is
-    size: int = 0  # bytes, if not
+    size: int = 0  # bytes, if it is not
 
     @cached_property
     def result(self) -> Any:
-        """Unpickled once: its shared memory is handed over a single time."""
+        """The result, unpickled once, since its shared memory can be handed over only once."""
         return pickle.loads(self.pickled)
 
     def pin_memory(self) -> "Handover":
-        """The same in page-locked memory; DataLoader's pinning thread calls it."""
+        """Copies the result to page-locked memory; DataLoader's pinning thread calls this."""
         pinned = Handover(b"", self.problem, self.size)
         pinned.__dict__["result"] = self.result.pin_memory()
         return pinned
@@ -54,7 +54,7 @@ class HandoverPacker:
         self._problem = ""
 
     def __call__(self, result: object) -> Handover:
-        """In shared memory, until that fails once: what it leaves behind then is removed, which cannot be so often."""
+        """Packs into shared memory until that fails once; then removes what the failure left behind, and uses pipes."""
         if not self._problem:
             try:
                 buffer = io.BytesIO()
@@ -69,35 +69,35 @@ class HandoverPacker:
 
 
 def _as_array(obj: object, largest: float) -> Any:
-    """How a tensor is pickled with its bytes, as an array: several times as fast as torch's own way."""
+    """Pickles a tensor of up to `largest` bytes as an array, several times as fast as torch does."""
     if isinstance(obj, Tensor) and obj.nbytes <= largest:
         return torch.from_numpy, (obj.numpy(),)
     return NotImplemented
 
 
 class _PlainPickler(pickle.Pickler):
-    """No tensor in shared memory."""
+    """Puts no tensor into shared memory."""
 
     def reducer_override(self, obj: object) -> Any:
         return _as_array(obj, math.inf)
 
 
 class _SharingPickler(ForkingPickler):
-    """Large tensors in shared memory."""
+    """Puts large tensors into shared memory."""
 
     def reducer_override(self, obj: object) -> Any:
         return _as_array(obj, SMALL)
 
 
 def _remove_leftovers() -> None:
-    """Files of this process that torch could not fill; those that it could have no name any more."""
-    with contextlib.suppress(OSError):  # the folder may be what is missing, or this process have too many open files
+    """Removes files of this process that torch could not fill; those it filled have no name any more."""
+    with contextlib.suppress(OSError):  # the folder may be missing, or this process may have too many open files
         for path in SHARED_MEMORY.glob(f"torch_{os.getpid()}_*"):
             path.unlink(missing_ok=True)
 
 
 def warn_of_pipes(problem: str, megabytes: float, workers: int) -> None:
-    """Says that batches go through pipes, and what helps."""
+    """Warns that batches go through pipes, and says what helps."""
     free = "is missing"
     with contextlib.suppress(OSError):
         usage = shutil.disk_usage(SHARED_MEMORY)
@@ -112,7 +112,7 @@ def warn_of_pipes(problem: str, megabytes: float, workers: int) -> None:
 def shorten_socket_folder() -> None:
     """Chooses a short folder for the sockets of worker processes where TMPDIR is too long for them.
 
-    To be called before they start: they inherit it.
+    Call it before they start: they inherit the folder.
     """
     if len(os.fsencode(tempfile.gettempdir())) <= MAX_SOCKET_FOLDER:
         return
@@ -120,7 +120,7 @@ def shorten_socket_folder() -> None:
     if settings.get("tempdir"):
         return
     for parent in ("/tmp", "/var/tmp", str(SHARED_MEMORY)):
-        with contextlib.suppress(OSError):  # without any, batches go through pipes
+        with contextlib.suppress(OSError):  # if none works, batches go through pipes
             settings["tempdir"] = folder = tempfile.mkdtemp(prefix="pymp-", dir=parent)
             util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
             return

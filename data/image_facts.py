@@ -1,4 +1,4 @@
-"""What an image file holds, found by decoding all of it; and pictures of 16 bits rewritten with 8."""
+"""What an image file holds, found by decoding all of it; and rewriting 16-bit images with 8 bits."""
 
 from io import BytesIO
 from typing import NamedTuple
@@ -20,24 +20,24 @@ class ImageFacts(NamedTuple):
     format: str
     """One of `FORMATS`, or NPY."""
     used_bits: int | None = None
-    """Bits that the largest value needs, of a picture with 16 bits a value; None for all others."""
+    """Bits that the largest value needs, if values have 16 bits; None for others, and where 12 bits are declared."""
     is_gray: bool = False
-    """With 16 bits a value."""
+    """Gray with 16 bits per value."""
     has_more_pictures: bool = False
     """An animation, or pages; a photograph with previews (MPO) does not count."""
     is_turned: bool = False
-    """EXIF says that it is to be shown turned or mirrored."""
+    """EXIF says that it is to be shown rotated or mirrored."""
     is_flat: bool = False
-    """With 16 bits a value, of which all lie within a narrow range far from 0: one shade of gray in 8 bits."""
+    """16 bits per value, all within a narrow range far from 0: one shade of gray in 8 bits."""
     is_transparent: bool = False
-    """Some pixels are, in part or in full; the colors below them are used."""
+    """Some pixels are partly or fully transparent; the colors stored for them are used."""
 
 
 def check_image(data: bytes, format: PixelFormat = RGB) -> ImageFacts:
-    """Decodes the whole image; of other formats than `RGB`, which keep what is in the file, only the format is told.
+    """Decodes the whole image; for formats other than `RGB`, which keep the file's values, reports only the format.
 
     Raises:
-        BadImage: as ``decode``.
+        BadImage: as in ``decode``.
     """
     if format != RGB or is_npy(data):
         read_pixels(data, format)
@@ -47,7 +47,7 @@ def check_image(data: bytes, format: PixelFormat = RGB) -> ImageFacts:
 
 
 def check_opened(image: Image.Image, data: bytes) -> ImageFacts:
-    """The same of an image opened from these bytes, which is decoded afterwards unless it has 16 bits a value."""
+    """Like `check_image`, for an image opened from these bytes; leaves it decoded unless it has 16 bits per value."""
     try:
         values = read_16_bits(image)
         if values is None:
@@ -70,12 +70,12 @@ def _name(image: Image.Image) -> str:
 
 
 def rewrite_16_bits(data: bytes, bits: int) -> bytes:
-    """A picture with 16 bits a value as a PNG of 8 bits, in which the largest number of `bits` bits is white.
+    """Rewrites an image with 16 bits per value as a PNG of 8 bits, with the largest `bits`-bit number as white.
 
     Transparency is dropped.
 
     Raises:
-        BadImage: values need more bits; or as ``decode``.
+        BadImage: values need more bits; or as in ``decode``.
     """
     image = open_image(data)
     white = min(2**bits - 1, white_of(image))
@@ -94,7 +94,7 @@ def rewrite_16_bits(data: bytes, bits: int) -> bytes:
 
 
 def _has_more_pictures(data: bytes) -> bool:
-    image = open_image(data)  # again, as looking for the others moves on in the file
+    image = open_image(data)  # again: looking for other images moves the position in the file
     try:
         return bool(getattr(image, "is_animated", False))
     except Exception:  # the second one is damaged, which does not matter
@@ -102,17 +102,17 @@ def _has_more_pictures(data: bytes) -> bool:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Of an image whose pixels have been read."""
-    if image.mode in ("P", "L", "RGB") and "transparency" in image.info:  # a color that stands for it
+    """Whether an image whose pixels have been read has transparent ones."""
+    if image.mode in ("P", "L", "RGB") and "transparency" in image.info:  # a color that marks transparency
         image = image.convert("RGBA")
     return "A" in image.getbands() and bool(np.asarray(image.getchannel("A")).min() < 255)
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's number of an image whose pixels have been read: 1 if it is upright."""
+    """EXIF's orientation of an image whose pixels have been read; 1 is upright."""
     try:
-        return int(image.getexif().get(_ORIENTATION, _UPRIGHT))  # Pillow has done what a TIFF file says
-    except Exception:  # damaged metadata raises anything, and does not make the pixels worse
+        return int(image.getexif().get(_ORIENTATION, _UPRIGHT))  # Pillow has already applied a TIFF file's
+    except Exception:  # damaged metadata raises anything, and does not affect the pixels
         return _UPRIGHT
 
 

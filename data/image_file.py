@@ -1,4 +1,4 @@
-"""Bytes -> an image that Pillow has opened, and its 8-bit RGB pixels, or the reason why it is no usable image."""
+"""Bytes -> an image opened by Pillow, and its 8-bit RGB pixels, or the reason why the image is not usable."""
 
 import logging
 import warnings
@@ -11,14 +11,14 @@ from PIL import AvifImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 from data.bit_depth import is_negative, read_16_bits, scale_to_8_bits, white_of
 
 MAX_PIXELS = 100_000_000
-MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit RGBA have 800 MB
+MAX_BYTES = 1 << 30  # of a file; 100 megapixels of 16-bit RGBA take 800 MB
 MIN_SIDE = 8
 REDUCIBLE = ("JPEG", "MPO")  # MPO: a JPEG with further images after the first
-# Why a file is no usable image, in a word or two.
+# Why a file is not a usable image, in a word or two.
 EMPTY, NO_IMAGE, UNSUPPORTED, DAMAGED = "empty", "no image", "unsupported", "damaged"
 TOO_LARGE, TOO_SMALL = "too large", "too small"
 GET_HEIC = "the extra `heif` reads it (pip install 'lomar-deepspeed[heif]')"
-OTHER_CHANNELS, OTHER_TYPE = "other channels", "other type"  # than those that are asked for
+OTHER_CHANNELS, OTHER_TYPE = "other channels", "other type"  # than requested
 _LIMIT = f"{MAX_PIXELS // 1_000_000} megapixels: make it smaller, or cut it into parts"
 _TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _AVIF_BRANDS = (b"avif", b"avis")
@@ -32,11 +32,11 @@ _MARKS = {  # first bytes -> format
 }
 _WITHOUT_WHITE = {"F": "floating-point", "I": "signed or 32-bit", "LAB": "CIELAB"}  # by Pillow's modes
 
-# Pillow warns of odd metadata, and from 89 megapixels on, once per worker. Metadata does not matter here, and our own
-# limit refuses the image instead.
+# Pillow warns about odd metadata, and from 89 megapixels on, once per worker. Metadata does not matter here, and our
+# own limit refuses large images instead.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # a line for each file that it does not read
-# Pillow refuses good PNGs for a megabyte of text or of color profile beside the pixels.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs a line for each file that it cannot read
+# By default Pillow refuses valid PNGs with a megabyte of text or of color profile beside the pixels.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 100 * 2**20
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a worker has one core
 try:
@@ -55,11 +55,11 @@ class BadImage(Exception):  # noqa: N818  # a state of the data, not of the prog
     def __init__(self, text: str, kind: str = DAMAGED) -> None:
         super().__init__(text)
         self.kind = kind
-        """Of the reason: one of the words above."""
+        """The kind of reason: one of the words above."""
 
 
 def check_length(length: int) -> None:
-    """Raises BadImage for a number of bytes that no image file has."""
+    """Raises BadImage for a length that no image file has."""
     if length == 0:
         raise BadImage("an empty file", EMPTY)
     if length > MAX_BYTES:
@@ -67,7 +67,7 @@ def check_length(length: int) -> None:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises BadImage for sizes that are not read."""
+    """Raises BadImage for unsupported sizes."""
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width} x {height} is over {_LIMIT}", TOO_LARGE)
     if min(width, height) < MIN_SIDE:
@@ -75,12 +75,12 @@ def check_size(width: int, height: int) -> None:
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether these bytes begin as a TIFF file."""
+    """Whether these bytes begin like a TIFF file."""
     return data[:4] in _TIFF_MARKS
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Reads the header only.
+    """Opens an image; reads only its header.
 
     Raises:
         BadImage: no header of one of `FORMATS`, over 100 megapixels or a side under 8 pixels.
@@ -93,7 +93,7 @@ def open_image(data: bytes) -> Image.Image:
     except Exception as error:
         raise bad_image(error) from error
     check_size(*image.size)
-    if image.mode in _WITHOUT_WHITE:  # Pillow would clip what is not from 0 to 255
+    if image.mode in _WITHOUT_WHITE:  # Pillow would clip values outside 0 to 255
         raise BadImage(
             f"{_WITHOUT_WHITE[image.mode]} pixels, which do not say what is black and white: "
             "convert it to 8 bits, or to unsigned 16 bits",
@@ -103,10 +103,10 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """All pixels of an opened image, of any mode, with 8 bits a value; transparency is dropped.
+    """Converts an opened image of any mode to RGB with 8 bits per value; transparency is dropped.
 
     Raises:
-        Exception: anything, of a damaged file.
+        Exception: any, for a damaged file.
     """
     values = read_16_bits(image)
     if values is not None:
@@ -117,7 +117,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def bad_image(error: Exception) -> BadImage:
-    """What an error of Pillow says of a file, the same in every process."""
+    """Makes a BadImage of an error of Pillow, with the same text in every process."""
     if isinstance(error, BadImage):
         return BadImage(str(error), error.kind)
     if isinstance(error, Image.DecompressionBombError):
@@ -126,7 +126,7 @@ def bad_image(error: Exception) -> BadImage:
 
 
 def count_kinds(kinds: Iterable[str]) -> str:
-    """How many images are of each kind, the most frequent first: `12 damaged, 3 empty`."""
+    """Counts the images of each kind, the most frequent first: `12 damaged, 3 empty`."""
     return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common())
 
 

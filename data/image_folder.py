@@ -24,7 +24,7 @@ class Folder:
 
     root: Path
     names: Keys  # N paths relative to `root`
-    keys: Keys  # N, the keys that `data.pack` would give them; a.jpg and a.png have the same
+    keys: Keys  # N, the keys that `data.pack` would give them; a.jpg and a.png have the same key
     label: np.ndarray  # int32 (N,), -1 = none
     classes: tuple[str, ...]  # names of the labels: the class folders, sorted
     multi_labels: MultiLabels | None = None  # files have none
@@ -38,16 +38,16 @@ Samples = Index | Folder
 
 
 class FolderReader:
-    """As ``ShardReader``, for single files."""
+    """Like ``ShardReader``, for single files."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
     def read(self, sample: int) -> bytes:
-        """The file's bytes.
+        """Reads the file's bytes.
 
         Raises:
-            BadImage: it has no bytes, or more than any image.
+            BadImage: it is empty, or larger than any image.
             ValueError: it no longer exists.
         """
         name = self.folder.names[sample]
@@ -66,7 +66,7 @@ class FolderReader:
 
 
 def load_samples(path: str | Path, cache: CacheSettings | None = None) -> Samples:
-    """Shards (a folder of ``*.tar``, one tar, a brace pattern) or a folder of images, or shards at a URL.
+    """Loads shards (a folder of ``*.tar``, one tar, a brace pattern; also at a URL) or a folder of images.
 
     Raises:
         ValueError: it is neither.
@@ -80,7 +80,7 @@ def load_samples(path: str | Path, cache: CacheSettings | None = None) -> Sample
 
 
 def list_folder(path: Path) -> Folder:
-    """Raises ValueError where there are no images in it."""
+    """Lists the images of a folder; raises ValueError if there are none."""
     source = list_source(path, unique_keys=False)
     return Folder(
         root=source.root,

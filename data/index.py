@@ -1,7 +1,7 @@
-"""The index of shards: loaded, or made once and kept next to them: ``python -m data.index SHARDS``.
+"""The index of shards: loaded, or built once and stored next to them: ``python -m data.index SHARDS``.
 
-On first use it is made from tar headers alone. This command, `data.pack` and `data.verify --reindex` also read the
-images, for the checksums that are compared wherever an image is read.
+On first use it is built from tar headers alone. This command, `data.pack` and `data.verify --reindex` also read the
+images, to store the checksums that are compared whenever an image is read.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from data.storage.location import is_url
 
 
 def load_index(shards: str | Path, cache: CacheSettings | None = None) -> Index:
-    """Loads the index of a set of shards; builds it on first use, but for shards in a store.
+    """Loads the index of a set of shards; builds it on first use, except for shards in a store.
 
     Safe to call from many processes at once: one builds, the others wait. If the shards' folder is read-only the index
     goes to ``$XDG_CACHE_HOME/lomar-deepspeed`` (``~/.cache`` by default).
 
     Args:
-        shards: a folder of ``*.tar``, one tar, or a brace pattern such as ``/x/train-{000000..000099}.tar``; here or at
-            a URL such as ``s3://bucket/folder``.
+        shards: a folder of ``*.tar``, one tar, or a brace pattern such as ``/x/train-{000000..000099}.tar``; local or
+            at a URL such as ``s3://bucket/folder``.
         cache: where shards of a store are kept.
 
     Raises:
@@ -48,11 +48,11 @@ def load_index(shards: str | Path, cache: CacheSettings | None = None) -> Index:
 
 
 def build_index(shards: str | Path, *, checksums: bool = False) -> Index:
-    """Builds and publishes the index, or loads one that another process publishes meanwhile; raises as `load_index`.
+    """Builds and publishes the index, or loads one that another process publishes meanwhile; raises like `load_index`.
 
     Args:
-        shards: as of `load_index`, here.
-        checksums: also read the images, for `Index.checksum`; an index without is built again.
+        shards: as in `load_index`, but local.
+        checksums: also read the images, for `Index.checksum`; an index without checksums is rebuilt.
     """
     root, names = find_shards(shards)
     for path in index_paths(shards):
@@ -68,7 +68,7 @@ def build_index(shards: str | Path, *, checksums: bool = False) -> Index:
 
 
 def index_paths(shards: str | Path) -> tuple[Path, Path]:
-    """Possible paths of the index of shards here: next to them, or in the cache if their folder is read-only."""
+    """Possible paths of the index of local shards: next to them, or in the cache if their folder is read-only."""
     root, names = find_shards(shards)
     # A subset of a folder has its own index, which must not be mistaken for the index of the whole folder.
     part = "" if Path(shards).expanduser().is_dir() else "-" + digest_of("\n".join(names))[:12]

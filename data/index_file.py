@@ -1,4 +1,4 @@
-"""The index of shards, where every sample lies: one ``.npz`` file, mapped into memory."""
+"""The index of shards, which locates every sample: one ``.npz`` file, mapped into memory."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ _ARRAYS = ("shard_bytes", "shard_sizes", "offset", "length", "label")
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """Every sample of a set of shards; N samples in S shards, in the order of shard names and bytes."""
+    """Every sample of a set of shards; N samples in S shards, ordered by shard name and byte."""
 
     root: Location  # `shards` are relative to this folder
     shards: tuple[str, ...]  # S names, sorted
@@ -35,15 +35,15 @@ class Index:
     offset: np.ndarray  # int64 (N,), first byte of the image in its shard
     length: np.ndarray  # int64 (N,), bytes of the image
     label: np.ndarray  # int32 (N,), NO_LABEL = none
-    multi_labels: MultiLabels | None  # where samples have lists of labels, of N samples
-    label_problem: str  # of the first sample whose label means nothing; '' if there is none
+    multi_labels: MultiLabels | None  # lists of labels of N samples, if they have them
+    label_problem: str  # about the first sample whose label is invalid; '' if there is none
     keys: Keys  # N WebDataset keys
     classes: tuple[str, ...]  # names of the labels, from classes.txt; may be empty
     fingerprint: str  # digest of shard names, sizes, offsets, lengths and labels; not of the folder
     checksum: np.ndarray | None = None  # uint32 (N,), CRC-32 of the image; None if only tar headers were read
-    shrunk: str = ""  # how photographs were made smaller as they were packed
+    shrunk: str = ""  # how photographs were shrunk when packed
     file: Path | None = None  # where the arrays are mapped from
-    versions: tuple[str, ...] = ()  # of shards in a store: S, '' where it names none
+    versions: tuple[str, ...] = ()  # of shards in a store: S, '' where it gives none
     cache: CacheSettings = field(default_factory=CacheSettings)  # for shards in a store
 
     def __len__(self) -> int:
@@ -51,7 +51,7 @@ class Index:
 
     @cached_property
     def shard_ends(self) -> np.ndarray:
-        """Int64 (S,), the first sample behind each shard."""
+        """Int64 (S,), the first sample after each shard."""
         return np.cumsum(self.shard_sizes)
 
     def shard_of(self, sample: int) -> int:
@@ -64,13 +64,13 @@ class Index:
         return isinstance(self.root, Remote)
 
     def stored(self, shard: int) -> tuple[Remote, Object]:
-        """A shard in a store, and what it is there."""
+        """Returns where a shard is in its store, with its size and version."""
         assert isinstance(self.root, Remote)
         version = self.versions[shard] if self.versions else ""
         return self.root / self.shards[shard], Object(int(self.shard_bytes[shard]), version)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A process that gets the index maps it as well, and no array is copied."""
+        """Lets a process that receives the index map it as well; no array is copied."""
         assert self.file is not None, "an index that is not written yet stays in its process"
         return _map_again, (self.file, self.root, self.fingerprint, self.versions, self.cache)
 
@@ -142,7 +142,7 @@ def check_names(index: Index, path: object, names: tuple[str, ...]) -> None:
 
 
 def check_unchanged(index: Index, path: object, found: Sequence[Object]) -> None:
-    """Raises ValueError if shards have another size or version than the index says; names all of them."""
+    """Raises ValueError if the size or version of shards differs from the index; names all of them."""
     problems = []
     for number, (name, now) in enumerate(zip(index.shards, found, strict=True)):
         size, version = int(index.shard_bytes[number]), index.versions[number] if index.versions else ""
@@ -156,7 +156,7 @@ def check_unchanged(index: Index, path: object, found: Sequence[Object]) -> None
 
 
 def write_index(index: Index, path: Path) -> None:
-    """Writes the file under another name first: a reader sees a complete index or none."""
+    """Writes the file under another name first, so that a reader sees a complete index or none."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
@@ -186,5 +186,5 @@ def write_index(index: Index, path: Path) -> None:
 
 
 def digest_of(text: str) -> str:
-    """A name for a text in names of files."""
+    """The digest of a text, for use in file names."""
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Makes the index of shards by reading all their tar headers, and, for checksums, their images."""
+"""Builds the index of shards by reading all their tar headers and, for checksums, their images."""
 
 import hashlib
 import sys
@@ -34,12 +34,12 @@ def scan_shards(
     *,
     checksums: bool = False,
 ) -> Index:
-    """Reads all shards.
+    """Reads all shards and returns their index.
 
     Args:
         root: where they are.
         names: the shards, sorted, relative to it.
-        beside: a folder here with what may be next to shards, `classes.txt` and `pack.json`.
+        beside: a local folder with the files that may be next to shards, `classes.txt` and `pack.json`.
         objects: sizes and versions of shards in a store.
         checksums: also read the images, for `Index.checksum`.
 
@@ -120,7 +120,7 @@ def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
 
 
 def _problem_of_lists(keys: Keys, label: np.ndarray, has_list: np.ndarray) -> str:
-    """Why it is not true of all samples that they have a list of labels, or of none; '' if it is."""
+    """Explains that some samples have a list of labels and others do not; '' if all or none have one."""
     if has_list.all() or not has_list.any():
         return ""
     other, listed = keys[int(has_list.argmin())], keys[int(has_list.argmax())]

@@ -10,18 +10,18 @@ from data.scan import NO_LABEL
 
 
 def check_labels(samples: Samples, num_classes: int | None = None, key: str = "") -> None:
-    """Every sample needs a label, below `num_classes` where that is given.
+    """Checks that every sample has a label, below `num_classes` if that is given.
 
-    Where samples have lists of labels, every number in them is checked, and a list may be empty.
+    If samples have lists of labels, every number in them is checked, and a list may be empty.
 
     Args:
         samples: shards or a folder.
         num_classes: how many classes there are.
-        key: of the configuration that says so, for the message.
+        key: the configuration key that sets this number, for the message.
 
     Raises:
-        ValueError: quotes a label that means nothing, or says how many samples have no such label and names the first
-            of them.
+        ValueError: a label is invalid or missing; quotes the invalid label, or says how many samples have no such label
+            and names the first of them.
     """
     if samples.label_problem:
         raise ValueError(f"{samples.root}: {samples.label_problem}")
@@ -62,10 +62,10 @@ def _check_lists(samples: Samples, lists: MultiLabels, num_classes: int | None, 
 def check_same_classes(
     classes: Sequence[str], where: str, other_classes: Sequence[str], other_where: str, advice: str
 ) -> None:
-    """Raises ValueError where a label means one class in one place and another in the other.
+    """Raises ValueError if a label means one class in one place and another one in the other.
 
-    Sets without class names (nothing in `classes` or in `other_classes`) are taken to agree, and so are those of which
-    one has more classes than the other.
+    Sets without class names (nothing in `classes` or in `other_classes`) are taken to agree. If one set has more
+    classes than the other, only the labels of both are compared.
 
     Args:
         classes, other_classes: names of the classes, in the order of their labels.

@@ -28,15 +28,15 @@ class ListedFile(NamedTuple):
 
 
 def read_list(path: Path, classes: Sequence[str] | None = None, labels: bool = True) -> list[ListedFile]:
-    """The files of a list.
+    """Reads the files of a list.
 
     Args:
-        path: of the list. The bytes of its paths are those of the file system; ``~`` is the home folder.
-        classes: names that labels may have besides their numbers.
-        labels: False reads the paths alone.
+        path: of the list. Its paths are bytes, as in the file system; ``~`` is the home folder.
+        classes: class names that labels may have in place of their numbers.
+        labels: False reads only the paths.
 
     Raises:
-        ValueError: it is no such list, or lines are not right; the first of them are quoted.
+        ValueError: it is not such a list, or lines are wrong; quotes the first of them.
     """
     _refuse_other_files(path)
     content = path.read_bytes().removeprefix(_UTF_8_MARK)
@@ -95,7 +95,7 @@ def _stat(folder: Path, name: str) -> os.stat_result | None:
 
 
 def _advice(folder: Path, name: str) -> str:
-    """What a path that leads nowhere may have been meant to be."""
+    """Guesses what a path that does not exist was meant to be."""
     bare = name.strip().strip("\"'")
     if bare != name and _stat(folder, bare):
         return "; the path stands without quotes and spaces"
@@ -115,7 +115,7 @@ def _advice(folder: Path, name: str) -> str:
 
 
 def _label(text: str, numbers: Mapping[str, int] | None) -> int:
-    """A label's number; a name of a class counts as such, even if it is a number."""
+    """Returns a label's number; the name of a class is taken as a name, even if it is a number."""
     if not text:
         return NO_LABEL
     if numbers is not None and (label := numbers.get(same_name(text))) is not None:

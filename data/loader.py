@@ -1,6 +1,6 @@
 """Batches for one rank, made by worker processes.
 
-Their contents depend on (seed, step, global batch, repeats, group size) alone.
+Their contents depend only on (seed, step, global batch, repeats, group size).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ class Loader:
 
     Attributes:
         steps_per_epoch: optimizer steps in an epoch; from the index alone, so equal on all ranks.
-        sizes: the first step of each size (H, W) that images have, and that size.
+        sizes: each size (H, W) that images have, with the first step that has it: (step, size).
     """
 
     def __init__(
@@ -50,24 +50,24 @@ class Loader:
 
         Args:
             index: the samples.
-            size: (H, W) of the images, in the end.
-            batch, accumulation: of an optimizer step, over all ranks; and its micro-batches.
+            size: final (H, W) of the images.
+            batch, accumulation: samples of an optimizer step, over all ranks, and its micro-batches.
             rank, world_size: this process and how many there are.
             seed: of all random numbers, at least 0.
             mask_sampler: draws a sample's arrays, of the same shapes for every sample; picklable if workers are not
                 forked.
             augmentations: one per view of a sample, one or two.
-            labels: whether batches have labels, which are those of the samples shown, also where they replace others.
-            num_classes: how many there are, C; needed for labels of a set that has lists of them.
+            labels: whether batches have labels; a sample that replaces another one keeps its own label.
+            num_classes: C, the number of classes; needed for the labels of sets with label lists.
             num_workers: processes that decode; 0 decodes in this one.
-            repeats: of each sample's decode; see ``rank_views``.
-            earlier: by rising epochs, all multiples of ``repeats``, what counts in place of ``size`` and
-                ``mask_sampler`` until then. No step has views of two sizes, since no pass over the samples has.
-            format: of the images; those of others are replaced like damaged ones.
-            shuffle_shards: shards in a group whose samples are shuffled together; 0 shuffles all samples.
+            repeats: views that one decode of a sample serves; see ``rank_views``.
+            earlier: what replaces ``size`` and ``mask_sampler`` until an epoch, in the order of these epochs, which are
+                multiples of ``repeats``. So a pass over the samples, and hence a step, has views of one size.
+            format: of the images; images in other formats are replaced like damaged ones.
+            shuffle_shards: shards per group whose samples are shuffled together; 0 shuffles all samples.
 
         Raises:
-            ValueError: settings that cannot work, with the one to change.
+            ValueError: settings that cannot work; names the one to change.
         """
         check_divisible(batch, world_size, accumulation)
         _check_numbers(size, seed, num_workers)
@@ -81,7 +81,7 @@ class Loader:
         self._index, self._seed, self._batch, self._accumulation = index, seed, batch, accumulation
         self._rank, self._world_size, self._num_workers, self._repeats = rank, world_size, num_workers, repeats
         self._groups = Groups(index.shard_sizes, shuffle_shards)
-        steps_in_flight = 2 + -(-IN_FLIGHT * num_workers // accumulation)  # of ranks that may be a step apart
+        steps_in_flight = 2 + -(-IN_FLIGHT * num_workers // accumulation)  # ranks may be a step apart
         check_room(index, shuffle_shards, -(-steps_in_flight * batch // repeats))
         stages = [*earlier, SizedUntil(sys.maxsize, size, mask_sampler)]
         reader = _label_reader(index, num_classes) if labels else None
@@ -92,13 +92,13 @@ class Loader:
         return next(size for begin, size in reversed(self.sizes) if step >= begin)
 
     def batches(self, start_step: int, end_step: int) -> Iterator[list[Batch]]:
-        """For each global step from ``start_step`` up to ``end_step``, this rank's ``accumulation`` micro-batches.
+        """Yields this rank's ``accumulation`` micro-batches for each step from ``start_step`` up to ``end_step``.
 
         Global step s is step ``s % steps_per_epoch`` of epoch ``s // steps_per_epoch``. One set of workers serves the
         whole range; leaving the loop early stops them.
 
         Raises:
-            ValueError: the shards are not those of the index, or too many samples in a row cannot be decoded.
+            ValueError: the shards do not match the index, or too many samples in a row cannot be decoded.
             ChildProcessError, TimeoutError: a worker died, or its storage stopped answering.
         """
         steps = range(start_step, end_step)

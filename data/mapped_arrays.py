@@ -11,10 +11,10 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # in front of a file in a zip archive: 
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file that ``np.savez`` wrote, read-only; it may be replaced by a new file, but not overwritten.
+    """Maps the arrays of a file that ``np.savez`` wrote, read-only; it may be replaced, but not overwritten.
 
     Raises:
-        OSError, ValueError, zipfile.BadZipFile: not such a file, or a damaged one; the arrays' content is not checked.
+        OSError, ValueError, zipfile.BadZipFile: not such a file, or a damaged one; array contents are not checked.
     """
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,4 +1,4 @@
-"""Words that messages of this package share."""
+"""Text that the messages of this package share."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ SHOWN = 20  # lines
 
 
 def one_or_list(problems: Sequence[str], summary: str) -> str:
-    """The only problem, or a summary with one of the first problems a line; `{n}` in it is how many there are."""
+    """Returns the only problem, or a summary and the first problems, one per line; `{n}` is their number."""
     if len(problems) == 1:
         return problems[0]
     more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []

@@ -1,4 +1,4 @@
-"""Several labels for each sample, and how labels are read out of a shard's members."""
+"""Several labels per sample, and how labels are read from a shard's members."""
 
 import json
 import re
@@ -32,7 +32,7 @@ class MultiLabels:
 
     @classmethod
     def join(cls, parts: Sequence["MultiLabels"]) -> "MultiLabels":
-        """Those of several sets of samples, one after the other."""
+        """Joins the labels of several sets of samples, one after the other."""
         totals = np.cumsum([0, *(len(part.classes) for part in parts)])
         ends = [part.ends + total for part, total in zip(parts, totals, strict=False)]
         return cls(np.concatenate([part.classes for part in parts]), np.concatenate(ends))
@@ -46,16 +46,16 @@ class MultiLabels:
         return tuple(self.classes[start : int(self.ends[sample])].tolist())
 
     def part(self, start: int, stop: int) -> "MultiLabels":
-        """Those of some samples in a row."""
+        """The classes of consecutive samples."""
         before = int(self.ends[start - 1]) if start else 0
         ends = self.ends[start:stop] - before
         return MultiLabels(self.classes[before : before + (int(ends[-1]) if len(ends) else 0)], ends)
 
     def rows(self, samples: np.ndarray, num_classes: int) -> np.ndarray:
-        """float32 (B, num_classes): 1 at the classes of each of the samples, int64 (B,).
+        """Returns float32 (B, num_classes), 1 at the classes of each of the samples, int64 (B,).
 
         Raises:
-            ValueError: a class that is not below `num_classes`.
+            ValueError: a class is not below `num_classes`.
         """
         rows = np.zeros((len(samples), num_classes), np.float32)
         for row, sample in zip(rows, samples.tolist(), strict=True):
@@ -77,15 +77,15 @@ class Labeled(Protocol):
 
 
 class LabelReader:
-    """The labels of samples as a loss wants them."""
+    """The labels of samples in the form that a loss needs."""
 
     def __init__(self, samples: Labeled, num_classes: int | None) -> None:
-        """With `num_classes` the lists of labels of a set that has them."""
-        self._samples = samples  # and not its arrays: they are copied on the way to a spawned worker
+        """Reads the lists of labels, if the samples have them, only with `num_classes`."""
+        self._samples = samples  # not its arrays, which would be copied to a spawned worker
         self._num_classes = num_classes
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """int64 (B,), NO_LABEL where there is none; of a set with lists float32 (B, num_classes), 1 or 0."""
+        """Returns int64 (B,), NO_LABEL if there is none; for label lists float32 (B, num_classes), 1 or 0."""
         lists = self._samples.multi_labels
         if lists is None or self._num_classes is None:
             return self._samples.label[samples].astype(np.int64)
@@ -93,11 +93,11 @@ class LabelReader:
 
 
 class UnusableLabel(ValueError):  # noqa: N818 - no problem until somebody needs the label
-    """A label that means nothing; says what it is and what to do."""
+    """An invalid label; says what it is and what to do."""
 
 
 def read_cls(content: bytes, numbers: Mapping[str, int]) -> int | None:
-    """The class in a ``.cls`` member: a number, or a name that `numbers` knows; None if it is empty or -1.
+    """Reads the class in a ``.cls`` member: a number, or a name that `numbers` knows; None if it is empty or -1.
 
     Raises:
         UnusableLabel: it is neither.
@@ -106,12 +106,12 @@ def read_cls(content: bytes, numbers: Mapping[str, int]) -> int | None:
 
 
 def read_json(content: bytes, numbers: Mapping[str, int]) -> Label:
-    """The class in `label`, or the classes in the list `labels`, of a ``.json`` member; None without these keys.
+    """Reads the class in `label`, or the classes in the list `labels`, of a ``.json`` member; None without these keys.
 
     Raises:
-        UnusableLabel: there is such a key, and it holds something else.
+        UnusableLabel: such a key holds anything else.
     """
-    if b'"label' not in content:  # most have captions alone, and parsing them takes longer than finding them
+    if b'"label' not in content:  # most have only captions, and parsing takes longer than searching
         return None
     try:
         fields = json.loads(content)

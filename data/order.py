@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-PART = 1 << 24  # samples whose order is in memory at once, 24 bytes each while they are sorted and 4 afterwards
+PART = 1 << 24  # samples whose order is in memory at once: 24 bytes each during sorting and 4 afterwards
 _CHUNK = 1 << 20  # words drawn at once
 
 
 class Stream(IntEnum):
-    """Separate random streams of a sample: another draw from one of them does not change the others."""
+    """Separate random streams of a sample: one more draw from one of them does not change the others."""
 
     CROP = 0
     MASK = 1
@@ -28,10 +28,10 @@ class Views(NamedTuple):
 
 
 class _OrderInParts:
-    """An order of samples of which one part at a time is in memory.
+    """An order of samples, with one part in memory at a time.
 
     Attributes:
-        ends: int64 (P,), how many samples there are up to the end of each part.
+        ends: int64 (P,), the number of samples up to the end of each part.
     """
 
     def __init__(self, ends: np.ndarray) -> None:
@@ -39,7 +39,7 @@ class _OrderInParts:
         self._number, self._part = -1, np.empty(0, np.int64)
 
     def samples(self, start: int, stop: int) -> np.ndarray:
-        """Those at some positions in a row, int64 (stop - start,); cheapest if asked for in ascending order."""
+        """Returns the samples at positions `start` up to `stop`, int64 (stop - start,); cheapest in ascending order."""
         assert 0 <= start < stop <= int(self.ends[-1])
         first, last = np.searchsorted(self.ends, [start, stop - 1], side="right").tolist()
         pieces = []
@@ -56,12 +56,12 @@ class _OrderInParts:
 
 
 class EpochOrder(_OrderInParts):
-    """A uniform shuffle of all samples: they are sorted by raw 64-bit words, one drawn for each.
+    """A uniform shuffle of all samples: they are sorted by one raw 64-bit word each.
 
     NumPy guarantees the stream of a bit generator, but not that of its distributions, such as ``permutation``.
 
-    Only a part is in memory at once: the samples whose words begin with the same bits, which are consecutive in the
-    order. The next part draws all words again, and the whole is the same for every size of the parts.
+    Only one part is in memory at a time: the samples whose words begin with the same bits, which are consecutive in the
+    order. Each part draws all words again, and the order is the same for every part size.
     """
 
     def __init__(self, num_samples: int, seed: int, epoch: int, part: int = PART) -> None:
@@ -88,7 +88,7 @@ class EpochOrder(_OrderInParts):
         return samples[np.argsort(words, kind="stable")]
 
     def _drawn(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Chunks of samples: the first of them, their words, and the parts that these belong to, int64."""
+        """Yields chunks of samples: the first of them, their words, and the parts that they belong to, int64."""
         generator = np.random.PCG64(np.random.SeedSequence(self._key))
         for start in range(0, self._num_samples, _CHUNK):
             words = generator.random_raw(min(_CHUNK, self._num_samples - start))
@@ -100,17 +100,17 @@ class Groups(NamedTuple):
     """Which shards are shuffled together."""
 
     shard_sizes: np.ndarray  # int64 (S,), the samples of each shard
-    size: int  # shards in a group, at most; 0: all of them in one, for all steps
+    size: int  # shards per group, at most; 0: one group of all shards, for all steps
 
 
 class GroupedOrder(_OrderInParts):
     """Shards are shuffled and cut into groups, and the samples of each group are shuffled.
 
-    All samples of a group come before those of the next, so no more than a group has to be at hand.
+    All samples of a group come before those of the next, so no more than a group has to be available at once.
 
     Attributes:
-        groups: the shards of each group, as many as of each other or one less.
-        ends: as of the base, of each group.
+        groups: the shards of each group; the sizes of groups differ by at most one.
+        ends: as in the base class, with groups as parts.
     """
 
     def __init__(self, groups: Groups, seed: int, epoch: int) -> None:
@@ -139,7 +139,7 @@ class StepGroup(NamedTuple):
 
 
 def group_steps(groups: Groups, seed: int, steps: range, batch: int, repeats: int = 1) -> Iterator[StepGroup]:
-    """The groups that some steps of ``rank_views`` need, in the order in which they need them."""
+    """Yields the groups that these steps of ``rank_views`` need, in the order in which they need them."""
     if not groups.size:
         yield StepGroup(steps.start, steps.stop - 1, range(len(groups.shard_sizes)))
         return
@@ -183,10 +183,10 @@ def check_divisible(batch: int, world_size: int, accumulation: int) -> None:
 
 
 def micro_batches(batch: np.ndarray, accumulation: int, rank: int, world_size: int) -> np.ndarray:
-    """One rank's part of a global batch, (accumulation, len(batch) / (accumulation * world_size)).
+    """Returns one rank's part of a global batch, (accumulation, len(batch) / (accumulation * world_size)).
 
-    The batch is cut into micro-batches, each of which is divided among the ranks; so ranks and accumulation decide
-    which rank gets a view and never which views a step has.
+    The batch is cut into micro-batches, each of which is divided among the ranks. So ranks and accumulation decide
+    which rank gets a view, never which views a step has.
 
     Args:
         batch: one-dimensional, divisible by ``accumulation * world_size``.
@@ -206,20 +206,20 @@ def rank_views(
     repeats: int = 1,
     groups: Groups | None = None,
 ) -> Iterator[Views]:
-    """What a rank shows in global steps: for each of them ``accumulation`` micro-batches.
+    """Yields a rank's views, ``accumulation`` micro-batches for each global step.
 
-    A pass goes through all samples once, in the order of its first epoch, and takes ``repeats`` epochs: the views of a
-    sample stand side by side, so that one decode serves them, and are those that it has in these epochs without
-    repeats. So repeats change when a view is shown, and neither which there are nor how many steps an epoch has.
+    A pass goes through all samples once, in the order of its first epoch, and takes ``repeats`` epochs. A sample has
+    the same views as in these epochs without repeats, but one after the other, so that one decode serves them. So
+    repeats change when a view is shown, but not which views there are or how many steps an epoch has.
 
     Args:
         num_samples: in the index.
         seed: of all random numbers.
-        steps: global ones, in a row; step s is in epoch ``s // steps_per_epoch(num_samples, batch)``.
+        steps: consecutive global steps; step s is in epoch ``s // steps_per_epoch(num_samples, batch)``.
         batch: global batch, over all ranks and micro-batches.
-        accumulation, rank, world_size: as of ``micro_batches``.
-        repeats: views of a sample side by side.
-        groups: shards that are shuffled together; all samples are without them.
+        accumulation, rank, world_size: as in ``micro_batches``.
+        repeats: consecutive views of a sample.
+        groups: shards that are shuffled together; without them all samples are.
     """
     per_pass = steps_per_epoch(num_samples, batch) * repeats
     order: EpochOrder | GroupedOrder | None = None

@@ -1,9 +1,9 @@
 """Packs an image folder or a list of files into WebDataset shards: ``python -m data.pack SOURCE OUT``.
 
-The files' bytes are copied unchanged (but for ``--bits`` and ``--short-side``), in sorted order; training shuffles all
-samples anyway. Every image is decoded once to check it. Shards are written to ``OUT/.pack`` and published together at
-the end, so a killed run leaves no partial data where training looks, and the next run continues after the shards that
-were finished.
+The files' bytes are copied unchanged (except with ``--bits`` and ``--short-side``), in sorted order; training shuffles
+all samples anyway. Every image is decoded once to check it. Shards are written to ``OUT/.pack`` and published together
+at the end, so a killed run leaves no partial data where training looks, and the next run continues after the finished
+shards.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from data.storage.location import Location, Remote, parse_location
 
 STAGING = ".pack"
 REJECTED_FILE = "rejected.txt"
-UPLOADED = "uploaded"  # in the folder that `upload_folder` names: everything is in the store
+UPLOADED = "uploaded"  # a file in `upload_folder`: everything is in the store
 DEFAULT_QUALITY = 90
 
 
@@ -55,7 +55,7 @@ def pack(
 ) -> Index:
     """Writes the shards, ``classes.txt`` and the index of ``source`` into ``out``; continues an interrupted run.
 
-    Class folders none of whose images are readable are no classes, unless the classes were given.
+    Class folders without any readable image are not classes, unless the classes were given.
 
     Args:
         source: from ``list_source``.
@@ -64,13 +64,13 @@ def pack(
         samples_per_shard: files per shard; a shard with rejected files is smaller.
         workers: processes.
         bad: 'refuse' publishes nothing if any file is not a readable image; 'skip' lists them in ``rejected.txt``.
-        bits: gray pictures of 16 bits are rewritten as PNGs of 8, with 2**bits - 1 as white.
-        shrink: larger photographs are made smaller.
-        format: that images must have; others than RGB are packed as they are.
-        remote: a folder in a store that each shard goes to once written; `out` only keeps what to continue from.
+        bits: 16-bit images are rewritten as 8-bit PNGs, with 2**bits - 1 as white.
+        shrink: how to shrink larger photographs.
+        format: required of the images; formats other than RGB are packed unchanged.
+        remote: a folder in a store that each shard is uploaded to once written; `out` only keeps the state to resume.
 
     Raises:
-        ValueError: unreadable images, ``out`` holds other shards, or has no room for these.
+        ValueError: images are unreadable, or ``out`` holds other shards or has no room for these.
     """
     assert bad in ("refuse", "skip")
     _check(out, samples_per_shard, bits, shrink, format)
@@ -124,12 +124,12 @@ def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink |
 
 
 def upload_folder(remote: Remote) -> Path:
-    """Here, what packing into a store continues from after a kill."""
+    """The local folder from which packing into a store resumes after it was killed."""
     return cache_home() / "pack" / digest_of(str(remote))
 
 
 def check_empty(remote: Remote) -> None:
-    """Raises ValueError if there are shards in a folder of a store already, or it is read-only for us."""
+    """Raises ValueError if a store's folder already holds shards, or is read-only for us."""
     if remote.scheme == "hf":
         raise StoreError(f"{remote}: hf:// is read only here: pack into a folder, and upload that by `hf upload`")
     if any(name.endswith(".tar") for name in list_files(remote) or {}):
@@ -179,7 +179,7 @@ def _publish(out: Path, tasks: Sequence[ShardTask], classes: tuple[str, ...], re
 
 
 def _publish_remote(out: Path, remote: Remote, classes: tuple[str, ...], rejected: list[str]) -> Index:
-    """Writes what lies next to the shards, which are there already, and the index last: without it nothing trains."""
+    """Uploads the files next to the shards, which are already there; the index last, as nothing trains without it."""
     if classes:
         write_lines(out / CLASSES_FILE, classes)
     if rejected:
@@ -194,10 +194,10 @@ def _publish_remote(out: Path, remote: Remote, classes: tuple[str, ...], rejecte
 
 
 def _list(path: Path, out: Location, classes_file: Path | None, labels: bool, arrays: bool) -> Source:
-    """As `list_source`; says what will not be packed.
+    """Like `list_source`; reports what will not be packed.
 
     Raises:
-        ValueError: also if ``out`` lies in the folder, or it is not clear what its folders mean.
+        ValueError: also if ``out`` lies in the folder, or if the meaning of its folders is unclear.
     """
     if path.is_dir() and isinstance(out, Path) and out.resolve().is_relative_to(path.resolve()):
         raise ValueError(f"{out} lies in {path}, whose images are packed: give an OUT outside of it")

@@ -1,4 +1,4 @@
-"""What packing finds out about images, kept for each shard until all are written, and what it says of it."""
+"""What packing finds out about images: kept for each shard until all are written, then reported."""
 
 import json
 import sys
@@ -14,24 +14,24 @@ from data.image_file import count_kinds
 from data.index import Index
 from data.scan import NO_LABEL
 
-DARK_BITS = 14  # a picture that uses so few of 16 bits has at most a quarter of the gray levels left
+DARK_BITS = 14  # an image that uses so few of 16 bits keeps at most a quarter of the gray levels
 SHOWN_CLASSES = 20
 SHOWN_REJECTED = 20
 
 
 @dataclass
 class PackReport:
-    """Of some files."""
+    """What was found in a set of files."""
 
-    rejected: list[str] = field(default_factory=list)  # lines of a file's name, kind and reason, by tabs
-    gray_bits: Counter[int] = field(default_factory=Counter)  # of pictures with 16 bits a value: bits used -> pictures
+    rejected: list[str] = field(default_factory=list)  # lines of a file's name, kind and reason, tab-separated
+    gray_bits: Counter[int] = field(default_factory=Counter)  # of images with 16 bits per value: bits used -> images
     color_bits: Counter[int] = field(default_factory=Counter)
-    flat: int = 0  # gray pictures of 16 bits in a narrow range far from 0
+    flat: int = 0  # 16-bit gray images in a narrow range far from 0
     images: int = 0  # packed
-    more_pictures: int = 0  # files with several, of which the first is used
-    turned: int = 0  # by EXIF
+    more_pictures: int = 0  # files with several images, of which the first is used
+    turned: int = 0  # rotated or mirrored by EXIF
     shrunk: int = 0  # rewritten with a shorter short side
-    transparent: int = 0  # with pixels that are, at least in part
+    transparent: int = 0  # with pixels that are at least partly transparent
 
     def add(self, facts: ImageFacts) -> None:
         """Counts a packed image."""
@@ -57,7 +57,7 @@ class PackReport:
 
     @classmethod
     def merge(cls, reports: Iterable["PackReport"]) -> "PackReport":
-        """One of all their files."""
+        """Combines reports into one."""
         merged = cls()
         for report in reports:
             merged.rejected += report.rejected
@@ -72,7 +72,7 @@ class PackReport:
         return merged
 
     def remarks(self) -> Iterator[str]:
-        """What a user may want to change before training."""
+        """Yields what a user may want to change before training."""
         for bits, kind in ((self.gray_bits, "gray"), (self.color_bits, "color")):
             dark = [used for used in bits if used <= DARK_BITS]
             if dark:
@@ -108,7 +108,7 @@ class PackReport:
             )
 
     def refusal(self, files: int, out: Path) -> str:
-        """The message where rejected files are not to be left out."""
+        """The error message if rejected files must not be left out."""
         lines = [line.split("\t") for line in self.rejected]
         shown = "\n".join(f"  {name}: {reason}" for name, _, reason in lines[:SHOWN_REJECTED])
         left = len(self.rejected) - SHOWN_REJECTED
@@ -121,7 +121,7 @@ class PackReport:
 
 
 def class_table(index: Index) -> list[str]:
-    """Lines of label, images and name of each class; of many classes some, and the smallest and the largest."""
+    """Lines of label, images and name of each class; if there are many, some of them, and the smallest and largest."""
     present, counted = np.unique(index.label[index.label != NO_LABEL], return_counts=True)
     images = dict.fromkeys(range(len(index.classes)), 0) | dict(zip(present.tolist(), counted.tolist(), strict=True))
     if not images:
@@ -141,12 +141,12 @@ def class_table(index: Index) -> list[str]:
 
 
 def empty_classes(index: Index) -> list[str]:
-    """Names of the classes that no image has."""
+    """Names of the classes without images."""
     present = set(np.unique(index.label).tolist())
     return [name for label, name in enumerate(index.classes) if label not in present]
 
 
 def note(remarks: Iterable[str]) -> None:
-    """Says on stderr what the user should know."""
+    """Prints what the user should know to stderr."""
     for remark in remarks:
         print(f"note: {remark}", file=sys.stderr)

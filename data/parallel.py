@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 
 
 def default_workers() -> int:
-    """The CPU cores that this process may use, which under a scheduler are fewer than the machine has."""
+    """The number of CPU cores that this process may use; under a scheduler, fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 def print_any_name() -> None:
-    """From now on bytes and letters that the terminal's encoding lacks are printed as escapes: file names have them."""
+    """Makes stdout and stderr print escapes for characters that their encoding lacks, which file names may have."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -46,7 +46,7 @@ def report_errors(command: Callable[[], int]) -> int:
 def run_parallel(
     function: Callable[[Item], Result], items: Sequence[Item], workers: int, description: str, unit: str
 ) -> Iterator[Result]:
-    """Yields ``function(item)`` for every item in any order; one worker is this process. Raises its errors."""
+    """Yields ``function(item)`` for every item, in any order, and raises its errors; one worker is this process."""
     workers = min(workers, len(items))
     with tqdm(desc=description, total=len(items), unit=unit, disable=None) as bar:
         if workers <= 1:
@@ -66,7 +66,7 @@ def run_parallel(
 
 
 def _end_with_parent(parent: int) -> None:
-    """Pool workers would wait forever for a parent that was killed; this ends them."""
+    """Ends a pool worker when its parent is killed; it would wait forever otherwise."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""How many channels a pixel has, of which type its values are, and their statistics; a batch has one format."""
+"""The number of channels, the type and the statistics of pixels; a batch has one format."""
 
 import argparse
 from typing import Literal, NamedTuple, get_args
@@ -12,11 +12,11 @@ _WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}
 
 
 class PixelFormat(NamedTuple):
-    """Of images as they are read and handed over: nothing is cut down from one format to another.
+    """Format of images as they are read and passed on: none is reduced to another format.
 
     Attributes:
-        channels: of a pixel, C.
-        dtype: NumPy's name of its values' type.
+        channels: C, the number of channels.
+        dtype: NumPy's name of the type of the values.
     """
 
     channels: int = 3
@@ -28,7 +28,7 @@ class PixelFormat(NamedTuple):
         return _WHITE[self.dtype]
 
     def check(self) -> None:
-        """Raises ValueError for a number of channels that images do not have."""
+        """Raises ValueError for an unsupported number of channels."""
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise ValueError(f"--channels {self.channels}: images have from 1 to {MAX_CHANNELS}")
 
@@ -40,10 +40,10 @@ RGB = PixelFormat()
 
 
 class Pixels(NamedTuple):
-    """What a model takes pixels to be; by default ImageNet's RGB.
+    """The pixels that a model expects; by default ImageNet's RGB.
 
     Attributes:
-        mean, std: of each channel, of values divided by the format's `white`: in 0..1, but for float32.
+        mean, std: per channel, of values divided by the format's `white`: in 0..1, except for float32.
         dtype: of the values.
     """
 
@@ -53,12 +53,12 @@ class Pixels(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """C."""
+        """C, the number of channels."""
         return len(self.mean)
 
     @property
     def format(self) -> PixelFormat:
-        """Of the images."""
+        """The format of the images."""
         return PixelFormat(self.channels, self.dtype)
 
     def __str__(self) -> str:
@@ -70,23 +70,23 @@ IMAGENET = Pixels()
 
 
 def empty_images(*shape: int, format: PixelFormat = RGB) -> Tensor:
-    """Images (*shape, C) on the CPU, to be written into."""
+    """Allocates images (*shape, C) on the CPU, to be written into."""
     return torch.empty((*shape, format.channels), dtype=getattr(torch, format.dtype))
 
 
 def computable(images: Tensor) -> Tensor:
-    """uint16 as float32, which has all of its values: torch moves tensors of uint16 and does little else with them."""
+    """Converts uint16 to float32, which has all of its values: torch does little with uint16 tensors but move them."""
     return images.float() if images.dtype == torch.uint16 else images
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """The options --channels and --dtype of a command, which `given_format` reads."""
+    """Adds the options --channels and --dtype to a command, for `given_format`."""
     parser.add_argument("--channels", type=int, metavar="C", help="of every image, as data.channels (default: 3)")
     parser.add_argument("--dtype", choices=get_args(DType), help="of their values, as data.dtype (default: uint8)")
 
 
 def given_format(options: argparse.Namespace) -> PixelFormat:
-    """What --channels and --dtype say; raises ValueError for what cannot be."""
+    """Returns the format that --channels and --dtype give; raises ValueError if it is not possible."""
     format = PixelFormat(RGB.channels if options.channels is None else options.channels, options.dtype or RGB.dtype)
     format.check()
     return format

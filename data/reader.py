@@ -11,7 +11,7 @@ from data.index_file import HOW_TO_REINDEX, Index
 from data.storage.cache import POLL, ShardCache, unpin
 from data.tar_members import HEADER, header_problem
 
-MAX_OPEN_SHARDS = 256  # well under the usual limit of 1024 descriptors a process
+MAX_OPEN_SHARDS = 256  # well under the usual limit of 1024 descriptors per process
 RETRY_AFTER = (0.1, 1.0, 5.0)  # seconds
 # Errors of a network file system whose server restarts or whose cached handle is stale; a retry often succeeds.
 TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN})
@@ -21,7 +21,7 @@ class ShardReader:
     """Reads samples by ``os.pread``, which has no file position: a forked worker may share its parent's descriptors.
 
     Descriptors are opened when first needed, kept in a small LRU, and not pickled with the reader. Shards of a store
-    are read from this node's cache: what fetches them is `Prefetcher`, in the main process.
+    are read from this node's cache; `Prefetcher` fetches them in the main process.
     """
 
     def __init__(self, index: Index) -> None:
@@ -30,25 +30,25 @@ class ShardReader:
         self._cache, self._process = ShardCache(index.cache), os.getpid()
 
     def read(self, sample: int) -> bytes:
-        """The image file's bytes of a sample.
+        """Reads the bytes of a sample's image file.
 
         Raises:
-            BadImage: it has no bytes, or more than any image.
+            BadImage: it is empty, or larger than any image.
             ValueError: the shard does not match the index; nothing after this point could be trusted, so it does not
                 count as a bad image.
-            OSError: the file system failed, repeatedly if the error is a transient one.
+            OSError: the file system failed, repeatedly if the error is transient.
         """
         index = self.index
         shard, offset, length = index.shard_of(sample), int(index.offset[sample]), int(index.length[sample])
         check_length(length)
-        # One read for the image and the tar header before it, which costs nothing and shows that the index is right.
+        # One read gets the image and the tar header before it, which costs nothing and shows that the index is right.
         block = self._pread(shard, offset - HEADER, HEADER + length)
         if len(block) != HEADER + length or header_problem(block[:HEADER], length):
             raise ValueError(
                 f"{index.root / index.shards[shard]}: the index does not match this shard at byte {offset} (sample "
                 f"'{index.keys[sample]}'): {HOW_TO_REINDEX}"
             )
-        image = block[HEADER:]  # whose checksum takes a fiftieth of the time to decode it
+        image = block[HEADER:]  # its checksum takes a fiftieth of the time to decode it
         if index.checksum is not None and zlib.crc32(image) != index.checksum[sample]:
             raise ValueError(
                 f"{index.root / index.shards[shard]}: the bytes of sample '{index.keys[sample]}' at byte {offset} are "
@@ -82,7 +82,7 @@ class ShardReader:
             os.close(self._open.popitem(last=False)[1])
         if self.index.is_remote:
             for opened in [number for number, file in self._open.items() if not os.fstat(file).st_nlink]:
-                self._forget(opened)  # the cache has deleted it, and its room is free only when nobody has it open
+                self._forget(opened)  # deleted by the cache, and its room is free only when nobody has it open
         self._open[shard] = descriptor = self._open_cached(shard) if self.index.is_remote else self._open_file(shard)
         return descriptor
 
@@ -90,7 +90,7 @@ class ShardReader:
         return os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
 
     def _open_cached(self, shard: int) -> int:
-        """The process that has made this reader fetches shards; a worker waits for them."""
+        """Opens a cached shard; the process that made this reader fetches it, and a worker waits for it."""
         remote, what = self.index.stored(shard)
         while True:
             try:

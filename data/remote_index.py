@@ -1,4 +1,4 @@
-"""The index of shards in a store: next to them, or in this user's cache, and a copy here to map into memory."""
+"""The index of shards in a store: next to them, or in this user's cache, with a local copy to map into memory."""
 
 import os
 from collections.abc import Sequence
@@ -27,32 +27,32 @@ from data.storage.client import NotThereError, Object, StoreError
 from data.storage.files import copy_small, list_files, look_up, upload
 from data.storage.location import Remote, parse_url
 
-_REQUESTS = 32  # at once, where a store has no lists
+_REQUESTS = 32  # at once, if a store cannot list files
 
 
 @dataclass(frozen=True)
 class RemoteShards:
-    """A set of shards in a store, as far as it is known without an index."""
+    """A set of shards in a store, as far as known without an index."""
 
     url: str
     root: Remote
     is_subset: bool  # of a folder: a tar, or a brace pattern
-    names: tuple[str, ...] | None  # sorted, relative to `root`; None: of a folder of a store that has no lists
-    files: dict[str, Object] | None  # what is right in `root`, if the store has lists
+    names: tuple[str, ...] | None  # sorted, relative to `root`; None: a folder of a store that cannot list files
+    files: dict[str, Object] | None  # files directly in `root`, if the store can list them
 
     @property
     def index(self) -> Remote:
-        """Next to the shards; a subset of a folder has its own."""
+        """The index next to the shards; a subset of a folder has its own."""
         part = f"-{digest_of(chr(10).join(self.names or ()))[:12]}" if self.is_subset else ""
         return self.root / f"index{part}.npz"
 
     @property
     def folder(self) -> Path:
-        """Here, for copies of the small files next to the shards, and for an index that cannot be next to them."""
+        """The local folder for copies of small files next to the shards, and for an index that cannot be there."""
         return cache_home() / digest_of(str(self.root))
 
     def has(self, name: str, timeout: float) -> Object | None:
-        """A file next to the shards."""
+        """Looks up a file next to the shards; None if there is none."""
         if self.files is not None:
             return self.files.get(name)
         try:
@@ -61,7 +61,7 @@ class RemoteShards:
             return None
 
     def objects(self, names: Sequence[str], timeout: float) -> list[Object]:
-        """What the shards are now; raises StoreError, naming one that is not there."""
+        """Looks up the shards' sizes and versions; raises StoreError, naming a shard that is not there."""
         if self.files is not None and not any("/" in name for name in names):
             for name in names:
                 if name not in self.files:
@@ -72,14 +72,14 @@ class RemoteShards:
 
 
 def find_remote_shards(url: str, timeout: float) -> RemoteShards:
-    """What the store says of shards.
+    """Asks a store which shards there are.
 
     Args:
         url: a folder, a tar, or a brace pattern.
-        timeout: as of `request`.
+        timeout: as in `request`.
 
     Raises:
-        ValueError: no URL of a store, credentials in it, or no shards there.
+        ValueError: not the URL of a store, credentials in it, or no shards there.
     """
     shards = [parse_url(text) for text in braceexpand.braceexpand(url)]
     if "{" not in url and not url.rstrip("/").lower().endswith(".tar"):
@@ -98,14 +98,14 @@ def find_remote_shards(url: str, timeout: float) -> RemoteShards:
 
 
 def load_remote_index(url: str, cache: CacheSettings) -> Index:
-    """The index of shards in a store, compared with what the store lists; makes none.
+    """Loads the index of shards in a store and compares it with what the store lists; never builds one.
 
     Raises:
-        ValueError: there is none, or shards that do not match it; says what to do.
+        ValueError: there is none, or shards do not match it; says what to do.
     """
     shards = find_remote_shards(url, cache.timeout)
     index, where = _read(shards, cache)
-    if shards.files is None:  # each is looked at when it is fetched
+    if shards.files is None:  # each shard is checked when it is fetched
         return index
     found = shards.objects(index.shards, cache.timeout)
     check_unchanged(index, where, found)
@@ -113,7 +113,7 @@ def load_remote_index(url: str, cache: CacheSettings) -> Index:
 
 
 def read_remote_index(url: str, cache: CacheSettings) -> Index:
-    """As `load_remote_index`, but shards may have changed."""
+    """Like `load_remote_index`, but shards may have changed."""
     return _read(find_remote_shards(url, cache.timeout), cache)[0]
 
 
@@ -131,7 +131,7 @@ def _read(shards: RemoteShards, cache: CacheSettings) -> tuple[Index, object]:
 
 
 def build_remote_index(url: str, cache: CacheSettings) -> tuple[Index, str]:
-    """Reads every shard once, and writes the index next to them, or here where that is not allowed.
+    """Reads every shard once, and writes the index next to them, or to a local folder if that is not allowed.
 
     Returns:
         The index, and where it is.
@@ -164,12 +164,12 @@ def build_remote_index(url: str, cache: CacheSettings) -> tuple[Index, str]:
 
 
 def _find(shards: RemoteShards, timeout: float) -> tuple[Path | None, object]:
-    """A copy of the index that is next to the shards, or the one that is here; and what to call it."""
+    """Finds a copy of the index next to the shards, or the local one; also returns what to call it."""
     published = shards.has(shards.index.name, timeout)
     here = shards.folder / shards.index.name
     if published is None:
         return (here, here) if is_current(here, None) else (None, "")
-    # Under a name of its own for each version: a process that has mapped an older one goes on with that.
+    # Each version's copy has its own name: a process that has mapped an older one keeps using it.
     copy = here.with_name(f"{here.stem}-{digest_of(f'{published}')[:12]}.npz")
     shards.folder.mkdir(parents=True, exist_ok=True)
     with locked(copy):

@@ -1,4 +1,4 @@
-"""What shards in a store add to a loader: room for them, and fetching them while others are read."""
+"""What a loader needs for shards in a store: room for them, and fetching them while others are read."""
 
 import contextlib
 import math
@@ -18,11 +18,11 @@ from data.waiting import look_while_waiting
 Request = TypeVar("Request")
 
 _OTHER_FILES = 1024  # descriptors that a process needs besides those of shards
-_SUGGESTED = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # shards in a group
+_SUGGESTED = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # shards per group
 
 
 class Fetching(Protocol):
-    """What a loader says to a `Prefetcher`, and hears from it."""
+    """What a loader uses of a `Prefetcher`."""
 
     def need(self, step: int) -> None: ...
 
@@ -32,7 +32,7 @@ class Fetching(Protocol):
 
 
 class _Local:
-    """Shards that are here need no fetching."""
+    """Local shards need no fetching."""
 
     def need(self, step: int) -> None:
         pass
@@ -46,12 +46,12 @@ class _Local:
 
 @contextlib.contextmanager
 def fetching(index: Index, plan: Iterable[StepGroup], ahead: int = 1) -> Iterator[Fetching]:
-    """Within this context the shards of a plan are fetched as they are needed, if they are in a store.
+    """Fetches the shards of a plan as they are needed within this context, if they are in a store.
 
     Args:
         index: the shards.
-        plan: see `Prefetcher`; not read for shards that are here.
-        ahead: groups to fetch beyond those that are needed.
+        plan: see `Prefetcher`; not read for local shards.
+        ahead: groups to fetch beyond those needed now.
     """
     if not index.is_remote:
         yield _Local()
@@ -67,14 +67,14 @@ def fetching(index: Index, plan: Iterable[StepGroup], ahead: int = 1) -> Iterato
 def announced(
     requests: Iterable[Request], first_step: int, per_step: int, fetcher: Fetching, wait: bool
 ) -> Iterator[Request]:
-    """The requests of steps, each said to the fetcher before it is passed on.
+    """Passes requests on, after telling the fetcher which step each belongs to.
 
     Args:
         requests: `per_step` for each step.
-        first_step: of the first of them.
-        per_step: how many.
-        fetcher: of `fetching`.
-        wait: whether what passes them on reads in this very process: the shards must be there first.
+        first_step: step of the first request.
+        per_step: requests per step.
+        fetcher: from `fetching`.
+        wait: whether to wait for the shards first, because the requests are read in this very process.
     """
     for number, request in enumerate(requests):
         fetcher.need(first_step + number // per_step)
@@ -85,7 +85,7 @@ def announced(
 
 
 def shard_steps(index: Index, samples: np.ndarray, per_step: int) -> Iterator[StepGroup]:
-    """The shards of samples in ascending order, of which each step reads so many."""
+    """Yields the shards of ascending samples, each with the first and last step that read it."""
     shards, first = np.unique(np.searchsorted(index.shard_ends, samples, side="right"), return_index=True)
     last = np.append(first[1:], len(samples)) - 1
     for shard, start, stop in zip(
@@ -95,15 +95,15 @@ def shard_steps(index: Index, samples: np.ndarray, per_step: int) -> Iterator[St
 
 
 def check_room(index: Index, size: int, in_flight: int) -> None:
-    """Makes sure that the cache can hold all that is needed at once.
+    """Makes sure that the cache can hold everything that is needed at once.
 
     Args:
-        index: shards in a store; nothing is checked of those that are here.
-        size: shards in a group; 0: all of them are one.
+        index: the shards; nothing is checked for local ones.
+        size: shards per group; 0: all of them are one group.
         in_flight: samples that are read before the first of them is used.
 
     Raises:
-        ValueError: it cannot; says what can.
+        ValueError: it cannot; says which settings would work.
     """
     if not index.is_remote:
         return
@@ -126,18 +126,18 @@ def check_room(index: Index, size: int, in_flight: int) -> None:
 
 
 def _needed(index: Index, size: int, in_flight: int) -> tuple[int, int, int]:
-    """At once, at most: groups, bytes, shards."""
+    """The most groups, bytes and shards that are needed at once."""
     sizes, samples, count = np.sort(index.shard_bytes), np.sort(index.shard_sizes), len(index.shards)
     if not size:
         return 1, int(sizes.sum()), count
     number = -(-count // size)
-    fewest, most = count // number, -(-count // number)  # shards in a group
+    fewest, most = count // number, -(-count // number)  # shards per group
     groups = 1 + max(1, -(-in_flight // int(samples[:fewest].sum())))
     return groups, min(groups * int(sizes[-most:].sum()), int(sizes.sum())), min(groups * most, count)
 
 
 def _allow_files(shards: int, size: int) -> None:
-    """Each shard in use is an open file."""
+    """Raises the limit on open files if necessary: each shard in use is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * shards + _OTHER_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -1,4 +1,4 @@
-"""Reads the headers of one tar shard: its samples, where their bytes are, and, if asked for, checksums of these."""
+"""Reads the headers of one tar shard: its samples, where their bytes are and, on request, their checksums."""
 
 import re
 import zlib
@@ -44,11 +44,11 @@ class ShardContent:
     offset: np.ndarray  # int64 (n,), first byte of the image in the shard
     length: np.ndarray  # int64 (n,), bytes of the image
     label: np.ndarray  # int32 (n,), NO_LABEL where there is none
-    multi_labels: MultiLabels  # of n samples; none where a sample has no list of labels
-    has_list: np.ndarray  # bool (n,), whether it has one, be it empty
+    multi_labels: MultiLabels  # of n samples; empty where a sample has no list of labels
+    has_list: np.ndarray  # bool (n,), whether a sample has a list, even an empty one
     checksum: np.ndarray | None = None  # uint32 (n,), CRC-32 of the image's bytes, if they were read
-    label_problem: str = ""  # of the first sample whose label means nothing
-    unused: Counter[str] = field(default_factory=Counter)  # members that nothing is read from, by what they are
+    label_problem: str = ""  # about the first sample whose label is invalid
+    unused: Counter[str] = field(default_factory=Counter)  # unused members, by kind
 
 
 class _Image(NamedTuple):
@@ -66,21 +66,21 @@ class _Sample:
     images: list[_Image] = field(default_factory=list)
     arrays: list[_Image] = field(default_factory=list)
     labels: dict[str, Label] = field(default_factory=dict)  # by the suffix of the member
-    problems: dict[str, str] = field(default_factory=dict)  # of labels that mean nothing, in the same way
+    problems: dict[str, str] = field(default_factory=dict)  # of invalid labels, by the suffix of the member
 
     @property
     def label(self) -> Label:
-        """That of the ``.cls`` member where there are two."""
+        """The label; if there are two, that of the ``.cls`` member."""
         return self.labels["cls"] if "cls" in self.labels else self.labels.get("json")
 
     @property
     def problem(self) -> str:
-        """Why it means nothing, or ''."""
+        """Why the label is invalid, or ''."""
         return "" if "cls" in self.labels else self.problems.get("cls", self.problems.get("json", ""))
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """The (key, extension) of a tar member as WebDataset groups them, or None for a member that it does not group."""
+    """Splits a tar member's name into (key, extension), as WebDataset does; None for one that it does not group."""
     match = _NAME.match(name)
     if match is None or _SKIPPED.match(name):
         return None
@@ -90,12 +90,12 @@ def split_name(name: str) -> tuple[str, str] | None:
 def scan_shard(
     path: Location, numbers: Mapping[str, int] | None = None, what: Object | None = None, checksums: bool = False
 ) -> ShardContent:
-    """Lists the samples of a shard from its tar headers, seeking over the images; one in a store is streamed once.
+    """Lists the samples of a shard from its tar headers, seeking over the images; a shard in a store is streamed once.
 
     Args:
         path: the shard.
-        numbers: the classes that labels may name.
-        what: size and version of a shard in a store, if they are known.
+        numbers: the classes that labels may name, with their numbers.
+        what: size and version of a shard in a store, if known.
         checksums: also read the images, for `ShardContent.checksum`.
 
     Raises:
@@ -135,7 +135,7 @@ def scan_shard(
 
 
 def describe_unused(unused: Counter[str]) -> str:
-    """The members that nothing is read from, by what they are, the most frequent first."""
+    """Counts unused members by kind, the most frequent first."""
     return ", ".join(f"{count} x {kind}" for kind, count in unused.most_common())
 
 
@@ -220,7 +220,7 @@ def _why_no_sample(name: str) -> str:
 
 
 def _without_bytes(path: Location, members: list[Member]) -> str:
-    """What is wrong with members of samples that are links, devices or the like."""
+    """Says what is wrong with members of samples that are links, devices or the like."""
     counts, first = Counter(member.kind for member in members), members[0]
     advice = {
         SYMBOLIC_LINK: "write the shard again with `tar -h`, which packs what links point to",
@@ -234,7 +234,7 @@ def _without_bytes(path: Location, members: list[Member]) -> str:
 
 
 def _is_a_sample(sample: _Sample, unused: Counter[str]) -> bool:
-    """Whether it is one, when all of its members are known; `unused` gets arrays that lie beside its image."""
+    """Whether the members found under a key make a sample; arrays beside its image are added to `unused`."""
     about_the_dataset = sample.key.lower() in _ABOUT_THE_DATASET or re.fullmatch("__.*__", sample.key)
     if sample.images or about_the_dataset:
         unused.update(f".{image.suffix}" for image in sample.arrays)
@@ -244,11 +244,11 @@ def _is_a_sample(sample: _Sample, unused: Counter[str]) -> bool:
 
 
 def _image_of(sample: _Sample) -> _Image | str:
-    """A sample's image, or in words what it has instead of one."""
+    """Returns a sample's image, or a text that says what it has instead of one."""
     images = sample.images
     if len(images) > 1:  # 'x.jpg' and 'x.seg.png': the one with a plain extension is the image
         images = [image for image in images if image.suffix in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)]
-    if len(images) > 1:  # what was converted, and the photograph of the telephone
+    if len(images) > 1:  # a converted image, and the phone's photograph
         images = [image for image in images if image.suffix not in ("heic", "heif")]
     if len(images) == 1:
         return images[0]

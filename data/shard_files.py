@@ -9,7 +9,7 @@ import braceexpand
 from data.messages import one_or_list
 from data.storage.location import Location
 
-_COMPRESSED = {  # suffix of a compressed tar -> what undoes it
+_COMPRESSED = {  # suffix of a compressed tar -> what decompresses it
     **dict.fromkeys((".tar.gz", ".tar.z"), "gzip -d"),
     ".tar.bz2": "bzip2 -d",
     ".tar.xz": "xz -d",
@@ -23,12 +23,12 @@ _COMPRESSED = {  # suffix of a compressed tar -> what undoes it
 
 
 def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """The folder of a set of shards, absolute, and their sorted names relative to it.
+    """Returns the folder of a set of shards, absolute, and their sorted names relative to it.
 
     Raises:
         ValueError: there are none, or some are missing or compressed; names them.
     """
-    text = os.path.expanduser(str(shards))  # of `data.shards=~/x` the shell makes nothing
+    text = os.path.expanduser(str(shards))  # the shell does not expand `data.shards=~/x`
     if Path(text).is_dir():
         folder = Path(text).absolute()
         paths = [folder / name for name in tars_of(folder, _visible_names(folder))]
@@ -55,7 +55,7 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def tars_below(root: Path, shards: Collection[str]) -> int:
-    """How many tars in the folders right below one are none of its shards: nothing looks for them there."""
+    """Counts the tars in folders directly below `root` that are not among its shards: nothing looks for them there."""
     below = {path.relative_to(root).as_posix() for path in root.glob("[!.]*/*.tar")}
     return len(below.difference(shards))
 
@@ -66,12 +66,12 @@ def holds_shards(folder: Path) -> bool:
 
 
 def _visible_names(folder: Path) -> list[str]:
-    """Of what lies in it; macOS hides files about others in `._x.tar`."""
+    """The names in a folder that are not hidden; macOS writes `._x.tar`, with metadata, beside x.tar."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
 def tars_of(folder: Location, names: Collection[str]) -> list[str]:
-    """The shards of a folder with these visible files, sorted; refuses compressed ones, which would be left out."""
+    """Returns the shards among a folder's visible files, sorted; refuses compressed ones, which would be left out."""
     tars = {name for name in names if name.lower().endswith(".tar")}
     compressed = []
     for name in names:
@@ -87,7 +87,7 @@ def _suffix_of_compressed(name: str) -> str:
 
 
 def refuse_compressed(paths: Iterable[Location], shards: int) -> None:
-    """Raises ValueError for those of `shards` shards that are compressed."""
+    """Raises ValueError if any of the paths is compressed; `shards` is the number of all shards, for the message."""
     compressed = [path for path in paths if _suffix_of_compressed(path.name)]
     if not compressed:
         return

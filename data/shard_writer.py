@@ -1,4 +1,4 @@
-"""Writes shards in parallel, each image decoded once to check it, and each shard with a report of its files."""
+"""Writes shards in parallel; each image is decoded once to check it, and each shard gets a report of its files."""
 
 import errno
 import io
@@ -34,7 +34,7 @@ _EXTENSIONS = {
     "AVIF": "avif",
     "HEIF": "heic",
     "NPY": ARRAY_EXTENSION,
-}  # by the formats of data.decode
+}  # by `ImageFacts.format`
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HEADERS = 2048  # bytes of a sample in a shard besides the image, at most
 _MANY_CLASSES = 100
@@ -50,11 +50,11 @@ class ShardTask:
     bits: int | None
     shrink: Shrink | None = None
     format: PixelFormat = RGB
-    upload: Remote | None = None  # where it goes in a store, and is not kept here
+    upload: Remote | None = None  # where it goes in a store; no local copy is kept
 
     @property
     def done(self) -> Path:
-        """Exists once the shard is complete, where it should be."""
+        """A file that exists once the shard is complete and where it should be."""
         return self.path.with_suffix(".uploaded") if self.upload else self.path
 
 
@@ -72,14 +72,14 @@ class _Class:
 def without_unreadable_classes(
     source: Source, workers: int, bits: int | None, format: PixelFormat = RGB
 ) -> tuple[Source, tuple[str, ...]]:
-    """The source with only those class folders that have a readable image, and what to say about the others."""
+    """Leaves class folders without a readable image out of the source; also returns what to say about them."""
     if source.classes_given or not source.classes:
         return source, ()
     files = defaultdict(list)
     for file in source.files:
         files[file.label].append(file)
     classes = [_Class(source.root, label, tuple(members), bits, format) for label, members in files.items()]
-    workers = workers if len(classes) > _MANY_CLASSES else 1  # of most, one image is decoded
+    workers = workers if len(classes) > _MANY_CLASSES else 1  # usually one image per class is decoded
     found = sorted(
         label for label in run_parallel(_readable_label, classes, workers, "checking classes", "class") if label >= 0
     )
@@ -95,7 +95,7 @@ def without_unreadable_classes(
 
 
 def _readable_label(images: _Class) -> int:
-    """The label of a class that has a readable image, NO_LABEL of another."""
+    """The label of a class that has a readable image, otherwise NO_LABEL."""
     for file in images.files:
         try:
             _prepare(_read(images.root, file), images.bits, None, images.format)
@@ -106,7 +106,7 @@ def _readable_label(images: _Class) -> int:
 
 
 def _read(root: Path, file: SourceFile) -> bytes:
-    """A file's bytes; raises BadImage without reading it for a length that no image has."""
+    """Reads a file's bytes; raises BadImage without reading it for a length that no image has."""
     check_length(file.size)
     data = (root / file.name).read_bytes()
     if len(data) != file.size:
@@ -117,7 +117,7 @@ def _read(root: Path, file: SourceFile) -> bytes:
 def _prepare(
     data: bytes, bits: int | None, shrink: Shrink | None, format: PixelFormat
 ) -> tuple[bytes, ImageFacts, bool]:
-    """The bytes to pack for those of a file, and whether they were made smaller; raises BadImage."""
+    """Returns the bytes to pack, what they hold, and whether the image was shrunk; raises BadImage."""
     if format != RGB or is_npy(data):
         return data, check_image(data, format), False
     image = open_image(data)
@@ -127,7 +127,7 @@ def _prepare(
         data, facts = rewrite_16_bits(data, bits), facts._replace(format="PNG", used_bits=None)
     if shrink is None:
         return data, facts, False
-    smaller = shrink_image(open_image(data) if has_16_bits else image, shrink)  # by Pillow: not decoded a second time
+    smaller = shrink_image(open_image(data) if has_16_bits else image, shrink)  # already decoded by Pillow
     if smaller is None:
         return data, facts, False
     return smaller, facts._replace(format="JPEG", is_turned=False), True
@@ -140,7 +140,7 @@ def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
         ValueError: there is no room for them, or a file has changed.
     """
     needed, free = sum(file.size + _HEADERS for task in tasks for file in task.files), shutil.disk_usage(out).free
-    if needed > free and not any(task.shrink or task.upload for task in tasks):  # else nobody knows what they need
+    if needed > free and not any(task.shrink or task.upload for task in tasks):  # otherwise their size is not known
         raise ValueError(
             f"{out}: the shards need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free: make room, or give "
             "another OUT"
@@ -192,5 +192,5 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def report_path(shard: Path) -> Path:
-    """Where the report of a shard in the staging folder is."""
+    """The path of the report of a shard in the staging folder."""
     return shard.with_suffix(".json")

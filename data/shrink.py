@@ -1,4 +1,4 @@
-"""Photographs that are made smaller when they are packed: ``python -m data.pack --short-side 288 --quality 90``."""
+"""Shrinking photographs while they are packed: ``python -m data.pack --short-side 288 --quality 90``."""
 
 import json
 from io import BytesIO
@@ -23,13 +23,13 @@ _TO_UPRIGHT = {  # EXIF 2.3, table 4
 
 
 class Shrink(NamedTuple):
-    """What becomes of photographs whose short side is longer."""
+    """How to shrink photographs whose short side is longer."""
 
     short_side: int  # in pixels
     quality: int  # of the JPEG that is written
 
     def check(self) -> None:
-        """Raises ValueError for what cannot be."""
+        """Raises ValueError for invalid settings."""
         if self.short_side < MIN_SIDE:
             raise ValueError(f"--short-side {self.short_side} must be at least {MIN_SIDE}: 288 suits training at 224")
         if not 1 <= self.quality <= 100:
@@ -40,15 +40,15 @@ class Shrink(NamedTuple):
 
 
 def shrink_image(image: Image.Image, shrink: Shrink) -> bytes | None:
-    """A JPEG with the wanted short side, turned upright as EXIF says; None if the image is not larger than that.
+    """Returns a JPEG with the wanted short side, turned upright as EXIF says; None if the image is not larger.
 
-    The image was opened by ``open_image``, and need not be decoded again if it is already.
+    The image was opened by ``open_image``; if it is already decoded, it is not decoded again.
 
-    Resized by Lanczos' filter, antialiased. Transparency and metadata are dropped, color profiles too: training reads
-    none of it.
+    It is resized with an antialiased Lanczos filter. Transparency and metadata, color profiles included, are dropped:
+    training reads none of them.
 
     Raises:
-        BadImage: as ``decode``.
+        BadImage: as in ``decode``.
     """
     times = shrink.short_side / min(image.size)
     if times >= 1:
@@ -67,7 +67,7 @@ def shrink_image(image: Image.Image, shrink: Shrink) -> bytes | None:
 
 
 def read_shrink(folder: Path) -> Shrink | None:
-    """How the photographs in the shards of a folder were shrunk, as ``data.pack`` left it next to them."""
+    """Reads how the photographs in a folder's shards were shrunk, which ``data.pack`` wrote next to them."""
     path = folder / PLAN_FILE
     plan = json.loads(path.read_text("utf-8") or "{}") if path.exists() else {}
     return Shrink(plan["short_side"], plan["quality"]) if "short_side" in plan else None

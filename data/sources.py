@@ -38,7 +38,7 @@ class Source:
     classes: tuple[str, ...] = ()  # names of the labels
     classes_given: bool = False  # by a file; otherwise they are the class folders, sorted
     ignored: Counter[str] = field(default_factory=Counter)  # what is not packed: kind -> how many
-    unsorted: int = 0  # images beside folders of images, for which no file has a label
+    unsorted: int = 0  # images beside folders of images; if any, no file has a label
     remarks: tuple[str, ...] = ()  # what the user should know about the classes
 
     def digest(self) -> str:
@@ -63,13 +63,13 @@ def list_source(
 
     Args:
         path: of the folder or list.
-        classes_file: names of the classes, one a line, in the order of their labels.
-        labels: False leaves all files without.
+        classes_file: names of the classes, one per line, in the order of their labels.
+        labels: False leaves all files without labels.
         unique_keys: whether two files with the same key are refused, as shards cannot hold them.
         arrays: whether .npy files in a folder are images, too; a list may name any file.
 
     Raises:
-        ValueError: nothing to pack, files or folders that cannot be read, a line or a class that is not right, or two
+        ValueError: nothing to pack, files or folders that cannot be read, an invalid line or class, or two
             files with the same key.
     """
     path = Path(path)
@@ -105,7 +105,7 @@ def make_key(name: str) -> str:
 
 @dataclass
 class _Walk:
-    """What is below a folder. Follows links to folders but enters each folder once, so circular links end."""
+    """Collects what is below a folder; follows links, but enters each folder once, so circular links end."""
 
     bar: tqdm
     extensions: tuple[str, ...]
@@ -140,9 +140,9 @@ class _Walk:
                 self.ignored[readable(extension or (entry.name if hidden else "without suffix"))] += 1
             elif hidden:
                 self.ignored[f"hidden {extension}"] += 1
-            elif not os.access(entry.path, os.R_OK):  # a link to nowhere as well
+            elif not os.access(entry.path, os.R_OK):  # also a broken link
                 self.unreadable.append(f"{prefix}{entry.name}")
-            elif not entry.is_file():  # a FIFO or a device, reading which may never end
+            elif not entry.is_file():  # a FIFO or a device; reading it may never end
                 self.ignored["special file"] += 1
             else:
                 self.images.append((f"{prefix}{entry.name}", entry.stat()))
@@ -222,7 +222,7 @@ def _remarks(root: Path, walk: _Walk, folders: list[str], given: bool) -> tuple[
 
 
 def describe_ignored(ignored: Counter[str]) -> str:
-    """What was not taken for images, and what to do about it."""
+    """Describes what was not taken for an image, and what to do about it."""
     kinds = [f"{count} {kind}" for kind, count in ignored.most_common(SHOWN)]
     text = ", ".join(kinds) + (f" and {len(ignored) - SHOWN} other kinds" if len(ignored) > SHOWN else "")
     if ".tar" in ignored:

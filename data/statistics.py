@@ -1,7 +1,7 @@
 """Mean and standard deviation of each channel, for `data.mean` and `data.std`: ``python -m data.statistics SHARDS``.
 
-Every pixel of every image counts the same, as it is in the file, uncropped. Images are measured one by one in float64,
-and what they give is added up exactly: the result does not depend on the number of workers.
+Every pixel of every image counts the same, as stored, uncropped. Images are measured one by one in float64, and the
+results are added up exactly, so they do not depend on the number of workers.
 """
 
 import argparse
@@ -26,13 +26,13 @@ _IMAGES_OF_A_TASK = 32
 
 
 class Statistics(NamedTuple):
-    """Of C channels, in shares of the format's white."""
+    """Mean and standard deviation of C channels, as fractions of the format's white."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images: int
     pixels: int
-    skipped: Counter[str]  # images that cannot be used, by the kind of the reason
+    skipped: Counter[str]  # images that cannot be used, by kind of reason
 
 
 class _Image(NamedTuple):
@@ -49,12 +49,12 @@ class _Task:
 
 
 def measure(path: str, format: PixelFormat, images: int | None = None, workers: int = 1) -> Statistics:
-    """The statistics of a data set.
+    """Measures the statistics of a data set.
 
     Args:
         path: shards, or a folder of images.
-        format: that images must have; others are left out and counted.
-        images: how many to read, at equal distances in the order of the samples; all unless given.
+        format: required of the images; others are left out and counted.
+        images: how many to read, evenly spaced in the order of the samples; default: all.
         workers: processes.
 
     Raises:
@@ -81,7 +81,7 @@ def measure(path: str, format: PixelFormat, images: int | None = None, workers: 
 
 
 def _merge(found: Sequence[_Image], format: PixelFormat, skipped: Counter[str]) -> Statistics:
-    """What was measured of images, in any order: `fsum` is the same for all of them."""
+    """Merges the results of images, in any order: `fsum` is the same for all orders."""
     pixels = sum(image.pixels for image in found)
     mean, std = [], []
     for channel in range(format.channels):

@@ -1,4 +1,4 @@
-"""Every member of a tar, by its header, and where its bytes are: also of hard links, and of tars joined into one."""
+"""Every member of a tar, by its header, and where its bytes are, also for hard links and for tars joined into one."""
 
 import tarfile
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from data.names import readable
 from data.storage.location import Location
 
 FOLDER, SYMBOLIC_LINK, HARD_LINK, SPARSE = "folder", "symbolic link", "hard link out of the tar", "sparse file"
-MAX_PADDING = 1 << 20  # bytes of zeros behind the last member that a writer with large records may leave
+MAX_PADDING = 1 << 20  # bytes of zeros that a writer with large records may leave after the last member
 HEADER = tarfile.BLOCKSIZE
-_MAX_EXTENSIONS, _MAX_EXTENSION = 8, 1 << 20  # headers in front of a member's own (long names, pax), bytes of each
+_MAX_EXTENSIONS, _MAX_EXTENSION = 8, 1 << 20  # headers before a member's own (long names, pax), bytes of each
 _EXTENSION_TYPES = (b"L", b"K", b"x", b"g", b"X")
 _MAGICS = (b"ustar", bytes(5))  # POSIX and GNU; tars from before POSIX have none
 _CHUNK = 1 << 20
-_DECOMPRESSORS = {  # first bytes -> what undoes it
+_DECOMPRESSORS = {  # first bytes -> what decompresses it
     b"\x1f\x8b": "gzip -dc",
     b"BZh": "bzip2 -dc",
     b"\xfd7zXZ\0": "xz -dc",
@@ -29,18 +29,18 @@ _DECOMPRESSORS = {  # first bytes -> what undoes it
 class Member(NamedTuple):
     """One member of a tar."""
 
-    name: str  # bytes that are no UTF-8 are surrogates
+    name: str  # bytes that are not UTF-8 are surrogates
     header: int  # byte at which its header begins
     offset: int  # first byte of its content
     size: int  # bytes of its content
-    kind: str  # '' for a file whose content is in the tar as it is, otherwise what it is
+    kind: str  # '' for a file whose content is in the tar as it is, otherwise what the member is
 
 
 def read_members(path: Location, file: BinaryIO) -> Iterator[Member]:
-    """Every member, seeking over the contents; a hard link has the content of the member that it names.
+    """Yields every member, seeking over the contents; a hard link has the content of the member that it names.
 
-    Does not use ``TarFile.next``, which takes a broken header in mid-file for the end. Goes on behind the zero blocks
-    that end a tar: there is a second one where two were joined by `cat`.
+    Does not use ``TarFile.next``, which takes a broken header in mid-file for the end. Continues after the zero blocks
+    that end a tar, where another tar may follow if two were joined by `cat`.
 
     Raises:
         ValueError: the file is not a complete, uncompressed tar; says where and what to do.
@@ -48,7 +48,7 @@ def read_members(path: Location, file: BinaryIO) -> Iterator[Member]:
     size, offset, end = file.seek(0, 2), 0, 0
     files: dict[str, tuple[int, int]] = {}
     try:
-        # Of an empty tar, as it would read the first header at once. Not the locale's encoding: a name is the same
+        # Made from an empty tar, as it reads the first header at once. Not in the locale's encoding: a name is the same
         # everywhere.
         tar = tarfile.TarFile(fileobj=BytesIO(bytes(2 * HEADER)), encoding="utf-8", errors="surrogateescape")
         tar.fileobj = file
@@ -82,9 +82,9 @@ def read_members(path: Location, file: BinaryIO) -> Iterator[Member]:
 
 
 def header_problem(header: bytes, length: int) -> str:
-    """Why the tar header right before a file's `length` bytes is none of such a file; '' if it is one.
+    """Why the block right before a file's `length` bytes is not the tar header of such a file; '' if it is.
 
-    Training sees nothing else of the tar: a size in a pax header alone is refused when the index is made.
+    Training sees nothing else of the tar. A size given only in a pax header is refused when the index is made.
     """
     if len(header) != HEADER or header[257:262] not in _MAGICS:
         return "there is no tar header right before its bytes"
@@ -96,7 +96,7 @@ def header_problem(header: bytes, length: int) -> str:
 
 
 def _size(header: bytes) -> int:
-    """In octal digits, or binary where the first bit is set, as GNU tar writes it."""
+    """Reads the size: octal digits, or binary if the first bit is set, as GNU tar writes it."""
     field = header[124:136]
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big", signed=field[0] == 0xFF)
@@ -107,7 +107,7 @@ def _size(header: bytes) -> int:
 
 
 def _check_extensions(path: Location, file: BinaryIO, offset: int) -> None:
-    """Raises ValueError for headers that `tarfile` would read into memory whole, or one in the other without end."""
+    """Raises ValueError for too many or too large extension headers, which `tarfile` reads whole and recursively."""
     position = offset
     for _ in range(_MAX_EXTENSIONS):
         file.seek(position)
@@ -128,7 +128,7 @@ def _check_extensions(path: Location, file: BinaryIO, offset: int) -> None:
 
 
 def _member(info: tarfile.TarInfo, files: dict[str, tuple[int, int]]) -> Member:
-    """The member of a header; `files` are those before it, by name, and it is added to them."""
+    """Makes the member of a header; `files` has those before it, by name, and gets this one."""
     if info.isreg() and not info.issparse():
         files[info.name] = info.offset_data, info.size
         return Member(info.name, info.offset, info.offset_data, info.size, "")

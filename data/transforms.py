@@ -15,7 +15,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a view is made of a sample's image.
+    """How a view is made from a sample's image.
 
     Raises:
         ValueError: settings that cannot work.
@@ -60,7 +60,7 @@ def random_resized_crop(
     """torchvision's ``RandomResizedCrop.get_params``: ten tries, then the largest central crop of an allowed shape.
 
     Args:
-        rng: from two to forty-two words of it are drawn.
+        rng: four to twenty-two words are drawn from it.
         width, height: of the image, in pixels.
         scale: share of the image's area, lowest and highest.
         ratio: width / height of the crop relative to the target's, lowest and highest.
@@ -88,13 +88,13 @@ def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
     beyond the image.
 
     Args:
-        rng: two words of it are drawn.
+        rng: two words are drawn from it.
         width, height: of the image, in pixels.
         size: (H, W) of the target.
         padding: in pixels of the target.
     """
     H, W = size
-    scale = min(width / W, height / H)  # pixels of the image for one of the target
+    scale = min(width / W, height / H)  # pixels of the image per pixel of the target
     left, top = (
         int(uniform(rng) * (int(side / scale) - target + 2 * padding + 1)) - padding
         for side, target in ((width, W), (height, H))
@@ -103,7 +103,7 @@ def simple_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
 
 
 def center_crop(width: int, height: int, aspect: float = 1.0, fraction: float = 0.875) -> Box:
-    """The central crop of evaluation: ``fraction`` of the largest centered box of the target's shape.
+    """The center crop for evaluation: ``fraction`` of the largest centered box of the target's shape.
 
     0.875 corresponds to the usual "resize the short side to 256, crop 224", without the resize in between.
     """

@@ -10,11 +10,11 @@ _BELOW_HOME = {"XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "TRITON
 
 
 def ensure_user() -> None:
-    """Sets USER where the user has no name, and what stands for the home where there is none or it is read-only.
+    """Sets USER if the user has no name, and variables that replace the home if it is missing or read-only.
 
-    Torch asks for the name when its compiler is imported, and `~` without a home is a folder of that name in the
-    working directory. The packages of this project call it on import, before they import torch. What is set already,
-    and a usable home, stay as they are.
+    Torch asks for the name when its compiler is imported, and without a home `~` becomes a folder of that name in the
+    working directory. The packages of this project call this on import, before they import torch. A usable home, and
+    variables that are set already, are left alone.
     """
     try:
         getpass.getuser()
@@ -32,7 +32,7 @@ def ensure_user() -> None:
 
 def _can_write(folder: Path) -> bool:
     try:
-        tempfile.TemporaryFile(dir=folder).close()  # asking for the permissions says nothing of read-only file systems
+        tempfile.TemporaryFile(dir=folder).close()  # permissions say nothing about read-only file systems
     except OSError:
         return False
     return True

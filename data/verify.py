@@ -36,7 +36,7 @@ class _Task:
     """One shard and its entries in the index."""
 
     path: Location
-    what: Object  # size and version, as the index says
+    what: Object  # size and version according to the index
     recorded: ShardContent
     numbers: dict[str, int]  # of the classes
     decode: bool
@@ -48,17 +48,17 @@ class Verified:
     """What was found in shards."""
 
     problems: list[str]  # one line each with shard, key and byte
-    unused: Counter[str]  # members that nothing is read from, by what they are
+    unused: Counter[str]  # unused members, by kind
 
 
 def check_shards(index: Index, *, decode: bool = False, workers: int = 1, format: PixelFormat = RGB) -> Verified:
-    """All problems of the shards of an index.
+    """Finds all problems of the shards of an index.
 
     Args:
         index: as read; it may be out of date.
         decode: also decode every image, and compare its checksum, if the index has one.
         workers: processes.
-        format: that images must have.
+        format: required of the images.
     """
     numbers = {name: number for number, name in enumerate(index.classes)}
     multi_labels = index.multi_labels or MultiLabels.of([()] * len(index))
@@ -112,11 +112,11 @@ def _differences(task: _Task, found: ShardContent, now: Object) -> list[str]:
 
 
 def _bad_images(task: _Task, found: ShardContent, now: Object) -> list[str]:
-    """The images that training would skip, or refuse for their bytes; without `decode` those whose length says so."""
+    """Lists images that training would skip, or refuse for their bytes; without `decode` only by their length."""
     problems, checksums = [], task.recorded.checksum
     if not np.array_equal(found.offset, task.recorded.offset) or not np.array_equal(found.length, task.recorded.length):
-        checksums = None  # of other images
-    with open_shard(task.path, now) as file:  # which asks a store for nothing before it is read
+        checksums = None  # they are of other images
+    with open_shard(task.path, now) as file:  # makes no request to a store before it is read
         for number, key in enumerate(found.keys):
             offset, length = int(found.offset[number]), int(found.length[number])
             where = f"{task.path}: '{readable(key)}' at byte {offset}"
@@ -134,7 +134,7 @@ def _bad_images(task: _Task, found: ShardContent, now: Object) -> list[str]:
 
 
 def _read_or_build(shards: str, reindex: bool) -> Index:
-    """The index as stored; ``load_index`` would stop at the first shard that has changed."""
+    """Reads the index as stored; ``load_index`` would refuse shards that have changed."""
     if is_url(shards):
         return build_remote_index(shards, CacheSettings())[0] if reindex else read_remote_index(shards, CacheSettings())
     root, names = find_shards(shards)

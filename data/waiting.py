@@ -1,17 +1,17 @@
-"""What is looked at while this process waits: signals, above all."""
+"""What a process checks while it waits: signals, above all."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-POLL = 1.0  # seconds of waiting between looks
+POLL = 1.0  # seconds of waiting between checks
 
 _while_waiting: ContextVar[Callable[[], None] | None] = ContextVar("while_waiting", default=None)
 
 
 @contextmanager
 def while_waiting(look: Callable[[], None]) -> Iterator[None]:
-    """Within this context `look` is called every second in which a batch is waited for; what it raises ends that."""
+    """Calls `look` every second while a batch is waited for in this context; what it raises ends the wait."""
     before = _while_waiting.set(look)
     try:
         yield
@@ -20,7 +20,7 @@ def while_waiting(look: Callable[[], None]) -> Iterator[None]:
 
 
 def look_while_waiting() -> None:
-    """What the context's `while_waiting` is given, if anything; to be called while this process waits for data."""
+    """Calls what the context's `while_waiting` was given, if anything; call it while this process waits for data."""
     look = _while_waiting.get()
     if look is not None:
         look()

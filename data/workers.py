@@ -26,11 +26,11 @@ Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 WORKER_TIMEOUT = 900.0  # seconds for one batch; only storage that has stopped responding takes that long
-_TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no place is left out
-IN_FLIGHT = 2  # requests of each worker that are read ahead of the results
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_STACKS = signal.SIGUSR2  # by which a worker prints its stacks
-KILL_TIMEOUT = 5.0  # seconds to wait for one that was killed: a storage that hangs may hold it for ever
+_TOO_MANY_FILES = ("oo many open files", "items of ancdata")  # a descriptor that finds no room is left out
+IN_FLIGHT = 2  # requests per worker that are read ahead of the results
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+_STACKS = signal.SIGUSR2  # makes a worker print its stacks
+KILL_TIMEOUT = 5.0  # seconds to wait for a killed worker, which storage that hangs may hold forever
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ def in_workers(
     source: object = "the data",
     fetching: Callable[[], bool] = lambda: False,
 ) -> Generator[Result, None, None]:
-    """``make(request)`` for every request, one batch each. Closing the iterator stops the workers.
+    """Yields ``make(request)`` for every request, one batch each; closing the iterator stops the workers.
 
     Args:
         make: picklable, if workers are not forked.
         requests: read in this process, some ahead of the results.
         workers: processes; 0 does everything in this one.
         source: what is read, for messages.
-        fetching: asked every second of waiting; true while this process fetches what the workers wait for, which has
-            a deadline of its own. What it raises ends the waiting.
+        fetching: called every second while waiting; true while this process fetches what the workers wait for, which
+            has its own deadline. What it raises ends the wait.
 
     Raises:
         ValueError, OSError: what ``make`` raised, in a worker or here.
@@ -89,7 +89,7 @@ def in_workers(
 
 
 def _start(make: Callable[[Request], Result], requests: Iterator[Request], workers: int) -> Any:
-    """DataLoader's iterator."""
+    """Starts the workers; returns DataLoader's iterator."""
     before = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         _Results(make),
@@ -118,7 +118,7 @@ def _start(make: Callable[[Request], Result], requests: Iterator[Request], worke
 def _waited_for(
     made: Any, processes: Sequence[BaseProcess], source: object, fetching: Callable[[], bool]
 ) -> Iterator[Any]:
-    """What DataLoader's iterator gives; while it is waited for, dead workers and signals are noticed."""
+    """Yields what DataLoader's iterator gives; dead workers and signals are noticed while it waits."""
     deadline = time.monotonic() + WORKER_TIMEOUT
     while True:
         try:
@@ -165,7 +165,7 @@ def _look_while_waiting(deadline: float, workers: int, source: object) -> None:
 
 @contextmanager
 def _dead_workers_raise(processes: Sequence[BaseProcess]) -> Iterator[None]:
-    """A worker that died in the middle of a message would leave the main process reading the rest forever."""
+    """Raises if a worker dies: one that died mid-message would leave the main process reading the rest forever."""
     if not _in_main_thread():
         yield
         return
@@ -178,7 +178,7 @@ def _dead_workers_raise(processes: Sequence[BaseProcess]) -> Iterator[None]:
         _raise_if_dead(processes)
         yield
     except (EOFError, ConnectionError, FileNotFoundError):
-        time.sleep(POLL)  # a worker that goes away closes its socket first
+        time.sleep(POLL)  # a worker that exits closes its socket first
         _raise_if_dead(processes)
         raise
     finally:
@@ -186,7 +186,7 @@ def _dead_workers_raise(processes: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 def _raise_if_dead(processes: Sequence[BaseProcess], finished: bool = False) -> None:
-    """Also if one has ended as it should, with `finished`: all do when the last batch has been read."""
+    """Raises if a worker failed; with `finished` also if one ended normally, as all do after the last batch."""
     for process in processes:
         code = process.exitcode
         if code or (code == 0 and finished):
@@ -240,17 +240,17 @@ def _kill(workers: Iterable[BaseProcess]) -> None:
 
 @atexit.register
 def _kill_at_exit() -> None:
-    """Python waits at exit for every child: one left by an unfinished loop would block a dying rank forever."""
+    """Kills workers left by an unfinished loop: Python waits for children at exit, so a dying rank would hang."""
     _kill(_RUNNING)
 
 
 def ignore_signals(worker: int) -> None:
-    """A `worker_init_fn` by which workers leave signals to the main process.
+    """A `worker_init_fn` that makes workers leave signals to the main process.
 
     A scheduler sends them to the whole job, and the current step must complete.
 
-    A worker still ends when the main process tells it to, and is killed if it does not, or when that dies. DataLoader
-    has limited it to one thread.
+    A worker still ends when the main process tells it to, and is killed if it does not, or if the main process dies.
+    DataLoader has limited it to one thread.
     """
     _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -259,17 +259,17 @@ def ignore_signals(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """The kernel kills this worker when the thread that has started it ends.
+    """Makes the kernel kill this worker when the thread that started it ends.
 
-    By itself it would notice seconds later, if at all, and until then hold the inherited connections between the ranks:
-    the others would not see that its rank is gone.
+    By itself it would notice seconds later, if at all. Until then it would hold the inherited connections between the
+    ranks, and the others would not see that its rank is gone.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def print_stacks_of_workers() -> list[int]:
-    """Lets those of this process print to stderr what they are doing; returns the process IDs of all that are alive."""
+    """Makes the workers of this process print their stacks to stderr; returns the process IDs of all that are alive."""
     alive = [worker.pid for worker in list(_RUNNING) if worker.pid is not None and worker.is_alive()]
     for pid in alive:
         with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Which parts of the installation are missing or do not fit, and how to fix them: `python -m downstream.doctor`.
+"""Finds parts of the installation that are missing or do not fit, and how to fix them: `python -m downstream.doctor`.
 
 Exit code 0 when detection and segmentation can train here, 1 when something is broken.
 """
@@ -25,7 +25,7 @@ REBUILD = (
     "--no-deps onedl-mmcv"
 )
 CUDA_HOME = "module load cuda, or export CUDA_HOME=/usr/local/cuda; its major version must be torch's"
-# One of each pair owns the import name; both are supported, not at once.
+# Packages with the same import name; all are supported, but only one at a time.
 FORKS = {
     "mmengine": ("onedl-mmengine", "mmengine"),
     "mmcv": ("onedl-mmcv", "mmcv", "mmcv-full", "mmcv-lite"),
@@ -80,7 +80,7 @@ print(json.dumps({{"version": {name}.__version__}}))
 
 
 def main() -> int:
-    """Prints a line for each part. Returns the exit code."""
+    """Prints a line for each part; returns the exit code."""
     parts: list[Callable[[], Iterator[Finding]]] = [
         check_python, check_torch, check_torchvision, check_deepspeed, check_mmengine, check_mmcv, check_mmdet,
         check_mmseg, check_build,
@@ -102,7 +102,7 @@ def _safely(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 
 def in_child(code: str) -> tuple[dict[str, Any], str]:
-    """Runs Python code: its last line of output, parsed as JSON, and ''; or {} and the last line of its error."""
+    """Runs Python code; returns the last line of output as JSON, and ''; or {} and the last line of the error."""
     try:
         child = subprocess.run(
             [sys.executable, "-c", "import json" + code], capture_output=True, text=True, timeout=TIMEOUT_S
@@ -217,7 +217,7 @@ def check_mmseg() -> Iterator[Finding]:
 
 
 def _check_import(name: str) -> Iterator[Finding]:
-    """Importing one of these packages also runs its assertions on the versions of the others."""
+    """Imports one of these packages, which also runs its assertions on the versions of the others."""
     yield from _check_owner(name)
     facts, error = in_child(IMPORT.format(name=name))
     if error:
@@ -267,12 +267,12 @@ def _rebuild() -> str:
 
 
 def _cuda_flags() -> str:
-    """With the architectures named (8.0: A100, 9.0: H100), a login node without a GPU builds for them as well."""
+    """Names the architectures (8.0: A100, 9.0: H100), so that a login node without a GPU builds for them as well."""
     return 'FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" ' if shutil.which("nvcc") or _driver_cuda() else ""
 
 
 def check_build() -> Iterator[Finding]:
-    """The build tools; they are only warned about, as mmcv may be built already."""
+    """Checks the build tools; only warns about them, as mmcv may be built already."""
     for name in ("ninja", "psutil", "packaging", "wheel"):
         if not installed(name):
             yield Finding("warning", name, "not installed; needed to build mmcv and DeepSpeed's operators", BUILD_TOOLS)

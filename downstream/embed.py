@@ -1,13 +1,13 @@
 """Features of images: `python -m downstream.embed ENCODER IMAGES OUT`.
 
 ENCODER is whatever `downstream.checkpoints.weights.load_encoder` reads: a run's folder, or a file of this project or of
-others. IMAGES is a folder of images of any nesting, one image, or shards. OUT is
+others. IMAGES is a folder with images at any depth, one image, or shards. OUT is
 
     OUT.npy        an array with a row for each image, in the order of OUT.csv: key (a file's path, or the key in the
                    shards), label and class where they are known, and whether the image could be decoded
     OUT.parquet    the columns of that table, and `features`
 
-An image that cannot be decoded has a row of NaN. Features are computed in fp32. Also with torchrun, srun or deepspeed,
+An image that cannot be decoded has a row of NaN. Features are computed in fp32. Works with torchrun, srun or deepspeed,
 on any number of processes, which must see the same folder. The last line of the output is a JSON object.
 """
 
@@ -56,7 +56,7 @@ def embed(
         encoder: in eval mode, on the device.
         loader: all images of a set.
         path: of the file, which exists only once it is complete.
-        kind, blocks, norm_after_pool: as of `image_features`.
+        kind, blocks, norm_after_pool: as in `image_features`.
         dtype: float32 or float16.
         device: where to compute.
 
@@ -77,7 +77,7 @@ def embed(
             (row,) = compute(black, torch.empty(0))
         _allocate(unfinished, (len(loader.indices), *row.shape), dtype)
     _wait(loader)
-    offset = np.load(unfinished, mmap_mode="r").offset  # behind the header
+    offset = np.load(unfinished, mmap_mode="r").offset  # after the header
     readable = torch.zeros(len(loader.indices), dtype=torch.int64)
     with unfinished.open("r+b", buffering=0) as file:
         for at, values, can_be_decoded in computed_batches(compute, loader, device, "embedding"):
@@ -101,7 +101,7 @@ def _wait(loader: EvalLoader) -> None:
 
 
 def _write(file: int, data: bytes, start: int) -> None:
-    """Unlike a memory map, this never touches the rows of other ranks, also on a network's disk."""
+    """Writes bytes in place; unlike a memory map, never touches the rows of other ranks, even on a network disk."""
     while data:
         written = os.pwrite(file, data, start)
         data, start = data[written:], start + written
@@ -120,7 +120,7 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
 
 
 def describe_rows(loader: EvalLoader, readable: Tensor) -> Iterator[tuple[str, str, str, int]]:
-    """`COLUMNS` of each row; no label and no class is an empty string, several are separated by semicolons."""
+    """Yields `COLUMNS` of each row; a missing label or class is an empty string, several are joined by semicolons."""
     samples, classes = loader.samples, loader.samples.classes
     for sample, can_be_decoded in zip(loader.indices.tolist(), readable.tolist(), strict=True):
         labels = [int(samples.label[sample])] if samples.multi_labels is None else samples.multi_labels[sample]
@@ -161,7 +161,7 @@ def write_parquet(features: Path, loader: EvalLoader, readable: Tensor, path: Pa
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where features cannot be written to this file."""
+    """Raises ValueError if features cannot be written to this file."""
     if out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"OUT is {out}: give a name that ends in .npy or .parquet")
     if out.suffix == ".parquet":

@@ -21,7 +21,7 @@ MAX_LISTED_KEYS = 20
 
 
 def load_images(*paths: str | Path) -> Samples:
-    """Image files, or one folder of images of any nesting, or one set of shards; labels are not needed.
+    """Loads image files, or one folder with images at any depth, or one set of shards; labels are not needed.
 
     Raises:
         ValueError: they are none of these.
@@ -50,12 +50,12 @@ def load_images(*paths: str | Path) -> Samples:
 
 
 def sample_name(samples: Samples, sample: int) -> str:
-    r"""A sample's key in shards, a file's path below its folder; bytes that are no UTF-8 as in ``na\xefve``."""
+    r"""A sample's key in shards, or a file's path below its folder; bytes that are not UTF-8 as in ``na\xefve``."""
     return readable(samples.keys[sample] if isinstance(samples, Index) else samples.names[sample])
 
 
 def count_images(loader: EvalLoader, readable: Tensor, consequence: str) -> dict[str, int]:
-    """How many images there are, and how many of them cannot be decoded; the main rank lists those on stderr.
+    """Counts all images, and those that cannot be decoded; the main rank lists the latter on stderr.
 
     Args:
         loader: that the images came from.
@@ -74,7 +74,7 @@ def count_images(loader: EvalLoader, readable: Tensor, consequence: str) -> dict
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table as spreadsheets and pandas read it."""
+    """Writes a table that spreadsheets and pandas can read."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)

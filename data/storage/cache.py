@@ -1,11 +1,11 @@
-"""Shards of stores in a folder of this node: whole, of bounded size, shared by all processes, and safe to kill.
+"""A folder of this node with shards of stores: whole, of bounded size, shared by all processes, and safe to kill.
 
-A shard that is there is complete: it is written as ``.NAME.part``, which becomes ``NAME`` when it is whole. Everything
-else is said by locks (`flock`), which the kernel takes from a process that dies:
+A shard in it is complete: it is written as ``.NAME.part`` and renamed to ``NAME`` when it is whole. Everything else is
+expressed by locks (`flock`), which the kernel releases when a process dies:
 
-- whoever writes a part has it locked, so the others wait, and a part that nobody has locked is left over;
-- whoever needs a shard has it locked together with others, so it is not deleted to make room;
-- who looks for room has the folder locked, for a moment. A part has its final size from the start on.
+- the process that writes a part holds a lock on it, so the others wait; a part without a lock is a leftover;
+- processes that need a shard share a lock on it, so it is not deleted to make room;
+- a process that makes room locks the folder for a moment. A part has its final size from the start.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from data.storage.fetch import DEFAULT_TIMEOUT, STALLED, download
 from data.storage.location import Remote
 
 DEFAULT_GB = 100.0
-POLL = 0.1  # seconds between two looks at what other processes do
+POLL = 0.1  # seconds between two checks of what other processes do
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger(__name__)
 
 
 def cache_home() -> Path:
-    """``$XDG_CACHE_HOME/lomar-deepspeed``, ``~/.cache`` by default: indexes of shards, and shards."""
+    """``$XDG_CACHE_HOME/lomar-deepspeed``, ``~/.cache`` by default, for indexes of shards, and shards."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lomar-deepspeed"
     if cache.is_absolute():
         return cache
@@ -42,11 +42,11 @@ def cache_home() -> Path:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where shards of stores are kept, and how long they are waited for."""
+    """Where shards of stores are kept, and how long to wait for them."""
 
     folder: str = ""  # '': the job's own folder on a cluster ($SLURM_TMPDIR), else below `cache_home`
     gigabytes: float = DEFAULT_GB
-    timeout: float = DEFAULT_TIMEOUT  # seconds in which nothing comes
+    timeout: float = DEFAULT_TIMEOUT  # seconds without data
 
     @property
     def path(self) -> Path:
@@ -58,19 +58,19 @@ class CacheSettings:
 
     @property
     def limit(self) -> int:
-        """Bytes."""
+        """Bytes that the folder may hold."""
         return round(self.gigabytes * 1e9)
 
 
 class ShardCache:
-    """The folder, as one process uses it; picklable."""
+    """The folder as one process uses it; picklable."""
 
     def __init__(self, settings: CacheSettings) -> None:
-        """Touches nothing."""
+        """Does not touch the folder."""
         self.settings, self.folder = settings, settings.path
 
     def path(self, remote: Remote, what: Object) -> Path:
-        """Where a shard is once it is there."""
+        """Where a shard is once it has been fetched."""
         digest = hashlib.blake2b(f"{remote}\n{what.size}\n{what.version}".encode("utf-8", "surrogateescape"))
         return self.folder / f"{remote.name.rpartition('.')[0][:80]}-{digest.hexdigest()[:24]}.tar"
 
@@ -81,19 +81,19 @@ class ShardCache:
         stopped: Callable[[], bool] = lambda: False,
         urgent: Callable[[], bool] = lambda: True,
     ) -> int | None:
-        """Fetches a shard unless it is there, or another process fetches it; then nothing deletes it.
+        """Fetches a shard unless it is there or another process fetches it, and keeps it from being deleted.
 
         Args:
             remote: the shard.
             what: its size and version.
-            stopped: asked again and again; if it is true, this returns None.
-            urgent: whether it is needed now; otherwise it waits for room as long as it takes.
+            stopped: polled; if it is true, this returns None.
+            urgent: whether the shard is needed now; otherwise this waits for room as long as it takes.
 
         Returns:
             A descriptor of it, for `unpin`.
 
         Raises:
-            StoreError: it cannot be had, or there is no room for it; names it.
+            StoreError: the shard cannot be fetched, or there is no room for it; names it.
         """
         path = self.path(remote, what)
         self._make_folder()
@@ -112,13 +112,13 @@ class ShardCache:
     def _fetch(
         self, remote: Remote, what: Object, path: Path, stopped: Callable[[], bool], urgent: Callable[[], bool]
     ) -> bool:
-        """Downloads a shard; false if another process does it already."""
+        """Downloads a shard; returns false if another process is already doing so."""
         part = path.with_name(f".{path.name}.part")
         descriptor = _lock(part, fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
         if descriptor is None:
             return False
         try:
-            if path.exists():  # meanwhile
+            if path.exists():  # fetched meanwhile
                 part.unlink()
                 return True
             self._reserve(remote, what.size, descriptor, stopped, urgent)
@@ -145,7 +145,7 @@ class ShardCache:
     def _reserve(
         self, remote: Remote, size: int, descriptor: int, stopped: Callable[[], bool], urgent: Callable[[], bool]
     ) -> None:
-        """Makes the part as long as the shard will be, when there is room for it."""
+        """Waits for room, then makes the part as long as the shard will be."""
         start, said = time.monotonic(), STALLED
         while not stopped():
             with self._locked_folder():
@@ -168,7 +168,7 @@ class ShardCache:
             time.sleep(POLL)
 
     def _make_room(self, size: int) -> bool:
-        """Deletes leftovers, and what was needed least recently, until `size` bytes fit; false if they do not."""
+        """Deletes leftovers and the least recently used shards until `size` bytes fit; false if they do not."""
         shards, used = [], 0
         for entry in os.scandir(self.folder):
             if not entry.name.endswith((".tar", ".tar.part")):
@@ -207,14 +207,14 @@ class ShardCache:
 
 
 def unpin(descriptor: int) -> None:
-    """Closes a descriptor of `ShardCache.pin`: the shard may be deleted when room is needed."""
+    """Closes a descriptor from `ShardCache.pin`; then the shard may be deleted when room is needed."""
     with _fork_lock:
         _held.discard(descriptor)
         os.close(descriptor)
 
 
 def _lock(path: Path, how: int, flags: int) -> int | None:
-    """A descriptor of a file, locked; None if the file is missing, gone meanwhile, or locked otherwise."""
+    """Opens and locks a file; None if it is missing, deleted meanwhile, or locked elsewhere."""
     with _fork_lock:
         try:
             descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
@@ -240,7 +240,7 @@ def _lock(path: Path, how: int, flags: int) -> int | None:
 
 
 def _delete_unlocked(path: Path) -> bool:
-    """Deletes a file that no process has locked."""
+    """Deletes a file unless it is locked or gone; returns whether it did."""
     descriptor = _lock(path, fcntl.LOCK_EX, os.O_RDWR)
     if descriptor is None:
         return False
@@ -249,7 +249,7 @@ def _delete_unlocked(path: Path) -> bool:
     return True
 
 
-# A lock belongs to all copies of its descriptor: those that a forked data worker gets would keep it for ever.
+# A lock belongs to all copies of its descriptor: a forked data worker's copies would keep it forever.
 _held: set[int] = set()
 _fork_lock = threading.RLock()
 

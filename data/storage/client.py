@@ -1,4 +1,4 @@
-"""Stores through obstore: one request each, and what is wrong with it in plain words. `fetch.py` repeats them.
+"""Stores through obstore: single requests, and their errors in plain words. `fetch.py` repeats the requests.
 
 A store must not be used in a forked process: obstore's threads do not survive a fork, and it would wait forever.
 """
@@ -19,21 +19,21 @@ from data.storage.location import Remote, credentials_advice, without_secrets
 
 CONNECT_TIMEOUT = 10.0  # seconds
 READ_TIMEOUT = 60.0  # seconds without a byte, after which a connection is given up
-CHUNK = 1 << 20  # bytes that come together; what a broken connection brought beyond the last of them is lost
-_WITHOUT_ROLE = 4  # attempts, where a machine's role is asked for: most machines have none
+CHUNK = 1 << 20  # bytes of a chunk; what a broken connection brought after the last one is lost
+_WITHOUT_ROLE = 4  # attempts to ask for a machine's role: most machines have none
 _ANY = timedelta(days=30)  # in place of the client's limit of 30 seconds for a whole shard
 
 
 class StoreError(ValueError):
-    """What no repetition helps against; says what to do."""
+    """An error that retrying does not fix; says what to do."""
 
 
 class NotThereError(StoreError):
-    """Nothing of this name is in the store."""
+    """The store has nothing of this name."""
 
 
 class TransientError(Exception):
-    """A request that failed and may succeed when it is repeated, up to so many `attempts` in all."""
+    """A request that failed and may succeed when repeated, up to `attempts` times in all."""
 
     def __init__(self, message: str, attempts: int | None = None) -> None:
         super().__init__(message)
@@ -44,15 +44,15 @@ class Object(NamedTuple):
     """A file in a store."""
 
     size: int  # bytes
-    version: str  # its ETag, or when it was modified; '' where the store says neither
+    version: str  # its ETag, or when it was modified; '' if the store gives neither
 
 
 class Store:
-    """A bucket, host or repository; each method is one request, or one for each thousand files of a list.
+    """A bucket, host or repository; each method makes one request, or one per thousand files of a list.
 
     Raises:
-        StoreError: of each method, what no repetition helps against; `NotThereError` where nothing is there.
-        TransientError: what may go away.
+        StoreError: from every method, for errors that retrying does not fix; `NotThereError` if nothing is there.
+        TransientError: for errors that may go away.
     """
 
     def __init__(self, root: Remote, read_timeout: float) -> None:
@@ -72,7 +72,7 @@ class Store:
             return _object(obstore.head(self._client, self._key(remote)))
 
     def list(self, folder: Remote) -> dict[str, Object] | None:
-        """The files right in a folder, by name; None where the store has no lists, as at https://."""
+        """The files directly in a folder, by name; None if the store cannot list them, as at https://."""
         import obstore
 
         if self._root.scheme in ("http", "https"):
@@ -84,10 +84,10 @@ class Store:
             return {meta["path"].rpartition("/")[2]: _object(meta) for meta in found}
 
     def read(self, remote: Remote, start: int = 0) -> tuple[Object, Iterator[bytes]]:
-        """A file from byte `start` on: what it is, and its bytes as they come.
+        """Reads a file from byte `start` on; returns its size and version, and its bytes as they come.
 
         Raises:
-            NotImplementedError: the store gives no parts of files, and `start` is not 0.
+            NotImplementedError: the store cannot give parts of files, and `start` is not 0.
         """
         import obstore
         from obstore.exceptions import NotSupportedError
@@ -101,7 +101,7 @@ class Store:
             return _object(found.meta, self._hub is not None), self._chunks(remote, found)
 
     def write(self, remote: Remote, data: Path | bytes) -> None:
-        """Puts a file there whole, or not at all."""
+        """Writes a file whole, or not at all."""
         import obstore
 
         if self._hub:
@@ -120,7 +120,7 @@ class Store:
 
 @functools.cache
 def open_store(scheme: str, authority: str, read_timeout: float = READ_TIMEOUT) -> Store:
-    """The store of a location's `scheme` and `authority`; raises StoreError where that cannot be."""
+    """Opens the store of a location's `scheme` and `authority`; raises StoreError if that is not possible."""
     if importlib.util.find_spec("obstore") is None:
         raise StoreError(
             f'{scheme}://{authority}: to read it, obstore is needed: pip install "lomar-deepspeed[remote]", or '
@@ -142,7 +142,7 @@ def _client(root: Remote, hub: HubRepository | None, read_timeout: float) -> Any
         settings["credential_provider"] = _profile()
         return S3Store(root.authority, client_options=options, retry_config=retries, **settings)
     if root.scheme == "gs":
-        endpoint = os.environ.get("STORAGE_EMULATOR_HOST") or ""  # as of Google's own clients
+        endpoint = os.environ.get("STORAGE_EMULATOR_HOST") or ""  # as in Google's own clients
         endpoint = endpoint if not endpoint or "://" in endpoint else f"http://{endpoint}"
         settings = {"base_url": endpoint, "skip_signature": True} if endpoint else {}
         options["allow_http"] = endpoint.startswith("http://")
@@ -155,7 +155,7 @@ def _client(root: Remote, hub: HubRepository | None, read_timeout: float) -> Any
 
 
 def _profile() -> Any:
-    """boto3's credentials, where there are a profile in ~/.aws and boto3, and nothing in the environment."""
+    """boto3's credentials, if there are a profile in ~/.aws and boto3, and none in the environment."""
     chosen = any(name in os.environ for name in ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE"))
     file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
     if chosen or not (file.exists() or "AWS_PROFILE" in os.environ) or importlib.util.find_spec("boto3") is None:
@@ -177,14 +177,14 @@ def _netrc_header(authority: str) -> dict[str, str]:
 
 
 def _object(meta: Any, is_hub: bool = False) -> Object:
-    """Not the ETag of a hub's file, which is that of wherever the hub redirects to."""
+    """Ignores the ETag of a hub's file: it comes from the host that the hub redirects to."""
     modified = meta["last_modified"].isoformat() if meta["last_modified"].timestamp() else ""
     return Object(meta["size"], "" if is_hub else meta["e_tag"] or modified)
 
 
 @contextlib.contextmanager
 def _translated(remote: Remote) -> Iterator[None]:
-    """Errors of the client as ours; without the client's own, whose text may have credentials in it."""
+    """Raises the client's errors as ours, without the original errors, whose text may have credentials in it."""
     from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
     try:
@@ -209,7 +209,7 @@ def _not_there(remote: Remote) -> NotThereError:
 
 
 def _error_of(text: str, remote: Remote) -> Exception:
-    """What a client's error means; its first line says what failed, and the lines below why."""
+    """Interprets a client's error; its first line says what failed, and the lines below why."""
     short = without_secrets(text.partition("\n")[0])
     for kind in ("TimedOut", "ConnectionReset", "ConnectionRefused", "IncompleteMessage", "UnexpectedEof"):
         if kind in text:

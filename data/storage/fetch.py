@@ -14,22 +14,22 @@ from data.storage.location import Remote
 
 DEFAULT_TIMEOUT = 600.0  # seconds; less than the data workers' own
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
-_CONNECTIONS = 4  # silent ones that fit into the time, at least
-STALLED = 30.0  # seconds without a byte after which a line says so; then after twice as many more, and so on
+_CONNECTIONS = 4  # silent ones that fit into the timeout, at least
+STALLED = 30.0  # seconds without a byte before a warning; the next one comes at twice as many, and so on
 
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
 def request(remote: Remote, what: Callable[[Store], Result], timeout: float = DEFAULT_TIMEOUT) -> Result:
-    """Does ``what(store)`` with the location's store, again and again where that may help.
+    """Calls ``what(store)`` with the location's store, and repeats it if that may help.
 
     Args:
-        remote: the location, for messages as well.
+        remote: the location, also for messages.
         timeout: seconds.
 
     Raises:
-        StoreError: no repetition helps, or the time is over; names the location and the last error.
+        StoreError: retrying does not help, or time is up; names the location and the last error.
     """
     with _Attempts(remote, timeout) as attempts:
         while True:
@@ -42,15 +42,15 @@ def request(remote: Remote, what: Callable[[Store], Result], timeout: float = DE
 def download(
     remote: Remote, expected: Object | None = None, timeout: float = DEFAULT_TIMEOUT, start: int = 0
 ) -> Generator[bytes, None, None]:
-    """The bytes of a file from `start` on; goes on where a connection broke off.
+    """Yields the bytes of a file from `start` on; continues where a connection broke.
 
     Args:
         remote: the file.
-        expected: what it is; a file of another size or version is refused.
-        timeout: seconds in which nothing new of it comes.
+        expected: its size and version; a file with others is refused.
+        timeout: seconds without new bytes.
 
     Raises:
-        StoreError: as `request`, or another file than expected is there.
+        StoreError: as in `request`, or the file is not the expected one.
     """
     position, seen = start, expected
     with _Attempts(remote, timeout) as attempts:
@@ -60,16 +60,16 @@ def download(
                 begin = position
                 try:
                     found, chunks = store.read(remote, begin)
-                except NotImplementedError:  # the store gives whole files only
+                except NotImplementedError:  # the store only gives whole files
                     begin = 0
                     found, chunks = store.read(remote)
                 seen = _same(remote, seen, found)
                 for chunk in chunks:
-                    new = chunk[max(position - begin, 0) :]  # none of what a broken connection had brought already
+                    new = chunk[max(position - begin, 0) :]  # without what a broken connection had brought already
                     begin += len(chunk)
                     if new:
                         position += len(new)
-                        attempts.waits = False  # but whoever takes it may take long
+                        attempts.waits = False  # the consumer may take long
                         yield new
                         attempts.progress()
                 if position == seen.size:
@@ -80,7 +80,7 @@ def download(
 
 
 def _same(remote: Remote, expected: Object | None, found: Object) -> Object:
-    """What was found; raises StoreError if it is not what was expected."""
+    """Returns the file's size and version; raises StoreError if they are not the expected ones."""
     if expected is None:
         return found
     if found.size != expected.size:
@@ -95,13 +95,13 @@ def _same(remote: Remote, expected: Object | None, found: Object) -> Object:
 
 @dataclass(eq=False)
 class _Attempts:
-    """One request while it goes on, with all its repetitions."""
+    """One request in progress, with all its repetitions."""
 
     remote: Remote
     timeout: float
     count: int = 1
     last: str = ""  # what went wrong
-    since: float = field(default_factory=time.monotonic)  # when something came
+    since: float = field(default_factory=time.monotonic)  # when bytes last came
     waits: bool = True  # for the store
 
     def __enter__(self) -> "_Attempts":
@@ -112,11 +112,11 @@ class _Attempts:
         _watch.remove(self)
 
     def progress(self) -> None:
-        """Something has come."""
+        """Notes that bytes have come."""
         self.since, self.count, self.waits = time.monotonic(), 1, True
 
     def pause(self, error: TransientError) -> None:
-        """Waits for the next attempt; raises StoreError where there is none."""
+        """Waits for the next attempt; raises StoreError if there is none."""
         self.last = str(error)
         waited = time.monotonic() - self.since
         if error.attempts and self.count >= error.attempts:
@@ -132,7 +132,7 @@ class _Attempts:
 
 
 class _Watch:
-    """Says what stalls, from a thread that lives while there are requests."""
+    """Warns of stalled requests, from a thread that lives while there are requests."""
 
     def __init__(self) -> None:
         self._lock, self._active, self._thread = threading.Lock(), set[_Attempts](), threading.Thread()
@@ -149,7 +149,7 @@ class _Watch:
             self._active.discard(attempts)
 
     def _look(self) -> None:
-        said: dict[_Attempts, tuple[float, float]] = {}  # of a stall its begin, and how long it was when last said
+        said: dict[_Attempts, tuple[float, float]] = {}  # a stall's begin, and its length when last reported
         idle = 0
         while idle < 10:
             time.sleep(min(STALLED / 4, 1.0))
@@ -172,13 +172,13 @@ _watch = _Watch()
 
 
 class RemoteFile(io.RawIOBase):
-    """A file in a store, read from its begin to its end by one connection; large steps back cost another one."""
+    """A file in a store, read from start to end over one connection; large jumps cost another one."""
 
     def __init__(self, remote: Remote, expected: Object, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Makes no request; see `download`."""
         self._remote, self._expected, self._timeout = remote, expected, timeout
         self._position = 0
-        self._window, self._begin = bytearray(), 0  # the last bytes that came, and where they are
+        self._window, self._begin = bytearray(), 0  # the last bytes that came, and their position
         self._chunks: Generator[bytes, None, None] | None = None
 
     def readable(self) -> bool:
@@ -198,7 +198,7 @@ class RemoteFile(io.RawIOBase):
         return self.read(self._expected.size)
 
     def read(self, size: int = -1) -> bytes:
-        """As of a file; raises StoreError."""
+        """Like a file's `read`; raises StoreError."""
         stop = self._expected.size if size < 0 else min(self._position + size, self._expected.size)
         if stop <= self._position:
             return b""

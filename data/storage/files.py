@@ -10,18 +10,18 @@ from data.storage.location import Location, Remote
 
 
 def look_up(location: Location, timeout: float = DEFAULT_TIMEOUT) -> Object:
-    """Size and version of a file, '' for a file that is here; raises StoreError, OSError."""
+    """Size and version of a file, '' for a local one; raises StoreError, OSError."""
     if isinstance(location, Remote):
         return request(location, lambda store: store.head(location), timeout)
     return Object(os.stat(location).st_size, "")
 
 
 def open_shard(location: Location, what: Object | None = None) -> BinaryIO:
-    """A shard to read once, from its begin to its end; in a store it is streamed.
+    """Opens a shard to be read once, from start to end; from a store it is streamed.
 
     Args:
         location: the shard.
-        what: its size and version in a store, if they are known.
+        what: its size and version in a store, if known.
     """
     if isinstance(location, Remote):
         return cast(BinaryIO, RemoteFile(location, what or look_up(location)))
@@ -29,12 +29,12 @@ def open_shard(location: Location, what: Object | None = None) -> BinaryIO:
 
 
 def list_files(folder: Remote, timeout: float = DEFAULT_TIMEOUT) -> dict[str, Object] | None:
-    """The files right in a folder of a store, by name; None where it has no lists, as at https://."""
+    """The files directly in a folder of a store, by name; None if it cannot list them, as at https://."""
     return request(folder, lambda store: store.list(folder), timeout)
 
 
 def copy_small(remote: Remote, path: Path, timeout: float = DEFAULT_TIMEOUT) -> bool:
-    """Copies a file to `path`, whole or not at all; deletes what is there, and returns false, if there is none."""
+    """Copies a file to `path`, whole or not at all; if there is none, deletes `path` and returns false."""
     try:
         content = b"".join(download(remote, timeout=timeout))
     except NotThereError:

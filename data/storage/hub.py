@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: names and addresses of their files; the bytes come as from any host."""
+"""Repositories of the Hugging Face hub: names and addresses of their files; the bytes are read as from any host."""
 
 from typing import Any
 
@@ -21,18 +21,18 @@ class HubRepository:
         self.url = f"{constants.ENDPOINT}/datasets/{self._name}"
 
     def resolved(self, path: str) -> str:
-        """Below `url`, where a file's bytes are."""
+        """The path below `url` of a file's bytes."""
         return f"resolve/{self._revision}/{path}"
 
     def headers(self) -> dict[str, str]:
-        """The user's token, if there is one."""
+        """A header with the user's token, if there is one."""
         from huggingface_hub import get_token
 
         token = get_token()
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def head(self, path: str) -> tuple[int, str]:
-        """Size and digest of a file; raises as `list`."""
+        """Size and digest of a file; raises like `list`."""
         folder, _, name = path.rpartition("/")
         files = self.list(folder)
         if name not in files:
@@ -40,7 +40,7 @@ class HubRepository:
         return files[name]
 
     def list(self, folder: str) -> dict[str, tuple[int, str]]:
-        """Sizes and digests of the files right in a folder, by name.
+        """Sizes and digests of the files directly in a folder, by name.
 
         Raises:
             FileNotFoundError: there is no such folder, or the token may not see it.
@@ -54,7 +54,7 @@ class HubRepository:
                 self._name, folder or None, repo_type="dataset", revision=self._revision, recursive=False
             )
             files = [file for file in found if isinstance(file, RepoFile)]
-        except Exception as error:  # of several HTTP libraries
+        except Exception as error:  # from several HTTP libraries
             message = without_secrets(f"{type(error).__name__}: {error}".partition("\n")[0])
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
                 raise FileNotFoundError(message) from None

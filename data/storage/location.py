@@ -1,4 +1,4 @@
-"""What a location is: a path here, or a URL without credentials. No I/O."""
+"""Locations: local paths, or URLs without credentials. No I/O."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 SCHEMES = ("https", "http", "s3", "gs", "hf")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,2}(.*)", re.DOTALL)
-# Environment variables whose values appear in no message: AWS_ACCESS_KEY_ID, HF_TOKEN, WANDB_API_KEY and all alike.
+# Environment variables whose values appear in no message: AWS_ACCESS_KEY_ID, HF_TOKEN, WANDB_API_KEY and the like.
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|KEY_ID)$", re.IGNORECASE)
 _REPOSITORY = "hf://datasets/USER/NAME/FOLDER, or hf://datasets/USER/NAME@REVISION/FOLDER"
 
@@ -20,8 +20,8 @@ class Remote:
 
     Attributes:
         scheme: one of `SCHEMES`.
-        authority: host and port, the bucket, or of hf:// the repository with its revision.
-        path: below that, without a slash at its ends.
+        authority: host and port, the bucket, or for hf:// the repository with its revision.
+        path: below that, without slashes at its ends.
     """
 
     scheme: str
@@ -36,7 +36,7 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """Behind the last slash."""
+        """The part after the last slash."""
         return self.path.rpartition("/")[2]
 
     @property
@@ -49,22 +49,22 @@ Location = Path | Remote
 
 
 def is_url(text: str | Path | Remote) -> bool:
-    """Whether this is no path, whatever its scheme; a ``Path`` of a URL, which has lost a slash, is one as well."""
+    """Whether this is a URL, of whatever scheme; also if it was made a ``Path``, which loses a slash."""
     return isinstance(text, Remote) or bool(_URL.match(str(text)))
 
 
 def parse_location(text: str | Path | Remote) -> Location:
-    """A path as it is, or what `parse_url` makes of a URL."""
+    """Returns a path with ``~`` expanded, or what `parse_url` makes of a URL."""
     if isinstance(text, Remote):
         return text
     return parse_url(str(text)) if is_url(text) else Path(text).expanduser()
 
 
 def parse_url(url: str) -> Remote:
-    """Takes a URL apart.
+    """Parses a URL.
 
     Raises:
-        ValueError: a scheme that nothing reads, or credentials in it, which the message does not repeat.
+        ValueError: an unsupported scheme, or credentials in it, which the message does not repeat.
     """
     match = _URL.match(url)
     assert match is not None
@@ -105,7 +105,7 @@ def credentials_advice(scheme: str) -> str:
 
 
 def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """A message of a client without query strings, users, passwords, and the keys in the environment."""
+    """A client's message without query strings, users, passwords, and keys from the environment."""
     text = re.sub(r"(://[^\s?#/]*)@", "://...@", text)
     text = re.sub(r"(://[^\s?\"')]*)[?][^\s\"')]*", r"\1?...", text)
     for name, value in environment.items():

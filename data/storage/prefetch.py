@@ -1,4 +1,4 @@
-"""Fetches the shards of a pass while they are read: the group that is needed, and the next one."""
+"""Fetches the shards of a pass while they are read: the group needed now, and the next one."""
 
 import functools
 import queue
@@ -11,26 +11,26 @@ from data.storage.cache import ShardCache, unpin
 from data.storage.client import Object
 from data.storage.location import Remote
 
-THREADS = 8  # shards that a process fetches at once; the processes of a node share them out
+THREADS = 8  # shards that a process fetches at once; the processes of a node share the work
 _CLOSING = 2.0  # seconds for threads to end; one that waits for a store ends with the process
 
 
 class Prefetcher:
-    """Threads of one process, which must not be a forked one.
+    """Fetches in threads of one process, which must not be a forked one.
 
-    The processes of a node all do this with the same plan: a shard that one fetches is waited for by the others.
+    All processes of a node follow the same plan: while one fetches a shard, the others wait for it.
     """
 
     def __init__(
         self, cache: ShardCache, shards: Sequence[tuple[Remote, Object]], plan: Iterable[StepGroup], ahead: int = 1
     ) -> None:
-        """Starts to fetch.
+        """Starts fetching.
 
         Args:
-            cache: where to.
-            shards: every shard that the plan has numbers of, and what it is.
+            cache: where shards go.
+            shards: every shard, by its number in the plan, with its size and version.
             plan: groups in the order in which they are needed; read in a thread.
-            ahead: groups to fetch beyond those that are needed.
+            ahead: groups to fetch beyond those needed now.
         """
         self._cache, self._shards, self._ahead = cache, shards, ahead
         self._changed = threading.Condition()
@@ -46,27 +46,27 @@ class Prefetcher:
             thread.start()
 
     def need(self, step: int) -> None:
-        """Step `step` is asked for: its groups are fetched, and `ahead` more."""
+        """Announces that `step` is needed: its groups are fetched, and `ahead` more."""
         with self._changed:
             self._needed = max(self._needed, step)
             self._changed.notify_all()
 
     def done(self, step: int) -> None:
-        """All steps up to `step` have been read: what none needs any more may be deleted."""
+        """Announces that all steps up to `step` have been read: what no later one needs may be deleted."""
         with self._changed:
             self._done = max(self._done, step)
             while self._loaded and self._loaded[0][0].last_step <= self._done:
                 self._release(self._loaded.pop(0)[1])
 
     def check(self) -> bool:
-        """Whether shards that are needed are still being fetched; raises what ended that."""
+        """Whether shards needed now are still being fetched; raises the error that ended fetching."""
         with self._changed:
             if self._error is not None:
                 raise self._error
             return self._covered < self._needed
 
     def close(self) -> None:
-        """Ends the threads, and keeps no shard any more."""
+        """Ends the threads and releases all shards."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
@@ -80,7 +80,7 @@ class Prefetcher:
                 self._release(self._loaded.pop()[1])
 
     def _load_all(self, plan: Iterator[StepGroup]) -> None:
-        """StepGroup by group: the next one begins when all of the one before it is there."""
+        """Loads group by group: the next one begins when the one before it is complete."""
         for group in plan:
             with self._changed:
                 self._covered = group.first_step - 1
@@ -123,7 +123,7 @@ class Prefetcher:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # whatever it is, the main thread must not wait for ever
+        except BaseException as error:  # whatever it is, the main thread must not wait forever
             with self._changed:
                 self._error = self._error or error
                 self._stop = True

@@ -1,4 +1,4 @@
-"""Which encoder of a file is meant, where it holds several: online or averaged weights, a student or a teacher."""
+"""Chooses the encoder of a file that holds several: online or averaged weights, a student or a teacher."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ _AVERAGED = {
     *("model_ema", "state_dict_ema", "ema_state_dict", "ema", "ema_model", "teacher", "target_encoder", "encoder_k"),
     *("momentum_encoder", "target", "target_network"),
 }
-# What the authors evaluate, in files with several: DINO's and I-JEPA's teachers, MoCo v3's and everybody else's model.
+# What authors evaluate, in files with several encoders: DINO's and I-JEPA's teachers, MoCo v3's and all others' model.
 _EVALUATED = ("teacher", "target_encoder", "model", "state_dict", "module", "base_encoder", "backbone", "student")
 
 
@@ -26,10 +26,10 @@ class Choice(NamedTuple):
     """One encoder of a file.
 
     Attributes:
-        name: for `weights`; empty where the file has no name for it.
+        name: as for `weights`; empty if the file has no name for it.
         tensors: the state dictionary that it is in.
-        prefix: of its names there; None where no encoder was recognized.
-        role: `online`, `ema`, or the name where that tells neither.
+        prefix: of its names there; None if no encoder was recognized.
+        role: `online`, `ema`, or the name if that says neither.
     """
 
     name: str
@@ -39,16 +39,16 @@ class Choice(NamedTuple):
 
 
 def choose(path: Path, stored: dict[Any, Any], weights: Weights | None, marked: Weights | None) -> Choice:
-    """One of the encoders that a file holds.
+    """Chooses one of the encoders that a file holds.
 
     Args:
         path: of the file, for messages.
-        stored: its content: a state dictionary, or a dictionary with some.
-        weights: as of `files.read_source`.
-        marked: `online` or `ema`, where the file itself says which weights it holds.
+        stored: its content: a state dictionary, or a dictionary of some.
+        weights: as in `files.read_source`.
+        marked: `online` or `ema`, if the file itself says which weights it holds.
 
     Raises:
-        ValueError: no dictionary of tensors, no encoder as asked for, or several where none was asked for.
+        ValueError: there is no dictionary of tensors, no such encoder, or several and none was asked for.
     """
     choices = _list_choices(stored, marked)
     none = Choice("", _largest(stored), None, marked or "online")
@@ -105,7 +105,7 @@ def _pick(path: Path, choices: list[Choice], weights: Weights | None, marked: We
 
 
 def _largest(stored: dict[str, Any]) -> dict[str, Any]:
-    """Where no encoder is recognized: the dictionary that most likely should have been one, for the message."""
+    """The dictionary that was most likely meant as an encoder, for the message if none is recognized."""
     sets = [value for value in stored.values() if isinstance(value, dict) and value]
     sets = [value for value in sets if all(isinstance(tensor, Tensor) for tensor in value.values())]
     return max(sets, key=len, default=stored)

@@ -1,7 +1,7 @@
-"""Classifiers out of files: this project's, and published ones (MAE's, LoMaR's, DeiT's, BEiT's, timm's and others).
+"""Classifiers from files: this project's, and published ones (MAE's, LoMaR's, DeiT's, BEiT's, timm's and others).
 
-A published file does not say how its tokens are pooled. Its norms tell: the patch tokens of MAE's, LoMaR's, BEiT's and
-SimMIM's classifiers are averaged before the last norm, `fc_norm`; DeiT's and timm's read the class token behind it.
+A published file does not say how its tokens are pooled, but its norms show it: MAE's, LoMaR's, BEiT's and SimMIM's
+classifiers average the patch tokens before the last norm, `fc_norm`; DeiT's and timm's read the class token after it.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from downstream.checkpoints.report import Report
 from downstream.checkpoints.timm_models import build_vit, to_timm
 from downstream.classify.classifier_spec import ClassifierSpec
 
-# How many classes the sets of ImageNet have, and timm's names of them. Their classes are in the order of timm's lists:
-# of WordNet's ids, sorted, but for Microsoft's 21,842.
+# Number of classes of each set of ImageNet -> timm's name for it. The classes are in the order of timm's lists: sorted
+# by WordNet's ids, except for Microsoft's 21,842.
 _IMAGENETS = {
     1000: "imagenet-1k",
     11221: "imagenet-21k-miil",
@@ -31,17 +31,17 @@ _IMAGENETS = {
     21842: "imagenet-22k-ms",
     21843: "imagenet-21k-goog",
 }
-_ENDS_OF_IMAGENET = ("tench", "toilet tissue")  # of the 1000, in words, as in transformers' configurations
+_ENDS_OF_IMAGENET = ("tench", "toilet tissue")  # first and last of 1000, in words, as in transformers' configurations
 _PROBE = "head.0.running_"
 
 
 @dataclass(frozen=True)
 class ClassifierWeights:
-    """A classifier out of a file.
+    """A classifier from a file.
 
     Attributes:
-        spec: what it is; its images are of the encoder's size and pixels.
-        state: its parameters by timm's names, in fp32: those of `build()`.
+        spec: what it is; its images have the encoder's size and pixels.
+        state: the parameters of `build()` by timm's names, in fp32.
         report: what became of the file's keys.
     """
 
@@ -53,7 +53,7 @@ class ClassifierWeights:
         """The model, in eval mode: standardized pixels (B, C, H, W) -> logits (B, C).
 
         Raises:
-            ValueError: the weights are not those of `spec`.
+            ValueError: the weights do not fit `spec`.
         """
         encoder = self.spec.encoder
         fc_norm = "fc_norm.weight" in self.state
@@ -69,14 +69,14 @@ class ClassifierWeights:
 def load_classifier_weights(
     path: Path | str, *, weights: Weights | None = None, pixels: Pixels | None = None
 ) -> ClassifierWeights | None:
-    """The classifier of a file or folder; None where it holds an encoder alone.
+    """Reads the classifier of a file or folder; None if it holds only an encoder.
 
     Args:
-        path, weights: as of `load_encoder`.
-        pixels: as of `formats.translate`.
+        path, weights: as in `load_encoder`.
+        pixels: as in `formats.translate`.
 
     Raises:
-        ValueError: as of `load_encoder`; or a head that is no matrix on the encoder's width, or two last norms.
+        ValueError: as in `load_encoder`; the head is not a matrix on the encoder's width; or there are two last norms.
     """
     source = read_source(path, weights)
     own = ClassifierSpec.from_metadata(source.metadata)
@@ -133,7 +133,7 @@ def _report_head(found: EncoderWeights) -> Report:
 
 
 def _join(found: EncoderWeights, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Encoder and head as timm's model has them."""
+    """Joins encoder and head into the parameters of timm's model."""
     state = dict(found.state)
     if found.pool_norm:
         state |= {f"fc_norm.{kind}": state.pop(f"norm.{kind}") for kind in ("weight", "bias")}
@@ -143,7 +143,7 @@ def _join(found: EncoderWeights, head: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _fold_probe(head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The head of a linear probe, without the batch norm before its matrix."""
+    """Folds the batch norm of a linear probe into the matrix after it."""
     if _PROBE + "var" not in head or "head.1.weight" not in head or head["head.1.weight"].ndim != 2:
         return head
     norm = (head[_PROBE + "mean"], head[_PROBE + "var"])

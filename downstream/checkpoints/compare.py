@@ -1,10 +1,10 @@
 """Whether two models compute the same features, in float64.
 
 In fp32, features of the same parameters differ by up to 2e-5 (320 times fp32's rounding, 6e-8) between processors and
-libraries, which sum in another order: a bound that holds everywhere hides small mistakes. In float64 the same 320
+libraries, which sum in different orders, so a bound that holds everywhere hides small mistakes. In float64 the same 320
 roundings are 4e-14 (measured: 5e-15 for a ViT-L), while a parameter tensor that differs in the last fp32 bit of its
-entries changes the features by 1e-8. `FLOAT64_TOLERANCE` lies between them: it never refuses a correct model, whatever
-the processor, and it finds a tensor that is not the same.
+entries changes the features by 1e-8. `FLOAT64_TOLERANCE` lies in between: it never refuses a correct model, whatever
+the processor, and it detects a tensor that differs.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pretrain.models.features import features
 from pretrain.models.vit import ViT
 
-FLOAT64_TOLERANCE = 1e-10  # of the largest feature
+FLOAT64_TOLERANCE = 1e-10  # relative to the largest feature
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -33,8 +33,8 @@ def float64_copy(module: _Module, memo: dict[int, object] | None = None) -> _Mod
     """A copy in float64, on the CPU, in eval mode.
 
     Args:
-        module: stays as it is.
-        memo: of `copy.deepcopy`: {id(thing): None} leaves a thing out of the copy.
+        module: left unchanged.
+        memo: for `copy.deepcopy`: {id(thing): None} leaves a thing out of the copy.
     """
     return copy.deepcopy(module, memo).cpu().double().eval()
 
@@ -50,7 +50,7 @@ def feature_difference(encoder: ViT, compute: Callable[[Tensor], Tensor]) -> flo
     """`max_difference` of an encoder and another model on random images of the encoder's size, in float64.
 
     Args:
-        encoder: in any precision; a copy computes.
+        encoder: in any precision; a copy is used.
         compute: the other model, already in float64: (B, C, H, W) images -> (B, 1+N, D) features, the class token
             first.
     """

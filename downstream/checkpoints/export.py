@@ -7,10 +7,11 @@
     torch_export  OUT.pt2 for `torch.export.load`
     onnx          OUT.onnx
 
-RUN_OR_FILE is whatever `downstream.checkpoints.weights.load_encoder` reads; with --classifier the whole classifier in
+RUN_OR_FILE is whatever `downstream.checkpoints.weights.load_encoder` reads; with --classifier, the whole classifier in
 it is exported, this project's or a published one. Every export is loaded by the library that it is for, and its
-features (or logits) of random images are compared with the source's in float64; those of the last three, which take
-batches of any size, in float32. If they differ, the export fails and nothing is left behind. The files are in fp32.
+features (or logits) on random images are compared with the source's in float64, or in float32 for the last three
+formats, which take batches of any size. If they differ, the export fails and leaves nothing behind. The files are in
+fp32.
 """
 
 import argparse
@@ -88,19 +89,19 @@ def export_encoder(
     weights: Weights | None = None,
     pixels: Pixels | None = None,
 ) -> tuple[Report, float, str]:
-    """Loads an encoder, writes it in another format, and loads that to compare the features.
+    """Loads an encoder, writes it in another format, and loads the result to compare the features.
 
     Args:
-        path, image_size, weights, pixels: as of `load_encoder`.
+        path, image_size, weights, pixels: as in `load_encoder`.
         out: the file or folder to make; it must not exist.
         kind: a name of `FORMATS`.
 
     Returns:
-        What became of the source's keys, the difference of the features as of `max_difference`, and how to load the
+        What became of the source's keys, the difference of the features as in `max_difference`, and how to load the
         export.
 
     Raises:
-        ValueError: as of `load_encoder`, or the export cannot be written there or computes other features.
+        ValueError: as in `load_encoder`, or the export cannot be written there or computes other features.
     """
     _check_name(Path(out), kind)
     found = read_encoder(path, weights=weights, pixels=pixels)
@@ -112,10 +113,10 @@ def export_encoder(
 def export_classifier(
     path: Path | str, out: Path | str, kind: str, *, weights: Weights | None = None, pixels: Pixels | None = None
 ) -> tuple[Report, float, str]:
-    """Loads a classifier, writes it in another format, and loads that to compare the logits; as `export_encoder`.
+    """Loads a classifier, writes it in another format, and loads the result to compare the logits.
 
     Raises:
-        ValueError: as of `load_classifier_weights`; the file has no classifier; or as of `export_encoder`.
+        ValueError: as in `load_classifier_weights`; the file has no classifier; or as in `export_encoder`.
     """
     _check_name(Path(out), kind)
     found = load_classifier_weights(path, weights=weights, pixels=pixels)
@@ -133,10 +134,10 @@ def _check_name(out: Path, kind: str) -> None:
 
 
 def _write(export: Export, out: Path, kind: str) -> tuple[Report, float, str]:
-    """Under another name until it is complete and compared."""
+    """Writes under another name until the export is complete and compared."""
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f"unfinished-{out.name}")
-    _remove(unfinished)  # of an export that was killed
+    _remove(unfinished)  # left by a killed export
     try:
         difference, usage = FORMATS[kind][1](export, unfinished)
         os.replace(unfinished, out)

@@ -1,7 +1,7 @@
-"""Folders for the Hugging Face hub: for transformers where it can hold the model, else for timm.
+"""Folders for the Hugging Face hub: for transformers if it can hold the model, else for timm.
 
-Transformers' ViTModel, and IJepaModel where there is no class token, hold encoders with absolute positions, and
-ViTForImageClassification classifiers on the class token of such an encoder; none of them has registers.
+Transformers' ViTModel, or IJepaModel if there is no class token, holds encoders with absolute positions, and
+ViTForImageClassification holds classifiers on the class token of such an encoder. None of them has registers.
 """
 
 import json
@@ -20,7 +20,7 @@ from pretrain.trainer.safetensors_file import save_state_dict
 
 
 def to_hf(export: Export, out: Path) -> tuple[float, str]:
-    """The folder `out`, its difference from the source, and how to load it."""
+    """Writes the folder `out`; returns its difference from the source, and how to load it."""
     out.mkdir()
     kind = _transformers_class(export)
     if kind:
@@ -34,7 +34,7 @@ def to_hf(export: Export, out: Path) -> tuple[float, str]:
 
 
 def _transformers_class(export: Export) -> str | None:
-    """The class of transformers that computes the same; None where there is none."""
+    """The class of transformers that computes the same; None if there is none."""
     if export.spec.position != "sincos" or export.spec.registers:
         return None
     if export.classifier is None:
@@ -112,9 +112,9 @@ def _transformers_folder(export: Export, out: Path, kind: str) -> tuple[float, s
 
 
 def transformers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters under the names of transformers' ViTModel, which separates queries, keys and values.
+    """Renames our parameters to those of transformers' ViTModel, which separates queries, keys and values.
 
-    With a head, under those of ViTForImageClassification.
+    With a head, to those of ViTForImageClassification.
     """
     whole = "vit." if "head.weight" in tensors else ""
     outside_blocks = {

@@ -1,8 +1,8 @@
-"""Programs that run without this project's code, at any batch size: TorchScript's, torch.export's and ONNX's.
+"""Programs that run without this project's code, at any batch size: TorchScript, torch.export and ONNX.
 
 They compute features or logits of (B, C, H, W) float32 pixels, standardized by the encoder's mean and deviation
-(ImageNet's, if it has no others), of the one image size that they were exported at. What is written is read back and
-compared in float32, in batches of two sizes.
+(ImageNet's, if it has no others), at the one image size that they were exported for. Each is read back and compared in
+float32, at two batch sizes.
 """
 
 import warnings
@@ -15,24 +15,24 @@ from torch import Tensor
 from downstream.checkpoints.compare import max_difference, random_images
 from downstream.checkpoints.exported import Export
 
-# Of float32: sums in another order differ by up to 2e-5 (see compare.py).
+# In float32, sums in another order differ by up to 2e-5 (see compare.py).
 FLOAT32_TOLERANCE = 1e-4
 _BATCHES = (1, 3)  # the program is made from a batch of two
-_ONNX_LIMIT = 2**31  # bytes of a protocol buffer
+_ONNX_LIMIT = 2**31  # bytes that a protocol buffer may have
 
 
 def to_torchscript(export: Export, out: Path) -> tuple[float, str]:
-    """A traced program for `torch.jit.load`."""
+    """Writes a traced program for `torch.jit.load`."""
     images = _example(export)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that sizes become constants is meant; that tracing is of an older kind, known
+        warnings.simplefilter("ignore")  # sizes are meant to become constants; that tracing is dated is known
         torch.jit.save(torch.jit.trace(export.model, images), str(out), _extra_files=_encoded(export))
         program = torch.jit.load(str(out))
     return _check(export, program), 'import torch\ntorch.jit.load("{out}")(images)'
 
 
 def to_torch_export(export: Export, out: Path) -> tuple[float, str]:
-    """A program for `torch.export.load`."""
+    """Writes a program for `torch.export.load`."""
     with torch.no_grad():
         program = torch.export.export(export.model, (_example(export),), dynamic_shapes=_any_batch())
     torch.export.save(program, str(out), extra_files=export.metadata)
@@ -41,7 +41,7 @@ def to_torch_export(export: Export, out: Path) -> tuple[float, str]:
 
 
 def to_onnx(export: Export, out: Path) -> tuple[float, str]:
-    """An ONNX model with the input `images` and the output `features` or `logits`."""
+    """Writes an ONNX model with the input `images` and the output `features` or `logits`."""
     try:
         import onnx
         import onnxscript
@@ -52,7 +52,7 @@ def to_onnx(export: Export, out: Path) -> tuple[float, str]:
     if (size := sum(tensor.nbytes for tensor in export.tensors.values())) >= _ONNX_LIMIT:
         raise ValueError(f"{export.report.path} has {size / 1e9:.1f} GB, an ONNX file at most 2: take torch_export")
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own deprecations
+        warnings.simplefilter("ignore")  # about torch's own deprecations
         torch.onnx.export(
             export.model,
             (_example(export),),
@@ -75,7 +75,7 @@ def to_onnx(export: Export, out: Path) -> tuple[float, str]:
 def _example(export: Export) -> Tensor:
     images = random_images(*export.spec.image_size, export.spec.pixels.channels).float()
     with torch.no_grad():
-        export.model(images)  # fills timm_models' cache of buckets with tensors, before a program is made of them
+        export.model(images)  # fills timm_models' cache of buckets with tensors before they are traced
     return images
 
 
@@ -89,7 +89,7 @@ def _encoded(export: Export) -> dict[str, bytes]:
 
 @torch.no_grad()
 def _check(export: Export, compute: Callable[[Tensor], Tensor]) -> float:
-    """The largest difference of the program's outputs from the model's, in float32; raises ValueError as `accept`."""
+    """The largest difference of the program's outputs from the model's, in float32; raises ValueError like `accept`."""
     images = random_images(*export.spec.image_size, export.spec.pixels.channels).float()
     differences = []
     for batch in _BATCHES:

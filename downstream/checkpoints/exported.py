@@ -33,7 +33,7 @@ class Export:
     """An encoder or a classifier on its way to another library.
 
     Args:
-        encoder: in fp32; None where a classifier is exported.
+        encoder: in fp32; None if a classifier is exported.
         spec: of the encoder.
         report: what became of the source's keys.
         classifier: to be exported whole.
@@ -95,23 +95,23 @@ class Export:
 
     @torch.no_grad()
     def check(self, compute: Callable[[Tensor], Tensor]) -> float:
-        """The difference of what the export computes from the source's, in float64, as of `max_difference`.
+        """Compares the export's outputs with the source's in float64; returns their `max_difference`.
 
         Args:
             compute: the export, already in float64: (B, C, H, W) images -> its features or logits.
 
         Raises:
-            ValueError: it is larger than `FLOAT64_TOLERANCE`.
+            ValueError: the difference is larger than `FLOAT64_TOLERANCE`.
         """
         images = random_images(*self.spec.image_size, self.spec.pixels.channels)
         found = compute(images)
         rows, cols = self.spec.grid
-        if self.classifier is None and found.shape[1] == rows * cols:  # others do not put their mean in front
+        if self.classifier is None and found.shape[1] == rows * cols:  # other libraries do not put the mean in front
             found = torch.cat([found.mean(1, keepdim=True), found], dim=1)
         return self.accept(max_difference(found, float64_copy(self.model)(images)), FLOAT64_TOLERANCE, "float64")
 
     def accept(self, difference: float, tolerance: float, precision: str) -> float:
-        """The difference; raises ValueError where it is larger than the tolerance."""
+        """Returns the difference; raises ValueError if it is larger than the tolerance."""
         if not difference <= tolerance:  # or NaN
             raise ValueError(
                 f"the export of {self.report.path} computes other {self.what}: in {precision} they differ by "

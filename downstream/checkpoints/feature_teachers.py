@@ -1,6 +1,6 @@
 """Reads the frozen teacher of `target.name=teacher` from a local file: any encoder, or a model of timm.
 
-`read_feature_teacher` is what the entries call, before training.
+The entries call `read_feature_teacher` before training.
 """
 
 import difflib
@@ -23,18 +23,18 @@ _log = logging.getLogger(__name__)
 
 
 def read_feature_teacher(config: TargetConfig, grid: Grid, patch_size: int) -> FeatureTeacher | None:
-    """The teacher of a target, at the image size at which it has as many patches as the trained encoder.
+    """Reads the teacher of a target, at the image size at which it has as many patches as the trained encoder.
 
     Args:
         config: the `target` section.
-        grid: rows and columns of patches of the encoder that is trained.
+        grid: rows and columns of patches of the encoder to be trained.
         patch_size: of that encoder.
 
     Returns:
-        The teacher, in fp32 on the CPU; None where the target is another one.
+        The teacher, in fp32 on the CPU; None if the target is another one.
 
     Raises:
-        ValueError: no file, one that cannot be read, or a teacher that does not fit; the message names the key to
+        ValueError: there is no file, it cannot be read, or the teacher does not fit; the message names the key to
             change.
     """
     if not isinstance(config, TeacherConfig):
@@ -66,12 +66,12 @@ def _encoder_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> Feat
 
 
 def _image_size(patch_size: int, config: TeacherConfig, grid: Grid, encoders: int) -> tuple[int, int]:
-    """Height and width of what a teacher of such patches sees; raises ValueError if that is not what the encoder sees.
+    """Height and width of the teacher's images; raises ValueError if they must be resized and that is not allowed.
 
     Args:
         patch_size: the teacher's.
         config: whether images may be resized.
-        grid, encoders: the grid and the patches of the encoder that is trained.
+        grid, encoders: grid and patch size of the encoder to be trained.
     """
     size = (grid[0] * patch_size, grid[1] * patch_size)
     if patch_size != encoders and not config.resize_images:
@@ -92,7 +92,7 @@ def _say_interpolated(old: Grid, new: Grid) -> None:
 
 
 def _timm_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> FeatureTeacher:
-    """One of timm's models, all of whose parameters are in the file."""
+    """Builds one of timm's models; the file must have all of its parameters."""
     name = config.timm_model
     assert name is not None
     _check_timm_name(name)
@@ -117,7 +117,7 @@ def _timm_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> Feature
 
 
 def _check_timm_name(name: str) -> None:
-    """Raises ValueError if timm has no such model, or not with weights of such a tag; asks nobody but timm itself."""
+    """Raises ValueError if timm has no such model, or no weights with such a tag; asks only timm itself."""
     known = {*timm.list_models(), *timm.list_models(pretrained=True)}
     if name not in known:
         close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7)
@@ -126,7 +126,7 @@ def _check_timm_name(name: str) -> None:
 
 
 def _load_timm(model: Any, name: str, config: TeacherConfig) -> None:
-    """Fills it; raises ValueError unless the file has all of its parameters, in their shapes."""
+    """Fills a model; raises ValueError unless the file has all of its parameters, in their shapes."""
     assert config.file
     tensors, problems = read_source(config.file, config.encoder).tensors, []
     wanted: dict[str, Tensor] = model.state_dict()
@@ -145,7 +145,7 @@ def _load_timm(model: Any, name: str, config: TeacherConfig) -> None:
 
 
 class TimmTeacher(FeatureTeacher):
-    """A frozen model of timm's. Its own mean and standard deviation of pixels are used."""
+    """A frozen model of timm's, with its own mean and standard deviation of pixels."""
 
     mean: Tensor
     std: Tensor

@@ -1,4 +1,4 @@
-"""Tensors out of checkpoint files, without running anything that a file says."""
+"""Reads tensors from checkpoint files, without running any code in them."""
 
 import re
 from collections.abc import Mapping
@@ -33,14 +33,14 @@ class Source:
 
     Attributes:
         path: the file, or the folder of a checkpoint or of the Hugging Face hub.
-        tensors: all of a state dictionary.
-        weights: which set it is: `online`, also where a file does not say, `ema`, or an encoder's name in the file.
-        prefix: of the encoder's names; None where it is still to be found.
-        metadata: of the file, as it is; `weights`, and what `ClassifierSpec` adds in a classifier's file.
+        tensors: a whole state dictionary.
+        weights: which set it is: `online` (also if the file does not say), `ema`, or an encoder's name in the file.
+        prefix: of the encoder's names; None if it is still to be found.
+        metadata: of the file, as stored: `weights`, and in a classifier's file what `ClassifierSpec` adds.
         spec: of the encoder, as our own files and checkpoints record it.
         ours: whether it is a checkpoint of our training, whose other modules are known not to be the encoder's.
         hub: what a folder of the Hugging Face hub says.
-        beside: what else a pickle holds besides the weights, by its names.
+        beside: what a pickle holds besides the weights, by name.
     """
 
     path: Path
@@ -59,8 +59,8 @@ def read_source(path: Path | str, weights: Weights | None = None) -> Source:
 
     Args:
         path: the file or folder; also a folder of the Hugging Face hub, or a file in one.
-        weights: `online` as trained, or `ema`, their moving average, or the name of one of the encoders in the file.
-            None: those that a method's authors evaluate, DINO's and I-JEPA's teacher, else the online weights.
+        weights: `online` (as trained), `ema` (their moving average), or the name of one of the encoders in the file.
+            None: those that a method's authors evaluate: DINO's and I-JEPA's teacher, else the online weights.
 
     Raises:
         ValueError: the path does not exist, is damaged, could run code, or lacks the requested weights.
@@ -79,7 +79,7 @@ def read_source(path: Path | str, weights: Weights | None = None) -> Source:
 
 
 def _advice(name: str) -> str:
-    """What to do about the name of something that is elsewhere."""
+    """What to do if a path names something that is elsewhere."""
     if re.match(r"https?:", name):
         return "; download it first"
     if re.fullmatch(r"[\w-]+/[\w-]+[\w.-]*", name) and not Path(name).parent.is_dir():
@@ -88,7 +88,7 @@ def _advice(name: str) -> str:
 
 
 def _read_files(path: Path, weights: Weights | None, hub: HubRecord | None) -> Source:
-    """One of the encoders of a file, or of a folder of the hub, whose files are put together."""
+    """Reads one of the encoders of a file, or of a folder of the hub, whose files are merged."""
     stored: dict[Any, Any] = {}
     metadata: dict[str, str] = {}
     marked: Weights | None = None
@@ -103,7 +103,7 @@ def _read_files(path: Path, weights: Weights | None, hub: HubRecord | None) -> S
 
 
 def _read_content(path: Path) -> tuple[dict[Any, Any], dict[str, str], Weights | None]:
-    """A file's dictionary, its metadata, and which weights it is marked to hold, if it can be marked."""
+    """A file's dictionary, its metadata, and which weights it is marked to hold, if its format has a mark."""
     if is_safetensors(path):
         tensors, metadata = _read_safetensors(path)
         averaged = metadata.get("weights") == "ema" or path.stem.endswith("_ema")
@@ -152,7 +152,7 @@ def _read_spec(path: Path, metadata: Mapping[str, str]) -> EncoderSpec | None:
 
 
 def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
-    """The method's fp32 weights, or their moving average, out of one of our checkpoints, and the spec of its run."""
+    """Reads the method's fp32 weights, or their moving average, from one of our checkpoints, with its run's spec."""
     if weights not in (None, "online", "ema"):
         raise ValueError(f"{folder} is a checkpoint of a run, which has online and ema weights: not {weights}")
     config = RunFolder(folder.parent.parent).config
@@ -184,6 +184,6 @@ def _read_states(path: Path) -> Any:
 
 
 def _gather_stage3(folder: Path) -> dict[str, Tensor]:
-    """Complete parameters from the ranks' partitions."""
+    """Gathers complete parameters from the ranks' partitions."""
     stored = StoredState(folder, load=_read_states)
     return stored.buffers | {name: stored.weight(name) for name in stored.shapes}

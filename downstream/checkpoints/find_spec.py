@@ -1,4 +1,4 @@
-"""What encoder a file holds: from its tensors, and from the file's own record, which must not contradict them."""
+"""Finds what encoder a file holds: from its tensors, and from its own record, which must not contradict them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from downstream.checkpoints.files import Source
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ARCHS
 
-_DEFAULT_SIZE = 224  # of the images, where neither record nor tensors tell
+_DEFAULT_SIZE = 224  # of the images, if neither record nor tensors show it
 BIAS = "relative_position_bias_table"  # of one block or of all
 _POSITIONS = {"relative": "rpe_k", "bias": BIAS, "sincos": "pos_embed"}  # part of a parameter's name
 
@@ -25,7 +25,7 @@ class FoundSpec(NamedTuple):
 
 
 def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
-    """The spec of an encoder.
+    """Finds the spec of an encoder.
 
     Args:
         source: the file.
@@ -60,7 +60,7 @@ def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
 
 
 def fits_grid(state: Mapping[str, Tensor], grid: tuple[int, int]) -> bool:
-    """Whether all tables of positions have as many entries as a grid needs, with or without some for prefix tokens."""
+    """Whether all position tables have as many entries as a grid needs, with or without some for prefix tokens."""
     rows, cols = grid
     if "pos_embed" in state and state["pos_embed"].shape[1] - rows * cols not in _prefix_rows(state):
         return False
@@ -68,17 +68,17 @@ def fits_grid(state: Mapping[str, Tensor], grid: tuple[int, int]) -> bool:
 
 
 def count_registers(state: Mapping[str, Tensor]) -> int:
-    """How many tokens there are between the class token and the patches."""
+    """The number of tokens between the class token and the patches."""
     return state["reg_token"].shape[1] if "reg_token" in state else 0
 
 
 def _prefix_rows(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """How many rows a table of positions may have in front: none, the class token's, or the registers' as well."""
+    """How many rows a position table may have in front: none, the class token's, or the registers' as well."""
     return tuple(dict.fromkeys((1, 0, 1 + count_registers(state))))
 
 
 def count_blocks(state: Iterable[str]) -> int:
-    """One more than the largest number of a block."""
+    """One more than the largest block number."""
     return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
 
 
@@ -111,7 +111,7 @@ def _find_arch(path: Path, state: Mapping[str, Tensor]) -> str:
 
 
 def _check_heads(source: Source, arch: str) -> None:
-    """Refuses what a record tells and the tensors do not: another number of heads, another activation."""
+    """Refuses what a record shows and tensors do not: another number of heads, another activation."""
     heads = ARCHS[arch].heads
     problems = source.hub.problems(heads) if source.hub else []
     if arch == "vit_small" and any("momentum_encoder." in key for key in source.tensors):
@@ -121,12 +121,12 @@ def _check_heads(source: Source, arch: str) -> None:
 
 
 def _has_a_row_for_each_patch(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> bool:
-    """Whether a table of positions has no row for a class token."""
+    """Whether a position table has no row for a class token."""
     return bool(grid) and "pos_embed" in state and state["pos_embed"].shape[1] == math.prod(grid or ())
 
 
 def _find_recorded_grid(source: Source, state: Mapping[str, Tensor], patch_size: int) -> tuple[int, int] | None:
-    """The grid of the image size that a folder of the hub records; None where it does not, or its tables do not fit."""
+    """The grid of the image size in a hub folder's record; None if there is none, or the tables do not fit."""
     size = source.hub.image_size if source.hub else None
     if size is None:
         return None
@@ -135,7 +135,7 @@ def _find_recorded_grid(source: Source, state: Mapping[str, Tensor], patch_size:
 
 
 def _find_square_grid(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """The square grid that the tables of positions are for; None where they are for none, or where there are none."""
+    """The square grid that the position tables fit; None if they fit none, or there are no tables."""
     if "pos_embed" in state:
         count = state["pos_embed"].shape[1]
         patches = [count - rows for rows in _prefix_rows(state) if count > rows]

@@ -1,6 +1,6 @@
-"""What our encoder does not have, folded exactly into parameters that it has.
+"""Folds what our encoder does not have, exactly, into parameters that it has.
 
-Each function changes the parameters, by our names, in place, and tells it in the report.
+All but `fold_batch_norm` change the parameters, by our names, in place, and note it in the report.
 """
 
 import re
@@ -21,7 +21,7 @@ SCALE = ".gamma"  # of LayerScale
 def _merge(
     state: dict[str, Tensor], report: Report, into: str, parts: list[str], how: Callable[..., Tensor], what: str
 ) -> None:
-    """Makes `into` out of the named parts, which are then gone."""
+    """Replaces the named parts by `into`, which is made from them."""
     state[into] = how(*(state[part] for part in parts))
     keys = tuple(key for part in parts for key in report.used[part])
     for part in parts:
@@ -31,7 +31,7 @@ def _merge(
 
 
 def fold_batch_norm(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch norm without parameters before a matrix, as MAE's linear probe has it, folded into matrix and bias.
+    """Folds a batch norm without parameters, as in MAE's linear probe, into the matrix and bias after it.
 
     W ((x - mean) / deviation) + b = (W / deviation) x + (b - W mean / deviation).
     """
@@ -40,7 +40,7 @@ def fold_batch_norm(weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
 
 
 def supply_last_norm(state: dict[str, Tensor], report: Report) -> None:
-    """CrossMAE's inter-block attention trains no last norm: here it is one without a scale, as in our files of it."""
+    """Adds a last norm without a scale, as in our files of it: CrossMAE's inter-block attention trains none."""
     if CROSSMAE in report.dropped.values() and "norm.weight" not in state:
         width = state["patch_embed.proj.bias"]
         for name, value in (("norm.weight", torch.ones_like(width)), ("norm.bias", torch.zeros_like(width))):
@@ -49,7 +49,7 @@ def supply_last_norm(state: dict[str, Tensor], report: Report) -> None:
 
 
 def join_projections(state: dict[str, Tensor], report: Report) -> None:
-    """Transformers has three matrices for queries, keys and values; of BEiT's, keys have no bias, which is a zero."""
+    """Joins transformers' matrices of queries, keys and values; BEiT's keys have no bias, which is a zero."""
     for q_name in [name for name in state if name.endswith(".attn.q.weight")]:
         at = q_name.removesuffix("q.weight")
         if at + "k.bias" not in state and at + "q.bias" in state:
@@ -63,7 +63,7 @@ def join_projections(state: dict[str, Tensor], report: Report) -> None:
 
 
 def join_biases(state: dict[str, Tensor], report: Report) -> None:
-    """BEiT's and SimMIM's attention has a bias on queries and values; keys have none, which is a zero."""
+    """Joins the biases of queries and values in BEiT's and SimMIM's attention; keys have none, which is a zero."""
     for q_name in [name for name in state if name.endswith(".attn.q_bias")]:
         at = q_name.removesuffix("q_bias")
         if at + "v_bias" in state:
@@ -78,7 +78,7 @@ def join_biases(state: dict[str, Tensor], report: Report) -> None:
 
 
 def share_bias(state: dict[str, Tensor], report: Report) -> None:
-    """While BEiT and SimMIM pretrain, all blocks share one table."""
+    """Gives each block a copy of the one table that all blocks share while BEiT and SimMIM pretrain."""
     if SHARED_BIAS in state:
         table, keys = state.pop(SHARED_BIAS), report.used.pop(SHARED_BIAS)
         for depth in range(count_blocks(state)):
@@ -87,7 +87,7 @@ def share_bias(state: dict[str, Tensor], report: Report) -> None:
 
 
 def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
-    """gamma * (W x + b) = (gamma W) x + gamma b."""
+    """Folds LayerScale: gamma * (W x + b) = (gamma W) x + gamma b."""
     for gamma in [name for name in state if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]:
         matrix = gamma.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         scale = state.pop(gamma)
@@ -100,7 +100,7 @@ def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
 
 
 def fold_adapter(state: dict[str, Tensor], report: Report) -> None:
-    """While TEC trains, the class token goes through an MLP: a constant."""
+    """Folds the MLP that TEC's class token goes through in training: the result is a constant."""
     if CLASS_ADAPTER[0] in state:
         _merge(
             state, report, "cls_token", ["cls_token", *CLASS_ADAPTER], fold_class_adapter, "behind its adapter's MLP"
@@ -108,12 +108,12 @@ def fold_adapter(state: dict[str, Tensor], report: Report) -> None:
 
 
 def fold_positions(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None, keep_row: bool) -> None:
-    """A table without a row for the class token gets a row of zeros; a row that is not zero goes into the token.
+    """Adds a row of zeros to a table without one for the class token; moves a row that is not zero into the token.
 
-    So do rows of registers, of which our tables have none.
+    Rows of registers are moved into them, too: our tables have none.
 
     Args:
-        grid: that the table is for, if it is known.
+        grid: of the table, if it is known.
         keep_row: leaves the class token's row as it is.
     """
     table, registers = state["pos_embed"], count_registers(state)

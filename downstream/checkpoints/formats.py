@@ -1,10 +1,10 @@
-"""The parameters of known checkpoints, by whatever names, become our encoder's.
+"""Translates the parameters of known checkpoints, whatever their names, into our encoder's.
 
 `names.py` has the libraries' tables. Every key of a file is used, dropped for a reason given there, or an error.
 
 What our encoder does not have is folded, exactly, into parameters that it has: LayerScale (DINOv2, BEiT) scales the
-rows of the matrix before it, the class token's own position (DINO, timm) is always added to the class token, and pixels
-of other statistics than ImageNet's (BEiT) change the kernel that embeds them.
+rows of the matrix before it, the class token's own position (DINO, timm) is added to the class token, and pixel
+statistics other than ImageNet's (BEiT) change the kernel that embeds the pixels.
 """
 
 import re
@@ -50,17 +50,17 @@ _HEAD_NORM = "the norm of a classifier"
 
 @dataclass(frozen=True)
 class EncoderWeights:
-    """An encoder out of a file, in the sizes of the file.
+    """An encoder from a file, in the sizes of the file.
 
     Attributes:
-        spec: what it is; method and epochs where the file says.
-        size_known: whether the image size of `spec` is the file's; where it tells none, that is 224 pixels, rounded
+        spec: what it is; method and epochs if the file says.
+        size_known: whether the image size of `spec` is the file's; if the file gives none, that is 224 pixels, rounded
             down to whole patches.
         state: its parameters by our names, in fp32.
         report: what became of the file's keys.
         head: what a classifier has after the encoder, by timm's names, in fp32.
-        head_keys: the file's keys of it.
-        pool_norm: whether the encoder's last norm is the one behind a classifier's pool, as there is no other.
+        head_keys: the file's keys for it.
+        pool_norm: whether the encoder's last norm is the one after a classifier's pool, as there is no other.
     """
 
     spec: EncoderSpec
@@ -73,13 +73,13 @@ class EncoderWeights:
 
 
 def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[str] = ()) -> EncoderWeights:
-    """Renames, drops and folds; nothing is resized yet.
+    """Renames, drops and folds parameters; nothing is resized yet.
 
     Args:
         source: what was read.
-        pixels: that the weights were trained on; None: as `find_pixels` finds.
-        wanted: parameters of the encoder to be filled, if it is to be pretrained: of LayerScale, a bias that all blocks
-            share, TEC's adapter and the class token's position, those are not folded that it has.
+        pixels: those that the weights were trained on; None: as `find_pixels` finds.
+        wanted: parameters of the encoder to be filled, if it is to be pretrained. LayerScale, a bias that all blocks
+            share, TEC's adapter and the class token's position are only folded if they are not among these.
 
     Raises:
         ValueError: no encoder or several in the file, keys that this project cannot explain or express, or a record
@@ -121,7 +121,7 @@ def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[s
 
 
 def _find_encoder(source: Source) -> tuple[str, Library]:
-    """The prefix of the encoder's names, and whose names they are."""
+    """The prefix of the encoder's names, and the library that uses them."""
     found = find_encoders(source.tensors)
     if source.prefix in found:
         return source.prefix, found[source.prefix]
@@ -133,7 +133,7 @@ def _find_encoder(source: Source) -> tuple[str, Library]:
 
 
 class _Renamed(NamedTuple):
-    """A file's parameters by timm's names, in fp32, and the keys of those of a classifier and of the refused ones."""
+    """A file's parameters by timm's names, in fp32; the keys of a classifier's, and the refused ones with reasons."""
 
     state: dict[str, Tensor]
     head: dict[str, Tensor]
@@ -168,19 +168,19 @@ def _rename_keys(source: Source, prefix: str, library: Library, report: Report) 
 
 
 def _explain(key: str, owner: str | None, prefix: str, library: Library) -> tuple[str, str | None]:
-    """Our name of a key, and why it is not the encoder's, as far as its place in the file tells.
+    """Our name for a key, and why it is not the encoder's, as far as its place in the file shows.
 
     Args:
         key: of the file.
-        owner: the prefix of the encoder that it belongs to; None where that is none.
+        owner: the prefix of the encoder that it belongs to; None if there is none.
         prefix: of the encoder that is read.
-        library: whose names it has.
+        library: that its names come from.
     """
     if owner == prefix:
         return rename(library, key.removeprefix(prefix)), None
     if owner is not None:
         return key, f"another encoder of the file, {owner.rstrip('.') or 'the one without a prefix'}"
-    parent = re.match(r"(.+\.)?(?=\w+\.$)", prefix)  # of `model.encoder.` it is `model.`
+    parent = re.match(r"(.+\.)?(?=\w+\.$)", prefix)  # `model.` for `model.encoder.`
     plain = re.sub(r"^(module\.|_orig_mod\.)+", "", key.removeprefix((parent and parent[0]) or ""))
     name = rename(library, plain)
     if library.outside and name == plain:
@@ -191,7 +191,7 @@ def _explain(key: str, owner: str | None, prefix: str, library: Library) -> tupl
 def _move_pool_norm(
     state: dict[str, Tensor], head: dict[str, Tensor], head_keys: dict[str, str], report: Report
 ) -> None:
-    """Takes the norm behind a classifier's pool as the encoder's last one."""
+    """Uses the norm after a classifier's pool as the encoder's last one."""
     for kind in ("weight", "bias"):
         name, key = f"norm.{kind}", head_keys[f"fc_norm.{kind}"]
         state[name], report.used[name] = head[f"fc_norm.{kind}"], (key,)

@@ -1,4 +1,4 @@
-"""Folders of the Hugging Face hub, transformers' and timm's: the files of weights, and what is written next to them."""
+"""Folders of the Hugging Face hub, transformers' and timm's: the files of weights, and the records next to them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-# Of weights, in the order in which the libraries look for them.
+# Files of weights, in the order in which the libraries look for them.
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
 class HubRecord:
-    """What a folder says of the model in it.
+    """What a folder says about its model.
 
     Attributes:
-        config: of `config.json`.
-        preprocessor: of `preprocessor_config.json`; empty where there is none.
+        config: from `config.json`.
+        preprocessor: from `preprocessor_config.json`; empty if there is none.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -54,13 +54,13 @@ class HubRecord:
 
     @property
     def pool(self) -> str | None:
-        """timm's `global_pool` of a classifier, where the folder says."""
+        """timm's `global_pool` of a classifier, if the folder says."""
         pool = self.config.get("global_pool")
         return pool if pool in ("avg", "token") else None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """In the order of the labels; empty where there are none but numbers."""
+        """Class names in the order of the labels; empty if they are only numbers."""
         names = self.config.get("id2label") or {}
         ordered = [str(names[key]) for key in sorted(names, key=int)]
         if ordered == [f"LABEL_{label}" for label in range(len(ordered))]:
@@ -68,17 +68,17 @@ class HubRecord:
         return tuple(ordered or self.config.get("label_names") or ())
 
     def problems(self, heads: int) -> list[str]:
-        """What its function depends on besides its weights, where that is not as in our encoder with so many heads."""
+        """Settings besides the weights that differ from those of our encoder with that many heads."""
         same = {"num_attention_heads": heads, "hidden_act": "gelu"}
         differing = [key for key, value in same.items() if self.config.get(key, value) != value]
         return [f"{key}={self.config[key]} (here: {same[key]})" for key in differing]
 
 
 def read_record(folder: Path) -> HubRecord | None:
-    """The record of a folder; None where it is none of the hub's.
+    """Reads the record of a folder; None if it is not one of the hub's.
 
     Raises:
-        ValueError: one of its files is no JSON object.
+        ValueError: one of its files is not a JSON object.
     """
     if not (folder / CONFIG).is_file():
         return None
@@ -90,12 +90,12 @@ def read_record(folder: Path) -> HubRecord | None:
 
 
 def is_weights(path: Path) -> bool:
-    """Whether a file has one of the names, or names of a part, that the hub's folders give to weights."""
+    """Whether a file is named like weights, or a part of them, in the hub's folders."""
     return path.name.startswith(("model", "pytorch_model")) and path.suffix in (".safetensors", ".bin", ".json")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights: one, or the parts that an index names.
+    """The files of weights: one, or the parts that an index names.
 
     Raises:
         ValueError: there are none, or one that the index names is missing or elsewhere.
@@ -113,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _three(value: float | Sequence[float]) -> tuple[float, ...]:
-    """A number for each channel, of which a record may have one for all."""
+    """A number for each channel; a record may give one for all."""
     return (float(value),) * 3 if isinstance(value, int | float) else tuple(map(float, value))
 
 

@@ -1,7 +1,7 @@
-"""What a method has besides its encoder, filled from a file by parts: `decoder.blocks`, `predictor.head`, `projector`.
+"""Fills what a method has besides its encoder from a file, by parts: `decoder.blocks`, `predictor.head`, `projector`.
 
-A part is taken whole or not at all. Parts of a decoder belong together: unless `start.load` says otherwise, one of
-another kind is not taken, and one of another depth or width is refused.
+A part is taken whole or not at all. Parts of a decoder belong together: unless `start.load` says otherwise, a decoder
+of another kind is not taken, and one of another depth or width is refused.
 """
 
 import re
@@ -15,10 +15,10 @@ from downstream.checkpoints.files import Source
 from downstream.checkpoints.formats import Report
 from pretrain.config import Load
 
-# Of the parameters' names below, where a method is in a LUT, whose own heads have none; a method alone is named alike.
+# Prefixes of the names below, for a method in LUT; LUT's own heads have none. A method alone gets the same names.
 METHOD = "method."
 ENCODER = "method.encoder."
-# Last names of parts that may differ: layers that are as wide as the target, and PR-MIM's, which comes and goes.
+# Last names of parts that may differ: layers that are as wide as the target, and PR-MIM's, which is optional.
 _REPLACEABLE = {"head", "pred", "exits", "aggregation"}
 
 _LAYER = r"decoder\.decoder_layers\.(\d+)\."
@@ -49,19 +49,19 @@ _Parts = Mapping[str, Mapping[str, Tensor]]  # part -> its parameters, by name
 def fill_parts(
     state: Mapping[str, Tensor], source: Source, report: Report, load: Load
 ) -> tuple[list[str], dict[str, str]]:
-    """Fills whatever is not the encoder's, in place.
+    """Fills everything but the encoder, in place.
 
     Args:
-        state: the method's, by the names of one in a LUT.
+        state: of the method, by its names in LUT.
         source: the file.
         report: of the file's encoder; what is taken here moves from its `dropped` to its `used`.
-        load: as of `start.load`.
+        load: as in `start.load`.
 
     Returns:
-        A line for each part of the method, and the parameters that were filled -> the file's key, where it is one.
+        A line for each part of the method, and each filled parameter -> the file's key, if it is a single one.
 
     Raises:
-        ValueError: as of `_other_kinds`.
+        ValueError: as in `_other_kinds`.
     """
     mine = _by_part({name: tensor for name, tensor in state.items() if not name.startswith(ENCODER)})
     if load == "encoder":
@@ -89,7 +89,7 @@ def fill_parts(
 
 
 def _parts_in(source: Source, report: Report) -> dict[str, tuple[str, ...]]:
-    """What a file has besides its encoder: our names -> its keys, several where we have one matrix of them."""
+    """What a file has besides its encoder: our names -> its keys, several if they make one matrix here."""
     if source.ours:
         bare = not any(key.startswith(ENCODER) for keys in report.used.values() for key in keys)
         prefix = METHOD if bare and source.weights == "online" else ""
@@ -100,7 +100,7 @@ def _parts_in(source: Source, report: Report) -> dict[str, tuple[str, ...]]:
     for key in report.dropped:
         theirs = key.removeprefix("module.")
         for pattern, ours in (*_THEIRS, (r"mask_token", mask_token)):
-            if re.fullmatch(pattern, theirs) and not key.endswith("num_batches_tracked"):  # which ours does without
+            if re.fullmatch(pattern, theirs) and not key.endswith("num_batches_tracked"):  # ours does without
                 keys[re.sub(pattern, ours, theirs)] = key
     joined: dict[str, tuple[str, ...]] = {}
     for name in sorted(keys, key=lambda name: "qkv".find(name.split(".")[-2])):
@@ -116,7 +116,7 @@ def _part(name: str) -> str:
 
 
 def _why_not(here: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """Why a part cannot be taken, if it cannot."""
+    """Why a part cannot be taken; None if it can."""
     if not given:
         return "not in the file, by any name known here"
     for name in sorted(here.keys() | given.keys()):
@@ -135,10 +135,10 @@ def _by_part(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _other_kinds(mine: _Parts, theirs: _Parts, path: Path) -> dict[str, str]:
-    """The groups of parts of which the file has one of another kind, and so none is taken -> why.
+    """Groups of parts that are not taken, because the file's group is of another kind -> why.
 
-    Parts of one group share all of their names but the last: those of `decoder`, `predictor.decoder` or LUT's
-    `projector`. Groups are of one kind if their parts have the same names.
+    Parts of one group share all but the last component of their names: `decoder`, `predictor.decoder` or LUT's
+    `projector`. Groups are of the same kind if their parts have the same names.
 
     Raises:
         ValueError: a group of the same kind has another size in the file.
@@ -166,7 +166,7 @@ def _group(part: str) -> str:
 
 
 def _size(parts: _Parts, group: str) -> tuple[int, int]:
-    """Blocks and width of a decoder; 0 blocks of anything else."""
+    """Blocks and width of a decoder; 0 blocks for anything else."""
     widths = {
         int(found[1]): len(tensor)
         for part in parts.values()
@@ -177,13 +177,13 @@ def _size(parts: _Parts, group: str) -> tuple[int, int]:
 
 
 def _described(parts: _Parts, group: str) -> str:
-    """Of a decoder `8 blocks, 512 wide`; of anything else the names of its parts."""
+    """`8 blocks, 512 wide` for a decoder; the names of its parts for anything else."""
     blocks, width = _size(parts, group)
     return f"{blocks} {'block' if blocks == 1 else 'blocks'}, {width} wide" if blocks else ", ".join(parts)
 
 
 def _keys(parts: _Parts, group: str) -> str:
-    """What to set to get such a decoder."""
+    """The settings that give such a decoder."""
     blocks, width = _size(parts, group)
     if not blocks:
         return "method.* or lut.* to match it"

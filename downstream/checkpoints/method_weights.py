@@ -1,9 +1,9 @@
-"""Loads any known checkpoint into a method that is to be pretrained: the encoder, and what else the file has and fits.
+"""Loads any known checkpoint into a method that is to be pretrained: the encoder, and whatever else fits.
 
     load_method(method, path, weights=None, load="all") -> LoadedMethod
     load_teacher(teacher, path, load="all") -> what became of it, in words
 
-What a method has besides its encoder is loaded by parts: `method_parts.py`.
+`method_parts.py` loads what a method has besides its encoder, by parts.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class LoadedMethod:
     Attributes:
         path: the file, or the checkpoint's folder.
         report: in words, with a line for each part.
-        taken: parameter of the method -> the file's key with the very same values: not folded, not resized.
+        taken: parameter of the method -> the file's key with exactly the same values: not folded, not resized.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class LoadedMethod:
     taken: dict[str, str]
 
     def record(self) -> dict[str, str]:
-        """What a run records of it: the path and the SHA-256, of a checkpoint's manifest, which has all checksums."""
+        """What a run records: the path, and the SHA-256 of the file, or of a checkpoint's manifest of checksums."""
         file = self.path / MANIFEST if self.path.is_dir() else self.path
         return {"path": str(self.path), "sha256": file_digest(file)}
 
@@ -53,13 +53,13 @@ def load_method(
     """Fills a method that is not partitioned yet, at its own image and patch size.
 
     Args:
-        method: whose parameters are overwritten, part by part.
-        path, weights: as of `load_encoder`.
-        load: as of `start.load`.
+        method: its parameters are overwritten, part by part.
+        path, weights: as in `load_encoder`.
+        load: as in `start.load`.
 
     Raises:
-        ValueError: as of `load_encoder`, and where the encoder is of another architecture or kind of position, or a
-            decoder does not fit; the message names the key to change.
+        ValueError: as in `load_encoder`, or the encoder has another architecture or kind of position, or a decoder does
+            not fit; the message names the key to change.
     """
     source = read_source(path, weights)
     report, note = _fill_encoder(method.encoder, source)
@@ -74,17 +74,17 @@ def load_method(
 
 
 def load_teacher(teacher: TeacherModel | EncoderTeacher, path: Path | str, load: Load = "all") -> str:
-    """Fills a moving average with the one that a file holds; without one, it stays the copy that it is.
+    """Fills a moving average from the one in a file; if there is none, it remains a copy of the method.
 
     Args:
         teacher: fresh copies of the method's modules, after `load_method`.
-        path, load: as of `load_method`.
+        path, load: as in `load_method`.
 
     Returns:
         What it starts from, in words.
 
     Raises:
-        ValueError: as `load_method`.
+        ValueError: as in `load_method`.
     """
     try:
         source = read_source(path, "ema")
@@ -112,13 +112,13 @@ def _fill_encoder(encoder: ViT, source: Source) -> tuple[Report, list[str]]:
 
 
 def _note_of_positions(encoder: ViT, found: EncoderWeights) -> list[str]:
-    """A line where the file's absolute table is of another kind than the encoder's: both are taken as they are."""
+    """A line if the file's absolute table is of another kind than the encoder's: both are taken as they are."""
     table = found.state.get("pos_embed")
     if table is None:
         return []
     learned = isinstance(encoder.pos_embed, nn.Parameter)
     fixed = sincos_positions(encoder.arch.dim, *found.spec.grid)
-    is_sincos = found.size_known and torch.allclose(table[0, -len(fixed) :], fixed, atol=1e-3)  # perhaps of half floats
+    is_sincos = found.size_known and torch.allclose(table[0, -len(fixed) :], fixed, atol=1e-3)  # perhaps in half floats
     if is_sincos != learned:
         return []
     if learned:

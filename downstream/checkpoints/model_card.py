@@ -1,4 +1,4 @@
-"""The model card of an export, written from the records of the run alone."""
+"""Writes the model card of an export, from the records of the run alone."""
 
 import json
 from pathlib import Path
@@ -49,15 +49,15 @@ def write_card(
     difference: float,
     classifier: ClassifierSpec | None = None,
 ) -> str:
-    """The text of README.md.
+    """Returns the text of README.md.
 
     Args:
         report: what became of the source's keys.
         spec: of the exported encoder.
         library: Hugging Face's name of the library that loads it, `timm` or `transformers`.
         usage: code that loads it.
-        difference: of the features or logits of source and export, as of `compare.max_difference`.
-        classifier: what it is, where the export is one.
+        difference: between the features or logits of source and export, as in `compare.max_difference`.
+        classifier: what it is, if the export is one.
     """
     size = "x".join(map(str, spec.image_size))
     title = f"{spec.arch}_patch{spec.patch_size}, {size} pixels" + (f", {spec.method}" if spec.method else "")

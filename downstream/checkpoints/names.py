@@ -1,7 +1,7 @@
 """What each library calls the parameters of a Vision Transformer: tables of patterns.
 
-A library is known by what it calls the kernel that embeds patches. Its names become timm's, which are ours too; what is
-dropped or refused is then one table for all, since the libraries do not use one name for two things.
+A library is recognized by its name for the kernel that embeds patches. Its names become timm's, which are also ours.
+One table of what is dropped or refused then serves all libraries, since no name means different things in them.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 BIAS_TABLE = "attn.rpe_bias.relative_position_bias_table"
-SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"  # while BEiT and SimMIM pretrain
+SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"  # in BEiT's and SimMIM's pretraining
 
 
 class Library(NamedTuple):
@@ -17,9 +17,9 @@ class Library(NamedTuple):
 
     Attributes:
         title: for messages.
-        anchor: its name of the kernel that embeds patches, which no other library has.
+        anchor: its name for the kernel that embeds patches, which no other library uses.
         renamed: a name, without the prefix of the encoder in the file -> timm's.
-        outside: names that do not have that prefix, in a file where the encoder has one, that are not the encoder's.
+        outside: names without that prefix that are not the encoder's, in a file where the encoder has one.
     """
 
     title: str
@@ -111,7 +111,7 @@ _KEPT = re.compile(
     rf"|attn\.rpe_k\.lookup_table_weight|{re.escape(BIAS_TABLE)})"
 )
 
-# Of a classifier: what comes after the encoder.
+# What a classifier has after the encoder.
 CLASSIFIER = re.compile(r"(fc_norm|head)\.(weight|bias)|head\.[01]\.(weight|bias|running_mean|running_var)")
 
 CROSSMAE = "CrossMAE's sums over the encoder's blocks, of its decoder"
@@ -141,24 +141,24 @@ REFUSED = (
 
 
 def is_kept(name: str) -> bool:
-    """Whether a parameter of ours has this name."""
+    """Whether our encoder has a parameter of this name."""
     return bool(_KEPT.fullmatch(name))
 
 
 def match(name: str, table: Iterable[tuple[str, str]]) -> str | None:
-    """What a table says of a name; None where it says nothing."""
+    """What a table says about a name; None if nothing."""
     return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)
 
 
 def rename(library: Library, name: str) -> str:
-    """timm's name, where the library's table has one."""
+    """timm's name for a library's, if its table has one; otherwise the same name."""
     for pattern, ours in library.renamed:
         name = re.sub(rf"^(?:{pattern})$", ours, name)
     return name
 
 
 def find_encoders(names: Iterable[str]) -> dict[str, Library]:
-    """The prefix of every encoder among the names of a state dictionary -> whose names it has."""
+    """The prefix of every encoder among the names of a state dictionary -> the library whose names it has."""
     return {
         name.removesuffix(library.anchor): library
         for name in names

@@ -1,8 +1,8 @@
-"""Files of `torch.save`, read without running anything that they say.
+"""Reads files of `torch.save`, without running any code in them.
 
 torch's restricted unpickler makes tensors, plain values and what `_HARMLESS` lists. Everything else in a pickle, which
-is where malicious ones hide their code, is refused by name and never called. What is no such file at all is recognized
-by its first bytes.
+is where malicious ones hide their code, is refused by name and never called. Other kinds of files are recognized by
+their first bytes.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 
 
 class _Inert:
-    """In place of an object that no weights depend on: takes what the file says of it, and does nothing."""
+    """Stands for an object that no weights depend on: takes what the file says about it, and does nothing."""
 
     def __init__(self, *_: Any):
         pass
@@ -31,27 +31,27 @@ class _Inert:
 
 
 def _no_method(owner: Any, name: str) -> None:
-    """In place of `getattr`, by which mmengine's log buffers name their own methods."""
+    """Stands for `getattr`, by which mmengine's log buffers name their own methods."""
     if owner is not _Inert:
         raise pickle.UnpicklingError(f"GLOBAL getattr({owner!r}, {name!r})")
 
 
 def _plain_dictionary(*_: Any) -> OrderedDict[Any, Any]:
-    """In place of a `defaultdict`, whose factory is not needed to read it."""
+    """Stands for a `defaultdict`, whose factory is not needed to read it."""
     return OrderedDict()
 
 
 def _plain_list(*_: Any) -> list[Any]:
-    """In place of a `deque`, which is filled afterwards."""
+    """Stands for a `deque`, which is filled afterwards."""
     return []
 
 
 _OMEGACONF_NODES = ["Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path", "Enum", "InterpolationResult"]
 
-# What checkpoints of others hold besides tensors, none of which runs code. A pair is a type and the name in the file
-# that it stands for, so that the package of that name need not be installed.
+# What other projects' checkpoints hold besides tensors, none of which runs code. A pair is a type and the name in the
+# file that it stands for, so that the package of that name need not be installed.
 _HARMLESS: list[Any] = [
-    # The command line: MAE's, LoMaR's, DINO's, LUT's. Paths are text alone, on every system; Python 3.13 moved them.
+    # The command line: MAE's, LoMaR's, DINO's, LUT's. Paths are mere text, on every system; Python 3.13 moved them.
     argparse.Namespace,
     types.SimpleNamespace,
     *(
@@ -93,7 +93,7 @@ _HARMLESS: list[Any] = [
             "lightning_fabric.utilities.data.AttributeDict",
         )
     ),
-    # Configurations and logs that are more than that, left out.
+    # Configurations and logs that are more than dictionaries; they are left out.
     *(
         (_Inert, name)
         for name in (
@@ -111,16 +111,16 @@ _HARMLESS: list[Any] = [
 
 
 def read_pickle(path: Path, more: Sequence[Any] = (), *, map_location: Any = "cpu", mmap: bool = True) -> Any:
-    """The content of a file of `torch.save`, new or old format.
+    """Reads the content of a file of `torch.save`, in the new or old format.
 
     Args:
         path: the file.
         more: further types that are harmless, or pairs of one and the name in the file that it stands for.
-        map_location: of `torch.load`.
+        map_location: as in `torch.load`.
         mmap: leave tensors on disk until they are used, where the format allows it.
 
     Raises:
-        ValueError: it is cut off or no checkpoint, or it holds something that is not known to be harmless.
+        ValueError: it is cut off or not a checkpoint, or it holds something that is not known to be harmless.
     """
     allowed = {_name(kind): kind for kind in [*_HARMLESS, *more]}
     try:
@@ -138,7 +138,7 @@ def read_pickle(path: Path, more: Sequence[Any] = (), *, map_location: Any = "cp
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do, whatever its name: the length of a JSON header, and the header."""
+    """Whether a file begins like safetensors, whatever its name: with the length of a JSON header, and the header."""
     with open(path, "rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
@@ -169,7 +169,7 @@ def _refusal(path: Path, name: str) -> str:
     )
 
 
-# The first bytes of what people take for a checkpoint, what it is, and what to do.
+# First bytes of files that people take for checkpoints, what they are, and what to do.
 _KINDS = (
     (rb"version https://git-lfs", "a pointer to a file that Git LFS keeps", "run `git lfs pull`, or download it"),
     (rb"\s*<(!doctype|html|head|\?xml)", "a web page", "download the file itself, perhaps after a login"),

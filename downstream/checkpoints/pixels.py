@@ -1,7 +1,7 @@
-"""The pixels that weights were trained on, and how they become those of another encoder: ImageNet's, but for our own.
+"""The pixels that weights were trained on, and adapting weights to other pixels: ImageNet's, or our own encoder's.
 
 Weights trained on other statistics are changed so that they compute the same: the kernel that embeds patches is linear
-in the pixels, and nothing is padded. Between numbers of channels nothing is the same, and timm's rule is followed.
+in the pixels, and nothing is padded. To another number of channels no change is exact, and timm's rule is followed.
 """
 
 import re
@@ -19,7 +19,7 @@ _KERNEL, _BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 HALF = Pixels((0.5,) * 3, (0.5,) * 3)
 STATISTICS = {"imagenet": IMAGENET, "half": HALF}
 
-# Where no record tells: transformers' kind of model, as its released files are.
+# The statistics of the files released for transformers' kinds of models, for folders without a record.
 _BY_MODEL_TYPE = {
     "beit": HALF,
     "data2vec-vision": HALF,
@@ -31,17 +31,17 @@ _BY_MODEL_TYPE = {
 
 
 def find_pixels(source: Source, state: Mapping[str, Tensor], given: Pixels | None = None) -> tuple[Pixels, str]:
-    """The statistics that weights were trained on, and how they are known, in words.
+    """Finds the statistics that weights were trained on, and says how they are known.
 
-    What a folder of the hub or mmengine's configuration in the file says counts first. Without it, BEiT's own files are
-    of mean and deviation 0.5 (its `imagenet_default_mean_and_std` is off), those of BEiT v2, whose names are the same
-    but for the layers that it pretrains with, are ImageNet's, as are MAE's, LoMaR's, SimMIM's, DINO's, DeiT's, I-JEPA's
-    and MoCo v3's. Other files do not say, and are taken to be ImageNet's.
+    The record of a folder of the hub, or mmengine's configuration in the file, comes first. Without them, BEiT's own
+    files have mean and deviation 0.5 (its `imagenet_default_mean_and_std` is off). BEiT v2's, whose names differ only
+    in the layers that it pretrains with, have ImageNet's, as do MAE's, LoMaR's, SimMIM's, DINO's, DeiT's, I-JEPA's and
+    MoCo v3's. Other files do not say, and are taken to have ImageNet's.
 
     Args:
         source: the file.
         state: the encoder in it, by our names.
-        given: by the user, who knows better.
+        given: by the user; used in place of all these.
     """
     if given is not None:
         return given, f"{given} (given)"
@@ -60,9 +60,9 @@ def find_pixels(source: Source, state: Mapping[str, Tensor], given: Pixels | Non
 
 
 def fold_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels = IMAGENET) -> None:
-    """Makes the kernel and bias that embed pixels of `theirs` those that embed `ours`, in place; values by their white.
+    """Changes the kernel and bias that embed `theirs` to embed `ours`, in place; values are divided by their white.
 
-    With x = s z + m of our z, W ((x - mean) / std) + b = (W s / std) z + (b + W (m - mean) / std).
+    With x = s z + m for our z, W ((x - mean) / std) + b = (W s / std) z + (b + W (m - mean) / std).
     """
     kernel, bias = state[_KERNEL].double(), state[_BIAS].double()
     mean, std, m, s = (torch.tensor(values, dtype=torch.float64) for values in (*theirs[:2], *ours[:2]))
@@ -71,13 +71,13 @@ def fold_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels = IMAGENE
 
 
 def match_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels) -> dict[str, str]:
-    """Makes weights of an encoder of ours, by our names, those for other pixels, in place.
+    """Adapts the weights of our encoder, by our names, to other pixels, in place.
 
-    Of another number of channels they are those of timm's `adapt_input_conv`, which is defined from three alone: one
-    channel gets the sum over all, and several get them in turn, scaled by the ratio of the two numbers.
+    For another number of channels this follows timm's `adapt_input_conv`, which is only defined from three: one channel
+    gets the sum over all, and several get them in turn, scaled by the ratio of the two numbers.
 
     Returns:
-        What became of which parameter of the state.
+        What was done to each parameter that changed.
     """
     if theirs == ours:
         return {}
@@ -93,7 +93,7 @@ def match_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels) -> dict
 
 
 def _rounded(recorded: tuple[tuple[float, ...], tuple[float, ...]]) -> Pixels:
-    """ImageNet's statistics are written with more or fewer digits."""
+    """Recognizes ImageNet's statistics, which are written with more or fewer digits."""
     mean, std = recorded
     values, known = (*mean, *std), (*IMAGENET.mean, *IMAGENET.std)
     near = len(values) == len(known) and all(abs(a - b) < 1e-3 for a, b in zip(values, known, strict=True))
@@ -101,7 +101,7 @@ def _rounded(recorded: tuple[tuple[float, ...], tuple[float, ...]]) -> Pixels:
 
 
 def _of_configuration(text: str) -> Pixels | None:
-    """Mean and deviation of mmengine's `data_preprocessor`, in 0..255, where a configuration has one pair."""
+    """Mean and deviation of mmengine's `data_preprocessor`, in 0..255, if a configuration has exactly one pair."""
     numbers = r"\s*=\s*[\[(]\s*([\d.]+)\s*,\s*([\d.]+)\s*,\s*([\d.]+),?\s*[\])]"
     found = {
         tuple(tuple(float(x) / 255 for x in match) for match in pair)
@@ -114,7 +114,7 @@ def _of_configuration(text: str) -> Pixels | None:
 
 
 def _is_beit(source: Source, state: Mapping[str, Tensor]) -> bool:
-    """BEiT's names are SimMIM's, BEiT v2's and mmselfsup's too: what else is in the file, or its name, tells."""
+    """Whether a file is BEiT's; SimMIM, BEiT v2 and mmselfsup share its names, so other content or the name tells."""
     biased = any(name.endswith("relative_position_bias_table") for name in state)
     simmim = "config" in source.beside or any(key.startswith(("encoder.", "neck.")) for key in source.tensors)
     second = any("cls_pt_layers" in key for key in source.tensors) or re.search(r"beit_?v2", source.path.name, re.I)

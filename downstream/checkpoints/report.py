@@ -11,8 +11,8 @@ class Report:
 
     Attributes:
         path, weights: the file, and which of its weights were read; see `files.Source`.
-        library: whose names its keys are.
-        pixels: what is known of the pixels that it was trained on.
+        library: that the names of its keys come from.
+        pixels: what is known about the pixels that it was trained on.
         used: parameter of the encoder -> the file's keys that it was made of.
         folded, resized: parameter of the encoder -> what was done to it.
         dropped: key of the file -> why.
@@ -44,7 +44,7 @@ class Report:
 
 
 def group_problems(problems: dict[str, str]) -> str:
-    """Keys and why they cannot be used, a line for those that differ in the block's number alone."""
+    """Keys and why they cannot be used; those that differ only in the block number share a line."""
     groups = {(_any_block(key), why): None for key, why in problems.items()}
     return "\n".join(f"  {key}: {why}" for key, why in groups)
 

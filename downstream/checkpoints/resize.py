@@ -1,11 +1,11 @@
-"""BEiT's relative bias tables for another grid."""
+"""Resizes BEiT's relative bias tables for another grid."""
 
 import torch
 from torch import Tensor
 
 
 def resize_bias(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A bias table for another grid, as BEiT's authors resize it: near offsets keep their values, far ones stretch.
+    """Resizes a bias table as BEiT's authors do: near offsets keep their values, far ones stretch.
 
     (Bicubic interpolation stretches all alike: an offset of one patch would get the bias of a fraction of one.)
 

@@ -27,14 +27,14 @@ __all__ = ["LoMaRViT"]
 
 
 class _TimmAttention(Attention):
-    """Under timm's signature: what timm calls a mask are the buckets, the relative position of every pair of tokens."""
+    """Our attention with timm's signature: timm's mask is the buckets, the relative position of each pair of tokens."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:  # type: ignore[override]
         return super().forward(x, attn_mask)
 
 
 class _TimmBlock(Block):
-    """timm's block with our attention. timm does not checkpoint blocks that get a mask, so this one does it itself."""
+    """timm's block with our attention; checkpoints itself, as timm does not checkpoint blocks that get a mask."""
 
     def __init__(self, dim: int, num_heads: int, relative_position: dict[str, Any], **options: Any):
         if options.get("attn_drop") or options.get("proj_drop"):
@@ -50,7 +50,7 @@ class _TimmBlock(Block):
 
 
 @lru_cache  # a copy to the device in each forward pass would make the host wait for it
-@torch.inference_mode(False)  # tensors made in inference mode, in an evaluation, could not be trained with later
+@torch.inference_mode(False)  # tensors made in inference mode, in an evaluation, could not be used in training
 def _on_device(
     buckets: Callable[[int, int, int], Tensor], grid: tuple[int, int], num_prefix_tokens: int, device: torch.device
 ) -> Tensor:
@@ -110,7 +110,7 @@ class LoMaRViT(VisionTransformer):
 
 
 def prefix_options(encoder: EncoderSpec) -> dict[str, Any]:
-    """timm's options for the tokens in front of the patches, as far as they are not its defaults."""
+    """timm's options for the tokens before the patches, as far as they differ from its defaults."""
     options: dict[str, Any] = {} if encoder.class_token else {"class_token": False}
     if encoder.registers:
         options["reg_tokens"] = encoder.registers
@@ -120,7 +120,7 @@ def prefix_options(encoder: EncoderSpec) -> dict[str, Any]:
 
 
 def to_timm(encoder: EncoderSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters as timm's model has them: with `prefix_options`, its table has no row for the class token."""
+    """Our parameters as in timm's model; with `prefix_options`, its table has no row for the class token."""
     state = dict(state)
     if "pos_embed" in state and prefix_options(encoder):
         state["pos_embed"] = state["pos_embed"][:, 1:]
@@ -128,10 +128,10 @@ def to_timm(encoder: EncoderSpec, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def build_vit(encoder: EncoderSpec, num_classes: int, pool: str, **options: Any) -> VisionTransformer:
-    """timm's model around an encoder of ours, freshly initialized.
+    """Builds timm's model around our encoder, freshly initialized.
 
     Args:
-        encoder: what the model's blocks are.
+        encoder: spec of the encoder.
         num_classes: outputs of the head.
         pool: timm's `global_pool`: avg or token.
         options: further ones of timm's VisionTransformer.

@@ -3,16 +3,16 @@
     load_encoder(path, image_size=None, patch_size=None, weights=None, pixels=None) -> encoder, report
     load_into(encoder, path, weights=None) -> report           # an encoder that exists
 
-Both are made of steps for those who decide after a look at what a file holds, which is read once:
+Both consist of steps, for callers that decide after seeing what a file holds, which is read once:
 
     found = read_encoder(path, weights=None)                   # EncoderWeights: spec, size_known, state, report
     build_encoder(found, image_size=None, patch_size=None) -> encoder, report
     fill_encoder(encoder, found) -> report
 
-Absolute positions and BEiT's bias tables, which have an entry for every position or offset of one grid, are resized,
-and so is the patch projection between 14 and 16 pixels; between numbers of channels it follows timm's rule. Contextual
-relative tables (LoMaR's) are not: their buckets are offsets in patches, the same for every grid, and offsets farther
-than any in training share the outermost bucket.
+Absolute positions and BEiT's bias tables have an entry for every position or offset of one grid, so they are resized.
+So is the patch projection between 14 and 16 pixels; for another number of channels it follows timm's rule. Contextual
+relative tables (LoMaR's) are not resized: their buckets are offsets in patches, the same for every grid, and offsets
+farther than any in training share the outermost bucket.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ from downstream.checkpoints.pixels import match_pixels
 from downstream.checkpoints.report import Report
 from downstream.checkpoints.resize import resize_bias
 from pretrain.models.encoder_spec import EncoderSpec
-from pretrain.models.features import features as features  # of what is loaded here
+from pretrain.models.features import features as features  # for encoders loaded here
 from pretrain.models.vit import CLASS_ADAPTER, ViT
 
 Size = int | tuple[int, int]
@@ -49,23 +49,23 @@ def load_encoder(
     weights: Weights | None = None,
     pixels: Pixels | None = None,
 ) -> tuple[ViT, Report]:
-    """The encoder of a checkpoint.
+    """Loads the encoder of a checkpoint.
 
     Args:
         path: a run's folder, one of its checkpoints, a file or a folder of the Hugging Face hub: ours, the LoMaR
             authors', MAE, LUT, SimMIM, BEiT, DINO, DINOv2, I-JEPA, MoCo v3, timm, transformers, mmpretrain.
-        image_size: in pixels, or (height, width); the file's unless given, 224 where it does not say.
-        patch_size: side of a patch in pixels; the file's unless given; 14 and 16 may be exchanged.
-        weights: `online`, `ema` for their moving average, or the name of one of several encoders in the file; unless
-            given, those that a method's authors evaluate.
-        pixels: the statistics of those that the weights were trained on; unless given, as `find_pixels` finds.
+        image_size: in pixels, or (height, width); default: the file's, or 224 if it does not say.
+        patch_size: side of a patch in pixels; default: the file's; 14 and 16 can be converted into each other.
+        weights: `online`, `ema` for their moving average, or the name of one of several encoders in the file; default:
+            those that a method's authors evaluate.
+        pixels: statistics of the pixels that the weights were trained on; default: as `find_pixels` finds.
 
     Returns:
         The encoder, in fp32 on the CPU in eval mode, and what became of every key.
 
     Raises:
-        ValueError: the file is damaged, could run code, is of an architecture that is not in `ARCHS`, contradicts
-            itself, or has a key that is not understood.
+        ValueError: the file is damaged, could run code, has an architecture that is not in `ARCHS`, contradicts itself,
+            or has a key that is not understood.
     """
     found = read_encoder(path, weights=weights, pixels=pixels)
     return build_encoder(found, image_size=image_size, patch_size=patch_size)
@@ -76,16 +76,16 @@ def load_into(encoder: ViT, path: Path | str, *, weights: Weights | None = None)
 
     Args:
         encoder: of any size.
-        path, weights: as of `load_encoder`.
+        path, weights: as in `load_encoder`.
 
     Raises:
-        ValueError: as of `load_encoder`, and where the file is of another architecture or kind of position.
+        ValueError: as in `load_encoder`, or the file has another architecture or kind of position.
     """
     return fill_encoder(encoder, read_encoder(path, weights=weights))
 
 
 def read_encoder(path: Path | str, *, weights: Weights | None = None, pixels: Pixels | None = None) -> EncoderWeights:
-    """What a checkpoint holds, in its own sizes; arguments and errors as of `load_encoder`."""
+    """Reads what a checkpoint holds, in its own sizes; arguments and errors as in `load_encoder`."""
     return translate(read_source(path, weights), pixels)
 
 
@@ -96,7 +96,7 @@ def build_encoder(
     patch_size: int | None = None,
     pixels: Pixels | None = None,
 ) -> tuple[ViT, Report]:
-    """A new encoder from what was read, of its own sizes and pixels or others; as `load_encoder`."""
+    """Builds a new encoder from what was read, with the same sizes and pixels or others; like `load_encoder`."""
     spec = found.spec
     size, patch_size = image_size or spec.image_size, patch_size or spec.patch_size
     height, width = height_width(size)
@@ -111,7 +111,7 @@ def build_encoder(
 
 
 def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
-    """`load_into` with what was read; nothing is written unless all of it fits.
+    """Like `load_into`, with what was read; nothing is written unless all of it fits.
 
     Returns:
         The report of `found`, with what was resized.
@@ -146,9 +146,9 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
 
 
 def _as_pretrained(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> dict[str, str]:
-    """What an encoder that is to be pretrained has and the state does not: a table for all blocks, scales, an adapter.
+    """Adds what an encoder to be pretrained has and the state lacks: a table for all blocks, scales, an adapter.
 
-    Returns, like `_resize_positions`, what became of which parameter of the state.
+    Returns, like `_resize_positions`, what was done to each parameter that changed.
     """
     changed = {}
     if SHARED_BIAS in wanted and SHARED_BIAS not in state:
@@ -168,7 +168,7 @@ def _as_pretrained(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path:
 
 
 def _resize_patches(state: dict[str, Tensor], path: Path, old: int, new: int) -> dict[str, str]:
-    """Returns, like `_resize_positions`, what became of which parameter of the state."""
+    """Resizes the patch projection; returns, like `_resize_positions`, what was done to it."""
     if {old, new} != {14, 16}:
         raise ValueError(f"{path} has patches of {old} pixels, the encoder of {new}: only 14 and 16 can be exchanged")
     name = "patch_embed.proj.weight"
