@@ -36,7 +36,7 @@ def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]]
     if dataset.get("ann_file"):
         path = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
         check_exists(f"{key}.ann_file", path, "file")
-        listed = [line.strip() for line in Path(path).read_text().splitlines()]
+        listed = [line.strip() for line in os.fsdecode(Path(path).read_bytes()).splitlines()]
         if absent := [stem + (suffix or "") for stem in listed if stem not in stems]:
             raise ValueError(f"{key}: {len(absent)} images of {path} are not in {images}: {first_names(absent)}")
         stems = {stem: stems[stem] for stem in listed}

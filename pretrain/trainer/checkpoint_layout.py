@@ -72,7 +72,7 @@ def checkpoint_names(folder: Path) -> list[str]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that `latest` names, or else the newest; None if there is none yet."""
     latest, names = folder / LATEST, checkpoint_names(folder)
-    named = latest.read_text().strip() if latest.is_file() else None
+    named = latest.read_text(errors="replace").strip() if latest.is_file() else None
     return folder / (named if named in names else names[0]) if names else None
 
 

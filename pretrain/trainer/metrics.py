@@ -69,8 +69,8 @@ def varying_size(loader: Loader, position: int) -> dict[str, int | str]:
     return {"image_size": height if height == width else f"{height}x{width}"}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; empty if there is no file.
+def read_metrics(path: Path, counter: str = "step") -> list[dict[str, Any]]:
+    """The records of a file of JSON lines that count steps by the key `counter`; empty if there is no file.
 
     Skips what is no record: lines that a kill or a full disk has cut off, and what a crash may leave in a file.
     """
@@ -82,6 +82,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # perhaps not even UTF-8
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and isinstance(record.get(counter), int):
             records.append(record)
     return records

@@ -98,5 +98,6 @@ def test_latest_that_names_nothing_stands_for_the_newest(folder: Path):
     training = Training(folder, keep_last=2)
     training.save(99_999_999, 100_000_000)
     assert training.steps[-1] == 100_000_000
-    (folder / LATEST).write_text(checkpoint_name(7))
-    assert latest_checkpoint(folder) == folder / checkpoint_name(100_000_000)
+    for content in (checkpoint_name(7).encode(), b"", b"\xff\xfe"):
+        (folder / LATEST).write_bytes(content)
+        assert latest_checkpoint(folder) == folder / checkpoint_name(100_000_000)

@@ -20,7 +20,7 @@ def last_checkpoint(work_dir: str) -> Path | None:
     named = Path(work_dir) / "last_checkpoint"
     if not named.is_file():
         return None
-    path = Path(named.read_text().strip())
+    path = Path(named.read_text(errors="replace").strip())
     for found in (path, Path(work_dir) / path.name):  # the folder may have been moved
         if found.exists():
             return found

@@ -14,9 +14,11 @@ from mmengine.registry import HOOKS
 from mmengine.utils import apply_to
 from torch import Tensor
 
+from pretrain.trainer.append import append
 from pretrain.trainer.attempt import mark_attempt
 from pretrain.trainer.checkpoint import first_problem
 from pretrain.trainer.durable import rename, sync_all, write_durably
+from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.seed import seed_step
 from pretrain.trainer.signals import Stopped, StopRequest
 
@@ -63,8 +65,7 @@ class ResumeHook(Hook):
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if runner.rank == 0:
             record = {"epoch": runner.epoch, "iter": runner.iter, **plain_numbers(metrics or {})}
-            with _evaluations(runner).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append(_evaluations(runner), json.dumps(record) + "\n")
 
 
 def plain_numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
@@ -83,9 +84,7 @@ def _evaluate_missed(runner: Any, done: int) -> None:
     last = runner.iter == runner.max_iters
     if runner.val_loop is None or not done or done < loop.val_begin or (done % loop.val_interval and not last):
         return
-    file = _evaluations(runner)
-    lines = file.read_text().splitlines() if file.is_file() else []
-    evaluated = [runner.iter in (json.loads(line)["iter"] for line in lines)]
+    evaluated = [any(record["iter"] == runner.iter for record in read_metrics(_evaluations(runner), "iter"))]
     dist.broadcast_object_list(evaluated)  # the main rank's file counts
     if not evaluated[0]:
         runner.val_loop.run()
