@@ -217,7 +217,7 @@ def _checkpoint_cases() -> Iterator[Case]:
         files.damage(files.write("../unfinished/rubbish.pt", b"x")),
         files.damage(files.write("../latest.tmp", b"x")),
         files.damage(files.copy_beside),
-        files.damage(files.write("../../metrics.jsonl", b"\xff\x00\n{")),
+        files.damage(files.append("../../metrics.jsonl", b"\xff\x00\n{")),
     ]
     yield from _cases("remains in the run's folder", remains, EACH_STAGE)
 

@@ -94,6 +94,16 @@ def write(name: str, content: bytes) -> Damage:
     return change
 
 
+def append(name: str, content: bytes) -> Damage:
+    """Adds to the end of a file in the checkpoint's folder, or beside it."""
+
+    def change(checkpoint: Path) -> None:
+        with (checkpoint / name).open("ab") as file:
+            file.write(content)
+
+    return change
+
+
 def copy_beside(checkpoint: Path) -> None:
     """Copies the checkpoint, like a user's backup."""
     shutil.copytree(checkpoint, checkpoint.with_name(checkpoint.name + ".bak"))
