@@ -2,7 +2,7 @@
 
     --verify            reads all of their bytes, and reports checkpoints that differ from what was written
     --prune             deletes what the run itself would delete under the `checkpoint` section of its config.yaml, and
-                        everything damaged or left behind by a kill; refused while the run is running
+                        everything damaged or left behind by a kill; refused while the run is active
     --export STEP OUT   writes the encoder of one of them for timm, as downstream.checkpoints.export does
 
 Without --verify, only sizes and the manifest are checked. The exit code is 1 if a checkpoint is damaged.

@@ -71,7 +71,7 @@ class TrainConfig(Section):
     ds_config: Annotated[str, MAY_CHANGE] = Field(
         AUTO,
         description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file; auto: the ZeRO stage of the "
-        "run's newest checkpoint, or for a new run zero0 on one rank and zero1 on more",
+        "run's newest checkpoint; for a new run, zero0 on one rank, zero1 on more",
     )
     max_nonfinite_steps: Annotated[int, MAY_CHANGE] = Field(
         10, ge=1, description="consecutive steps with a non-finite gradient before the run stops"
@@ -112,7 +112,7 @@ class WatchdogConfig(Section):
 
     start_minutes: float = Field(60, ge=0, description="each phase of the start: the index, joining, loading")
     first_step_minutes: float = Field(60, ge=0, description="the first step, which includes compiling")
-    step_minutes: float = Field(10, ge=0, description="a step, including its images")
+    step_minutes: float = Field(10, ge=0, description="a step, including loading its images")
     checkpoint_minutes: float = Field(30, ge=0, description="saving a checkpoint")
     evaluation_minutes: float = Field(120, ge=0, description="an evaluation or probe, and the files at the end")
     silent_minutes: float = Field(2, ge=0, description="silence after which a rank counts as lost")

@@ -34,20 +34,20 @@ class DataConfig(Section):
         3,
         ge=1,
         le=MAX_CHANNELS,
-        description="per pixel; images with another number are skipped, but gray ones become 3",
+        description="channels per pixel; images with another number are skipped, but gray ones become 3",
     )
     dtype: Annotated[DType, DEFAULT_AS_BEFORE] = Field(
         "uint8",
-        description="of the values in the files; images of another type are skipped, but for 3 "
+        description="type of the values in the files; images of another type are skipped, but for 3 "
         "channels of uint8 all photographs are converted",
     )
     mean: Annotated[tuple[float, ...] | None, DEFAULT_AS_BEFORE] = Field(
         None,
-        description="per channel, divided by 255 for uint8 and 65535 for uint16; `python -m data.statistics` "
+        description="mean per channel, divided by 255 for uint8 and 65535 for uint16; `python -m data.statistics` "
         "measures it; none: ImageNet's, for 3 channels of uint8",
     )
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...] | None, DEFAULT_AS_BEFORE] = Field(
-        None, description="standard deviation, likewise"
+        None, description="standard deviation per channel, likewise"
     )
     repeats: Annotated[int, DEFAULT_AS_BEFORE] = Field(
         1, ge=1, description="crops of each decoded image, next to each other in a batch; a pass takes as many epochs"
@@ -61,12 +61,12 @@ class DataConfig(Section):
         "or ~/.cache/lomar-deepspeed/shards",
     )
     cache_gb: Annotated[float, MAY_CHANGE] = Field(
-        DEFAULT_GB, gt=0, description="limit of the shards there, in gigabytes (10^9 bytes)"
+        DEFAULT_GB, gt=0, description="limit for the shards there, in GB (1e9 bytes)"
     )
     fetch_timeout: Annotated[float, MAY_CHANGE] = Field(
         DEFAULT_TIMEOUT,
         gt=0,
-        description="seconds without data from a shard after which the run stops",
+        description="the run stops after this many seconds without data from a shard",
     )
     num_workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], MAY_CHANGE] = Field(
         "auto", description="decoding processes per rank; auto: one fewer than its share of the node's cores"
