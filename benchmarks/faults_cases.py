@@ -127,10 +127,10 @@ def _process_cases() -> Iterator[Case]:
     workers = [processes.kill_worker(0), processes.kill_worker(1)]
     yield from _cases("SIGKILL of a data worker", workers, EACH_STAGE, (1,), killed, stops=True)
     stop = [processes.stop(1), processes.stop(0)]
-    silent = r"nothing was heard of rank 1|rank 0, or the launcher, has (ended or does not answer|not answered)"
+    silent = r"nothing was heard from rank 1|rank 0, or the launcher, has (ended or does not answer|not answered)"
     yield from _cases("SIGSTOP of a rank", stop, EACH_STAGE, (HUNG, 1), silent, stops=True)
     yield from _cases("SIGSTOP of a rank for 5 s", processes.pause(1, 5), OTHER_TWO)
-    stopped = r"\(stopped\): something has stopped it \(SIGSTOP\)"
+    stopped = r"\(stopped\): it was stopped \(SIGSTOP\)"
     yield from _cases("SIGSTOP of a data worker", processes.stop_worker(1), TWO, (HUNG,), stopped, stops=True)
     storm = (signal.SIGTERM,) * 30
     stormy = [processes.tell(signals=storm), processes.tell(1, signals=storm)]

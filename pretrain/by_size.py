@@ -139,8 +139,8 @@ def share(module: nn.Module, twin: nn.Module, grid: Grid, other: Grid) -> None:
             own: Tensor = getattr(theirs, key)
             if parameter.shape != own.shape:
                 raise ValueError(
-                    f"data.size_schedule is for parameters that do not depend on the size of images, and {name}.{key} "
-                    f"is {list(parameter.shape)}, and {list(own.shape)} of {other[0]}x{other[1]} patches: leave it out"
+                    f"data.size_schedule needs parameters that do not depend on the image size, but {name}.{key} is "
+                    f"{list(parameter.shape)}, and {list(own.shape)} for {other[0]}x{other[1]} patches: leave it out"
                 )
             setattr(theirs, key, parameter)
         for key, buffer in part.named_buffers(recurse=False):

@@ -2,7 +2,7 @@
 
     --verify            reads all of their bytes, and reports checkpoints that differ from what was written
     --prune             deletes what the run itself would delete under the `checkpoint` section of its config.yaml, and
-                        everything damaged or left behind by a kill; refused while the run is going on
+                        everything damaged or left behind by a kill; refused while the run is active
     --export STEP OUT   writes the encoder of one of them for timm, as downstream.checkpoints.export does
 
 Without --verify, only sizes and the manifest are checked. The exit code is 1 if a checkpoint is damaged.
@@ -77,7 +77,7 @@ def prune(run: RunFolder) -> list[str]:
         found = stored(run.checkpoints, read=True)
         newest = next((one for one in found if one.damage is None), None)
         if newest is None:
-            raise ValueError(f"{run.checkpoints} has no sound checkpoint: nothing is deleted")
+            raise ValueError(f"{run.checkpoints} has no sound checkpoint: nothing was deleted")
         reasons = why_kept(found, newest, config)
         write_durably(run.checkpoints / LATEST, newest.name)
         gone: list[str] = []
@@ -109,7 +109,7 @@ def export(run: RunFolder, step: str, out: Path) -> int:
     checkpoint = latest_checkpoint(run.checkpoints) if step == LATEST else run.checkpoints / name
     if checkpoint is None or not checkpoint.is_dir():
         there = ", ".join(str(one.step) for one in stored(run.checkpoints)) or "none"
-        raise ValueError(f"--export {step}: {run.checkpoints} has checkpoints of the steps {there}")
+        raise ValueError(f"--export {step}: no such checkpoint; steps in {run.checkpoints}: {there}")
     if problem := damage(checkpoint):
         raise ValueError(f"--export {step}: {checkpoint} is damaged: {problem}")
     # In a separate process: the package that reads all kinds of weights depends on this one.
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="read all bytes")
-    what.add_argument("--prune", action="store_true", help="delete what need not stay")
+    what.add_argument("--prune", action="store_true", help="delete what need not be kept")
     what.add_argument("--export", metavar=("STEP", "OUT"), nargs=2, help="a step or `latest`, and OUT.safetensors")
     options = parser.parse_args(argv)
 

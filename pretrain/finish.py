@@ -65,7 +65,7 @@ def finish(run: Run, index: Index) -> None:
         draw_loss(metrics, folder.loss_curve)
         _draw_training_images(run, state, config, index, metrics)
     except (OSError, ValueError) as error:  # the run is complete without them
-        _log.warning("the figures could not be drawn: %s; the same command draws them", error)
+        _log.warning("the figures could not be drawn: %s; run the same command again to draw them", error)
 
 
 def finish_stopped(run: Run, index: Index) -> None:
@@ -73,7 +73,7 @@ def finish_stopped(run: Run, index: Index) -> None:
     try:
         finish(run, index)
     except (OSError, ValueError) as error:
-        _log.warning("the encoder and figures of the stopped run are not complete: %s", error)
+        _log.warning("the stopped run's encoder and figures are incomplete: %s", error)
     torch.distributed.barrier()  # a launcher may kill this rank as soon as another one exits
 
 
@@ -106,5 +106,5 @@ def _draw_training_images(
         batch.mask_indices,
         run.folder.reconstructions,
         f"{config.name}: after {run.state.step} of {run.total_steps} steps{fell}",
-        "Training images, in crops and under masks that the model has not seen.",
+        "Training images, with crops and masks that the model has not seen.",
     )

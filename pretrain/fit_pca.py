@@ -58,10 +58,10 @@ def fit(
     if min(patch_size, images) < 1:
         raise ValueError(f"--patch-size {patch_size} and --images {images} must be at least 1")
     if image_size % patch_size:
-        raise ValueError(f"--image-size {image_size} is no multiple of --patch-size {patch_size}")
+        raise ValueError(f"--image-size {image_size} is not a multiple of --patch-size {patch_size}")
     if not 0 < components <= num_values:
         raise ValueError(
-            f"--components {components}: a patch of {patch_size}x{patch_size} pixels has 1 to {num_values}"
+            f"--components {components}: must be 1 to {num_values} for patches of {patch_size}x{patch_size} pixels"
         )
     index = load_index(shards)
     batch = min(BATCH, images, len(index))
@@ -79,7 +79,7 @@ def fit(
         covariance.add(normalize_pixels(patchify(micro_batch.images, patch_size)).flatten(0, 1))
     if covariance.count <= num_values:
         raise ValueError(
-            f"{covariance.count} patches do not determine {num_values} components: pack more images, or raise --images"
+            f"{covariance.count} patches are too few for {num_values} components: pack more images, or raise --images"
         )
     mean, matrix = covariance.result()
     vectors, variance = principal_components(matrix, components)
@@ -100,8 +100,8 @@ def main() -> int:
     parser.add_argument(
         "--image-size", type=int, default=224, help="side of a crop in pixels: the run's data.image_size"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random crops")
-    parser.add_argument("--num-workers", type=int, default=default_workers(), help="processes that decode")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
+    parser.add_argument("--num-workers", type=int, default=default_workers(), help="number of decoding processes")
     options = vars(parser.parse_args())
     out: Path = options.pop("out")
 

@@ -1,7 +1,7 @@
-"""Checks the nodes of a run and trains nothing: `torchrun ... -m pretrain.preflight RECIPE [section.key=value ...]`.
+"""Checks the nodes of a run without training: `torchrun ... -m pretrain.preflight RECIPE [section.key=value ...]`.
 
 Start it like `pretrain/run.py` on all nodes, with deepspeed (and --module), torchrun, srun or python. In seconds it
-finds nodes whose code, environment, recipe or index differs from the others', and nodes that show too few GPUs, have no
+finds nodes whose code, environment, recipe or index differs from the others', and nodes that have too few GPUs or no
 space on the disk of the run's folder, cannot read the shards, or are slow at a matrix product or an all-reduce.
 """
 
@@ -28,7 +28,7 @@ from pretrain.trainer.preflight import checked_start
 def preflight(config: PretrainConfig, world: World) -> None:
     """Runs all checks; called on every rank. Raises ValueError as `checked_start` and `check_speed`."""
     folder, shards = Path(config.runs) / config.name, config.data.shards
-    with report_if_slow(f"the index of {shards} is read or made"):
+    with report_if_slow(f"reading or building the index of {shards}"):
         index = checked_start(
             world,
             folder,

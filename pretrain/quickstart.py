@@ -68,7 +68,7 @@ def main() -> int:
     if begun.is_file():
         keys = yaml.safe_load(begun.read_text())
         epochs, warmup = keys["train"]["epochs"], keys["optim"]["warmup_epochs"]
-        print(f"{begun.parent} goes on with its {epochs} epochs", file=sys.stderr)
+        print(f"{begun.parent} continues with its {epochs} epochs", file=sys.stderr)
     else:
         step = measure_step(config)
         epochs = choose_epochs(step, config.train.epochs)

@@ -1,6 +1,6 @@
 """Draws what a run's newest checkpoint predicts for your images: `python -m pretrain.reconstruct RUN IMAGES OUT.png`.
 
-RUN is the folder of a run: complete, stopped, killed, or still going on. IMAGES are image files, a folder of them, or
+RUN is the folder of a run: complete, stopped, killed, or still running. IMAGES are image files, a folder of them, or
 shards. Central crops are shown; masks depend on --seed alone. Codes and features, which have no pixels, are drawn in
 false colors. Whatever the run reads besides its checkpoint must exist: a tokenizer, components or a frozen teacher,
 perhaps elsewhere (--set target.file=FILE), and a method of your own (--set method.module=FILE).
@@ -53,7 +53,7 @@ def load_trained(run: Path, overrides: list[str]) -> tuple[Method, tuple[int, in
     config = load(str(folder.config), overrides)
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
-        raise ValueError(f"{run} has no checkpoint, and an encoder's file alone does not have what predicts pixels")
+        raise ValueError(f"{run} has no checkpoint, and an encoder file alone lacks the part that predicts pixels")
     method = build_method(config, read_feature_teacher(config.target, config.grid, config.model.patch_size))
     try:
         method.load_state_dict(read_source(checkpoint, "online").tensors)
@@ -62,7 +62,7 @@ def load_trained(run: Path, overrides: list[str]) -> tuple[Method, tuple[int, in
             assert teacher is not None
             teacher.load_state_dict(read_source(checkpoint, "ema").tensors)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint} does not have the weights of {folder.config}: {error}") from None
+        raise ValueError(f"the weights in {checkpoint} do not fit {folder.config}: {error}") from None
     return (
         drawn_method(method).eval(),
         config.data.height_width,
@@ -82,7 +82,7 @@ def read_images(
     for batch in EvalLoader(samples, size=size, batch=1, format=format).batches():
         name = samples.keys[int(batch.samples)]
         if not batch.readable:
-            print(f"left out, since it cannot be decoded: {name}", file=sys.stderr)
+            print(f"skipped, cannot be decoded: {name}", file=sys.stderr)
             continue
         images.append(computable(batch.images))
         numbers.append(int(batch.samples))
@@ -103,16 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path)
     parser.add_argument("images", metavar="IMAGES", type=Path, nargs="+")
     parser.add_argument("out", metavar="OUT.png", type=Path)
-    parser.add_argument("--count", type=int, default=8, help="images to show, the first ones (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks (default: 0)")
+    parser.add_argument("--count", type=int, default=8, help="show only the first COUNT images (default: 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: 0)")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="another value of a key of the run; repeatable"
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key of the run's recipe; repeatable"
     )
     options = parser.parse_args(argv)
 
     def command() -> int:
         if options.out.suffix != ".png":
-            raise ValueError(f"{options.out}: the last argument is the picture to write, named *.png")
+            raise ValueError(f"{options.out}: the last argument is the image to write, named *.png")
         if options.count < 1:
             raise ValueError(f"--count {options.count} must be at least 1")
         samples = load_images(*options.images)

@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, world: World) -> None:
 
     def load() -> Index:
         check_start(config, folder)
-        with report_if_slow(f"the index of {config.data.shards} is read or made"):
+        with report_if_slow(f"reading or building the index of {config.data.shards}"):
             return load_index(config.data.shards, config.data.cache)
 
     # Before the process group exists: indexing many shards takes long.
@@ -75,11 +75,11 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
     settings = ds_settings(config, world.size)
     numerics = choose_numerics(config, device, zero_stage(settings))
     if numerics.why_sdpa and device.type == "cuda" and config.model.position == "relative" and world.is_main:
-        _log.info("the kernel for attention in windows is not used: %s", numerics.why_sdpa)
+        _log.info("the window attention kernel is not used: %s", numerics.why_sdpa)
     if numerics.compile or numerics.attention == "triton":
         folder.cache_compiled()
     if numerics.attention == "triton":
-        with report_if_slow("the kernel for attention in windows is compiled and checked"):
+        with report_if_slow("compiling and checking the window attention kernel"):
             for _, one in [*config.earlier, (0, config)]:
                 check_window_kernel(one, device)
     method = build_method(config, _read_teacher(config))

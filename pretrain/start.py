@@ -32,7 +32,7 @@ def find_start(config: PretrainConfig, folder: RunFolder, world: World) -> Path 
     dist.broadcast_object_list(is_new)  # a shared disk may not look the same to all ranks
     if not is_new[0]:
         if world.is_main:
-            _log.info("%s has checkpoints of its own: the start is not loaded again", folder.root)
+            _log.info("%s already has checkpoints: the start is not loaded again", folder.root)
         return None
     if start.run:
         return _newest_checkpoint(start.run, config, world)
@@ -50,18 +50,18 @@ def check_start(config: PretrainConfig, folder: RunFolder) -> None:
     if start is None or checkpoint_names(folder.checkpoints):
         return
     if start.checkpoint and not Path(start.checkpoint).exists():
-        raise ValueError(f"start.checkpoint={start.checkpoint}: there is no such file or folder")
+        raise ValueError(f"start.checkpoint={start.checkpoint}: no such file or folder")
     if start.run:
         source = RunFolder(Path(start.run))
         if not source.config.is_file():
             raise ValueError(
                 f"start.run={start.run} is not the folder of a run: it has no {source.config.name}; for a file, or one "
-                f"of a run's checkpoints, it is start.checkpoint"
+                f"checkpoint of a run, set start.checkpoint"
             )
         if not checkpoint_names(source.checkpoints):
             raise ValueError(
-                f"start.run={start.run} has no checkpoint: let it go on to one (checkpoint.every_steps), or start from "
-                f"an encoder alone with start.checkpoint"
+                f"start.run={start.run} has no checkpoint yet: let it run until it saves one (checkpoint.every_steps), "
+                f"or start from an encoder alone with start.checkpoint"
             )
 
 

@@ -31,7 +31,7 @@ for pid in "${started[@]}"; do
     [ "$code" -le "$highest" ] || highest=$code
     case $((code - 128)) in
         4 | 7 | 9 | 11) # illegal instruction, bus error, killed, segmentation fault: as in slurm/_nodes.sh
-            echo "a rank on $SLURMD_NODENAME was ended by signal $((code - 128))"
+            echo "a rank on $SLURMD_NODENAME was killed by signal $((code - 128))"
             compgen -G "$attempt-bad-*" > /dev/null || touch "$attempt-bad-$SLURMD_NODENAME"
             ;;
     esac

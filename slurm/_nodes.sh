@@ -30,14 +30,14 @@ choose_excluded() { # LOGS ATTEMPT
     for node in $(bad_nodes "$2"); do
         count=$(cat "$1/excluded" 2> /dev/null | wc -l)
         if [ "$count" -ge "${MAX_EXCLUDED_NODES:-2}" ]; then
-            echo "$node seems to be bad, and is not excluded: $count nodes are, and MAX_EXCLUDED_NODES is not more" >&2
+            echo "$node seems to be bad but is not excluded: $count nodes already are, the limit of MAX_EXCLUDED_NODES" >&2
         elif [ "$(nodes_left "${list:+$list,}$node")" -lt "$SLURM_JOB_NUM_NODES" ]; then
-            echo "$node seems to be bad, and is not excluded: partition $SLURM_JOB_PARTITION has no node to spare" >&2
+            echo "$node seems to be bad but is not excluded: partition $SLURM_JOB_PARTITION has no node to spare" >&2
         else
             list=${list:+$list,}$node
             excluded=$list
             echo "$node" >> "$1/excluded"
-            echo "$(date '+%F %T') $node seems to be bad, and is excluded from this job"
+            echo "$(date '+%F %T') $node seems to be bad and is excluded from this job"
         fi
     done
 }
@@ -51,7 +51,7 @@ requeue() {
         exit 1
     fi
     if [ "$excluded" ] && ! scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"; then
-        echo "error: Slurm does not exclude $excluded, see above" >&2
+        echo "error: Slurm did not exclude $excluded, see above" >&2
     fi
     exit 0
 }

@@ -11,7 +11,7 @@ if [ "${SLURM_ARRAY_JOB_ID-}" ]; then id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK
 logs=slurm/logs/$SLURM_JOB_NAME-$id
 finished=slurm/logs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID-$id}-finished
 if [ "${SLURM_ARRAY_JOB_ID-}" ] && [ -e "$finished" ]; then
-    echo "$(date '+%F %T') the run is finished: nothing is left to do"
+    echo "$(date '+%F %T') the run is finished: nothing left to do"
     exit 0
 fi
 attempt=$logs/attempt${SLURM_RESTART_COUNT:-0}
@@ -64,27 +64,27 @@ if [ "$code" = 138 ] || { [ "$code" = 0 ] && [ -e "$attempt-stopped" ]; }; then
     why="stopped by a signal"
     [ "${SLURM_ARRAY_TASK_ID-}" = "${SLURM_ARRAY_TASK_MAX-}" ] || chained=yes
 fi
-if [ -e "$attempt-hung" ]; then why="ended by the watchdog, which says in $attempt-rank*.log where it hung"; fi
+if [ -e "$attempt-hung" ]; then why="ended by the watchdog ($attempt-rank*.log shows where it hung)"; fi
 excluded=
 if [ "$code" != 0 ]; then choose_excluded "$logs" "$attempt"; fi
 if [ "$excluded" ]; then why=${why:-a node is bad}; fi
 
 if [ "$chained" ]; then
-    echo "$(date '+%F %T') $why: the next of the array's jobs continues"
+    echo "$(date '+%F %T') $why: the next job of the array continues"
     exit 0
 fi
 if [ "$why" ] && [ ! "$excluded" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ ! -e "$attempt-saved" ] \
     && [ ! -e "$previous-saved" ]; then
-    echo "error: $why; not requeued, as neither this attempt nor the one before it has saved a checkpoint" >&2
+    echo "error: $why; not requeued, because neither this attempt nor the one before it has saved a checkpoint" >&2
     why=
     [ "$code" != 0 ] || code=1
 fi
 if [ "$why" ]; then
-    echo "$(date '+%F %T') $why, and requeued"
+    echo "$(date '+%F %T') $why: requeued"
     requeue
 fi
 if [ "$code" != 0 ]; then
-    echo "error: a rank ended with exit code $code; the last lines of each:" >&2
+    echo "error: a rank ended with exit code $code; the last lines of each rank:" >&2
     tail -n 3 "$attempt"-rank*.log >&2
 else
     touch "$finished"

@@ -26,7 +26,7 @@ srun --cpus-per-task="$SLURM_CPUS_PER_TASK" "${SRUN_OPTIONS[@]}" \
 srun=$!
 wait_for_srun
 if [ "$stopped" ] && [ "$code" != 0 ]; then
-    echo "$(date '+%F %T') stopped before the time limit, and requeued: it continues after the shards that are written"
+    echo "$(date '+%F %T') stopped before the time limit: requeued, to continue after the shards already written"
     scontrol requeue "$SLURM_JOB_ID" && exit
     echo "error: could not requeue: submit the same command again to continue" >&2
     exit 1

@@ -15,7 +15,7 @@ def append(path: Path, text: str) -> None:
             file.write("\n" + text if path in _failed else text)
     except OSError as error:
         if path not in _failed:
-            _log.warning("%s cannot be written: %s; the training goes on, and lines are missing there", path, error)
+            _log.warning("%s cannot be written: %s; training continues, but lines will be missing", path, error)
         _failed.add(path)
     else:
         _failed.discard(path)

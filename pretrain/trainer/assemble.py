@@ -74,7 +74,7 @@ def assemble(
     Raises:
         ValueError: as `Checkpoints.resume`.
     """
-    with report_if_slow("DeepSpeed builds its engine"):
+    with report_if_slow("building the DeepSpeed engine"):
         engine = build_engine(parts.module, parts.optimizer, config, settings)
     if parts.moments:
         set_moments(engine, parts.moments)
@@ -92,7 +92,7 @@ def assemble(
     checkpoints = Checkpoints(folder.checkpoints, world, config.checkpoint)
     changed = ChangedShards(config.train.global_batch_size, config.data.repeats)
     try:
-        with report_if_slow("the newest checkpoint is looked for, checked and loaded"):
+        with report_if_slow("finding, checking and loading the newest checkpoint"):
             accepts = changed if config.data.accept_changed_shards else None
             state, resumed = checkpoints.resume(engine, parts.ema, fresh, accepts)
     except CannotContinueError as error:

@@ -22,14 +22,14 @@ def cautions(config: RunConfig, samples: int, steps_per_epoch: int) -> Iterator[
         yield (
             f"the learning rate is only {config.peak_lr:.2g}: optim.base_lr={optim.base_lr:g} is for a batch of {base} "
             f"and scales with train.global_batch_size={batch}. Set a larger batch (train.gradient_accumulation_steps "
-            f"makes room), or optim.base_lr={wanted:.1e}, by the root of the batch"
+            f"makes room), or optim.base_lr={wanted:.1e} for square-root scaling"
         )
     if steps_per_epoch < FEW_STEPS:
         unseen = samples - steps_per_epoch * batch
-        left = f", and {unseen} of the samples are left out of each" if unseen > samples // 10 else ""
+        left = f", and each epoch leaves out {unseen} samples" if unseen > samples // 10 else ""
         fitting = 1 << max((samples // 20).bit_length() - 1, 0)
         smaller = f"set a smaller batch, such as train.global_batch_size={fitting}; " if fitting >= FEW_STEPS else ""
         yield (
-            f"{samples} samples in batches of {batch} are {steps_per_epoch} steps an epoch, "
-            f"{steps_per_epoch * config.train.epochs} in all{left}: {smaller}docs/small.md is about little data"
+            f"{samples} samples in batches of {batch} make only {steps_per_epoch} steps per epoch, "
+            f"{steps_per_epoch * config.train.epochs} in all{left}: {smaller}see docs/small.md about small data sets"
         )

@@ -129,7 +129,7 @@ class Checkpoints:
             The state of the run and the checkpoint's name; `fresh` and None if there are no checkpoints.
 
         Raises:
-            CannotContinueError: the newest checkpoint is of a different training, or other bits are refused.
+            CannotContinueError: the newest checkpoint is from a different training, or other bits are refused.
             ValueError: all checkpoints are damaged, or other shards cannot be accepted at this step.
         """
         found = self.newest_intact()
@@ -165,10 +165,10 @@ class Checkpoints:
                 f"checkpoint.exact_resume=false"
             )
         if (layout or changed) and self.world.is_main:
-            _log.warning("the run continues with other bits: %s", ", ".join(layout + changed))
+            _log.warning("the run continues with different bits: %s", ", ".join(layout + changed))
         elsewhere = _differences(state.machine, now.machine)
         if elsewhere and self.world.is_main:
-            _log.warning("the run may continue with other bits: %s", ", ".join(elsewhere))
+            _log.warning("the run may continue with different bits: %s", ", ".join(elsewhere))
 
 
 def first_problem(mine: str | None) -> str | None:
@@ -179,16 +179,16 @@ def first_problem(mine: str | None) -> str | None:
 
 
 def check_continues(state: TrainState, now: TrainState) -> None:
-    """Raises CannotContinueError, naming every difference, if a checkpoint is of a different training."""
+    """Raises CannotContinueError, naming every difference, if a checkpoint is from a different training."""
     differences = _differences(state.resume_signature, now.resume_signature)
     if has_other_samples(state, now):
         differences.append(
             f"data.shards has different samples: {shard_difference(state.shards, now.shards)}; "
-            "data.accept_changed_shards=true continues with them, where an epoch ends"
+            "data.accept_changed_shards=true accepts them at the end of an epoch"
         )
     if differences:
         raise CannotContinueError(
-            "the run's checkpoint is of a different training:\n  " + "\n  ".join(differences) + "\nchange these back"
+            "the run's checkpoint is from a different training:\n  " + "\n  ".join(differences) + "\nchange these back"
         )
 
 

@@ -99,7 +99,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{MANIFEST} is none of this project's")
+        raise ValueError(f"{MANIFEST} was not written by this project")
     if _CRC in content and content.pop(_CRC) != _crc(content):
         raise ValueError(f"{MANIFEST} differs from what was written")
     return content
@@ -114,7 +114,7 @@ def read_state(checkpoint: Path) -> TrainState:
     try:
         return TrainState(**_read_manifest(checkpoint)["state"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{MANIFEST} has no state of a run ({error})") from None
+        raise ValueError(f"{MANIFEST} has no valid run state ({error})") from None
 
 
 def read_files(checkpoint: Path) -> dict[str, list[int]]:
@@ -125,9 +125,9 @@ def read_files(checkpoint: Path) -> dict[str, list[int]]:
     """
     files = _read_manifest(checkpoint).get("files")
     if not isinstance(files, dict) or not files:
-        raise ValueError(f"{MANIFEST} names no files")
+        raise ValueError(f"{MANIFEST} lists no files")
     if any(Path(name).name != name or not _is_pair(numbers) for name, numbers in files.items()):
-        raise ValueError(f"{MANIFEST} is none of this project's")
+        raise ValueError(f"{MANIFEST} was not written by this project")
     return files
 
 

@@ -135,7 +135,7 @@ class CheckpointWriter:
         except OSError as error:
             return str(error)
         except Exception as error:
-            _log.exception("while checkpoint %s was written", self._name)
+            _log.exception("while writing checkpoint %s", self._name)
             return f"{type(error).__name__}: {error}"
         return None
 

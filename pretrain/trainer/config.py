@@ -17,14 +17,14 @@ class ModelConfig(Section):
     """The encoder."""
 
     arch: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = Field(
-        "vit_base", description="width and depth; of 5.7, 22, 86, 304 and 632 million parameters"
+        "vit_base", description="width and depth: 5.7, 22, 86, 304 or 632 million parameters"
     )
     patch_size: int = Field(16, ge=1, description="side of a patch in pixels")
     position: Literal["relative", "sincos"] = Field(
         "relative", description="LoMaR's contextual relative position, or fixed sin-cos positions like MAE's"
     )
     registers: int = Field(
-        0, ge=0, description="tokens behind the class token that belong to no patch: DINOv2's 4, Pixio's 3 or 7"
+        0, ge=0, description="tokens after the class token that belong to no patch: 4 in DINOv2, 3 or 7 in Pixio"
     )
     drop_path_rate: float = Field(
         0.0, ge=0, lt=1, description="stochastic depth of the last block, decreasing linearly to 0 at the first"
@@ -41,15 +41,15 @@ class OptimConfig(Section):
         1.5e-4, gt=0, description="learning rate for a batch of lr_batch_size; scaled with the batch"
     )
     lr_batch_size: int = Field(256, ge=1, description="the batch that base_lr is for: 512 in SimMIM's code")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine, or least one of the steps")
-    warmup_epochs: float = Field(40, ge=0, description="epochs in which the learning rate rises from 0")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine; lower limit of the steps")
+    warmup_epochs: float = Field(40, ge=0, description="epochs over which the learning rate rises from 0")
     schedule: Literal["cosine", "steps"] = Field("cosine", description="how the learning rate falls after the warm-up")
-    step_epochs: tuple[float, ...] = Field((), description="of schedule=steps: epochs after which the rate falls")
-    step_factor: Share = Field(0.1, description="of schedule=steps: by this factor each time")
-    weight_decay: float = Field(0.05, ge=0, description="of matrices, tokens and relative tables, not of vectors")
-    decay_class_token: bool = Field(True, description="false: no weight decay of the class token, as in SimMIM's code")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's decay of the first and second moment")
-    clip_grad: float = Field(0.0, ge=0, description="maximum gradient norm; 0 does not clip")
+    step_epochs: tuple[float, ...] = Field((), description="for schedule=steps: epochs after which the rate falls")
+    step_factor: Share = Field(0.1, description="for schedule=steps: factor by which it falls each time")
+    weight_decay: float = Field(0.05, ge=0, description="for matrices, tokens and relative tables, not for vectors")
+    decay_class_token: bool = Field(True, description="false: no weight decay for the class token, as in SimMIM's code")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's decay of first and second moments")
+    clip_grad: float = Field(0.0, ge=0, description="maximum gradient norm; 0: no clipping")
 
 
 class TrainConfig(Section):
@@ -57,21 +57,21 @@ class TrainConfig(Section):
 
     epochs: int = Field(400, ge=1, description="how many times each training image is shown")
     global_batch_size: int = Field(
-        4096, ge=1, description="images of one optimizer step, over all ranks and micro-batches"
+        4096, ge=1, description="images per optimizer step, over all ranks and micro-batches"
     )
     gradient_accumulation_steps: Annotated[int, MAY_CHANGE] = Field(
-        1, ge=1, description="micro-batches of one optimizer step"
+        1, ge=1, description="micro-batches per optimizer step"
     )
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="bf16: autocast; parameters, norms, losses and sums of gradients stay fp32"
     )
     deterministic: Annotated[bool, MAY_CHANGE] = Field(
-        True, description="attention on a GPU gives the same bits twice, as an exact resume needs; false: the fastest"
+        True, description="attention on a GPU always gives the same bits, as an exact resume needs; false: the fastest"
     )
     ds_config: Annotated[str, MAY_CHANGE] = Field(
         AUTO,
-        description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file; auto: those of the run's newest "
-        "checkpoint, else zero1 from two ranks on and zero0 on one",
+        description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file; auto: the ZeRO stage of the "
+        "run's newest checkpoint; for a new run, zero0 on one rank, zero1 on more",
     )
     max_nonfinite_steps: Annotated[int, MAY_CHANGE] = Field(
         10, ge=1, description="consecutive steps with a non-finite gradient before the run stops"
@@ -82,13 +82,16 @@ class CheckpointConfig(Section):
     """When to save; a signal and the end of training save as well."""
 
     every_steps: int = Field(1000, ge=1, description="optimizer steps between checkpoints")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_last: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
     keep_every_steps: int = Field(0, ge=0, description="never delete checkpoints at multiples of this; 0: none")
     max_gb: float = Field(
-        0, ge=0, description="GB (1e9 bytes) that all of them may take: the oldest go first, also of those; 0: any"
+        0,
+        ge=0,
+        description="limit for all checkpoints in GB (1e9 bytes): the oldest are deleted first, those multiples too; "
+        "0: no limit",
     )
     exact_resume: bool = Field(
-        True, description="refuse to resume where compile, attention or residual differ; false: warn and continue"
+        True, description="refuse to resume if compile, attention or residual differ; false: warn and continue"
     )
 
 
@@ -107,14 +110,14 @@ class StartConfig(Section):
 class WatchdogConfig(Section):
     """Minutes that anything may take before the run ends with exit code 75 and reports where it was; 0: no limit."""
 
-    start_minutes: float = Field(60, ge=0, description="a phase of the start: the index, joining, loading")
-    first_step_minutes: float = Field(60, ge=0, description="the first step, in which a model is compiled")
-    step_minutes: float = Field(10, ge=0, description="a step, its images included")
+    start_minutes: float = Field(60, ge=0, description="each phase of the start: the index, joining, loading")
+    first_step_minutes: float = Field(60, ge=0, description="the first step, which includes compiling")
+    step_minutes: float = Field(10, ge=0, description="a step, including loading its images")
     checkpoint_minutes: float = Field(30, ge=0, description="saving a checkpoint")
-    evaluation_minutes: float = Field(120, ge=0, description="an evaluation or probe, and the files of the end")
-    silent_minutes: float = Field(2, ge=0, description="until a rank counts as lost of which nothing is heard")
+    evaluation_minutes: float = Field(120, ge=0, description="an evaluation or probe, and the files at the end")
+    silent_minutes: float = Field(2, ge=0, description="silence after which a rank counts as lost")
     slow_factor: float = Field(
-        2, ge=0, description="a node that is so many times as slow as the median is refused at the start; 0: none is"
+        2, ge=0, description="refuse at the start nodes that take more than this many times the median; 0: refuse none"
     )
 
 
@@ -123,17 +126,18 @@ class LogConfig(Section):
 
     every_steps: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
     num_reconstructions: int = Field(8, ge=1, description="rows of reconstructions.png")
-    samples: bool = Field(False, description="true: samples.jsonl lists the images of each step, to compare runs by")
+    samples: bool = Field(False, description="true: samples.jsonl lists the images of each step, to compare runs")
 
 
 class RunConfig(Section):
     """The configuration of any training. Its files go to `runs`/`name`."""
 
     name: Annotated[str, MAY_CHANGE] = Field(
-        pattern=r"^[\w-][\w.-]*$", description="a folder's name of letters, digits, '_', '-' and '.', no '.' in front"
+        pattern=r"^[\w-][\w.-]*$",
+        description="a folder name of letters, digits, '_', '-' and '.', not starting with '.'",
     )
     runs: Annotated[str, MAY_CHANGE] = Field("runs", description="folder of all runs; a run's files go to runs/name")
-    seed: int = Field(0, ge=0, description="of the initial weights, the order of samples, crops, masks and drop path")
+    seed: int = Field(0, ge=0, description="for the initial weights, the order of samples, crops, masks and drop path")
     model: ModelConfig = ModelConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
@@ -196,11 +200,11 @@ class RunConfig(Section):
         if epochs % repeats:
             near = max(epochs // repeats, 1) * repeats
             yield (
-                f"train.epochs={epochs} is not a multiple of data.repeats={repeats}, and the last pass over the images "
+                f"train.epochs={epochs} is not a multiple of data.repeats={repeats}, so the last pass over the images "
                 f"would leave some out: set train.epochs={near} or {near + repeats}"
             )
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
-            yield f"data.crop_scale={list(self.data.crop_scale)}: two shares above 0, the smaller first"
+            yield f"data.crop_scale={list(self.data.crop_scale)}: must be two shares above 0, the smaller first"
 
     def _problems_of_steps(self) -> Iterator[str]:
         optim, epochs = self.optim, self.train.epochs
@@ -210,7 +214,7 @@ class RunConfig(Section):
         if not optim.step_epochs:
             yield f"optim.schedule=steps: set optim.step_epochs, for example to [{epochs * 7 // 8}]"
         elif list(optim.step_epochs) != sorted(optim.step_epochs) or optim.step_epochs[0] < optim.warmup_epochs:
-            yield f"{given}: epochs that rise, after optim.warmup_epochs={optim.warmup_epochs:g}"
+            yield f"{given}: the epochs must increase, from optim.warmup_epochs={optim.warmup_epochs:g} or later"
         elif optim.step_epochs[-1] >= epochs:
             yield f"{given} must be less than train.epochs={epochs}: set optim.step_epochs=[{epochs * 7 // 8}]"
 

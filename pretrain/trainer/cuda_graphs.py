@@ -178,7 +178,7 @@ class GraphedForward:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                problem = f"no CUDA graph can be made of a step ({str(error).splitlines()[0]})"
+                problem = f"a step cannot be captured as a CUDA graph ({str(error).splitlines()[0]})"
                 raise ValueError(f"{problem}: set model.cuda_graphs=off") from error
         if layout(leaves, structure) != self._graphs.layout:
             return self._function(*args, **kwargs)

@@ -21,7 +21,7 @@ class DataConfig(Section):
         description="a folder of tar shards, a tar file, or a brace pattern; also at s3://, gs://, hf://, https://",
     )
     accept_changed_shards: Annotated[bool, MAY_CHANGE] = Field(
-        False, description="true: a run continues with other shards, from the end of an epoch on"
+        False, description="true: a run may continue with other shards, at the end of an epoch"
     )
     image_size: int | tuple[int, int] = Field(224, description="side in pixels, or [height, width]")
     crop: Literal["random", "simple"] = Field(
@@ -31,43 +31,48 @@ class DataConfig(Section):
     hflip: Share = Field(0.5, description="probability of a horizontal flip")
     color_jitter: Share = Field(0.0, description="probability of changing brightness, contrast, saturation and hue")
     channels: Annotated[int, DEFAULT_AS_BEFORE] = Field(
-        3, ge=1, le=MAX_CHANNELS, description="of a pixel; images of others are skipped, but 3 is also made of gray"
+        3,
+        ge=1,
+        le=MAX_CHANNELS,
+        description="channels per pixel; images with another number are skipped, but gray ones become 3",
     )
     dtype: Annotated[DType, DEFAULT_AS_BEFORE] = Field(
-        "uint8", description="of the values in the files: none is cut down to fewer bits, but of photographs for uint8"
+        "uint8",
+        description="type of the values in the files; images of another type are skipped, but for 3 "
+        "channels of uint8 all photographs are converted",
     )
     mean: Annotated[tuple[float, ...] | None, DEFAULT_AS_BEFORE] = Field(
         None,
-        description="of each channel, divided by 255 for uint8 and 65535 for uint16; `python -m data.statistics` "
-        "measures it; none: ImageNet's, of 3 channels of uint8",
+        description="mean per channel, divided by 255 for uint8 and 65535 for uint16; `python -m data.statistics` "
+        "measures it; none: ImageNet's, for 3 channels of uint8",
     )
     std: Annotated[tuple[Annotated[float, Field(gt=0)], ...] | None, DEFAULT_AS_BEFORE] = Field(
-        None, description="standard deviation, in the same way"
+        None, description="standard deviation per channel, likewise"
     )
     repeats: Annotated[int, DEFAULT_AS_BEFORE] = Field(
-        1, ge=1, description="crops of each decoded photograph, side by side in a batch; a pass takes as many epochs"
+        1, ge=1, description="crops of each decoded image, next to each other in a batch; a pass takes as many epochs"
     )
     shuffle_shards: Annotated[int, DEFAULT_AS_BEFORE] = Field(
-        0, ge=0, description="shuffle the samples of so many shards together, as shards in a store need; 0: all samples"
+        0, ge=0, description="shuffle samples of this many shards together, as shards in a store need; 0: all samples"
     )
     cache_dir: Annotated[str, MAY_CHANGE] = Field(
         "",
-        description="where the processes of a node keep shards of a store, on its own disk; empty: $SLURM_TMPDIR, or "
-        "~/.cache/lomar-deepspeed/shards",
+        description="folder on a node's own disk where its processes keep shards of a store; empty: $SLURM_TMPDIR, "
+        "or ~/.cache/lomar-deepspeed/shards",
     )
     cache_gb: Annotated[float, MAY_CHANGE] = Field(
-        DEFAULT_GB, gt=0, description="most gigabytes (10^9 bytes) of shards there"
+        DEFAULT_GB, gt=0, description="limit for the shards there, in GB (1e9 bytes)"
     )
     fetch_timeout: Annotated[float, MAY_CHANGE] = Field(
         DEFAULT_TIMEOUT,
         gt=0,
-        description="seconds in which nothing of a shard comes, after which the run stops",
+        description="the run stops after this many seconds without data from a shard",
     )
     num_workers: Annotated[Annotated[int, Field(ge=0)] | Literal["auto"], MAY_CHANGE] = Field(
-        "auto", description="processes of each rank that decode; auto: one fewer than its share of the node's cores"
+        "auto", description="decoding processes per rank; auto: one fewer than its share of the node's cores"
     )
     max_skipped_images: Annotated[Annotated[int, Field(ge=0)] | Share, MAY_CHANGE] = Field(
-        1000, description="undecodable images that a rank may replace before the run stops, or their share, as 0.01"
+        1000, description="undecodable images that a rank may replace before the run stops, or a share such as 0.01"
     )
 
     @field_validator("shards")
@@ -101,7 +106,7 @@ class DataConfig(Section):
                 yield f"{format} needs data.{key} of these images: {measure} measures it"
             if values is not None and len(values) != self.channels:
                 yield (
-                    f"data.{key} has {len(values)} values, and data.channels={self.channels}: give one for each; "
+                    f"data.{key} has {len(values)} values, but data.channels={self.channels}: give one per channel; "
                     f"{measure} measures them"
                 )
         if self.color_jitter and (self.channels, self.dtype) != RGB:
@@ -110,4 +115,4 @@ class DataConfig(Section):
     @property
     def not_rgb(self) -> str:
         """Why a color augmentation cannot be used unless images are 8-bit RGB; starts with the verb."""
-        return f"changes colors of RGB in 8 bits, and data.channels={self.channels} data.dtype={self.dtype} are others"
+        return f"works only on 8-bit RGB, but data.channels={self.channels} data.dtype={self.dtype} are set"

@@ -88,6 +88,6 @@ def _check_parameters(engine: Any, stored: StoredState, checkpoint: Path) -> Non
     if other:
         shapes = [list(found[other[0]]) if other[0] in found else "absent" for found in (there, here)]
         raise ValueError(
-            f"{checkpoint} has other parameters than this code ({len(other)} of them): {other[0]} is {shapes[0]} there "
-            f"and {shapes[1]} here; continue with the code that wrote it"
+            f"the parameters of {checkpoint} differ from this code's ({len(other)} of them): {other[0]} is "
+            f"{shapes[0]} there and {shapes[1]} here; continue with the code that wrote it"
         )

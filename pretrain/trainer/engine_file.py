@@ -82,7 +82,7 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(keys, dict):
-        raise ValueError(f"{path} holds no keys: DeepSpeed's are a JSON object")
+        raise ValueError(f"{path} is not a JSON object of DeepSpeed's keys")
     problems = {key: problem for key, value in keys.items() if (problem := _problem(key, value, owned))}
     kept = {key: _without_auto(value) for key, value in keys.items() if key not in owned and key not in problems}
     if problems:
@@ -94,7 +94,7 @@ def read_ds_config(name: str, owned: dict[str, str] = OWNED) -> dict[str, Any]:
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{twice} stands there twice")
+        raise ValueError(f"duplicate key {twice}")
     return dict(pairs)
 
 
@@ -107,10 +107,10 @@ def _problem(key: str, value: Any, owned: dict[str, str]) -> str | None:
     if key not in ENGINE_KEYS:
         return f"sets {key}, which DeepSpeed does not know: {_nearest_key(key, owned)}"
     if key in _SECTIONS and not isinstance(value, dict):
-        return f"sets {key}={json.dumps(value)}: it is a section, such as {{}}"
+        return f"sets {key}={json.dumps(value)}: must be a section, such as {{}}"
     if value == AUTO or (key == "zero_optimization" and value.get("stage") == AUTO):
         whole = key if value == AUTO else f"{key}.stage"
-        return f"sets {whole}={AUTO}, for which there is no value: give one, or delete it for DeepSpeed's default"
+        return f"sets {whole}={AUTO}, which the recipe has no value for: give one, or delete it for DeepSpeed's default"
     types = _VALUES.get(key)
     if types and value is not None and not (isinstance(value, types) and isinstance(value, bool) == (bool in types)):
         return f"sets {key}={json.dumps(value)}: must be {_KINDS[types]}"
@@ -119,7 +119,7 @@ def _problem(key: str, value: Any, owned: dict[str, str]) -> str | None:
 
 def _nearest_key(key: str, owned: dict[str, str]) -> str:
     near = nearest(key, sorted(ENGINE_KEYS | owned.keys()))
-    return near if near.startswith("did") else "DeepSpeed's documentation lists them; delete it"
+    return near if near.startswith("did") else "delete it, or look it up in DeepSpeed's documentation"
 
 
 def _is_auto(value: Any) -> bool:
@@ -169,7 +169,7 @@ def _refusals(settings: dict[str, Any]) -> list[str]:
         models = _models(DeepSpeedConfigModel)
         return [_refused(problem, models.get(error.title), settings) for problem in error.errors()]
     except Exception as error:  # whatever it raises
-        return [f"DeepSpeed refuses train.ds_config: {error}"]
+        return [f"DeepSpeed rejects train.ds_config: {error}"]
     return [
         f"train.ds_config sets {name}.{key}, which DeepSpeed does not know: {nearest(key, sorted(section.known))}"
         for name, section in sections.items()

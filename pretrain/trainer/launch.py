@@ -128,7 +128,7 @@ def import_deepspeed() -> ModuleType:
             f"driver supports CUDA {torch.version.cuda}; to train on the CPU set DS_ACCELERATOR=cpu"
         )
     choose_accelerator()
-    with report_if_slow("DeepSpeed is imported"):
+    with report_if_slow("importing DeepSpeed"):
         import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
@@ -151,11 +151,11 @@ def init_distributed(world: World) -> torch.device:
         if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):  # the scheduler has given each rank its own
             gpu = 0
         if gpu >= count:
-            raise ValueError(f"local rank {gpu} has no GPU: this node shows {count}; start one process for each")
+            raise ValueError(f"local rank {gpu} has no GPU: this node has {count} visible; start one process per GPU")
         os.environ["LOCAL_RANK"] = str(gpu)  # for DeepSpeed
         torch.cuda.set_device(gpu)
     meet(world.rank, world.size)
-    with report_if_slow(f"the {world.size} ranks are connected"):
+    with report_if_slow(f"connecting the {world.size} ranks"):
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

@@ -67,7 +67,7 @@ class Catalog:
             own = [name for name in own if not (tag and name == "name")]
             keys = [name for name in own if named or word in (f"{section}.{name}", name)]
             if keys:
-                title = f"{section}.name={tag}" if tag else section or "at the top"
+                title = f"{section}.name={tag}" if tag else section or "top level"
                 lines += ["", _columns(f"{title}: ", inspect.cleandoc(kind.__doc__ or "").split("\n\n")[0])]
                 lines += [_describe_key(section, name, kind) for name in keys]
         if not lines:

@@ -71,7 +71,7 @@ class Loggers(MetricLogger):
             except OSError as error:
                 if logger not in self._failed:
                     name = type(logger).__name__
-                    _log.warning("%s cannot write: %s; the training goes on, and some is missing there", name, error)
+                    _log.warning("%s cannot write: %s; training continues, but entries will be missing", name, error)
                 self._failed.add(logger)
 
 
@@ -131,7 +131,7 @@ class ProgressBar(MetricLogger):
             return
         if self.done == self.start + 1:
             self.first = now
-            self._say(f"the first one took {now - self.began:.1f} s")
+            self._say(f"the first step took {now - self.began:.1f} s")
         elif self.done == self.start + 3 or now - self.said > _SILENCE:  # the first step is not typical
             seconds = (now - self.first) / (self.done - self.start - 1)
             left = tqdm.format_interval((self.total - self.done) * seconds)

@@ -147,7 +147,7 @@ def train(run: Run) -> None:
     ):
         _evaluate(run, loggers, meter)  # if the run was killed or stopped before it could
         starting.enter_context(
-            report_if_slow("the first step, with the first images and what is compiled", "first_step_minutes")
+            report_if_slow("the first step, including the first images and compiling", "first_step_minutes")
         )
         limit = "first_step_minutes"
         while state.step < total:
@@ -172,9 +172,9 @@ def train(run: Run) -> None:
             if signal and state.step < total:
                 raise _stopped(run, signal)
             if run.size_changes:
-                _log.info("from step %d on images are %dx%d", state.step, *run.loader.size_at(run.position))
+                _log.info("from step %d on, images are %dx%d", state.step, *run.loader.size_at(run.position))
                 limit = "first_step_minutes"
-                starting.enter_context(report_if_slow("the first step of this size, with what is compiled", limit))
+                starting.enter_context(report_if_slow("the first step at this size, including compiling", limit))
             _evaluate(run, loggers, meter)
 
 
@@ -189,7 +189,7 @@ def _stop_while_waiting(run: Run, stop: StopRequest, saver: Saver) -> None:
 
 def _stopped(run: Run, why: str) -> Stopped:
     step = f"step {run.state.step} of {run.total_steps}"
-    return Stopped(f"{why}: saved and stopped after {step}; give the same command to continue")
+    return Stopped(f"{why}: saved and stopped after {step}; run the same command again to continue")
 
 
 def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> float:
@@ -241,11 +241,11 @@ def _settle(run: Run) -> None:
     state.consecutive_nonfinite += 1
     list_samples(run.folder.nonfinite, taken.step, taken.keys, run.world)
     count = state.consecutive_nonfinite
-    _log.warning("step %d: the gradient is not finite; the weights did not move (%d in a row)", taken.step, count)
+    _log.warning("step %d: the gradient is not finite; the weights are unchanged (%d in a row)", taken.step, count)
     if count >= train.max_nonfinite_steps:
         raise Diverged(
-            f"{count} steps in a row had no finite gradient (train.max_nonfinite_steps); their samples are "
-            f"in {run.folder.nonfinite}: look at those images, lower optim.base_lr, or set train.precision=fp32"
+            f"{count} steps in a row had a non-finite gradient (train.max_nonfinite_steps); their samples are "
+            f"in {run.folder.nonfinite}: check those images, lower optim.base_lr, or set train.precision=fp32"
         )
 
 

@@ -121,12 +121,12 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
         except Exception as error:
             if world.size > 1 and _LOST_RANK.search(str(error)):
                 cause = watchdog.cause()
-                why = f": {cause}" if cause else f": it says why, or was killed ({_first_line(error)})"
+                why = f": {cause}" if cause else f": its log says why, unless it was killed ({_first_line(error)})"
                 _log.error("%s: another rank has ended%s", world.error, why)
                 return 1
             problem = _describe(error, config, world)
             if isinstance(error, RuntimeError) and _BROKEN_GPU.search(str(error)):
-                _log.error("a GPU of %s has failed", node_name())
+                _log.error("a GPU on %s has failed", node_name())
                 with contextlib.suppress(OSError):  # then the job script excludes no node
                     mark_bad_node(node_name())
             _log.error("%s:%s", world.error, problem and f" {problem}", exc_info=not problem)
@@ -139,7 +139,7 @@ def _describe(error: Exception, config: TrainingConfig, world: World) -> str:
     """What is wrong and what to do; '' for an unforeseen error, whose traceback is wanted."""
     if isinstance(error, torch.OutOfMemoryError):
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        more = f" ({wanted[1]} more were asked for)" if wanted else ""
+        more = f" (tried to allocate {wanted[1]} more)" if wanted else ""
         return f"the GPU's memory is full{more}: {config.memory_advice(world.size)}"
     return str(error) if isinstance(error, ValueError | Diverged | OSError) else ""
 
@@ -152,7 +152,7 @@ def _mark_stopped() -> int:
     try:
         mark_attempt("stopped")
     except OSError as error:
-        _log.error("error: the job is not requeued, since a file could not be written: %s", error)
+        _log.error("error: the job is not requeued, because a file could not be written: %s", error)
         return 1
     return 0
 
@@ -170,7 +170,7 @@ def _parse(description: str | None, recipe: str, catalog: Catalog | None) -> arg
     listing.add_argument(
         "--keys", nargs="?", const="", metavar="NAME", help="list all keys, or those of a section or method"
     )
-    listing.add_argument("--show", action="store_true", help="print the recipe under all overrides")
+    listing.add_argument("--show", action="store_true", help="print the recipe with all overrides applied")
     options = parser.parse_intermixed_args()
     if options.recipe is None and not options.recipes and options.keys is None:
         parser.error(f"give a {recipe}: --recipes lists the shipped ones")

@@ -57,7 +57,7 @@ def meet(rank: int, size: int) -> None:
         _Meeting.server = _host_store()
     if size == 1 or _Meeting.store is not None:
         return
-    with report_if_slow(f"waiting until all {size} ranks have started"):
+    with report_if_slow(f"waiting for all {size} ranks to start"):
         store = _Meeting.server or _find_store()
         _introduce(store, rank)
         _Meeting.store = dist.PrefixStore(_token(), store)
@@ -152,7 +152,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
         names = _ranks(missing) if rank == 0 else "other ranks"
         stop_if_told(f"{names} to start")
         if rank == 0 and time.monotonic() - start > mention:
-            _log.warning("%s have not started: look at what their nodes say", names)
+            _log.warning("%s have not started: check the logs of their nodes", names)
             mention *= 3
         time.sleep(_POLL)
 
@@ -181,8 +181,8 @@ def _token() -> str:
 
 def _foreign(host: str, port: int) -> str:
     return (
-        f"what listens at port {port} of {host} is not the main rank of this run, but another program or run: "
-        f"stop that, or choose another port: deepspeed (or torchrun) --master_port={free_port()} ..."
+        f"port {port} of {host} is used by another program or run, not by this run's main rank: "
+        f"stop it, or choose another port: deepspeed (or torchrun) --master_port={free_port()} ..."
     )
 
 
@@ -200,9 +200,9 @@ def _port_in_use(port: int) -> str:
         command = " ".join(psutil.Process(min(listening)).cmdline()) if listening else ""
     except (psutil.Error, OSError):  # other users' processes are not shown everywhere
         listening, command = set(), ""
-    owner = f"process {min(listening)} ({command})" if command else "another process of this machine"
+    owner = f"process {min(listening)} ({command})" if command else "another process on this machine"
     return (
-        f"port {port} is already in use by {owner}. If that is this very run, which still goes on, "
-        f"`kill {min(listening, default='PID')}` saves and stops it. To start another run beside it choose another "
+        f"port {port} is already in use by {owner}. If that is this same run, still running, "
+        f"`kill {min(listening, default='PID')}` saves and stops it. To start another run beside it, choose another "
         f"port: deepspeed (or torchrun) --master_port={free_port()} ..."
     )

@@ -93,10 +93,9 @@ def find_slow(speeds: Sequence[Speed], factor: float) -> Fault | None:
         if slow and median:
             nodes = tuple(dict.fromkeys(speed.node for speed in slow))
             worst = max(getattr(speed, name) for speed in slow)
-            times = f"{1000 * worst:.2f} ms, and the median of all ranks {1000 * median:.2f} ms"
+            times = f"{1000 * worst:.2f} ms for {what}, against a median of {1000 * median:.2f} ms over all ranks"
             return Fault(
-                f"{named(slow)} takes at {what} {times}: leave it out, or start with watchdog.slow_factor=0 to "
-                f"train all the same",
+                f"{named(slow)} took {times}: exclude it, or set watchdog.slow_factor=0 to train anyway",
                 nodes,
             )
     return None
@@ -108,7 +107,7 @@ def check_speed(world: World, device: torch.device, factor: float) -> list[Speed
     Raises:
         ValueError: a node takes more than `factor` times as long as the median; not checked if `factor` is 0.
     """
-    with report_if_slow("the speed of all nodes is measured"):
+    with report_if_slow("measuring the speed of all nodes"):
         mine = measure_speed(world, device)
     with said_once(world.rank):
         return refuse_faults(world, mine, lambda speeds: find_slow(speeds, factor) if factor else None)

@@ -14,7 +14,7 @@ from pretrain.trainer.launch import World
 
 
 class Diverged(RuntimeError):  # noqa: N818
-    """Too many steps in a row had no finite gradient."""
+    """Too many steps in a row had a non-finite gradient."""
 
 
 def poison_nonfinite(loss: Tensor) -> Tensor:

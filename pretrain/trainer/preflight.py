@@ -35,12 +35,12 @@ _PROJECT = ("data", "pretrain", "downstream")
 _LEAST_FREE = 2**18  # bytes
 _POLL = 0.1
 _ADVICE = {
-    "code": "have all nodes see the same checkout of this project",
-    "versions": "have all nodes use the same environment",
+    "code": "use the same checkout of this project on all nodes",
+    "versions": "use the same environment on all nodes",
     "recipe": "give all ranks the same recipe and keys",
-    "index": "have all nodes see the same shards",
+    "index": "make sure that all nodes see the same shards",
 }
-_WHAT = {"code": "code of this project", "versions": "versions", "recipe": "recipe", "index": "index of the shards"}
+_WHAT = {"code": "code", "versions": "versions", "recipe": "recipe", "index": "index of the shards"}
 Loaded = TypeVar("Loaded")
 
 
@@ -66,7 +66,7 @@ class Facts:
 
     Attributes:
         code: a digest of the project's files; '' on all but the first rank of a node.
-        versions: of Python and of the packages that compute.
+        versions: of torch, DeepSpeed and Triton.
         recipe: a digest of all keys.
         index: the fingerprint of the training samples.
         gpus: how many this rank sees.
@@ -110,7 +110,7 @@ def checked_start(
     loaded: Any = None
     index, problem = "", ""
     try:
-        with while_waiting(lambda: stop_if_told("another process that makes the index")):
+        with while_waiting(lambda: stop_if_told("another process that is building the index")):
             loaded = load()
         index = fingerprint(loaded)
     except (ValueError, OSError) as error:
@@ -170,7 +170,7 @@ def find_fault(facts: Sequence[Facts]) -> Fault | None:
         return Fault(problem)
     if failed := [each for each in facts if each.problem]:
         nodes = tuple(dict.fromkeys(each.node for each in failed))
-        return Fault(f"{named(failed)} cannot do what the other ranks can: {failed[0].problem}", nodes)
+        return Fault(f"{named(failed)} failed a check that passed on the other ranks: {failed[0].problem}", nodes)
     return _difference(facts) or _too_few_gpus(facts) or _full_disk(facts)
 
 
@@ -186,7 +186,7 @@ def _difference(facts: Sequence[Facts]) -> Fault | None:
             tuple(dict.fromkeys(each.node for each in others)) if name != "recipe" and 2 * times > len(values) else ()
         )
         theirs = ", ".join(dict.fromkeys(getattr(each, name) for each in others))
-        problem = f"{named(others)} differs in the {what}: {theirs}, and {usual} elsewhere; {_ADVICE[name]}"
+        problem = f"different {what} on {named(others)}: {theirs}, but {usual} elsewhere; {_ADVICE[name]}"
         return Fault(problem, nodes)
     return None
 
@@ -199,7 +199,10 @@ def _too_few_gpus(facts: Sequence[Facts]) -> Fault | None:
         own = all(each.gpus == 1 for each in ranks) and len({each.only_gpu for each in ranks}) == len(ranks)
         if not own and min(each.gpus for each in ranks) < len(ranks):
             seen = min(each.gpus for each in ranks)
-            return Fault(f"{node} shows {seen} GPUs to {len(ranks)} ranks: start one process for each GPU", (node,))
+            return Fault(
+                f"{node} has fewer visible GPUs than ranks ({seen} for {len(ranks)}): start one process per GPU",
+                (node,),
+            )
     return None
 
 
@@ -209,7 +212,7 @@ def _full_disk(facts: Sequence[Facts]) -> Fault | None:
         return None
     nodes = tuple(dict.fromkeys(each.node for each in full))
     left = f"{full[0].free / 2**10:.0f} KiB"
-    problem = f"{named(full)} has only {left} left on the disk of the run's folder: make room, or set runs= to another"
+    problem = f"{named(full)} has only {left} left on the disk of the run's folder: make room, or choose another runs="
     return Fault(problem, nodes if len(full) < len(facts) else ())
 
 
@@ -259,7 +262,7 @@ def refuse_faults(world: World, mine: AnyFacts, find: Callable[[Sequence[AnyFact
 
 def _wait_for(store: dist.Store, key: str, whom: str) -> str:
     """What another rank says; polls for it, so that signals are noticed."""
-    with report_if_slow(f"waiting for {whom}, which still reads or checks"):
+    with report_if_slow(f"waiting for {whom}, which is still reading data or running checks"):
         while not store.check([key]):
             stop_if_told(whom)
             time.sleep(_POLL)

@@ -17,7 +17,7 @@ _LIMITS = {
     "less_than_equal": "at most {le}",
     "multiple_of": "a multiple of {multiple_of}",
     "finite_number": "a finite number",
-    "string_too_short": "longer: it is empty",
+    "string_too_short": "non-empty",
 }
 _TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -82,7 +82,7 @@ def _explain(problem: Any, schema: type[BaseModel]) -> tuple[str, str]:
     if kind == "extra_forbidden":
         unknown = ".".join([*path, str(problem["loc"][-1])])
         if owners := _owners(path, str(problem["loc"][-1]), schema):
-            return unknown, f"unknown key {unknown}: it is for {' and '.join(owners)}"
+            return unknown, f"unknown key {unknown}: it belongs to {' and '.join(owners)}"
         return unknown, f"unknown key {unknown}: {_nearest_key(unknown, section, schema)}"
     if kind == "value_error":
         return "", str(problem["ctx"]["error"])
@@ -91,11 +91,11 @@ def _explain(problem: Any, schema: type[BaseModel]) -> tuple[str, str]:
         names = [name.strip("' ") for name in problem["ctx"].get("expected_tags", "").split(",")]
         given = problem["ctx"].get("tag")
         if given is None:
-            return "", f"{key}.{tag} is not set: write it in the recipe or give {key}.{tag}=value"
+            return "", f"{key}.{tag} is not set: set it in the recipe or give {key}.{tag}=value"
         hint = schema.hints.get(f"{key}.{tag}", "") if issubclass(schema, Section) else ""
         return f"{key}.{tag}", f"unknown {key}.{tag}={given}: {nearest(str(given), names)}{hint}"
     if kind == "missing" and not isinstance(problem["input"], list | tuple):
-        return key, f"{key} is not set: write it in the recipe or give {_example(key, annotation)}"
+        return key, f"{key} is not set: set it in the recipe or give {_example(key, annotation)}"
     return key, f"{key}={_shown(problem)}: must be {_wanted(problem, section, path, annotation)}"
 
 
@@ -161,7 +161,7 @@ def describe(annotation: Any) -> str:
     if get_origin(annotation) in (list, tuple):
         inner = [describe(kind) for kind in get_args(annotation) if kind is not Ellipsis]
         of_any_length = get_origin(annotation) is list or Ellipsis in get_args(annotation)
-        return f"a list, of which each is {inner[0]}" if of_any_length else f"[{', '.join(inner)}]"
+        return f"a list, each element {inner[0]}" if of_any_length else f"[{', '.join(inner)}]"
     if annotation in (None, NoneType):
         return "none"
     if isinstance(annotation, type):

@@ -66,7 +66,7 @@ def _read_extended(path: Path, shipped: Path, schema: type[BaseModel], above: tu
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}; a value with special characters needs quotes") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds no keys: a recipe is a YAML mapping of sections")
+        raise ValueError(f"{path} is not a YAML mapping of sections")
     base, keys = recipe.pop("extends", None), _name_choices(recipe, schema)
     if base is None:
         return [Layer(path.name, keys)]
@@ -81,7 +81,7 @@ def _find_recipe(name: str | Path, shipped: Path, elsewhere: Mapping[str, Path])
             return path
     for command, folder in elsewhere.items():
         if (folder / f"{Path(name).stem}.yaml").is_file():
-            raise ValueError(f"{Path(name).stem} is a recipe of {command}: start that")
+            raise ValueError(f"{Path(name).stem} is a recipe for {command}: run that instead")
     names = sorted(p.stem for p in shipped.glob("*.yaml"))
     raise ValueError(
         f"no recipe {str(name)!r}: neither a file nor a shipped recipe (--recipes lists them); "
@@ -97,7 +97,7 @@ def _of_another_command(layers: list[Layer], schema: type[BaseModel], elsewhere:
         if found := sorted(unknown.keys() & theirs):
             (source, *_), keys = sorted({unknown[key] for key in found}), ", ".join(found)
             what = f"{keys} on the command line" if source == COMMAND_LINE else f"{source}, which has {keys},"
-            return [f"{what} is for {command}: start that"]
+            return [f"{what} is for {command}: run that instead"]
     return []
 
 

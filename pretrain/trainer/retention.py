@@ -61,7 +61,7 @@ def why_kept(
     """
     every, later = config.keep_every_steps, [one for one in found if one.step > newest.step]
     whole = [one for one in found if one.step < newest.step and one.damage is None]
-    reasons = {one.name: "of a later step" for one in later}
+    reasons = {one.name: "from a later step" for one in later}
     reasons |= {one.name: f"one of the last {config.keep_last}" for one in whole[: config.keep_last - 1]}
     reasons |= {one.name: f"a multiple of {every}" for one in whole if every and one.step % every == 0}
     if config.max_gb:
@@ -84,7 +84,7 @@ def retain(folder: Path, written: str, damaged: Collection[str], config: Checkpo
     try:
         _retain(folder, written, damaged, config)
     except OSError as error:
-        _log.warning("old checkpoints could not be looked at: %s", error)
+        _log.warning("old checkpoints could not be checked: %s", error)
 
 
 def _retain(folder: Path, written: str, damaged: Collection[str], config: CheckpointConfig) -> None:
@@ -126,7 +126,7 @@ def put_aside(checkpoint: Path) -> None:
     if aside.exists():
         shutil.rmtree(aside)
     rename(checkpoint, aside)
-    _log.warning("the damaged checkpoint %s is now %s", checkpoint, aside.name)
+    _log.warning("renamed the damaged checkpoint %s to %s", checkpoint, aside.name)
 
 
 @contextlib.contextmanager
@@ -134,4 +134,4 @@ def _logged(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        _log.warning("the old checkpoint %s could not be deleted: %s", name, error)
+        _log.warning("the old checkpoint %s could not be deleted or renamed: %s", name, error)

@@ -120,8 +120,9 @@ class RunFolder:
             owner = lock.read().strip()
             if time.monotonic() > deadline:
                 return (
-                    f"another run is writing to {self.root}: {owner} saves and stops it, and then the same command "
-                    f"continues it; what it says is in {self.logs}. To train something else choose another name="
+                    f"another run is writing to {self.root}: run {owner} to save and stop it, then the same "
+                    f"command again to continue it; its logs are in {self.logs}. To train something else, choose "
+                    f"another name="
                 )
             _log.warning("waiting for %s: another run is still writing to it (%s)", self.root, owner)
             time.sleep(5)
@@ -209,5 +210,5 @@ def _try_lock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
-        _log.warning("the runs' file system has no locks (%s): take care that no second run writes there", error)
+        _log.warning("the run folder's file system has no locks (%s): make sure that no second run writes there", error)
     return True

@@ -51,7 +51,7 @@ class Saver:
         self._stall = {"checkpoint_stall_s": stall, "checkpoint_stall_share": stall / max(start - self._since, stall)}
         self._since = start
         if problem:
-            raise OSError(f"{problem}; make room and start the same command: it continues from step {self._saved}")
+            raise OSError(f"{problem}; make room and run the same command again: it continues from step {self._saved}")
 
     def poll(self) -> None:
         """Reports how the last save ended, if it has; called after each step, and waits for nothing."""
@@ -66,10 +66,10 @@ class Saver:
     def close(self) -> None:
         """Waits for what is being written, however the training ends."""
         if self._writer is not None:
-            with limited(f"the checkpoint of step {self._begun} is written", "checkpoint_minutes"):
-                self._wait(then="the older ones stay")
+            with limited(f"writing the checkpoint of step {self._begun}", "checkpoint_minutes"):
+                self._wait(then="the older ones are kept")
 
-    def _wait(self, then: str | None = "training continues, and the next checkpoint is tried") -> str | None:
+    def _wait(self, then: str | None = "training continues and will try the next checkpoint") -> str | None:
         """Waits for the save that is under way; returns its problem, which is logged with what comes `then`."""
         writer, self._writer = self._writer, None
         problem = writer.wait() if writer else None
@@ -85,4 +85,4 @@ class Saver:
             if self._is_main:
                 mark_attempt("saved")
         except OSError as error:
-            _log.warning("the job's script does not know of the checkpoint of step %d: %s", self._saved, error)
+            _log.warning("could not tell the job script about the checkpoint of step %d: %s", self._saved, error)

@@ -35,7 +35,7 @@ def shard_difference(before: Record, now: Record) -> str:
     """What has changed, in words, for shards with other samples."""
     if not before or not now:  # too many, or the checkpoint is older than such records
         return "the fingerprint of the index differs"
-    same_sizes = "shards of the same names and sizes have other images or labels in them"
+    same_sizes = "shards with the same names and sizes contain different images or labels"
     named = shown(_with_other_images(before, now))
     return "; ".join(_differences(before, now)) or same_sizes + (f": {named}" if named else "")
 
@@ -70,8 +70,8 @@ class ChangedShards:
         before = state.index_samples or sum(numbers[1] for numbers in state.shards.values())
         if not before:
             raise ValueError(
-                "data.accept_changed_shards=true: the checkpoint does not say how many samples the shards had, so it "
-                "is not known where an epoch ends: use the shards of before, and set it back to false"
+                "data.accept_changed_shards=true: the checkpoint does not record how many samples the shards had, so "
+                "the end of an epoch is unknown: use the old shards, and set it back to false"
             )
         per_pass, per_epoch = before // self.batch * self.repeats, before // self.batch
         position = state.step + state.offset
@@ -104,14 +104,14 @@ class ChangedShards:
         start = (state.step + state.offset) // per_pass * per_pass - state.offset
         end, unit = start + per_pass, "an epoch" if self.repeats == 1 else f"a pass of {self.repeats} epochs"
         message = (
-            f"data.accept_changed_shards=true accepts other shards where {unit} ends, and the newest checkpoint, step "
-            f"{state.step}, is within one, which is from step {start} to step {end}: train up to step {end} with the "
-            f"shards of before (checkpoint.every_steps={per_pass} saves there)"
+            f"data.accept_changed_shards=true accepts other shards only at the end of {unit}, but the newest "
+            f"checkpoint, step {state.step}, lies within the one from step {start} to step {end}: train up to step "
+            f"{end} with the old shards (checkpoint.every_steps={per_pass} saves there)"
         )
         at_an_end = [name for name in checkpoints if (checkpoint_step(name) or 0) == start and start]
         later = [name for name in checkpoints if (checkpoint_step(name) or 0) > start]
         if at_an_end:
-            message += f", or move {shown(later)} away, to continue from {shown(at_an_end)}"
+            message += f", or move {shown(later)} away to continue from {shown(at_an_end)}"
         return message
 
 
@@ -119,8 +119,8 @@ def describe_change(change: Mapping[str, Any]) -> str:
     """One of `TrainState.shard_changes`, in words."""
     before, after = change["before"], change["after"]
     return (
-        f"since step {change['step']}, the end of epoch {change['epoch']}, with other shards: {change['what']}; "
-        f"{before['samples']} samples in {before['steps_per_epoch']} steps an epoch before, {after['samples']} in "
+        f"since step {change['step']}, the end of epoch {change['epoch']}, on other shards: {change['what']}; "
+        f"{before['samples']} samples in {before['steps_per_epoch']} steps per epoch before, {after['samples']} in "
         f"{after['steps_per_epoch']} since"
     )
 
@@ -141,6 +141,6 @@ def _differences(before: Record, now: Record) -> Iterator[str]:
     if changed:
         old, new_numbers = before[changed[0]], now[changed[0]]
         yield (
-            f"{len(changed)} shards were written anew: {shown(changed)} (the first had {old[1]} samples in {old[0]} "
-            f"bytes, and has {new_numbers[1]} in {new_numbers[0]})"
+            f"{len(changed)} shards were rewritten: {shown(changed)} (the first had {old[1]} samples in {old[0]} "
+            f"bytes, and now has {new_numbers[1]} in {new_numbers[0]})"
         )

@@ -39,7 +39,7 @@ def told_to_stop() -> bool:
 def stop_if_told(waits_for: str) -> None:
     """Raises Stopped if this process has received a signal; called while it waits for something at the start."""
     if _received:
-        raise Stopped(f"stopped by a signal while waiting for {waits_for}; give the same command to continue")
+        raise Stopped(f"stopped by a signal while waiting for {waits_for}; run the same command again to continue")
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

@@ -44,7 +44,7 @@ class SkippedImages:
         if total > limit:
             raise ValueError(
                 f"{total} of {self._read} images could not be decoded ({count_kinds(self._kinds.elements())}), more "
-                f"than data.max_skipped_images={self._limit}; they are listed in {self._path}: mend them, pack again "
+                f"than data.max_skipped_images={self._limit}; they are listed in {self._path}: repair them, pack again "
                 f"with --bad skip, or allow more"
             )
         return len(skipped)

@@ -134,7 +134,7 @@ class StoredState:
             if len(decaying) == first:
                 return decaying + [name for name in self._whole if name not in decaying]
         raise ValueError(
-            f"{self._checkpoint} has other parameter groups than a pretraining, and does not name them: set "
+            f"the parameter groups of {self._checkpoint} are unnamed and differ from those of pretraining: set "
             f"start.optimizer=false"
         )
 
@@ -153,7 +153,7 @@ class StoredState:
                 before += flat.numel()
         whole = torch.cat(pieces)[:numel]
         if whole.numel() < numel:
-            raise ValueError(f"{self._checkpoint} has {whole.numel()} of the {numel} elements of {name}")
+            raise ValueError(f"{self._checkpoint} has only {whole.numel()} of the {numel} elements of {name}")
         return whole.view(shape)
 
 
@@ -161,5 +161,7 @@ def _check_files(checkpoint: Path, *kinds: list[Path]) -> None:
     for paths in kinds:
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
-            found = f"{len(paths) - len(missing)} of {len(paths)} ranks' files" if len(paths) > 1 else "not all files"
-            raise ValueError(f"{checkpoint} has {found}, and no {missing[0]}: copy all of the checkpoint")
+            found = (
+                f"{len(paths) - len(missing)} of {len(paths)} ranks' files" if len(paths) > 1 else "some of its files"
+            )
+            raise ValueError(f"{checkpoint} has only {found}, no {missing[0]}: copy the whole checkpoint")

@@ -170,7 +170,7 @@ class Watchdog:
                 if node:
                     with contextlib.suppress(OSError):
                         mark_bad_node(node)
-                silence = f"nothing was heard of {who} for watchdog.silent_minutes={limit:g} minutes"
+                silence = f"nothing was heard from {who} for watchdog.silent_minutes={limit:g} minutes"
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
 
     def _follow(self, rank: int, problem: str, hung: bool) -> None:
@@ -210,13 +210,13 @@ class Watchdog:
 def _position() -> str:
     """The phase, the files being read, and the stacks of all threads; data workers print theirs to stderr."""
     phase = current_phase()
-    lines = [phase.name if phase else "no phase that has a name"]
+    lines = [phase.name if phase else "an unnamed phase"]
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with contextlib.suppress(psutil.Error, OSError):
             state = f"process {process.pid} ({process.status()})"
-            lines += [f"{state} reads {path}" for path in files_being_read(process.pid)]
+            lines += [f"{state} is reading {path}" for path in files_being_read(process.pid)]
             if process.status() == psutil.STATUS_STOPPED:
-                lines.append(f"{state}: something has stopped it (SIGSTOP)")
+                lines.append(f"{state}: it was stopped (SIGSTOP)")
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

@@ -108,7 +108,7 @@ def test_a_checkpoint_that_lacks_a_rank_is_refused(run: Path, tmp_path: Path):
     for path in checkpoint.iterdir():
         if "rank_1" not in path.name:
             (tmp_path / path.name).hardlink_to(path)
-    with pytest.raises(ValueError, match="has 1 of 2 ranks' files"):
+    with pytest.raises(ValueError, match="has only 1 of 2 ranks' files"):
         load_encoder(tmp_path)
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"no readable manifest\.json"):

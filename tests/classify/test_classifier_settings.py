@@ -127,7 +127,7 @@ def test_a_start_is_checked_before_anything_else(tmp_path: Path, monkeypatch: py
             "model.position=learned: must be relative, sincos or bias (sincos: any absolute table, fixed like MAE's or "
             "learned;",
         ),
-        ({"val__shards": ""}, "val.shards='': must be longer: it is empty"),
+        ({"val__shards": ""}, "val.shards='': must be non-empty"),
     ],
 )
 def test_a_configuration_that_cannot_work_names_its_key(keys: dict[str, Any], says: str, tmp_path: Path):

@@ -207,13 +207,13 @@ def test_changed_shards_are_refused_by_name_when_a_run_continues(shards: Path, i
     )
     added.unlink()
     write_tar(shards / "train-000001.tar", [("other.jpg", jpeg(1))])
-    assert "1 shards were written anew: 'train-000001.tar' (the first had 16 samples in " in refused()
+    assert "1 shards were rewritten: 'train-000001.tar' (the first had 16 samples in " in refused()
     (shards / "train-000001.tar").unlink()
     assert "1 of 3 shards are gone: 'train-000001.tar'; data.accept" in refused()
     labels = [(f"img{sample}.cls", b"7") for sample in range(30, 46)]  # as many bytes as there were
     images = [(f"img{sample}.jpg", jpeg(sample, 40 + sample, 90 - sample)) for sample in range(30, 46)]
     write_tar(shards / "train-000001.tar", list(chain(*zip(images, labels, strict=True))))
-    assert "shards of the same names and sizes have other images or labels in them" in refused()
+    assert "shards with the same names and sizes contain different images or labels" in refused()
     assert shard_difference({}, before.shards) == "the fingerprint of the index differs"
 
 
@@ -226,7 +226,7 @@ def test_other_images_of_the_same_sizes_are_refused_by_name(shards: Path, index:
     check_continues(before, state_of(load_index(shards)))
     after = state_of(build_index(shards, checksums=True))
     check_continues(state_of(index), after)
-    with pytest.raises(CannotContinueError, match=r"other images or labels in them: 'train-000001.tar'; "):
+    with pytest.raises(CannotContinueError, match=r"different images or labels: 'train-000001.tar'; "):
         check_continues(before, after)
 
 

@@ -101,7 +101,7 @@ def test_a_port_on_which_another_run_listens(recipe: Path, start: Callable[..., 
         port = other.getsockname()[1]
         output = refused(start(recipe, processes=1, port=port))
     assert f"port {port} is already in use by process {os.getpid()} (" in output
-    assert f"which still goes on, `kill {os.getpid()}` saves and stops it" in output
+    assert f"this same run, still running, `kill {os.getpid()}` saves and stops it" in output
     assert "choose another port: deepspeed (or torchrun) --master_port=" in output
 
 
@@ -111,11 +111,11 @@ def test_weights_that_explode_are_never_written_and_the_samples_are_named(
     run = start(recipe, "optim.base_lr=1e30", "train.max_nonfinite_steps=3")
     output = "".join(run.outputs())
     assert all(process.returncode == 1 for process in run.all), output
-    assert "3 steps in a row had no finite gradient (train.max_nonfinite_steps)" in output
+    assert "3 steps in a row had a non-finite gradient (train.max_nonfinite_steps)" in output
     for rank in (0, 1):
         log = (tmp_path / "runs" / "tiny" / "logs" / f"rank{rank}.log").read_text()
-        assert log.count("the gradient is not finite; the weights did not move") == 3
-        assert f"ERROR pretrain.trainer.main: error on rank {rank}: 3 steps in a row had no finite gradient" in log
+        assert log.count("the gradient is not finite; the weights are unchanged") == 3
+        assert f"ERROR pretrain.trainer.main: error on rank {rank}: 3 steps in a row had a non-finite gradient" in log
     named = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "nonfinite.jsonl").read_text().splitlines()]
     assert len(named) == 3
     assert all(len(set(row["samples"])) == 8 for row in named)
@@ -157,8 +157,8 @@ def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Calla
         output = "".join(run.outputs())
         assert all(process.returncode == 1 for process in run.all), output
         assert "checkpoint step_00000006 could not be written" in output
-        assert "training continues, and the next checkpoint is tried" in output
-        assert "make room and start the same command: it continues from step 3" in output
+        assert "training continues and will try the next checkpoint" in output
+        assert "make room and run the same command again: it continues from step 3" in output
         assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000003"]
         subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)
         assert "resumes from step_00000003" in start(recipe, "checkpoint.every_steps=3").finish()

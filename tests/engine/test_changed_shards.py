@@ -38,14 +38,14 @@ def test_one_shard_more(
     shutil.copy(shards / names[2], mine)
     (mine / "index.npz").unlink()
     refused, accepts = "".join(start(recipe, *keys).outputs()), "data.accept_changed_shards=true"
-    assert f"1 of 3 shards are new: '{names[2]}'; {accepts} continues with them" in refused
+    assert f"1 of 3 shards are new: '{names[2]}'; {accepts} accepts them" in refused
     within = "".join(start(recipe, *keys, accepts, "name=within").outputs())
-    assert "step 8, is within one, which is from step 7 to step 14" in within
+    assert "step 8, lies within the one from step 7 to step 14" in within
 
     said = start(recipe, *keys, accepts).finish()
     assert "resumes from step_00000007" in said
     assert "2 epochs, 17 steps" in said
-    assert "since step 7, the end of epoch 1, with other shards" in said
+    assert "since step 7, the end of epoch 1, on other shards" in said
     rows = read_metrics(tmp_path / "runs/tiny/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 18))
     assert [row["epoch"] for row in rows[7:]] == pytest.approx([1 + step / 10 for step in range(1, 11)])

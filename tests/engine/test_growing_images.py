@@ -50,7 +50,7 @@ def test_the_size_is_logged(whole: Callable[..., Path]):
     assert [row["image_size"] for row in rows] == ["48x64"] * 10 + ["64x80"] * 10
     said = (whole(GROWING).parents[1] / "said.txt").read_text()
     assert "at 48x64, 64x80 from epoch 1 on" in said
-    assert "from step 10 on images are 64x80" in said
+    assert "from step 10 on, images are 64x80" in said
 
 
 def test_a_schedule_of_one_size_changes_no_bits(whole: Callable[..., Path]):

@@ -31,7 +31,7 @@ def test_a_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_pa
     stopped.send_signal(signal.SIGSTOP)
     assert main.ended(time.monotonic() + 60)
     assert main.returncode == HUNG
-    assert f"nothing was heard of rank 1 on {node_name()} for watchdog.silent_minutes=0.25 minutes" in main.said()
+    assert f"nothing was heard from rank 1 on {node_name()} for watchdog.silent_minutes=0.25 minutes" in main.said()
     assert "rank 0 on " in main.said()
     assert " is at: " in main.said()
 
@@ -43,7 +43,7 @@ def test_a_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path,
     main, other = run.outputs(60)
     assert [rank.returncode for rank in run.all] == [HUNG, HUNG]
     assert "has taken longer than watchdog.step_minutes=0.1 minutes" in main
-    assert f"process {worker.pid} (stopped): something has stopped it (SIGSTOP)" in other
+    assert f"process {worker.pid} (stopped): it was stopped (SIGSTOP)" in other
     assert psutil.wait_procs([worker], 10)[1] == []
 
 

@@ -74,7 +74,7 @@ def test_a_training_that_diverges_ends_though_nothing_is_logged(
     )
     output = "".join(run.outputs())
     assert all(process.returncode == 1 for process in run.all), output
-    assert "3 steps in a row had no finite gradient (train.max_nonfinite_steps)" in output
+    assert "3 steps in a row had a non-finite gradient (train.max_nonfinite_steps)" in output
     rows = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "nonfinite.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
     assert steps == list(range(steps[0], steps[0] + 3))

@@ -75,8 +75,8 @@ def test_other_kernels_or_precisions_are_refused_unless_asked_for(
     assert "checkpoint.exact_resume=false" in first
     continued = start(*again, "checkpoint.exact_resume=false").finish()
     assert f"resumes from {BEFORE}" in continued
-    assert "continues with other bits: residual was" in continued
-    assert "may continue with other bits: torch was '2.9.0'" in continued
+    assert "continues with different bits: residual was" in continued
+    assert "may continue with different bits: torch was '2.9.0'" in continued
     assert "photographs whose short side was over 90 pixels were shrunk to it, JPEG 90" in continued
     recorded = json.loads((moved / "checkpoints" / LAST / "manifest.json").read_text())["state"]["numerics"]
     kernels = {"compile": False, "cuda_graphs": False, "attention": "sdpa", "residual": "bf16", "sdpa": "cpu"}

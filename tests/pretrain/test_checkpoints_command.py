@@ -74,7 +74,7 @@ def test_prunes_what_is_damaged_and_what_need_not_stay(
     for step in (20, 30):
         training.damage(step)
     assert checkpoints.main([str(tmp_path / "run"), "--prune"]) == 1
-    assert "has no sound checkpoint: nothing is deleted" in capsys.readouterr().err
+    assert "has no sound checkpoint: nothing was deleted" in capsys.readouterr().err
     assert training.steps == [20, 30]
 
 
@@ -98,5 +98,6 @@ def test_exports_by_the_command_that_there_is(
     assert checkpoints.main([run, "--export", "25", out]) == 1
     said = capsys.readouterr().err
     assert "step_00000020 is damaged: weights.pt differs" in said
-    assert "has checkpoints of the steps 40, 30, 20, 10" in said
+    assert "--export 25: no such checkpoint; steps in " in said
+    assert "/checkpoints: 40, 30, 20, 10" in said
     assert checkpoints.main([str(tmp_path / "nothing")]) == 1

@@ -52,7 +52,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(recipe: str, override: str
         ("data.image_size=abc", "data.image_size=abc: must be a whole number, or [a whole number, a whole number]"),
         ("data.image_size=[224", "data.image_size=[224: must be a whole number, or [a whole number, a whole number]"),
         ("data.hflip=1.5", "data.hflip=1.5: must be at most 1"),
-        ("data.shards=", "data.shards='': must be longer: it is empty"),
+        ("data.shards=", "data.shards='': must be non-empty"),
         ("optim.betas=[0.9]", "optim.betas=[0.9]: must be [a number, a number]"),
         ("optim.base_lr=nan", "optim.base_lr=nan: must be a finite number"),
         ("optim.base_lr=0", "optim.base_lr=0: must be more than 0"),
@@ -62,7 +62,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(recipe: str, override: str
         ("train.precision=fp16", "train.precision=fp16: must be bf16 or fp32"),
         ("method.mask_ratio=1.0", "method.mask_ratio=1.0: must be less than 1"),
         ("method.predict_ratio=0", "method.predict_ratio=0: must be more than 0, or none"),
-        ("name=a/b", "name=a/b: must be a folder's name of letters, digits"),
+        ("name=a/b", "name=a/b: must be a folder name of letters, digits"),
     ],
 )
 def test_a_wrong_value_names_its_key(recipe: str, override: str, says: str):
@@ -129,7 +129,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest():
 def test_a_recipe_without_sections_is_refused(tmp_path: Path, text: str):
     path = tmp_path / "empty.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"empty\.yaml holds no keys"):
+    with pytest.raises(ValueError, match=r"empty\.yaml is not a YAML mapping"):
         load(str(path), [])
 
 

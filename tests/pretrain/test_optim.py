@@ -67,8 +67,11 @@ def test_steps_keep_the_rate_and_divide_it():
     [
         ({}, "optim.schedule=steps: set optim.step_epochs, for example to [350]"),
         ({"step_epochs": [400]}, "optim.step_epochs=[400.0] must be less than train.epochs=400"),
-        ({"step_epochs": [300, 200]}, "optim.step_epochs=[300.0, 200.0]: epochs that rise"),
-        ({"step_epochs": [30]}, "optim.step_epochs=[30.0]: epochs that rise, after optim.warmup_epochs=40"),
+        ({"step_epochs": [300, 200]}, "optim.step_epochs=[300.0, 200.0]: the epochs must increase"),
+        (
+            {"step_epochs": [30]},
+            "optim.step_epochs=[30.0]: the epochs must increase, from optim.warmup_epochs=40 or later",
+        ),
     ],
 )
 def test_steps_that_never_come_are_refused(optim: dict[str, Any], says: str):

@@ -54,13 +54,13 @@ CASES: dict[str, dict[str, Any]] = {
 REFUSED = {
     "tec": ({"method": MAE | {"name": "tec"}, "model": SINCOS}, "target.name=teacher has a teacher that reads RGB"),
     "teacher": ({"method": LOMAR, "target": {"name": "teacher"}}, "target.name=teacher has a teacher that reads RGB"),
-    "color_jitter": ({"method": LOMAR, "data": {"color_jitter": 0.8}}, "data.color_jitter=0.8 changes colors of RGB"),
+    "color_jitter": ({"method": LOMAR, "data": {"color_jitter": 0.8}}, "data.color_jitter=0.8 works only on 8-bit RGB"),
     "lut": (
         {"method": MAE, "model": SINCOS, "lut": {"color_jitter": 0.8, "three_augment": True}},
-        "lut.color_jitter=0.8 changes colors(.|\n)*set lut.color_jitter=0(.|\n)*set lut.three_augment=false",
+        "lut.color_jitter=0.8 works only on 8-bit RGB(.|\n)*set lut.color_jitter=0(.|\n)*set lut.three_augment=false",
     ),
     "no statistics": ({"method": LOMAR, "data": {"mean": None}}, "needs data.mean of these images: `python -m data.st"),
-    "too few": ({"method": LOMAR, "data": {"std": (0.1,) * 3}}, "data.std has 3 values, and data.channels=5"),
+    "too few": ({"method": LOMAR, "data": {"std": (0.1,) * 3}}, "data.std has 3 values, but data.channels=5"),
     "negative": ({"method": LOMAR, "data": {"std": (0.1, 0.1, 0.1, 0.1, 0)}}, "data.std"),
     "too many channels": ({"method": LOMAR, "data": {"channels": 17}}, "data.channels"),
 }

@@ -195,11 +195,11 @@ def test_another_kind_of_file_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"image_size": 18}, "--image-size 18 is no multiple of --patch-size 4"),
-        ({"components": 49}, "--components 49: a patch of 4x4 pixels has 1 to 48"),
+        ({"image_size": 18}, "--image-size 18 is not a multiple of --patch-size 4"),
+        ({"components": 49}, "--components 49: must be 1 to 48 for patches of 4x4 pixels"),
         ({"components": 0}, "--components 0"),
         ({"images": 0}, "--images 0 must be at least 1"),
-        ({"images": 2}, "32 patches do not determine 48 components: pack more images, or raise --images"),
+        ({"images": 2}, "32 patches are too few for 48 components: pack more images, or raise --images"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(keys: dict, says: str, shards: str):

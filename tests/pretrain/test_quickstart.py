@@ -50,7 +50,7 @@ def test_a_run_that_has_begun_keeps_its_epochs(monkeypatch, capsys):
     Path("runs/quickstart/config.yaml").write_text(load("quickstart", ["train.epochs=20"]).to_yaml())
     out, err = said(0.01, monkeypatch, capsys)
     assert out == "train.epochs=20 optim.warmup_epochs=6\n"
-    assert err == "runs/quickstart goes on with its 20 epochs\n"
+    assert err == "runs/quickstart continues with its 20 epochs\n"
 
 
 def test_a_step_is_measured():

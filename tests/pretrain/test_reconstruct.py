@@ -95,7 +95,7 @@ def test_a_folder_of_images(make_run: Callable[..., Path], photos: Path, tmp_pat
     run, out = make_run(method=LOMAR, target={"name": "pixels", "norm_pix": True}), tmp_path / "new" / "drawn.png"
     assert main([str(run), str(photos), str(out), "--count", "3"]) == 0
     said = capsys.readouterr()
-    assert said.err == "left out, since it cannot be decoded: a/0\n"
+    assert said.err == "skipped, cannot be decoded: a/0\n"
     assert said.out == f"{out}: 3 images, killed: after 7 steps\n"
     assert Image.open(out).size[0] > 1000
     ((columns, heading, caption),) = drawn
@@ -222,7 +222,7 @@ def test_what_cannot_be_drawn_is_refused(make_run: Callable[..., Path], photos: 
     (run / "checkpoints" / "step_00000007" / MANIFEST).unlink()
     (run / "checkpoints" / "step_00000007" / MODEL_STATES).unlink()
     (run / "checkpoints" / "step_00000007").rmdir()
-    assert "has no checkpoint, and an encoder's file alone does not have what predicts pixels" in refused(
+    assert "has no checkpoint, and an encoder file alone lacks the part that predicts pixels" in refused(
         run, photos, out
     )
     assert not out.exists()

@@ -27,9 +27,7 @@ def test_what_is_no_section_is_refused(recipe: str, override: str, says: str):
 def test_a_method_without_a_name_is_refused(tmp_path: Path):
     path = tmp_path / "nameless.yaml"
     path.write_text("name: x\nmethod: {mask_ratio: 0.5}\ndata: {shards: /nowhere}\n")
-    with pytest.raises(
-        ValueError, match=r"^method\.name is not set: write it in the recipe or give method\.name=value$"
-    ):
+    with pytest.raises(ValueError, match=r"^method\.name is not set: set it in the recipe or give method\.name=value$"):
         load(str(path), [])
 
 
@@ -45,7 +43,7 @@ def test_another_name_replaces_the_whole_section(recipe: str, tmp_path: Path):
     assert turned.mask_patch_size == 16, "in any order"
     beit = load(str(child), ["method.name=beit"]).method
     assert (beit.name, beit.mask_ratio, beit.mask_type) == ("beit", 0.4, "block"), "nothing is left of LoMaR's keys"
-    with pytest.raises(ValueError, match=r"unknown key method\.num_windows: it is for method\.name=lomar"):
+    with pytest.raises(ValueError, match=r"unknown key method\.num_windows: it belongs to method\.name=lomar"):
         load(str(child), ["method.name=beit", "method.num_windows=2"])
     grandchild = tmp_path / "grandchild.yaml"
     grandchild.write_text("extends: child.yaml\nmethod: {name: simmim}\n")

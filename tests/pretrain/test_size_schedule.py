@@ -194,7 +194,7 @@ def test_positions_are_resampled_as_where_an_encoder_is_fine_tuned_at_another_si
 
 def test_a_method_with_parameters_for_one_grid_is_refused_by_their_name():
     method, other = (nn.ModuleDict({"table": nn.Linear(count, 2)}) for count in (20, 12))
-    with pytest.raises(ValueError, match=r"table\.weight is \[2, 20\], and \[2, 12\] of 3x4 patches: leave it out"):
+    with pytest.raises(ValueError, match=r"table\.weight is \[2, 20\], and \[2, 12\] for 3x4 patches: leave it out"):
         share(method, other, (4, 5), (3, 4))
 
 

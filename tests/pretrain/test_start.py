@@ -73,8 +73,10 @@ def test_what_is_not_there_is_found_before_the_shards_are_read(tmp_path: Path, m
     assert "no such file or folder" in refusal(f"start.checkpoint={tmp_path}/mae.pth")
     assert "is not the folder of a run: it has no config.yaml" in refusal(f"start.run={tmp_path}")
     (tmp_path / "config.yaml").touch()
-    assert "has no checkpoint: let it go on to one (checkpoint.every_steps)" in refusal(f"start.run={tmp_path}")
-    with pytest.raises(ValueError, match="there is no such file"):
+    assert "has no checkpoint yet: let it run until it saves one (checkpoint.every_steps)" in refusal(
+        f"start.run={tmp_path}"
+    )
+    with pytest.raises(ValueError, match="no such file or folder"):
         pretrain(configure(tmp_path, f"start.checkpoint={tmp_path}/mae.pth"), WORLD)
 
 

@@ -26,7 +26,7 @@ def test_detector_is_requeued_and_measured_each_epoch_once(cluster: Cluster, tmp
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), job.logs()
-    assert re.search(r"stopped by a signal, and requeued(?s:.*)continues from ", job.logs()), job.logs()
+    assert re.search(r"stopped by a signal: requeued(?s:.*)continues from ", job.logs()), job.logs()
     assert (work_dir / "last_checkpoint").read_text().endswith("epoch_2")
     assert [row["iter"] for row in evaluations(work_dir)] == [4, 8]
 

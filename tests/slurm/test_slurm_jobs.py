@@ -58,7 +58,7 @@ def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Clust
     end = job.wait_end(seconds=60)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "137:0"), job.logs()
     assert "a rank ended with exit code 137" in job.logs()
-    assert "node2 seems to be bad, and is not excluded: partition main has no node to spare" in job.logs()
+    assert "node2 seems to be bad but is not excluded: partition main has no node to spare" in job.logs()
     check_same_end(submit(cluster, recipe, "name=killed"), folder, whole, restarts=0)
 
 
@@ -68,7 +68,7 @@ def test_hung_job_says_where_and_continues(cluster: Cluster, recipe: Path, whole
     (worker,) = psutil.Process(rank_process(1, "name=hung")).children()
     os.kill(worker.pid, signal.SIGSTOP)
     check_same_end(job, folder, whole, restarts=1)
-    assert "(stopped): something has stopped it (SIGSTOP)" in job.logs()
+    assert "(stopped): it was stopped (SIGSTOP)" in job.logs()
     assert "ended by the watchdog" in job.logs()
 
 
@@ -87,7 +87,7 @@ def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, t
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), job.logs()
-    assert re.search(r"stopped by a signal, and requeued(?s:.*)resumes from step_", job.logs()), job.logs()
+    assert re.search(r"stopped by a signal: requeued(?s:.*)resumes from step_", job.logs()), job.logs()
     assert [row["step"] for row in rows(folder)] == list(range(1, 4 * 7 + 1))
     measured = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
     assert [(row["step"], row["images"]) for row in measured] == [(7 * epoch, 61) for epoch in range(1, 5)]

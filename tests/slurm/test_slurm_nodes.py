@@ -31,12 +31,12 @@ def test_an_array_is_a_chain_while_a_node_is_drained_and_daemons_restart(
         cluster.run("scancel", "--batch", "--signal=USR1", first.show()["JobId"])
         end = first.wait_end()
         assert (end["JobState"], end["Restarts"], end["BatchHost"]) == ("COMPLETED", "0", node), first.logs()
-        assert "stopped by a signal: the next of the array's jobs continues" in first.logs()
+        assert "stopped by a signal: the next job of the array continues" in first.logs()
         assert len(rows(folder)) < STEPS
         check_same_end(second, folder, whole, restarts=0)
         assert second.show()["BatchHost"] != node
         assert third.wait_end()["JobState"] == "COMPLETED"
-        assert "the run is finished: nothing is left to do" in third.logs()
+        assert "the run is finished: nothing left to do" in third.logs()
     finally:
         cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
 
@@ -49,8 +49,8 @@ def test_a_node_on_which_a_rank_is_killed_is_excluded(cluster: Cluster, recipe: 
     check_same_end(job, folder, whole, restarts=1)
     end = job.show()
     assert (end["ExcNodeList"], end["BatchHost"] != bad) == (bad, True)
-    assert f"{bad} seems to be bad, and is excluded from this job" in job.logs()
-    assert "a node is bad, and requeued" in job.logs()
+    assert f"{bad} seems to be bad and is excluded from this job" in job.logs()
+    assert "a node is bad: requeued" in job.logs()
 
 
 def test_half_of_the_nodes_are_enough(cluster: Cluster, recipe: Path, whole: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_finished_array_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "next" / "slurm" / "logs").symlink_to(tmp_path / "first" / "slurm" / "logs")
     following = start_job(tmp_path / "next", None, **array | {"SLURM_ARRAY_TASK_ID": "2"})
     assert (following.returncode, following.stderr) == (0, "")
-    assert "the run is finished: nothing is left to do" in following.stdout
+    assert "the run is finished: nothing left to do" in following.stdout
     assert "pretrain/run.py" not in following.stdout
 
 

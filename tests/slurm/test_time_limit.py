@@ -43,7 +43,7 @@ def test_a_job_is_requeued_before_its_time_is_over(cluster: Cluster, recipe: Pat
     folder = cluster.project / "runs" / "limited"
     assert 0 < len(rows(folder)) < STEPS
     check_same_end(job, folder, whole, restarts=1)
-    assert "stopped by a signal, and requeued" in job.logs()
+    assert "stopped by a signal: requeued" in job.logs()
     logs = cluster.project / "slurm" / "logs" / f"pretrain_vitb-{job.number}"
     assert [path.name for path in logs.glob("*-stopped")] == ["attempt0-stopped"]
 

@@ -28,8 +28,8 @@ def test_what_another_stage_computes_with_does_not_stop_a_run(tmp_path: Path, ca
         check(tmp_path, before, TrainState(world_size=3, zero_stage=3, numerics=PLAIN))
     (said,) = (record.getMessage() for record in caplog.records)
     assert said == (
-        "the run continues with other bits: the number of ranks was 2 and is 3, the ZeRO stage (train.ds_config) was 1 "
-        "and is 3, compile was True and is False"
+        "the run continues with different bits: the number of ranks was 2 and is 3, the ZeRO stage (train.ds_config) "
+        "was 1 and is 3, compile was True and is False"
     )
 
 

@@ -89,7 +89,7 @@ def test_the_key_that_tells_methods_apart_lists_them():
     ],
 )
 def test_a_recipe_of_the_other_command_is_known(catalog: Catalog, recipe: str, command: str):
-    with pytest.raises(ValueError, match=f"{recipe} is a recipe of {command}"):
+    with pytest.raises(ValueError, match=f"{recipe} is a recipe for {command}: run that instead"):
         catalog.show(recipe, [])
 
 

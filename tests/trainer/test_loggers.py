@@ -215,7 +215,7 @@ def test_without_a_terminal_the_first_steps_and_each_logged_one_are_lines(capsys
         bar.close()
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        "step 3/10  the first one took 4.0 s",
+        "step 3/10  the first step took 4.0 s",
         "step 3/10  loss 0.5000  lr 1.00e-03  80.0 img/s  wait 25%  00:00 left",
         "step 5/10  8.00 s a step, about 00:40 left",
     ]
@@ -239,11 +239,11 @@ def test_a_phase_that_takes_long_is_mentioned_and_a_quick_one_is_not(
 ):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(phases, "SLOW", 0.01)
-    with report_if_slow("the index is made"):
+    with report_if_slow("building the index"):
         deadline = time.monotonic() + 10
         while not caplog.messages and time.monotonic() < deadline:
             time.sleep(0.005)
-    assert caplog.messages[0] == "the index is made: 00:00 so far"
+    assert caplog.messages[0] == "building the index: 00:00 so far"
     caplog.clear()
     monkeypatch.setattr(phases, "SLOW", 60.0)
     with report_if_slow("quick"):

@@ -88,7 +88,7 @@ def test_a_rank_that_lost_another_says_so_in_one_line(
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1\nframes")
     assert run_main(lost, rank=1) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error on rank 1: another rank has ended: it says why, or was killed ([gloo")
+    assert err.startswith("error on rank 1: another rank has ended: its log says why, unless it was killed ([gloo")
     assert len(err.splitlines()) == 1
 
 
@@ -234,7 +234,7 @@ CUDA_SAYS = (
 )
 
 
-@pytest.mark.parametrize(("said", "more"), [(CUDA_SAYS, " (2.50 GiB more were asked for)"), ("out of memory", "")])
+@pytest.mark.parametrize(("said", "more"), [(CUDA_SAYS, " (tried to allocate 2.50 GiB more)"), ("out of memory", "")])
 def test_a_full_gpu_is_one_line_with_the_keys_to_change(
     said: str, more: str, run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -288,5 +288,5 @@ def test_a_mark_that_cannot_be_written_is_an_error(run_main: Callable[..., objec
     monkeypatch.setenv(ATTEMPT, "/nowhere/attempt0")
     assert run_main(Stopped("saved")) == 1
     err = capsys.readouterr().err
-    assert "error: the job is not requeued, since a file could not be written: " in err
+    assert "error: the job is not requeued, because a file could not be written: " in err
     assert "'/nowhere/attempt0-stopped'" in err

@@ -61,7 +61,9 @@ def test_two_ranks_meet_at_one_store() -> None:
 def test_a_port_that_is_taken_is_said_on_all_ranks(port: int) -> None:
     with pytest.raises(ValueError, match=f"port {port} is already in use by process {os.getpid()}"):
         meeting._host_store()
-    with pytest.raises(ValueError, match=f"what listens at port {port} of 127.0.0.1 is not the main rank of this run"):
+    with pytest.raises(
+        ValueError, match=f"port {port} of 127.0.0.1 is used by another program or run, not by this run's main rank"
+    ):
         meeting._find_store()
 
 
@@ -89,7 +91,7 @@ def test_who_does_not_come_is_named_and_a_signal_ends_the_waiting(
     monkeypatch.setattr(signals, "_received", Received())
     with caplog.at_level(logging.WARNING), pytest.raises(Stopped, match="while waiting for ranks 1, 2 to start"):
         meeting._wait_for_all(store, 0, 3)
-    assert "ranks 1, 2 have not started" in caplog.text
+    assert "ranks 1, 2 have not started: check the logs of their nodes" in caplog.text
 
 
 ORPHAN = """

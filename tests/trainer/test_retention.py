@@ -102,12 +102,12 @@ def test_a_manifest_of_before_there_were_checksums_of_it_is_read(saved: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content["files"].clear(), "names no files"),
-        (lambda content: content.pop("files"), "names no files"),
-        (lambda content: content.pop("state"), "has no state of a run"),
-        (lambda content: content["state"].update(nonsense=1), "has no state of a run"),
-        (lambda content: content["files"].update({"../../x": [1, 1]}), "is none of this project's"),
-        (lambda content: content["files"].update({"x": "1"}), "is none of this project's"),
+        (lambda content: content["files"].clear(), "lists no files"),
+        (lambda content: content.pop("files"), "lists no files"),
+        (lambda content: content.pop("state"), "has no valid run state"),
+        (lambda content: content["state"].update(nonsense=1), "has no valid run state"),
+        (lambda content: content["files"].update({"../../x": [1, 1]}), "was not written by this project"),
+        (lambda content: content["files"].update({"x": "1"}), "was not written by this project"),
     ],
 )
 def test_a_manifest_that_says_too_little_or_too_much_is_damaged(change: Any, said: str, saved: Path):

@@ -36,10 +36,14 @@ def test_a_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch:
     for job, stop in ((None, f"`kill {os.getpid()}`"), ("77", "`scancel 77`")):
         monkeypatch.setenv("SLURM_JOB_ID", job or "")
         here = f"{socket.gethostname()} (process {os.getpid()}, since "
-        said = f"another run is writing to {tmp_path / 'mine'}: {stop} on {here}"
+        said = f"another run is writing to {tmp_path / 'mine'}: run {stop} on {here}"
         with (
             first.locked(),
-            pytest.raises(ValueError, match=re.escape(said) + r".*the same command continues it.*another name="),
+            pytest.raises(
+                ValueError,
+                match=re.escape(said)
+                + r".*to save and stop it, then the same command again to continue it.*another name=",
+            ),
             second.locked(patience=0),
         ):
             pass

@@ -171,7 +171,7 @@ def test_an_old_one_that_cannot_be_deleted_is_no_failure(
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr(shutil, "rmtree", refuse)
     training.save(30)
-    assert "the old checkpoint step_00000010 could not be deleted: [Errno 5]" in caplog.text
+    assert "the old checkpoint step_00000010 could not be deleted or renamed: [Errno 5]" in caplog.text
     assert training.steps == [20, 30]
     monkeypatch.undo()
     training.save(40)

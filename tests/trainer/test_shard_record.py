@@ -38,31 +38,33 @@ def test_a_second_change_counts_from_the_first() -> None:
     assert [change["epoch"] for change in twice.shard_changes] == [2, 3]
     assert TrainState(**asdict(twice)) == twice
     assert describe_change(twice.shard_changes[0]) == (
-        "since step 14, the end of epoch 2, with other shards: 1 of 3 shards are new: 'c.tar'; 60 samples in 7 steps "
-        "an epoch before, 80 in 10 since"
+        "since step 14, the end of epoch 2, on other shards: 1 of 3 shards are new: 'c.tar'; 60 samples in 7 steps "
+        "per epoch before, 80 in 10 since"
     )
-    with pytest.raises(ValueError, match="step 23, is within one, which is from step 14 to step 24"):
+    with pytest.raises(ValueError, match="step 23, lies within the one from step 14 to step 24"):
         rule.accept(replace(once, step=23), fewer)
 
 
 def test_within_an_epoch_it_says_where_it_could() -> None:
     rule = ChangedShards(batch=8)
     with pytest.raises(
-        ValueError, match=r"is from step 7 to step 14: train up to step 14 .*every_steps=7 saves there\)$"
+        ValueError, match=r"the one from step 7 to step 14: train up to step 14 .*every_steps=7 saves there\)$"
     ):
         rule.accept(stands_at(10), NOW, ["step_00000010", "step_00000005"])
-    with pytest.raises(ValueError, match=r"or move 'step_00000010' away, to continue from 'step_00000007'$"):
+    with pytest.raises(ValueError, match=r"or move 'step_00000010' away to continue from 'step_00000007'$"):
         rule.accept(stands_at(10), NOW, ["step_00000010", "step_00000007"])
 
 
 def test_repeats_are_accepted_where_a_pass_ends() -> None:
     rule = ChangedShards(batch=8, repeats=2)
-    with pytest.raises(ValueError, match="a pass of 2 epochs ends, and the newest checkpoint, step 7, is within one"):
+    with pytest.raises(
+        ValueError, match="at the end of a pass of 2 epochs, but the newest checkpoint, step 7, lies within the one"
+    ):
         rule.accept(stands_at(7), NOW)
     assert rule.accept(stands_at(14), NOW).offset == 20 - 14
 
 
 def test_checkpoints_of_before_count_the_samples_of_their_shards() -> None:
     assert ChangedShards(batch=8).accept(stands_at(7, index_samples=0), NOW).offset == 10 - 7
-    with pytest.raises(ValueError, match="does not say how many samples"):
+    with pytest.raises(ValueError, match="does not record how many samples"):
         ChangedShards(batch=8).accept(stands_at(7, index_samples=0, shards={}), NOW)

@@ -135,7 +135,7 @@ def test_names_of_runs_and_shards(tmp_path: Path):
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"recipe\.yaml is not YAML: count stands there twice"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not YAML: duplicate key count"):
         written(tmp_path, "count", "1\n  count: 2")
 
 

@@ -56,7 +56,7 @@ def test_a_process_that_hangs_ends_with_what_it_was_doing(tmp_path: Path):
     assert done.returncode == HUNG
     assert "step 7 has taken longer than watchdog.step_minutes=0.01 minutes" in done.stderr
     assert "in wait_for_ever" in done.stderr
-    assert f"reads {pipe}" in done.stderr
+    assert f"is reading {pipe}" in done.stderr
     assert (tmp_path / "attempt0-hung").exists()
 
 
@@ -141,7 +141,7 @@ def test_silence_is_noticed_by_the_main_rank(watch: Callable[..., Watchdog], cap
     lively._store.set("alive/1", "again")
     with pytest.raises(Ended, match=str(HUNG)):
         main._check_silence(main._store)
-    assert "nothing was heard of rank 2 for watchdog.silent_minutes=0.001 minutes" in caplog.text
+    assert "nothing was heard from rank 2 for watchdog.silent_minutes=0.001 minutes" in caplog.text
     assert json.loads(main._store.get("ended"))["hung"]
 
 
