@@ -24,7 +24,7 @@ REBUILD = (
     f"{BUILD_TOOLS} && MMCV_WITH_OPS=1 {{cuda}}pip install --no-build-isolation --no-cache-dir --force-reinstall "
     "--no-deps onedl-mmcv"
 )
-CUDA_HOME = "module load cuda, or export CUDA_HOME=/usr/local/cuda; its major version must be torch's"
+CUDA_HOME = "module load cuda, or export CUDA_HOME=/usr/local/cuda; its major version must match torch's"
 # One of each pair owns the import name; both are supported, not at once.
 FORKS = {
     "mmengine": ("onedl-mmengine", "mmengine"),
@@ -90,7 +90,7 @@ def main() -> int:
     for finding in findings:
         print(finding)
     problems = sum(finding.status == "problem" for finding in findings)
-    print(f"{problems} problems" if problems else "everything that detection and segmentation need is installed")
+    print(f"{problems} problems" if problems else "everything needed for detection and segmentation is installed")
     return int(bool(problems))
 
 
@@ -108,7 +108,7 @@ def in_child(code: str) -> tuple[dict[str, Any], str]:
             [sys.executable, "-c", "import json" + code], capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return {}, f"no answer in {TIMEOUT_S} s"
+        return {}, f"timed out after {TIMEOUT_S} s"
     if child.returncode == 0:
         return json.loads(child.stdout.strip().splitlines()[-1]), ""
     errors = [line for line in child.stderr.strip().splitlines() if line.strip()]
@@ -155,7 +155,7 @@ def check_torch() -> Iterator[Finding]:
         )
     elif gpus:
         yield Finding(
-            "problem", "torch", f"{torch_build}; nvidia-smi finds no driver", "ask the administrator for the driver"
+            "problem", "torch", f"{torch_build}; nvidia-smi finds no driver", "ask the administrator to install it"
         )
     else:
         yield Finding("ok", "torch", f"{torch_build}; no GPU on this machine")
@@ -186,7 +186,7 @@ def check_torchvision() -> Iterator[Finding]:
         hint = f" (it requires {required})" if required else ""
         yield Finding("problem", "torchvision", error + hint, "pip install -c constraints.txt torch torchvision")
     else:
-        yield Finding("ok", "torchvision", f"{facts['version']}, fits torch")
+        yield Finding("ok", "torchvision", f"{facts['version']}, matches torch")
 
 
 def check_deepspeed() -> Iterator[Finding]:
@@ -198,7 +198,7 @@ def check_deepspeed() -> Iterator[Finding]:
         yield Finding("problem", "deepspeed", error, fix)
     elif tuple(map(int, re.findall(r"\d+", facts["version"])[:3])) < MIN_DEEPSPEED:
         yield Finding(
-            "problem", "deepspeed", f"{facts['version']}: gradients and resuming are wrong before {oldest}", fix
+            "problem", "deepspeed", f"{facts['version']}: gradients and resuming are broken before {oldest}", fix
         )
     else:
         yield Finding("ok", "deepspeed", facts["version"])
@@ -233,7 +233,7 @@ def _check_owner(name: str) -> Iterator[Finding]:
         yield Finding(
             "warning",
             name,
-            f"{' and '.join(owners)} install into the same folder, one over the other",
+            f"{' and '.join(owners)} install into the same folder and overwrite each other",
             f"pip uninstall -y {names}; {BUILD}",
         )
 
@@ -252,7 +252,7 @@ def check_mmcv() -> Iterator[Finding]:
         yield Finding("problem", "mmcv", "not installed", f"{BUILD_TOOLS} && MMCV_WITH_OPS=1 {_cuda_flags()}{BUILD}")
     elif "mmcv._ext'" in error:
         yield Finding(
-            "problem", "mmcv", f"built without its operators, as torch was not installed then ({error})", _rebuild()
+            "problem", "mmcv", f"built without its operators, because torch was missing then ({error})", _rebuild()
         )
     elif re.search(r"undefined symbol|_ext\.|lib(cudart|torch|c10)", error):
         yield Finding("problem", "mmcv", f"its operators were built for another torch or CUDA ({error})", _rebuild())
@@ -279,7 +279,7 @@ def check_build() -> Iterator[Finding]:
     setuptools = installed("setuptools")
     if not setuptools or int(setuptools[0].split()[1].split(".")[0]) >= 81:
         version = setuptools[0] if setuptools else "not installed"
-        yield Finding("warning", "setuptools", f"{version}; mmcv needs 80, and --no-build-isolation", BUILD_TOOLS)
+        yield Finding("warning", "setuptools", f"{version}; mmcv builds with 80 and --no-build-isolation", BUILD_TOOLS)
     else:
         yield Finding("ok", "setuptools", setuptools[0].split()[1])
     if not _driver_cuda():
