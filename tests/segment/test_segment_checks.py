@@ -198,7 +198,8 @@ def test_classes_without_pixels_are_named(root: Path):
     four = ["ground", "disc", "box", "star"]
     assert "masks read, 1 classes without a pixel in them: star" in check(config(root, classes=four))[0]
     line = check(config(root, classes=["disc", "box", "star"], reduce_zero_label=True))[0]
-    assert line.endswith("1 classes: star; are labels numbered from 0? then give reduce_zero_label=false")
+    hint = "are labels numbered from 0? then give reduce_zero_label=false"
+    assert line.endswith(f"1 classes without a pixel in them: star; {hint}")
 
 
 def test_rare_classes_are_searched_in_all_masks(root: Path):
