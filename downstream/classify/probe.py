@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     _add_count(parser, "--attentive-steps", 0, defaults.attentive_steps, steps)
     epochs = f"epochs of the short fine-tuning; 0: none, which saves most of the time; default: {FINETUNE_EPOCHS}"
     _add_count(parser, "--finetune-epochs", 0, FINETUNE_EPOCHS, epochs)
-    images = "most images of --train that the attentive probe and the fine-tuning learn from"
+    images = "at most this many images of --train for the attentive probe and the fine-tuning"
     _add_count(parser, "--max-images", 1, defaults.max_images, images)
     parser.add_argument(
         "--weights",
