@@ -25,7 +25,7 @@ REBUILD = (
     "--no-deps onedl-mmcv"
 )
 CUDA_HOME = "module load cuda, or export CUDA_HOME=/usr/local/cuda; its major version must match torch's"
-# One of each pair owns the import name; both are supported, not at once.
+# Packages with the same import name; all are supported, but only one at a time.
 FORKS = {
     "mmengine": ("onedl-mmengine", "mmengine"),
     "mmcv": ("onedl-mmcv", "mmcv", "mmcv-full", "mmcv-lite"),

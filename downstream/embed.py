@@ -7,8 +7,8 @@ others. IMAGES is a folder of images of any nesting, one image, or shards. OUT i
                    shards), label and class where they are known, and whether the image could be decoded
     OUT.parquet    the columns of that table, and `features`
 
-An image that cannot be decoded has a row of NaN. Features are computed in fp32. It also runs with torchrun, srun or
-deepspeed, on any number of processes, which must see the same folder. The last line of the output is a JSON object.
+An image that cannot be decoded has a row of NaN. Features are computed in fp32. Works with torchrun, srun or deepspeed,
+on any number of processes, which must see the same folder. The last line of the output is a JSON object.
 """
 
 import argparse
