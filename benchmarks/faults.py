@@ -89,7 +89,7 @@ class Campaign:
                 scene.script = str(self._folder / f"poisoned_{case.training}.py")
             scene.start().wait(300)
             if any(scene.codes()):
-                raise RuntimeError(f"the run that was left alone failed:\n{scene.said()}")
+                raise RuntimeError(f"the undisturbed run failed:\n{scene.said()}")
             self._whole[key] = scene.run
         return self._whole[key]
 
@@ -108,11 +108,11 @@ class Campaign:
         if not set(codes) <= set(case.codes):
             raise Wrong(f"exit codes {codes} instead of {list(case.codes)}: {_last(said)}")
         if case.says and not case.says.search(said):
-            raise Wrong(f"'{case.says.pattern}' was not said: {_last(said)}")
+            raise Wrong(f"no message matches '{case.says.pattern}': {_last(said)}")
         if not scene.is_over or -signal.SIGKILL in codes:
             _continue(scene, case)
         if different := differences(whole, scene.run):
-            raise Wrong(f"other bits: {different}")
+            raise Wrong(f"different bits: {different}")
         if left_files := scene.left_files():
             raise Wrong(f"left behind: {left_files}")
         return ("stopped_with_cause" if case.stops else "exact"), f"exit codes {codes} after {took:.0f} s"
@@ -124,7 +124,7 @@ def _check_resume(scene: Scene, said: str) -> None:
         int(line.partition("resumes from step_")[2][:8]) for line in said.splitlines() if "resumes from step_" in line
     ]
     if resumed and resumed[0] != scene.before:
-        raise Lost(f"resumed from step {resumed[0]}, and step {scene.before} was sound")
+        raise Lost(f"resumed from step {resumed[0]}, although step {scene.before} was sound")
 
 
 def _continue(scene: Scene, case: Case) -> None:
@@ -134,13 +134,13 @@ def _continue(scene: Scene, case: Case) -> None:
     said = scene.said()
     if any(scene.codes()):
         verdict = Lost if "no intact checkpoint" in said else Wrong
-        raise verdict(f"does not continue ({scene.codes()}): {_last(said)}")
+        raise verdict(f"did not continue ({scene.codes()}): {_last(said)}")
     if scene.before and f"resumes from step_{scene.before:08d}" not in said:
-        raise Lost(f"step {scene.before} was sound, and the run did not resume from it: {_last(said)}")
+        raise Lost(f"step {scene.before} was sound, but the run did not resume from it: {_last(said)}")
     if left := scene.left_processes():
         raise Wrong(f"left behind at the end: {left}")
     if at - scene.before > case.most_repeated:
-        raise Lost(f"{at - scene.before} steps were repeated, from step {scene.before} on")
+        raise Lost(f"{at - scene.before} steps were repeated, starting at step {scene.before}")
 
 
 def _last(said: str, lines: int = 6) -> str:
@@ -190,10 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python benchmarks/faults.py", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few cases")
-    parser.add_argument("--only", nargs="+", metavar="KIND", default=[""], help="cases that have one of these in them")
+    parser.add_argument("--only", nargs="+", metavar="KIND", default=[""], help="cases that contain one of these")
     parser.add_argument("--list", action="store_true", help="print the cases")
-    parser.add_argument("--done", type=Path, metavar="FILE", help="results.jsonl of a campaign to go on with")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keeps the runs, and results.jsonl; must be new")
+    parser.add_argument("--done", type=Path, metavar="FILE", help="results.jsonl of a campaign to continue")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the runs and results.jsonl here; must be new")
     args = parser.parse_args(argv)
     chosen = [case for case in (QUICK if args.quick else CASES) if any(part in str(case) for part in args.only)]
     chosen.sort(key=lambda case: case.number)  # some of each kind first

@@ -190,6 +190,6 @@ def poisoned(scene: Scene) -> Iterator[None]:
     scene.script = str(scene.run.parents[1] / f"poisoned_{scene.training}.py")
     scene.start().until_step(17)
     if "the gradient is not finite" not in scene.said():
-        raise RuntimeError("no gradient was not finite")
+        raise RuntimeError("no non-finite gradient was reported")
     scene.kill()
     yield

@@ -197,7 +197,7 @@ class Scene:
         while any(rank.returncode is None for rank in wanted):
             if time.monotonic() > deadline:
                 alive = [number for number, rank in enumerate(self.ranks.all) if rank.returncode is None]
-                raise Hung(f"ranks {alive} have not ended in {seconds:.0f} s, at step {self.last_step()}")
+                raise Hung(f"ranks {alive} did not end within {seconds:.0f} s, at step {self.last_step()}")
             time.sleep(0.02)
 
     def codes(self) -> list[int | None]:

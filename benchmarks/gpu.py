@@ -137,7 +137,7 @@ def main() -> None:
             if any(word in section.name for word in arguments.only):
                 session.section(*section)
         if arguments.dry:
-            session.say("a dry run: its figures mean nothing")
+            session.say("this was a dry run: its figures are meaningless")
         goals = print_goals(session)
         failed = session.failed()
         session.say(f"sections that failed: {'; '.join(failed) or 'none'}")

@@ -36,7 +36,7 @@ def environment(session: Session) -> None:
 
 def _nvidia_smi() -> str:
     if shutil.which("nvidia-smi") is None:
-        return "there is no nvidia-smi"
+        return "nvidia-smi not found"
     query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
     done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
     return done.stdout.strip() or done.stderr.strip()
@@ -61,7 +61,7 @@ def ceilings(session: Session) -> None:
         calls = (lambda: x @ w.T, lambda: dy @ w, lambda: dy.T @ x)  # noqa: B023 - called at once
         speeds = [round(2 * tokens * inputs * outputs / median_ms(call, device) / 1e9) for call in calls]
         rows[f"TFLOP/s {name} {tokens}x{inputs}x{outputs}"] = speeds
-        session.say(f"{name:14} {tokens} x {inputs} x {outputs}: forward, input's, weight's gradient: {speeds} TFLOP/s")
+        session.say(f"{name:14} {tokens} x {inputs} x {outputs}: forward, input and weight gradient: {speeds} TFLOP/s")
     session.keep("ceilings", rows)
 
 

@@ -76,7 +76,7 @@ def engine(run: Run) -> Callable[[Session], None]:
             ]
             rows = _start(command, environment, folder, session)
         if not rows:
-            raise ValueError("the run ended before it logged a step of normal speed")
+            raise ValueError("the run ended before it logged a step at normal speed")
         result = {
             "batch": batch,
             "logged": len(rows),
@@ -88,7 +88,7 @@ def engine(run: Run) -> Callable[[Session], None]:
         session.keep("engine", session.table("engine") | {run.name: result})
         session.say(
             f"{run.name}: {result['images_per_s']:.0f} images/s, {100 * result['data_wait']:.0f} % of the time waiting "
-            f"for data of {os.cpu_count()} cores; loss {result['loss']:.3f}"
+            f"for data from {os.cpu_count()} cores; loss {result['loss']:.3f}"
         )
 
     return section
@@ -102,7 +102,7 @@ def _start(command: list[str], environment: dict[str, str], folder: Path, sessio
         try:
             subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=True)
         except subprocess.TimeoutExpired:
-            session.say(f"the run was ended after {limit:.0f} s")
+            session.say(f"the run was stopped after {limit:.0f} s")
         except subprocess.CalledProcessError as error:
             raise ChildProcessError(f"exit status {error.returncode}:\n{log.read_text()[-3000:]}") from None
     record = folder / "runs" / "engine" / "environment.json"

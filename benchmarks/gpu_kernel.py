@@ -111,7 +111,7 @@ def right(session: Session) -> None:
         session.say(f"{name}, {dtype}: {numbers}; same bits twice: {row['same bits twice']}; ok: {row['ok']}")
     wrong = [name for name, row in rows.items() if not row["ok"]]
     if wrong:
-        raise ArithmeticError(f"wrong, or other bits the second time: {wrong}")
+        raise ArithmeticError(f"wrong, or different bits the second time: {wrong}")
 
 
 def is_wrong(session: Session) -> bool:
@@ -193,7 +193,7 @@ def sweep(name: str) -> Callable[[Session], None]:
 
     def section(session: Session) -> None:
         if session.dry:
-            return session.say("the kernel is for GPUs")
+            return session.say("the kernel runs only on GPUs")
         inputs = SHAPES[name].inputs(session.device, torch.bfloat16)
         rows: dict[str, Any] = {}
         for direction in ("forward", "backward"):

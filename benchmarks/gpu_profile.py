@@ -17,7 +17,7 @@ def profiled(cell: Cell) -> Callable[[Session], None]:
 
     def section(session: Session) -> None:
         if session.dry:
-            return session.say("kernels are for GPUs")
+            return session.say("kernels run only on GPUs")
         torch._dynamo.reset()
         config = load_variant(cell.variant, cell.arch, cell.size, *cell.overrides(session))
         model = trainee(config, IMAGES[cell.arch, cell.size], session.device)

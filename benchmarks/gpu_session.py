@@ -79,7 +79,7 @@ class Session:
             return
         needs = min(self._durations.get(kind, needs), self._seconds)
         if self.left() < needs:
-            sections[name] = f"left out: it may take {needs:.0f} s, and {max(self.left(), 0):.0f} s are left"
+            sections[name] = f"left out: it may take {needs:.0f} s, but only {max(self.left(), 0):.0f} s are left"
             self.say(f"{name}: {sections[name]}")
             return self.keep("sections", sections)
         self.say(f"== {name}")
@@ -108,7 +108,7 @@ class Session:
             free_memory()  # fails in that case, too
             torch.rand(1, device=self.device).item()
         except RuntimeError:
-            self.say("the GPU cannot be used any more by this process; a new one goes on")
+            self.say("this process can no longer use the GPU; continuing in a new one")
             words = [word for word in sys.argv if word != "--resume"]
             os.execv(sys.executable, [sys.executable, *words, "--resume", "--seconds", f"{self.left():.0f}"])
 

@@ -129,7 +129,7 @@ def measure(cell: Cell, checkout: Path | None = None) -> Callable[[Session], Non
                     raise
             images //= 2
             free_memory()
-            session.say(f"{cell.name}: out of memory; now with {images} images")
+            session.say(f"{cell.name}: out of memory; retrying with {images} images")
         speed = 3 * flops * row["images_per_s"]
         row |= {**asdict(cell), "side": image_side(arch, cell.size), "tflops": speed / 1e12, "mfu": speed / PEAK_FLOPS}
         session.keep("cells", session.table("cells") | {cell.name: row})

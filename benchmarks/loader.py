@@ -71,7 +71,7 @@ def extract(tar: Path, folder: Path, limit: int | None) -> int:
                 (folder / f"{count:06d}{suffix}").write_bytes(content.read())
                 count += 1
     if count < BATCH:
-        raise SystemExit(f"{tar}: {count} photographs, and {BATCH} at least are needed")
+        raise SystemExit(f"{tar}: {count} photographs, but at least {BATCH} are needed")
     return count
 
 

@@ -251,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for workers in args.workers:
                 for name, contender in found.items():
                     rounds[name, workers].append(time_pass(contender, sources, args.size, workers, photographs))
-    print(f"{photographs} photographs at {args.size} pixels; ms of CPU time, photographs/s and ours to it, by workers")
+    print(
+        f"{photographs} photographs at {args.size} pixels; ms of CPU time, photographs/s, CPU time / ours, by workers"
+    )
     figures: dict[str, float] = {}
     for name in found:
         cells = []

@@ -93,7 +93,7 @@ class Soak:
             if spared:
                 return
             if (self._run / "encoder.safetensors").exists():
-                raise RuntimeError(f"the run was at its end after {self.kills.total()} kills: give it more images")
+                raise RuntimeError(f"the run finished after only {self.kills.total()} kills: give it more images")
 
     def _kill_soon(self, ranks: Any) -> None:
         """Kills the run within the time of two steps or, if it is still starting, of a start."""
@@ -120,14 +120,14 @@ class Soak:
             if now == first + 1:
                 self.seconds_to_start = max(self.seconds_to_start, time.monotonic() - began)
             bar.n = now
-            bar.set_postfix_str(f"{self.kills.total()} kills, {self.resumed} times resumed")
+            bar.set_postfix_str(f"{self.kills.total()} kills, resumed {self.resumed} times")
             if now >= step:
                 return
             if now != seen:
                 deadline, seen = time.monotonic() + PATIENCE, now
             if time.monotonic() > deadline:
                 ranks.kill()
-                raise TimeoutError("no step any more:\n" + "\n".join(rank.said() for rank in ranks.all))
+                raise TimeoutError("the run stopped advancing:\n" + "\n".join(rank.said() for rank in ranks.all))
             time.sleep(0.05)
         if codes := [rank.returncode for rank in ranks.all if rank.returncode]:
             raise RuntimeError(f"the run failed ({codes}):\n" + "\n".join(rank.said() for rank in ranks.all))
@@ -201,11 +201,11 @@ def write_recipe(folder: Path, shards: str, kills: int) -> Path:
 
 def soak(start: Callable[..., Any], recipe: Path, runs: Path, shards: Sequence[str], kills: int, seed: int) -> Any:
     """Performs both runs; returns the figures for the last line."""
-    bar = tqdm(desc="the run that goes through", unit="step", file=sys.stderr)
+    bar = tqdm(desc="the undisturbed run", unit="step", file=sys.stderr)
     through = Soak(start, recipe, runs / "whole", shards[:1], seed)
     through.go(0, bar)
     bar.total, before = last_step(runs / "whole"), time.monotonic()
-    bar.set_description("the run that is killed")
+    bar.set_description("the killed run")
     broken = Soak(start, recipe, runs / "soaked", shards, seed)
     broken.seconds_to_start = through.seconds_to_start
     broken.go(kills, bar)
@@ -223,15 +223,15 @@ def soak(start: Callable[..., Any], recipe: Path, runs: Path, shards: Sequence[s
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python benchmarks/soak.py", description=__doc__.split("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the run's recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the run's recipe")
     parser.add_argument("--quick", action="store_true", help="3 kills")
     parser.add_argument("--kills", type=int, default=25, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--shards", action="append", metavar="SHARDS", help="shards of a few hundred images; again: another place"
+        "--shards", action="append", metavar="SHARDS", help="shards of a few hundred images; repeat for other places"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keeps the runs; must be new")
-    parser.add_argument("--store", action="store_true", help="half of the starts read from an S3 server that fails")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep the runs here; must be new")
+    parser.add_argument("--store", action="store_true", help="half of the starts read from a failing S3 server")
     args = parser.parse_intermixed_args(argv)
     kills = 3 if args.quick else args.kills
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:

@@ -146,7 +146,7 @@ def main() -> None:
     with tqdm(total=steps, unit="step") as progress:
         results = [measure(case, checkouts, progress) for case in todo]
     threads = torch.get_num_threads()
-    print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}; GFLOP: of an image's step")
+    print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}; GFLOP: per image and step")
     print(table(results))
     summary = {key: value for result in results for key, value in result["ratios"].items()}
     device = {"device": platform.machine(), "threads": threads, "torch": torch.__version__}

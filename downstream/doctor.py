@@ -1,4 +1,4 @@
-"""Finds parts of the installation that are missing or do not fit, and how to fix them: `python -m downstream.doctor`.
+"""Which parts of the installation are missing or do not fit, and how to fix them: `python -m downstream.doctor`.
 
 Exit code 0 when detection and segmentation can train here, 1 when something is broken.
 """
@@ -24,7 +24,7 @@ REBUILD = (
     f"{BUILD_TOOLS} && MMCV_WITH_OPS=1 {{cuda}}pip install --no-build-isolation --no-cache-dir --force-reinstall "
     "--no-deps onedl-mmcv"
 )
-CUDA_HOME = "module load cuda, or export CUDA_HOME=/usr/local/cuda; its major version must be torch's"
+CUDA_HOME = "module load cuda, or export CUDA_HOME=/usr/local/cuda; its major version must match torch's"
 # Packages with the same import name; all are supported, but only one at a time.
 FORKS = {
     "mmengine": ("onedl-mmengine", "mmengine"),
@@ -80,7 +80,7 @@ print(json.dumps({{"version": {name}.__version__}}))
 
 
 def main() -> int:
-    """Prints a line for each part; returns the exit code."""
+    """Prints a line for each part. Returns the exit code."""
     parts: list[Callable[[], Iterator[Finding]]] = [
         check_python, check_torch, check_torchvision, check_deepspeed, check_mmengine, check_mmcv, check_mmdet,
         check_mmseg, check_build,
@@ -90,7 +90,7 @@ def main() -> int:
     for finding in findings:
         print(finding)
     problems = sum(finding.status == "problem" for finding in findings)
-    print(f"{problems} problems" if problems else "everything that detection and segmentation need is installed")
+    print(f"{problems} problems" if problems else "everything needed for detection and segmentation is installed")
     return int(bool(problems))
 
 
@@ -102,13 +102,13 @@ def _safely(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 
 
 def in_child(code: str) -> tuple[dict[str, Any], str]:
-    """Runs Python code; returns the last line of output as JSON, and ''; or {} and the last line of the error."""
+    """Runs Python code: its last line of output, parsed as JSON, and ''; or {} and the last line of its error."""
     try:
         child = subprocess.run(
             [sys.executable, "-c", "import json" + code], capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        return {}, f"no answer in {TIMEOUT_S} s"
+        return {}, f"timed out after {TIMEOUT_S} s"
     if child.returncode == 0:
         return json.loads(child.stdout.strip().splitlines()[-1]), ""
     errors = [line for line in child.stderr.strip().splitlines() if line.strip()]
@@ -155,7 +155,7 @@ def check_torch() -> Iterator[Finding]:
         )
     elif gpus:
         yield Finding(
-            "problem", "torch", f"{torch_build}; nvidia-smi finds no driver", "ask the administrator for the driver"
+            "problem", "torch", f"{torch_build}; nvidia-smi finds no driver", "ask the administrator to install it"
         )
     else:
         yield Finding("ok", "torch", f"{torch_build}; no GPU on this machine")
@@ -186,7 +186,7 @@ def check_torchvision() -> Iterator[Finding]:
         hint = f" (it requires {required})" if required else ""
         yield Finding("problem", "torchvision", error + hint, "pip install -c constraints.txt torch torchvision")
     else:
-        yield Finding("ok", "torchvision", f"{facts['version']}, fits torch")
+        yield Finding("ok", "torchvision", f"{facts['version']}, matches torch")
 
 
 def check_deepspeed() -> Iterator[Finding]:
@@ -198,7 +198,7 @@ def check_deepspeed() -> Iterator[Finding]:
         yield Finding("problem", "deepspeed", error, fix)
     elif tuple(map(int, re.findall(r"\d+", facts["version"])[:3])) < MIN_DEEPSPEED:
         yield Finding(
-            "problem", "deepspeed", f"{facts['version']}: gradients and resuming are wrong before {oldest}", fix
+            "problem", "deepspeed", f"{facts['version']}: gradients and resuming are broken before {oldest}", fix
         )
     else:
         yield Finding("ok", "deepspeed", facts["version"])
@@ -217,7 +217,7 @@ def check_mmseg() -> Iterator[Finding]:
 
 
 def _check_import(name: str) -> Iterator[Finding]:
-    """Imports one of these packages, which also runs its assertions on the versions of the others."""
+    """Importing one of these packages also runs its assertions on the versions of the others."""
     yield from _check_owner(name)
     facts, error = in_child(IMPORT.format(name=name))
     if error:
@@ -233,7 +233,7 @@ def _check_owner(name: str) -> Iterator[Finding]:
         yield Finding(
             "warning",
             name,
-            f"{' and '.join(owners)} install into the same folder, one over the other",
+            f"{' and '.join(owners)} install into the same folder and overwrite each other",
             f"pip uninstall -y {names}; {BUILD}",
         )
 
@@ -252,7 +252,7 @@ def check_mmcv() -> Iterator[Finding]:
         yield Finding("problem", "mmcv", "not installed", f"{BUILD_TOOLS} && MMCV_WITH_OPS=1 {_cuda_flags()}{BUILD}")
     elif "mmcv._ext'" in error:
         yield Finding(
-            "problem", "mmcv", f"built without its operators, as torch was not installed then ({error})", _rebuild()
+            "problem", "mmcv", f"built without its operators, because torch was missing then ({error})", _rebuild()
         )
     elif re.search(r"undefined symbol|_ext\.|lib(cudart|torch|c10)", error):
         yield Finding("problem", "mmcv", f"its operators were built for another torch or CUDA ({error})", _rebuild())
@@ -267,19 +267,19 @@ def _rebuild() -> str:
 
 
 def _cuda_flags() -> str:
-    """Names the architectures (8.0: A100, 9.0: H100), so that a login node without a GPU builds for them as well."""
+    """With the architectures named (8.0: A100, 9.0: H100), a login node without a GPU builds for them as well."""
     return 'FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0" ' if shutil.which("nvcc") or _driver_cuda() else ""
 
 
 def check_build() -> Iterator[Finding]:
-    """Checks the build tools; only warns about them, as mmcv may be built already."""
+    """The build tools; they are only warned about, as mmcv may be built already."""
     for name in ("ninja", "psutil", "packaging", "wheel"):
         if not installed(name):
             yield Finding("warning", name, "not installed; needed to build mmcv and DeepSpeed's operators", BUILD_TOOLS)
     setuptools = installed("setuptools")
     if not setuptools or int(setuptools[0].split()[1].split(".")[0]) >= 81:
         version = setuptools[0] if setuptools else "not installed"
-        yield Finding("warning", "setuptools", f"{version}; mmcv needs 80, and --no-build-isolation", BUILD_TOOLS)
+        yield Finding("warning", "setuptools", f"{version}; mmcv builds with 80 and --no-build-isolation", BUILD_TOOLS)
     else:
         yield Finding("ok", "setuptools", setuptools[0].split()[1])
     if not _driver_cuda():

@@ -35,7 +35,7 @@ def load_images(*paths: str | Path) -> Samples:
     for file in files:
         if not file.is_file() or file.suffix.lower().lstrip(".") not in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION):
             raise ValueError(
-                f"{file} is no image ({', '.join(IMAGE_EXTENSIONS)}): give image files, or one folder, or one set of "
+                f"{file} is not an image ({', '.join(IMAGE_EXTENSIONS)}): give image files, one folder, or one set of "
                 f"shards"
             )
     root = Path(os.path.commonpath([file.absolute().parent for file in files]))

@@ -113,7 +113,7 @@ class Evidence:
         left = 0.95 * (self.deadline - time.monotonic()) - (2 * len(timed) + 1) * besides
         left -= (len(timed) + 1) * first.training_s
         share = left / (len(timed) + 1)  # seconds of each pretraining
-        print(f"{share:.0f} s for each pretraining, {first.training_s:.0f} s of fine-tuning after it", flush=True)
+        print(f"{share:.0f} s for each pretraining, then {first.training_s:.0f} s of fine-tuning", flush=True)
         for number, (name, before) in enumerate(timed.items()):
             epochs = self.epochs(share, before)
             done = self.pretrain(f"pretrain-{number}-{label(name)}", name, epochs)
@@ -158,9 +158,9 @@ def _time_is_up(number: int, frame: object) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs the experiment and ends the process, in time."""
     if not (options.dry or torch.cuda.is_available()):
-        raise SystemExit("--gpu: torch finds no GPU; --gpu --dry shows on a CPU that it works")
+        raise SystemExit("--gpu: torch finds no GPU; try it on a CPU with --gpu --dry")
     if (options.out / "runs").exists():
-        raise SystemExit(f"{options.out} holds the runs of another start: give another OUT")
+        raise SystemExit(f"{options.out} contains the runs of an earlier start: give another OUT")
     options.out.mkdir(parents=True, exist_ok=True)
     if options.dry:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # with so little work, threads only wait for each other
@@ -174,7 +174,7 @@ def run(options: argparse.Namespace) -> None:
         evidence.measure()
         complete = True
     except KeyboardInterrupt:
-        print("stopped, with some variants missing: the rows so far", flush=True)
+        print("stopped with some variants missing; the rows so far:", flush=True)
     signal.setitimer(signal.ITIMER_REAL, 0)
     report(evidence.results)
     print(json.dumps({"complete": complete, "seconds": time.monotonic() - evidence.start, "rows": evidence.results}))

@@ -28,8 +28,8 @@ def with_classes_of_data(config: FinetuneConfig, index: Index, val: Samples) -> 
     num_classes = len(index.classes) or 1 + max(int(labels_in(samples).max()) for samples in (index, val))
     if num_classes < 2:
         raise ValueError(
-            f"data.shards: {index.root} has one class, a classifier needs at least two: pack a folder with a folder "
-            f"for each class"
+            f"data.shards: {index.root} has one class, but a classifier needs at least two: pack a folder that has a "
+            f"subfolder for each class"
         )
     head = config.head.model_copy(update={"num_classes": num_classes})
     return config.model_copy(update={"head": head})
@@ -49,11 +49,11 @@ def check_train_and_val(index: Index, val: Samples, num_classes: int) -> None:
         if samples.classes and len(samples.classes) != num_classes:
             raise ValueError(
                 f"{key}: {samples.root} has {len(samples.classes)} classes ({samples.classes[0]}, ...), "
-                f"but head.num_classes={num_classes}, by default those of data.shards"
+                f"but head.num_classes={num_classes} (by default, those of data.shards)"
             )
     if (index.multi_labels is None) != (val.multi_labels is None):
         lists, single = (where, val_where) if index.multi_labels is not None else (val_where, where)
-        raise ValueError(f"{lists} has lists of labels, {single} one label for each image: write both in one way")
+        raise ValueError(f"{lists} has lists of labels, {single} one label per image: use the same kind in both")
     missing = np.flatnonzero(np.bincount(labels_in(index), minlength=num_classes) == 0).tolist()
     if missing:
         names = [index.classes[label] if index.classes else f"label {label}" for label in missing[:MAX_NAMED]]
@@ -90,7 +90,7 @@ def check_batches(config: FinetuneConfig, world: World, num_images: int) -> None
     micro = train.global_batch_size // (world.size * train.gradient_accumulation_steps)
     if config.augment.mixes and micro % 2:
         raise ValueError(
-            f"augment.mixup and augment.cutmix mix pairs of images, but each of {world.size} ranks has {micro} at once "
-            f"(train.global_batch_size={train.global_batch_size}, "
-            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}): make it even"
+            f"augment.mixup and augment.cutmix mix pairs of images, but each of {world.size} ranks has batches of "
+            f"{micro} (train.global_batch_size={train.global_batch_size}, "
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}): make this even"
         )

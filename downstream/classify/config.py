@@ -33,7 +33,7 @@ class FinetuneStartConfig(StartConfig):
     trained_blocks: int | None = Field(
         None,
         ge=0,
-        description="train only the head and this many last blocks; 0: a linear probe; none: train everything",
+        description="train only the head and this many of the last blocks; 0: a linear probe; none: train everything",
     )
 
 
@@ -41,7 +41,7 @@ class HeadConfig(Section):
     """The classification head on the encoder."""
 
     num_classes: int | None = Field(
-        None, ge=2, description="none: the classes of data.shards, by their names or else their labels"
+        None, ge=2, description="none: as many as data.shards has, by their names or else their labels"
     )
     kind: Literal["linear", "batchnorm"] = Field(
         "linear", description="batchnorm: standardize the features over the batch first, as in MAE's linear probe"
@@ -75,14 +75,16 @@ class FinetuneOptimConfig(OptimConfig):
 
     name: Literal["adamw", "lars"] = Field("adamw", description="lars: for linear probes with large batches")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block relative to that of the next")
-    momentum: Share = Field(0.9, description="of LARS")
+    momentum: Share = Field(0.9, description="for LARS")
 
 
 class ValConfig(Section):
     """Validation during training."""
 
     shards: str = Field(min_length=1, description="the validation images: shards, or a folder of class folders")
-    every_epochs: int = Field(1, ge=1, description="the end of training is always measured")
+    every_epochs: int = Field(
+        1, ge=1, description="epochs between validations; the end of training is always validated"
+    )
     batch_size: int = Field(128, ge=1, description="images per batch on each rank")
 
 
@@ -99,7 +101,7 @@ class FinetuneConfig(RunConfig):
 
     @property
     def task(self) -> str:
-        parts = {None: "training all of it", 0: "a linear probe"}
+        parts = {None: "training everything", 0: "a linear probe"}
         trained = parts.get(self.start.trained_blocks, f"training its last {self.start.trained_blocks} blocks")
         return f"{self.head.num_classes or 'all'} classes from {self.start.checkpoint or 'scratch'} ({trained})"
 

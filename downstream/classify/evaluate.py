@@ -85,7 +85,7 @@ def evaluate(
         logits = predict(images)
         num_classes = logits.shape[1]
         if labels.max() >= num_classes:
-            raise ValueError(f"{samples.root} has label {labels.max()}, the classifier {num_classes} classes")
+            raise ValueError(f"{samples.root} has label {labels.max()}, but the classifier has {num_classes} classes")
         return predict_one_label(logits, labels[indices].to(device))
 
     found, readable = compute_per_sample(compute, loader, device, "evaluating")
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         "--data", required=True, metavar="SHARDS_OR_FOLDER", help="shards, or a folder of class folders"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the accuracy of each class, confusion matrix and calibration"
+        "--out", type=Path, metavar="FOLDER", help="write per-class accuracy, confusion matrix and calibration here"
     )
     add_loading_options(parser)
     run_on_ranks(_command, parser.parse_args(arguments))

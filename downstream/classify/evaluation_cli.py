@@ -21,10 +21,10 @@ Command = Callable[[argparse.Namespace, World, torch.device], dict[str, Any]]
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Adds --batch-size and --num-workers."""
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch of each rank")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch on each rank")
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # of this node: torchrun, deepspeed
     workers = max(default_workers() // int(ranks), 1)
-    parser.add_argument("--num-workers", type=int, default=workers, metavar="N", help="decoding processes of each rank")
+    parser.add_argument("--num-workers", type=int, default=workers, metavar="N", help="decoding processes per rank")
 
 
 def block_numbers(text: str) -> tuple[int, ...]:

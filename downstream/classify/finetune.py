@@ -1,7 +1,7 @@
 """Trains a classifier: `deepspeed downstream/classify/finetune.py RECIPE [section.key=value ...]`.
 
 torchrun, srun and python work too. RECIPE is a YAML file or the name of one in downstream/classify/recipes. A stopped
-run continues when the same command is given again.
+run continues when the same command is run again.
 """
 
 import logging

@@ -167,7 +167,7 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         source = read_source(start.checkpoint, start.weights)
     except ValueError as error:
         raise ValueError(f"start.checkpoint: {error}") from None
-    advice = "use another"
+    advice = "use another checkpoint"
     try:
         found = translate(source)
         advice = _how_to_match(found.spec, config)
@@ -176,8 +176,8 @@ def _load_start(encoder: ViT, config: FinetuneConfig, class_names: Sequence[str]
         raise ValueError(f"start.checkpoint: {error}; {advice}") from None
     if found.pool_norm and not _has_own_norm(config):
         raise ValueError(
-            f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train all of it, with "
-            f"head.pool=avg and without start.trained_blocks, or start from the encoder that it came from"
+            f"start.checkpoint: {source.path} has a norm that was trained after average pooling: train everything, "
+            f"with head.pool=avg and without start.trained_blocks, or start from the encoder that it came from"
         )
     if found.pool_norm:  # it goes back behind the pool
         for kind in ("weight", "bias"):
@@ -200,7 +200,7 @@ def _how_to_match(found: EncoderSpec, config: FinetuneConfig) -> str:
         for record in (found, config.model)
     )
     keys = [f"model.{name}={value}" for name, value in theirs.items() if value != ours[name]]
-    return f"set {' '.join(keys)}" if keys else "use another"
+    return f"set {' '.join(keys)}" if keys else "use another checkpoint"
 
 
 def _check_blocks(config: FinetuneConfig, depth: int) -> None:

@@ -41,7 +41,7 @@ def build_optimizer(vit: VisionTransformer, config: FinetuneConfig, stage: int) 
         return build_adamw(groups, config, stage)
     if stage:
         raise ValueError(
-            f"optim.name=lars scales each matrix by its norm, and ZeRO stage {stage} cuts matrices into pieces: "
+            f"optim.name=lars scales each matrix by its norm, but ZeRO stage {stage} partitions matrices: "
             f"set train.ds_config=zero0"
         )
     for group in groups:  # as in MAE's code, adapt every matrix, with or without weight decay

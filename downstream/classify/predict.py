@@ -84,7 +84,7 @@ def _cells(name: str, pairs: list[tuple[str, float]], places: int) -> list[str]:
 
 def _command(options: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
     if options.top < 1 or not 0 <= (options.threshold or 0) <= 1:
-        raise ValueError(f"--top {options.top} must be at least 1, --threshold {options.threshold} between 0 and 1")
+        raise ValueError(f"--top {options.top} must be at least 1, and --threshold {options.threshold} between 0 and 1")
     samples = load_images(options.images)
     trained = load_classifier(options.model, device)
     loader = build_loader(samples, trained.image_size, options, world, trained.pixels.format)
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         "--threshold",
         type=float,
         metavar="P",
-        help="leave out classes that are less probable; default: 0, and 0.5 where several classes may be right",
+        help="leave out classes that are less probable; default: 0, or 0.5 if an image can have several classes",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="write a table instead of printing")
     add_loading_options(parser)

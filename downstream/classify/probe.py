@@ -51,7 +51,7 @@ def _command(options: argparse.Namespace, world: World, device: torch.device) ->
 def _add_count(parser: argparse.ArgumentParser, name: str, lowest: int, default: int, meaning: str) -> None:
     def number(text: str) -> int:
         if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is too few: at least {lowest}")
+            raise argparse.ArgumentTypeError(f"{text} is too few: must be at least {lowest}")
         return int(text)
 
     parser.add_argument(name, type=number, default=default, metavar="N", help=meaning)
@@ -62,35 +62,35 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = ProbeSettings()
     parser.add_argument("encoder", metavar="ENCODER")
-    parser.add_argument("--train", required=True, metavar="DATA", help="what is learned from")
-    parser.add_argument("--val", required=True, metavar="DATA", help="what is classified")
+    parser.add_argument("--train", required=True, metavar="DATA", help="the images to learn from")
+    parser.add_argument("--val", required=True, metavar="DATA", help="the images to classify")
     _add_count(parser, "--k", 1, defaults.k, "neighbors that vote")
     parser.add_argument(
         "--pool",
         choices=get_args(Pool),
         default=defaults.pool,
-        help="what k-NN and ridge regression see: mean of the patch tokens, class token (DINO), both side by side, or "
-        "the mean of class token and registers (prefix)",
+        help="features for k-NN and ridge regression: mean of the patch tokens, class token (DINO), both concatenated, "
+        "or the mean of class token and registers (prefix)",
     )
     parser.add_argument(
         "--block",
         type=block_numbers,
         default=(),
         metavar="N[,N...]",
-        help="outputs of these blocks from 1 on, side by side; default: the encoder's, after its norm",
+        help="outputs of these blocks (1 is the first), concatenated; default: the encoder's, after its norm",
     )
-    steps = "steps that train the attentive probe; 0: none"
+    steps = "training steps of the attentive probe; 0: none"
     _add_count(parser, "--attentive-steps", 0, defaults.attentive_steps, steps)
     epochs = f"epochs of the short fine-tuning; 0: none, which saves most of the time; default: {FINETUNE_EPOCHS}"
     _add_count(parser, "--finetune-epochs", 0, FINETUNE_EPOCHS, epochs)
-    images = "images of --train that the attentive probe and fine-tuning learn from, at most"
+    images = "at most this many images of --train for the attentive probe and the fine-tuning"
     _add_count(parser, "--max-images", 1, defaults.max_images, images)
     parser.add_argument(
         "--weights",
         metavar="NAME",
-        help="online, ema, or an encoder's name; default: what its authors evaluate",
+        help="online, ema, or an encoder's name in the file; default: the one its authors evaluate",
     )
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default: that of the file")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images; default: the file's")
     add_loading_options(parser)
     run_on_ranks(_command, parser.parse_args(arguments))
 

@@ -5,7 +5,7 @@
         --grid optim.base_lr=1e-4,2.5e-4,5e-4 --grid optim.weight_decay=0.05,0.1
 
 All settings are checked before the first one is trained. The runs are `runs/<name>/run<number>`; an interrupted sweep
-continues when the same command is given again. The last line of the output is a JSON object.
+continues when the same command is run again. The last line of the output is a JSON object.
 """
 
 import argparse
@@ -60,10 +60,10 @@ def train(config: FinetuneConfig, launcher: list[str]) -> dict[str, Any]:
     recipe = folder.root / "setting.yaml"
     recipe.write_text(config.to_yaml())
     if subprocess.run([*launcher, str(SCRIPT), str(recipe)]).returncode:
-        raise ValueError(f"the run in {folder.root} failed: fix the error and repeat the command, which continues it")
+        raise ValueError(f"the run in {folder.root} failed: fix the error and run the same command again to continue")
     measured = read_metrics(folder.evaluation)
     if not measured or measured[-1]["epoch"] < config.train.epochs:
-        raise ValueError(f"the run in {folder.root} was stopped: repeat the command, which continues it")
+        raise ValueError(f"the run in {folder.root} was stopped: run the same command again to continue")
     return measured[-1]
 
 
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     summary = summarize(grid, scores)
-    print(f"best {summary['best']:.2%} ({summary['mean']:.2%} ± {summary['std']:.2%} of {summary['runs']})")
+    print(f"best {summary['best']:.2%} ({summary['mean']:.2%} ± {summary['std']:.2%} over {summary['runs']} runs)")
     print(json.dumps(summary))
     sys.exit(0)
 

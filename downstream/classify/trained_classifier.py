@@ -51,13 +51,13 @@ def load_classifier(path: Path | str, device: torch.device) -> TrainedClassifier
     folder = RunFolder(Path(path))
     if checkpoint_names(folder.checkpoints) and not folder.model.is_file():
         raise ValueError(
-            f"{path} has no {folder.model.name}, which a fine-tuning writes at its end: if it is one that was stopped, "
-            f"give its command again"
+            f"{path} has no {folder.model.name}, which a fine-tuning writes at its end: if it was stopped, run its "
+            f"command again"
         )
     found = load_classifier_weights(path)
     if found is None:
         raise ValueError(
-            f"{path} is no classifier: it lacks a head (head.weight, or fc, classifier), or it is this project's and "
+            f"{path} is not a classifier: it lacks a head (head.weight, fc or classifier), or it is this project's and "
             f"lacks arch, patch_size, image_size, position, num_classes or pool in its metadata"
         )
     if found.report.library and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):

@@ -50,7 +50,7 @@ def load_model(cfg: Any, weights: str, scope: str, device: torch.device) -> nn.M
         model.load_state_dict(tensors)
     except (RuntimeError, AttributeError, TypeError) as error:
         message = " ".join(str(error).split())
-        raise ValueError(f"{weights} is of another model than the configuration: {message[:300]}") from None
+        raise ValueError(f"{weights} does not match the configured model: {message[:300]}") from None
     return model.to(device).eval()
 
 
@@ -66,7 +66,7 @@ def find_images(path: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"no image or folder {path}")
     images = sorted(file for file in path.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
     if not images:
-        raise ValueError(f"{path}: no images ({', '.join(IMAGE_EXTENSIONS)}) in it")
+        raise ValueError(f"{path} contains no images ({', '.join(IMAGE_EXTENSIONS)})")
     return [(file, file.relative_to(path)) for file in images]
 
 
@@ -123,8 +123,8 @@ def run_draw(
     if unreadable:
         print(f"{len(unreadable)} images cannot be decoded: {first_names(unreadable)}", file=sys.stderr)
     if len(unreadable) == len(images):
-        raise ValueError(f"{options.images}: no image that can be decoded")
-    print(f"{len(images) - len(unreadable)} images drawn in {out}")
+        raise ValueError(f"{options.images}: none of the images can be decoded")
+    print(f"{len(images) - len(unreadable)} drawings written to {out}")
     return 0
 
 

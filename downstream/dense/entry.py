@@ -59,4 +59,4 @@ def _train(job: Job, world: World, checks: str) -> None:
 def check_folder(folder: RunFolder) -> None:
     """Raises ValueError if the folder belongs to another kind of training, whose files would mix with ours."""
     if folder.config.is_file():
-        raise ValueError(f"{folder.root} is the folder of a pretraining or of a classifier: choose another name=")
+        raise ValueError(f"{folder.root} belongs to a pretraining run or a classifier: choose another name=")

@@ -32,7 +32,7 @@ class Job:
     def memory_advice(self, ranks: int) -> str:
         """Advice naming the keys to change when a GPU runs out of memory."""
         loader = "test_dataloader" if self.test else "train_dataloader"
-        advice = f"set {loader}.batch_size lower than {self.cfg[loader]['batch_size']}"
+        advice = f"lower {loader}.batch_size (it is {self.cfg[loader]['batch_size']})"
         if self.test:
             return advice
-        return f"{advice} and optim_wrapper.accumulative_counts higher, or model.backbone.grad_checkpointing=true"
+        return f"{advice} and raise optim_wrapper.accumulative_counts, or set model.backbone.grad_checkpointing=true"

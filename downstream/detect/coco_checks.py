@@ -50,7 +50,7 @@ def check(cfg: Any, splits: Sequence[str] = ("train", "val")) -> list[str]:
 def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
     kind = DATASETS.get(dataset.type)
     if kind is None or not issubclass(kind, CocoDataset):
-        return f"a {dataset.type} is not checked"
+        return f"type {dataset.type} is not checked"
     path, folder = annotation_file(dataset), image_folder(dataset)
     if not is_local(path):
         return f"{path} is not on this machine and is not checked"
@@ -62,8 +62,8 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
         ids_note = _check_evaluators(cfg, split, found)
         if dataset.get("indices") is not None:
             raise ValueError(
-                f"{key}.indices={dataset.indices}: COCO's metrics count all images of {path}, also those that nothing "
-                f"was predicted for: leave it out, or give {key}.ann_file with these alone"
+                f"{key}.indices={dataset.indices}: COCO's metrics count all images of {path}, also those without "
+                f"predictions: leave it out, or give {key}.ann_file with these images only"
             )
     check_images(key, dataset, folder, path, found.images)
     counts = count_boxes(found.images, found.annotations, _category_ids(found, classes))
@@ -74,7 +74,7 @@ def _check_dataset(cfg: Any, key: str, dataset: Any, split: str) -> str:
         notes = [_describe(found, counts, len(found.images)), *ids_note]
     ids = {category["name"]: category["id"] for category in found.categories}
     if absent := [name for name in classes if ids[name] not in counts.categories]:
-        notes.append(f"no box of {len(absent)} classes: {first_names(absent)}")
+        notes.append(f"{len(absent)} classes without boxes: {first_names(absent)}")
     return ", ".join(notes)
 
 
@@ -89,17 +89,17 @@ def read_annotations(key: str, path: str) -> Annotations:
     for name, fields in REQUIRED.items():
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not entries:
-            raise ValueError(f"{key}.ann_file: {path} has no {name}: is it a file of instances in COCO's format?")
+            raise ValueError(f"{key}.ann_file: {path} has no {name}: is it an instances file in COCO's format?")
         incomplete = next((e for e in entries if not isinstance(e, dict) or any(f not in e for f in fields)), None)
         if incomplete is not None:
             raise ValueError(
-                f"{key}.ann_file: {path}: one of {name} lacks one of {', '.join(fields)}: {str(incomplete)[:100]}"
+                f"{key}.ann_file: {path}: an entry of {name} lacks one of {', '.join(fields)}: {str(incomplete)[:100]}"
             )
         strange = next((e for e in entries if not _has_values(e)), None)
         if strange is not None:
             raise ValueError(
-                f"{key}.ann_file: {path}: one of {name} has an id that is neither a number nor text, a name that is no "
-                f"text, or a height or width that is no positive number: {str(strange)[:100]}"
+                f"{key}.ann_file: {path}: an entry of {name} has an id that is neither a number nor text, a name that "
+                f"is not text, or a height or width that is not a positive number: {str(strange)[:100]}"
             )
         repeated = [str(number) for number, times in Counter(e["id"] for e in entries).items() if times > 1]
         if repeated:
@@ -128,7 +128,7 @@ def check_classes(found: Annotations, classes: tuple[str, ...]) -> None:
     present = [name for name in names if name in classes]
     if tuple(present) == classes:
         return
-    fix = f"give classes='{json.dumps(names)}'" if len(names) <= 20 else "name its categories in classes, in its order"
+    fix = f"give classes='{json.dumps(names)}'" if len(names) <= 20 else "list its categories in classes, in its order"
     absent = [name for name in classes if name not in names]
     if absent:
         problem = f"has {len(names)} categories ({first_names(names)}), not the classes {first_names(absent)}"
@@ -136,7 +136,7 @@ def check_classes(found: Annotations, classes: tuple[str, ...]) -> None:
         problem = "gives two categories the same name"
         fix = "rename one"
     else:
-        problem = f"has the order {first_names(present)}, the classes {first_names(list(classes))}"
+        problem = f"has the order {first_names(present)}, but classes has {first_names(list(classes))}"
     raise ValueError(f"{found.key}: {found.path} {problem}: {fix}")
 
 
@@ -146,7 +146,7 @@ def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
         if head.num_classes != len(classes):
             raise ValueError(
                 f"{name}.num_classes={head.num_classes}, but {key} has {len(classes)} classes "
-                f"({first_names(list(classes))}): name them in classes, from which all heads take their number"
+                f"({first_names(list(classes))}): name them in classes, which sets the number for all heads"
             )
 
 
@@ -165,10 +165,10 @@ def _check_evaluators(cfg: Any, split: str, found: Annotations) -> list[str]:
         if (strange or incomplete) and evaluator.get("type") == "CocoMetric":  # AnyIdsCocoMetric takes any
             raise ValueError(
                 f"{found.key}: {found.path}: annotation {(strange + incomplete)[0]!r} has no iscrowd, or an id that is "
-                f"no number from 1, and pycocotools would measure it wrong: give {split}_evaluator.type="
-                f"AnyIdsCocoMetric, of downstream.detect.coco_metric"
+                f"not an integer >= 1, which pycocotools would evaluate incorrectly: give {split}_evaluator.type="
+                f"AnyIdsCocoMetric, from downstream.detect.coco_metric"
             )
-    return [f"annotations are numbered from 1 to measure AP (there is the id {strange[0]!r})"] if strange else []
+    return [f"annotations are renumbered from 1 to measure AP (one has the id {strange[0]!r})"] if strange else []
 
 
 def _check_boxes(dataset: Any, found: Annotations, counts: BoxCounts) -> None:
@@ -188,7 +188,7 @@ def _check_boxes(dataset: Any, found: Annotations, counts: BoxCounts) -> None:
 
 def _check_polygons(dataset: Any, found: Annotations, counts: BoxCounts, loading: dict[str, Any]) -> None:
     source = f"{found.key}: {found.path}"
-    boxes_alone = "give with_masks=false for a detector of boxes alone"
+    boxes_alone = "give with_masks=false for a detector without masks"
     if counts.no_mask:
         how_many = f"{len(counts.no_mask)} of {counts.used + counts.crowd} annotations"
         raise ValueError(
@@ -197,14 +197,16 @@ def _check_polygons(dataset: Any, found: Annotations, counts: BoxCounts, loading
     if counts.malformed_mask:
         raise ValueError(
             f"{source}: annotations {first_names(counts.malformed_mask)} have a segmentation that is neither a list of "
-            f"polygons, [[x, y, x, y, ...], ...], nor a run-length encoding: {boxes_alone}, or write them so"
+            f"polygons, [[x, y, x, y, ...], ...], nor a run-length encoding: {boxes_alone}, or fix them"
         )
     if counts.other_size:
         raise ValueError(
-            f"{source}: annotations {first_names(counts.other_size)} have masks of another size than the image"
+            f"{source}: annotations {first_names(counts.other_size)} have masks of a different size than the image"
         )
     if counts.no_polygon == counts.used:
-        raise ValueError(f"{source}: no mask has a polygon of three points, so all would be skipped: {boxes_alone}")
+        raise ValueError(
+            f"{source}: no mask has a polygon of at least three points, so all would be skipped: {boxes_alone}"
+        )
     if counts.rle and not loading.get("poly2mask", True):
         step = list(dataset.pipeline).index(loading)
         raise ValueError(
@@ -217,12 +219,12 @@ def _explain(found: Annotations, counts: BoxCounts) -> str:
     """The reason why no annotation is used, if it can be determined."""
     first = found.annotations[0]
     if counts.no_image == len(found.annotations):
-        return f": no image has the id image_id={first.get('image_id')!r}; ids are like {found.images[0]['id']!r}"
+        return f": no image has the id image_id={first.get('image_id')!r}; ids look like {found.images[0]['id']!r}"
     if counts.other_classes and not counts.annotated:
         ids = first_names([repr(category["id"]) for category in found.categories])
-        return f": their category_id is like {first['category_id']!r}, and the ids of categories are {ids}"
+        return f": their category_id looks like {first['category_id']!r}, but the ids of categories are {ids}"
     if counts.fractions:
-        return ": they are fractions of the image, and COCO's boxes are in pixels, [x, y, width, height]"
+        return ": they are fractions of the image, but COCO's boxes are in pixels, [x, y, width, height]"
     return f": {', '.join(notes)}" if (notes := _notes(counts)) else ""
 
 
@@ -240,7 +242,8 @@ def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -
         raise ValueError(f"{found.key}: all images with boxes are smaller than filter_cfg.min_size={smallest}")
     notes = []
     if left_out := len(found.images) - len(kept):
-        notes.append(f"{left_out} images without boxes are left out ({found.key}.filter_cfg.filter_empty_gt=false)")
+        fix = f"{found.key}.filter_cfg.filter_empty_gt=false keeps them"
+        notes.append(f"{left_out} images without boxes are left out ({fix})")
     if len(used) < len(kept):
         notes.append(f"{len(kept) - len(used)} images are smaller than filter_cfg.min_size={smallest} (left out)")
     for step in dataset.pipeline:
@@ -257,7 +260,7 @@ def _check_used(cfg: Any, dataset: Any, found: Annotations, counts: BoxCounts) -
             if narrow:
                 notes.append(f"{narrow} images never fill a window of {window} pixels and are padded")
     if dataset.get("indices") is not None:
-        notes.append(f"and of them {found.key}.indices={dataset.indices}")
+        notes.append(f"limited by {found.key}.indices={dataset.indices}")
     return [_describe(found, counts, len(used)), *notes]
 
 
@@ -281,6 +284,6 @@ def _notes(counts: BoxCounts) -> list[str]:
         (counts.ignored, "boxes are marked with ignore (skipped)"),
         (counts.other_classes, "boxes of other categories (skipped)"),
         (counts.no_image, "annotations of images that are not listed (skipped)"),
-        (counts.no_polygon, "masks without a polygon of three points (skipped)"),
+        (counts.no_polygon, "masks without a polygon of at least three points (skipped)"),
     )
     return [f"{number} {what}" for number, what in found if number]

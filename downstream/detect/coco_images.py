@@ -47,15 +47,15 @@ def check_images(key: str, dataset: Any, folder: str, file: str, images: Sequenc
         ]
     if wrong:
         name, (height, width), (stated_height, stated_width) = wrong[0]
-        more = f" and so are {len(wrong) - 1} more of the {len(opened)} that were opened" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more of the {len(opened)} opened differ)" if len(wrong) > 1 else ""
         turned = all(size == stated[::-1] for _, size, stated in wrong)
         raise ValueError(
-            f"{key}: {os.path.join(folder, name)} is {width} x {height} pixels, by {file} {stated_width} x "
+            f"{key}: {os.path.join(folder, name)} is {width} x {height} pixels, but {file} says {stated_width} x "
             f"{stated_height}{more}: {_explain_turned(key, dataset, oriented) if turned else _OTHER_VERSION}"
         )
 
 
-_OTHER_VERSION = "its boxes are of another version of the images"
+_OTHER_VERSION = "its boxes belong to another version of the images"
 
 
 def _explain_turned(key: str, dataset: Any, oriented: bool) -> str:
@@ -64,10 +64,10 @@ def _explain_turned(key: str, dataset: Any, oriented: bool) -> str:
     number = next((n for n, kind in enumerate(steps) if kind.endswith("LoadImageFromFile")), 0)
     if oriented:
         return (
-            f"its EXIF orientation turns it, and the boxes were drawn without: give {key}.pipeline.{number}."
-            f"color_type=color_ignore_orientation, or turn the files themselves"
+            f"its EXIF orientation rotates it, but the boxes were drawn without: give {key}.pipeline.{number}."
+            f"color_type=color_ignore_orientation, or rotate the files themselves"
         )
-    return f"the boxes were drawn on turned images: leave out {key}.pipeline.{number}.color_type"
+    return f"the boxes were drawn on rotated images: leave out {key}.pipeline.{number}.color_type"
 
 
 def _explain_missing(folder: str, name: str) -> str:
@@ -78,5 +78,5 @@ def _explain_missing(folder: str, name: str) -> str:
         for found in names:
             if found == base or os.path.splitext(found)[0].lower() == stem:
                 path = os.path.relpath(os.path.join(parent, found), folder)
-                return f"there is {path}: write its file_name so, or set data_prefix.img"
-    return "is data_prefix.img right, and everything unpacked?"
+                return f"there is {path}: use this as file_name, or set data_prefix.img"
+    return "is data_prefix.img right, and is everything unpacked?"

@@ -43,7 +43,7 @@ def _propagate_size(cfg: Any) -> None:
     size, patch = cfg.size, cfg.model.backbone.get("patch_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size <= 0 or size % patch:
         raise ValueError(
-            f"size={size!r}: the side of a square, a multiple of {patch} pixels, of model.backbone.patch_size"
+            f"size={size!r}: must be the side of a square, a multiple of {patch} pixels (model.backbone.patch_size)"
         )
     before, cfg.model.backbone.img_size = cfg.model.backbone.img_size, size
     if cfg.model.data_preprocessor.get("pad_size_divisor") == before:

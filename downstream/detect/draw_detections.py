@@ -46,7 +46,7 @@ def _prepare(score: float, cfg: Any, weights: str, device: torch.device) -> Draw
 def _probability(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("between 0 and 1")
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
     return value
 
 

@@ -1,7 +1,7 @@
 """Trains a detector: `deepspeed downstream/detect/train_detector.py CONFIG start.checkpoint=FILE [KEY=value ...]`.
 
 CONFIG is an mmengine configuration or the name of one in downstream/detect/configs. torchrun, srun and python work too.
-A stopped training continues when the same command is given again; test=FILE evaluates a checkpoint instead.
+A stopped training continues when the same command is run again; test=FILE evaluates a checkpoint instead.
 """
 
 import sys

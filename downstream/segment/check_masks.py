@@ -60,7 +60,7 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
 
     kind = DATASETS.get(dataset.type)
     if kind is None or not issubclass(kind, BaseSegDataset):
-        return f"a {dataset.type} is not checked"
+        return f"type {dataset.type} is not checked"
     classes = class_names(dataset, kind)
     if not classes:
         raise ValueError(f'{key}: name the classes, in the order of their labels: classes=\'["soil", "wheat"]\'')
@@ -85,7 +85,7 @@ def _check_dataset(cfg: Any, opened: int | None, key: str, dataset: Any, split: 
             raise ValueError(f"{key}: {values.explain_one_class(counts)}")
         notes += _check_crops(key, dataset, counts)
     notes += values.notes(counts)
-    return ", ".join([f"{len(pairs)} images, {len(read)} of the masks read", *notes])
+    return ", ".join([f"{len(pairs)} images, {len(read)} masks read", *notes])
 
 
 def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
@@ -94,25 +94,25 @@ def check_heads(cfg: Any, key: str, classes: tuple[str, ...]) -> None:
         if head.get("ignore_index", IGNORED) != IGNORED:
             raise ValueError(
                 f"{name}.ignore_index={head.ignore_index}: mmseg gives padded pixels the label {IGNORED}: leave it "
-                f"out, and let pixels without a class be {IGNORED} in the masks"
+                f"out, and use {IGNORED} in the masks for pixels without a class"
             )
         if head.num_classes != len(classes):
             raise ValueError(
                 f"{name}.num_classes={head.num_classes}, but {key} has {len(classes)} classes "
-                f"({first_names(list(classes))}): name them in classes, from which all heads take their number"
+                f"({first_names(list(classes))}): name them in classes, which sets the number for all heads"
             )
 
 
 def _check_loading(cfg: Any, key: str, dataset: Any, split: str) -> None:
     batch = cfg[f"{split}_dataloader"].get("batch_size", 1)
     if split != "train" and batch != 1:
-        raise ValueError(f"{split}_dataloader.batch_size={batch}: images of an evaluation differ in size: give 1")
+        raise ValueError(f"{split}_dataloader.batch_size={batch}: evaluated images differ in size: give 1")
     for step in flatten_steps(dataset.pipeline):
         own = step.get("reduce_zero_label") if step.type.endswith("LoadAnnotations") else None
         if own is not None and own != dataset.get("reduce_zero_label", own):
             raise ValueError(
                 f"{key}.pipeline: LoadAnnotations has reduce_zero_label={own}, its data set "
-                f"{dataset.reduce_zero_label}: delete it from the pipeline, which takes the data set's"
+                f"{dataset.reduce_zero_label}: delete it from the pipeline, which then uses the data set's"
             )
 
 
@@ -149,8 +149,8 @@ def _check_crops(key: str, dataset: Any, counts: MaskCounts) -> list[str]:
             narrow = sum(size[0] < height or size[1] < width for size in sizes)
             if narrow == len(sizes):
                 raise ValueError(
-                    f"{key}: no image fills a crop of {height} x {width} pixels (height x width); the largest "
-                    f"is up to {max(size[0] for size in sizes):.0f} x {max(size[1] for size in sizes):.0f}: "
+                    f"{key}: no image fills a crop of {height} x {width} pixels (height x width); they are "
+                    f"at most {max(size[0] for size in sizes):.0f} x {max(size[1] for size in sizes):.0f}: "
                     f"give a smaller size, or a larger scale"
                 )
             if narrow:

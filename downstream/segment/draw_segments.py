@@ -2,7 +2,7 @@
 
 CONFIG and WEIGHTS are as for downstream/segment/train_segmentor.py; for a run, give runs/NAME/config.py and runs/NAME.
 IMAGES is an image or a folder. OUT gets a drawing of each under the same name, with a color and a name for each class.
-Images are resized and cut into windows as in the configuration's test.
+Images are resized and cut into windows as the configuration does for testing.
 """
 
 import argparse
@@ -48,14 +48,16 @@ def _prepare(opacity: float, cfg: Any, weights: str, device: torch.device) -> Dr
 def _opacity(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("above 0, at most 1")
+        raise argparse.ArgumentTypeError("must be above 0, at most 1")
     return value
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns exit code 0, or 1 with one clear error."""
     parser = make_parser(__doc__)
-    parser.add_argument("--opacity", metavar="A", type=_opacity, default=0.6, help="of the colors (default 0.6)")
+    parser.add_argument(
+        "--opacity", metavar="A", type=_opacity, default=0.6, help="opacity of the colors (default 0.6)"
+    )
     options = parser.parse_args(arguments)
     prepare = functools.partial(_prepare, options.opacity)
     return report_errors(lambda: run_draw(options, CONFIGS, propagate_keys, prepare))

@@ -79,18 +79,15 @@ def _read(key: str, image: str, mask: str, oriented: bool) -> tuple[Size, dict[i
     except (ValueError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         return f"{key}: {mask} cannot be read as an image: {error}"
     if labels.ndim != 2:
-        return (
-            f"{key}: {mask} has {labels.shape[2]} channels: a mask has one, with the number of a pixel's class, or "
-            f"colors by a palette"
-        )
+        return f"{key}: {mask} has {labels.shape[2]} channels: a mask has one, of class numbers or palette indices"
     if labels.shape != size:
         (rows, cols), (height, width) = labels.shape, size
         why = "it belongs to another version of the image"
         if labels.shape == size[::-1]:
             why = (
-                "an EXIF orientation turns the image and not its mask: give color_type=color_ignore_orientation to "
-                "LoadImageFromFile in the pipelines, or turn the image itself"
+                "an EXIF orientation rotates the image but not its mask: give color_type=color_ignore_orientation to "
+                "LoadImageFromFile in the pipelines, or rotate the image itself"
             )
-        return f"{key}: {mask} is {cols} x {rows} pixels, its image {width} x {height}: {why}"
+        return f"{key}: {mask} is {cols} x {rows} pixels, its image is {width} x {height}: {why}"
     values, numbers = np.unique(labels, return_counts=True)
     return size, dict(zip(map(int, values), map(int, numbers), strict=True))

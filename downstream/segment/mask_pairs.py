@@ -32,24 +32,24 @@ def find_pairs(key: str, dataset: Any, kind: Any) -> tuple[list[tuple[str, str]]
         first, second = next(
             (a, b) for a, b in itertools.pairwise(names) if strip_suffix(a, suffix) == strip_suffix(b, suffix)
         )
-        raise ValueError(f"{key}: {first} and {second} in {images} would have one mask: give {key}.img_suffix")
+        raise ValueError(f"{key}: {first} and {second} in {images} would share a mask: give {key}.img_suffix")
     if dataset.get("ann_file"):
         path = os.path.join(dataset.get("data_root") or "", dataset.ann_file)
         check_exists(f"{key}.ann_file", path, "file")
         listed = [line.strip() for line in os.fsdecode(Path(path).read_bytes()).splitlines()]
         if absent := [stem + (suffix or "") for stem in listed if stem not in stems]:
-            raise ValueError(f"{key}: {len(absent)} images of {path} are not in {images}: {first_names(absent)}")
+            raise ValueError(f"{key}: {len(absent)} images listed in {path} are not in {images}: {first_names(absent)}")
         stems = {stem: stems[stem] for stem in listed}
     used = (suffix, mask_suffix) if images == masks else (suffix,)
     others = [name for name in list_images(images, None) if suffix and not name.endswith(used)]
     suffixes = ", ".join(sorted({os.path.splitext(name)[1] for name in others}))
     if not stems:
-        present = f"only {suffixes}: set {key}.img_suffix" if others else "it is empty"
+        present = f"only {suffixes}: set {key}.img_suffix" if others else "it has no other images"
         raise ValueError(f"{key}: no image *{suffix or ''} in {images}; {present}")
     _check_missing_masks(key, masks, mask_suffix, [*stems])
     paired = {stem + mask_suffix for stem in stems}
     unpaired = [name for name in list_images(masks, mask_suffix) if name not in paired]
-    notes = [f"{len(others)} images of another suffix than {suffix} ({suffixes}) are not used"] if others else []
+    notes = [f"{len(others)} images with a suffix other than {suffix} ({suffixes}) are not used"] if others else []
     if unpaired and not dataset.get("ann_file"):  # with an ann_file, the others may belong to another split
         notes.append(f"{len(unpaired)} masks have no image (not used)")
     return [(stems[stem], stem + mask_suffix) for stem in sorted(stems)], notes
@@ -65,7 +65,7 @@ def _check_missing_masks(key: str, masks: str, suffix: str, stems: list[str]) ->
     hint = (
         f"there is {named[0]}: give {key}.seg_map_suffix={named[0].removeprefix(stem)}"
         if named
-        else f"is {key}.data_prefix.seg_map_path right, and seg_map_suffix={suffix}, and everything unpacked?"
+        else f"are {key}.data_prefix.seg_map_path and seg_map_suffix={suffix} right, and is everything unpacked?"
     )
     raise ValueError(
         f"{key}: {len(missing)} of the {len(stems)} images have no mask in {masks}: {first_names(missing)}; {hint}"

@@ -42,8 +42,8 @@ class MaskValues:
         reduces, listed = bool(setting(dataset, kind, "reduce_zero_label")), dataset.get("mask_values")
         if len(known) > IGNORED - reduces:
             raise ValueError(
-                f"{key}: {len(known)} classes: mmseg reads masks as 8 bits, of which {IGNORED} is no class, so there "
-                f"can be at most {IGNORED - reduces}"
+                f"{key}: {len(known)} classes: mmseg reads masks as 8 bits, with {IGNORED} for no class, so there can "
+                f"be at most {IGNORED - reduces}"
             )
         values = listed or range(int(reduces), len(known) + reduces)
         ignored = {IGNORED, 0} if reduces else {IGNORED} - set(values)
@@ -59,7 +59,7 @@ class MaskValues:
         absent = [name for name in self.names.values() if name in self.used and name not in present]
         if not absent:
             return []
-        note = f"no pixel in them of {len(absent)} classes: {first_names(absent)}"
+        note = f"{len(absent)} classes without a pixel in them: {first_names(absent)}"
         if self.reduces and not counts.pixels[len(self.names)] and counts.pixels[0]:
             note += "; are labels numbered from 0? then give reduce_zero_label=false"
         return [note]
@@ -67,30 +67,28 @@ class MaskValues:
     def explain_one_class(self, counts: MaskCounts) -> str:
         """The reason why masks whose labeled pixels all belong to one class are useless."""
         (name,) = self.present(counts)
-        problem = f"all pixels of the masks that have a class are {name}, so that nothing would be learned"
+        problem = f"all labeled pixels of the masks are {name}, so nothing would be learned"
         share = counts.pixels[IGNORED] / max(counts.pixels.total(), 1)
         if IGNORED in self.ignored and share:
-            problem += f"; {share:.0%} of the pixels are {IGNORED}, which is no class"
+            problem += f"; {share:.0%} of the pixels are {IGNORED}, which means no class"
             if len(self.used) == 2:
-                problem += f": if it is {self.used[1]}, give mask_values=[0,255]"
+                problem += f": if it means {self.used[1]}, give mask_values=[0,255]"
         return problem
 
     def explain_outside(self, found: Sequence[int]) -> str:
         """The values that masks may have, given the invalid values found."""
-        none = " and ".join(map(str, sorted(self.ignored)))
+        none = " or ".join(map(str, sorted(self.ignored)))
         if self.listed:
-            return f"by mask_values they are {', '.join(map(str, self.names))}" + (
-                f", and {none} for none" * bool(none)
-            )
+            return f"mask_values allows {', '.join(map(str, self.names))}" + (f", and {none} for no class" * bool(none))
         first, last = min(self.names), max(self.names)
-        hint = "name all in classes"
+        hint = "name all classes in classes"
         if not self.reduces and list(found) == [last + 1]:
             hint = "are they numbered from 1? then give reduce_zero_label=true"
         elif not self.reduces and max(found) < IGNORED:
             hint += ", or give the value of each class: mask_values=[0,...]"
         return (
-            f"with {len(self.names)} classes and reduce_zero_label={self.reduces} they are {first} to {last}, and "
-            f"{none} for none; {hint}"
+            f"with {len(self.names)} classes and reduce_zero_label={self.reduces} they must be {first} to {last}, "
+            f"or {none} for no class; {hint}"
         )
 
     def explain_unlabeled(self, counts: MaskCounts) -> str:

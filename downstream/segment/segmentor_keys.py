@@ -67,7 +67,7 @@ def _check_mask_values(cfg: Any) -> None:
     numbers = isinstance(values, list | tuple) and all(isinstance(n, int) and 0 <= n <= 255 for n in values)
     if not numbers or len({*values}) != len(cfg.get("classes") or ()):
         raise ValueError(
-            f"""mask_values={values!r}: give a different value from 0 to 255 for each of the classes, in order: """
+            f"""mask_values={values!r}: give a distinct value from 0 to 255 for each of the classes, in order: """
             f"""classes='["background", "lesion"]' mask_values=[0,255]"""
         )
 
@@ -96,8 +96,8 @@ def as_pair(key: str, value: Any, multiple: int = 1) -> tuple[int, int]:
     except (TypeError, ValueError):
         pair = (0, 0)
     if not all(isinstance(side, int) and side > 0 and side % multiple == 0 for side in pair):
-        what = "pixels" if multiple == 1 else f"multiples of {multiple} pixels, of model.backbone.patch_size"
-        raise ValueError(f"{key}={value!r}: a number of {what}, or two of them")
+        what = "numbers of pixels" if multiple == 1 else f"multiples of {multiple} (model.backbone.patch_size)"
+        raise ValueError(f"{key}={value!r}: must be one or two {what}")
     return pair
 
 

@@ -1,7 +1,7 @@
 """Trains a segmentor: `deepspeed downstream/segment/train_segmentor.py CONFIG start.checkpoint=FILE [KEY=value ...]`.
 
 CONFIG is an mmengine configuration or the name of one in downstream/segment/configs. torchrun, srun and python work
-too. A stopped training continues when the same command is given again. test=FILE evaluates a checkpoint instead; with
+too. A stopped training continues when the same command is run again. test=FILE evaluates a checkpoint instead; with
 tta=true, on several sizes of each image and their mirror images.
 """
 

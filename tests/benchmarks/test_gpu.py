@@ -137,7 +137,7 @@ def test_out_of_memory_halves_the_batch(session: Session, monkeypatch: pytest.Mo
     row = session.results["cells"]["vit_base 224 lomar, now"]
     assert row["images"] == 64
     assert row["mfu"] == pytest.approx(3 * 1e9 * 64e3 / 989e12)
-    assert "out of memory; now with 64 images" in capsys.readouterr().out
+    assert "out of memory; retrying with 64 images" in capsys.readouterr().out
 
 
 def test_a_wrong_kernel_is_not_timed_as_now(session: Session):

@@ -27,7 +27,7 @@ def test_the_last_line_has_every_ratio(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_tar_without_photographs_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "none.tar", [("a.txt", b"none")])
-    with pytest.raises(SystemExit, match="0 photographs, and 8 at least are needed"):
+    with pytest.raises(SystemExit, match="0 photographs, but at least 8 are needed"):
         loader.main([str(tmp_path / "none.tar")])
 
 

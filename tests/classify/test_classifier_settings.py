@@ -139,7 +139,7 @@ def test_lars_is_refused_where_zero_cuts_its_matrices(tmp_path: Path):
     keys = {"start__trained_blocks": 0, "optim__name": "lars", "optim__weight_decay": 0}
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), **keys)
     vit = build_classifier(config)[0].vit
-    with pytest.raises(ValueError, match=r"ZeRO stage 1 cuts matrices into pieces: set train.ds_config=zero0"):
+    with pytest.raises(ValueError, match=r"ZeRO stage 1 partitions matrices: set train.ds_config=zero0"):
         build_optimizer(vit, config, stage=1)
     groups = build_optimizer(vit, config, stage=0).param_groups
     assert sorted(group["always_adapt"] for group in groups) == [False, True]
@@ -165,7 +165,7 @@ def shards(name: str, labels: list[int], classes: tuple[str, ...]) -> Any:
             "2 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from 0 to 7 "
             "(-1: none), 'b' has 5",
         ),
-        ([0, 1, 2], ("cat", "dog", "owl"), "/shards has 3 classes (cat, ...), but head.num_classes=5, by default"),
+        ([0, 1, 2], ("cat", "dog", "owl"), "/shards has 3 classes (cat, ...), but head.num_classes=5 (by default"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(labels: list[int], classes: tuple[str, ...], says: str):
@@ -194,7 +194,7 @@ def test_data_without_classes_is_refused(tmp_path: Path):
     unset = configure(tmp_path, head__num_classes="null")
     with pytest.raises(ValueError, match=r"data\.shards: 1 of 2 samples in /train have no label, for example 'b'"):
         with_classes_of_data(unset, shards("/train", [0, -1], ()), shards("/val", [0, 1], ()))
-    with pytest.raises(ValueError, match=r"data\.shards: /train has one class, a classifier needs at least two"):
+    with pytest.raises(ValueError, match=r"data\.shards: /train has one class, but a classifier needs at least two"):
         with_classes_of_data(unset, shards("/train", [0, 0], ("cat",)), shards("/val", [0], ("cat",)))
 
 
@@ -218,7 +218,7 @@ def test_other_classes_under_the_same_labels_are_refused():
 def test_an_odd_micro_batch_cannot_be_mixed(tmp_path: Path):
     config = configure(tmp_path, augment__mixup=0.8, train__global_batch_size=6)
     check_batches(config, World(0, 1, 0), 6)
-    with pytest.raises(ValueError, match=r"each of 2 ranks has 3 at once \(train.global_batch_size=6"):
+    with pytest.raises(ValueError, match=r"each of 2 ranks has batches of 3 \(train.global_batch_size=6"):
         check_batches(config, World(0, 2, 0), 6)
     check_batches(configure(tmp_path, train__global_batch_size=6), World(0, 2, 0), 6)
     with pytest.raises(ValueError, match=r"5 samples are fewer than one global batch of 6: lower train\.global_batch"):

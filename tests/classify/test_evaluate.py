@@ -126,7 +126,7 @@ def test_what_is_refused(tmp_path: Path, photos: Samples):
     other = replace(seven, class_names=(*NAMES[:6], "zebra"))
     with pytest.raises(ValueError, match=r"label 6 is 'zebra' in .*seven\.safetensors and 'c6' in .*photos"):
         check_classes(other, photos)
-    with pytest.raises(ValueError, match="has label 6, the classifier 5 classes"):
+    with pytest.raises(ValueError, match="has label 6, but the classifier has 5 classes"):
         run(lambda images: torch.zeros(len(images), 5), photos)
     flat = tmp_path / "flat"
     write_photo(flat / "a.jpg", 0)
@@ -135,10 +135,10 @@ def test_what_is_refused(tmp_path: Path, photos: Samples):
     tensors = load_file(checkpoint)
     encoder = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     save_file(encoder, tmp_path / "other.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="is no classifier: it lacks a head"):
+    with pytest.raises(ValueError, match="is not a classifier: it lacks a head"):
         load_classifier(tmp_path / "other.safetensors", CPU)
     (tmp_path / "run" / "checkpoints" / "step_00000002").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run has no model\.safetensors, .*: if it is one that was stopped"):
+    with pytest.raises(ValueError, match=r"run has no model\.safetensors, .*: if it was stopped, run its command"):
         load_classifier(tmp_path / "run", CPU)
     del tensors["blocks.0.norm1.bias"]
     spec = ClassifierSpec(EncoderSpec("vit_tiny", 16, (32, 32), "relative"), 5, "token")

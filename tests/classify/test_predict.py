@@ -125,7 +125,7 @@ def test_classes_of_imagenet_are_called_by_their_meaning(classifier: Path):
 
 def test_what_is_no_image_is_refused(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(ValueError, match=r"notes\.txt is no image \(jpg, .*give image files, or one folder"):
+    with pytest.raises(ValueError, match=r"notes\.txt is not an image \(jpg, .*give image files, one folder"):
         load_images(tmp_path / "notes.txt")
     with pytest.raises(ValueError, match="nothing does not exist: give images, a folder of images or shards"):
         load_images(tmp_path / "nothing")

@@ -32,13 +32,13 @@ def test_convolutions_leave_the_class_token_out():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "vit_giant"}, "arch='vit_giant': one of vit_tiny"),
-        ({"position": "bias"}, "position='bias': relative or sincos"),
+        ({"arch": "vit_giant"}, "arch='vit_giant': must be one of vit_tiny"),
+        ({"position": "bias"}, "position='bias': must be relative or sincos"),
         ({"img_size": 30}, "img_size=30x30 is not a multiple of model.backbone.patch_size=4"),
         ({"img_size": 0}, "img_size=0x0"),
         ({"class_token": True}, "set model.backbone.window_size=0 (it is 3)"),
         ({"out_indices": (1,)}, "out_indices=(1,) leaves out the last block, 3"),
-        ({"out_indices": (3, 4)}, "out_indices=(3, 4): give different blocks from 0 to 3"),
+        ({"out_indices": (3, 4)}, "out_indices=(3, 4): give distinct blocks from 0 to 3"),
         ({"global_blocks": (2, 5)}, "global_blocks=(2, 5)"),
         ({"conv_blocks": (1, 1)}, "conv_blocks=(1, 1)"),
         ({"conv_blocks": (-1,)}, "conv_blocks=(-1,)"),
@@ -50,7 +50,7 @@ def test_contradicting_settings(options: dict[str, Any], message: str):
 
 
 def test_image_size_is_a_multiple_of_the_patch_size():
-    with pytest.raises(ValueError, match=r"images of 24x30 pixels .* model\.backbone\.patch_size=4: set pad"):
+    with pytest.raises(ValueError, match=r"image size 24x30 is not .* model\.backbone\.patch_size=4: set pad"):
         build_backbone()(images(24, 30))
 
 

@@ -78,7 +78,7 @@ def test_registers_are_kept_with_the_class_token_and_left_out_without_it(kind: s
     assert encoder.reg_token.equal(backbone.reg_token)
     report = load_start(build_backbone(position=kind), str(path), None)
     assert report.dropped["reg_token"] == "registers: model.backbone.class_token=False"
-    with pytest.raises(ValueError, match=r"has 2 registers, model\.backbone\.registers is 1: set it to 2, or"):
+    with pytest.raises(ValueError, match=r"has 2 registers, but model\.backbone\.registers is 1: set it to 2, or"):
         whole(position=kind, registers=1, init_cfg=start(path)).init_weights()
     with pytest.raises(ValueError, match=r"set model\.backbone\.class_token=True, or registers=0"):
         build_backbone(registers=1)
@@ -98,7 +98,7 @@ def test_encoders_that_do_not_fit_are_refused_before_data_and_model(tmp_path: Pa
     job = Job(Config({"model": {"backbone": backbone}, "work_dir": str(tmp_path)}))
     for keys, words in (
         ({}, r"start\.checkpoint: .* patches of 8 pixels, the encoder of 4"),
-        ({"patch_size": 8, "arch": "vit_small"}, "is vit_tiny, model.backbone.arch is vit_small"),
+        ({"patch_size": 8, "arch": "vit_small"}, "is vit_tiny, but model.backbone.arch is vit_small"),
         ({"patch_size": 8, "position": "sincos"}, "set model.backbone.position=relative"),
         ({"patch_size": 8, "init_cfg": start(tmp_path / "gone")}, "gone"),
         ({"patch_size": 8}, "the data are checked"),
@@ -221,13 +221,13 @@ def test_other_features_are_an_error(kind: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("sincos", {"position": "relative"}, "has an absolute position table and no relative ones, and "
+        ("sincos", {"position": "relative"}, "has an absolute position table and no relative ones, but "
          "model.backbone.position is relative: set model.backbone.position=sincos"),
-        ("relative", {"position": "sincos"}, "has relative tables (LoMaR's), and model.backbone.position is sincos: "
+        ("relative", {"position": "sincos"}, "has relative tables (LoMaR's), but model.backbone.position is sincos: "
          "set model.backbone.position=relative"),
-        ("bias", {}, "has learned relative bias tables (BEiT's, SimMIM's), and the backbone offers"),
+        ("bias", {}, "has learned relative bias tables (BEiT's, SimMIM's), but the backbone supports"),
         ("relative", {"patch_size": 8, "img_size": 64}, "has patches of 4 pixels, the encoder of 8"),
-        ("relative", {"arch": "vit_small"}, "is vit_tiny, model.backbone.arch is vit_small: set it to vit_tiny"),
+        ("relative", {"arch": "vit_small"}, "is vit_tiny, but model.backbone.arch is vit_small: set it to vit_tiny"),
         ("relative", {"start.weights": "ema"}, "holds the online weights, not the ema ones"),
     ],
 )  # fmt: skip
@@ -255,5 +255,5 @@ def test_photographs_of_other_statistics_and_no_other_channels(tmp_path: Path):
     backbone = whole(img_size=(12, 16))
     assert "computes the same of pixels of mean 0.485" in str(load_start(backbone, str(path), None))
     path = encoder_file(tmp_path, mean="[0.3, 0.4, 0.5]", std="[0.1, 0.2, 0.3]", dtype='"uint16"')
-    with pytest.raises(ValueError, match=r"start.checkpoint: .* is of 3 channels of uint16, and detection and"):
+    with pytest.raises(ValueError, match=r"start.checkpoint: .* was trained on 3 channels of uint16, but detection"):
         load_start(backbone, str(path), None)

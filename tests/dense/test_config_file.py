@@ -93,26 +93,29 @@ def test_defaults():
         ("train_cfg.max_epoch=3", "unknown key train_cfg.max_epoch: in train_cfg, did you mean max_epochs?"),
         ("modl.neck=3", "unknown key modl.neck: did you mean model?"),
         ("param_scheduler.2.end=3", "in param_scheduler, valid: 0, 1"),
-        ("train_cfg.max_epochs.end=3", "train_cfg.max_epochs is a value, 2"),
-        ("train_cfg.max_epochs=ten", "train_cfg.max_epochs='ten': it is a number in the configuration (2)"),
-        ("train_dataloader.persistent_workers=1", "it is true or false"),
-        ("optim_wrapper.optimizer=AdamW", "it is a group of keys: override one of them"),
+        ("train_cfg.max_epochs.end=3", "train_cfg.max_epochs is a single value, 2"),
+        ("train_cfg.max_epochs=ten", "train_cfg.max_epochs='ten': must be a number, as in the configuration (2)"),
+        ("train_dataloader.persistent_workers=1", "must be true or false, as in the configuration"),
+        ("optim_wrapper.optimizer=AdamW", "must be a group of keys (or override one of them), as in the configuration"),
         ("train_cfg.max_epochs", "is not an override: write KEY=value"),
         ("--lr=3", "is not an override: write KEY=value"),
-        ("start.checkpoint=x.pth", "start.checkpoint=x.pth is for model.backbone.type=PlainViT, and this is ResNet"),
-        ("train.precision=fp16", "train.precision='fp16': fp32 or bf16"),
+        ("start.checkpoint=x.pth", "start.checkpoint=x.pth needs model.backbone.type=PlainViT, but it is ResNet"),
+        ("train.precision=fp16", "train.precision='fp16': must be fp32 or bf16"),
         ("train.precison=bf16", "unknown key train.precison: did you mean train.precision?"),
         ("checkpoint=x.pth", "unknown key checkpoint: did you mean start.checkpoint?"),
-        ("start.weights=ema", "start.weights=ema is for model.backbone.type=PlainViT"),
+        ("start.weights=ema", "start.weights=ema needs model.backbone.type=PlainViT"),
         ("work_dir=runs/x", "work_dir is runs/NAME: give name=, and runs= for another parent folder"),
-        ("name=runs/x", "name='runs/x': the name of a folder in runs="),
+        ("name=runs/x", "name='runs/x': must be a folder name of letters"),
         ("classes=['disc'", "is not a YAML value"),
         ("train_dataloader.dataset.indexes=5", "in train_dataloader.dataset, did you mean indices?"),
         ("experiment_nam=5", "unknown key experiment_nam: did you mean experiment_name?"),
         ("train_pipeline.3.prob=0", "read: override train_dataloader.dataset.pipeline.3.prob"),
-        ("backend_args=x", "backend_args was resolved as the configuration was read: override what it is used for"),
-        ("resume=often", "resume='often': true or false"),
-        ("optim_wrapper.type=ApexOptimWrapper", "OptimWrapper (fp32) or AmpOptimWrapper (bf16)"),
+        (
+            "backend_args=x",
+            "backend_args was already resolved when the configuration was read: override the keys that use it",
+        ),
+        ("resume=often", "resume='often': must be true or false"),
+        ("optim_wrapper.type=ApexOptimWrapper", "must be OptimWrapper (fp32) or AmpOptimWrapper (bf16)"),
     ],
 )
 def test_refused_override(override: str, words: str):
@@ -121,7 +124,7 @@ def test_refused_override(override: str, words: str):
 
 
 def test_weights_without_a_checkpoint():
-    with pytest.raises(ValueError, match=r"start\.weights=ema .*: give start\.checkpoint=FILE"):
+    with pytest.raises(ValueError, match=r"start\.weights=ema .*: give start\.checkpoint=FILE as well"):
         load_here("start.weights=ema", name="vitdet_vitb_lomar_25ep")
 
 
@@ -159,7 +162,7 @@ def test_keys_that_the_libraries_know_need_not_be_set(key: str, text: str, value
     ("line", "words"),
     [
         ('data_rot = "/data"', "nothing reads data_rot: did you mean data_root?"),
-        ("train_pipeline = []", "A variable of an inherited file was resolved there, so set what it is used for"),
+        ("train_pipeline = []", "Variables of inherited files are already resolved: set the keys that use them"),
     ],
 )
 def test_variables_that_nothing_reads(tmp_path: Path, line: str, words: str):
@@ -218,7 +221,7 @@ def test_batches_from_the_middle_on():
 
 
 def test_too_few_images_for_a_step():
-    with pytest.raises(ValueError, match="an epoch has 2 batches a rank, fewer than"):
+    with pytest.raises(ValueError, match="an epoch has 2 batches per rank, fewer than"):
         samplers(4, 2, 3)
 
 
@@ -241,5 +244,5 @@ def test_dumped_configuration_can_be_loaded(tmp_path: Path):
 def test_the_folder_of_another_kind_of_training_is_refused(tmp_path: Path):
     check_folder(RunFolder(tmp_path))
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ValueError, match="is the folder of a pretraining or of a classifier: choose another name="):
+    with pytest.raises(ValueError, match="belongs to a pretraining run or a classifier: choose another name="):
         check_folder(RunFolder(tmp_path))

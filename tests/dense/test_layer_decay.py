@@ -119,10 +119,10 @@ def test_other_options_are_refused(paramwise):
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])
 def test_layer_decay_out_of_range(decay: float):
-    with pytest.raises(ValueError, match="above 0, at most 1"):
+    with pytest.raises(ValueError, match="must be above 0, at most 1"):
         layer_decay_groups(Detector(), lr=1.0, weight_decay=0.0, layer_decay=decay)
 
 
 def test_a_model_without_the_backbone():
-    with pytest.raises(ValueError, match="needs a model with one PlainViT, this has 0"):
+    with pytest.raises(ValueError, match="needs a model with one PlainViT, but this one has 0"):
         layer_decay_groups(torch.nn.Linear(2, 2), lr=1.0, weight_decay=0.0, layer_decay=0.5)

@@ -42,25 +42,25 @@ REFUSED = {
     "another batch": ("plain", ["train_dataloader.batch_size=2"], "train_dataloader.batch_size was 1 and is 2"),
     "another rate": ("plain", ["optim_wrapper.optimizer.lr=1e-4"], "optim_wrapper.optimizer was"),
     "another schedule": ("zero2", ["train.ds_config=zero2", "param_scheduler.1.milestones=[2]"], "param_scheduler was"),
-    "another model": ("new", ["test=FOLDER/plain", "model.neck.out_channels=16"], "is of another model: neck."),
+    "another model": ("new", ["test=FOLDER/plain", "model.neck.out_channels=16"], "does not match the model: neck."),
     "a pickle": ("new", ["test=FOLDER/pickle.pth"], "holds posix.system, which could run code"),
     "a damaged file": ("new", ["load_from=FOLDER/cut_off.pth"], "is cut off, damaged or not a checkpoint"),
-    "no file": ("new", ["test=FOLDER/nowhere"], "nowhere is no checkpoint: give a .pth file"),
+    "no file": ("new", ["test=FOLDER/nowhere"], "nowhere is not a checkpoint: give a .pth file"),
     "stage 0": ("new", ["train.ds_config=zero0"], "leave out train.ds_config"),
     "a key of ours": ("new", ["train.ds_config=FOLDER/owned.json"], "delete it there and set optim_wrapper.clip_grad"),
     "clipping": (
         "new",
         ["train.ds_config=zero1", "optim_wrapper.clip_grad={'type': 'value', 'clip_value': 1}"],
-        "of type 2",
+        "only by their L2 norm",
     ),
     "bf16": (
         "new",
         ["train.precision=bf16"],
         "mmengine's bf16 needs a GPU: give train.precision=fp32, or train.ds_config=zero1",
     ),
-    "averages": ("new", ["config=FOLDER/averaged.py", "train.ds_config=zero2"], "EMAHook is for mmengine's Runner"),
+    "averages": ("new", ["config=FOLDER/averaged.py", "train.ds_config=zero2"], "EMAHook needs mmengine's Runner"),
     "a new train_cfg": ("new", ["train_cfg={'max_epochs': 1}"], "override its keys one by one"),
-    "accumulation": ("new", ["optim_wrapper.accumulative_counts=5"], "an epoch has 4 batches a rank, fewer than"),
+    "accumulation": ("new", ["optim_wrapper.accumulative_counts=5"], "an epoch has 4 batches per rank, fewer than"),
     "iterations": ("new", [*ENDLESS, "optim_wrapper.accumulative_counts=4"], "train_cfg.max_iters=6 is not a multiple"),
 }
 
@@ -152,10 +152,10 @@ def test_groups_keep_their_learning_rates(folder: Path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("plain", "SIGUSR1: saved and stopped after step 6 of 8; run it again to go on"),
-        ("zero2", "SIGUSR1: saved and stopped after step 6 of 8; run it again to go on"),
-        ("zero3", "SIGUSR1: saved and stopped after step 4 of 8; run it again to go on"),
-        ("endless", "SIGUSR1: saved and stopped after step 3 of 6; run it again to go on"),
+        ("plain", "SIGUSR1: saved and stopped after step 6 of 8"),
+        ("zero2", "SIGUSR1: saved and stopped after step 6 of 8"),
+        ("zero3", "SIGUSR1: saved and stopped after step 4 of 8"),
+        ("endless", "SIGUSR1: saved and stopped after step 3 of 6"),
     ],
 )
 def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, words: str):
@@ -163,7 +163,7 @@ def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, 
 
     Augmentation is random in all of them.
     """
-    assert ended_with(folder, f"{name} stopped") == words
+    assert ended_with(folder, f"{name} stopped") == f"{words}; run the same command again to continue"
     assert ended_with(folder, f"{name} continued") == ""
     whole, again = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
     for scalar in ("loss", "loss_mask", "lr"):

@@ -66,17 +66,19 @@ def run_length(content: Content, size: list[int] | None = None) -> None:
 
 
 BAD = {
-    "no categories": (lambda c: c.update(categories=[]), r"no categories: is it a file of instances"),
+    "no categories": (lambda c: c.update(categories=[]), r"no categories: is it an instances file"),
     "no annotations": (lambda c: c.update(annotations=[]), r"train_dataloader.dataset.ann_file: .*no annotations"),
     "a list": (lambda c: c["images"].clear(), r"no images"),
-    "no size": (lambda c: c["images"][3].pop("height"), r"one of images lacks one of id, file_name, height, width"),
+    "no size": (lambda c: c["images"][3].pop("height"),
+                r"an entry of images lacks one of id, file_name, height, width"),
     "images twice": (lambda c: c["images"].append(c["images"][2]), r"images share the id 2: "),
     "annotations twice": (lambda c: c["annotations"].append(c["annotations"][4]), r"annotations share the id 5: "),
     "other names": (lambda c: c["categories"][0].update(name="ring"), r"\(ring, box\), not the classes disc"),
-    "another order": (lambda c: c["categories"].reverse(), r"order box, disc, .* give classes='\[\"box\""),
+    "another order": (lambda c: c["categories"].reverse(), r"order box, disc, but .* give classes='\[\"box\""),
     "a name twice": (lambda c: c["categories"].append({"id": 9, "name": "box"}), r"two categories the same name"),
     "no file": (lambda c: c["images"][5].update(file_name="gone.jpg"), r"1 of the 8 images .*train2017.*: gone.jpg"),
-    "other pixels": (lambda c: c["images"][0].update(width=96, height=128), r"is 128 x 96 pixels, by .* 96 x 128"),
+    "other pixels": (lambda c: c["images"][0].update(width=96, height=128),
+                     r"is 128 x 96 pixels, but .* says 96 x 128"),
     "box of three": (lambda c: first(c).update(bbox=[1, 2, 3]), r"annotations 1 lack bbox"),
     "box of nan": (lambda c: first(c).update(bbox=[1, 2, float("nan"), 3]), r"annotations 1 lack bbox"),
     "no area": (lambda c: first(c).pop("area"), r"annotations 1 lack bbox .*, area or"),
@@ -84,20 +86,22 @@ BAD = {
     "flat mask": (lambda c: first(c).update(segmentation=[1, 2, 3, 4, 5, 6]), r"annotations 1 .* list of polygons"),
     "runs": (lambda c: first(c).update(segmentation={"size": [96, 128], "counts": [7]}), r"1 have masks of"),
     "lines": (lambda c: [a.update(segmentation=[[1, 2, 3, 4]]) for a in c["annotations"]], r"no mask has a polygon of"),
-    "text as size": (lambda c: c["images"][0].update(height="96"), r"one of images has .*, or a height or width that"),
-    "name of a class": (lambda c: c["categories"][0].update(name=7), r"one of categories .* a name that is no text"),
-    "list as id": (lambda c: first(c).update(id=[1]), r"one of annotations has an id that is neither"),
+    "text as size": (lambda c: c["images"][0].update(height="96"),
+                     r"an entry of images has .*, or a height or width that"),
+    "name of a class": (lambda c: c["categories"][0].update(name=7),
+                        r"an entry of categories .* a name that is not text"),
+    "list as id": (lambda c: first(c).update(id=[1]), r"an entry of annotations has an id that is neither"),
     "other image ids": (
         lambda c: [a.update(image_id=f"{a['image_id']}") for a in c["annotations"]], r"no image .* image_id='0'; "
     ),
     "other category ids": (
-        lambda c: [a.update(category_id=f"{a['category_id']}") for a in c["annotations"]], r"category_id is like '\d', "
-        r"and the ids of categories are 1, 2"
+        lambda c: [a.update(category_id=f"{a['category_id']}") for a in c["annotations"]],
+        r"category_id looks like '\d', but the ids of categories are 1, 2",
     ),
     "fractions": (lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]], r"boxes are in pixels"),
     "another suffix": (lambda c: c["images"][5].update(file_name="000000000005.png"), r"there is 000000000005.jpg: "),
     "Windows' path": (lambda c: c["images"][5].update(file_name="a\\000000000005.jpg"), r"there is 000000000005.jpg: "),
-    "other mask": (lambda c: run_length(c, [5, 7]), r"annotations 1 have masks of another size"),
+    "other mask": (lambda c: run_length(c, [5, 7]), r"annotations 1 have masks of a different size"),
     "all outside": (lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]], r"no box of the classes"),
     "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"no box of the classes"),
 }  # fmt: skip
@@ -175,7 +179,7 @@ def test_images_are_counted_as_mmdet_keeps_them(cfg: Config, root: Path):
     cfg.train_dataloader.dataset.filter_cfg.min_size = 32
     line = check(cfg, ["train"])[0]
     assert f"{load()} of 8 images" in line
-    assert "1 images without boxes are left out (train_dataloader.dataset.filter_cfg.filter_empty_gt=false)" in line
+    assert "1 images without boxes are left out (train_dataloader.dataset.filter_cfg.filter_empty_gt=false" in line
     cfg.train_dataloader.dataset.filter_cfg.filter_empty_gt = False
     assert check(cfg, ["train"])[0].startswith(f"train_dataloader.dataset: {load()} of 8 images")
     assert load() == 8
@@ -183,13 +187,13 @@ def test_images_are_counted_as_mmdet_keeps_them(cfg: Config, root: Path):
 
 def test_classes_without_boxes_are_named(cfg: Config, root: Path):
     change(root, lambda c: [a.update(category_id=1) for a in c["annotations"]])
-    assert check(cfg)[0].endswith("no box of 1 classes: box")
+    assert check(cfg)[0].endswith(", 1 classes without boxes: box")
 
 
 def test_part_of_a_set(cfg: Config, root: Path):
     """Training on it is fine, but pycocotools would count what was not predicted as missed."""
     cfg.train_dataloader.dataset.indices = 3
-    assert check(cfg)[0].endswith("and of them train_dataloader.dataset.indices=3")
+    assert check(cfg)[0].endswith("limited by train_dataloader.dataset.indices=3")
     cfg.val_dataloader.dataset.indices = 2
     with pytest.raises(ValueError, match=r"val_dataloader.dataset.indices=2: COCO's metrics count all images of"):
         check(cfg)
@@ -221,7 +225,7 @@ def test_ids_that_pycocotools_would_measure_wrong(cfg: Config, root: Path):
             del annotation["iscrowd"]
 
     change(root, renumber, VAL)
-    assert check(cfg)[1].endswith("annotations are numbered from 1 to measure AP (there is the id 0)")
+    assert check(cfg)[1].endswith("annotations are renumbered from 1 to measure AP (one has the id 0)")
     metric = AnyIdsCocoMetric(ann_file=str(root / VAL), metric="bbox")
     metric.dataset_meta = {"classes": ("disc", "box")}
     content = json.loads((root / VAL).read_text())
@@ -317,7 +321,7 @@ def turn(root: Path) -> None:
 
 def test_rotated_photographs_have_the_size_that_mmcv_decodes(cfg: Config, root: Path):
     turn(root)
-    with pytest.raises(ValueError, match=r"is 96 x 128 pixels, by .* 128 x 96"):
+    with pytest.raises(ValueError, match=r"is 96 x 128 pixels, but .* says 128 x 96"):
         check(cfg)
     change(root, lambda c: c["images"][0].update(width=96, height=128))
     check(cfg)
@@ -332,7 +336,7 @@ def test_boxes_that_were_drawn_without_the_orientation(cfg: Config, root: Path):
     cfg.train_dataloader.dataset.pipeline[0].color_type = "color_ignore_orientation"
     check(cfg)
     change(root, lambda c: c["images"][0].update(width=96, height=128))
-    with pytest.raises(ValueError, match=f"the boxes were drawn on turned images: leave out {key}"):
+    with pytest.raises(ValueError, match=f"the boxes were drawn on rotated images: leave out {key}"):
         check(cfg)
 
 

@@ -173,7 +173,7 @@ def test_size_reaches_images_batches_and_backbone():
         (512, 512),
     ]
     cfg.size = 500
-    with pytest.raises(ValueError, match=r"size=500: the side of a square, a multiple of 16 pixels"):
+    with pytest.raises(ValueError, match=r"size=500: must be the side of a square, a multiple of 16 pixels"):
         propagate_keys(cfg)
 
 

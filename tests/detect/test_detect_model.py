@@ -155,7 +155,7 @@ def test_drawings_of_detections(weights: tuple[Path, Path], tmp_path: Path, capf
     (photos / "empty.jpg").touch()
     assert run_draw(*weights, photos, out, "--score", 0.5) == 0
     output = capfd.readouterr()
-    assert "2 images drawn in" in output.out
+    assert "2 drawings written to" in output.out
     assert "2 images cannot be decoded" in output.err
     assert "broken.png" in output.err
     assert "empty.jpg" in output.err
@@ -195,7 +195,7 @@ train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
     torch.save({"state_dict": detector.state_dict()}, tmp_path / "epoch_1.pth")
     photo = root / "val2017" / f"{0:012d}.jpg"
     assert run_draw(tmp_path / "own.py", tmp_path / "epoch_1.pth", photo, tmp_path / "out", "--score", 0.2) == 0
-    assert "1 images drawn in" in capfd.readouterr().out
+    assert "1 drawings written to" in capfd.readouterr().out
     before, after = (np.array(Image.open(path)).astype(int) for path in (photo, tmp_path / "out" / photo.name))
     assert (abs(before - after).max(-1) > 50).mean() > 0.01  # lines, which compression does not explain
 
@@ -231,14 +231,14 @@ def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, root: Path, ca
     (tmp_path / "empty").mkdir()
     (tmp_path / "oops.png").write_text("oops")
     cases = {
-        "is of another model": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
+        "does not match the configured model": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
         "bad.pth": (config, tmp_path / "bad.pth", photos, tmp_path / "out"),
         "cut.pth": (config, tmp_path / "cut.pth", photos, tmp_path / "out"),
-        "is no checkpoint: give": (config, tmp_path / "gone.pth", photos, tmp_path / "out"),
+        "is not a checkpoint: give": (config, tmp_path / "gone.pth", photos, tmp_path / "out"),
         "no configuration": ("vitdet_vitb_lomar", trained, photos, tmp_path / "out"),
         "no image or folder": (config, trained, tmp_path / "gone", tmp_path / "out"),
-        "no images (jpg": (config, trained, tmp_path / "empty", tmp_path / "out"),
-        "no image that can be decoded": (config, trained, tmp_path / "oops.png", tmp_path / "out"),
+        "contains no images (jpg": (config, trained, tmp_path / "empty", tmp_path / "out"),
+        "none of the images can be decoded": (config, trained, tmp_path / "oops.png", tmp_path / "out"),
         "is where the images are": (config, trained, photos, photos),
     }
     for message, arguments in cases.items():

@@ -61,7 +61,7 @@ UNDEFINED = "raise ImportError('/env/mmcv/_ext.so: undefined symbol: _ZN2at4_ops
 ON_GPU = "def nms(*a):\n    raise RuntimeError('nms_impl: implementation for device cuda:0 not found.')"
 NONSENSE = "import types\ndef nms(*a):\n    return 0, types.SimpleNamespace(tolist=lambda: [0])"
 BROKEN_MMCV = {
-    "no operators": ({}, "built without its operators, as torch was not installed then"),
+    "no operators": ({}, "built without its operators, because torch was missing then"),
     "another torch": ({"mmcv/_ext.py": UNDEFINED}, "for another torch or CUDA (ImportError: /env/mmcv/_ext.so: undef"),
     "another CUDA": ({"mmcv/_ext.py": "raise ImportError('libcudart.so.12: cannot')"}, "for another torch or CUDA"),
     "no CUDA": ({"mmcv/ops/__init__.py": ON_GPU}, "were not built for this GPU"),

@@ -218,7 +218,7 @@ def test_what_cannot_be_drawn_is_refused(make_run: Callable[..., Path], photos: 
     assert "is not the folder of a run: it has no config.yaml" in refused(photos, photos, out)
     assert "named *.png" in refused(run, photos / "b" / "1.jpg", photos / "b" / "3.jpg")
     assert "--count 0 must be at least 1" in refused(run, photos, out, "--count", "0")
-    assert "is no image (jpg, " in refused(run, photos, photos, out)
+    assert "is not an image (jpg, " in refused(run, photos, photos, out)
     (run / "checkpoints" / "step_00000007" / MANIFEST).unlink()
     (run / "checkpoints" / "step_00000007" / MODEL_STATES).unlink()
     (run / "checkpoints" / "step_00000007").rmdir()

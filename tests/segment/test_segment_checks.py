@@ -52,8 +52,8 @@ def paint(root: Path, number: int, label: int, rows: slice = slice(10, 12)) -> N
 def test_correct_data_set(root: Path):
     cfg = config(root)
     train, val = check(cfg)
-    assert train == "train_dataloader.dataset: 8 images, 8 of the masks read"
-    assert val == "val_dataloader.dataset: 4 images, 4 of the masks read"
+    assert train == "train_dataloader.dataset: 8 images, 8 masks read"
+    assert val == "val_dataloader.dataset: 4 images, 4 masks read"
     assert check(cfg, ["test"]) == [val.replace("val_", "test_")]
 
 
@@ -121,17 +121,17 @@ def from_one(root: Path) -> None:
 
 
 BAD = {
-    "no mask": (no_mask, r"1 of the 8 images have no mask in .*annotations/training: 00000005.png; is .*seg_map_path"),
+    "no mask": (no_mask, r"1 of the 8 images have no mask in .*annotations/training: 00000005.png; are .*seg_map_path"),
     "no folder": (lambda r: (r / MASKS).rename(r / "x"), r"dataset.data_prefix.seg_map_path: no folder"),
-    "no images": (no_images, r"no image \* in .*images/training; it is empty"),
-    "two images": (two_images, r"00000002.jpg and 00000002.png in .* would have one mask: give .*dataset.img_suffix"),
+    "no images": (no_images, r"no image \* in .*images/training; it has no other images"),
+    "two images": (two_images, r"00000002.jpg and 00000002.png in .* would share a mask: give .*dataset.img_suffix"),
     "other masks": (other_masks, r"8 of the 8 images have no mask .*dataset.seg_map_suffix=_mask.png"),
     "alpha": (alpha, r"00000002.png has 2 channels: a mask has one"),
-    "white": (white, r"all pixels .* are ground, so that nothing .*; \d+% of the pixels are 255, which is"),
-    "other size": (other_size, r"00000000.png is 128 x 95 pixels, its image 128 x 96"),
-    "turned": (turned, r"is 128 x 96 pixels, its image 96 x 128: .* color_type=color_ignore_orientation"),
+    "white": (white, r"all labeled pixels .* are ground, so nothing .*; \d+% of the pixels are 255, which means"),
+    "other size": (other_size, r"00000000.png is 128 x 95 pixels, its image is 128 x 96"),
+    "turned": (turned, r"is 128 x 96 pixels, its image is 96 x 128: .* color_type=color_ignore_orientation"),
     "colours": (colours, r"00000002.png has 3 channels: a mask has one"),
-    "beyond": (lambda r: paint(r, 4, 7), r"labels 7 in masks 00000004.png: with 3 classes .* are 0 to 2, and 255"),
+    "beyond": (lambda r: paint(r, 4, 7), r"labels 7 in masks 00000004.png: with 3 classes .* must be 0 to 2, or 255"),
     "16 bits": (deep, r"labels 256 in masks 00000001.png"),
     "from one": (from_one, r"labels 3 in masks .*are they numbered from 1\? then give reduce_zero_label=true"),
     "nothing": (empty, r"no pixel of the masks read has a class: is reduce_zero_label=False right"),
@@ -157,18 +157,18 @@ def test_values_of_classes(root: Path):
 
     white(root)
     two = {"classes": ["background", "lesion"]}
-    with pytest.raises(ValueError, match=r"if it is lesion, give mask_values=\[0,255\]"):
+    with pytest.raises(ValueError, match=r"if it means lesion, give mask_values=\[0,255\]"):
         check(config(root, **two))
     cfg = config(root, **two, mask_values=[0, 255], reduce_zero_label=True)  # of which the first counts
-    assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
+    assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 masks read"
     pipeline = [{"type": "LoadAnnotations"}]
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": pipeline})
     assert {label for n in range(8) for label in np.unique(loaded[n]["gt_seg_map"])} == {0, 1}
     paint(root, 3, 128)
-    with pytest.raises(ValueError, match=r"labels 128 in masks 00000003.png: by mask_values they are 0, 255"):
+    with pytest.raises(ValueError, match=r"labels 128 in masks 00000003.png: mask_values allows 0, 255"):
         check(cfg)
     for values in ([0], [0, 0], [0, 256], "0,255"):
-        with pytest.raises(ValueError, match=r"mask_values=.*: give a different value from 0 to 255 for each of the"):
+        with pytest.raises(ValueError, match=r"mask_values=.*: give a distinct value from 0 to 255 for each of the"):
             config(root, **two, mask_values=values)
 
 
@@ -181,7 +181,7 @@ def test_images_of_any_suffix_are_used(root: Path):
         Image.open(path).save(root / IMAGES / f"{number:08d}{suffix}")
         path.unlink()
     cfg = config(root)
-    assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
+    assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 masks read"
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": []})
     pairs, _ = find_pairs("key", cfg.train_dataloader.dataset, type(loaded))
     assert [(str(root / IMAGES / a), str(root / MASKS / b)) for a, b in pairs] == [
@@ -190,25 +190,26 @@ def test_images_of_any_suffix_are_used(root: Path):
     cfg.train_dataloader.dataset.img_suffix = ".jpg"
     line = check(cfg)[0]
     assert "5 images, " in line
-    assert "3 images of another suffix than .jpg (.JPG, .jpeg, .png) are not used" in line
+    assert "3 images with a suffix other than .jpg (.JPG, .jpeg, .png) are not used" in line
     assert len(DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": []})) == 5
 
 
 def test_classes_without_pixels_are_named(root: Path):
     four = ["ground", "disc", "box", "star"]
-    assert "no pixel in them of 1 classes: star" in check(config(root, classes=four))[0]
+    assert "masks read, 1 classes without a pixel in them: star" in check(config(root, classes=four))[0]
     line = check(config(root, classes=["disc", "box", "star"], reduce_zero_label=True))[0]
-    assert line.endswith("1 classes: star; are labels numbered from 0? then give reduce_zero_label=false")
+    hint = "are labels numbered from 0? then give reduce_zero_label=false"
+    assert line.endswith(f"1 classes without a pixel in them: star; {hint}")
 
 
 def test_rare_classes_are_searched_in_all_masks(root: Path):
     """Where the masks that were opened are of one class, those of another may be elsewhere."""
     for path in (root / MASKS).iterdir():
         Image.new("L", Image.open(path).size, 0).save(path)
-    with pytest.raises(ValueError, match=r"all pixels .* are ground"):
+    with pytest.raises(ValueError, match=r"all labeled pixels .* are ground"):
         check(config(root), opened=2)
     paint(root, 1, 2)
-    assert "8 images, 8 of the masks read, no pixel in them of 1 classes: disc" in check(config(root), opened=2)[0]
+    assert "8 images, 8 masks read, 1 classes without a pixel in them: disc" in check(config(root), opened=2)[0]
 
 
 def test_more_classes_than_8_bits_can_tell(root: Path):
@@ -230,9 +231,9 @@ def test_labels_from_one(root: Path):
     """With `reduce_zero_label` 0 and 255 are ignored, and labels begin at 1."""
     from_one(root)
     train, _ = check(config(root, reduce_zero_label=True))
-    assert train.endswith("8 of the masks read")
+    assert train.endswith("8 masks read")
     paint(root, 4, 4)
-    with pytest.raises(ValueError, match=r"labels 4 in masks 00000004.png: .* they are 1 to 3, and 0 and 255"):
+    with pytest.raises(ValueError, match=r"labels 4 in masks 00000004.png: .* they must be 1 to 3, or 0 or 255"):
         check(config(root, reduce_zero_label=True))
 
 
@@ -298,9 +299,7 @@ def test_heads_and_classes_must_agree(root: Path):
 def test_settings_that_mmseg_would_refuse_later(root: Path):
     cfg = config(root)
     cfg.val_dataloader.batch_size = 2
-    with pytest.raises(
-        ValueError, match=r"val_dataloader.batch_size=2: images of an evaluation differ in size: give 1"
-    ):
+    with pytest.raises(ValueError, match=r"val_dataloader.batch_size=2: evaluated images differ in size: give 1"):
         check(cfg)
     cfg = config(root)
     cfg.train_dataloader.dataset.pipeline[1].reduce_zero_label = True
@@ -319,9 +318,7 @@ def test_small_config_is_for_sets_of_ones_own(root: Path):
     """Without names of classes it does not take ADE20K's; labels are numbered from 0."""
     with pytest.raises(ValueError, match=r"train_dataloader.dataset: name the classes, in the order of their labels"):
         check(config(root, "upernet_vits_lomar_small", classes=None))
-    assert (
-        check(config(root, "upernet_vits_lomar_small"))[0] == "train_dataloader.dataset: 8 images, 8 of the masks read"
-    )
+    assert check(config(root, "upernet_vits_lomar_small"))[0] == "train_dataloader.dataset: 8 images, 8 masks read"
 
 
 def test_defaults_of_a_data_set_type(root: Path):
@@ -335,7 +332,7 @@ def test_defaults_of_a_data_set_type(root: Path):
     cfg.train_dataloader.dataset.type = "ADE20KDataset"  # it has 150 other classes
     assert "masks read" in check(cfg, ["val"])[0]
     paint(root, 0, 200)
-    with pytest.raises(ValueError, match=r"labels 200 in .* with 150 classes .*=True they are 1 to 150"):
+    with pytest.raises(ValueError, match=r"labels 200 in .* with 150 classes .*=True they must be 1 to 150"):
         check(cfg, ["train"])
 
 
@@ -344,21 +341,21 @@ def test_lists_of_names(root: Path):
     (root / "train.txt").write_text("00000001\n00000003\n")
     cfg = config(root)
     cfg.train_dataloader.dataset.ann_file = "train.txt"
-    assert check(cfg)[0] == "train_dataloader.dataset: 2 images, 2 of the masks read"
+    assert check(cfg)[0] == "train_dataloader.dataset: 2 images, 2 masks read"
     (root / "train.txt").write_text("00000001\n00000009\n")
-    with pytest.raises(ValueError, match=r"1 images of .*train.txt are not in .*: 00000009"):
+    with pytest.raises(ValueError, match=r"1 images listed in .*train.txt are not in .*: 00000009"):
         check(cfg)
 
 
 def test_a_training_reads_some_masks_and_the_command_reads_all(root: Path, capfd: pytest.CaptureFixture[str]):
     paint(root, 3, 9)  # of eight masks the even ones are read
-    assert "8 images, 4 of the masks read" in check(config(root), opened=4)[0]
+    assert "8 images, 4 masks read" in check(config(root), opened=4)[0]
     sizes = [f"data_root={root}", "size=64", "stride=43", "scale=[256,64]"]
     assert checks.main(["upernet_tiny_camvid", *sizes, 'classes=["ground", "disc", "box"]']) == 1
     assert "labels 9 in masks 00000003.png" in capfd.readouterr().err
     paint(root, 3, 0)
     assert checks.main(["upernet_tiny_camvid", *sizes, 'classes=["ground", "disc", "box", "star"]']) == 0
-    assert "8 images, 8 of the masks read, no pixel in them of 1 classes: star" in capfd.readouterr().out
+    assert "8 images, 8 masks read, 1 classes without a pixel in them: star" in capfd.readouterr().out
 
 
 def test_data_that_cannot_be_checked_is_reported(root: Path):
@@ -366,5 +363,5 @@ def test_data_that_cannot_be_checked_is_reported(root: Path):
     cfg.train_dataloader.dataset.type = "BaseCDDataset"
     cfg.val_dataloader.dataset.data_root = "s3://bucket/set"
     train, val = check(cfg)
-    assert train == "train_dataloader.dataset: a BaseCDDataset is not checked"
+    assert train == "train_dataloader.dataset: type BaseCDDataset is not checked"
     assert val == "val_dataloader.dataset: s3://bucket/set/images/validation is not on this machine and is not checked"

@@ -203,16 +203,16 @@ def test_sizes_reach_every_key():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("classes=person", "classes='person': give different names"),
-        ('classes=["a", "a"]', "give different names in the order of the annotations"),
+        ("classes=person", "classes='person': give distinct names"),
+        ('classes=["a", "a"]', "give distinct names in the order of the annotations"),
         ('classes=["a"]', "give at least two; one of them may be the background"),
-        ("size=500", "size=500: a number of multiples of 16 pixels, of model.backbone.patch_size, or two of them"),
-        ("stride=0", "stride=0: a number of pixels, or two of them"),
-        ("scale=[2048]", "scale=[2048]: a number of pixels"),
-        ("model.decode_head.num_classes=7", "a key at the top of the configuration sets it to 2: override that one"),
-        ("model.test_cfg.crop_size=(256,256)", "a key at the top of the configuration sets it to (512, 512)"),
-        ("train_dataloader.dataset.data_root=x", "a key at the top of the configuration sets it to"),
-        ("tta=true", "tta=True: it is for evaluations: give test=FILE as well"),
+        ("size=500", "size=500: must be one or two multiples of 16 (model.backbone.patch_size)"),
+        ("stride=0", "stride=0: must be one or two numbers of pixels"),
+        ("scale=[2048]", "scale=[2048]: must be one or two numbers of pixels"),
+        ("model.decode_head.num_classes=7", "a top-level key of the configuration sets it to 2: override that key"),
+        ("model.test_cfg.crop_size=(256,256)", "a top-level key of the configuration sets it to (512, 512)"),
+        ("train_dataloader.dataset.data_root=x", "a top-level key of the configuration sets it to"),
+        ("tta=true", "tta=true applies only to evaluation: give test=FILE as well"),
     ],
 )
 def test_refused_override(override: str, message: str):

@@ -38,7 +38,7 @@ def test_drawings_of_segments(
     (photos / "broken.png").write_text("no image")
     assert run_draw(*weights, photos, out, "--opacity", 1) == 0
     output = capfd.readouterr()
-    assert "2 images drawn in" in output.out
+    assert "2 drawings written to" in output.out
     assert "1 images cannot be decoded" in output.err
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(sizes)
     pixels = torch.tensor(np.array(Image.open(photos / "a.png"))[:, :, ::-1].copy()).permute(2, 0, 1)
@@ -60,8 +60,8 @@ def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, ade: Path, cap
     state["state_dict"].popitem()
     torch.save(state, tmp_path / "other.pth")
     cases = {
-        "is of another model": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
-        "is no checkpoint: give": (config, tmp_path / "gone.pth", photos, tmp_path / "out"),
+        "does not match the configured model": (config, tmp_path / "other.pth", photos, tmp_path / "out"),
+        "is not a checkpoint: give": (config, tmp_path / "gone.pth", photos, tmp_path / "out"),
         "did you mean upernet_vitb_lomar_160k": ("upernet_vitb_lomar", trained, photos, tmp_path / "out"),
         "is where the images are": (config, trained, photos, photos),
     }

@@ -31,12 +31,12 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 CONFIG, LINEAR = HELPERS / "tiny_upernet.py", HELPERS / "tiny_linear.py"
 ENGINES = ("plain", "zero1", "zero2", "zero3")
 REFUSED = {
-    "tta": (["test=FOLDER/plain", "tta=true", "tta_model=None"], "tta=true: the configuration has no tta_model"),
-    "another model": (["test=FOLDER/plain", "model.decode_head.channels=8"], "is of another model: decode_head."),
+    "tta": (["test=FOLDER/plain", "tta=true", "tta_model=None"], "tta=true needs tta_model and tta_pipeline"),
+    "another model": (["test=FOLDER/plain", "model.decode_head.channels=8"], "does not match the model: decode_head."),
     "frozen noise": (["model.backbone.frozen=true"], "would freeze random weights: give start.checkpoint=FILE"),
     "labels": (['classes=["ground", "disc"]'], "labels 2 in masks 0000"),
     "another encoder": (["start.checkpoint=FOLDER/encoder.safetensors", "model.backbone.position=sincos"],
-                        "has relative tables (LoMaR's), and model.backbone.position is sincos"),
+                        "has relative tables (LoMaR's), but model.backbone.position is sincos"),
 }  # fmt: skip
 
 
@@ -99,9 +99,8 @@ def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
 
 @pytest.mark.parametrize("name", ["plain", "zero3"])
 def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str):
-    assert (
-        ended_with(folder, f"{name} stopped") == "SIGUSR1: saved and stopped after step 3 of 4; run it again to go on"
-    )
+    words = "SIGUSR1: saved and stopped after step 3 of 4; run the same command again to continue"
+    assert ended_with(folder, f"{name} stopped") == words
     assert ended_with(folder, f"{name} continued") == ""
     whole, again = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
     assert logged(again, "loss") == logged(whole, "loss")

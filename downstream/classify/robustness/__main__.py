@@ -4,9 +4,9 @@ PATH is a folder in the published layout, or its shards:
 
     val, real, occlusion             ImageNet's validation set, folders named by WordNet id; real needs its file names
     v2                               folders 0 to 999
-    a, r, sketch                     folders named by WordNet id; A and R choose among their own 200 classes only
+    a, r, sketch                     folders named by WordNet id; A and R are limited to their own 200 classes
     c                                corruption/severity/WordNet id, 15 x 5 of them
-    o                                folders named by WordNet id; needs val=PATH as well
+    o                                folders named by WordNet id; limited to its 200 classes; needs val=PATH as well
     objectnet                        its 313 folders, or at least the 113 in ImageNet's classes; borders are cut off
     si_size, si_location, si_rotation    SI-Score's folders of 61 classes
 
@@ -43,7 +43,7 @@ def parse_paths(pairs: list[str]) -> dict[str, str]:
 def check_classifier(trained: TrainedClassifier) -> None:
     """Raises ValueError unless images are RGB and classes ImageNet's; compares only names that are all WordNet ids."""
     if trained.pixels.format != RGB:
-        raise ValueError(f"{trained.path} is of {trained.pixels.format}; these sets are of RGB in 8 bits")
+        raise ValueError(f"{trained.path} was trained on {trained.pixels.format}; these sets contain 8-bit RGB images")
     if trained.num_classes != NUM_CLASSES:
         raise ValueError(
             f"{trained.path} has {trained.num_classes} classes; these sets are for ImageNet's {NUM_CLASSES}"

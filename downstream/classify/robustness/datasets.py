@@ -118,7 +118,7 @@ def check_folders(
     """
     if unknown := sorted(set(found) - set(classes)):
         raise ValueError(
-            f"{where}: the folder '{unknown[0]}' ({len(unknown)} like it) is none of this set's {len(classes)} "
+            f"{where}: {len(unknown)} folders, for example '{unknown[0]}', are not among this set's {len(classes)} "
             f"classes, named like '{next(iter(classes))}': is it another set, or another level of its folders?"
         )
     needed = set(classes if needed is None else needed)
@@ -156,11 +156,12 @@ def right_by_real(samples: Samples) -> Tensor:
         found = VAL_NAME.search(key)
         if found is None or not 1 <= int(found[1]) <= len(labels):
             raise ValueError(
-                f"{samples.root}: '{key}' has no name like ILSVRC2012_val_00000001, by which ReaL's labels are found"
+                f"{samples.root}: '{key}' is not named ILSVRC2012_val_00000001 to {len(labels):08d}, which ReaL's "
+                f"labels are looked up by"
             )
         numbers[sample] = int(found[1]) - 1
     if len(set(numbers.tolist())) < len(numbers):
-        raise ValueError(f"{samples.root}: an image of the validation set is there twice")
+        raise ValueError(f"{samples.root}: a validation image appears twice")
     return _table([labels[number] for number in numbers.tolist()])
 
 

@@ -156,7 +156,7 @@ def _prepare_c(root: Path) -> Measure:
         for severity in SEVERITIES:
             if not (root / corruption / severity).is_dir():
                 raise ValueError(
-                    f"{root}: has no {corruption}/{severity}; ImageNet-C has 15 corruptions of 5 severities"
+                    f"{root}: has no {corruption}/{severity}; ImageNet-C has 15 corruptions at 5 severities"
                 )
 
     def measure(evaluator: Evaluator) -> dict[str, float]:
@@ -179,12 +179,12 @@ def _prepare_o(samples: Samples, paths: dict[str, str]) -> Measure:
     Inliers are the validation images of the same 200 classes, and these classes are the only candidates.
     """
     if "val" not in paths:
-        raise ValueError("o=PATH compares with ImageNet's validation set: give val=PATH as well")
+        raise ValueError("o=PATH is compared with ImageNet's validation set: give val=PATH as well")
     classes = right_classes(samples, imagenet(), needed=())
     candidates = classes.any(0).nonzero()[:, 0]
     if len(candidates) != OUTLIER_CLASSES:
         raise ValueError(
-            f"{samples.root}: has {len(candidates)} classes, ImageNet-O has {OUTLIER_CLASSES}: unpack all of it"
+            f"{samples.root}: has {len(candidates)} classes, but ImageNet-O has {OUTLIER_CLASSES}: unpack all of it"
         )
     val = load_samples(paths["val"])
     is_inlier = right_classes(val, imagenet())[:, candidates].any(1)

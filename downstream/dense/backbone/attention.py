@@ -108,7 +108,7 @@ class GridAttention(nn.Module):
         if window_size == 0:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             return self.proj(self.attend(q, k, v, grid, False).transpose(1, 2).flatten(2))
-        assert x.shape[1] == grid[0] * grid[1], "a class token belongs to no window"
+        assert x.shape[1] == grid[0] * grid[1], "a class token does not work with windows"
         (heights, rows), (widths, cols) = _split_side(grid[0], window_size), _split_side(grid[1], window_size)
         bands = []
         for band, row in zip(qkv.unflatten(1, grid).split(heights, 1), rows, strict=True):

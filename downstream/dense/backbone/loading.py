@@ -59,8 +59,8 @@ def load_start(backbone: PlainViT, path: str, weights: Weights | None) -> Report
     if not difference <= FLOAT64_TOLERANCE:
         raise ValueError(
             f"start.checkpoint={path}: the backbone's features differ from the encoder's by {difference:.1e} of the "
-            f"largest (at most {FLOAT64_TOLERANCE:.0e}): this must not happen; please report it with the report on "
-            f"the file:\n{report}"
+            f"largest (at most {FLOAT64_TOLERANCE:.0e}): this should never happen; please report it, with this "
+            f"report on the file:\n{report}"
         )
     return report
 
@@ -85,8 +85,8 @@ def read_start(
         rows, cols = found.spec.grid
         if found.spec.pixels.format != RGB:
             raise ValueError(
-                f"{path} is of {found.spec.pixels.format}, and detection and segmentation read RGB in 8 bits: give a "
-                f"checkpoint of that"
+                f"{path} was trained on {found.spec.pixels.format}, but detection and segmentation need 8-bit RGB: "
+                f"give a checkpoint trained on that"
             )
         size = rows * patch_size, cols * patch_size
         encoder, report = build_encoder(found, image_size=size, patch_size=patch_size, pixels=IMAGENET)
@@ -95,8 +95,8 @@ def read_start(
     stored = next(name for name, arch in ARCHS.items() if arch == encoder.arch)
     if stored != arch:
         raise ValueError(
-            f"start.checkpoint={path} is {stored}, model.backbone.arch is {arch}: set it to {stored} "
-            f"(a config of that size), or give another checkpoint"
+            f"start.checkpoint={path} is {stored}, but model.backbone.arch is {arch}: set it to {stored} "
+            f"(use a config of that size), or give another checkpoint"
         )
     if encoder.cls_token is None and class_token:
         raise ValueError(
@@ -104,19 +104,19 @@ def read_start(
         )
     if class_token and encoder.registers != registers:
         raise ValueError(
-            f"start.checkpoint={path} has {encoder.registers} registers, model.backbone.registers is {registers}: set "
-            f"it to {encoder.registers}, or model.backbone.class_token=False, which leaves them out"
+            f"start.checkpoint={path} has {encoder.registers} registers, but model.backbone.registers is {registers}: "
+            f"set it to {encoder.registers}, or drop them with model.backbone.class_token=False"
         )
     kind = encoder.position
     if kind == "bias":
         raise ValueError(
-            f"start.checkpoint={path} has learned relative bias tables (BEiT's, SimMIM's), and the backbone "
-            f"offers position=relative or sincos only: give another checkpoint"
+            f"start.checkpoint={path} has learned relative bias tables (BEiT's, SimMIM's), but the backbone "
+            f"supports only position=relative or sincos: give another checkpoint"
         )
     if kind != position:
         tables = {"relative": "relative tables (LoMaR's)", "sincos": "an absolute position table and no relative ones"}
         raise ValueError(
-            f"start.checkpoint={path} has {tables[kind]}, and model.backbone.position is {position}: "
+            f"start.checkpoint={path} has {tables[kind]}, but model.backbone.position is {position}: "
             f"set model.backbone.position={kind}, or give another checkpoint"
         )
     return encoder, report

@@ -117,14 +117,14 @@ class PlainViT(BaseModule):
         super().__init__(init_cfg)
         height, width = height_width(img_size)
         if arch not in ARCHS:
-            raise ValueError(f"model.backbone.arch={arch!r}: one of {', '.join(ARCHS)}")
+            raise ValueError(f"model.backbone.arch={arch!r}: must be one of {', '.join(ARCHS)}")
         self.arch, self.patch_size, self.position = ARCHS[arch], patch_size, position
         if height % patch_size or width % patch_size or min(height, width) < patch_size:
             raise ValueError(
                 f"model.backbone.img_size={height}x{width} is not a multiple of model.backbone.patch_size={patch_size}"
             )
         if position not in ("relative", "sincos"):
-            raise ValueError(f"model.backbone.position={position!r}: relative or sincos")
+            raise ValueError(f"model.backbone.position={position!r}: must be relative or sincos")
         _check_prefix_tokens(class_token, registers, window_size)
         depth = self.arch.depth
         _check_blocks(depth, conv_blocks, global_blocks if window_size else (), out_indices)
@@ -173,7 +173,7 @@ class PlainViT(BaseModule):
         height, width = images.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"images of {height}x{width} pixels are not a multiple of model.backbone.patch_size={self.patch_size}: "
+                f"the image size {height}x{width} is not a multiple of model.backbone.patch_size={self.patch_size}: "
                 f"set pad_size_divisor={self.patch_size} in model.data_preprocessor"
             )
         x, grid = self.embed(images, self.pos_embed)
@@ -207,12 +207,12 @@ def _check_prefix_tokens(class_token: bool, registers: int, window_size: int) ->
     """Raises ValueError for a class token with windows, or registers without the class token."""
     if class_token and window_size:
         raise ValueError(
-            f"model.backbone.class_token=True belongs to no window: set model.backbone.window_size=0 (it is "
+            f"model.backbone.class_token=True does not work with windows: set model.backbone.window_size=0 (it is "
             f"{window_size}), or class_token=False"
         )
     if registers and not class_token:
         raise ValueError(
-            f"model.backbone.registers={registers} are kept together with the class token: set "
+            f"model.backbone.registers={registers} needs the class token: set "
             f"model.backbone.class_token=True, or registers=0"
         )
 
@@ -224,7 +224,7 @@ def _check_blocks(
     named = {"conv_blocks": conv_blocks, "out_indices": out_indices, "global_blocks": global_blocks}
     for key, blocks in named.items():
         if len(set(blocks)) < len(blocks) or not all(0 <= number < depth for number in blocks):
-            raise ValueError(f"model.backbone.{key}={tuple(blocks)}: give different blocks from 0 to {depth - 1}")
+            raise ValueError(f"model.backbone.{key}={tuple(blocks)}: give distinct blocks from 0 to {depth - 1}")
     if depth - 1 not in out_indices:
         raise ValueError(f"model.backbone.out_indices={tuple(out_indices)} leaves out the last block, {depth - 1}")
 

@@ -25,7 +25,7 @@ def last_checkpoint(work_dir: str) -> Path | None:
         if found.exists():
             return found
     raise ValueError(
-        f"{named} names {path}, which does not exist: restore it, or write the name of another one into the file"
+        f"{named} names {path}, which does not exist: restore it, or write another checkpoint's name into the file"
     )
 
 
@@ -41,7 +41,7 @@ def find_weights(name: str) -> str:
     if path is not None and path.is_dir():
         path = path / WEIGHTS
     if path is None or not path.is_file():
-        raise ValueError(f"{name} is no checkpoint: give a .pth file, a checkpoint's folder or the folder of a run")
+        raise ValueError(f"{name} is not a checkpoint: give a .pth file, a checkpoint folder or a run folder")
     return str(path)
 
 

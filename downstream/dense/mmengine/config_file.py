@@ -73,7 +73,7 @@ def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable
         else:
             overridden[key] = _override(cfg, key, value, text)
     if run["tta"] and not run["test"]:
-        raise ValueError("tta=True: it is for evaluations: give test=FILE as well")
+        raise ValueError("tta=true applies only to evaluation: give test=FILE as well")
     cfg.work_dir = _work_dir(run, cfg.get("work_dir") or f"runs/{Path(name).stem}")
     set_start(cfg, run["start.checkpoint"], run["start.weights"])
     _set_precision(cfg, run["train.precision"])
@@ -111,7 +111,9 @@ def _set_default(tree: Any, key: str, value: Any) -> None:
 def _check_text(key: str, text: str) -> str | None:
     """The value of one of the run's text keys; raises ValueError if it is not valid."""
     if key == "name" and not re.fullmatch(r"[\w-][\w.-]*", text):
-        raise ValueError(f"name={text!r}: the name of a folder in runs=, of letters, digits, '_', '-' and '.'")
+        raise ValueError(
+            f"name={text!r}: must be a folder name of letters, digits, '_', '-' and '.', not starting with '.'"
+        )
     return text if key == "name" or text not in ("", "null", "None") else None
 
 
@@ -119,9 +121,9 @@ def _check_run_key(key: str, value: Any) -> Any:
     """The value of another key of the run; raises ValueError for a wrong type or a value outside its choices."""
     if isinstance(_RUN_KEYS[key], bool):
         if not isinstance(value, bool):
-            raise ValueError(f"{key}={value!r}: true or false")
+            raise ValueError(f"{key}={value!r}: must be true or false")
     elif value is not None and value not in _CHOICES[key]:
-        raise ValueError(f"{key}={value!r}: {' or '.join(_CHOICES[key])}")
+        raise ValueError(f"{key}={value!r}: must be {' or '.join(_CHOICES[key])}")
     return value
 
 
@@ -155,12 +157,13 @@ def _find_key(cfg: Config, key: str) -> tuple[Any, Any]:
                 raise ValueError(f"unknown key {key}: {near}")
             raise ValueError(f"unknown key {key}: in {parent}, {nearest(part, [*{*names, *known}])}")
         if depth == 0 and part not in READ:
-            raise ValueError(f"{key}: {part} was resolved as the configuration was read: {explain_variable(cfg, key)}")
+            advice = explain_variable(cfg, key)
+            raise ValueError(f"{key}: {part} was already resolved when the configuration was read: {advice}")
         step = int(part) if isinstance(tree, list) else part
         if depth < len(above):
             tree = tree[step]
             if not isinstance(tree, dict | list):
-                raise ValueError(f"unknown key {key}: {'.'.join(above[: depth + 1])} is a value, {tree!r}")
+                raise ValueError(f"unknown key {key}: {'.'.join(above[: depth + 1])} is a single value, {tree!r}")
     return tree, step
 
 
@@ -182,8 +185,8 @@ def _check_overridden(cfg: Config, overridden: dict[str, Any]) -> None:
         tree, step = _find_key(cfg, key)
         if tree[step] != value:
             raise ValueError(
-                f"{key}={value!r}: a key at the top of the configuration sets it to {_shorten(tree[step])}: override "
-                f"that one"
+                f"{key}={value!r}: a top-level key of the configuration sets it to {_shorten(tree[step])}: override "
+                f"that key instead"
             )
 
 
@@ -191,14 +194,14 @@ def _wrong_type(old: Any, new: Any) -> str | None:
     kinds: list[tuple[tuple[type, ...], str]] = [
         ((bool,), "true or false"),
         ((int, float), "a number"),
-        ((dict,), "a group of keys: override one of them"),
+        ((dict,), "a group of keys (or override one of them)"),
         ((list, tuple), "a list"),
         ((str,), "a string"),
     ]
     for types, description in kinds:
         if isinstance(old, types):
             fits = isinstance(new, types) and (bool in types or not isinstance(new, bool))
-            return None if fits or new is None else f"it is {description} in the configuration ({_shorten(old)})"
+            return None if fits or new is None else f"must be {description}, as in the configuration ({_shorten(old)})"
     return None  # the old value is None, which does not reveal the type
 
 
@@ -215,8 +218,8 @@ def _set_precision(cfg: Config, precision: str | None) -> None:
         wrapper["type"] = "OptimWrapper" if precision == "fp32" else "AmpOptimWrapper"
     kind = wrapper.setdefault("type", "OptimWrapper")
     if kind not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise ValueError(f"optim_wrapper.type={kind!r}: OptimWrapper (fp32) or AmpOptimWrapper (bf16)")
+        raise ValueError(f"optim_wrapper.type={kind!r}: must be OptimWrapper (fp32) or AmpOptimWrapper (bf16)")
     if kind == "AmpOptimWrapper":
         if wrapper.setdefault("dtype", "bfloat16") != "bfloat16":
-            raise ValueError(f"optim_wrapper.dtype={wrapper.dtype!r}: only bfloat16, which needs no loss scale")
+            raise ValueError(f"optim_wrapper.dtype={wrapper.dtype!r}: must be bfloat16, which needs no loss scale")
         wrapper["loss_scale"] = 1.0  # no scaling, but steps with a non-finite gradient are skipped

@@ -65,7 +65,7 @@ class ResumableBatches:
     ):
         if not isinstance(sampler, DefaultSampler | InfiniteSampler):
             raise ValueError(
-                f"train_dataloader.sampler.type={type(sampler).__name__} cannot be resumed in the middle: use "
+                f"train_dataloader.sampler.type={type(sampler).__name__} cannot be resumed midway: use "
                 f"DefaultSampler (epochs) or InfiniteSampler (iterations)"
             )
         self.sampler, self.batch_size, self.accumulation = sampler, batch_size, accumulation
@@ -78,7 +78,7 @@ class ResumableBatches:
         self.start = 0  # the number of the first batch of the next pass
         if not len(self):
             raise ValueError(
-                f"an epoch has {len(self.batches)} batches a rank, fewer than optim_wrapper.accumulative_counts="
+                f"an epoch has {len(self.batches)} batches per rank, fewer than optim_wrapper.accumulative_counts="
                 f"{accumulation}: use smaller batches or fewer ranks"
             )
 

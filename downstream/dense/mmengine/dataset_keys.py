@@ -21,7 +21,7 @@ def propagate_data_keys(cfg: Any) -> None:
         names = not isinstance(classes, str) and all(isinstance(name, str) for name in classes)
         if not names or not classes or len(set(classes)) < len(classes):
             raise ValueError(
-                f"""classes={classes!r}: give different names in the order of the annotations: """
+                f"""classes={classes!r}: give distinct names in the order of the annotations: """
                 f"""classes='["cat", "dog"]'"""
             )
     for split in SPLITS:

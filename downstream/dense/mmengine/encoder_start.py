@@ -21,14 +21,14 @@ def set_start(cfg: Any, checkpoint: str | None, weights: str | None) -> None:
     if backbone.get("type") != "PlainViT":
         typed = f"start.checkpoint={checkpoint}" if checkpoint else f"start.weights={weights}"
         raise ValueError(
-            f"{typed} is for model.backbone.type=PlainViT, and this is {backbone.get('type')}: "
+            f"{typed} needs model.backbone.type=PlainViT, but it is {backbone.get('type')}: "
             f"give load_from=FILE for the weights of a whole model"
         )
     before = [init for init in _init_cfgs(backbone) if init.get("type") == _TYPE]
     given = {"checkpoint": checkpoint, "weights": weights}
     init = {"type": _TYPE, **(before[0] if before else {}), **{k: v for k, v in given.items() if v is not None}}
     if init.get("checkpoint") is None:
-        raise ValueError(f"start.weights={weights} says which weights of a checkpoint: give start.checkpoint=FILE")
+        raise ValueError(f"start.weights={weights} selects weights of a checkpoint: give start.checkpoint=FILE as well")
     backbone.init_cfg = init
 
 

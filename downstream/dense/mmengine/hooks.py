@@ -99,8 +99,8 @@ def check_signature(before: dict[str, Any], now: dict[str, Any], work_dir: str) 
     ]
     if different:
         raise ValueError(
-            f"the checkpoint in {work_dir} is of another training: {'; '.join(different)}; set these back, or start "
-            f"anew with another name= (and with load_from={work_dir} from its weights)"
+            f"the checkpoint in {work_dir} belongs to another training: {'; '.join(different)}; restore these, or "
+            f"start a new run with another name= (and load_from={work_dir}, to start from its weights)"
         )
 
 
@@ -110,15 +110,15 @@ def check_model(state: dict[str, Any], model: Any) -> None:
     expected = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.state_dict(keep_vars=True).items()}
     found = {name.removeprefix("module."): tuple(tensor.shape) for name, tensor in state.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not of this model" for name in found if name not in expected]
+    problems += [f"{name} is not in this model" for name in found if name not in expected]
     problems += [
-        f"{name} is {found[name]} and should be {shape}"
+        f"{name} has shape {found[name]}, not {shape}"
         for name, shape in expected.items()
         if found.get(name, shape) != shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"the checkpoint is of another model: {'; '.join(problems[:3])}{more}")
+        raise ValueError(f"the checkpoint does not match the model: {'; '.join(problems[:3])}{more}")
 
 
 def _unwrap(model: Any) -> Any:
@@ -186,7 +186,8 @@ class DurableCheckpointHook(CheckpointHook):
             return
         if self.last_ckpt is None or Path(self.last_ckpt).stem != name:
             self._publish(runner, name, {}, by_epoch)
-        raise Stopped(f"{signal}: saved and stopped after step {done} of {runner.max_iters}; run it again to go on")
+        again = "run the same command again to continue"
+        raise Stopped(f"{signal}: saved and stopped after step {done} of {runner.max_iters}; {again}")
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
         self._publish(runner, f"{'epoch' if self.by_epoch else 'iter'}_{step}", meta, self.by_epoch)
@@ -217,7 +218,8 @@ class DurableCheckpointHook(CheckpointHook):
             except OSError as error:
                 problem = str(error)
         if problem := first_problem(problem):
-            raise OSError(f"checkpoint {path} could not be written: {problem}; make room and give the command again")
+            again = "make room and run the same command again to continue"
+            raise OSError(f"checkpoint {path} could not be written: {problem}; {again}")
 
     def _delete_old(self, folder: Path) -> None:
         if self.max_keep_ckpts <= 0:

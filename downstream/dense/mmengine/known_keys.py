@@ -115,7 +115,7 @@ def check_variables(path: Path) -> None:
         if name not in READ | loaded:
             close = difflib.get_close_matches(name, READ, n=1, cutoff=0.75)
             near = f"did you mean {close[0]}? " if close else ""
-            resolved = "A variable of an inherited file was resolved there, so set what it is used for"
+            resolved = "Variables of inherited files are already resolved: set the keys that use them"
             raise ValueError(f"{path}: nothing reads {name}: {near}{resolved}")
 
 
@@ -124,7 +124,7 @@ def explain_variable(cfg: Any, key: str) -> str:
     name, dot, rest = key.partition(".")
     value = cfg[name]
     places = [place for place in _find_equal(cfg, value) if isinstance(value, list | dict)]
-    return f"override {places[0]}{dot}{rest}" if places else "override what it is used for"
+    return f"override {places[0]}{dot}{rest}" if places else "override the keys that use it"
 
 
 def _find_equal(cfg: Any, value: Any) -> list[str]:

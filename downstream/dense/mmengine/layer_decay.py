@@ -30,10 +30,10 @@ def layer_decay_groups(model: nn.Module, *, lr: float, weight_decay: float, laye
         Optimizer groups with their `lr`, from the image upwards.
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"optim_wrapper.paramwise_cfg.layer_decay={layer_decay}: above 0, at most 1")
+        raise ValueError(f"optim_wrapper.paramwise_cfg.layer_decay={layer_decay}: must be above 0, at most 1")
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, PlainViT)]
     if len(found) != 1:
-        raise ValueError(f"layer decay needs a model with one PlainViT, this has {len(found)}")
+        raise ValueError(f"layer decay needs a model with one PlainViT, but this one has {len(found)}")
     prefix, backbone = found[0][0] + "." if found[0][0] else "", found[0][1]
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     depth = len(backbone.blocks)

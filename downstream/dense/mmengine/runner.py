@@ -92,7 +92,7 @@ def _test(cfg: Config, checkpoint: str, tta: bool, world: World) -> None:
 
 def _augment_test(cfg: Config) -> None:
     if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
-        raise ValueError("tta=true: the configuration has no tta_model and tta_pipeline")
+        raise ValueError("tta=true needs tta_model and tta_pipeline in the configuration")
     for _, dataset in datasets(cfg, "test"):
         dataset.pipeline = cfg.tta_pipeline
     # Otherwise mmengine would use the top-level one of mmseg's configurations.
@@ -187,12 +187,12 @@ def _ds_settings(cfg: Config, ds_config: str, world: World) -> dict[str, Any]:
     """
     clip = dict(cfg.optim_wrapper.clip_grad or {})
     if clip and (clip.get("type", "norm") != "norm" or float(clip.get("norm_type", 2)) != 2):
-        raise ValueError(f"optim_wrapper.clip_grad={clip}: DeepSpeed clips gradients by their norm of type 2")
+        raise ValueError(f"optim_wrapper.clip_grad={clip}: DeepSpeed clips gradients only by their L2 norm")
     if cfg.get("compile"):
-        raise ValueError("compile is for mmengine's Runner: delete it, or leave out train.ds_config")
+        raise ValueError("compile needs mmengine's Runner: delete it, or leave out train.ds_config")
     if any(hook["type"] == "EMAHook" for hook in cfg.get("custom_hooks") or []):
         # It copies parameters, which ZeRO-3 partitions, and FlexibleRunner loads checkpoints before the hook is ready.
-        raise ValueError("EMAHook is for mmengine's Runner: delete it from custom_hooks, or leave out train.ds_config")
+        raise ValueError("EMAHook needs mmengine's Runner: delete it from custom_hooks, or leave out train.ds_config")
     keys = read_ds_config(ds_config, _OWNED)
     if not zero_stage(keys):
         raise ValueError(
