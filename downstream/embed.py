@@ -113,8 +113,8 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise ValueError(
-            f"the features take {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free: use another disk, "
-            f"--dtype float16, or --features mean"
+            f"the features take {needed / 1e9:.1f} GB, but {path.parent} has {free / 1e9:.1f} GB free: use another "
+            f"disk, --dtype float16, or --features mean"
         )
     np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape).flush()
 
@@ -222,15 +222,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         type=block_numbers,
         default=(),
         metavar="N[,N...]",
-        help="outputs of these blocks from 1 on, side by side; default: the encoder's, after its norm",
+        help="outputs of these blocks, counted from 1, side by side; default: the encoder's, after its norm",
     )
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: that of the file")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of the images; default: the file's")
     parser.add_argument(
         "--weights",
         metavar="NAME",
-        help="online, ema, or an encoder's name in the file; default: what its authors evaluate",
+        help="online, ema, or an encoder's name in the file; default: those that the method's authors evaluate",
     )
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the file")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="type of the values in the file"
+    )
     add_loading_options(parser)
     run_on_ranks(_command, parser.parse_args(arguments))
 
