@@ -72,7 +72,7 @@ def read_pixels(data: bytes, format: PixelFormat) -> np.ndarray:
     if values.dtype != format.dtype:
         raise BadImage(f"values: {values.dtype}, not data.dtype={format.dtype}", OTHER_TYPE)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise BadImage("values that are not finite: fill in what is missing, or leave the image out")
+        raise BadImage("non-finite values: fill in what is missing, or leave the image out")
     return values
 
 
@@ -87,23 +87,21 @@ def read_npy(data: bytes) -> np.ndarray:
     start = 10 if data[6:7] == b"\x01" else 12  # version 1 has a length of two bytes
     length = int.from_bytes(data[8:start], "little")
     if data[6:7] not in (b"\x01", b"\x02", b"\x03") or length > _MAX_HEADER or len(data) < start + length:
-        raise BadImage(
-            f"a .npy file whose header is damaged, or has {length} bytes where up to {_MAX_HEADER} are usual"
-        )
+        raise BadImage(f"a .npy file whose header is damaged or too long ({length} bytes, at most {_MAX_HEADER})")
     header = _HEADER.fullmatch(data[start : start + length])
     if header is None:
-        raise BadImage("a .npy file of something else than an array (height, width, channels) of numbers", UNSUPPORTED)
+        raise BadImage("a .npy file that does not hold a numeric array (height, width, channels)", UNSUPPORTED)
     descr, fortran, *sides = (part.decode() if part else "" for part in header.groups())
     shape = tuple(int(side) for side in sides if side)
     if descr not in ("|u1", "<u2", ">u2", "<f4", ">f4"):
-        raise BadImage(f"a .npy file of {descr}: save uint8, uint16 or float32", UNSUPPORTED)
+        raise BadImage(f"a .npy file of dtype {descr}: save it as uint8, uint16 or float32", UNSUPPORTED)
     if len(shape) == 3 and shape[2] > MAX_CHANNELS >= shape[0]:
-        raise BadImage(f"a .npy file of {shape}: save it as (height, width, channels)", OTHER_CHANNELS)
+        raise BadImage(f"a .npy file of shape {shape}: save it as (height, width, channels)", OTHER_CHANNELS)
     check_size(shape[1], shape[0])
     dtype = np.dtype(descr)
     expected, given = math.prod(shape) * dtype.itemsize, len(data) - start - length
     if expected != given:
-        raise BadImage(f"a .npy file with {given} bytes of values, where its header says {expected}")
+        raise BadImage(f"a .npy file with {given} bytes of values, but its header says {expected}")
     values = np.frombuffer(data, dtype, offset=start + length).reshape(shape, order="F" if fortran == "True" else "C")
     return np.ascontiguousarray(values, dtype.newbyteorder("="))
 
@@ -119,14 +117,14 @@ def _read_image(data: bytes, format: PixelFormat) -> np.ndarray:
     if is_tiff(data) and format.channels != 3 and _pages(image) == format.channels > 1:
         return _read_pages(data, format)
     if isinstance(image, TiffImagePlugin.TiffImageFile) and (lost := _lost(image)):
-        return _read_tiff(data, BadImage(f"a TIFF file of which Pillow loses {lost}", UNSUPPORTED))
+        return _read_tiff(data, BadImage(f"a TIFF file from which Pillow would drop {lost}", UNSUPPORTED))
     values = read_16_bits(image, alpha=format.channels != 3)
     if values is not None:
         if is_negative(image):
             values = np.subtract(white_of(image), values, dtype=np.uint16)
         return np.repeat(values[..., None], 3, axis=2) if values.ndim == 2 and format.channels == 3 else values
     if image.format == "AVIF" or (image.format == "JPEG2000" and image.mode != "L"):
-        raise BadImage(f"{image.format}, of which Pillow keeps 8 bits: convert it to PNG or TIFF", UNSUPPORTED)
+        raise BadImage(f"{image.format}, of which Pillow reads only 8 bits: convert it to PNG or TIFF", UNSUPPORTED)
     return _read_8_bits(image, format)
 
 
@@ -142,7 +140,7 @@ def _check_all(width: int, height: int, pixel: int) -> None:
     """Raises BadImage for unsupported sizes, or if all pixels, of `pixel` bytes each, exceed `MAX_BYTES`."""
     check_size(width, height)
     if width * height * pixel > MAX_BYTES:
-        raise BadImage(f"{width} x {height} pixels of {pixel} bytes are over {MAX_BYTES}: cut it into parts", TOO_LARGE)
+        raise BadImage(f"{width} x {height} pixels of {pixel} bytes exceed {MAX_BYTES}: cut it into parts", TOO_LARGE)
 
 
 def _lost(image: TiffImagePlugin.TiffImageFile) -> str:
@@ -169,7 +167,7 @@ def _read_pages(data: bytes, format: PixelFormat) -> np.ndarray:
         values = np.asarray(image.convert("L") if image.mode == "1" else image)
         pages.append(values.astype(values.dtype.newbyteorder("=")))
     if any(page.ndim != 2 or page.shape != pages[0].shape or page.dtype != pages[0].dtype for page in pages):
-        raise BadImage(f"a TIFF file whose pages are not the {format.channels} channels of an image", OTHER_CHANNELS)
+        raise BadImage(f"a TIFF file whose pages are not {format.channels} channels of one image", OTHER_CHANNELS)
     return np.stack(pages, axis=2)
 
 
@@ -183,7 +181,7 @@ def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
         import tifffile
     except ImportError:
         raise BadImage(
-            f'{refused}; TIFF files of other channels need tifffile: pip install "lomar-deepspeed[tiff]"', UNSUPPORTED
+            f'{refused}; tifffile reads more TIFF files: pip install "lomar-deepspeed[tiff]"', UNSUPPORTED
         ) from None
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs a line for each damaged file
     with tifffile.TiffFile(BytesIO(data)) as file:
@@ -192,11 +190,15 @@ def _read_tiff(data: bytes, refused: BadImage) -> np.ndarray:
         page: Any = file.pages[0]
         _check_all(page.imagewidth, page.imagelength, page.nbytes // max(page.imagewidth * page.imagelength, 1))
         if page.imagedepth != 1 or page.samplesperpixel > MAX_CHANNELS:
-            raise BadImage(f"a TIFF file of {page.samplesperpixel} channels, {page.imagedepth} layers", OTHER_CHANNELS)
+            raise BadImage(
+                f"a TIFF file with {page.samplesperpixel} channels, {page.imagedepth} layers", OTHER_CHANNELS
+            )
         if page.dtype is None or page.dtype.name not in get_args(DType):
-            raise BadImage(f"a TIFF file of {page.dtype}: convert it to uint8, uint16 or float32", UNSUPPORTED)
+            raise BadImage(f"a TIFF file of dtype {page.dtype}: convert it to uint8, uint16 or float32", UNSUPPORTED)
         if page.photometric not in _MEANINGS or page.tags.valueof(_ORIENTATION, 1) != 1:
-            raise BadImage("a TIFF file of other colors, with 0 as white, or turned: save it upright", UNSUPPORTED)
+            raise BadImage(
+                "a TIFF file that is not gray or RGB, has 0 as white, or is rotated: save it upright", UNSUPPORTED
+            )
         _check_compression(page, data)
         values: np.ndarray = page.asarray(maxworkers=1)
         if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
@@ -208,10 +210,10 @@ def _check_compression(page: Any, data: bytes) -> None:
     """Raises BadImage if the compression is not supported, or if the data unpack to more than the image's size."""
     if page.compression not in _COMPRESSIONS:
         raise BadImage(
-            f"a TIFF file compressed by {page.compression.name}: save it uncompressed, or by deflate", UNSUPPORTED
+            f"a TIFF file with {page.compression.name} compression: save it uncompressed, or with deflate", UNSUPPORTED
         )
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         if page.compression != 1:
             unpacked = zlib.decompressobj().decompress(data[offset : offset + count], page.nbytes + 1)
             if len(unpacked) > page.nbytes:
-                raise BadImage("a TIFF file that unpacks to more than an image of its size")
+                raise BadImage("a TIFF file that decompresses to more than an image of its size")

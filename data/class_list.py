@@ -16,17 +16,17 @@ def read_classes(path: Path) -> tuple[str, ...]:
         ValueError: there are none, or a line is empty or a duplicate.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; it should have the name of a class in each line")
+        raise ValueError(f"{path}: no such file; it should have one class name per line")
     names = read_lines(path)
     if not names:
-        raise ValueError(f"{path}: is empty; it should have the name of a class in each line")
+        raise ValueError(f"{path}: is empty; it should have one class name per line")
     first: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
         if not name.strip():
-            raise ValueError(f"{path}, line {number}: is empty; each line is the name of a class: delete it")
+            raise ValueError(f"{path}, line {number}: is empty; each line is a class name: delete it")
         before = first.setdefault(same_name(name), number)
         if before != number:
-            raise ValueError(f"{path}, line {number}: '{name}' is on line {before} already: delete one of them")
+            raise ValueError(f"{path}, line {number}: '{name}' is already on line {before}: delete one of them")
     return tuple(names)
 
 

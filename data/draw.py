@@ -59,5 +59,5 @@ def choice(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
         ValueError: `size` is over `count`.
     """
     if size > count:
-        raise ValueError(f"{size} different numbers cannot be chosen of {count}")
+        raise ValueError(f"cannot choose {size} different numbers from {count}")
     return permutation(rng, count)[:size]

@@ -38,7 +38,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that writes {path}", file=sys.stderr)
+            print(f"waiting for another process that is writing {path}", file=sys.stderr)
             _wait_for(descriptor, lock)
         except OSError:
             pass  # a file system without locks: two processes may build the same index, and both are correct

@@ -103,8 +103,8 @@ def warn_of_pipes(problem: str, megabytes: float, workers: int) -> None:
         usage = shutil.disk_usage(SHARED_MEMORY)
         free = f"has {usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB free"
     _log.warning(
-        "batches of %.0f MiB do not go through shared memory (%s; %s %s) but through pipes, which is slower: make it "
-        "larger, with docker run --shm-size=%dg or --ipc=host, or lower data.num_workers (%d)",
+        "batches of %.0f MiB go through pipes, which are slower than shared memory (%s; %s %s): enlarge it with docker "
+        "run --shm-size=%dg or --ipc=host, or lower data.num_workers (%d)",
         *(megabytes, problem, SHARED_MEMORY, free, max(1, round(3 * workers * megabytes / 1024 + 0.5)), workers),
     )
 

@@ -83,9 +83,7 @@ def rewrite_16_bits(data: bytes, bits: int) -> bytes:
         values = read_16_bits(image)
         assert values is not None
         if values.max() > white:
-            raise BadImage(
-                f"values up to {values.max()} are over {white}, the largest number of {bits} bits", UNSUPPORTED
-            )
+            raise BadImage(f"values up to {values.max()} exceed {white}, the largest {bits}-bit number", UNSUPPORTED)
         file = BytesIO()
         scale_to_8_bits(values, white, is_negative(image)).save(file, "PNG")
     except Exception as error:

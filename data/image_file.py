@@ -63,7 +63,7 @@ def check_length(length: int) -> None:
     if length == 0:
         raise BadImage("an empty file", EMPTY)
     if length > MAX_BYTES:
-        raise BadImage(f"{length} bytes are over {MAX_BYTES}, more than any image of {_LIMIT}", TOO_LARGE)
+        raise BadImage(f"{length} bytes exceed {MAX_BYTES}, more than any image of {_LIMIT}", TOO_LARGE)
 
 
 def check_size(width: int, height: int) -> None:
@@ -95,7 +95,7 @@ def open_image(data: bytes) -> Image.Image:
     check_size(*image.size)
     if image.mode in _WITHOUT_WHITE:  # Pillow would clip values outside 0 to 255
         raise BadImage(
-            f"{_WITHOUT_WHITE[image.mode]} pixels, which do not say what is black and white: "
+            f"{_WITHOUT_WHITE[image.mode]} pixels, for which black and white are undefined: "
             "convert it to 8 bits, or to unsigned 16 bits",
             UNSUPPORTED,
         )
@@ -132,21 +132,19 @@ def count_kinds(kinds: Iterable[str]) -> str:
 
 def _unidentified(data: bytes) -> BadImage:
     if not data.strip(b"\0"):
-        return BadImage("nothing but zeros, as a copy that was not finished leaves them: copy it again", NO_IMAGE)
+        return BadImage("nothing but zeros, as left by an unfinished copy: copy it again", NO_IMAGE)
     if data.startswith(b"version https://git-lfs"):
-        return BadImage("a pointer of Git LFS in place of the image: `git lfs pull` gets it", NO_IMAGE)
+        return BadImage("a Git LFS pointer instead of the image: `git lfs pull` gets it", NO_IMAGE)
     if data[4:8] == b"ftyp" and data[8:12] in _AVIF_BRANDS:
         if AvifImagePlugin.SUPPORTED:
             return BadImage("an AVIF file that is damaged")
         return BadImage("an AVIF image: convert it to JPEG or PNG", UNSUPPORTED)
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         if READS_HEIC:
-            return BadImage("a HEIC file that is damaged, or has none of the pictures that are read")
+            return BadImage("a HEIC file that is damaged, or has no image that can be read")
         return BadImage(f"a HEIC image: {GET_HEIC}, or convert it to JPEG or PNG", UNSUPPORTED)
     if is_tiff(data):
-        return BadImage(
-            "a TIFF file that is damaged, or has other channels than gray, RGB or CMYK of up to 16 bits: convert it"
-        )
+        return BadImage("a TIFF file that is damaged, or is not gray, RGB or CMYK of up to 16 bits: convert it")
     for mark, name in _MARKS.items():
         if data.startswith(mark):
             return BadImage(f"a {name} file whose header is damaged")

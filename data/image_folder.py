@@ -58,7 +58,7 @@ class FolderReader:
                 return file.read()
         except FileNotFoundError as error:
             raise ValueError(
-                f"{self.folder.root}/{readable(name)}: the file has gone since it was listed: put it back"
+                f"{self.folder.root}/{readable(name)}: the file has disappeared since it was listed: put it back"
             ) from error
 
     def close(self) -> None:

@@ -62,9 +62,7 @@ def build_index(shards: str | Path, *, checksums: bool = False) -> Index:
             ):
                 write_index(scan_shards(root, names, root, checksums=checksums), path)
             return _checked(read_index(path, root), root, path, names)
-    raise ValueError(
-        f"no index can be written, neither in {root} nor in the cache: set XDG_CACHE_HOME to a writable folder"
-    )
+    raise ValueError(f"cannot write an index to {root} or to the cache: set XDG_CACHE_HOME to a writable folder")
 
 
 def index_paths(shards: str | Path) -> tuple[Path, Path]:
@@ -85,7 +83,9 @@ def _checked(index: Index, root: Path, path: Path, names: tuple[str, ...]) -> In
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.index", description=__doc__.split(":")[0])
-    parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern; also at a URL")
+    parser.add_argument(
+        "shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern, local or at a URL"
+    )
     args = parser.parse_args(argv)
 
     def command() -> int:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             index = build_index(args.shards, checksums=True)
             where = str(index.file)
-        print(f"{len(index)} samples in {len(index.shards)} shards; their index is {where}")
+        print(f"{len(index)} samples in {len(index.shards)} shards; the index is {where}")
         return 0
 
     return report_errors(command)

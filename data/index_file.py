@@ -20,7 +20,7 @@ from data.storage.client import Object
 from data.storage.location import Location, Remote
 
 FORMAT = 2
-HOW_TO_REINDEX = "if the shards are as they should be, run `python -m data.verify SHARDS --reindex`"
+HOW_TO_REINDEX = "if the shards are correct, run `python -m data.verify SHARDS --reindex`"
 _ARRAYS = ("shard_bytes", "shard_sizes", "offset", "length", "label")
 
 
@@ -92,7 +92,7 @@ def is_current(path: Path, classes: tuple[str, ...] | None) -> bool:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: not a readable index ({error}); delete it and it is built again")
+    return ValueError(f"{path}: not a readable index ({error}); delete it, and it is rebuilt")
 
 
 def read_index(path: Path, root: Location) -> Index:
@@ -126,15 +126,15 @@ def read_index(path: Path, root: Location) -> Index:
 def _map_again(path: Path, root: Location, fingerprint: str, versions: tuple[str, ...], cache: CacheSettings) -> Index:
     index = read_index(path, root)
     if index.fingerprint != fingerprint:
-        raise ValueError(f"{path}: the index was made anew while it was used: start the command again")
+        raise ValueError(f"{path}: the index was rebuilt while in use: run the command again")
     return replace(index, versions=versions, cache=cache)
 
 
 def check_names(index: Index, path: object, names: tuple[str, ...]) -> None:
     """Raises ValueError if shards were added or removed; names all of them."""
     problems = [
-        f"{index.root / name}: the shard "
-        f"{'is not in the index' if name in names else 'is in the index but gone'} {path}: {HOW_TO_REINDEX}"
+        f"{index.root / name}: the shard is {'not in' if name in names else 'missing, but is in'} the index {path}: "
+        f"{HOW_TO_REINDEX}"
         for name in sorted(set(names) ^ set(index.shards))
     ]
     if problems:

@@ -70,9 +70,9 @@ def scan_shards(
     contents = [content for content in scanned if isinstance(content, ShardContent)]
     unused = sum((content.unused for content in contents), Counter[str]())
     if unused:
-        print(f"{root}: members of the shards that are not used: {describe_unused(unused)}", file=sys.stderr)
+        print(f"{root}: unused members of the shards: {describe_unused(unused)}", file=sys.stderr)
     if isinstance(root, Path) and (below := tars_below(root, names)):
-        print(f"{root}: {below} tars in the folders below it are not part of these shards", file=sys.stderr)
+        print(f"{root}: {below} tars in its subfolders are not part of these shards", file=sys.stderr)
     index = _index(root, names, np.array([what.size for what in known], np.int64), contents)
     return replace(
         index,
@@ -127,6 +127,6 @@ def _problem_of_lists(keys: Keys, label: np.ndarray, has_list: np.ndarray) -> st
     lists, others = int(has_list.sum()), int((~has_list).sum())
     what = "a single label or none" if label[~has_list].max() >= 0 else "none"
     return (
-        f"{lists} samples have a list of labels, such as '{listed}', and {others} have {what}, such as '{other}': give "
-        f"all of them `labels` in their .json, an empty list where there is no class"
+        f"{lists} samples, such as '{listed}', have a list of labels, and {others}, such as '{other}', have {what}: "
+        f"give every sample `labels` in its .json, an empty list if it has no class"
     )

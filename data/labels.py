@@ -42,14 +42,14 @@ def check_labels(samples: Samples, num_classes: int | None = None, key: str = ""
             "shards with .cls files"
         )
     raise ValueError(
-        f"{problem} in 0..{num_classes - 1} ({key}={num_classes}): labels go from {labels.min()} to {labels.max()} "
+        f"{problem} in 0..{num_classes - 1} ({key}={num_classes}): labels range from {labels.min()} to {labels.max()} "
         f"({NO_LABEL}: none), '{samples.keys[first]}' has {labels[first]}"
     )
 
 
 def _check_lists(samples: Samples, lists: MultiLabels, num_classes: int | None, key: str) -> None:
     if not len(lists.classes):
-        raise ValueError(f"all lists of labels in {samples.root} are empty: give `labels` in the .json of some samples")
+        raise ValueError(f"all lists of labels in {samples.root} are empty: add `labels` to the .json of some samples")
     highest = int(lists.classes.max())
     if num_classes is not None and highest >= num_classes:
         first = int(np.searchsorted(lists.ends, int(lists.classes.argmax()), side="right"))

@@ -53,7 +53,7 @@ def read_list(path: Path, classes: Sequence[str] | None = None, labels: bool = T
             file = _listed(path.parent, text, numbers, labels)
             before = first.setdefault(os.path.normpath(file.name), position)
             if before != position:
-                raise ValueError(f"'{readable(file.name)}' is on line {before} already: delete one of them")
+                raise ValueError(f"'{readable(file.name)}' is already on line {before}: delete one of them")
             files.append(file)
         except ValueError as error:
             suffix = os.path.splitext(text.partition("\t")[0])[1].lower().lstrip(".")
@@ -62,7 +62,7 @@ def read_list(path: Path, classes: Sequence[str] | None = None, labels: bool = T
     if problems:
         more = f"\n  ... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         raise ValueError(
-            f"{path}: {len(problems)} of {len(lines)} lines are not right; a line is a path, or path<TAB>label:"
+            f"{path}: {len(problems)} of {len(lines)} lines are invalid; each must be a path, or path<TAB>label:"
             + "".join(f"\n  {problem}" for problem in problems[:SHOWN_PROBLEMS])
             + more
         )
@@ -98,18 +98,18 @@ def _advice(folder: Path, name: str) -> str:
     """Guesses what a path that does not exist was meant to be."""
     bare = name.strip().strip("\"'")
     if bare != name and _stat(folder, bare):
-        return "; the path stands without quotes and spaces"
+        return "; write the path without quotes and spaces around it"
     for separator, called in ((",", "a comma"), (";", "a semicolon"), (" ", "a space"), ("\t", "a second tab")):
         parts = (name.partition(separator)[0], name.rpartition(separator)[0]) if separator in name else ()
         if any(part and _stat(folder, part.strip("\"'")) for part in parts):
-            return f"; there is {called} behind the path where a tab, and then the label alone, should be"
+            return f"; {called} follows the path, where a tab and the label alone should be"
     if "\\" in name and _stat(folder, name.replace("\\", "/")):
-        return "; write / in place of \\"
+        return "; write / instead of \\"
     if not is_utf_8(name):
-        return "; the line is no UTF-8: save the list as UTF-8"
+        return "; the line is not UTF-8: save the list as UTF-8"
     if os.path.exists(name):
         return (
-            f"; paths are relative to the list's folder, and this one is relative to {os.getcwd()}: move the list there"
+            f"; paths are relative to the list's folder, but this one is relative to {os.getcwd()}: move the list there"
         )
     return "" if os.path.isabs(name) else f" in {folder}"
 
@@ -122,23 +122,23 @@ def _label(text: str, numbers: Mapping[str, int] | None) -> int:
         return label
     if not text.isdecimal():
         advice = (
-            "is no class of --classes"
+            "is not in --classes"
             if numbers is not None
-            else "is not a number from 0 on; labels that are names need --classes FILE, all names in the order of "
-            "their numbers, one a line"
+            else "is not a number from 0 on; to use names as labels, give --classes FILE with all names in label "
+            "order, one per line"
         )
         raise ValueError(f"the label '{readable(text)}' {advice}")
     most = MAX_LABEL if numbers is None else len(numbers) - 1
     if int(text) > most:
-        raise ValueError(f"the label {text} is over {most}{', the last class of --classes' if numbers else ''}")
+        raise ValueError(f"the label {text} exceeds {most}{', the last class of --classes' if numbers else ''}")
     return int(text)
 
 
 def _refuse_other_files(path: Path) -> None:
     if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-        raise ValueError(f"{path} is one image: give its folder, or a list")
+        raise ValueError(f"{path} is an image: give its folder, or a list")
     if tarfile.is_tarfile(path):
-        raise ValueError(f"{path} is a tar: unpack it first; if it is a shard already, data.shards takes it as it is")
+        raise ValueError(f"{path} is a tar: unpack it first; if it is already a shard, use it as data.shards")
     if zipfile.is_zipfile(path):
         raise ValueError(f"{path} is a zip: unpack it first and give the folder")
     with open(path, "rb") as file:

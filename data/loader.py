@@ -124,7 +124,7 @@ class Loader:
 
 def _label_reader(index: Index, num_classes: int | None) -> LabelReader:
     if index.multi_labels is not None and num_classes is None:
-        raise ValueError(f"samples in {index.root} have lists of labels: this needs one label for each")
+        raise ValueError(f"samples in {index.root} have lists of labels, but this needs one label per sample")
     return LabelReader(index, num_classes)
 
 

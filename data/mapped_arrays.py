@@ -23,13 +23,13 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, mapped: mmap.mmap) -> np.ndarray:
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} in it is compressed")
+        raise ValueError(f"its {info.filename} is compressed")
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, in_columns, dtype = read(member)
         start = member.tell()
     if dtype.hasobject:
-        raise ValueError(f"{info.filename} in it has Python objects")
+        raise ValueError(f"its {info.filename} has Python objects")
     start += info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack_from(mapped, info.header_offset))
     return np.ndarray(shape, dtype, mapped, start, order="F" if in_columns else "C")

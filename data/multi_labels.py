@@ -125,12 +125,12 @@ def read_json(content: bytes, numbers: Mapping[str, int]) -> Label:
     if label is not None:
         raise UnusableLabel("its .json has both 'label' and 'labels': leave one of them out")
     if not isinstance(labels, list):
-        raise UnusableLabel(f"'labels' in its .json is {_quote(labels)} and no list: call a single class 'label'")
+        raise UnusableLabel(f"'labels' in its .json is {_quote(labels)}, not a list: use 'label' for a single class")
     classes = []
     for item in labels:
         number = _class(item, numbers)
         if number is None:
-            raise UnusableLabel(f"'labels' in its .json has {_quote(item)} in it: leave it out")
+            raise UnusableLabel(f"'labels' in its .json contains {_quote(item)}: leave it out")
         classes.append(number)
     return tuple(classes)
 
@@ -145,10 +145,10 @@ def _class(value: object, numbers: Mapping[str, int]) -> int | None:
         elif value == "":
             return None
         else:
-            known = "which is not on the list in classes.txt" if numbers else "and there is no classes.txt"
+            known = "which is not in classes.txt" if numbers else "and there is no classes.txt"
             raise UnusableLabel(
-                f"its label is {_quote(value)}, {known}: labels are numbers from 0 on, or names of which classes.txt, "
-                f"next to the shards, has one a line in the order of their numbers"
+                f"its label is {_quote(value)}, {known}: labels are numbers from 0 on, or names listed in label "
+                f"order, one per line, in classes.txt next to the shards"
             )
     if isinstance(number, int) and not isinstance(number, bool) and -1 <= number <= MAX_LABEL:
         return None if number == -1 else number

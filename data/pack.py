@@ -111,7 +111,7 @@ def _check(out: Path, samples_per_shard: int, bits: int | None, shrink: Shrink |
     format.check()
     if format != RGB and (bits is not None or shrink is not None):
         raise ValueError(
-            f"--bits and --short-side rewrite photographs, and {format} are packed as they are: leave them out"
+            f"--bits and --short-side are for photographs, but images of {format} are packed unchanged: leave them out"
         )
     if samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard {samples_per_shard} must be at least 1")
@@ -131,9 +131,9 @@ def upload_folder(remote: Remote) -> Path:
 def check_empty(remote: Remote) -> None:
     """Raises ValueError if a store's folder already holds shards, or is read-only for us."""
     if remote.scheme == "hf":
-        raise StoreError(f"{remote}: hf:// is read only here: pack into a folder, and upload that by `hf upload`")
+        raise StoreError(f"{remote}: hf:// is read-only: pack into a folder, and upload it with `hf upload`")
     if any(name.endswith(".tar") for name in list_files(remote) or {}):
-        raise ValueError(f"{remote}: holds shards that were not packed from here: give another OUT")
+        raise ValueError(f"{remote}: already holds other shards: give another OUT")
 
 
 @contextmanager
@@ -143,17 +143,17 @@ def _plan(out: Path, plan: dict[str, str | int]) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{out}: another process is packing into this folder: wait for it") from error
+            raise ValueError(f"{out}: another process is packing into this folder: wait for it to end") from error
         file.seek(0)
         text = file.read()
         if text and text != json.dumps(plan):
             raise ValueError(
-                f"{out}: holds another pack, of other files or settings ({text}, now {json.dumps(plan)}): "
+                f"{out}: holds shards of other files or settings ({text}, now {json.dumps(plan)}): "
                 f"give another OUT, or delete {out}"
             )
         if not text:
             if any(out.glob("*.tar")):
-                raise ValueError(f"{out}: holds shards that were not packed here: give another OUT")
+                raise ValueError(f"{out}: already holds other shards: give another OUT")
             file.write(json.dumps(plan))
             file.flush()
             os.fsync(file.fileno())
@@ -200,15 +200,15 @@ def _list(path: Path, out: Location, classes_file: Path | None, labels: bool, ar
         ValueError: also if ``out`` lies in the folder, or if the meaning of its folders is unclear.
     """
     if path.is_dir() and isinstance(out, Path) and out.resolve().is_relative_to(path.resolve()):
-        raise ValueError(f"{out} lies in {path}, whose images are packed: give an OUT outside of it")
+        raise ValueError(f"{out} is inside {path}, whose images are packed: give an OUT outside it")
     source = list_source(path, classes_file, labels, arrays=arrays)
     if source.unsorted:
         raise ValueError(
-            f"{path}: images ({source.unsorted}) lie beside folders of images, so it is not clear whether the folders "
-            "are classes: move the images into folders of their classes, or give --no-labels if there are no classes"
+            f"{path}: images ({source.unsorted}) are next to folders of images, so it is unclear whether the folders "
+            "are classes: move the images into class folders, or give --no-labels if there are no classes"
         )
     if source.ignored:
-        note([f"ignored, not images by name: {describe_ignored(source.ignored)}"])
+        note([f"ignored, not named like images: {describe_ignored(source.ignored)}"])
     note(source.remarks)
     return source
 
@@ -228,7 +228,7 @@ def _shrink(short_side: int | None, quality: int | None) -> Shrink | None:
     if short_side is not None:
         return Shrink(short_side, DEFAULT_QUALITY if quality is None else quality)
     if quality is not None:
-        raise ValueError(f"--quality {quality} is of photographs that --short-side shrinks: give both")
+        raise ValueError(f"--quality {quality} only applies to photographs that --short-side shrinks: give both")
     return None
 
 
@@ -238,29 +238,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source", metavar="SOURCE", type=Path, help="image folder, or a list file of path[<TAB>label] lines"
     )
-    parser.add_argument("out", metavar="OUT", type=parse_location, help="folder for the shards, here or at a URL")
+    parser.add_argument("out", metavar="OUT", type=parse_location, help="folder for the shards, local or at a URL")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
     parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
-    parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do about unreadable files")
+    parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do with unreadable files")
     parser.add_argument("--prefix", default="train", help="shards are called PREFIX-000000.tar")
     labels = parser.add_mutually_exclusive_group()
     labels.add_argument(
-        "--classes", type=Path, metavar="FILE", help="names of all classes, one a line, in the order of their labels"
+        "--classes", type=Path, metavar="FILE", help="names of all classes, one per line, in label order"
     )
-    labels.add_argument("--no-labels", action="store_true", help="folders are no classes, a list's labels are left out")
+    labels.add_argument(
+        "--no-labels", action="store_true", help="do not use folders as classes; ignore the labels of a list"
+    )
     parser.add_argument(
         "--bits",
         type=int,
         metavar="N",
-        help="rewrite gray pictures of 16 bits as PNGs of 8 bits, in which the largest number of N bits is white",
+        help="rewrite 16-bit images as 8-bit PNGs, with the largest N-bit number as white",
     )
     parser.add_argument(
         "--short-side",
         type=int,
         metavar="N",
-        help="shrink photographs whose short side is longer to N pixels, turned upright, and write them as JPEGs",
+        help="shrink photographs whose short side is over N pixels to N, turn them upright, and write them as JPEGs",
     )
-    parser.add_argument("--quality", type=int, metavar="N", help=f"of these JPEGs (default: {DEFAULT_QUALITY})")
+    parser.add_argument("--quality", type=int, metavar="N", help=f"quality of these JPEGs (default: {DEFAULT_QUALITY})")
     add_format(parser)
     args = parser.parse_args(argv)
 

@@ -78,33 +78,33 @@ class PackReport:
             if dark:
                 most = max(dark)
                 yield (
-                    f"{sum(bits[used] for used in dark)} of {bits.total()} {kind} pictures of 16 bits have no value "
-                    f"over {2**most - 1} of 65535 ({most} bits), and are used as they are, nearly black: "
+                    f"{sum(bits[used] for used in dark)} of {bits.total()} 16-bit {kind} images have no value over "
+                    f"{2**most - 1} of 65535 ({most} bits), and are used as they are, nearly black: "
                     f"--bits {most}, which needs another OUT, makes {2**most - 1} white"
                 )
         if self.flat:
             yield (
-                f"{self.flat} gray pictures of 16 bits have all their values within a sixteenth of the range, far from "
-                f"0, and become nearly one shade: subtract the offset (as of CT, often 32768) before packing"
+                f"{self.flat} 16-bit gray images have all their values within a sixteenth of the range, far from 0, "
+                f"and become almost a single shade: subtract the offset (for CT often 32768) before packing"
             )
         if self.more_pictures:
             yield (
-                f"the first picture alone is used of files with several (animations, pages): {self.more_pictures} of "
+                f"only the first image of files with several (animations, pages) is used: {self.more_pictures} of "
                 f"{self.images}"
             )
         if self.shrunk:
-            yield f"{self.shrunk} of {self.images} images were shrunk, the others packed as they are"
+            yield f"{self.shrunk} of {self.images} images were shrunk, the others packed unchanged"
         if self.turned:
             yield (
-                "images stored lying or mirrored, with an EXIF orientation, are used as they are stored: "
-                f"{self.turned} of {self.images}; `exiftran -ai` turns JPEG files without loss, before packing"
+                "images rotated or mirrored by an EXIF orientation are used as they are stored: "
+                f"{self.turned} of {self.images}; `exiftran -ai` rotates JPEG files losslessly before packing"
             )
 
         if self.transparent:
             yield (
-                "images with transparent pixels are used with the colors that are stored below them: "
-                f"{self.transparent} of {self.images}; lay them on a background before packing if these are not meant "
-                "to be seen"
+                "images with transparent pixels are used with the colors stored under the transparency: "
+                f"{self.transparent} of {self.images}; put them on a background before packing if these colors should "
+                "not be seen"
             )
 
     def refusal(self, files: int, out: Path) -> str:

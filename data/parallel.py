@@ -35,9 +35,7 @@ def report_errors(command: Callable[[], int]) -> int:
     try:
         return command()
     except BrokenProcessPool:
-        print(
-            "error: a worker process was killed, perhaps for lack of memory: use fewer --num-workers", file=sys.stderr
-        )
+        print("error: a worker process was killed, perhaps out of memory: lower --num-workers", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return 1

@@ -30,7 +30,7 @@ class PixelFormat(NamedTuple):
     def check(self) -> None:
         """Raises ValueError for an unsupported number of channels."""
         if not 1 <= self.channels <= MAX_CHANNELS:
-            raise ValueError(f"--channels {self.channels}: images have from 1 to {MAX_CHANNELS}")
+            raise ValueError(f"--channels {self.channels}: images have 1 to {MAX_CHANNELS}")
 
     def __str__(self) -> str:
         return f"{self.channels} channel{'s' if self.channels > 1 else ''} of {self.dtype}"
@@ -63,7 +63,7 @@ class Pixels(NamedTuple):
 
     def __str__(self) -> str:
         mean, std = ("/".join(f"{x:g}" for x in values) for values in (self.mean, self.std))
-        return f"mean {mean}, deviation {std}" + ("" if self.format == RGB else f", {self.format}")
+        return f"mean {mean}, std {std}" + ("" if self.format == RGB else f", {self.format}")
 
 
 IMAGENET = Pixels()
@@ -81,8 +81,10 @@ def computable(images: Tensor) -> Tensor:
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """Adds the options --channels and --dtype to a command, for `given_format`."""
-    parser.add_argument("--channels", type=int, metavar="C", help="of every image, as data.channels (default: 3)")
-    parser.add_argument("--dtype", choices=get_args(DType), help="of their values, as data.dtype (default: uint8)")
+    parser.add_argument(
+        "--channels", type=int, metavar="C", help="channels of every image, as data.channels (default: 3)"
+    )
+    parser.add_argument("--dtype", choices=get_args(DType), help="type of their values, as data.dtype (default: uint8)")
 
 
 def given_format(options: argparse.Namespace) -> PixelFormat:

@@ -51,8 +51,8 @@ class ShardReader:
         image = block[HEADER:]  # its checksum takes a fiftieth of the time to decode it
         if index.checksum is not None and zlib.crc32(image) != index.checksum[sample]:
             raise ValueError(
-                f"{index.root / index.shards[shard]}: the bytes of sample '{index.keys[sample]}' at byte {offset} are "
-                f"not those that were indexed: copy the shard again, or {HOW_TO_REINDEX}"
+                f"{index.root / index.shards[shard]}: the bytes of sample '{index.keys[sample]}' at byte {offset} "
+                f"differ from those indexed: copy the shard again, or {HOW_TO_REINDEX}"
             )
         return image
 
@@ -66,7 +66,9 @@ class ShardReader:
             try:
                 return os.pread(self._descriptor(shard), count, offset)
             except FileNotFoundError as error:
-                raise ValueError(f"{error.filename}: the shard has gone since the run began: put it back") from error
+                raise ValueError(
+                    f"{error.filename}: the shard has disappeared since the run began: put it back"
+                ) from error
             except OSError as error:
                 if pause is None or error.errno not in TRANSIENT:
                     raise OSError(error.errno, f"{error.strerror} at byte {offset}", self._path(shard)) from error

@@ -65,7 +65,7 @@ class RemoteShards:
         if self.files is not None and not any("/" in name for name in names):
             for name in names:
                 if name not in self.files:
-                    raise NotThereError(f"{self.root / name}: there is no such shard")
+                    raise NotThereError(f"{self.root / name}: no such shard")
             return [self.files[name] for name in names]
         with ThreadPoolExecutor(_REQUESTS) as pool:
             return list(pool.map(lambda name: look_up(self.root / name, timeout), names))
@@ -88,7 +88,9 @@ def find_remote_shards(url: str, timeout: float) -> RemoteShards:
             return RemoteShards(url, shards[0], False, None, None)
         names = tars_of(shards[0], [name for name in files if not name.startswith(".")])
         if not names:
-            raise ValueError(f"{shards[0]}: no shards (*.tar) there; `python -m data.pack` makes them from images")
+            raise ValueError(
+                f"{shards[0]}: no shards (*.tar) in this folder; `python -m data.pack` makes them from images"
+            )
         return RemoteShards(url, shards[0], False, tuple(names), files)
     refuse_compressed(shards, len(shards))
     common = os.path.commonpath([f"/{shard.parent.path}" for shard in shards]).strip("/")
@@ -121,7 +123,7 @@ def _read(shards: RemoteShards, cache: CacheSettings) -> tuple[Index, object]:
     path, where = _find(shards, cache.timeout)
     if path is None:
         raise ValueError(
-            f"{shards.root}: no index of these shards is next to them or in {shards.folder}: make it once, by "
+            f"{shards.root}: no index of these shards next to them or in {shards.folder}: make it once with "
             f"`python -m data.index {shards.url}`, which reads every shard"
         )
     index = replace(read_index(path, shards.root), cache=cache)
@@ -142,7 +144,7 @@ def build_remote_index(url: str, cache: CacheSettings) -> tuple[Index, str]:
     shards = find_remote_shards(url, cache.timeout)
     if shards.names is None:
         raise ValueError(
-            f"{shards.root}: this store has no lists of files, and which shards to index is not clear: give a pattern "
+            f"{shards.root}: this store cannot list files, so it is unclear which shards to index: give a pattern "
             f"such as {shards.root}/train-{{000000..000146}}.tar"
         )
     shards.folder.mkdir(parents=True, exist_ok=True)

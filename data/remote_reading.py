@@ -116,7 +116,7 @@ def check_room(index: Index, size: int, in_flight: int) -> None:
             f"{_needed(index, size, in_flight)[0]} groups of data.shuffle_shards={size} are needed at once, up to "
             f"{needed / 1e9:.3g} GB"
             if size
-            else f"data.shuffle_shards=0 shuffles all {total / 1e9:.3g} GB of them at once"
+            else f"data.shuffle_shards=0 shuffles all {total / 1e9:.3g} GB at once"
         )
         raise ValueError(
             f"data.cache_gb={cache.gigabytes:g} is not enough for {index.root}: {what}; set {smaller}data.cache_gb to "
@@ -144,7 +144,7 @@ def _allow_files(shards: int, size: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ValueError(
-            f"data.shuffle_shards={size}: {shards} shards in use are as many open files, and this process may have "
-            f"{hard}: raise that with `ulimit -n {needed}`, or lower data.shuffle_shards"
+            f"data.shuffle_shards={size}: {shards} shards in use are as many open files, but this process may only "
+            f"have {hard}: raise the limit with `ulimit -n {needed}`, or lower data.shuffle_shards"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

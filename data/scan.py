@@ -106,18 +106,18 @@ def scan_shard(
     with open_shard(path, what) as file:
         samples = list(_samples(path, file, numbers or {}, unused, checksums))
     if not samples:
-        others = f" (in it: {describe_unused(unused)})" if unused else ""
-        links = "; links have no bytes, `tar -h` packs what they point to" if unused[SYMBOLIC_LINK] else ""
-        raise ValueError(f"{path}: an empty shard, no sample in it{others}; delete the file or write it again{links}")
+        others = f" (only {describe_unused(unused)})" if unused else ""
+        links = "; links have no content, `tar -h` packs what they point to" if unused[SYMBOLIC_LINK] else ""
+        raise ValueError(f"{path}: an empty shard, without samples{others}; delete the file or write it again{links}")
     found = [_image_of(sample) for sample in samples]
     images = [image for image in found if not isinstance(image, str)]
     if len(images) < len(samples):
         first = next(number for number, image in enumerate(found) if isinstance(image, str))
         count = len(samples) - len(images)
-        more = f", and so have {count - 1} others of {len(samples)}" if count > 1 else ""
+        more = f", as do {count - 1} others of {len(samples)}" if count > 1 else ""
         raise ValueError(
             f"{path}: sample '{readable(samples[first].key)}' at byte {samples[first].start} has {found[first]}{more}; "
-            f"every sample needs one member that ends in {', '.join(IMAGE_EXTENSIONS)}: write the shard again"
+            f"every sample needs one member ending in {', '.join(IMAGE_EXTENSIONS)}: write the shard again"
         )
     labels = [sample.label for sample in samples]
     problems = (f"{path}: sample '{readable(sample.key)}': {sample.problem}" for sample in samples if sample.problem)
@@ -164,8 +164,8 @@ def _samples(
                 yield current
             if key in keys:
                 raise ValueError(
-                    f"{path}: duplicate key '{readable(key)}' at byte {member.header}; a key may occur once in a shard "
-                    "and its members must be adjacent: write the shard again"
+                    f"{path}: duplicate key '{readable(key)}' at byte {member.header}; a key may occur only once in a "
+                    "shard, and its members must be adjacent: write the shard again"
                 )
             keys.add(key)
             current = _Sample(key, member.header)
@@ -200,7 +200,7 @@ def _read_image(path: Location, suffix: str, member: Member, file: BinaryIO, che
 def _read_label(sample: _Sample, suffix: str, member: Member, file: BinaryIO, numbers: Mapping[str, int]) -> bool:
     """Reads the label in a member; returns whether there is one."""
     if member.size > MAX_LABEL_FILE:
-        sample.problems[suffix] = f"its .{suffix} has {member.size} bytes: labels have up to {MAX_LABEL_FILE}"
+        sample.problems[suffix] = f"its .{suffix} has {member.size} bytes: labels have at most {MAX_LABEL_FILE}"
         return True
     file.seek(member.offset)
     try:
@@ -228,7 +228,7 @@ def _without_bytes(path: Location, members: list[Member]) -> str:
         SPARSE: "write the shard again without `tar --sparse`",
     }.get(first.kind, "write the shard again with regular files")
     return (
-        f"{path}: members of samples whose bytes are not in the tar ({describe_unused(counts)}; the first is "
+        f"{path}: sample members whose bytes are not in the tar ({describe_unused(counts)}; the first is "
         f"'{readable(first.name)}' at byte {first.header}): {advice}"
     )
 

@@ -40,11 +40,13 @@ def find_shards(shards: str | Path) -> tuple[Path, tuple[str, ...]]:
         below = next(Path(text).glob("*/*.tar"), None)
         advice = "; `python -m data.pack` makes them from images"
         if below:
-            advice = f", but in those below it, such as {below}: give one of them, or a pattern with {{braces}}"
+            advice = f", but in its subfolders, such as {below}: give one of them, or a pattern with {{braces}}"
         raise ValueError(f"{text}: no shards (*.tar) in this folder{advice}")
     missing = [path for path in paths if not path.is_file()]
     if missing and any(sign in text for sign in "*?"):
-        raise ValueError(f"{text}: patterns have braces, as in train-{{000000..000099}}.tar; or give a folder of *.tar")
+        raise ValueError(
+            f"{text}: use a pattern with braces, as in train-{{000000..000099}}.tar, or give a folder of *.tar"
+        )
     if missing:
         count = f"{len(missing)} of {len(paths)} missing"
         problems = [f"{path}: no such shard ({count}); give a folder of *.tar" for path in missing]
@@ -94,6 +96,6 @@ def refuse_compressed(paths: Iterable[Location], shards: int) -> None:
     command = _COMPRESSED[_suffix_of_compressed(compressed[0].name)]
     shown = ", ".join([*(path.name for path in compressed[:5]), *(["..."] if len(compressed) > 5 else [])])
     raise ValueError(
-        f"{compressed[0].parent}: {len(compressed)} of {shards} shards are compressed ({shown}), and training reads "
+        f"{compressed[0].parent}: {len(compressed)} of {shards} shards are compressed ({shown}), but training reads "
         f"from the middle of a tar: decompress them first, for example `{command} {compressed[0]}`"
     )

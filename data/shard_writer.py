@@ -91,7 +91,7 @@ def without_unreadable_classes(
         source,
         classes=tuple(source.classes[label] for label in found),
         files=tuple(file._replace(label=number.get(file.label, NO_LABEL)) for file in source.files),
-    ), (f"folders without a readable image are no classes: {shown(lost)}",)
+    ), (f"folders without a readable image are not classes: {shown(lost)}",)
 
 
 def _readable_label(images: _Class) -> int:
@@ -142,7 +142,7 @@ def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
     needed, free = sum(file.size + _HEADERS for task in tasks for file in task.files), shutil.disk_usage(out).free
     if needed > free and not any(task.shrink or task.upload for task in tasks):  # otherwise their size is not known
         raise ValueError(
-            f"{out}: the shards need {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free: make room, or give "
+            f"{out}: the shards need {needed / 1e9:.3f} GB, but only {free / 1e9:.3f} GB are free: make room, or give "
             "another OUT"
         )
     try:
@@ -152,8 +152,8 @@ def write_shards(tasks: Sequence[ShardTask], out: Path, workers: int) -> None:
         if error.errno not in _FULL:
             raise
         raise ValueError(
-            f"{out}: the disk or the quota is full ({error.strerror}): make room and run the same command again; it "
-            "continues after the shards that are finished"
+            f"{out}: the disk or quota is full ({error.strerror}): make room and run the same command again; it "
+            "continues after the finished shards"
         ) from error
 
 

@@ -155,16 +155,16 @@ def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool, arrays
         walk.enter(str(root))
     if walk.unreadable:
         raise ValueError(
-            f"{root}: files or folders that cannot be read, without permission or links to nowhere: "
-            f"{shown(walk.unreadable)}; `chmod -R u+rX` gives permission"
+            f"{root}: files or folders that cannot be read, for lack of permission or as broken links: "
+            f"{shown(walk.unreadable)}; `chmod -R u+rX` grants permission"
         )
     walk.images.sort(key=lambda image: image[0])
     folders = sorted({name.split("/")[0] for name, _ in walk.images if "/" in name})
     unsorted = sum("/" not in name for name, _ in walk.images)
     if given is not None and unsorted:
         raise ValueError(
-            f"{root}: images ({unsorted}) lie in no folder of a class, which --classes numbers: move them into folders "
-            "of their classes, or give a list with their labels"
+            f"{root}: images ({unsorted}) are not in a class folder, which --classes requires: move them into class "
+            "folders, or give a list with their labels"
         )
     if not labels or unsorted:
         files = tuple(_source_file(name, stat, NO_LABEL) for name, stat in walk.images)
@@ -173,16 +173,16 @@ def _from_folder(root: Path, given: tuple[str, ...] | None, labels: bool, arrays
     number = number_classes(classes)
     unknown = [name for name in folders if same_name(name) not in number]
     if unknown:
-        raise ValueError(f"{root}: folders that are no classes of --classes: {shown(unknown)}")
+        raise ValueError(f"{root}: folders that are not in --classes: {shown(unknown)}")
     if len({same_name(name) for name in folders}) < len(folders):
         counts = Counter(map(same_name, folders))
         raise ValueError(
-            f"{root}: folders whose names differ only in how accents are written: "
+            f"{root}: folders whose names differ only in how accents are encoded: "
             f"{shown([name for name in counts if counts[name] > 1])}: rename one of them, or move its images"
         )
     broken = [name for name in folders if "\n" in name or "\r" in name]
     if broken:
-        raise ValueError(f"{root}: a class cannot have a line break in its name: rename {shown(broken)}")
+        raise ValueError(f"{root}: class names cannot contain line breaks: rename {shown(broken)}")
     files = tuple(_source_file(name, stat, number[same_name(name.split("/")[0])]) for name, stat in walk.images)
     remarks = _remarks(root, walk, folders, given is not None)
     return Source(root, files, classes, given is not None, walk.ignored, remarks=remarks)
@@ -202,21 +202,21 @@ def _remarks(root: Path, walk: _Walk, folders: list[str], given: bool) -> tuple[
     empty = sorted(set(walk.top) - set(folders))
     if empty and not given:
         remarks.append(
-            f"folders without images are no classes: {shown(empty)}; --classes FILE, a list of all classes, keeps them"
+            f"folders without images are not classes: {shown(empty)}; --classes FILE, a list of all classes, keeps them"
         )
     escaped = [name for name in folders if not is_utf_8(name)]
     if escaped:
-        remarks.append(f"names of folders that are no UTF-8 are written like this: {shown(escaped)}")
+        remarks.append(f"folder names that are not UTF-8 are written like this: {shown(escaped)}")
     nested = next((name for name, _ in walk.images if name.count("/") > 1), None)
     if nested:
         top, inner, _ = readable(nested).split("/", 2)
         remarks.append(
-            f"the class of an image is the folder at the top: images in '{top}/{inner}' are of class '{top}'; if the "
-            f"classes are the folders below, pack {root / top}"
+            f"the class of an image is its top-level folder: images in '{top}/{inner}' have class '{top}'; if the "
+            f"subfolders are the classes, pack {root / top}"
         )
     if len(folders) == 1 and not given:
         remarks.append(
-            f"'{readable(folders[0])}' is the only class; if it is none, --no-labels leaves its images without a label"
+            f"'{readable(folders[0])}' is the only class; if it is not one, --no-labels leaves its images unlabeled"
         )
     return tuple(remarks)
 
@@ -226,9 +226,9 @@ def describe_ignored(ignored: Counter[str]) -> str:
     kinds = [f"{count} {kind}" for kind, count in ignored.most_common(SHOWN)]
     text = ", ".join(kinds) + (f" and {len(ignored) - SHOWN} other kinds" if len(ignored) > SHOWN else "")
     if ".tar" in ignored:
-        text += "; shards (*.tar) need no packing: data.shards takes them as they are"
+        text += "; shards (*.tar) need no packing: use them as data.shards"
     if f".{ARRAY_EXTENSION}" in ignored:
-        text += "; `python -m data.pack FOLDER SHARDS --channels C` takes .npy files for images"
+        text += "; `python -m data.pack FOLDER SHARDS --channels C` treats .npy files as images"
     if ignored.keys() & {".zip", ".tgz", ".gz", ".7z", ".rar"}:
         text += "; unpack archives first"
     if ignored.keys() & {".dng", ".cr2", ".nef", ".arw", ".dcm", ".svg", ".pdf"}:

@@ -117,9 +117,11 @@ def _measure(task: _Task) -> tuple[list[_Image], Counter[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.statistics", description=__doc__.split(":")[0])
-    parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, a brace pattern, or a folder")
+    parser.add_argument(
+        "shards", metavar="SHARDS", help="folder of *.tar, one tar, a brace pattern, or a folder of images"
+    )
     add_format(parser)
-    parser.add_argument("--images", type=int, metavar="N", help="read N of them, evenly spread (default: all)")
+    parser.add_argument("--images", type=int, metavar="N", help="read only N images, evenly spaced (default: all)")
     parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     args = parser.parse_args(argv)
 

@@ -91,8 +91,8 @@ def header_problem(header: bytes, length: int) -> str:
     try:
         size = _size(header)
     except ValueError:
-        return "the size in its tar header is no number"
-    return "" if size == length else f"its tar header says {size} bytes, and its pax header {length}"
+        return "the size in its tar header is not a number"
+    return "" if size == length else f"its tar header says {size} bytes, but its pax header {length}"
 
 
 def _size(header: bytes) -> int:
@@ -122,8 +122,8 @@ def _check_extensions(path: Location, file: BinaryIO, offset: int) -> None:
             break
         position += HEADER + -(-size // HEADER) * HEADER
     raise ValueError(
-        f"{path}: at byte {offset} begins a name or a pax header that is damaged: {size} bytes at byte {position}, "
-        f"where up to {_MAX_EXTENSION} are usual; copy or write the shard again"
+        f"{path}: the long name or pax header at byte {offset} is damaged: {size} bytes at byte {position}, where up "
+        f"to {_MAX_EXTENSION} are usual; copy or write the shard again"
     )
 
 
@@ -166,8 +166,8 @@ def _after_zeros(path: Location, file: BinaryIO, offset: int, size: int) -> int 
         position += len(chunk)
     if size - offset > MAX_PADDING:
         raise ValueError(
-            f"{path}: from byte {offset} on {size - offset} bytes of zeros, as a copy that was not finished leaves "
-            f"them: copy the shard again; if nothing is missing, cut them off with `truncate -s {offset + 1024}`"
+            f"{path}: {size - offset} bytes of zeros from byte {offset} on, as left by an unfinished copy: copy "
+            f"the shard again; if nothing is missing, cut them off with `truncate -s {offset + 1024}`"
         )
     return None
 
@@ -182,6 +182,6 @@ def _problem(file: BinaryIO, offset: int, end: int, size: int, error: tarfile.Ta
     start = file.read(8)
     for magic, command in _DECOMPRESSORS.items():
         if offset == 0 and start.startswith(magic):
-            return f"compressed, and shards are uncompressed tars: undo it first with `{command} SHARD > NEW.tar`"
-    where = f"behind the end of the tar at byte {end} there is something else" if end else "no readable tar header"
+            return f"compressed, but shards are uncompressed tars: decompress it first with `{command} SHARD > NEW.tar`"
+    where = f"unexpected data after the end of the tar at byte {end}" if end else "no readable tar header"
     return f"{where} ({error}) at byte {offset}; shards are uncompressed tars: copy or write it again"

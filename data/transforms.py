@@ -30,12 +30,14 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop_scale {self.scale} must be 0 < lowest <= highest <= 1")
+            raise ValueError(f"crop_scale {self.scale} must satisfy 0 < lowest <= highest <= 1")
         for name in ("flip", "color_jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is a probability: set it between 0 and 1")
         if self.rand_augment and not re.fullmatch(r"rand(-(m|n|inc|mmax)\d+|-(mstd|p)\d+(\.\d+)?)+", self.rand_augment):
-            raise ValueError(f"rand_augment {self.rand_augment!r} is not written as timm does: rand-m9-mstd0.5-inc1")
+            raise ValueError(
+                f"rand_augment {self.rand_augment!r} is not in timm's notation, as in rand-m9-mstd0.5-inc1"
+            )
 
     def box(self, rng: np.random.Generator, width: int, height: int, size: tuple[int, int]) -> Box:
         """The crop box in an image of `width` x `height` pixels for a view of `size` (H, W)."""

@@ -126,7 +126,7 @@ def _bad_images(task: _Task, found: ShardContent, now: Object) -> list[str]:
                     file.seek(offset)
                     image = file.read(length)
                     if checksums is not None and zlib.crc32(image) != checksums[number]:
-                        problems.append(f"{where}: its bytes are not those that were indexed")
+                        problems.append(f"{where}: its bytes differ from those indexed")
                     check_image(image, task.format)
             except BadImage as error:
                 problems.append(f"{where} cannot be decoded ({error.kind}): {error}")
@@ -163,7 +163,7 @@ def _summary(index: Index, unused: Counter[str]) -> str:
         f"{len(index)} samples in {len(index.shards)} shards, {index.shard_bytes.sum() / 1e9:.3f} GB; "
         f"mean image {index.length.mean() / 1e3:.1f} kB; labels {labels}, {without} without, "
         f"{len(index.classes)} class names; fingerprint {index.fingerprint}"
-        f"{f'; members not used: {describe_unused(unused)}' if unused else ''}"
+        f"{f'; unused members: {describe_unused(unused)}' if unused else ''}"
         f"{f'; {index.shrunk}' if index.shrunk else ''}{problem}"
     )
 
@@ -171,10 +171,12 @@ def _summary(index: Index, unused: Counter[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.verify", description=__doc__.split(":")[0])
-    parser.add_argument("shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern; also at a URL")
+    parser.add_argument(
+        "shards", metavar="SHARDS", help="folder of *.tar, one tar, or a brace pattern, local or at a URL"
+    )
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     add_format(parser)
-    parser.add_argument("--reindex", action="store_true", help="delete the index and build it again first")
+    parser.add_argument("--reindex", action="store_true", help="delete and rebuild the index first")
     parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     args = parser.parse_args(argv)
 
@@ -189,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(problems) > SHOWN_PROBLEMS:
             print(f"... and {len(problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
         if format == RGB and any(f"({kind})" in problem for problem in problems for kind in _OTHER_FORMATS):
-            print("give the --channels and --dtype that the images have", file=sys.stderr)
+            print("give the --channels and --dtype of the images", file=sys.stderr)
         print(f"{len(problems)} problems" if problems else "ok")
         return 1 if problems else 0
 

@@ -150,15 +150,15 @@ def _too_many_files() -> str:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (
         f"too many open files: this process may have {limit}, and each array of a batch in shared memory is one: raise "
-        f"that with `ulimit -n 65536`, or lower data.num_workers"
+        f"the limit with `ulimit -n 65536`, or lower data.num_workers"
     )
 
 
 def _look_while_waiting(deadline: float, workers: int, source: object) -> None:
     if time.monotonic() > deadline:
         raise TimeoutError(
-            f"no batch for {WORKER_TIMEOUT:.0f} seconds from {workers} data workers, which are alive and read "
-            f"{source}: does this storage still answer?"
+            f"no batch for {WORKER_TIMEOUT:.0f} seconds from {workers} data workers, which are alive and reading "
+            f"{source}: does this storage still respond?"
         )
     look_while_waiting()
 
@@ -191,7 +191,7 @@ def _raise_if_dead(processes: Sequence[BaseProcess], finished: bool = False) -> 
         code = process.exitcode
         if code or (code == 0 and finished):
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            why = ", as the kernel does where memory is full: lower data.num_workers" if code == -signal.SIGKILL else ""
+            why = ", as the kernel does when memory runs out: lower data.num_workers" if code == -signal.SIGKILL else ""
             raise ChildProcessError(f"a data worker (process {process.pid}) {how}{why}")
 
 

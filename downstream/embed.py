@@ -113,8 +113,8 @@ def _allocate(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise ValueError(
-            f"the features need {needed / 1e9:.1f} GB, {path.parent} has {free / 1e9:.1f} GB free: use another disk, "
-            f"--dtype float16, or --features mean"
+            f"the features take {needed / 1e9:.1f} GB, but {path.parent} has {free / 1e9:.1f} GB free: use another "
+            f"disk, --dtype float16, or --features mean"
         )
     np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape).flush()
 

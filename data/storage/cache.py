@@ -134,7 +134,7 @@ class ShardCache:
             part.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise StoreError(
-                    f"{self.folder}: the disk or the quota is full while {remote} is fetched: set data.cache_gb to "
+                    f"{self.folder}: the disk or quota is full while fetching {remote}: set data.cache_gb to "
                     f"less than {self.settings.gigabytes:g}, or data.cache_dir to a folder with more room"
                 ) from None
             raise
@@ -158,12 +158,11 @@ class ShardCache:
             waited = time.monotonic() - start
             if waited > self.settings.timeout:
                 raise StoreError(
-                    f"{remote}: no room for its {size / 1e9:.3g} GB in {self.folder}, of which running processes need "
-                    f"all of the data.cache_gb={self.settings.gigabytes:g}: raise that, or give this run another "
-                    f"data.cache_dir"
+                    f"{remote}: no room for its {size / 1e9:.3g} GB in {self.folder}: running processes need all of "
+                    f"data.cache_gb={self.settings.gigabytes:g}; raise it, or give this run another data.cache_dir"
                 )
             if waited >= said:
-                _log.warning("%s: has waited for room in %s for %.0f seconds", remote, self.folder, waited)
+                _log.warning("%s: has been waiting for room in %s for %.0f seconds", remote, self.folder, waited)
                 said *= 2
             time.sleep(POLL)
 
@@ -192,8 +191,7 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                f"{self.folder}: no folder for shards can be made there ({error.strerror}): set data.cache_dir to "
-                f"another"
+                f"{self.folder}: cannot create this folder for shards ({error.strerror}): set data.cache_dir to another"
             ) from None
 
     @contextlib.contextmanager
@@ -232,7 +230,7 @@ def _lock(path: Path, how: int, flags: int) -> int | None:
     except OSError as error:
         unpin(descriptor)
         raise StoreError(
-            f"{path.parent}: files there cannot be locked ({error.strerror}): set data.cache_dir to a folder on a disk "
+            f"{path.parent}: cannot lock files there ({error.strerror}): set data.cache_dir to a folder on a disk "
             f"of this node"
         ) from None
     unpin(descriptor)

@@ -105,7 +105,7 @@ class Store:
         import obstore
 
         if self._hub:
-            raise StoreError(f"{remote}: hf:// is read only here: write into a folder, and upload that by `hf upload`")
+            raise StoreError(f"{remote}: hf:// is read-only: write into a folder, and upload it with `hf upload`")
         with _translated(remote):
             obstore.put(self._client, self._key(remote), data)
 
@@ -123,7 +123,7 @@ def open_store(scheme: str, authority: str, read_timeout: float = READ_TIMEOUT) 
     """Opens the store of a location's `scheme` and `authority`; raises StoreError if that is not possible."""
     if importlib.util.find_spec("obstore") is None:
         raise StoreError(
-            f'{scheme}://{authority}: to read it, obstore is needed: pip install "lomar-deepspeed[remote]", or '
+            f'{scheme}://{authority}: reading it needs obstore: pip install "lomar-deepspeed[remote]", or '
             f"pip install obstore"
         )
     return Store(Remote(scheme, authority), read_timeout)
@@ -194,8 +194,8 @@ def _translated(remote: Remote) -> Iterator[None]:
     except (PermissionDeniedError, UnauthenticatedError) as error:
         status = 403 if isinstance(error, PermissionDeniedError) else 401
         raise StoreError(
-            f"{remote}: the store refuses access ({status}): check the address, and that these credentials may read "
-            f"it; {credentials_advice(remote.scheme)}"
+            f"{remote}: the store denies access ({status}): check the address, and that the credentials give access "
+            f"to it; {credentials_advice(remote.scheme)}"
         ) from None
     except BaseError as error:
         raise _error_of(str(error), remote) from None
@@ -204,8 +204,8 @@ def _translated(remote: Remote) -> Iterator[None]:
 
 
 def _not_there(remote: Remote) -> NotThereError:
-    hidden = "; what needs a token is not there without it" if remote.scheme == "hf" else ""
-    return NotThereError(f"{remote}: is not in the store (404): is the address right?{hidden}")
+    hidden = "; private or gated repositories look missing without a token" if remote.scheme == "hf" else ""
+    return NotThereError(f"{remote}: not found in the store (404): is the address right?{hidden}")
 
 
 def _error_of(text: str, remote: Remote) -> Exception:
@@ -216,12 +216,12 @@ def _error_of(text: str, remote: Remote) -> Exception:
             short += f" ({kind})"
     if refused := re.search(r"InvalidCertificate\(\s*(\w+)", text):
         return StoreError(
-            f"{remote}: the store's certificate is not accepted ({refused[1]}): that of an authority of your site goes "
+            f"{remote}: the store's certificate was rejected ({refused[1]}): put the certificate of your site's own CA "
             f"into the file that SSL_CERT_FILE names"
         )
     if "InvalidContentType" in text:
         return StoreError(
-            f"{remote}: what answers there does not speak TLS: is its address http:// (of s3://, that in "
+            f"{remote}: the server there does not speak TLS: is its address http:// (for s3://, the one in "
             "AWS_ENDPOINT_URL)?"
         )
     status = re.search(r"status code: (\d+)", text)

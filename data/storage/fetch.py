@@ -124,8 +124,8 @@ class _Attempts:
         pause = min(FIRST_PAUSE * 2 ** (self.count - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         if waited + pause > self.timeout:
             raise StoreError(
-                f"{self.remote}: nothing came for {waited:.0f} seconds, in {self.count} attempts; the last error: "
-                f"{self.last}; more time is data.fetch_timeout={max(2 * self.timeout, 1):.0f}"
+                f"{self.remote}: no data for {waited:.0f} seconds, in {self.count} attempts; the last error: "
+                f"{self.last}; to wait longer, set data.fetch_timeout={max(2 * self.timeout, 1):.0f}"
             ) from None
         self.count += 1
         time.sleep(pause)
@@ -165,7 +165,7 @@ class _Watch:
                 if waited >= (max(2 * last, STALLED) if begin == attempts.since else STALLED):
                     said[attempts] = attempts.since, waited
                     why = f" (attempt {attempts.count}; the last error: {attempts.last})" if attempts.last else ""
-                    _log.warning("%s: nothing has come for %.0f seconds%s", attempts.remote, waited, why)
+                    _log.warning("%s: no data for %.0f seconds%s", attempts.remote, waited, why)
 
 
 _watch = _Watch()

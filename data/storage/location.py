@@ -72,22 +72,22 @@ def parse_url(url: str) -> Remote:
     scheme = {"s3a": "s3", "gcs": "gs"}.get(scheme, scheme)
     if scheme not in SCHEMES:
         raise ValueError(
-            f"{without_secrets(url)}: nothing reads {scheme}://; shards are in a folder, or at {_listed()}"
+            f"{without_secrets(url)}: {scheme}:// is not supported; shards must be in a folder, or at {_listed()}"
         )
     authority, _, path = rest.partition("/")
     if "@" in authority:
         host = authority.rpartition("@")[2]
         raise ValueError(
-            f"{scheme}://...@{host}: a URL is written into logs and recipes, so it may have no user and password: "
-            f"{'put them into ~/.netrc' if scheme.startswith('http') else credentials_advice(scheme)}"
+            f"{scheme}://...@{host}: a URL is written into logs and recipes, so it must not contain a user name and "
+            f"password: {'put them into ~/.netrc' if scheme.startswith('http') else credentials_advice(scheme)}"
         )
     if "?" in url or "#" in url:
         raise ValueError(
-            f"{re.split('[?#]', url)[0]}: a URL is written into logs and recipes, so it may have no ? or # behind it, "
-            f"where presigned URLs keep their credentials: {credentials_advice(scheme)}"
+            f"{re.split('[?#]', url)[0]}: a URL is written into logs and recipes, so it must not contain ? or #, "
+            f"after which presigned URLs have their credentials: {credentials_advice(scheme)}"
         )
     if not authority:
-        raise ValueError(f"{url}: no host or bucket in it, as in s3://bucket/folder")
+        raise ValueError(f"{url}: no host or bucket in it: write it as in s3://bucket/folder")
     if scheme == "hf":
         authority, path = _repository(url, authority, path)
     return Remote(scheme, authority, unquote(path).strip("/") if scheme.startswith("http") else path.strip("/"))
@@ -97,11 +97,11 @@ def credentials_advice(scheme: str) -> str:
     """Where a store's client looks for credentials."""
     return {
         "s3": "credentials are taken from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, the machine's role or ~/.aws; "
-        "AWS_REGION and AWS_ENDPOINT_URL say where, and AWS_SKIP_SIGNATURE=true reads public buckets",
+        "AWS_REGION and AWS_ENDPOINT_URL set region and endpoint, and AWS_SKIP_SIGNATURE=true reads public buckets",
         "gs": "credentials are taken from GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login` or "
         "the machine's role; GOOGLE_SKIP_SIGNATURE=true reads public buckets",
         "hf": "the token is taken from `hf auth login` or HF_TOKEN",
-    }.get(scheme, "user and password are taken from ~/.netrc")
+    }.get(scheme, "user name and password are taken from ~/.netrc")
 
 
 def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -55,7 +55,7 @@ def choose(path: Path, stored: dict[Any, Any], weights: Weights | None, marked: 
     chosen = _pick(path, choices, weights, marked) if choices else none
     others = [str(name) for name, value in chosen.tensors.items() if not isinstance(value, Tensor)]
     if others or not chosen.tensors:
-        raise ValueError(f"{path} holds no dictionary of tensors: {', '.join(others[:5]) or 'it is empty'}")
+        raise ValueError(f"{path} does not hold a dictionary of tensors: {', '.join(others[:5]) or 'it is empty'}")
     return chosen
 
 
@@ -94,12 +94,12 @@ def _pick(path: Path, choices: list[Choice], weights: Weights | None, marked: We
         raise ValueError(f"{path} holds the {marked} weights, not the {weights} ones: give the other file")
     if not found:
         kind = "averaged" if weights == "ema" else weights
-        raise ValueError(f"{path} holds one set of weights, which is not marked as {kind}: do not ask for {weights}")
+        raise ValueError(f"{path} has one set of weights, not marked as {kind}: do not ask for {weights}")
     for name in _EVALUATED:
         if by_name.get(name) in found:
             return by_name[name]
     raise ValueError(
-        f"{path} has {len(found)} encoders: {', '.join(choice.name for choice in found)}. Say which by its name, as "
+        f"{path} has {len(found)} encoders: {', '.join(choice.name for choice in found)}. Choose one by its name, as "
         f"--weights {found[0].name}, start.weights={found[0].name} or target.encoder={found[0].name}"
     )
 

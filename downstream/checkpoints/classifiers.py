@@ -92,7 +92,7 @@ def load_classifier_weights(
     width = len(found.state["norm.weight"]) if "norm.weight" in found.state else 0
     if head["head.weight"].ndim != 2 or head["head.weight"].shape[1] != width or "head.bias" not in head:
         raise ValueError(
-            f"{path}: its head is {tuple(head['head.weight'].shape)}, here it is a matrix on the encoder's width "
+            f"{path}: its head is {tuple(head['head.weight'].shape)}, but must be a matrix on the encoder's width "
             f"({width}) with a bias"
         )
     num_classes = len(head["head.weight"])
@@ -104,7 +104,7 @@ def _find_pool(source: Source, found: EncoderWeights) -> str:
     if found.pool_norm:
         return "avg"
     if "fc_norm.weight" in found.head:
-        raise ValueError(f"{source.path} has a norm before the pool and one behind it: this classifier has one of them")
+        raise ValueError(f"{source.path} has norms before and after the pool: this classifier has only one of them")
     recorded = source.hub.pool if source.hub else None
     return recorded or ("token" if found.spec.class_token else "avg")
 

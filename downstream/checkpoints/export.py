@@ -49,11 +49,11 @@ def _to_timm(export: Export, out: Path) -> tuple[float, str]:
 
 def _to_mm(export: Export, out: Path) -> tuple[float, str]:
     if export.classifier:
-        raise ValueError("mm is for backbones, without a head: leave out --classifier, or take --format timm or hf")
+        raise ValueError("mm is for backbones, without a head: leave out --classifier, or use --format timm or hf")
     if export.spec.pixels != IMAGENET:
         raise ValueError(
-            f"{export.report.path} is of {export.spec.pixels}, and mm's pipelines give backbones RGB by ImageNet's: "
-            f"take --format timm or hf, or, of 3 channels of uint8, the file itself as start.checkpoint"
+            f"{export.report.path} expects {export.spec.pixels}, but mm's pipelines give RGB with ImageNet's: use "
+            f"--format timm or hf, or, for 3 channels of uint8, give the file itself as start.checkpoint"
         )
     torch.save({"state_dict": export.tensors, "meta": export.metadata}, out)
     encoder = load_encoder(out)[0].double()
@@ -64,7 +64,7 @@ def _to_mm(export: Export, out: Path) -> tuple[float, str]:
         options = f'arch="{spec.arch}", patch_size={spec.patch_size}, position="{spec.position}"'
         usage = (
             f'backbone=dict(type="PlainViT", {options}, {init_cfg.format(loader="EncoderCheckpoint")})'
-            f"  # of downstream.dense.backbone.loading"
+            f"  # from downstream.dense.backbone.loading"
         )
     return export.check(lambda images: features(encoder, images)), usage
 
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     parser.add_argument(
         "--pixels",
         choices=STATISTICS,
-        help="statistics that the weights were trained on, where the file does not say: ImageNet's, or 0.5 and 0.5",
+        help="pixel statistics of the weights' training, if the file does not say: ImageNet's, or 0.5 and 0.5",
     )
     options = parser.parse_args(arguments)
     size = tuple(options.image_size * 2)[:2] if options.image_size else None

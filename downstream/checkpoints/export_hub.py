@@ -69,7 +69,9 @@ def _transformers_folder(export: Export, out: Path, kind: str) -> tuple[float, s
     try:
         import transformers
     except ImportError:
-        raise ValueError("a Hugging Face folder of absolute positions needs: pip install -e '.[huggingface]'") from None
+        raise ValueError(
+            "a Hugging Face folder with absolute positions needs: pip install -e '.[huggingface]'"
+        ) from None
     arch, (height, width) = ARCHS[export.spec.arch], export.spec.image_size
     config: dict[str, Any] = {
         "architectures": [kind],
@@ -153,7 +155,7 @@ def timm_usage(spec: EncoderSpec, name: str, options: TimmOptions) -> str:
     arguments = ", ".join([f'"{name}"', *(f"{key}={value!r}" for key, value in options.items())]).replace("'", '"')
     lines = ["import timm", f"timm.create_model({arguments})"]
     if spec.position != "sincos":
-        lines.insert(1, "import downstream.checkpoints.timm_models  # of lomar-deepspeed")
+        lines.insert(1, "import downstream.checkpoints.timm_models  # from lomar-deepspeed")
     if spec.pixels != IMAGENET:
-        lines.append(f"# of {spec.pixels}; values are divided by {spec.pixels.format.white:g} first")
+        lines.append(f"# pixels: {spec.pixels}; divide the values by {spec.pixels.format.white:g} first")
     return "\n".join(lines)

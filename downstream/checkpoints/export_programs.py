@@ -47,10 +47,10 @@ def to_onnx(export: Export, out: Path) -> tuple[float, str]:
         import onnxscript
         from onnx.reference import ReferenceEvaluator
     except ImportError:
-        raise ValueError("an ONNX model needs: pip install -e '.[onnx]'; torch_export needs nothing more") from None
+        raise ValueError("ONNX needs: pip install -e '.[onnx]'; torch_export needs nothing more") from None
     assert onnxscript  # torch's exporter uses it
     if (size := sum(tensor.nbytes for tensor in export.tensors.values())) >= _ONNX_LIMIT:
-        raise ValueError(f"{export.report.path} has {size / 1e9:.1f} GB, an ONNX file at most 2: take torch_export")
+        raise ValueError(f"{export.report.path} has {size / 1e9:.1f} GB, but an ONNX file at most 2: use torch_export")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own deprecations
         torch.onnx.export(

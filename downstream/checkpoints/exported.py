@@ -114,7 +114,7 @@ class Export:
         """Returns the difference; raises ValueError if it is larger than the tolerance."""
         if not difference <= tolerance:  # or NaN
             raise ValueError(
-                f"the export of {self.report.path} computes other {self.what}: in {precision} they differ by "
+                f"the export of {self.report.path} computes different {self.what}: in {precision} they differ by "
                 f"{difference:.2g} of the largest (at most {tolerance:.0e})"
             )
         return difference

@@ -56,7 +56,7 @@ def _encoder_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> Feat
     assert config.file
     found = read_encoder(config.file, weights=config.encoder)
     if found.spec.pixels.format != RGB:
-        raise ValueError(f"it is of {found.spec.pixels.format}: give a teacher of RGB in 8 bits")
+        raise ValueError(f"it expects {found.spec.pixels.format}: give a teacher for 8-bit RGB")
     size = _image_size(found.spec.patch_size, config, grid, patch_size)
     encoder, report = build_encoder(found, image_size=size)
     _log.info("the teacher is %s", report)
@@ -77,8 +77,8 @@ def _image_size(patch_size: int, config: TeacherConfig, grid: Grid, encoders: in
     if patch_size != encoders and not config.resize_images:
         height, width = (side * encoders for side in grid)
         raise ValueError(
-            f"the teacher has patches of {patch_size} pixels, {height / patch_size:.4g}x{width / patch_size:.4g} of an "
-            f"image of {height}x{width}, and the encoder has patches of {encoders}, {grid[0]}x{grid[1]} of it: set "
+            f"the teacher has patches of {patch_size} pixels, {height / patch_size:.4g}x{width / patch_size:.4g} per "
+            f"image of {height}x{width}, but the encoder has patches of {encoders}, {grid[0]}x{grid[1]} per image: set "
             f"target.resize_images=true to show the teacher images of {size[0]}x{size[1]}, or "
             f"model.patch_size={patch_size}"
         )
@@ -100,15 +100,17 @@ def _timm_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> Feature
     embed = getattr(model, "patch_embed", None)
     sides = getattr(embed, "patch_size", None)
     if sides is None or sides[0] != sides[1] or not all(hasattr(model, part) for part in ("blocks", "set_input_size")):
-        raise ValueError(f"target.timm_model={name} has no patches of one size: give a Vision Transformer of timm's")
+        raise ValueError(
+            f"target.timm_model={name} has no square patches of one size: give one of timm's Vision Transformers"
+        )
     _load_timm(model, name, config)
     size, old = _image_size(sides[0], config, grid, patch_size), tuple(model.patch_embed.grid_size)
     model.set_input_size(img_size=size)
     teacher = TimmTeacher(model, size, grid, name)
     mean, std = (", ".join(f"{value:.4g}" for value in model.pretrained_cfg[key]) for key in ("mean", "std"))
     _log.info(
-        "the teacher is timm's %s, %d blocks, %d wide; it sees images of %dx%d, standardized by the mean (%s) and the "
-        "deviation (%s) that timm has for it, of red, green and blue in 0..1",
+        "the teacher is timm's %s, %d blocks, %d wide; it sees images of %dx%d, normalized with timm's mean (%s) and "
+        "standard deviation (%s) for it, of red, green and blue in 0..1",
         *(name, teacher.depth, teacher.dim, *size, mean, std),
     )
     if old != grid and getattr(model, "pos_embed", None) is not None:
@@ -122,7 +124,7 @@ def _check_timm_name(name: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.7)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models('vit*') lists the names"
-        raise ValueError(f"target.timm_model={name} is no model of timm's: {hint}")
+        raise ValueError(f"target.timm_model={name} is not one of timm's models: {hint}")
 
 
 def _load_timm(model: Any, name: str, config: TeacherConfig) -> None:
@@ -134,12 +136,12 @@ def _load_timm(model: Any, name: str, config: TeacherConfig) -> None:
         if key not in tensors:
             problems.append(f"it has no {key}")
         elif tensors[key].shape != parameter.shape:
-            problems.append(f"{key} is {tuple(tensors[key].shape)} in it and {tuple(parameter.shape)} in that model")
+            problems.append(f"{key} is {tuple(tensors[key].shape)} in it, but {tuple(parameter.shape)} in the model")
     if problems:
         more = f", and {len(problems) - 1} other parameters do not fit" if problems[1:] else ""
         raise ValueError(
-            f"the file does not have the weights of target.timm_model={name} by timm's names: {problems[0]}{more}; "
-            f"give the model whose weights they are, or leave out target.timm_model if they are of another project"
+            f"the file does not have the weights of target.timm_model={name} under timm's names: {problems[0]}{more}; "
+            f"give the model that they belong to, or leave out target.timm_model if they are another project's"
         )
     model.load_state_dict({key: tensors[key] for key in wanted})
 
@@ -163,8 +165,8 @@ class TimmTeacher(FeatureTeacher):
             )[0].shape[1]
         if tokens != grid[0] * grid[1]:
             raise ValueError(
-                f"target.timm_model={name} has {tokens} patches of an image of {image_size[0]}x{image_size[1]} pixels, "
-                f"and the encoder that is trained {grid[0]}x{grid[1]}: give one that keeps the grid of its patches"
+                f"target.timm_model={name} has {tokens} patches per image of {image_size[0]}x{image_size[1]} pixels, "
+                f"but the trained encoder has {grid[0]}x{grid[1]}: give one that keeps the grid of its patches"
             )
 
     @torch.no_grad()

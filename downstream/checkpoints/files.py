@@ -83,7 +83,7 @@ def _advice(name: str) -> str:
     if re.match(r"https?:", name):
         return "; download it first"
     if re.fullmatch(r"[\w-]+/[\w-]+[\w.-]*", name) and not Path(name).parent.is_dir():
-        return f"; if it is the Hugging Face hub's, download it first: hf download {name} --local-dir FOLDER"
+        return f"; if it is on the Hugging Face hub, download it first: hf download {name} --local-dir FOLDER"
     return ""
 
 
@@ -154,7 +154,7 @@ def _read_spec(path: Path, metadata: Mapping[str, str]) -> EncoderSpec | None:
 def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
     """Reads the method's fp32 weights, or their moving average, from one of our checkpoints, with its run's spec."""
     if weights not in (None, "online", "ema"):
-        raise ValueError(f"{folder} is a checkpoint of a run, which has online and ema weights: not {weights}")
+        raise ValueError(f"{folder} is a checkpoint of a run, which has only online and ema weights, not {weights}")
     config = RunFolder(folder.parent.parent).config
     epochs = yaml.safe_load(config.read_text())["train"]["epochs"] if config.is_file() else None
     try:
@@ -166,7 +166,7 @@ def _read_checkpoint(folder: Path, weights: Weights | None) -> Source:
         ) from None
     if spec is None:
         raise ValueError(
-            f"{folder} is a checkpoint of a classifier, not of a pretraining: give the encoder that it started from "
+            f"{folder} is a checkpoint of a classifier, not of pretraining: give the encoder that it started from "
             f"({signature['start']['checkpoint'] or 'none'})"
         )
     if weights == "ema":

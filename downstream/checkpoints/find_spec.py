@@ -52,10 +52,10 @@ def find_spec(source: Source, state: Mapping[str, Tensor]) -> FoundSpec:
     found_here = {"arch": arch, "patch_size": patch_size, "position": position, "registers": count_registers(state)}
     for name, found in found_here.items():
         if getattr(recorded, name) != found:
-            raise ValueError(f"{path} says {name}={getattr(recorded, name)}, but its tensors are of {name}={found}")
+            raise ValueError(f"{path} says {name}={getattr(recorded, name)}, but its tensors have {name}={found}")
     if not fits_grid(state, recorded.grid):
         size = "x".join(map(str, recorded.image_size))
-        raise ValueError(f"{path} says image_size={size}, but its tables of positions are for another grid of patches")
+        raise ValueError(f"{path} says image_size={size}, but its position tables are for another grid of patches")
     return FoundSpec(recorded, True)
 
 
@@ -85,7 +85,9 @@ def count_blocks(state: Iterable[str]) -> int:
 def _find_patch_size(path: Path, state: Mapping[str, Tensor], channels: int) -> int:
     shape = tuple(state["patch_embed.proj.weight"].shape)
     if len(shape) != 4 or shape[1] != channels or shape[2] != shape[3]:
-        raise ValueError(f"{path} embeds patches by {shape}; this encoder has square patches of {channels} channels")
+        raise ValueError(
+            f"{path} embeds patches with a kernel of {shape}; this encoder has square patches of {channels} channels"
+        )
     return int(shape[2])
 
 
@@ -96,7 +98,7 @@ def _find_position(path: Path, state: Mapping[str, Tensor]) -> str:
     if len(present) != 1:
         raise ValueError(
             f"{path} has {' and '.join(_POSITIONS[kind] for kind in present) or 'no'} positions; "
-            f"this encoder has one kind of {', '.join(_POSITIONS.values())}"
+            f"this encoder has exactly one of {', '.join(_POSITIONS.values())}"
         )
     return present[0]
 
@@ -107,7 +109,7 @@ def _find_arch(path: Path, state: Mapping[str, Tensor]) -> str:
         if (arch.dim, arch.depth) == (dim, depth):
             return name
     known = ", ".join(f"{name} ({arch.dim}, {arch.depth})" for name, arch in ARCHS.items())
-    raise ValueError(f"{path} is {dim} wide and has {depth} blocks, which is none of {known}")
+    raise ValueError(f"{path} is {dim} wide and has {depth} blocks, which matches none of {known}")
 
 
 def _check_heads(source: Source, arch: str) -> None:
@@ -117,7 +119,7 @@ def _check_heads(source: Source, arch: str) -> None:
     if arch == "vit_small" and any("momentum_encoder." in key for key in source.tensors):
         problems.append(f"MoCo v3's ViT-S has 12 heads (here: {heads})")
     if problems:
-        raise ValueError(f"{source.path} is not {arch} as this project has it: {', '.join(problems)}")
+        raise ValueError(f"{source.path} is not this project's {arch}: {', '.join(problems)}")
 
 
 def _has_a_row_for_each_patch(state: Mapping[str, Tensor], grid: tuple[int, int] | None) -> bool:

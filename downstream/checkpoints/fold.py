@@ -45,7 +45,7 @@ def supply_last_norm(state: dict[str, Tensor], report: Report) -> None:
         width = state["patch_embed.proj.bias"]
         for name, value in (("norm.weight", torch.ones_like(width)), ("norm.bias", torch.zeros_like(width))):
             state[name], report.used[name] = value, ()
-            report.folded[name] = "the file has no last norm: one and zero"
+            report.folded[name] = "the file has no last norm: ones and zeros"
 
 
 def join_projections(state: dict[str, Tensor], report: Report) -> None:
@@ -58,7 +58,7 @@ def join_projections(state: dict[str, Tensor], report: Report) -> None:
         for kind in ("weight", "bias"):
             parts = [f"{at}{part}.{kind}" for part in "qkv"]
             if all(part in state for part in parts):
-                what = "queries, keys and values in one"
+                what = "queries, keys and values joined"
                 _merge(state, report, f"{at}qkv.{kind}", parts, lambda *three: torch.cat(three), what)
 
 
@@ -102,9 +102,7 @@ def fold_layer_scale(state: dict[str, Tensor], report: Report) -> None:
 def fold_adapter(state: dict[str, Tensor], report: Report) -> None:
     """Folds the MLP that TEC's class token goes through in training: the result is a constant."""
     if CLASS_ADAPTER[0] in state:
-        _merge(
-            state, report, "cls_token", ["cls_token", *CLASS_ADAPTER], fold_class_adapter, "behind its adapter's MLP"
-        )
+        _merge(state, report, "cls_token", ["cls_token", *CLASS_ADAPTER], fold_class_adapter, "after its adapter's MLP")
 
 
 def fold_positions(state: dict[str, Tensor], report: Report, grid: tuple[int, int] | None, keep_row: bool) -> None:

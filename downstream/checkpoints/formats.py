@@ -110,13 +110,13 @@ def translate(source: Source, pixels: Pixels | None = None, wanted: Collection[s
     if spec.position == "relative" and "pos_embed" in state:
         del state["pos_embed"]
         (key,) = report.used.pop("pos_embed")
-        report.dropped[key] = "a table that LoMaR's code never adds: its positions are in the relative tables"
+        report.dropped[key] = "a table that LoMaR's code never uses: its positions are in the relative tables"
     if "pos_embed" in state:
         fold_positions(state, report, spec.grid if size_known else None, "pos_embed" in wanted)
     theirs, report.pixels = find_pixels(source, state, pixels)
     if theirs != IMAGENET:
         fold_pixels(state, theirs)
-        report.folded |= dict.fromkeys(("patch_embed.proj.weight", "patch_embed.proj.bias"), f"pixels of {theirs}")
+        report.folded |= dict.fromkeys(("patch_embed.proj.weight", "patch_embed.proj.bias"), f"pixels with {theirs}")
     return EncoderWeights(spec, size_known, state, report, head, head_keys, pool_norm)
 
 
@@ -127,7 +127,7 @@ def _find_encoder(source: Source) -> tuple[str, Library]:
         return source.prefix, found[source.prefix]
     if len(found) != 1:
         known = "; ".join(f"{library.title} {library.anchor}" for library in LIBRARIES)
-        what = f"{len(found)} encoders ({', '.join(found)})" if found else f"no key that embeds patches ({known})"
+        what = f"{len(found)} encoders ({', '.join(found)})" if found else f"no patch embedding ({known})"
         raise ValueError(f"{source.path} has {what}: it must hold one Vision Transformer")
     return next(iter(found.items()))
 
@@ -160,7 +160,7 @@ def _rename_keys(source: Source, prefix: str, library: Library, report: Report) 
         elif reason := reason or match(name, DROPPED):
             report.dropped[key] = reason
         elif name in state:
-            problems[key] = f"another key is {name}, too"
+            problems[key] = f"another key is also {name}"
         else:
             state[name] = tensor.float()
             report.used[name] = (key,)
@@ -195,5 +195,7 @@ def _move_pool_norm(
     for kind in ("weight", "bias"):
         name, key = f"norm.{kind}", head_keys[f"fc_norm.{kind}"]
         state[name], report.used[name] = head[f"fc_norm.{kind}"], (key,)
-        report.folded[name] = "the norm behind a classifier's pool, here of every token: there is no other last norm"
+        report.folded[name] = (
+            "the norm after a classifier's pool, here applied to every token: there is no other last norm"
+        )
         del report.dropped[key]

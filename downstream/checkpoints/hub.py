@@ -102,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     found = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if found is None:
-        raise ValueError(f"{folder} has a {CONFIG} and none of {', '.join(_FILES)}: copy or download all of it")
+        raise ValueError(f"{folder} has a {CONFIG} but none of {', '.join(_FILES)}: copy or download all of it")
     if not found.name.endswith(_INDEX):
         return [found]
     names = sorted(set(map(str, (_read_json(found).get("weight_map") or {}).values())))
@@ -121,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): copy or download it again") from None
+        raise ValueError(f"{path} is not JSON ({error}): copy or download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object: copy or download it again")
+        raise ValueError(f"{path} is not a JSON object: copy or download it again")
     return content

@@ -118,7 +118,7 @@ def _part(name: str) -> str:
 def _why_not(here: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
     """Why a part cannot be taken; None if it can."""
     if not given:
-        return "not in the file, by any name known here"
+        return "not in the file under any known name"
     for name in sorted(here.keys() | given.keys()):
         old, new = (tuple(tensors[name].shape) if name in tensors else None for tensors in (given, here))
         if old != new:
@@ -151,12 +151,12 @@ def _other_kinds(mine: _Parts, theirs: _Parts, path: Path) -> dict[str, str]:
         )
         problems = [f"{part} {why}" for part in here if part in given and (why := _why_not(here[part], given[part]))]
         if given and here.keys() != given.keys():
-            others[group] = f"as initialized, since the file's {group} is another one, of {', '.join(given)}"
+            others[group] = f"as initialized, since the file's {group} is of another kind ({', '.join(given)})"
         elif given and problems:
             raise ValueError(
-                f"the {group} in {path} has {_described(given, group)}, and that of this run {_described(here, group)} "
-                f"({problems[0]}): set {_keys(given, group)}, or start.load=encoder to take its encoder alone, or "
-                f"start.load=fitting to take whatever fits as well"
+                f"the {group} in {path} has {_described(given, group)}, but this run's has {_described(here, group)} "
+                f"({problems[0]}): set {_keys(given, group)}, or start.load=encoder to load the encoder alone, or "
+                f"start.load=fitting to load whatever else fits, too"
             )
     return others
 

@@ -104,7 +104,7 @@ def _fill_encoder(encoder: ViT, source: Source) -> tuple[Report, list[str]]:
     differ = [key for key in ("arch", "position", "registers") if getattr(spec, key) != getattr(mine, key)]
     if differ:
         keys = " and ".join(f"model.{key}={getattr(spec, key)}" for key in differ)
-        raise ValueError(f"{path} is another encoder: set {keys}, or start from another file")
+        raise ValueError(f"{path} does not match this run's encoder: set {keys}, or start from another file")
     try:
         return fill_encoder(encoder, found), _note_of_positions(encoder, found)
     except ValueError as error:
@@ -124,7 +124,7 @@ def _note_of_positions(encoder: ViT, found: EncoderWeights) -> list[str]:
     if learned:
         return ["  pos_embed: the file's is fixed (sin-cos), and model.position=learned trains it from there"]
     return [
-        "  pos_embed: the file's is not sin-cos; it is taken, and model.position=sincos leaves it as it is: "
+        "  pos_embed: the file's is not sin-cos; it is loaded, and model.position=sincos keeps it fixed: "
         "model.position=learned would train it"
     ]
 

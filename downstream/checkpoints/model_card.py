@@ -74,11 +74,11 @@ def write_card(
         f"{what}, in fp32.",
         "",
         f"- positions: {_POSITIONS[spec.position]}",
-        *([f"- registers: {spec.registers}, behind the class token"] if spec.registers else []),
+        *([f"- registers: {spec.registers}, after the class token"] if spec.registers else []),
         f"- weights: {report.weights}"
         + {"online": " (as trained)", "ema": " (moving average)"}.get(report.weights, " (by their name in the source)"),
         f"- pixels: {_describe_pixels(spec.pixels)}"
-        + (f"; trained on those of {report.pixels}" if report.pixels and not run else ""),
+        + (f"; trained on pixels with {report.pixels}" if report.pixels and not run else ""),
         f"- checked: computed in float64 on random images, its {'logits' if classifier else 'features'} and those of "
         f"`{report.path.name}` differ by {difference:.1g} of the largest",
         "",

@@ -38,9 +38,9 @@ _TIMM = Library(
         (r"register_tokens", "reg_token"),  # DINOv2
     ),
     (
-        (r"decoder\..+", "the decoder of pretraining"),
+        (r"decoder\..+", "the pretraining decoder"),
         (r"(head|dino_head|ibot_head)\..+", "a self-distillation head or a classifier"),
-        (r"(mask_token|predictor\..+)", "the predictor of pretraining"),
+        (r"(mask_token|predictor\..+)", "the pretraining predictor"),
     ),
 )
 
@@ -94,10 +94,10 @@ _MMPRETRAIN = Library(
         (r"layers\.(\d+)\.ffn\.(w\d+)\.(.+)", r"blocks.\1.mlp.\2.\3"),
     ),
     (
-        (r"(neck|decoder)\..+", "the decoder of pretraining"),
-        (r"(head|target_generator|momentum_encoder|teacher)\..+", "a head or target of pretraining"),
-        (r"(decode|auxiliary|bbox|mask|roi|rpn)_head\..+", "a head of detection or segmentation"),
-        (r"data_preprocessor\..+", "statistics of pixels"),
+        (r"(neck|decoder)\..+", "the pretraining decoder"),
+        (r"(head|target_generator|momentum_encoder|teacher)\..+", "a pretraining head or target"),
+        (r"(decode|auxiliary|bbox|mask|roi|rpn)_head\..+", "a detection or segmentation head"),
+        (r"data_preprocessor\..+", "pixel statistics"),
         (r"steps", "a counter"),
     ),
 )
@@ -114,17 +114,17 @@ _KEPT = re.compile(
 # What a classifier has after the encoder.
 CLASSIFIER = re.compile(r"(fc_norm|head)\.(weight|bias)|head\.[01]\.(weight|bias|running_mean|running_var)")
 
-CROSSMAE = "CrossMAE's sums over the encoder's blocks, of its decoder"
+CROSSMAE = "CrossMAE's sums over the encoder's blocks, for its decoder"
 
 # Names that are not the encoder's.
 DROPPED = (
     (r"decoder_(embed|pred|norm|blocks|pos_embed)\b.*", "MAE's decoder"),
     (r"(wfm\.linear|dec_norms\.\d+)\..+", CROSSMAE),
-    (r"decoder\..+", "the decoder of pretraining"),
+    (r"decoder\..+", "the pretraining decoder"),
     (r"encoder_pred\..+", "LoMaR's prediction head"),
     (r"lm_head\..+", "BEiT's token prediction head"),
-    (r"cls_pt_layers\..+", "BEiT v2's layers of pretraining"),
-    (r"mask_token", "the mask token of pretraining"),
+    (r"cls_pt_layers\..+", "BEiT v2's pretraining layers"),
+    (r"mask_token", "the pretraining mask token"),
     (r"pooler\.dense\..+", "transformers' pooler, which no classifier uses"),
     (r"(head|predictor)\.\d+\..+", "a projection head of LUT or MoCo v3, or a linear probe's"),
     (r"(head|fc)\.(weight|bias)", "a classifier"),

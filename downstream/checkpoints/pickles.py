@@ -152,8 +152,8 @@ def damaged(path: Path, error: Exception) -> str:
     # torch's own advice, before these words, is to read the file without the restrictions.
     reason = (text.partition("WeightsUnpickler error:")[2] or text).strip().splitlines()
     return (
-        f"{path} ({path.stat().st_size} bytes) is cut off, damaged or not a checkpoint: copy it again from its origin "
-        f"({reason[0] if reason else 'it ends early'})"
+        f"{path} ({path.stat().st_size} bytes) is truncated, damaged or not a checkpoint: copy it again from its "
+        f"source ({reason[0] if reason else 'it ends early'})"
     )
 
 
@@ -163,23 +163,27 @@ def _name(kind: Any) -> str:
 
 def _refusal(path: Path, name: str) -> str:
     return (
-        f"{path} holds {name}, which could run code: it is refused. Where you trust the file and have its packages, "
-        f"keep its tensors alone: stored = torch.load({path.name!r}, weights_only=False); torch.save({{'model': "
-        f"stored['model']}}, 'tensors.pth'), with its own name for 'model', or stored.state_dict() of a whole module"
+        f"{path} holds {name}, which could run code: it is refused. If you trust the file and have its packages, "
+        f"extract its tensors: stored = torch.load({path.name!r}, weights_only=False); torch.save({{'model': "
+        f"stored['model']}}, 'tensors.pth'), with the file's own key for 'model', or stored.state_dict() of a module"
     )
 
 
 # First bytes of files that people take for checkpoints, what they are, and what to do.
 _KINDS = (
-    (rb"version https://git-lfs", "a pointer to a file that Git LFS keeps", "run `git lfs pull`, or download it"),
-    (rb"\s*<(!doctype|html|head|\?xml)", "a web page", "download the file itself, perhaps after a login"),
-    (rb"\x89HDF", "an HDF5 file, Keras' weights", "convert it to PyTorch, for example by transformers' from_tf=True"),
-    (rb"\x93NUMPY", "a NumPy array", "give a file of torch.save or safetensors"),
+    (rb"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull`, or download it"),
+    (rb"\s*<(!doctype|html|head|\?xml)", "a web page", "download the file itself, perhaps after logging in"),
+    (
+        rb"\x89HDF",
+        "an HDF5 file with Keras weights",
+        "convert it to PyTorch, for example with transformers' from_tf=True",
+    ),
+    (rb"\x93NUMPY", "a NumPy array", "give a torch.save or safetensors file"),
     (rb"\x1f\x8b|\x42\x5a\x68|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd", "a compressed archive", "unpack it first"),
     (rb"\x08[\x01-\x0f]\x12.{1,40}(pytorch|tf2onnx|onnx)", "an ONNX model", "give the weights that it was made from"),
-    (rb"\s*\{\s*\"", "a JSON text", "give the file of weights, or the folder that both are in"),
-    (rb"(\xff\xd8\xff|\x89PNG)", "an image", "give the file of weights"),
-    (rb"GGUF", "a GGUF file", "give the file of torch.save or safetensors that it was made from"),
+    (rb"\s*\{\s*\"", "a JSON file", "give the weights file, or the folder that both are in"),
+    (rb"(\xff\xd8\xff|\x89PNG)", "an image", "give the weights file"),
+    (rb"GGUF", "a GGUF file", "give the torch.save or safetensors file that it was made from"),
 )
 
 
@@ -198,9 +202,9 @@ def _other_kind(path: Path) -> tuple[str, str] | None:
     if any(name.endswith("constants.pkl") for name in names):
         return "a TorchScript program", "give the weights that it was made from, or save its state_dict()"
     if any(name.endswith(".npy") for name in names):
-        return "NumPy's .npz, as of JAX's models", "give a version for PyTorch, for example timm's"
+        return "a NumPy .npz file, as for JAX models", "give a version for PyTorch, for example timm's"
     if any("archive_format" in name or "models/" in name for name in names):
-        return "a program of torch.export", "give the weights that it was made from"
+        return "a torch.export program", "give the weights that it was made from"
     if not any(name.endswith("data.pkl") for name in names):
         return f"a zip archive ({', '.join(names[:3])}{', ...' if names[3:] else ''})", "unpack it first"
     return None

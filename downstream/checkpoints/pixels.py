@@ -48,15 +48,15 @@ def find_pixels(source: Source, state: Mapping[str, Tensor], given: Pixels | Non
     if source.spec is not None:
         return IMAGENET, ""
     if source.hub is not None and (recorded := source.hub.statistics):
-        return _rounded(recorded), f"{_rounded(recorded)} (of the folder's records)"
+        return _rounded(recorded), f"{_rounded(recorded)} (from the folder's records)"
     if (config := source.metadata.get("cfg")) and (found := _of_configuration(str(config))):
-        return found, f"{found} (of the configuration in the file)"
+        return found, f"{found} (from the configuration in the file)"
     model_type = source.hub.model_type if source.hub else None
     if model_type in _BY_MODEL_TYPE:
-        return _BY_MODEL_TYPE[model_type], f"{_BY_MODEL_TYPE[model_type]} (transformers' {model_type} usually)"
+        return _BY_MODEL_TYPE[model_type], f"{_BY_MODEL_TYPE[model_type]} (usual for transformers' {model_type})"
     if _is_beit(source, state):
-        return HALF, f"{HALF} (BEiT's files; if it is of BEiT v2, export it with --pixels imagenet)"
-    return IMAGENET, "ImageNet's mean and deviation (assumed: the file does not say)"
+        return HALF, f"{HALF} (BEiT's files; if it is BEiT v2's, export it with --pixels imagenet)"
+    return IMAGENET, "ImageNet's mean and std (assumed: the file does not say)"
 
 
 def fold_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels = IMAGENET) -> None:
@@ -83,11 +83,11 @@ def match_pixels(state: dict[str, Tensor], theirs: Pixels, ours: Pixels) -> dict
         return {}
     if theirs.channels == ours.channels:
         fold_pixels(state, theirs, ours)
-        return dict.fromkeys((_KERNEL, _BIAS), f"computes the same of pixels of {ours} as of {theirs}")
+        return dict.fromkeys((_KERNEL, _BIAS), f"computes the same from pixels with {ours} as from {theirs}")
     kernel, (before, after) = state[_KERNEL], (theirs.channels, ours.channels)
     if after == 1:
         state[_KERNEL] = kernel.sum(1, keepdim=True)
-        return {_KERNEL: f"{before} -> 1 channels: the sum over them (timm's rule)"}
+        return {_KERNEL: f"{before} -> 1 channels: summed (timm's rule)"}
     state[_KERNEL] = kernel.repeat(1, -(-after // before), 1, 1)[:, :after] * (before / after)
     return {_KERNEL: f"{before} -> {after} channels: repeated and scaled by {before}/{after} (timm's rule)"}
 

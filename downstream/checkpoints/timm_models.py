@@ -67,7 +67,9 @@ class LoMaRViT(VisionTransformer):
 
     def __init__(self, position: str = "relative", **options: Any):
         if position not in ("relative", "bias"):
-            raise ValueError(f"position={position!r}: relative or bias; for absolute positions use timm's own vit_*")
+            raise ValueError(
+                f"position={position!r} must be relative or bias; for absolute positions use timm's own vit_*"
+            )
         self.position = position
         patch_size, size = options["patch_size"], options.get("img_size", 224)
         height, width = height_width(size)
@@ -87,7 +89,7 @@ class LoMaRViT(VisionTransformer):
             return _on_device(grid_buckets, grid, self.num_prefix_tokens, images.device)
         if grid != self.patch_embed.grid_size:
             raise ValueError(
-                f"the bias tables are for {self.patch_embed.grid_size} patches, the images have {grid}: resize one"
+                f"the bias tables are for {self.patch_embed.grid_size} patches, but the images have {grid}: resize one"
             )
         return _on_device(offset_buckets, grid, self.num_prefix_tokens, images.device)
 

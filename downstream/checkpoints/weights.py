@@ -134,13 +134,13 @@ def fill_encoder(encoder: ViT, found: EncoderWeights) -> Report:
     resized |= _as_pretrained(state, wanted, path)
     if spec.class_token is False and encoder.cls_token is not None:
         state["cls_token"] = wanted["cls_token"]
-        resized["cls_token"] = "the file has none: it stays as it was initialized"
+        resized["cls_token"] = "the file has none: it stays as initialized"
     if missing := sorted(wanted.keys() - state.keys()):
         raise ValueError(f"{path} lacks {', '.join(missing[:5])}{', ...' if missing[5:] else ''}")
     for name, tensor in state.items():
         if name not in wanted or tensor.shape != wanted[name].shape:
-            here = tuple(wanted[name].shape) if name in wanted else "not there"
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, in the encoder ({spec.arch}) it is {here}")
+            here = tuple(wanted[name].shape) if name in wanted else "missing"
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but in the encoder ({spec.arch}) it is {here}")
     encoder.load_state_dict(state, strict=True)
     return replace(found.report, used=dict(found.report.used), dropped=dict(found.report.dropped), resized=resized)
 
@@ -154,23 +154,23 @@ def _as_pretrained(state: dict[str, Tensor], wanted: Mapping[str, Tensor], path:
     if SHARED_BIAS in wanted and SHARED_BIAS not in state:
         first, *others = [name for name in state if BIAS in name]
         if any(not torch.equal(state[first], state[name]) for name in others):
-            raise ValueError(f"{path} has another bias table in each block, and the blocks of the encoder share one")
+            raise ValueError(f"{path} has a different bias table in each block, but the encoder's blocks share one")
         state[SHARED_BIAS] = state[first]
         for name in (first, *others):
             del state[name]
     for name in wanted:
         if name.endswith(SCALE) and name not in state:
             state[name] = torch.ones_like(wanted[name])
-            changed[name] = "the file has none, or in the matrix before it: ones"
+            changed[name] = "the file has none, or has folded it into the matrix before: ones"
         if name in CLASS_ADAPTER and name not in state:
-            state[name], changed[name] = wanted[name], "the file has none: it stays as it was initialized"
+            state[name], changed[name] = wanted[name], "the file has none: it stays as initialized"
     return changed
 
 
 def _resize_patches(state: dict[str, Tensor], path: Path, old: int, new: int) -> dict[str, str]:
     """Resizes the patch projection; returns, like `_resize_positions`, what was done to it."""
     if {old, new} != {14, 16}:
-        raise ValueError(f"{path} has patches of {old} pixels, the encoder of {new}: only 14 and 16 can be exchanged")
+        raise ValueError(f"{path} has patches of {old} pixels, the encoder of {new}: only 14 and 16 can be converted")
     name = "patch_embed.proj.weight"
     # FlexiViT's pseudo-inverse: resized patches give the same tokens, which resizing the kernel itself would not do.
     state[name] = resample_patch_embed(state[name], [new, new], interpolation="bicubic", antialias=True)
@@ -183,8 +183,8 @@ def _resize_positions(state: dict[str, Tensor], found: EncoderWeights, new: tupl
         if fits_grid(state, new):
             return {}
         raise ValueError(
-            f"{found.report.path} has positions for a grid that is not square, and does not say for which: "
-            f"give the size it was trained at"
+            f"{found.report.path} has positions for a non-square grid, but does not say which: "
+            f"give the size that it was trained at"
         )
     if old == new:
         return {}

@@ -64,14 +64,14 @@ def _safe(folder: Path) -> Path:
 def test_a_truncated_file_is_refused(make: Callable[[Path], Path], share: float, tmp_path: Path):
     path = make(tmp_path)
     os.truncate(path, int(path.stat().st_size * share))
-    refused(path, "bytes", "cut off", "copy it again")
+    refused(path, "bytes", "truncated", "copy it again")
 
 
 @pytest.mark.parametrize("text", [b"<html>not found</html>", b"\x80\x02}q\x00.", b"\x80\x02K\x01."])
 def test_files_that_are_no_checkpoints_are_refused(text: bytes, tmp_path: Path):
     (tmp_path / "file.pth").write_bytes(text)
     # torch's own advice would be to read it all the same
-    refused(tmp_path / "file.pth", "^(?!.*weights_only).*(not a checkpoint|no dictionary|not a dictionary)")
+    refused(tmp_path / "file.pth", "^(?!.*weights_only).*(not a checkpoint|not hold a dictionary|not a dictionary)")
     refused(tmp_path / "none.pth", "no checkpoint")
     refused(tmp_path, "neither a run's folder")
 
@@ -101,7 +101,7 @@ def test_a_norm_after_the_pool_is_the_last_one_only_where_there_is_no_other(tmp_
     moved = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: w for name, w in state.items()}
     encoder, report = load_encoder(save(moved, tmp_path))
     assert torch.equal(encoder.norm.weight, state["norm.weight"])
-    assert "behind a classifier's pool" in report.folded["norm.bias"]
+    assert "after a classifier's pool" in report.folded["norm.bias"]
     assert report.used["norm.bias"] == ("fc_norm.bias",)
     both = {**state, "fc_norm.weight": noise(16), "fc_norm.bias": noise(16)}
     assert load_encoder(save(both, tmp_path))[1].dropped["fc_norm.bias"] == "the norm of a classifier"
@@ -129,10 +129,10 @@ def test_an_unknown_size_names_the_known_ones(tmp_path: Path):
 def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path):
     path = tmp_path / "a.safetensors"
     for metadata, message in (
-        ({"arch": "vit_small"}, "says arch=vit_small, but its tensors are of arch=vit_tiny"),
-        ({"patch_size": "2"}, "says patch_size=2, but its tensors are of patch_size=4"),
-        ({"position": "relative"}, "says position=relative, but its tensors are of position=sincos"),
-        ({"image_size": "16x12"}, "says image_size=16x12, but its tables of positions are for another grid"),
+        ({"arch": "vit_small"}, "says arch=vit_small, but its tensors have arch=vit_tiny"),
+        ({"patch_size": "2"}, "says patch_size=2, but its tensors have patch_size=4"),
+        ({"position": "relative"}, "says position=relative, but its tensors have position=sincos"),
+        ({"image_size": "16x12"}, "says image_size=16x12, but its position tables are for another grid"),
         ({"image_size": "12"}, "has metadata that this project did not write"),
     ):
         spec = {"arch": "vit_tiny", "patch_size": "4", "image_size": "12x12", "position": "sincos"}
@@ -179,7 +179,7 @@ def test_two_encoders_in_one_file_are_refused(tmp_path: Path):
         "start.weights=encoder or target.encoder=encoder",
     )
     refused(save(both, tmp_path), "no student weights, only encoder, teacher.encoder", weights="student")
-    known = r"no key that embeds patches .*patch_embed\.proj\.weight.*transformers"
+    known = r"no patch embedding .*patch_embed\.proj\.weight.*transformers"
     refused(save({"conv1.weight": noise(3)}, tmp_path), known)
 
 
@@ -191,11 +191,11 @@ def test_modules_outside_the_encoder_are_known_or_refused(tmp_path: Path):
 def test_a_table_that_is_not_square_needs_its_size(tmp_path: Path):
     wide = originals.vit(img_size=(8, 20))
     path = save(wide.state_dict(), tmp_path)
-    refused(path, "not square", "give the size")
+    refused(path, "non-square", "give the size")
     assert load_encoder(path, image_size=(8, 20))[0].grid == (2, 5)
     biased = originals.beit(img_size=(8, 20), use_rel_pos_bias=True)
     path = save(biased.state_dict(), tmp_path)
-    refused(path, "not square", "give the size")
+    refused(path, "non-square", "give the size")
     assert load_encoder(path, image_size=(8, 20))[0].grid == (2, 5)
 
 

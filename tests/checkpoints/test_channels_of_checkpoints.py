@@ -91,7 +91,7 @@ def test_pretraining_export_fine_tuning_prediction(name: str, position: str, tmp
     _, difference, usage = export_encoder(tmp_path / "encoder.safetensors", tmp_path / "timm.safetensors", "timm")
     assert difference < 1e-10
     assert f"in_chans={pixels.channels}" in usage
-    assert f"values are divided by {pixels.format.white:g} first" in usage
+    assert f"divide the values by {pixels.format.white:g} first" in usage
     exported = _created(usage)
     standardized = normalize_pixels(images, pixels).movedim(-1, 1)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_other_statistics_of_as_many_channels_compute_the_same(tmp_path: Path):
     path = encoder_file(tmp_path, ours)
     trained, _ = load_encoder(path)
     encoder = EncoderSpec("vit_tiny", 4, (12, 16), "relative").build().eval()
-    assert "computes the same of pixels of" in str(load_into(encoder, path))
+    assert "computes the same from pixels with" in str(load_into(encoder, path))
     images = torch.randint(0, 256, (2, 12, 16, 3), dtype=torch.uint8)
     torch.testing.assert_close(image_features(encoder, images), image_features(trained, images), rtol=0, atol=1e-4)
     assert match_pixels({}, IMAGENET, IMAGENET) == {}
@@ -178,9 +178,11 @@ def test_other_statistics_of_as_many_channels_compute_the_same(tmp_path: Path):
 
 def test_what_reads_photographs_refuses_others_in_a_sentence(tmp_path: Path):
     path = encoder_file(tmp_path, PIXELS["five"])
-    with pytest.raises(ValueError, match=r"5 channels of uint16, and mm's pipelines give backbones RGB"):
+    with pytest.raises(ValueError, match=r"5 channels of uint16, but mm's pipelines give RGB"):
         export_encoder(path, tmp_path / "x.pth", "mm")
-    with pytest.raises(ValueError, match=r"target.file=.*it is of 5 channels of uint16: give a teacher of RGB"):
+    with pytest.raises(
+        ValueError, match=r"target.file=.*it expects 5 channels of uint16: give a teacher for 8-bit RGB"
+    ):
         read_feature_teacher(TeacherConfig(file=str(path)), (3, 4), 8)
     state = load_file(path)
     save_file(state, path)

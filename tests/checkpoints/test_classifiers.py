@@ -156,8 +156,8 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path):
     state = originals.vit(num_classes=CLASSES).state_dict()
     norm = {"fc_norm.weight": originals.noise(16), "fc_norm.bias": originals.noise(16)}
     for change, message in (
-        ({"head.weight": originals.noise(5, 32)}, r"its head is \(5, 32\), here .* the encoder's width \(16\)"),
-        (norm, "a norm before the pool and one behind"),
+        ({"head.weight": originals.noise(5, 32)}, r"its head is \(5, 32\), but must .* the encoder's width \(16\)"),
+        (norm, "norms before and after the pool: this classifier has only one"),
     ):
         torch.save({"model": {**state, **change}}, tmp_path / "a.pth")
         with pytest.raises(ValueError, match=message):

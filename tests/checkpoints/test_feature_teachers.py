@@ -67,8 +67,8 @@ def test_a_timm_model_reads_a_local_file(tmp_path: Path, caplog: pytest.LogCaptu
         teacher = read_feature_teacher(config, (14, 14), 16)
     assert teacher is not None
     assert (
-        f"{name}, {teacher.depth} blocks, {teacher.dim} wide; it sees images of 224x224, standardized by the mean (0.5,"
-        in caplog.text
+        f"{name}, {teacher.depth} blocks, {teacher.dim} wide; it sees images of 224x224, "
+        "normalized with timm's mean (0.5," in caplog.text
     )
     assert "interpolated" not in caplog.text
     images = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
@@ -80,7 +80,7 @@ def test_a_timm_model_reads_a_local_file(tmp_path: Path, caplog: pytest.LogCaptu
         assert read_feature_teacher(config, (3, 5), 16).image_size == (48, 80)
     assert "positions are interpolated: they were trained on 14x14 patches, and it sees 3x5" in caplog.text
     with pytest.raises(
-        ValueError, match=r"patches of 16 pixels, 3x5 of an image of 48x80, .* 8, 6x10 of it: set target"
+        ValueError, match=r"patches of 16 pixels, 3x5 per image of 48x80, .* 8, 6x10 per image: set target"
     ):
         read_feature_teacher(config, (6, 10), 8)
 
@@ -96,21 +96,24 @@ def test_a_timm_model_that_is_not_that_of_the_file(tmp_path: Path):
 
     name = "vit_tiny_patch16_224"
     said = refusal(name)
-    assert f"the weights of target.timm_model={name} by timm's names: cls_token is (1, 1, 24) in it and (1, 1, " in said
-    assert "other parameters do not fit; give the model whose weights they are" in said
-    assert "is no model of timm's: did you mean vit_base_patch16_224 or" in refusal("vit_base_patch16_224px")
+    assert (
+        f"the weights of target.timm_model={name} under timm's names: cls_token is (1, 1, 24) in it, but (1, 1, "
+        in said
+    )
+    assert "other parameters do not fit; give the model that they belong to" in said
+    assert "is not one of timm's models: did you mean vit_base_patch16_224 or" in refusal("vit_base_patch16_224px")
     assert "did you mean vit_base_patch16_224.orig_in21k" in refusal("vit_base_patch16_224.orig_21k")
-    assert "is no model of timm's: timm.list_models('vit*') lists" in refusal("nothing")
-    assert "is no model of timm's" in refusal("hf-hub:timm/anything"), "which would be downloaded"
-    assert "has no patches of one size: give a Vision Transformer" in refusal("resnet18")
+    assert "is not one of timm's models: timm.list_models('vit*') lists" in refusal("nothing")
+    assert "is not one of timm's models" in refusal("hf-hub:timm/anything"), "which would be downloaded"
+    assert "has no square patches of one size: give one of timm's Vision" in refusal("resnet18")
 
 
 def test_a_teacher_of_other_patches_is_refused_with_both_grids(teacher_file: Path, caplog: pytest.LogCaptureFixture):
     config = TeacherConfig(file=str(teacher_file), blocks=1)
     with pytest.raises(
         ValueError,
-        match=r"patches of 14 pixels, 2.286x2.286 of an image of 32x32, and the encoder has patches of 16, 2x2 of it: "
-        r"set target.resize_images=true to show the teacher images of 28x28, or model.patch_size=14",
+        match=r"patches of 14 pixels, 2.286x2.286 per image of 32x32, but the encoder has patches of 16, 2x2 per image"
+        r": set target.resize_images=true to show the teacher images of 28x28, or model.patch_size=14",
     ):
         read_feature_teacher(config, (2, 2), 16)
     with caplog.at_level(logging.INFO):

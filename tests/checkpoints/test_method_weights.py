@@ -111,7 +111,7 @@ def test_maes_file_fills_encoder_and_decoder_so_that_the_losses_are_the_same(key
             {"decoder_depth": 1},
             {"decoder.blocks": "decoder.blocks.1.attn.proj.bias is (8,) in the file and is missing"},
         ),
-        ({"decoder": "conv"}, {"decoder.restore": "not in the file, by any name known here"}),
+        ({"decoder": "conv"}, {"decoder.restore": "not in the file under any known name"}),
         ({"decoder_embed_dim": 12}, {"decoder.embed": "decoder.embed.bias is (8,) in the file and is (12,) here"}),
     ],
 )
@@ -134,8 +134,8 @@ def test_asked_for_what_fits_a_part_that_does_not_keeps_its_own_weights_and_the_
 @pytest.mark.parametrize(
     ("keys", "sides"),
     [
-        ({"decoder_depth": 1}, r"decoder in .*mae\.pth has 2 blocks, 8 wide, and that of this run 1 block, 8 wide"),
-        ({"decoder_embed_dim": 12}, r"decoder in .*mae\.pth has 2 blocks, 8 wide, and that of this run 2 blocks, 12"),
+        ({"decoder_depth": 1}, r"decoder in .*mae\.pth has 2 blocks, 8 wide, but this run's has 1 block, 8 wide"),
+        ({"decoder_embed_dim": 12}, r"decoder in .*mae\.pth has 2 blocks, 8 wide, but this run's has 2 blocks, 12"),
     ],
 )
 def test_a_decoder_of_another_size_is_refused_and_the_encoder_alone_is_not(
@@ -168,7 +168,9 @@ def test_nothing_is_taken_of_a_decoder_of_another_kind(keys: dict[str, Any], tmp
     decoder = {name for name in before if name.startswith("decoder.")}
     assert decoder
     assert all(torch.equal(method.state_dict()[name], before[name]) for name in decoder)
-    assert "the file's decoder is another one, of decoder." in lines[next(n for n in lines if n.startswith("decoder."))]
+    assert (
+        "the file's decoder is of another kind (decoder." in lines[next(n for n in lines if n.startswith("decoder."))]
+    )
 
 
 def test_what_a_target_needs_is_replaced_and_the_decoder_behind_it_is_kept(tmp_path: Path):
@@ -201,7 +203,7 @@ def test_a_table_of_positions_of_another_kind_is_told(tmp_path: Path):
         return "".join(line for line in report.splitlines() if line.startswith("  pos_embed"))
 
     assert note(MAE, MAE) == note(LEARNED, LEARNED) == ""
-    assert "is not sin-cos; it is taken, and model.position=sincos leaves it as it is" in note(LEARNED, MAE)
+    assert "is not sin-cos; it is loaded, and model.position=sincos keeps it fixed" in note(LEARNED, MAE)
     assert "is fixed (sin-cos), and model.position=learned trains it" in note(MAE, LEARNED)
 
 
@@ -266,7 +268,7 @@ def test_a_file_of_the_simmim_authors_fills_the_shared_table_and_the_scales(tmp_
     assert "LayerScale" in loaded.report
     assert originals.feature_difference(without.encoder, model, originals.images()) < originals.SAME_TO_FP32
     finetuned, _ = originals.beit_finetuned(tmp_path)
-    with pytest.raises(ValueError, match="another bias table in each block"):
+    with pytest.raises(ValueError, match="a different bias table in each block"):
         load_method(without, finetuned)
 
 
@@ -353,7 +355,7 @@ def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeyp
     registers = build({**MAE, "model": MAE["model"] | {"registers": 2}})
     with pytest.raises(ValueError, match=r"set model\.registers=0, or start"):
         load_method(registers, tmp_path / "mae.pth")
-    with pytest.raises(ValueError, match=r"only 14 and 16 can be exchanged; set model\.\* to match it"):
+    with pytest.raises(ValueError, match=r"only 14 and 16 can be converted; set model\.\* to match it"):
         load_method(build({**MAE, "model": MAE["model"] | {"patch_size": 6}}), tmp_path / "mae.pth")
 
 
@@ -363,7 +365,7 @@ def test_the_class_token_of_a_run_of_tec_is_read_behind_its_adapter(tmp_path: Pa
     checkpoint = write_run(method, TEC, tmp_path)
     encoder, report = load_encoder(checkpoint)
     assert encoder.state_dict().keys() == build(MAE).encoder.state_dict().keys()
-    assert "behind its adapter's MLP" in str(report)
+    assert "after its adapter's MLP" in str(report)
     expected = encoder_state_dict(method, method.state_dict())
     torch.testing.assert_close(dict(encoder.state_dict()), expected, rtol=0, atol=0)
     images = torch.randn(2, 3, 12, 12)

@@ -68,7 +68,7 @@ def test_what_the_tensors_do_not_tell_is_compared_with_the_record(tmp_path: Path
     with pytest.raises(ValueError, match=r"num_attention_heads=4 \(here: 2\), hidden_act=relu"):
         load_encoder(path)
     (path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON object"):
         load_encoder(path)
 
 
@@ -114,7 +114,7 @@ def test_an_encoder_without_class_token_fills_one_with_it(tmp_path: Path):
     fresh = encoder.cls_token.clone()
     report = load_into(encoder, path)
     assert torch.equal(encoder.cls_token, fresh)
-    assert "stays as it was initialized" in report.resized["cls_token"]
+    assert "stays as initialized" in report.resized["cls_token"]
     assert torch.equal(encoder.norm.weight, load_encoder(path)[0].norm.weight)
     assert load_encoder(path, image_size=20)[1].resized.keys() == {"pos_embed"}
 
@@ -146,7 +146,7 @@ def test_what_is_beside_the_encoder_is_known_under_a_common_prefix(tmp_path: Pat
     """As in Lightning's files."""
     state = originals.prefixed("model.encoder.", originals.vit().state_dict())
     torch.save({"state_dict": {**state, "model.decoder.0.weight": originals.noise(3)}}, tmp_path / "a.ckpt")
-    assert load_encoder(tmp_path / "a.ckpt")[1].dropped == {"model.decoder.0.weight": "the decoder of pretraining"}
+    assert load_encoder(tmp_path / "a.ckpt")[1].dropped == {"model.decoder.0.weight": "the pretraining decoder"}
 
 
 def test_names_of_what_is_elsewhere_say_how_to_get_it():
@@ -162,4 +162,4 @@ def test_the_norm_behind_a_pool_is_reported_where_it_becomes_the_last_one(tmp_pa
     )
     encoder, report = load_encoder(path)
     assert torch.equal(encoder.norm.weight, model.model.pooler.layernorm.weight)
-    assert "here of every token" in report.folded["norm.weight"]
+    assert "here applied to every token" in report.folded["norm.weight"]

@@ -96,7 +96,7 @@ def test_a_zero3_checkpoint_is_the_runs_encoder_bit_for_bit(run: Path):
         assert read_encoder(path).spec == EncoderSpec("vit_tiny", 16, (64, 80), "relative", "lomar", epochs=1)
         assert not report.folded
         assert not report.resized
-    assert set(report.dropped.values()) == {"the predictor of pretraining"}
+    assert set(report.dropped.values()) == {"the pretraining predictor"}
     larger = ViT("vit_tiny", 16, (7, 7))
     load_into(larger, checkpoint)
     assert_bits(larger, run)

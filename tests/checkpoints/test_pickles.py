@@ -163,5 +163,5 @@ def test_safetensors_and_pickles_are_known_by_their_content(tmp_path: Path):
     for path in (tmp_path / "a.pth", tmp_path / "a.safetensors"):
         assert load_encoder(path)[1].used
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"model": {}}, protocol=4))
-    with pytest.raises(ValueError, match="cut off, damaged or not a checkpoint"):
+    with pytest.raises(ValueError, match="truncated, damaged or not a checkpoint"):
         load_encoder(tmp_path / "plain.pkl")

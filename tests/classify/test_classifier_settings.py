@@ -75,7 +75,7 @@ def test_other_classes_get_a_new_head(tmp_path: Path):
         assert classifier.vit.head.weight.abs().max() < 1e-3
         assert classifier.vit.head.bias.abs().max() == 0
         assert classifier.vit.fc_norm.weight.equal(trained["fc_norm.weight"])
-        assert "here of every token" not in report
+        assert "here applied to every token" not in report
     with pytest.raises(ValueError, match="a norm that was trained after average pooling"):
         build_classifier(configure(tmp_path, start__checkpoint=run, start__trained_blocks=1), NAMES)
 
@@ -87,7 +87,7 @@ def test_other_classes_get_a_new_head(tmp_path: Path):
         ({"model__arch": "vit_small"}, "is vit_tiny with relative positions; the encoder is vit_small"),
         ({"model__arch": "vit_small", "model__position": "bias"}, "; set model.arch=vit_tiny model.position=relative"),
         ({"model__patch_size": 2}, "has patches of 4 pixels, the encoder of 2"),
-        ({"model__patch_size": 2}, "only 14 and 16 can be exchanged; set model.patch_size=4"),
+        ({"model__patch_size": 2}, "only 14 and 16 can be converted; set model.patch_size=4"),
         ({"start__trained_blocks": 9}, f"start.trained_blocks=9: the encoder has {DEPTH} blocks"),
         ({"start__weights": "ema"}, "holds the online weights, not the ema ones"),
         ({"start__checkpoint": "/nowhere"}, "start.checkpoint: no checkpoint /nowhere"),
@@ -156,13 +156,13 @@ def shards(name: str, labels: list[int], classes: tuple[str, ...]) -> Any:
         (
             [0, -1, 2],
             (),
-            "1 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from -1 to 2 "
+            "1 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels range from -1 to 2 "
             "(-1: none), 'b' has -1",
         ),
         (
             [0, 5, 7],
             (),
-            "2 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels go from 0 to 7 "
+            "2 of 3 samples in /shards have no label in 0..4 (head.num_classes=5): labels range from 0 to 7 "
             "(-1: none), 'b' has 5",
         ),
         ([0, 1, 2], ("cat", "dog", "owl"), "/shards has 3 classes (cat, ...), but head.num_classes=5 (by default"),

@@ -144,16 +144,16 @@ REFUSED = {
     "an object": (
         b"\x93NUMPY\x01\0v\0" + b"{'descr': '|O', 'fortran_order': False, 'shape': (16, 16), }".ljust(117) + b"\n",
         PixelFormat(1),
-        "a .npy file of |O: save uint8, uint16 or float32",
+        "a .npy file of dtype |O: save it as uint8, uint16 or float32",
         "unsupported",
     ),
     "a pickle": (b"\x93NUMPY" + pickle.dumps(print), PixelFormat(1), "header is damaged", "damaged"),
-    "signed": (npy(noise(1, "uint8").astype("int16")), PixelFormat(1), "a .npy file of <i2", "unsupported"),
-    "fields": (npy(np.zeros((16, 16), [("a", "u1")])), PixelFormat(1), "something else", "unsupported"),
+    "signed": (npy(noise(1, "uint8").astype("int16")), PixelFormat(1), "a .npy file of dtype <i2", "unsupported"),
+    "fields": (npy(np.zeros((16, 16), [("a", "u1")])), PixelFormat(1), "not hold a numeric array", "unsupported"),
     "0 as white": (
         tiff(noise(1, "float32").squeeze(), photometric="miniswhite"),
         PixelFormat(1, "float32"),
-        "with 0 as white",
+        "has 0 as white",
         "unsupported",
     ),
     "turned": (
@@ -162,24 +162,24 @@ REFUSED = {
         "upright",
         "unsupported",
     ),
-    "one dimension": (npy(np.zeros(400, "uint8")), PixelFormat(1), "something else", "unsupported"),
+    "one dimension": (npy(np.zeros(400, "uint8")), PixelFormat(1), "not hold a numeric array", "unsupported"),
     "channels first": (
         npy(np.zeros((5, 20, 20), "uint8")),
         PixelFormat(5),
         r"as \(height, width, channels\)",
         "other channels",
     ),
-    "less than it says": (npy(noise(5, "uint16"))[:-1], PixelFormat(5, "uint16"), "bytes of values, where", "damaged"),
-    "more than it says": (npy(noise(5, "uint16")) + b"0", PixelFormat(5, "uint16"), "bytes of values, where", ""),
+    "less than it says": (npy(noise(5, "uint16"))[:-1], PixelFormat(5, "uint16"), "bytes of values, but", "damaged"),
+    "more than it says": (npy(noise(5, "uint16")) + b"0", PixelFormat(5, "uint16"), "bytes of values, but", ""),
     "a lying shape": (
         npy(noise(1, "uint8").squeeze()).replace(b"(24, 36)", b"(99999, 99999)"),
         PixelFormat(1),
         "over 100 megapixels",
         "too large",
     ),
-    "a long header": (b"\x93NUMPY\x02\0\xff\xff\xff\x7f" + bytes(5000), PixelFormat(1), "up to 4096 are usual", ""),
+    "a long header": (b"\x93NUMPY\x02\0\xff\xff\xff\x7f" + bytes(5000), PixelFormat(1), "at most 4096", ""),
     "nothing behind the magic": (b"\x93NUMPY", PixelFormat(1), "header is damaged", "damaged"),
-    "not finite": (npy(np.full((16, 16), np.nan, "float32")), PixelFormat(1, "float32"), "not finite", "damaged"),
+    "not finite": (npy(np.full((16, 16), np.nan, "float32")), PixelFormat(1, "float32"), "non-finite", "damaged"),
 }
 
 
@@ -195,14 +195,14 @@ def test_a_tiff_does_not_unpack_to_more_than_its_size() -> None:
     file = io.BytesIO()
     options = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
     tifffile.imwrite(file, iter([zlib.compress(bytes(10**6))]), shape=(*SIZE, 5), dtype="uint16", **options)
-    with pytest.raises(BadImage, match="unpacks to more"):
+    with pytest.raises(BadImage, match="decompresses to more"):
         read_pixels(file.getvalue(), PixelFormat(5, "uint16"))
 
 
 def test_a_tiff_without_its_pixels_is_no_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     data = bands(noise(5, "float32"))
     monkeypatch.setattr("data.channels.MAX_BYTES", 24 * 36 * 5 * 4 - 1)
-    with pytest.raises(BadImage, match="are over 17279") as refused:
+    with pytest.raises(BadImage, match="exceed 17279") as refused:
         read_pixels(data, PixelFormat(5, "float32"))
     assert refused.value.kind == "too large"
 
@@ -310,9 +310,9 @@ def test_pack_and_verify_know_channels(tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads((out / "pack.json").read_text())["channels"] == 5
     assert (out / "rejected.txt").read_text() == "gray.png\tother channels\tchannels: 1, not data.channels=5\n"
     assert pack.main([*command[:1], str(tmp_path / "b"), "--channels", "17"]) == 1
-    assert "--channels 17: images have from 1 to 16" in capsys.readouterr().err
+    assert "--channels 17: images have 1 to 16" in capsys.readouterr().err
     assert pack.main([*command[:1], str(tmp_path / "b"), "--channels", "5", "--bits", "12"]) == 1
-    assert "--bits and --short-side rewrite photographs" in capsys.readouterr().err
+    assert "--bits and --short-side are for photographs" in capsys.readouterr().err
 
 
 def test_arrays_are_packed_only_where_channels_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +322,7 @@ def test_arrays_are_packed_only_where_channels_are_given(tmp_path: Path, capsys:
     assert pack.main([str(tmp_path / "photos"), str(tmp_path / "shards"), "--num-workers", "1"]) == 0
     said = capsys.readouterr()
     assert "1 samples" in said.out
-    assert "--channels C` takes .npy files for images" in said.err
+    assert "--channels C` treats .npy files as images" in said.err
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])

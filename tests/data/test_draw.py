@@ -78,7 +78,7 @@ def test_a_choice_is_of_different_numbers_and_uniform() -> None:
     assert (drawn[:, 0] != drawn[:, 1]).all()
     assert_uniform(np.unique(drawn @ [10, 1], return_counts=True)[1], 6000)
     assert sorted(choice(rng, 6, 6).tolist()) == list(range(6))
-    with pytest.raises(ValueError, match="7 different numbers cannot be chosen of 6"):
+    with pytest.raises(ValueError, match="cannot choose 7 different numbers from 6"):
         choice(rng, 6, 7)
 
 

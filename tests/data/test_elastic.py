@@ -256,5 +256,5 @@ def test_the_index_of_a_million_images_is_mapped(shards: Path, index: Index, tmp
     np.savez(tmp_path / "new.npz", **stored)
     (tmp_path / "new.npz").replace(shards / "index.npz")
     assert int(loaded.label[5]) == 5, "the file that was mapped is still there"
-    with pytest.raises(ValueError, match=r"index.npz: the index was made anew while it was used"):
+    with pytest.raises(ValueError, match=r"index.npz: the index was rebuilt while in use"):
         pickle.loads(sent)

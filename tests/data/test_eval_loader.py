@@ -122,7 +122,7 @@ def test_a_file_that_has_gone_is_one_clear_error(tmp_path: Path) -> None:
     folder = list_folder(tmp_path)
     (tmp_path / "a.jpg").unlink()
     for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"a\.jpg: the file has gone since it was listed") as caught:
+        with pytest.raises(ValueError, match=r"a\.jpg: the file has disappeared since it was listed") as caught:
             list(EvalLoader(folder, size=SIZE, batch=1, num_workers=workers).batches())
         assert "Traceback" not in str(caught.value)
 

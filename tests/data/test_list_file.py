@@ -56,26 +56,26 @@ def test_labels_may_be_left_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.jpg\n../gone.jpg\n", "1 of 2 lines are not right; .*\n  line 2: '../gone.jpg': no such file in /"),
+        ("a.jpg\n../gone.jpg\n", "1 of 2 lines are invalid; .*\n  line 2: '../gone.jpg': no such file in /"),
         ("/gone.jpg\n", "line 1: '/gone.jpg': no such file$"),
         (
             "a.jpg\tcat\n",
-            "line 1: the label 'cat' is not a number from 0 on; labels that are names need --classes FILE",
+            "line 1: the label 'cat' is not a number from 0 on; to use names as labels, give --classes FILE",
         ),
         ("a.jpg\t-1\n", "the label '-1' is not a number from 0 on"),
         ("a.jpg\t1.0\n", "the label '1.0' is not a number"),
-        ("a.jpg\t2147483648\n", "the label 2147483648 is over 2147483647"),
+        ("a.jpg\t2147483648\n", "the label 2147483648 exceeds 2147483647"),
         ("path\tlabel\na.jpg\t1\n", "line 1: 'path': no such file in .*; if it is a header, delete the line"),
-        ("filename,label\na.jpg,1\n", "line 2: 'a.jpg,1': no such file; there is a comma behind the path where a tab"),
-        ("a.jpg;1\n", "a semicolon behind the path"),
-        ("sub/c d.jpg 1\n", "a space behind the path"),
-        ("a.jpg\t1\t2\n", "a second tab behind the path"),
-        ('"a.jpg"\t1\n', "the path stands without quotes and spaces"),
-        (" a.jpg\t1\n", "the path stands without quotes and spaces"),
-        ("sub\\c d.jpg\t1\n", r"write / in place of \\"),
+        ("filename,label\na.jpg,1\n", "line 2: 'a.jpg,1': no such file; a comma follows the path, where a tab"),
+        ("a.jpg;1\n", "a semicolon follows the path"),
+        ("sub/c d.jpg 1\n", "a space follows the path"),
+        ("a.jpg\t1\t2\n", "a second tab follows the path"),
+        ('"a.jpg"\t1\n', "write the path without quotes and spaces"),
+        (" a.jpg\t1\n", "write the path without quotes and spaces"),
+        ("sub\\c d.jpg\t1\n", r"write / instead of \\"),
         ("sub\t1\n", "'sub' is not a file"),
-        ("a.jpg\nb.jpg\n./a.jpg\t1\n", "line 3: 'a.jpg' is on line 1 already"),
-        (b"na\xe8ve.jpg\n", r"line 1: 'na\\xe8ve.jpg': no such file; the line is no UTF-8"),
+        ("a.jpg\nb.jpg\n./a.jpg\t1\n", "line 3: 'a.jpg' is already on line 1"),
+        (b"na\xe8ve.jpg\n", r"line 1: 'na\\xe8ve.jpg': no such file; the line is not UTF-8"),
         ("a.jpg".encode("utf-16"), "is UTF-16: save the list as UTF-8"),
         (b"PAR1\0\0", "not a text file"),
     ],
@@ -85,9 +85,7 @@ def test_lines_that_are_not_right_are_quoted(folder: Path, text: str | bytes, me
         read(folder, text)
 
 
-@pytest.mark.parametrize(
-    ("label", "message"), [("bee", "'bee' is no class of --classes"), ("2", "2 is over 1, the last")]
-)
+@pytest.mark.parametrize(("label", "message"), [("bee", "'bee' is not in --classes"), ("2", "2 exceeds 1, the last")])
 def test_labels_that_are_not_on_the_class_list(folder: Path, label: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(folder, f"a.jpg\t{label}\n", "cat", "dog")
@@ -102,7 +100,7 @@ def test_paths_relative_to_another_folder(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_of_many_wrong_lines_the_first_are_shown(folder: Path) -> None:
-    with pytest.raises(ValueError, match="8 of 9 lines are not right") as caught:
+    with pytest.raises(ValueError, match="8 of 9 lines are invalid") as caught:
         read(folder, "a.jpg\n" + "".join(f"gone{number}.jpg\n" for number in range(8)))
     assert str(caught.value).count("gone") == 5
     assert "and 3 more" in str(caught.value)
@@ -116,7 +114,7 @@ def test_archives_and_single_images_are_no_lists(folder: Path) -> None:
     for name, message in (
         ("photos.zip", "is a zip: unpack it first"),
         ("photos.tgz", "is a tar: unpack it first"),
-        ("a.jpg", "is one image: give its folder"),
+        ("a.jpg", "is an image: give its folder"),
     ):
         with pytest.raises(ValueError, match=message):
             list_source(folder / name)

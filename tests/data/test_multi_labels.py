@@ -59,7 +59,7 @@ def test_a_name_without_a_list_is_quoted_where_labels_are_needed(tmp_path: Path)
     with pytest.raises(ValueError, match=r"sample '0': its label is 'tabby cat', and there is no classes\.txt"):
         check_labels(index, 2, "head.num_classes")
     (tmp_path / "classes.txt").write_text("dog\n")
-    with pytest.raises(ValueError, match=r"'tabby cat', which is not on the list in classes\.txt"):
+    with pytest.raises(ValueError, match=r"'tabby cat', which is not in classes\.txt"):
         check_labels(load_index(tmp_path))
     (tmp_path / "classes.txt").write_text("dog\ntabby cat\n")
     index = load_index(tmp_path)
@@ -75,9 +75,9 @@ def test_a_name_without_a_list_is_quoted_where_labels_are_needed(tmp_path: Path)
         ({"label": -2}, "-2"),
         ({"label": 2**31}, "2147483648"),
         ({"label": [0]}, r"\[0\]"),
-        ({"labels": 4}, "'labels' in its .json is 4 and no list"),
+        ({"labels": 4}, "'labels' in its .json is 4, not a list"),
         ({"labels": [0, ""]}, "''"),
-        ({"labels": ["bird"]}, "'bird', which is not on the list"),
+        ({"labels": ["bird"]}, "'bird', which is not in classes.txt"),
         ({"label": 1, "labels": [1]}, "both 'label' and 'labels'"),
     ],
 )
@@ -120,13 +120,13 @@ def test_the_fingerprint_and_verify_notice_other_lists(tmp_path: Path, capsys: p
 @pytest.mark.parametrize("other", [None, {"label": 3}])
 def test_a_set_is_all_lists_or_none(tmp_path: Path, other: dict[str, int] | None) -> None:
     index = write(tmp_path, [{"labels": [0, 5]}, other, other])
-    with pytest.raises(ValueError, match=r"1 samples have a list of labels, such as '0', and 2 have .*such as '1'"):
+    with pytest.raises(ValueError, match=r"1 samples, such as '0', have a list of labels, and 2, such as '1', have "):
         check_labels(index)
 
 
 def test_loaders_give_rows_of_classes(tmp_path: Path) -> None:
     index = write(tmp_path, [{"labels": [number % 3, 3]} for number in range(4)])
-    with pytest.raises(ValueError, match="lists of labels: this needs one label for each"):
+    with pytest.raises(ValueError, match="lists of labels, but this needs one label per sample"):
         Loader(index, size=SIZE, batch=4, seed=0, labels=True)
     ((batch,),) = Loader(index, size=SIZE, batch=4, seed=0, labels=True, num_classes=5).batches(0, 1)
     assert batch.labels is not None

@@ -71,7 +71,7 @@ def test_flat_folder_and_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (folder / name).write_bytes(jpeg(0))
     command = [str(folder), str(tmp_path / "from_folder"), "--num-workers", "1"]
     assert main(command) == 1
-    assert "images (2) lie beside folders of images" in capsys.readouterr().err
+    assert "images (2) are next to folders of images" in capsys.readouterr().err
     assert main([*command, "--no-labels"]) == 0
     assert "3 samples without labels in 1 shards" in capsys.readouterr().out
     index = load_index(tmp_path / "from_folder")
@@ -130,13 +130,13 @@ def test_packing_again(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(command) == 0
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert main([*command, "--samples-per-shard", "5"]) == 1
-    assert "holds another pack" in capsys.readouterr().err
+    assert "holds shards of other files or settings" in capsys.readouterr().err
     (classes / "cat" / "img.0 x.JPEG").write_bytes(jpeg(99))
     assert main(command) == 1
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x.tar").write_bytes(b"")
     assert main([str(classes), str(tmp_path / "foreign")]) == 1
-    assert "not packed here" in capsys.readouterr().err
+    assert "already holds other shards" in capsys.readouterr().err
 
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
@@ -217,14 +217,17 @@ def test_photographs_are_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[st
     command = [str(photos), str(out), "--num-workers", "1"]
     shrunk = [*command, "--short-side", "96"]
     for wrong, message in (
-        ([*command, "--quality", "90"], "--quality 90 is of photographs that --short-side shrinks: give both"),
+        (
+            [*command, "--quality", "90"],
+            "--quality 90 only applies to photographs that --short-side shrinks: give both",
+        ),
         ([*command, "--short-side", "7"], "--short-side 7 must be at least 8"),
         ([*shrunk, "--quality", "0"], "--quality 0 must be from 1 to 100"),
     ):
         assert main(wrong) == 1
         assert message in capsys.readouterr().err
     assert main([*shrunk, "--quality", "95"]) == 0
-    assert "4 of 5 images were shrunk, the others packed as they are" in (said := capsys.readouterr().err)
+    assert "4 of 5 images were shrunk, the others packed unchanged" in (said := capsys.readouterr().err)
     assert "EXIF orientation" not in said
     index = load_index(out)
     reader = ShardReader(index)
@@ -250,7 +253,7 @@ def test_photographs_are_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert verify([str(out)]) == 0
     assert index.shrunk in capsys.readouterr().out
     assert main([*shrunk, "--quality", "90"]) == 1
-    assert "holds another pack" in capsys.readouterr().err
+    assert "holds shards of other files or settings" in capsys.readouterr().err
     assert main([str(photos), str(tmp_path / "unchanged"), "--num-workers", "1"]) == 0
     assert load_index(tmp_path / "unchanged").shrunk == ""
 

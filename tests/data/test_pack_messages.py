@@ -68,7 +68,7 @@ def test_a_class_without_a_readable_image_is_none(tmp_path: Path, capsys: pytest
     assert pack(*command) == 1
     capsys.readouterr()
     assert pack(*command, "--bad", "skip") == 0
-    assert "note: folders without a readable image are no classes: 'bee'" in capsys.readouterr().err
+    assert "note: folders without a readable image are not classes: 'bee'" in capsys.readouterr().err
     index = load_index(tmp_path / "out")
     assert index.classes == ("ant", "cow")
     assert index.label.tolist() == [0, 0, 0, 1, 1]
@@ -98,7 +98,7 @@ def test_names_that_are_no_utf_8_in_any_locale(tmp_path: Path) -> None:
 
     result = run("-m", "data.pack", tmp_path / "in", tmp_path / "out", "--bad", "skip")
     assert result.returncode == 0, result.stderr
-    assert r"no UTF-8 are written like this: 'na\xefve'" in result.stderr
+    assert r"not UTF-8 are written like this: 'na\xefve'" in result.stderr
     assert [line.split()[-1] for line in result.stdout.splitlines()[2:4]] == [r"na\xefve", r"th\xe9"]
     index = load_index(tmp_path / "out")
     assert index.classes == (r"na\xefve", "thé")
@@ -131,10 +131,10 @@ def test_pictures_of_16_bits_that_use_few_of_them(tmp_path: Path, capsys: pytest
     write(tmp_path / "in" / "d.jpg")
     assert pack(tmp_path / "in", tmp_path / "out") == 0
     error = capsys.readouterr().err
-    assert "note: 2 of 3 gray pictures of 16 bits have no value over 4095 of 65535 (12 bits)" in error
+    assert "note: 2 of 3 16-bit gray images have no value over 4095 of 65535 (12 bits)" in error
     assert "--bits 12" in error
     assert pack(tmp_path / "in", tmp_path / "out12", "--bits", 12) == 1
-    assert "c.png: values up to 65535 are over 4095, the largest number of 12 bits" in capsys.readouterr().err
+    assert "c.png: values up to 65535 exceed 4095, the largest 12-bit number" in capsys.readouterr().err
 
     (tmp_path / "in" / "c.png").unlink()
     assert pack(tmp_path / "in", tmp_path / "scaled", "--bits", 12) == 0
@@ -154,9 +154,11 @@ def test_colors_of_16_bits_and_transparent_pixels(tmp_path: Path, capsys: pytest
     write(tmp_path / "in" / "c.jpg")
     assert pack(tmp_path / "in", tmp_path / "out") == 0
     error = capsys.readouterr().err
-    assert "note: 1 of 1 color pictures of 16 bits have no value over 4095" in error
+    assert "note: 1 of 1 16-bit color images have no value over 4095" in error
     assert "--bits 12" in error
-    assert "note: images with transparent pixels are used with the colors that are stored below them: 1 of 3" in error
+    assert (
+        "note: images with transparent pixels are used with the colors stored under the transparency: 1 of 3" in error
+    )
     assert pack(tmp_path / "in", tmp_path / "scaled", "--bits", 12) == 0
     assert "16 bits" not in capsys.readouterr().err
     pixels = decode(ShardReader(load_index(tmp_path / "scaled")).read(0), lambda w, h: (0, 0, w, h), (48, 64))
@@ -169,7 +171,7 @@ def test_values_of_16_bits_with_an_offset(tmp_path: Path, capsys: pytest.Capture
     write(tmp_path / "in" / "ct.png", encode(Image.fromarray(values), "PNG"))
     write(tmp_path / "in" / "full.png", gray(65535))
     assert pack(tmp_path / "in", tmp_path / "out") == 0
-    assert "note: 1 gray pictures of 16 bits have all their values within a sixteenth" in capsys.readouterr().err
+    assert "note: 1 16-bit gray images have all their values within a sixteenth" in capsys.readouterr().err
 
 
 def test_full_range_is_not_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +204,7 @@ def test_every_format_is_packed_and_read(tmp_path: Path, capsys: pytest.CaptureF
     write(tmp_path / "animated" / "0.gif", animation)
     assert pack(tmp_path / "animated", tmp_path / "animated_out") == 0
     error = capsys.readouterr().err
-    assert "note: the first picture alone is used of files with several (animations, pages): 1 of 1\n" in error
+    assert "note: only the first image of files with several (animations, pages) is used: 1 of 1\n" in error
     assert "EXIF" not in error
 
 
@@ -213,7 +215,7 @@ def test_turned_photographs_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     write(tmp_path / "in" / "b.jpg")
     assert pack(tmp_path / "in", tmp_path / "out") == 0
     assert (
-        "note: images stored lying or mirrored, with an EXIF orientation, are used as they are stored: 1 of 2;"
+        "note: images rotated or mirrored by an EXIF orientation are used as they are stored: 1 of 2;"
         in capsys.readouterr().err
     )
 
@@ -222,7 +224,7 @@ def test_out_within_the_folder_that_is_packed(tmp_path: Path, capsys: pytest.Cap
     write(tmp_path / "in" / "a.jpg")
     for out in (tmp_path / "in", tmp_path / "in" / "shards", tmp_path / "x" / ".." / "in" / "shards"):
         assert pack(tmp_path / "in", out) == 1
-        assert "give an OUT outside of it" in capsys.readouterr().err
+        assert "give an OUT outside it" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.jpg"]
     write(tmp_path / "file", b"x")
     assert pack(tmp_path / "in", tmp_path / "file") == 1
@@ -248,7 +250,7 @@ def test_a_disk_without_room(
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
         assert pack(*command) == 1
-    assert "the shards need 0.000 GB, and 0.000 GB are free: make room" in capsys.readouterr().err
+    assert "the shards need 0.000 GB, but only 0.000 GB are free: make room" in capsys.readouterr().err
 
     def full(file: object) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
@@ -256,5 +258,5 @@ def test_a_disk_without_room(
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer.os, "fsync", full)
         assert pack(*command) == 1
-    assert "disk or the quota is full (Disk quota exceeded): make room and run the same" in capsys.readouterr().err
+    assert "disk or quota is full (Disk quota exceeded): make room and run the same" in capsys.readouterr().err
     assert pack(*command) == 0

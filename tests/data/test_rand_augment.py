@@ -72,7 +72,7 @@ def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, wor
 
 @pytest.mark.parametrize("policy", ["rand-q9", "rand", "rand-m", "auto", "rand-m9-", "rand-m9-mstd0.5-foo"])
 def test_a_policy_that_timm_would_ignore_or_assert_on_is_refused(policy: str):
-    with pytest.raises(ValueError, match="not written as timm does"):
+    with pytest.raises(ValueError, match="not in timm's notation"):
         Augmentation(rand_augment=policy)
 
 

@@ -39,7 +39,7 @@ def test_a_bit_of_an_image_that_has_flipped_stops_the_run(shards: Path, index: I
     assert checked.checksum.tolist() == [zlib.crc32(ShardReader(index).read(sample)) for sample in range(len(index))]
     flip(shards / index.shards[1], int(index.offset[30]) + 300)
     reader = ShardReader(pickle.loads(pickle.dumps(checked)))
-    message = r"train-000001.tar: the bytes of sample '.*30' at byte .* are not those that were indexed: .* --reindex"
+    message = r"train-000001.tar: the bytes of sample '.*30' at byte .* differ from those indexed: .* --reindex"
     with pytest.raises(ValueError, match=message):
         reader.read(30)
     reader.read(31)
@@ -50,7 +50,7 @@ def test_shard_cut_or_gone_after_the_start(shards: Path, index: Index) -> None:
     with pytest.raises(ValueError, match="does not match"):
         ShardReader(index).read(40)
     (shards / index.shards[2]).unlink()
-    with pytest.raises(ValueError, match=r"train-000002.tar: the shard has gone"):
+    with pytest.raises(ValueError, match=r"train-000002.tar: the shard has disappeared"):
         ShardReader(index).read(50)
 
 
@@ -108,7 +108,7 @@ def test_a_gigabyte_is_no_image_and_is_not_read(tmp_path: Path, capsys: pytest.C
     with open(tmp_path / "photos" / "a.jpg", "wb") as file:
         file.truncate(size)
     for reader in (ShardReader(load_index(tmp_path)), FolderReader(list_folder(tmp_path / "photos"))):
-        with pytest.raises(BadImage, match=f"{size} bytes are over {MAX_BYTES}") as caught:
+        with pytest.raises(BadImage, match=f"{size} bytes exceed {MAX_BYTES}") as caught:
             reader.read(0)
         assert caught.value.kind == "too large"
     assert verify.main([str(tmp_path), "--num-workers", "1"]) == 1

@@ -68,10 +68,10 @@ def test_images_by_their_suffix(tmp_path: Path, suffix: str) -> None:
 def test_folders_that_are_perhaps_no_classes_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "all", "train/cat/0.jpg", "train/dog/1.jpg", "empty/readme.txt")
     empty, nested, only = list_source(tmp_path / "all").remarks
-    assert empty.startswith("folders without images are no classes: 'empty'; --classes FILE")
-    assert "images in 'train/cat' are of class 'train'" in nested
+    assert empty.startswith("folders without images are not classes: 'empty'; --classes FILE")
+    assert "images in 'train/cat' have class 'train'" in nested
     assert nested.endswith(f"pack {tmp_path / 'all' / 'train'}")
-    assert only.startswith("'train' is the only class; if it is none, --no-labels")
+    assert only.startswith("'train' is the only class; if it is not one, --no-labels")
     assert list_source(tmp_path / "all", labels=False).remarks == ()
     assert list_source(touch(tmp_path / "usual", "cat/0.jpg", "dog/0.jpg")).remarks == ()
 
@@ -81,7 +81,7 @@ def test_images_beside_folders_of_images_leave_all_without_a_label(tmp_path: Pat
     assert (source.unsorted, source.classes, set(labels(source).values())) == (2, (), {-1})
     assert list_source(tmp_path, labels=False).unsorted == 0
     assert list_source(touch(tmp_path / "flat", "0.jpg", "notes/a.txt")).unsorted == 0
-    with pytest.raises(ValueError, match=r"images \(1\) lie in no folder of a class"):
+    with pytest.raises(ValueError, match=r"images \(1\) are not in a class folder"):
         list_source(tmp_path / "flat", classes_file(tmp_path / "c.txt", "cat"))
 
 
@@ -97,18 +97,18 @@ def test_given_classes_keep_their_numbers(tmp_path: Path) -> None:
     assert source.classes == ("cow", "bee", "ant")
     assert labels(source) == {"ant/0.jpg": 2, "cow/0.jpg": 0}
     touch(tmp_path / "val", "dog/0.jpg", "eel/0.jpg")
-    with pytest.raises(ValueError, match="folders that are no classes of --classes: 'dog', 'eel'"):
+    with pytest.raises(ValueError, match="folders that are not in --classes: 'dog', 'eel'"):
         list_source(tmp_path / "val", tmp_path / "c.txt")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"cat\ndog\ncat\n", "line 3: 'cat' is on line 1 already"),
+        (b"cat\ndog\ncat\n", "line 3: 'cat' is already on line 1"),
         (b"cat\n\ndog\n", "line 2: is empty"),
         (b"cat\ndog\n\n", "line 3: is empty"),
         (b"", "is empty"),
-        (b"na\xefve\nthe\nna\xefve\n", r"line 3: 'na\\xefve' is on line 1 already"),
+        (b"na\xefve\nthe\nna\xefve\n", r"line 3: 'na\\xefve' is already on line 1"),
     ],
 )
 def test_class_lists_that_are_not_right(tmp_path: Path, content: bytes, message: str) -> None:
@@ -124,15 +124,15 @@ def test_names_of_classes_in_other_encodings(tmp_path: Path) -> None:
     touch(tmp_path / "in", b"na\xefve/x.jpg", unicodedata.normalize("NFD", "thé") + "/x.jpg")
     source = list_source(tmp_path / "in")
     assert source.classes == (r"na\xefve", unicodedata.normalize("NFD", "thé"))
-    assert r"no UTF-8 are written like this: 'na\xefve'" in source.remarks[0]
+    assert r"not UTF-8 are written like this: 'na\xefve'" in source.remarks[0]
     assert [file.key for file in source.files] == ["na_xefve/x", "the_/x"]
     (tmp_path / "c.txt").write_bytes("\ufeffthé\r\n".encode() + b"na\xefve\r\n")
     source = list_source(tmp_path / "in", tmp_path / "c.txt")
     assert source.classes == ("thé", r"na\xefve")
     assert [file.label for file in source.files] == [1, 0]
-    with pytest.raises(ValueError, match="differ only in how accents are written: 'thé'"):
+    with pytest.raises(ValueError, match="differ only in how accents are encoded: 'thé'"):
         list_source(touch(tmp_path / "twice", "thé/x.jpg", unicodedata.normalize("NFD", "thé") + "/y.jpg"))
-    with pytest.raises(ValueError, match=r"line break in its name: rename 'a\\nb'"):
+    with pytest.raises(ValueError, match=r"line breaks: rename 'a\\nb'"):
         list_source(touch(tmp_path / "in", "a\nb/x.jpg"))
 
 

@@ -87,7 +87,7 @@ def test_unused_members_are_counted_by_kind(tmp_path: Path, capsys: pytest.Captu
     counts = "3 x hidden file, 2 x .txt, 1 x name without an extension"
     assert counts in capsys.readouterr().err
     assert main([str(tmp_path), "--num-workers", "1"]) == 0
-    assert f"members not used: {counts}" in capsys.readouterr().out
+    assert f"unused members: {counts}" in capsys.readouterr().out
 
 
 def test_tars_joined_by_cat_are_read_to_the_last_one(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_something_else_behind_the_end_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
     with open(tmp_path / "a.tar", "ab") as file:
         file.write(b"\0" * 512 + b"rubbish!" * 64)
-    with pytest.raises(ValueError, match=r"a\.tar: behind the end of the tar at byte \d+ there is something else"):
+    with pytest.raises(ValueError, match=r"a\.tar: unexpected data after the end of the tar at byte \d+ "):
         load_index(tmp_path)
 
 
@@ -161,14 +161,14 @@ def test_all_bad_shards_are_named_at_once(tmp_path: Path, capsys: pytest.Capture
 
 def test_samples_without_an_image_are_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(f"{number}.{'jpg' if number == 2 else 'dng'}", jpeg(0)) for number in range(5)])
-    with pytest.raises(ValueError, match=r"'0' at byte 0 has no image \(members: \.dng\), and so have 3 others of 5"):
+    with pytest.raises(ValueError, match=r"'0' at byte 0 has no image \(members: \.dng\), as do 3 others of 5"):
         load_index(tmp_path)
 
 
 def test_shards_of_subfolders_and_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "part").mkdir()
     write_tar(tmp_path / "part" / "0.tar", [("0.jpg", jpeg(0))])
-    with pytest.raises(ValueError, match=r"in those below it, such as .*part/0\.tar"):
+    with pytest.raises(ValueError, match=r"in its subfolders, such as .*part/0\.tar"):
         load_index(tmp_path)
     write_tar(tmp_path / "A.TAR", [("0.jpg", jpeg(0))])
     assert load_index(tmp_path).shards == ("A.TAR",)

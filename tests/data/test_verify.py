@@ -53,7 +53,7 @@ def test_an_image_with_other_bytes_is_named(shards: Path, index: Index, capsys: 
     flip(shards / index.shards[1], int(index.offset[30]) + 300)
     assert main([str(shards), "--num-workers", "1", "--decode"]) == 1
     said = capsys.readouterr().err
-    assert f"train-000001.tar: '{index.keys[30]}' at byte {index.offset[30]}: its bytes are not those that were" in said
+    assert f"train-000001.tar: '{index.keys[30]}' at byte {index.offset[30]}: its bytes differ from those" in said
     assert main([str(shards), "--num-workers", "1", "--decode", "--reindex"]) == 0
     assert load_index(shards).checksum is not None
 
@@ -66,4 +66,4 @@ def test_user_errors_are_one_line(tmp_path: Path, shards: Path, capsys: pytest.C
     load_index(shards)
     (shards / "train-000001.tar").unlink()
     assert main([str(shards)]) == 1
-    assert "train-000001.tar: the shard is in the index but gone" in capsys.readouterr().err
+    assert "train-000001.tar: the shard is missing, but is in the index" in capsys.readouterr().err

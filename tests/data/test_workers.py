@@ -167,7 +167,9 @@ def test_workers_die_with_their_process() -> None:
 
 def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.workers, "WORKER_TIMEOUT", 0.0)
-    with pytest.raises(TimeoutError, match=r"no batch for 0 seconds from 2 data workers.* read /storage: ") as caught:
+    with pytest.raises(
+        TimeoutError, match=r"no batch for 0 seconds from 2 data workers.* reading /storage: "
+    ) as caught:
         list(in_workers(sleep, iter(range(9)), 2, "/storage"))
     assert "DataLoader" not in str(caught.value)
 

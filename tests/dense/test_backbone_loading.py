@@ -253,7 +253,7 @@ def test_only_our_backbone_is_filled(tmp_path: Path):
 def test_photographs_of_other_statistics_and_no_other_channels(tmp_path: Path):
     path = encoder_file(tmp_path, mean="[0.3, 0.4, 0.5]", std="[0.1, 0.2, 0.3]")
     backbone = whole(img_size=(12, 16))
-    assert "computes the same of pixels of mean 0.485" in str(load_start(backbone, str(path), None))
+    assert "computes the same from pixels with mean 0.485" in str(load_start(backbone, str(path), None))
     path = encoder_file(tmp_path, mean="[0.3, 0.4, 0.5]", std="[0.1, 0.2, 0.3]", dtype='"uint16"')
     with pytest.raises(ValueError, match=r"start.checkpoint: .* was trained on 3 channels of uint16, but detection"):
         load_start(backbone, str(path), None)

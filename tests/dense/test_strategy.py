@@ -44,7 +44,7 @@ REFUSED = {
     "another schedule": ("zero2", ["train.ds_config=zero2", "param_scheduler.1.milestones=[2]"], "param_scheduler was"),
     "another model": ("new", ["test=FOLDER/plain", "model.neck.out_channels=16"], "does not match the model: neck."),
     "a pickle": ("new", ["test=FOLDER/pickle.pth"], "holds posix.system, which could run code"),
-    "a damaged file": ("new", ["load_from=FOLDER/cut_off.pth"], "is cut off, damaged or not a checkpoint"),
+    "a damaged file": ("new", ["load_from=FOLDER/cut_off.pth"], "is truncated, damaged or not a checkpoint"),
     "no file": ("new", ["test=FOLDER/nowhere"], "nowhere is not a checkpoint: give a .pth file"),
     "stage 0": ("new", ["train.ds_config=zero0"], "leave out train.ds_config"),
     "a key of ours": ("new", ["train.ds_config=FOLDER/owned.json"], "delete it there and set optim_wrapper.clip_grad"),

@@ -138,7 +138,7 @@ def test_what_is_frozen_stays_and_all_else_moves(stage: str, job: str, trained: 
 
 def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable[..., Any]):
     folder, _ = trained("zero3")
-    with pytest.raises(ValueError, match="is a checkpoint of a classifier, not of a pretraining") as error:
+    with pytest.raises(ValueError, match="is a checkpoint of a classifier, not of pretraining") as error:
         read_source(folder / "tuned" / "whole" / "checkpoints" / f"step_{STEPS:08d}")
     assert str(encoder) in str(error.value)
 

@@ -168,14 +168,17 @@ REFUSED = {
     "labels beyond the classes": (
         "head.num_classes=2",
         "data.shards: 22 of 44 samples in FOLDER/train/shards have no label in 0..1 (head.num_classes=2): "
-        "labels go from 0 to 3",
+        "labels range from 0 to 3",
     ),
     "another architecture": (
         "model.arch=vit_small",
         "start.checkpoint: FOLDER/encoder.safetensors is vit_tiny with relative positions; "
         "the encoder is vit_small with relative positions",
     ),
-    "a truncated file": ("start.checkpoint=FOLDER/cut.safetensors", "cut.safetensors (5000 bytes) is cut off, damaged"),
+    "a truncated file": (
+        "start.checkpoint=FOLDER/cut.safetensors",
+        "cut.safetensors (5000 bytes) is truncated, damaged",
+    ),
 }
 
 

@@ -141,7 +141,7 @@ def test_a_wrong_export_fails_and_leaves_nothing(
             self.tensors["blocks.1.mlp.fc2.bias"] = bias
 
     monkeypatch.setattr(downstream.checkpoints.export, "Export", Broken)
-    with pytest.raises(ValueError, match="computes other features: in float64"):
+    with pytest.raises(ValueError, match="computes different features: in float64"):
         export_encoder(path, tmp_path / "made" / NAMES[kind], kind)
     assert not list((tmp_path / "made").iterdir())
 
@@ -151,7 +151,7 @@ def test_features_that_are_not_numbers_fail(tmp_path: Path):
     state = model.state_dict()
     state["norm.bias"][0] = torch.nan
     torch.save(state, path)
-    with pytest.raises(ValueError, match="computes other features: in float64"):
+    with pytest.raises(ValueError, match="computes different features: in float64"):
         export_encoder(path, tmp_path / "out.pth", "mm")
 
 

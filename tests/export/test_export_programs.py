@@ -121,7 +121,7 @@ def test_a_program_that_computes_something_else_is_refused(tmp_path: Path, monke
 
     path = originals.mae(tmp_path).path
     monkeypatch.setattr(downstream.checkpoints.export_programs.torch.jit, "load", lambda _: Broken())
-    with pytest.raises(ValueError, match="computes other features: in float32"):
+    with pytest.raises(ValueError, match="computes different features: in float32"):
         export_encoder(path, tmp_path / "out.pt", "torchscript")
     assert not list(tmp_path.glob("*out.pt"))
 

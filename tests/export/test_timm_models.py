@@ -42,7 +42,7 @@ def test_other_image_sizes():
     for made in (fixed, dynamic):
         assert originals.feature_difference(encoder, made, pixels) < originals.SAME_PARAMETERS
     biased = model(position="bias", dynamic_img_size=True)
-    with pytest.raises(ValueError, match=r"tables are for \(3, 3\) patches, the images have \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"tables are for \(3, 3\) patches, but the images have \(2, 5\)"):
         biased(pixels)
 
 

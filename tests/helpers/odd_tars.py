@@ -149,8 +149,8 @@ def _samples() -> dict[str, Part]:
         "raw": (good(b"a.dng") + END, (), "no image"),
         "avif": (good(b"a.avif") + END, ("a",), ""),
         "about-the-dataset": (photo(b"README.txt", b"text") + good(b"a.jpg") + END, ("a",), ""),
-        "none": (END, (), "an empty shard, no sample"),
-        "only-folders": (block(b"x/", kind=b"5") + END, (), "an empty shard, no sample"),
+        "none": (END, (), "an empty shard, without samples"),
+        "only-folders": (block(b"x/", kind=b"5") + END, (), "an empty shard, without samples"),
         "empty-image": (good(b"a.jpg") + photo(b"b.jpg", b"") + END, ("a", "b"), ""),
     }
 
@@ -223,7 +223,7 @@ def _headers() -> dict[str, Part]:
 
 def _sizes() -> dict[str, Part]:
     """That are not those of the content."""
-    lie = "write the shard again|no readable tar header|behind the end"
+    lie = "write the shard again|no readable tar header|after the end"
     binary = b"\x80" + bytes(3) + struct.pack(">Q", len(PHOTO))
     return {
         "too-long": (photo(b"a.jpg", size=10**6) + END, (), "truncated, 'a.jpg' at byte 0"),
@@ -249,7 +249,11 @@ def _sizes() -> dict[str, Part]:
         ),
         "binary": (photo(b"a.jpg", size=binary) + END, ("a",), ""),
         "binary-enormous": (photo(b"a.jpg", size=b"\x80" + b"\x7f" * 11) + END, (), lie),
-        "with-underscore": (photo(b"a.jpg", size=b"%o" % (len(PHOTO) // 512) + b"_000") + END, (), "no number|header"),
+        "with-underscore": (
+            photo(b"a.jpg", size=b"%o" % (len(PHOTO) // 512) + b"_000") + END,
+            (),
+            "not a number|header",
+        ),
         "no-number": (photo(b"a.jpg", size=b"twelve") + END, (), lie),
         "spaces": (photo(b"a.jpg", size=b"%8o   " % len(PHOTO)) + END, ("a",), ""),
         "of-a-folder": (block(b"x/", len(PHOTO), b"5") + good(b"a.jpg") + END, ("a",), ""),
@@ -258,7 +262,7 @@ def _sizes() -> dict[str, Part]:
 
 def _extensions() -> dict[str, Part]:
     """Names and pax headers in front of members, that lie."""
-    lie = "write the shard again|no readable tar header|behind the end"
+    lie = "write the shard again|no readable tar header|after the end"
     size = b"%d" % len(PHOTO)
     content = record(b"path", b"a.jpg")
     return {
@@ -266,7 +270,7 @@ def _extensions() -> dict[str, Part]:
         "size-alone": (
             pax((b"size", size)) + photo(b"a.jpg", size=0) + END,
             (),
-            "its tar header says 0 bytes, and its",
+            "its tar header says 0 bytes, but its",
         ),
         "size-smaller": (pax((b"size", b"100")) + photo(b"a.jpg") + END, (), lie),
         "size-larger": (pax((b"size", b"9" * 15)) + photo(b"a.jpg") + END, (), "truncated, 'a.jpg'"),
@@ -357,9 +361,9 @@ def _ends() -> dict[str, Part]:
         "joined": (one + END + two + END, ("a", "b"), ""),
         "joined-by-cat-of-records": (one + bytes(10240) + two + bytes(10240), ("a", "b"), ""),
         "joined-same-key": (one + END + one + END, (), "duplicate key 'a'"),
-        "joined-not-at-a-block": (one + bytes(700) + two + END, (), "something else"),
-        "joined-compressed": (one + END + gzip.compress(two + END, mtime=0), (), "something else"),
-        "text-behind": (one + END + b"done\n" * 200, (), "something else"),
+        "joined-not-at-a-block": (one + bytes(700) + two + END, (), "unexpected data"),
+        "joined-compressed": (one + END + gzip.compress(two + END, mtime=0), (), "unexpected data"),
+        "text-behind": (one + END + b"done\n" * 200, (), "unexpected data"),
         "none": (one, (), "no end-of-archive block"),
         "one-block": (one + bytes(BLOCK), ("a",), ""),
         "half-a-block": (one + bytes(100), (), truncated),
@@ -393,7 +397,7 @@ def _no_tars() -> dict[str, Part]:
             "truncated|" + unreadable,
         ),
         "noise": (bytes(range(256)) * 40, (), unreadable),
-        "shifted-by-a-byte": (b"\0" + tar, (), "something else|" + unreadable),
+        "shifted-by-a-byte": (b"\0" + tar, (), "unexpected data|" + unreadable),
         "base64": (b"YS5qcGcAAAAAAAAAAAAAAAAA" * 200, (), unreadable),
     }
 

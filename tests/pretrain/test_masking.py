@@ -54,7 +54,7 @@ def test_windows_are_distinct_squares_of_the_grid_in_raster_order(grid: tuple[in
 def test_all_windows_of_a_grid_can_be_drawn_but_no_more():
     windows = random_windows(np.random.default_rng(0), 6, 7, (8, 9))
     assert len({int(window[0]) for window in windows}) == 6
-    with pytest.raises(ValueError, match="7 different numbers cannot be chosen of 6"):
+    with pytest.raises(ValueError, match="cannot choose 7 different numbers from 6"):
         random_windows(np.random.default_rng(0), 7, 7, (8, 9))
 
 

@@ -177,14 +177,14 @@ def test_a_full_disk_is_said(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StoreError, match=r"the disk or the quota is full while .*t-0.tar is fetched"):
+    with pytest.raises(StoreError, match=r"the disk or quota is full while fetching .*t-0.tar"):
         ShardCache(cache).pin(*stored[0])
     assert not names_in(Path(cache.folder))
 
 
 def test_a_folder_that_cannot_be_is_said(stored: list[Shard], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"no folder for shards can be made there .*: set data.cache_dir"):
+    with pytest.raises(StoreError, match=r"cannot create this folder for shards .*: set data.cache_dir"):
         ShardCache(CacheSettings(str(tmp_path / "file" / "x"))).pin(*stored[0])
 
 

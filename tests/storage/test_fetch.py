@@ -52,7 +52,7 @@ def test_a_broken_connection_goes_on_where_it_broke(server: FileServer, remote: 
 
 
 @pytest.mark.parametrize(
-    ("status", "advice"), [(403, "refuses access"), (401, "refuses access"), (404, "not in the store")]
+    ("status", "advice"), [(403, "denies access"), (401, "denies access"), (404, "not found in the store")]
 )
 def test_what_does_not_go_away_stops_at_once(server: FileServer, remote: Remote, status: int, advice: str) -> None:
     server.faults["t-0.tar"] = [status] * 3
@@ -65,9 +65,7 @@ def test_what_does_not_go_away_stops_at_once(server: FileServer, remote: Remote,
 def test_the_deadline_names_the_shard_and_the_last_error(server: FileServer, remote: Remote) -> None:
     server.faults["t-0.tar"] = [503] * 1000
     start = time.monotonic()
-    with pytest.raises(
-        StoreError, match=r"t-0.tar: nothing came for \d seconds, in \d+ attempts; .*503.*fetch_timeout=2"
-    ):
+    with pytest.raises(StoreError, match=r"t-0.tar: no data for \d seconds, in \d+ attempts; .*503.*fetch_timeout=2"):
         read(remote, timeout=1.0)
     assert time.monotonic() - start < 5
 
@@ -83,9 +81,9 @@ def test_a_stall_is_said_while_it_lasts(
     server.faults["t-0.tar"], server.stall = ["stall"], 1.0
     with caplog.at_level(logging.WARNING):
         assert read(remote) == content
-    said = [record.message for record in caplog.records if "nothing has come" in record.message]
+    said = [record.message for record in caplog.records if "no data for" in record.message]
     assert said
-    assert all(message.startswith(f"{remote}: nothing has come for ") for message in said)
+    assert all(message.startswith(f"{remote}: no data for ") for message in said)
 
 
 def test_a_stalled_connection_is_given_up(server: FileServer, remote: Remote, content: bytes) -> None:

@@ -46,7 +46,7 @@ def test_parts_and_joins() -> None:
         ("https://host/x.tar?X-Amz-Signature=hunter2", "presigned"),
         ("https://host/x.tar#hunter2", "presigned"),
         ("hf://me:hunter2@datasets/a/b", "HF_TOKEN"),
-        ("ftp://me:hunter2@host/x", "nothing reads ftp://"),
+        ("ftp://me:hunter2@host/x", "ftp:// is not supported"),
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str, advice: str) -> None:

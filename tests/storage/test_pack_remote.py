@@ -66,6 +66,6 @@ def test_packing_goes_on_after_a_kill(
 def test_other_shards_there_are_left_alone(photos: Path, bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
     s3_server.client().put_object(Bucket="bucket", Key="packed/x.tar", Body=b"x")
     assert command(photos, bucket) == 1
-    assert "s3://bucket/packed: holds shards that were not packed from here" in capsys.readouterr().err
+    assert "s3://bucket/packed: already holds other shards" in capsys.readouterr().err
     assert command(photos, "hf://datasets/user/name/train") == 1
-    assert "hf:// is read only here" in capsys.readouterr().err
+    assert "hf:// is read-only" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_a_certificate_of_an_unknown_authority(
     authority: Path, port: int, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = parse_url(f"https://localhost:{port}/t-0.tar")
-    with pytest.raises(StoreError, match=r"certificate is not accepted \(UnknownIssuer\): .* SSL_CERT_FILE"):
+    with pytest.raises(StoreError, match=r"certificate was rejected \(UnknownIssuer\): .* SSL_CERT_FILE"):
         look_up(remote)
     monkeypatch.setenv("SSL_CERT_FILE", str(authority / "authority.pem"))
     open_store.cache_clear()
