@@ -1,4 +1,4 @@
-"""Plans a pretraining run without a GPU or images: memory, time, loader cores, and what limits.
+"""Plans a pretraining run without a GPU or images: memory, time, loader cores, and what limits it.
 
     python -m pretrain.plan lomar_vitb16_224_400e --gpus 8 --gpu h100
     python -m pretrain.plan lomar_vith14_224_1600e train.ds_config=zero3 --gpus 64 --gpu a100 --images 1000000000

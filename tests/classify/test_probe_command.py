@@ -224,7 +224,7 @@ def test_the_table_says_which_number_to_trust(photos: Path, encoder: ViT):
         "linear_top1",
         "knn_top1",
     ]
-    assert "becomes in 2 steps of fine-tuning" in all_of_it
+    assert "the encoder after 2 steps of fine-tuning" in all_of_it
     assert "compare encoders by none of these: the fine-tuning had 2 steps on 45 images" in all_of_it
 
 

@@ -274,5 +274,5 @@ def test_pr_mim_needs_masks_and_a_transformer():
     assert load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"]).pr_mim.throw_ratio == 0.5
     with pytest.raises(ValueError, match=r"method\.decoder=conv is not: leave pr_mim out"):
         load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5", "method.decoder=conv"])
-    with pytest.raises(ValueError, match=r"not for ae: leave it out"):
+    with pytest.raises(ValueError, match=r"not with ae: leave it out"):
         load("ae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"])

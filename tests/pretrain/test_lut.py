@@ -249,8 +249,8 @@ def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | No
             ["target.tokenizer=random_projection"],
             r"lut works with local_mim, lomar, mae, mff, simmim, not with beit: leave it out",
         ),
-        ("lc_mae_vitb16_224_100e", [], r"not for lc_mae"),
-        ("ae_vitb16_224_100e", [], r"not for ae"),
+        ("lc_mae_vitb16_224_100e", [], r"not with lc_mae"),
+        ("ae_vitb16_224_100e", [], r"not with ae"),
     ],
 )
 def test_what_does_not_fit_is_refused(recipe: str, overrides: list[str], says: str):

@@ -309,7 +309,7 @@ def test_cells_are_masked_whole():
         (
             MAE | {"predict_ratio": 0.8},
             {"position": "sincos"},
-            "19 of 24 patches, and 18 are masked: set it to",
+            "19 of 24 patches, but 18 are masked: set it to",
         ),
         (CROSS | {"encoder_mask_tokens": True}, {"position": "sincos"}, "set method.decoder=transformer"),
         (MAE | {"decoder_num_heads": 5}, {"position": "sincos"}, "is not divisible by method.decoder_num_heads=5"),
