@@ -38,7 +38,7 @@ class LUTConfig(Section):
     temperature: float = Field(0.2, gt=0, description="temperature of infonce")
     supervision: Literal["pooled", "tokens"] = Field(
         "pooled",
-        description="compares the mean of the visible tokens, or each with the same position in the other view",
+        description="pooled: the mean of the visible tokens; tokens: each against the same position in the other view",
     )
     momentum: float = Field(0.996, ge=0, le=1, description="momentum of the teacher at the start; rises along a cosine")
     final_momentum: float = Field(1.0, ge=0, le=1, description="momentum of the teacher at the end")
