@@ -151,7 +151,7 @@ class TeacherConfig(TargetConfig):
     blocks: int = Field(2, ge=1, description="how many of the teacher's last blocks are averaged into the target")
     resize_images: Annotated[bool, MAY_CHANGE] = Field(
         False,
-        description="true: resize the images of a teacher with another patch size: it sees as many patches as the encoder",
+        description="true: resize images for a teacher with another patch size: it sees as many patches as the encoder",
     )
     sha256: str | None = Field(None, description="refuse any other file; filled in if unset")
 
