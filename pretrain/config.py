@@ -32,20 +32,23 @@ class PretrainModelConfig(ModelConfig):
 
     position: Literal["relative", "sincos", "learned", "bias"] = Field(  # type: ignore[assignment]
         "relative",
-        description="LoMaR's contextual relative position; fixed sin-cos positions like MAE's, or learned ones; or a "
-        "relative bias that all blocks share, like SimMIM's and BEiT's",
+        description="relative: LoMaR's contextual relative position; sincos, learned: absolute positions, fixed as in "
+        "MAE or learned; bias: a relative bias shared by all blocks, as in SimMIM and BEiT",
     )
     layer_scale: float = Field(
-        0.0, ge=0, description="first value of the factors that scale what each block adds: SimMIM's 0.1; 0: none"
+        0.0,
+        ge=0,
+        description="initial value of the factors on what each block adds (LayerScale): 0.1 in SimMIM; 0: none",
     )
     compile: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
         "auto", description="torch.compile of the blocks and both ends of the network; auto: on a GPU, not in ZeRO 3"
     )
     cuda_graphs: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = Field(
-        "auto", description="each pass as a CUDA graph, which a CPU starts in no time; auto: on a GPU where it serves"
+        "auto",
+        description="run each pass as a CUDA graph, which the CPU launches in no time; auto: on a GPU if possible",
     )
     attention: Annotated[Literal["auto", "triton", "sdpa"], MAY_CHANGE] = Field(
-        "auto", description="attention in windows; triton: a kernel of our own, auto: on a GPU where it serves"
+        "auto", description="attention in windows; triton: our own kernel; auto: that kernel on a GPU if possible"
     )
     residual: Annotated[Literal["fp32", "bf16"], MAY_CHANGE] = Field(
         "fp32", description="precision of the encoder's residual stream; bf16: less memory and time, less exact sums"
@@ -53,7 +56,7 @@ class PretrainModelConfig(ModelConfig):
 
 
 class ProbeConfig(ProbeSettings):
-    """Measures how good the encoder is during the run; training is the same with and without it."""
+    """Measures the encoder during the run; training is the same with and without it."""
 
     train: str = Field(description="labeled shards or class folders to learn from")
     val: str = Field(description="labeled shards or class folders to classify")
@@ -64,17 +67,20 @@ Load = Literal["all", "fitting", "encoder"]
 
 
 class PretrainStartConfig(StartConfig):
-    """The weights that a new run starts from: the encoder's, and whatever else a file or another run has."""
+    """The weights that a new run starts from: the encoder, and whatever else a file or another run has."""
 
     run: str | None = Field(
-        None, description="the folder of a pretraining: a new run, from step 0, from all that its newest checkpoint has"
+        None,
+        description="folder of a pretraining run: the new run starts at step 0 with all that its newest checkpoint has",
     )
     load: Annotated[Load, DEFAULT_AS_BEFORE] = Field(
         "all",
-        description="all: the encoder and the decoder or heads that the file has, refused if these do not fit; "
-        "fitting: what fits of them; encoder: the encoder alone",
+        description="all: the encoder and the decoder or heads in the file, refused if they do not fit; fitting: "
+        "whatever fits; encoder: only the encoder",
     )
-    optimizer: bool = Field(False, description="with `run`: the optimizer's moments, too, instead of zeros")
+    optimizer: bool = Field(
+        False, description="with `run`: also load the optimizer's moments instead of starting from zeros"
+    )
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> "PretrainStartConfig":
@@ -83,9 +89,7 @@ class PretrainStartConfig(StartConfig):
         if self.weights and not self.checkpoint:
             raise ValueError("start.weights chooses among the weights of start.checkpoint: set that, or leave it out")
         if self.load != "all" and not (self.run or self.checkpoint):
-            raise ValueError(
-                f"start.load={self.load} chooses among what a start has: set start.checkpoint or start.run as well"
-            )
+            raise ValueError(f"start.load={self.load} chooses what to load: set start.checkpoint or start.run as well")
         if self.optimizer and not self.run:
             raise ValueError("start.optimizer=true takes the optimizer's moments from start.run: set that as well")
         return self
@@ -169,8 +173,8 @@ class PretrainConfig(RunConfig):
         """Ensures that no recipe, and no configuration in a run's folder, makes a command run code."""
         if module != cls.imported:
             raise ValueError(
-                f"method.module={module} is in the recipe alone, and to use it is to run its code: if you trust it, "
-                f"give method.module={module} on the command line"
+                f"method.module={module} is set only in the recipe, and using it runs its code: if you trust it, "
+                f"also give method.module={module} on the command line"
             )
         if module is not None and name not in cls.own_methods:
             raise ValueError(
@@ -196,7 +200,7 @@ class PretrainConfig(RunConfig):
             yield problem
         elif position in ("learned", "bias") and self.earlier:
             yield (
-                f"model.position={position} has numbers for one grid of patches, and {schedule} has several: set "
+                f"model.position={position} has parameters for one grid of patches, but {schedule} has several: set "
                 f"model.position=sincos or relative, or leave the schedule out"
             )
         else:
@@ -205,7 +209,7 @@ class PretrainConfig(RunConfig):
                 if problem := next(new, ""):
                     problem = problem.partition(f"data.image_size={size}: ")[2] or problem
                     fits = " and ".join(size_text(near) for near in self._nearest_sizes(size, own))
-                    yield f"{schedule} has {size_text(size)}: {problem}; of sizes like it, {fits or 'none'} would fit"
+                    yield f"{schedule} has {size_text(size)}: {problem}; nearest sizes that fit: {fits or 'none'}"
 
     def _nearest_sizes(self, size: Size, own: set[str]) -> list[Size]:
         """The next smaller and the next larger size of the same shape that cause no further problems."""
@@ -250,8 +254,8 @@ class PretrainConfig(RunConfig):
             yield from problem_of(self.lut.check, patches, masked, micro_batch)
             if self.lut.loss == "infonce" and self.data.repeats > 1:
                 yield (
-                    f"lut.loss=infonce tells images of a micro-batch apart, and data.repeats={self.data.repeats} puts "
-                    f"the same one there several times: set data.repeats=1, or another lut.loss"
+                    f"lut.loss=infonce tells images of a micro-batch apart, but data.repeats={self.data.repeats} puts "
+                    f"the same image there several times: set data.repeats=1, or another lut.loss"
                 )
             if isinstance(self.target, EMAConfig):
                 yield "lut and target.name=ema both learn from a moving average of the encoder: leave one of them out"
@@ -268,7 +272,7 @@ def check_add_on(add_on: str, method: str) -> None:
     """Raises ValueError if an add-on is not defined for a method."""
     if add_on not in METHODS[method].add_ons:
         defined = [name for name in METHODS if add_on in METHODS[name].add_ons]
-        raise ValueError(f"{add_on} is defined for {', '.join(defined)}, not for {method}: leave it out")
+        raise ValueError(f"{add_on} works with {', '.join(defined)}, not with {method}: leave it out")
 
 
 def load(recipe: str, overrides: list[str]) -> PretrainConfig:

@@ -66,7 +66,7 @@ def choose_numerics(config: PretrainConfig, device: torch.device, stage: int) ->
     model, cuda = config.model, device.type == "cuda"
     if cuda and config.train.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"{name} has no bf16: set train.precision=fp32 (GPUs since the A100 have it)")
+        raise ValueError(f"{name} does not support bf16: set train.precision=fp32 (GPUs since the A100 do)")
     if model.cuda_graphs == "on" and not cuda:
         raise ValueError("model.cuda_graphs=on needs a GPU: set model.cuda_graphs=auto")
     check_settings(config, stage)
@@ -89,12 +89,12 @@ def check_settings(config: PretrainConfig, stage: int) -> None:
         raise ValueError("model.residual=bf16 needs train.precision=bf16")
     if config.earlier and stage == 3:
         raise ValueError(
-            f"data.size_schedule={config.data.size_schedule} has a method for each size, with the same weights, and "
-            f"ZeRO stage 3 partitions those of one: set train.ds_config=zero2, or leave the schedule out"
+            f"data.size_schedule={config.data.size_schedule} builds one method per size with shared weights, but "
+            f"ZeRO stage 3 partitions those of only one: set train.ds_config=zero2, or leave the schedule out"
         )
     if config.model.compile == "on" and stage == 3:
         raise ValueError(
-            "model.compile=on loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8, without an error: set "
+            "model.compile=on silently loses gradients in ZeRO stage 3 with DeepSpeed 0.19.8: set "
             "model.compile=off, or train.ds_config=zero2"
         )
     if config.model.cuda_graphs == "on" and (obstacle := cuda_graphs_obstacle(config, stage)):
@@ -111,11 +111,11 @@ def wants_cuda_graphs(config: PretrainConfig, stage: int) -> bool:
 def cuda_graphs_obstacle(config: PretrainConfig, stage: int) -> str:
     """Why the steps of a configuration cannot be CUDA graphs on any device; empty if they can."""
     if stage == 3:
-        return "in ZeRO stage 3 weights come and go with the blocks"
+        return "ZeRO stage 3 gathers and frees the weights of each block"
     if config.model.grad_checkpointing:
-        return "model.grad_checkpointing=true sets random states while it computes"
+        return "model.grad_checkpointing=true sets random states in the middle of a pass"
     if config.earlier:
-        return "data.size_schedule has images of several sizes, and a graph is of one"
+        return "data.size_schedule has images of several sizes, but a graph records only one"
     if config.lut:
         return "LUT's ranks exchange statistics in the middle of a pass"
     return ""
@@ -135,7 +135,7 @@ def _compiler_obstacle() -> str:
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "there is no C compiler (gcc)"
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return "" if header.is_file() else f"{header} is missing (the system's package python3-dev or python3-devel)"
+    return "" if header.is_file() else f"{header} is missing (system package python3-dev or python3-devel)"
 
 
 def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
@@ -145,7 +145,7 @@ def window_kernel_obstacle(config: PretrainConfig, device: torch.device) -> str:
     if device.type != "cuda":
         return f"it runs on GPUs, not on the {device.type.upper()}"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"it needs a GPU of compute capability 8.0 (A100), not {torch.cuda.get_device_name(device)}"
+        return f"it needs a GPU of compute capability 8.0 (A100) or higher, not {torch.cuda.get_device_name(device)}"
     return _compiler_obstacle()
 
 
@@ -157,13 +157,13 @@ def unserved_by_window_kernel(config: PretrainConfig) -> str:
     rows, cols = config.method.sequence_grid(config.grid)
     arch = ARCHS[config.model.arch]
     if config.model.position != "relative":
-        return f"it is for model.position=relative, not {config.model.position}"
+        return f"it only supports model.position=relative, not {config.model.position}"
     if config.model.registers >= MAX_PREFIX_TOKENS:
-        return f"it has up to {MAX_PREFIX_TOKENS - 1} registers, not model.registers={config.model.registers}"
+        return f"it supports up to {MAX_PREFIX_TOKENS - 1} registers, not model.registers={config.model.registers}"
     if rows != cols or rows > MAX_WINDOW_SIZE:
-        return f"it has windows of up to {MAX_WINDOW_SIZE}x{MAX_WINDOW_SIZE} patches, not {rows}x{cols}"
+        return f"it supports windows of up to {MAX_WINDOW_SIZE}x{MAX_WINDOW_SIZE} patches, not {rows}x{cols}"
     if arch.dim // arch.heads > MAX_HEAD_DIM:
-        return f"it has heads of up to {MAX_HEAD_DIM} channels, not {arch.dim // arch.heads}"
+        return f"it supports heads of up to {MAX_HEAD_DIM} channels, not {arch.dim // arch.heads}"
     if config.train.precision != "bf16":
         return f"it computes in bf16, not train.precision={config.train.precision}"
     return ""
@@ -188,7 +188,7 @@ def check_window_kernel(config: PretrainConfig, device: torch.device) -> None:
             for count in (patches - masked, patches - masked + kept)
         ]
         error = next((error for error in errors if not error < _KERNEL_TOLERANCE), 0.0)
-        problem = f"its results are wrong by {error:.1e}" if error else ""
+        problem = f"its relative error is {error:.1e}" if error else ""
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:  # Triton's errors have no common base class

@@ -23,8 +23,8 @@ def parse_schedule(text: str) -> list[tuple[int, Size]]:
     entries = [_ENTRY.fullmatch(entry) for entry in re.split(r"[,\s]+", text.strip())]
     if not all(entries):
         raise ValueError(
-            f"data.size_schedule={text}: write epochs and the sizes from them on, such as 0:128,60:192,180:224, or "
-            f"0:96x128 for a height and a width"
+            f"data.size_schedule={text}: write each size after the epoch it starts at, such as 0:128,60:192,180:224, "
+            f"or 0:96x128 for a height and a width"
         )
     found = [(entry[1], entry[2], entry[3] or entry[2]) for entry in entries if entry]
     return [(int(epoch), (int(height), int(width))) for epoch, height, width in found]
@@ -34,7 +34,7 @@ class PretrainDataConfig(DataConfig):
     """Training shards, and the crops taken from their images."""
 
     size_schedule: Annotated[str | None, DEFAULT_AS_BEFORE] = Field(
-        None, description="sizes and the epochs that they begin with, 0:128,60:192,180:224; the last is image_size"
+        None, description="sizes and the epochs they start at, such as 0:128,60:192,180:224; the last is image_size"
     )
 
     @field_validator("size_schedule")
@@ -54,24 +54,24 @@ class PretrainDataConfig(DataConfig):
         begins, (_, last) = [epoch for epoch, _ in self.sizes], self.sizes[-1]
         given = f"data.size_schedule={self.size_schedule}"
         if begins[0] != 0:
-            return f"{given} does not say with which size to begin: write 0:{size_text(self.sizes[0][1])} in front"
+            return f"{given} does not start at epoch 0: put 0:{size_text(self.sizes[0][1])} first"
         if any(later <= earlier for earlier, later in pairwise(begins)):
-            return f"{given}: epochs that rise, such as 0:128,60:192,180:224"
+            return f"{given}: the epochs must increase, as in 0:128,60:192,180:224"
         if last != self.height_width:
             own, wanted = (str(size[0] if size[0] == size[1] else [*size]) for size in (self.height_width, last))
             return (
-                f"{given} ends with {size_text(last)}, and data.image_size={own} is the size that the encoder is for: "
+                f"{given} ends with {size_text(last)}, but the encoder is built for data.image_size={own}: "
                 f"end it with {begins[-1]}:{size_text(self.height_width)}, or set data.image_size={wanted}"
             )
         if begins[-1] >= epochs:
             return (
-                f"{given} begins its last size with epoch {begins[-1]}, and train.epochs={epochs}: begin it before, "
-                f"with epoch {epochs * 7 // 8} or earlier"
+                f"{given} starts its last size at epoch {begins[-1]}, but train.epochs={epochs}: start it at epoch "
+                f"{epochs * 7 // 8} or earlier"
             )
         if inside := next((epoch for epoch in begins if epoch % self.repeats), None):
             near = max(inside // self.repeats, 1) * self.repeats
             return (
-                f"{given} changes the size with epoch {inside}, in the middle of a pass of data.repeats="
-                f"{self.repeats} epochs: change it with {near} or {near + self.repeats}"
+                f"{given} changes the size at epoch {inside}, in the middle of a pass of data.repeats="
+                f"{self.repeats} epochs: change it at epoch {near} or {near + self.repeats}"
             )
         return None

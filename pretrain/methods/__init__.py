@@ -71,9 +71,13 @@ def import_methods(module: str) -> frozenset[str]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # an import inside the module failed: its traceback says more
-        raise ValueError(f"method.module={module}: Python finds no module {error.name}; give a file, my.py") from None
+        raise ValueError(
+            f"method.module={module}: Python cannot find module {error.name}; give a file such as my.py"
+        ) from None
     if path.suffix == ".py" and Path(imported.__file__ or "").resolve() != path.resolve():
-        raise ValueError(f"method.module={module}: {imported.__file__} is another module of that name: rename the file")
+        raise ValueError(
+            f"method.module={module}: {imported.__file__} is another module with that name: rename the file"
+        )
     found = {}
     for kind in vars(imported).values():
         if isinstance(kind, type) and issubclass(kind, Method) and kind.__module__ == name and "Config" in vars(kind):
@@ -90,6 +94,6 @@ def _method_name(module: str, kind: type[Method]) -> str:
         raise ValueError(f'method.module={module}: write name: Literal["..."] = "..." in {kind.__name__}.Config')
     if names[0] in METHODS and METHODS[names[0]].__module__ != kind.__module__:
         raise ValueError(
-            f"method.module={module}: there is a method {names[0]} already; give {kind.__name__} another name"
+            f"method.module={module}: a method named {names[0]} already exists; give {kind.__name__} another name"
         )
     return str(names[0])

@@ -55,7 +55,7 @@ class AutoEncoder(Method):
         """The auto-encoder's own keys; `block_size` is Table 3's k: 16, 48, 80 or 112 at `model.patch_size=16`."""
 
         name: Literal["ae"] = "ae"
-        block_size: int = Field(112, ge=1, description="side in pixels of the block that a token predicts")
+        block_size: int = Field(112, ge=1, description="side in pixels of the block that each token predicts")
         decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder")
         decoder_depth: int = Field(8, ge=1, description="blocks of the decoder")
         decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
@@ -68,13 +68,13 @@ class AutoEncoder(Method):
             margin, odd = divmod(self.block_size - model.patch_size, 2)
             if margin < 0 or odd:
                 raise ValueError(
-                    f"method.block_size={self.block_size} must be model.patch_size={model.patch_size} plus an even "
-                    f"number of pixels, as many on each side"
+                    f"method.block_size={self.block_size} must equal model.patch_size={model.patch_size} or exceed it "
+                    f"by an even number of pixels (the same margin on each side)"
                 )
             if margin >= min(grid) * model.patch_size:
                 raise ValueError(
-                    f"method.block_size={self.block_size} reaches {margin} pixels beyond a border, more than an image "
-                    f"of {grid[0] * model.patch_size}x{grid[1] * model.patch_size} has to mirror: lower it"
+                    f"method.block_size={self.block_size} reaches {margin} pixels beyond the border, too far to mirror "
+                    f"an image of {grid[0] * model.patch_size}x{grid[1] * model.patch_size}: lower it"
                 )
             check_heads(self.decoder_embed_dim, self.decoder_num_heads)
 

@@ -26,7 +26,7 @@ class MethodConfig(Section):
 
     name: str
     module: Annotated[str | None, MAY_CHANGE] = Field(
-        None, description="a Python file or module of yours that defines the method; given on the command line"
+        None, description="your own Python file or module that defines the method; give it on the command line"
     )
 
     def check(self, grid: Grid, model: ModelConfig) -> None:

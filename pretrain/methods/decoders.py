@@ -30,7 +30,10 @@ class DecoderConfig(MethodConfig):
         False, description="decoder=cross: each block attends to a learned sum over the encoder's blocks"
     )
     predict_ratio: float | None = Field(
-        None, gt=0, lt=1, description="share of all patches that is predicted, a random part of the masked; unset: all"
+        None,
+        gt=0,
+        lt=1,
+        description="share of all patches that is predicted, drawn at random from the masked; unset: all of these",
     )
 
     def num_predicted(self, patches: int) -> int | None:
@@ -42,22 +45,22 @@ class DecoderConfig(MethodConfig):
         check_heads(self.decoder_embed_dim, self.decoder_num_heads)
         if self.inter_block_attention and self.decoder != "cross":
             raise ValueError(
-                f"method.inter_block_attention=true is cross-attention, and method.decoder={self.decoder} has none: "
-                f"set method.decoder=cross"
+                f"method.inter_block_attention=true needs cross-attention, which method.decoder={self.decoder} does "
+                f"not have: set method.decoder=cross"
             )
         predicted = self.num_predicted(patches)
         if predicted is not None and not 0 < predicted <= masked:
             half = math.ceil(100 * max(masked // 2, 1) / patches) / 100
             raise ValueError(
-                f"method.predict_ratio={self.predict_ratio} predicts {predicted} of {patches} patches, and {masked} "
+                f"method.predict_ratio={self.predict_ratio} predicts {predicted} of {patches} patches, but {masked} "
                 f"{'is' if masked == 1 else 'are'} masked: set it to {half}, or leave it out to predict all of them"
             )
 
     def check_pr_mim(self) -> None:
         if self.predict_ratio is not None:
             raise ValueError(
-                f"pr_mim computes the masked patches that it throws, and method.predict_ratio={self.predict_ratio} "
-                f"predicts only some: leave out one of them"
+                f"pr_mim predicts all masked patches, including thrown ones, but method.predict_ratio="
+                f"{self.predict_ratio} predicts only some: leave one of them out"
             )
 
 

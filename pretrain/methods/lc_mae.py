@@ -70,7 +70,7 @@ class LCMAE(MAE):
         """
 
         name: Literal["lc_mae"] = "lc_mae"
-        num_masks: Literal[2] = Field(2, description="masks of an image, whose predictions are compared")
+        num_masks: Literal[2] = Field(2, description="masks per image, whose predictions are compared")
         decoder_depth: int = Field(2, ge=1, description="blocks of the decoder")
         w_mae: float = Field(1.0, ge=0, description="weight of the reconstruction loss")
         w_cross: float = Field(1.0, ge=0, description="weight of the cross-view loss")
@@ -85,13 +85,13 @@ class LCMAE(MAE):
             if self.w_in and (self.num_predicted(patches) or masked) < 2:
                 key = "mask_ratio" if self.predict_ratio is None else "predict_ratio"
                 raise ValueError(
-                    f"method.w_in={self.w_in:g} compares pairs of masked patches, and there is one: "
+                    f"method.w_in={self.w_in:g} compares pairs of predicted patches, but there is only one: "
                     f"raise method.{key}={getattr(self, key)}"
                 )
             if self.w_cross and self.mask_type == "grid":
                 raise ValueError(
-                    f"method.w_cross={self.w_cross:g} compares two masks of an image, and those of "
-                    f"method.mask_type=grid are equal: set method.mask_type=random"
+                    f"method.w_cross={self.w_cross:g} compares an image under two masks, but with "
+                    f"method.mask_type=grid both are the same: set method.mask_type=random"
                 )
 
     config: Config

@@ -33,12 +33,13 @@ class LocalMIM(PredictorMethod):
     default_target = HOGConfig(cell_sizes=(4, 8, 16, 32))
 
     class Config(MethodConfig):
-        """LocalMIM's own keys; the sizes of cells, one for each of `blocks`, are those of `target`."""
+        """LocalMIM's own keys; the cell sizes, one for each of `blocks`, are set in `target`."""
 
         name: Literal["local_mim"] = "local_mim"
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
         blocks: tuple[int, ...] = Field(
-            (2, 4, 10, 12), description="blocks behind which target.cell_sizes are predicted, one each; 1 is the first"
+            (2, 4, 10, 12),
+            description="blocks after which target.cell_sizes are predicted, one size each; 1 is the first",
         )
         decoder_embed_dim: int = Field(256, ge=8, multiple_of=8, description="width of each decoder")
         decoder_depth: int = Field(1, ge=1, description="blocks of each decoder")

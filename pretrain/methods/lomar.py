@@ -69,7 +69,7 @@ class LoMaR(LUTMethod):
     add_ons = frozenset({"pr_mim", "lut"})
 
     class Config(LoMaRConfig):
-        """LoMaR's own keys, and those of the decoder that the asymmetric architecture has."""
+        """LoMaR's own keys, and those of the decoders that every architecture but `simple` has."""
 
         name: Literal["lomar"] = "lomar"
 

@@ -22,17 +22,18 @@ class LoMaRConfig(DecoderConfig):
     window_size: int = Field(7, ge=2, description="side of a window in patches, K")
     window_sampling: Literal["distinct", "same", "complementary"] = Field(
         "distinct",
-        description="W windows, or one window under W masks: independent ones, or ones that show different patches",
+        description="distinct: W windows; same: one window under W independent masks; complementary: under masks that "
+        "show different patches",
     )
     mask_type: Literal["random", "block"] = Field("random", description="block: BEiT's masks, in each window")
     mask_ratio: float = Field(0.8, gt=0, lt=1, description="share of a window's patches that is predicted")
     architecture: Literal["simple", "asymmetric", "multiscale"] = Field(
         "simple",
-        description="mask tokens in the encoder or, as in MAE, in a decoder, which is all that `decoder*` change; "
-        "multiscale: in a decoder behind each of `blocks`, as in LocalMIM",
+        description="simple: mask tokens in the encoder; asymmetric: in a decoder, as in MAE; multiscale: in a decoder "
+        "after each of `blocks`, as in LocalMIM; the keys `decoder*` change only the last two",
     )
     blocks: tuple[int, ...] | None = Field(
-        None, description="of architecture=multiscale: where target.cell_sizes are predicted; 1 is the first block"
+        None, description="architecture=multiscale: blocks after which target.cell_sizes are predicted; 1 is the first"
     )
     decoder: Literal["transformer", "cross"] = Field("transformer", description="cross: CrossMAE's")
     mask_token_block: int = Field(
@@ -60,14 +61,14 @@ class LoMaRConfig(DecoderConfig):
     def check(self, grid: Grid, model: ModelConfig) -> None:
         if model.position == "bias":
             raise ValueError(
-                "model.position=bias has a number for each offset in the image, of which method lomar's windows "
-                "would train the short ones only: set model.position=relative"
+                "model.position=bias learns a number for each offset in the image, but the windows of method lomar "
+                "would train only the short offsets: set model.position=relative"
             )
         check_windows(self.num_windows if self.window_sampling == "distinct" else 1, self.window_size, grid)
         if self.window_sampling == "complementary" and self.mask_type != "random":
             raise ValueError(
-                f"method.window_sampling=complementary draws the masks of a window together, and method.mask_type="
-                f"{self.mask_type} each by itself: set method.mask_type=random"
+                f"method.window_sampling=complementary draws a window's masks together, but method.mask_type="
+                f"{self.mask_type} draws each independently: set method.mask_type=random"
             )
         check_masked(self.mask_ratio, self.num_masked, self.window_size**2, "a window's")
         check_mask_token_block(self.mask_token_block, model)
@@ -77,28 +78,28 @@ class LoMaRConfig(DecoderConfig):
     def _check_architecture(self, model: ModelConfig) -> None:
         if self.architecture != "asymmetric" and self.decoder == "cross":
             raise ValueError(
-                f"method.decoder=cross is behind the encoder, and method.architecture={self.architecture} "
-                f"has no such decoder: set method.architecture=asymmetric"
+                f"method.decoder=cross needs a single decoder after the encoder, which method.architecture="
+                f"{self.architecture} does not have: set method.architecture=asymmetric"
             )
         if self.architecture == "simple" and self.predict_ratio is not None:
             raise ValueError(
-                f"method.predict_ratio={self.predict_ratio} is for mask tokens in a decoder, and "
+                f"method.predict_ratio={self.predict_ratio} is for mask tokens in a decoder, but "
                 f"method.architecture=simple has them in the encoder: set method.architecture=asymmetric"
             )
         if self.mask_token_block and self.architecture != "simple":
             raise ValueError(
-                f"method.mask_token_block={self.mask_token_block} lets mask tokens enter the encoder, and "
+                f"method.mask_token_block={self.mask_token_block} lets mask tokens enter the encoder, but "
                 f"method.architecture={self.architecture} never does: set method.mask_token_block=0"
             )
         if self.blocks is None and self.architecture == "multiscale":
             raise ValueError(
-                f"method.architecture=multiscale has a decoder behind each of method.blocks: set for example "
+                f"method.architecture=multiscale needs a decoder after each of method.blocks: set, for example, "
                 f"method.blocks=[2, 4, {ARCHS[model.arch].depth}]"
             )
         if self.blocks is not None and self.architecture != "multiscale":
             raise ValueError(
-                f"method.blocks={list(self.blocks)} is of method.architecture=multiscale, not {self.architecture}: "
-                f"set that, or leave out method.blocks"
+                f"method.blocks={list(self.blocks)} is only used with method.architecture=multiscale, not "
+                f"{self.architecture}: set that, or leave out method.blocks"
             )
         if self.blocks is not None:
             check_blocks(self.blocks, model)

@@ -35,12 +35,13 @@ class LUTConfig(Section):
 
     alpha: float = Field(0.25, gt=0, description="weight of the context loss: 1.0 for ViT-S, 0.25 for ViT-B and L")
     loss: Literal["cosine", "infonce", "smooth_l1"] = Field("cosine", description="the context loss (Table 4d)")
-    temperature: float = Field(0.2, gt=0, description="of infonce")
+    temperature: float = Field(0.2, gt=0, description="temperature of infonce")
     supervision: Literal["pooled", "tokens"] = Field(
-        "pooled", description="the mean of the visible tokens, or each against the same position of the other view"
+        "pooled",
+        description="pooled: the mean of the visible tokens; tokens: each against the same position in the other view",
     )
-    momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at the start; rises along a cosine")
-    final_momentum: float = Field(1.0, ge=0, le=1, description="of the teacher at the end")
+    momentum: float = Field(0.996, ge=0, le=1, description="momentum of the teacher at the start; rises along a cosine")
+    final_momentum: float = Field(1.0, ge=0, le=1, description="momentum of the teacher at the end")
     hidden_dim: int = Field(4096, ge=1, description="width of the heads' hidden layer")
     color_jitter: float = Field(0.8, ge=0, le=1, description="probability of changing the second view's colors")
     three_augment: bool = Field(True, description="grayscale, solarize or blur the second view")
@@ -50,14 +51,14 @@ class LUTConfig(Section):
         visible = patches - masked
         if 2 * visible > patches:
             raise ValueError(
-                f"lut shows two disjoint sets of patches, and 2 x {visible} visible ones are more than {patches}: "
+                f"lut needs two disjoint sets of visible patches, but 2 x {visible} is more than {patches}: "
                 f"set method.mask_ratio to at least 0.5"
             )
         if self.loss == "infonce" and self.supervision == "tokens":
-            raise ValueError("lut.loss=infonce compares images: set lut.supervision=pooled")
+            raise ValueError("lut.loss=infonce compares images, not tokens: set lut.supervision=pooled")
         if micro_batch < 2:
             raise ValueError(
-                "lut normalizes over the images of a micro-batch on all ranks, and there is one: raise "
+                "lut normalizes over the micro-batch of all ranks, which is a single image: raise "
                 "train.global_batch_size or lower train.gradient_accumulation_steps"
             )
 

@@ -21,8 +21,8 @@ def check_absolute(position: str, method: str) -> None:
     """Raises ValueError if the encoder's positions are not added to its tokens."""
     if position not in ("sincos", "learned"):
         raise ValueError(
-            f"method {method} adds positions to its tokens, and model.position={position} does not: set "
-            f"model.position=sincos, or learned"
+            f"method {method} needs absolute positions, which model.position={position} does not provide: set "
+            f"model.position=sincos or learned"
         )
 
 
@@ -34,11 +34,11 @@ class MAEConfig(DecoderConfig):
     )
     mask_patch_size: int = Field(32, ge=1, description="mask_type=cell: side in pixels of the squares that are masked")
     mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches that is predicted")
-    num_masks: int = Field(1, ge=1, description="masks of an image, under each of which it is encoded and predicted")
+    num_masks: int = Field(1, ge=1, description="masks per image, which is encoded and predicted under each")
     encoder_mask_tokens: bool = Field(False, description="mask tokens enter the encoder, not the decoder")
     decoder: Literal["transformer", "cross", "average", "conv"] = Field(
         "transformer",
-        description="cross: CrossMAE's; average, conv: LC-MAE's Table 2, which the keys `decoder_*` do not change",
+        description="cross: CrossMAE's; average, conv: those of LC-MAE's Table 2, which ignore the keys `decoder_*`",
     )
 
     def count_patches(self, grid: Grid, patch_size: int) -> tuple[int, int]:
@@ -56,24 +56,24 @@ class MAEConfig(DecoderConfig):
         check_masked(self.mask_ratio, masked, patches, "the image's")
         if self.mask_type == "grid" and (grid[0] % 2 or grid[1] % 2 or self.mask_ratio != 0.75):
             raise ValueError(
-                f"method.mask_type=grid masks three of every 2x2 patches: it needs method.mask_ratio=0.75 and an even "
+                f"method.mask_type=grid masks three patches of every 2x2: it needs method.mask_ratio=0.75 and an even "
                 f"grid, not {self.mask_ratio} on {grid[0]}x{grid[1]}"
             )
         self.check_decoder(patches, masked)
         if self.encoder_mask_tokens and self.decoder != "transformer":
             raise ValueError(
-                f"method.encoder_mask_tokens=true decodes encoded mask tokens, and method.decoder={self.decoder} puts "
-                f"its own at the masked patches: set method.decoder=transformer"
+                f"method.encoder_mask_tokens=true decodes encoded mask tokens, but method.decoder={self.decoder} uses "
+                f"its own mask tokens: set method.decoder=transformer"
             )
 
     def check_pr_mim(self) -> None:
         super().check_pr_mim()
         if self.decoder not in ("transformer", "cross"):
             raise ValueError(
-                f"pr_mim throws tokens of a transformer; method.decoder={self.decoder} has none: leave it out"
+                f"pr_mim throws tokens of a transformer, which method.decoder={self.decoder} is not: leave pr_mim out"
             )
 
     def check_lut(self) -> None:
         check_random_masks(self.mask_type, ("random", "cell"))
         if self.num_masks > 1:
-            raise ValueError(f"lut has one mask for each view: set method.num_masks=1, not {self.num_masks}")
+            raise ValueError(f"lut uses one mask for each view: set method.num_masks=1, not {self.num_masks}")

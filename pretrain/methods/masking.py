@@ -130,7 +130,7 @@ def check_windows(count: int, size: int, grid: Grid) -> None:
     if size > min(grid):
         raise ValueError(
             f"method.window_size={size} is larger than the image's grid of {grid[0]}x{grid[1]} patches: "
-            f"set method.window_size to at most {min(grid)}, or data.image_size larger"
+            f"set method.window_size to at most {min(grid)}, or raise data.image_size"
         )
     num_corners = count_places(size, grid)
     if count > num_corners:
@@ -165,4 +165,6 @@ def check_masked(ratio: float, masked: int, patches: int, owner: str) -> None:
 def check_random_masks(mask_type: str, drawable: tuple[str, ...] = ("random",)) -> None:
     """Raises ValueError if LUT cannot draw two disjoint masks of this type."""
     if mask_type not in drawable:
-        raise ValueError(f"lut draws two disjoint random masks: set method.mask_type=random, not {mask_type}")
+        raise ValueError(
+            f"lut draws random masks whose visible patches are disjoint: set method.mask_type=random, not {mask_type}"
+        )

@@ -30,7 +30,7 @@ class MFF(MAE):
     """MAE with multi-level feature fusion; each block's share of the sum is logged as `weight_<block>`."""
 
     class Config(MAEConfig):
-        """MAE's keys and the blocks that are summed."""
+        """MAE's keys, and the blocks whose outputs are summed."""
 
         name: Literal["mff"] = "mff"
         blocks: tuple[int, ...] = Field(
@@ -42,8 +42,8 @@ class MFF(MAE):
             check_blocks(self.blocks, model)
             if self.inter_block_attention:
                 raise ValueError(
-                    "method.inter_block_attention=true makes a sum for each block of the decoder, and mff one for all: "
-                    "set method.inter_block_attention=false, or method.name=mae"
+                    "method.inter_block_attention=true computes a sum for each decoder block, but mff uses one for "
+                    "all: set method.inter_block_attention=false, or method.name=mae"
                 )
 
     def __init__(self, config: Config, encoder: ViT, target: PatchTarget, pr_mim: PRMIMConfig | None = None):

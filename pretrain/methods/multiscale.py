@@ -32,8 +32,8 @@ def check_blocks(blocks: Sequence[int], model: ModelConfig) -> None:
         moved = {max(block, 1) if 2 * block <= last else depth - last + block for block in blocks}
         like_these = [*sorted(block for block in moved if 0 < block < depth), depth]
         raise ValueError(
-            f"method.blocks={list(blocks)} must ascend, from 1 on, to {depth}, the last block of {model.arch}: set "
-            f"for example method.blocks={like_these}"
+            f"method.blocks={list(blocks)} must ascend from at least 1 to {depth}, the last block of {model.arch}: "
+            f"set, for example, method.blocks={like_these}"
         )
 
 
@@ -43,13 +43,13 @@ def check_cells(blocks: Sequence[int], target: TargetConfig, patch_size: int, wh
     fits = halves + [2 * patch_size] * whole_image
     if not isinstance(target, HOGConfig):
         raise ValueError(
-            f"histograms are predicted behind several blocks, not target.name={target.name}: set target.name=hog "
+            f"only histograms are predicted after several blocks, not target.name={target.name}: set target.name=hog "
             f"target.cell_sizes={fits[-len(blocks) :]}"
         )
     sizes = list(target.cell_sizes)
     if len(sizes) != len(blocks):
         raise ValueError(
-            f"method.blocks={list(blocks)} and target.cell_sizes={sizes} belong together: give one size for each block"
+            f"method.blocks={list(blocks)} and target.cell_sizes={sizes} differ in number: give one size for each block"
         )
     if not {*sizes} <= {*fits}:
         where = f"patches of {patch_size} pixels{'' if whole_image else ' in windows'}"

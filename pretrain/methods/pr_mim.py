@@ -26,7 +26,7 @@ class PRMIMConfig(Section):
 
     throw_ratio: float = Field(0.5, gt=0, lt=1, description="share of all patches that is thrown, rho_d")
     sampling: Literal["furthest", "random"] = Field(
-        "furthest", description="which masked patches are kept: far from each other, or any"
+        "furthest", description="which masked patches are kept: those far apart, or random ones"
     )
     aggregation: AggregationKind = Field(
         "conv", description="how thrown tokens are computed; in the paper, training with average fails to converge"
@@ -40,9 +40,9 @@ class PRMIMConfig(Section):
         thrown = int(patches * self.throw_ratio)
         if masked - thrown < 1:
             raise ValueError(
-                f"pr_mim.throw_ratio={self.throw_ratio} throws {thrown} of {patches} patches, and {masked} "
-                f"{'is' if masked == 1 else 'are'} masked: set it below {masked / patches:.2f}, or method.mask_ratio "
-                f"higher"
+                f"pr_mim.throw_ratio={self.throw_ratio} throws {thrown} of {patches} patches, but only {masked} "
+                f"{'is' if masked == 1 else 'are'} masked: set it below {masked / patches:.2f}, or raise "
+                f"method.mask_ratio"
             )
         return masked - thrown
 

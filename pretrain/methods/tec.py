@@ -69,8 +69,10 @@ class TEC(Method):
         name: Literal["tec"] = "tec"
         mask_ratio: float = Field(0.75, gt=0, lt=1, description="share of the patches whose features are predicted")
         attention_weight: float = Field(1.0, ge=0, description="weight of the attention loss; 0: features alone")
-        num_queries: int = Field(15, ge=1, description="patches whose rows of attention are predicted; iBOT: 9")
-        temperature: float = Field(1.8, gt=0, description="of the teacher's attention; ViT-L: 1.4, iBOT: 1.0")
+        num_queries: int = Field(15, ge=1, description="patches whose attention rows are predicted; iBOT: 9")
+        temperature: float = Field(
+            1.8, gt=0, description="softmax temperature of the teacher's attention; ViT-L: 1.4, iBOT: 1.0"
+        )
         decoder_embed_dim: int = Field(512, ge=4, multiple_of=4, description="width of the decoder; ViT-L: 768")
         decoder_depth: int = Field(2, ge=1, description="blocks of the decoder")
         decoder_num_heads: int = Field(16, ge=1, description="heads of the decoder's attention")
@@ -97,9 +99,8 @@ class TEC(Method):
         if config.attention_weight:
             if not isinstance(teacher, EncoderTeacher) or not teacher.encoder.absolute:
                 raise ValueError(
-                    f"method.attention_weight={config.attention_weight:g} predicts the attention of an encoder with "
-                    f"absolute positions, and target.file holds another one, or target.timm_model names one: set "
-                    f"method.attention_weight=0"
+                    f"method.attention_weight={config.attention_weight:g} needs a teacher that has absolute positions "
+                    f"and is loaded without target.timm_model: set method.attention_weight=0"
                 )
             teacher.class_attention = ClassAttention(teacher.encoder)
             num_outputs.append(2 * teacher.dim)

@@ -14,7 +14,9 @@ from pretrain.models.vit import Arch, Block, init_weights, sincos_positions
 def check_heads(dim: int, heads: int) -> None:
     """Raises ValueError if a decoder's width is not divisible by its number of heads."""
     if dim % heads:
-        raise ValueError(f"method.decoder_embed_dim={dim} is not divided by method.decoder_num_heads={heads}")
+        raise ValueError(
+            f"method.decoder_embed_dim={dim} is not divisible by method.decoder_num_heads={heads}: change one of them"
+        )
 
 
 class DecoderInput(nn.Module):

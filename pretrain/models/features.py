@@ -59,7 +59,7 @@ def _grid_of_other_size(encoder: ViT, height: int, width: int) -> tuple[int, int
     if not encoder.relative:
         raise ValueError(
             f"images of {height}x{width} pixels, but the encoder's positions are for {own}: give images of that size, "
-            f"or load it with image_size=({height}, {width}), which resizes them"
+            f"or load the encoder with image_size=({height}, {width}), which resizes them"
         )
     return height // patch_size, width // patch_size
 

@@ -110,7 +110,7 @@ def describe_shown(pixels: Pixels) -> str:
     which = f"channels 1 to 3 of {pixels.channels} as red, green and blue"
     if pixels.channels < RGB.channels:
         which = "the only channel" if pixels.channels == 1 else f"channel 1 of {pixels.channels}, in gray"
-    values = "" if pixels.dtype == "uint8" else ", black and white two deviations from the mean"
+    values = "" if pixels.dtype == "uint8" else ", with black and white two standard deviations from the mean"
     return f"The pictures show {which}{values}."
 
 

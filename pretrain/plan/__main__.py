@@ -1,9 +1,9 @@
-"""Plans a pretraining run without a GPU or images: memory, time, loader cores, and what limits.
+"""Plans a pretraining run without a GPU or images: memory, time, loader cores, and what limits it.
 
     python -m pretrain.plan lomar_vitb16_224_400e --gpus 8 --gpu h100
     python -m pretrain.plan lomar_vith14_224_1600e train.ds_config=zero3 --gpus 64 --gpu a100 --images 1000000000
 
-Nothing is measured: docs/planning.md has the formulas, and how far they are off where that is known.
+Nothing is measured: docs/planning.md has the formulas and their known errors.
 """
 
 import argparse
@@ -54,14 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe of pretrain/recipes, or a YAML file")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
+    parser.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     parser.add_argument("--gpu", required=True, help=", ".join(GPUS))
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a node (default: 8, or all if fewer)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: 8, or all if fewer)")
     parser.add_argument(
-        "--link", type=float, metavar="GBITS", help="Gb/s of all network adapters of a node (default: the GPU's usual)"
+        "--link",
+        type=float,
+        metavar="GBITS",
+        help="total Gb/s of a node's network adapters (default: usual for the GPU)",
     )
     parser.add_argument(
-        "--images", type=int, help="of the training set (default: those of data.shards=..., if given, or ImageNet-1K's)"
+        "--images", type=int, help="training images (default: those in data.shards=..., if given, or ImageNet-1K's)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser

@@ -45,20 +45,20 @@ def advise(plan: Plan) -> list[Advice]:
 def _feeding(plan: Plan) -> Iterator[Advice]:
     """Advice for GPUs that wait for data: more cores, or less to decode."""
     wait = plan.step.total / (plan.step.total - plan.step.data)
-    yield Advice(f"data.num_workers={_workers(plan)}", wait, "so many cores for each GPU")
+    yield Advice(f"data.num_workers={_workers(plan)}", wait, "this many cores for each GPU")
     config, data = plan.config, plan.config.data
     *earlier, trace = [part.trace for _, part in plan.sizes]
     known = plan.cluster, plan.images, plan.numerics, trace, earlier
     if plan.photographs.bytes > SMALLER.bytes and max(data.height_width) <= SMALL_ENOUGH:
         smaller = make_plan(config, *known, SMALLER)
-        note = "photographs of a third of the bytes: loses fine detail"
+        note = "a third of the bytes per photograph: loses fine detail"
         yield Advice(f"python -m data.pack {SMALLER.shrunk}", plan.hours / smaller.hours, note)
     try:
         twice = merge(config.model_dump(), {"data": {"repeats": 2 * data.repeats}}, PretrainConfig)
         repeated = make_plan(PretrainConfig.model_validate(twice), *known, plan.photographs)
     except ValueError:
         return  # repeats do not fit the number of epochs or the loss
-    note = "so many crops of each decode, side by side in a batch"
+    note = "this many crops of each decoded photograph, side by side in a batch"
     yield Advice(f"data.repeats={2 * data.repeats}", plan.hours / repeated.hours, note)
 
 
@@ -77,7 +77,7 @@ def _candidates(plan: Plan) -> list[tuple[dict[str, Any], str]]:
     if plan.numerics.attention == "sdpa":
         candidates.append(({"model": {"attention": "triton"}}, ""))
     if model.grad_checkpointing:
-        candidates.append(({"model": {"grad_checkpointing": False}}, "if the memory is enough"))
+        candidates.append(({"model": {"grad_checkpointing": False}}, "if memory allows"))
     if "pr_mim" in METHODS[method.name].add_ons and not config.pr_mim:
         candidates.append(({"pr_mim": {"throw_ratio": 0.5}}, "another method: PR-MIM"))
     if getattr(method, "mask_token_block", None) == 0:

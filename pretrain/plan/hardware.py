@@ -118,7 +118,7 @@ def build_cluster(gpu: str, gpus: int, per_node: int = 8, network: float | None 
         if number < 1:
             raise ValueError(f"{option} {number} must be at least 1")
     if network is not None and network <= 0:
-        raise ValueError(f"--link {network:g} is the Gb/s of a node's network, and must be above 0")
+        raise ValueError(f"--link {network:g}, the Gb/s of a node's network, must be above 0")
     per_node = min(per_node, gpus)
     if gpus % per_node:
         raise ValueError(

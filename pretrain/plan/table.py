@@ -37,7 +37,7 @@ def _head(plan: Plan, gpu: str) -> str:
     return "\n".join(
         [
             f"{config.name}: {config.task}, {config.model.arch}/{config.model.patch_size} at {size}, "
-            f"{plan.trace.parameters / 1e6:.1f} M parameters, {image_flops(plan.trace) / 1e9:.1f} GFLOP an image",
+            f"{plan.trace.parameters / 1e6:.1f} M parameters, {image_flops(plan.trace) / 1e9:.1f} GFLOP per image",
             f"{cluster.gpus} x {gpu} in {counted(cluster.nodes, 'node')} of {cluster.per_node}, "
             f"ZeRO {plan.zero.stage}; compile {'on' if numerics.compile else 'off'}, residual {numerics.residual}, "
             f"attention {numerics.attention}, {numerics.precision}",
@@ -52,12 +52,12 @@ def _head(plan: Plan, gpu: str) -> str:
 
 def _sizes(plan: Plan) -> str:
     """The parts of a run with several image sizes."""
-    lines = ["images by size (what follows is of the last one, memory and cores of the one that needs the most)"]
-    lines.append(f"{'size':>9}{'epochs':>8}{'GFLOP':>8}{'ms a step':>11}{'images/s':>10}{'hours':>8}")
+    lines = ["by image size (below: the last size; memory and cores: the size that needs the most)"]
+    lines.append(f"{'size':>9}{'epochs':>8}{'GFLOP':>8}{'ms per step':>12}{'images/s':>10}{'hours':>8}")
     for epochs, part in plan.sizes:
         size, step = "x".join(map(str, part.config.data.height_width)), part.step.total * 1e3
         lines.append(
-            f"{size:>9}{epochs:8}{image_flops(part.trace) / 1e9:8.1f}{step:11,.1f}{part.images_per_second:10,.0f}"
+            f"{size:>9}{epochs:8}{image_flops(part.trace) / 1e9:8.1f}{step:12,.1f}{part.images_per_second:10,.0f}"
             f"{part.hours_of(epochs):8.1f}"
         )
     return "\n".join(lines)
@@ -66,7 +66,7 @@ def _sizes(plan: Plan) -> str:
 def _memory(plan: Plan, gpu: str) -> str:
     capacity = plan.cluster.gpu.memory
     lines = [
-        f"GiB of a GPU ({capacity:g} on {gpu}) at the peak of a step, and the largest micro-batch that fits",
+        f"GiB per GPU ({capacity:g} on {gpu}) at the peak of a step, and the largest micro-batch that fits",
         f"{'ZeRO':22}" + "".join(f"{name:>9}" for name in _COLUMNS.values()) + f"{'total':>8}{'largest':>9}",
     ]
     for stage in plan.stages:
@@ -106,7 +106,7 @@ def _how_to_fit(plan: Plan) -> str:
     fitting = [stage.zero.stage for stage in plan.stages if max(stage.largest, stage.largest_checkpointed)]
     if fitting:
         return f"set train.ds_config=zero{fitting[0]}, with model.grad_checkpointing=true where needed"
-    return "not one image fits on this GPU in any stage; take a larger GPU or model.arch smaller"
+    return "not even one image fits on this GPU in any stage: use a larger GPU or a smaller model.arch"
 
 
 def _step(plan: Plan) -> str:
@@ -116,7 +116,7 @@ def _step(plan: Plan) -> str:
         "attention": step.attention,
         "element-wise": step.elementwise,
         "depth-wise convolution": step.convolution,
-        "outside of blocks": step.ends,
+        "outside blocks": step.ends,
         "recomputed": step.recomputed,
         "weight casts": step.casts,
         "optimizer": step.optimizer,
@@ -124,7 +124,7 @@ def _step(plan: Plan) -> str:
         "waiting for the host": step.host,
         "waiting for data": step.data,
     }
-    lines = [f"ms of a step: {step.total * 1e3:,.1f}"]
+    lines = [f"ms per step: {step.total * 1e3:,.1f}"]
     lines += [
         f"  {name:24}{seconds * 1e3:10,.1f}{seconds / step.total:7.0%}" for name, seconds in parts.items() if seconds
     ]
@@ -135,13 +135,14 @@ def _step(plan: Plan) -> str:
 
 def _links(plan: Plan) -> list[str]:
     cluster, sent = plan.cluster, plan.communication
-    lines = ["communication of a step:"]
+    lines = ["communication per step:"]
     lines.append(
-        f"  {cluster.link + ' within a node':24}{sent.node_seconds * 1e3:10,.1f}   {sent.node_bytes / 1e9:.2f} GB a GPU"
+        f"  {cluster.link + ' within a node':24}{sent.node_seconds * 1e3:10,.1f}   "
+        f"{sent.node_bytes / 1e9:.2f} GB per GPU"
     )
     if cluster.nodes > 1:
         name = f"network, {cluster.network:g} Gb/s"
-        size = f"{sent.network_bytes / 1e9:.2f} GB a node"
+        size = f"{sent.network_bytes / 1e9:.2f} GB per node"
         lines.append(f"  {name:24}{sent.network_seconds * 1e3:10,.1f}   {size}")
     lines.append(f"  {'both at once':24}{sent.seconds * 1e3:10,.1f}   {sent.exposed * 1e3:,.1f} of it not hidden")
     return lines
@@ -153,10 +154,10 @@ def _host(plan: Plan) -> str:
     shrunk = f" ({plan.photographs.shrunk})" if plan.photographs.shrunk else ""
     warning = ", MORE THAN NODES USUALLY HAVE" if needs.index_memory > USUAL_MEMORY else ""
     return (
-        f"data, for each node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute ("
+        f"data, per node: {needs.loader_cores:,.0f} cores decode as fast as its GPUs compute ("
         f"{_workers(plan)}), "
-        f"{needs.read_rate:.2f} GB/s are read,\n"
-        f"{needs.index_memory:,.1f} GiB of the host's memory hold the index{warning}; all photographs are "
+        f"{needs.read_rate:.2f} GB/s are read;\n"
+        f"the index takes {needs.index_memory:,.1f} GiB of host memory{warning}; all photographs take "
         f"{plan.images * size / 1e12:,.2f} TB at {size / 1e3:.0f} KB each{shrunk}"
     )
 
@@ -164,8 +165,8 @@ def _host(plan: Plan) -> str:
 def _workers(plan: Plan) -> str:
     workers, ranks = plan.config.data.num_workers, counted(plan.cluster.per_node, "rank")
     if workers == AUTO:
-        return f"data.num_workers=auto takes what {ranks} have, up to {MOST_WORKERS} each"
-    return f"data.num_workers={workers} on {ranks} are {workers * plan.cluster.per_node}"
+        return f"data.num_workers=auto uses what {ranks} have, up to {MOST_WORKERS} each"
+    return f"data.num_workers={workers} on {ranks} makes {workers * plan.cluster.per_node}"
 
 
 def _limits(plan: Plan, advice: list[Advice]) -> str:

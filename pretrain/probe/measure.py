@@ -37,13 +37,13 @@ def check_sets(train: Samples, val: Samples, k: int) -> None:
     for samples in (train, val):
         check_labels(samples)
         if samples.multi_labels is not None:
-            raise ValueError(f"{samples.root} has lists of labels, a probe needs one label for each image")
+            raise ValueError(f"{samples.root} has lists of labels, but a probe needs one label for each image")
     advice = "the probe's train and val need the same classes"
     check_same_classes(train.classes, str(train.root), val.classes, str(val.root), advice)
     if train.classes and val.classes and len(train.classes) != len(val.classes):
         raise ValueError(f"{train.root} has {len(train.classes)} classes, {val.root} has {len(val.classes)}: {advice}")
     if k > len(train):
-        raise ValueError(f"k={k} neighbors, but {train.root} has {len(train)} images: set k lower")
+        raise ValueError(f"k={k} neighbors, but {train.root} has {len(train)} images: lower k")
 
 
 def names_of(settings: ProbeSettings) -> tuple[str, ...]:
@@ -64,13 +64,17 @@ def trusted(settings: ProbeSettings, finetune_images: int) -> tuple[str, str]:
         per_epoch, enough = finetuning.steps_per_epoch(finetune_images), finetuning.ENOUGH_STEPS
         steps = settings.finetune_epochs * per_epoch
         if steps >= enough:
-            return "finetune_top1", f"the fine-tuning had {steps} steps, of at least {enough} that it takes"
+            return "finetune_top1", f"the fine-tuning had {steps} steps, and needs at least {enough}"
         why = (
-            f"the fine-tuning had {counted(steps, 'step')} on {finetune_images} images, and says little of an encoder "
-            f"with fewer than {enough}: set finetune_epochs to {math.ceil(enough / per_epoch)}, or give more images; "
+            f"the fine-tuning had {counted(steps, 'step')} on {finetune_images} images, and says little about an "
+            f"encoder with fewer than {enough}: set finetune_epochs to {math.ceil(enough / per_epoch)}, or use more "
+            f"images; "
         )
     if settings.attentive_steps >= attentive.ENOUGH_STEPS:
-        return "attentive_top1", f"{why}the attentive probe sees the patch tokens, where masked image models keep most"
+        return (
+            "attentive_top1",
+            f"{why}the attentive probe sees the patch tokens, where masked image models keep the most",
+        )
     return "none", (
         f"{why}k-NN and ridge regression do not rank masked image models, and the attentive probe has "
         f"{counted(settings.attentive_steps, 'step')}: set attentive_steps to at least {attentive.ENOUGH_STEPS}"
@@ -80,7 +84,7 @@ def trusted(settings: ProbeSettings, finetune_images: int) -> tuple[str, str]:
 def _judgement(settings: ProbeSettings, measured: Measured, finetune_images: int) -> Measured:
     name, reason = trusted(settings, finetune_images)
     if any(isinstance(value, float) and math.isnan(value) for value in measured.values()):
-        name, reason = "none", "features are not finite, or no training image can be decoded"
+        name, reason = "none", "features are not finite, or no training image could be decoded"
     return {JUDGE_BY: name, JUDGE_REASON: reason}
 
 
@@ -88,12 +92,10 @@ def describe(measured: Measured) -> str:
     """A table of the measures, the most meaningful first, with what each number is worth."""
     steps = measured.get(FINETUNE_STEPS)
     worth = {
-        "finetune_top1": f"what the encoder becomes in {counted(int(steps), 'step')} of fine-tuning"
-        if steps is not None
-        else "",
+        "finetune_top1": f"the encoder after {counted(int(steps), 'step')} of fine-tuning" if steps is not None else "",
         "attentive_top1": "what its patch tokens hold",
-        "linear_top1": "of one vector for each image: ranks masked image models wrongly",
-        "knn_top1": "as above, and more so",
+        "linear_top1": "from one vector per image: ranks masked image models wrongly",
+        "knn_top1": "as above, even more so",
     }
     lines = [f"{name:16}{measured[name]:8.2%}   {why}" for name, why in worth.items() if name in measured]
     judge = "none of these" if measured[JUDGE_BY] == "none" else measured[JUDGE_BY]

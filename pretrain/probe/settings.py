@@ -10,26 +10,26 @@ Pool = Literal["mean", "class", "class_mean", "prefix"]
 
 
 class ProbeSettings(Section):
-    """Which features, and how they are judged. Only numbers of equal settings can be compared."""
+    """Which features are judged, and how. Only numbers from equal settings can be compared."""
 
     k: int = Field(20, ge=1, description="neighbors that vote in k-NN")
     pool: Pool = Field(
         "mean",
-        description="what k-NN and ridge regression see of an image: mean of the patch tokens, class token, both side "
-        "by side (class_mean), or the mean of all tokens in front of the patches (prefix: class token and registers)",
+        description="what k-NN and ridge regression see of an image: mean of the patch tokens, class token, both "
+        "concatenated (class_mean), or the mean of all tokens before the patches (prefix: class token and registers)",
     )
     block: tuple[int, ...] = Field(
         (),
-        description="the blocks whose outputs are the features, side by side, 1 is the first; unless set, the "
-        "encoder's output. Fine-tuning always takes the output",
+        description="blocks whose outputs are concatenated as features; 1 is the first; unset: the encoder's output, "
+        "which fine-tuning always uses",
     )
-    attentive_steps: int = Field(500, ge=0, description="steps by which the attentive probe is trained; 0: none")
+    attentive_steps: int = Field(500, ge=0, description="training steps of the attentive probe; 0: no such probe")
     finetune_epochs: int = Field(
-        0, ge=0, description="epochs by which a copy of the encoder is fine-tuned: costs as many of training; 0: not"
+        0, ge=0, description="epochs of fine-tuning a copy of the encoder, each as costly as one of training; 0: none"
     )
     max_images: int = Field(
         10_000,
         ge=1,
-        description="images of the training set that the attentive probe and fine-tuning learn from, at most; their "
-        "patch tokens and pixels are kept in memory, divided over the ranks",
+        description="most training images that the attentive probe and fine-tuning learn from; their patch tokens and "
+        "pixels are kept in memory, divided among the ranks",
     )

@@ -131,5 +131,5 @@ def test_what_needs_one_label_each_is_refused(shards: Path, tmp_path: Path):
     lists, one = load_samples(shards), load_samples(single)
     with pytest.raises(ValueError, match=r"data\.shards \(.*\) has lists of labels, val\.shards .* one label per"):
         check_train_and_val(lists, one, 4)
-    with pytest.raises(ValueError, match=r"has lists of labels, a probe needs one label for each image"):
+    with pytest.raises(ValueError, match=r"has lists of labels, but a probe needs one label for each image"):
         check_sets(lists, lists, 3)

@@ -224,14 +224,14 @@ def test_the_table_says_which_number_to_trust(photos: Path, encoder: ViT):
         "linear_top1",
         "knn_top1",
     ]
-    assert "becomes in 2 steps of fine-tuning" in all_of_it
+    assert "the encoder after 2 steps of fine-tuning" in all_of_it
     assert "compare encoders by none of these: the fine-tuning had 2 steps on 45 images" in all_of_it
 
 
 @pytest.mark.parametrize(
     ("settings", "images", "name", "reason"),
     [
-        ({"finetune_epochs": 5}, 10_000, "finetune_top1", "had 780 steps, of at least 500"),
+        ({"finetune_epochs": 5}, 10_000, "finetune_top1", "had 780 steps, and needs at least 500"),
         ({"finetune_epochs": 4}, 3_030, "attentive_top1", r"had 188 steps on 3030 .* set finetune_epochs to 11, or"),
         ({"finetune_epochs": 11}, 3_030, "finetune_top1", "had 517 steps"),
         ({"finetune_epochs": 5}, 45, "attentive_top1", "had 5 steps on 45 .* set finetune_epochs to 500"),
@@ -248,7 +248,7 @@ def test_what_had_too_few_steps_is_not_trusted(settings: dict[str, int], images:
 
 def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):
     train, val = (load_samples(photos / name) for name in ("train", "val"))
-    with pytest.raises(ValueError, match=r"k=49 neighbors, but .*train has 48 images: set k lower"):
+    with pytest.raises(ValueError, match=r"k=49 neighbors, but .*train has 48 images: lower k"):
         check_sets(train, val, 49)
     other = load_samples(write_classes(tmp_path / "other", ["a", "b", "c", "d", "e", "g"], 1))
     with pytest.raises(

@@ -135,10 +135,10 @@ def test_compiled_blocks_have_the_same_loss_and_gradients():
         (
             {"name": "mae"},
             {"position": "bias"},
-            r"model\.position=bias does not: set model\.position=sincos, or learned",
+            r"model\.position=bias does not provide: set model\.position=sincos or learned",
         ),
-        ({"name": "ae"}, {"position": "relative"}, r"set model\.position=sincos, or learned"),
-        ({"name": "lomar"}, {"position": "bias"}, r"the short ones only: set model\.position=relative"),
+        ({"name": "ae"}, {"position": "relative"}, r"set model\.position=sincos or learned"),
+        ({"name": "lomar"}, {"position": "bias"}, r"only the short offsets: set model\.position=relative"),
         ({"name": "lomar"}, {"position": "rope"}, r"model\.position"),
         ({"name": "simmim"}, {"layer_scale": -1}, r"model\.layer_scale"),
     ],

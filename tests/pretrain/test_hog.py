@@ -140,7 +140,11 @@ def test_opposite_directions_share_a_bin():
         ((5,), GRID, r"target\.cell_sizes has 5, .* set target\.cell_sizes=\[4\]"),
         ((0, 8), GRID, r"set target\.cell_sizes=\[1, 8\]"),
         ((16,), GRID, "neither divides model.patch_size=4 nor is twice it"),
-        ((2, 8), (3, 6), "the grid of 3x6 patches is odd: leave 8 out, or set data.image_size to a multiple of 8"),
+        (
+            (2, 8),
+            (3, 6),
+            "the grid of 3x6 patches has an odd side: leave 8 out, or set data.image_size to a multiple of 8",
+        ),
     ],
 )
 def test_cells_that_do_not_fit_are_refused(cells: tuple[int, ...], grid: tuple[int, int], says: str):

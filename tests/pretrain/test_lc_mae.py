@@ -239,16 +239,16 @@ def test_ae_shows_the_centers_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
         (
             AE | {"block_size": 15},
             {"patch_size": 16},
-            "method.block_size=15 must be model.patch_size=16 plus an even number",
+            "method.block_size=15 must equal model.patch_size=16 or exceed it by an even number",
         ),
         (
             AE | {"block_size": 49},
             {"patch_size": 16},
-            "method.block_size=49 must be model.patch_size=16 plus an even number",
+            "method.block_size=49 must equal model.patch_size=16 or exceed it by an even number",
         ),
-        (AE | {"block_size": 144}, {"patch_size": 16}, "an image of 64x96 has to mirror: lower it"),
+        (AE | {"block_size": 144}, {"patch_size": 16}, "too far to mirror an image of 64x96: lower it"),
         (AE | {"block_size": 142}, {"patch_size": 16}, None),
-        (AE | {"decoder_num_heads": 5}, {"patch_size": 2}, "is not divided by method.decoder_num_heads=5"),
+        (AE | {"decoder_num_heads": 5}, {"patch_size": 2}, "is not divisible by method.decoder_num_heads=5"),
     ],
 )
 def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None):
@@ -272,7 +272,7 @@ def test_the_recipes_are_the_papers():
 
 def test_pr_mim_needs_masks_and_a_transformer():
     assert load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"]).pr_mim.throw_ratio == 0.5
-    with pytest.raises(ValueError, match=r"method\.decoder=conv has none: leave it out"):
+    with pytest.raises(ValueError, match=r"method\.decoder=conv is not: leave pr_mim out"):
         load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5", "method.decoder=conv"])
-    with pytest.raises(ValueError, match=r"not for ae: leave it out"):
+    with pytest.raises(ValueError, match=r"not with ae: leave it out"):
         load("ae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"])

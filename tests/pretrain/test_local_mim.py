@@ -140,17 +140,20 @@ def test_the_recipes_count_as_the_paper():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method.blocks=[2, 4, 6]"], "must ascend, from 1 on, to 12"),
-        (["method.blocks=null"], r"has a decoder behind each of method\.blocks: set for example .*blocks=\[2, 4, 12\]"),
+        (["method.blocks=[2, 4, 6]"], "must ascend from at least 1 to 12"),
+        (
+            ["method.blocks=null"],
+            r"needs a decoder after each of method\.blocks: set, for example, .*blocks=\[2, 4, 12\]",
+        ),
         (
             ["method.architecture=asymmetric"],
-            r"blocks=\[2, 4, 12\] is of method\.architecture=multiscale, not asymmetric",
+            r"blocks=\[2, 4, 12\] is only used with method\.architecture=multiscale, not asymmetric",
         ),
         (
             ["method.architecture=simple"],
-            r"is of method\.architecture=multiscale, not simple: set that, or leave out method\.blocks",
+            r"is only used with method\.architecture=multiscale, not simple: set that, or leave out method\.blocks",
         ),
-        (["target.cell_sizes=[4, 8]"], "belong together: give one size for each block"),
+        (["target.cell_sizes=[4, 8]"], "differ in number: give one size for each block"),
         (["target.cell_sizes=[4, 8, 32]"], r"one of 2, 4, 8, 16 for patches of 16 pixels in windows: .*=\[4, 8, 16\]"),
         (["target.name=pixels"], r"not target\.name=pixels: set target\.name=hog target\.cell_sizes=\[4, 8, 16\]"),
         (["method.mask_token_block=8"], r"architecture=multiscale never does: set method\.mask_token_block=0"),
@@ -166,15 +169,15 @@ def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
     [
         (
             ["method.blocks=[2, 4, 10, 13]"],
-            r"\[2, 4, 10, 13\] must ascend, from 1 on, to 12, the last block of vit_base",
+            r"\[2, 4, 10, 13\] must ascend from at least 1 to 12, the last block of vit_base",
         ),
-        (["method.blocks=[2, 4, 10, 11]"], r"set for example method\.blocks=\[2, 4, 11, 12\]"),
-        (["method.blocks=[0, 4, 10, 12]"], r"from 1 on, .* set for example method\.blocks=\[1, 4, 10, 12\]"),
-        (["method.blocks=[4, 2, 10, 12]"], "must ascend, from 1 on"),
-        (["model.arch=vit_large"], r"set for example method\.blocks=\[2, 4, 22, 24\]"),
+        (["method.blocks=[2, 4, 10, 11]"], r"set, for example, method\.blocks=\[2, 4, 11, 12\]"),
+        (["method.blocks=[0, 4, 10, 12]"], r"from at least 1 .* set, for example, method\.blocks=\[1, 4, 10, 12\]"),
+        (["method.blocks=[4, 2, 10, 12]"], "must ascend from at least 1"),
+        (["model.arch=vit_large"], r"set, for example, method\.blocks=\[2, 4, 22, 24\]"),
         (
             ["method.blocks=[4, 12]"],
-            r"target\.cell_sizes=\[4, 8, 16, 32\] belong together: give one size for each block",
+            r"target\.cell_sizes=\[4, 8, 16, 32\] differ in number: give one size for each block",
         ),
         (
             ["target.cell_sizes=[4, 8, 16, 48]"],
@@ -185,10 +188,10 @@ def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
             ["model.patch_size=14", "method.blocks=[2, 6, 12]", "target.cell_sizes=[2, 7, 14]"],
             r"must each be one of 7, 14, 28 for patches of 14 pixels: set target\.cell_sizes=\[7, 14, 28\]",
         ),
-        (["data.image_size=240"], r"the grid of 15x15 patches is odd: leave 32 out, or set data\.image_size"),
+        (["data.image_size=240"], r"the grid of 15x15 patches has an odd side: leave 32 out, or set data\.image_size"),
         (["target.name=pixels"], r"predicts hog, not target\.name=pixels"),
         (["method.mask_ratio=0.999"], "must be masked and one visible"),
-        (["method.decoder_num_heads=7"], "is not divided by method.decoder_num_heads=7"),
+        (["method.decoder_num_heads=7"], "is not divisible by method.decoder_num_heads=7"),
         (["lut.alpha=1", "method.mask_ratio=0.4"], "set method.mask_ratio to at least 0.5"),
         (["pr_mim.throw_ratio=0.8"], "set it below 0.75"),
     ],

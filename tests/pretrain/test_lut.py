@@ -233,24 +233,24 @@ def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | No
 @pytest.mark.parametrize(
     ("recipe", "overrides", "says"),
     [
-        ("mae_vitb16_224_1600e", ["method.mask_ratio=0.4"], r"2 x 117 visible ones are more than 196"),
+        ("mae_vitb16_224_1600e", ["method.mask_ratio=0.4"], r"2 x 117 is more than 196"),
         ("mae_vitb16_224_1600e", ["lut.momentum=1.2"], r"lut.momentum=1.2"),
         ("mae_vitb16_224_1600e", ["lut.momentum=-0.1"], r"lut.momentum=-0.1"),
         ("mae_vitb16_224_1600e", ["method.mask_type=block"], r"set method.mask_type=random, not block"),
         (
             "mae_vitb16_224_1600e",
             ["train.global_batch_size=4", "train.gradient_accumulation_steps=4"],
-            r"there is one: raise train.global_batch_size",
+            r"is a single image: raise train.global_batch_size",
         ),
         ("mae_vitb16_224_1600e", ["lut.loss=infonce", "lut.supervision=tokens"], r"lut.supervision=pooled"),
-        ("mae_vitb16_224_1600e", ["lut.loss=infonce", "data.repeats=2"], r"the same one .*: set data.repeats=1"),
+        ("mae_vitb16_224_1600e", ["lut.loss=infonce", "data.repeats=2"], r"the same image .*: set data.repeats=1"),
         (
             "beit_vitb16_224_800e",
             ["target.tokenizer=random_projection"],
-            r"lut is defined for local_mim, lomar, mae, mff, simmim, not for beit: leave it out",
+            r"lut works with local_mim, lomar, mae, mff, simmim, not with beit: leave it out",
         ),
-        ("lc_mae_vitb16_224_100e", [], r"not for lc_mae"),
-        ("ae_vitb16_224_100e", [], r"not for ae"),
+        ("lc_mae_vitb16_224_100e", [], r"not with lc_mae"),
+        ("ae_vitb16_224_100e", [], r"not with ae"),
     ],
 )
 def test_what_does_not_fit_is_refused(recipe: str, overrides: list[str], says: str):

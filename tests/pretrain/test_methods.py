@@ -309,10 +309,10 @@ def test_cells_are_masked_whole():
         (
             MAE | {"predict_ratio": 0.8},
             {"position": "sincos"},
-            "19 of 24 patches, and 18 are masked: set it to",
+            "19 of 24 patches, but 18 are masked: set it to",
         ),
         (CROSS | {"encoder_mask_tokens": True}, {"position": "sincos"}, "set method.decoder=transformer"),
-        (MAE | {"decoder_num_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
+        (MAE | {"decoder_num_heads": 5}, {"position": "sincos"}, "is not divisible by method.decoder_num_heads=5"),
         (
             {"name": "simmim", "mask_patch_size": 24},
             {"patch_size": 16},

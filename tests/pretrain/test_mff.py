@@ -60,8 +60,8 @@ def test_the_encoder_has_nothing_of_the_fusion():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method.blocks=[1, 3, 13]"], "must ascend, from 1 on, to 12, the last block of vit_base"),
-        (["method.blocks=[1, 3, 5]"], r"set for example method\.blocks=\[1, 10, 12\]"),
+        (["method.blocks=[1, 3, 13]"], "must ascend from at least 1 to 12, the last block of vit_base"),
+        (["method.blocks=[1, 3, 5]"], r"set, for example, method\.blocks=\[1, 10, 12\]"),
         (["method.blocks=[12]"], "method.blocks"),
         (["method.decoder=cross", "method.inter_block_attention=true"], "set method.inter_block_attention=false"),
         (["model.position=relative"], "set model.position=sincos"),

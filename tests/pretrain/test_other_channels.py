@@ -52,8 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lut": {"method": MAE, "model": SINCOS, "lut": {"color_jitter": 0, "three_augment": False, "hidden_dim": 16}},
 }
 REFUSED = {
-    "tec": ({"method": MAE | {"name": "tec"}, "model": SINCOS}, "target.name=teacher has a teacher that reads RGB"),
-    "teacher": ({"method": LOMAR, "target": {"name": "teacher"}}, "target.name=teacher has a teacher that reads RGB"),
+    "tec": ({"method": MAE | {"name": "tec"}, "model": SINCOS}, "target.name=teacher needs 8-bit RGB images"),
+    "teacher": ({"method": LOMAR, "target": {"name": "teacher"}}, "target.name=teacher needs 8-bit RGB images"),
     "color_jitter": ({"method": LOMAR, "data": {"color_jitter": 0.8}}, "data.color_jitter=0.8 works only on 8-bit RGB"),
     "lut": (
         {"method": MAE, "model": SINCOS, "lut": {"color_jitter": 0.8, "three_augment": True}},
@@ -121,9 +121,9 @@ def test_what_is_of_photographs_is_refused_by_name(name: str):
 
 def test_components_and_dalles_codes_are_of_photographs():
     pixels = configure(CASES["mae"]).data.pixels
-    with pytest.raises(ValueError, match=r"target.name=pca has components of RGB.*set target.name=pixels"):
+    with pytest.raises(ValueError, match=r"target.name=pca needs 8-bit RGB images.*set target.name=pixels"):
         PCAConfig.model_construct(name="pca").check_pixels(pixels)
-    with pytest.raises(ValueError, match=r"target.name=tokens with target.tokenizer=dalle reads RGB in 8 bits"):
+    with pytest.raises(ValueError, match=r"target.name=tokens with target.tokenizer=dalle needs 8-bit RGB images"):
         TokensConfig.model_construct(name="tokens", tokenizer="dalle").check_pixels(pixels)
     TokensConfig.model_construct(name="tokens", tokenizer="dalle").check_pixels(Pixels((0.1,) * 3, (1.0,) * 3))
 
@@ -154,7 +154,8 @@ def test_what_is_shown_of_channels():
         assert torch.equal(show_patches(bytes_, pixels), bytes_[..., :1].expand(*bytes_.shape[:-1], 3))
         assert torch.equal(to_pixels(normalize_pixels(bytes_, pixels), pixels), show_patches(bytes_, pixels))
     assert describe_shown(five) == (
-        "The pictures show channels 1 to 3 of 5 as red, green and blue, black and white two deviations from the mean."
+        "The pictures show channels 1 to 3 of 5 as red, green and blue, with black and white two standard deviations "
+        "from the mean."
     )
     assert describe_shown(gray) == "The pictures show the only channel."
     assert describe_shown(IMAGENET) == ""

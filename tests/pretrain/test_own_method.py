@@ -54,7 +54,7 @@ def test_only_the_command_line_makes_a_command_run_a_module(module: Path, tmp_pa
     bomb.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     recipe = tmp_path / "config.yaml"
     recipe.write_text(yaml.safe_dump({"extends": "quickstart", "method": {"name": "lomar", "module": str(bomb)}}))
-    with pytest.raises(ValueError, match=rf"if you trust it, give method\.module={bomb} on the command line"):
+    with pytest.raises(ValueError, match=rf"if you trust it, also give method\.module={bomb} on the command line"):
         load(str(recipe), [])
     assert not (tmp_path / "ran").exists()
     config = load("quickstart", [f"method.module={module}", *KEYS])
@@ -74,7 +74,7 @@ def test_only_the_command_line_makes_a_command_run_a_module(module: Path, tmp_pa
         ),
         (
             "from pretrain.methods.mae import MAE\nclass Mine(MAE):\n    class Config(MAE.Config):\n        pass\n",
-            "there is a method mae already; give Mine another name",
+            "a method named mae already exists; give Mine another name",
         ),
     ],
     ids=["empty", "imported", "nameless", "taken"],
@@ -88,12 +88,12 @@ def test_a_module_without_a_method_of_its_own_is_refused(source: str, says: str,
 def test_a_module_that_is_not_there_or_not_the_methods_is_refused(module: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="there is no such file"):
         load("quickstart", [f"method.module={tmp_path}/nowhere.py"])
-    with pytest.raises(ValueError, match="Python finds no module nowhere"):
+    with pytest.raises(ValueError, match="Python cannot find module nowhere"):
         load("quickstart", ["method.module=nowhere.mine"])
     with pytest.raises(ValueError, match=r"defines inpainting, not mae: give method\.name=inpainting"):
         load("quickstart", [f"method.module={module}"])
     (tmp_path / "yaml.py").touch()
-    with pytest.raises(ValueError, match="is another module of that name: rename the file"):
+    with pytest.raises(ValueError, match="is another module with that name: rename the file"):
         load("quickstart", [f"method.module={tmp_path / 'yaml.py'}"])
     (tmp_path / "half.py").write_text("import module_that_is_not_installed\n")
     with pytest.raises(ModuleNotFoundError, match="module_that_is_not_installed"):

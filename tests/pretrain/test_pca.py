@@ -171,7 +171,7 @@ def test_the_resolved_recipe_pins_the_file(components_file: Path, tmp_path: Path
         (["target.file=/nowhere"], r"target\.file='/nowhere' is not a file: make it with"),
         (["target.fille=x"], r"unknown key target\.fille: did you mean target\.file"),
         (["target.sha256=abc"], r"not target\.sha256=abc"),
-        (["model.patch_size=8"], "patches of 48 values, and model.patch_size=8 has 192"),
+        (["model.patch_size=8"], "patches of 48 values, but model.patch_size=8 has 192"),
         (["target.norm_pix=false"], r"unknown key target\.norm_pix"),
         (["target.file=null"], r"target\.file='null' is not a file"),
         (["target.name=tokens", "target.file=x"], r"unknown key target\.file"),

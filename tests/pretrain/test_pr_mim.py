@@ -110,7 +110,7 @@ def test_counts_are_exact_and_kept_are_among_the_masked(recipe: list[str], kept:
 
 
 def test_throwing_more_than_is_masked_is_refused():
-    with pytest.raises(ValueError, match=r"pr_mim.throw_ratio=0.75 throws 147 of 196 patches, and 147 are masked"):
+    with pytest.raises(ValueError, match=r"pr_mim.throw_ratio=0.75 throws 147 of 196 patches, but only 147 are masked"):
         load("mae_vitb16_224_1600e", [*SMALL, "pr_mim.throw_ratio=0.75"])
 
 

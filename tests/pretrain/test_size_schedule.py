@@ -201,21 +201,45 @@ def test_a_method_with_parameters_for_one_grid_is_refused_by_their_name():
 @pytest.mark.parametrize(
     ("recipe", "overrides", "says"),
     [
-        ("lomar", "0:96,9:224", "has 96: method.window_size=7 is larger than .* of sizes like it, 112 would fit"),
-        ("lomar", "0:100,9:224", "has 100: 100 is not a multiple of model.patch_size=16; .* 112 would fit"),
-        ("lomar", "0:96x128,9:224", "has 96x128: method.window_size=7 .* of sizes like it, 112x144 would fit"),
-        ("simmim", "0:144,9:224 model.position=relative", "has 144: method.mask_patch_size=32 .* 128 and 160 would"),
-        ("local_mim", "0:112,9:224", "has 112: target.cell_sizes has 32, .* 96 and 128 would fit"),
-        ("mae", "0:16,9:224", "has 16: method.mask_ratio=0.75 masks 1 of the image's 1 .* 32 would fit"),
-        ("simmim", "0:128,9:224", "model.position=bias has numbers for one grid .* set model.position=sincos"),
-        ("mae", "0:128,9:224 model.position=learned", "model.position=learned has numbers for one grid"),
-        ("lomar", "0:128,9:192", "ends with 192, and data.image_size=224 .* end it with 9:224, or set data.image_siz"),
-        ("lomar", "2:128,9:224", "does not say with which size to begin: write 0:128 in front"),
-        ("lomar", "0:128,9:192,9:224", "epochs that rise, such as"),
-        ("lomar", "0:128,400:224", "its last size with epoch 400, and train.epochs=400: begin it before, with epoch 3"),
-        ("lomar", "0:128,6:224 data.repeats=4", "epoch 6, in the middle of .*repeats=4 epochs: change it with 4 or 8"),
-        ("lomar", "0:128,2:224 data.repeats=4", "epoch 2, in the middle of .*repeats=4 epochs: change it with 4 or 8"),
-        ("lomar", "128", "write epochs and the sizes from them on, such as 0:128,60:192,180:224"),
+        ("lomar", "0:96,9:224", "has 96: method.window_size=7 is larger than .* nearest sizes that fit: 112 [(]"),
+        (
+            "lomar",
+            "0:100,9:224",
+            "has 100: 100 is not a multiple of model.patch_size=16; .* nearest sizes that fit: 112 [(]",
+        ),
+        ("lomar", "0:96x128,9:224", "has 96x128: method.window_size=7 .* nearest sizes that fit: 112x144 [(]"),
+        (
+            "simmim",
+            "0:144,9:224 model.position=relative",
+            "has 144: method.mask_patch_size=32 .* that fit: 128 and 160",
+        ),
+        ("local_mim", "0:112,9:224", "has 112: target.cell_sizes has 32, .* nearest sizes that fit: 96 and 128$"),
+        (
+            "mae",
+            "0:16,9:224",
+            "has 16: method.mask_ratio=0.75 masks 1 of the image's 1 .* nearest sizes that fit: 32 [(]",
+        ),
+        ("simmim", "0:128,9:224", "model.position=bias has parameters for one grid .* set model.position=sincos"),
+        ("mae", "0:128,9:224 model.position=learned", "model.position=learned has parameters for one grid"),
+        (
+            "lomar",
+            "0:128,9:192",
+            "ends with 192, but the encoder is built for data.image_size=224: end it with 9:224, or set data.image_siz",
+        ),
+        ("lomar", "2:128,9:224", "does not start at epoch 0: put 0:128 first"),
+        ("lomar", "0:128,9:192,9:224", "the epochs must increase, as in"),
+        ("lomar", "0:128,400:224", "its last size at epoch 400, but train.epochs=400: start it at epoch 3"),
+        (
+            "lomar",
+            "0:128,6:224 data.repeats=4",
+            "epoch 6, in the middle of .*repeats=4 epochs: change it at epoch 4 or 8",
+        ),
+        (
+            "lomar",
+            "0:128,2:224 data.repeats=4",
+            "epoch 2, in the middle of .*repeats=4 epochs: change it at epoch 4 or 8",
+        ),
+        ("lomar", "128", "write each size after the epoch it starts at, such as 0:128,60:192,180:224"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(recipe: str, overrides: str, says: str):
@@ -245,10 +269,10 @@ def test_a_run_continues_with_its_schedule_alone(tmp_path: Path):
 def test_what_a_schedule_cannot_be_used_with_is_refused(tmp_path: Path):
     config = configure(tmp_path, CASES["lomar"])
     check_settings(config, 2)
-    with pytest.raises(ValueError, match=r"ZeRO stage 3 partitions those of one: set train\.ds_config=zero2"):
+    with pytest.raises(ValueError, match=r"ZeRO stage 3 partitions those of only one: set train\.ds_config=zero2"):
         check_settings(config, 3)
     graphs = config.model_copy(update={"model": config.model.model_copy(update={"cuda_graphs": "on"})})
-    with pytest.raises(ValueError, match=r"several sizes, and a graph is of one; set model\.cuda_graphs=auto"):
+    with pytest.raises(ValueError, match=r"several sizes, but a graph records only one; set model\.cuda_graphs=auto"):
         check_settings(graphs, 1)
     constant = configure(tmp_path, CASES["lomar"], "data.size_schedule=0:64x80")
     check_settings(constant, 3)

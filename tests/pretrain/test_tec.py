@@ -147,7 +147,7 @@ def test_a_relative_teacher_has_no_attention_to_predict():
     [
         ({}, {"position": "relative"}, "set model.position=sincos"),
         ({"num_queries": 9}, {"position": "sincos"}, "method.num_queries=9, but an image has 8 patches"),
-        ({"decoder_num_heads": 5}, {"position": "sincos"}, "is not divided by method.decoder_num_heads=5"),
+        ({"decoder_num_heads": 5}, {"position": "sincos"}, "is not divisible by method.decoder_num_heads=5"),
         ({"mask_ratio": 0.01}, {"position": "sincos"}, None),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path):
     [
         ([], r"needs target\.weights"),
         (["target.weights=/nowhere"], r"weights='/nowhere' is neither a file nor a folder"),
-        (["target.tokenizer=random_projection", "target.weights=/x"], "set both or none"),
+        (["target.tokenizer=random_projection", "target.weights=/x"], "set both or neither"),
         (["target.tokenizer=random_projection", "target.sha256=abc"], r"has the SHA-256 \w+, not target\.sha256=abc"),
         (["target.vocab_sizes=3"], "did you mean target.vocab_size"),
         (["target.vocab_size=1"], r"target\.vocab_size=1"),

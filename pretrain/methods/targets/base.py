@@ -27,8 +27,8 @@ class TargetConfig(Section):
     def refuse_pixels(self, what: str, pixels: Pixels) -> None:
         """Raises the ValueError of a target for photographs only; `what` describes what the target needs."""
         raise ValueError(
-            f"target.name={self.name} {what}, and data.channels={pixels.channels} data.dtype={pixels.dtype} with its "
-            f"data.mean and data.std are others: set target.name=pixels"
+            f"target.name={self.name} {what}, not data.channels={pixels.channels} data.dtype={pixels.dtype} with this "
+            f"data.mean and data.std: set target.name=pixels"
         )
 
 
@@ -82,7 +82,7 @@ def as_sha256(key: str, given: str | None, actual: str, what: str) -> str:
     """
     if given is not None and given.lower() != actual:
         raise ValueError(
-            f"{what} has the SHA-256 {actual}, not {key}={given}: give the one that was meant, or delete the key to "
+            f"{what} has the SHA-256 {actual}, not {key}={given}: use the intended one, or delete the key to "
             f"accept this one"
         )
     return actual

@@ -142,16 +142,16 @@ class TeacherConfig(TargetConfig):
 
     name: Literal["teacher"] = "teacher"
     file: Annotated[str | None, MAY_CHANGE] = Field(
-        None, description="of the teacher's weights, an encoder of any project that is read downstream"
+        None, description="the teacher's weights: an encoder from any project that downstream tools can load"
     )
-    encoder: str | None = Field(None, description="which one of several encoders in the file, as of start.weights")
+    encoder: str | None = Field(None, description="which of several encoders in the file to use, as in start.weights")
     timm_model: str | None = Field(
-        None, description="timm's name of the model whose weights, by timm's names, are in the file"
+        None, description="timm's name of the model, if the file holds its weights under timm's names"
     )
-    blocks: int = Field(2, ge=1, description="last blocks of the teacher whose mean output is the target")
+    blocks: int = Field(2, ge=1, description="how many of the teacher's last blocks are averaged into the target")
     resize_images: Annotated[bool, MAY_CHANGE] = Field(
         False,
-        description="true: a teacher of other patches sees images resized so that it has as many as the encoder",
+        description="true: resize images for a teacher with another patch size: it sees as many patches as the encoder",
     )
     sha256: str | None = Field(None, description="refuse any other file; filled in if unset")
 
@@ -174,16 +174,18 @@ class TeacherConfig(TargetConfig):
 
     def check_pixels(self, pixels: Pixels) -> None:
         if pixels.format != RGB:
-            self.refuse_pixels("has a teacher that reads RGB in 8 bits", pixels)
+            self.refuse_pixels("needs 8-bit RGB images for its teacher", pixels)
 
 
 class EMAConfig(TargetConfig):
     """The keys of `target.name=ema`."""
 
     name: Literal["ema"] = "ema"
-    blocks: int = Field(10, ge=1, description="last blocks of the averaged encoder whose mean output is the target")
-    momentum: float = Field(0.9998, ge=0, le=1, description="of the average at the start; rises along a cosine")
-    final_momentum: float = Field(0.99999, ge=0, le=1, description="of the average at the end")
+    blocks: int = Field(10, ge=1, description="how many last blocks of the moving average are averaged into the target")
+    momentum: float = Field(
+        0.9998, ge=0, le=1, description="momentum of the moving average at the start; rises along a cosine"
+    )
+    final_momentum: float = Field(0.99999, ge=0, le=1, description="momentum of the moving average at the end")
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
         check_blocks(self.blocks, ARCHS[model.arch].depth, f"model.arch={model.arch}")

@@ -36,11 +36,11 @@ class HOGConfig(TargetConfig):
 
     name: Literal["hog"] = "hog"
     cell_sizes: tuple[int, ...] = Field(
-        (8,), min_length=1, description="sides in pixels of the cells; each divides a patch, or is twice a patch"
+        (8,), min_length=1, description="sides of the cells in pixels; each divides the patch size or is twice it"
     )
     bins: int = Field(9, ge=1, description="directions of a histogram; each color channel has its own")
     gaussian_window: int = Field(
-        0, ge=0, description="MaskFeat: 16, the side in pixels of Gaussian weights, repeated over the image; 0: none"
+        0, ge=0, description="side in pixels of Gaussian weights, repeated over the image; MaskFeat: 16; 0: none"
     )
 
     def check(self, grid: Grid, model: ModelConfig) -> None:
@@ -55,8 +55,8 @@ class HOGConfig(TargetConfig):
                 )
             if size > patch_size and (grid[0] % 2 or grid[1] % 2):
                 raise ValueError(
-                    f"target.cell_sizes has {size}, cells of 2x2 patches, and the grid of {grid[0]}x{grid[1]} patches "
-                    f"is odd: leave {size} out, or set data.image_size to a multiple of {size}"
+                    f"target.cell_sizes has {size}, cells of 2x2 patches, but the grid of {grid[0]}x{grid[1]} patches "
+                    f"has an odd side: leave {size} out, or set data.image_size to a multiple of {size}"
                 )
 
 
@@ -84,7 +84,9 @@ class CellScale(NamedTuple):
 class HOGTarget(PatchTarget):
     """The histograms of a patch's cells: by cell size, then in raster order, by color, by direction."""
 
-    caption = "Drawn are the edges of cells (HOG), in each color, as their directions: pixels are not predicted."
+    caption = (
+        "The edges in each cell (HOG) are drawn as lines in their directions, for each color: pixels are not predicted."
+    )
 
     def __init__(self, config: HOGConfig, grid: Grid, patch_size: int, channels: int = RGB.channels):
         self.config, self.grid, self.patch_size, self.channels = config, grid, patch_size, channels

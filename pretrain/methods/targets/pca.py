@@ -50,7 +50,7 @@ class PCAConfig(TargetConfig):
 
     def check_pixels(self, pixels: Pixels) -> None:
         if pixels != IMAGENET:
-            self.refuse_pixels("has components of RGB by ImageNet's mean and deviation", pixels)
+            self.refuse_pixels("needs 8-bit RGB images with ImageNet's mean and standard deviation", pixels)
 
 
 class PCATarget(PatchTarget):
@@ -60,7 +60,7 @@ class PCATarget(PatchTarget):
         mean, components = read_components(config.file, patch_size)
         self.mean, self.components = mean.float(), components.float()  # (P,) and (num_outputs, P)
         self.num_outputs = len(components)
-        self.caption = f"The target is {len(components)} principal components of a patch: what others hold is missing."
+        self.caption = f"The target is {len(components)} principal components of each patch: the others are missing."
 
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:
         return patches
@@ -96,7 +96,7 @@ def read_components(file: str, patch_size: int) -> tuple[Tensor, Tensor]:
     num_values = values_per_patch(patch_size)
     if len(mean) != num_values:
         raise ValueError(
-            f"target.file={file!r} is of patches of {len(mean)} values, and model.patch_size={patch_size} has "
+            f"target.file={file!r} is for patches of {len(mean)} values, but model.patch_size={patch_size} has "
             f"{num_values}: make one with `python -m pretrain.fit_pca SHARDS FILE --patch-size {patch_size}`"
         )
     return mean, components

@@ -27,8 +27,8 @@ class PixelTarget(PatchTarget):
         if config.norm_pix:
             self.caption = (
                 "The target is normalized patches (target.norm_pix): a patch's mean and contrast are not predicted. "
-                "The prediction alone has the same for all patches. Put back into the image it is given those of the "
-                "true patches, and so looks better than it is."
+                "The prediction alone uses the same values for all patches. Put back into the image, it takes "
+                "those of the true patches and so looks better than it is."
             )
 
     def ground_truth(self, images: Tensor, patches: Tensor) -> Tensor:

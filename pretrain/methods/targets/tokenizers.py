@@ -148,7 +148,7 @@ def _codebook(path: Path, vocab_size: int) -> Any:
     except (KeyError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(
             f"{path} does not contain weights of FlavaImageCodebook ({_first_line(error)}): give those of "
-            f"facebook/flava-image-codebook, not of OpenAI's package or of a whole FLAVA"
+            f"facebook/flava-image-codebook, not those of OpenAI's package or a whole FLAVA model"
         ) from None
     if stored_size != vocab_size:
         raise ValueError(f"{path} has {stored_size} codes: set target.vocab_size={stored_size}, not {vocab_size}")
@@ -167,8 +167,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} is not a file of plain weights, which is all that is read: give model.safetensors, or a "
-            f"pytorch_model.bin of tensors alone ({_first_line(error)})"
+            f"{path} is not a file of plain weights, and nothing else is read: give model.safetensors, or a "
+            f"pytorch_model.bin with only tensors ({_first_line(error)})"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a dictionary of tensors: give the weights of FlavaImageCodebook")

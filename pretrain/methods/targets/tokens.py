@@ -42,14 +42,14 @@ class TokensConfig(TargetConfig):
         if keys["tokenizer"] == "dalle":
             actual = weights_sha256(keys["weights"])
         elif keys["weights"] is not None:
-            raise ValueError("target.weights is only read with target.tokenizer=dalle: set both or none")
+            raise ValueError("target.weights is only read with target.tokenizer=dalle: set both or neither")
         else:
             actual = random_projection_sha256(keys["seed"], keys["vocab_size"], keys["code_dim"])
         return as_sha256("target.sha256", given, actual, "the tokenizer")
 
     def check_pixels(self, pixels: Pixels) -> None:
         if self.tokenizer == "dalle" and pixels.format != RGB:
-            self.refuse_pixels("with target.tokenizer=dalle reads RGB in 8 bits", pixels)
+            self.refuse_pixels("with target.tokenizer=dalle needs 8-bit RGB images", pixels)
 
 
 class TokenTarget(PatchTarget):
