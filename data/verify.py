@@ -192,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"... and {len(problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
         if format == RGB and any(f"({kind})" in problem for problem in problems for kind in _OTHER_FORMATS):
             print("give the --channels and --dtype of the images", file=sys.stderr)
-        print(f"{len(problems)} problems" if problems else "ok")
+        unread = "" if args.decode else "; the images were not read: --decode reads them"
+        print(f"{len(problems)} problems{unread}" if problems else f"ok{unread}")
         return 1 if problems else 0
 
     return report_errors(command)

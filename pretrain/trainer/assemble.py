@@ -1,6 +1,7 @@
 """Assembles the parts of a run, and resumes it if it has a checkpoint."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from data.image_file import READS_HEIC
 from data.index import Index
 from data.loader import Loader
 from pretrain.trainer.cautions import cautions
-from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints
+from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints, first_problem
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
 from pretrain.trainer.ema import NoEMA
@@ -98,9 +99,25 @@ def assemble(
     except CannotContinueError as error:
         raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
+    if problem := first_problem(_no_room(run) if world.is_main else None):
+        raise ValueError(problem)
     if world.is_main:
         _record_start(run, index, parts.numerics, resumed)
     return run
+
+
+def _no_room(run: Run) -> str | None:
+    """Why no checkpoint can be saved, if so: fp32 weights and AdamW's two moments, and a moving average on top."""
+    if run.state.step >= run.total_steps:
+        return None
+    elements = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters() if p.requires_grad)
+    needed, free = 12 * elements, shutil.disk_usage(run.folder.root).free
+    if needed <= free:
+        return None
+    return (
+        f"{run.folder.root}: a checkpoint takes at least {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB "
+        "free: make room, or choose another folder by runs="
+    )
 
 
 def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str | None) -> None:

@@ -10,6 +10,7 @@ checkpoints/
 """
 
 import json
+import pickle
 import re
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -143,10 +144,12 @@ def damage(checkpoint: Path, read: bool = True, part: int = 0, parts: int = 1) -
         part, parts: check every `parts`-th file, from file `part` on, so that ranks share the work.
     """
     try:
-        read_state(checkpoint)
+        step = read_state(checkpoint).step
         files = read_files(checkpoint)
     except ValueError as error:
         return str(error)
+    if checkpoint_step(checkpoint) not in (step, None):
+        return f"{MANIFEST} says step {step}: another checkpoint was copied here"
     for name in sorted(files)[part::parts]:
         path = checkpoint / name
         try:
@@ -185,6 +188,15 @@ def load_deepspeed_file(path: str, map_location: Any = None, mmap: bool = False)
 
     Args:
         mmap: leave tensors on disk until they are used.
+
+    Raises:
+        ValueError: it holds anything else.
     """
-    with torch.serialization.safe_globals(deepspeed_types()):
-        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    try:
+        with torch.serialization.safe_globals(deepspeed_types()):
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError:  # whose text advises to load it all the same
+        raise ValueError(
+            f"{path} holds something other than tensors and plain values, which could run code: it is refused, as it "
+            "was not written by this project"
+        ) from None

@@ -185,6 +185,8 @@ class RunConfig(Section):
     def problems(self) -> Iterator[str]:
         """Values that do not fit together: one sentence each, with the key to change."""
         yield from self.data.problems()
+        if "://" in self.runs:  # not repeated: it may have a password in it
+            yield "runs is a URL: give a folder, as runs are written to a file system"
         patch = self.model.patch_size
         for side in self.data.height_width:
             if side < patch or side % patch:

@@ -168,6 +168,8 @@ def train(run: Run) -> None:
                 loggers.log_metrics({**_metrics(run, meter, lr), **saver.metrics()})
                 meter.reset()
             if saves:
+                if run.world.is_main:
+                    run.folder.check_in_place()
                 saver.save(run.engine, run.ema, state, required=last)
             if signal and state.step < total:
                 raise _stopped(run, signal)

@@ -47,6 +47,7 @@ class RunFolder:
 
     def __init__(self, root: Path):
         self.root = root
+        self._locked: tuple[int, int] | None = None  # device and inode of the lock that this process holds
         self.config = root / "config.yaml"
         self.environment = root / "environment.json"
         self.metrics = root / "metrics.jsonl"
@@ -105,12 +106,29 @@ class RunFolder:
             lock.truncate(0)
             lock.write(_describe_process())
             lock.flush()
+            self._locked = _identity(os.fstat(lock.fileno()))
             try:
                 yield
             except ValueError:
                 if is_new and {path.name for path in self.root.iterdir()} <= {".lock", self.logs.name}:
                     shutil.rmtree(self.root)
                 raise
+
+    def check_in_place(self) -> None:
+        """Called by the main rank before anything is created in the folder.
+
+        Raises:
+            ValueError: it is no longer the folder that was locked, and another run may be using its name.
+        """
+        try:
+            there = _identity((self.root / ".lock").stat())
+        except FileNotFoundError:
+            there = None
+        if self._locked and there != self._locked:
+            raise ValueError(
+                f"{self.root} was moved, deleted or replaced while the run was writing to it: put it back and run the "
+                "same command again; it continues from the last checkpoint there"
+            )
 
     def _wait_for(self, lock: TextIO, patience: float) -> str | None:
         """Waits for the lock; returns why it cannot be had, if so."""
@@ -139,6 +157,10 @@ class RunFolder:
             "command": sys.argv,
         }
         self.environment.write_text(without_secrets(json.dumps(environment, indent=2, default=str)) + "\n")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def file_digest(path: Path | str) -> str:

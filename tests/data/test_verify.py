@@ -17,6 +17,11 @@ def test_intact_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert output.endswith("ok\n")
 
 
+def test_images_that_were_not_read_are_not_called_ok(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(shards), "--num-workers", "1"]) == 0
+    assert capsys.readouterr().out.endswith("ok; the images were not read: --decode reads them\n")
+
+
 def test_an_undecodable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "x.tar", [("good.jpg", jpeg(0)), ("bad.jpg", jpeg(0, 300, 200)[:2000])])
     assert main([str(tmp_path), "--num-workers", "1"]) == 0

@@ -69,6 +69,7 @@ def test_a_command_that_cannot_work(
         ),
         ("train.global_batch_size=88", "80 samples"),
         ("data.shards=/nowhere", "/nowhere"),
+        ("runs=https://me:secret@host/runs", "runs is a URL: give a folder"),
     ],
 )
 def test_a_configuration_that_cannot_work(override: str, message: str, recipe: Path):

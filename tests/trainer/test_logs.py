@@ -254,8 +254,8 @@ def test_the_advice_does_not_name_what_is_done_already():
 
 def test_a_full_gpu_in_detection_and_segmentation_names_their_keys():
     cfg = {"train_dataloader": {"batch_size": 4}, "test_dataloader": {"batch_size": 3}}
-    assert Job(cfg).memory_advice(2).startswith("set train_dataloader.batch_size lower than 4 and ")
-    assert Job(cfg, test="last.pth").memory_advice(2) == "set test_dataloader.batch_size lower than 3"
+    assert Job(cfg).memory_advice(2).startswith("lower train_dataloader.batch_size (it is 4) and raise ")
+    assert Job(cfg, test="last.pth").memory_advice(2) == "lower test_dataloader.batch_size (it is 3)"
 
 
 def test_an_unexpected_error_leaves_its_traceback_in_both(

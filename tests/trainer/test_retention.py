@@ -138,6 +138,12 @@ def test_a_disk_that_cannot_be_read_is_damage_and_an_older_one_is_taken(
     assert "step_00000020 is damaged and skipped: weights.pt cannot be read: [Errno 5]" in caplog.text
 
 
+def test_a_copy_under_another_steps_name_is_not_sound(saved: Path):
+    copied = saved.with_name(checkpoint_name(99))
+    saved.rename(copied)
+    assert "says step 45: another checkpoint was copied here" in str(checkpoint_layout.damage(copied))
+
+
 def test_a_state_is_the_same_when_it_is_read_back(saved: Path):
     """Checksums of JSON: keys become text, tuples lists."""
     state = TrainState(step=1, shards={"b": [1, 2], "a": [3, 4]}, resume_signature={"é": 1e-3, "sizes": [(1, 2)]})

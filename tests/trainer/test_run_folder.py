@@ -51,6 +51,17 @@ def test_a_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch:
         pass
 
 
+def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path: Path):
+    folder = RunFolder(tmp_path / "mine")
+    with folder.locked():
+        folder.check_in_place()
+        folder.root.rename(tmp_path / "moved")
+        with pytest.raises(ValueError, match="mine was moved, deleted or replaced while the run was writing to it"):
+            folder.check_in_place()
+        with RunFolder(tmp_path / "mine").locked(), pytest.raises(ValueError, match="put it back"):
+            folder.check_in_place()
+
+
 def test_a_file_system_without_locks_is_said_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
