@@ -431,7 +431,7 @@ def test_the_table_has_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("--gpus", "8", "--gpu", "h100", "--images", "-5"), "--images -5 must be at least 1"),
         (
             ("--gpus", "1024", "--gpu", "h100", "train.gradient_accumulation_steps=8"),
-            "128, 256, 512, or train.gradient_accumulation_steps 1, 2, 4",
+            "128, 256, 512, or train.gradient_accumulation_steps may be 1, 2, 4",
         ),
         (
             ("--gpus", "8", "--gpu", "h100", "model.attention=triton", "method.window_size=8"),
