@@ -137,6 +137,7 @@ class NoIndex:
     fingerprint = shrunk = ""
     shards: tuple[str, ...] = ()
     shard_bytes = shard_sizes = np.empty(0, np.int64)
+    checksum = None
 
     def __len__(self) -> int:
         return STEPS * BATCH
