@@ -168,9 +168,7 @@ def train(run: Run) -> None:
                 loggers.log_metrics({**_metrics(run, meter, lr), **saver.metrics()})
                 meter.reset()
             if saves:
-                if run.world.is_main:
-                    run.folder.check_in_place()
-                saver.save(run.engine, run.ema, state, required=last)
+                _save(run, saver, required=last)
             if signal and state.step < total:
                 raise _stopped(run, signal)
             if run.size_changes:
@@ -185,8 +183,14 @@ def _stop_while_waiting(run: Run, stop: StopRequest, saver: Saver) -> None:
     signal = stop.agreed_while_waiting(run.state.step)
     if signal:
         _settle(run)
-        saver.save(run.engine, run.ema, run.state, required=True)
+        _save(run, saver, required=True)
         raise _stopped(run, f"{signal} while waiting for data")
+
+
+def _save(run: Run, saver: Saver, required: bool) -> None:
+    if run.world.is_main:
+        run.folder.check_in_place()
+    saver.save(run.engine, run.ema, run.state, required)
 
 
 def _stopped(run: Run, why: str) -> Stopped:

@@ -47,6 +47,7 @@ class RunFolder:
 
     def __init__(self, root: Path):
         self.root = root
+        self.lock = root / ".lock"
         self._locked: tuple[int, int] | None = None  # device and inode of the lock that this process holds
         self.config = root / "config.yaml"
         self.environment = root / "environment.json"
@@ -101,7 +102,7 @@ class RunFolder:
             return
         is_new = not self.root.exists()
         make_folder(self.root)
-        with (self.root / ".lock").open("a+") as lock:
+        with self.lock.open("a+") as lock:
             _agree(self._wait_for(lock, patience))
             lock.truncate(0)
             lock.write(_describe_process())
@@ -110,7 +111,7 @@ class RunFolder:
             try:
                 yield
             except ValueError:
-                if is_new and {path.name for path in self.root.iterdir()} <= {".lock", self.logs.name}:
+                if is_new and self._is_in_place() and self._is_empty():
                     shutil.rmtree(self.root)
                 raise
 
@@ -120,15 +121,20 @@ class RunFolder:
         Raises:
             ValueError: it is no longer the folder that was locked, and another run may be using its name.
         """
-        try:
-            there = _identity((self.root / ".lock").stat())
-        except FileNotFoundError:
-            there = None
-        if self._locked and there != self._locked:
+        if self._locked and not self._is_in_place():
             raise ValueError(
                 f"{self.root} was moved, deleted or replaced while the run was writing to it: put it back and run the "
                 "same command again; it continues from the last checkpoint there"
             )
+
+    def _is_in_place(self) -> bool:
+        try:
+            return _identity(self.lock.stat()) == self._locked
+        except FileNotFoundError:
+            return False
+
+    def _is_empty(self) -> bool:
+        return {path.name for path in self.root.iterdir()} <= {self.lock.name, self.logs.name}
 
     def _wait_for(self, lock: TextIO, patience: float) -> str | None:
         """Waits for the lock; returns why it cannot be had, if so."""

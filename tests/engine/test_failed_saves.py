@@ -16,6 +16,19 @@ from pretrain.trainer.metrics import read_metrics
 pytestmark = pytest.mark.engine
 
 
+def test_a_folder_that_was_moved_ends_the_run_and_is_not_made_again(
+    start: Callable[..., Any], recipe: Path, tmp_path: Path
+):
+    run = start(recipe, "train.epochs=1000", "checkpoint.every_steps=2")
+    folder = tmp_path / "runs" / "tiny"
+    wait_for(folder / "checkpoints" / "latest", run)
+    folder.rename(folder.with_name("moved"))
+    output = "".join(run.outputs())
+    assert all(process.returncode == 1 for process in run.all), output
+    assert "tiny was moved, deleted or replaced while the run was writing to it: put it back" in output
+    assert not (folder / "checkpoints").exists()
+
+
 def test_a_rank_that_cannot_write_is_told_of_and_training_goes_on(
     start: Callable[..., Any], recipe: Path, tmp_path: Path
 ):
