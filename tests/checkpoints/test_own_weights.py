@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers.ports import free_port
+from helpers.waiting import SECONDS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -74,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ranks.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
     assert all(process.returncode == 0 for process in ranks), outputs
     return folder / "runs" / "secret-name"
 

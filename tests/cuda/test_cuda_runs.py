@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.commands import SECONDS, Command
+from helpers.commands import Command
 from helpers.rank_checks import assert_same_run
+from helpers.waiting import SECONDS
 
 from pretrain.trainer.metrics import read_metrics
 

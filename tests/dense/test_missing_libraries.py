@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from helpers.dense_runs import ROOT
+from helpers.waiting import SECONDS
 
 COMMANDS = {
     "downstream.detect.draw_detections": ["vitdet_tiny_pennfudan", "weights.pth", "images", "drawn"],
@@ -19,7 +20,11 @@ sys.exit(sum(importlib.import_module(name).main(arguments) for name, arguments i
 
 def test_commands_say_what_is_missing():
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(commands=COMMANDS)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WITHOUT.format(commands=COMMANDS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     lines = done.stderr.splitlines()
     assert done.returncode == len(lines) == len(COMMANDS), done.stderr

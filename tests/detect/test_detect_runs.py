@@ -17,6 +17,7 @@ import torch
 from helpers.dense_runs import BIN, ROOT, evaluations, last_checkpoint, launch, write_engines
 from helpers.naive_attention import randomized
 from helpers.tiny_coco import make_coco
+from helpers.waiting import SECONDS
 from safetensors.torch import save_file
 
 from pretrain.models.vit import ViT
@@ -103,13 +104,13 @@ def test_a_signal_to_all_processes_saves(trained: Path):
         command = [sys.executable, "-u", entry, "vitdet_tiny_pennfudan", *overrides]
         process = subprocess.Popen(command, cwd=trained, stdout=file, stderr=file, start_new_session=True)
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + SECONDS
         while "Epoch(train)" not in output.read_text():
             assert process.poll() is None, output.read_text()
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=120) == 0, output.read_text()
+        assert process.wait(SECONDS) == 0, output.read_text()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

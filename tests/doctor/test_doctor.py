@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.waiting import SECONDS
 
 from downstream import doctor
 from downstream.doctor import Finding
@@ -179,7 +180,7 @@ def test_command_on_a_torch_that_cannot_be_loaded(fake: Callable[[dict[str, str]
         {f"{name}.py": broken for name in ("torch", "torchvision", "deepspeed", "mmengine", "mmcv", "mmdet", "mmseg")}
     )
     run = subprocess.run(
-        [sys.executable, "-m", "downstream.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "downstream.doctor"], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     assert (run.returncode, run.stderr) == (1, "")

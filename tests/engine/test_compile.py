@@ -12,7 +12,7 @@ pytestmark = pytest.mark.engine
 
 
 def norms(out: Path, start: Callable[..., Any], *stages: int) -> dict[str, dict[str, dict[str, float]]]:
-    start(str(out), *map(str, stages), processes=1, script=compiled_gradients.__file__).finish(timeout=300)
+    start(str(out), *map(str, stages), processes=1, script=compiled_gradients.__file__).finish()
     return json.loads(out.read_text())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import ROOT
+from helpers.waiting import SECONDS
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.engine
@@ -32,7 +33,7 @@ def test_launcher(launcher: str, recipe: Path, tmp_path: Path):
         cwd=ROOT,
         env=environment,
         check=True,
-        timeout=200,
+        timeout=SECONDS,
     )
     folder = tmp_path / "runs" / "tiny"
     written = json.loads((folder / "environment.json").read_text())

@@ -11,11 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from helpers.processes import RUN
-
-SECONDS = 240.0 if torch.cuda.is_available() else 1500.0  # a few CPU cores that all runs share
+from helpers.waiting import SECONDS
 
 # Of the environment: what a launcher sets, and where to keep compiled code, which importing torch's compiler sets.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -38,7 +38,7 @@ def run_jobs(
     """
     jobs = {name: [f"config={config}", *overrides] for name, overrides in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps({"task": task, "jobs": jobs}))
-    start(folder, script=__file__, processes=2).finish(timeout=400)
+    start(folder, script=__file__, processes=2).finish()
 
 
 def main(folder: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from helpers.waiting import SECONDS
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
@@ -33,7 +35,7 @@ def write_engines(folder: Path) -> dict[str, list[str]]:
 def launch(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A command as a user types it, `deepspeed` and `torchrun` among them."""
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(cwd)}
-    return subprocess.run(command, cwd=cwd, env=environment, timeout=300, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environment, timeout=SECONDS, capture_output=True, text=True)
 
 
 def ended_with(folder: Path, job: str) -> str:

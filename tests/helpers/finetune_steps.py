@@ -31,7 +31,7 @@ CLASSES = 6  # even: what ZeRO-3 fills parts of an odd number up with is whateve
 def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]) -> None:
     """As of steps.py, with `state.pt` and `model.safetensors` in each run's folder."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    start(folder, script=__file__).finish(timeout=300)
+    start(folder, script=__file__).finish()
 
 
 def configure(recipe: str, *overrides: str) -> FinetuneConfig:

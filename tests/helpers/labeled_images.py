@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import downstream.checkpoints.timm_models  # noqa: F401  # registers our models with timm
 from downstream.classify.classifier_spec import ClassifierSpec
 from helpers.ports import free_port
+from helpers.waiting import SECONDS
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.trainer.launch import World
 
@@ -93,7 +94,7 @@ def run_command(*arguments: object, ranks: int = 1) -> tuple[int, str, str]:
             )
         )
     try:
-        outputs = [process.communicate(timeout=100) for process in started]
+        outputs = [process.communicate(timeout=SECONDS) for process in started]
     finally:
         for process in started:
             process.kill()

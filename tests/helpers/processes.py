@@ -17,6 +17,7 @@ from unittest.mock import patch
 import pytest
 
 from helpers.ports import free_port
+from helpers.waiting import SECONDS
 from pretrain.models import vit
 
 TESTS = Path(__file__).parents[1]
@@ -113,7 +114,7 @@ class Processes:
         for rank in self.all:
             rank.ended(time.monotonic() + 60)
 
-    def outputs(self, timeout: float = 120) -> list[str]:
+    def outputs(self, timeout: float = SECONDS) -> list[str]:
         """Waits; what each rank said. A run that takes longer is killed, and fails the test with what it said."""
         deadline = time.monotonic() + timeout
         if not all(rank.ended(deadline) for rank in self.all):
@@ -121,7 +122,7 @@ class Processes:
             pytest.fail(f"killed after {timeout} seconds:\n" + "\n".join(rank.said() for rank in self.all))
         return [rank.said() for rank in self.all]
 
-    def finish(self, timeout: float = 120) -> str:
+    def finish(self, timeout: float = SECONDS) -> str:
         """Waits; the main rank's output. Fails the test, with all output, unless every rank ended well."""
         outputs = self.outputs(timeout)
         assert all(rank.returncode == 0 for rank in self.all), "\n".join(outputs)

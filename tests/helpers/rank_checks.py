@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.steps import POISONED
+from helpers.waiting import SECONDS
 from pretrain.trainer.metrics import read_metrics
 
 
-def wait_for(path: Path, processes: Any, seconds: float = 90) -> None:
+def wait_for(path: Path, processes: Any, seconds: float = SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"

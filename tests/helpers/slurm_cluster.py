@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.waiting import SECONDS
+
 NAMESPACES = ["--mount", "--uts", "--net", "--pid"]
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
@@ -27,7 +29,7 @@ class Cluster:
         """A command on the login node; its exit code is for the caller to judge."""
         place = ["env", "-C", str(cwd)] if cwd else []
         return subprocess.run(
-            [*self._enter, *place, *command], env=self._environment, capture_output=True, text=True, timeout=60
+            [*self._enter, *place, *command], env=self._environment, capture_output=True, text=True, timeout=SECONDS
         )
 
     def ask(self, *command: str) -> str:
@@ -49,12 +51,12 @@ class Cluster:
             "-c",
             f'nsenter --net --uts --target="$(cat {daemon})" bash -c "kill $(cat {daemon}); sleep 1; slurmd"',
         )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + SECONDS
         while self.run("scontrol", "ping").returncode:
             assert time.monotonic() < deadline
             time.sleep(0.25)
 
-    def wait_empty(self, seconds: float = 30) -> None:
+    def wait_empty(self, seconds: float = SECONDS) -> None:
         """Waits until no process of any job is left."""
         deadline = time.monotonic() + seconds
         while queue := self.ask("squeue", "--noheader"):
@@ -73,7 +75,7 @@ class Job:
         words = self.cluster.ask("scontrol", "show", "job", "--oneliner", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = 300) -> None:
+    def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = SECONDS) -> None:
         """Polls; when it does not happen in time, or the job ends without it, the test fails with all logs."""
         deadline = time.monotonic() + seconds
         while not happened():
@@ -83,7 +85,7 @@ class Job:
                 pytest.fail(f"job {self.number} is {state}, and not: {what}\n{self.logs()}")
             time.sleep(0.25)
 
-    def wait_end(self, seconds: float = 300) -> dict[str, str]:
+    def wait_end(self, seconds: float = SECONDS) -> dict[str, str]:
         """Waits until the job is over for good; returns its last `show`."""
         self.wait_for("at its end", lambda: self.show()["JobState"] in _OVER, seconds)
         return self.show()

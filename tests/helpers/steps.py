@@ -42,7 +42,7 @@ def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]
     state and the engine's settings in them.
     """
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    start(folder, script=__file__).finish(timeout=300)
+    start(folder, script=__file__).finish()
 
 
 def configure(recipe: str, *overrides: str) -> PretrainConfig:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.waiting import SECONDS
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ def run(*command: object, cwd: Path, site: Path | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "PYTHONPATH")}
     environment |= {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(site)} if site else {})
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=SECONDS
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

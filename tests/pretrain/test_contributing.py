@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.waiting import SECONDS
 from PIL import Image
 from safetensors import safe_open
 
@@ -65,7 +66,7 @@ def run(project: Path, *command: str) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

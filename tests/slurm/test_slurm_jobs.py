@@ -55,7 +55,7 @@ def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Clust
     job, folder = submit(cluster, recipe, "name=killed"), cluster.project / "runs" / "killed"
     wait_step(job, folder, 12)
     os.kill(rank_process(1, "name=killed"), signal.SIGKILL)
-    end = job.wait_end(seconds=60)
+    end = job.wait_end()
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "137:0"), job.logs()
     assert "a rank ended with exit code 137" in job.logs()
     assert "node2 seems to be bad but is not excluded: partition main has no node to spare" in job.logs()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.slurm_cluster import Cluster
+from helpers.waiting import SECONDS
 
 FOLDER = Path(__file__).parents[2] / "slurm"
 SCRIPTS = sorted(path for path in FOLDER.glob("[!_]*.sh") if path.name != "site.sh")  # that one is the site's own
@@ -96,7 +97,7 @@ def start_job(folder: Path, site: str | None, **variables: str) -> subprocess.Co
         **variables,
     }
     script = folder / "slurm" / "pretrain_vitb.sh"
-    return subprocess.run(["bash", str(script), "name=a b"], env=job, capture_output=True, text=True, timeout=30)
+    return subprocess.run(["bash", str(script), "name=a b"], env=job, capture_output=True, text=True, timeout=SECONDS)
 
 
 COMMAND = "[-u][pretrain/run.py][tiny][name=a b]"
@@ -138,7 +139,7 @@ def test_the_ranks_of_a_node_have_logs_signals_and_exit_codes(tmp_path: Path) ->
     job["READY"] = str(tmp_path / "ready")
     attempt = tmp_path / "attempt0"
     command = ["bash", str(FOLDER / "_node.sh"), "2", str(attempt), "bash", "-c", NODE]
-    done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, env=job, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 11, done.stderr
     for local in (0, 1):
         log = (tmp_path / f"attempt0-rank{2 + local}.log").read_text()
@@ -149,7 +150,7 @@ def test_a_node_on_which_a_rank_is_killed_is_named(tmp_path: Path) -> None:
     job = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURMD_NODENAME": "node7"}
     kill = "[ $RANK = 0 ] || kill -KILL $$; exit 1"
     command = ["bash", str(FOLDER / "_node.sh"), "2", str(tmp_path / "attempt0"), "bash", "-c", kill]
-    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 128 + 9
     assert (tmp_path / "attempt0-bad-node7").exists()
 
@@ -180,7 +181,7 @@ def test_which_nodes_are_bad(tmp_path: Path, said: str, files: list[str], bad: s
     for node in files:
         (tmp_path / f"attempt0-bad-{node}").touch()
     command = f". {FOLDER / '_nodes.sh'}; bad_nodes {tmp_path / 'attempt0'}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, bad.split(), "")
 
 

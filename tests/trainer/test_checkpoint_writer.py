@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waiting import SECONDS
 
 from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_names, damage, read_files
 from pretrain.trainer.config import CheckpointConfig
@@ -20,7 +21,7 @@ class Meeting:
 
     def __init__(self) -> None:
         self._parts: list[Any] = [None] * RANKS
-        self._barrier = threading.Barrier(RANKS, timeout=20)
+        self._barrier = threading.Barrier(RANKS, timeout=SECONDS)
 
     def gather(self, rank: int, mine: Any) -> list[Any]:
         self._parts[rank] = mine

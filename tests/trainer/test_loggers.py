@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from helpers.waiting import SECONDS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -240,7 +241,7 @@ def test_a_phase_that_takes_long_is_mentioned_and_a_quick_one_is_not(
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(phases, "SLOW", 0.01)
     with report_if_slow("building the index"):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + SECONDS
         while not caplog.messages and time.monotonic() < deadline:
             time.sleep(0.005)
     assert caplog.messages[0] == "building the index: 00:00 so far"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from helpers.waiting import SECONDS
 
 from pretrain.trainer import watchdog
 from pretrain.trainer.config import WatchdogConfig
@@ -51,7 +52,7 @@ def test_a_process_that_hangs_ends_with_what_it_was_doing(tmp_path: Path):
     writer = os.open(pipe, os.O_RDWR)  # or it would wait for one rather than for bytes
     command = [sys.executable, "-c", HANGS.format(pipe=pipe)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOMAR_ATTEMPT": str(tmp_path / "attempt0")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     os.close(writer)
     assert done.returncode == HUNG
     assert "step 7 has taken longer than watchdog.step_minutes=0.01 minutes" in done.stderr
@@ -65,9 +66,9 @@ def test_the_file_that_is_read_is_found_unless_the_process_does_something_else(t
     os.mkfifo(pipe)
     writer = os.open(pipe, os.O_RDWR)
     reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.DEVNULL)
-    sleeper = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL)
+    sleeper = subprocess.Popen(["sleep", "infinity"], stdin=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + SECONDS
         while not (found := files_being_read(reader.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert found == [str(pipe)]
