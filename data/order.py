@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.messages import counted
+
 PART = 1 << 24  # samples whose order is in memory at once: 24 bytes each during sorting and 4 afterwards
 _CHUNK = 1 << 20  # words drawn at once
 
@@ -176,9 +178,11 @@ def check_divisible(batch: int, world_size: int, accumulation: int) -> None:
     if batch % divisor:
         below, above = batch // divisor * divisor, (batch // divisor + 1) * divisor
         nearest = f"{below} or {above}" if below else f"{above}"
+        fewer = next((ranks for ranks in range(world_size - 1, 0, -1) if not batch % (ranks * accumulation)), 0)
+        start = f", or start {counted(fewer, 'rank')} (a run that continues keeps its batch size)" if fewer else ""
         raise ValueError(
-            f"train.global_batch_size={batch} is not a multiple of {world_size} ranks x "
-            f"train.gradient_accumulation_steps={accumulation}: set train.global_batch_size to {nearest}"
+            f"train.global_batch_size={batch} is not a multiple of {counted(world_size, 'rank')} x "
+            f"train.gradient_accumulation_steps={accumulation}: set train.global_batch_size to {nearest}{start}"
         )
 
 

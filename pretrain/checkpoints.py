@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from data.messages import counted
 from data.parallel import report_errors
 from pretrain.trainer.checkpoint_layout import (
     DELETED,
@@ -56,7 +57,7 @@ def describe(run: RunFolder, read: bool) -> tuple[list[str], bool]:
     ]
     lines += [f"{path.name:28}  {_written(path):16}  {folder_size(path) / 1e9:8.2f} GB  set aside" for path in aside]
     total = (others + sum(one.size for one in found)) / 1e9
-    lines.append(f"{len(found)} checkpoints, {total:.2f} GB in all" if found else "no checkpoint yet")
+    lines.append(f"{counted(len(found), 'checkpoint')}, {total:.2f} GB in all" if found else "no checkpoint yet")
     return lines, not any(one.damage for one in found)
 
 

@@ -94,9 +94,11 @@ def test_paths_of_python_3_13_are_read(tmp_path: Path):
     assert str(read_pickle(tmp_path / "a.pth")["out"]) == "/x"
 
 
+@pytest.mark.mm
 def test_logs_of_mmengine_are_read(tmp_path: Path):
-    history_buffer = pytest.importorskip("mmengine.logging").HistoryBuffer
-    path = saved({"loss": history_buffer([0.5], [1])}, tmp_path)
+    from mmengine.logging import HistoryBuffer
+
+    path = saved({"loss": HistoryBuffer([0.5], [1])}, tmp_path)
     assert load_encoder(path)[1].used
 
 

@@ -220,6 +220,7 @@ def test_a_changed_shard_stops_the_run_with_one_clear_error(shards: Path, index:
     ("settings", "message"),
     [
         ({"batch": 25, "world_size": 4, "accumulation": 2}, "set train.global_batch_size to 24 or 32"),
+        ({"batch": 8, "world_size": 3}, "to 6 or 9, or start 2 ranks [(]a run that continues keeps its batch size[)]"),
         ({"batch": 54}, "53 samples are fewer than one global batch of 54"),
         ({"seed": -1}, "seed"),
         ({"num_workers": -1}, "num_workers"),

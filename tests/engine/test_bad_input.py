@@ -60,7 +60,7 @@ def test_a_command_that_cannot_work(
         ("method.num_windows=7", "fits in only 6 places on a grid of 4x5: set method.num_windows to at most 6"),
         (
             "train.gradient_accumulation_steps=3",
-            "train.global_batch_size=8 is not a multiple of 1 ranks x train.gradient_accumulation_steps=3: set "
+            "train.global_batch_size=8 is not a multiple of 1 rank x train.gradient_accumulation_steps=3: set "
             "train.global_batch_size to 6 or 9",
         ),
         (
