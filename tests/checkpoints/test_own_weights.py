@@ -71,7 +71,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "MASTER_PORT": port,
         }
         command = [sys.executable, str(ROOT / "pretrain" / "run.py"), str(folder / "recipe.yaml")]
-        environment = {**os.environ, **launcher, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **launcher}
         ranks.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )

@@ -25,7 +25,7 @@ class Command:
 
     def __init__(self, arguments: list[str], said: Path):
         self.arguments, self._said = arguments, said
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         for name in (*LAUNCHERS, *CACHES):
             environment.pop(name, None)
         with said.open("w") as file:

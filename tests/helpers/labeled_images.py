@@ -76,7 +76,7 @@ def run_command(*arguments: object, ranks: int = 1) -> tuple[int, str, str]:
     port = str(free_port())
     started = []
     for rank in range(ranks):
-        rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        rank_env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         started.append(
             subprocess.Popen(
                 [sys.executable, *map(str, arguments)],

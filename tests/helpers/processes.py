@@ -99,7 +99,6 @@ class Processes:
                 "WORLD_SIZE": str(count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
                 "PYTHONUNBUFFERED": "1",
             }
             said = cwd / f"run{number}-rank{rank}.txt"

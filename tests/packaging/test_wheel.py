@@ -26,7 +26,7 @@ def tree_files() -> list[Path]:
 
 def run(*command: object, cwd: Path, site: Path | None = None) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "PYTHONPATH")}
-    environment |= {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(site)} if site else {})
+    environment |= {"PYTHONPATH": str(site)} if site else {}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=SECONDS
     )
