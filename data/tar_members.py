@@ -119,11 +119,13 @@ def _check_extensions(path: Location, file: BinaryIO, offset: int) -> None:
         except ValueError:
             return  # `tarfile` says what is wrong
         if not 0 <= size <= _MAX_EXTENSION:
+            problem = f"{size} bytes at byte {position}, where up to {_MAX_EXTENSION} are usual"
             break
         position += HEADER + -(-size // HEADER) * HEADER
+    else:
+        problem = f"at least {_MAX_EXTENSIONS} of them in a row"
     raise ValueError(
-        f"{path}: the long name or pax header at byte {offset} is damaged: {size} bytes at byte {position}, where up "
-        f"to {_MAX_EXTENSION} are usual; copy or write the shard again"
+        f"{path}: the long name or pax header at byte {offset} is damaged: {problem}; copy or write the shard again"
     )
 
 
