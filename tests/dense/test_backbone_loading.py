@@ -100,6 +100,7 @@ def test_encoders_that_do_not_fit_are_refused_before_data_and_model(tmp_path: Pa
         ({}, r"start\.checkpoint: .* patches of 8 pixels, the encoder of 4"),
         ({"patch_size": 8, "arch": "vit_small"}, "is vit_tiny, but model.backbone.arch is vit_small"),
         ({"patch_size": 8, "position": "sincos"}, "set model.backbone.position=relative"),
+        ({"patch_size": 8, "class_token": True, "registers": 1}, "has 0 registers, but model.backbone.registers is 1"),
         ({"patch_size": 8, "init_cfg": start(tmp_path / "gone")}, "gone"),
         ({"patch_size": 8}, "the data are checked"),
     ):

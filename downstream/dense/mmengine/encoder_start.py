@@ -39,7 +39,7 @@ def check_start(cfg: Any) -> None:
     backbone = cfg.model.get("backbone") or {}
     for init in _init_cfgs(backbone):
         if init.get("type") == _TYPE:
-            names = ("arch", "patch_size", "position")
+            names = ("arch", "patch_size", "position", "class_token", "registers")
             known = {name: backbone[name] for name in names if name in backbone}
             read_start(init["checkpoint"], init.get("weights"), **known)
 
