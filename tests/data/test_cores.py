@@ -1,4 +1,4 @@
-"""The number of data workers of a rank, above all for `data.num_workers=auto`."""
+"""The number of data workers of a rank, mostly with `data.num_workers=auto`."""
 
 import os
 from pathlib import Path

@@ -46,7 +46,7 @@ def steps_of_all_ranks(start: int, end: int, world: int, accumulation: int, repe
 
 @pytest.mark.parametrize("repeats", [1, 2, 3, 5])
 def test_views_do_not_depend_on_the_layout_or_where_a_run_stopped(repeats: int) -> None:
-    """Compares runs that stop at every step and resume with another layout with an uninterrupted run."""
+    """Compares runs that resume at any step, in any layout, with an uninterrupted run."""
     expected = steps_of_all_ranks(0, STEPS, 1, 1, repeats)
     assert all(len(step) == BATCH for step in expected)
     layouts = [(world, accumulation) for world in (1, 2, 3, 4, 8) for accumulation in (1, 2)]
@@ -122,7 +122,7 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_repeats_have_the_crops_of_later_epochs(index: Index, views: int) -> None:
-    """Two epochs have exactly the same crops with and without repeats, also with two views per crop, as in LUT."""
+    """Two epochs have exactly the same crops with and without repeats, also with two views per sample, as in LUT."""
     augmentations = [Augmentation(color_jitter=0.5), Augmentation(three_augment=True)][:views]
     images: dict[int, dict[tuple[int, int], torch.Tensor]] = {1: {}, 2: {}}
     for repeats in images:

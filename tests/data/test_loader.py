@@ -94,7 +94,7 @@ def test_crops_depend_on_seed_and_epoch(index: Index) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resume", [1, 2, 3, 5])
 def test_resumed_equals_uninterrupted(index: Index, resume: int, workers: int) -> None:
-    """After stopping mid-epoch or at its end, and with two ranks, the rest of the stream is the same."""
+    """Resumed mid-epoch or between epochs, on two ranks instead of one, the rest of the stream is the same."""
     assert_same(stream(index, resume, 6, world=2, num_workers=workers), stream(index, 0, 6)[resume:])
 
 

@@ -97,7 +97,7 @@ def test_transient_errors_are_retried(index: Index, monkeypatch: pytest.MonkeyPa
 
 
 def test_file_over_a_gigabyte_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sparse zeros, in a tar and as a plain file; the readers, `verify` and `pack` all reject them."""
+    """A sparse file of zeros, in a tar and on its own; the readers, `verify` and `pack` all reject it."""
     size = MAX_BYTES + 512
     member = tarfile.TarInfo("a.jpg")
     member.size = size

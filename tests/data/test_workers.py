@@ -123,7 +123,7 @@ def many_arrays(request: int) -> list[torch.Tensor]:
 
 @pytest.mark.usefixtures("nothing_is_small")
 def test_too_many_open_files_are_a_clear_error() -> None:
-    """The kernel drops the shared memory descriptors that a process has no room for from a message."""
+    """The kernel drops shared memory descriptors from a message if the process has no room for them."""
     open_now, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
     made = in_workers(many_arrays, iter(range(9)), 2)
     try:
