@@ -18,7 +18,7 @@ def no_hang() -> Iterator[None]:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """53 samples in three shards of different sizes, images of different shapes."""
+    """53 samples in three shards of different sizes, with images of different shapes."""
     folder = tmp_path / "shards"
     folder.mkdir()
     start = 0

@@ -1,4 +1,4 @@
-"""Images of other channels and of more bits than photographs: what is in the file, or a refusal."""
+"""Images with other channels or more bits than photographs: every value is read as stored, or the file is rejected."""
 
 import io
 import json
@@ -29,7 +29,7 @@ SIZE = (24, 36)
 
 
 def noise(channels: int, dtype: str, seed: int = 0) -> np.ndarray:
-    """(H, W, C) of all values that the type has."""
+    """Random values, (H, W, C); integers cover the whole range of the type."""
     rng = np.random.default_rng(seed)
     shape = (*SIZE, channels)
     if dtype == "float32":
@@ -98,7 +98,7 @@ CASES = [(write, channels, dtype) for write, formats in FILES.items() for channe
 
 
 @pytest.mark.parametrize(("write", "channels", "dtype"), CASES, ids=lambda case: getattr(case, "__name__", str(case)))
-def test_every_value_of_a_file_is_kept(write: Callable[[np.ndarray], bytes], channels: int, dtype: str) -> None:
+def test_every_value_of_a_file_is_preserved(write: Callable[[np.ndarray], bytes], channels: int, dtype: str) -> None:
     array = noise(channels, dtype)
     data, format = write(array), PixelFormat(channels, dtype)  # type: ignore[arg-type]
     found = read_pixels(data, format)
@@ -110,16 +110,16 @@ def test_every_value_of_a_file_is_kept(write: Callable[[np.ndarray], bytes], cha
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGB", "RGBA"])
-def test_16_bits_of_a_png_with_colors_are_kept(mode: str) -> None:
+def test_16_bit_png_with_colors_or_alpha_is_preserved(mode: str) -> None:
     channels = len(mode)
     array = noise(channels, "uint16")
-    data = _png_of_16_bits(array, {"LA": 4, "RGB": 2, "RGBA": 6}[mode])
+    data = _png_16_bit(array, {"LA": 4, "RGB": 2, "RGBA": 6}[mode])
     np.testing.assert_array_equal(read_pixels(data, PixelFormat(channels, "uint16")), array)
-    if mode != "LA":  # as of photographs: transparency is dropped
+    if mode != "LA":  # transparency is dropped, as for photographs
         np.testing.assert_array_equal(read_pixels(data, PixelFormat(3, "uint16")), array[..., :3])
 
 
-def _png_of_16_bits(array: np.ndarray, color_type: int) -> bytes:
+def _png_16_bit(array: np.ndarray, color_type: int) -> bytes:
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -128,12 +128,12 @@ def _png_of_16_bits(array: np.ndarray, color_type: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def test_three_channels_of_16_bits_are_made_of_gray() -> None:
+def test_16_bit_gray_is_repeated_for_three_channels() -> None:
     array = noise(1, "uint16")
     np.testing.assert_array_equal(read_pixels(png(array), PixelFormat(3, "uint16")), array.repeat(3, axis=2))
 
 
-REFUSED = {
+REJECTED = {
     "colors for gray": (jpeg(1), PixelFormat(1), "channels: 3, not data.channels=1", "other channels"),
     "gray for colors and alpha": (png(noise(1, "uint8")), PixelFormat(4), "channels: 1, not data.channels=4", ""),
     "16 bits for 8": (png(noise(1, "uint16")), PixelFormat(1), "uint16, not data.dtype=uint8", "other type"),
@@ -183,15 +183,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_others_are_refused_by_kind(name: str) -> None:
-    data, format, reason, kind = REFUSED[name]
-    with pytest.raises(BadImage, match=reason.replace("|", r"\|")) as refused:
+@pytest.mark.parametrize("name", REJECTED)
+def test_unsuitable_files_are_rejected_by_kind(name: str) -> None:
+    data, format, reason, kind = REJECTED[name]
+    with pytest.raises(BadImage, match=reason.replace("|", r"\|")) as caught:
         read_pixels(data, format)
-    assert kind in refused.value.kind
+    assert kind in caught.value.kind
 
 
-def test_a_tiff_does_not_unpack_to_more_than_its_size() -> None:
+def test_tiff_that_decompresses_beyond_its_size_is_rejected() -> None:
     file = io.BytesIO()
     options = {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"}
     tifffile.imwrite(file, iter([zlib.compress(bytes(10**6))]), shape=(*SIZE, 5), dtype="uint16", **options)
@@ -199,22 +199,22 @@ def test_a_tiff_does_not_unpack_to_more_than_its_size() -> None:
         read_pixels(file.getvalue(), PixelFormat(5, "uint16"))
 
 
-def test_a_tiff_without_its_pixels_is_no_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiff_with_too_many_bytes_of_pixels_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     data = bands(noise(5, "float32"))
     monkeypatch.setattr("data.channels.MAX_BYTES", 24 * 36 * 5 * 4 - 1)
-    with pytest.raises(BadImage, match="exceed 17279") as refused:
+    with pytest.raises(BadImage, match="exceed 17279") as caught:
         read_pixels(data, PixelFormat(5, "float32"))
-    assert refused.value.kind == "too large"
+    assert caught.value.kind == "too large"
 
 
 @pytest.mark.parametrize(
     ("write", "channels"), [(npy, 5), (bands, 5), (deflated, 5), (planes, 2), (pages, 2), (png, 1)]
 )
-def test_damage_is_a_bad_image_and_nothing_else(write: Callable[[np.ndarray], bytes], channels: int) -> None:
+def test_damage_only_ever_raises_bad_image(write: Callable[[np.ndarray], bytes], channels: int) -> None:
     format, rng = PixelFormat(channels, "uint16"), np.random.default_rng(0)
     data = write(noise(channels, "uint16"))
     read_pixels(data, format)
-    refused = 0
+    rejected = 0
     for _ in range(100):
         damaged = bytearray(data)
         for position in rng.integers(0, min(len(data), 400), 3).tolist():
@@ -223,13 +223,13 @@ def test_damage_is_a_bad_image_and_nothing_else(write: Callable[[np.ndarray], by
         try:
             assert read_pixels(bytes(damaged[:cut]), format).shape[2] == channels
         except BadImage:
-            refused += 1
-    assert refused > 20
+            rejected += 1
+    assert rejected > 20
 
 
 @pytest.mark.parametrize("box", [(3, 1, 31, 20), (3.5, 1.25, 31.0, 20.75)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_each_channel_is_resized_as_numbers_are(dtype: str, box: tuple[float, float, float, float]) -> None:
+def test_each_channel_is_resized_like_a_float_image(dtype: str, box: tuple[float, float, float, float]) -> None:
     array, format = noise(5, dtype), PixelFormat(5, dtype)  # type: ignore[arg-type]
     found = decode(npy(array), lambda *_: box, (8, 12), format=format)
     channels = [Image.fromarray(array[..., c].astype("float32")) for c in range(5)]
@@ -242,28 +242,28 @@ def test_each_channel_is_resized_as_numbers_are(dtype: str, box: tuple[float, fl
         np.testing.assert_array_equal(found, exact)
     else:
         difference = np.abs(found.astype(float) - exact.clip(0, np.iinfo(dtype).max))
-        assert difference.max() <= (1.6 if dtype == "uint8" else 0.5)  # bytes are rounded between rows and columns
+        assert difference.max() <= (1.6 if dtype == "uint8" else 0.5)  # bytes are rounded between the passes
 
 
-def test_rgb_is_read_as_before_and_out_of_arrays_the_same_pixels() -> None:
+def test_rgb_arrays_give_the_same_pixels_as_rgb_images() -> None:
     array = noise(3, "uint8")
     crops = [Crop(lambda *_: (2.5, 1.25, 30.5, 20.75)), Crop(lambda *_: (4, 0, 28, 24), True)]
-    for of_image, of_array in zip(
+    for from_image, from_array in zip(
         *(decode_crops(data, crops, (8, 8)) for data in (png(array), npy(array))), strict=True
     ):
-        assert np.abs(of_image.astype(int) - of_array).max() <= 1  # torch rounds between rows and columns
+        assert np.abs(from_image.astype(int) - from_array).max() <= 1  # torch rounds between rows and columns
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Six samples of five channels of 16 bits, one of them a TIFF file; and an array beside an image, which counts."""
+    """Six 16-bit samples with five channels; one is a TIFF next to an array, which is ignored."""
     members = [(f"{i}.npy", npy(noise(5, "uint16", i) // 16)) for i in range(5)]
     members += [("5.tif", bands(noise(5, "uint16", 5) // 16)), ("5.npy", npy(np.zeros(3)))]
     write_tar(tmp_path / "a.tar", members)
     return tmp_path
 
 
-def test_batches_are_what_is_in_the_files(shards: Path) -> None:
+def test_batches_have_the_values_of_the_files(shards: Path) -> None:
     index, format = load_index(shards), PixelFormat(5, "uint16")
     assert len(index) == 6
     (batch,) = EvalLoader(index, size=(240, 360), batch=6, format=format).batches()
@@ -278,12 +278,12 @@ def test_batches_are_what_is_in_the_files(shards: Path) -> None:
     assert drawn.to(torch.device("cpu")).images.dtype == torch.float32
     for images, sample in zip(computable(drawn.images), drawn.samples.tolist(), strict=True):
         array = noise(5, "uint16", sample) // 16
-        inner = images[6:-6, 6:-6].numpy()  # at most four pixels are shifted
+        inner = images[6:-6, 6:-6].numpy()  # the crop is shifted by at most four pixels
         shifts = [array[y : y + 12, x : x + 24] for y in range(2, 11) for x in range(2, 11)]
         assert any((inner == shifted).all() for shifted in shifts)
 
 
-def test_images_that_do_not_fit_are_skipped_by_kind(shards: Path) -> None:
+def test_images_of_another_format_are_skipped_and_reported(shards: Path) -> None:
     index = load_index(shards)
     (batch,) = EvalLoader(index, size=SIZE, batch=6, format=PixelFormat(1)).batches()
     assert not batch.readable.any()
@@ -294,7 +294,7 @@ def test_images_that_do_not_fit_are_skipped_by_kind(shards: Path) -> None:
     assert verify.check_shards(index, decode=True, format=PixelFormat(5, "uint16")).problems == []
 
 
-def test_pack_and_verify_know_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pack_and_verify_take_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos, out = tmp_path / "photos", tmp_path / "shards"
     photos.mkdir()
     for i in range(3):
@@ -315,18 +315,20 @@ def test_pack_and_verify_know_channels(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--bits and --short-side are for photographs" in capsys.readouterr().err
 
 
-def test_arrays_are_packed_only_where_channels_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arrays_are_packed_only_if_channels_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(1))
     (tmp_path / "photos" / "a.npy").write_bytes(npy(noise(3, "uint8")))
     assert pack.main([str(tmp_path / "photos"), str(tmp_path / "shards"), "--num-workers", "1"]) == 0
-    said = capsys.readouterr()
-    assert "1 samples" in said.out
-    assert "--channels C` treats .npy files as images" in said.err
+    output = capsys.readouterr()
+    assert "1 samples" in output.out
+    assert "--channels C` treats .npy files as images" in output.err
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_statistics_are_numpys_of_all_pixels(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_equal_numpys_over_all_pixels(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arrays = [noise(4, dtype, i)[: 24 - i] for i in range(5)]
     members = [(f"{i}.npy", npy(array)) for i, array in enumerate(arrays)]
     write_tar(tmp_path / "a.tar", [*members, ("bad.jpg", b"no image"), ("other.npy", npy(noise(3, dtype)))])
@@ -342,7 +344,7 @@ def test_statistics_are_numpys_of_all_pixels(dtype: str, tmp_path: Path, capsys:
     assert keys.startswith(f"data.channels=4 data.dtype={dtype} data.mean=[{found['mean'][0]:.6g},")
 
 
-def test_statistics_do_not_depend_on_workers_and_of_few_images_are_spread(shards: Path) -> None:
+def test_statistics_with_workers_fewer_images_or_none_usable(shards: Path) -> None:
     format = PixelFormat(5, "uint16")
     assert statistics.measure(str(shards), format) == statistics.measure(str(shards), format, workers=2)
     assert statistics.measure(str(shards), format, images=2).images == 2
@@ -350,5 +352,5 @@ def test_statistics_do_not_depend_on_workers_and_of_few_images_are_spread(shards
         statistics.measure(str(shards), RGB)
 
 
-def test_imagenets_pixels_are_of_rgb() -> None:
+def test_imagenet_format_is_rgb() -> None:
     assert IMAGENET.format == RGB

@@ -1,4 +1,4 @@
-"""The examples of docs/data.md, run."""
+"""Runs the examples of docs/data.md."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ def test_shards_with_several_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert b'{"labels": [0, 5]}' in (tmp_path / "shards" / "train-000000.tar").read_bytes()
 
 
-def test_a_list_with_names_as_labels(tmp_path: Path) -> None:
+def test_list_with_names_as_labels(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for name in "ab":
         (tmp_path / "photos" / f"{name}.jpg").write_bytes(jpeg(0))
@@ -38,7 +38,7 @@ def test_a_list_with_names_as_labels(tmp_path: Path) -> None:
     assert (index.classes, index.label.tolist()) == (("cat", "dog"), [0, 1])
 
 
-def test_a_tenth_for_validation(tmp_path: Path) -> None:
+def test_a_tenth_held_out_for_validation(tmp_path: Path) -> None:
     for name in ("cat", "hot dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for number in range(10):

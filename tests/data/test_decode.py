@@ -25,7 +25,7 @@ def whole(width: int, height: int) -> Box:
 
 
 def reference(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
-    """The usual way: decode everything, crop, resize."""
+    """The usual way: decode the whole image, crop, resize."""
     left, top, right, bottom = box
     crop = F.resized_crop(
         image.convert("RGB"),
@@ -41,7 +41,7 @@ def reference(image: Image.Image, box: tuple[int, int, int, int], size: tuple[in
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_whole_image_equals_torchvision(format: str) -> None:
+def test_whole_image_matches_torchvision(format: str) -> None:
     data = encode(smooth_image(0, 150, 110), format)
     from_file = Image.open(io.BytesIO(data))
     ours = decode(data, whole, (64, 96))
@@ -51,12 +51,12 @@ def test_a_whole_image_equals_torchvision(format: str) -> None:
     assert abs(ours - theirs).max() <= 3
     assert abs(ours - theirs).mean() < 0.1
     assert np.array_equal(decode(data, whole, (64, 96), flip=True), ours[:, ::-1])
-    parts = decode(data, lambda w, h: (0.25, 0, 149.75, 110), (64, 96))  # by Pillow
-    assert np.array_equal(parts, from_file.convert("RGB").resize((96, 64), Resampling.BICUBIC, (0.25, 0, 149.75, 110)))
+    crop = decode(data, lambda w, h: (0.25, 0, 149.75, 110), (64, 96))  # by Pillow
+    assert np.array_equal(crop, from_file.convert("RGB").resize((96, 64), Resampling.BICUBIC, (0.25, 0, 149.75, 110)))
 
 
 @pytest.mark.parametrize("side", [224, 448])
-def test_photographs_have_nearly_the_pixels_of_pillow(side: int) -> None:
+def test_photographs_match_pillow_closely(side: int) -> None:
     photographs = sorted(Path(pytest.importorskip("sklearn").__file__).parent.glob("datasets/images/*.jpg"))
     assert len(photographs) == 2
     rng = np.random.default_rng(0)
@@ -72,8 +72,8 @@ def test_photographs_have_nearly_the_pixels_of_pillow(side: int) -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_an_inner_crop_sees_nothing_beyond_its_edge(format: str) -> None:
-    """As torchvision's, down to a single pixel."""
+def test_inner_crop_ignores_pixels_outside_it(format: str) -> None:
+    """As in torchvision, for crops down to a single pixel."""
     data = encode(smooth_image(1, 150, 110), format, quality=95)
     for box in ((31, 17, 131, 97), (149, 0, 150, 110), (7, 7, 8, 8)):
         ours = decode(data, lambda w, h, box=box: box, (64, 80)).astype(int)
@@ -81,8 +81,8 @@ def test_an_inner_crop_sees_nothing_beyond_its_edge(format: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", [4.4, 9])
-def test_reduced_decoding_shows_the_same_pixels(reduction: float) -> None:
-    """Large crops are decoded at a fraction of their size: the same pixels at the same positions."""
+def test_reduced_decoding_gives_the_same_pixels(reduction: float) -> None:
+    """Large crops are decoded at a fraction of their size, with the same pixels at the same positions."""
     image = smooth_image(2, 1003, 701)
     size = (round(500 / reduction), round(600 / reduction))
     box = (301, 103, 301 + 600, 103 + 500)
@@ -92,7 +92,7 @@ def test_reduced_decoding_shows_the_same_pixels(reduction: float) -> None:
     assert abs(ours - theirs).max() <= 6
     error = abs(ours - theirs).mean()
     assert error < 1.5
-    for shift in (-1, 1):  # an error of half a pixel would show
+    for shift in (-1, 1):  # reveals an offset of half a pixel
         assert abs(ours[:, 1:-1] - np.roll(theirs, shift, axis=1)[:, 1:-1]).mean() > error
         assert abs(ours[1:-1] - np.roll(theirs, shift, axis=0)[1:-1]).mean() > error
 
@@ -127,21 +127,21 @@ FILES = {
 
 @pytest.fixture
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Of each decoding its reduction, or 0 where torchvision or Pillow decodes all pixels for torch."""
-    done: list[int] = []
+    """Records each decoding's reduction, or 0 where torchvision or Pillow decodes all pixels for torch."""
+    reductions: list[int] = []
 
     def counted(function: str, reduction: Callable[..., int]) -> None:
         real = getattr(decoding, function)
-        monkeypatch.setattr(decoding, function, lambda *a: done.append(reduction(*a)) or real(*a))
+        monkeypatch.setattr(decoding, function, lambda *a: reductions.append(reduction(*a)) or real(*a))
 
     counted("_decode", lambda image, reduction: reduction)
     counted("_decode_whole", lambda data, image: 0)
-    return done
+    return reductions
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_crops_of_one_decoding_have_the_pixels_of_two(name: str, decodings: list[int]) -> None:
-    """Of a whole image, inner crops of several sizes, and those with parts of pixels or beyond the image."""
+def test_crops_that_share_a_decoding_have_the_pixels_of_separate_ones(name: str, decodings: list[int]) -> None:
+    """The whole image, inner crops of several sizes, fractional crops and crops that extend beyond the image."""
     width, height = Image.open(io.BytesIO(FILES[name])).size
     boxes = [(0, 0, width, height), (9, 5, width - 20, height - 30), (40, 31, 97, 99), (-6, -6, width - 9, height - 5)]
     boxes += [(0.5, 0, width - 0.5, height), (40, 31.25, 97, 99)]
@@ -156,7 +156,7 @@ def test_crops_of_one_decoding_have_the_pixels_of_two(name: str, decodings: list
             assert sorted(decodings) == [0, 1]
 
 
-def test_crops_of_an_image_without_its_border() -> None:
+def test_border_is_removed_before_cropping() -> None:
     image = smooth_image(2, 120, 90)
     data = encode(image, "JPEG", quality=95)
     crops = [Crop(whole), Crop(lambda w, h: (0.5, 0, w, h)), Crop(whole)]
@@ -166,9 +166,7 @@ def test_crops_of_an_image_without_its_border() -> None:
     assert np.array_equal(decode_crops(data, crops, (50, 80), border=20)[2], inner)
 
 
-def test_the_header_is_read_once_and_the_pixels_once_for_each_reduction(
-    monkeypatch: pytest.MonkeyPatch, decodings: list[int]
-) -> None:
+def test_each_reduction_is_decoded_once(monkeypatch: pytest.MonkeyPatch, decodings: list[int]) -> None:
     opened = []
     monkeypatch.setattr(Image, "open", lambda *a, opener=Image.open, **k: opened.append(1) or opener(*a, **k))
     near, far = Crop(lambda w, h: (10, 10, 310, 310)), Crop(lambda w, h: (0, 0, 900, 700))
@@ -178,8 +176,8 @@ def test_the_header_is_read_once_and_the_pixels_once_for_each_reduction(
     assert (decodings, len(opened)) == ([0, 0, 4], 3)
 
 
-def test_what_torchvision_does_not_decode_is_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One without libjpeg, or a file that it refuses: the pixels are the same, and so is the reason of a bad one."""
+def test_pillow_decodes_what_torchvision_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If torchvision lacks libjpeg or rejects a file, the pixels, or the reason that a file is bad, are the same."""
     data, torn = FILES["jpeg"], jpeg(0, 300, 200)[:1500]
     expected = decode(data, whole, (148, 140))
     without_end = data[: data.rindex(b"\xff\xd9")] + bytes(50)
@@ -197,13 +195,13 @@ def test_what_torchvision_does_not_decode_is_pillows(monkeypatch: pytest.MonkeyP
     assert len(calls) == 2
 
 
-def test_the_box_is_chosen_once_from_the_images_size() -> None:
+def test_box_is_chosen_once_from_the_image_size() -> None:
     calls = []
     decode(jpeg(0, 90, 70), lambda w, h: calls.append((w, h)) or (0, 0, w, h), (16, 16))
     assert calls == [(90, 70)]
 
 
-def test_errors_of_choosing_a_box_are_not_taken_for_bad_images() -> None:
+def test_errors_while_choosing_a_box_are_not_bad_images() -> None:
     with pytest.raises(ZeroDivisionError):
         decode(jpeg(0), lambda w, h: 1 / 0, (16, 16))
 
@@ -240,7 +238,7 @@ def test_palette_with_transparency() -> None:
     assert (colors(image, "PNG", transparency=bytes([0, 128])) == [200, 100, 50]).all()
 
 
-def test_orientation_is_ignored() -> None:
+def test_exif_orientation_is_ignored() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     plain, turned = encode(smooth_image(0, 80, 40), "JPEG"), encode(smooth_image(0, 80, 40), "JPEG", exif=exif)
@@ -251,8 +249,8 @@ def test_orientation_is_ignored() -> None:
     assert not check_image(damaged).is_turned
 
 
-def test_orientation_of_tiff_is_applied() -> None:
-    """By Pillow, which is also what torchvision's ImageFolder then shows."""
+def test_tiff_orientation_is_applied() -> None:
+    """Pillow applies it, so torchvision's ImageFolder shows the same."""
     image = smooth_image(0, 80, 40)
     data = encode(image, "TIFF", exif=EXIF)
     assert not check_image(data).is_turned
@@ -260,7 +258,7 @@ def test_orientation_of_tiff_is_applied() -> None:
 
 
 def tiff(values: np.ndarray, bits: int, photometric: int) -> bytes:
-    """An uncompressed gray TIFF, written by hand as Pillow writes neither 12 bits nor 0 for white."""
+    """An uncompressed gray TIFF, written by hand because Pillow writes neither 12 bits nor white as 0."""
     if bits == 12:
         pairs = values.reshape(-1, 2).astype(int)
         packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
@@ -303,7 +301,7 @@ BAD = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", BAD)
-def test_bad_bytes(name: str) -> None:
+def test_bad_files_raise_bad_image(name: str) -> None:
     data, reason = BAD[name]
     attempts = (
         lambda: decode(data, whole, (32, 32)),
@@ -313,10 +311,10 @@ def test_bad_bytes(name: str) -> None:
     for attempt in attempts:
         with pytest.raises(BadImage, match=reason) as caught:
             attempt()
-        assert "0x" not in str(caught.value)  # no addresses: a reason is the same in every process
+        assert "0x" not in str(caught.value)  # no memory addresses: reasons are the same in every process
 
 
-def test_200_megapixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_images_are_rejected_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(Image.new("L", (20_000, 10_000), 128), "JPEG", quality=10)
     monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: pytest.fail("decoded"))
     with pytest.raises(BadImage, match="megapixels"):
@@ -327,10 +325,10 @@ def test_200_megapixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyPa
         decode(just_over, whole, (32, 32))
 
 
-def test_any_damage_gives_an_image_or_bad_image() -> None:
+def test_random_damage_gives_an_image_or_bad_image() -> None:
     rng = np.random.default_rng(0)
     files = [encode(smooth_image(0, 60, 50), format) for format in FORMATS]
-    refused = 0
+    rejected = 0
     for data in files * 60:
         damaged = bytearray(data)
         for position in rng.integers(0, len(data), 5):
@@ -338,17 +336,17 @@ def test_any_damage_gives_an_image_or_bad_image() -> None:
         try:
             assert decode(bytes(damaged), whole, (16, 16)).shape == (16, 16, 3)
         except BadImage:
-            refused += 1
-    assert refused > 20
+            rejected += 1
+    assert rejected > 20
 
 
-def test_check_image_names_the_format() -> None:
+def test_check_image_reports_the_format() -> None:
     for format in FORMATS:
         assert check_image(encode(smooth_image(0, 64, 64), format)) == (format, None, False, False, False, False, False)
     assert check_image(FILES["mpo"]).format == "JPEG"
 
 
-def test_animations_and_pages_show_their_first_picture() -> None:
+def test_animations_and_multipage_files_show_their_first_image() -> None:
     first, second = Image.new("RGB", (64, 64), (10, 200, 30)), Image.new("RGB", (64, 64), (250, 0, 0))
     for format in ("GIF", "TIFF", "WEBP", "PNG"):
         data = encode(first, format, save_all=True, append_images=[second])
@@ -367,7 +365,7 @@ def test_tiff_that_declares_12_bits_or_white_as_zero() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG2000"])
-def test_bits_that_gray_pictures_of_16_use(format: str) -> None:
+def test_used_bits_of_16_bit_gray_images(format: str) -> None:
     for largest, bits in ((4095, 12), (65535, 16), (255, 8)):
         ramp = np.tile(np.linspace(0, largest, 64).astype(np.uint16), (64, 1))
         data = encode(Image.fromarray(ramp), format)
@@ -389,8 +387,8 @@ COLORS_16 = {
 
 
 @pytest.mark.parametrize("name", COLORS_16)
-def test_colors_of_16_bits_are_rounded_and_rewritten_with_their_white(name: str) -> None:
-    """Pillow alone would keep the upper 8 bits."""
+def test_16_bit_colors_are_rounded_and_rewritten_to_the_full_range(name: str) -> None:
+    """Pillow alone would truncate to the upper 8 bits."""
     write, channels = COLORS_16[name]
     for largest, bits in ((65535, 16), (4095, 12)):
         values = ramp_16(channels, largest)
@@ -406,7 +404,7 @@ def test_colors_of_16_bits_are_rounded_and_rewritten_with_their_white(name: str)
         rewrite_16_bits(data, 8)
 
 
-def test_transparent_pixels_are_found() -> None:
+def test_transparent_pixels_are_detected() -> None:
     image = smooth_image(0, 64, 64)
     for format, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
         clear = image.copy()
@@ -419,7 +417,7 @@ def test_transparent_pixels_are_found() -> None:
     assert not check_image(encode(Image.new("RGB", (64, 64)), "PNG", transparency=(1, 2, 3))).is_transparent
 
 
-def test_text_and_profiles_of_megabytes_do_not_matter() -> None:
+def test_megabytes_of_text_or_color_profile_do_not_matter() -> None:
     note = PngInfo()
     note.add_text("history", "edited " * 1_000_000, zip=True)
     image = smooth_image(0, 64, 64)

@@ -1,4 +1,4 @@
-"""Random numbers out of raw words: uniform, the same in every version of NumPy, and used for all that is drawn."""
+"""Random numbers from raw words: uniform, the same in every NumPy version, and used for every draw of a sample."""
 
 import ast
 import functools
@@ -20,7 +20,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 
 class Words:
-    """A bit generator that gives these words."""
+    """A fake generator that returns these raw words."""
 
     def __init__(self, *words: int) -> None:
         self.words, self.bit_generator = list(words), self
@@ -30,13 +30,13 @@ class Words:
 
 
 def assert_uniform(counts: np.ndarray, trials: int) -> None:
-    """Within five standard deviations of each cell's mean."""
+    """Asserts that every count is within five standard deviations of its mean."""
     share = 1 / counts.size
     assert np.abs(counts - trials * share).max() <= 5 * np.sqrt(trials * share * (1 - share))
 
 
-def test_uniform_numbers_are_those_of_the_first_53_bits() -> None:
-    """Which is what NumPy's `random` does so far."""
+def test_uniform_uses_the_first_53_bits_of_each_word() -> None:
+    """As NumPy's `random` currently does."""
     ours, theirs = uniforms(generator(3), (50, 4)), generator(3).random((50, 4))
     assert np.array_equal(ours, theirs)
     rng = generator(3)
@@ -53,8 +53,8 @@ def test_integers_are_uniform(count: int) -> None:
     assert_uniform(np.bincount(drawn, minlength=count), 20000)
 
 
-def test_a_word_that_would_make_some_numbers_likelier_is_not_used() -> None:
-    """With 3 numbers one of the 2**32 halves of words is one too many; the biased number would be 0."""
+def test_words_that_would_bias_an_integer_are_skipped() -> None:
+    """For 3 numbers, one of the 2**32 half words is left over; using it would favor 0."""
     assert integer(Words(0 << 32, 5 << 32), 3) == 0  # type: ignore[arg-type]
     words = Words(0 << 32, (2**32 - 1) << 32)
     assert integer(words, 3) == 2  # type: ignore[arg-type]
@@ -65,14 +65,14 @@ def test_a_word_that_would_make_some_numbers_likelier_is_not_used() -> None:
 
 
 def test_permutations_are_uniform() -> None:
-    """All 24 orders of four."""
+    """Counts each of the 24 permutations of four elements."""
     rows = permutations(generator(1), 24000, 4)
     assert rows.dtype == np.int64
     assert (np.sort(rows, axis=1) == np.arange(4)).all()
     assert_uniform(np.unique(rows @ [1000, 100, 10, 1], return_counts=True)[1], 24000)
 
 
-def test_a_choice_is_of_different_numbers_and_uniform() -> None:
+def test_choice_is_uniform_and_without_replacement() -> None:
     rng = generator(2)
     drawn = np.stack([choice(rng, 6, 2) for _ in range(6000)])
     assert (drawn[:, 0] != drawn[:, 1]).all()
@@ -97,14 +97,14 @@ DRAWN: dict[str, tuple[Callable[[np.random.Generator], object], object]] = {
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_what_is_drawn_is_the_same_in_every_release(name: str) -> None:
-    """Another value would silently break resuming old runs."""
+def test_draws_are_the_same_in_every_release(name: str) -> None:
+    """A different value would silently break resuming old runs."""
     draw, expected = DRAWN[name]
     assert draw(generator()) == expected
 
 
-def _calls_of_generators(path: Path) -> list[str]:
-    """What is called on something named rng, besides handing it on."""
+def _rng_method_calls(path: Path) -> list[str]:
+    """Lists the method calls on variables named `rng`."""
     return [
         f"{path.name}:{node.lineno} {node.func.attr}"
         for node in ast.walk(ast.parse(path.read_text()))
@@ -115,6 +115,6 @@ def _calls_of_generators(path: Path) -> list[str]:
     ]
 
 
-def test_nothing_that_is_drawn_for_a_sample_uses_numpys_distributions() -> None:
+def test_samples_are_drawn_without_numpys_distributions() -> None:
     files = [*(ROOT / "data").glob("*.py"), *(ROOT / "pretrain/methods").glob("*.py")]
-    assert functools.reduce(list.__add__, map(_calls_of_generators, files)) == []
+    assert functools.reduce(list.__add__, map(_rng_method_calls, files)) == []

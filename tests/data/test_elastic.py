@@ -1,4 +1,4 @@
-"""A run continues with the same views, whatever ranks, workers, micro-batches, shards and repeats there are."""
+"""A run resumes with the same views, whatever its ranks, workers, micro-batches, shards and repeats."""
 
 import pickle
 import time
@@ -21,9 +21,9 @@ from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.prefetch import prefetch
 from pretrain.trainer.shard_record import record_shards, shard_difference
 
-BATCH = 48  # divisible by all ranks and micro-batches below
-SAMPLES = 311  # six steps an epoch, and 23 samples left out
-STEPS = 15  # more than two epochs, and with two repeats more than one pass
+BATCH = 48  # divisible by ranks x micro-batches in all tests below
+SAMPLES = 311  # six steps per epoch, and 23 samples left over
+STEPS = 15  # more than two epochs; with two repeats, more than one pass
 
 
 Pairs = list[tuple[int, int]]  # (epoch, sample) of each view
@@ -34,7 +34,7 @@ def pairs(views: Views) -> Pairs:
 
 
 def steps_of_all_ranks(start: int, end: int, world: int, accumulation: int, repeats: int) -> list[Pairs]:
-    """For each step the views of all ranks, in the order of the global batch."""
+    """Returns, for each step, the views of all ranks in the order of the global batch."""
     ranks = [
         list(rank_views(SAMPLES, 3, range(start, end), BATCH, accumulation, rank, world, repeats))
         for rank in range(world)
@@ -45,8 +45,8 @@ def steps_of_all_ranks(start: int, end: int, world: int, accumulation: int, repe
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3, 5])
-def test_views_do_not_depend_on_ranks_micro_batches_or_where_a_run_was_stopped(repeats: int) -> None:
-    """A run that goes on with others at every step, against one that never stopped."""
+def test_views_do_not_depend_on_the_layout_or_where_a_run_stopped(repeats: int) -> None:
+    """Compares runs that resume at any step, in any layout, with an uninterrupted run."""
     expected = steps_of_all_ranks(0, STEPS, 1, 1, repeats)
     assert all(len(step) == BATCH for step in expected)
     layouts = [(world, accumulation) for world in (1, 2, 3, 4, 8) for accumulation in (1, 2)]
@@ -58,8 +58,8 @@ def test_views_do_not_depend_on_ranks_micro_batches_or_where_a_run_was_stopped(r
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 5])
-def test_a_pass_shows_the_views_of_as_many_epochs(repeats: int) -> None:
-    """No view is lost or shown twice; and it would have the same draws without repeats, in another order."""
+def test_pass_shows_the_views_of_as_many_epochs_as_repeats(repeats: int) -> None:
+    """No view is lost or shown twice; each has the same draws as without repeats, in another order."""
     steps = steps_per_epoch(SAMPLES, BATCH) * repeats
     for number in range(2):
         shown = list(chain(*steps_of_all_ranks(number * steps, (number + 1) * steps, 1, 1, repeats)))
@@ -68,7 +68,7 @@ def test_a_pass_shows_the_views_of_as_many_epochs(repeats: int) -> None:
         assert shown == [(epoch, sample) for sample in samples for epoch in epochs]
 
 
-def test_one_repeat_is_what_runs_did_before() -> None:
+def test_one_repeat_gives_the_order_from_before_repeats_existed() -> None:
     order = np.argsort(np.random.PCG64(np.random.SeedSequence([3, 1])).random_raw(SAMPLES), kind="stable")
     first = next(rank_views(SAMPLES, 3, range(8, 9), BATCH, accumulation=2, rank=1, world_size=3))
     assert pairs(first) == [(1, sample) for sample in order[2 * BATCH :][:BATCH].reshape(2, 3, -1)[0, 1]]
@@ -76,8 +76,8 @@ def test_one_repeat_is_what_runs_did_before() -> None:
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_what_was_prefetched_and_not_trained_on_is_neither_lost_nor_counted(workers: int, repeats: int) -> None:
-    """Killed after each of some steps, with workers that are ahead by then."""
+def test_prefetched_views_that_were_not_trained_on_are_not_lost(workers: int, repeats: int) -> None:
+    """Stops after several steps, each time with workers that are already ahead."""
     trained: list[Pairs] = []
     for stop in (1, 4, 5, 9):
         requested: list[Views] = []
@@ -91,7 +91,7 @@ def test_what_was_prefetched_and_not_trained_on_is_neither_lost_nor_counted(work
 
 
 def show(index: Index, start: int, end: int, world: int = 1, **settings: object) -> list[Batch]:
-    """Each step of all ranks as one batch."""
+    """Returns each step of all ranks as one batch."""
     ranks = [
         list(
             Loader(index, size=(16, 16), batch=24, seed=5, rank=rank, world_size=world, **settings).batches(start, end)
@@ -121,8 +121,8 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_repeats_are_the_crops_of_later_epochs(index: Index, views: int) -> None:
-    """Pixel by pixel: two epochs with repeats have the crops of two epochs without; also two views of each, as LUT."""
+def test_repeats_have_the_crops_of_later_epochs(index: Index, views: int) -> None:
+    """Two epochs have exactly the same crops with and without repeats, also with two views per sample, as in LUT."""
     augmentations = [Augmentation(color_jitter=0.5), Augmentation(three_augment=True)][:views]
     images: dict[int, dict[tuple[int, int], torch.Tensor]] = {1: {}, 2: {}}
     for repeats in images:
@@ -139,12 +139,12 @@ def test_repeats_are_the_crops_of_later_epochs(index: Index, views: int) -> None
 def test_pixels_with_repeats_do_not_depend_on_ranks_and_workers(
     index: Index, world: int, workers: int, accumulation: int
 ) -> None:
-    """Also where the views of one photograph are on two ranks: 24 / 8 is odd."""
+    """Also if the views of one photograph are split between two ranks, since 24 / 8 is odd."""
     ours = show(index, 1, 5, world, num_workers=workers, accumulation=accumulation, repeats=2)
     assert_same(ours, show(index, 0, 5, repeats=2)[1:])
 
 
-def test_a_photograph_is_read_and_decoded_once_for_its_repeats(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_photograph_is_read_once_for_all_its_repeats(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     monkeypatch.setattr("data.reader.ShardReader.read", lambda self, sample: read.append(sample) or jpeg(sample))
     (batch,) = next(Loader(index, size=(8, 8), batch=24, seed=5, repeats=4).batches(0, 1))
@@ -162,8 +162,8 @@ def test_each_repeat_of_a_bad_image_is_replaced_and_reported(tmp_path: Path) -> 
     assert sum(len(step.skipped) for step in one) == 2
 
 
-def test_samples_do_not_depend_on_how_they_are_divided_into_shards(tmp_path: Path) -> None:
-    """53 images, also in four and in five shards, of which no two have as many."""
+def test_samples_do_not_depend_on_the_division_into_shards(tmp_path: Path) -> None:
+    """53 images in one shard, and in four and five shards of different sizes."""
     batches = []
     for name, ends in {"one": (53,), "four": (3, 10, 30, 53), "five": (1, 5, 17, 33, 53)}.items():
         (tmp_path / name).mkdir()
@@ -175,7 +175,7 @@ def test_samples_do_not_depend_on_how_they_are_divided_into_shards(tmp_path: Pat
     assert_same(batches[2], batches[0])
 
 
-def test_a_step_that_was_copied_ahead_to_the_device_is_not_lost(index: Index) -> None:
+def test_step_prefetched_to_the_device_is_not_lost(index: Index) -> None:
     ahead = prefetch(Loader(index, size=(8, 8), batch=24, seed=5, num_workers=2).batches(0, 6), torch.device("cpu"))
     trained = [next(ahead)[0].keys, next(ahead)[0].keys]
     ahead.close()
@@ -187,7 +187,7 @@ def state_of(index: Index) -> TrainState:
     return TrainState(fingerprint=index.fingerprint, shards=record_shards(index))
 
 
-def test_changed_shards_are_refused_by_name_when_a_run_continues(shards: Path, index: Index) -> None:
+def test_resuming_with_changed_shards_is_rejected_by_name(shards: Path, index: Index) -> None:
     before = state_of(index)
     check_continues(before, state_of(load_index(shards)))
     added = shards / "train-000003.tar"
@@ -195,7 +195,7 @@ def test_changed_shards_are_refused_by_name_when_a_run_continues(shards: Path, i
     with pytest.raises(ValueError, match=r"train-000003.tar: the shard is not in the index .* --reindex"):
         load_index(shards)
 
-    def refused() -> str:
+    def resume_error() -> str:
         (shards / "index.npz").unlink()
         with pytest.raises(CannotContinueError) as caught:
             check_continues(before, state_of(load_index(shards)))
@@ -203,22 +203,22 @@ def test_changed_shards_are_refused_by_name_when_a_run_continues(shards: Path, i
 
     assert (
         "data.shards has different samples: 1 of 4 shards are new: 'train-000003.tar'; data.accept_changed_shards=true"
-        in refused()
+        in resume_error()
     )
     added.unlink()
     write_tar(shards / "train-000001.tar", [("other.jpg", jpeg(1))])
-    assert "1 shards were rewritten: 'train-000001.tar' (the first had 16 samples in " in refused()
+    assert "1 shards were rewritten: 'train-000001.tar' (the first had 16 samples in " in resume_error()
     (shards / "train-000001.tar").unlink()
-    assert "1 of 3 shards are gone: 'train-000001.tar'; data.accept" in refused()
-    labels = [(f"img{sample}.cls", b"7") for sample in range(30, 46)]  # as many bytes as there were
+    assert "1 of 3 shards are gone: 'train-000001.tar'; data.accept" in resume_error()
+    labels = [(f"img{sample}.cls", b"7") for sample in range(30, 46)]  # as many bytes as before
     images = [(f"img{sample}.jpg", jpeg(sample, 40 + sample, 90 - sample)) for sample in range(30, 46)]
     write_tar(shards / "train-000001.tar", list(chain(*zip(images, labels, strict=True))))
-    assert "shards with the same names and sizes contain different images or labels" in refused()
+    assert "shards with the same names and sizes contain different images or labels" in resume_error()
     assert shard_difference({}, before.shards) == "the fingerprint of the index differs"
 
 
-def test_other_images_of_the_same_sizes_are_refused_by_name(shards: Path, index: Index) -> None:
-    """Where both were indexed with checksums; the index of headers, of before, says nothing of images."""
+def test_changed_images_of_the_same_size_are_rejected_by_name(shards: Path, index: Index) -> None:
+    """If both indexes have checksums; an index from tar headers alone cannot detect changed images."""
     checked = build_index(shards, checksums=True)
     before = state_of(checked)
     flip(shards / "train-000001.tar", int(index.offset[30]) + 300)
@@ -230,8 +230,8 @@ def test_other_images_of_the_same_sizes_are_refused_by_name(shards: Path, index:
         check_continues(before, after)
 
 
-def test_the_index_of_a_million_images_is_mapped(shards: Path, index: Index, tmp_path: Path) -> None:
-    """Loaded at once, shared by all processes, and sent to a worker as a path."""
+def test_index_of_a_million_images_is_memory_mapped(shards: Path, index: Index, tmp_path: Path) -> None:
+    """It loads quickly, is not copied into memory, and is sent to a worker as a path."""
     count = 1_300_000
     offset = np.arange(count) * 1024 + 512
     stored = dict(np.load(shards / "index.npz"))

@@ -19,7 +19,7 @@ SIZE = (16, 24)
 
 
 def batches_of_ranks(samples: Index | Folder, world: int, batch: int, **settings: object) -> list[list[EvalBatch]]:
-    """The batches of each rank."""
+    """Returns the batches of each rank."""
     return [
         list(EvalLoader(samples, size=SIZE, batch=batch, rank=rank, world_size=world, **settings).batches())  # type: ignore[arg-type]
         for rank in range(world)
@@ -28,8 +28,8 @@ def batches_of_ranks(samples: Index | Folder, world: int, batch: int, **settings
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 4, 7, 64])
-def test_every_sample_once_and_the_same_number_of_batches(index: Index, world: int, batch: int) -> None:
-    """53 samples: a prime number."""
+def test_every_sample_comes_once_and_ranks_have_equally_many_batches(index: Index, world: int, batch: int) -> None:
+    """53 is a prime number, so most batch sizes leave an incomplete last batch."""
     ranks = batches_of_ranks(index, world, batch)
     assert {len(batches) for batches in ranks} == {-(-53 // (batch * world))}
     assert {len(b.samples) for batches in ranks for b in batches} == {batch}
@@ -43,7 +43,7 @@ def test_every_sample_once_and_the_same_number_of_batches(index: Index, world: i
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(index: Index, workers: int) -> None:
+def test_batches_do_not_depend_on_workers(index: Index, workers: int) -> None:
     for ours, plain in zip(
         batches_of_ranks(index, 2, 8, num_workers=workers), batches_of_ranks(index, 2, 8), strict=True
     ):
@@ -52,8 +52,8 @@ def test_workers_change_nothing(index: Index, workers: int) -> None:
             assert torch.equal(a.samples, b.samples)
 
 
-def test_crops_are_torchvisions_resize_256_and_crop_224(tmp_path: Path) -> None:
-    """torchvision rounds the size of the resize in between, which shifts edges by a fraction of a pixel."""
+def test_crops_match_torchvisions_resize_256_and_crop_224(tmp_path: Path) -> None:
+    """torchvision rounds the intermediate size, which shifts edges by a fraction of a pixel."""
     write_tar(tmp_path / "one.tar", [("a.png", encode(smooth_image(0, 400, 300), "PNG"))])
     (batch,) = EvalLoader(load_index(tmp_path), size=(224, 224), batch=1).batches()
     theirs = tv.center_crop(tv.resize(smooth_image(0, 400, 300), 256, tv.InterpolationMode.BICUBIC), 224)
@@ -69,7 +69,7 @@ def test_above_224_pixels_the_whole_short_side_is_used(tmp_path: Path) -> None:
     assert np.abs(batch.images[0].numpy().astype(int) - np.asarray(theirs).astype(int)).max() <= 2
 
 
-def test_a_border_is_never_used(tmp_path: Path) -> None:
+def test_border_is_never_used(tmp_path: Path) -> None:
     framed = Image.new("RGB", (60, 44), (255, 0, 0))
     framed.paste(Image.new("RGB", (56, 40), (0, 0, 255)), (2, 2))
     write_tar(tmp_path / "one.tar", [("a.png", encode(framed, "PNG"))])
@@ -80,7 +80,7 @@ def test_a_border_is_never_used(tmp_path: Path) -> None:
     assert (without.images == torch.tensor([0, 0, 255])).all()
 
 
-def test_an_undecodable_image_keeps_its_position(tmp_path: Path) -> None:
+def test_undecodable_image_keeps_its_position(tmp_path: Path) -> None:
     members = [(f"{sample}.jpg", jpeg(sample)) for sample in range(5)]
     members[2] = ("2.jpg", b"<html>")
     write_tar(tmp_path / "bad.tar", members)
@@ -90,12 +90,12 @@ def test_an_undecodable_image_keeps_its_position(tmp_path: Path) -> None:
     assert batch.images.flatten(1).any(1).tolist() == batch.readable.tolist()
 
 
-def test_a_subset_of_samples(index: Index) -> None:
+def test_subset_of_samples(index: Index) -> None:
     batches = batches_of_ranks(index, 2, 3, subset=np.array([3, 17, 18, 40, 52, 50 + 1])[[0, 1, 2, 3, 5, 4]])
     assert [[b.samples.tolist() for b in rank] for rank in batches] == [[[3, 17, 18]], [[40, 51, 52]]]
 
 
-def test_a_folder_gives_what_its_shards_give(tmp_path: Path) -> None:
+def test_folder_gives_the_same_batches_as_its_shards(tmp_path: Path) -> None:
     from data.pack import pack
     from data.sources import list_source
 
@@ -117,7 +117,7 @@ def test_a_folder_gives_what_its_shards_give(tmp_path: Path) -> None:
     assert abs(float(ours.images[position].float().mean()) - direct[4:-4].mean()) < 6
 
 
-def test_a_file_that_has_gone_is_one_clear_error(tmp_path: Path) -> None:
+def test_deleted_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     folder = list_folder(tmp_path)
     (tmp_path / "a.jpg").unlink()
@@ -127,9 +127,9 @@ def test_a_file_that_has_gone_is_one_clear_error(tmp_path: Path) -> None:
         assert "Traceback" not in str(caught.value)
 
 
-def test_leaving_early_ends_the_workers_which_ignore_signals(index: Index) -> None:
+def test_closing_early_stops_workers_which_ignore_signals(index: Index) -> None:
     batches = EvalLoader(index, size=SIZE, batch=1, num_workers=2).batches()
-    for _ in range(2):  # one from each: both workers have started
+    for _ in range(2):  # one from each worker, so both have started
         next(batches)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -141,6 +141,6 @@ def test_leaving_early_ends_the_workers_which_ignore_signals(index: Index) -> No
 
 
 @pytest.mark.parametrize("settings", [{"batch": 0}, {"batch": 1, "num_workers": -1}])
-def test_settings_that_cannot_work(index: Index, settings: dict[str, int]) -> None:
+def test_invalid_settings_are_rejected(index: Index, settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         EvalLoader(index, size=SIZE, **settings)  # type: ignore[arg-type]

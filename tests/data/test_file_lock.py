@@ -1,4 +1,4 @@
-"""A lock that another process has, and does not give back."""
+"""A file lock that another process holds and does not release."""
 
 import fcntl
 from pathlib import Path
@@ -11,22 +11,20 @@ from data.waiting import while_waiting
 
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The file whose lock is held."""
+    """A file whose lock is already held."""
     monkeypatch.setattr(file_lock, "POLL", 0.01)
     with (tmp_path / ".index.npz.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield tmp_path / "index.npz"
 
 
-def test_a_process_that_hangs_with_the_lock_is_not_waited_for_forever(
-    held: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_for_a_held_lock_times_out(held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_lock, "TIMEOUT", 0.05)
     with pytest.raises(TimeoutError, match=r"another process has held .*\.index\.npz\.lock"), file_lock.locked(held):
         pass
 
 
-def test_waiting_for_the_lock_can_be_ended(held: Path) -> None:
+def test_waiting_for_the_lock_can_be_interrupted(held: Path) -> None:
     class ToldToStopError(Exception):
         pass
 

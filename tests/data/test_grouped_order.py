@@ -1,4 +1,4 @@
-"""The order of samples by groups of shards."""
+"""The order of samples when shards are shuffled in groups."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from data.order import GroupedOrder, Groups, group_steps, rank_views, steps_per_
 
 SIZES = np.array([7, 8, 7, 8, 7, 8, 5])
 TOTAL, BATCH = int(SIZES.sum()), 6
-SHARD = np.repeat(np.arange(len(SIZES)), SIZES)  # of each sample
+SHARD = np.repeat(np.arange(len(SIZES)), SIZES)  # the shard of each sample
 
 
 def shown(size: int, steps: range, world: int = 1, accumulation: int = 1, repeats: int = 1) -> list[tuple[int, int]]:
@@ -20,15 +20,15 @@ def shown(size: int, steps: range, world: int = 1, accumulation: int = 1, repeat
     return [pair for views in parts for pair in zip(views.epochs.tolist(), views.samples.tolist(), strict=True)]
 
 
-def test_the_order_is_this_one() -> None:
-    """Another would be another training: a run that exists must continue."""
+def test_order_is_the_same_in_every_release() -> None:
+    """A changed order would silently break resuming old runs."""
     order = GroupedOrder(Groups(SIZES, 3), 3, 1)
     assert [shards.tolist() for shards in order.groups] == [[4, 0, 6], [5, 1], [3, 2]]
     assert order.samples(0, 12).tolist() == [3, 49, 5, 35, 30, 6, 2, 33, 36, 48, 46, 0]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_each_sample_once_and_groups_in_a_row(size: int) -> None:
+def test_each_sample_comes_once_and_groups_are_contiguous(size: int) -> None:
     order = GroupedOrder(Groups(SIZES, size), 3, 0)
     samples = order.samples(0, TOTAL)
     assert sorted(samples.tolist()) == list(range(TOTAL))
@@ -50,7 +50,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("size", [1, 3])
-def test_ranks_and_accumulation_do_not_matter(size: int, repeats: int) -> None:
+def test_order_does_not_depend_on_ranks_or_accumulation(size: int, repeats: int) -> None:
     steps = range(4, 20)
     whole = shown(size, steps, repeats=repeats)
     for world, accumulation in ((2, 1), (3, 1), (1, 2), (3, 2), (6, 1)):
@@ -59,7 +59,7 @@ def test_ranks_and_accumulation_do_not_matter(size: int, repeats: int) -> None:
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_the_plan_has_the_shards_of_every_step(size: int, repeats: int) -> None:
+def test_plan_has_exactly_the_groups_of_each_step(size: int, repeats: int) -> None:
     per_pass = steps_per_epoch(TOTAL, BATCH) * repeats
     steps = range(3, 2 * per_pass + 2)
     plan = list(group_steps(Groups(SIZES, size), 3, steps, BATCH, repeats))
@@ -71,5 +71,5 @@ def test_the_plan_has_the_shards_of_every_step(size: int, repeats: int) -> None:
         assert all(needed & group for group in planned), "nothing is fetched that no step shows"
 
 
-def test_all_shards_are_one_group_without_a_size() -> None:
+def test_without_a_size_all_shards_are_one_group() -> None:
     assert [tuple(group) for group in group_steps(Groups(SIZES, 0), 3, range(5, 9), BATCH)] == [(5, 8, range(7))]

@@ -1,4 +1,4 @@
-"""HEIC: read where the extra `heif` is installed, and otherwise one kind of image that says so."""
+"""HEIC images are read if the extra `heif` is installed and are otherwise reported as unsupported."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from data.image_file import READS_HEIC, UNSUPPORTED, BadImage, open_image
 from data.index import load_index
 from data.loader import Loader
 
-HEADER = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # of a file that only the extra could write
+HEADER = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"  # only the extra could write a whole file
 HEIC = encode(smooth_image(3, 96, 64), "HEIF", quality=95) if READS_HEIC else HEADER + bytes(200)
 
 
@@ -29,7 +29,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.mark.skipif(not READS_HEIC, reason="the extra heif is not installed")
 def test_heic_is_packed_verified_and_trained_on(photos: Path, tmp_path: Path) -> None:
     pixels = decode(HEIC, lambda width, height: (0, 0, width, height), (64, 96))
-    assert np.abs(pixels.astype(int) - np.asarray(smooth_image(3, 96, 64))).mean() < 5  # its colors are halved
+    assert np.abs(pixels.astype(int) - np.asarray(smooth_image(3, 96, 64))).mean() < 5  # chroma is halved
     shards = tmp_path / "shards"
     assert pack.main([str(photos), str(shards), "--num-workers", "1"]) == 0
     assert verify.main([str(shards), "--decode", "--num-workers", "1"]) == 0
@@ -42,8 +42,8 @@ def test_heic_is_packed_verified_and_trained_on(photos: Path, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not READS_HEIC, reason="the extra heif is not installed")
-def test_a_turned_photograph_is_upright() -> None:
-    """As its own header says, which every reader applies; EXIF's number is then 1."""
+def test_rotated_photograph_is_upright() -> None:
+    """HEIC has its own rotation header, which every reader applies; the EXIF orientation is then 1."""
     exif = Image.Exif()
     exif[274] = 6
     image = open_image(encode(smooth_image(3, 96, 64), "HEIF", exif=exif.tobytes()))
@@ -52,14 +52,14 @@ def test_a_turned_photograph_is_upright() -> None:
 
 
 @pytest.mark.skipif(READS_HEIC, reason="the extra heif is installed")
-def test_without_the_extra_it_is_one_kind_and_named(
+def test_heic_is_unsupported_without_the_extra(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
         BadImage, match=r"a HEIC image: the extra `heif` reads it \(pip install 'lomar-deepspeed"
-    ) as bad:
+    ) as caught:
         open_image(HEIC)
-    assert bad.value.kind == UNSUPPORTED
+    assert caught.value.kind == UNSUPPORTED
     assert pack.main([str(photos), str(tmp_path / "refused"), "--num-workers", "1"]) == 1
     assert "1 of 4 files are not readable images (1 unsupported)" in capsys.readouterr().err
     (shards := tmp_path / "shards").mkdir()

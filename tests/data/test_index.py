@@ -24,7 +24,7 @@ from data.scan import split_name
 FORK = multiprocessing.get_context("fork")
 
 
-def test_what_webdataset_reads_is_what_the_index_says(shards: Path, index: Index) -> None:
+def test_index_matches_what_webdataset_reads(shards: Path, index: Index) -> None:
     reader = ShardReader(index)
     urls = [str(shards / name) for name in index.shards]
     samples = list(wds.WebDataset(urls, shardshuffle=False))
@@ -35,7 +35,7 @@ def test_what_webdataset_reads_is_what_the_index_says(shards: Path, index: Index
     assert [index.shard_of(sample) for sample in range(53)] == [0] * 30 + [1] * 16 + [2] * 7
 
 
-def test_tars_in_folders_below_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tars_in_subfolders_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.tar", "more/b.tar", "more/c.tar"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_tar(tmp_path / name, [("x.jpg", jpeg(0))])
@@ -45,7 +45,7 @@ def test_tars_in_folders_below_are_said(tmp_path: Path, capsys: pytest.CaptureFi
     assert "not part" not in capsys.readouterr().err
 
 
-def test_a_home_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_and_wildcards_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_tar(tmp_path / "a.tar", [("x.jpg", jpeg(0))])
     assert len(load_index("~/a.tar")) == 1
@@ -63,7 +63,7 @@ def test_names_are_split_as_webdataset_does(name: str) -> None:
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_foreign_shards_are_indexed_on_first_use(tmp_path: Path, format: int) -> None:
-    """Long names, other members, upper case, metadata, text labels; no index file and none of our tools."""
+    """Shards from other tools: long names, unused members, upper case, metadata, text labels, no index file."""
     long = "folder/" + "long" * 20 + "/" + "name" * 20
     images = [jpeg(0), encode(smooth_image(1, 30, 30), "PNG"), encode(smooth_image(2, 30, 30), "WEBP"), jpeg(3)]
     members = [
@@ -86,7 +86,7 @@ def test_foreign_shards_are_indexed_on_first_use(tmp_path: Path, format: int) ->
     assert [ShardReader(index).read(number) for number in range(4)] == images
 
 
-def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_load_reads_the_index_file(shards: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.index_scan, "scan_shard", lambda path: pytest.fail("scanned again"))
     again = load_index(shards)
     for name in ("shard_ends", "offset", "length", "label", "shard_sizes", "shard_bytes"):
@@ -97,9 +97,7 @@ def test_second_load_reads_the_file(shards: Path, index: Index, monkeypatch: pyt
     assert (again.fingerprint, again.shards, again.root) == (index.fingerprint, index.shards, index.root)
 
 
-def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(
-    shards: Path, index: Index, tmp_path: Path
-) -> None:
+def test_fingerprint_depends_on_the_content_and_not_on_the_folder(shards: Path, index: Index, tmp_path: Path) -> None:
     moved = shutil.copytree(shards, tmp_path / "moved")
     assert load_index(moved).fingerprint == index.fingerprint
     (moved / "index.npz").unlink()
@@ -107,7 +105,7 @@ def test_the_fingerprint_depends_on_the_content_and_not_on_the_folder(
     assert load_index(moved).fingerprint != index.fingerprint
 
 
-def test_brace_pattern_and_single_tar_have_an_index_of_their_own(shards: Path, index: Index) -> None:
+def test_brace_pattern_and_single_tar_have_separate_indexes(shards: Path, index: Index) -> None:
     part = load_index(f"{shards}/train-{{000000..000001}}.tar")
     assert (part.shards, len(part)) == (index.shards[:2], 46)
     assert len(load_index(shards / "train-000002.tar")) == 7
@@ -130,7 +128,7 @@ def _load_and_count(shards: Path, log: Path, barrier: "multiprocessing.synchroni
     assert len(load_index(shards)) == 53
 
 
-def test_processes_that_start_together_build_once(shards: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_build_the_index_once(shards: Path, tmp_path: Path) -> None:
     barrier = FORK.Barrier(4)
     processes = [FORK.Process(target=_load_and_count, args=(shards, tmp_path / "log", barrier)) for _ in range(4)]
     for process in processes:
@@ -152,7 +150,7 @@ def _hang_while_building(shards: Path, building: Path) -> None:
     load_index(shards)
 
 
-def test_a_killed_builder_blocks_nobody(shards: Path, tmp_path: Path) -> None:
+def test_killed_builder_does_not_block_others(shards: Path, tmp_path: Path) -> None:
     process = FORK.Process(target=_hang_while_building, args=(shards, tmp_path / "building"))
     process.start()
     while not (tmp_path / "building").exists():
@@ -171,7 +169,7 @@ def open_folder() -> Iterator[Path]:
 
 
 def _load_as_another_user(shards: Path) -> None:
-    if os.getuid() == 0:  # root may write everywhere
+    if os.getuid() == 0:  # root can write everywhere
         os.setgid(65534)
         os.setuid(65534)
     for _ in range(2):
@@ -179,7 +177,9 @@ def _load_as_another_user(shards: Path) -> None:
     assert index_paths(shards)[1].exists()
 
 
-def test_read_only_folder(shards: Path, open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_of_a_read_only_folder_goes_to_the_user_cache(
+    shards: Path, open_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = open_folder / "cache"
     cache.mkdir()
     cache.chmod(0o777)
@@ -223,7 +223,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_shards_are_refused_by_name(shards: Path, name: str) -> None:
+def test_broken_shards_are_rejected_by_name(shards: Path, name: str) -> None:
     damage, message = BROKEN[name]
     path = shards / "train-000001.tar"
     damage(path)
@@ -232,7 +232,7 @@ def test_broken_shards_are_refused_by_name(shards: Path, name: str) -> None:
     assert not (shards / "index.npz").exists()
 
 
-def test_a_broken_header_in_mid_file_is_not_taken_for_the_end(shards: Path, index: Index) -> None:
+def test_broken_header_is_not_mistaken_for_the_end(shards: Path, index: Index) -> None:
     path = shards / "train-000001.tar"
     header = int(index.offset[35]) - 512
     with open(path, "r+b") as file:
@@ -243,7 +243,7 @@ def test_a_broken_header_in_mid_file_is_not_taken_for_the_end(shards: Path, inde
         load_index(shards)
 
 
-def test_index_that_does_not_match_its_shards(shards: Path, index: Index) -> None:
+def test_index_that_does_not_match_its_shards_is_rejected(shards: Path, index: Index) -> None:
     with open(shards / "train-000001.tar", "ab") as file:
         file.write(b"\0" * 512)
     with pytest.raises(ValueError, match=r"train-000001.tar: \d+ bytes, but the index .* --reindex"):
@@ -256,7 +256,7 @@ def test_index_that_does_not_match_its_shards(shards: Path, index: Index) -> Non
         load_index(shards)
 
 
-def test_damaged_index_file(shards: Path, index: Index) -> None:
+def test_damaged_index_file_is_rejected(shards: Path, index: Index) -> None:
     _cut(shards / "index.npz", 700)
     with pytest.raises(ValueError, match=r"index.npz: not a readable index .* delete it"):
         load_index(shards)

@@ -1,4 +1,4 @@
-"""Lists of files: paths and labels in the forms that people write, and what is said of those that are not right."""
+"""File lists: the accepted forms of paths and labels, and the error messages for invalid lines."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from data.sources import list_source
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Files that the lists name; nothing here looks into them."""
+    """A folder of the files that the lists name; their contents are never read."""
     for name in ("a.jpg", "b.jpg", "sub/c d.jpg", "tab\there.jpg", "-1.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, content: str | bytes, *classes: str) -> dict[str, int]:
-    """Name -> label of a list with this content."""
+    """Reads a list with this content; returns name -> label."""
     (folder / "list.txt").write_bytes(content.encode() if isinstance(content, str) else content)
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     source = list_source(folder / "list.txt", folder / "classes.txt" if classes else None)
@@ -31,7 +31,7 @@ def read(folder: Path, content: str | bytes, *classes: str) -> dict[str, int]:
     return {file.name: file.label for file in source.files}
 
 
-def test_forms_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepted_forms(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(folder, "b.jpg\t2\n\na.jpg\nsub/c d.jpg\t 0 ") == {"a.jpg": -1, "b.jpg": 2, "sub/c d.jpg": 0}
     assert read(folder, "\ufeffa.jpg\t1\r\nb.jpg\t0\r\n") == {"a.jpg": 1, "b.jpg": 0}  # from Windows
     assert read(folder, "tab\there.jpg\t3\n-1.jpg\t4\n") == {"tab\there.jpg": 3, "-1.jpg": 4}
@@ -40,15 +40,15 @@ def test_forms_that_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert read(folder, "./a.jpg\t1\n") == {"a.jpg": 1}
     monkeypatch.setenv("HOME", str(folder))
     assert read(folder, "~/sub/c d.jpg\t1\n") == {f"{folder}/sub/c d.jpg": 1}
-    assert read(folder, b"na\xefve.jpg\t1\n") == {"na\udcefve.jpg": 1}  # the bytes that the file system has
+    assert read(folder, b"na\xefve.jpg\t1\n") == {"na\udcefve.jpg": 1}  # the bytes of the name in the file system
 
 
-def test_labels_that_are_names_are_numbered_by_the_class_list(folder: Path) -> None:
+def test_label_names_are_numbered_by_the_class_list(folder: Path) -> None:
     assert read(folder, "a.jpg\tdog\nb.jpg\tcat\n-1.jpg\t1\n", "cat", "dog") == {"a.jpg": 1, "b.jpg": 0, "-1.jpg": 1}
-    assert read(folder, "a.jpg\t10\nb.jpg\t2\n", "1", "10", "2") == {"a.jpg": 1, "b.jpg": 2}  # names before numbers
+    assert read(folder, "a.jpg\t10\nb.jpg\t2\n", "1", "10", "2") == {"a.jpg": 1, "b.jpg": 2}  # names come first
 
 
-def test_labels_may_be_left_out(folder: Path) -> None:
+def test_labels_can_be_ignored(folder: Path) -> None:
     (folder / "list.txt").write_text("a.jpg\tcat\nb.jpg\t2\n")
     assert [file.label for file in list_source(folder / "list.txt", labels=False).files] == [-1, -1]
 
@@ -80,18 +80,18 @@ def test_labels_may_be_left_out(folder: Path) -> None:
         (b"PAR1\0\0", "not a text file"),
     ],
 )
-def test_lines_that_are_not_right_are_quoted(folder: Path, text: str | bytes, message: str) -> None:
+def test_invalid_lines_are_quoted(folder: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         read(folder, text)
 
 
 @pytest.mark.parametrize(("label", "message"), [("bee", "'bee' is not in --classes"), ("2", "2 exceeds 1, the last")])
-def test_labels_that_are_not_on_the_class_list(folder: Path, label: str, message: str) -> None:
+def test_labels_missing_from_the_class_list_are_rejected(folder: Path, label: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(folder, f"a.jpg\t{label}\n", "cat", "dog")
 
 
-def test_paths_relative_to_another_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_relative_to_another_folder_are_rejected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "lists").mkdir()
     (folder / "lists" / "list.txt").write_text("a.jpg\n")
     monkeypatch.chdir(folder)
@@ -99,14 +99,14 @@ def test_paths_relative_to_another_folder(folder: Path, monkeypatch: pytest.Monk
         list_source(folder / "lists" / "list.txt")
 
 
-def test_of_many_wrong_lines_the_first_are_shown(folder: Path) -> None:
+def test_only_the_first_invalid_lines_are_shown(folder: Path) -> None:
     with pytest.raises(ValueError, match="8 of 9 lines are invalid") as caught:
         read(folder, "a.jpg\n" + "".join(f"gone{number}.jpg\n" for number in range(8)))
     assert str(caught.value).count("gone") == 5
     assert "and 3 more" in str(caught.value)
 
 
-def test_archives_and_single_images_are_no_lists(folder: Path) -> None:
+def test_archives_and_single_images_are_rejected(folder: Path) -> None:
     with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
         archive.writestr("a.jpg", b"x")
     with tarfile.open(folder / "photos.tgz", "w:gz") as tar:

@@ -21,7 +21,7 @@ from data.loader import Loader
 from data.transforms import Augmentation
 
 SIZE = (16, 24)
-BATCH = 24  # of 53 samples: two steps an epoch, divisible by every (ranks, accumulation) below
+BATCH = 24  # of 53 samples: two steps per epoch; divisible by ranks x accumulation below
 
 
 def sample_masks(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -33,7 +33,7 @@ def loader(index: Index, **settings: object) -> Loader:
 
 
 def stream(index: Index, start: int, end: int, world: int = 1, **settings: object) -> list[list[Batch]]:
-    """For each step the micro-batches of all ranks in the order of the global batch."""
+    """Returns, for each step, the micro-batches of all ranks in the order of the global batch."""
     ranks = [list(loader(index, rank=rank, world_size=world, **settings).batches(start, end)) for rank in range(world)]
     assert all(len(steps) == end - start for steps in ranks)
     return [list(chain(*zip(*(steps[step] for steps in ranks), strict=True))) for step in range(end - start)]
@@ -52,7 +52,7 @@ def assert_same(ours: list[list[Batch]], theirs: list[list[Batch]]) -> None:
             )
 
 
-def test_what_a_batch_is(index: Index) -> None:
+def test_shapes_types_and_keys_of_a_batch(index: Index) -> None:
     (step,) = loader(index, accumulation=2, world_size=3, rank=1).batches(0, 1)
     assert len(step) == 2
     for batch in step:
@@ -65,7 +65,7 @@ def test_what_a_batch_is(index: Index) -> None:
         assert batch.skipped == ()
 
 
-def test_an_epoch_has_every_sample_once(index: Index) -> None:
+def test_epoch_has_every_sample_once(index: Index) -> None:
     for epoch in range(2):
         steps = stream(index, 53 * epoch, 53 * (epoch + 1), batch=1)
         assert sorted(int(step[0].samples[0]) for step in steps) == list(range(53))
@@ -81,7 +81,7 @@ def test_steps_do_not_depend_on_ranks_workers_or_accumulation(
     assert_same(stream(index, 0, 3, world, num_workers=workers, accumulation=accumulation), stream(index, 0, 3))
 
 
-def test_other_seed_and_other_epoch_give_other_crops(index: Index) -> None:
+def test_crops_depend_on_seed_and_epoch(index: Index) -> None:
     (first,), (other,) = stream(index, 0, 1, batch=53), stream(index, 0, 1, batch=53, seed=6)
     (next_epoch,) = stream(index, 1, 2, batch=53)
     for batches in (other, next_epoch):
@@ -94,7 +94,7 @@ def test_other_seed_and_other_epoch_give_other_crops(index: Index) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resume", [1, 2, 3, 5])
 def test_resumed_equals_uninterrupted(index: Index, resume: int, workers: int) -> None:
-    """In mid-epoch, at its end, with other ranks: the rest of the stream is the same."""
+    """Resumed mid-epoch or between epochs, on two ranks instead of one, the rest of the stream is the same."""
     assert_same(stream(index, resume, 6, world=2, num_workers=workers), stream(index, 0, 6)[resume:])
 
 
@@ -107,8 +107,8 @@ EARLIER = (SizedUntil(2, SMALLER, sample_fewer_masks), SizedUntil(4, (8, 8), Non
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_smaller_images_first_are_those_of_a_run_on_that_size(index: Index, repeats: int) -> None:
-    """In an epoch all that a sample draws is what it is in a run on this size: the order, too."""
+def test_earlier_sizes_give_the_batches_of_a_run_at_that_size(index: Index, repeats: int) -> None:
+    """Each epoch has the same order, crops and masks as in a run that uses its size throughout."""
     sized = stream(index, 0, 14, earlier=EARLIER, repeats=repeats)
     settings = {"size": SMALLER, "mask_sampler": sample_fewer_masks}, {"size": (8, 8), "mask_sampler": None}, {}
     alone = [stream(index, 0, 14, repeats=repeats, **keys) for keys in settings]
@@ -128,10 +128,10 @@ def test_smaller_images_first_are_those_of_a_run_on_that_size(index: Index, repe
 
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize(("world", "accumulation", "workers"), [(1, 1, 2), (3, 2, 0), (2, 2, 1)])
-def test_resumed_at_any_step_across_a_change_of_size(
+def test_resumed_equals_uninterrupted_across_a_change_of_size(
     index: Index, world: int, accumulation: int, workers: int, repeats: int
 ) -> None:
-    """With other ranks, micro-batches and workers; what they prefetch is of two sizes."""
+    """With other ranks, micro-batches and workers, which prefetch batches of two sizes."""
     earlier = EARLIER[:1]
     whole = stream(index, 0, 7, earlier=earlier, repeats=repeats)
     for resume in range(2, 6) if workers == 0 else (3,):
@@ -145,7 +145,7 @@ def test_steps_per_epoch_drop_the_incomplete_batch(index: Index) -> None:
 
 
 def test_flip_and_crop_scale(index: Index) -> None:
-    """Whole images, never or always flipped, against the files themselves."""
+    """Whole images, never or always flipped, are compared with the files themselves."""
     plain, flipped = (
         next(loader(index, augmentations=[Augmentation(scale=(1.0, 1.0), flip=flip)], size=(50, 50)).batches(0, 1))[0]
         for flip in (0.0, 1.0)
@@ -156,10 +156,10 @@ def test_flip_and_crop_scale(index: Index) -> None:
         file = Image.open(io.BytesIO(jpeg(sample, 40 + sample, 90 - sample)))
         whole = np.asarray(file.resize((50, 50), Image.Resampling.BICUBIC)).astype(int)
         close += int(abs(image - whole).max() <= 1)
-    assert close >= 5  # the images whose shape is allowed for a crop
+    assert close >= 5  # images whose aspect ratio is allowed for a crop
 
 
-def test_a_second_view_changes_nothing_and_differs_in_color_and_position(index: Index) -> None:
+def test_second_view_differs_and_leaves_the_first_unchanged(index: Index) -> None:
     first = Augmentation(crop="simple")
     second = Augmentation(crop="simple", color_jitter=0.8, three_augment=True)
     alone = stream(index, 0, 2, augmentations=[first])
@@ -170,7 +170,7 @@ def test_a_second_view_changes_nothing_and_differs_in_color_and_position(index: 
     assert (images[:, 0] != images[:, 1]).flatten(1).any(1).float().mean() > 0.9
 
 
-def test_the_global_generator_is_not_used(index: Index) -> None:
+def test_global_generator_is_not_used(index: Index) -> None:
     before = torch.get_rng_state()
     list(loader(index, num_workers=1).batches(0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -200,7 +200,7 @@ def test_bad_images_are_replaced_and_reported(bad_shards: Path) -> None:
     assert_same(stream(index, 0, 3, world=2, batch=20, num_workers=1), stream(index, 0, 3, batch=20))
 
 
-def test_nothing_but_bad_images(tmp_path: Path) -> None:
+def test_only_bad_images_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "bad.tar", [(f"img{sample:03d}.jpg", b"bad") for sample in range(120)])
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"the 100 after it cannot be decoded .*data.verify SHARDS --decode"):
@@ -208,7 +208,7 @@ def test_nothing_but_bad_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_changed_shard_stops_the_run_with_one_clear_error(shards: Path, index: Index, workers: int) -> None:
+def test_changed_shard_is_a_clear_error(shards: Path, index: Index, workers: int) -> None:
     path = shards / index.shards[0]
     path.write_bytes(path.read_bytes()[512:] + b"\0" * 512)
     with pytest.raises(ValueError, match=r"train-000000.tar: the index does not match") as caught:
@@ -226,7 +226,7 @@ def test_a_changed_shard_stops_the_run_with_one_clear_error(shards: Path, index:
         ({"num_workers": -1}, "num_workers"),
     ],
 )
-def test_settings_that_cannot_work(index: Index, settings: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_rejected(index: Index, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loader(index, **settings)
 
@@ -247,9 +247,9 @@ def test_killed_worker_is_an_error_not_a_hang(index: Index) -> None:
 
 
 def test_signals_to_the_whole_job_do_not_affect_workers(index: Index) -> None:
-    """As sent by a scheduler; here to the workers only."""
+    """As sent by a scheduler, but here only to the workers."""
     steps = loader(index, num_workers=2).batches(0, 8)
-    ours = [next(steps), next(steps)]  # one from each: both workers have started
+    ours = [next(steps), next(steps)]  # one from each worker, so both have started
     for worker in multiprocessing.active_children():
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             os.kill(worker.pid or 0, number)
@@ -257,7 +257,7 @@ def test_signals_to_the_whole_job_do_not_affect_workers(index: Index) -> None:
     assert_same(ours, stream(index, 0, 8))
 
 
-def test_leaving_early_ends_the_workers(index: Index) -> None:
+def test_closing_early_stops_the_workers(index: Index) -> None:
     steps = loader(index, num_workers=2).batches(0, 100)
     next(steps)
     workers = multiprocessing.active_children()
@@ -266,8 +266,8 @@ def test_leaving_early_ends_the_workers(index: Index) -> None:
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_a_crash_with_workers_still_running_ends(shards: Path, index: Index) -> None:
-    """Python joins its children at exit; ours ignore SIGTERM."""
+def test_crash_with_running_workers_exits(shards: Path, index: Index) -> None:
+    """Python joins its children at exit, and the workers ignore SIGTERM."""
     program = (
         "import sys; from data.index import load_index; from data.loader import Loader\n"
         "steps = Loader(load_index(sys.argv[1]), size=(8, 8), batch=4, seed=0, num_workers=2).batches(0, 10**6)\n"

@@ -19,7 +19,7 @@ SIZE = (8, 8)
 
 
 def write(folder: Path, labels: list[object], suffix: str = "json", name: str = "a.tar", classes: str = "") -> Index:
-    """The index of shards of which each sample has such a member; None is none."""
+    """Writes a shard whose samples have these labels as members, or no member for None; returns the index."""
     members = []
     for number, label in enumerate(labels):
         members.append((f"{number}.jpg", jpeg(number)))
@@ -32,7 +32,7 @@ def write(folder: Path, labels: list[object], suffix: str = "json", name: str = 
     return load_index(folder)
 
 
-def test_one_label_in_json(tmp_path: Path) -> None:
+def test_single_labels_in_json(tmp_path: Path) -> None:
     labels = [
         {"label": 3},
         {"caption": "a label"},
@@ -47,13 +47,13 @@ def test_one_label_in_json(tmp_path: Path) -> None:
     assert (index.multi_labels, index.label_problem) == (None, "")
 
 
-def test_names_are_numbered_by_the_list_of_classes(tmp_path: Path) -> None:
+def test_class_names_are_numbered_by_classes_txt(tmp_path: Path) -> None:
     index = write(tmp_path, ["cat", "dog\n", 1, "", "-1"], "cls", classes="\ufeffdog\r\ncat\r\n\r\n")
     assert index.classes == ("dog", "cat")
     assert index.label.tolist() == [1, 0, 1, -1, -1]
 
 
-def test_a_name_without_a_list_is_quoted_where_labels_are_needed(tmp_path: Path) -> None:
+def test_unknown_class_name_is_reported_only_when_labels_are_needed(tmp_path: Path) -> None:
     index = write(tmp_path, ["tabby cat", "dog"], "cls")
     assert len(index) == 2  # pretraining needs no labels
     with pytest.raises(ValueError, match=r"sample '0': its label is 'tabby cat', and there is no classes\.txt"):
@@ -81,7 +81,7 @@ def test_a_name_without_a_list_is_quoted_where_labels_are_needed(tmp_path: Path)
         ({"label": 1, "labels": [1]}, "both 'label' and 'labels'"),
     ],
 )
-def test_labels_that_mean_nothing_are_quoted(tmp_path: Path, label: dict[str, object], quoted: str) -> None:
+def test_invalid_labels_are_quoted(tmp_path: Path, label: dict[str, object], quoted: str) -> None:
     index = write(tmp_path, [label], classes="dog\ncat\n")
     with pytest.raises(ValueError, match=rf"a\.tar: sample '0': .*{quoted}"):
         check_labels(index)
@@ -104,7 +104,7 @@ def test_lists_of_labels(tmp_path: Path) -> None:
         check_labels(built, 5, "head.num_classes")
 
 
-def test_the_fingerprint_and_verify_notice_other_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fingerprint_and_verify_detect_changed_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = write(tmp_path, [{"labels": [0, 5]}, {"labels": [1]}])
     index_file = (tmp_path / "index.npz").read_bytes()
     (tmp_path / "index.npz").unlink()
@@ -118,13 +118,13 @@ def test_the_fingerprint_and_verify_notice_other_lists(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("other", [None, {"label": 3}])
-def test_a_set_is_all_lists_or_none(tmp_path: Path, other: dict[str, int] | None) -> None:
+def test_samples_with_and_without_lists_cannot_be_mixed(tmp_path: Path, other: dict[str, int] | None) -> None:
     index = write(tmp_path, [{"labels": [0, 5]}, other, other])
     with pytest.raises(ValueError, match=r"1 samples, such as '0', have a list of labels, and 2, such as '1', have "):
         check_labels(index)
 
 
-def test_loaders_give_rows_of_classes(tmp_path: Path) -> None:
+def test_loaders_return_multi_hot_rows(tmp_path: Path) -> None:
     index = write(tmp_path, [{"labels": [number % 3, 3]} for number in range(4)])
     with pytest.raises(ValueError, match="lists of labels, but this needs one label per sample"):
         Loader(index, size=SIZE, batch=4, seed=0, labels=True)
@@ -139,14 +139,14 @@ def test_loaders_give_rows_of_classes(tmp_path: Path) -> None:
     assert single.labels.tolist() == [-1] * 5
 
 
-def test_a_loader_of_single_labels_gives_numbers_whatever_num_classes_is(tmp_path: Path) -> None:
+def test_single_labels_stay_numbers_whatever_num_classes_is(tmp_path: Path) -> None:
     index = write(tmp_path, [1, 0, 2, 2], "cls")
     ((batch,),) = Loader(index, size=SIZE, batch=4, seed=0, labels=True, num_classes=5).batches(0, 1)
     assert batch.labels is not None
     assert batch.labels.tolist() == index.label[batch.samples.numpy()].tolist()
 
 
-def test_parts_and_joined_parts_are_the_whole() -> None:
+def test_joined_parts_equal_the_whole() -> None:
     whole = MultiLabels.of([(1, 2), (), (3,), (), (4, 5, 6)])
     for cut in range(6):
         joined = MultiLabels.join([whole.part(0, cut), whole.part(cut, 5)])
@@ -154,11 +154,11 @@ def test_parts_and_joined_parts_are_the_whole() -> None:
         assert np.array_equal(joined.ends, whole.ends)
 
 
-def test_an_index_of_an_earlier_version_is_built_again(tmp_path: Path) -> None:
+def test_index_of_an_earlier_version_is_rebuilt(tmp_path: Path) -> None:
     index = write(tmp_path, [{"label": 1}])
     with np.load(tmp_path / "index.npz") as stored:
         fields = dict(stored)
-    expected = index.label.tolist()  # before the file that it is mapped from is overwritten
+    expected = index.label.tolist()  # read before its memory-mapped file is overwritten
     del fields["label_problem"]
     np.savez(tmp_path / "index.npz", **{**fields, "format": np.array(1), "label": np.array([-1], np.int32)})
     assert load_index(tmp_path).label.tolist() == expected == [1]

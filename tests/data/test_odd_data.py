@@ -1,4 +1,4 @@
-"""Some six hundred malformed or odd files: packing, verifying and training find the same of each."""
+"""About six hundred malformed or unusual files: packing, verifying and training agree on each of them."""
 
 import re
 import signal
@@ -20,24 +20,24 @@ from data.sources import list_source
 SECONDS = 20
 IMAGES = {image.name: image for image in odd_images()}
 TARS = {tar.name: tar for tar in odd_tars()}
-Refused = dict[str, tuple[str, str]]  # key -> kind and reason
+Rejections = dict[str, tuple[str, str]]  # key -> kind and reason
 
 
 @pytest.fixture(autouse=True)
-def soon(no_hang: None) -> None:
-    """Sooner than other tests: each of these reads one small file."""
+def short_time_limit(no_hang: None) -> None:
+    """A shorter limit than for other tests: each of these reads one small file."""
     signal.alarm(SECONDS)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all tests: to make and to delete a folder for each takes longer than they do."""
+    """One folder for all tests: creating and deleting one for each takes longer than the tests."""
     return tmp_path_factory.mktemp("odd")
 
 
 @pytest.fixture
 def folder(root: Path) -> Iterator[Path]:
-    """An empty one; fails if something was written beside it."""
+    """An empty folder; fails the test if anything was written outside it."""
     inside = root / "a" / "b" / "c" / "d" / "inside"
     inside.mkdir(parents=True, exist_ok=True)
     yield inside
@@ -47,8 +47,8 @@ def folder(root: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Refused]:
-    """All images as `pack` takes them, and why it does not."""
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Rejections]:
+    """The index of all images that `pack` accepts, and its reasons for rejecting the others."""
     folder = tmp_path_factory.mktemp("packed")
     (folder / "photos").mkdir()
     for image in IMAGES.values():
@@ -59,13 +59,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Refused]:
 
 
 def verified(shards: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
-    """The exit code of `verify`, and what it says is wrong."""
+    """Runs `verify`; returns its exit code and its stderr."""
     capsys.readouterr()
     return verify.main([str(shards), "--num-workers", "1", *options]), capsys.readouterr().err
 
 
-def trained(index: Index) -> Refused:
-    """What the training's loader skips in an epoch, with small crops and smaller ones, for which JPEGs are reduced."""
+def trained(index: Index) -> Rejections:
+    """Returns what the training loader skips in one epoch, at two crop sizes (the smaller decodes reduced JPEGs)."""
     found = []
     for size in (48, 8):
         loader = Loader(index, size=(size, size), batch=len(index), seed=0)
@@ -77,8 +77,8 @@ def trained(index: Index) -> Refused:
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_all_find_the_same_of_an_image(
-    name: str, packed: tuple[Index, Refused], folder: Path, capsys: pytest.CaptureFixture[str]
+def test_pack_verify_and_training_agree_on_an_image(
+    name: str, packed: tuple[Index, Rejections], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, key = IMAGES[name], Path(name).stem
     kind, reason = packed[1].get(key, (READ, ""))
@@ -92,7 +92,7 @@ def test_all_find_the_same_of_an_image(
     assert (code, f"'{key}' at byte" in wrong) == ((1, True) if kind == EMPTY else (0, False))
 
 
-def test_what_is_packed_is_read(packed: tuple[Index, Refused], capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_images_are_all_readable(packed: tuple[Index, Rejections], capsys: pytest.CaptureFixture[str]) -> None:
     index, rejected = packed
     keys = {Path(name).stem for name in IMAGES}
     assert (set(index.keys), len(index)) == (keys - rejected.keys(), len(keys) - len(rejected))
@@ -101,7 +101,7 @@ def test_what_is_packed_is_read(packed: tuple[Index, Refused], capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_all_find_the_same_of_a_tar(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_verify_and_training_agree_on_a_tar(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar = TARS[name]
     (folder / name).write_bytes(tar.data)
     if tar.refused:
@@ -123,7 +123,7 @@ def test_all_find_the_same_of_a_tar(name: str, folder: Path, capsys: pytest.Capt
         assert (code, wrong.count("wrong: ")) == (bool(skipped), len(skipped)), wrong
 
 
-def test_there_are_enough_and_they_are_the_same_every_time() -> None:
+def test_odd_files_are_numerous_and_reproducible() -> None:
     assert len(IMAGES) >= 400
     assert len(TARS) >= 170
     assert {image.name: image for image in odd_images()} == IMAGES

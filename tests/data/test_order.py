@@ -8,7 +8,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     return EpochOrder(num_samples, seed, epoch).samples(0, num_samples)
 
 
-def test_an_epoch_is_a_complete_permutation() -> None:
+def test_epoch_is_a_complete_permutation() -> None:
     order = epoch_order(1000, seed=3, epoch=7)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(1000))
@@ -35,8 +35,8 @@ def test_shuffle_is_uniform() -> None:
 
 
 @pytest.mark.parametrize("part", [100, 999, 1500, 2999, 3000])
-def test_the_order_does_not_depend_on_the_parts_that_are_in_memory(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor on the words drawn at once; and it is that of a sort of all words, as in every release."""
+def test_order_does_not_depend_on_the_part_size(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on the chunk size: it is always a stable sort of all words, as in every release."""
     monkeypatch.setattr("data.order._CHUNK", 700)
     words = np.random.PCG64(np.random.SeedSequence([3, 7])).random_raw(3000)
     expected = np.argsort(words, kind="stable")
@@ -47,7 +47,7 @@ def test_the_order_does_not_depend_on_the_parts_that_are_in_memory(part: int, mo
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_ranks_are_disjoint_and_together_the_batch(world: int, accumulation: int) -> None:
+def test_ranks_partition_the_batch(world: int, accumulation: int) -> None:
     batch = epoch_order(24, seed=0, epoch=0)
     parts = [micro_batches(batch, accumulation, rank, world) for rank in range(world)]
     assert all(part.shape == (accumulation, 24 // world // accumulation) for part in parts)
@@ -60,12 +60,12 @@ def test_last_incomplete_batch_is_dropped() -> None:
     assert steps_per_epoch(71, 24) == 2
 
 
-def test_fewer_samples_than_a_batch() -> None:
+def test_fewer_samples_than_a_batch_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"23 samples are fewer .* 24: lower train.global_batch_size to at most 23"):
         steps_per_epoch(23, 24)
 
 
-def test_batch_that_ranks_and_accumulation_do_not_divide() -> None:
+def test_indivisible_batch_error_names_the_nearest_sizes() -> None:
     check_divisible(24, 4, 2)
     factors, nearest = r"4 ranks x train\.gradient_accumulation_steps=2", r"set train\.global_batch_size to 16 or 24"
     with pytest.raises(ValueError, match=rf"train\.global_batch_size=20 .* {factors}: {nearest}"):

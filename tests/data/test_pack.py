@@ -93,7 +93,9 @@ def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_rejected_or_skipped(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "shards"
     (classes / "cat" / "img.1 x.JPEG").write_bytes(jpeg(0, 300, 200)[:2000])
     (classes / "tench" / "img.5 x.JPEG").write_bytes(b"<html>")
@@ -116,7 +118,7 @@ def test_unreadable_images(classes: Path, tmp_path: Path, capsys: pytest.Capture
     ]
 
 
-def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
+def test_only_unreadable_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     assert main([str(tmp_path), str(tmp_path / "out"), "--bad", "skip", "--num-workers", "1"]) == 1
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -139,8 +141,8 @@ def test_packing_again(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "already holds other shards" in capsys.readouterr().err
 
 
-def test_killed_and_started_again(tmp_path: Path) -> None:
-    """kill -9 while shards are written: nothing published, no process left; then the same bytes as without."""
+def test_packing_resumes_after_a_kill(tmp_path: Path) -> None:
+    """kill -9 while writing shards publishes nothing and leaves no process; a rerun gives identical shards."""
     images = tmp_path / "images"
     images.mkdir()
     for number in range(60):
@@ -171,12 +173,14 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     assert len(load_index(out)) == 60
 
 
-def test_killed_while_publishing(classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_resumes_after_an_interrupt_while_publishing(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     command = [str(classes), str(out), "--samples-per-shard", "8", "--num-workers", "1"]
     replace, published = os.replace, []
 
-    def killed(source: Path, target: Path) -> None:
+    def interrupted(source: Path, target: Path) -> None:
         if Path(target).parent == out:
             published.append(target)
             if len(published) == 2:
@@ -184,16 +188,18 @@ def test_killed_while_publishing(classes: Path, tmp_path: Path, monkeypatch: pyt
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module.os, "replace", killed)
+        patch.setattr(pack_module.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main(command)
     assert len(list(out.glob("*.tar"))) == 1
-    assert len(load_index(out)) == 8  # indexed too early
+    assert len(load_index(out)) == 8  # indexed before packing finished
     assert main(command) == 0
     assert len(load_index(out)) == 21
 
 
-def test_two_packers_in_one_folder(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_packer_in_the_same_folder_is_rejected(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with pack_module._plan(out, {}):
@@ -201,18 +207,18 @@ def test_two_packers_in_one_folder(classes: Path, tmp_path: Path, capsys: pytest
     assert "another process is packing" in capsys.readouterr().err
 
 
-def test_photographs_are_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only those whose short side is longer; all else keeps its bytes. The index and `verify` know of it."""
+def test_short_side_shrinks_large_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images with a longer short side are shrunk, others keep their bytes; the index and `verify` report it."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    turned = Image.Exif()
-    turned[0x0112] = 6  # shown by a quarter turn to the right
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # to be shown rotated by 90 degrees clockwise
     large, small = smooth_image(0, 300, 200), jpeg(1, 96, 300)
     profile = {"icc_profile": bytes(3000), "comment": b"made by a camera"}
-    (photos / "a.jpg").write_bytes(encode(large, "JPEG", quality=95, exif=turned, **profile))
+    (photos / "a.jpg").write_bytes(encode(large, "JPEG", quality=95, exif=rotated, **profile))
     (photos / "b.png").write_bytes(encode(large, "PNG"))
     (photos / "c.jpg").write_bytes(small)
-    (photos / "d.tif").write_bytes(encode(large, "TIFF", exif=turned))
+    (photos / "d.tif").write_bytes(encode(large, "TIFF", exif=rotated))
     (photos / "e.png").write_bytes(encode(Image.new("RGBA", (97, 300), (90, 60, 30, 0)), "PNG"))
     command = [str(photos), str(out), "--num-workers", "1"]
     shrunk = [*command, "--short-side", "96"]
@@ -227,8 +233,8 @@ def test_photographs_are_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main(wrong) == 1
         assert message in capsys.readouterr().err
     assert main([*shrunk, "--quality", "95"]) == 0
-    assert "4 of 5 images were shrunk, the others packed unchanged" in (said := capsys.readouterr().err)
-    assert "EXIF orientation" not in said
+    assert "4 of 5 images were shrunk, the others packed unchanged" in (stderr := capsys.readouterr().err)
+    assert "EXIF orientation" not in stderr
     index = load_index(out)
     reader = ShardReader(index)
     files = {key: reader.read(sample) for sample, key in enumerate(index.keys)}
@@ -258,9 +264,7 @@ def test_photographs_are_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert load_index(tmp_path / "unchanged").shrunk == ""
 
 
-def test_shards_that_need_less_room_than_their_files_are_not_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_space_check_uses_the_size_after_shrinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(0, 300, 200))
@@ -270,7 +274,7 @@ def test_shards_that_need_less_room_than_their_files_are_not_refused(
 
 
 @pytest.mark.parametrize("shrink", [[], ["--short-side", "96"]])
-def test_a_photograph_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shrink: list[str]) -> None:
+def test_photograph_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shrink: list[str]) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(0, 300, 200))
     decoders, get = [], Image._getdecoder

@@ -1,4 +1,4 @@
-"""What packing says: of classes, of pictures that lose their values, of folders and disks that do not fit."""
+"""Messages of `data.pack`: classes, images that would lose values, unsuitable folders and full disks."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def pack(*arguments: object) -> int:
     return main([*map(str, arguments), "--num-workers", "1"])
 
 
-def test_classes_are_shown_with_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_are_printed_with_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, name in enumerate(("ant", "bee", "cow")):
         for image in range(number + 1):
             write(tmp_path / "in" / name / f"{image}.jpg")
@@ -57,8 +57,8 @@ def test_classes_are_shown_with_counts(tmp_path: Path, capsys: pytest.CaptureFix
     assert output.splitlines()[-1].split() == ["29", "1", "class29"]
 
 
-def test_a_class_without_a_readable_image_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its number goes to the next one, in every shard, whether or not an earlier run was refused."""
+def test_folder_without_a_readable_image_is_not_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next class gets its number in every shard, even after an earlier run that failed."""
     for name in ("ant", "cow"):
         for number in range(3):
             write(tmp_path / "in" / name / f"{number}.jpg")
@@ -82,18 +82,18 @@ def test_a_class_without_a_readable_image_is_none(tmp_path: Path, capsys: pytest
     assert index.label.tolist() == [0, 0, 0, 2, 2]
 
 
-def test_names_that_are_no_utf_8_in_any_locale(tmp_path: Path) -> None:
-    """A folder and a damaged file in Latin-1, on a terminal that shows ASCII alone."""
+def test_names_that_are_not_utf_8_work_in_an_ascii_locale(tmp_path: Path) -> None:
+    """A folder and a damaged file with Latin-1 names."""
     folder = os.fsencode(tmp_path) + b"/in/na\xefve"
     os.makedirs(folder)
     for name, data in ((b"na\xefve.jpg", jpeg(0)), (b"\xfc.jpg", b"x"), ("é.jpg".encode(), jpeg(1))):
         with open(folder + b"/" + name, "wb") as file:
             file.write(data)
     write(tmp_path / "in" / "thé" / "x.jpg")
-    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
 
     def run(*command: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, **ascii_alone}
+        environment = {**os.environ, **ascii_only}
         return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
     result = run("-m", "data.pack", tmp_path / "in", tmp_path / "out", "--bad", "skip")
@@ -114,10 +114,10 @@ def test_names_that_are_no_utf_8_in_any_locale(tmp_path: Path) -> None:
     assert result.stdout == f"{sum(path.stat().st_size for path in (tmp_path / 'in').glob('*/*'))}\n", result.stderr
 
 
-def test_class_lists_of_others_are_read_as_ours(tmp_path: Path) -> None:
+def test_class_lists_from_other_tools_are_read(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("x.jpg", jpeg(0)), ("x.cls", b"1")])
     (tmp_path / "classes.txt").write_bytes("\ufeffthé\r\n".encode() + b"na\xefve\r\n")
-    for index in (load_index(tmp_path), load_index(tmp_path)):  # as scanned, as stored
+    for index in (load_index(tmp_path), load_index(tmp_path)):  # first scanned, then read from the index file
         assert index.classes == ("thé", r"na\xefve")
 
 
@@ -125,7 +125,7 @@ def gray(largest: int) -> bytes:
     return encode(Image.fromarray(np.linspace(0, largest, 64 * 64).astype(np.uint16).reshape(64, 64)), "PNG")
 
 
-def test_pictures_of_16_bits_that_use_few_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_16_bit_images_that_use_fewer_bits_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, largest in (("a", 4095), ("b", 1000), ("c", 65535)):
         write(tmp_path / "in" / f"{name}.png", gray(largest))
     write(tmp_path / "in" / "d.jpg")
@@ -143,12 +143,12 @@ def test_pictures_of_16_bits_that_use_few_of_them(tmp_path: Path, capsys: pytest
     reader = ShardReader(index)
     brightest = [int(decode(reader.read(sample), lambda w, h: (0, 0, w, h), (64, 64)).max()) for sample in (0, 1)]
     assert brightest == [255, round(1000 / 4095 * 255)]
-    assert reader.read(2) == jpeg(0)  # the bytes of all others are unchanged
+    assert reader.read(2) == jpeg(0)  # all other files are packed unchanged
     assert pack(tmp_path / "in", tmp_path / "x", "--bits", 17) == 1
     assert "--bits 17 must be from 1 to 16" in capsys.readouterr().err
 
 
-def test_colors_of_16_bits_and_transparent_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_16_bit_colors_and_transparent_pixels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "in" / "a.png", png_16(ramp_16(3, 4095)))
     write(tmp_path / "in" / "b.png", encode(Image.new("RGBA", (64, 64), (9, 9, 9, 254)), "PNG"))
     write(tmp_path / "in" / "c.jpg")
@@ -165,8 +165,8 @@ def test_colors_of_16_bits_and_transparent_pixels(tmp_path: Path, capsys: pytest
     assert abs(pixels - ramp_16(3, 4095) / 4095 * 255).max() <= 0.51
 
 
-def test_values_of_16_bits_with_an_offset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """CT's, from 32768 on: in 8 bits all of them are one shade or two."""
+def test_16_bit_values_in_a_narrow_range_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Like CT values stored with an offset of 32768: in 8 bits only one or two shades would remain."""
     values = np.linspace(32768, 33100, 64 * 64).astype(np.uint16).reshape(64, 64)
     write(tmp_path / "in" / "ct.png", encode(Image.fromarray(values), "PNG"))
     write(tmp_path / "in" / "full.png", gray(65535))
@@ -174,7 +174,7 @@ def test_values_of_16_bits_with_an_offset(tmp_path: Path, capsys: pytest.Capture
     assert "note: 1 16-bit gray images have all their values within a sixteenth" in capsys.readouterr().err
 
 
-def test_full_range_is_not_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_16_bit_image_of_full_range_is_not_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "in" / "c.png", gray(65535))
     assert pack(tmp_path / "in", tmp_path / "out") == 0
     assert capsys.readouterr().err == ""
@@ -184,7 +184,7 @@ FORMATS = {"tif": "TIFF", "BMP": "BMP", "gif": "GIF", "jp2": "JPEG2000", "webp":
 
 
 def test_every_format_is_packed_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In place, packed, and from shards of others, whose suffixes may be in capitals."""
+    """In place, packed, and from other tools' shards, with upper-case suffixes."""
     files = {f"{i}.{suffix}": encode(smooth_image(i, 60, 50), kind) for i, (suffix, kind) in enumerate(FORMATS.items())}
     for name, data in files.items():
         write(tmp_path / "in" / name, data)
@@ -208,10 +208,10 @@ def test_every_format_is_packed_and_read(tmp_path: Path, capsys: pytest.CaptureF
     assert "EXIF" not in error
 
 
-def test_turned_photographs_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    write(tmp_path / "in" / "a.jpg", encode(smooth_image(0, 60, 50), "JPEG", exif=turned))
+def test_rotated_photographs_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rotation = Image.Exif()
+    rotation[0x0112] = 6
+    write(tmp_path / "in" / "a.jpg", encode(smooth_image(0, 60, 50), "JPEG", exif=rotation))
     write(tmp_path / "in" / "b.jpg")
     assert pack(tmp_path / "in", tmp_path / "out") == 0
     assert (
@@ -220,7 +220,7 @@ def test_turned_photographs_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
-def test_out_within_the_folder_that_is_packed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsuitable_output_folders_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "in" / "a.jpg")
     for out in (tmp_path / "in", tmp_path / "in" / "shards", tmp_path / "x" / ".." / "in" / "shards"):
         assert pack(tmp_path / "in", out) == 1
@@ -231,8 +231,8 @@ def test_out_within_the_folder_that_is_packed(tmp_path: Path, capsys: pytest.Cap
     assert "file is a file: give a folder" in capsys.readouterr().err
 
 
-def test_numbered_labels_without_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A table of what is there, whatever the largest number."""
+def test_table_of_numbered_labels_without_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table has only the labels that occur, however large the largest is."""
     for name in "abcd":
         write(tmp_path / f"{name}.jpg")
     (tmp_path / "list.txt").write_text("a.jpg\t2000000000\nb.jpg\t7\nc.jpg\t7\nd.jpg\n")
@@ -242,7 +242,7 @@ def test_numbered_labels_without_names(tmp_path: Path, capsys: pytest.CaptureFix
     assert [row.split() for row in rows] == [["7", "2"], ["2000000000", "1"]]
 
 
-def test_a_disk_without_room(
+def test_full_disk_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "in" / "a.jpg")

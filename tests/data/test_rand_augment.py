@@ -1,4 +1,4 @@
-"""RandAugment is timm's, as a function of a sample's generator alone; labels belong to the images shown."""
+"""RandAugment equals timm's but depends on the sample's generator alone; labels belong to the images shown."""
 
 import io
 import random
@@ -21,8 +21,8 @@ from data.transforms import Augmentation, flip_decision
 POLICY = "rand-m9-mstd0.5-inc1"
 
 
-def test_it_equals_timms_own_pipeline():
-    """Also at the magnitude where timm asks Pillow for no bits at all; see `augment._posterize`."""
+def test_rand_augment_equals_timms_pipeline():
+    """Images for which Pillow rejects timm's own call must not raise here; see `augment._posterize`."""
     pipeline = transforms_imagenet_train(64, auto_augment=POLICY, interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN)
     (theirs,) = (step for step in pipeline.transforms if type(step).__name__ == "RandAugment")
     pixels, changed, compared = np.asarray(smooth_image(0, 64, 64)), 0, 0
@@ -31,7 +31,7 @@ def test_it_equals_timms_own_pipeline():
         random.seed(seed)
         np.random.seed(seed)
         ours = rand_augment(np.random.default_rng(sample), pixels, POLICY)
-        with suppress(ValueError):  # where Pillow refuses timm's own call
+        with suppress(ValueError):  # Pillow may reject timm's own call
             np.testing.assert_array_equal(ours, np.asarray(theirs(Image.fromarray(pixels))))
             compared += 1
         changed += bool((ours != pixels).any())
@@ -52,7 +52,7 @@ def test_global_random_state_is_neither_changed_nor_used():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, workers: int):
+def test_loader_augments_crops_with_the_samples_generator(index: Index, workers: int):
     plain = Loader(index, size=(32, 32), batch=8, seed=5)
     augmented = Loader(
         index, size=(32, 32), batch=8, seed=5, augmentations=(Augmentation(rand_augment=POLICY),), num_workers=workers
@@ -71,12 +71,12 @@ def test_the_loader_augments_the_crop_by_the_samples_generator(index: Index, wor
 
 
 @pytest.mark.parametrize("policy", ["rand-q9", "rand", "rand-m", "auto", "rand-m9-", "rand-m9-mstd0.5-foo"])
-def test_a_policy_that_timm_would_ignore_or_assert_on_is_refused(policy: str):
+def test_policy_that_timm_would_ignore_or_assert_on_is_rejected(policy: str):
     with pytest.raises(ValueError, match="not in timm's notation"):
         Augmentation(rand_augment=policy)
 
 
-def test_labels_are_those_of_the_images_shown_even_of_replacements(tmp_path: Path):
+def test_labels_belong_to_the_images_shown_even_for_replacements(tmp_path: Path):
     members = []
     for sample in range(40):
         data = b"no image" if sample % 5 == 0 else jpeg(sample)

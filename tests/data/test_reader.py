@@ -18,8 +18,8 @@ from data.reader import ShardReader
 from data.sources import list_source
 
 
-def test_other_bytes_of_the_same_size_stop_the_run(shards: Path, index: Index) -> None:
-    """The shard was written again with its samples in another order: sizes agree, offsets do not."""
+def test_rewritten_shard_of_the_same_size_raises(shards: Path, index: Index) -> None:
+    """The content of the shard moved by 512 bytes: its size still matches the index, its offsets do not."""
     path = shards / index.shards[1]
     size = path.stat().st_size
     moved = path.read_bytes()[512:] + b"\0" * 512
@@ -29,8 +29,8 @@ def test_other_bytes_of_the_same_size_stop_the_run(shards: Path, index: Index) -
         ShardReader(index).read(30)
 
 
-def test_a_bit_of_an_image_that_has_flipped_stops_the_run(shards: Path, index: Index) -> None:
-    """As soon as the image is read; an index of tar headers alone, as is made on first use, cannot tell."""
+def test_flipped_bit_in_an_image_raises(shards: Path, index: Index) -> None:
+    """When the image is read, if the index has checksums; one made on first use has none and cannot detect it."""
     flip(shards / index.shards[1], int(index.offset[30]) + 300)
     ShardReader(index).read(30)
     flip(shards / index.shards[1], int(index.offset[30]) + 300)
@@ -45,7 +45,7 @@ def test_a_bit_of_an_image_that_has_flipped_stops_the_run(shards: Path, index: I
     reader.read(31)
 
 
-def test_shard_cut_or_gone_after_the_start(shards: Path, index: Index) -> None:
+def test_shard_truncated_or_deleted_after_indexing_raises(shards: Path, index: Index) -> None:
     os.truncate(shards / index.shards[1], 1000)
     with pytest.raises(ValueError, match="does not match"):
         ShardReader(index).read(40)
@@ -54,7 +54,7 @@ def test_shard_cut_or_gone_after_the_start(shards: Path, index: Index) -> None:
         ShardReader(index).read(50)
 
 
-def test_few_descriptors_are_open_at_once(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_open_shards_is_limited(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.reader, "MAX_OPEN_SHARDS", 2)
     reader = ShardReader(index)
     before = len(os.listdir("/proc/self/fd"))
@@ -96,8 +96,8 @@ def test_transient_errors_are_retried(index: Index, monkeypatch: pytest.MonkeyPa
     assert not failures
 
 
-def test_a_gigabyte_is_no_image_and_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of zeros that take no room on the disk; in a tar and as a file, in training and before."""
+def test_file_over_a_gigabyte_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sparse file of zeros, in a tar and on its own; the readers, `verify` and `pack` all reject it."""
     size = MAX_BYTES + 512
     member = tarfile.TarInfo("a.jpg")
     member.size = size

@@ -10,7 +10,7 @@ from data.reader import ShardReader
 from data.samples import main
 
 
-def test_photographs_become_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_photographs_are_packed_into_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
     assert main([str(tmp_path)]) == 0
@@ -28,7 +28,9 @@ def test_photographs_become_shards(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_packages_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(samples, "find_spec", lambda name: None)
     assert main([str(tmp_path)]) == 1
     assert 'pip install -e ".[samples]"' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Folders of images: which files are packed, which folders are classes, and what is said about the others."""
+"""Image folders: which files are packed, which folders are classes, and what is reported about the others."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from data.sources import list_source, make_key
 
 
 def touch(root: Path, *names: str | bytes) -> Path:
-    """Files at these paths; nothing here looks into them."""
+    """Creates files at these paths; their contents are never read."""
     for name in names:
         path = os.path.join(os.fsencode(root), os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -28,19 +28,19 @@ def labels(source: sources.Source) -> dict[str, int]:
 
 def test_keys_are_safe_and_collisions_name_both_files(tmp_path: Path) -> None:
     assert make_key("a b/c.d é.JPEG") == "a_b/c_d_é"
-    assert make_key("__x__/y.jpg") == "_x__/y"  # WebDataset skips what begins with __x__
+    assert make_key("__x__/y.jpg") == "_x__/y"  # WebDataset skips names that begin like __x__
     assert make_key(".hidden.jpg") == "_hidden"
     with pytest.raises(ValueError, match=r"'a.b.jpg' and 'a_b.png' would both get the key 'a_b'"):
         list_source(touch(tmp_path, "a.b.jpg", "a_b.png"))
 
 
-def test_a_circle_of_links_ends(tmp_path: Path) -> None:
+def test_cycle_of_symlinks_ends(tmp_path: Path) -> None:
     touch(tmp_path, "cat/a.jpg")
     (tmp_path / "cat" / "again").symlink_to(tmp_path)
     assert [file.name for file in list_source(tmp_path).files] == ["cat/a.jpg"]
 
 
-def test_what_systems_leave_among_images_is_no_image_and_no_class(tmp_path: Path) -> None:
+def test_hidden_and_system_files_are_neither_images_nor_classes(tmp_path: Path) -> None:
     touch(tmp_path, "cat/0.jpg", "dog/0.JPG", "cat/.ipynb_checkpoints/0-checkpoint.jpg", ".ipynb_checkpoints/0.jpg")
     touch(
         tmp_path, "__MACOSX/cat/._0.jpg", "@eaDir/0.jpg", "cat/._0.jpg", "cat/Thumbs.db", "dog/.DS_Store", "dog/README"
@@ -61,11 +61,11 @@ def test_what_systems_leave_among_images_is_no_image_and_no_class(tmp_path: Path
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "jfif", "Png", "webp", "BMP", "tif", "TIFF", "gif", "jp2"])
-def test_images_by_their_suffix(tmp_path: Path, suffix: str) -> None:
+def test_images_are_recognized_by_their_suffix(tmp_path: Path, suffix: str) -> None:
     assert len(list_source(touch(tmp_path, f"a.{suffix}", "b.jpg.bak")).files) == 1
 
 
-def test_folders_that_are_perhaps_no_classes_are_named(tmp_path: Path) -> None:
+def test_doubtful_class_folders_are_reported(tmp_path: Path) -> None:
     touch(tmp_path / "all", "train/cat/0.jpg", "train/dog/1.jpg", "empty/readme.txt")
     empty, nested, only = list_source(tmp_path / "all").remarks
     assert empty.startswith("folders without images are not classes: 'empty'; --classes FILE")
@@ -76,7 +76,7 @@ def test_folders_that_are_perhaps_no_classes_are_named(tmp_path: Path) -> None:
     assert list_source(touch(tmp_path / "usual", "cat/0.jpg", "dog/0.jpg")).remarks == ()
 
 
-def test_images_beside_folders_of_images_leave_all_without_a_label(tmp_path: Path) -> None:
+def test_images_next_to_class_folders_leave_all_unlabeled(tmp_path: Path) -> None:
     source = list_source(touch(tmp_path, "0.jpg", "1.jpg", "cat/2.jpg"))
     assert (source.unsorted, source.classes, set(labels(source).values())) == (2, (), {-1})
     assert list_source(tmp_path, labels=False).unsorted == 0
@@ -111,7 +111,7 @@ def test_given_classes_keep_their_numbers(tmp_path: Path) -> None:
         (b"na\xefve\nthe\nna\xefve\n", r"line 3: 'na\\xefve' is already on line 1"),
     ],
 )
-def test_class_lists_that_are_not_right(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_class_lists_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "c.txt").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         list_source(touch(tmp_path / "in", "cat/0.jpg"), tmp_path / "c.txt")
@@ -119,8 +119,8 @@ def test_class_lists_that_are_not_right(tmp_path: Path, content: bytes, message:
         list_source(tmp_path / "in", tmp_path / "other.txt")
 
 
-def test_names_of_classes_in_other_encodings(tmp_path: Path) -> None:
-    """A folder in Latin-1; a list from Windows; macOS's decomposed accents."""
+def test_class_names_in_other_encodings(tmp_path: Path) -> None:
+    """A Latin-1 folder name, a class list from Windows, and decomposed accents as on macOS."""
     touch(tmp_path / "in", b"na\xefve/x.jpg", unicodedata.normalize("NFD", "thé") + "/x.jpg")
     source = list_source(tmp_path / "in")
     assert source.classes == (r"na\xefve", unicodedata.normalize("NFD", "thé"))
@@ -136,9 +136,7 @@ def test_names_of_classes_in_other_encodings(tmp_path: Path) -> None:
         list_source(touch(tmp_path / "in", "a\nb/x.jpg"))
 
 
-def test_what_cannot_be_read_is_named_before_anything_is_packed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_files_and_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "cat/0.jpg", "cat/1.jpg", "dog/0.jpg")
     (tmp_path / "cat" / "2.jpg").symlink_to(tmp_path / "nowhere.jpg")
     scandir, access = os.scandir, os.access
@@ -148,14 +146,14 @@ def test_what_cannot_be_read_is_named_before_anything_is_packed(
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(sources.os, "scandir", closed)  # root may read everything
+    monkeypatch.setattr(sources.os, "scandir", closed)  # root can read everything
     monkeypatch.setattr(sources.os, "access", lambda path, mode: "1.jpg" not in path and access(path, mode))
     with pytest.raises(ValueError, match=r"files or folders that cannot be read, .*'cat/1.jpg', 'cat/2.jpg', 'dog/'"):
         list_source(tmp_path)
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
-    """Reading it would wait for ever, or never end."""
+def test_special_files_are_not_opened(tmp_path: Path) -> None:
+    """Reading one would block forever or never end."""
     touch(tmp_path, "cat/1.jpg")
     os.mkfifo(tmp_path / "cat" / "2.jpg")
     (tmp_path / "cat" / "3.jpg").symlink_to("/dev/zero")
@@ -179,6 +177,6 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         (".cache/a.jpg", "1 folder .cache"),
     ],
 )
-def test_no_images_but_other_files(tmp_path: Path, name: str, message: str) -> None:
+def test_folder_without_images_reports_what_it_has(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"no images .* in it; found {message}"):
         list_source(touch(tmp_path, name))

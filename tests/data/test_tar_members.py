@@ -1,4 +1,4 @@
-"""Members that are no plain files, what lies behind the end of a tar, and compressed tars."""
+"""Tar members that are not plain files, data after the end of a tar, and compressed tars."""
 
 import gzip
 import io
@@ -18,7 +18,7 @@ from data.verify import main
 
 
 def write_links(path: Path, links: list[tuple[str, bytes, str]], images: int = 2) -> None:
-    """A tar of images and behind them members of other types: (name, type, target)."""
+    """Writes a tar of images followed by members of other types: (name, type, target)."""
     with tarfile.open(path, "w") as tar:
         for number in range(images):
             member = tarfile.TarInfo(f"{number}.jpg")
@@ -48,7 +48,7 @@ def test_hard_links_are_followed_within_the_tar(tmp_path: Path) -> None:
         (b"M", "2 x member of type 'M'", "regular files"),
     ],
 )
-def test_members_of_samples_without_bytes_are_refused_by_kind(
+def test_sample_members_without_data_are_rejected_by_kind(
     tmp_path: Path, kind: bytes, named: str, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_links(tmp_path / "a.tar", [("x.jpg", kind, "../in/0.jpg"), ("y.cls", kind, "../in/y.cls")])
@@ -60,8 +60,8 @@ def test_members_of_samples_without_bytes_are_refused_by_kind(
 
 
 @pytest.mark.parametrize("format", ["gnu", "pax"])
-def test_sparse_members_are_refused(tmp_path: Path, format: str) -> None:
-    """Their bytes are not in the tar as they are: what would be read is something else."""
+def test_sparse_members_are_rejected(tmp_path: Path, format: str) -> None:
+    """The tar does not hold their bytes verbatim, so other bytes would be read."""
     with open(tmp_path / "0.jpg", "wb") as file:
         file.truncate(1 << 20)
         file.seek(1 << 19)
@@ -72,14 +72,14 @@ def test_sparse_members_are_refused(tmp_path: Path, format: str) -> None:
         load_index(tmp_path / "s")
 
 
-def test_a_tar_of_links_alone_says_so(tmp_path: Path) -> None:
+def test_tar_of_links_alone_is_rejected(tmp_path: Path) -> None:
     write_links(tmp_path / "a.tar", [("photos", tarfile.SYMTYPE, "../in")], images=0)
     with pytest.raises(ValueError, match=r"empty shard, .*1 x symbolic link.*`tar -h`"):
         load_index(tmp_path)
 
 
 def test_unused_members_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also hidden files, which macOS writes beside each image: they are no samples."""
+    """Including the hidden files that macOS writes next to each image, which are not samples."""
     names = ["._0.jpg", "0.jpg", "0.txt", "x/.ipynb_checkpoints/0.jpg", "__MACOSX/._0.jpg", "raw", "./1.jpg", "./1.txt"]
     write_tar(tmp_path / "a.tar", [(name, jpeg(0)) for name in names])
     index = load_index(tmp_path)
@@ -90,7 +90,7 @@ def test_unused_members_are_counted_by_kind(tmp_path: Path, capsys: pytest.Captu
     assert f"unused members: {counts}" in capsys.readouterr().out
 
 
-def test_tars_joined_by_cat_are_read_to_the_last_one(tmp_path: Path) -> None:
+def test_concatenated_tars_are_read_to_the_last_one(tmp_path: Path) -> None:
     for name, numbers in (("a", (0, 1)), ("b", (2, 3)), ("c", (4,))):
         write_tar(tmp_path / name, [(f"{number}.jpg", jpeg(number)) for number in numbers])
     (tmp_path / "all.tar").write_bytes(b"".join((tmp_path / name).read_bytes() for name in "abc"))
@@ -99,7 +99,7 @@ def test_tars_joined_by_cat_are_read_to_the_last_one(tmp_path: Path) -> None:
     assert [ShardReader(index).read(number) for number in range(5)] == [jpeg(number) for number in range(5)]
 
 
-def test_something_else_behind_the_end_is_refused(tmp_path: Path) -> None:
+def test_data_after_the_end_is_rejected(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
     with open(tmp_path / "a.tar", "ab") as file:
         file.write(b"\0" * 512 + b"rubbish!" * 64)
@@ -107,8 +107,8 @@ def test_something_else_behind_the_end_is_refused(tmp_path: Path) -> None:
         load_index(tmp_path)
 
 
-def test_a_copy_that_ends_in_zeros_is_refused(tmp_path: Path) -> None:
-    """As a download leaves it that reserves its place first."""
+def test_copy_that_ends_in_zeros_is_rejected(tmp_path: Path) -> None:
+    """As left by an interrupted download that preallocates the file."""
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
     os.truncate(tmp_path / "a.tar", 3 << 20)
     with pytest.raises(ValueError, match=r"\d+ bytes of zeros.* copy the shard again") as caught:
@@ -119,33 +119,33 @@ def test_a_copy_that_ends_in_zeros_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"])
 @pytest.mark.parametrize("beside", [False, True])
-def test_compressed_shards_are_refused_by_name(tmp_path: Path, suffix: str, beside: bool) -> None:
+def test_compressed_shards_are_rejected_by_name(tmp_path: Path, suffix: str, beside: bool) -> None:
     for number in range(3):
         (tmp_path / f"{number}{suffix}").write_bytes(b"compressed")
     if beside:
         write_tar(tmp_path / "3.tar", [("0.jpg", jpeg(0))])
-    refusal = rf"3 of {4 if beside else 3} shards are compressed \(0{suffix}, 1{suffix}, 2{suffix}\).* -d .*0{suffix}`"
+    message = rf"3 of {4 if beside else 3} shards are compressed \(0{suffix}, 1{suffix}, 2{suffix}\).* -d .*0{suffix}`"
     for load in (load_index, load_samples):
-        with pytest.raises(ValueError, match=refusal):
+        with pytest.raises(ValueError, match=message):
             load(tmp_path)
     with pytest.raises(ValueError, match="1 of 1 shards are compressed"):
         load_index(tmp_path / f"1{suffix}")
 
 
-def test_a_compressed_copy_beside_its_tar_is_no_problem(tmp_path: Path) -> None:
+def test_compressed_copy_next_to_its_tar_is_ignored(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0))])
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     assert len(load_index(tmp_path)) == 1
 
 
-def test_compressed_content_by_the_name_of_a_tar(tmp_path: Path) -> None:
+def test_compressed_content_in_a_file_named_tar_is_rejected(tmp_path: Path) -> None:
     write_tar(tmp_path / "x", [("0.jpg", jpeg(0))])
     (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "x").read_bytes()))
     with pytest.raises(ValueError, match=r"a\.tar: compressed, .*`gzip -dc SHARD > NEW\.tar`"):
         load_index(tmp_path)
 
 
-def test_all_bad_shards_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_up_to_20_bad_shards_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(40):
         write_tar(tmp_path / f"{number:02d}.tar", [] if number % 2 else [(f"{number}.jpg", jpeg(number))])
     (tmp_path / "00.tar").write_bytes(b"x" * 20480)
@@ -165,7 +165,7 @@ def test_samples_without_an_image_are_counted(tmp_path: Path) -> None:
         load_index(tmp_path)
 
 
-def test_shards_of_subfolders_and_in_capitals(tmp_path: Path) -> None:
+def test_shards_in_subfolders_and_with_upper_case_suffixes(tmp_path: Path) -> None:
     (tmp_path / "part").mkdir()
     write_tar(tmp_path / "part" / "0.tar", [("0.jpg", jpeg(0))])
     with pytest.raises(ValueError, match=r"in its subfolders, such as .*part/0\.tar"):
@@ -181,7 +181,7 @@ def test_all_missing_shards_of_a_pattern_are_named(tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
-    """Of a shard and in it: the same index whatever the locale is."""
+    """In the names of a shard and its members: the index is the same in every locale."""
     write_tar(tmp_path / "stra\udcdf.tar", [("stra\udcdf.jpg", jpeg(0))])
     here = list(load_index(tmp_path).keys)
     assert here == ["stra\udcdf"]

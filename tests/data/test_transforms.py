@@ -16,7 +16,7 @@ SHAPES = [(500, 375), (64, 300), (300, 40), (9, 9)]
 
 
 @pytest.mark.parametrize(("width", "height"), SHAPES)
-def test_crops_lie_inside_and_keep_the_limits(width: int, height: int) -> None:
+def test_crops_lie_inside_and_respect_the_limits(width: int, height: int) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         left, top, right, bottom = random_resized_crop(rng, width, height)
@@ -33,7 +33,7 @@ def test_crops_lie_inside_and_keep_the_limits(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), SHAPES[:3])
 def test_same_distribution_as_torchvision(width: int, height: int) -> None:
-    """Deciles of position, area and shape over 3000 draws each."""
+    """Compares deciles of position, area and aspect ratio over 3000 draws each."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
@@ -53,7 +53,7 @@ def test_same_distribution_as_torchvision(width: int, height: int) -> None:
     assert abs(summary(ours) - summary(theirs)).max() < 0.04
 
 
-def test_other_scale_gives_other_areas() -> None:
+def test_scale_limits_the_area() -> None:
     rng = np.random.default_rng(0)
     areas = []
     for _ in range(200):
@@ -63,8 +63,8 @@ def test_other_scale_gives_other_areas() -> None:
     assert max(areas) < 0.61
 
 
-def test_crops_have_about_the_shape_of_the_target() -> None:
-    """Crops for a 1:2 target are stretched no more than those for a square one."""
+def test_crops_have_roughly_the_aspect_ratio_of_the_target() -> None:
+    """Crops for a 2:1 target are stretched no more than those for a square one."""
     rng = np.random.default_rng(0)
     stretch = []
     for _ in range(500):
@@ -75,7 +75,7 @@ def test_crops_have_about_the_shape_of_the_target() -> None:
     assert abs(np.mean(np.log(stretch))) < 0.05
 
 
-def test_fallback_is_central_and_of_an_allowed_shape() -> None:
+def test_fallback_is_centered_with_an_allowed_aspect_ratio() -> None:
     left, top, right, bottom = random_resized_crop(np.random.default_rng(0), 1000, 20)
     assert (top, bottom) == (0, 20)
     assert right - left == 27  # 20 * 4/3
@@ -98,8 +98,8 @@ def test_flip_probability() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 40), (40, 60), (40, 40), (300, 50)])
-def test_simple_crop_is_resize_pad_and_crop(width: int, height: int) -> None:
-    """Against torchvision's Resize of the short side, mirror padding by 4, and a crop at the same position."""
+def test_simple_crop_equals_resize_pad_and_crop(width: int, height: int) -> None:
+    """Compared with torchvision's Resize of the short side, reflection padding by 4, and a crop at the same place."""
     size = (32, 32)
     pixels = np.random.default_rng(1).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
@@ -146,7 +146,7 @@ def test_color_jitter_has_torchvisions_distribution() -> None:
     assert 150 < unchanged < 250
 
 
-def test_three_augment_applies_each_of_three_equally_often() -> None:
+def test_three_augment_applies_each_augmentation_equally_often() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     gray = solarized = 0
     for seed in range(600):
@@ -166,6 +166,6 @@ def test_three_augment_applies_each_of_three_equally_often() -> None:
         ({"color_jitter": -1.0}, "color_jitter"),
     ],
 )
-def test_augmentations_that_cannot_work(settings: dict, message: str) -> None:
+def test_invalid_augmentations_are_rejected(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augmentation(**settings)

@@ -1,4 +1,4 @@
-"""Containers: a user without a name, without a home, or whose home is read-only."""
+"""Containers whose user has no name, no home or a read-only home."""
 
 import getpass
 import os
@@ -25,22 +25,22 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr("pwd.getpwuid", getpwuid)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for name in (*NAMES, *CACHES, "HOME"):
-        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
     return tmp_path
 
 
-def test_a_user_without_name_and_home_gets_both(nobody: Path):
+def test_user_without_name_and_home_gets_both(nobody: Path):
     ensure_user()
     assert getpass.getuser() == f"uid{os.getuid()}"
     assert Path.home() == nobody / f"lomar-uid{os.getuid()}"
     assert Path.home().stat().st_mode & 0o777 == 0o700
     assert Path(os.environ["XDG_CACHE_HOME"]).is_relative_to(nobody)
-    ensure_user()  # another rank of the node, or a worker
+    ensure_user()  # as another rank of the node, or a worker, does
     assert len(list(nobody.iterdir())) == 1
 
 
-def test_a_read_only_home_stays_the_home_and_caches_go_elsewhere(nobody: Path, monkeypatch: pytest.MonkeyPatch):
+def test_read_only_home_is_kept_and_caches_go_elsewhere(nobody: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", "/proc")  # nobody can write there, not even root
     monkeypatch.setenv("TRITON_HOME", "/fast/triton")
     ensure_user()
@@ -49,7 +49,7 @@ def test_a_read_only_home_stays_the_home_and_caches_go_elsewhere(nobody: Path, m
     assert os.environ["TRITON_HOME"] == "/fast/triton"
 
 
-def test_a_home_that_works_is_left_alone(nobody: Path, monkeypatch: pytest.MonkeyPatch):
+def test_usable_home_is_left_alone(nobody: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(nobody))
     monkeypatch.setenv("USER", "somebody")
     ensure_user()
@@ -58,7 +58,7 @@ def test_a_home_that_works_is_left_alone(nobody: Path, monkeypatch: pytest.Monke
     assert list(nobody.iterdir()) == []
 
 
-def test_a_folder_that_somebody_else_can_write_to_is_not_used(nobody: Path):
+def test_folder_that_others_can_write_to_is_not_used(nobody: Path):
     (nobody / f"lomar-uid{os.getuid()}").mkdir()
     (nobody / f"lomar-uid{os.getuid()}").chmod(0o777)
     ensure_user()
@@ -67,8 +67,8 @@ def test_a_folder_that_somebody_else_can_write_to_is_not_used(nobody: Path):
 
 
 @pytest.mark.parametrize("package", ["data", "pretrain", "downstream"])
-def test_every_package_finds_a_user_before_it_imports_torch(package: str, tmp_path: Path):
-    """In a process of its own: torch asks for the name as soon as its compiler is imported."""
+def test_every_package_sets_up_the_user_before_importing_torch(package: str, tmp_path: Path):
+    """Runs in a new process: torch looks up the user name as soon as its compiler is imported."""
     environment = {name: value for name, value in os.environ.items() if name not in (*NAMES, *CACHES, "HOME")}
     code = (
         f"import pwd; pwd.getpwuid = dict().__getitem__; import {package}; import getpass, pathlib, sys; "

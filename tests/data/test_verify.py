@@ -17,12 +17,12 @@ def test_intact_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert output.endswith("ok\n")
 
 
-def test_images_that_were_not_read_are_not_called_ok(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_says_when_images_were_not_read(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(shards), "--num-workers", "1"]) == 0
     assert capsys.readouterr().out.endswith("ok; the images were not read: --decode reads them\n")
 
 
-def test_an_undecodable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_undecodable_image_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tar(tmp_path / "x.tar", [("good.jpg", jpeg(0)), ("bad.jpg", jpeg(0, 300, 200)[:2000])])
     assert main([str(tmp_path), "--num-workers", "1"]) == 0
     assert main([str(tmp_path), "--num-workers", "1", "--decode"]) == 1
@@ -41,7 +41,9 @@ def test_every_changed_shard_is_named(shards: Path, index: Index, capsys: pytest
     assert "train-000001.tar" not in output.err
 
 
-def test_same_size_but_other_content(shards: Path, index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_content_of_the_same_size_is_detected(
+    shards: Path, index: Index, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = shards / "train-000002.tar"
     data = path.read_bytes()
     end = int(index.offset[-1]) - 512  # the last sample's header
@@ -52,13 +54,13 @@ def test_same_size_but_other_content(shards: Path, index: Index, capsys: pytest.
     assert load_index(shards).keys[52].endswith("img250")
 
 
-def test_an_image_with_other_bytes_is_named(shards: Path, index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_with_changed_bytes_is_named(shards: Path, index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     assert index.checksum is None
-    assert make_index([str(shards)]) == 0  # also where there is an index of headers
+    assert make_index([str(shards)]) == 0  # replaces the index without checksums
     flip(shards / index.shards[1], int(index.offset[30]) + 300)
     assert main([str(shards), "--num-workers", "1", "--decode"]) == 1
-    said = capsys.readouterr().err
-    assert f"train-000001.tar: '{index.keys[30]}' at byte {index.offset[30]}: its bytes differ from those" in said
+    stderr = capsys.readouterr().err
+    assert f"train-000001.tar: '{index.keys[30]}' at byte {index.offset[30]}: its bytes differ from those" in stderr
     assert main([str(shards), "--num-workers", "1", "--decode", "--reindex"]) == 0
     assert load_index(shards).checksum is not None
 

@@ -44,7 +44,7 @@ def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def full_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """As torch reports it, with the file that it leaves behind."""
+    """Imitates the error of torch and the file that it leaves behind."""
 
     def no_room(*_: object) -> None:
         (tmp_path / f"torch_{os.getpid()}_123_0").touch()
@@ -57,7 +57,7 @@ def full_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_without_room_in_shared_memory_batches_go_through_pipes(
+def test_batches_go_through_pipes_if_shared_memory_is_full(
     index: Index, full_shared_memory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -70,7 +70,7 @@ def test_without_room_in_shared_memory_batches_go_through_pipes(
     assert "lower data.num_workers (2)" in warning
 
 
-def test_shared_memory_is_used_where_it_has_room(index: Index, caplog: pytest.LogCaptureFixture) -> None:
+def test_shared_memory_is_used_if_it_has_room(index: Index, caplog: pytest.LogCaptureFixture) -> None:
     packed = HandoverPacker()({"images": torch.zeros(1 << 20), "masks": torch.arange(100)})
     assert len(packed.pickled) < 10000
     assert torch.equal(packed.result["images"], torch.zeros(1 << 20))
@@ -81,10 +81,10 @@ def test_shared_memory_is_used_where_it_has_room(index: Index, caplog: pytest.Lo
 
 
 @pytest.mark.usefixtures("nothing_is_small")
-def test_a_long_tmpdir(
+def test_shared_memory_works_with_a_long_tmpdir(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A socket's path has at most 107 bytes."""
+    """The path of a Unix socket has at most 107 bytes."""
     settings: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     monkeypatch.setattr(multiprocessing.current_process(), "_config", {**settings, "tempdir": None})
     folder = tmp_path / ("scratch" * 15)
@@ -96,7 +96,7 @@ def test_a_long_tmpdir(
 
 
 @pytest.mark.usefixtures("nothing_is_small")
-def test_without_a_short_folder_batches_go_through_pipes(
+def test_batches_go_through_pipes_if_socket_paths_are_too_long(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / ("scratch" * 15)
@@ -108,7 +108,7 @@ def test_without_a_short_folder_batches_go_through_pipes(
     assert [record.message.count("AF_UNIX path too long") for record in caplog.records] == [1]
 
 
-def test_workers_that_cannot_start_are_one_clear_error(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_cannot_start_are_a_clear_error(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_semaphores(loader: object) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -122,8 +122,8 @@ def many_arrays(request: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.usefixtures("nothing_is_small")
-def test_too_many_open_files_are_one_clear_error() -> None:
-    """Descriptors of shared memory that do not fit are left out of a message."""
+def test_too_many_open_files_are_a_clear_error() -> None:
+    """The kernel drops shared memory descriptors from a message if the process has no room for them."""
     open_now, limits = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
     made = in_workers(many_arrays, iter(range(9)), 2)
     try:
@@ -155,7 +155,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_die_with_their_process() -> None:
-    """At once, or they would hold its connections to other ranks."""
+    """At once, because they would keep its connections to other ranks open."""
     command = [sys.executable, "-c", RANK]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
@@ -165,7 +165,7 @@ def test_workers_die_with_their_process() -> None:
         time.sleep(0.05)
 
 
-def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_storage_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.workers, "WORKER_TIMEOUT", 0.0)
     with pytest.raises(
         TimeoutError, match=r"no batch for 0 seconds from 2 data workers.* reading /storage: "
@@ -175,13 +175,13 @@ def test_storage_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_of_the_file_system_is_one_line(workers: int) -> None:
+def test_file_system_error_is_one_line(workers: int) -> None:
     with pytest.raises(OSError, match=r"Input/output error: '/storage/a\.tar'") as caught:
         list(in_workers(fail, iter(range(9)), workers))
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_called_while_waiting_can_end_it() -> None:
+def test_callback_while_waiting_can_end_the_wait() -> None:
     class EndedError(Exception):
         pass
 

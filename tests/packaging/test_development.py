@@ -1,4 +1,4 @@
-"""Tools of contributors: `make` explains its targets, `make check` needs no mmcv, hooks run from the environment."""
+"""Developer tooling: `make` lists its targets, `make check` needs no mmcv, hooks run from the environment."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def dry_run(target: str, folder: Path) -> str:
-    """What `make` would do for a target in a clone without an environment."""
+    """Returns the commands that `make` would run for a target in a clone without an environment."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
     done = subprocess.run(["make", "--dry-run", target], cwd=folder, capture_output=True, text=True)
@@ -19,14 +19,14 @@ def dry_run(target: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_make_explains_every_target():
+def test_make_lists_every_target_with_a_description():
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     shown = subprocess.run(["make", "-C", ROOT, "--no-print-directory"], capture_output=True, text=True, check=True)
     assert sorted(re.findall(r"^make ([\w-]+) +\w", shown.stdout, re.MULTILINE)) == sorted(phony.split())
 
 
-def test_the_fast_check_needs_no_mmcv_and_all_tests_do(tmp_path: Path):
+def test_make_check_needs_no_mmcv_but_make_test_does(tmp_path: Path):
     fast = dry_run("check", tmp_path)
     assert "mypy" in fast
     assert "MMCV_WITH_OPS" not in fast
@@ -35,13 +35,13 @@ def test_the_fast_check_needs_no_mmcv_and_all_tests_do(tmp_path: Path):
     assert "MMCV_WITH_OPS" in everything
 
 
-def test_the_fast_check_leaves_out_what_exists(tmp_path: Path):
-    left_out = re.findall(r"--ignore=(\S+)", dry_run("check", tmp_path))
-    assert left_out
-    assert all((ROOT / path).exists() for path in left_out)
+def test_make_check_ignores_only_paths_that_exist(tmp_path: Path):
+    ignored = re.findall(r"--ignore=(\S+)", dry_run("check", tmp_path))
+    assert ignored
+    assert all((ROOT / path).exists() for path in ignored)
 
 
-def test_hooks_run_tools_of_the_environment():
+def test_hooks_run_pinned_tools_from_the_environment():
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert local["repo"] == "local"
     pinned = (ROOT / "constraints.txt").read_text()

@@ -1,4 +1,4 @@
-"""A wheel has every package and every data file, and works where the repository is not."""
+"""The wheel contains every package and data file and works outside the repository."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def tree_files() -> list[Path]:
-    """All files of the packages, relative to the root."""
+    """Returns all files of the packages, relative to the root."""
     found = [path.relative_to(ROOT) for tree in TREES for path in (ROOT / tree).rglob("*") if path.is_file()]
     return sorted(path for path in found if "__pycache__" not in path.parts)
 
@@ -36,7 +36,7 @@ def run(*command: object, cwd: Path, site: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy, since setuptools leaves a build folder behind."""
+    """Builds the wheel from a copy of the source, because setuptools leaves a build folder behind."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for tree in TREES:
         shutil.copytree(ROOT / tree, source / tree, ignore=shutil.ignore_patterns("__pycache__"))
@@ -50,25 +50,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, installed into a folder of its own."""
+    """Installs the wheel into a separate folder."""
     site = tmp_path_factory.mktemp("site")
     run("-m", "pip", "install", "--no-deps", "--no-compile", "--quiet", "--target", site, wheel, cwd=site)
     return site
 
 
-def test_the_packages_are_those_of_the_tree():
+def test_pyproject_lists_every_package():
     packages = {".".join(path.parent.parts) for path in tree_files()}
     assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
-def test_package_data_covers_every_file_that_is_no_module():
+def test_package_data_covers_every_non_python_file():
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
     others = [path for path in tree_files() if path.suffix != ".py"]
     assert len(others) > 50
     assert [path for path in others if not any(path.match(pattern) for pattern in patterns)] == []
 
 
-def test_the_wheel_has_every_file(wheel: Path):
+def test_wheel_contains_every_file(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {path.as_posix() for path in tree_files()}
@@ -92,7 +92,7 @@ print(json.dumps({"root": str(root), "stages": sorted(stages), "recipes": counts
 """
 
 
-def test_an_installed_wheel_loads_every_recipe_and_engine_configuration(site: Path, tmp_path: Path):
+def test_installed_wheel_loads_every_recipe_and_engine_config(site: Path, tmp_path: Path):
     loaded = json.loads(run("-c", LOAD_EVERYTHING, cwd=tmp_path, site=site))
     shipped = [sorted((ROOT / tree / "recipes").glob("*.yaml")) for tree in ("pretrain", "downstream/classify")]
     assert loaded == {
@@ -102,7 +102,7 @@ def test_an_installed_wheel_loads_every_recipe_and_engine_configuration(site: Pa
     }
 
 
-def test_the_version_is_that_of_pyproject(site: Path, tmp_path: Path):
+def test_installed_wheel_prints_version_and_help(site: Path, tmp_path: Path):
     version = run("-m", "pretrain.run", "--version", cwd=tmp_path, site=site)
     assert version == f"lomar-deepspeed {PROJECT['project']['version']}\n"
     usage = run("-m", "downstream.classify.finetune", "--help", cwd=tmp_path, site=site)
@@ -110,7 +110,7 @@ def test_the_version_is_that_of_pyproject(site: Path, tmp_path: Path):
 
 
 @pytest.mark.engine
-def test_an_installed_wheel_packs_and_trains(site: Path, tmp_path: Path):
+def test_installed_wheel_packs_and_trains(site: Path, tmp_path: Path):
     run("-m", "data.samples", "shards", cwd=tmp_path, site=site)
     keys = {
         "name": "tiny",

@@ -20,7 +20,7 @@ def no_hang() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Caches and credentials of the test alone, and stores that know them."""
+    """Gives each test its own cache folders and credentials, and no store clients from other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -32,7 +32,7 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """45 samples in six shards of 7 and 8, below the folder that `server` serves."""
+    """45 samples in six shards of 7 or 8 samples, inside the folder that `server` serves."""
     folder = tmp_path / "served" / "shards"
     folder.mkdir(parents=True)
     number = 0
@@ -55,11 +55,11 @@ def server(shards: Path) -> Iterator[FileServer]:
 
 @pytest.fixture
 def url(server: FileServer) -> str:
-    """The shards' pattern."""
+    """Brace pattern of the shards' URLs."""
     return f"{server.url}/shards/t-{{0..5}}.tar"
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> CacheSettings:
-    """Room for everything, and little patience."""
+    """Settings of a cache with room for every shard and a short timeout."""
     return CacheSettings(str(tmp_path / "node"), 1.0, 3.0)

@@ -13,7 +13,7 @@ from data.storage.client import Object, StoreError
 from data.storage.files import look_up
 from data.storage.location import Remote, parse_url
 
-SPAWN = multiprocessing.get_context("spawn")  # a store does not work in a forked process
+SPAWN = multiprocessing.get_context("spawn")  # store clients do not work in forked processes
 Shard = tuple[Remote, Object]
 
 
@@ -27,8 +27,8 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def names_in(folder: Path) -> list[str]:
-    """Of shards."""
+def shard_names(folder: Path) -> list[str]:
+    """Returns the names of the cached shards without their digests, such as `t0`."""
     return sorted(path.name.split("-")[0] + path.name.split("-")[1] for path in folder.glob("*.tar"))
 
 
@@ -38,7 +38,7 @@ def pin(cache: ShardCache, shard: Shard) -> int:
     return descriptor
 
 
-def test_a_shard_is_fetched_once_and_stays(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+def test_shard_is_fetched_once_and_kept(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
     first, second = ShardCache(cache), ShardCache(cache)
     descriptor = pin(first, stored[0])
     content = (server.folder / "shards" / "t-0.tar").read_bytes()
@@ -57,8 +57,10 @@ def fetch_all(settings: CacheSettings, stored: list[Shard], barrier: "multiproce
         pin(cache, shard)
 
 
-def test_processes_of_a_node_fetch_a_shard_once(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
-    server.delay = 0.05  # so that they meet
+def test_processes_on_a_node_fetch_each_shard_once(
+    server: FileServer, stored: list[Shard], cache: CacheSettings
+) -> None:
+    server.delay = 0.05  # so that the downloads overlap
     barrier = SPAWN.Barrier(3)
     processes = [SPAWN.Process(target=fetch_all, args=(cache, stored, barrier)) for _ in range(3)]
     for process in processes:
@@ -73,7 +75,7 @@ def fetch_one(settings: CacheSettings, shard: Shard) -> None:
     ShardCache(settings).pin(*shard)
 
 
-def test_a_killed_process_leaves_no_lock_and_nothing_that_is_believed(
+def test_killed_download_leaves_no_lock_and_no_usable_file(
     server: FileServer, stored: list[Shard], cache: CacheSettings
 ) -> None:
     server.faults["t-0.tar"], server.stall = ["stall"], 30.0
@@ -84,7 +86,7 @@ def test_a_killed_process_leaves_no_lock_and_nothing_that_is_believed(
         time.sleep(0.01)
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    assert not names_in(node.folder)
+    assert not shard_names(node.folder)
     start = time.monotonic()
     descriptor = pin(node, stored[0])
     assert os.fstat(descriptor).st_size == stored[0][1].size
@@ -93,7 +95,7 @@ def test_a_killed_process_leaves_no_lock_and_nothing_that_is_believed(
     assert not list(node.folder.glob(".*.part"))
 
 
-def test_what_a_killed_process_left_is_deleted_when_room_is_needed(
+def test_leftover_of_a_killed_process_is_deleted_by_the_next_fetch(
     server: FileServer, stored: list[Shard], cache: CacheSettings
 ) -> None:
     node = ShardCache(cache)
@@ -104,39 +106,39 @@ def test_what_a_killed_process_left_is_deleted_when_room_is_needed(
     assert not leftover.exists()
 
 
-def room_for(settings: CacheSettings, stored: list[Shard], shards: float) -> ShardCache:
-    return ShardCache(CacheSettings(settings.folder, shards * max(what.size for _, what in stored) / 1e9, 1.0))
+def cache_with_room_for(settings: CacheSettings, stored: list[Shard], shards: float) -> ShardCache:
+    return ShardCache(CacheSettings(settings.folder, shards * max(info.size for _, info in stored) / 1e9, 1.0))
 
 
-def test_what_was_needed_least_recently_makes_room(
-    server: FileServer, stored: list[Shard], cache: CacheSettings
-) -> None:
-    node = room_for(cache, stored, 3)
-    for number in (0, 1, 2, 0, 3):  # 1 is the oldest when 3 comes
+def test_least_recently_used_shard_is_evicted(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+    node = cache_with_room_for(cache, stored, 3)
+    for number in (0, 1, 2, 0, 3):  # 1 is the least recently used when 3 arrives
         unpin(pin(node, stored[number]))
         time.sleep(0.02)
         assert bytes_in(node.folder) <= node.settings.limit
-    assert names_in(node.folder) == ["t0", "t2", "t3"]
+    assert shard_names(node.folder) == ["t0", "t2", "t3"]
 
 
-def test_what_is_needed_is_never_deleted(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
-    node = room_for(cache, stored, 2)
+def test_pinned_shards_are_never_evicted(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+    node = cache_with_room_for(cache, stored, 2)
     held = pin(node, stored[0])
     for number in (1, 2, 3):
         unpin(pin(node, stored[number]))
-    assert names_in(node.folder) == ["t0", "t3"]
+    assert shard_names(node.folder) == ["t0", "t3"]
     other = pin(node, stored[4])
     with pytest.raises(StoreError, match=r"t-5.tar: no room for its .* GB in .*data.cache_gb"):
         node.pin(*stored[5])
     assert not list(node.folder.glob(".*.part"))
     unpin(held)
     unpin(pin(node, stored[5]))
-    assert names_in(node.folder) == ["t4", "t5"]
+    assert shard_names(node.folder) == ["t4", "t5"]
     unpin(other)
 
 
-def test_a_forked_process_keeps_nothing(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
-    node = room_for(cache, stored, 1)
+def test_forked_child_does_not_keep_shards_pinned(
+    server: FileServer, stored: list[Shard], cache: CacheSettings
+) -> None:
+    node = cache_with_room_for(cache, stored, 1)
     held = pin(node, stored[0])
     child = os.fork()
     if not child:
@@ -146,10 +148,10 @@ def test_a_forked_process_keeps_nothing(server: FileServer, stored: list[Shard],
     unpin(pin(node, stored[1]))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert names_in(node.folder) == ["t1"]
+    assert shard_names(node.folder) == ["t1"]
 
 
-def test_a_changed_shard_is_refused_and_fetched_anew_under_another_name(
+def test_changed_shard_is_rejected_and_its_new_version_gets_another_name(
     server: FileServer, stored: list[Shard], cache: CacheSettings, shards: Path
 ) -> None:
     node = ShardCache(cache)
@@ -157,20 +159,20 @@ def test_a_changed_shard_is_refused_and_fetched_anew_under_another_name(
     (shards / "t-1.tar").write_bytes((shards / "t-1.tar").read_bytes()[:-1] + b"x")
     with pytest.raises(StoreError, match=r"t-1.tar: has changed"):
         node.pin(*stored[1])
-    assert names_in(node.folder) == ["t0"]
+    assert shard_names(node.folder) == ["t0"]
     remote = stored[1][0]
     unpin(pin(node, (remote, look_up(remote))))
     assert node.path(*stored[1]) != node.path(remote, look_up(remote))
 
 
-def test_a_file_that_was_cut_is_not_believed(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
+def test_truncated_cache_file_is_fetched_again(server: FileServer, stored: list[Shard], cache: CacheSettings) -> None:
     node = ShardCache(cache)
     unpin(pin(node, stored[0]))
     os.truncate(node.path(*stored[0]), 100)
     assert os.fstat(pin(node, stored[0])).st_size == stored[0][1].size
 
 
-def test_a_full_disk_is_said(
+def test_full_disk_is_reported(
     server: FileServer, stored: list[Shard], cache: CacheSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> int:
@@ -179,22 +181,22 @@ def test_a_full_disk_is_said(
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(StoreError, match=r"the disk or quota is full while fetching .*t-0.tar"):
         ShardCache(cache).pin(*stored[0])
-    assert not names_in(Path(cache.folder))
+    assert not shard_names(Path(cache.folder))
 
 
-def test_a_folder_that_cannot_be_is_said(stored: list[Shard], tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_reported(stored: list[Shard], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"cannot create this folder for shards .*: set data.cache_dir"):
         ShardCache(CacheSettings(str(tmp_path / "file" / "x"))).pin(*stored[0])
 
 
-def test_flapping_storage_is_survived(
+def test_flaky_storage_is_retried(
     server: FileServer, stored: list[Shard], cache: CacheSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "CHUNK", 1000)
     server.faults["*"] = [503, "truncate", "reset", "truncate", 429, 500] * 3
     node = ShardCache(cache)
-    for remote, what in stored:
-        unpin(pin(node, (remote, what)))
-        assert node.path(remote, what).read_bytes() == (server.folder / "shards" / remote.name).read_bytes()
+    for remote, info in stored:
+        unpin(pin(node, (remote, info)))
+        assert node.path(remote, info).read_bytes() == (server.folder / "shards" / remote.name).read_bytes()

@@ -13,7 +13,7 @@ from data.storage.location import Remote, parse_url
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_pauses_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "CHUNK", 1000)
 
@@ -34,15 +34,15 @@ def read(remote: Remote, expected: Object | None = None, timeout: float = 10.0) 
 
 @pytest.mark.parametrize("faults", [[503], [500, 429, 503], ["reset"], ["truncate"], ["truncate", 503, "truncate"]])
 @pytest.mark.parametrize("ranges", [True, False])
-def test_what_goes_away_is_repeated(
+def test_transient_failures_are_retried(
     server: FileServer, remote: Remote, content: bytes, faults: list[int | str], ranges: bool
 ) -> None:
-    what, server.faults["t-0.tar"], server.ranges = look_up(remote), list(faults), ranges
-    assert read(remote, what) == content
+    expected_file, server.faults["t-0.tar"], server.ranges = look_up(remote), list(faults), ranges
+    assert read(remote, expected_file) == content
     assert server.gets["t-0.tar"] > len(faults)
 
 
-def test_a_broken_connection_goes_on_where_it_broke(server: FileServer, remote: Remote, content: bytes) -> None:
+def test_broken_download_resumes_where_it_stopped(server: FileServer, remote: Remote, content: bytes) -> None:
     server.faults["t-0.tar"] = ["truncate"]
     assert read(remote) == content
     first, second = (headers.get("range") for _, _, headers in server.requests)
@@ -54,15 +54,15 @@ def test_a_broken_connection_goes_on_where_it_broke(server: FileServer, remote: 
 @pytest.mark.parametrize(
     ("status", "advice"), [(403, "denies access"), (401, "denies access"), (404, "not found in the store")]
 )
-def test_what_does_not_go_away_stops_at_once(server: FileServer, remote: Remote, status: int, advice: str) -> None:
+def test_permanent_errors_are_not_retried(server: FileServer, remote: Remote, status: int, advice: str) -> None:
     server.faults["t-0.tar"] = [status] * 3
-    with pytest.raises(StoreError, match=advice) as refused:
+    with pytest.raises(StoreError, match=advice) as caught:
         read(remote)
-    assert str(remote) in str(refused.value)
+    assert str(remote) in str(caught.value)
     assert server.gets["t-0.tar"] == 1
 
 
-def test_the_deadline_names_the_shard_and_the_last_error(server: FileServer, remote: Remote) -> None:
+def test_timeout_error_names_the_shard_and_the_last_error(server: FileServer, remote: Remote) -> None:
     server.faults["t-0.tar"] = [503] * 1000
     start = time.monotonic()
     with pytest.raises(StoreError, match=r"t-0.tar: no data for \d seconds, in \d+ attempts; .*503.*fetch_timeout=2"):
@@ -70,7 +70,7 @@ def test_the_deadline_names_the_shard_and_the_last_error(server: FileServer, rem
     assert time.monotonic() - start < 5
 
 
-def test_a_stall_is_said_while_it_lasts(
+def test_stall_is_logged_while_it_lasts(
     server: FileServer,
     remote: Remote,
     content: bytes,
@@ -81,34 +81,34 @@ def test_a_stall_is_said_while_it_lasts(
     server.faults["t-0.tar"], server.stall = ["stall"], 1.0
     with caplog.at_level(logging.WARNING):
         assert read(remote) == content
-    said = [record.message for record in caplog.records if "no data for" in record.message]
-    assert said
-    assert all(message.startswith(f"{remote}: no data for ") for message in said)
+    warnings = [record.message for record in caplog.records if "no data for" in record.message]
+    assert warnings
+    assert all(message.startswith(f"{remote}: no data for ") for message in warnings)
 
 
-def test_a_stalled_connection_is_given_up(server: FileServer, remote: Remote, content: bytes) -> None:
+def test_stalled_connection_is_abandoned_and_retried(server: FileServer, remote: Remote, content: bytes) -> None:
     server.faults["t-0.tar"], server.stall = ["stall"], 20.0
     start = time.monotonic()
     assert read(remote, timeout=2.0) == content
     assert time.monotonic() - start < 10
 
 
-def test_a_shard_that_has_changed_is_refused(server: FileServer, remote: Remote, shards: Path) -> None:
-    what, path = look_up(remote), shards / "t-0.tar"
+def test_changed_shard_is_rejected(server: FileServer, remote: Remote, shards: Path) -> None:
+    expected_file, path = look_up(remote), shards / "t-0.tar"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
     with pytest.raises(StoreError, match=r"t-0.tar: has changed in the store since its index was made \(ETag"):
-        read(remote, what)
+        read(remote, expected_file)
     path.write_bytes(content + bytes(512))
     with pytest.raises(StoreError, match=f"{len(content) + 512} bytes instead of {len(content)}"):
-        read(remote, what)
+        read(remote, expected_file)
     path.write_bytes(content)
     server.faults["t-0.tar"] = ["truncate", "short"]  # rewritten in the middle of a download
     with pytest.raises(StoreError, match="bytes instead of"):
         read(remote)
 
 
-def test_a_streamed_file_reads_like_a_file(server: FileServer, remote: Remote, content: bytes) -> None:
+def test_remote_file_reads_like_a_local_file(server: FileServer, remote: Remote, content: bytes) -> None:
     with RemoteFile(remote, look_up(remote)) as file:
         assert file.seek(0, 2) == len(content)
         for start, size in [(0, 512), (512, 10), (2000, 3000), (1500, 100), (len(content) - 5, 50), (0, 20)]:
@@ -119,9 +119,7 @@ def test_a_streamed_file_reads_like_a_file(server: FileServer, remote: Remote, c
     assert server.gets["t-0.tar"] == 1
 
 
-def test_users_and_passwords_come_from_netrc(
-    server: FileServer, remote: Remote, content: bytes, tmp_path: Path
-) -> None:
+def test_user_and_password_come_from_netrc(server: FileServer, remote: Remote, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
     (tmp_path / "netrc").chmod(0o600)
     assert read(remote) == content

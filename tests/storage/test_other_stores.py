@@ -1,4 +1,4 @@
-"""gs:// and hf://, as far as a server here shows it: which requests are made, and what is made of the answers."""
+"""gs:// and hf:// against a local mock server: the requests and how the responses are interpreted."""
 
 import json
 import threading
@@ -15,10 +15,10 @@ from data.storage.fetch import download
 from data.storage.files import list_files, look_up
 from data.storage.location import parse_url
 
-ANSWERS: dict[str, tuple[str, bytes]] = {}  # by the path of a request: the type of the content, and the content
+ANSWERS: dict[str, tuple[str, bytes]] = {}  # request path -> (content type, content)
 
 
-SEEN: list[tuple[str, str | None]] = []  # path and authorization of each request
+SEEN: list[tuple[str, str | None]] = []  # path and authorization header of each request
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,29 +68,29 @@ def hub(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return "hf://datasets/user/name@v2/train"
 
 
-def test_the_hub(hub: str) -> None:
+def test_hugging_face_hub(hub: str) -> None:
     folder = parse_url(hub)
     files = list_files(folder, 2.0)
     assert files == {"t-0.tar": (5, "sha0"), "classes.txt": (3, "b2")}
-    what = look_up(folder / "t-0.tar", 2.0)
-    assert what == (5, "sha0")
-    assert b"".join(download(folder / "t-0.tar", what, 2.0)) == b"bytes"
+    info = look_up(folder / "t-0.tar", 2.0)
+    assert info == (5, "sha0")
+    assert b"".join(download(folder / "t-0.tar", info, 2.0)) == b"bytes"
     assert {token for path, token in SEEN if "user/name" in path} == {"Bearer hf_hunter22hunter22"}
     with pytest.raises(StoreError, match=r"t-1.tar: not found in the store .* without a token"):
         look_up(folder / "t-1.tar", 2.0)
 
 
-def test_google(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_google_cloud_storage(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
     ANSWERS["/bucket/train/t-0.tar"] = "application/x-tar", b"bytes"
     remote = parse_url("gs://bucket/train/t-0.tar")
     assert look_up(remote, 2.0) == (5, '"somewhere-elses"')
     assert b"".join(download(remote, timeout=2.0)) == b"bytes"
-    listed = (
+    listing = (
         '<?xml version="1.0"?><ListBucketResult><Contents><Key>train/t-0.tar</Key><Size>5</Size>'
         '<LastModified>2026-01-01T00:00:00Z</LastModified><ETag>"x"</ETag></Contents></ListBucketResult>'
     )
-    ANSWERS["/bucket"] = ANSWERS["/bucket/"] = "application/xml", listed.encode()
+    ANSWERS["/bucket"] = ANSWERS["/bucket/"] = "application/xml", listing.encode()
     assert list_files(remote.parent, 2.0) == {"t-0.tar": (5, '"x"')}
     with pytest.raises(StoreError, match=r"gs://bucket/train/t-1.tar: not found in the store"):
         look_up(parse_url("gs://bucket/train/t-1.tar"), 2.0)

@@ -1,4 +1,4 @@
-"""Indexes, batches, verification: of shards in a store as of shards here."""
+"""Shards in a store have the same index, batches and verification as local shards."""
 
 import os
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ SETTINGS = {"size": (16, 16), "batch": 8, "seed": 5}
 @pytest.fixture
 def local(shards: Path) -> Index:
     index = load_index(shards)
-    (shards / "index.npz").unlink()  # not next to those that are served
+    (shards / "index.npz").unlink()  # the served shards have no index yet
     return index
 
 
@@ -46,7 +46,7 @@ def assert_same(one: list[Batch], other: list[Batch]) -> None:
         assert torch.equal(mine.images, theirs.images)
 
 
-def test_the_index_is_made_once_and_kept_next_to_the_shards(
+def test_index_is_built_once_and_stored_next_to_the_shards(
     local: Index, url: str, server: FileServer, cache: CacheSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match=r"no index of these shards .* make it once with `python -m data.index http"):
@@ -55,7 +55,7 @@ def test_the_index_is_made_once_and_kept_next_to_the_shards(
     assert "45 samples in 6 shards; the index is http://127.0.0.1" in capsys.readouterr().out
     assert all(server.gets[f"t-{number}.tar"] == 1 for number in range(6))
     index = load_index(url, cache)
-    assert index.fingerprint == local.fingerprint  # a run may continue with either
+    assert index.fingerprint == local.fingerprint  # a run can resume with either
     assert list(index.keys) == list(local.keys)
     assert index.label.tolist() == local.label.tolist()
     assert all(index.versions)
@@ -65,7 +65,7 @@ def test_the_index_is_made_once_and_kept_next_to_the_shards(
 
 @pytest.mark.parametrize("size", [0, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_batches_as_from_here(
+def test_batches_equal_those_of_local_shards(
     local: Index, remote: Index, server: FileServer, size: int, workers: int
 ) -> None:
     expected = batches(local, shuffle_shards=size)
@@ -75,8 +75,8 @@ def test_the_same_batches_as_from_here(
     assert max(server.gets.values()) == 1
 
 
-def test_a_cache_of_a_few_groups_is_enough(local: Index, remote: Index, tmp_path: Path) -> None:
-    """Three shards: of the step that is read, of the next one, and one more."""
+def test_cache_with_room_for_a_few_groups_is_enough(local: Index, remote: Index, tmp_path: Path) -> None:
+    """There is room for four of the six shards, and each group is one shard."""
     room = int(np.sort(remote.shard_bytes)[-4:].sum())
     object.__setattr__(remote, "cache", CacheSettings(str(tmp_path / "small"), room / 1e9, 5.0))
     used = []
@@ -90,7 +90,7 @@ def test_a_cache_of_a_few_groups_is_enough(local: Index, remote: Index, tmp_path
     assert_same([batch for (batch,) in expected.batches(0, 30)], seen)
 
 
-def test_a_cache_that_is_too_small_is_refused_before_training(remote: Index, tmp_path: Path) -> None:
+def test_too_small_cache_is_rejected_before_training(remote: Index, tmp_path: Path) -> None:
     object.__setattr__(remote, "cache", CacheSettings(str(tmp_path / "small"), 0.00001, 5.0))
     message = (
         r"data.cache_gb=1e-05 is not enough .* 3 groups of data.shuffle_shards=2 are needed .* data.cache_gb to at"
@@ -104,9 +104,7 @@ def test_a_cache_that_is_too_small_is_refused_before_training(remote: Index, tmp
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_that_cannot_be_fetched_ends_the_run_by_its_name(
-    remote: Index, server: FileServer, workers: int, shards: Path
-) -> None:
+def test_missing_shard_ends_the_run_and_is_named(remote: Index, server: FileServer, workers: int, shards: Path) -> None:
     shard = batches(remote, 0, 1, shuffle_shards=6)[0].samples[0].item()
     name = remote.shards[remote.shard_of(shard)]
     for path in Path(remote.cache.folder).glob("*.tar"):
@@ -116,17 +114,17 @@ def test_a_shard_that_cannot_be_fetched_ends_the_run_by_its_name(
         batches(remote, shuffle_shards=6, num_workers=workers)
 
 
-def test_a_shard_that_changed_is_refused_by_its_name(remote: Index, shards: Path) -> None:
+def test_changed_shard_ends_the_run_and_is_named(remote: Index, shards: Path) -> None:
     (shards / "t-3.tar").write_bytes((shards / "t-3.tar").read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"t-3.tar: has changed in the store since its index was made"):
         batches(remote, shuffle_shards=2)
 
 
-def test_an_image_that_cannot_be_decoded_is_replaced_from_its_own_shard(tmp_path: Path) -> None:
-    """Others may not be at hand."""
+def test_undecodable_image_is_replaced_from_its_own_shard(tmp_path: Path) -> None:
+    """Other shards may not be in the cache."""
     for shard in range(3):
-        bad = [(f"{shard}{n}.jpg", b"nothing" if n == 3 else jpeg(n)) for n in range(4)]
-        write_tar(tmp_path / f"{shard}.tar", bad)
+        members = [(f"{shard}{n}.jpg", b"nothing" if n == 3 else jpeg(n)) for n in range(4)]
+        write_tar(tmp_path / f"{shard}.tar", members)
     index = load_index(tmp_path)
     for (batch,) in Loader(index, **{**SETTINGS, "batch": 6}, shuffle_shards=1).batches(0, 2):
         assert not {3, 7, 11} & set(batch.samples.tolist())
@@ -136,18 +134,20 @@ def test_an_image_that_cannot_be_decoded_is_replaced_from_its_own_shard(tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluations_read_each_sample_once(remote: Index, workers: int) -> None:
+def test_eval_loader_reads_each_sample_of_its_rank_once(remote: Index, workers: int) -> None:
     loader = EvalLoader(remote, size=(16, 16), batch=4, rank=1, world_size=2, num_workers=workers)
     seen = torch.cat([batch.samples for batch in loader.batches()])
     assert seen[seen >= 0].tolist() == [n for n in range(45) if n // 4 % 2]
     assert all(batch.readable.sum() == (batch.samples >= 0).sum() for batch in loader.batches())
 
 
-def test_one_sample_by_itself(local: Index, remote: Index) -> None:
+def test_single_sample_equals_the_local_one(local: Index, remote: Index) -> None:
     assert ShardReader(remote).read(20) == ShardReader(local).read(20)
 
 
-def test_verify_reads_a_store(remote: Index, url: str, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_checks_shards_in_a_store(
+    remote: Index, url: str, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert verify.main([url, "--decode", "--num-workers", "1"]) == 0
     assert capsys.readouterr().out.endswith("ok\n")
     content = bytearray((shards / "t-2.tar").read_bytes())
@@ -158,7 +158,7 @@ def test_verify_reads_a_store(remote: Index, url: str, shards: Path, capsys: pyt
     assert verify.main([url, "--reindex", "--num-workers", "1"]) == 0
 
 
-def test_shards_that_cannot_be_indexed_are_named(
+def test_unusable_shards_are_named(
     url: str, shards: Path, server: FileServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (shards / "t-1.tar").write_bytes((shards / "t-1.tar").read_bytes()[:3000])
@@ -182,7 +182,7 @@ def bucket(local: Index, shards: Path) -> Iterator[str]:
         yield "s3://bucket/train"
 
 
-def test_s3(local: Index, bucket: str, cache: CacheSettings) -> None:
+def test_s3_index_batches_and_verify(local: Index, bucket: str, cache: CacheSettings) -> None:
     assert index_command.main([bucket]) == 0
     assert "train/index.npz" in s3_server.names("train")
     remote = load_index(bucket, cache)
@@ -191,7 +191,7 @@ def test_s3(local: Index, bucket: str, cache: CacheSettings) -> None:
     assert verify.main([bucket, "--num-workers", "1"]) == 0
 
 
-def test_s3_names_what_was_added_removed_or_changed(bucket: str, cache: CacheSettings, shards: Path) -> None:
+def test_s3_errors_name_added_removed_and_changed_shards(bucket: str, cache: CacheSettings, shards: Path) -> None:
     assert index_command.main([bucket]) == 0
     content = (shards / "t-0.tar").read_bytes()
     client = s3_server.client()
@@ -207,29 +207,29 @@ def test_s3_names_what_was_added_removed_or_changed(bucket: str, cache: CacheSet
         load_index(bucket, cache)
 
 
-def test_an_index_that_may_not_be_written_is_kept_here(
+def test_index_that_cannot_be_uploaded_is_kept_locally(
     bucket: str, cache: CacheSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from data.storage.client import Store, StoreError
 
-    def refuse(*arguments: object) -> None:
+    def deny(*arguments: object) -> None:
         raise StoreError("the store denies access (403)")
 
-    monkeypatch.setattr(Store, "write", refuse)
+    monkeypatch.setattr(Store, "write", deny)
     assert index_command.main([bucket]) == 0
     assert "index.npz, as it could not be written next to the shards (the store denies" in capsys.readouterr().out
     assert len(load_index(bucket, cache)) == 45
 
 
-def test_wrong_addresses_of_s3(bucket: str, cache: CacheSettings) -> None:
+def test_nonexistent_s3_locations_are_rejected(bucket: str, cache: CacheSettings) -> None:
     with pytest.raises(ValueError, match=r"s3://bucket/nothing: no shards \(\*.tar\) in this folder"):
         load_index("s3://bucket/nothing", cache)
     with pytest.raises(ValueError, match=r"s3://other/x: not found in the store \(404\)"):
         load_index("s3://other/x", cache)
 
 
-def test_without_credentials(cache: CacheSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a role: what its address would be refuses connections, and may not be waited for."""
+def test_s3_without_credentials_is_an_error(cache: CacheSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No instance role either: the metadata endpoint refuses connections, and there must be no long wait for it."""
     for name in s3_server.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_REGION", "us-east-1")

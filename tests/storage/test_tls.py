@@ -1,4 +1,4 @@
-"""Stores whose certificate is not known, or that speak no TLS: said at once, where repeating would last ten minutes."""
+"""Untrusted certificates and servers without TLS are reported at once, without ten minutes of retries."""
 
 import datetime
 import http.server
@@ -22,7 +22,7 @@ from data.storage.location import parse_url
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
-    """A folder with `authority.pem`, and the host's `host.pem`, certificate and key, that it has signed."""
+    """A folder with `authority.pem`, a CA certificate, and `host.pem`, a host certificate signed by it, with key."""
     now, keys = (
         datetime.datetime.now(datetime.timezone.utc),
         [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)],
@@ -47,7 +47,7 @@ def authority(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port(authority: Path, shards: Path) -> Iterator[int]:
-    """Of a server of the shards, with that certificate."""
+    """Port of an HTTPS server that serves the shards with this certificate."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -58,7 +58,7 @@ def port(authority: Path, shards: Path) -> Iterator[int]:
         server.shutdown()
 
 
-def test_a_certificate_of_an_unknown_authority(
+def test_certificate_of_an_unknown_authority_is_rejected(
     authority: Path, port: int, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remote = parse_url(f"https://localhost:{port}/t-0.tar")
@@ -69,6 +69,6 @@ def test_a_certificate_of_an_unknown_authority(
     assert look_up(remote).size == (shards / "t-0.tar").stat().st_size
 
 
-def test_a_server_without_tls(server: FileServer) -> None:
+def test_server_without_tls_is_reported(server: FileServer) -> None:
     with pytest.raises(StoreError, match="does not speak TLS: is its address http://"):
         look_up(parse_url(f"{server.url.replace('http:', 'https:')}/shards/t-0.tar"))
