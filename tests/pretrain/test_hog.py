@@ -16,7 +16,7 @@ GRID, PATCH_SIZE = (4, 6), 4
 
 
 def random_images(count: int = 2) -> Tensor:
-    """The first image has a flat corner, and gradients at 0, 45 and 90 degrees, exactly on bin boundaries."""
+    """The first image has a flat corner, and gradients at exactly 0, 45 and 90 degrees (some on bin boundaries)."""
     images = torch.randint(0, 256, (count, 16, 24, 3), generator=torch.Generator().manual_seed(5)).byte()
     images[0, :8, :8] = 77
     images[0, 8:, :8] = (torch.arange(8)[:, None, None] * 9).byte()
