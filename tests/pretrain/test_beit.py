@@ -1,4 +1,4 @@
-"""BEiT and LoMaR + BEiT against the reference; masks, convergence, and that the tokenizer is no part of the model."""
+"""Tests for BEiT and LoMaR + BEiT: reference comparison, masks, convergence, and a tokenizer outside the model."""
 
 import math
 import pickle
@@ -66,7 +66,7 @@ def test_equals_the_reference_in_float64_and_fp32(
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_mask_sampler_is_exact_deterministic_and_picklable(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     sampler = pickle.loads(pickle.dumps(model.mask_sampler()))
     first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -82,8 +82,8 @@ def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool,
     assert (first["masked"] != other["masked"]).any()
 
 
-def test_masks_at_the_papers_sizes():
-    """BEiT masks 40 % of 14x14 patches, LoMaR + BEiT as much of each 7x7 window (or LoMaR's 80 %)."""
+def test_number_of_masked_patches_at_the_papers_sizes():
+    """BEiT masks 40 % of 14x14 patches. LoMaR + BEiT masks 40 % of each 7x7 window, plain LoMaR 80 %."""
     assert BEiT.Config().count_patches((14, 14), 16)[1] == 78
     assert BEiT.Config(mask_ratio=0.383).count_patches((14, 14), 16)[1] == 75, "as the authors' code"
     assert load("lomar_beit_vitb16_224_300e", ["target.tokenizer=random_projection"]).method.num_masked == 19
@@ -91,14 +91,14 @@ def test_masks_at_the_papers_sizes():
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_prediction_does_not_depend_on_masked_pixels(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     randomize(model)
     images, mask_indices = random_images(model), random_mask_indices(model)
     before = model.reconstruct(images, mask_indices)
     other = images.clone()
     masked = mask_indices["masked"]
-    if "positions" in mask_indices:  # reconstructions show the first window
+    if "positions" in mask_indices:  # reconstructions show only the first window
         masked = mask_indices["positions"].gather(2, masked)[:, 0]
     for image, positions in zip(other, masked.tolist(), strict=True):
         for row, col in (divmod(position, GRID[1]) for position in positions):
@@ -115,25 +115,25 @@ def test_overfits_one_batch(keys: dict):
     model = build(keys)
     images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
     losses = train(model, images, mask_indices, 150, lr=1e-2)
-    assert losses[0] == pytest.approx(math.log(13), rel=0.7)  # 2.6 to 4.2, by the mask
+    assert losses[0] == pytest.approx(math.log(13), rel=0.7)  # 2.6 to 4.2, depending on the mask
     assert losses[-1] < 0.1 * losses[0]
     shown = model.reconstruct(images, mask_indices)
     assert torch.equal(shown["codes"], shown["predicted codes"]), "the right codes have the same colors"
 
 
 @pytest.mark.parametrize("keys", [IMAGE, WINDOWS], ids=["beit", "lomar"])
-def test_nothing_of_the_tokenizer_is_trained_or_saved(keys: dict):
+def test_tokenizer_is_neither_trained_nor_saved(keys: dict):
     model = build(keys)
-    own = ("encoder.", "predictor.head.", "predictor.mask_token")
-    assert all(name.startswith(own) for name in model.state_dict())
-    assert all(name.startswith(own) for name, _ in model.named_buffers() if name != "predictor.buckets")
+    prefixes = ("encoder.", "predictor.head.", "predictor.mask_token")
+    assert all(name.startswith(prefixes) for name in model.state_dict())
+    assert all(name.startswith(prefixes) for name, _ in model.named_buffers() if name != "predictor.buckets")
     assert not any("target" in name for name, _ in model.named_modules())
     trained = {p for group in parameter_groups(model, 0.05) for p in group["params"]}
     assert trained == {p for _, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"name": "lomar", "num_windows": 2, "window_size": 5}, "set method.window_size to at most 4"),
         ({"name": "lomar", "num_windows": 9, "window_size": 3}, "fits in only 8 places"),
@@ -144,10 +144,10 @@ def test_nothing_of_the_tokenizer_is_trained_or_saved(keys: dict):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(keys: dict, says: str):
-    kind = {"beit": BEiT, "lomar": LoMaR}[keys["name"]]
-    with pytest.raises(ValueError, match=says):
-        kind.Config(**keys).check(GRID, ModelConfig(patch_size=PATCH_SIZE))
+def test_settings_that_do_not_fit_the_grid_are_rejected(keys: dict, message: str):
+    method = {"beit": BEiT, "lomar": LoMaR}[keys["name"]]
+    with pytest.raises(ValueError, match=message):
+        method.Config(**keys).check(GRID, ModelConfig(patch_size=PATCH_SIZE))
 
 
 def load_beit(*overrides: str) -> PretrainConfig:
@@ -155,7 +155,7 @@ def load_beit(*overrides: str) -> PretrainConfig:
     return load("beit_vitb16_224_300e", [*keys, "target.tokenizer=random_projection", *overrides])
 
 
-def test_a_checkpoint_does_not_continue_with_another_tokenizer():
+def test_resuming_with_a_different_tokenizer_raises():
     before, same, other = (
         TrainState(resume_signature=load_beit(f"target.seed={seed}").resume_signature()) for seed in (1, 1, 2)
     )
@@ -164,7 +164,7 @@ def test_a_checkpoint_does_not_continue_with_another_tokenizer():
         check_continues(before, other)
 
 
-def test_the_resolved_recipe_pins_the_tokenizer(tmp_path: Path):
+def test_resolved_recipe_pins_the_tokenizer(tmp_path: Path):
     config = load_beit()
     resolved = tmp_path / "config.yaml"
     resolved.write_text(config.to_yaml())
@@ -173,6 +173,6 @@ def test_the_resolved_recipe_pins_the_tokenizer(tmp_path: Path):
         load(str(resolved), ["target.seed=9"])
 
 
-def test_weights_do_not_depend_on_the_tokenizer():
+def test_initial_weights_do_not_depend_on_the_tokenizer():
     first, other = (build_method(load_beit(f"target.seed={seed}")).state_dict() for seed in (1, 2))
     assert all(torch.equal(first[name], other[name]) for name in first)

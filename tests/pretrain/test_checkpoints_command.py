@@ -1,4 +1,4 @@
-"""`python -m pretrain.checkpoints`: lists, verifies, prunes and exports."""
+"""Tests for `python -m pretrain.checkpoints`: listing, verifying, pruning and exporting."""
 
 import subprocess
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Training:
-    """Checkpoints 10 to 40 of a run that has since been told to keep two, and multiples of 20."""
+    """Checkpoints 10 to 40 of a run that is now configured to keep the last two and multiples of 20."""
     training = Training(tmp_path / "run" / "checkpoints", keep_last=4)
     training.save(10, 20, 30, 40)
     settings = {"name": "run", "checkpoint": {"keep_last": 2, "keep_every_steps": 20}}
@@ -31,7 +31,7 @@ def training(tmp_path: Path) -> Training:
     return training
 
 
-def test_lists_what_stays_and_why(training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_lists_checkpoints_and_why_each_is_kept(training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert checkpoints.main([str(tmp_path / "run")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [(line.split()[0], line.partition("; ")[2]) for line in lines[:-1]] == [
@@ -43,7 +43,7 @@ def test_lists_what_stays_and_why(training: Training, tmp_path: Path, capsys: py
     assert lines[-1] == "4 checkpoints, 0.00 GB in all"
 
 
-def test_reads_all_bytes_only_if_asked_to(training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_detects_damaged_files_only_with_verify(training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     training.damage(40)
     assert checkpoints.main([str(tmp_path / "run")]) == 0
     assert "complete; the newest sound one" in capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_reads_all_bytes_only_if_asked_to(training: Training, tmp_path: Path, ca
     assert second.endswith("sound; the newest sound one")
 
 
-def test_prunes_what_is_damaged_and_what_need_not_stay(
+def test_prune_deletes_damaged_and_superseded_checkpoints(
     training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     for name in ("unfinished/step_00000050", "damaged_step_00000035", "deleted_step_00000005", "step_00000010.bak"):
@@ -78,7 +78,7 @@ def test_prunes_what_is_damaged_and_what_need_not_stay(
     assert training.steps == [20, 30]
 
 
-def test_exports_by_the_command_that_there_is(
+def test_export_runs_the_export_module(
     training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     run, out = str(tmp_path / "run"), str(tmp_path / "out.safetensors")
@@ -96,8 +96,8 @@ def test_exports_by_the_command_that_there_is(
     training.damage(20)
     assert checkpoints.main([run, "--export", "20", out]) == 1
     assert checkpoints.main([run, "--export", "25", out]) == 1
-    said = capsys.readouterr().err
-    assert "step_00000020 is damaged: weights.pt differs" in said
-    assert "--export 25: no such checkpoint; steps in " in said
-    assert "/checkpoints: 40, 30, 20, 10" in said
+    stderr = capsys.readouterr().err
+    assert "step_00000020 is damaged: weights.pt differs" in stderr
+    assert "--export 25: no such checkpoint; steps in " in stderr
+    assert "/checkpoints: 40, 30, 20, 10" in stderr
     assert checkpoints.main([str(tmp_path / "nothing")]) == 1

@@ -1,4 +1,4 @@
-"""Recipes and overrides: what is wrong is refused with a message that names the key to change."""
+"""Tests for recipes and overrides: mistakes raise errors that name the key to change."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message_parts"),
     [
         ("optimizer.base_lr=1", ["unknown key optimizer", "did you mean optim?"]),
         ("optim.base_lrr=1", ["unknown key optim.base_lrr", "did you mean optim.base_lr?"]),
@@ -34,15 +34,15 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
         ("target.normpix=true", ["unknown key target.normpix", "did you mean target.norm_pix?"]),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(recipe: str, override: str, says: list[str]):
+def test_unknown_name_error_suggests_a_valid_name(recipe: str, override: str, message_parts: list[str]):
     with pytest.raises(ValueError, match="unknown") as error:
         load(recipe, [override])
-    assert all(words in str(error.value) for words in says), error.value
+    assert all(part in str(error.value) for part in message_parts), error.value
     assert len(str(error.value).splitlines()) == 1, "and nothing else is reported"
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("train.epochs=abc", "train.epochs=abc: must be a whole number"),
         ("train.epochs=1.5", "train.epochs=1.5: must be a whole number"),
@@ -65,15 +65,15 @@ def test_an_unknown_name_is_answered_with_the_nearest(recipe: str, override: str
         ("name=a/b", "name=a/b: must be a folder name of letters, digits"),
     ],
 )
-def test_a_wrong_value_names_its_key(recipe: str, override: str, says: str):
+def test_invalid_value_error_names_its_key(recipe: str, override: str, message: str):
     with pytest.raises(ValueError, match="^" + override.split("=")[0]) as error:
         load(recipe, [override])
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message_parts"),
     [
         (["data.image_size=225"], ["data.image_size=225", "model.patch_size=16", "224 and 240"]),
         (["data.image_size=[224,230]"], ["data.image_size=", "230", "224 and 240"]),
@@ -91,13 +91,13 @@ def test_a_wrong_value_names_its_key(recipe: str, override: str, says: str):
         (["optim.weight_decay=.inf"], ["optim.weight_decay=inf", "finite"]),
     ],
 )
-def test_values_that_do_not_fit_together_name_the_keys_to_change(recipe: str, overrides: list[str], says: list[str]):
+def test_incompatible_values_error_names_the_keys(recipe: str, overrides: list[str], message_parts: list[str]):
     with pytest.raises(ValueError, match=r"\w+\.\w+=") as error:
         load(recipe, ["method.num_windows=10", *overrides])
-    assert all(words in str(error.value) for words in says), error.value
+    assert all(part in str(error.value) for part in message_parts), error.value
 
 
-def test_all_that_is_wrong_is_reported_at_once(recipe: str):
+def test_all_errors_are_reported_at_once(recipe: str):
     with pytest.raises(ValueError, match="epochs") as error:
         load(recipe, ["train.epochs=abc", "optim.base_lrr=1"])
     assert len(str(error.value).splitlines()) == 2
@@ -107,12 +107,12 @@ def test_all_that_is_wrong_is_reported_at_once(recipe: str):
 
 
 @pytest.mark.parametrize("argument", ["train.epochs", "=3", "--epochs=3", ""])
-def test_an_override_without_key_or_value_is_refused(recipe: str, argument: str):
+def test_malformed_override_is_rejected(recipe: str, argument: str):
     with pytest.raises(ValueError, match=r"is not an override: write section.key=value"):
         load(recipe, [argument])
 
 
-def test_a_required_key_that_is_not_set_is_named(tmp_path: Path):
+def test_missing_required_keys_are_named(tmp_path: Path):
     path = tmp_path / "bare.yaml"
     path.write_text("method: {name: lomar}\n")
     with pytest.raises(ValueError, match="name is not set") as error:
@@ -120,27 +120,27 @@ def test_a_required_key_that_is_not_set_is_named(tmp_path: Path):
     assert "data is not set" in str(error.value)
 
 
-def test_an_unknown_recipe_is_answered_with_the_nearest():
+def test_unknown_recipe_error_suggests_the_nearest_name():
     with pytest.raises(ValueError, match=r"no recipe 'quickstrat'.*did you mean quickstart"):
         load("quickstrat", [])
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words"])
-def test_a_recipe_without_sections_is_refused(tmp_path: Path, text: str):
+def test_recipe_that_is_not_a_mapping_is_rejected(tmp_path: Path, text: str):
     path = tmp_path / "empty.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"empty\.yaml is not a YAML mapping"):
         load(str(path), [])
 
 
-def test_a_recipe_that_is_no_yaml_is_refused(tmp_path: Path):
+def test_recipe_with_invalid_yaml_is_rejected(tmp_path: Path):
     path = tmp_path / "torn.yaml"
     path.write_text("name: [\n")
     with pytest.raises(ValueError, match=r"torn\.yaml is not YAML"):
         load(str(path), [])
 
 
-def test_a_recipe_may_extend_a_shipped_one_by_name_and_never_itself(tmp_path: Path):
+def test_recipe_can_extend_a_shipped_one_by_name_but_not_itself(tmp_path: Path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: quickstart\nname: 2024\n")
     assert load(str(path), []).name == "2024"
@@ -149,14 +149,14 @@ def test_a_recipe_may_extend_a_shipped_one_by_name_and_never_itself(tmp_path: Pa
         load(str(path), [])
 
 
-def test_a_missing_base_is_named(tmp_path: Path):
+def test_missing_base_recipe_is_named(tmp_path: Path):
     path = tmp_path / "child.yaml"
     path.write_text("extends: parent.yaml\n")
     with pytest.raises(ValueError, match=r"no recipe .*parent\.yaml"):
         load(str(path), [])
 
 
-def test_overrides_win_key_by_key_and_later_ones_over_earlier(recipe: str):
+def test_overrides_change_single_keys_and_the_last_one_wins(recipe: str):
     config = load(
         recipe, ["method.mask_ratio=0.5", "optim.base_lr=1e-3", "optim.base_lr=2e-3", "data.image_size=[160, 224]"]
     )
@@ -168,7 +168,7 @@ def test_overrides_win_key_by_key_and_later_ones_over_earlier(recipe: str):
     assert config.peak_lr == pytest.approx(2e-3 * 4096 / 256)
 
 
-def test_a_recipe_extends_another_and_wins_key_by_key(recipe: str, tmp_path: Path):
+def test_recipe_overrides_single_keys_of_the_one_it_extends(recipe: str, tmp_path: Path):
     (tmp_path / "nested").mkdir()
     child, grandchild = tmp_path / "child.yaml", tmp_path / "nested" / "grandchild.yaml"
     child.write_text("extends: small.yaml\nname: child\nmethod: {mask_ratio: 0.6}\n")
@@ -180,7 +180,7 @@ def test_a_recipe_extends_another_and_wins_key_by_key(recipe: str, tmp_path: Pat
     assert load(recipe, []).method.mask_ratio == 0.8, "the base is as it was"
 
 
-def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path):
+def test_resolved_recipe_loads_as_the_same_config(recipe: str, tmp_path: Path):
     config = load(recipe, ["data.image_size=[160, 224]", "optim.base_lr=1e-4", "target.norm_pix=false"])
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(config.to_yaml())
@@ -188,22 +188,22 @@ def test_the_resolved_recipe_reads_back_equal(recipe: str, tmp_path: Path):
     assert yaml.safe_load(config.to_yaml())["optim"]["betas"] == [0.9, 0.95], "defaults are written out"
 
 
-def test_a_configuration_is_frozen(recipe: str):
+def test_config_is_frozen(recipe: str):
     config = load(recipe, [])
     with pytest.raises(ValueError, match="frozen"):
         config.train.epochs = 3
 
 
-def _some_file(folder: Path) -> Path:
+def _empty_weights_file(folder: Path) -> Path:
     (folder / "weights.safetensors").write_bytes(b"")
     return folder / "weights.safetensors"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_recipes_load_and_read_back(name: str, tmp_path: Path):
+def test_shipped_recipes_load_again_after_being_resolved(name: str, tmp_path: Path):
     keys = ["data.shards=/nowhere"]
-    if "beit" in name:  # their tokenizer's weights cannot be shipped
-        keys += [f"target.weights={_some_file(tmp_path)}"]
+    if "beit" in name:  # their tokenizer's weights are not shipped
+        keys += [f"target.weights={_empty_weights_file(tmp_path)}"]
     config = load(name, keys)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(config.to_yaml())
@@ -213,11 +213,11 @@ def test_shipped_recipes_load_and_read_back(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"])
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
-    """ViT-H has patches of 14 pixels; what does not fit an encoder is refused, and the refusal says what to set."""
+def test_every_recipe_works_with_every_encoder(name: str, arch: str, tmp_path: Path):
+    """If a recipe needs further overrides for an encoder, such as ViT-H with 14-pixel patches, the error names each."""
     keys = ["data.shards=/nowhere", f"model.arch={arch}"]
     if "beit" in name:
-        keys += [f"target.weights={_some_file(tmp_path)}"]
+        keys += [f"target.weights={_empty_weights_file(tmp_path)}"]
     needed = []
     if arch == "vit_huge":
         keys += ["model.patch_size=14", *(["data.image_size=252"] if "_256_" in name else [])]
@@ -241,7 +241,7 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
             "lomar_multiscale": "[7, 7, 14]",
             "maskfeat": "[7]",
         }
-        needed += [f"target.cell_sizes={fits}" for start, fits in sizes.items() if name.startswith(start)]
+        needed += [f"target.cell_sizes={cell_sizes}" for prefix, cell_sizes in sizes.items() if name.startswith(prefix)]
     for key in needed:
         with pytest.raises(ValueError, match=key.partition("=")[0] + ".*" + re.escape(key.partition("=")[2])):
             load(name, keys)
@@ -250,7 +250,7 @@ def test_every_recipe_takes_every_encoder(name: str, arch: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if "_fast_" in name])
-def test_fast_recipes_are_late_mask_tokens_and_pr_mim(name: str):
+def test_fast_recipes_combine_late_mask_tokens_and_pr_mim(name: str):
     config = load(name, ["data.shards=/nowhere"])
     size = int(name.split("_")[3])
     assert config.data.image_size == size
@@ -272,7 +272,7 @@ def test_fast_recipes_are_late_mask_tokens_and_pr_mim(name: str):
         ("lomar_vitb8_224_400e", 224, 8, 4, 10),
     ],
 )
-def test_shipped_recipes_are_those_of_the_paper(name: str, size: int, patch: int, windows: int, warmup: int | None):
+def test_lomar_recipes_match_the_paper(name: str, size: int, patch: int, windows: int, warmup: int | None):
     config = load(name, ["data.shards=/nowhere"])
     assert config.train.epochs == int(name.split("_")[-1][:-1])
     assert (config.data.image_size, config.model.patch_size, config.method.num_windows) == (size, patch, windows)
@@ -284,7 +284,7 @@ def test_shipped_recipes_are_those_of_the_paper(name: str, size: int, patch: int
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if "simmim" in name])
-def test_simmim_recipes_train_as_its_authors_code(name: str):
+def test_simmim_recipes_match_the_authors_code(name: str):
     config = load(name, ["data.shards=/nowhere"])
     optim = config.optim
     assert config.peak_lr == pytest.approx(4e-4), "1e-4 x 2048 / 512"
@@ -306,7 +306,7 @@ def test_simmim_recipes_train_as_its_authors_code(name: str):
         ("mae_vitl16_448_1600e", (512, 8, 16)),
     ],
 )
-def test_recipes_of_other_decoders_are_as_published(name: str, decoder: tuple[int, int, int]):
+def test_recipes_with_other_decoders_have_the_expected_settings(name: str, decoder: tuple[int, int, int]):
     config = load(name, ["data.shards=/nowhere"])
     method, cross = config.method, "cross" in name
     assert (method.decoder_embed_dim, method.decoder_depth, method.decoder_num_heads) == decoder
@@ -318,21 +318,21 @@ def test_recipes_of_other_decoders_are_as_published(name: str, decoder: tuple[in
         assert (method.mask_type, method.mask_patch_size) == ("cell", 32)
 
 
-def test_pixios_recipe_is_its_script():
+def test_pixio_recipe_matches_the_authors_script():
     config = load("pixio_vith16_256_400e", ["data.shards=/nowhere"])
     assert config.method.count_patches(config.grid, 16) == (256, 192), "of 16 squares of 64 pixels 4 are seen"
     assert (config.model.registers, config.model.position, config.model.drop_path_rate) == (7, "learned", 0.4)
     assert (config.peak_lr, config.data.hflip, config.method.decoder_depth) == (pytest.approx(8e-4), 0, 32)
 
 
-def test_drop_path_grows_over_the_blocks_of_the_encoder():
+def test_drop_path_rate_grows_linearly_over_encoder_blocks():
     config = load("simmim_vits16_224_800e", ["data.shards=/nowhere", "model.drop_path_rate=0.11", "data.image_size=64"])
     first, *others = build_method(config).encoder.blocks
     assert isinstance(first.drop_path, torch.nn.Identity)
     assert [1 - float(block.drop_path.kept_share) for block in others] == pytest.approx([k / 100 for k in range(1, 12)])
 
 
-def test_weights_depend_on_the_seed_alone(recipe: str):
+def test_initial_weights_are_determined_by_the_seed(recipe: str):
     small = ["model.arch=vit_tiny", "data.image_size=128"]
     first, again, other = (build_method(load(recipe, [*small, f"seed={seed}"])).state_dict() for seed in (0, 0, 1))
     assert all((first[name] == again[name]).all() for name in first)

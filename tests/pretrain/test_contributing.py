@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md is added to a copy of the project, and works there as written."""
+"""Tests that the worked example in CONTRIBUTING.md works as written when added to a copy of the project."""
 
 import re
 import shutil
@@ -18,14 +18,14 @@ COPIED = ("data", "pretrain", "downstream", "ds_configs", "tests/helpers", "test
 
 
 def code_block(text: str, file: str, language: str) -> str:
-    """The block that follows the paragraph that names a file."""
+    """The code block after the paragraph that names `file`."""
     found = re.search(rf"`{re.escape(file)}`(?:(?!\n\n).)*\n\n```{language}\n(.*?)```", text, re.DOTALL)
     assert found, f"CONTRIBUTING.md has no {language} block for {file}"
     return found[1]
 
 
 def apply_diff(path: Path, diff: str) -> None:
-    """Replaces each hunk's old lines, which must be in the file exactly once, by its new ones."""
+    """Replaces each hunk's old lines, which must occur exactly once in the file, with its new ones."""
     source = path.read_text()
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
@@ -38,7 +38,7 @@ def apply_diff(path: Path, diff: str) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with the example's files in it."""
+    """A copy of the project with the example added."""
     copy = tmp_path_factory.mktemp("project")
     for name in COPIED:
         source, target = ROOT / name, copy / name
@@ -60,7 +60,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(project: Path, *command: str) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *command],
         cwd=project,
         text=True,
@@ -68,24 +68,24 @@ def run(project: Path, *command: str) -> str:
         stderr=subprocess.STDOUT,
         timeout=SECONDS,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    assert result.returncode == 0, result.stdout
+    return result.stdout
 
 
 @pytest.mark.slow
-def test_the_examples_own_tests_pass(project: Path):
-    said = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pretrain/test_inpainting.py")
-    assert "6 passed" in said
+def test_example_passes_its_own_tests(project: Path):
+    output = run(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/pretrain/test_inpainting.py")
+    assert "6 passed" in output
 
 
-def test_the_example_is_formatted_like_everything_else(project: Path):
+def test_example_passes_ruff(project: Path):
     files = ("pretrain/methods/inpainting.py", "pretrain/methods/__init__.py", "tests/pretrain/test_inpainting.py")
     run(project, "-m", "ruff", "format", "--check", "--no-cache", *files)
     run(project, "-m", "ruff", "check", "--no-cache", *files)
 
 
 @pytest.mark.engine
-def test_the_example_is_typed_and_trains_through_the_usual_command(project: Path, tmp_path: Path):
+def test_example_passes_mypy_and_trains_with_the_usual_command(project: Path, tmp_path: Path):
     run(project, "-m", "mypy", "--no-incremental", "-p", "pretrain.methods")
     rng = np.random.default_rng(0)
     for number in range(32):
@@ -105,7 +105,7 @@ def test_the_example_is_typed_and_trains_through_the_usual_command(project: Path
         assert file.metadata()["method"] == "inpainting"
 
 
-def test_the_line_for_the_engine_tests_is_an_entry_of_their_dictionary():
+def test_engine_test_line_is_a_valid_dictionary_entry():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     entry = code_block(text, "tests/engine/test_every_method.py", "python")
     assert eval(f"{{{entry}}}", {"RELATIVE": {"arch": "vit_tiny"}})["inpainting"]["method"]["name"] == "inpainting"

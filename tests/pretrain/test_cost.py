@@ -1,9 +1,9 @@
-"""What a step costs, counted and never timed: multiply-adds, what is kept for the backward pass, compiled graphs.
+"""Tests for the cost of a step: multiply-adds, memory kept for the backward pass, and compiled graphs.
 
-On tiny encoders, against formulas written by hand, and against what was recorded: whoever makes a step cheaper lowers
-the record.
+Costs are counted, not timed. Those of tiny encoders are compared with formulas written by hand and with recorded
+values, which should be lowered by any change that makes a step cheaper.
 
-Shapes: W windows of 7x7 patches, V of them visible, M masked, K kept by PR-MIM; D width, H heads, P values of a patch.
+Shapes: W windows of 7x7 patches, V of them visible, M masked, K kept by PR-MIM; D width, H heads, P values per patch.
 """
 
 import functools
@@ -54,7 +54,7 @@ RECORDED = {
     "fast": 1075108,
     "mae": 1881992,
     "crossmae": 915992,
-}  # bytes an image
+}  # bytes per image
 
 
 @pytest.fixture(autouse=True)
@@ -78,18 +78,18 @@ def aligned(tokens: int, to: int) -> int:
 
 
 def blocks(number: int, L: int, bias: int = 0, width: int = D) -> int:
-    """Multiply-adds of transformer blocks on L tokens: four matrices, logits and sums, and the bias of the logits."""
+    """Multiply-adds of transformer blocks on L tokens: four weight matrices, logits, weighted sums, and a bias."""
     return number * (12 * L * width**2 + 2 * L**2 * width + bias)
 
 
 def all_tokens(number: int) -> int:
-    """On all of a window: a vector for each pair, its keys padded to a multiple of 8."""
+    """Blocks on all tokens of a window: the bias has a vector for each pair, with keys padded to a multiple of 8."""
     L = 1 + V + M
     return blocks(number, L, L * aligned(L, 8) * D)
 
 
 def some_tokens(number: int, L: int) -> int:
-    """On some of a window: a product with each bucket's vector, from which a one-hot selects each pair's."""
+    """Blocks on some tokens of a window: products with all buckets' vectors, then one-hot selection for each pair."""
     return blocks(number, L, BUCKETS * L * D + BUCKETS * H * L * aligned(L, 8))
 
 
@@ -101,7 +101,7 @@ MACS = {
     "pr": W * (ENDS + some_tokens(DEPTH, 1 + V + K) + AGGREGATION),
     "fast": W * (ENDS + some_tokens(LATE, 1 + V) + some_tokens(DEPTH - LATE, 1 + V + K) + AGGREGATION),
     "mae": 49 * P * D + blocks(DEPTH, 50) + 50 * D * 64 + blocks(2, 197, width=64) + 147 * 64 * P,
-    # Sums over the streams; then queries, outputs and MLPs of 49 patches, keys and values of 50 tokens, logits.
+    # Inter-block attention, then queries, outputs and MLPs of 49 patches, keys and values of 50 tokens, and logits.
     "crossmae": 49 * P * D
     + blocks(DEPTH, 50)
     + 2 * (1 + DEPTH) * 50 * D
@@ -111,11 +111,11 @@ MACS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_multiply_adds_are_those_of_the_formula(name: str):
+def test_multiply_adds_match_the_formula(name: str):
     assert counted(name).flops == 2 * MACS[name]
 
 
-def test_extrapolated_blocks_cost_what_all_of_them_do():
+def test_extrapolating_over_blocks_equals_counting_all_of_them():
     config = configuration("fast")
     method, ema = fake_gpu.build(config)
     assert len(method.encoder.blocks) == DEPTH
@@ -124,12 +124,12 @@ def test_extrapolated_blocks_cost_what_all_of_them_do():
 
 
 def kept_for_a_bias(L: int) -> int:
-    """Bytes, of one block and window: the bias, the queries again, and the sums of the softmax."""
+    """Bytes per block and window: the bias, a copy of the queries, and the softmax sums."""
     return 2 * H * L * aligned(L, 8) + 2 * L * D + 4 * H * aligned(L, 32)
 
 
 def kept_once(L: int) -> int:
-    """Bytes, of a window with some of its tokens: which, one-hot for each pair; for the kernel int8 places instead."""
+    """Bytes per window with some of its tokens: one-hot positions of all pairs, less the kernel's int8 places."""
     padded = max(16, 1 << L.bit_length())
     return 2 * BUCKETS * L * aligned(L, 8) - (padded + 64)
 
@@ -145,19 +145,19 @@ SAVED_BY_KERNEL = {
 
 
 @pytest.mark.parametrize("name", SAVED_BY_KERNEL)
-def test_the_window_kernel_keeps_neither_bias_nor_queries_nor_sums(name: str):
+def test_window_kernel_keeps_no_bias_copied_queries_or_softmax_sums(name: str):
     assert counted(name).kept - counted(name, window_kernel=True).kept == SAVED_BY_KERNEL[name]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_more_is_kept_for_the_backward_pass_than_was_recorded(name: str):
+def test_memory_kept_for_the_backward_pass_is_within_the_record(name: str):
     assert counted(name, window_kernel="mae" not in name).kept <= RECORDED[name]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "triton"])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_planner_says_the_same(name: str, attention: AttentionKind):
-    """Its formulas know shapes only; small differences are what a whole step keeps once."""
+def test_planner_agrees_with_the_count(name: str, attention: AttentionKind):
+    """The planner's formulas only know shapes. Small differences come from what a whole step keeps once."""
     recipe, overrides = METHODS[name]
     config = load(recipe, ["data.shards=none", *overrides])
     trace, numerics = trace_method(config), Numerics(attention=attention)
@@ -166,16 +166,16 @@ def test_the_planner_says_the_same(name: str, attention: AttentionKind):
         tokens = call.sequences * call.tokens * call.blocks
         flops += tokens * (matrix_flops(call) + attention_flops(call))
         kept += tokens * kept_bytes(call, numerics)
-    counted_here = count(config, window_kernel=attention == "triton" and "mae" not in name)
-    assert kept == pytest.approx(counted_here.kept, rel=0.02)
-    assert flops == pytest.approx(counted_here.flops, rel=0.02)
+    counts = count(config, window_kernel=attention == "triton" and "mae" not in name)
+    assert kept == pytest.approx(counts.kept, rel=0.02)
+    assert flops == pytest.approx(counts.flops, rel=0.02)
 
 
-# G multiply-adds of a forward pass of ViT-B/16, by hand: transformer blocks, and what a method adds to MAE.
+# Giga multiply-adds of a ViT-B/16 forward pass, counted by hand: transformer blocks, and what a method adds to MAE.
 BY_HAND = {
     "MAE": 9.57,
     "MAE + PR 50 %": 6.86,
-    "MAE, 90 % masked, 1 block": 2.37 + 0.09,  # with patch embedding and head, which here are more than 3 %
+    "MAE, 90 % masked, 1 block": 2.37 + 0.09,  # with patch embedding and head, here more than 3 %
     "SimMIM": 17.4,
     "SimMIM + PR 30 %": 12.16,
     "SimMIM + PR 50 %": 8.58,
@@ -184,7 +184,7 @@ BY_HAND = {
     "LocalMIM": 5.12,
     "LocalMIM + PR 65 %": 4.65,
     "LocalMIM, 448 px": 21.7,
-    "TEC, with its teacher": 8.18 + 17.4 / 3,  # forward alone is a third of a step
+    "TEC, with its teacher": 8.18 + 17.4 / 3,  # a forward pass alone is a third of a step
     "TEC + PR 50 %": 6.76 + 17.4 / 3,
     "CrossMAE": 9.48,
     "CrossMAE, a third predicted": 6.34,
@@ -194,8 +194,8 @@ BY_HAND = {
     "LoMaR + PR 50 %": 8.9,
     "LoMaR, cross decoder": 7.3,
 }
-# With 30 % of all patches thrown, SimMIM's encoder still works on 138 of 196: 0.50 is what 50 % would leave. TEC's 0.82
-# is that of the student alone.
+# The paper reports 0.50 and 0.82. With 30 % of all patches thrown, SimMIM's encoder still processes 138 of 196 patches;
+# 0.50 is what throwing 50 % would leave. TEC's 0.82 is the ratio of the student alone.
 NOT_REPRODUCED = {"SimMIM + PR 30 %": 0.70, "TEC + PR 50 %": 0.90}
 
 
@@ -211,16 +211,16 @@ def traced_gmacs(name: str) -> float:
         * (1 if call.backward else 1 / 3)
         for call in trace.calls
     )
-    return (blocks + trace.ends.backward_flops / 2) / 2e9  # without those of a teacher, which have no backward pass
+    return (blocks + trace.ends.backward_flops / 2) / 2e9  # without a teacher's, which have no backward pass
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_every_method_costs_what_one_counts_by_hand(name: str):
+def test_traced_cost_matches_the_count_by_hand(name: str):
     assert traced_gmacs(name) == pytest.approx(BY_HAND[name], rel=0.03)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.paper], ids=lambda case: case.name)
-def test_pr_mim_saves_what_its_paper_says(case: Case):
+def test_pr_mim_savings_match_its_paper(case: Case):
     ratio = traced_gmacs(case.name) / traced_gmacs(case.base)
     assert ratio == pytest.approx(NOT_REPRODUCED.get(case.name, case.paper[0]), abs=0.011)
 
@@ -228,12 +228,12 @@ def test_pr_mim_saves_what_its_paper_says(case: Case):
 @pytest.mark.parametrize(
     ("name", "graphs"), [("lomar", 1), ("late", 2), ("pr", 1), ("fast", 2), ("mae", 2), ("crossmae", 2)]
 )
-def test_compiled_blocks_are_one_unbroken_graph_for_each_length(name: str, graphs: int):
-    """Encoder and decoder, or before and after mask tokens enter; however many blocks there are."""
+def test_compiled_blocks_form_one_graph_per_sequence_length(name: str, graphs: int):
+    """Lengths differ between encoder and decoder, or before and after mask tokens enter."""
     assert count_graphs(configuration(name)) == graphs
 
 
-def test_a_broken_graph_is_noticed(monkeypatch: pytest.MonkeyPatch):
+def test_graph_break_raises(monkeypatch: pytest.MonkeyPatch):
     def forward(self: Block, x: Tensor, position: Tensor | None) -> Tensor:
         torch._dynamo.graph_break()
         return x + self.attn(self.norm1(x), position)

@@ -1,4 +1,4 @@
-"""Registers, learned positions, a shared relative bias and LayerScale: every method against the naive reference."""
+"""Tests for registers, learned positions, a shared relative bias and LayerScale."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ CROSS = {"decoder": "cross", "inter_block_attention": True}
 SIMMIM = {"name": "simmim", "mask_patch_size": 4}
 LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3, "mask_ratio": 0.6}
 PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
-AS_TRAINED = {"shared_bias": True, "layer_scale": 0.1}  # SimMIM
+AS_TRAINED = {"shared_bias": True, "layer_scale": 0.1}  # as SimMIM's recipes train
 
 CASES = {
     "mae-cross": (MAE | CROSS, False, {"learned": True, "registers": 2}, PR_MIM),
@@ -86,7 +86,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("case", METHODS)
-def test_registers_have_no_place_and_every_method_uses_them(case: str):
+def test_every_method_uses_registers_regardless_of_their_order(case: str):
     keys = METHODS[case]
     model = tiny_method(keys, GRID, PATCH_SIZE, keys["name"] in ("lomar", "beit"), registers=2)
     randomize(model)
@@ -102,7 +102,7 @@ def test_registers_have_no_place_and_every_method_uses_them(case: str):
 
 
 @pytest.mark.parametrize("position", ["relative", "sincos", "learned", "bias"])
-def test_luts_teacher_sees_the_patches_of_the_whole_image(position: str):
+def test_lut_teacher_sees_all_patches_of_the_image(position: str):
     config = configure(
         {"name": "simmim", "mask_patch_size": 4}, model={"position": position, "registers": 2}, lut={"hidden_dim": 8}
     )
@@ -130,7 +130,7 @@ def test_compiled_blocks_have_the_same_loss_and_gradients():
 
 
 @pytest.mark.parametrize(
-    ("method", "model", "says"),
+    ("method", "model", "message"),
     [
         (
             {"name": "mae"},
@@ -143,8 +143,8 @@ def test_compiled_blocks_have_the_same_loss_and_gradients():
         ({"name": "simmim"}, {"layer_scale": -1}, r"model\.layer_scale"),
     ],
 )
-def test_what_does_not_fit_is_refused(method: dict, model: dict, says: str):
-    with pytest.raises(ValueError, match=says):
+def test_unsupported_model_options_are_rejected(method: dict, model: dict, message: str):
+    with pytest.raises(ValueError, match=message):
         configure(method, model=model)
 
 
@@ -160,13 +160,13 @@ def configure(method: dict[str, Any], model: dict[str, Any], **sections: Any) ->
     )
 
 
-def test_a_window_kernel_takes_eight_registers():
+def test_window_kernel_supports_up_to_eight_registers():
     few, many = (configure({"name": "lomar", "window_size": 3}, {"registers": registers}) for registers in (8, 9))
     assert unserved_by_window_kernel(few) == ""
     assert "up to 8 registers, not model.registers=9" in unserved_by_window_kernel(many)
 
 
-def test_learned_positions_and_registers_decay_as_other_tokens():
+def test_learned_positions_and_registers_have_weight_decay():
     encoder = tiny_vit(PATCH_SIZE, GRID, relative=False, learned=True, registers=2, layer_scale=0.1)
     decayed = {id(p) for p in parameter_groups(encoder, 0.05)[0]["params"]}
     assert {id(encoder.pos_embed), id(encoder.reg_token), id(encoder.cls_token)} <= decayed

@@ -1,4 +1,4 @@
-"""Features of a frozen teacher, and of the encoder's moving average, as targets."""
+"""Tests for features of a frozen teacher, or of the encoder's moving average, as targets."""
 
 import re
 from typing import Any
@@ -40,7 +40,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 
 
 def build(keys: dict[str, Any], relative: bool = False) -> Any:
-    """With a teacher of which nothing is at its initial value: the same fp32 numbers whatever the precision."""
+    """A method with random teacher weights, the same fp32 values whatever the default dtype."""
     model = tiny_method(keys, GRID, PATCH_SIZE, relative)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def build(keys: dict[str, Any], relative: bool = False) -> Any:
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("relative", [False, True])
-def test_the_target_is_that_of_a_naive_loop(name: str, relative: bool):
+def test_target_matches_a_naive_loop(name: str, relative: bool):
     model = build({"name": "simmim", "mask_patch_size": 4, "target": TARGETS[name]}, relative)
     images = random_images(model)
     truth = model.target.ground_truth(images, images)
@@ -79,7 +79,7 @@ def test_loss_and_gradients_equal_the_reference_in_float64_and_fp32(name: str, m
     assert_equals_reference(lambda: build(MAE | {"target": TARGETS[name]}), naive_loss, monkeypatch)
 
 
-def test_statistics_are_over_patches_per_image_and_channel():
+def test_features_are_standardized_per_image_and_channel():
     found = standardize_over_patches(torch.randn(3, 50, 7).bfloat16() * 5 + 2)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.mean(1), torch.zeros(3, 7), atol=1e-5, rtol=0)
@@ -94,7 +94,7 @@ def configure(**sections: Any) -> PretrainConfig:
 
 
 @pytest.mark.parametrize(
-    ("sections", "says"),
+    ("sections", "message"),
     [
         (
             {"target": {"name": "ema", "blocks": 13}},
@@ -107,18 +107,18 @@ def configure(**sections: Any) -> PretrainConfig:
         ({"target": {"name": "ema"}, "method": {"name": "ae", "block_size": 16}}, "method ae predicts pixels"),
     ],
 )
-def test_the_configuration_refuses(sections: dict[str, Any], says: str):
-    with pytest.raises(ValueError, match=re.escape(says)):
+def test_incompatible_settings_are_rejected(sections: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
         configure(**sections)
 
 
-def test_the_average_starts_as_the_encoder_and_follows_it(monkeypatch: pytest.MonkeyPatch):
+def test_moving_average_starts_as_the_encoder_and_follows_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(ARCHS, "vit_tiny", TINY)
     config = configure(target={"name": "ema", "blocks": 1, "momentum": 0.5, "final_momentum": 0.5}, model=TINY_MODEL)
     method = build_method(config)
     with torch.no_grad():
         for parameter in method.parameters():
-            parameter.add_(1)  # as loading a start does
+            parameter.add_(1)  # as loading initial weights does
     ema = build_ema(config, method, torch.device("cpu"))
     teacher = feature_teacher(method)
     assert ema.model is teacher
@@ -133,7 +133,7 @@ def test_the_average_starts_as_the_encoder_and_follows_it(monkeypatch: pytest.Mo
     assert not torch.equal(method.target.ground_truth(images, images), before)
 
 
-def test_the_planner_counts_a_frozen_teacher_and_an_average():
+def test_planner_counts_frozen_and_averaged_teachers():
     frozen, averaged = (
         trace_method(configure(target={"name": name}, model={"arch": "vit_small", "position": "sincos"}))
         for name in ("teacher", "ema")
@@ -146,7 +146,7 @@ def test_the_planner_counts_a_frozen_teacher_and_an_average():
         assert calls == [(1, 5, 12)], "one pass of the whole image, without a backward pass"
 
 
-def test_a_teacher_may_be_wider_and_of_another_kind_of_position():
+def test_teacher_may_differ_in_architecture_and_position_embedding():
     torch.manual_seed(0)
     teacher = EncoderTeacher(tiny_vit(PATCH_SIZE, GRID, relative=False, arch=Arch(24, 3, 3)))
     target = FeatureTarget(TeacherConfig(), PATCH_SIZE, teacher)
@@ -156,12 +156,12 @@ def test_a_teacher_may_be_wider_and_of_another_kind_of_position():
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_windows_of_an_image_share_one_pass_of_the_teacher(monkeypatch: pytest.MonkeyPatch):
+def test_windows_of_an_image_share_one_teacher_pass(monkeypatch: pytest.MonkeyPatch):
     model = build({"name": "lomar", "num_windows": 3, "window_size": 3, "target": TARGETS["ema"]}, relative=True)
-    seen = []
+    batch_sizes = []
     forward = type(model.target.teacher).forward
     monkeypatch.setattr(
-        type(model.target.teacher), "forward", lambda *args: seen.append(len(args[1])) or forward(*args)
+        type(model.target.teacher), "forward", lambda *args: batch_sizes.append(len(args[1])) or forward(*args)
     )
     model(random_images(model), random_mask_indices(model))
-    assert seen == [2]
+    assert batch_sizes == [2]

@@ -1,4 +1,4 @@
-"""The end of a run: the encoder is what counts."""
+"""Tests for the end of a run."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,15 +14,15 @@ from pretrain.trainer.launch import World
 from pretrain.trainer.run_folder import RunFolder
 
 
-def test_figures_that_cannot_be_drawn_are_said_and_the_run_is_complete(
+def test_run_finishes_with_a_warning_if_figures_cannot_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def no_room(*_: Any) -> None:
+    def disk_full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(finish, "gather_state_dict", lambda engine, world: {})
     monkeypatch.setattr(finish, "encoder_state_dict", lambda method, state: {"w": torch.ones(2)})
-    monkeypatch.setattr(finish, "draw_loss", no_room)
+    monkeypatch.setattr(finish, "draw_loss", disk_full)
     config, module = load("quickstart", ["data.shards=unused"]), SimpleNamespace(module=None)
     run: Any = SimpleNamespace(
         config=config,

@@ -1,4 +1,4 @@
-"""HOG as a target: against loops over pixels, its rendering, and what is refused."""
+"""Tests for HOG targets: comparison with loops over pixels, rendering, and rejected settings."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ GRID, PATCH_SIZE = (4, 6), 4
 
 
 def random_images(count: int = 2) -> Tensor:
-    """With a flat corner, and edges at exactly 0, 45 and 90 degrees, which lie on the limits of bins."""
+    """The first image has a flat corner, and gradients at exactly 0, 45 and 90 degrees (some on bin boundaries)."""
     images = torch.randint(0, 256, (count, 16, 24, 3), generator=torch.Generator().manual_seed(5)).byte()
     images[0, :8, :8] = 77
     images[0, 8:, :8] = (torch.arange(8)[:, None, None] * 9).byte()
@@ -28,7 +28,7 @@ def random_images(count: int = 2) -> Tensor:
 @pytest.mark.parametrize(
     ("cells", "bins", "window"), [((4,), 9, 0), ((2,), 9, 8), ((1, 2, 4, 8), 12, 0), ((8, 2), 4, 0)]
 )
-def test_histograms_are_those_of_a_loop_over_pixels(cells: tuple[int, ...], bins: int, window: int):
+def test_histograms_match_a_loop_over_pixels(cells: tuple[int, ...], bins: int, window: int):
     target = build_target(HOGConfig(cell_sizes=cells, bins=bins, gaussian_window=window), GRID, PATCH_SIZE)
     images = random_images()
     truth = target.ground_truth(images, patchify(images, PATCH_SIZE))
@@ -40,7 +40,7 @@ def test_histograms_are_those_of_a_loop_over_pixels(cells: tuple[int, ...], bins
             torch.testing.assert_close(found[position].double(), expected, rtol=0, atol=1e-6)
 
 
-def test_a_method_that_predicts_it_equals_the_reference(monkeypatch: pytest.MonkeyPatch):
+def test_mae_with_hog_targets_equals_the_reference(monkeypatch: pytest.MonkeyPatch):
     sizes = (2, 4)
     keys = {"name": "mae", "decoder_embed_dim": 12, "decoder_depth": 1, "decoder_num_heads": 3}
     keys["target"] = {"name": "hog", "cell_sizes": sizes, "bins": 5}
@@ -56,13 +56,13 @@ def test_a_method_that_predicts_it_equals_the_reference(monkeypatch: pytest.Monk
     assert_equals_reference(lambda: tiny_method(keys, (2, 4), PATCH_SIZE, relative=False), naive_loss, monkeypatch)
 
 
-def test_a_flat_cell_has_no_direction():
+def test_flat_cells_have_zero_histograms():
     target = build_target(HOGConfig(cell_sizes=(2,)), GRID, PATCH_SIZE)
     flat = torch.full((1, 16, 24, 3), 200, dtype=torch.uint8)
     assert not target.ground_truth(flat, patchify(flat, PATCH_SIZE)).any()
 
 
-def test_brightness_and_contrast_are_not_predicted():
+def test_targets_do_not_depend_on_brightness_and_contrast():
     target = build_target(HOGConfig(cell_sizes=(2,)), GRID, PATCH_SIZE)
     dark = random_images() // 4
     bright = dark * 3 + 50
@@ -70,7 +70,7 @@ def test_brightness_and_contrast_are_not_predicted():
     torch.testing.assert_close(dark_truth, bright_truth)
 
 
-def test_many_images_are_taken_in_parts_with_equal_results():
+def test_large_batches_give_the_same_targets_as_single_images():
     images = random_images(_IMAGES_AT_ONCE["cpu"] + 3)
     target = build_target(HOGConfig(cell_sizes=(4,)), GRID, PATCH_SIZE)
     whole = target.ground_truth(images, patchify(images, PATCH_SIZE))
@@ -78,7 +78,7 @@ def test_many_images_are_taken_in_parts_with_equal_results():
     assert torch.equal(whole, torch.cat(alone))
 
 
-def test_autocast_does_not_change_it():
+def test_autocast_changes_neither_target_nor_loss():
     images = random_images()
     target = build_target(HOGConfig(cell_sizes=(2, 8)), GRID, PATCH_SIZE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -89,7 +89,7 @@ def test_autocast_does_not_change_it():
     assert loss == target.loss(torch.zeros_like(exact), exact)
 
 
-def test_the_errors_of_sizes_are_added():
+def test_loss_is_the_sum_over_cell_sizes():
     target = build_target(HOGConfig(cell_sizes=(2, 4), bins=2), GRID, PATCH_SIZE)
     truth = torch.zeros(1, 3, 4 * 6 + 6)
     prediction = truth.clone()
@@ -99,8 +99,8 @@ def test_the_errors_of_sizes_are_added():
     assert target.losses(prediction, truth) == {"loss": 13, "loss_cell_2": 4, "loss_cell_4": 9}
 
 
-def test_each_sizes_error_is_logged_and_trains_nothing():
-    """Also where a size is predicted twice, behind two blocks; a single size is the loss itself."""
+def test_loss_of_each_cell_size_is_logged_without_gradient():
+    """Repeated sizes, predicted after different blocks, are numbered. A single size is not logged separately."""
     target = build_target(HOGConfig(cell_sizes=(4, 2, 4), bins=2), GRID, PATCH_SIZE)
     prediction = torch.randn(1, 3, 6 + 24 + 6, requires_grad=True)
     losses = target.losses(prediction, torch.zeros(1, 3, 36))
@@ -112,7 +112,7 @@ def test_each_sizes_error_is_logged_and_trains_nothing():
     assert list(alone.losses(prediction[..., :6], torch.zeros(1, 3, 6))) == ["loss"]
 
 
-def test_a_vertical_edge_is_drawn_as_a_vertical_line_in_its_color():
+def test_vertical_edge_is_drawn_as_a_vertical_line_in_its_color():
     images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     images[:, :, 4:, 0] = 255  # red, from the middle of the first cells on
     target = build_target(HOGConfig(cell_sizes=(8,)), (2, 2), 16)
@@ -135,7 +135,7 @@ def test_opposite_directions_share_a_bin():
 
 
 @pytest.mark.parametrize(
-    ("cells", "grid", "says"),
+    ("cells", "grid", "message"),
     [
         ((5,), GRID, r"target\.cell_sizes has 5, .* set target\.cell_sizes=\[4\]"),
         ((0, 8), GRID, r"set target\.cell_sizes=\[1, 8\]"),
@@ -147,7 +147,7 @@ def test_opposite_directions_share_a_bin():
         ),
     ],
 )
-def test_cells_that_do_not_fit_are_refused(cells: tuple[int, ...], grid: tuple[int, int], says: str):
-    with pytest.raises(ValueError, match=says):
+def test_cell_sizes_that_do_not_fit_are_rejected(cells: tuple[int, ...], grid: tuple[int, int], message: str):
+    with pytest.raises(ValueError, match=message):
         HOGConfig(cell_sizes=cells).check(grid, ModelConfig(patch_size=PATCH_SIZE))
     HOGConfig(cell_sizes=(1, 2, 4)).check(grid, ModelConfig(patch_size=PATCH_SIZE))

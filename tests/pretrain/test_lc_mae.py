@@ -1,4 +1,4 @@
-"""LC-MAE and AE(k) against the loops of `reference_lc_mae.py`, and what the paper says of their settings."""
+"""Tests for LC-MAE and AE(k): comparison with `reference_lc_mae.py`, and the settings and effects in the paper."""
 
 import pickle
 from typing import Any
@@ -76,7 +76,7 @@ def test_equals_the_reference_in_float64_and_fp32(keys: dict, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_each_term_is_reported_and_weighted(name: str):
+def test_active_loss_terms_are_logged_and_add_up_to_the_loss(name: str):
     model = build(setting(name))
     result = model(random_images(model), random_mask_indices(model))
     terms = {key: value for key, value in result.items() if key != "loss"}
@@ -87,7 +87,7 @@ def test_each_term_is_reported_and_weighted(name: str):
     assert (model.proj is None) == (name == "b")
 
 
-def test_the_losses_are_fp32_under_autocast():
+def test_losses_are_fp32_under_autocast():
     model = build(LC_MAE)
     images, mask_indices = random_images(model), random_mask_indices(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -97,7 +97,7 @@ def test_the_losses_are_fp32_under_autocast():
         torch.testing.assert_close(result[name], value, rtol=0.02, atol=0.005)
 
 
-def test_the_losses_do_not_depend_on_patches_visible_in_both_views(monkeypatch: pytest.MonkeyPatch):
+def test_losses_do_not_depend_on_patches_visible_in_both_views(monkeypatch: pytest.MonkeyPatch):
     model = build(LC_MAE | {"mask_ratio": 0.5})
     images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
     visible = set(mask_indices["visible"][0, 0].tolist()) & set(mask_indices["visible"][0, 1].tolist())
@@ -126,7 +126,7 @@ def test_the_losses_do_not_depend_on_patches_visible_in_both_views(monkeypatch: 
 
 
 @pytest.mark.parametrize("decoder", ["transformer", "average", "conv"])
-def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
+def test_prediction_does_not_depend_on_masked_pixels(decoder: str):
     model = build(LC_MAE | PIXELS | {"decoder": decoder})
     randomize(model)
     images, mask_indices = random_images(model), random_mask_indices(model)
@@ -138,7 +138,7 @@ def test_the_prediction_does_not_look_at_what_is_masked(decoder: str):
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.75])
-def test_two_masks_are_exact_deterministic_and_picklable(ratio: float):
+def test_mask_sampler_is_exact_deterministic_and_picklable(ratio: float):
     grid = (4, 6)
     sampler = pickle.loads(pickle.dumps(build(LC_MAE | {"mask_ratio": ratio}, grid).mask_sampler()))
     first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -152,7 +152,7 @@ def test_two_masks_are_exact_deterministic_and_picklable(ratio: float):
     assert (first["masked"] != other["masked"]).any()
 
 
-def test_the_two_masks_share_as_many_patches_as_independent_ones():
+def test_two_masks_overlap_as_much_as_independent_ones():
     sampler = build(LC_MAE, (4, 6)).mask_sampler()
     views = [sampler(np.random.default_rng(seed))["masked"] for seed in range(200)]
     shared = [len(set(first) & set(second)) for first, second in views]
@@ -185,8 +185,8 @@ def test_overfits_one_batch(keys: dict):
     assert losses[-1] < 0.25 * losses[0]
 
 
-def test_the_cross_view_loss_alone_collapses_and_the_in_view_loss_prevents_it():
-    """Table 1, settings (g) and (c): what (g) has spread out, the cross-view loss alone draws together again."""
+def test_cross_view_loss_collapses_without_the_in_view_loss():
+    """Table 1: setting (g) spreads the vectors out, then (c), the cross-view loss alone, collapses them again."""
     g, c = build(setting("g")), build(setting("c"))
     images, new_masks = random_images(g), random_mask_indices(g)
     train(g, images, None, 80)
@@ -203,7 +203,7 @@ def test_the_cross_view_loss_alone_collapses_and_the_in_view_loss_prevents_it():
 
 
 def _spread(model: Any, images: Tensor, mask_indices: dict[str, Tensor]) -> tuple[float, float]:
-    """Mean cosine over all pairs of a batch's projected vectors, and the variance of their directions."""
+    """Mean cosine similarity over all pairs of a batch's projected vectors, and the variance of their directions."""
     with torch.no_grad():
         patches = patchify(images, PATCH_SIZE).repeat_interleave(2, dim=0)
         prediction = model._predict(
@@ -218,7 +218,7 @@ def _pixel_error(model: Any, images: Tensor, mask_indices: dict[str, Tensor]) ->
     return (reconstruction.float() - images.float()).square().mean().item()
 
 
-def test_ae_shows_the_centers_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
+def test_ae_reconstructs_images_from_the_centers_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
     model = build(AE | {"block_size": 6, "target": {"norm_pix": True}})
     images, mask_indices = random_images(model), random_mask_indices(model)
     assert mask_indices == {}
@@ -227,7 +227,7 @@ def test_ae_shows_the_centers_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("keys", "model", "says"),
+    ("keys", "model", "message"),
     [
         (LC_MAE, {"position": "relative"}, "method lc_mae .* set model.position=sincos"),
         (LC_MAE | {"w_mae": 0, "w_cross": 0, "w_in": 0}, {}, "nothing is learned"),
@@ -251,17 +251,17 @@ def test_ae_shows_the_centers_of_its_blocks(monkeypatch: pytest.MonkeyPatch):
         (AE | {"decoder_num_heads": 5}, {"patch_size": 2}, "is not divisible by method.decoder_num_heads=5"),
     ],
 )
-def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None):
+def test_incompatible_settings_are_rejected(keys: dict, model: dict, message: str | None):
     config = METHODS[keys["name"]].Config(**keys)
     arguments = (4, 6), ModelConfig(**{"position": "sincos"} | model)
-    if says is None:
+    if message is None:
         config.check(*arguments)
         return
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         config.check(*arguments)
 
 
-def test_the_recipes_are_the_papers():
+def test_recipes_match_the_paper():
     lc_mae, ae = load("lc_mae_vitb16_224_100e", []), load("ae_vitb16_224_100e", [])
     assert (lc_mae.optim.base_lr, lc_mae.train.global_batch_size, lc_mae.train.epochs) == (6e-4, 1024, 100)
     assert (lc_mae.optim.warmup_epochs, lc_mae.method.decoder_depth, lc_mae.method.proj_dim) == (20, 2, 1024)
@@ -270,7 +270,7 @@ def test_the_recipes_are_the_papers():
         load("ae_vitb16_224_100e", [f"method.block_size={block_size}"])
 
 
-def test_pr_mim_needs_masks_and_a_transformer():
+def test_pr_mim_needs_masks_and_a_transformer_decoder():
     assert load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5"]).pr_mim.throw_ratio == 0.5
     with pytest.raises(ValueError, match=r"method\.decoder=conv is not: leave pr_mim out"):
         load("lc_mae_vitb16_224_100e", ["pr_mim.throw_ratio=0.5", "method.decoder=conv"])

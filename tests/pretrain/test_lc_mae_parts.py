@@ -1,4 +1,4 @@
-"""The pure functions of LC-MAE and AE(k): the two contrastive losses, the Gaussian, the blocks around patches."""
+"""Tests for the pure functions of LC-MAE and AE(k): contrastive losses, Gaussian average, blocks around patches."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from pretrain.models.patches import patchify
 PATCH_SIZE = 2
 
 
-def test_cross_view_compares_equal_patches_and_images_count_the_same():
+def test_cross_view_loss_compares_shared_patches_and_averages_images():
     v1, v2 = torch.randn(3, 3, 5, dtype=torch.float64), torch.randn(3, 3, 5, dtype=torch.float64)
     masked1 = torch.tensor([[0, 1, 2], [0, 1, 2], [1, 4, 6]])
     masked2 = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 1, 6]])  # all, none, and two of three in common
@@ -30,7 +30,7 @@ def test_cross_view_compares_equal_patches_and_images_count_the_same():
     assert (alone.grad == 0).all(), "nothing in common: no gradient, and no division by zero"
 
 
-def test_in_view_compares_pairs_of_patches():
+def test_in_view_loss_compares_pairs_of_patches():
     v, x = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 4, 7, dtype=torch.float64)
     expected = sum(naive.in_view(dict(enumerate(v[b])), dict(enumerate(x[b]))) for b in range(2)) / 2
     torch.testing.assert_close(in_view_loss(v, x), expected, rtol=1e-12, atol=0)
@@ -38,7 +38,7 @@ def test_in_view_compares_pairs_of_patches():
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 4), (2, 9)])
-def test_the_gaussian_average_has_sigma_1_and_reaches_two_patches(grid: tuple[int, int]):
+def test_gaussian_average_has_sigma_1_and_reaches_two_patches(grid: tuple[int, int]):
     average = gaussian_average(*grid).view(*grid, *grid)
     torch.testing.assert_close(average.sum((2, 3)), torch.ones(grid))
     for row, col, r, c in np.ndindex(*average.shape):
@@ -47,7 +47,7 @@ def test_the_gaussian_average_has_sigma_1_and_reaches_two_patches(grid: tuple[in
 
 
 @pytest.mark.parametrize("block_size", [2, 4, 6, 8])
-def test_blocks_are_the_pixels_around_a_patch_mirrored_at_the_border(block_size: int):
+def test_blocks_are_centered_on_patches_and_mirrored_at_the_border(block_size: int):
     images = torch.randint(0, 256, (2, 6, 8, 3), generator=torch.Generator().manual_seed(0)).byte()
     blocks = centered_blocks(images, PATCH_SIZE, block_size)
     assert blocks.dtype == torch.uint8

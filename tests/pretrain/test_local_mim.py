@@ -1,4 +1,4 @@
-"""LocalMIM: all four sizes of cells against loops, its counts, and what is refused. Shared tests: test_methods.py."""
+"""Tests for LocalMIM, also on LoMaR's windows. Tests shared with other methods are in test_methods.py."""
 
 from typing import Any
 
@@ -27,11 +27,11 @@ def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weig
     return local_mim_loss(images, mask_indices, weights, DEEP.heads, 2, blocks, sizes, bins=2)
 
 
-def test_four_depths_and_sizes_equal_the_reference(monkeypatch: pytest.MonkeyPatch):
+def test_four_blocks_and_cell_sizes_equal_the_reference(monkeypatch: pytest.MonkeyPatch):
     assert_equals_reference(build, naive_loss, monkeypatch)
 
 
-def test_with_pr_mim_each_decoder_computes_its_thrown_tokens(monkeypatch: pytest.MonkeyPatch):
+def test_with_pr_mim_each_decoder_computes_its_own_thrown_tokens(monkeypatch: pytest.MonkeyPatch):
     pr_mim = PRMIMConfig(throw_ratio=0.4, kernel_size=3)
     model = build(pr_mim)
     assert random_mask_indices(model)["kept"].shape[1] == 6 - 3
@@ -39,13 +39,13 @@ def test_with_pr_mim_each_decoder_computes_its_thrown_tokens(monkeypatch: pytest
     assert_equals_reference(lambda: build(pr_mim), naive_loss, monkeypatch)
 
 
-def test_blocks_are_skipped_between_those_that_predict(monkeypatch: pytest.MonkeyPatch):
+def test_decoders_after_only_some_blocks_equal_the_reference(monkeypatch: pytest.MonkeyPatch):
     keys = {"blocks": [2, 4], "target": {"cell_sizes": [8, 4], "bins": 2}}
     assert_equals_reference(lambda: build(**keys), naive_loss, monkeypatch)
 
 
-def test_a_coarse_cell_counts_by_the_share_of_its_patches_that_is_masked():
-    """Of two cells one has four masked patches and the other one: four fifths and a fifth of the loss."""
+def test_coarse_cells_are_weighted_by_their_share_of_masked_patches():
+    """One cell has four masked patches and the other has one, so they make up four fifths and one fifth of the loss."""
     model = build(blocks=[4], target={"cell_sizes": [8], "bins": 2})
     images = random_images(model, 1)
     masked = torch.tensor([[0, 1, 3, 4, 5]])
@@ -57,14 +57,14 @@ def test_a_coarse_cell_counts_by_the_share_of_its_patches_that_is_masked():
     torch.testing.assert_close(model(images, indices)["loss"].detach(), 0.8 * left + 0.2 * right)
 
 
-def windows() -> Any:
+def build_windows() -> Any:
     keys = {"name": "lomar", "num_windows": 2, "window_size": 2, "mask_ratio": 0.5, "architecture": "multiscale"}
     keys |= {"blocks": [2, 4], "decoder_depth": 1, "decoder_embed_dim": 8, "decoder_num_heads": 2}
     return tiny_method(keys | {"target": {"name": "hog", "cell_sizes": (2, 4)}}, GRID, PATCH_SIZE, arch=DEEP)
 
 
-@pytest.mark.parametrize("make", [build, windows])
-def test_the_loss_of_each_size_is_logged(make: Any):
+@pytest.mark.parametrize("make", [build, build_windows])
+def test_loss_of_each_cell_size_is_logged(make: Any):
     model = make()
     images, indices = random_images(model), random_mask_indices(model)
     views = {name: torch.stack([array, array], 1) for name, array in indices.items()}
@@ -78,7 +78,7 @@ def test_the_loss_of_each_size_is_logged(make: Any):
         assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
 
 
-def test_every_depth_learns_from_its_own_size_alone():
+def test_each_decoder_learns_only_from_its_own_cell_size():
     model = build()
     randomize(model)
     prediction, _ = model._predict(
@@ -108,16 +108,16 @@ WINDOWS |= {"target": {"name": "hog", "cell_sizes": [1, 2, 4], "bins": 2}}
         ({"predict_ratio": 0.4, "window_sampling": "complementary"}, True, None),
     ],
 )
-def test_on_lomars_windows_it_equals_the_reference(
+def test_lomar_windows_equal_the_reference(
     keys: dict[str, Any], relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
 ):
-    """The histograms are those of the image: gradients at a window's border are not of a border."""
+    """Histograms are taken from the whole image, so gradients do not stop at a window's border."""
     assert_equals_reference(
         lambda: tiny_method(WINDOWS | keys, (3, 4), PATCH_SIZE, relative, pr_mim, arch=DEEP), naive_loss, monkeypatch
     )
 
 
-def test_windows_are_reconstructed():
+def test_reconstruct_shows_a_window_and_its_edges():
     model = tiny_method(WINDOWS, (4, 4), PATCH_SIZE, arch=DEEP)
     shown = model.reconstruct(random_images(model), random_mask_indices(model))
     assert list(shown) == ["original", "framed", "window", "masked", "edges", "predicted edges"]
@@ -127,7 +127,7 @@ def test_windows_are_reconstructed():
 RECIPE = "local_mim_vitb16_224_1600e"
 
 
-def test_the_recipes_count_as_the_paper():
+def test_recipes_match_the_paper():
     config = load(RECIPE, ["data.shards=none"])
     assert config.method.count_patches(config.grid, 16) == (196, 147)
     partial = load("local_mim_pr_vitb16_224_100e", ["data.shards=none"])
@@ -138,7 +138,7 @@ def test_the_recipes_count_as_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["method.blocks=[2, 4, 6]"], "must ascend from at least 1 to 12"),
         (
@@ -159,13 +159,13 @@ def test_the_recipes_count_as_the_paper():
         (["method.mask_token_block=8"], r"architecture=multiscale never does: set method\.mask_token_block=0"),
     ],
 )
-def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
-    with pytest.raises(ValueError, match=says):
+def test_incompatible_lomar_multiscale_settings_are_rejected(overrides: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
         load("lomar_multiscale_vitb16_224_400e", ["data.shards=none", *overrides])
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (
             ["method.blocks=[2, 4, 10, 13]"],
@@ -196,6 +196,6 @@ def test_what_does_not_fit_windows_is_refused(overrides: list[str], says: str):
         (["pr_mim.throw_ratio=0.8"], "set it below 0.75"),
     ],
 )
-def test_what_does_not_fit_is_refused(overrides: list[str], says: str):
-    with pytest.raises(ValueError, match=says):
+def test_incompatible_settings_are_rejected(overrides: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
         load(RECIPE, ["data.shards=none", *overrides])

@@ -1,4 +1,4 @@
-"""LoMaR against the naive reference, and what each result may and may not depend on."""
+"""Tests for LoMaR: comparison with the naive reference, and what predictions and losses depend on."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ CASES = [
     pytest.param({}, id="relative-norm_pix"),
     pytest.param(PIXELS, id="relative-pixels"),
     pytest.param({"relative": False}, id="absolute"),
-    # A window of 5 reaches the shared buckets (offsets 2-3 and 4) and, on this grid, overlaps the other one.
+    # 5x5 windows overlap on this grid, and use buckets that several offsets share (2 and 3; 4 and more).
     pytest.param({"window_size": 5, "num_windows": 2, "grid": (5, 7), "mask_ratio": 0.8}, id="wide"),
     pytest.param({"mask_token_block": 1}, id="late"),
     pytest.param({"mask_token_block": 1, "relative": False}, id="late-absolute"),
@@ -62,7 +62,7 @@ def test_equals_the_reference_in_float64_and_fp32(case: dict, monkeypatch: pytes
 
 
 def predictions(model: LoMaR, images: Tensor, mask_indices: dict[str, Tensor]) -> Tensor:
-    """(B, W, M, P)"""
+    """Predictions of all masked patches, (B, W, M, P)."""
     with torch.no_grad():
         patches = patchify(images, model.encoder.patch_size)
         prediction, _ = model._predict(*cut_windows(patches, mask_indices))
@@ -79,13 +79,13 @@ def change_patch(model: LoMaR, images: Tensor, image: int, row: int, col: int) -
 @pytest.mark.parametrize(
     "case", [{}, {"relative": False}, ASYMMETRIC, CROSS], ids=["relative", "absolute", "asymmetric", "cross"]
 )
-def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_nothing_else(case: dict):
+def test_prediction_depends_only_on_visible_pixels_of_its_own_window(case: dict):
     model = tiny_lomar(**case)
     randomize(model)
     images, mask_indices = random_images(model), random_mask_indices(model)
     before = predictions(model, images, mask_indices)
     rows, cols = model.encoder.grid
-    tried = {True: 0, False: 0}
+    num_checked = {True: 0, False: 0}
     for image in range(len(images)):
         for patch in range(rows * cols):
             after = predictions(model, change_patch(model, images, image, *divmod(patch, cols)), mask_indices)
@@ -93,18 +93,18 @@ def test_a_prediction_depends_on_the_visible_pixels_of_its_own_window_and_on_not
                 for w in range(model.config.num_windows):
                     visible = mask_indices["positions"][b, w][mask_indices["visible"][b, w]].tolist()
                     expected = b == image and patch in visible
-                    tried[expected] += 1
+                    num_checked[expected] += 1
                     # Every masked token of the window sees the change, or none does.
                     changed = (after[b, w] != before[b, w]).any(-1)
                     assert changed.all() if expected else not changed.any(), (image, patch, b, w)
-    assert tried[True] == mask_indices["visible"].numel()
+    assert num_checked[True] == mask_indices["visible"].numel()
 
 
-def test_the_target_is_the_masked_patches_alone():
+def test_target_depends_only_on_masked_patches():
     model = tiny_lomar(**PIXELS)
     randomize(model)
     with torch.no_grad():
-        model.encoder.patch_embed.proj.weight.zero_()  # blind: the pixels act through the target only
+        model.encoder.patch_embed.proj.weight.zero_()  # now pixels affect the loss only through the target
     images, mask_indices = random_images(model), random_mask_indices(model)
     before = model(images, mask_indices)["loss"]
     rows, cols = model.encoder.grid
@@ -118,7 +118,7 @@ def test_the_target_is_the_masked_patches_alone():
     assert outcomes == {True, False}
 
 
-def test_loss_is_the_same_whatever_the_order_of_windows_and_images():
+def test_loss_does_not_depend_on_the_order_of_windows_and_images():
     model = tiny_lomar()
     randomize(model)
     images, mask_indices = random_images(model, 3), random_mask_indices(model, 3)
@@ -130,7 +130,7 @@ def test_loss_is_the_same_whatever_the_order_of_windows_and_images():
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_every_parameter_has_a_gradient_at_the_start_and_one_optimizer_group(relative: bool):
+def test_every_parameter_has_an_initial_gradient_and_one_optimizer_group(relative: bool):
     model = tiny_lomar(relative=relative)
     _, gradients = loss_and_gradients(model, random_images(model), random_mask_indices(model))
     for name, parameter in model.named_parameters():
@@ -153,7 +153,7 @@ def test_every_parameter_has_a_gradient_at_the_start_and_one_optimizer_group(rel
         assert value == (0.0 if vector else 0.05), name
 
 
-def test_relative_tables_have_gradients_in_exactly_the_buckets_of_a_window():
+def test_exactly_the_buckets_within_a_window_have_gradients():
     model = tiny_lomar()
     randomize(model)
     _, gradients = loss_and_gradients(model, random_images(model), random_mask_indices(model))
@@ -164,7 +164,7 @@ def test_relative_tables_have_gradients_in_exactly_the_buckets_of_a_window():
     assert set(table[0].any(0).nonzero().flatten().tolist()) == used
 
 
-def test_activation_checkpointing_changes_nothing():
+def test_activation_checkpointing_gives_bitwise_identical_gradients():
     plain, recomputing = tiny_lomar(), tiny_lomar(grad_checkpointing=True)
     randomize(plain)
     recomputing.load_state_dict(plain.state_dict())
@@ -262,7 +262,7 @@ def test_late_mask_tokens_need_the_simple_architecture():
         load("lomar_vitb16_224_400e", [*keys, "method.decoder_num_heads=7"])
 
 
-def test_a_decoder_of_its_own_needs_the_asymmetric_architecture():
+def test_decoder_options_need_the_asymmetric_architecture():
     for key in ("method.decoder=cross", "method.predict_ratio=0.25"):
         with pytest.raises(ValueError, match=f"{key} .*set method.architecture=asymmetric"):
             load("lomar_vitb16_224_400e", ["data.shards=/x", key])
@@ -272,8 +272,8 @@ def test_a_decoder_of_its_own_needs_the_asymmetric_architecture():
         load("lomar_cross_vitb16_224_400e", ["data.shards=/x", "method.predict_ratio=0.25", "pr_mim.throw_ratio=0.5"])
 
 
-def test_one_asymmetric_window_that_is_the_image_is_mae():
-    """Fig. 5's rightmost point: a window of 14x14 patches."""
+def test_asymmetric_window_covering_the_image_equals_mae():
+    """The rightmost point in the paper's Fig. 5 (a window of 14x14 patches), here with 4x4 patches."""
     lomar = tiny_lomar(grid=(4, 4), num_windows=1, window_size=4, mask_ratio=0.75, relative=False, **ASYMMETRIC)
     randomize(lomar)
     keys = {name: value for name, value in ASYMMETRIC.items() if name != "architecture"}

@@ -1,4 +1,4 @@
-"""LUT: its losses against the reference, its two disjoint views, its heads, its teacher, and what it refuses."""
+"""Tests for LUT: losses against the reference, disjoint views, batch norm, the teacher, and rejected settings."""
 
 import math
 import pickle
@@ -66,7 +66,7 @@ def batch(model: LUT, count: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def perturbed_teacher(model: LUT) -> TeacherModel:
-    """A teacher with other weights and statistics than the model's."""
+    """A teacher whose weights and batch statistics differ from the model's."""
     teacher, generator = model.teacher_model(), torch.Generator().manual_seed(5)
     for tensor in [*teacher.parameters(), *teacher.projector.buffers()]:
         tensor.data += torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 0.3
@@ -140,22 +140,22 @@ def test_the_two_views_show_disjoint_patches(keys: dict, relative: bool, pr_mim:
         both, alone = sampler(np.random.default_rng(seed)), model.method.mask_sampler()(np.random.default_rng(seed))
         assert all((both[name][0] == alone[name]).all() for name in alone), "the first view is the method's own"
         patches = model.method.mask_grid[0] * model.method.mask_grid[1]
-        of_windows = {name: index.reshape(2, -1, index.shape[-1]) for name, index in both.items()}
-        for w in range(of_windows["visible"].shape[1]):
-            one, two = (set(of_windows["visible"][view, w]) for view in (0, 1))
+        by_window = {name: index.reshape(2, -1, index.shape[-1]) for name, index in both.items()}
+        for w in range(by_window["visible"].shape[1]):
+            one, two = (set(by_window["visible"][view, w]) for view in (0, 1))
             assert not one & two
             for view, visible in ((0, one), (1, two)):
-                shown_or_predicted = sorted([*visible, *of_windows["masked"][view, w]])
+                shown_or_predicted = sorted([*visible, *by_window["masked"][view, w]])
                 assert shown_or_predicted == sorted({*shown_or_predicted})
                 assert "predict_ratio" in keys or shown_or_predicted == list(range(patches))
-                assert set(of_windows["kept"][view, w]) <= set(of_windows["masked"][view, w])
+                assert set(by_window["kept"][view, w]) <= set(by_window["masked"][view, w])
         if "positions" in both:
             assert (both["positions"][0] == both["positions"][1]).all()
 
 
-def test_the_second_mask_is_uniform_over_what_the_first_masks_and_keeps_cells_whole():
+def test_second_view_shows_whole_cells_uniformly_from_the_masked_ones():
     masked = np.ones((1, 24), dtype=bool)
-    masked[0, [0, 1, 6, 7]] = False  # one cell of 2 x 2 on 4 x 6 patches
+    masked[0, [0, 1, 6, 7]] = False  # one 2x2 cell in a grid of 4x6 patches
     counts = np.zeros(24)
     for seed in range(3000):
         counts += ~disjoint_mask(np.random.default_rng(seed), masked, GRID, 2)[0]
@@ -165,7 +165,7 @@ def test_the_second_mask_is_uniform_over_what_the_first_masks_and_keeps_cells_wh
     assert abs(cells[1:, 0] / 3000 - 0.2).max() < 0.03
 
 
-def test_the_teacher_sees_everything_and_the_student_only_what_is_visible():
+def test_teacher_sees_all_patches_and_the_student_only_visible_ones():
     model = build(LOMAR, True, None, {})
     randomize(model)
     images, mask_indices = batch(model, 2)
@@ -182,7 +182,7 @@ def test_the_teacher_sees_everything_and_the_student_only_what_is_visible():
     assert not torch.equal(teacher(changed), teacher(images))
 
 
-def test_batch_normalization_is_torchs_and_ignores_what_is_not_finite():
+def test_batch_norm_matches_torch_and_skips_nonfinite_statistics():
     ours, theirs = SyncBatchNorm(5), torch.nn.BatchNorm1d(5)
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mine, reference_input = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -199,7 +199,7 @@ def test_batch_normalization_is_torchs_and_ignores_what_is_not_finite():
     assert (ours.running_mean[[0, 1, 3, 4]] != before[[0, 1, 3, 4]]).all()
 
 
-def test_the_teacher_is_updated_with_the_momentum_of_the_schedule():
+def test_teacher_update_uses_the_scheduled_momentum():
     model = build(MAE, False, None, {"momentum": 0.9, "final_momentum": 1.0})
     teacher = Teacher(model, torch.device("cpu"), bf16=False)
     start = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
@@ -231,7 +231,7 @@ def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | No
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overrides", "says"),
+    ("recipe", "overrides", "message"),
     [
         ("mae_vitb16_224_1600e", ["method.mask_ratio=0.4"], r"2 x 117 is more than 196"),
         ("mae_vitb16_224_1600e", ["lut.momentum=1.2"], r"lut.momentum=1.2"),
@@ -253,8 +253,8 @@ def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | No
         ("ae_vitb16_224_100e", [], r"not with ae"),
     ],
 )
-def test_what_does_not_fit_is_refused(recipe: str, overrides: list[str], says: str):
+def test_incompatible_settings_are_rejected(recipe: str, overrides: list[str], message: str):
     common = ["name=x", "data.shards=x", "lut.alpha=0.25"]
     load("mae_vitb16_224_1600e", common)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         load(recipe, [*common, *overrides])
