@@ -174,7 +174,7 @@ def test_build_tools_give_warnings(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_command_reports_all_packages_that_fail_to_import(fake: Callable[[dict[str, str]], Path]):
-    """All lines are printed, none of them a traceback, and the exit code is 1."""
+    """Prints a line for every package, without a traceback, and exits with code 1."""
     broken = "raise OSError('libcudart.so.12: cannot open shared object file')"
     root = fake(
         {f"{name}.py": broken for name in ("torch", "torchvision", "deepspeed", "mmengine", "mmcv", "mmdet", "mmseg")}

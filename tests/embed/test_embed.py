@@ -52,7 +52,7 @@ def file(encoder: ViT, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Eleven images in two folders, one of which cannot be decoded."""
+    """Eleven images in two class folders; one image cannot be decoded."""
     write_classes(tmp_path / "photos", NAMES, 5, bad=1)
     write_photo(tmp_path / "photos" / "bee" / "more" / "deep.jpg", 77)
     return tmp_path / "photos"
