@@ -451,7 +451,7 @@ def test_invalid_input_prints_a_one_line_error(
     assert error.count("\n") == 1
 
 
-def test_planner_chooses_the_same_numerics_as_a_run():
+def test_planner_chooses_numerics_for_an_h100():
     def chosen(*overrides: str) -> Numerics:
         return choose_numerics(configure(LOMAR, *overrides), build_cluster("h100", 8))
 
