@@ -1,4 +1,4 @@
-"""What the tests of several folders need: one thread, and real runs."""
+"""Fixtures shared by several test folders: single-threaded torch, and real training runs."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers.processes import Processes, starter
 
-# Threads only get into each other's way on tensors this small: up to a hundred times slower on a busy machine. The
-# variable is for all processes that tests start: those forked from a server have OpenMP's threads from its start.
+# On tensors this small, extra threads only contend: up to a hundred times slower on a busy machine. The variable is for
+# the processes that tests start. Ranks forked from a server keep the OpenMP thread count that it started with.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -19,6 +19,6 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Processes]]:
-    """Starts ranks whose runs several tests read; `processes.starter` says how."""
+    """Starts ranks whose runs several tests read; see `processes.starter` for the arguments."""
     with starter(tmp_path_factory.mktemp("cwd")) as starts:
         yield starts

@@ -1,4 +1,4 @@
-"""The rules of the architecture that a reader relies on; see docs/architecture.md."""
+"""Architecture rules that readers rely on; see docs/architecture.md."""
 
 import ast
 import json
@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 BELOW = {"data": set(), "pretrain": {"data"}, "downstream": {"data", "pretrain"}}
 MM = {"mmengine", "mmcv", "mmdet", "mmseg"}
 MM_FOLDERS = ("downstream.dense", "downstream.detect", "downstream.segment")
-# An entry is above everything, and nothing above it: these read weights from files, as `downstream` does.
+# Entry points may import anything, and nothing may import them: they read weights from files, as `downstream` does.
 ENTRIES = ("pretrain.run", "pretrain.reconstruct")
-# What the trainer may use of `pretrain`: itself. A method, a model or a task must not be known to it.
+# The trainer may import only itself and `data`. It must not know about any method, model or task.
 TRAINER = "pretrain.trainer"
 MAX_FILE, MAX_FUNCTION = 300, 60
 
@@ -26,7 +26,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# Configurations of mmengine are files that it reads, not modules.
+# mmengine configs are files that mmengine reads, not modules.
 PATHS = {
     module_name(path): path
     for package in BELOW
@@ -42,7 +42,7 @@ def tree(module: str) -> ast.Module:
 
 @cache
 def imported_names(module: str) -> frozenset[str]:
-    """Everything that a module imports, anywhere in it, by its full dotted name."""
+    """Full dotted names of everything that a module imports, at any level."""
     found = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -55,7 +55,7 @@ def imported_names(module: str) -> frozenset[str]:
 
 @cache
 def imported_modules(module: str) -> frozenset[str]:
-    """The modules of this project that a module imports, or takes names from."""
+    """The modules of this project that a module imports or imports names from."""
     names = imported_names(module)
     direct = names & PATHS.keys()
     return frozenset((direct | {name.rpartition(".")[0] for name in names - direct}) & PATHS.keys() - {module})
@@ -66,7 +66,7 @@ def is_in(module: str, *packages: str) -> bool:
 
 
 @pytest.mark.parametrize("package", BELOW)
-def test_arrows_point_one_way(package: str):
+def test_packages_import_only_packages_below_them(package: str):
     above = BELOW.keys() | {"tests", "benchmarks"}
     for module in PATHS:
         if is_in(module, package) and module not in ENTRIES:
@@ -74,18 +74,18 @@ def test_arrows_point_one_way(package: str):
             assert not outside, f"{module} imports {outside}"
 
 
-def test_nothing_imports_the_entries_that_may_import_anything():
+def test_no_module_imports_an_entry_point():
     assert not [module for module in PATHS if imported_modules(module) & set(ENTRIES)]
 
 
-def test_the_trainer_knows_no_method_model_or_task():
+def test_trainer_imports_no_method_model_or_task():
     for module in PATHS:
         if is_in(module, TRAINER):
             others = {name for name in imported_modules(module) if not is_in(name, TRAINER, "data")}
             assert not others, f"{module} imports {others}"
 
 
-def test_mm_libraries_stay_in_their_folders():
+def test_mm_libraries_are_imported_only_in_their_folders():
     for module in PATHS:
         if not is_in(module, *MM_FOLDERS):
             libraries = {name.partition(".")[0] for name in imported_names(module)} & MM
@@ -93,7 +93,7 @@ def test_mm_libraries_stay_in_their_folders():
 
 
 def cycles() -> Iterator[list[str]]:
-    """Circles of imports: the module graph's strongly connected components of several modules (Tarjan)."""
+    """Import cycles: strongly connected components of more than one module (Tarjan)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -121,20 +121,20 @@ def cycles() -> Iterator[list[str]]:
     yield from found
 
 
-def test_no_modules_import_each_other_in_a_circle():
-    """Neither at the top nor in functions."""
+def test_no_import_cycles():
+    """Counts imports at module level and inside functions."""
     assert list(cycles()) == []
 
 
-def test_no_import_is_for_type_checkers_only():
-    """It would hide a circle."""
+def test_no_type_checking_only_imports():
+    """`TYPE_CHECKING` would hide a cycle."""
     for module in PATHS:
         names = {node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)}
         attributes = {node.attr for node in ast.walk(tree(module)) if isinstance(node, ast.Attribute)}
         assert "TYPE_CHECKING" not in names | attributes, module
 
 
-def test_files_and_functions_are_short_enough_to_read():
+def test_files_and_functions_are_not_too_long():
     too_long = []
     for module, path in PATHS.items():
         lines = len(path.read_text().splitlines())
@@ -148,7 +148,7 @@ def test_files_and_functions_are_short_enough_to_read():
     assert too_long == []
 
 
-def test_ds_configs_hold_engine_keys_only():
+def test_ds_configs_do_not_set_keys_owned_by_the_trainer():
     configs = list((ROOT / "ds_configs").glob("*.json"))
     assert len(configs) >= 4
     for path in configs:

@@ -1,4 +1,4 @@
-"""What the docs name exists: links, commands with their recipes and values, files, configuration keys."""
+"""Everything that the docs refer to exists: links, commands with recipes and overrides, files, configuration keys."""
 
 import ast
 import functools
@@ -29,7 +29,7 @@ FOLDERS = "data|pretrain|downstream|ds_configs|slurm|benchmarks|tests|docs"
 EXAMPLE = "inpainting"  # CONTRIBUTING.md adds it; tests/pretrain/test_contributing.py runs it
 OWN_CONFIG = "birds.py"  # docs/detection.md shows it; tests/detect/test_detect_configs.py loads it
 
-# Where the commands that take a recipe or a configuration look for it.
+# Where commands that take a recipe or a config look for it.
 SHIPPED = {
     "pretrain/run.py": ("pretrain/recipes", "yaml"),
     "downstream/classify/finetune.py": ("downstream/classify/recipes", "yaml"),
@@ -40,12 +40,12 @@ SHIPPED = {
 }
 
 
-def named(paths: list[Path]) -> Any:
+def for_each(paths: list[Path]) -> Any:
     return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def read(path: Path) -> str:
-    """A page's text, without what the changelog's tables say was there before."""
+    """A page's text, without the old names in the changelog's tables."""
     text = path.read_text()
     return re.sub(r"^\| `[^|]+` \|", "|", text, flags=re.MULTILINE) if path.name == "CHANGELOG.md" else text
 
@@ -54,13 +54,13 @@ def read(path: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
+    """The anchors that GitHub generates for a page's headings."""
     titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@named(PAGES)
-def test_links_lead_somewhere(path: Path):
+@for_each(PAGES)
+def test_link_targets_exist(path: Path):
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("https://", "http://")):
@@ -75,7 +75,7 @@ def test_links_lead_somewhere(path: Path):
 
 
 def commands(path: Path) -> Iterator[list[str]]:
-    """The words of every command that runs something of ours, without environment variables, comments and brackets."""
+    """The words of each python, deepspeed, torchrun or sbatch command; lines with placeholders are skipped."""
     text = read(path)
     if path.suffix != ".md":
         comments = (line.removeprefix("#") for line in text.splitlines() if line.startswith("#"))
@@ -96,7 +96,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 
 def split_command(words: list[str]) -> tuple[str, list[str]] | None:
-    """(script or module, its arguments) of a command; None where it runs nothing of ours."""
+    """(script or module, its arguments) of a command; None if it runs nothing from this project."""
     if "-m" in words[:4]:
         place = words.index("-m") + 1
     else:
@@ -107,8 +107,8 @@ def split_command(words: list[str]) -> tuple[str, list[str]] | None:
 ALL = [*PAGES, *RECIPES, *CONFIGS, *JOBS]
 
 
-@named(ALL)
-def test_commands_run_what_exists(path: Path):
+@for_each(ALL)
+def test_commands_and_their_options_exist(path: Path):
     for words in commands(path):
         target, arguments = split_command(words) or (None, [])
         if target is None or not re.match(rf"(?:{FOLDERS})[/.]", target):
@@ -117,7 +117,7 @@ def test_commands_run_what_exists(path: Path):
         files = [target] if "/" in target else [f"{module}.py", f"{module}/__main__.py"]
         file = next((ROOT / name for name in files if (ROOT / name).is_file()), None)
         assert file, f"{target}: no such command"
-        shared = ROOT / "pretrain/trainer/main.py"  # of the commands that train
+        shared = ROOT / "pretrain/trainer/main.py"  # options shared by all training commands
         parsers = "".join(parser.read_text() for parser in [*file.parent.glob("*.py"), shared])
         for option in (word for word in arguments if word.startswith("--")):
             assert f'"{option}"' in parsers, f"{target} {option}: no such option"
@@ -127,15 +127,15 @@ def test_commands_run_what_exists(path: Path):
             check_arguments(target, arguments)
 
 
-@named(PAGES)
-def test_targets_of_make_exist(path: Path):
+@for_each(PAGES)
+def test_make_targets_exist(path: Path):
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make (?:[A-Z]+=\S+ )?([a-z]+)", read(path), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}: no such target"
 
 
 def check_arguments(target: str, arguments: list[str]) -> None:
-    """The recipe or configuration exists, and a recipe takes the overrides."""
+    """Checks that the recipe or config exists and accepts the overrides."""
     folder, suffix = SHIPPED[target]
     name, overrides = arguments[0], arguments[1:]
     if any(EXAMPLE in word for word in arguments) or name == OWN_CONFIG:
@@ -150,17 +150,17 @@ def check_arguments(target: str, arguments: list[str]) -> None:
     elif suffix == "py":
         texts = [path.read_text() for path in [shipped, *shipped.parent.glob("_base_/*.py")]]
         for key in (word.partition("=")[0] for word in overrides if "=" in word):
-            of_mmengine = any(re.search(rf"^{key.split('.')[0]} = ", text, re.MULTILINE) for text in texts)
-            assert key in run_keys() or of_mmengine, f"{target} {name} {key}=: no such key"
+            is_mmengine_key = any(re.search(rf"^{key.split('.')[0]} = ", text, re.MULTILINE) for text in texts)
+            assert key in run_keys() or is_mmengine_key, f"{target} {name} {key}=: no such key"
     else:
-        problem = refusal(load_pretrain if target == "pretrain/run.py" else load_finetune, recipe, overrides)
-        # Files that the reader has, and keys that a command that is no whole one leaves out.
+        problem = load_error(load_pretrain if target == "pretrain/run.py" else load_finetune, recipe, overrides)
+        # Allowed: the reader's own files, and required keys that an abbreviated command omits.
         assert problem is None or re.search(r"'?/data/|is not set", problem), problem
 
 
 @functools.cache
 def run_keys() -> set[str]:
-    """The keys that detection and segmentation add to mmengine's; read without mmengine."""
+    """The keys that detection and segmentation add to mmengine's, read without importing mmengine."""
     source = (ROOT / "downstream/dense/mmengine/config_file.py").read_text()
     (value,) = (
         node.value
@@ -170,8 +170,8 @@ def run_keys() -> set[str]:
     return set(ast.literal_eval(value))
 
 
-def refusal(load: Callable[[str, list[str]], Any], recipe: str, overrides: list[str]) -> str | None:
-    """Why a recipe does not take overrides, if it does not."""
+def load_error(load: Callable[[str, list[str]], Any], recipe: str, overrides: list[str]) -> str | None:
+    """The error message if a recipe rejects the overrides, else None."""
     try:
         load(recipe, [word for word in overrides if "=" in word])
     except ValueError as error:
@@ -179,25 +179,25 @@ def refusal(load: Callable[[str, list[str]], Any], recipe: str, overrides: list[
     return None
 
 
-@named(sorted(ROOT.glob("docs/*.md")))
-def test_python_calls_what_exists(path: Path):
+@for_each(sorted(ROOT.glob("docs/*.md")))
+def test_python_examples_call_existing_functions(path: Path):
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
-        tree, there = ast.parse(block), {}
+        tree, imported = ast.parse(block), {}
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
-                there |= {name.name: getattr(module, name.name) for name in node.names}
+                imported |= {name.name: getattr(module, name.name) for name in node.names}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in there:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
                 keywords = {keyword.arg or "": None for keyword in node.keywords}
-                inspect.signature(there[node.func.id]).bind(*node.args, **keywords)
+                inspect.signature(imported[node.func.id]).bind(*node.args, **keywords)
 
 
 # Files
 
 
-@named(PAGES)
-def test_files_that_are_named_exist(path: Path):
+@for_each(PAGES)
+def test_mentioned_files_exist(path: Path):
     for cell in re.split(r"[|\n]", read(path)):
         for name in re.findall(rf"`((?:{FOLDERS})/[^`\s]+)`(?! \(new)", cell):
             if "<" in name or EXAMPLE in name:
@@ -208,17 +208,17 @@ def test_files_that_are_named_exist(path: Path):
                 assert list(ROOT.glob(single.rstrip("/"))), f"{single}: no such file"
 
 
-def test_the_map_of_the_architecture_has_every_module_and_no_other():
+def test_architecture_map_lists_exactly_the_existing_modules():
     page = (ROOT / "docs/architecture.md").read_text()
     drawn = set(re.findall(r"\b(\w+)\.py\b", page.split("```")[1]))
-    there = {
+    existing = {
         path.stem
         for package in ("data", "pretrain", "downstream")
         for path in (ROOT / package).rglob("*.py")
         if path.stem not in ("__init__", "__main__") and "configs" not in path.parts
     }
-    assert drawn - there == set(), "on the map, but not there"
-    assert there - drawn == set(), "not on the map"
+    assert drawn - existing == set(), "on the map, but not there"
+    assert existing - drawn == set(), "not on the map"
 
 
 # Configuration keys
@@ -231,7 +231,7 @@ def sections(annotation: Any) -> list[type[BaseModel]]:
 
 
 def exists(key: str) -> bool:
-    """Whether a dotted key is one of pretraining or fine-tuning; `section.*` is one if the section is."""
+    """Whether a dotted key exists in pretraining or fine-tuning; `section.*` exists if the section does."""
     kinds: list[type[BaseModel]] = [PretrainConfig, FinetuneConfig]
     for part in key.split("."):
         if part == "*":
@@ -252,20 +252,20 @@ SECTIONS = sorted(
     }
 )
 FILES = r"py|json|jsonl|yaml|safetensors|png|pth|md|tar|out|txt"
-MM = "backbone|test_cfg|decode_head|neck|data_preprocessor|roi_head"  # model.* of mmdet's and mmseg's configurations
+MM = "backbone|test_cfg|decode_head|neck|data_preprocessor|roi_head"  # model.* keys of mmdet's and mmseg's configs
 KEY = re.compile(
     rf"(?<![\w./-])({'|'.join(SECTIONS)})\.(?!(?:{FILES})\b|(?:{MM})\b)(\*|[a-z_]\w*)(?:\.[a-z_]\w*)?(?!\w|\.py)"
 )
 
 
 def keys_in(text: str) -> set[str]:
-    """Dotted keys of a configuration; modules have the name of a section, `data`, too."""
+    """Dotted configuration keys in a text; imports and code are skipped because `data` is also a module."""
     text = re.sub(r"(?:-m|import|from) \S+", "", text)
     text = re.sub(r"```(?:python|diff).*?```", "", text, flags=re.DOTALL)
     return {found[0] for found in KEY.finditer(text)}
 
 
-@named([path for path in [*PAGES, *RECIPES] if path.name != "CHANGELOG.md"])
+@for_each([path for path in [*PAGES, *RECIPES] if path.name != "CHANGELOG.md"])
 def test_configuration_keys_exist(path: Path):
     text = path.read_text()
     if path.suffix == ".yaml":
@@ -286,7 +286,7 @@ def test_key_finder():
     assert not exists("data.size")
 
 
-def test_renamed_keys_of_the_changelog_are_the_new_ones():
+def test_changelog_renames_lead_to_existing_keys():
     rows = re.findall(r"^\| `([^|]+)` \| `([^|]+)` \|", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert len(rows) > 30
     for old, new in rows:

@@ -1,7 +1,7 @@
-"""What only a GPU can show: `pytest -m cuda`, a few minutes on one.
+"""Fixtures of the GPU tests: `pytest -m cuda`, a few minutes on one GPU.
 
-Without a GPU all of it is skipped. `CUDA_TESTS_DEVICE=cpu` runs what can run on a CPU instead, so that whoever changes
-these tests can try them without a GPU.
+Without a GPU all of them are skipped. With `CUDA_TESTS_DEVICE=cpu`, those that can run on a CPU do so, so that changes
+to the tests can be tried without a GPU.
 """
 
 import os
@@ -34,9 +34,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_recipe(shards: Path) -> Callable[..., Path]:
-    """write_recipe(folder, name, section={...}) -> ten steps an epoch of the smallest encoder that is shipped.
+    """write_recipe(folder, name, section={...}) -> a recipe with ten steps per epoch and the smallest shipped encoder.
 
-    Its heads have 64 channels, and there are two windows of 7x7 patches, so that the window kernel is used.
+    It has heads of 64 channels and two windows of 7x7 patches, so that the window kernel is used.
     """
 
     def write(folder: Path, name: str, **sections: Any) -> Path:
@@ -60,7 +60,7 @@ def write_recipe(shards: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Command]]:
-    """command(recipe, 'key=value', ...) starts pretrain/run.py; what is left running at the end is killed."""
+    """command(recipe, 'key=value', ...) starts pretrain/run.py; processes still running at the end are killed."""
     folder = tmp_path_factory.mktemp("commands")
     started: list[Command] = []
 

@@ -1,4 +1,4 @@
-"""Attention on a GPU: the kernel for windows, and torch's kernels where there is no bias, right and the same twice."""
+"""Attention on a GPU: the window kernel and torch's kernels, with and without a bias; correct and deterministic."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ WINDOW, WINDOWS, HEADS = 7, 24, 4
 
 
 def draw_patches(count: int) -> Tensor | None:
-    """(WINDOWS, count) patches of each window, in no order; None for all of them."""
+    """(WINDOWS, count) patches of each window in random order; None for all patches."""
     if count == WINDOW**2:
         return None
     generator = torch.Generator().manual_seed(count)
@@ -26,7 +26,7 @@ def draw_patches(count: int) -> Tensor | None:
 
 
 def draw(count: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv, the table and a gradient of the output, on the CPU."""
+    """qkv, the table and an upstream gradient, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(WINDOWS, 1 + count, 3, HEADS, channels, generator=generator).to(dtype)
     table = (torch.randn(channels, CLASS_BUCKET + 1, generator=generator) * 0.2).to(dtype).float()
@@ -34,7 +34,7 @@ def draw(count: int, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 def exact(qkv: Tensor, table: Tensor, upstream: Tensor, patches: Tensor | None) -> list[Tensor]:
-    """Output and gradients by the formula, in float64 on the CPU."""
+    """Output and gradients from the formula, in float64 on the CPU."""
     qkv, table = qkv.double().requires_grad_(), table.double().requires_grad_()
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     buckets = grid_buckets(WINDOW, WINDOW).expand(WINDOWS, -1, -1)
@@ -51,8 +51,8 @@ def exact(qkv: Tensor, table: Tensor, upstream: Tensor, patches: Tensor | None) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels", [64, 80])
 @pytest.mark.parametrize("count", [49, 25, 10], ids=["all 50 tokens", "PR-MIM's 26", "11 visible"])
-def test_the_window_kernel(count: int, channels: int, dtype: torch.dtype, device: torch.device):
-    """Near float64, and the same bits twice. Rounding P, dS and the results costs 0.6 epsilon, emulated in torch."""
+def test_window_kernel_accuracy_and_determinism(count: int, channels: int, dtype: torch.dtype, device: torch.device):
+    """Close to float64. Rounding P, dS and the results alone costs 0.6 epsilon, as emulated in torch."""
     patches = draw_patches(count)
     inputs = draw(count, channels, dtype)
     expected = exact(*inputs, patches)
@@ -76,8 +76,8 @@ def relative_error(measured: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("length", [50, 197, 785])
-def test_attention_without_a_bias(length: int, device: torch.device):
-    """MAE's: right, and the same bits twice, also in the backward pass."""
+def test_attention_without_bias_is_accurate_and_deterministic(length: int, device: torch.device):
+    """As in MAE; the backward pass is deterministic, too."""
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(2, 6, length, 64, generator=generator).bfloat16() for _ in range(4)]
     leaves = [tensor.double().requires_grad_() for tensor in inputs[:3]]
@@ -90,8 +90,8 @@ def test_attention_without_a_bias(length: int, device: torch.device):
         assert relative_error(one, wanted) < 4 * EPSILON[torch.bfloat16], name
 
 
-def test_attention_with_a_learned_bias_in_fp32(device: torch.device):
-    """BEiT's and SimMIM's, under autocast: the bias comes in fp32, and heads are its last dimension in memory."""
+def test_attention_with_a_learned_fp32_bias_is_accurate(device: torch.device):
+    """As in BEiT and SimMIM under autocast: the bias is fp32, and heads are its last dimension in memory."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 16, 197, 64, generator=generator).bfloat16() for _ in range(4)]
     bias = torch.randn(197, 197, 16, generator=generator).permute(2, 0, 1)[None]

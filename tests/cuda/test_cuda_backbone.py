@@ -1,4 +1,4 @@
-"""What detectors and segmentors use on a GPU: fused attention over maps, and bf16 between fp32 borders."""
+"""Backbones of detectors and segmentors on a GPU: fused attention over feature maps, and bf16 with fp32 outputs."""
 
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +18,7 @@ SEGMENTOR = {"window_size": 0, "class_token": True, "out_indices": (0, 1, 3)}
 
 
 def run(module: nn.Module, inputs: tuple[Any, ...], device: torch.device, bf16: bool) -> tuple[list[Tensor], Any]:
-    """Outputs, and the gradients of all parameters and of the first input, for the same weighted sum; on the CPU."""
+    """Outputs, and gradients of a fixed weighted sum with respect to parameters and first input, moved to the CPU."""
     module.to(device).zero_grad()
     first = inputs[0].detach().to(device).requires_grad_()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -27,7 +27,7 @@ def run(module: nn.Module, inputs: tuple[Any, ...], device: torch.device, bf16: 
     for number, one in enumerate(outputs):
         weights = torch.randn(one.shape, generator=torch.Generator().manual_seed(number)).to(device)
         (one.float() * weights).sum().backward(retain_graph=True)
-    # Clones: `to` moves a parameter's gradient along with it.
+    # Clone, because `to` moves a parameter's gradient along with the parameter.
     gradients = {name: p.grad.float().cpu().clone() for name, p in module.named_parameters() if p.grad is not None}
     return [one.detach().cpu() for one in outputs], gradients | {"input": first.grad.float().cpu()}
 
@@ -40,15 +40,15 @@ def check(module: nn.Module, inputs: tuple[Any, ...], device: torch.device, bf16
     assert gradients.keys() == gradients_there.keys()
     largest = max(gradient.norm() for gradient in gradients.values())
     for name, gradient in gradients.items():
-        # The gradient of a key's bias is zero but for rounding, hence the second term.
+        # The gradient of the key bias is zero up to rounding, hence the second term.
         assert (gradients_there[name] - gradient).norm() < 4 * tolerance * gradient.norm() + 1e-3 * largest, name
 
 
 @pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 2e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("window", [0, 5], ids=["whole grid", "windows"])
 @pytest.mark.parametrize("kind", ["relative", "decomposed"])
-def test_attention_over_a_grid(kind: str, window: int, bf16: bool, tolerance: float, device: torch.device):
-    """Windows at the edges are cut off."""
+def test_grid_attention_matches_cpu_fp32(kind: str, window: int, bf16: bool, tolerance: float, device: torch.device):
+    """Windows of 5x5 do not divide the 12x13 grid, so those at the edges are incomplete."""
     grid = (12, 13)
     torch.manual_seed(0)
     if kind == "relative":
@@ -60,7 +60,7 @@ def test_attention_over_a_grid(kind: str, window: int, bf16: bool, tolerance: fl
 
 
 def slightly_randomized(module: nn.Module) -> nn.Module:
-    """`randomized`, with weights of a size at which attention does not look at one token alone."""
+    """Like `randomized`, but with smaller weights, so that attention does not saturate on a single token."""
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     randomized(module)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def slightly_randomized(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("position", ["relative", "sincos"])
 @pytest.mark.parametrize("options", [DETECTOR, SEGMENTOR], ids=["a detector's", "a segmentor's"])
-def test_a_backbone(options: dict[str, Any], position: str, device: torch.device):
+def test_bf16_backbone_matches_cpu_fp32(options: dict[str, Any], position: str, device: torch.device):
     pytest.importorskip("mmengine")
     from helpers.tiny_backbone import build_backbone, images
 

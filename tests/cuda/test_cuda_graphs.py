@@ -1,4 +1,4 @@
-"""CUDA graphs: every method computes in them what it computes without, on inputs that it was not captured with."""
+"""CUDA graphs: every method gives the same results as without them, also on inputs other than the captured ones."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CASES = [name for name, sections in cases().items() if not cuda_graphs_obstacle(
 
 
 @pytest.mark.parametrize(("case", "stage"), [*((case, 0) for case in CASES), (CASES[0], 1)])
-def test_a_graph_computes_what_it_was_captured_from(case: str, stage: int, device: torch.device):
+def test_graph_gives_the_same_loss_and_gradients_as_eager(case: str, stage: int, device: torch.device):
     if device.type != "cuda":
         pytest.skip("CUDA graphs are for GPUs; tests/trainer has a recording for the CPU")
     config = configure(cases()[case])
@@ -27,17 +27,17 @@ def test_a_graph_computes_what_it_was_captured_from(case: str, stage: int, devic
     assert isinstance(method.forward, GraphedForward)
 
 
-def test_what_a_graph_cannot_hold_is_an_error_that_names_the_key(device: torch.device):
+def test_capture_failure_raises_an_error_that_names_the_key(device: torch.device):
     if device.type != "cuda":
         pytest.skip("CUDA graphs are for GPUs")
 
-    class Waits(torch.nn.Linear):
+    class SynchronizingLinear(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             loss = super().forward(x).sum()
             return {"loss": loss * float(loss.detach())}
 
-    module = Waits(4, 4).to(device)
+    module = SynchronizingLinear(4, 4).to(device)
     graph_steps(module, stage=0)
     with pytest.raises(ValueError, match=r"set model\.cuda_graphs=off"):
         module(torch.ones(2, 4, device=device))
-    assert float(torch.ones(1, device=device)) == 1  # the GPU can still be used
+    assert float(torch.ones(1, device=device)) == 1  # the GPU is still usable

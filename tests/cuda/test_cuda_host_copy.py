@@ -1,4 +1,4 @@
-"""What is saved on a GPU is in pinned memory, as it was when the save began, and training goes on."""
+"""Host copies for checkpoints are pinned snapshots: later weight updates do not change them."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pretrain.trainer.host_copy import HostCopies
 pytestmark = pytest.mark.cuda
 
 
-def test_copies_are_of_their_moment_and_pinned(device: torch.device):
+def test_copies_are_pinned_snapshots_and_memory_is_reused(device: torch.device):
     weights, copies = torch.arange(1 << 24, device=device, dtype=torch.float32), HostCopies()
     for round_ in range(2):
         before = weights.clone().cpu()

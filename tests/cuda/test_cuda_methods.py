@@ -1,4 +1,4 @@
-"""One step of every method and legal pair on a GPU is that of a CPU in fp32, as far as the precision lets it."""
+"""One step of every method, alone and with add-ons, on a GPU equals fp32 on a CPU within the precision's tolerance."""
 
 import functools
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ IN_WINDOWS = [name for name in CASES if name.startswith("lomar") and name.split(
 
 @pytest.fixture(autouse=True)
 def exact_fp32() -> Iterator[None]:
-    """By default cuDNN computes convolutions of fp32 numbers with ten bits of mantissa."""
+    """Disables TF32, with which cuDNN computes fp32 convolutions by default (10 bits of mantissa)."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -45,9 +45,9 @@ def on_device(case: str, device: torch.device, precision: str, **model: str) -> 
 
 
 def check_bf16(step: Step, case: str) -> None:
-    """bf16 has 8 bits: a CPU's bf16 loss differs by up to 0.0015, and its gradients by up to 0.02, measured so.
+    """Tolerances follow from measurements: bf16 on a CPU changes the loss by up to 0.0015, and gradients by up to 0.02.
 
-    LUT normalizes features over the batch that hardly differ before training, which enlarges roundings: up to 0.21.
+    LUT normalizes features over the batch. Before training they hardly differ, which amplifies rounding: up to 0.21.
     """
     exact, lut = on_cpu(case), "lut" in case
     assert error(step.loss, exact.loss) < 5e-3
@@ -58,36 +58,36 @@ def check_bf16(step: Step, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", IN_WINDOWS)
-def test_bf16_with_the_window_kernel(case: str, device: torch.device):
+def test_bf16_with_the_window_kernel_is_close_to_fp32(case: str, device: torch.device):
     step, method = on_device(case, device, "bf16", attention="triton" if device.type == "cuda" else "auto")
     assert method.encoder.window_kernel == (device.type == "cuda")
     check_bf16(step, case)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bf16_without_it(case: str, device: torch.device):
+def test_bf16_without_the_window_kernel_is_close_to_fp32(case: str, device: torch.device):
     step, method = on_device(case, device, "bf16", attention="sdpa")
     assert not method.encoder.window_kernel
     check_bf16(step, case)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_fp32(case: str, device: torch.device):
+def test_fp32_matches_cpu_fp32(case: str, device: torch.device):
     step, _ = on_device(case, device, "fp32")
     assert error(step.loss, on_cpu(case).loss) < 1e-5
     assert error(flat(step), flat(on_cpu(case))) < 1e-3
 
 
 @pytest.mark.parametrize("case", ["lomar", "lomar-late-pr_mim", "mae"])
-def test_a_bf16_residual_stream(case: str, device: torch.device):
-    """Sums are rounded as well: four times the error is allowed."""
+def test_bf16_residual_stream_is_close_to_fp32(case: str, device: torch.device):
+    """Residual sums are rounded as well, so four times the error is allowed."""
     step, _ = on_device(case, device, "bf16", residual="bf16")
     assert error(step.loss, on_cpu(case).loss) < 2e-2
     assert error(flat(step), flat(on_cpu(case))) < 0.2
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_step_twice_has_the_same_bits(case: str, device: torch.device):
+def test_repeated_steps_are_bitwise_identical(case: str, device: torch.device):
     first, second = (on_device(case, device, "bf16")[0] for _ in range(2))
     assert torch.equal(first.loss, second.loss)
     for name, gradient in first.gradients.items():

@@ -1,4 +1,4 @@
-"""What a probe measures on a GPU: the same twice, and frozen features as on a CPU."""
+"""Probes on a GPU: deterministic, and close to a CPU where features are frozen."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_numbers_are_the_same_twice(tmp_path: Path, device: torch.device, relative: bool):
+def test_probe_results_are_deterministic(tmp_path: Path, device: torch.device, relative: bool):
     write_classes(tmp_path / "train", NAMES, 6)
     write_classes(tmp_path / "val", NAMES, 4, first=100)
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def test_numbers_are_the_same_twice(tmp_path: Path, device: torch.device, relati
     exact = probe(encoder, train, val, ProbeSettings(k=5, attentive_steps=0), device=on_cpu)
     first, again = (probe(encoder.to(device), *sets(), settings, device=device) for _ in range(2))
     assert first == again
-    # A neighbor or two may differ: cuBLAS and a CPU round differently.
+    # cuBLAS and a CPU round differently, so one or two neighbors may differ.
     assert {name: first[name] for name in neighbors.METRICS} == pytest.approx(
         {name: exact[name] for name in neighbors.METRICS}, abs=0.2
     )

@@ -1,6 +1,6 @@
-"""Real runs on a GPU, by the command: they continue with the same bits, and ZeRO changes nothing.
+"""Real runs of the command on a GPU: resuming is bitwise identical, and ZeRO stages give the same results.
 
-Many run at the same time: they are small, and starting takes longer than their steps.
+Many runs share the GPU at the same time: they are small, and starting takes longer than their steps.
 """
 
 import re
@@ -48,7 +48,7 @@ def recipes(
 
 @pytest.fixture(scope="module")
 def stages(recipes: dict[str, Path], command: Callable[..., Command]) -> dict[str, Command]:
-    """A run of LoMaR in each ZeRO stage, and in those that allow it by CUDA graphs."""
+    """A run of LoMaR in each ZeRO stage, and one with CUDA graphs in each stage that allows them."""
     return {
         stage: command(recipes["lomar"], f"train.ds_config={stage[:5]}", f"name={stage}", *keys)
         for stage, keys in {
@@ -60,10 +60,10 @@ def stages(recipes: dict[str, Path], command: Callable[..., Command]) -> dict[st
 
 @pytest.fixture(scope="module")
 def killed(recipes: dict[str, Path], command: Callable[..., Command], stages: dict[str, Command]) -> dict[str, Path]:
-    """The folders of runs that were killed after a checkpoint and continued, and beside them undisturbed ones.
+    """The folders of undisturbed runs; next to each is NAME-killed, killed after a checkpoint and resumed.
 
-    What a compiled run computes depends on what the compiler chose, which is kept in the run's folder: the undisturbed
-    one gets a copy of it.
+    The results of a compiled run depend on the compiler's choices, which are kept in the run's folder: the undisturbed
+    run gets a copy of them.
     """
     runs = recipes["lomar"].parent / "runs"
     first = {name: command(recipe, LONG, f"name={name}-killed") for name, recipe in recipes.items()}
@@ -84,7 +84,7 @@ def killed(recipes: dict[str, Path], command: Callable[..., Command], stages: di
 
 
 def kill_after_a_checkpoint(running: dict[Path, Command], seconds: float = SECONDS) -> None:
-    """Each run as soon as its folder has a checkpoint."""
+    """Kills each run as soon as its folder has a checkpoint."""
     deadline = time.monotonic() + seconds
     while running:
         assert time.monotonic() < deadline, f"no checkpoint in {list(running)}"
@@ -98,14 +98,14 @@ def kill_after_a_checkpoint(running: dict[Path, Command], seconds: float = SECON
 
 
 @pytest.mark.parametrize("training", TRAININGS)
-def test_killed_and_continued_ends_with_the_same_bits(training: str, killed: dict[str, Path]):
+def test_killed_and_resumed_run_is_bitwise_identical(training: str, killed: dict[str, Path]):
     folder = killed[training]
     assert_same_run(folder, folder.with_name(f"{folder.name}-killed"))
 
 
 @pytest.mark.parametrize("stage", [*STAGES[1:], *(f"{stage}-graphs" for stage in STAGES[:3])])
-def test_every_zero_stage_computes_the_same(stage: str, stages: dict[str, Command], recipes: dict[str, Path]):
-    """As far as bf16 lets it: a weight that differs in its last fp32 bit may be rounded to another bf16 number."""
+def test_zero_stages_have_close_losses_and_norms(stage: str, stages: dict[str, Command], recipes: dict[str, Path]):
+    """Only within a tolerance: weights that differ in the last fp32 bit may round to different bf16 numbers."""
     for run in stages.values():
         run.finish()
     one, other = (read_metrics(recipes["lomar"].parent / "runs" / name / "metrics.jsonl") for name in ("zero0", stage))
@@ -115,20 +115,20 @@ def test_every_zero_stage_computes_the_same(stage: str, stages: dict[str, Comman
     assert one[-1]["loss"] < one[0]["loss"]
 
 
-def test_compiled_is_close_to_eager(killed: dict[str, Path]):
+def test_compiled_run_is_close_to_eager(killed: dict[str, Path]):
     eager, compiled = (read_metrics(killed[name] / "metrics.jsonl") for name in ("lomar_fast", "compiled"))
     assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in eager], rel=2e-2)
 
 
-def test_graphs_compute_what_kernels_started_one_by_one_do(killed: dict[str, Path]):
+def test_run_with_cuda_graphs_is_close_to_eager(killed: dict[str, Path]):
     eager, graphs = (read_metrics(killed[name] / "metrics.jsonl") for name in ("lomar_fast", "graphs"))
     assert [row["loss"] for row in graphs] == pytest.approx([row["loss"] for row in eager], rel=1e-3)
 
 
-def test_out_of_memory_is_one_clear_line(
+def test_out_of_memory_prints_a_one_line_error(
     device: torch.device, write_recipe: Callable[..., Path], command: Callable[..., Command], tmp_path: Path
 ):
-    """64 images of 16,384 tokens each, which would need half a terabyte."""
+    """64 images of 16,384 tokens each would need half a terabyte."""
     if device.type != "cuda":
         pytest.skip("on a CPU the system would kill us")
     recipe = write_recipe(
@@ -144,7 +144,7 @@ def test_out_of_memory_is_one_clear_line(
 
 
 def assert_one_line(output: str) -> None:
-    """Where the memory is full, output says so in one line, with the key to change."""
+    """The output has no traceback, and a single line that reports full memory and names the key to change."""
     assert "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if "memory is full" in line]
     assert line.startswith("error: the GPU's memory is full")

@@ -1,4 +1,4 @@
-"""Compiled blocks on a GPU: one graph each, no breaks, nothing compiled again, and eager's losses."""
+"""Compiled blocks on a GPU: few graphs, no graph breaks, no recompilation, and results close to eager."""
 
 from collections.abc import Iterator
 
@@ -18,9 +18,9 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# Blocks, the patch projection and the target's loss; where mask tokens join late, the blocks before and after that.
+# Graphs of blocks, patch projection and target loss; late mask tokens split the blocks into those before and after.
 @pytest.mark.parametrize(("case", "graphs"), [("lomar-late-pr_mim", 4), ("mae", 4)])
-def test_compiled_is_eager_in_few_graphs(case: str, graphs: int, device: torch.device):
+def test_compiled_step_has_few_graphs_and_is_close_to_eager(case: str, graphs: int, device: torch.device):
     steps = {}
     for compiled in ("off", "on"):
         config = configure(cases()[case], compile=compiled)

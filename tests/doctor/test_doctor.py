@@ -1,4 +1,4 @@
-"""The doctor on broken installations, made by fake packages on PYTHONPATH; its children are real processes."""
+"""The doctor on broken installations, simulated by fake packages on PYTHONPATH; its child processes are real."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ MMCV = {
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], Path]:
-    """Writes files of packages that the children import instead of the real ones."""
+    """Writes fake packages that the child processes import instead of the real ones."""
 
     def write(files: dict[str, str]) -> Path:
         for name, text in files.items():
@@ -52,7 +52,7 @@ def only(findings: list[Finding]) -> Finding:
 
 
 @pytest.mark.mm
-def test_mmcv_that_works():
+def test_working_mmcv_is_ok():
     finding = only(list(doctor.check_mmcv()))
     assert (finding.status, finding.fix) == ("ok", "")
     assert "tested on cpu" in finding.message
@@ -73,26 +73,26 @@ BROKEN_MMCV = {
 
 
 @pytest.mark.parametrize("name", BROKEN_MMCV)
-def test_mmcv_that_does_not(fake: Callable[[dict[str, str]], Path], name: str):
-    files, says = BROKEN_MMCV[name]
+def test_broken_mmcv_is_a_problem_with_a_fix(fake: Callable[[dict[str, str]], Path], name: str):
+    files, message = BROKEN_MMCV[name]
     tensor = "class T(list):\n    to = lambda s, d: s\ntensor = T\n"
     fake({"torch.py": f"{NO_GPU}{tensor}", **MMCV, **files})
     finding = only(list(doctor.check_mmcv()))
     assert finding.status == "problem"
-    assert says in finding.message
+    assert message in finding.message
     assert "MMCV_WITH_OPS=1" in finding.fix
     assert "--no-build-isolation" in finding.fix
     assert ("--force-reinstall" in finding.fix) == (name != "not there")
 
 
-def test_versions_that_refuse_each_other(fake: Callable[[dict[str, str]], Path]):
+def test_incompatible_mmcv_version_is_a_problem(fake: Callable[[dict[str, str]], Path]):
     fake({"mmdet/__init__.py": "raise AssertionError('MMCV==2.3.6 is used but incompatible.')"})
     finding = only(list(doctor.check_mmdet()))
     assert finding.status == "problem"
     assert "MMCV==2.3.6 is used but incompatible" in finding.message
 
 
-def test_two_packages_of_one_name(fake: Callable[[dict[str, str]], Path], monkeypatch: pytest.MonkeyPatch):
+def test_conflicting_packages_give_a_warning(fake: Callable[[dict[str, str]], Path], monkeypatch: pytest.MonkeyPatch):
     root = fake(
         {
             "mmsegmentation-1.2.2.dist-info/METADATA": "Name: mmsegmentation\nVersion: 1.2.2\n",
@@ -110,43 +110,43 @@ def test_two_packages_of_one_name(fake: Callable[[dict[str, str]], Path], monkey
 @pytest.mark.parametrize(
     ("version", "status"), [("0.19.2", "problem"), ("0.19.3", "ok"), ("0.20.0+cu1", "ok"), ("0.9.9", "problem")]
 )
-def test_deepspeed_must_not_be_too_old(fake: Callable[[dict[str, str]], Path], version: str, status: str):
+def test_old_deepspeed_is_a_problem(fake: Callable[[dict[str, str]], Path], version: str, status: str):
     fake({"deepspeed.py": f"__version__ = {version!r}"})
     finding = only(list(doctor.check_deepspeed()))
     assert finding.status == status
     assert version in finding.message
 
 
-def test_deepspeed_without_a_toolkit(fake: Callable[[dict[str, str]], Path]):
+def test_deepspeed_without_cuda_home_suggests_setting_it(fake: Callable[[dict[str, str]], Path]):
     fake({"deepspeed.py": "raise OSError('CUDA_HOME environment variable is not set.')"})
     assert "export CUDA_HOME=" in only(list(doctor.check_deepspeed())).fix
 
 
 @pytest.mark.parametrize(
-    ("driver", "built", "status", "says"),
+    ("driver", "built", "status", "message"),
     [
         ("12.4", "'13.0'", "problem", "built for CUDA 13.0, which the driver (CUDA 12.4) does not support"),
         ("12.4", "None", "problem", "built for CPU, but this machine has a GPU"),
         ("", "'13.0'", "ok", "no GPU on this machine"),
     ],
 )
-def test_torch_and_the_driver(
+def test_torch_must_match_the_driver(
     fake: Callable[[dict[str, str]], Path],
     monkeypatch: pytest.MonkeyPatch,
     driver: str,
     built: str,
     status: str,
-    says: str,
+    message: str,
 ):
     fake({"torch.py": TORCH.replace("'13.0'", built).replace('"13.0"', built)})
     monkeypatch.setattr(doctor, "_driver_cuda", lambda: driver)
     finding = only(list(doctor.check_torch()))
     assert finding.status == status
-    assert says in finding.message
+    assert message in finding.message
     assert bool(finding.fix) == (status == "problem")
 
 
-def test_driver_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_driver_cuda_version_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho '| NVIDIA-SMI 550.54  Driver Version: 550.54   CUDA Version: 12.4     |'\n")
@@ -155,7 +155,7 @@ def test_driver_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert doctor._driver_cuda() == "12.4"
 
 
-def test_torchvision_that_kills_its_process(fake: Callable[[dict[str, str]], Path]):
+def test_torchvision_crash_is_a_problem(fake: Callable[[dict[str, str]], Path]):
     fake({"torch.py": TORCH, "torchvision.py": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"})
     finding = only(list(doctor.check_torchvision()))
     assert finding.status == "problem"
@@ -163,7 +163,7 @@ def test_torchvision_that_kills_its_process(fake: Callable[[dict[str, str]], Pat
     assert "it requires torch (==2." in finding.message
 
 
-def test_setuptools_and_tools(monkeypatch: pytest.MonkeyPatch):
+def test_build_tools_give_warnings(monkeypatch: pytest.MonkeyPatch):
     versions = {"ninja": "1", "psutil": "1", "packaging": "1", "wheel": "1", "setuptools": "82.0.1"}
     monkeypatch.setattr(doctor, "installed", lambda *names: [f"{n} {versions[n]}" for n in names if n in versions])
     finding = only(list(doctor.check_build()))
@@ -173,8 +173,8 @@ def test_setuptools_and_tools(monkeypatch: pytest.MonkeyPatch):
     assert [(one.status, one.name) for one in doctor.check_build()] == [("warning", "ninja"), ("ok", "setuptools")]
 
 
-def test_command_on_a_torch_that_cannot_be_loaded(fake: Callable[[dict[str, str]], Path]):
-    """All lines are printed, none of them a traceback, and the exit code is 1."""
+def test_command_reports_all_packages_that_fail_to_import(fake: Callable[[dict[str, str]], Path]):
+    """Prints a line for every package, without a traceback, and exits with code 1."""
     broken = "raise OSError('libcudart.so.12: cannot open shared object file')"
     root = fake(
         {f"{name}.py": broken for name in ("torch", "torchvision", "deepspeed", "mmengine", "mmcv", "mmdet", "mmseg")}

@@ -1,4 +1,4 @@
-"""Features of images in a file: equal to the encoder's own, in the data's order; tests/classify has two ranks."""
+"""`downstream.embed` on one rank: features in the order of the data. tests/classify has a test on two ranks."""
 
 import csv
 import re
@@ -52,14 +52,14 @@ def file(encoder: ViT, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Eleven images in two folders, one of which cannot be decoded."""
+    """Eleven images in two class folders; one image cannot be decoded."""
     write_classes(tmp_path / "photos", NAMES, 5, bad=1)
     write_photo(tmp_path / "photos" / "bee" / "more" / "deep.jpg", 77)
     return tmp_path / "photos"
 
 
 def tokens(encoder: ViT, data: Path, block: int | None = None) -> np.ndarray:
-    """Of one image after the other, block by block; NaN where it cannot be decoded."""
+    """Reference tokens, image by image and block by block; NaN for images that cannot be decoded."""
     found = []
     for batch in EvalLoader(load_samples(data), size=(32, 32), batch=1).batches():
         pixels = normalize_pixels(batch.images).permute(0, 3, 1, 2)
@@ -81,7 +81,7 @@ def tokens(encoder: ViT, data: Path, block: int | None = None) -> np.ndarray:
     ("kind", "block"),
     [("mean", None), ("class", None), ("patches", None), ("class_mean", None), ("class", "1"), ("patches", "1,2")],
 )
-def test_rows_are_the_encoders_features(kind: str, block: Any, encoder: ViT, file: Path, photos: Path, tmp_path: Path):
+def test_rows_equal_the_encoder_features(kind: str, block: Any, encoder: ViT, file: Path, photos: Path, tmp_path: Path):
     options = ["--block", block] if block else []
     out = tmp_path / "new" / "out.npy"
     result = run_in_process(embed, file, photos, out, "--features", kind, *options)
@@ -103,7 +103,7 @@ def test_rows_are_the_encoders_features(kind: str, block: Any, encoder: ViT, fil
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.csv", "out.npy"]
 
 
-def test_every_row_has_its_key(file: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_csv_describes_every_row(file: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run_in_process(embed, file, photos, tmp_path / "out.npy", "--dtype", "float16")
     assert "1 of 11 images cannot be decoded and have rows of NaN: ant/000" in capsys.readouterr().err
     assert np.load(tmp_path / "out.npy").dtype == np.float16
@@ -115,21 +115,21 @@ def test_every_row_has_its_key(file: Path, photos: Path, tmp_path: Path, capsys:
     assert [row["readable"] for row in rows] == ["0"] + ["1"] * 10
 
 
-def test_shards_have_the_same_features_as_their_images(file: Path, photos: Path, tmp_path: Path):
+def test_shards_give_the_same_features_as_the_image_folder(file: Path, photos: Path, tmp_path: Path):
     pack(list_source(photos), tmp_path / "shards", samples_per_shard=4, bad="skip")
     run_in_process(embed, file, tmp_path / "shards", tmp_path / "shards.npy")
     run_in_process(embed, file, photos, tmp_path / "photos.npy")
     assert np.load(tmp_path / "shards.npy") == pytest.approx(np.load(tmp_path / "photos.npy")[1:], rel=1e-5, abs=1e-6)
 
 
-def test_at_another_size(file: Path, photos: Path, tmp_path: Path):
+def test_size_option_changes_the_number_of_patches(file: Path, photos: Path, tmp_path: Path):
     result = run_in_process(embed, file, photos, tmp_path / "out.npy", "--size", 48, "--features", "patches")
     assert result["shape"] == [11, 9, TINY.dim]
 
 
-def test_a_parquet_file_has_the_same_rows(file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_parquet_output_has_the_same_rows(file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(embed, "CHUNK_BYTES", 1000)  # several groups of rows
+    monkeypatch.setattr(embed, "CHUNK_BYTES", 1000)  # several row groups
     for kind in ("mean", "patches"):
         run_in_process(embed, file, photos, tmp_path / "out.npy", "--features", kind)
         run_in_process(embed, file, photos, tmp_path / "out.parquet", "--features", kind)
@@ -143,7 +143,7 @@ def test_a_parquet_file_has_the_same_rows(file: Path, photos: Path, tmp_path: Pa
         assert table["readable"].to_pylist() == [False] + [True] * 10
 
 
-def test_of_a_classifier_they_are_what_its_head_reads(photos: Path, tmp_path: Path):
+def test_features_of_a_classifier_are_the_input_of_its_head(photos: Path, tmp_path: Path):
     config = configure(tmp_path, data__image_size=32, model__patch_size=16)
     classifier, _ = build_classifier(config)
     for parameter in classifier.parameters():
@@ -158,7 +158,7 @@ def test_of_a_classifier_they_are_what_its_head_reads(photos: Path, tmp_path: Pa
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_cannot_work_is_said_first(file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_invalid_options_are_rejected_early(file: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"block 3: the encoder has blocks 1 to 2"):
         run_in_process(embed, file, photos, tmp_path / "out.npy", "--block", 3)
     with pytest.raises(ValueError, match=r"blocks 2,1: give each of them once, in ascending order: 1,2"):
@@ -177,8 +177,8 @@ def test_what_cannot_work_is_said_first(file: Path, photos: Path, tmp_path: Path
     assert not list(tmp_path.glob("out*"))
 
 
-def test_images_of_another_size_than_the_encoders(encoder: ViT):
-    """Positions that are relative hold for any grid; the others say what to do."""
+def test_only_relative_positions_allow_other_image_sizes(encoder: ViT):
+    """Relative positions work on any grid; with absolute ones the error suggests `image_size`."""
     relative = ViT("vit_tiny", 16, (2, 2)).eval()
     larger = ViT("vit_tiny", 16, (3, 4)).eval()
     larger.load_state_dict(relative.state_dict())

@@ -1,4 +1,4 @@
-"""A recipe for the tests of configurations."""
+"""A small recipe for the configuration tests."""
 
 from pathlib import Path
 

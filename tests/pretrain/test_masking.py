@@ -1,4 +1,4 @@
-"""What is drawn for a sample: windows and masks."""
+"""Random sampling of windows and masks."""
 
 import pickle
 from fractions import Fraction
@@ -11,18 +11,18 @@ from pretrain.methods.lomar import LoMaR, sample_masks
 from pretrain.methods.masking import complementary_masked, random_masked, random_windows, split_positions
 from pretrain.trainer.config import ModelConfig
 
-# Table 4 of the paper: side of the window, windows per image.
+# Table 4 of the paper: window size, windows per image.
 ABLATION = [(5, 8), (7, 4), (9, 3), (11, 2), (14, 1)]
 
 
 def z_scores(counts: np.ndarray, trials: int, probability: float) -> np.ndarray:
-    """Deviations of binomial counts in standard deviations."""
+    """Deviations of binomial counts from their means, in standard deviations."""
     return (counts - trials * probability) / np.sqrt(trials * probability * (1 - probability))
 
 
 @pytest.mark.parametrize("ratio", ["0.3", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8", "0.9"])
 @pytest.mark.parametrize(("window_size", "num_windows"), ABLATION)
-def test_masks_exactly_the_share_of_each_window(window_size: int, num_windows: int, ratio: str):
+def test_each_window_masks_exactly_the_mask_ratio(window_size: int, num_windows: int, ratio: str):
     config = LoMaR.Config(num_windows=num_windows, window_size=window_size, mask_ratio=float(ratio))
     config.check((14, 14), ModelConfig())
     expected = int(window_size**2 * Fraction(ratio))
@@ -35,7 +35,7 @@ def test_masks_exactly_the_share_of_each_window(window_size: int, num_windows: i
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (9, 16), (16, 9), (7, 7), (7, 8)])
-def test_windows_are_distinct_squares_of_the_grid_in_raster_order(grid: tuple[int, int]):
+def test_windows_are_distinct_squares_in_raster_order(grid: tuple[int, int]):
     count = min(4, (grid[0] - 6) * (grid[1] - 6))
     for seed in range(50):
         windows = random_windows(np.random.default_rng(seed), count, 7, grid)
@@ -51,14 +51,14 @@ def test_windows_are_distinct_squares_of_the_grid_in_raster_order(grid: tuple[in
             assert window.tolist() == expected
 
 
-def test_all_windows_of_a_grid_can_be_drawn_but_no_more():
+def test_all_possible_windows_can_be_drawn_but_more_raise():
     windows = random_windows(np.random.default_rng(0), 6, 7, (8, 9))
     assert len({int(window[0]) for window in windows}) == 6
     with pytest.raises(ValueError, match="cannot choose 7 different numbers from 6"):
         random_windows(np.random.default_rng(0), 7, 7, (8, 9))
 
 
-def test_windows_are_uniform_over_positions_and_reach_every_patch():
+def test_window_positions_are_uniform_and_cover_every_patch():
     images, count, size, grid = 3000, 4, 7, (12, 16)
     drawn = np.stack([random_windows(np.random.default_rng((5, i)), count, size, grid) for i in range(images)])
     num_corners = (grid[0] - size + 1) * (grid[1] - size + 1)
@@ -74,9 +74,9 @@ def test_windows_are_uniform_over_positions_and_reach_every_patch():
 
 @pytest.mark.parametrize("sampling", ["same", "complementary"])
 @pytest.mark.parametrize(("ratio", "count"), [(0.8, 4), (0.5, 2), (0.4, 3), (0.9, 12)])
-def test_one_window_under_many_masks(sampling: str, ratio: float, count: int):
+def test_repeated_window_gets_several_masks(sampling: str, ratio: float, count: int):
     config = LoMaR.Config(num_windows=count, mask_ratio=ratio, window_sampling=sampling)
-    config.check((7, 7), ModelConfig())  # where only one fits
+    config.check((7, 7), ModelConfig())  # a grid with room for one window only
     places = set()
     for seed in range(30):
         drawn = sample_masks(np.random.default_rng(seed), grid=(14, 14), config=config, pr_mim=None)
@@ -86,22 +86,22 @@ def test_one_window_under_many_masks(sampling: str, ratio: float, count: int):
         both = np.sort(np.concatenate([drawn["visible"], drawn["masked"]], axis=1))
         assert (both == np.arange(49)).all()
         shown = np.bincount(drawn["visible"].ravel(), minlength=49)
-        if sampling == "complementary":  # as often as any other, or once more
+        if sampling == "complementary":  # visible counts differ by at most one
             assert set(shown) <= {count * (49 - int(49 * ratio)) // 49, count * (49 - int(49 * ratio)) // 49 + 1}
         places.add(int(drawn["positions"][0, 0]))
     assert len(places) > 15
     assert sampling == "complementary" or count * (49 - int(49 * ratio)) < 30 or shown.max() > 1
 
 
-def test_complementary_masks_are_uniform_each_by_itself_and_disjoint_where_they_can_be():
+def test_complementary_masks_are_uniform_with_disjoint_visible_patches():
     drawn = np.stack([complementary_masked(np.random.default_rng(seed), 4, 49, 39) for seed in range(4000)])
     assert ((~drawn).sum((0, 1)).sum(), (~drawn).sum(2).max(), (~drawn).sum(1).max()) == (4000 * 40, 10, 1)
     for row in range(4):
         assert np.abs(z_scores(drawn[:, row].sum(0), 4000, 39 / 49)).max() < 5
 
 
-def test_windows_that_are_drawn_by_themselves_are_as_they_always_were():
-    """The first words are the windows', of which as many are drawn as there are places."""
+def test_distinct_windows_use_a_fixed_sequence_of_random_words():
+    """The first 64 words, one per possible position, choose the windows; the following words choose the masks."""
     config = LoMaR.Config()
     drawn = sample_masks(np.random.default_rng(3), grid=(14, 14), config=config, pr_mim=None)
     rng = np.random.default_rng(3)
@@ -111,8 +111,8 @@ def test_windows_that_are_drawn_by_themselves_are_as_they_always_were():
     assert (drawn["masked"] == np.sort(order[:, :39], axis=1)).all()
 
 
-def test_images_draw_their_own_windows_and_masks():
-    # The authors' code gives all images of a batch the same windows.
+def test_each_image_gets_its_own_windows_and_masks():
+    # The authors' code uses the same windows for all images of a batch.
     model = tiny_lomar(grid=(14, 14), window_size=7, num_windows=4, mask_ratio=0.8)
     drawn = random_mask_indices(model, 64)
     assert len({tuple(sorted(windows[:, 0].tolist())) for windows in drawn["positions"]}) > 60
@@ -120,7 +120,7 @@ def test_images_draw_their_own_windows_and_masks():
     assert len({tuple(mask.tolist()) for mask in masks}) == len(masks)
 
 
-def test_masks_are_uniform_singly_and_in_pairs():
+def test_masked_positions_are_uniform_singly_and_in_pairs():
     rows, length, count = 20000, 12, 7
     masked = random_masked(np.random.default_rng(0), rows, length, count)
     assert (masked.sum(1) == count).all()
@@ -130,14 +130,14 @@ def test_masks_are_uniform_singly_and_in_pairs():
     assert np.abs(z_scores(pairs, rows, count * (count - 1) / (length * (length - 1)))).max() < 5
 
 
-def test_a_mask_is_split_into_visible_and_masked_positions():
+def test_split_positions_returns_visible_and_masked_positions():
     masked = np.array([[True, False, False, True], [False, True, True, False]])
     visible, masked_positions = split_positions(masked)
     assert visible.tolist() == [[1, 2], [0, 3]]
     assert masked_positions.tolist() == [[0, 3], [1, 2]]
 
 
-def test_mask_indices_depend_on_the_generator_alone():
+def test_mask_indices_depend_only_on_the_generator():
     sampler = tiny_lomar().mask_sampler()
     first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
@@ -145,7 +145,7 @@ def test_mask_indices_depend_on_the_generator_alone():
     assert all(index.dtype == np.int64 for index in first.values())
 
 
-def test_a_mask_sampler_can_be_sent_to_worker_processes():
+def test_mask_sampler_pickles_without_the_weights():
     sampler = tiny_lomar().mask_sampler()
     pickled = pickle.dumps(sampler)
     assert len(pickled) < 1000, "the weights are not pickled with it"

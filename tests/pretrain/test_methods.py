@@ -1,4 +1,4 @@
-"""MAE, MFF, SimMIM and LocalMIM against the naive reference: masks, gradients, convergence."""
+"""Tests of MAE, MFF, SimMIM and LocalMIM: naive reference, masks, information leaks, convergence, rejected keys."""
 
 import functools
 import math
@@ -82,7 +82,7 @@ CASES = [
 
 @functools.cache
 def pca_file() -> str:
-    """Five components of patches of 12 values, with a mean."""
+    """A file with five components and the mean of patches of 12 values."""
     folder = Path(tempfile.mkdtemp())
     vectors, _ = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)))
     vectors = vectors.contiguous()
@@ -121,14 +121,14 @@ def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weig
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_equals_the_reference_in_float64_and_fp32(
+def test_loss_and_gradients_equal_the_reference(
     keys: dict, relative: bool, pr_mim: PRMIMConfig | None, monkeypatch: pytest.MonkeyPatch
 ):
     assert_equals_reference(lambda: build(keys, relative, pr_mim), naive_loss, monkeypatch)
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_masks_have_exact_counts_and_samplers_are_deterministic(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     sampler = pickle.loads(pickle.dumps(model.mask_sampler()))
     first, again, other = (sampler(np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -146,7 +146,7 @@ def test_masks_are_exact_deterministic_and_picklable(keys: dict, relative: bool,
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_prediction_does_not_depend_on_masked_pixels(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     randomize(model)
     images, mask_indices = random_images(model), random_mask_indices(model)
@@ -161,13 +161,13 @@ def test_the_prediction_does_not_look_at_what_is_masked(keys: dict, relative: bo
 
 @pytest.mark.parametrize(
     ("keys", "relative", "pr_mim"),
-    [case for case in CASES if target_name(case.values[0]) != "hog"],  # its gradients reach into neighbors
+    [case for case in CASES if target_name(case.values[0]) != "hog"],  # HOG gradients depend on neighboring patches
 )
-def test_the_targets_are_all_masked_patches_and_no_visible_one(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_loss_depends_on_exactly_the_masked_patches(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     randomize(model)
     with torch.no_grad():
-        model.encoder.patch_embed.proj.weight.zero_()  # blind: the pixels act through the target only
+        model.encoder.patch_embed.proj.weight.zero_()  # blind encoder: pixels affect only the target
     images, mask_indices = random_images(model, 1), random_mask_indices(model, 1)
     before = model(images, mask_indices)["loss"]
     for patch in range(GRID[0] * GRID[1]):
@@ -180,7 +180,7 @@ def test_the_targets_are_all_masked_patches_and_no_visible_one(keys: dict, relat
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_predicting_some_images_still_returns_the_visible_tokens_of_all(
+def test_num_predicted_still_returns_visible_tokens_of_all_images(
     keys: dict, relative: bool, pr_mim: PRMIMConfig | None
 ):
     model = build(keys, relative, pr_mim)
@@ -202,13 +202,13 @@ def test_predicting_some_images_still_returns_the_visible_tokens_of_all(
 
 
 @pytest.mark.parametrize(("keys", "relative", "pr_mim"), CASES)
-def test_overfits_one_batch(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
+def test_overfits_one_image(keys: dict, relative: bool, pr_mim: PRMIMConfig | None):
     model = build(keys, relative, pr_mim)
     losses = train(model, random_images(model, 1), random_mask_indices(model, 1))
     assert losses[-1] < 0.25 * losses[0]
 
 
-def test_several_masks_of_an_image_are_as_many_examples():
+def test_num_masks_averages_the_losses_of_single_masks():
     one, several = (build(MAE | {"num_masks": count}, relative=False) for count in (1, 3))
     for model in (one, several):
         randomize(model)
@@ -229,7 +229,7 @@ def test_several_masks_of_an_image_are_as_many_examples():
     assert all(torch.equal(shown[name], expected[name]) for name in expected)
 
 
-def test_block_masks_are_blocks_and_exact():
+def test_block_masks_are_contiguous_and_have_exact_counts():
     for count in (1, 30, 75, 147):
         masked = block_masked(np.random.default_rng(0), (14, 14), count)
         assert masked.sum() == count
@@ -240,12 +240,12 @@ def test_block_masks_are_blocks_and_exact():
     assert np.mean(neighbors) > 0.7, "a uniform mask would have 0.38"
 
 
-def test_grid_masks_show_one_of_four_everywhere():
+def test_grid_masks_leave_one_patch_of_each_2x2_visible():
     masked = grid_masked(np.random.default_rng(0), (6, 8), 36).reshape(3, 2, 4, 2)
     assert (masked.sum(axis=(1, 3)) == 3).all()
 
 
-def test_maes_masks_are_whole_cells():
+def test_mae_cell_masks_cover_whole_cells():
     model = build(MAE | CELL, False, PR_MIM)
     drawn = [model.mask_sampler()(np.random.default_rng(seed)) for seed in range(200)]
     for sample in drawn:
@@ -256,7 +256,7 @@ def test_maes_masks_are_whole_cells():
     assert len({tuple(sample["masked"]) for sample in drawn}) == math.comb(6, 3)
 
 
-def test_the_predicted_part_is_uniform_over_the_masked_patches():
+def test_predicted_patches_are_uniform_over_all_positions():
     model = build(CROSS | PART, False)
     drawn = [model.mask_sampler()(np.random.default_rng(seed)) for seed in range(2000)]
     counts = np.bincount(np.concatenate([sample["masked"] for sample in drawn]), minlength=24)
@@ -266,7 +266,7 @@ def test_the_predicted_part_is_uniform_over_the_masked_patches():
     assert (whole["visible"] == drawn[5]["visible"]).all(), "what is shown does not depend on it"
 
 
-def test_reconstructions_have_all_masked_patches_though_a_part_is_trained():
+def test_reconstruct_predicts_all_masked_patches_despite_predict_ratio():
     model, whole = build(CROSS | PART, False), build(CROSS, False)
     whole.load_state_dict(model.state_dict())
     images = random_images(model)
@@ -277,7 +277,7 @@ def test_reconstructions_have_all_masked_patches_though_a_part_is_trained():
     assert all(torch.equal(shown[name], expected[name]) for name in expected)
 
 
-def test_the_last_norm_is_no_parameter_where_no_one_trains_it():
+def test_unused_final_norm_has_no_parameters_with_inter_block_attention():
     model = build(INTER_BLOCK, False)
     assert not [name for name, _ in model.encoder.named_parameters() if name.startswith("norm")]
     assert {name for name in model.encoder.state_dict() if name.startswith("norm.")} == {"norm.weight", "norm.bias"}
@@ -286,14 +286,14 @@ def test_the_last_norm_is_no_parameter_where_no_one_trains_it():
     assert "norm.weight" in dict(build(CROSS, False).encoder.named_parameters())
 
 
-def test_cells_are_masked_whole():
+def test_cell_masked_masks_whole_cells():
     masked = cell_masked(np.random.default_rng(0), (14, 14), 2, 0.6).reshape(7, 2, 7, 2)
     assert set(masked.sum(axis=(1, 3)).flatten()) == {0, 4}
     assert masked.sum() == 4 * math.ceil(49 * 0.6)
 
 
 @pytest.mark.parametrize(
-    ("keys", "model", "says"),
+    ("keys", "model", "message"),
     [
         (MAE, {"patch_size": 2, "position": "relative"}, "set model.position=sincos"),
         (MAE | {"mask_ratio": 0.01}, {"position": "sincos"}, None),
@@ -322,10 +322,10 @@ def test_cells_are_masked_whole():
         ({"name": "simmim", "mask_patch_size": 32, "mask_ratio": 0.99}, {"patch_size": 16}, "leaves no patch visible"),
     ],
 )
-def test_what_does_not_fit_is_refused(keys: dict, model: dict, says: str | None):
+def test_incompatible_keys_are_rejected(keys: dict, model: dict, message: str | None):
     config = METHODS[keys["name"]].Config(**keys)
-    if says is None:
+    if message is None:
         config.check(GRID, ModelConfig(**model))
         return
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         config.check(GRID, ModelConfig(**model))

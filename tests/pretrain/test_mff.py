@@ -1,4 +1,4 @@
-"""MFF: the fused blocks, their logged weights, what is exported. Shared tests: test_methods.py."""
+"""Tests of MFF: fused blocks, logged fusion weights, rejected keys. test_methods.py has the tests shared by methods."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ def build(keys: dict[str, Any] = MFF) -> Any:
     return tiny_method(keys, (2, 4), 2, relative=False, arch=DEEP)
 
 
-def test_blocks_are_skipped_between_those_that_are_summed(monkeypatch: pytest.MonkeyPatch):
+def test_only_the_listed_blocks_are_fused(monkeypatch: pytest.MonkeyPatch):
     def naive_loss(model, images, mask_indices, weights):
         return mae_loss(images, mask_indices, weights, DEEP.heads, 3, pixel_error(2, True), [1, 3, 4])
 
     assert_equals_reference(build, naive_loss, monkeypatch)
 
 
-def test_the_weights_begin_equal_sum_to_one_and_are_learned():
+def test_fusion_weights_start_equal_sum_to_one_and_are_learned():
     model = build()
     images, mask_indices = random_images(model), random_mask_indices(model)
     output = model(images, mask_indices)
@@ -39,7 +39,7 @@ def test_the_weights_begin_equal_sum_to_one_and_are_learned():
     assert max(shares) - min(shares) > 1e-3
 
 
-def test_with_all_weight_on_the_last_block_it_is_mae():
+def test_equals_mae_with_all_weight_on_the_last_block():
     mff, mae = build(), build(MAE)
     assert mae.load_state_dict(mff.state_dict(), strict=False).missing_keys == []
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_with_all_weight_on_the_last_block_it_is_mae():
     torch.testing.assert_close(mff(images, mask_indices)["loss"], mae(images, mask_indices)["loss"])
 
 
-def test_the_encoder_has_nothing_of_the_fusion():
+def test_encoder_state_has_no_fusion_parameters():
     model = build()
     assert {name for name, _ in model.named_parameters() if "fusion" in name} == {
         "fusion.logits",
@@ -58,7 +58,7 @@ def test_the_encoder_has_nothing_of_the_fusion():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["method.blocks=[1, 3, 13]"], "must ascend from at least 1 to 12, the last block of vit_base"),
         (["method.blocks=[1, 3, 5]"], r"set, for example, method\.blocks=\[1, 10, 12\]"),
@@ -67,6 +67,6 @@ def test_the_encoder_has_nothing_of_the_fusion():
         (["model.position=relative"], "set model.position=sincos"),
     ],
 )
-def test_what_does_not_fit_is_refused(overrides: list[str], says: str):
-    with pytest.raises(ValueError, match=says):
+def test_incompatible_keys_are_rejected(overrides: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
         load("mff_vitb16_224_800e", ["data.shards=none", *overrides])

@@ -1,4 +1,4 @@
-"""How a step is computed: what is chosen on which device, what is refused, and what a module then does."""
+"""Tests of numerics: settings chosen per device, rejected settings, and their effect on modules."""
 
 import copy
 from pathlib import Path
@@ -26,7 +26,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """What torch says about an H100 with Triton and a compiler."""
+    """Makes torch report an H100 with Triton and a compiler."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
@@ -39,14 +39,14 @@ def chosen(*overrides: str, recipe: str = LOMAR, device: torch.device = GPU, sta
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_gpu_gets_the_kernel_compiled_blocks_graphs_and_deterministic_attention():
+def test_gpu_defaults_to_all_fast_and_deterministic_settings():
     for recipe in (LOMAR, "lomar_vith14_224_1600e", "lomar_pr_vitb16_224_400e"):
         assert chosen(recipe=recipe) == Numerics(True, "triton", "fp32", "efficient", cuda_graphs=True)
     assert not chosen("model.cuda_graphs=off").cuda_graphs
     assert not chosen("model.grad_checkpointing=true").cuda_graphs
 
 
-def test_a_cpu_gets_neither():
+def test_cpu_does_not_compile_or_use_the_window_kernel():
     found = chosen(device=CPU)
     assert (found.compile, found.attention, found.sdpa) == (False, "sdpa", "cpu")
     assert "GPU" in found.why_sdpa
@@ -64,21 +64,21 @@ def test_a_cpu_gets_neither():
         (["model.position=relative"], "simmim_vitb16_224_800e", "14x14"),
     ],
 )
-def test_what_the_kernel_does_not_serve_falls_back_and_says_why(overrides: list[str], recipe: str, why: str):
+def test_unsupported_kernel_cases_fall_back_to_sdpa_with_a_reason(overrides: list[str], recipe: str, why: str):
     found = chosen(*overrides, recipe=recipe)
     assert found.attention == "sdpa"
     assert why in found.why_sdpa
 
 
 @pytest.mark.usefixtures("gpu")
-def test_stage_3_is_not_compiled():
+def test_zero_stage_3_is_not_compiled():
     assert not chosen(stage=3).compile
     with pytest.raises(ValueError, match=r"model\.compile=on silently loses gradients in ZeRO stage 3"):
         chosen("model.compile=on", stage=3)
 
 
 @pytest.mark.usefixtures("gpu")
-def test_wishes_that_cannot_be_met_are_refused():
+def test_explicit_settings_that_cannot_be_met_are_rejected():
     with pytest.raises(ValueError, match=r"model\.attention=triton cannot be used: .*8x8"):
         chosen("model.attention=triton", "method.window_size=8")
     with pytest.raises(ValueError, match=r"model\.residual=bf16 needs train\.precision=bf16"):
@@ -89,12 +89,12 @@ def test_without_a_compiler_nothing_is_compiled(gpu: pytest.MonkeyPatch):
     gpu.setattr(numerics, "_compiler_obstacle", lambda: "there is no C compiler (gcc)")
     found = chosen()
     assert (found.compile, found.attention, found.why_sdpa) == (False, "sdpa", "there is no C compiler (gcc)")
-    for wish in ("model.compile=on", "model.attention=triton"):
-        with pytest.raises(ValueError, match=rf"{wish} cannot be used: there is no C compiler"):
-            chosen(wish)
+    for setting in ("model.compile=on", "model.attention=triton"):
+        with pytest.raises(ValueError, match=rf"{setting} cannot be used: there is no C compiler"):
+            chosen(setting)
 
 
-def test_a_gpu_without_bf16_is_refused(gpu: pytest.MonkeyPatch):
+def test_gpu_without_bf16_is_rejected(gpu: pytest.MonkeyPatch):
     gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     gpu.setattr(torch.cuda, "get_device_name", lambda device: "V100")
     with pytest.raises(ValueError, match=r"V100 does not support bf16: set train\.precision=fp32"):
@@ -106,7 +106,7 @@ def test_a_gpu_without_bf16_is_refused(gpu: pytest.MonkeyPatch):
     ("error", "problem"),
     [(0.5, r"its relative error is 5\.0e-01"), (float("nan"), "its relative error is nan"), (None, "no ptxas")],
 )
-def test_a_kernel_that_does_not_work_here_is_refused(
+def test_window_kernel_that_fails_its_check_is_rejected(
     error: float | None, problem: str, monkeypatch: pytest.MonkeyPatch
 ):
     def worst_error(*_: Any) -> float:
@@ -121,7 +121,7 @@ def test_a_kernel_that_does_not_work_here_is_refused(
     numerics.check_window_kernel(load(LOMAR, ["data.shards=none"]), GPU)
 
 
-def test_a_bf16_residual_stream_is_near_the_fp32_one():
+def test_bf16_residual_stream_is_close_to_fp32():
     losses: dict[str, Any] = {}
     for residual in ("fp32", "bf16"):
         method = tiny_lomar()
@@ -138,8 +138,8 @@ def test_a_bf16_residual_stream_is_near_the_fp32_one():
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.01, atol=0)
 
 
-def test_compiled_modules_are_not_compiled_in_copies():
-    """The teacher and the probe copy the encoder: they must compute with their own weights."""
+def test_copies_of_compiled_modules_are_not_compiled():
+    """The teacher and the probe copy the encoder and must compute with their own weights."""
     method = tiny_lomar()
     apply_numerics(method, Numerics(True, "sdpa", "fp32", "cpu"))
     blocks = [module for module in method.modules() if isinstance(module, Block)]
@@ -148,7 +148,7 @@ def test_compiled_modules_are_not_compiled_in_copies():
     assert all(block._compiled_call_impl is None for block in copied.blocks)
 
 
-def test_compiled_blocks_inside_activation_checkpointing_have_the_same_gradients():
+def test_compiled_blocks_with_activation_checkpointing_keep_gradients():
     results = []
     for compiled in (False, True):
         method = tiny_lomar(grad_checkpointing=True)
@@ -164,7 +164,7 @@ def test_compiled_blocks_inside_activation_checkpointing_have_the_same_gradients
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_deterministic_attention_calls_operators_that_exist(compiled: bool, monkeypatch: pytest.MonkeyPatch):
-    """On torch's `meta` device: shapes and names, since the kernels need a GPU. Compiled, it is one graph."""
+    """Checks shapes and names on the meta device, since the kernels need a GPU. Compiled, it must be one graph."""
     monkeypatch.setattr(sdpa, "_deterministic", True)
     attention: Any = sdpa.fused_attention
     if compiled:
@@ -183,7 +183,7 @@ def test_deterministic_attention_calls_operators_that_exist(compiled: bool, monk
 
 
 @pytest.mark.parametrize("kind", ["heads last in memory", "odd rows", "as it should be"])
-def test_a_bias_is_laid_out_as_the_operator_wants_it(kind: str):
+def test_aligned_copies_a_bias_only_if_its_layout_does_not_fit(kind: str):
     bias = torch.randn(1, 16, 50, 50)
     if kind == "heads last in memory":
         bias = bias.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -196,8 +196,8 @@ def test_a_bias_is_laid_out_as_the_operator_wants_it(kind: str):
     assert (laid_out is bias) == (kind == "as it should be")
 
 
-def test_compiled_relative_position_has_no_embedding():
-    """Inductor adds an embedding's gradient up by atomic additions, also on a CPU: not the same bits twice."""
+def test_compiled_relative_position_uses_no_embedding():
+    """Inductor sums an embedding's gradient with atomic additions, even on a CPU, which is not deterministic."""
     operators: set[str] = set()
 
     def collect(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -212,8 +212,8 @@ def test_compiled_relative_position_has_no_embedding():
     torch.testing.assert_close(compiled, key(q, buckets))
 
 
-def test_the_window_kernel_is_one_operator_of_a_graph():
-    """Torch's compiler sees its shapes and its gradient, not its inside."""
+def test_window_kernel_is_a_single_operator_in_the_graph():
+    """torch.compile sees its shapes and gradients, not its implementation."""
     tokens = window_tokens(7, None, torch.device("meta"))
     qkv = torch.empty(4, 50, 3, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
     table = torch.empty(64, 50, device="meta", requires_grad=True)
@@ -227,7 +227,7 @@ def test_the_window_kernel_is_one_operator_of_a_graph():
     assert (table.grad.shape, table.grad.dtype) == (table.shape, torch.float32)
 
 
-def test_buckets_of_subsets_are_one_hot():
+def test_pair_buckets_of_token_subsets_are_one_hot():
     buckets = torch.randint(0, 50, (10, 10))
     one_hot = pair_buckets(buckets, torch.tensor([[0, 4], [8, 2]]))
     assert one_hot.shape == (2, 3, 3, 50), "padded keys are for GPUs only"
@@ -235,8 +235,8 @@ def test_buckets_of_subsets_are_one_hot():
 
 
 @pytest.mark.parametrize(("key", "now"), [("masks", "drawn from .*"), ("decoder", "torchvision's.*")])
-def test_a_run_with_other_masks_or_pixels_continues_only_if_told_to(key: str, now: str, tmp_path: Path):
-    """Masks drawn by NumPy's distributions, images decoded and resized by Pillow: a run of before."""
+def test_resume_with_other_masks_or_decoder_needs_exact_resume_false(key: str, now: str, tmp_path: Path):
+    """An older run drew masks with NumPy's distributions, or decoded and resized images with Pillow."""
     from pretrain.trainer.checkpoint import Checkpoints  # imports DeepSpeed
 
     present = Numerics(True, "triton", "fp32", "efficient").signature()

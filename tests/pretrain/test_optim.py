@@ -1,4 +1,4 @@
-"""The schedule and the optimizer."""
+"""Tests of the learning rate schedule, parameter groups, and the optimizer's guard against non-finite gradients."""
 
 import copy
 import math
@@ -28,14 +28,14 @@ def rate(step: int, **optim: Any) -> float:
     return learning_rate(step, PER_EPOCH, EPOCHS, PEAK, OptimConfig(**({"warmup_epochs": 20} | optim)))
 
 
-def test_warm_up_is_a_line_from_zero_to_the_peak():
+def test_warmup_is_linear_from_zero_to_the_peak():
     assert rate(0) == 0
     for step in range(201):
         assert rate(step) == pytest.approx(PEAK * step / 200, rel=1e-12)
 
 
 @pytest.mark.parametrize("min_lr", [0.0, 1e-5])
-def test_then_half_a_cosine_to_the_end(min_lr: float):
+def test_cosine_decay_follows_warmup(min_lr: float):
     for step in (200, 201, 333, 400, 600, 777, 999, 1000):
         angle = math.pi * (step - 200) / 800
         expected = min_lr + (PEAK - min_lr) * (1 + math.cos(angle)) / 2
@@ -44,16 +44,16 @@ def test_then_half_a_cosine_to_the_end(min_lr: float):
     assert rate(1000, min_lr=min_lr) == rate(1005, min_lr=min_lr) == min_lr
 
 
-def test_no_warm_up_starts_at_the_peak():
+def test_without_warmup_the_rate_starts_at_the_peak():
     assert rate(0, warmup_epochs=0) == PEAK
 
 
-def test_warm_up_may_end_within_an_epoch():
+def test_warmup_may_end_within_an_epoch():
     assert rate(5, warmup_epochs=0.5) == PEAK
     assert rate(3, warmup_epochs=0.5) == pytest.approx(0.6 * PEAK)
 
 
-def test_steps_keep_the_rate_and_divide_it():
+def test_step_schedule_divides_the_rate_at_each_step():
     steps = {"schedule": "steps", "step_epochs": (60, 90)}
     assert rate(100, **steps) == pytest.approx(PEAK / 2), "in the warm-up"
     assert rate(200, **steps) == rate(599, **steps) == PEAK
@@ -63,7 +63,7 @@ def test_steps_keep_the_rate_and_divide_it():
 
 
 @pytest.mark.parametrize(
-    ("optim", "says"),
+    ("optim", "message"),
     [
         ({}, "optim.schedule=steps: set optim.step_epochs, for example to [350]"),
         ({"step_epochs": [400]}, "optim.step_epochs=[400.0] must be less than train.epochs=400"),
@@ -74,19 +74,19 @@ def test_steps_keep_the_rate_and_divide_it():
         ),
     ],
 )
-def test_steps_that_never_come_are_refused(optim: dict[str, Any], says: str):
+def test_unreachable_or_unordered_step_epochs_are_rejected(optim: dict[str, Any], message: str):
     with pytest.raises(ValueError, match="optim") as error:
         RunConfig(name="x", data={"shards": "x"}, optim={"schedule": "steps", **optim})
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
-def test_the_rate_scales_from_the_batch_that_it_is_for():
+def test_peak_rate_scales_with_the_batch_size():
     keys = {"name": "x", "data": {"shards": "x"}, "train": {"global_batch_size": 2048}}
     assert RunConfig(**keys, optim={"base_lr": 1e-4}).peak_lr == pytest.approx(8e-4)
     assert RunConfig(**keys, optim={"base_lr": 1e-4, "lr_batch_size": 512}).peak_lr == pytest.approx(4e-4)
 
 
-def test_only_the_class_token_is_exempt_from_decay_where_it_does_not_decay():
+def test_decay_class_token_false_exempts_only_the_class_token():
     encoder = ViT("vit_tiny", 16, (2, 2))
     decayed = [
         {id(p) for p in parameter_groups(encoder, 0.05, decay_class_token)[0]["params"]}
@@ -96,7 +96,7 @@ def test_only_the_class_token_is_exempt_from_decay_where_it_does_not_decay():
     assert all(p.ndim > 1 for p in parameter_groups(encoder, 0.05)[0]["params"])
 
 
-def test_set_learning_rate_keeps_the_scale_of_a_group():
+def test_set_learning_rate_applies_the_lr_scale_of_a_group():
     groups = [{"lr": 0.0}, {"lr": 0.0, "lr_scale": 0.5}]
     set_learning_rate(groups, 0.2)
     assert [group["lr"] for group in groups] == [0.2, 0.1]
@@ -108,7 +108,7 @@ def small_model() -> nn.Module:
 
 
 class GuardedSGD(NonfiniteGuard, torch.optim.SGD):
-    """An optimizer that does not read `found_inf` by itself, as LARS."""
+    """An optimizer that does not read `found_inf` itself, like LARS."""
 
 
 KINDS = {"fused": (GuardedAdamW, torch.optim.AdamW), "others": (GuardedSGD, torch.optim.SGD)}
@@ -118,7 +118,7 @@ def optimizers(kind: str = "fused") -> tuple[list[nn.Module], Any, torch.optim.O
     models = [small_model(), small_model()]
     options: Any = {"lr": 1e-2, **({"fused": True, "betas": (0.9, 0.95)} if kind == "fused" else {"momentum": 0.9})}
     guarded, plain = (
-        of(parameter_groups(model, 0.05), **options) for of, model in zip(KINDS[kind], models, strict=True)
+        cls(parameter_groups(model, 0.05), **options) for cls, model in zip(KINDS[kind], models, strict=True)
     )
     return models, guarded, plain
 
@@ -139,7 +139,7 @@ def assert_same_weights(models: list[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_guarded_optimizer_is_the_plain_one_bit_for_bit_on_finite_gradients(kind: str):
+def test_guarded_optimizer_is_bitwise_identical_on_finite_gradients(kind: str):
     models, guarded, plain = optimizers(kind)
     start = [p.clone() for p in models[0].parameters()]
     for step in range(5):
@@ -155,7 +155,7 @@ def test_a_guarded_optimizer_is_the_plain_one_bit_for_bit_on_finite_gradients(ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_clips_as_torch_does(kind: str):
+def test_clipping_is_bitwise_identical_to_torch(kind: str):
     models, guarded, plain = optimizers(kind)
     guarded.clip_grad = 0.1
     for step in range(3):
@@ -169,15 +169,15 @@ def test_it_clips_as_torch_does(kind: str):
 
 @pytest.mark.parametrize("limit", [0.0, 0.1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("refused_step", [0, 2])
+@pytest.mark.parametrize("skipped_step", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_refuses_a_non_finite_gradient_and_continues(kind: str, refused_step: int, bad: float, limit: float):
-    """Weights, moments and step counts are those of a training that never had that step."""
+def test_steps_with_non_finite_gradients_are_skipped(kind: str, skipped_step: int, bad: float, limit: float):
+    """Weights, moments and step counts equal those of training without that step."""
     models, guarded, plain = optimizers(kind)
     guarded.clip_grad = limit
     for step in range(5):
         set_gradients(models, step)
-        if step == refused_step:
+        if step == skipped_step:
             models[0][2].bias.grad[1] = bad
             weights, state = copy.deepcopy([list(models[0].parameters()), guarded.state_dict()["state"]])
             guarded.step()
@@ -203,7 +203,7 @@ def same_state(first: dict[int, Any], second: dict[int, Any]) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "reads"), [("fused", 0), ("others", 1)])
-def test_a_fused_step_reads_nothing_off_the_device(kind: str, reads: int):
+def test_only_a_fused_step_avoids_reading_from_the_device(kind: str, reads: int):
     models, guarded, _ = optimizers(kind)
     guarded.clip_grad = 0.1
     for step in range(3):
@@ -216,7 +216,7 @@ def test_a_fused_step_reads_nothing_off_the_device(kind: str, reads: int):
     assert mode.count == 1, "the mode sees what it is for"
 
 
-def test_adamw_is_fused_in_every_stage():
+def test_adamw_is_fused_in_every_zero_stage():
     config = RunConfig(name="x", data={"shards": "unused"})
     for stage in range(4):
         optimizer = build_adamw(parameter_groups(small_model(), 0.05), config, stage)
@@ -224,8 +224,8 @@ def test_adamw_is_fused_in_every_stage():
         assert isinstance(optimizer, NonfiniteGuard) == (stage == 0)
 
 
-def test_loading_does_not_bring_back_the_options_of_the_optimizer_that_was_saved():
-    """Nor a step count on the CPU and of whatever type."""
+def test_keep_fused_restores_fused_options_after_loading():
+    """Loading brings back the saved optimizer's options and step count types; `keep_fused` corrects both."""
     models, guarded, _ = optimizers()
     saved = torch.optim.AdamW(parameter_groups(models[1], 0.05), lr=1e-2, betas=(0.9, 0.95))
     set_gradients(models, 0)

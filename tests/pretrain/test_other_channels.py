@@ -1,4 +1,4 @@
-"""Pretraining on images of other channels and of 16 bits: every method takes a step, or is refused by name."""
+"""Pretraining on images with other channel counts and 16 bits: every method takes a step or is rejected clearly."""
 
 import math
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "local_mim": {"method": LOCAL_MIM, "model": SINCOS, "target": HOG},
     "lut": {"method": MAE, "model": SINCOS, "lut": {"color_jitter": 0, "three_augment": False, "hidden_dim": 16}},
 }
-REFUSED = {
+REJECTED = {
     "tec": ({"method": MAE | {"name": "tec"}, "model": SINCOS}, "target.name=teacher needs 8-bit RGB images"),
     "teacher": ({"method": LOMAR, "target": {"name": "teacher"}}, "target.name=teacher needs 8-bit RGB images"),
     "color_jitter": ({"method": LOMAR, "data": {"color_jitter": 0.8}}, "data.color_jitter=0.8 works only on 8-bit RGB"),
@@ -78,7 +78,7 @@ def configure(case: dict[str, Any]) -> PretrainConfig:
 
 
 def images(channels: int, white: int, *views: int) -> Tensor:
-    """Two images as a device gets them."""
+    """Two images in the format in which they arrive on a device."""
     shape = (2, *views, 64, 80, channels)
     return torch.from_numpy(np.random.default_rng(0).integers(0, white + 1, shape).astype(np.float32))
 
@@ -88,12 +88,12 @@ def masks(method: Any) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
 
 
-def test_every_method_is_here():
-    assert {case["method"]["name"] for case in [*CASES.values(), REFUSED["tec"][0]]} == {*METHODS}
+def test_cases_cover_every_method():
+    assert {case["method"]["name"] for case in [*CASES.values(), REJECTED["tec"][0]]} == {*METHODS}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_on_five_channels_of_16_bits(name: str):
+def test_step_on_five_16_bit_channels_lowers_the_loss(name: str):
     config = configure(CASES[name])
     method = build_method(config)
     pixels, indices = images(5, 65535, *([2] if config.lut else [])), masks(method)
@@ -112,14 +112,14 @@ def test_a_step_on_five_channels_of_16_bits(name: str):
         assert all(image.dtype == torch.uint8 and image.shape[-1] == 3 for image in shown.values())
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_of_photographs_is_refused_by_name(name: str):
-    case, reason = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_rgb_only_settings_and_invalid_statistics_are_rejected(name: str):
+    case, reason = REJECTED[name]
     with pytest.raises(ValueError, match=reason):
         configure(case)
 
 
-def test_components_and_dalles_codes_are_of_photographs():
+def test_pca_and_dalle_targets_need_8_bit_rgb():
     pixels = configure(CASES["mae"]).data.pixels
     with pytest.raises(ValueError, match=r"target.name=pca needs 8-bit RGB images.*set target.name=pixels"):
         PCAConfig.model_construct(name="pca").check_pixels(pixels)
@@ -129,7 +129,7 @@ def test_components_and_dalles_codes_are_of_photographs():
 
 
 @pytest.mark.parametrize("pixels", [Pixels(MEAN, STD, "uint16"), Pixels((0.3,), (0.2,)), IMAGENET], ids=str)
-def test_pixels_are_standardized_by_channel(pixels: Pixels):
+def test_pixels_are_standardized_per_channel(pixels: Pixels):
     white = {"uint8": 255, "uint16": 65535}[pixels.dtype]
     values = images(pixels.channels, white)
     exact = (values.double().numpy() / white - np.array(pixels.mean)) / np.array(pixels.std)
@@ -142,7 +142,7 @@ def test_pixels_are_standardized_by_channel(pixels: Pixels):
     np.testing.assert_allclose(target, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_shown_of_channels():
+def test_pictures_show_up_to_three_channels():
     five, gray, two = Pixels(MEAN, STD, "uint16"), Pixels((0.3,), (0.2,)), Pixels((0.3, 0.3), (0.2, 0.2))
     patches = patchify(images(5, 65535), 16)
     shown = show_patches(patches, five).unflatten(-1, (-1, 3))
@@ -161,7 +161,7 @@ def test_what_is_shown_of_channels():
     assert describe_shown(IMAGENET) == ""
 
 
-def test_histograms_of_each_channel_are_those_of_it_alone():
+def test_histograms_treat_channels_independently():
     values = images(5, 65535)
     together = histograms(values, 8, 9)
     for channel in range(5):
@@ -169,7 +169,7 @@ def test_histograms_of_each_channel_are_those_of_it_alone():
         torch.testing.assert_close(together[..., channel : channel + 1, :], alone, rtol=1e-6, atol=0)
 
 
-def test_a_run_does_not_continue_with_other_pixels():
+def test_resume_signature_includes_non_default_pixel_formats():
     five = configure(CASES["lomar"])
     others = [{"mean": (0.2, *MEAN[1:])}, {"std": (0.2, *STD[1:])}, {"dtype": "uint8"}]
     signatures = [configure({**CASES["lomar"], "data": keys}).resume_signature() for keys in others]
@@ -178,7 +178,7 @@ def test_a_run_does_not_continue_with_other_pixels():
     assert not usual.resume_signature()["data"].keys() & {"channels", "dtype", "mean", "std"}, "as runs of before"
 
 
-def test_the_record_of_an_encoder_has_its_pixels():
+def test_encoder_spec_records_the_pixel_format():
     five = configure(CASES["lomar"])
     spec = EncoderSpec.of(build_method(five).encoder)
     assert spec.pixels == Pixels(MEAN, STD, "uint16") == five.data.pixels
@@ -188,7 +188,7 @@ def test_the_record_of_an_encoder_has_its_pixels():
     assert not usual.to_metadata().keys() & {"mean", "std", "dtype"}, "as files of before"
 
 
-def test_the_planner_counts_channels():
+def test_planner_accounts_for_channels():
     gray = CASES["lomar"] | {"data": {"channels": 1, "mean": [0.1], "std": [0.1]}}
     five, one = (trace_method(configure(case)) for case in (CASES["lomar"], gray))
     more = 4 * 16**2

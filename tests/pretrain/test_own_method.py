@@ -1,4 +1,4 @@
-"""`method.module`: a method in a file of one's own, which is CONTRIBUTING.md's example outside of the project."""
+"""`method.module`: a custom method from a file outside the project, here the example in CONTRIBUTING.md."""
 
 import pickle
 import sys
@@ -21,14 +21,14 @@ KEYS = ["method.name=inpainting", "method.hole_size=2", "model.arch=vit_tiny", "
 
 @pytest.fixture
 def module(tmp_path: Path) -> Iterator[Path]:
-    """The example's file; what importing it leaves behind is gone afterwards."""
+    """The example's file; the effects of importing it are undone afterwards."""
     file = tmp_path / "inpainting.py"
     file.write_text(code_block((ROOT / "CONTRIBUTING.md").read_text(), "pretrain/methods/inpainting.py", "python"))
     with patch.dict(METHODS), patch.dict(sys.modules), patch.object(sys, "path", [*sys.path]):
         yield file
 
 
-def test_a_method_of_ones_own_is_checked_built_and_computed_like_any_other(module: Path):
+def test_custom_method_is_validated_and_built_like_a_builtin(module: Path):
     config = load("quickstart", [f"method.module={module}", *KEYS])
     assert (config.method.name, config.method.hole_size, config.method.module) == ("inpainting", 2, str(module))
     method = build_method(config)
@@ -41,15 +41,15 @@ def test_a_method_of_ones_own_is_checked_built_and_computed_like_any_other(modul
         load("quickstart", [f"method.module={module}", *KEYS, "method.hole=2"])
 
 
-def test_a_method_that_is_not_known_may_be_ones_own():
+def test_unknown_method_error_mentions_method_module():
     with pytest.raises(
         ValueError, match=r"unknown method\.name=mine: valid: ae, .*; a method of your own needs method\.mod"
     ):
         load("quickstart", ["method.name=mine"])
 
 
-def test_only_the_command_line_makes_a_command_run_a_module(module: Path, tmp_path: Path):
-    """Not a recipe, not the configuration in the folder of a run, which may be somebody else's."""
+def test_method_module_runs_only_if_given_on_the_command_line(module: Path, tmp_path: Path):
+    """A recipe or a run's config.yaml may be somebody else's, so the module that it names is not imported."""
     bomb = tmp_path / "bomb.py"
     bomb.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     recipe = tmp_path / "config.yaml"
@@ -63,7 +63,7 @@ def test_only_the_command_line_makes_a_command_run_a_module(module: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "message"),
     [
         ("", "defines no Method with a Config"),
         ("from pretrain.methods.lomar import LoMaR\n", "defines no Method with a Config"),
@@ -79,13 +79,13 @@ def test_only_the_command_line_makes_a_command_run_a_module(module: Path, tmp_pa
     ],
     ids=["empty", "imported", "nameless", "taken"],
 )
-def test_a_module_without_a_method_of_its_own_is_refused(source: str, says: str, module: Path, tmp_path: Path):
+def test_module_without_a_new_method_is_rejected(source: str, message: str, module: Path, tmp_path: Path):
     (tmp_path / "mine_alone.py").write_text(source)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         load("quickstart", [f"method.module={tmp_path / 'mine_alone.py'}"])
 
 
-def test_a_module_that_is_not_there_or_not_the_methods_is_refused(module: Path, tmp_path: Path):
+def test_missing_mismatched_or_broken_modules_are_rejected(module: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="there is no such file"):
         load("quickstart", [f"method.module={tmp_path}/nowhere.py"])
     with pytest.raises(ValueError, match="Python cannot find module nowhere"):

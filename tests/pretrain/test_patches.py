@@ -1,4 +1,4 @@
-"""Pixels, patches and what is predicted."""
+"""Tests of patchifying, pixel standardization and patch normalization."""
 
 import pytest
 import torch
@@ -33,12 +33,12 @@ def test_unpatchify_inverts_patchify(images: torch.Tensor):
     assert torch.equal(unpatchify(patchify(images, 4), (3, 5)), images)
 
 
-def test_tokens_are_gathered_for_each_image():
+def test_gather_tokens_indexes_each_image_separately():
     x = torch.arange(24).view(2, 4, 3)
     assert torch.equal(gather_tokens(x, torch.tensor([[3, 0], [1, 1]])), torch.stack([x[0, [3, 0]], x[1, [1, 1]]]))
 
 
-def test_pixels_are_standardized_by_channel_and_restored():
+def test_pixels_are_standardized_per_channel_and_restored():
     bytes_of_patches = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.reshape(64, 12)  # all values, all channels
     normal = normalize_pixels(bytes_of_patches)
     assert normal.dtype == torch.float32
@@ -64,7 +64,7 @@ def test_patches_are_normalized_by_mean_and_unbiased_variance():
     torch.testing.assert_close(normal * std + mean, patches)
 
 
-def test_a_flat_patch_is_finite_because_the_root_holds_an_epsilon():
+def test_flat_patches_are_normalized_without_division_by_zero():
     flat = torch.full((1, 48), 0.7)
     mean, std = patch_statistics(flat)
     assert std.item() == pytest.approx(1e-3, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Principal components of patches: the tool against NumPy, its file, and the target that it makes."""
+"""Principal components of patches: the fitting command compared with NumPy, its output file, and the PCA target."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ KEYS: dict[str, Any] = {"patch_size": PATCH, "images": 100, "image_size": 16, "s
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Forty-two images of smooth gradients and a little noise."""
+    """42 images of smooth gradients with a little noise."""
     folder, out = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("packed")
     rng = np.random.default_rng(0)
     rows, cols = np.mgrid[0:24, 0:28]
@@ -50,13 +50,13 @@ def components_file(shards: str, tmp_path: Path) -> Path:
 
 
 def cropped_patches(shards: str) -> np.ndarray:
-    """The (n, P) float64 patches that `fit` reads: whole batches of 32 of the first epoch's crops."""
+    """The (n, P) float64 patches that `fit` reads: full batches of 32 from the first epoch's crops."""
     loader = Loader(load_index(shards), size=(16, 16), batch=32, seed=3)
     ((batch,),) = loader.batches(0, 1)
     return normalize_pixels(patchify(batch.images, PATCH)).flatten(0, 1).double().numpy()
 
 
-def test_the_components_are_numpys(shards: str):
+def test_fitted_components_equal_numpy_svd(shards: str):
     tensors, held = fit(shards, components=VALUES, num_workers=0, **KEYS)
     patches = cropped_patches(shards)
     mean = patches.mean(0)
@@ -66,13 +66,13 @@ def test_the_components_are_numpys(shards: str):
     np.testing.assert_allclose(tensors["variance"], variance, rtol=1e-5, atol=1e-7)
     components = tensors["components"].double().numpy()
     np.testing.assert_allclose(components @ components.T, np.eye(VALUES), atol=1e-6)
-    for found, expected in zip(components[:8], right[:8], strict=True):  # distinct variances: defined up to the sign
+    for found, expected in zip(components[:8], right[:8], strict=True):  # distinct variances, so unique up to sign
         assert abs(found @ expected) == pytest.approx(1, abs=1e-5)
         assert found[np.abs(found).argmax()] > 0
     assert held == pytest.approx(1)
 
 
-def test_covariance_in_parts_is_numpys():
+def test_incremental_covariance_equals_numpy():
     patches = torch.randn(500, 7, generator=torch.Generator().manual_seed(0)) @ torch.randn(7, 7) + 50
     covariance = Covariance(7)
     for part in patches.split(83):
@@ -82,7 +82,7 @@ def test_covariance_in_parts_is_numpys():
     np.testing.assert_allclose(matrix, np.cov(patches.double().numpy().T), rtol=1e-9)
 
 
-def test_components_are_the_largest_of_eigh():
+def test_principal_components_are_the_top_eigenvectors():
     root = torch.randn(9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values, vectors = np.linalg.eigh((root @ root.T).numpy())
     components, variances = principal_components(root @ root.T, 4)
@@ -108,18 +108,18 @@ def test_more_components_reconstruct_better(shards: str, tmp_path: Path):
     assert errors[1] < 0.2 * errors[0]
 
 
-def test_the_target_is_fp32_under_autocast(components_file: Path):
+def test_target_loss_is_fp32_under_autocast(components_file: Path):
     target = PCATarget(PCAConfig(file=str(components_file)), PATCH)
     truth = torch.randint(0, 256, (2, 5, VALUES), generator=torch.Generator().manual_seed(0)).byte()
     prediction = torch.zeros(2, 5, 6)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(target.loss(prediction, truth), target.loss(prediction, truth))
-        rounded = target.loss(prediction, truth)
-    assert rounded.dtype == torch.float32
-    assert rounded == target.loss(prediction, truth)
+        autocast_loss = target.loss(prediction, truth)
+    assert autocast_loss.dtype == torch.float32
+    assert autocast_loss == target.loss(prediction, truth)
 
 
-def test_the_command_gives_the_same_file_whatever_the_workers(shards: str, components_file: Path, tmp_path: Path):
+def test_command_writes_the_same_file_with_and_without_workers(shards: str, components_file: Path, tmp_path: Path):
     out = tmp_path / "made.safetensors"
     options = [
         f"--{name.replace('_', '-')}={value}" for name, value in {**KEYS, "components": 6, "num_workers": 2}.items()
@@ -144,7 +144,7 @@ def mae(file: Path, *overrides: str) -> PretrainConfig:
     return load("mae_vitb16_224_1600e", [*keys, *overrides])
 
 
-def test_a_moved_file_continues_and_another_does_not(components_file: Path, tmp_path: Path):
+def test_resume_accepts_a_moved_file_but_not_another(components_file: Path, tmp_path: Path):
     moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
     moved.write_bytes(components_file.read_bytes())
     save_file({name: tensor * 2 for name, tensor in load_file(components_file).items()}, other)
@@ -156,7 +156,7 @@ def test_a_moved_file_continues_and_another_does_not(components_file: Path, tmp_
         check_continues(first, different)
 
 
-def test_the_resolved_recipe_pins_the_file(components_file: Path, tmp_path: Path):
+def test_saved_config_pins_the_sha256_of_the_file(components_file: Path, tmp_path: Path):
     config = mae(components_file)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load(str(tmp_path / "config.yaml"), []) == config
@@ -166,7 +166,7 @@ def test_the_resolved_recipe_pins_the_file(components_file: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["target.file=/nowhere"], r"target\.file='/nowhere' is not a file: make it with"),
         (["target.fille=x"], r"unknown key target\.fille: did you mean target\.file"),
@@ -179,12 +179,12 @@ def test_the_resolved_recipe_pins_the_file(components_file: Path, tmp_path: Path
         (["method.encoder_mask_tokens=true", "method.decoder=conv"], r"set method\.decoder=transformer"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused(overrides: list[str], says: str, components_file: Path):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_keys_are_rejected(overrides: list[str], message: str, components_file: Path):
+    with pytest.raises(ValueError, match=message):
         mae(components_file, *overrides)
 
 
-def test_another_kind_of_file_is_refused(tmp_path: Path):
+def test_files_without_components_are_rejected(tmp_path: Path):
     (tmp_path / "text").write_text("no components")
     save_file({"weights": torch.zeros(3)}, tmp_path / "weights")
     for name in ("text", "weights"):
@@ -193,7 +193,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"image_size": 18}, "--image-size 18 is not a multiple of --patch-size 4"),
         ({"components": 49}, "--components 49: must be 1 to 48 for patches of 4x4 pixels"),
@@ -202,6 +202,6 @@ def test_another_kind_of_file_is_refused(tmp_path: Path):
         ({"images": 2}, "32 patches are too few for 48 components: pack more images, or raise --images"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(keys: dict, says: str, shards: str):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_options_are_rejected(keys: dict, message: str, shards: str):
+    with pytest.raises(ValueError, match=message):
         fit(shards, **{"components": 6, "num_workers": 0, **KEYS, **keys})

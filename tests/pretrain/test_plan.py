@@ -1,4 +1,4 @@
-"""The planner: what it counts against the real methods, its formulas, and what it refuses."""
+"""The planner: counts compared with the real methods, its formulas, and rejected input."""
 
 import json
 from dataclasses import replace
@@ -79,7 +79,7 @@ def plan_on(gpus: int, recipe: str, *overrides: str, numerics: Numerics | None =
 
 
 def run_method(config: PretrainConfig, copies: int = 1) -> tuple[float, float]:
-    """Flops of a forward pass and bytes kept for the backward pass under autocast, of a batch of two images each."""
+    """Forward flops and bytes kept for the backward pass under autocast, for `copies` batches of two images."""
     method = build_method(config, untrained_teacher(config))
     ema = build_ema(config, method, torch.device("cpu"))
     images = random_images(method).repeat(copies, 1, 1, 1)
@@ -98,7 +98,7 @@ def run_method(config: PretrainConfig, copies: int = 1) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "+".join(case).replace(".", "_"))
-def test_flops_and_kept_bytes_are_those_of_the_real_method(case: tuple[str, ...]):
+def test_flops_and_kept_bytes_match_the_real_method(case: tuple[str, ...]):
     config = configure(*case, "model.arch=vit_small")
     trace = trace_method(config)
     (flops, kept), (_, kept_of_twice) = run_method(config), run_method(config, copies=2)
@@ -106,19 +106,19 @@ def test_flops_and_kept_bytes_are_those_of_the_real_method(case: tuple[str, ...]
         call.blocks * call.sequences * call.tokens * (matrix_flops(call) + attention_flops(call))
         for call in trace.calls
     )
-    # Where windows have different tokens, a CPU and this small an encoder spend another per cent on one-hot buckets.
+    # Where windows keep different tokens, one-hot buckets add one percent on a CPU with an encoder this small.
     assert planned == pytest.approx(flops / 2, rel=0.015)
     assert activation_bytes(trace, ON_CPU, checkpointing=False) == pytest.approx((kept_of_twice - kept) / 2, rel=0.05)
 
 
-def test_an_encoder_of_any_size_is_traced_without_memory_for_its_blocks():
+def test_traces_vit_huge():
     trace = trace_method(configure("lomar_vith14_224_1600e"))
     assert trace.parameters == pytest.approx(631e6, rel=1e-3)
     (call,) = trace.calls
     assert (call.sequences, call.tokens, call.dim, call.blocks) == (4, 50, 1280, 32)
 
 
-def test_a_teacher_encodes_whole_views_without_a_backward_pass():
+def test_lut_teacher_encodes_whole_views_without_backward():
     trace = trace_method(configure(LUT))
     teacher = next(call for call in trace.calls if not call.backward)
     assert (teacher.sequences, teacher.tokens, teacher.blocks) == (2, 197, 12)
@@ -133,18 +133,18 @@ def test_a_teacher_encodes_whole_views_without_a_backward_pass():
     ("zero", "expected"),
     [
         (Zero(0), (400, 400, 800)),
-        (Zero(1), (400, 400, 300)),  # moments and its own weights, of a quarter
+        (Zero(1), (400, 400, 300)),  # a quarter of the moments and fp32 weights
         (Zero(2), (400, 100, 300)),
         (Zero(3), (100, 100, 300)),
         (Zero(2, offload_optimizer=True), (400, 0, 0)),
         (Zero(3, offload_optimizer=True, offload_parameters=True), (0, 0, 0)),
     ],
 )
-def test_states_by_stage(zero: Zero, expected: tuple[float, ...]):
+def test_state_memory_by_zero_stage(zero: Zero, expected: tuple[float, ...]):
     assert state_memory(100_000_000, zero, gpus=4) == tuple(size * 1e6 for size in expected)
 
 
-def test_buffers_by_stage():
+def test_engine_buffers_by_zero_stage():
     size, bucket = 100_000_000, 25_000_000
     assert engine_buffers(size, Zero(0), 4) == (0, 400e6)
     assert engine_buffers(size, Zero(1, bucket), 4) == (100e6, 100e6)
@@ -155,7 +155,7 @@ def test_buffers_by_stage():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", range(4))
-def test_the_largest_micro_batch_fits_and_one_more_does_not(stage: int, checkpointing: bool):
+def test_largest_micro_batch_fits_but_one_more_image_does_not(stage: int, checkpointing: bool):
     trace, zero = trace_method(configure(LOMAR)), Zero(stage)
     largest = largest_micro_batch(trace, EAGER, zero, 8, 79 * GIB, checkpointing)
 
@@ -166,7 +166,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(stage: int, checkpoi
     assert largest_micro_batch(trace, EAGER, zero, 8, GIB, checkpointing) == 0
 
 
-def test_checkpointing_trades_memory_for_a_forward_pass():
+def test_activation_checkpointing_trades_time_for_memory():
     plain, checkpointed = (
         plan_on(8, LOMAR, f"model.grad_checkpointing={value}", numerics=EAGER) for value in ("false", "true")
     )
@@ -175,7 +175,7 @@ def test_checkpointing_trades_memory_for_a_forward_pass():
 
 
 @pytest.mark.parametrize("recipe", [MAE, LUT])
-def test_checkpointing_recomputes_no_decoder_and_no_teacher(recipe: str):
+def test_activation_checkpointing_recomputes_only_the_encoder(recipe: str):
     full = configure(recipe, "model.grad_checkpointing=true")
     small = trace_method(configure(recipe, "method.decoder_depth=1"))
     small = replace(small, calls=tuple(call for call in small.calls if call.backward))
@@ -188,13 +188,13 @@ def test_checkpointing_recomputes_no_decoder_and_no_teacher(recipe: str):
     assert products < steps[0].recomputed < 3 * products
 
 
-def test_what_does_not_fit_is_said_with_what_would(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_run_that_does_not_fit_gets_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     assert run_command(monkeypatch, "lomar_vith14_224_1600e", "--gpus", "8", "--gpu", "l4") == 0
     assert "does not fit: set " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("recipe", "hopper", "share"),  # of the other bytes of the window kernel's backward pass
+    ("recipe", "hopper", "share"),  # relative to the other bytes of the window kernel's backward pass
     [
         (LOMAR, True, 0.18),
         ("lomar_vitl16_224_1600e", True, 0.18),
@@ -202,15 +202,15 @@ def test_what_does_not_fit_is_said_with_what_would(monkeypatch: pytest.MonkeyPat
         (LOMAR, False, 0.73),
     ],
 )
-def test_parts_of_the_tables_gradient_are_written_and_read(recipe: str, hopper: bool, share: float):
+def test_partial_table_gradients_add_to_the_moved_bytes(recipe: str, hopper: bool, share: float):
     (call,) = trace_method(configure(recipe)).calls
     moved = attention_bytes(call, replace(FASTEST, hopper=hopper)).backward
     assert moved / (14 * call.dim) - 1 == pytest.approx(share, abs=0.005)
     assert attention_bytes(call, EAGER) == attention_bytes(call, replace(EAGER, hopper=not EAGER.hopper))
 
 
-def test_parts_of_the_tables_gradient_need_memory_where_they_are_more_than_the_mlps_gradients():
-    """On a GPU before Hopper: one for each head of a window, here of 11 tokens."""
+def test_partial_table_gradients_need_memory_if_larger_than_mlp_gradients():
+    """GPUs before Hopper have one for each head of each window, here of 11 tokens."""
     trace = trace_method(configure(LOMAR, LATE))
     visible = next(call for call in trace.calls if call.tokens < 50)
     alone = replace(trace, calls=(visible,))
@@ -236,8 +236,8 @@ def test_parts_of_the_tables_gradient_need_memory_where_they_are_more_than_the_m
         ("lomar_vith14_224_1600e", 128, FASTEST, 208.1),
     ],
 )
-def test_step_times_by_hand(recipe: str, images: int, numerics: Numerics, milliseconds: float):
-    """The arithmetic of docs/planning.md, done apart from this code, for one H100, without what measured steps add."""
+def test_step_times_equal_hand_calculations(recipe: str, images: int, numerics: Numerics, milliseconds: float):
+    """The formulas of docs/planning.md, calculated by hand for one H100, without the empirical factor `MEASURED`."""
     batch = (f"train.global_batch_size={images}", "train.gradient_accumulation_steps=1", "data.num_workers=99")
     plan = plan_on(1, recipe, *batch, numerics=numerics)
     around = plan.step.optimizer + plan.step.host
@@ -247,8 +247,8 @@ def test_step_times_by_hand(recipe: str, images: int, numerics: Numerics, millis
     assert plan.step.data == 0
 
 
-def test_a_depthwise_convolution_does_not_run_on_tensor_cores():
-    """PR-MIM's, 7x7 over 4 windows of 7x7 patches: 98 flops a value, in three passes; five maps in bf16."""
+def test_depthwise_convolution_does_not_use_tensor_cores():
+    """PR-MIM's 7x7 kernel on 4 windows of 7x7 patches: 98 flops per value in each of 3 passes, 5 maps in bf16."""
     trace = trace_method(configure(LOMAR, PR))
     values = 4 * 49 * 768
     assert trace.ends.depthwise.flops == 98 * values
@@ -262,13 +262,13 @@ def test_a_depthwise_convolution_does_not_run_on_tensor_cores():
     assert plan_on(1, LOMAR, *batch).step.convolution == 0
 
 
-def test_steps_that_were_measured():
-    """On an H200, in plain PyTorch."""
+def test_planned_step_times_are_close_to_measured_ones():
+    """Measured on an H200 in plain PyTorch."""
     for name, measured, planned in planned_steps("h200"):
         assert planned == pytest.approx(measured, rel=0.11), name
 
 
-def test_cuda_graphs_take_the_waiting_for_the_host_away():
+def test_cuda_graphs_remove_host_time_but_need_gradient_memory():
     small = ("train.global_batch_size=32", "train.gradient_accumulation_steps=1", "data.num_workers=99")
     plain = plan_on(1, LOMAR, *small, numerics=FASTEST)
     graphs = plan_on(1, LOMAR, *small, numerics=replace(FASTEST, cuda_graphs=True))
@@ -278,8 +278,8 @@ def test_cuda_graphs_take_the_waiting_for_the_host_away():
     assert more == 4 * plain.trace.parameters, "the gradients that the graph writes"
 
 
-def test_gradient_sums_take_what_their_bytes_take():
-    """ViT-B's 345 MB: 1.6 ms on NVLink; 55 ms and a little on 100 Gb/s, where they are not hidden."""
+def test_gradient_reduction_time_follows_from_its_bytes():
+    """ViT-B's 345 MB take about 1.7 ms on NVLink and 60 ms on a 100 Gb/s network, not overlapped."""
     parameters, h100 = 86_300_000, GPUS["h100"]
     node = step_communication(parameters, Zero(0), Cluster(h100, 8, 8, 400), 2, 0.03, 0.06)
     assert node.exposed == pytest.approx(1.7e-3, rel=0.1)
@@ -288,25 +288,25 @@ def test_gradient_sums_take_what_their_bytes_take():
     assert many.exposed == pytest.approx(60e-3, rel=0.05)
 
 
-def test_only_buckets_hide_communication():
+def test_only_overlap_with_several_buckets_hides_communication():
     cluster, passes = Cluster(GPUS["h100"], 64, 8, 200), (2, 0.03, 0.06)
     bare, one_bucket, buckets = (
         step_communication(86_300_000, zero, cluster, *passes)
         for zero in (Zero(1), Zero(1, overlap=True), Zero(1, 25_000_000, overlap=True))
     )
-    assert bare.exposed == one_bucket.exposed  # it is full when the backward pass ends
+    assert bare.exposed == one_bucket.exposed  # a single bucket is full only when the backward pass ends
     assert buckets.exposed < 0.7 * bare.exposed
     assert buckets.node_bytes == bare.node_bytes
     assert step_communication(86_300_000, Zero(1), Cluster(GPUS["h100"], 1, 1, 200), *passes).seconds == 0
 
 
-def test_stage_2_sums_in_each_micro_batch_and_stage_3_collects_in_each_pass():
+def test_bytes_sent_by_zero_stage_with_gradient_accumulation():
     cluster, size = Cluster(GPUS["a100"], 8, 8, 200), 4 * 86_300_000 * 7 / 8
     sent = [step_communication(86_300_000, Zero(stage), cluster, 4, 0.03, 0.06).node_bytes / size for stage in range(4)]
     assert sent == pytest.approx([2, 2 + 1, 4 * 2 + 1, 4 * 3])
 
 
-def test_too_few_workers_limit_and_more_are_advised():
+def test_too_few_workers_limit_the_run_and_advice_raises_them():
     plan = plan_on(8, LOMAR, "data.num_workers=2")
     assert plan.limit == "data"
     best = advise(plan)[0]
@@ -316,7 +316,7 @@ def test_too_few_workers_limit_and_more_are_advised():
     assert plan.hours / enough.hours == pytest.approx(best.gain, rel=0.02)
 
 
-def test_hours_of_a_schedule_are_those_of_its_parts_and_memory_is_that_of_the_largest(
+def test_size_schedule_sums_hours_and_takes_the_largest_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     shared = ("data.num_workers=99", "train.epochs=100", "model.cuda_graphs=off")
@@ -342,12 +342,12 @@ def test_hours_of_a_schedule_are_those_of_its_parts_and_memory_is_that_of_the_la
     assert planned["node"]["loader_cores"] == pytest.approx(max(cores))
 
 
-def test_advice_is_written_as_a_command_takes_it():
+def test_advice_is_a_command_line_override():
     plan = plan_on(8, LOMAR, "model.grad_checkpointing=true", "data.num_workers=99")
     assert "model.grad_checkpointing=false" in [item.change for item in advise(plan)]
 
 
-def test_a_peak_in_the_optimizers_step_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_memory_peak_in_the_optimizer_step_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     small = ("model.arch=vit_huge", "model.patch_size=14", "train.global_batch_size=16", "train.ds_config=zero0")
     assert run_command(monkeypatch, LOMAR, *small, "--gpus", "8", "--gpu", "h100") == 0
     out = capsys.readouterr().out
@@ -355,7 +355,7 @@ def test_a_peak_in_the_optimizers_step_is_said(monkeypatch: pytest.MonkeyPatch, 
     assert "casts and kept 0.00: the peak is in the optimizer's step" in out
 
 
-def test_less_work_is_advised_with_its_gain():
+def test_advice_on_cheaper_methods_reports_their_gain():
     plan = plan_on(8, LOMAR, "data.num_workers=99")
     gains = {item.change: item.gain for item in advise(plan)}
     late = plan_on(8, LOMAR, LATE, "data.num_workers=99")
@@ -363,14 +363,14 @@ def test_less_work_is_advised_with_its_gain():
     assert gains[f"{LATE} {PR}"] > gains[LATE] > 1.8
 
 
-def test_the_index_is_in_memory_once_and_a_part_of_the_order_in_each_rank():
+def test_index_memory_is_shared_and_order_memory_is_per_rank():
     assert index_bytes(1_000_000, ranks=1) == 1_000_000 * (48 + 24)
     assert index_bytes(1_000_000, ranks=8) == 1_000_000 * (48 + 8 * 24)
     assert index_bytes(10**9, ranks=8) == 10**9 * 48 + 8 * PART * 24
 
 
-def test_repeats_save_the_decode():
-    enough = "data.num_workers=99"  # or their waiting would count
+def test_repeats_save_decoding():
+    enough = "data.num_workers=99"  # otherwise waiting for data would count
     once, twice = plan_on(8, LOMAR, enough), plan_on(8, LOMAR, enough, "data.repeats=2")
     assert once.core_seconds - twice.core_seconds == pytest.approx(once.photographs.decode / 2)
     assert twice.steps == once.steps
@@ -379,7 +379,7 @@ def test_repeats_save_the_decode():
     )
 
 
-def test_a_thousand_gpus_and_ten_billion_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_plans_1024_gpus_and_ten_billion_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     arguments = [
         "train.epochs=1",
         "optim.warmup_epochs=0",
@@ -394,14 +394,14 @@ def test_a_thousand_gpus_and_ten_billion_images(monkeypatch: pytest.MonkeyPatch,
     assert found["steps"] == 10_000_000_000 // 4096
     assert found["micro_batch"] == 4
     assert found["hours"] > 1
-    assert 440 < found["node"]["index_memory"] < 460  # GiB: what a larger run lacks first
+    assert 440 < found["node"]["index_memory"] < 460  # GiB: the first limit that a larger run reaches
     assert sum(found["step_parts"].values()) == pytest.approx(found["step_seconds"])
     assert [stage["stage"] for stage in found["memory"]] == [0, 1, 2, 3]
     assert run_command(monkeypatch, LOMAR, *arguments, "--images", "30000000000") == 0
     assert "MORE THAN NODES USUALLY HAVE" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ command and advice
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -410,7 +410,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return command.main()
 
 
-def test_the_table_has_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_printed_table_has_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     assert run_command(monkeypatch, "--gpus", "16", LOMAR, "--gpu", "H100", "train.epochs=100", "--link", "200") == 0
     out = capsys.readouterr().out
     assert "casts and kept 0.00" not in out
@@ -442,7 +442,7 @@ def test_the_table_has_all_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("--gpus", "8", "--gpu", "h100", "train.epoch=3"), "unknown key train.epoch"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_invalid_input_prints_a_one_line_error(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     assert run_command(monkeypatch, LOMAR, *arguments) == 1
@@ -451,7 +451,7 @@ def test_bad_input_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_settings_are_chosen_as_a_run_on_a_gpu_chooses_them():
+def test_planner_chooses_numerics_for_an_h100():
     def chosen(*overrides: str) -> Numerics:
         return choose_numerics(configure(LOMAR, *overrides), build_cluster("h100", 8))
 
@@ -470,7 +470,7 @@ def test_settings_are_chosen_as_a_run_on_a_gpu_chooses_them():
     assert chosen("train.precision=fp32") == replace(Numerics(**fast), attention="sdpa", precision="fp32")
 
 
-def test_less_to_decode_is_advised_where_gpus_wait():
+def test_advice_reduces_decoding_if_gpus_wait_for_large_images():
     few = "data.num_workers=4"
     plan, twice = plan_on(8, LOMAR, few), plan_on(8, LOMAR, few, "data.repeats=2")
     smaller = make_plan(plan.config, plan.cluster, plan.images, plan.numerics, plan.trace, photographs=SMALLER)
@@ -491,13 +491,13 @@ def test_less_to_decode_is_advised_where_gpus_wait():
         *((224, Photographs(), 2, 650), (448, Photographs(), 2, 346)),
     ],
 )
-def test_loading_takes_what_was_measured(side: int, photographs: Photographs, repeats: int, measured: int):
-    """Views a second of a core, by benchmarks/loader.py."""
+def test_loading_time_is_close_to_measurements(side: int, photographs: Photographs, repeats: int, measured: int):
+    """Views per second and core, measured by benchmarks/loader.py."""
     seconds = core_seconds((side, side), [Augmentation()], repeats, photographs)
     assert seconds == pytest.approx(1 / measured, rel=0.03)
 
 
-def test_the_index_of_shards_says_how_many_and_how_large(
+def test_number_and_size_of_images_are_read_from_the_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     write_tar(tmp_path / "a.tar", [(f"{number}.jpg", bytes(37_000)) for number in range(20)])

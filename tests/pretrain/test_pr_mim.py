@@ -1,4 +1,4 @@
-"""PR-MIM's choice of tokens, its counts, and what it refuses; its arithmetic is in the methods' tests."""
+"""PR-MIM: token sampling, counts, aggregation, and rejected keys. The methods' tests check its losses."""
 
 import math
 
@@ -19,7 +19,7 @@ SMALL = ["model.arch=vit_tiny", "name=x", "data.shards=x"]
 
 
 def algorithm_1(first: int, masked: list[int], count: int, width: int) -> list[int]:
-    """The paper's supplement, line by line, on a matrix of Euclidean distances."""
+    """Algorithm 1 of the paper's supplement, line by line, on a matrix of Euclidean distances."""
     points = [divmod(i, width) for i in masked]
     distance = [[math.dist(a, b) for b in points] for a in points]
     s = [0] * len(masked)
@@ -34,7 +34,7 @@ def algorithm_1(first: int, masked: list[int], count: int, width: int) -> list[i
 
 
 def one_row(rng: np.random.Generator, masked: np.ndarray, count: int, width: int) -> np.ndarray:
-    """The same for one row of positions with integer distances, its first token drawn."""
+    """The same for one row of positions, with squared integer distances and a random first token."""
     points = np.stack(np.divmod(masked, width), axis=1)
     chosen = [integer(rng, len(masked))]
     nearest = ((points - points[chosen[0]]) ** 2).sum(axis=1)
@@ -45,7 +45,7 @@ def one_row(rng: np.random.Generator, masked: np.ndarray, count: int, width: int
 
 
 @pytest.mark.parametrize(("height", "width", "count"), [(14, 14, 49), (7, 9, 5), (3, 20, 12), (14, 14, 1)])
-def test_furthest_sampling_is_algorithm_1(height: int, width: int, count: int):
+def test_furthest_point_sampling_equals_algorithm_1(height: int, width: int, count: int):
     for seed in range(10):
         masked = np.sort(np.random.default_rng(seed).permutation(height * width)[: int(0.75 * height * width)])
         first = integer(np.random.default_rng((seed, 1)), len(masked))
@@ -63,11 +63,11 @@ def test_furthest_sampling_is_algorithm_1(height: int, width: int, count: int):
         (1, (14, 14), 147, 49),  # MAE
         (2, (14, 14), 147, 146),
         (1, (28, 28), 588, 60),
-        (2, (3, 200), 450, 20),  # its squared distances need more than 16 bits
+        (2, (3, 200), 450, 20),  # squared distances need more than 16 bits
     ],
 )
-def test_all_rows_at_once_are_the_rows_one_after_the_other(rows: int, grid: tuple[int, int], masked: int, count: int):
-    """Bit for bit and with the same draws: a run's masks are those of a loop over its windows."""
+def test_vectorized_sampling_equals_a_loop_over_rows(rows: int, grid: tuple[int, int], masked: int, count: int):
+    """The kept positions and the generator's final state are the same."""
     for seed in range(30):
         vectorized, looped = np.random.default_rng(seed), np.random.default_rng(seed)
         positions = split_positions(random_masked(np.random.default_rng((seed, 2)), rows, grid[0] * grid[1], masked))[1]
@@ -78,7 +78,7 @@ def test_all_rows_at_once_are_the_rows_one_after_the_other(rows: int, grid: tupl
         assert vectorized.bit_generator.state == looped.bit_generator.state
 
 
-def test_furthest_is_more_dispersed_than_random():
+def test_furthest_sampling_is_more_dispersed_than_random():
     masked = np.arange(196)[None]
     gaps = {}
     for sampling in ("furthest", "random"):
@@ -94,14 +94,14 @@ def test_furthest_is_more_dispersed_than_random():
 @pytest.mark.parametrize(
     ("recipe", "kept"),
     [
-        # MAE: 25 % visible, 25 % decoded, 50 % thrown.
+        # MAE: 25% visible, 25% decoded, 50% discarded.
         (["mae_vitb16_224_1600e", "pr_mim.throw_ratio=0.5"], 49),
         (["simmim_vitb16_224_800e", "pr_mim.throw_ratio=0.3"], 120 - 58),
-        # LoMaR: 26 of 50 tokens enter the encoder, the class token, 10 visible and 15 masked ones.
+        # LoMaR: 26 of 50 tokens enter the encoder: the class token, 10 visible and 15 masked ones.
         (["lomar_vitb16_224_400e", "pr_mim.throw_ratio=0.5"], 15),
     ],
 )
-def test_counts_are_exact_and_kept_are_among_the_masked(recipe: list[str], kept: int, sampling: str):
+def test_kept_patches_have_exact_counts_and_are_masked(recipe: list[str], kept: int, sampling: str):
     method = build_method(load(recipe[0], [*SMALL, *recipe[1:], f"pr_mim.sampling={sampling}"]))
     drawn = method.mask_sampler()(np.random.default_rng(0))
     assert drawn["kept"].shape[-1] == kept
@@ -109,12 +109,12 @@ def test_counts_are_exact_and_kept_are_among_the_masked(recipe: list[str], kept:
     assert all(len(set(k)) == kept and set(k) <= set(m) for k, m in rows)
 
 
-def test_throwing_more_than_is_masked_is_refused():
+def test_throw_ratio_larger_than_the_mask_ratio_is_rejected():
     with pytest.raises(ValueError, match=r"pr_mim.throw_ratio=0.75 throws 147 of 196 patches, but only 147 are masked"):
         load("mae_vitb16_224_1600e", [*SMALL, "pr_mim.throw_ratio=0.75"])
 
 
-def test_mask_tokens_cannot_enter_after_the_last_block():
+def test_mask_token_block_after_the_last_block_is_rejected():
     with pytest.raises(
         ValueError, match=r"method.mask_token_block=12, but vit_tiny has 12 blocks: set it to at most 11"
     ):
@@ -122,8 +122,8 @@ def test_mask_tokens_cannot_enter_after_the_last_block():
 
 
 @pytest.mark.parametrize("kind", ["conv", "average", "transformer", "convnext"])
-def test_kept_tokens_stay_and_thrown_tokens_depend_on_their_neighborhood(kind: str):
-    """A grid of one row; only positions 0 and 1 are known, so a kernel of 3 does not reach positions 3 and 4."""
+def test_aggregation_keeps_known_tokens_and_fills_in_the_others(kind: str):
+    """The grid is one row. Only positions 0 and 1 are known, so a kernel of 3 does not reach positions 3 and 4."""
     torch.manual_seed(0)
     aggregation = SpatialAggregation(kind, Arch(8, 1, 2), (1, 5), kernel_size=3)
     tokens, known, everywhere = torch.randn(1, 2, 8), torch.tensor([[1, 0]]), torch.arange(5)[None]
@@ -137,8 +137,8 @@ def test_kept_tokens_stay_and_thrown_tokens_depend_on_their_neighborhood(kind: s
         assert not before[3:].any()
 
 
-def test_the_aggregations_cost_what_table_12_says():
-    """Multiply-adds of a 512-wide decoder on 14x14 patches, in G: the paper's 0.65 and 0.41, cut after two digits."""
+def test_aggregation_flops_equal_table_12():
+    """Multiply-adds (G) of a 512-wide decoder on 14x14 patches; the paper's 0.65 and 0.41 are truncated."""
     counted = {}
     for kind in ("conv", "convnext", "transformer"):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""What a probe fits: batches, rates, the attentive probe against a naive loop, crops, and a copy of an encoder."""
+"""Fitting of probes: batches, learning rates, the attentive probe, crops, fine-tuning, and kinds of features."""
 
 import math
 from itertools import pairwise
@@ -21,13 +21,13 @@ from pretrain.trainer.optim import layers_above
 CPU = torch.device("cpu")
 
 
-class Alone:
-    """What is fitted asks of a loader."""
+class SingleRankLoader:
+    """The attributes of a loader that fitting reads, on a single rank."""
 
     world_size, batch = 1, 8
 
 
-def test_batches_go_through_all_samples_in_a_new_order_each_time():
+def test_batches_cover_the_samples_in_a_new_order_each_pass():
     samples = np.arange(10, 31)
     batches = list(draw_batches(samples, 5, 9))
     assert [len(batch) for batch in batches] == [5] * 9
@@ -41,7 +41,7 @@ def test_batches_go_through_all_samples_in_a_new_order_each_time():
     assert all(sorted(batch.tolist()) == [10, 11, 12] for batch in few)
 
 
-def test_the_rate_rises_and_falls_to_almost_nothing():
+def test_learning_rate_warms_up_and_decays_to_almost_zero():
     rates = [learning_rate(step, 50, 2.0) for step in range(50)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert all(first > second > 0 for first, second in pairwise(rates[4:]))
@@ -50,7 +50,7 @@ def test_the_rate_rises_and_falls_to_almost_nothing():
 
 
 def naive_attentive_probe(probe: AttentiveProbe, tokens: torch.Tensor) -> torch.Tensor:
-    """The logits of one image's (N, D) tokens, query by query, keys and values made for every token."""
+    """The logits of one image's (N, D) tokens, query by query and token by token."""
     x = (tokens.double() - probe.mean.double()) / probe.std.double()
     values = []
     for query, projection in zip(probe.query.double(), probe.value.double(), strict=True):
@@ -60,7 +60,7 @@ def naive_attentive_probe(probe: AttentiveProbe, tokens: torch.Tensor) -> torch.
     return probe.weight.double() @ torch.cat(values) + probe.bias.double()
 
 
-def test_the_attentive_probe_against_a_naive_loop():
+def test_attentive_probe_equals_a_naive_loop():
     torch.manual_seed(0)
     probe = AttentiveProbe(torch.randn(40), torch.rand(40) + 0.5, 5)
     for parameter in probe.parameters():
@@ -70,7 +70,7 @@ def test_the_attentive_probe_against_a_naive_loop():
     torch.testing.assert_close(probe(tokens).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_statistics_are_those_of_all_tokens():
+def test_token_statistics_equal_those_of_concatenated_tokens():
     tokens = {number: attentive.store(torch.randn(9, 6) * 3 + number) for number in range(5)}
     mean, std = token_statistics(tokens, np.array([1, 2, 4]), 6, 1, CPU)
     together = torch.cat([tokens[number].double() for number in (1, 2, 4)])
@@ -78,8 +78,8 @@ def test_statistics_are_those_of_all_tokens():
     torch.testing.assert_close(std.double(), together.std(0, unbiased=False), rtol=1e-5, atol=1e-5)
 
 
-def test_it_finds_what_one_token_of_many_says_and_a_mean_does_not():
-    """The class is the sign of one half of the channels in the one patch that has a mark in the other half."""
+def test_attentive_probe_finds_information_that_mean_pooling_loses():
+    """One patch is marked in half of its channels; the sign of its other half is the class."""
     torch.manual_seed(0)
     labels = np.arange(400) % 2
     tokens = torch.randn(400, 16, 64)
@@ -87,7 +87,7 @@ def test_it_finds_what_one_token_of_many_says_and_a_mean_does_not():
     tokens[every, marked, :32] += 2.0
     tokens[every, marked, 32:] = torch.from_numpy(labels - 0.5).float()[:, None]
     kept = {number: attentive.store(image) for number, image in enumerate(tokens)}
-    loader: EvalLoader = Alone()  # type: ignore[assignment]
+    loader: EvalLoader = SingleRankLoader()  # type: ignore[assignment]
     options = {"steps": 120, "dim": 64, "device": CPU}
     fitted = [fit_attentive_probe(kept, np.arange(300), labels, 2, loader, **options) for _ in range(2)]
     truth = torch.from_numpy(labels[300:])
@@ -98,7 +98,7 @@ def test_it_finds_what_one_token_of_many_says_and_a_mean_does_not():
     assert all(torch.equal(*pair) for pair in zip(*(probe.parameters() for probe in fitted), strict=True))
 
 
-def test_every_parameter_is_fine_tuned_at_the_rate_of_its_depth():
+def test_fine_tuning_uses_layer_decay_for_every_parameter():
     model = FinetunedEncoder(tiny_vit(2, (4, 4)), 3, False)
     groups = {id(group["params"][0]): group for group in layer_decay_groups(model)}
     assert len(groups) == len(list(model.parameters()))
@@ -112,7 +112,7 @@ def test_every_parameter_is_fine_tuned_at_the_rate_of_its_depth():
 
 
 @pytest.mark.parametrize("options", [{"learned": True, "registers": 2}, {"shared_bias": True}, {"layer_scale": 0.1}])
-def test_whatever_an_encoder_has_is_below_its_blocks_in_them_or_is_the_norm(options: dict[str, Any]):
+def test_layers_above_is_defined_for_every_encoder_parameter(options: dict[str, Any]):
     encoder = tiny_vit(2, (4, 4), relative=False, **options)
     encoder.class_adapter = torch.nn.Linear(16, 16)
     for name, _ in encoder.named_parameters():
@@ -123,7 +123,7 @@ def test_whatever_an_encoder_has_is_below_its_blocks_in_them_or_is_the_norm(opti
             assert above == (0 if name.startswith("norm.") else 3), name
 
 
-def test_crops_are_parts_of_the_image_and_depend_on_step_and_sample_alone():
+def test_crops_stay_inside_the_image_and_depend_on_step_and_sample():
     ramp = torch.arange(32.0).expand(40, 32, 32)
     images = torch.stack([ramp, ramp.mT, torch.full_like(ramp, 100)], dim=-1).byte()
     numbers = np.arange(40)
@@ -134,12 +134,12 @@ def test_crops_are_parts_of_the_image_and_depend_on_step_and_sample_alone():
     slope = (crops[:, :, 20, 0] - crops[:, :, 10, 0]).mean(1) / 10
     down = (crops[:, 20, :, 1] - crops[:, 10, :, 1]).mean(1) / 10
     torch.testing.assert_close(slope.abs(), down, rtol=0.01, atol=0.01)
-    assert (down > 0.55).all()  # the root of 0.35 is 0.59
+    assert (down > 0.55).all()  # the smallest crop is 0.35 of the area: 0.59 of each side
     assert (down < 1.001).all()
     assert 8 < (slope < 0).sum() < 32
 
 
-def test_fine_tuning_learns_and_leaves_the_encoder_alone():
+def test_fine_tuning_learns_and_does_not_change_the_encoder():
     model = tiny_lomar((4, 4), 4)
     images = random_images(model, 24)
     labels = np.arange(24) % 3
@@ -147,7 +147,7 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone():
         image[..., label] //= 4
     before = [parameter.clone() for parameter in model.encoder.parameters()]
     state = torch.get_rng_state()
-    loader: EvalLoader = Alone()  # type: ignore[assignment]
+    loader: EvalLoader = SingleRankLoader()  # type: ignore[assignment]
     kept = dict(enumerate(images))
     tuned = finetune(
         model.encoder, kept, np.arange(24), labels, 3, loader, epochs=30, norm_after_pool=False, device=CPU
@@ -160,7 +160,7 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone():
 
 
 @pytest.mark.parametrize("norm_after_pool", [False, True])
-def test_kinds_of_features(norm_after_pool: bool):
+def test_kinds_of_features_are_consistent(norm_after_pool: bool):
     model = tiny_lomar((4, 4), 2)
     images, encoder = random_images(model), model.encoder
     kinds = ("class_mean", "class", "mean", "prefix", "patches")
@@ -174,7 +174,7 @@ def test_kinds_of_features(norm_after_pool: bool):
     assert torch.equal(stacked, torch.cat([image_features(encoder, images, "patches", (n,)) for n in (1, 2)], dim=-1))
 
 
-def test_the_prefix_is_the_class_token_and_the_registers():
+def test_prefix_features_average_class_token_and_registers():
     encoder = tiny_vit(2, (4, 4), registers=2)
     images = torch.randint(0, 256, (3, 8, 8, 3), generator=torch.Generator().manual_seed(0)).byte()
     tokens = features(encoder, normalize_pixels(images).movedim(-1, 1))

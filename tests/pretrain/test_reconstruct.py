@@ -1,4 +1,4 @@
-"""`python -m pretrain.reconstruct`: own images by a run that never ended, and what the picture says of itself."""
+"""`python -m pretrain.reconstruct`: reconstructions of given images by an unfinished run, with heading and caption."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ def small() -> Iterator[None]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Five photographs of different shapes in two class folders, and a file that is none."""
+    """Images of different shapes in two class folders: four photographs and a corrupt file."""
     rng = np.random.default_rng(0)
     for number in range(5):
         path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.jpg"
@@ -50,7 +50,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """make_run(section={...}) -> the folder of a run that was killed after its checkpoint of step 7."""
+    """make_run(section={...}) -> the folder of a run that was killed after its checkpoint at step 7."""
 
     def make(**sections: Any) -> Path:
         keys = {
@@ -78,7 +78,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], str, str]]:
-    """The columns, heading and caption of each picture; drawing takes long, and is only done in drawn.png."""
+    """The columns, heading and caption of each picture. Only drawn.png is really drawn, since drawing is slow."""
     calls: list[tuple[dict[str, Tensor], str, str]] = []
     draw = reconstructions.draw_image_grid
 
@@ -91,12 +91,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], str,
     return calls
 
 
-def test_a_folder_of_images(make_run: Callable[..., Path], photos: Path, tmp_path: Path, drawn: Any, capsys: Any):
+def test_folder_of_images(make_run: Callable[..., Path], photos: Path, tmp_path: Path, drawn: Any, capsys: Any):
     run, out = make_run(method=LOMAR, target={"name": "pixels", "norm_pix": True}), tmp_path / "new" / "drawn.png"
     assert main([str(run), str(photos), str(out), "--count", "3"]) == 0
-    said = capsys.readouterr()
-    assert said.err == "skipped, cannot be decoded: a/0\n"
-    assert said.out == f"{out}: 3 images, killed: after 7 steps\n"
+    printed = capsys.readouterr()
+    assert printed.err == "skipped, cannot be decoded: a/0\n"
+    assert printed.out == f"{out}: 3 images, killed: after 7 steps\n"
     assert Image.open(out).size[0] > 1000
     ((columns, heading, caption),) = drawn
     assert list(columns) == ["image", "what the model sees", "prediction alone", "both together*", "truth"]
@@ -107,7 +107,7 @@ def test_a_folder_of_images(make_run: Callable[..., Path], photos: Path, tmp_pat
     )
 
 
-def test_files_and_seeds(make_run: Callable[..., Path], photos: Path, tmp_path: Path, drawn: Any):
+def test_masks_depend_on_the_seed(make_run: Callable[..., Path], photos: Path, tmp_path: Path, drawn: Any):
     run, files = make_run(method=MAE, target={"name": "pixels", "norm_pix": False}), sorted(photos.rglob("[1-4].jpg"))
     for seed in ("0", "0", "1"):
         assert main([str(run), *map(str, files), str(tmp_path / "out.png"), "--seed", seed]) == 0
@@ -129,7 +129,7 @@ def test_files_and_seeds(make_run: Callable[..., Path], photos: Path, tmp_path: 
     ],
     ids=["lut", "lc_mae", "ae", "simmim"],
 )
-def test_methods_with_more_than_a_mask(
+def test_other_methods_and_lut_are_reconstructed(
     sections: dict[str, Any], make_run: Callable[..., Path], photos: Path, drawn: Any
 ):
     run = make_run(**sections)
@@ -150,7 +150,7 @@ def test_methods_with_more_than_a_mask(
     ],
     ids=["tokens", "teacher", "tec", "mae-ema", "lomar-ema"],
 )
-def test_what_has_no_pixels_is_drawn_in_false_colors(
+def test_targets_without_pixels_are_drawn_in_false_colors(
     sections: dict[str, Any],
     titles: list[str],
     make_run: Callable[..., Path],
@@ -159,7 +159,7 @@ def test_what_has_no_pixels_is_drawn_in_false_colors(
     drawn: Any,
     capsys: Any,
 ):
-    """A frozen teacher is read from its file, also where that has moved since."""
+    """A frozen teacher is read from its file, which may have moved since if `--set` gives the new path."""
     torch.manual_seed(3)
     encoder, file = ViT("vit_tiny", 16, (4, 5), relative=False), tmp_path / "teacher.safetensors"
     metadata = EncoderSpec("vit_tiny", 16, (64, 80), "sincos").to_metadata()
@@ -181,7 +181,7 @@ def test_what_has_no_pixels_is_drawn_in_false_colors(
         assert torch.equal(drawn[1][0][titles[0]], columns[titles[0]])
 
 
-def test_a_moving_average_is_that_of_the_checkpoint(make_run: Callable[..., Path]):
+def test_ema_teacher_is_loaded_from_the_checkpoint(make_run: Callable[..., Path]):
     run = make_run(method=MAE, target={"name": "ema", "blocks": 2})
     method, *_ = load_trained(run, [])
     teacher = method.target.teacher.state_dict()
@@ -189,7 +189,7 @@ def test_a_moving_average_is_that_of_the_checkpoint(make_run: Callable[..., Path
     assert all(torch.equal(tensor, method.state_dict()[name] + 1) for name, tensor in teacher.items())
 
 
-def test_a_method_of_ones_own_is_drawn_if_the_command_names_its_file(
+def test_custom_method_needs_method_module_on_the_command_line(
     make_run: Callable[..., Path], photos: Path, tmp_path: Path, drawn: Any, capsys: Any
 ):
     module = tmp_path / "mine.py"
@@ -209,25 +209,25 @@ def test_a_method_of_ones_own_is_drawn_if_the_command_names_its_file(
     assert len(drawn) == 1
 
 
-def test_what_cannot_be_drawn_is_refused(make_run: Callable[..., Path], photos: Path, tmp_path: Path, capsys: Any):
-    def refused(*arguments: object) -> str:
+def test_invalid_input_is_rejected(make_run: Callable[..., Path], photos: Path, tmp_path: Path, capsys: Any):
+    def error_of(*arguments: object) -> str:
         assert main([str(argument) for argument in arguments]) == 1
         return capsys.readouterr().err
 
     run, out = make_run(method={"name": "beit"}, target={"name": "tokens", "vocab_size": 32}), tmp_path / "out.png"
-    assert "is not the folder of a run: it has no config.yaml" in refused(photos, photos, out)
-    assert "named *.png" in refused(run, photos / "b" / "1.jpg", photos / "b" / "3.jpg")
-    assert "--count 0 must be at least 1" in refused(run, photos, out, "--count", "0")
-    assert "is not an image (jpg, " in refused(run, photos, photos, out)
+    assert "is not the folder of a run: it has no config.yaml" in error_of(photos, photos, out)
+    assert "named *.png" in error_of(run, photos / "b" / "1.jpg", photos / "b" / "3.jpg")
+    assert "--count 0 must be at least 1" in error_of(run, photos, out, "--count", "0")
+    assert "is not an image (jpg, " in error_of(run, photos, photos, out)
     (run / "checkpoints" / "step_00000007" / MANIFEST).unlink()
     (run / "checkpoints" / "step_00000007" / MODEL_STATES).unlink()
     (run / "checkpoints" / "step_00000007").rmdir()
-    assert "has no checkpoint, and an encoder file alone lacks the part that predicts pixels" in refused(
+    assert "has no checkpoint, and an encoder file alone lacks the part that predicts pixels" in error_of(
         run, photos, out
     )
     assert not out.exists()
 
 
-def test_none_of_the_images_can_be_decoded(make_run: Callable[..., Path], photos: Path, tmp_path: Path, capsys: Any):
+def test_fails_if_no_image_can_be_decoded(make_run: Callable[..., Path], photos: Path, tmp_path: Path, capsys: Any):
     assert main([str(make_run(method=MAE)), str(photos / "a" / "0.jpg"), str(tmp_path / "out.png")]) == 1
     assert capsys.readouterr().err.endswith("error: none of the images can be decoded\n")

@@ -1,4 +1,4 @@
-"""Sections that are one of several kinds, `method` and `target`, and which keys a run may continue with changed."""
+"""Sections with several kinds (`method`, `target`), and the keys that may change when a run resumes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,27 +11,27 @@ from pretrain.trainer.schema import MAY_CHANGE, Section
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("method=", "method=None: must be a section with keys such as name and module"),
         ("target={norm_pix: 3}", "target.norm_pix=3: must be true or false"),
         ("pr_mim=3", "pr_mim=3: must be a section with keys such as throw_ratio and sampling, or none"),
     ],
 )
-def test_what_is_no_section_is_refused(recipe: str, override: str, says: str):
+def test_values_that_are_not_sections_are_rejected(recipe: str, override: str, message: str):
     with pytest.raises(ValueError, match="must be") as error:
         load(recipe, [override])
-    assert str(error.value) == says
+    assert str(error.value) == message
 
 
-def test_a_method_without_a_name_is_refused(tmp_path: Path):
+def test_method_without_a_name_is_rejected(tmp_path: Path):
     path = tmp_path / "nameless.yaml"
     path.write_text("name: x\nmethod: {mask_ratio: 0.5}\ndata: {shards: /nowhere}\n")
     with pytest.raises(ValueError, match=r"^method\.name is not set: set it in the recipe or give method\.name=value$"):
         load(str(path), [])
 
 
-def test_another_name_replaces_the_whole_section(recipe: str, tmp_path: Path):
+def test_changing_the_name_replaces_the_whole_section(recipe: str, tmp_path: Path):
     child = tmp_path / "child.yaml"
     child.write_text("extends: small.yaml\nmethod: {mask_ratio: 0.6}\ntarget: {name: pixels, norm_pix: false}\n")
     pixels = load(str(child), ["target.loss=l1"]).target
@@ -59,7 +59,7 @@ def test_another_name_replaces_the_whole_section(recipe: str, tmp_path: Path):
         ("beit", {"name": "tokens", "tokenizer": "random_projection", "vocab_size": 8192}),
     ],
 )
-def test_a_method_has_its_own_target_by_default(recipe: str, method: str, target: dict):
+def test_each_method_has_a_default_target(recipe: str, method: str, target: dict):
     keys = [f"method={method}", "model.position=sincos"]
     chosen = load(recipe, keys).target.model_dump()
     assert target.items() <= chosen.items()
@@ -68,13 +68,13 @@ def test_a_method_has_its_own_target_by_default(recipe: str, method: str, target
         assert changed == chosen | {"norm_pix": False}, "its other keys stay the method's"
 
 
-def test_a_target_that_the_method_cannot_predict_is_refused(recipe: str):
+def test_target_that_the_method_cannot_predict_is_rejected(recipe: str):
     with pytest.raises(ValueError, match=r"method ae predicts pixels, not target\.name=tokens"):
         load(recipe, ["method=ae", "model.position=sincos", "target=tokens"])
 
 
 def leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Every key of a section and of those in it, and whether a run may continue with another value of it."""
+    """Every key of a section and its subsections, and whether it may change when a run resumes."""
     for name, field in section.model_fields.items():
         if MAY_CHANGE in field.metadata:
             yield prefix + name, True
@@ -92,8 +92,8 @@ def sections_in(annotation: Any) -> list[type[Section]]:
     return [section for inner in get_args(annotation) for section in sections_in(inner)]
 
 
-def test_a_run_continues_only_with_equal_keys_but_for_these():
-    """A new key is compared unless it is marked: this list changes only on purpose."""
+def test_keys_that_may_change_on_resume():
+    """A new key must stay equal unless it is marked, so this list changes only on purpose."""
     assert sorted({key for key, may_change in leaves(PretrainConfig) if may_change}) == [
         "checkpoint",
         "data.accept_changed_shards",
@@ -125,7 +125,7 @@ def test_a_run_continues_only_with_equal_keys_but_for_these():
 
 
 @pytest.mark.parametrize("recipe_name", ["lut_vitb16_224_1600e", "mae_pr_vitb16_224_800e", "beit_vitb16_224_300e"])
-def test_the_resume_signature_holds_every_key_that_is_not_marked(recipe_name: str, tmp_path: Path):
+def test_resume_signature_has_every_key_that_may_not_change(recipe_name: str, tmp_path: Path):
     keys = ["data.shards=/nowhere"]
     if "beit" in recipe_name:
         (tmp_path / "model.safetensors").write_bytes(b"")
@@ -134,10 +134,10 @@ def test_the_resume_signature_holds_every_key_that_is_not_marked(recipe_name: st
     signature = flatten(config.resume_signature())
     compared = {key for key, may_change in leaves(PretrainConfig) if not may_change}
     resolved = flatten(config.model_dump(mode="json"))
-    before: dict[str, Any] = {"repeats": 1, "shuffle_shards": 0, "size_schedule": None}  # there were these keys
+    before: dict[str, Any] = {"repeats": 1, "shuffle_shards": 0, "size_schedule": None}  # left out at their defaults
     before |= {"channels": 3, "dtype": "uint8", "mean": None, "std": None}
     assert {key: resolved.pop(f"data.{key}") for key in before} == before
-    # Of several kinds, or perhaps none: `leaves` has all their keys.
+    # Sections with several kinds, or optional ones: `leaves` yields the keys of all kinds.
     sections = {"method", "target", "lut", "pr_mim", "start"}
     assert signature.keys() <= compared | sections
     assert signature == {key: value for key, value in resolved.items() if key in compared | sections}

@@ -1,4 +1,4 @@
-"""Smaller images in earlier epochs (`data.size_schedule`): one method at several sizes, with the same parameters."""
+"""Smaller images in earlier epochs (`data.size_schedule`): one method at several sizes with shared parameters."""
 
 import copy
 from dataclasses import replace
@@ -69,8 +69,8 @@ def configure(folder: Path, sections: dict[str, Any], *overrides: str) -> Pretra
         return load(str(folder / "small.yaml"), list(overrides))
 
 
-def built(config: PretrainConfig) -> tuple[Any, NoEMA, Any]:
-    """The method of all sizes, its moving average, and the mask sampler of the smaller size."""
+def build_scheduled(config: PretrainConfig) -> tuple[Any, NoEMA, Any]:
+    """The method for all sizes, its moving average, and the mask sampler of the smaller size."""
     with SMALL:
         method = build_method(config, untrained_teacher(config))
         ema = build_ema(config, method, torch.device("cpu"))
@@ -86,42 +86,42 @@ def batch_of(config: PretrainConfig, sampler: Any, size: tuple[int, int]) -> tup
     return images.squeeze(1), {name: torch.from_numpy(np.stack([one[name] for one in drawn])) for name in drawn[0]}
 
 
-def move(module: nn.Module) -> None:
-    """Other parameters, as after training: none has a value that it begins with."""
+def perturb(module: nn.Module) -> None:
+    """Changes every parameter, as training would, so that none keeps its initial value."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
-def test_every_method_is_among_the_cases():
+def test_cases_cover_every_method():
     assert {case["method"]["name"] for case in CASES.values()} == METHODS.keys()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_at_a_smaller_size_a_method_is_what_it_is_in_a_run_on_that_size(case: str, tmp_path: Path):
-    """Loss and gradients are those of a method that was built for that size alone, after the weights have moved."""
+def test_smaller_size_equals_a_method_built_for_that_size(case: str, tmp_path: Path):
+    """Loss and gradients are bitwise identical, also after the weights have changed."""
     config = configure(tmp_path, CASES[case])
-    method, ema, sampler = built(config)
+    method, ema, sampler = build_scheduled(config)
     images, mask_indices = batch_of(config, sampler, SMALLER)
-    method(images, mask_indices, **ema.model_inputs(images))  # what is shared must not be as it was at the first call
-    move(method)
+    method(images, mask_indices, **ema.model_inputs(images))  # a first call must not freeze the shared state
+    perturb(method)
     if ema.model is not None:
-        move(ema.model)
+        perturb(ema.model)
     ((_, smaller),) = config.earlier
     with SMALL:
         alone = build_method(smaller, untrained_teacher(smaller))
         alone_ema = build_ema(smaller, alone, torch.device("cpu"))
-    copies = [(method, alone), (ema.model, alone_ema.model)] if ema.model else [(method, alone)]
-    for module, other in copies:
+    pairs = [(method, alone), (ema.model, alone_ema.model)] if ema.model else [(method, alone)]
+    for module, other in pairs:
         assert module is not None
         assert other is not None
-        share(module, copied := copy.deepcopy(other), config.grid, smaller.grid)  # for its positions
+        share(module, copied := copy.deepcopy(other), config.grid, smaller.grid)  # resamples the positions
         other.load_state_dict(copy.deepcopy(copied.state_dict()))
         for name, table in copied.named_buffers():
             if name.endswith("pos_embed"):
                 other.get_submodule(name.rpartition(".")[0]).pos_embed = table.clone()
-    if isinstance(method, LUT):  # running statistics, which the first call has moved
+    if isinstance(method, LUT):  # the first call has updated the running statistics
         assert not torch.equal(method.projector[1].running_mean, torch.zeros(16))
     results = []
     for one, average in ((method, ema), (alone.train(), alone_ema)):
@@ -138,10 +138,10 @@ def test_at_a_smaller_size_a_method_is_what_it_is_in_a_run_on_that_size(case: st
 
 
 @pytest.mark.parametrize("case", ["lomar-pr_mim-sincos", "mae-lut-tokens", "mae-transformer-ema"])
-def test_at_the_last_size_and_in_its_file_a_method_is_what_it_is_without_a_schedule(case: str, tmp_path: Path):
+def test_last_size_equals_a_run_without_a_schedule(case: str, tmp_path: Path):
     config = configure(tmp_path, CASES[case])
     plain = configure(tmp_path, CASES[case], "data.size_schedule=none")
-    method, ema, _ = built(config)
+    method, ema, _ = build_scheduled(config)
     with SMALL:
         expected = build_method(plain, untrained_teacher(plain))
         expected_ema = build_ema(plain, expected, torch.device("cpu"))
@@ -154,9 +154,9 @@ def test_at_the_last_size_and_in_its_file_a_method_is_what_it_is_without_a_sched
     assert torch.equal(*losses)
 
 
-def test_masks_are_the_same_share_of_each_grid_and_windows_of_each_image(tmp_path: Path):
+def test_masks_and_windows_scale_with_the_grid(tmp_path: Path):
     def drawn(case: str, *overrides: str) -> dict[str, tuple[int, ...]]:
-        sample = built(configure(tmp_path, CASES[case], *overrides))[2](np.random.default_rng(0))
+        sample = build_scheduled(configure(tmp_path, CASES[case], *overrides))[2](np.random.default_rng(0))
         return {name: array.shape for name, array in sample.items()}
 
     assert drawn("mae") == {"visible": (3,), "masked": (9,), "kept": (9,)}
@@ -169,7 +169,7 @@ def test_masks_are_the_same_share_of_each_grid_and_windows_of_each_image(tmp_pat
     assert drawn("lomar-complementary", "method.num_windows=6")["positions"] == (4, 9), "under as many masks"
 
 
-def test_windows_of_the_published_recipe_are_as_many_for_each_pixel():
+def test_num_windows_of_the_recipe_scales_with_the_image_area():
     config = load("lomar_vitb16_224_400e", ["data.shards=none", "data.size_schedule=0:112 9:128 19:160,29:192,39:224"])
     assert config.data.size_schedule == "0:112,9:128,19:160,29:192,39:224", "written in one way"
     assert [(end, one.data.image_size, one.method.num_windows) for end, one in config.earlier] == [
@@ -180,10 +180,10 @@ def test_windows_of_the_published_recipe_are_as_many_for_each_pixel():
     ]
 
 
-@pytest.mark.parametrize("antialiased", [True, False])
-def test_positions_are_resampled_as_where_an_encoder_is_fine_tuned_at_another_size(antialiased: bool):
+@pytest.mark.parametrize("downsampled", [True, False])
+def test_positions_are_resampled_with_antialiased_bicubic(downsampled: bool):
     encoder = ViT("vit_tiny", 16, (6, 4), relative=False)
-    other = (3, 2) if antialiased else (9, 8)
+    other = (3, 2) if downsampled else (9, 8)
     image = encoder.pos_embed[0, 1:].T.unflatten(1, (6, 4))[None]
     expected = F.interpolate(image, other, mode="bicubic", antialias=True).flatten(2)[0].T
     resampled = resample_positions(encoder.pos_embed, (6, 4), other)
@@ -192,14 +192,14 @@ def test_positions_are_resampled_as_where_an_encoder_is_fine_tuned_at_another_si
     assert torch.equal(resample_positions(encoder.pos_embed[0, 1:], (6, 4), other)[0], expected)
 
 
-def test_a_method_with_parameters_for_one_grid_is_refused_by_their_name():
+def test_parameters_that_fit_only_one_grid_are_rejected_by_name():
     method, other = (nn.ModuleDict({"table": nn.Linear(count, 2)}) for count in (20, 12))
     with pytest.raises(ValueError, match=r"table\.weight is \[2, 20\], and \[2, 12\] for 3x4 patches: leave it out"):
         share(method, other, (4, 5), (3, 4))
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overrides", "says"),
+    ("recipe", "overrides", "message"),
     [
         ("lomar", "0:96,9:224", "has 96: method.window_size=7 is larger than .* nearest sizes that fit: 112 [(]"),
         (
@@ -242,31 +242,31 @@ def test_a_method_with_parameters_for_one_grid_is_refused_by_their_name():
         ("lomar", "128", "write each size after the epoch it starts at, such as 0:128,60:192,180:224"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(recipe: str, overrides: str, says: str):
+def test_invalid_schedules_are_rejected_with_a_suggestion(recipe: str, overrides: str, message: str):
     schedule, *others = overrides.split(" ")
     recipes = {"lomar": "224_400e", "simmim": "224_800e", "local_mim": "224_1600e", "mae": "224_1600e"}
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load(f"{recipe}_vitb16_{recipes[recipe]}", ["data.shards=none", f"data.size_schedule={schedule}", *others])
     assert "data.size_schedule=" in str(error.value)
     assert len(str(error.value).splitlines()) == 1, "once, and nothing else"
 
 
-def test_what_is_wrong_at_every_size_is_said_once():
+def test_error_that_applies_at_every_size_is_reported_once():
     overrides = ["data.shards=none", "data.size_schedule=0:128,9:224", "pr_mim.throw_ratio=0.9"]
     with pytest.raises(ValueError, match=r"^pr_mim\.throw_ratio=0\.9 throws") as error:
         load("lomar_vitb16_224_400e", overrides)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_run_continues_with_its_schedule_alone(tmp_path: Path):
-    """Runs of before this key had none, which is its default."""
+def test_resume_signature_includes_the_schedule_if_set(tmp_path: Path):
+    """Older runs, which do not have this key, match its default."""
     with_one = configure(tmp_path, CASES["lomar"]).resume_signature()["data"]
     without = configure(tmp_path, CASES["lomar"], "data.size_schedule=none").resume_signature()["data"]
     assert with_one == without | {"size_schedule": "0:48x64,2:64x80"}
     assert "size_schedule" not in without
 
 
-def test_what_a_schedule_cannot_be_used_with_is_refused(tmp_path: Path):
+def test_zero_stage_3_and_cuda_graphs_are_rejected_with_a_schedule(tmp_path: Path):
     config = configure(tmp_path, CASES["lomar"])
     check_settings(config, 2)
     with pytest.raises(ValueError, match=r"ZeRO stage 3 partitions those of only one: set train\.ds_config=zero2"):
@@ -278,15 +278,15 @@ def test_what_a_schedule_cannot_be_used_with_is_refused(tmp_path: Path):
     check_settings(constant, 3)
 
 
-def test_each_size_may_be_compiled(tmp_path: Path):
-    """Beyond torch's limit blocks would run uncompiled, and a resumed run, which compiles fewer, have other bits."""
+def test_recompile_limit_scales_with_the_number_of_sizes(tmp_path: Path):
+    """Beyond torch's limit, blocks would run uncompiled. A resumed run compiles fewer sizes and would then differ."""
     config = configure(tmp_path, CASES["lomar"], "data.size_schedule=0:48x64,1:48x48,2:64x80")
     with SMALL, torch._dynamo.config.patch(recompile_limit=8):
         build_sizes(config, build_method(config), NoEMA(), replace(ON_CPU, compile=True), untrained_teacher)
         assert torch._dynamo.config.recompile_limit == 3 * 8
 
 
-def test_the_window_kernel_has_to_serve_all_sizes():
+def test_window_kernel_is_used_only_if_it_supports_all_sizes():
     square = ["data.shards=none", "model.position=relative", "data.image_size=112"]
     recipe = "simmim_vitb16_224_800e"
     small = [*square, "method.mask_patch_size=16"]
@@ -295,7 +295,7 @@ def test_the_window_kernel_has_to_serve_all_sizes():
     assert "not 6x7" in unserved_by_window_kernel(uneven)
 
 
-def test_pictures_are_of_the_last_size(tmp_path: Path):
-    method, _, _ = built(configure(tmp_path, CASES["mae"]))
+def test_reconstructions_have_the_last_size(tmp_path: Path):
+    method, _, _ = build_scheduled(configure(tmp_path, CASES["mae"]))
     shown = method.reconstruct(random_images(method), random_mask_indices(method))
     assert {image.shape[1:3] for image in shown.values()} == {SIZE}

@@ -1,4 +1,4 @@
-"""Where a new run begins: what `start` may say, what is found there, and what is refused before anything long."""
+"""Where a new run starts (`start.*`): valid keys, the checkpoint that is found, and early errors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +45,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["start.checkpoint=a", "start.run=b"], "set one of them"),
         (["start.run=b", "start.weights=ema"], "start.weights chooses among the weights of start.checkpoint"),
@@ -55,32 +55,32 @@ def process_group(tmp_path: Path) -> Iterator[None]:
         (["start.checkpoints=a"], r"unknown key start\.checkpoints: did you mean start\.checkpoint\?"),
     ],
 )
-def test_keys_that_contradict_each_other_are_refused(overrides: list[str], says: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=says):
+def test_contradictory_or_incomplete_start_keys_are_rejected(overrides: list[str], message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
         configure(tmp_path, *overrides)
 
 
-def test_what_is_not_there_is_found_before_the_shards_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_start_is_reported_before_shards_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
-    def refusal(override: str) -> str:
+    def error_of(override: str) -> str:
         config = configure(tmp_path, override)
         with pytest.raises(ValueError, match=override.split("=")[0]) as error:
             check_start(config, own_folder(config))
         return str(error.value)
 
-    assert "no such file or folder" in refusal(f"start.checkpoint={tmp_path}/mae.pth")
-    assert "is not the folder of a run: it has no config.yaml" in refusal(f"start.run={tmp_path}")
+    assert "no such file or folder" in error_of(f"start.checkpoint={tmp_path}/mae.pth")
+    assert "is not the folder of a run: it has no config.yaml" in error_of(f"start.run={tmp_path}")
     (tmp_path / "config.yaml").touch()
-    assert "has no checkpoint yet: let it run until it saves one (checkpoint.every_steps)" in refusal(
+    assert "has no checkpoint yet: let it run until it saves one (checkpoint.every_steps)" in error_of(
         f"start.run={tmp_path}"
     )
     with pytest.raises(ValueError, match="no such file or folder"):
         pretrain(configure(tmp_path, f"start.checkpoint={tmp_path}/mae.pth"), WORLD)
 
 
-def test_a_run_is_started_from_by_its_newest_intact_checkpoint(process_group: None, tmp_path: Path):
+def test_start_run_uses_the_newest_intact_checkpoint(process_group: None, tmp_path: Path):
     source = tmp_path / "runs" / "old"
     older, newer = (write_checkpoint(source, step) for step in (5, 10))
     config = configure(tmp_path, f"start.run={source}")
@@ -93,7 +93,7 @@ def test_a_run_is_started_from_by_its_newest_intact_checkpoint(process_group: No
         find_start(config, own_folder(config), WORLD)
 
 
-def test_a_run_with_a_checkpoint_of_its_own_needs_its_start_no_more(process_group: None, tmp_path: Path):
+def test_run_with_its_own_checkpoint_ignores_start(process_group: None, tmp_path: Path):
     config = configure(tmp_path, "start.checkpoint=gone.pth")
     folder = own_folder(config)
     write_checkpoint(folder.root, 5)
@@ -102,7 +102,7 @@ def test_a_run_with_a_checkpoint_of_its_own_needs_its_start_no_more(process_grou
     assert find_start(configure(tmp_path), RunFolder(tmp_path / "another"), WORLD) is None
 
 
-def test_a_checkpoint_from_before_there_was_a_start_continues(tmp_path: Path):
+def test_checkpoints_older_than_the_start_section_can_be_resumed(tmp_path: Path):
     signature = configure(tmp_path).resume_signature()
     before = TrainState(resume_signature={key: value for key, value in signature.items() if key != "start"})
     check_continues(before, TrainState(resume_signature=signature))
@@ -111,5 +111,5 @@ def test_a_checkpoint_from_before_there_was_a_start_continues(tmp_path: Path):
         check_continues(before, TrainState(resume_signature=started))
 
 
-def test_a_refusal_says_how_a_new_run_starts_from_this_one(tmp_path: Path):
+def test_new_run_advice_suggests_start_run_and_another_name(tmp_path: Path):
     assert f"start.run={tmp_path}/runs/new and another name=" in configure(tmp_path).new_run_advice

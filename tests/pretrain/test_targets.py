@@ -1,4 +1,4 @@
-"""Every method with every target that it may predict."""
+"""Every method with every target that it supports."""
 
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,14 @@ TARGET_KEYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def components_file(tmp_path: Path) -> str:
-    """All components of patches of 12 values."""
+    """A file with all 12 components of patches of 12 values."""
     vectors, _ = torch.linalg.qr(torch.randn(VALUES, VALUES, generator=torch.Generator().manual_seed(0)))
     save_file({"mean": torch.zeros(VALUES), "components": vectors.contiguous()}, tmp_path / "pca.safetensors")
     return str(tmp_path / "pca.safetensors")
 
 
-def test_all_methods_and_all_targets_are_tested():
-    """The auto-encoder predicts blocks larger than patches, LocalMIM cells of several sizes, TEC attention as well."""
+def test_cases_cover_all_methods_and_targets():
+    """Only three methods restrict the target: AE (blocks), LocalMIM (several cell sizes) and TEC (also attention)."""
     assert {name for name, kind in METHODS.items() if kind.targets != TARGETS.keys()} == {"ae", "local_mim", "tec"}
     assert METHOD_KEYS.keys() == METHODS.keys()
     assert {keys["name"] for keys in TARGET_KEYS.values()} == {
@@ -62,7 +62,7 @@ def test_all_methods_and_all_targets_are_tested():
         if TARGET_KEYS[target]["name"] in METHODS[name].targets
     ],
 )
-def test_a_method_trains_and_reconstructs(name: str, target: str, components_file: str):
+def test_loss_gradients_and_reconstructions(name: str, target: str, components_file: str):
     target_keys = TARGET_KEYS[target]
     if target == "pca":
         target_keys = target_keys | {"file": components_file}
@@ -91,7 +91,7 @@ def test_a_method_trains_and_reconstructs(name: str, target: str, components_fil
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 @pytest.mark.parametrize("loss", ["mse", "l1"])
-def test_pixels_are_compared_by_the_chosen_loss_and_rendered_back(loss: str, norm_pix: bool):
+def test_pixel_target_uses_the_chosen_loss_and_renders_exactly(loss: str, norm_pix: bool):
     target = build_target(PixelsConfig(norm_pix=norm_pix, loss=loss), GRID, PATCH_SIZE)
     patches = torch.randint(0, 256, (2, 5, VALUES), generator=torch.Generator().manual_seed(0)).byte()
     exact = pixel_target(patches, norm_pix)

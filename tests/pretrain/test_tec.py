@@ -1,4 +1,4 @@
-"""TEC: the loss against a naive loop, its adapters, what is exported, and what is refused."""
+"""Tests of TEC: naive reference, adapter, export, teachers, and rejected keys."""
 
 from typing import Any
 from unittest.mock import patch
@@ -35,7 +35,7 @@ PR_MIM = PRMIMConfig(throw_ratio=0.3, kernel_size=3)
 
 
 def build(pr_mim: PRMIMConfig | None = None, **keys: Any) -> Any:
-    """With a teacher of which nothing is at its initial value: the same fp32 numbers whatever the precision."""
+    """A TEC model with a random teacher whose weights are drawn in fp32, so they are the same in every precision."""
     model = tiny_method({**KEYS, **keys, "target": {"name": "teacher"}}, GRID, PATCH_SIZE, False, pr_mim, arch=DEEP)
     teacher = model.target.teacher
     generator = torch.Generator().manual_seed(4)
@@ -47,7 +47,7 @@ def build(pr_mim: PRMIMConfig | None = None, **keys: Any) -> Any:
 
 @pytest.mark.parametrize("attention_weight", [0.5, 0.0])
 @pytest.mark.parametrize("pr_mim", [None, PR_MIM])
-def test_equals_the_reference_in_float64_and_fp32(
+def test_loss_and_gradients_equal_the_reference(
     pr_mim: PRMIMConfig | None, attention_weight: float, monkeypatch: pytest.MonkeyPatch
 ):
     def naive_loss(model: Any, images: Tensor, mask_indices: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
@@ -70,12 +70,12 @@ def test_equals_the_reference_in_float64_and_fp32(
 
 
 @pytest.mark.parametrize(("depth", "blocks"), [(12, [3] * 4), (32, [4, 4, *[3] * 8]), (2, [2])])
-def test_blocks_are_joined_by_threes(depth: int, blocks: list[int]):
+def test_adapter_joins_blocks_in_groups_of_three(depth: int, blocks: list[int]):
     assert EncoderAdapter(4, depth, 8).widths == [4 * count for count in blocks]
 
 
 @pytest.mark.parametrize("pr_mim", [None, PR_MIM])
-def test_it_learns_one_batch(pr_mim: PRMIMConfig | None):
+def test_overfits_one_batch(pr_mim: PRMIMConfig | None):
     model = build(pr_mim)
     images, mask_indices = random_images(model), random_mask_indices(model)
     assert mask_indices["visible"].shape == (2, 2)
@@ -88,7 +88,7 @@ def test_it_learns_one_batch(pr_mim: PRMIMConfig | None):
         assert after[term] < before[term]
 
 
-def test_the_prediction_does_not_look_at_what_is_masked():
+def test_prediction_does_not_depend_on_masked_pixels():
     model = build()
     randomize(model)
     images, mask_indices = random_images(model), random_mask_indices(model)
@@ -100,7 +100,7 @@ def test_the_prediction_does_not_look_at_what_is_masked():
     assert (from_masked["features"] != shown["features"]).any(), "the teacher sees the whole image"
 
 
-def test_the_exported_encoder_is_plain_and_computes_the_same():
+def test_exported_encoder_is_a_plain_vit_with_the_same_features():
     model = build()
     randomize(model)
     state = dict(model.state_dict())
@@ -113,7 +113,7 @@ def test_the_exported_encoder_is_plain_and_computes_the_same():
     assert not torch.equal(exported["cls_token"], state["encoder.cls_token"])
 
 
-def test_registers_are_neither_predicted_nor_attended_to():
+def test_registers_are_neither_predicted_nor_attention_keys():
     with patch.dict(ARCHS, vit_tiny=DEEP):
         encoder, teacher = (ViT("vit_tiny", PATCH_SIZE, GRID, relative=False, registers=2) for _ in range(2))
     target = build_target(TeacherConfig(), GRID, PATCH_SIZE, EncoderTeacher(teacher))
@@ -133,7 +133,7 @@ def test_registers_are_neither_predicted_nor_attended_to():
     assert queries_keys.shape == (2, 9, 2 * DEEP.dim)
 
 
-def test_a_relative_teacher_has_no_attention_to_predict():
+def test_teacher_with_relative_positions_needs_attention_weight_0():
     encoder, teacher = (tiny_vit(PATCH_SIZE, GRID, relative) for relative in (False, True))
     target = build_target(TeacherConfig(), GRID, PATCH_SIZE, EncoderTeacher(teacher))
     with pytest.raises(ValueError, match=r"set method\.attention_weight=0"):
@@ -143,7 +143,7 @@ def test_a_relative_teacher_has_no_attention_to_predict():
 
 
 @pytest.mark.parametrize(
-    ("keys", "model", "says"),
+    ("keys", "model", "message"),
     [
         ({}, {"position": "relative"}, "set model.position=sincos"),
         ({"num_queries": 9}, {"position": "sincos"}, "method.num_queries=9, but an image has 8 patches"),
@@ -151,10 +151,10 @@ def test_a_relative_teacher_has_no_attention_to_predict():
         ({"mask_ratio": 0.01}, {"position": "sincos"}, None),
     ],
 )
-def test_what_does_not_fit_is_refused(keys: dict[str, Any], model: dict[str, Any], says: str | None):
+def test_incompatible_keys_are_rejected(keys: dict[str, Any], model: dict[str, Any], message: str | None):
     config = TEC.Config(**{**KEYS, **keys})
-    if says is None:
+    if message is None:
         config.check(GRID, ModelConfig(**model))
         return
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         config.check(GRID, ModelConfig(**model))

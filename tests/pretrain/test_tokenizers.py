@@ -1,4 +1,4 @@
-"""The tokenizers: what a code depends on, DALL-E's encoder against transformers, and what is refused."""
+"""Tests of the tokenizers: random projection, DALL-E's encoder compared with transformers, and rejected weights."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ def random_projection(vocab_size: int = 8192, seed: int = 0) -> Tokenizer:
     return TokenTarget(TokensConfig(vocab_size=vocab_size, seed=seed), GRID, PATCH_SIZE).tokenizer
 
 
-def test_a_random_projection_code_depends_on_its_patch_alone():
+def test_random_projection_code_depends_only_on_its_patch():
     tokenizer = random_projection(vocab_size=50)
     images = random_images()
     before = tokenizer(images).view(3, *GRID)
@@ -40,7 +40,7 @@ def test_a_random_projection_code_depends_on_its_patch_alone():
     assert changed == [[1, 2]]
 
 
-def test_a_random_projection_depends_on_its_seed_alone():
+def test_random_projection_depends_only_on_its_seed():
     images = random_images()
     torch.manual_seed(1)
     first = random_projection(seed=3)(images)
@@ -60,7 +60,7 @@ def test_random_projection_uses_its_vocabulary():
 
 def test_codes_do_not_depend_on_the_batch_or_on_autocast():
     tokenizer = random_projection(vocab_size=50)
-    images = random_images().repeat(15, 1, 1, 1)  # more than are encoded at once
+    images = random_images().repeat(15, 1, 1, 1)  # more than one internal chunk
     with torch.autocast("cpu", dtype=torch.bfloat16):
         codes = tokenizer(images)
     assert torch.equal(codes, torch.cat([tokenizer(image[None]) for image in images]))
@@ -68,7 +68,7 @@ def test_codes_do_not_depend_on_the_batch_or_on_autocast():
 
 @pytest.fixture(scope="module")
 def codebook() -> Any:
-    """A small FlavaImageCodebook with random weights, and biases with which it uses many codes."""
+    """A small FlavaImageCodebook with random weights and output biases that make it use many codes."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.FlavaImageCodebookConfig(hidden_size=8, num_blocks_per_group=2, vocab_size=24)
@@ -81,7 +81,7 @@ def codebook() -> Any:
 
 @pytest.fixture
 def weights(codebook: Any, tmp_path: Path) -> Path:
-    """It in a folder, as transformers saves it."""
+    """The folder in which transformers saved the codebook."""
     codebook.save_pretrained(tmp_path / "codebook")
     return tmp_path / "codebook"
 
@@ -96,7 +96,7 @@ def dalle_sha256(weights: Path, sha256: str | None = None) -> str | None:
 
 
 @pytest.mark.parametrize("side", [8, 16, 14])
-def test_dalle_codes_are_those_of_transformers(codebook: Any, weights: Path, side: int):
+def test_dalle_codes_equal_those_of_transformers(codebook: Any, weights: Path, side: int):
     images = random_images(side=side)
     pixels = images.permute(0, 3, 1, 2) / 255
     if side != 8:
@@ -107,15 +107,15 @@ def test_dalle_codes_are_those_of_transformers(codebook: Any, weights: Path, sid
     assert len(codes.unique()) > 3
 
 
-def test_dalle_pixels_are_those_of_transformers_processor(weights: Path):
-    """Its FLAVA processor maps pixels alike; where nothing is resized, they are equal."""
+def test_dalle_pixels_equal_those_of_the_transformers_processor(weights: Path):
+    """Without resizing, the pixels equal those of the FLAVA processor."""
     processor = pytest.importorskip("transformers").FlavaImageProcessor()
     image = random_images(side=8)[:1]
     mapped = processor.map_pixels(image.permute(0, 3, 1, 2) / 255)
     torch.testing.assert_close(dalle(weights)._pixels(image), mapped)
 
 
-def test_dalle_reads_files_of_both_kinds_and_is_frozen(codebook: Any, weights: Path, tmp_path: Path):
+def test_dalle_reads_safetensors_and_torch_files_and_is_frozen(codebook: Any, weights: Path, tmp_path: Path):
     images = random_images(side=8)
     torch.save(codebook.state_dict(), tmp_path / "pytorch_model.bin")
     state = torch.random.get_rng_state()
@@ -127,14 +127,14 @@ def test_dalle_reads_files_of_both_kinds_and_is_frozen(codebook: Any, weights: P
     assert not tokenizers[0].model.training
 
 
-def test_dalle_is_named_by_the_digest_of_its_file(weights: Path, tmp_path: Path):
+def test_dalle_sha256_is_that_of_the_weights_file(weights: Path, tmp_path: Path):
     true = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
     assert dalle_sha256(weights) == dalle_sha256(weights, true.upper()) == true
     with pytest.raises(ValueError, match=r"not target\.sha256=00"):
         dalle_sha256(weights, "00")
 
 
-def test_a_moved_file_continues_and_another_does_not(weights: Path, tmp_path: Path):
+def test_resume_accepts_a_moved_file_but_not_another(weights: Path, tmp_path: Path):
     moved, other = shutil.copytree(weights, tmp_path / "moved"), shutil.copytree(weights, tmp_path / "other")
     save_file({"x": torch.zeros(1)}, other / "model.safetensors")
     keys = ["data.shards=/nowhere", "target.vocab_size=24"]
@@ -147,7 +147,7 @@ def test_a_moved_file_continues_and_another_does_not(weights: Path, tmp_path: Pa
         check_continues(first, different)
 
 
-def test_wrong_weights_are_refused(weights: Path, codebook: Any, tmp_path: Path):
+def test_wrong_weights_are_rejected(weights: Path, codebook: Any, tmp_path: Path):
     state = codebook.state_dict()
     save_file({"encoder.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     save_file({**state, "more": torch.zeros(1)}, tmp_path / "more.safetensors")
@@ -167,7 +167,7 @@ def test_wrong_weights_are_refused(weights: Path, codebook: Any, tmp_path: Path)
 
 
 class Malicious:
-    """Unpickled by `pickle.load`, it would make a folder."""
+    """Creates a folder if it is unpickled with `pickle.load`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -176,7 +176,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_malicious_pickle_does_not_run(tmp_path: Path):
+def test_malicious_pickle_is_rejected_without_running(tmp_path: Path):
     torch.save({"blocks.input.bias": Malicious(tmp_path / "ran")}, tmp_path / "evil.bin")
     with pytest.raises(ValueError, match="is not a file of plain weights"):
         dalle(tmp_path / "evil.bin")
@@ -184,7 +184,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         ([], r"needs target\.weights"),
         (["target.weights=/nowhere"], r"weights='/nowhere' is neither a file nor a folder"),
@@ -194,6 +194,6 @@ def test_a_malicious_pickle_does_not_run(tmp_path: Path):
         (["target.vocab_size=1"], r"target\.vocab_size=1"),
     ],
 )
-def test_bad_keys_are_refused_before_anything_starts(overrides: list[str], says: str):
-    with pytest.raises(ValueError, match=says):
+def test_invalid_keys_are_rejected_when_loading_the_recipe(overrides: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
         load("beit_vitb16_224_300e", ["data.shards=/nowhere", *overrides])

@@ -1,4 +1,4 @@
-"""The encoder: names and function against timm and torch, positions against their formulas."""
+"""The encoder: names and outputs compared with timm and torch, positions compared with their formulas."""
 
 import math
 
@@ -26,7 +26,7 @@ TIMM_NAMES = {
 
 
 @pytest.mark.parametrize(("arch", "timm_name"), TIMM_NAMES.items())
-def test_weights_have_the_names_and_shapes_of_timm(arch: str, timm_name: str):
+def test_weights_have_timm_names_and_shapes(arch: str, timm_name: str):
     patch = int(timm_name.split("patch")[1].split("_")[0])
     with torch.device("meta"):
         theirs = {name: w.shape for name, w in timm.create_model(timm_name).state_dict().items()}
@@ -42,7 +42,7 @@ def random_images() -> torch.Tensor:
     return torch.randint(0, 256, (2, 12, 20, 3), generator=generator, dtype=torch.uint8)
 
 
-def test_absolute_encoder_computes_what_timm_computes():
+def test_encoder_with_absolute_positions_equals_timm():
     ours = tiny_vit(patch_size=4, grid=(3, 5), relative=False)
     randomize(ours)
     theirs = VisionTransformer(
@@ -59,7 +59,7 @@ def test_absolute_encoder_computes_what_timm_computes():
     torch.testing.assert_close(ours(tokens), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_patch_embedding_is_the_convolution_of_its_weights():
+def test_patch_embedding_equals_a_convolution():
     embed = PatchEmbed(4, 8)
     torch.nn.init.normal_(embed.proj.bias)
     images = random_images()
@@ -67,7 +67,7 @@ def test_patch_embedding_is_the_convolution_of_its_weights():
     torch.testing.assert_close(embed(patchify(images, 4)), convolved.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
-def test_sincos_positions_are_those_of_mae():
+def test_sincos_positions_equal_mae():
     dim, height, width = 24, 3, 5
     positions = sincos_positions(dim, height, width).double().numpy()
     omega = 1.0 / 10000 ** (np.arange(dim // 4) / (dim / 4.0))
@@ -80,7 +80,7 @@ def test_sincos_positions_are_those_of_mae():
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (14, 14), (3, 5)])
-def test_buckets_follow_the_formula(height: int, width: int):
+def test_grid_buckets_equal_the_formula(height: int, width: int):
     table = grid_buckets(height, width)
     tokens = 1 + height * width
     assert table.shape == (tokens, tokens)
@@ -93,7 +93,7 @@ def test_buckets_follow_the_formula(height: int, width: int):
     assert table[1:, 1:].tolist() == expected
 
 
-def test_known_buckets():
+def test_grid_buckets_have_known_values():
     row = grid_buckets(1, 15)[1:, 1:]
     along = [row[d, 0].item() - 24 for d in range(15)]  # query d columns right of the key; 24 is the middle bucket
     assert along == [0, 1, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]
@@ -104,7 +104,7 @@ def test_known_buckets():
     assert set(grid_buckets(7, 7).flatten().tolist()) == set(range(50))
 
 
-def test_buckets_of_scattered_patches_depend_on_offsets_alone():
+def test_buckets_of_scattered_patches_depend_only_on_offsets():
     rows, cols = torch.tensor([[0, 3, 9]]), torch.tensor([[2, 2, 8]])
     table = product_buckets(rows, cols)
     assert table.shape == (1, 3, 3)
@@ -116,7 +116,7 @@ def test_buckets_of_scattered_patches_depend_on_offsets_alone():
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_attention_equals_torch(biased: bool):
+def test_attention_and_gradients_equal_torch(biased: bool):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 7, 8, generator=generator).double().requires_grad_() for _ in range(3))
     bias = torch.randn(2, 3, 7, 7, generator=generator).double().requires_grad_() if biased else None
@@ -130,7 +130,7 @@ def test_attention_equals_torch(biased: bool):
         torch.testing.assert_close(mine, torchs, rtol=1e-12, atol=1e-12)
 
 
-def test_initial_weights_are_those_of_mae():
+def test_initial_weights_follow_mae():
     encoder = ViT("vit_tiny", 16, (2, 2))
     qkv, patches = encoder.blocks[0].attn.qkv.weight, encoder.patch_embed.proj.weight
     for weight, fan_in, fan_out in ((qkv, 192, 576), (patches, 768, 192)):
@@ -144,7 +144,7 @@ def test_initial_weights_are_those_of_mae():
             assert (parameter == 1).all(), name
 
 
-def test_drop_path_leaves_out_a_share_of_the_sequences_and_scales_the_others():
+def test_drop_path_drops_whole_sequences_and_rescales_the_others():
     torch.manual_seed(0)
     drop = DropPath(0.25)
     x = torch.ones(4000, 2, 3, dtype=torch.bfloat16)
@@ -158,14 +158,14 @@ def test_drop_path_leaves_out_a_share_of_the_sequences_and_scales_the_others():
     assert not drop.state_dict(), "a checkpoint does not depend on the rate"
 
 
-def test_drop_path_skips_both_parts_of_a_block():
+def test_drop_path_skips_attention_and_mlp_of_a_block():
     block = Block(ARCHS["vit_tiny"], relative=False, drop_path_rate=0.999999)
     x = torch.randn(2, 3, 192)
     assert torch.equal(block(x, None), x)
     assert not torch.equal(block.eval()(x, None), x)
 
 
-def test_hidden_streams_are_those_of_the_encoder_in_parts():
+def test_hidden_streams_equal_partial_forward_passes():
     torch.manual_seed(0)
     encoder = ViT("vit_tiny", 4, (2, 2), relative=False)
     tokens = torch.randn(3, 4, 192)

@@ -1,4 +1,4 @@
-"""The kernel for attention in windows: right in Triton's interpreter, and launched so that no register spills."""
+"""The window attention kernel: correct in Triton's interpreter, and launched without register spills."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def run_helper(name: str, **environment: str) -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_kernel_equals_the_naive_formula_in_the_interpreter():
+def test_interpreted_kernel_equals_the_naive_formula():
     errors = run_helper("interpreted_kernel", TRITON_INTERPRET="1")
     assert {"7x7, None, 64", "7x7, 25, 64", "7x7, 10, 64", "7x7, None, 80", "late + PR-MIM"} <= errors.keys()
     assert {"7x7, None, 16, 4", "7x7, 20, 16, 9", "registers"} <= errors.keys()
@@ -30,7 +30,7 @@ def test_kernel_equals_the_naive_formula_in_the_interpreter():
 
 @pytest.mark.slow
 def test_chosen_launches_do_not_spill_registers_on_sm_90():
-    """Machine code is made without a GPU, by the assembler that Triton ships."""
+    """Compiles machine code without a GPU, with the assembler that ships with Triton."""
     stacks = run_helper("compiled_kernel")
     assert len(stacks) == 12, "two kernels; 50, 26 and 11 tokens; heads of 64 and 80 channels"
     for case, values in stacks.items():
