@@ -127,11 +127,11 @@ def test_single_rank_checks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert checked_start(world, folder, "recipe", lambda: None, lambda nothing: "") is None
     assert not folder.exists()
 
-    def refuse() -> int:
+    def fail() -> int:
         raise ValueError("no shards")
 
     with pytest.raises(ValueError, match="no shards"):
-        checked_start(world, folder, "recipe", refuse, str)
+        checked_start(world, folder, "recipe", fail, str)
     monkeypatch.setattr(preflight, "_LEAST_FREE", 2**70)
     with pytest.raises(ValueError, match="on the disk of the run's folder: make room"):
         checked_start(world, folder, "recipe", lambda: 5, str)

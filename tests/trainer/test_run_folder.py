@@ -65,10 +65,10 @@ def test_moved_or_replaced_folder_is_rejected(tmp_path: Path):
 def test_file_system_without_locks_only_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def refuse(descriptor: int, how: int) -> None:
+    def fail(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", fail)
     with RunFolder(tmp_path / "mine").locked(patience=0):
         assert "has no locks ([Errno 38] Function not implemented)" in caplog.text
 

@@ -36,10 +36,10 @@ class Blocked:
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int, data: Any) -> int:
+    def fail(descriptor: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", refuse)
+    monkeypatch.setattr(os, "write", fail)
 
 
 @pytest.fixture
@@ -122,13 +122,13 @@ def test_step_is_saved_again_if_latest_could_not_be_written(training: Training, 
     training.save(10)
     write = checkpoint_writer.write_durably
 
-    def refuse(path: Path, text: str) -> None:
+    def fail(path: Path, text: str) -> None:
         if path.name == LATEST:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, text)
 
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint_writer, "write_durably", refuse)
+        broken.setattr(checkpoint_writer, "write_durably", fail)
         assert training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
     assert training.steps == [10, 20], "it is there, and sound"
     training.save(20)
@@ -162,12 +162,12 @@ def test_undeletable_old_checkpoint_only_warns(
 ):
     training.save(10, 20)
 
-    def refuse(folder: Path, *arguments: Any, **keys: Any) -> None:
+    def fail(folder: Path, *arguments: Any, **keys: Any) -> None:
         if "deleted" in str(folder):
             raise OSError(errno.EIO, "Input/output error")
 
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", fail)
     training.save(30)
     assert "the old checkpoint step_00000010 could not be deleted or renamed: [Errno 5]" in caplog.text
     assert training.steps == [20, 30]
