@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: the table has every cell, and sections end in time, fail alone and go on where they stopped."""
+"""benchmarks/gpu.py: the table has every cell, and sections end in time, fail independently and resume."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def written(folder: Path) -> dict:
     return json.loads((folder / "gpu.json").read_text())
 
 
-def test_the_table_has_every_cell_once_and_what_decides_most_comes_first(tmp_path: Path):
+def test_table_has_every_cell_once_and_the_most_important_first(tmp_path: Path):
     names = [section.name for section in gpu.sections(False, {"lomar": tmp_path, "mae": tmp_path})]
     assert len(names) == len(set(names))
     for arch, size in IMAGES:
@@ -61,16 +61,16 @@ def test_goals_are_met_not_met_or_not_measured():
         "vit_base 448 mae, now": {"images_per_s": 100.0},
         "vit_huge 224 lomar, now": {"images_per_s": 1.0, "mfu": 0.51},
     }
-    said = {goal.name: str(goal) for goal in goals(cells)}
-    assert said["fast_over_mae vit_base 224"] == "fast_over_mae vit_base 224: 1.90 (goal: 1.8, met)"
-    assert said["fast_over_mae vit_base 448"] == "fast_over_mae vit_base 448: 3.00 (goal: 3.3, NOT met)"
-    assert said["mfu lomar vit_huge 224"] == "mfu lomar vit_huge 224: 0.51 (goal: 0.5, met)"
-    assert said["fast_over_mae vit_large 384"] == "fast_over_mae vit_large 384: not measured (goal: 1.6)"
-    assert said["lomar_over_authors vit_base 224"].endswith("not measured (goal: 2)")
-    assert len(said) == len(FAST_OVER_MAE) + 3
+    reports = {goal.name: str(goal) for goal in goals(cells)}
+    assert reports["fast_over_mae vit_base 224"] == "fast_over_mae vit_base 224: 1.90 (goal: 1.8, met)"
+    assert reports["fast_over_mae vit_base 448"] == "fast_over_mae vit_base 448: 3.00 (goal: 3.3, NOT met)"
+    assert reports["mfu lomar vit_huge 224"] == "mfu lomar vit_huge 224: 0.51 (goal: 0.5, met)"
+    assert reports["fast_over_mae vit_large 384"] == "fast_over_mae vit_large 384: not measured (goal: 1.6)"
+    assert reports["lomar_over_authors vit_base 224"].endswith("not measured (goal: 2)")
+    assert len(reports) == len(FAST_OVER_MAE) + 3
 
 
-def test_a_section_that_fails_leaves_the_others_alone(session: Session, tmp_path: Path, capsys):
+def test_failing_section_does_not_affect_the_others(session: Session, tmp_path: Path, capsys):
     def fail(_: Session) -> None:
         raise ValueError("no such shape")
 
@@ -86,7 +86,7 @@ def test_a_section_that_fails_leaves_the_others_alone(session: Session, tmp_path
 
 
 @pytest.mark.parametrize("noticed", ["in the section", "as the section ends"])
-def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(
+def test_process_with_a_broken_gpu_is_replaced_by_one_that_resumes(
     noticed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*_: object, **__: object) -> None:
@@ -96,7 +96,7 @@ def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "out", "--seconds", "480", "--only", "vit"])
     session = Session(tmp_path, 480, torch.device("cuda"), resume=False)
-    with monkeypatch.context() as broken:  # then every call fails
+    with monkeypatch.context() as broken:  # from then on every call fails
         broken.setattr(torch.cuda, "is_available", lambda: True)
         for owner, name in ((torch, "zeros"), (torch.cuda, "empty_cache"), (torch.cuda, "synchronize")):
             broken.setattr(owner, name, fail)
@@ -106,7 +106,7 @@ def test_a_process_whose_gpu_is_broken_is_replaced_by_one_that_goes_on(
     assert 470 < float(started[0][-1]) <= 480
 
 
-def test_what_would_not_end_in_time_is_left_out_and_done_on_resume(tmp_path: Path, capsys):
+def test_section_without_enough_time_is_left_for_a_resume(tmp_path: Path, capsys):
     session = Session(tmp_path, 0.5, CPU, resume=False)
     done = []
     session.section("first", "slow", 0, lambda _: time.sleep(0.3))
@@ -140,7 +140,7 @@ def test_out_of_memory_halves_the_batch(session: Session, monkeypatch: pytest.Mo
     assert "out of memory; retrying with 64 images" in capsys.readouterr().out
 
 
-def test_a_wrong_kernel_is_not_timed_as_now(session: Session):
+def test_wrong_kernel_is_not_timed_as_now(session: Session):
     cell, old = Cell("vit_base", 224, "fast", "now"), Cell("vit_base", 224, "fast", "before")
     assert cell.overrides(session) == ()
     session.results["sections"][gpu_kernel.RIGHT] = "error: ArithmeticError: wrong"
@@ -149,7 +149,7 @@ def test_a_wrong_kernel_is_not_timed_as_now(session: Session):
 
 
 @pytest.mark.parametrize("patches", [49, 25, 10])
-def test_the_reference_of_the_kernel_is_our_attention(patches: int):
+def test_reference_of_the_kernel_is_our_attention(patches: int):
     inputs = gpu_kernel.Shape(windows=2, patches=patches, heads=2, channels=8).inputs(CPU, torch.bfloat16)
     row = gpu_kernel._errors(gpu_kernel.by_torch, *inputs)
     assert row.pop("same bits twice")
@@ -158,7 +158,7 @@ def test_the_reference_of_the_kernel_is_our_attention(patches: int):
     assert without_position["out"] > 1e-1
 
 
-def test_torch_is_not_timed_with_the_buckets_that_a_step_makes_once(monkeypatch: pytest.MonkeyPatch):
+def test_torch_timing_excludes_buckets_that_a_step_makes_once(monkeypatch: pytest.MonkeyPatch):
     made = []
 
     def counted(*tensors: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_torch_is_not_timed_with_the_buckets_that_a_step_makes_once(monkeypatch:
     assert [position.dtype for position in made] == [torch.bfloat16]
 
 
-def test_the_convolution_is_timed_in_both_layouts_and_as_it_is_set(session: Session, monkeypatch: pytest.MonkeyPatch):
+def test_convolution_is_timed_in_both_layouts_and_determinism_modes(session: Session, monkeypatch: pytest.MonkeyPatch):
     seen = set()
 
     def times(module: gpu_convolution.ConvAggregation, tokens: torch.Tensor, session: Session) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""benchmarks/loader_peers.py: what is installed goes through all photographs, what is not is named."""
+"""benchmarks/loader_peers.py: installed loaders are timed on all photographs, and absent ones are named."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from helpers.shard_tools import jpeg, write_tar
 from benchmarks import loader_peers
 
 
-def test_all_that_is_installed_is_timed(
+def test_installed_loaders_are_timed_and_absent_ones_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar = tmp_path / "photographs.tar"

@@ -1,4 +1,4 @@
-"""benchmarks/loader.py: every contender has the same photographs, and the last line has every ratio."""
+"""benchmarks/loader.py: every pipeline gets the same photographs, and the last line has every ratio."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from data.loader import Loader
 from data.transforms import Augmentation
 
 
-def test_the_last_line_has_every_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_line_has_every_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tar = tmp_path / "photographs.tar"
     write_tar(tar, [(f"n{i}/{i}.JPEG", jpeg(i, 400 + i, 300)) for i in range(10)] + [("n0/about.txt", b"none")])
     loader.main([str(tar), "--quick"])
@@ -25,7 +25,7 @@ def test_the_last_line_has_every_ratio(tmp_path: Path, capsys: pytest.CaptureFix
     assert lines[1].split()[-6:] == ["ours", "ours_packed288", "ours_repeats2", "usual", "limit", "limit_packed288"]
 
 
-def test_a_tar_without_photographs_is_refused(tmp_path: Path) -> None:
+def test_tar_without_photographs_is_rejected(tmp_path: Path) -> None:
     write_tar(tmp_path / "none.tar", [("a.txt", b"none")])
     with pytest.raises(SystemExit, match="0 photographs, but at least 8 are needed"):
         loader.main([str(tmp_path / "none.tar")])
@@ -39,8 +39,8 @@ def test_ratios_are_medians_of_rounds() -> None:
     assert figures["usual_448_per_s"] == 0.3
 
 
-def test_the_usual_pipeline_takes_the_crops_of_ours(tmp_path: Path) -> None:
-    """Both flip as they like."""
+def test_usual_pipeline_takes_the_same_crops_as_ours(tmp_path: Path) -> None:
+    """The usual pipeline flips at random, so either direction matches."""
     tar = tmp_path / "photographs.tar"
     write_tar(tar, [(f"{i}.jpg", jpeg(i, 400 + i, 300)) for i in range(8)])
     (folder := tmp_path / "photographs").mkdir()

@@ -1,4 +1,4 @@
-"""The small-scale experiment: what it compares can be configured, on a CPU and on a GPU."""
+"""The small-scale experiment: every compared variant can be configured, on a CPU and on a GPU."""
 
 import sys
 from pathlib import Path
@@ -15,14 +15,14 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "small_scale"
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch: pytest.MonkeyPatch):
-    """They import each other by their names alone, as scripts do."""
+    """The scripts import each other as top-level modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
     for name in ("variants", "trainings", "cpu", "gpu"):
         sys.modules.pop(name, None)
 
 
-def test_every_variant_is_a_run_on_a_cpu():
+def test_every_variant_can_be_configured_on_a_cpu():
     from cpu import CPU, Job
     from variants import variants
 
@@ -33,7 +33,7 @@ def test_every_variant_is_a_run_on_a_cpu():
             assert config.grid == (14, 14)
 
 
-def test_every_variant_is_a_run_on_a_gpu(tmp_path: Path):
+def test_every_variant_can_be_configured_on_a_gpu(tmp_path: Path):
     import gpu
 
     with patch.object(gpu, "find_world", lambda: World(0, 1, 0)), patch.object(gpu, "run_pretraining") as run:

@@ -1,4 +1,4 @@
-"""benchmarks/step.py: the naive implementation is LoMaR, and the table has every variant and ratio."""
+"""benchmarks/step.py: the naive implementation equals LoMaR, and the output has every variant and ratio."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def test_naive_lomar_gives_our_loss_and_gradients(size: int, bf16: bool):
         assert_equal_steps(ours, naive, batch, bf16)
 
 
-def test_the_variants_are_those_of_the_methods_keys():
+def test_variants_set_the_expected_keys():
     configs = {name: load_variant(name, "vit_base", 448) for name in NAMES}
     assert {name: getattr(config.method, "mask_token_block", None) for name, config in configs.items()} == {
         "lomar": 0, "late": 8, "pr": 0, "fast": 8, "mae": None,
@@ -47,7 +47,7 @@ def test_the_variants_are_those_of_the_methods_keys():
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("lomar_fast_*.yaml")))
-def test_the_fast_variant_is_that_of_the_recipes(recipe: str):
+def test_fast_variant_matches_the_shipped_recipes(recipe: str):
     shipped = load(recipe, ["data.shards=none"])
     size = 384 if shipped.data.image_size == 378 else shipped.data.image_size
     timed = load_variant("fast", shipped.model.arch, size)
@@ -60,17 +60,19 @@ def test_there_is_a_fast_recipe_for_every_size():
     assert len(list(RECIPES.glob("lomar_fast_*.yaml"))) == 9
 
 
-def test_counted_flops_are_in_the_order_of_the_work():
+def test_counted_flops_have_the_expected_order():
     flops = {name: trainee(load_variant(name, "vit_tiny", 224), 1, CPU).forward_flops() for name in NAMES}
     assert flops["fast"] < flops["late"] < flops["pr"] < flops["lomar"]
 
 
-def test_cases_are_both_sizes():
+def test_cases_cover_both_image_sizes():
     for quick in (False, True):
         assert [case.size for case in step.cases(quick)] == [224, 448]
 
 
-def test_table_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_table_has_every_variant_and_json_every_ratio(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(step, "cases", lambda quick: [Case("vit_tiny", 224, 1, 2)])
     monkeypatch.setattr(sys, "argv", ["step.py", "--quick"])
     step.main()
@@ -83,6 +85,6 @@ def test_table_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         assert sum(line.startswith(f"{name}  ") for line in table) == 1, name
 
 
-def test_a_checkout_without_the_module_is_named(tmp_path):
+def test_checkout_without_the_module_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no models_mae.py: give a checkout of github.com/facebookresearch/mae"):
         step.trainees(Case("vit_tiny", 224, 1, 2), {"mae": tmp_path})

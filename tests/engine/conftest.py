@@ -1,4 +1,4 @@
-"""Real runs of `pretrain/run.py`: real shards of real JPEGs, real DeepSpeed engines in real processes."""
+"""Fixtures for real runs of `pretrain/run.py`: shards of JPEGs, and DeepSpeed engines in their own processes."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three shards with 80 JPEGs of colored gradients and discs, packed by our own command."""
+    """Three shards with 80 JPEGs of colored gradients and discs, packed by `data.pack`."""
     folder, out = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     rows, cols = np.mgrid[0:96, 0:112]
@@ -42,9 +42,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def write_recipe(shards: Path) -> Callable[..., Path]:
-    """write_recipe(folder, name, section={...}) -> ten steps of a small LoMaR, with other sections in place of its own.
+    """write_recipe(folder, name, section={...}) -> ten steps of a small LoMaR, with the given sections replaced.
 
-    The images are not square; two processes train it in a few seconds.
+    The images are not square. Two processes train it in a few seconds.
     """
 
     def write(folder: Path, name: str = "tiny", **sections: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What a user can do wrong, tried on the real command: one clear line, exit code 1, nothing lost, nothing hangs."""
+"""User errors, tried on the real command: one clear line, exit code 1, nothing lost, nothing hangs."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from pretrain.trainer.metrics import read_metrics
 pytestmark = pytest.mark.engine
 
 
-def refused(run: Any) -> str:
-    """The output of a run of which every rank must have refused, without a traceback."""
+def rejection(run: Any) -> str:
+    """The output of a run that every rank must have rejected without a traceback."""
     output = "".join(run.outputs())
     assert all(process.returncode == 1 for process in run.all), output
     assert "Traceback" not in output, output
@@ -43,12 +43,12 @@ def refused(run: Any) -> str:
     ],
     ids=["by one process", "when the ranks have started"],
 )
-def test_a_command_that_cannot_work(
+def test_invalid_command_is_rejected(
     command: str, message: str, recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     (tmp_path / "engine.json").write_text(json.dumps({"gradient_clipping": 1.0}))
     line = command.replace("RECIPE", str(recipe)).replace("FOLDER", str(tmp_path))
-    assert message in refused(start(*line.split(), processes=1))
+    assert message in rejection(start(*line.split(), processes=1))
     assert not (tmp_path / "runs" / "tiny").exists(), "it never began"
 
 
@@ -72,8 +72,8 @@ def test_a_command_that_cannot_work(
         ("runs=https://me:secret@host/runs", "runs is a URL: give a folder"),
     ],
 )
-def test_a_configuration_that_cannot_work(override: str, message: str, recipe: Path):
-    """The command says these as it says a wrong key: whatever its steps before the training refuse."""
+def test_invalid_configuration_is_rejected(override: str, message: str, recipe: Path):
+    """The command reports all errors of the steps before training in the same way as an unknown key."""
 
     def begin() -> None:
         config = load(str(recipe), [override])
@@ -85,28 +85,28 @@ def test_a_configuration_that_cannot_work(override: str, message: str, recipe: P
         begin()
 
 
-def test_a_recipe_that_is_misspelled():
+def test_misspelled_recipe_suggests_the_nearest():
     with pytest.raises(ValueError, match=re.escape("did you mean lomar_vitb16_224_1600e?")):
         load("lomar_vitb16_224_1600", [])
 
 
-def test_a_gpu_that_is_not_there(recipe: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+def test_missing_gpu_is_reported(recipe: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "finds no usable GPU: check nvidia-smi" in refused(start(recipe, processes=1))
+    assert "finds no usable GPU: check nvidia-smi" in rejection(start(recipe, processes=1))
 
 
-def test_a_port_on_which_another_run_listens(recipe: Path, start: Callable[..., Any]):
-    """The launchers give every run the same one."""
+def test_port_in_use_by_another_run_is_reported(recipe: Path, start: Callable[..., Any]):
+    """The launchers give every run the same port."""
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        output = refused(start(recipe, processes=1, port=port))
+        output = rejection(start(recipe, processes=1, port=port))
     assert f"port {port} is already in use by process {os.getpid()} (" in output
     assert f"this same run, still running, `kill {os.getpid()}` saves and stops it" in output
     assert "choose another port: deepspeed (or torchrun) --master_port=" in output
 
 
-def test_weights_that_explode_are_never_written_and_the_samples_are_named(
+def test_exploding_weights_end_the_run_and_the_samples_are_named(
     recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     run = start(recipe, "optim.base_lr=1e30", "train.max_nonfinite_steps=3")
@@ -131,7 +131,7 @@ def test_unreadable_images_are_replaced_counted_and_capped(
         (folder / shard.name).write_bytes(shard.read_bytes())
     tiny = BytesIO()
     Image.new("RGB", (1, 1)).save(tiny, "JPEG")
-    with tarfile.open(folder / "train-000099.tar", "w") as tar:  # a shard made by others, without our index
+    with tarfile.open(folder / "train-000099.tar", "w") as tar:  # a shard from elsewhere, without our index
         for name, content in {"w\udcf6rds.jpg": b"not an image", "dot.jpg": tiny.getvalue()}.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
@@ -141,14 +141,14 @@ def test_unreadable_images_are_replaced_counted_and_capped(
     run = tmp_path / "runs" / "tiny"
     assert sum(row["skipped_images"] for row in read_metrics(run / "metrics.jsonl")) >= 2
     listed = (run / "skipped_images.txt").read_text("utf-8")
-    assert "w\\xf6rds\tno image\tnot a JPEG" in listed  # a name that is no UTF-8
+    assert "w\\xf6rds\tno image\tnot a JPEG" in listed  # a name that is not valid UTF-8
     assert "dot\ttoo small\t1 x 1 is under" in listed
     capped = "".join(start(*arguments, "data.max_skipped_images=0", "name=capped").outputs())
     assert "more than data.max_skipped_images=0" in capped
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_at_checkpoint_time_loses_nothing(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+def test_full_disk_while_saving_loses_nothing(recipe: Path, start: Callable[..., Any], tmp_path: Path):
     disk = tmp_path / "runs"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False).returncode:

@@ -1,4 +1,4 @@
-"""A run whose shards have changed continues with them from the end of an epoch on, if it is told to."""
+"""A run whose shards have changed continues with them from the end of an epoch, if told to."""
 
 import json
 import shutil
@@ -14,10 +14,10 @@ from pretrain.trainer.metrics import read_metrics
 pytestmark = pytest.mark.engine
 
 
-def test_one_shard_more(
+def test_added_shard_is_accepted_at_the_end_of_an_epoch(
     shards: Path, write_recipe: Callable[..., Path], start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """60 samples are 7 steps an epoch, 80 are 10."""
+    """60 samples make 7 steps per epoch, 80 samples make 10."""
     mine, names = tmp_path / "shards", sorted(path.name for path in shards.glob("*.tar"))
     mine.mkdir()
     for name in names[:2]:
@@ -37,15 +37,15 @@ def test_one_shard_more(
 
     shutil.copy(shards / names[2], mine)
     (mine / "index.npz").unlink()
-    refused, accepts = "".join(start(recipe, *keys).outputs()), "data.accept_changed_shards=true"
-    assert f"1 of 3 shards are new: '{names[2]}'; {accepts} accepts them" in refused
+    rejected, accepts = "".join(start(recipe, *keys).outputs()), "data.accept_changed_shards=true"
+    assert f"1 of 3 shards are new: '{names[2]}'; {accepts} accepts them" in rejected
     within = "".join(start(recipe, *keys, accepts, "name=within").outputs())
     assert "step 8, lies within the one from step 7 to step 14" in within
 
-    said = start(recipe, *keys, accepts).finish()
-    assert "resumes from step_00000007" in said
-    assert "2 epochs, 17 steps" in said
-    assert "since step 7, the end of epoch 1, on other shards" in said
+    output = start(recipe, *keys, accepts).finish()
+    assert "resumes from step_00000007" in output
+    assert "2 epochs, 17 steps" in output
+    assert "since step 7, the end of epoch 1, on other shards" in output
     rows = read_metrics(tmp_path / "runs/tiny/metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 18))
     assert [row["epoch"] for row in rows[7:]] == pytest.approx([1 + step / 10 for step in range(1, 11)])

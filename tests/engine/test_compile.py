@@ -1,4 +1,4 @@
-"""Compiled blocks in DeepSpeed's engines: the gradients of eager ones in stages 0 to 2, and lost ones in stage 3."""
+"""Compiled blocks in DeepSpeed engines: gradients equal eager ones in stages 0 to 2 and are lost in stage 3."""
 
 import json
 from collections.abc import Callable
@@ -17,14 +17,14 @@ def norms(out: Path, start: Callable[..., Any], *stages: int) -> dict[str, dict[
 
 
 @pytest.fixture(scope="module")
-def whole_models(start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The norms in the stages that do not partition parameters."""
+def unpartitioned_norms(start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Gradient norms in the stages that do not partition parameters."""
     return norms(tmp_path_factory.mktemp("norms") / "norms.json", start_once, 0, 1, 2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_gradients_are_those_of_eager_blocks(stage: int, whole_models: Any):
-    found = whole_models[str(stage)]
+def test_compiled_gradients_equal_eager_ones(stage: int, unpartitioned_norms: Any):
+    found = unpartitioned_norms[str(stage)]
     assert found["eager"].keys() == found["compiled"].keys()
     for name, norm in found["eager"].items():
         assert found["compiled"][name] == pytest.approx(norm, rel=1e-4, abs=1e-7), name
@@ -32,7 +32,7 @@ def test_gradients_are_those_of_eager_blocks(stage: int, whole_models: Any):
 
 
 def test_stage_3_still_loses_gradients(start: Callable[..., Any], tmp_path: Path):
-    """Why `choose_numerics` refuses it. If this fails, DeepSpeed is fixed: allow it there and compare as above."""
+    """Why `choose_numerics` rejects it. If this fails, DeepSpeed is fixed: allow it there and compare as above."""
     found = norms(tmp_path / "norms.json", start, 3)["3"]
     name = "encoder.blocks.0.mlp.fc1.weight"
     assert found["eager"][name] > 0

@@ -1,4 +1,4 @@
-"""Every method and pair on real engines: plain torch's losses, an exact resume, an encoder that loads elsewhere."""
+"""Methods and combinations on real engines: losses of plain torch, exact resume, and a self-contained encoder file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ LOMAR = {"name": "lomar", "num_windows": 2, "window_size": 3}
 SINCOS = {"arch": "vit_tiny", "position": "sincos"}
 RELATIVE = {"arch": "vit_tiny"}
 LEARNED = {"arch": "vit_tiny", "position": "learned", "registers": 2}
-AS_TRAINED = {"arch": "vit_tiny", "position": "bias", "layer_scale": 0.1, "registers": 1}  # SimMIM, but for registers
+AS_TRAINED = {"arch": "vit_tiny", "position": "bias", "layer_scale": 0.1, "registers": 1}  # SimMIM's, plus registers
 PR_MIM = {"throw_ratio": 0.3, "kernel_size": 3}
 LUT = {"alpha": 1.0, "hidden_dim": 16, "momentum": 0.9}
 SIMMIM = {"name": "simmim", "mask_patch_size": 16}
@@ -120,7 +120,7 @@ def recipes(write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 
 def write_teacher(folder: Path) -> Path:
-    """An encoder with larger patches than those that are trained, as other projects' files have it."""
+    """An encoder in the format of other projects, with larger patches than those of the trained models."""
     torch.manual_seed(7)
     with SMALL:
         encoder = ViT("vit_tiny", 20, (3, 3), relative=False)
@@ -128,7 +128,7 @@ def write_teacher(folder: Path) -> Path:
     return folder / "teacher.safetensors"
 
 
-ZERO3 = ("train.ds_config=zero3", "train.gradient_accumulation_steps=2")  # it partitions most
+ZERO3 = ("train.ds_config=zero3", "train.gradient_accumulation_steps=2")  # partitions the most
 ZERO1_BF16 = (
     "train.ds_config=zero1",
     "train.gradient_accumulation_steps=2",
@@ -159,7 +159,7 @@ def test_zero3_equals_plain_torch(method: str, recipes: dict[str, str], zero3: P
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stage", ["zero1_bf16", "zero3"])
-def test_four_steps_equal_two_then_two(stage: str, method: str, request: pytest.FixtureRequest):
+def test_four_steps_equal_two_steps_and_two_resumed_ones(stage: str, method: str, request: pytest.FixtureRequest):
     whole, resumed = (request.getfixturevalue(stage) / method / name for name in ("whole", "resumed"))
     assert_same_run(whole, resumed)
     assert_same_bits(*(torch.load(run / "state.pt") for run in (whole, resumed)))
@@ -167,7 +167,7 @@ def test_four_steps_equal_two_then_two(stage: str, method: str, request: pytest.
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stage", ["zero1_bf16", "zero3"])
-def test_the_encoder_is_rebuilt_from_its_file_alone(stage: str, method: str, request: pytest.FixtureRequest):
+def test_encoder_can_be_rebuilt_from_its_file_alone(stage: str, method: str, request: pytest.FixtureRequest):
     run = request.getfixturevalue(stage) / method / "whole"
     with safe_open(run / "encoder.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -189,17 +189,17 @@ def test_the_encoder_is_rebuilt_from_its_file_alone(stage: str, method: str, req
     trained = torch.load(run / "state.pt")
     prefix = "method.encoder" if "lut" in method else "encoder"
     expected = {name: trained[f"{prefix}.{name}"] for name in encoder.state_dict()}
-    if "tec" in method:  # a constant behind an MLP
+    if "tec" in method:  # its class token is a constant passed through an MLP
         expected["cls_token"] = fold_class_adapter(
             *(trained[f"encoder.{name}"] for name in ("cls_token", *CLASS_ADAPTER))
         )
     assert_same_bits(dict(encoder.state_dict()), expected)
 
 
-def test_killed_and_continued_ends_with_the_same_bits(
+def test_killed_run_resumes_bitwise_identically(
     write_recipe: Callable[..., Path], start: Callable[..., Any], tmp_path: Path
 ):
-    """Through the data workers, for the method with most on top of LoMaR; others are killed in test_resume.py."""
+    """With data workers, for the method that adds most to LoMaR. test_resume.py kills runs of plain LoMaR."""
     recipe = write_recipe(tmp_path, **METHODS["lomar-late-pr_mim-lut"])
     keys = ("train.epochs=2", "train.ds_config=zero3", "train.precision=bf16")
     start(recipe, *keys, "name=whole").finish()
@@ -214,7 +214,7 @@ def test_killed_and_continued_ends_with_the_same_bits(
     assert_same_run(tmp_path / "runs" / "whole", broken)
 
 
-def test_the_terms_of_a_loss_are_logged(zero3: Path):
+def test_terms_of_a_loss_are_logged(zero3: Path):
     rows = read_metrics(zero3 / "lc_mae" / "whole" / "metrics.jsonl")
     for row in (row for row in rows if row["loss"] is not None):
         assert row["loss"] == pytest.approx(row["loss_mae"] + row["loss_cross"] + row["loss_in"], rel=1e-5)

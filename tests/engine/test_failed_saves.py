@@ -1,4 +1,4 @@
-"""A rank whose disk takes no checkpoint is no reason to end."""
+"""Training continues if a rank cannot write its checkpoint, and ends if the run folder was moved."""
 
 import resource
 import signal
@@ -17,9 +17,7 @@ from pretrain.trainer.metrics import read_metrics
 pytestmark = pytest.mark.engine
 
 
-def test_a_folder_that_was_moved_ends_the_run_and_is_not_made_again(
-    start: Callable[..., Any], recipe: Path, tmp_path: Path
-):
+def test_moved_run_folder_ends_the_run_and_is_not_recreated(start: Callable[..., Any], recipe: Path, tmp_path: Path):
     run = start(recipe, "train.epochs=1000", "checkpoint.every_steps=2")
     folder = tmp_path / "runs" / "tiny"
     wait_for(folder / "checkpoints" / "latest", run)
@@ -30,10 +28,10 @@ def test_a_folder_that_was_moved_ends_the_run_and_is_not_made_again(
     assert not (folder / "checkpoints").exists()
 
 
-def test_a_rank_that_cannot_write_is_told_of_and_training_goes_on(
+def test_failed_write_on_one_rank_is_reported_and_training_continues(
     start: Callable[..., Any], recipe: Path, tmp_path: Path
 ):
-    """The kernel lets it write files of 1 KB only, as a quota would, for a while."""
+    """For a while the kernel limits its files to 1 KB, as a quota would."""
     run = start(recipe, "train.epochs=1000", "train.ds_config=zero1", "checkpoint.every_steps=2")
     folder = tmp_path / "runs" / "tiny"
     wait_for(folder / "checkpoints" / "latest", run)

@@ -1,4 +1,4 @@
-"""A short fault campaign: benchmarks/faults.py --quick."""
+"""A short fault injection campaign: benchmarks/faults.py --quick."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_nothing_hangs_and_nothing_is_lost(start: Callable[..., Any], tmp_path: 
     assert differences(whole[0], whole[1]), "two other trainings differ"
 
 
-def test_the_campaign_has_all_kinds_in_all_stages():
+def test_campaign_covers_both_kinds_of_training_in_all_stages():
     assert len(CASES) >= 100
     assert len({str(case) for case in CASES}) == len(CASES)
     places = {(case.training, case.stage) for case in CASES}

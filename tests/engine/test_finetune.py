@@ -1,4 +1,4 @@
-"""Classifiers on real engines: plain torch's losses, an exact resume, frozen weights that stay."""
+"""Classifiers on real engines: the losses of plain torch, exact resume, and frozen weights that do not move."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ LARS = {**PROBE, "optim": {"name": "lars", "base_lr": 10.0, "weight_decay": 0.0}
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As a pretraining leaves it, and no parameter at a special value."""
+    """An encoder as pretraining saves it, with no parameter at a special value such as 0."""
     torch.manual_seed(7)
     with SMALL:
         vit = ViT("vit_tiny", 16, (4, 5))
@@ -84,7 +84,7 @@ STAGES = {
 def trained(
     recipes: Callable[..., dict[str, str]], start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, dict[str, list[str]]]]:
-    """trained(stage) -> folder and jobs of one launch that trains them all; never two stages in a process."""
+    """trained(stage) -> folder and jobs of one launch that trains them all. Stages never share a process."""
     done: dict[str, tuple[Path, dict[str, list[str]]]] = {}
 
     def train(stage: str) -> tuple[Path, dict[str, list[str]]]:
@@ -108,14 +108,14 @@ def test_engines_equal_plain_torch(stage: str, job: str, trained: Callable[..., 
     if config.ema:
         saved = load_file(folder / job / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "ema.safetensors")
         for name, ema in averages.items():
-            if not name.endswith("qkv.bias"):  # a key's bias does not change attention: Adam follows rounding there
+            if not name.endswith("qkv.bias"):  # the key bias does not affect attention: Adam follows rounding
                 torch.testing.assert_close(saved[name].double(), ema, rtol=1e-5, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize(
     ("stage", "job"), [("zero0", "lars"), *((stage, job) for stage in ("zero1", "zero3") for job in JOBS)]
 )
-def test_four_steps_equal_two_then_two(stage: str, job: str, trained: Callable[..., Any]):
+def test_four_steps_equal_two_steps_and_two_resumed_ones(stage: str, job: str, trained: Callable[..., Any]):
     runs = [trained(stage)[0] / job / name for name in ("whole", "resumed")]
     assert_same_run(*runs)
     assert_same_bits(*(torch.load(run / "state.pt") for run in runs))
@@ -124,7 +124,7 @@ def test_four_steps_equal_two_then_two(stage: str, job: str, trained: Callable[.
 @pytest.mark.parametrize(
     ("stage", "job"), [("zero0", "lars"), *((stage, job) for stage in ("zero1", "zero3") for job in JOBS)]
 )
-def test_what_is_frozen_stays_and_all_else_moves(stage: str, job: str, trained: Callable[..., Any]):
+def test_all_weights_move_except_frozen_ones(stage: str, job: str, trained: Callable[..., Any]):
     folder, jobs = trained(stage)
     config = configure(*jobs[job])
     before = build_small(config)
@@ -136,7 +136,7 @@ def test_what_is_frozen_stays_and_all_else_moves(stage: str, job: str, trained: 
         assert torch.equal(parameter, after[name]) != moves, name
 
 
-def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable[..., Any]):
+def test_classifier_checkpoint_is_rejected_as_an_encoder(encoder: Path, trained: Callable[..., Any]):
     folder, _ = trained("zero3")
     with pytest.raises(ValueError, match="is a checkpoint of a classifier, not of pretraining") as error:
         read_source(folder / "tuned" / "whole" / "checkpoints" / f"step_{STEPS:08d}")
@@ -144,7 +144,7 @@ def test_a_classifiers_checkpoint_is_no_encoder(encoder: Path, trained: Callable
 
 
 def rebuilt(path: Path) -> Any:
-    """From the file alone: timm's model by its metadata, filled strictly."""
+    """The timm model that the file's metadata describe, with the file's weights loaded strictly."""
     with safe_open(path, "pt") as file:
         spec = ClassifierSpec.from_metadata(file.metadata())
     state = load_file(path)
@@ -157,7 +157,7 @@ def rebuilt(path: Path) -> Any:
 
 @pytest.mark.parametrize("job", JOBS)
 @torch.no_grad()
-def test_the_file_is_the_trained_model_under_timms_names(job: str, trained: Callable[..., Any]):
+def test_saved_file_is_the_trained_model_with_timm_names(job: str, trained: Callable[..., Any]):
     folder, jobs = trained("zero3")
     config = configure(*jobs[job])
     images = torch.randint(0, 256, (3, 64, 80, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

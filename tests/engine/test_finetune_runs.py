@@ -1,4 +1,4 @@
-"""Real runs of `downstream/classify/finetune.py` on real JPEGs: killed and continued, on other ranks, and refused."""
+"""Real runs of `downstream/classify/finetune.py` on JPEGs: killed and resumed, on other ranks, and rejected."""
 
 import json
 import subprocess
@@ -23,12 +23,12 @@ from pretrain.finish import save_encoder
 from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
-# An even number of classes: what ZeRO-3 fills parts of an odd one up with is whatever was in memory.
+# An even number of classes: ZeRO-3 pads the parts of an odd number with uninitialized memory.
 COLORS = {"blue": (40, 60, 200), "green": (60, 180, 50), "red": (210, 50, 40), "yellow": (220, 210, 60)}
 
 
 def write_images(folder: Path, count: int, seed: int) -> Path:
-    """Folders of noisy images, `count` of each color, which is their class."""
+    """Writes `count` noisy images of each color, in a folder per color, which is their class."""
     rng = np.random.default_rng(seed)
     for name, color in COLORS.items():
         (folder / name).mkdir(parents=True)
@@ -39,7 +39,7 @@ def write_images(folder: Path, count: int, seed: int) -> Path:
 
 
 def pack(folder: Path, count: int, seed: int) -> Path:
-    """Shards of them."""
+    """Writes such images and packs them into shards."""
     images = write_images(folder / "images", count, seed)
     command = [sys.executable, "-m", "data.pack", str(images), str(folder / "shards")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -48,7 +48,7 @@ def pack(folder: Path, count: int, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def tuning(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[..., Path]) -> Path:
-    """A recipe with everything on, beside its shards and a LoMaR's encoder: three epochs of five steps."""
+    """A recipe with every option on, next to its shards and a LoMaR encoder: three epochs of five steps."""
     folder = tmp_path_factory.mktemp("tuning")
     pretraining = load(str(write_recipe(folder, "pretraining")), ["data.image_size=[64,96]"])
     with SMALL:
@@ -84,10 +84,8 @@ def whole(tuning: Path, start_once: Callable[..., Any]) -> Path:
     return tuning.parent / "whole"
 
 
-def test_killed_and_continued_ends_with_the_same_bits(
-    tuning: Path, whole: Path, start: Callable[..., Any], tmp_path: Path
-):
-    """Even if the start has gone since; and what is measured in between changes nothing."""
+def test_killed_run_resumes_bitwise_identically(tuning: Path, whole: Path, start: Callable[..., Any], tmp_path: Path):
+    """Even if the starting encoder is gone by then. How often the run is evaluated changes nothing."""
     encoder = tuning.parent / "encoder.safetensors"
     killed = start(tuning, "val.every_epochs=3", script=CLASSIFY)
     wait_for(tmp_path / "runs" / "tuned" / "checkpoints" / "step_00000005" / "manifest.json", killed)
@@ -96,16 +94,16 @@ def test_killed_and_continued_ends_with_the_same_bits(
     last = newest(tmp_path / "runs" / "tuned")
     assert last <= "step_00000010"
     encoder.rename(tmp_path / encoder.name)
-    said = start(tuning, "val.every_epochs=3", script=CLASSIFY).finish()
-    assert f"resumes from {last}" in said
-    assert "from scratch" not in said
+    output = start(tuning, "val.every_epochs=3", script=CLASSIFY).finish()
+    assert f"resumes from {last}" in output
+    assert "from scratch" not in output
     (tmp_path / encoder.name).rename(encoder)
     assert_same_run(whole, tmp_path / "runs" / "tuned")
     (measured,) = read_metrics(tmp_path / "runs" / "tuned" / "evaluation.jsonl")
     assert measured == read_metrics(whole / "evaluation.jsonl")[-1]
 
 
-def test_what_a_run_leaves_and_measures(whole: Path):
+def test_run_writes_its_files_and_evaluations(whole: Path):
     assert {p.name for p in whole.iterdir()} == {
         ".lock",
         "checkpoints",
@@ -134,36 +132,34 @@ def test_what_a_run_leaves_and_measures(whole: Path):
     assert json.loads((whole / "environment.json").read_text())["deepspeed"]["zero_stage"] == 3
 
 
-def test_other_ranks_and_another_stage_continue_with_layer_decay(
-    tuning: Path, start: Callable[..., Any], tmp_path: Path
-):
-    """Without what is drawn for each rank; the data workers' draws are the samples' own. The classes are learned."""
-    still = (
+def test_layer_decay_run_resumes_on_other_ranks_and_stage(tuning: Path, start: Callable[..., Any], tmp_path: Path):
+    """Without random draws per rank. Those of the data workers are per sample. The classes are learned."""
+    no_rank_randomness = (
         "model.drop_path_rate=0",
         "augment.mixup=0",
         "augment.cutmix=0",
         "augment.random_erasing=0",
         "train.precision=fp32",
     )
-    keys = (tuning, *still, "augment.randaugment=rand-m3-mstd0.5-inc1")
+    keys = (tuning, *no_rank_randomness, "augment.randaugment=rand-m3-mstd0.5-inc1")
     start(*keys, "train.ds_config=zero1", script=CLASSIFY).finish()
     run = tmp_path / "runs" / "tuned"
     before, measured = read_metrics(run / "metrics.jsonl"), read_metrics(run / "evaluation.jsonl")
     assert measured[-1]["top1"] > 0.6
     last = load_file(run / "model.safetensors")
     subprocess.run(["rm", "-r", str(run / "checkpoints" / "step_00000015")], check=True)
-    said = start(*keys, "train.ds_config=zero3", script=CLASSIFY, processes=1).finish()
-    assert "resumes from step_00000010" in said
-    assert "the number of ranks was 2 and is 1, the ZeRO stage (train.ds_config) was 1 and is 3" in said
+    output = start(*keys, "train.ds_config=zero3", script=CLASSIFY, processes=1).finish()
+    assert "resumes from step_00000010" in output
+    assert "the number of ranks was 2 and is 1, the ZeRO stage (train.ds_config) was 1 and is 3" in output
     after = read_metrics(run / "metrics.jsonl")
     assert [row["loss"] for row in after] == pytest.approx([row["loss"] for row in before], rel=1e-5)
     assert [row["grad_norm"] for row in after] == pytest.approx([row["grad_norm"] for row in before], rel=1e-3)
     for name, tensor in load_file(run / "model.safetensors").items():
-        if not name.endswith("qkv.bias"):  # Adam follows the sign of rounding there
+        if not name.endswith("qkv.bias"):  # Adam follows rounding errors there
             torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-REFUSED = {
+REJECTED = {
     "a missing split": ("val.shards=/nowhere", "val.shards: /nowhere: no such shard"),
     "labels beyond the classes": (
         "head.num_classes=2",
@@ -182,15 +178,15 @@ REFUSED = {
 }
 
 
-def test_bad_input_is_refused_at_once(tuning: Path, start: Callable[..., Any]):
-    """A process each, all at once: they hardly do more than importing."""
+def test_bad_input_is_rejected(tuning: Path, start: Callable[..., Any]):
+    """One process per case, all in parallel: they do little more than import."""
     folder = tuning.parent
     (folder / "cut.safetensors").write_bytes((folder / "encoder.safetensors").read_bytes()[:5000])
     runs = {
         case: start(tuning, override.replace("FOLDER", str(folder)), f"name=refused{n}", script=CLASSIFY, processes=1)
-        for n, (case, (override, _)) in enumerate(REFUSED.items())
+        for n, (case, (override, _)) in enumerate(REJECTED.items())
     }
-    for case, (_, message) in REFUSED.items():
+    for case, (_, message) in REJECTED.items():
         output = "".join(runs[case].outputs())
         assert runs[case].all[0].returncode == 1, output
         assert message.replace("FOLDER", str(folder)) in output

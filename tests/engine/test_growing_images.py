@@ -15,7 +15,7 @@ from pretrain.trainer.metrics import read_metrics
 pytestmark = pytest.mark.engine
 TWENTY_STEPS = ("train.epochs=2", "train.ds_config=zero1", "train.gradient_accumulation_steps=2")
 GROWING = "data.size_schedule=0:48x64,1:64x80"  # from step 10 on
-# LUT's teacher sees the images, too, and its heads have buffers that every step changes.
+# LUT's teacher sees the images as well, and its heads have buffers that every step changes.
 SETTINGS = (*TWENTY_STEPS, "lut.hidden_dim=16", "model.position=sincos", "checkpoint.keep_last=4")
 
 
@@ -23,7 +23,7 @@ SETTINGS = (*TWENTY_STEPS, "lut.hidden_dim=16", "model.position=sincos", "checkp
 def whole(
     write_recipe: Callable[..., Path], start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """whole('key=value', ...) -> the folder of a complete run, which all tests read: they write in copies."""
+    """whole('key=value', ...) -> the folder of a complete run. All tests share it, and write only to copies."""
 
     @functools.cache
     def run(*overrides: str) -> Path:
@@ -35,7 +35,7 @@ def whole(
 
 
 @pytest.mark.parametrize("step", [5, 10, 15])
-def test_continued_before_at_and_after_the_change_it_ends_with_the_same_bits(
+def test_resume_before_at_and_after_the_change_is_bitwise_identical(
     step: int, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     later = [f"step_{other:08d}" for other in (5, 10, 15, 20) if other > step]
@@ -45,15 +45,15 @@ def test_continued_before_at_and_after_the_change_it_ends_with_the_same_bits(
     assert_same_run(whole(GROWING), broken)
 
 
-def test_the_size_is_logged(whole: Callable[..., Path]):
+def test_image_size_is_logged(whole: Callable[..., Path]):
     rows = read_metrics(whole(GROWING) / "metrics.jsonl")
     assert [row["image_size"] for row in rows] == ["48x64"] * 10 + ["64x80"] * 10
-    said = (whole(GROWING).parents[1] / "said.txt").read_text()
-    assert "at 48x64, 64x80 from epoch 1 on" in said
-    assert "from step 10 on, images are 64x80" in said
+    output = (whole(GROWING).parents[1] / "said.txt").read_text()
+    assert "at 48x64, 64x80 from epoch 1 on" in output
+    assert "from step 10 on, images are 64x80" in output
 
 
-def test_a_schedule_of_one_size_changes_no_bits(whole: Callable[..., Path]):
+def test_schedule_of_one_size_is_bitwise_identical_to_none(whole: Callable[..., Path]):
     constant, plain = whole("data.size_schedule=0:64x80"), whole()
     for name in ("encoder.safetensors", "encoder_ema.safetensors"):
         assert_same_bits(*(load_file(folder / name) for folder in (constant, plain)))
@@ -64,7 +64,7 @@ def test_a_schedule_of_one_size_changes_no_bits(whole: Callable[..., Path]):
     assert "image_size" not in read_metrics(plain / "metrics.jsonl")[0]
 
 
-def test_another_schedule_is_refused(
+def test_resume_with_another_schedule_is_rejected(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     shutil.copytree(whole(GROWING), tmp_path / "runs" / "tiny")

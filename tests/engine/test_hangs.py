@@ -1,4 +1,4 @@
-"""Ranks and data workers that are stopped, killed or fail: all ranks end soon, and say why."""
+"""Ranks and data workers that are stopped, killed or fail: all ranks exit soon and report why."""
 
 import os
 import signal
@@ -19,13 +19,13 @@ LONG = ("train.epochs=100", "train.ds_config=zero1", "checkpoint.every_steps=2",
 
 
 def train(start: Callable[..., Any], recipe: Path, tmp_path: Path, *overrides: str) -> Any:
-    """A run that has begun to train."""
+    """Starts a run, and returns once it has saved a checkpoint."""
     run = start(recipe, *LONG, *overrides)
     wait_for(tmp_path / "runs" / "tiny" / "checkpoints" / "latest", run)
     return run
 
 
-def test_a_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
+def test_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
     run = train(start, recipe, tmp_path, "watchdog.silent_minutes=0.25")
     main, stopped = run.all
     stopped.send_signal(signal.SIGSTOP)
@@ -36,7 +36,7 @@ def test_a_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_pa
     assert " is at: " in main.said()
 
 
-def test_a_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
+def test_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
     run = train(start, recipe, tmp_path, "watchdog.step_minutes=0.1")
     (worker,) = psutil.Process(run.all[1].pid).children()
     os.kill(worker.pid, signal.SIGSTOP)
@@ -47,7 +47,7 @@ def test_a_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path,
     assert psutil.wait_procs([worker], 10)[1] == []
 
 
-def test_a_rank_that_fails_tells_the_others_why(start: Callable[..., Any], recipe: Path, tmp_path: Path):
+def test_failing_rank_tells_the_others_why(start: Callable[..., Any], recipe: Path, tmp_path: Path):
     run = train(start, recipe, tmp_path)
     (worker,) = psutil.Process(run.all[1].pid).children()
     worker.kill()

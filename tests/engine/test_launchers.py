@@ -1,4 +1,4 @@
-"""The same recipe under each launcher, as a user types it; srun is tried in tests/slurm."""
+"""The same recipe under each launcher, as a user would start it. tests/slurm covers srun."""
 
 import json
 import os
@@ -22,9 +22,9 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launcher(launcher: str, recipe: Path, tmp_path: Path):
+def test_recipe_trains_under_each_launcher(launcher: str, recipe: Path, tmp_path: Path):
     command, world_size = LAUNCHERS[launcher]
-    # What a process leaves that is killed while torch builds an extension: nothing here may wait for it.
+    # The lock left by a process that was killed while torch built an extension. Nothing may wait for it.
     (tmp_path / "deepspeed_shm_comm").mkdir()
     (tmp_path / "deepspeed_shm_comm" / "lock").touch()
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(tmp_path)}

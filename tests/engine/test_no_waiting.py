@@ -1,4 +1,4 @@
-"""What a step does not wait for changes no bit: late reading of refusals, buckets of any size, overlap."""
+"""Waiting less keeps results bitwise identical: late reading of refused steps, bucket sizes and overlap."""
 
 import itertools
 import json
@@ -18,14 +18,14 @@ from pretrain.trainer.metrics import read_metrics
 pytestmark = pytest.mark.engine
 
 STEP = ("loss", "lr", "grad_norm", "refused_steps")
-NO_LOG = "log.every_steps=1000"  # the refusal of a step is read in the middle of the next one
+NO_LOG = "log.every_steps=1000"  # whether a step was refused is read in the middle of the next one
 
 
 @pytest.fixture(scope="module")
 def read_late(
     write_recipe: Callable[..., Path], start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Each job twice: with a log at every step, for which it has to wait, and without."""
+    """Each job twice: logging every step, which has to wait for it, and not logging."""
     folder = tmp_path_factory.mktemp("read_late")
     plain = str(write_recipe(tmp_path_factory.mktemp("recipes")))
     teacher = str(write_recipe(tmp_path_factory.mktemp("recipes"), lut={"hidden_dim": 16, "momentum": 0.9}))
@@ -40,8 +40,8 @@ def read_late(
 
 @pytest.mark.parametrize("whole", ["whole", "resumed"])
 @pytest.mark.parametrize("job", ["zero0", "zero1", "teacher"])
-def test_a_refusal_that_is_read_late_changes_nothing(job: str, whole: str, read_late: Path):
-    """The second step is refused, and saved after: what the checkpoint says of it is known by then."""
+def test_learning_late_of_a_refused_step_changes_nothing(job: str, whole: str, read_late: Path):
+    """The second step is refused, and the checkpoint right after it must already record that."""
     at_once, late = read_late / job / whole, read_late / f"{job}-late" / whole
     assert_same_bits(*(torch.load(run / "state.pt") for run in (at_once, late)))
     assert [row["step"] for row in read_metrics(late / "metrics.jsonl")] == [STEPS]
@@ -60,10 +60,8 @@ def test_a_refusal_that_is_read_late_changes_nothing(job: str, whole: str, read_
         assert json.loads(listed[0])["step"] == POISONED + 1
 
 
-def test_a_training_that_diverges_ends_though_nothing_is_logged(
-    recipe: Path, start: Callable[..., Any], tmp_path: Path
-):
-    """Every step from the third on is refused; the third of them is read in the sixth step, which then does nothing."""
+def test_diverging_training_ends_even_without_logging(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    """Every step from the third on is refused. The third refusal is read in the sixth step, which then does nothing."""
     run = start(
         recipe,
         "train.ds_config=zero0",
@@ -82,7 +80,7 @@ def test_a_training_that_diverges_ends_though_nothing_is_logged(
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_of_stage_0_waits_for_nothing_but_the_refusal_of_the_one_before(
+def test_stage_0_step_only_waits_for_the_outcome_of_the_previous_step(
     accumulation: int, recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     keys = ["train.ds_config=auto", NO_LOG, f"train.gradient_accumulation_steps={accumulation}", "optim.clip_grad=0.1"]
@@ -92,8 +90,8 @@ def test_a_step_of_stage_0_waits_for_nothing_but_the_refusal_of_the_one_before(
     ]
 
 
-# In elements, for a model of which the largest matrix has 24,576: several matrices do not fit in any bucket; several
-# buckets; one for everything, as by DeepSpeed's default.
+# In elements. The model's largest matrix has 24,576. The first size is smaller than several matrices, the second makes
+# several buckets, and the third, DeepSpeed's default, holds everything.
 BUCKETS = (5_000, 30_000, 500_000_000)
 
 
@@ -104,7 +102,7 @@ def bucketed(
     start_once: Callable[..., Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Path]:
-    """A training of two ranks for each size of buckets, with and without overlap."""
+    """Training on two ranks with each bucket size, with and without overlap."""
     folder, jobs = tmp_path_factory.mktemp("bucketed"), {}
     recipe = str(write_recipe(tmp_path_factory.mktemp("recipes")))
     for size, overlap in itertools.product(BUCKETS, (False, True)):
@@ -118,8 +116,8 @@ def bucketed(
 
 
 @pytest.mark.slow
-def test_buckets_and_overlap_change_no_bit(bucketed: list[Path]):
-    """Of two ranks: their sum is the same in any order. With more, all-reduce may add in another order."""
+def test_bucket_size_and_overlap_keep_results_bitwise_identical(bucketed: list[Path]):
+    """A sum over two ranks is the same in any order. With more ranks, all-reduce may add in another order."""
     first, *others = bucketed
     effective = [json.loads((run / "effective.json").read_text()) for run in bucketed]
     assert [(run["reduce_bucket_size"], run["overlap_comm"]) for run in effective] == list(

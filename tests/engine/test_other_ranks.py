@@ -1,4 +1,4 @@
-"""Trainings whose ranks and ZeRO stage change on the way have the losses of one whose do not."""
+"""Training whose ranks and ZeRO stage change midway has the same losses as training where they do not."""
 
 import json
 from collections.abc import Callable
@@ -54,38 +54,38 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, list[
     return found
 
 
-def test_ranks_and_stages_change_on_the_way(
+def test_changing_ranks_and_stages_keeps_the_losses(
     jobs: dict[str, tuple[str, list[str]]], start: Callable[..., Any], tmp_path: Path
 ):
-    """In fp32 all losses and gradients' norms are within 1e-6 of an undisturbed run's."""
-    still, moved = tmp_path / "still", tmp_path / "moved"
+    """In fp32 all losses and gradient norms are within 1e-6 of those of an undisturbed run."""
+    unmoved, moved = tmp_path / "still", tmp_path / "moved"
     (tmp_path / "round_robin.json").write_text(json.dumps(ROUND_ROBIN))
-    for folder in (still, moved):
+    for folder in (unmoved, moved):
         folder.mkdir()
         (folder / "jobs.json").write_text(json.dumps(jobs))
-    start(still, legs.END, "train.ds_config=zero0", script=legs.__file__, processes=1).finish()
+    start(unmoved, legs.END, "train.ds_config=zero0", script=legs.__file__, processes=1).finish()
     for ranks, stage, until in LEGS:
         engine = str(tmp_path / "round_robin.json") if stage == "round_robin" else stage
         start(moved, until, f"train.ds_config={engine}", script=legs.__file__, processes=ranks).finish()
     for name in jobs:
-        assert_same_training(still / name, moved / name)
+        assert_same_training(unmoved / name, moved / name)
     assert [(moved / name / LAST / EMA_FILE).exists() for name in jobs] == [True, True, False]
 
 
-def assert_same_training(still: Path, moved: Path) -> None:
-    one, other = (read_metrics(folder / "metrics.jsonl") for folder in (still, moved))
+def assert_same_training(unmoved: Path, moved: Path) -> None:
+    one, other = (read_metrics(folder / "metrics.jsonl") for folder in (unmoved, moved))
     assert [row["step"] for row in other] == list(range(1, legs.END + 1))
     for key in ("lr", "loss", "grad_norm"):
         assert [row[key] for row in other] == pytest.approx([row[key] for row in one], rel=1e-6), key
     end = StoredState(moved / LAST)
-    same = StoredState(still / LAST, end.trained)
+    same = StoredState(unmoved / LAST, end.trained)
     assert (end.step, same.step) == (legs.END, legs.END)
     assert end.shapes == same.shapes
     pairs = [(name, end.weight(name), same.weight(name)) for name in end.shapes]
     if (moved / LAST / EMA_FILE).exists():
-        averages, expected = (load_file(folder / LAST / EMA_FILE) for folder in (moved, still))
+        averages, expected = (load_file(folder / LAST / EMA_FILE) for folder in (moved, unmoved))
         pairs += [(name, average, expected[name]) for name, average in averages.items()]
     for name, found, wanted in pairs:
-        # Softmax ignores the bias of keys: it moves by Adam's normalized rounding errors alone.
+        # Softmax ignores the key bias, so only Adam's normalized rounding errors move it.
         tolerance = 1e-3 if name.endswith("qkv.bias") else 1e-5
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance, msg=name)

@@ -1,4 +1,4 @@
-"""DeepSpeed in every ZeRO stage, with and without accumulation, is plain torch: same losses, same gradient norms."""
+"""DeepSpeed in every ZeRO stage has the losses and gradient norms of plain torch, with and without accumulation."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def stage(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def jobs(stage: str, write_recipe: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Recipe and overrides of each setting."""
+    """The recipe and overrides of each setting."""
     recipe = str(write_recipe(tmp_path_factory.mktemp("recipes")))
     engine = f"train.ds_config={stage}"
     settings = {
@@ -43,7 +43,7 @@ def jobs(stage: str, write_recipe: Callable[..., Path], tmp_path_factory: pytest
 
 @pytest.fixture(scope="module")
 def trained(jobs: dict[str, Any], start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One launch a stage, for all settings. Never two stages in a process: ZeRO-3 patches torch for good."""
+    """One launch per stage for all settings. Stages never share a process, since ZeRO-3 patches torch permanently."""
     folder = tmp_path_factory.mktemp("trained")
     run_jobs(start_once, folder, jobs)
     return folder
@@ -59,8 +59,8 @@ def test_engine_equals_plain_torch(stage: str, accumulation: int, clip: float, j
     assert effective["gradient_clipping"] == clip, "DeepSpeed's own default is 1.0"
 
 
-def test_cuda_graphs_are_for_the_engine_what_the_method_is(stage: str, jobs: dict[str, Any], trained: Path):
-    """On a CPU their recordings compute again: this is about hooks, buckets and several micro-batches."""
+def test_engine_with_cuda_graphs_equals_plain_torch(stage: str, jobs: dict[str, Any], trained: Path):
+    """On a CPU the graphs recompute, so this tests hooks, buckets and several micro-batches."""
     if stage == "zero3":
         pytest.skip("refused in stage 3")
     assert_same_steps(trained / "graphs" / "whole", plain_steps(configure(*jobs["graphs"]))[0])
@@ -68,12 +68,12 @@ def test_cuda_graphs_are_for_the_engine_what_the_method_is(stage: str, jobs: dic
 
 
 @pytest.mark.parametrize(("accumulation", "clip"), SETTINGS)
-def test_four_steps_equal_two_then_two(accumulation: int, clip: float, trained: Path):
+def test_four_steps_equal_two_steps_and_two_resumed_ones(accumulation: int, clip: float, trained: Path):
     assert_same_run(*(trained / f"{accumulation}-{clip}" / name for name in ("whole", "resumed")))
 
 
-def test_the_teacher_is_updated_by_the_steps_that_moved_the_weights(jobs: dict[str, Any], trained: Path):
-    """Its updates are in fp32 and its heads' batch statistics over both ranks; the poisoned step does not move it."""
+def test_teacher_is_updated_only_by_steps_that_moved_the_weights(jobs: dict[str, Any], trained: Path):
+    """It is updated in fp32, with batch statistics over both ranks in its heads. The poisoned step does not move it."""
     steps, averages = plain_steps(configure(*jobs["teacher"]))
     assert_same_steps(trained / "teacher" / "whole", steps)
     saved = load_file(trained / "teacher" / "whole" / "checkpoints" / f"step_{STEPS:08d}" / "ema.safetensors")
@@ -81,10 +81,10 @@ def test_the_teacher_is_updated_by_the_steps_that_moved_the_weights(jobs: dict[s
     for name, ema in averages.items():
         assert saved[name].dtype == torch.float32
         parts = [slice(None)]
-        if name.endswith("qkv.bias"):  # a key's bias does not change attention: Adam follows the sign of rounding there
+        if name.endswith("qkv.bias"):  # the key bias does not affect attention: Adam follows rounding errors
             third = len(ema) // 3
             parts = [slice(0, third), slice(2 * third, None)]
         for part in parts:
-            # Adam divides by the gradient's size, so that rounding counts most where that is nearly 0.
+            # Adam divides by the gradient's magnitude, so rounding matters most where that is nearly 0.
             torch.testing.assert_close(saved[name].double()[part], ema[part], rtol=1e-5, atol=1e-5, msg=name)
     assert_same_run(*(trained / "teacher" / name for name in ("whole", "resumed")))

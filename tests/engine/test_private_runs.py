@@ -1,4 +1,4 @@
-"""What a whole run leaves is for whom the umask says, and holds no secret."""
+"""All files of a run have the permissions of the umask, and none contains a secret."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,9 @@ UMASK = 0o027
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "DATABASE_PASSWORD")
 
 
-def test_files_of_a_run(write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_files_follow_the_umask_and_hold_no_secrets(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name in SECRETS:
         monkeypatch.setenv(name, f"hunter2-{name}")
     monkeypatch.setenv("LOMAR_VERBOSE", "1")
@@ -21,8 +23,8 @@ def test_files_of_a_run(write_recipe: Callable[..., Path], tmp_path: Path, monke
         run = Command([recipe, "checkpoint.every_steps=4"], tmp_path / "said.txt")
     finally:
         os.umask(before)
-    said = run.finish()
-    assert "hunter2" not in said
+    output = run.finish()
+    assert "hunter2" not in output
     paths = list((tmp_path / "runs").rglob("*"))
     assert {"environment.json", "config.yaml", "rank0.log", "manifest.json"} <= {path.name for path in paths}
     for path in paths:

@@ -1,4 +1,4 @@
-"""A run that is probed is the run that is not, bit for bit, and the numbers are those of the encoder it saved."""
+"""Probing leaves a run bitwise identical, and reports the numbers of the encoder that the run saves."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def labeled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three classes, each with a color of its own: 21 to train on, 11 to classify, of which one cannot be read."""
+    """Photos of three classes, each with its own color: 21 to train on, and 11 to classify, one of them unreadable."""
     root = tmp_path_factory.mktemp("labeled")
     rng = np.random.default_rng(0)
     for number in range(32):
@@ -40,13 +40,13 @@ def labeled_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_keys(stage: int) -> dict[str, Any]:
-    """By default all of so small a model would stay gathered in stage 3."""
+    """Partitions everything in stage 3, where by default a model as small as this one would stay gathered."""
     small = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
     return {"zero_optimization": {"stage": stage, **(dict.fromkeys(small, 0) if stage == 3 else {})}}
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_probed_or_not(
+def test_probing_does_not_change_the_run(
     stage: int,
     write_recipe: Callable[..., Path],
     start: Callable[..., Any],
@@ -68,7 +68,7 @@ def test_probed_or_not(
         "data.num_workers=1",
     ]
     plain, probed = write_recipe(tmp_path, "plain"), write_recipe(tmp_path, "probed", probe=section)
-    jobs = [[str(recipe), *common] for recipe in (plain, probed, probed)]  # the last finds all done
+    jobs = [[str(recipe), *common] for recipe in (plain, probed, probed)]  # the last one finds everything done
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     start(tmp_path / "jobs.json", script=probed_runs.__file__).finish()
 

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or damaged ends with the same bits as one that was not."""
+"""A run that is killed, stopped or damaged ends bitwise identical to one that was not."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
-TWENTY_STEPS = "train.epochs=2"  # with a checkpoint at every fifth
+TWENTY_STEPS = "train.epochs=2"  # with a checkpoint every five steps
 ACCUMULATED = (TWENTY_STEPS, "train.ds_config=zero1", "train.gradient_accumulation_steps=2")
 BEFORE, LAST = "step_00000015", "step_00000020"
 
@@ -32,7 +32,7 @@ def settings(stage: str) -> tuple[str, ...]:
 def whole(
     write_recipe: Callable[..., Path], start_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """whole('key=value', ...) -> the folder of a complete run, which all tests read: they write in copies."""
+    """whole('key=value', ...) -> the folder of a complete run. All tests share it, and write only to copies."""
 
     @functools.cache
     def run(*overrides: str) -> Path:
@@ -44,7 +44,7 @@ def whole(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_continued_ends_with_the_same_bits(
+def test_killed_run_resumes_bitwise_identically(
     stage: str, whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     unbroken, broken = whole(*settings(stage)), tmp_path / "runs" / "broken"
@@ -58,7 +58,7 @@ def test_killed_and_continued_ends_with_the_same_bits(
     assert_same_run(unbroken, broken)
 
 
-def test_other_kernels_or_precisions_are_refused_unless_asked_for(
+def test_changed_numerics_are_rejected_unless_exact_resume_is_off(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     moved = tmp_path / "runs" / "moved"
@@ -84,7 +84,7 @@ def test_other_kernels_or_precisions_are_refused_unless_asked_for(
 
 
 @pytest.mark.parametrize(("stage", "ranks", "repeats"), [("zero0", 1, 2), ("zero1", 4, 1)])
-def test_another_number_of_ranks_continues(
+def test_run_resumes_on_another_number_of_ranks(
     stage: str,
     ranks: int,
     repeats: int,
@@ -108,10 +108,10 @@ def test_another_number_of_ranks_continues(
         assert f"resumes from {LAST}" in start(*again, processes=ranks).finish()
 
 
-def test_the_default_engine_is_chosen_by_the_ranks_and_then_kept(
+def test_default_engine_is_chosen_by_the_ranks_and_then_kept(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
-    """From two ranks to one and back, without a word about the engine."""
+    """From two ranks to one and back, without setting the engine."""
 
     def engine(run: Path) -> tuple[int, str]:
         settings = json.loads((run / "environment.json").read_text())["deepspeed"]
@@ -129,7 +129,7 @@ def test_the_default_engine_is_chosen_by_the_ranks_and_then_kept(
     assert engine(tmp_path / "runs" / "alone") == (0, "GuardedAdamW")
 
 
-def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
+def test_signal_saves_at_a_step_and_the_same_command_continues(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     unstopped = whole(*ACCUMULATED)
@@ -137,7 +137,7 @@ def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
     wait_for(tmp_path / "runs" / "stopped" / "metrics.jsonl", run)
     while not read_metrics(tmp_path / "runs" / "stopped" / "metrics.jsonl"):
         time.sleep(0.002)
-    run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: they agree
+    run.all[1].send_signal(signal.SIGUSR1)  # one rank is enough: all ranks agree to stop
     output = run.finish()
     assert "SIGUSR1: saved and stopped after step" in output
     (so_far,) = (tmp_path / "runs" / "stopped").glob("encoder_step_*.safetensors")
@@ -154,7 +154,7 @@ def test_a_signal_saves_at_the_step_boundary_and_the_same_command_continues(
     assert_same_run(unstopped, tmp_path / "runs" / "stopped")
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_continues(
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     folder = tmp_path / "runs" / "tiny"
@@ -178,7 +178,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_continues(
     assert all(p.returncode == 1 for p in run.all)
 
 
-def test_a_complete_run_that_is_started_again_draws_its_figures(
+def test_complete_run_that_is_started_again_draws_its_figures(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     folder = tmp_path / "runs" / "tiny"
@@ -191,7 +191,7 @@ def test_a_complete_run_that_is_started_again_draws_its_figures(
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 21))
 
 
-def test_another_training_is_refused_with_the_difference(
+def test_resume_of_another_training_is_rejected_with_the_differences(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     shutil.copytree(whole(*ACCUMULATED), tmp_path / "runs" / "tiny")
@@ -208,7 +208,7 @@ def test_another_training_is_refused_with_the_difference(
     assert all(p.returncode == 1 for p in run.all)
 
 
-def test_keys_on_which_the_weights_do_not_depend_may_change(
+def test_keys_that_do_not_affect_the_weights_may_change(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
     shutil.copytree(whole(*ACCUMULATED), tmp_path / "runs" / "tiny", ignore=shutil.ignore_patterns(LAST))
@@ -217,10 +217,10 @@ def test_keys_on_which_the_weights_do_not_depend_may_change(
     assert f"resumes from {BEFORE}" in start(recipe, *ACCUMULATED, *changed, "log.every_steps=5").finish()
 
 
-def test_a_new_run_begins_with_another_ones_weights_and_moments(
+def test_new_run_starts_with_the_weights_and_moments_of_another(
     whole: Callable[..., Path], recipe: Path, start: Callable[..., Any], tmp_path: Path
 ):
-    """At another size, engine and number of ranks; its own checkpoints then count, even if the other run is gone."""
+    """With another image size, engine and number of ranks. It then resumes by itself, even if the other run is gone."""
     first = tmp_path / "first"
     shutil.copytree(whole(*ACCUMULATED), first)
     keys = (f"start.run={first}", "start.optimizer=true", "data.image_size=[80,64]", "train.ds_config=zero3")
@@ -245,12 +245,12 @@ def test_a_new_run_begins_with_another_ones_weights_and_moments(
     assert json.loads((run / "environment.json").read_text())["start"] == recorded
 
 
-def test_the_state_goes_from_every_engine_into_another(recipe: Path, start: Callable[..., Any], tmp_path: Path):
-    said = start(recipe, tmp_path, script=state_checks.__file__).finish()
-    assert said.count(": the same") == len(state_checks.PAIRS)
+def test_state_moves_between_all_engines(recipe: Path, start: Callable[..., Any], tmp_path: Path):
+    output = start(recipe, tmp_path, script=state_checks.__file__).finish()
+    assert output.count(": the same") == len(state_checks.PAIRS)
 
 
-def test_state_is_small_plain_and_written_in_the_manifest(whole: Callable[..., Path]):
+def test_manifest_has_the_state_of_the_run(whole: Callable[..., Path]):
     manifest = json.loads((whole(*ACCUMULATED) / "checkpoints" / LAST / "manifest.json").read_text())
     assert {k: manifest["state"][k] for k in ("step", "updates", "samples", "world_size", "zero_stage")} == {
         "step": 20,

@@ -1,4 +1,4 @@
-"""A short soak: benchmarks/soak.py with the ranks that tests start."""
+"""A short soak test: benchmarks/soak.py with ranks started by the tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from benchmarks import soak
 pytestmark = pytest.mark.engine
 
 
-def test_a_run_that_is_killed_again_and_again_is_the_same(start: Callable[..., Any], tmp_path: Path) -> None:
+def test_repeatedly_killed_run_equals_an_uninterrupted_one(start: Callable[..., Any], tmp_path: Path) -> None:
     shards = soak.make_shards(tmp_path)
     recipe = soak.write_recipe(tmp_path, str(shards), kills=2)
     figures = soak.soak(start, recipe, tmp_path / "runs", [str(shards)], kills=2, seed=0)

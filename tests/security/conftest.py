@@ -1,3 +1,3 @@
-"""Tiny encoders under the name of a known size."""
+"""`vit_tiny` and its timm counterpart are replaced by even smaller models."""
 
 from helpers.tiny_archs import tiny_archs as tiny_archs

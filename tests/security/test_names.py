@@ -1,4 +1,4 @@
-"""Names in archives, indexes and checkpoints lead to no file outside of their folder."""
+"""Names in archives, caches and checkpoints cannot lead to a file outside their folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [f"{name}/image" for name in OUTSIDE])
-def test_members_of_a_shard_are_read_from_it_whatever_their_names_are(name: str, tmp_path: Path):
+def test_members_named_outside_the_folder_are_read_from_the_shard(name: str, tmp_path: Path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "outside.jpg").write_bytes(b"not this")
     image = jpeg(0)
@@ -35,15 +35,15 @@ def test_members_of_a_shard_are_read_from_it_whatever_their_names_are(name: str,
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_shards_that_we_pack_have_names_below_their_folder(name: str):
-    """Whoever unpacks them is safe, too."""
+def test_packed_shards_have_member_names_below_their_folder(name: str):
+    """So unpacking our shards is safe as well."""
     key = make_key(f"{name}/image.jpg")
     assert ".." not in key.split("/")
     assert not key.startswith("/")
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_what_is_fetched_stays_in_the_cache(name: str, tmp_path: Path):
+def test_fetched_shards_stay_in_the_cache_folder(name: str, tmp_path: Path):
     cache = ShardCache(CacheSettings(str(tmp_path / "cache"), 1.0, 3.0))
     path = cache.path(Remote("https", "host", f"shards/{name}"), Object(1, "v"))
     assert path.parent == cache.folder
@@ -51,7 +51,7 @@ def test_what_is_fetched_stays_in_the_cache(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [*OUTSIDE, "../../elsewhere/step_00000007"])
-def test_latest_names_a_checkpoint_of_its_run_alone(name: str, tmp_path: Path):
+def test_latest_can_only_name_a_checkpoint_of_its_run(name: str, tmp_path: Path):
     (tmp_path / "elsewhere" / "step_00000007").mkdir(parents=True)
     folder = tmp_path / "run" / "checkpoints"
     (folder / "step_00000005").mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""Nothing that is loaded runs code: no call in the project could, and files made to do so are refused.
+"""Loading never runs code: no call in the project could do so, and files crafted to run code are rejected.
 
-Files of each kind have tests of their own, which docs/security.md lists.
+docs/security.md lists more tests for each kind of file.
 """
 
 import ast
@@ -24,7 +24,7 @@ from pretrain.trainer.values import read_yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("data", "pretrain", "downstream")
-# Calls that can run what a file or a text says.
+# Calls that can run code from a file or a string.
 UNSAFE = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path", "runpy.run_module"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "marshal.loads", "shelve.open"),
@@ -32,16 +32,16 @@ UNSAFE = {
     *("importlib.import_module", "import_modules_from_strings", "Config.fromfile", "torch.load", "np.load"),
     *("tarfile.open", "shutil.unpack_archive"),
 }
-# What each does instead, or why it is safe.
+# The exceptions, and why each of them is safe.
 SAFE = {
-    "data/handover.py": {"pickle.loads"},  # what a data worker of this process has sent through its pipe
-    "data/shard_writer.py": {"tarfile.open"},  # which writes
-    "pretrain/trainer/values.py": {"yaml.load"},  # by a loader that is a SafeLoader
-    "pretrain/methods/__init__.py": {"importlib.import_module"},  # method.module, on the command line alone
-    "downstream/checkpoints/export_programs.py": {"torch.jit.load", "torch.export.load"},  # what it has just written
+    "data/handover.py": {"pickle.loads"},  # sent by a data worker of this process through its pipe
+    "data/shard_writer.py": {"tarfile.open"},  # only writes
+    "pretrain/trainer/values.py": {"yaml.load"},  # with a subclass of SafeLoader
+    "pretrain/methods/__init__.py": {"importlib.import_module"},  # method.module, only on the command line
+    "downstream/checkpoints/export_programs.py": {"torch.jit.load", "torch.export.load"},  # files it has just written
     "downstream/dense/entry.py": {"importlib.import_module"},  # modules of this project
-    "downstream/dense/data_checks.py": {"importlib.import_module"},  # mmcv's
-    # Of configurations of mmengine, which are programs.
+    "downstream/dense/data_checks.py": {"importlib.import_module"},  # modules of mmcv
+    # mmengine's configurations, which are programs.
     "downstream/dense/drawing.py": {"import_modules_from_strings"},
     "downstream/dense/mmengine/config_file.py": {"Config.fromfile"},
     "downstream/dense/mmengine/known_keys.py": {"import_modules_from_strings"},
@@ -51,7 +51,7 @@ SAFE = {
 
 
 def calls(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Every call in a file, by its dotted name, with its keywords."""
+    """Every call in a file: its dotted name and its keyword arguments."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), {word.arg or "**": ast.unparse(word.value) for word in node.keywords}
@@ -65,7 +65,7 @@ def is_unsafe(name: str, keywords: dict[str, str]) -> bool:
     return name in UNSAFE or name.endswith((".extractall", ".extract")) or keywords.get("shell", "False") != "False"
 
 
-def test_no_call_could_run_what_a_file_says():
+def test_all_unsafe_calls_are_known_exceptions():
     found: dict[str, set[str]] = {}
     for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for name, keywords in calls(path):
@@ -88,20 +88,20 @@ def test_no_call_could_run_what_a_file_says():
         ("model.eval()", False),
     ],
 )
-def test_unsafe_calls_are_seen(code: str, unsafe: bool, tmp_path: Path):
+def test_unsafe_calls_are_detected(code: str, unsafe: bool, tmp_path: Path):
     (tmp_path / "a.py").write_text(code)
     assert [is_unsafe(*call) for call in calls(tmp_path / "a.py")] == [unsafe]
 
 
-def test_a_checkpoint_of_a_run_that_would_run_code_does_not(tmp_path: Path):
-    """DeepSpeed's own reader unpickles anything; a run reads by this one."""
+def test_checkpoint_cannot_run_code(tmp_path: Path):
+    """DeepSpeed's own reader unpickles anything. A run uses this one instead."""
     torch.save({"module": {}, "lomar": Bomb(tmp_path / "ran")}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(ValueError, match="which could run code: it is refused"):
         load_deepspeed_file(str(tmp_path / "mp_rank_00_model_states.pt"))
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_moving_average_is_no_pickle(tmp_path: Path):
+def test_moving_average_is_not_unpickled(tmp_path: Path):
     torch.save({"weight": Bomb(tmp_path / "ran")}, tmp_path / EMA_FILE)
     with pytest.raises(SafetensorError):
         EMA(torch.nn.Linear(2, 2), [], 0.5, 1, torch.device("cpu")).load(tmp_path)
@@ -109,7 +109,7 @@ def test_a_moving_average_is_no_pickle(tmp_path: Path):
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/name:os.system", "!!python/module:this"])
-def test_a_recipe_cannot_name_what_python_has(tag: str, tmp_path: Path):
+def test_recipe_cannot_use_python_tags(tag: str, tmp_path: Path):
     text = f"{tag} [{tmp_path / 'ran'}]" if "apply" in tag else f"{tag} ''"
     with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
         read_yaml(f"a: {text}")
@@ -122,7 +122,7 @@ def test_a_recipe_cannot_name_what_python_has(tag: str, tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_holds_no_objects(tmp_path: Path):
+def test_index_with_python_objects_is_rejected(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(0))])
     np.savez(tmp_path / "index.npz", format=np.array([Bomb(tmp_path / "ran")], dtype=object))
     with pytest.raises(ValueError, match="not a readable index"):
@@ -130,7 +130,7 @@ def test_an_index_holds_no_objects(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_names_of_classes_and_labels_are_text_alone(tmp_path: Path):
+def test_class_names_and_labels_are_only_text(tmp_path: Path):
     names = ("__import__('os').mkdir('ran')", "!!python/name:os.system")
     (tmp_path / "classes.txt").write_text("\n".join(names))
     assert read_classes(tmp_path / "classes.txt") == names

@@ -1,4 +1,4 @@
-"""Files are made with the user's umask: whom it lets read them can."""
+"""Files are created with the permissions of the user's umask."""
 
 import os
 import sys
@@ -32,13 +32,13 @@ def umask() -> Iterator[None]:
     os.umask(before)
 
 
-def assert_as_the_umask_says(folder: Path) -> None:
+def assert_follows_umask(folder: Path) -> None:
     for path in folder.rglob("*"):
         expected = (0o777 if path.is_dir() else 0o666) & ~UMASK
         assert path.stat().st_mode & 0o777 == expected, path
 
 
-def test_shards_index_and_components(tmp_path: Path):
+def test_shards_index_and_pca_components_follow_the_umask(tmp_path: Path):
     (tmp_path / "photos").mkdir()
     for number in range(20):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(jpeg(number))
@@ -48,23 +48,23 @@ def test_shards_index_and_components(tmp_path: Path):
     arguments = ["--patch-size", "4", "--components", "4", "--images", "20", "--image-size", "16", "--num-workers", "0"]
     with patch.object(sys, "argv", ["fit_pca", str(tmp_path / "shards"), str(out), *arguments]):
         assert fit_pca.main() == 0
-    assert_as_the_umask_says(tmp_path)
+    assert_follows_umask(tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("timm", "a.safetensors"), ("mm", "a.pth"), ("hf", "a")])
-def test_exports(kind: str, name: str, tmp_path: Path):
+def test_exports_follow_the_umask(kind: str, name: str, tmp_path: Path):
     encoder = originals.vit().state_dict()
     torch.save({"model": encoder}, tmp_path / "mae.pth")
     export_encoder(tmp_path / "mae.pth", tmp_path / "out" / name, kind)
-    assert_as_the_umask_says(tmp_path / "out")
+    assert_follows_umask(tmp_path / "out")
 
 
-def test_what_a_run_writes(tmp_path: Path):
-    """What needs no engine: tests/engine/test_private_runs.py looks at the folder of a whole run."""
+def test_run_files_follow_the_umask(tmp_path: Path):
+    """Files that need no engine. tests/engine/test_private_runs.py checks the folder of a whole run."""
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
         folder.write_environment()
         write_durably(folder.root / "latest", "step_00000005")
         average = EMA(torch.nn.Linear(2, 2), [], 0.5, 1, torch.device("cpu"))
         save_state_dict(average.state_dict(), {}, folder.root / EMA_FILE)
-    assert_as_the_umask_says(tmp_path)
+    assert_follows_umask(tmp_path)

@@ -1,7 +1,7 @@
-"""Passwords and tokens are in no log and no record, whoever repeats them.
+"""Passwords and tokens appear in no log or record, whoever repeats them.
 
-tests/storage/test_location.py has the addresses that are refused, tests/engine/test_private_runs.py and
-test_remote_run.py look into the folders of whole runs.
+tests/storage/test_location.py tests which addresses are rejected. tests/engine/test_private_runs.py and
+test_remote_run.py check the folders of whole runs.
 """
 
 import json
@@ -23,7 +23,7 @@ def token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hunter2-key")
 
 
-def test_messages_and_tracebacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_messages_and_tracebacks_hide_secrets(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     world = World(0, 1, 0)
     log_to_console(world)
     log_to_file(tmp_path, world)
@@ -31,15 +31,15 @@ def test_messages_and_tracebacks(tmp_path: Path, capsys: pytest.CaptureFixture[s
         raise OSError(f"GET {URL} failed, with the key hunter2-key")
     except OSError as error:
         logging.getLogger("pretrain").error("error: %s", error, exc_info=True)
-    said = capsys.readouterr()
-    for text in (said.err, (tmp_path / "rank0.log").read_text()):
+    captured = capsys.readouterr()
+    for text in (captured.err, (tmp_path / "rank0.log").read_text()):
         assert "GET https://...@host/model.safetensors?... failed, with the key ..." in text
         assert "Traceback" in text
         assert "hunter2" not in text
 
 
-def test_the_record_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It has the whole command."""
+def test_run_record_hides_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The record contains the whole command line."""
     monkeypatch.setattr(sys, "argv", ["run.py", "quickstart", f"start.checkpoint={URL}"])
     folder = RunFolder(tmp_path)
     folder.write_environment(start={"file": URL})

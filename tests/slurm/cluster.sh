@@ -1,18 +1,19 @@
 #!/bin/bash
-# A real Slurm of four nodes with eight mock GPUs each, two of them in its default partition, for as long as standard input stays open. It is started as
+# A real Slurm cluster of four nodes with eight mock GPUs each, two of them in the default partition. It runs for as long
+# as standard input stays open, and is started as
 #   unshare --mount --uts --net --pid --fork --kill-child --mount-proc cluster.sh FOLDER
-# so that its ports and addresses meet nobody's, and so that the kernel ends all of it with this script.
-# A node is a slurmd with its own host name and network: "localhost" is another place on each, as on a real cluster.
+# so that its ports and addresses are isolated, and so that the kernel ends all of it with this script.
+# A node is a slurmd with its own host name and network, so "localhost" is different on each, as on a real cluster.
 set -eu
 folder=$1 # short: it holds unix sockets
 export SLURM_CONF=$folder/slurm.conf
 net=10.99.77
 
 mkdir "$folder"/{state,log,gpu}
-for gpu in {0..7}; do mknod "$folder/gpu/mock$gpu" c 1 3; done # as /dev/null; Slurm wants a device
+for gpu in {0..7}; do mknod "$folder/gpu/mock$gpu" c 1 3; done # like /dev/null, since Slurm requires a device
 echo "Name=gpu File=$folder/gpu/mock[0-7]" > "$folder/gres.conf"
 echo "CgroupPlugin=cgroup/v1" > "$folder/cgroup.conf" # not used; without this line slurmd looks for one
-# cred_expire: a requeued job waits so long. GraceTime: preempted tasks get SIGTERM that long before the end.
+# cred_expire: how long a requeued job waits. GraceTime: how long before their end preempted tasks get SIGTERM.
 cat > "$SLURM_CONF" <<C
 ClusterName=test
 SlurmctldHost=ctl($net.254)

@@ -1,4 +1,4 @@
-"""A real Slurm, and a place to submit the project's scripts from."""
+"""A real Slurm cluster, and a project folder from which to submit jobs."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ _PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "iproute2"]
 
 
 def _install() -> str | None:
-    """Why there is no Slurm to test with; None when there is."""
+    """Installs Slurm if it is missing. Returns why it cannot be used here, or None if it can."""
     if os.geteuid() != 0:
         return "needs root: the nodes are network namespaces"
     if subprocess.run(["unshare", *NAMESPACES, "--fork", "true"], capture_output=True).returncode:
@@ -39,13 +39,13 @@ def _install() -> str | None:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This project in another folder, so that jobs leave their logs there."""
+    """This project in another folder, where jobs leave their logs."""
     project = tmp_path_factory.mktemp("project")
     for name in ("data", "pretrain", "downstream", "ds_configs"):
         (project / name).symlink_to(ROOT / name)
     (project / "slurm").mkdir()
     for script in (ROOT / "slurm").glob("*.sh"):
-        if script.name != "site.sh":  # of this machine
+        if script.name != "site.sh":  # specific to this machine
             (project / "slurm" / script.name).symlink_to(script)
     python = project / ".venv" / "bin" / "python"  # on no PATH before the job activates it
     python.parent.mkdir(parents=True)
@@ -57,7 +57,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def slurm(project: Path) -> Iterator[Cluster]:
-    """The cluster; one for all tests."""
+    """One cluster for all tests."""
     missing = _install()
     if missing:
         pytest.skip(missing)
@@ -82,7 +82,7 @@ def slurm(project: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(slurm: Cluster) -> Iterator[Cluster]:
-    """The cluster without jobs, before and after."""
+    """The cluster, without jobs before and after each test."""
     yield slurm
     slurm.ask("scancel", "--user=root")
     slurm.wait_empty()
@@ -90,7 +90,7 @@ def cluster(slurm: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """61 of two classes."""
+    """61 images of two classes."""
     images = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for number in range(61):
@@ -103,7 +103,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images, packed by our own command."""
+    """The images, packed by `data.pack`."""
     shards = tmp_path_factory.mktemp("shards")
     subprocess.run(
         [sys.executable, "-m", "data.pack", str(images), str(shards)], cwd=ROOT, check=True, capture_output=True
@@ -134,7 +134,7 @@ def write_recipe(project: Path, shards: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def recipe(write_recipe: Callable[..., Path]) -> Path:
-    """A LoMaR."""
+    """A LoMaR recipe."""
     return write_recipe(
         "tiny",
         method={"name": "lomar", "num_windows": 2, "window_size": 3},
@@ -145,7 +145,7 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tuning(write_recipe: Callable[..., Path], shards: Path) -> Path:
-    """A classifier, measured after each of its epochs."""
+    """A fine-tuning recipe that evaluates the classifier after each epoch."""
     return write_recipe(
         "tuning",
         head={"num_classes": 2},
@@ -158,7 +158,7 @@ def tuning(write_recipe: Callable[..., Path], shards: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(slurm: Cluster, recipe: Path) -> Path:
-    """The folder of a run that nothing interrupted."""
+    """The folder of an uninterrupted run."""
     job = submit(slurm, recipe, "name=whole")
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("COMPLETED", "0", "0:0"), job.logs()

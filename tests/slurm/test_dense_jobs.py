@@ -1,4 +1,4 @@
-"""A detector and a segmentor, each by its script on two nodes; what else Slurm does is the same for every script."""
+"""Detection and segmentation jobs on two nodes. Whatever else Slurm does is the same for all scripts."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
 
 
-def test_detector_is_requeued_and_measured_each_epoch_once(cluster: Cluster, tmp_path: Path) -> None:
+def test_detector_is_requeued_and_evaluated_once_per_epoch(cluster: Cluster, tmp_path: Path) -> None:
     work_dir = cluster.project / "runs" / "detector"
     changes = [f"data_root={make_coco(tmp_path / 'coco')}/", "classes=['disc', 'box']", "name=detector"]
     changes += ["train_cfg.max_epochs=2", "train_cfg.val_interval=1", "train_dataloader.batch_size=1"]
@@ -31,7 +31,7 @@ def test_detector_is_requeued_and_measured_each_epoch_once(cluster: Cluster, tmp
     assert [row["iter"] for row in evaluations(work_dir)] == [4, 8]
 
 
-def test_segmentor_is_trained_and_measured(cluster: Cluster, tmp_path: Path) -> None:
+def test_segmentor_is_trained_and_evaluated(cluster: Cluster, tmp_path: Path) -> None:
     work_dir = cluster.project / "runs" / "segmentor"
     changes = [f"data_root={make_ade(tmp_path / 'ade')}/", "name=segmentor", "train.ds_config=zero2"]
     export = f"--export=ALL,RECIPE={TESTS / 'helpers' / 'tiny_upernet.py'}"

@@ -1,4 +1,4 @@
-"""Jobs on two nodes that train, are interrupted in every way Slurm knows, and come to the same end."""
+"""Training jobs on two nodes give the same result after every kind of interruption that Slurm knows."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, recipe: Path)
     assert job.show()["Restarts"] == "0"
 
 
-def test_lost_node_costs_the_steps_since_the_checkpoint(cluster: Cluster, recipe: Path, whole: Path) -> None:
+def test_lost_node_costs_only_the_steps_since_the_checkpoint(cluster: Cluster, recipe: Path, whole: Path) -> None:
     job, folder = submit(cluster, recipe, "name=lost"), cluster.project / "runs" / "lost"
     wait_step(job, folder, 12)
     cluster.ask("scontrol", "update", "nodename=node2", "state=down", "reason=test")
@@ -62,7 +62,7 @@ def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Clust
     check_same_end(submit(cluster, recipe, "name=killed"), folder, whole, restarts=0)
 
 
-def test_hung_job_says_where_and_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
+def test_hung_job_reports_where_and_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
     job, folder = submit(cluster, recipe, "name=hung", "watchdog.step_minutes=0.2"), cluster.project / "runs" / "hung"
     wait_step(job, folder, 12)
     (worker,) = psutil.Process(rank_process(1, "name=hung")).children()
@@ -79,8 +79,8 @@ def test_job_without_progress_is_requeued_once(cluster: Cluster, recipe: Path) -
     assert "neither this attempt nor the one before it has saved a checkpoint" in job.logs()
 
 
-def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, tuning: Path, whole: Path) -> None:
-    """From the encoder that a job here has pretrained; on an odd number of images, each of which counts once."""
+def test_finetuning_is_requeued_and_evaluates_each_epoch_once(cluster: Cluster, tuning: Path, whole: Path) -> None:
+    """Starts from a pretrained encoder, and evaluates an odd number of images, each of which counts once."""
     start, folder = f"start.checkpoint={whole}", cluster.project / "runs" / "tuned"
     job = submit(cluster, tuning, start, "name=tuned", script="slurm/finetune_in1k.sh")
     wait_step(job, folder, 2)
@@ -104,7 +104,7 @@ def test_finetuning_is_requeued_and_measures_each_epoch_once(cluster: Cluster, t
         ("data.shards=/nowhere/shards", "/nowhere/shards"),
     ],
 )
-def test_failure_is_said_and_not_requeued(cluster: Cluster, recipe: Path, override: str, message: str) -> None:
+def test_failure_is_reported_and_not_requeued(cluster: Cluster, recipe: Path, override: str, message: str) -> None:
     job = submit(cluster, recipe, "name=wrong", override, ranks=2)
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "1:0"), job.logs()

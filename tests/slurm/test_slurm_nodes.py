@@ -1,4 +1,4 @@
-"""Nodes that are bad, drained or gone, daemons that restart, and jobs that chain."""
+"""Bad, drained and lost nodes, restarted daemons, and arrays of jobs that continue one run."""
 
 import json
 import os
@@ -14,11 +14,10 @@ from helpers.slurm_runs import STEPS, check_same_end, rank_process, rows, submit
 pytestmark = pytest.mark.slurm
 
 
-def test_an_array_is_a_chain_while_a_node_is_drained_and_daemons_restart(
+def test_array_continues_a_run_across_a_drained_node_and_restarted_daemons(
     cluster: Cluster, recipe: Path, whole: Path
 ) -> None:
-    """Two ranks of one node, which is drained; the next element continues on the other one, and the third has nothing
-    to do."""
+    """Two ranks on a node that is drained. The second job continues on the other node, the third has nothing to do."""
     array = submit(cluster, recipe, "name=chained", ranks=2, nodes="1", options=["--array=1-3%1"])
     first, second, third = (Job(cluster, f"{array.number}_{element}") for element in (1, 2, 3))
     folder = cluster.project / "runs" / "chained"
@@ -41,7 +40,7 @@ def test_an_array_is_a_chain_while_a_node_is_drained_and_daemons_restart(
         cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
 
 
-def test_a_node_on_which_a_rank_is_killed_is_excluded(cluster: Cluster, recipe: Path, whole: Path) -> None:
+def test_node_with_a_killed_rank_is_excluded(cluster: Cluster, recipe: Path, whole: Path) -> None:
     job, folder = submit(cluster, recipe, "name=bad", ranks=2, nodes="1"), cluster.project / "runs" / "bad"
     wait_step(job, folder, 12)
     bad = job.show()["BatchHost"]
@@ -53,15 +52,16 @@ def test_a_node_on_which_a_rank_is_killed_is_excluded(cluster: Cluster, recipe: 
     assert "a node is bad: requeued" in job.logs()
 
 
-def test_half_of_the_nodes_are_enough(cluster: Cluster, recipe: Path, whole: Path) -> None:
-    """Two of four nodes are lost, and the job told to make do with the others: ZeRO 1 continues on two ranks."""
+def test_run_continues_on_half_of_its_nodes(cluster: Cluster, recipe: Path, whole: Path) -> None:
+    """Two of four nodes are lost and the job is told to use the other two: ZeRO-1 continues on two ranks."""
     job = submit(cluster, recipe, "name=half", nodes="4", options=["--partition=wide"])
     folder = cluster.project / "runs" / "half"
     wait_step(job, folder, 12)
     try:
         cluster.ask("scontrol", "update", "nodename=node[2,4]", "state=down", "reason=test")
         job.wait_for("requeued", lambda: job.show()["Restarts"] == "1")
-        cluster.ask("scontrol", "update", "nodename=node[2,4]", "state=drain", "reason=test")  # they come back
+        # Drained, since nodes that are down come back by themselves.
+        cluster.ask("scontrol", "update", "nodename=node[2,4]", "state=drain", "reason=test")
         cluster.ask("scontrol", "update", f"jobid={job.number}", "numnodes=2-2", "numtasks=2")
         end = job.wait_end()
     finally:
@@ -72,7 +72,7 @@ def test_half_of_the_nodes_are_enough(cluster: Cluster, recipe: Path, whole: Pat
     np.testing.assert_allclose([row["loss"] for row in rows(folder)], [row["loss"] for row in rows(whole)], rtol=1e-3)
 
 
-def test_a_job_packs(cluster: Cluster, images: Path, shards: Path, tmp_path: Path) -> None:
+def test_pack_job_writes_the_same_shards(cluster: Cluster, images: Path, shards: Path, tmp_path: Path) -> None:
     shape = ["--parsable", "--cpus-per-task=1", "--mem=1G"]
     job = Job(cluster, cluster.ask("sbatch", *shape, "slurm/pack.sh", str(images), str(tmp_path / "packed")))
     end = job.wait_end()

@@ -1,4 +1,4 @@
-"""The scripts themselves: one shape, no hyper-parameters, and a place for what a cluster needs."""
+"""The Slurm scripts: one structure, no hyperparameters, and a file for what a cluster needs."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from helpers.slurm_cluster import Cluster
 from helpers.waiting import SECONDS
 
 FOLDER = Path(__file__).parents[2] / "slurm"
-SCRIPTS = sorted(path for path in FOLDER.glob("[!_]*.sh") if path.name != "site.sh")  # that one is the site's own
+SCRIPTS = sorted(path for path in FOLDER.glob("[!_]*.sh") if path.name != "site.sh")  # which the site writes itself
 TRAININGS = [script for script in SCRIPTS if script.stem != "pack"]
-# What differs between trainings: the name, the nodes, the entry and the recipe.
+# The lines that differ between training scripts: name, nodes, entry and recipe.
 CHOICES = [
     r"^#SBATCH --job-name=\w+$",
     r"^#SBATCH --nodes=\d+$",
@@ -25,7 +25,7 @@ CHOICES = [
 ]
 
 
-def test_trainings_have_one_shape() -> None:
+def test_training_scripts_differ_only_in_their_choices() -> None:
     assert [script.stem for script in TRAININGS] == [
         "finetune_ade20k",
         "finetune_coco",
@@ -45,7 +45,7 @@ def test_trainings_have_one_shape() -> None:
 
 
 @pytest.mark.parametrize("script", TRAININGS, ids=lambda script: script.stem)
-def test_recipe_exists(script: Path) -> None:
+def test_entry_and_recipe_exist(script: Path) -> None:
     (recipe,) = re.findall(CHOICES[2], script.read_text(), flags=re.MULTILINE)
     (entry,) = re.findall(CHOICES[-1], script.read_text(), flags=re.MULTILINE)
     assert (FOLDER.parent / entry).is_file()
@@ -55,11 +55,11 @@ def test_recipe_exists(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_job_is_named_after_its_script(script: Path) -> None:
+def test_job_is_named_after_its_script(script: Path) -> None:
     assert f"#SBATCH --job-name={script.stem}\n" in script.read_text()
 
 
-def test_scripts_set_no_hyper_parameter() -> None:
+def test_scripts_set_no_hyperparameters() -> None:
     for script in FOLDER.glob("*.sh"):
         assert not re.findall(
             r"\b(?:train|optim|model|method|data|head|augment)\.\w+=(?!/data/in1k)", script.read_text()
@@ -67,13 +67,13 @@ def test_scripts_set_no_hyper_parameter() -> None:
 
 
 @pytest.mark.parametrize("script", sorted(FOLDER.glob("*.sh")), ids=lambda script: script.stem)
-def test_bash_reads_script(script: Path) -> None:
+def test_bash_accepts_the_script(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def start_job(folder: Path, site: str | None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A job's script in a project of its own, where `srun` only shows its arguments and what it inherits."""
+    """Runs a job script in a project folder of its own, where `srun` only prints its arguments and $LOADED."""
     (folder / "slurm").mkdir(exist_ok=True)
     for path in FOLDER.glob("*.sh"):
         if path.name != "site.sh":
@@ -82,7 +82,8 @@ def start_job(folder: Path, site: str | None, **variables: str) -> subprocess.Co
         (folder / "slurm" / "site.sh").write_text(site)
     (folder / "bin").mkdir()
     srun = folder / "bin" / "srun"
-    srun.write_text('#!/bin/sh\nline=$(printf "[%s]" "$@")\necho "$line module=$LOADED"\n')  # the script writes, too
+    # One write, since the script prints as well.
+    srun.write_text('#!/bin/sh\nline=$(printf "[%s]" "$@")\necho "$line module=$LOADED"\n')
     srun.chmod(0o755)
     scontrol = folder / "bin" / "scontrol"
     scontrol.write_text("#!/bin/sh\necho node1\n")
@@ -103,20 +104,20 @@ def start_job(folder: Path, site: str | None, **variables: str) -> subprocess.Co
 COMMAND = "[-u][pretrain/run.py][tiny][name=a b]"
 
 
-def test_a_job_without_a_site_file_uses_the_python_on_its_path(tmp_path: Path) -> None:
+def test_job_without_a_site_file_uses_the_python_on_its_path(tmp_path: Path) -> None:
     done = start_job(tmp_path, None)
     assert done.returncode == 0, done.stderr
     assert f"attempt0-rank%t.log][python]{COMMAND} module=\n" in done.stdout
 
 
-def test_the_site_file_loads_modules_and_chooses_a_container(tmp_path: Path) -> None:
+def test_site_file_loads_modules_and_chooses_a_container(tmp_path: Path) -> None:
     site = 'export LOADED=cuda\nPYTHON=(apptainer exec "my image.sif" python)\nSRUN_OPTIONS=(--container-image=x)\n'
     done = start_job(tmp_path, site)
     assert done.returncode == 0, done.stderr
     assert f"[--container-image=x][apptainer][exec][my image.sif][python]{COMMAND} module=cuda\n" in done.stdout
 
 
-def test_one_task_a_node_starts_a_rank_for_each_gpu(tmp_path: Path) -> None:
+def test_one_task_per_node_starts_one_rank_per_gpu(tmp_path: Path) -> None:
     done = start_job(tmp_path, None, SLURM_GPUS_ON_NODE="3")
     assert done.returncode == 0, done.stderr
     assert f"attempt0-node%t.log][bash][slurm/_node.sh][3][slurm/logs/x-1/attempt0][python]{COMMAND}" in done.stdout
@@ -133,8 +134,8 @@ while true; do sleep 0.05; done
 """
 
 
-def test_the_ranks_of_a_node_have_logs_signals_and_exit_codes(tmp_path: Path) -> None:
-    """The second of two nodes, each of which has two ranks; one sends a signal to their task."""
+def test_node_script_handles_logs_signals_and_exit_codes(tmp_path: Path) -> None:
+    """The second of two nodes with two ranks each, one of which sends a signal to their task."""
     job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "77", "PATH": os.environ["PATH"]}
     job["READY"] = str(tmp_path / "ready")
     attempt = tmp_path / "attempt0"
@@ -146,7 +147,7 @@ def test_the_ranks_of_a_node_have_logs_signals_and_exit_codes(tmp_path: Path) ->
         assert log == f"{2 + local} {local} 20077\n{2 + local} of 4: USR1\n"
 
 
-def test_a_node_on_which_a_rank_is_killed_is_named(tmp_path: Path) -> None:
+def test_node_with_a_killed_rank_is_marked_bad(tmp_path: Path) -> None:
     job = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURMD_NODENAME": "node7"}
     kill = "[ $RANK = 0 ] || kill -KILL $$; exit 1"
     command = ["bash", str(FOLDER / "_node.sh"), "2", str(tmp_path / "attempt0"), "bash", "-c", kill]
@@ -156,7 +157,7 @@ def test_a_node_on_which_a_rank_is_killed_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "files", "bad"),
+    ("srun_log", "files", "bad"),
     [
         ("srun: error: gpu-07: task 3: Killed\nsrun: error: gpu-08: tasks 8-15: Killed\n", [], "gpu-07"),
         ("srun: error: gpu-07: tasks 0-3: Exited with exit code 1\n", [], ""),
@@ -176,8 +177,8 @@ def test_a_node_on_which_a_rank_is_killed_is_named(tmp_path: Path) -> None:
         ("srun: error: n1: task 0: Killed\n", ["n4", "n5"], "n4 n5"),
     ],
 )
-def test_which_nodes_are_bad(tmp_path: Path, said: str, files: list[str], bad: str) -> None:
-    (tmp_path / "attempt0-srun.log").write_text(said)
+def test_bad_nodes_are_found(tmp_path: Path, srun_log: str, files: list[str], bad: str) -> None:
+    (tmp_path / "attempt0-srun.log").write_text(srun_log)
     for node in files:
         (tmp_path / f"attempt0-bad-{node}").touch()
     command = f". {FOLDER / '_nodes.sh'}; bad_nodes {tmp_path / 'attempt0'}"
@@ -185,8 +186,8 @@ def test_which_nodes_are_bad(tmp_path: Path, said: str, files: list[str], bad: s
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, bad.split(), "")
 
 
-def test_a_finished_array_ends_at_once(tmp_path: Path) -> None:
-    """What the first of its jobs leaves is seen by the next ones."""
+def test_array_job_exits_at_once_if_the_run_is_finished(tmp_path: Path) -> None:
+    """The next job of the array sees what the first one left in the logs folder."""
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
     (tmp_path / "first").mkdir()
     first = start_job(tmp_path / "first", None, **array)
@@ -199,28 +200,28 @@ def test_a_finished_array_ends_at_once(tmp_path: Path) -> None:
     assert "pretrain/run.py" not in following.stdout
 
 
-def test_a_site_file_that_fails_ends_the_job(tmp_path: Path) -> None:
+def test_failing_site_file_ends_the_job(tmp_path: Path) -> None:
     done = start_job(tmp_path, "module() { return 1; }\nmodule load nothing\n")
     assert (done.returncode, done.stderr) == (1, "error: slurm/site.sh failed\n")
 
 
-def test_the_example_changes_nothing_until_somebody_does(tmp_path: Path) -> None:
+def test_site_example_changes_nothing_until_it_is_edited(tmp_path: Path) -> None:
     example = (FOLDER / "site.sh.example").read_text()
     assert f"attempt0-rank%t.log][python]{COMMAND} module=\n" in start_job(tmp_path, example).stdout
-    switched_on = re.sub(r"^# (?=[A-Z_]+=\()", "", example, flags=re.MULTILINE)
-    assert subprocess.run(["bash", "-n"], input=switched_on, text=True).returncode == 0
+    uncommented = re.sub(r"^# (?=[A-Z_]+=\()", "", example, flags=re.MULTILINE)
+    assert subprocess.run(["bash", "-n"], input=uncommented, text=True).returncode == 0
 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_slurm_takes_options(cluster: Cluster, script: Path) -> None:
-    nodes = ["--nodes=2"] if script.stem == "pretrain_vith" else []  # as many as there are
+def test_slurm_accepts_the_options(cluster: Cluster, script: Path) -> None:
+    nodes = ["--nodes=2"] if script.stem == "pretrain_vith" else []  # the default partition has two
     done = cluster.run("sbatch", "--test-only", *nodes, f"slurm/{script.name}")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slurm
-def test_elsewhere_says_where_to_submit(cluster: Cluster, tmp_path: Path) -> None:
+def test_job_submitted_from_another_folder_reports_it(cluster: Cluster, tmp_path: Path) -> None:
     done = cluster.run("sbatch", "--parsable", "--wait", "--gpus-per-node=0", str(SCRIPTS[0]), cwd=tmp_path)
     assert done.returncode == 1
     (log,) = tmp_path.glob("*.out")

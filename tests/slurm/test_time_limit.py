@@ -1,4 +1,4 @@
-"""Slurm's own time limit, of two minutes, for jobs that something slow keeps from their end."""
+"""Jobs that are slowed down until they run into Slurm's time limit of two minutes."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from helpers.slurm_runs import STEPS, check_same_end, rows, submit
 
 pytestmark = pytest.mark.slurm
 
-# Slurm looks every half minute: it warns up to so much too early, and ends a job up to so much too late.
+# Slurm checks every half minute, so it warns up to 30 seconds early and ends a job up to 30 seconds late.
 LIMIT = ("--time=2", "--signal=B:USR1@1")
 
-# In ranks that import this, and while the files are there: an image takes half a second to be read, and a file of a
-# checkpoint ten minutes to reach the disk.
+# For ranks that import this, while the marker files exist: reading an image takes half a second, and syncing a file of
+# a checkpoint takes ten minutes.
 SLOW = """
 import os, time
 
@@ -30,12 +30,12 @@ os.fsync = slowed(os.fsync, "{folder}/saving", 600, "step_00000020")
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Path:
-    """The folder of these files, which goes on PYTHONPATH."""
+    """The folder of the marker files, which goes on PYTHONPATH."""
     (tmp_path / "sitecustomize.py").write_text(SLOW.format(folder=tmp_path))
     return tmp_path
 
 
-def test_a_job_is_requeued_before_its_time_is_over(cluster: Cluster, recipe: Path, whole: Path, slow: Path) -> None:
+def test_job_is_requeued_before_its_time_limit(cluster: Cluster, recipe: Path, whole: Path, slow: Path) -> None:
     (slow / "reading").touch()
     job = submit(cluster, recipe, "name=limited", options=LIMIT, PYTHONPATH=slow)
     job.wait_for("requeued", lambda: job.show()["Restarts"] == "1")
@@ -48,10 +48,10 @@ def test_a_job_is_requeued_before_its_time_is_over(cluster: Cluster, recipe: Pat
     assert [path.name for path in logs.glob("*-stopped")] == ["attempt0-stopped"]
 
 
-def test_the_time_that_ends_while_saving_costs_that_checkpoint(
+def test_time_limit_during_a_save_loses_only_that_checkpoint(
     cluster: Cluster, recipe: Path, whole: Path, slow: Path
 ) -> None:
-    """One task a node, which starts two ranks."""
+    """A single task, which starts two ranks."""
     (slow / "saving").touch()
     shape = {"nodes": "1", "RANKS_PER_NODE": 2, "PYTHONPATH": slow}
     job = submit(cluster, recipe, "name=saving", options=LIMIT, **shape)

@@ -1,4 +1,4 @@
-"""What several tests of the trainer need."""
+"""Fixtures of the trainer's tests."""
 
 from collections.abc import Iterator
 from pathlib import Path

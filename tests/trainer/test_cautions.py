@@ -1,4 +1,4 @@
-"""A run says at its beginning where its settings train next to nothing."""
+"""A run warns at its start about settings that would hardly train anything."""
 
 import re
 
@@ -9,45 +9,45 @@ from pretrain.config import RECIPES, load
 from pretrain.trainer.cautions import cautions
 
 
-def said(*overrides: str, recipe: str = "mae_vitb16_224_1600e", samples: int = 1_281_167) -> str:
+def warnings_for(*overrides: str, recipe: str = "mae_vitb16_224_1600e", samples: int = 1_281_167) -> str:
     config = load(recipe, ["data.shards=/nowhere", *overrides])
     return "\n".join(cautions(config, samples, samples // config.train.global_batch_size))
 
 
-def test_a_rate_that_a_small_batch_makes_tiny_is_said_with_what_to_set():
-    text = said("train.global_batch_size=16")
+def test_learning_rate_too_small_for_a_small_batch_suggests_base_lr():
+    text = warnings_for("train.global_batch_size=16")
     assert text.startswith("the learning rate is only 9.4e-06: optim.base_lr=0.00015 is for a batch of 256 and scales")
-    wanted = re.search(r"or (optim\.base_lr=\S+) for square-root scaling", text)
-    assert wanted is not None
-    assert said("train.global_batch_size=16", wanted[1]) == ""
+    suggestion = re.search(r"or (optim\.base_lr=\S+) for square-root scaling", text)
+    assert suggestion is not None
+    assert warnings_for("train.global_batch_size=16", suggestion[1]) == ""
 
 
-def test_few_steps_an_epoch_are_said_with_a_batch_that_has_more():
-    text = said(samples=5000)
+def test_too_few_steps_per_epoch_suggest_a_smaller_batch():
+    text = warnings_for(samples=5000)
     assert (
         "5000 samples in batches of 4096 make only 1 steps per epoch, 1600 in all, and each epoch leaves out 904"
         in text
     )
-    wanted = re.search(r"train\.global_batch_size=\d+", text)
-    assert wanted is not None
-    assert said(wanted[0], "optim.base_lr=1e-3", samples=5000) == ""
+    suggestion = re.search(r"train\.global_batch_size=\d+", text)
+    assert suggestion is not None
+    assert warnings_for(suggestion[0], "optim.base_lr=1e-3", samples=5000) == ""
 
 
 @pytest.mark.parametrize("samples", [1, 7, 16, 40])
-def test_next_to_no_samples_are_said_too(samples: int):
+def test_very_few_samples_are_reported(samples: int):
     assert (
-        f"{samples} samples in batches of 1 make only" in said("train.global_batch_size=1", samples=samples)
+        f"{samples} samples in batches of 1 make only" in warnings_for("train.global_batch_size=1", samples=samples)
         or samples > 7
     )
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if "beit" not in path.stem))
-def test_shipped_recipes_give_no_reason(name: str):
+def test_shipped_recipes_cause_no_warning(name: str):
     samples = {"quickstart": 351}.get(name, 5000 if name.endswith("_small") else 1_281_167)
-    assert said(recipe=name, samples=samples) == ""
+    assert warnings_for(recipe=name, samples=samples) == ""
 
 
-def test_fine_tuning_of_one_image_a_step_is_said():
+def test_fine_tuning_with_one_image_per_step_is_reported():
     config = load_finetune(
         "finetune_small_vits16_224_100e", ["data.shards=x", "val.shards=x", "train.global_batch_size=1"]
     )

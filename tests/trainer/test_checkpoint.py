@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps and which `latest` names, in whatever order their steps come. Without DeepSpeed."""
+"""Which checkpoints a run keeps and which one `latest` names, for steps in any order. Tested without DeepSpeed."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_what_is_saved_after_a_damaged_checkpoint_was_skipped_stays(folder: Path):
-    """The damaged one is of a later step, and one that would be kept for good."""
+def test_checkpoints_saved_after_skipping_a_damaged_one_are_kept(folder: Path):
+    """The damaged one has a later step, which `keep_every` would keep permanently."""
     training = Training(folder, keep_last=1, keep_every=1000)
     training.save(500, 1000, 1500, 2000)
     assert training.steps == [1000, 2000]
@@ -36,7 +36,7 @@ def test_what_is_saved_after_a_damaged_checkpoint_was_skipped_stays(folder: Path
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
 @pytest.mark.parametrize("keep_every", [0, 20])
-def test_several_damaged_ones_count_for_nothing(keep_last: int, keep_every: int, folder: Path):
+def test_damaged_checkpoints_do_not_count_as_kept(keep_last: int, keep_every: int, folder: Path):
     training = Training(folder, keep_last=4, keep_every=keep_every)
     training.save(10, 20, 30, 35)
     training.keys["keep_last"] = keep_last
@@ -45,12 +45,12 @@ def test_several_damaged_ones_count_for_nothing(keep_last: int, keep_every: int,
     assert training.start() == 10
     training.save(15)
     assert training.steps == [10, 15][-keep_last:]
-    training.save(20, 25, 33)  # 33: a signal
+    training.save(20, 25, 33)  # 33: saved on a signal
     assert training.steps == sorted({*[10, 15, 20, 25, 33][-keep_last:], *([20] if keep_every else [])})
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
-def test_the_step_of_a_damaged_one_is_written_again(keep_last: int, folder: Path):
+def test_step_of_a_damaged_checkpoint_is_saved_again(keep_last: int, folder: Path):
     training = Training(folder, keep_last=keep_last, keep_every=10)
     training.save(10, 20)
     training.damage(20)
@@ -61,16 +61,16 @@ def test_the_step_of_a_damaged_one_is_written_again(keep_last: int, folder: Path
     assert (folder / "damaged_step_00000020").is_dir()
 
 
-def test_a_run_that_dies_before_it_saves_again_has_lost_nothing(folder: Path):
+def test_damaged_checkpoint_stays_until_the_next_save(folder: Path):
     training = Training(folder, keep_last=2)
     training.save(10, 20)
     training.damage(20)
     assert (training.start(), training.steps) == (10, [10, 20])
-    training.damage(20)  # the same bytes in their old order: restored by somebody
+    training.damage(20)  # reverses the damage, as if someone had restored the file
     assert training.start() == 20
 
 
-def test_one_that_was_cut_off_takes_no_place_among_those_kept(folder: Path):
+def test_truncated_checkpoint_does_not_count_as_kept(folder: Path):
     training = Training(folder, keep_last=2)
     training.save(10, 20)
     training.damage(20, cut_off=True)
@@ -93,7 +93,7 @@ def test_only_checkpoints_are_read_and_deleted(folder: Path):
     ]
 
 
-def test_latest_that_names_nothing_stands_for_the_newest(folder: Path):
+def test_invalid_latest_falls_back_to_the_newest_checkpoint(folder: Path):
     assert latest_checkpoint(folder) is None
     training = Training(folder, keep_last=2)
     training.save(99_999_999, 100_000_000)

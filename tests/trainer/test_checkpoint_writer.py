@@ -1,4 +1,4 @@
-"""The ranks' threads that write a checkpoint agree on what becomes of it."""
+"""The ranks' threads that write a checkpoint agree on the outcome."""
 
 import threading
 from pathlib import Path
@@ -17,7 +17,7 @@ NAME = "step_00000010"
 
 
 class Meeting:
-    """Stands for a process group: all ranks come, each with its part, and all leave with all parts."""
+    """Stands in for a process group: every rank contributes its part and gets the parts of all ranks."""
 
     def __init__(self) -> None:
         self._parts: list[Any] = [None] * RANKS
@@ -32,13 +32,13 @@ class Meeting:
 
 
 def write(folder: Path, failing: int | None = None, failure: str | None = None) -> list[str | None]:
-    """What each rank is told; `failing` is one that cannot write, or has not been able to copy for the reason given."""
+    """Returns each rank's result. Rank `failing` cannot write, or could not copy because of `failure`."""
     from pretrain.trainer.checkpoint_writer import CheckpointWriter  # imports DeepSpeed
     from pretrain.trainer.host_copy import HostCopies
 
     meeting = Meeting()
 
-    class OfThree(CheckpointWriter):
+    class ThreeRankWriter(CheckpointWriter):
         def _gather(self, mine: Any) -> list[Any]:
             return meeting.gather(self._world.rank, mine)
 
@@ -47,7 +47,7 @@ def write(folder: Path, failing: int | None = None, failure: str | None = None) 
         fails = rank == failing
         name = "no/such/folder.pt" if fails and failure is None else f"rank{rank}.pt"
         writers.append(
-            OfThree(
+            ThreeRankWriter(
                 folder,
                 NAME,
                 {name: {"w": torch.full((3,), float(rank))}},
@@ -63,7 +63,7 @@ def write(folder: Path, failing: int | None = None, failure: str | None = None) 
     return [writer.wait() for writer in writers]
 
 
-def test_the_manifest_has_the_files_of_all_ranks(tmp_path: Path):
+def test_manifest_has_the_files_of_all_ranks(tmp_path: Path):
     assert write(tmp_path) == [None] * RANKS
     assert checkpoint_names(tmp_path) == [NAME]
     assert sorted(read_files(tmp_path / NAME)) == ["rank0.pt", "rank1.pt", "rank2.pt"]
@@ -73,12 +73,12 @@ def test_the_manifest_has_the_files_of_all_ranks(tmp_path: Path):
 
 @pytest.mark.parametrize("failing", range(RANKS))
 @pytest.mark.parametrize("failure", [None, "no memory can be pinned"])
-def test_if_one_rank_fails_none_has_written_and_all_know_why(failing: int, failure: str | None, tmp_path: Path):
+def test_failure_of_one_rank_fails_the_save_on_all_ranks(failing: int, failure: str | None, tmp_path: Path):
     assert write(tmp_path) == [None] * RANKS
     before = (tmp_path / NAME / "manifest.json").read_bytes()
-    (told,) = set(write(tmp_path, failing, failure))
-    assert told
-    assert f"checkpoint {NAME} could not be written" in told
-    assert (failure or "No such file or directory") in told
+    (problem,) = set(write(tmp_path, failing, failure))
+    assert problem
+    assert f"checkpoint {NAME} could not be written" in problem
+    assert (failure or "No such file or directory") in problem
     assert (tmp_path / NAME / "manifest.json").read_bytes() == before
     assert not (tmp_path / "unfinished").exists()

@@ -1,4 +1,4 @@
-"""`train.ds_config=auto`: the engine of the run's checkpoint, or by the number of ranks."""
+"""`train.ds_config=auto` keeps the ZeRO stage of the run's checkpoint. A new run uses the number of ranks."""
 
 import json
 from dataclasses import asdict
@@ -23,7 +23,7 @@ def write_checkpoint(folder: Path, step: int, stage: int) -> Path:
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (8, 1)])
-def test_a_new_run_has_stage_1_from_two_ranks_on(ranks: int, stage: int, tmp_path: Path):
+def test_new_run_uses_stage_1_from_two_ranks(ranks: int, stage: int, tmp_path: Path):
     config = configure(tmp_path)
     assert config.train.ds_config == "auto"
     assert zero_stage(ds_settings(config, ranks)) == stage
@@ -31,13 +31,13 @@ def test_a_new_run_has_stage_1_from_two_ranks_on(ranks: int, stage: int, tmp_pat
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_run_keeps_the_stage_of_its_newest_checkpoint(stage: int, ranks: int, tmp_path: Path):
+def test_run_keeps_the_stage_of_its_newest_checkpoint(stage: int, ranks: int, tmp_path: Path):
     write_checkpoint(tmp_path, 900, stage)
     write_checkpoint(tmp_path, 1000, stage)
     assert choose_ds_config(configure(tmp_path), ranks) == f"zero{stage}"
 
 
-def test_a_checkpoint_without_a_manifest_does_not_count(tmp_path: Path):
+def test_checkpoint_without_a_valid_manifest_is_ignored(tmp_path: Path):
     write_checkpoint(tmp_path, 900, 2)
     (write_checkpoint(tmp_path, 1000, 3) / MANIFEST).write_text("{")
     (write_checkpoint(tmp_path, 1100, 3) / MANIFEST).unlink()
@@ -46,15 +46,15 @@ def test_a_checkpoint_without_a_manifest_does_not_count(tmp_path: Path):
     assert choose_ds_config(configure(tmp_path), 4) == "zero1"
 
 
-def test_what_is_given_counts(tmp_path: Path):
-    """Resuming then refuses another stage than the checkpoint's, as ever."""
+def test_explicit_engine_overrides_the_checkpoints_stage(tmp_path: Path):
+    """The run then resumes in another ZeRO stage than that of its checkpoint."""
     write_checkpoint(tmp_path, 1000, 2)
     assert choose_ds_config(configure(tmp_path, ds_config="zero3_offload"), 1) == "zero3_offload"
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
-def test_shipped_engines_overlap_and_their_buckets_let_them(name: str, tmp_path: Path):
-    """A bucket is sent when it is full: DeepSpeed's default of 5e8 elements is more than most encoders have."""
+def test_shipped_engines_overlap_communication_in_small_buckets(name: str, tmp_path: Path):
+    """A bucket is sent once it is full, and DeepSpeed's default of 5e8 elements exceeds most encoders."""
     zero = ds_settings(configure(tmp_path, ds_config=name), 2)["zero_optimization"]
     assert zero["overlap_comm"]
     assert zero["contiguous_gradients"], "without it DeepSpeed waits for the device before each bucket"

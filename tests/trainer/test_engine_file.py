@@ -1,4 +1,4 @@
-"""The engine's file: every key is known, none is the recipe's, and `auto` is a value or refused."""
+"""The engine file: unknown keys and keys owned by the recipe are rejected, and `auto` is resolved or rejected."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Read = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """read(key=value, ...) -> the settings of a run on two ranks whose engine's file holds these keys."""
+    """read(key=value, ...) -> the settings of a run on two ranks whose engine file has these keys."""
 
     def settings(**keys: Any) -> dict[str, Any]:
         path = tmp_path / "engine.json"
@@ -29,7 +29,7 @@ def read(tmp_path: Path) -> Read:
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"zero_optimisation": {"stage": 3}}, "zero_optimisation, which DeepSpeed does not know: did you mean zero_o"),
         ({"communication_data_typ": "fp32"}, "did you mean communication_data_type?"),
@@ -51,21 +51,21 @@ def read(tmp_path: Path) -> Read:
         ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage=auto, which the recipe has no value for"),
     ],
 )
-def test_a_key_that_is_not_for_the_file_is_refused_by_name(keys: dict[str, Any], says: str, read: Read):
+def test_invalid_key_is_rejected_by_name(keys: dict[str, Any], message: str, read: Read):
     with pytest.raises(ValueError, match=r"set|rejects") as error:
         read(**keys)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_all_that_is_wrong_is_said_at_once(read: Read):
+def test_all_problems_are_reported_at_once(read: Read):
     with pytest.raises(ValueError, match="zero_optimisation") as error:
         read(zero_optimisation={}, fp16={"enabled": True}, dump_state="auto")
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_what_is_wrong_within_sections_is_said_with_it(read: Read):
-    """DeepSpeed itself stops at the first section that it refuses."""
+def test_problems_within_sections_are_reported_with_the_others(read: Read):
+    """DeepSpeed itself stops at the first section it rejects."""
     inner = {
         "zero_optimization": {"stag": 3, "overlap_comm": "often"},
         "flops_profiler": {"enable": True},
@@ -100,39 +100,39 @@ def test_auto_is_the_recipes_value_or_deepspeeds_default(read: Read):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "is not JSON"), ("[]", "is not a JSON object"), ('{"a": 1, "a": 2}', "duplicate key a")]
+    ("text", "message"), [("{", "is not JSON"), ("[]", "is not a JSON object"), ('{"a": 1, "a": 2}', "duplicate key a")]
 )
-def test_a_file_that_is_no_mapping_of_keys_is_refused(text: str, says: str, tmp_path: Path):
+def test_file_that_is_not_a_json_object_is_rejected(text: str, message: str, tmp_path: Path):
     (tmp_path / "engine.json").write_text(text)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         read_ds_config(str(tmp_path / "engine.json"))
 
 
-class Noting(dict[str, Any]):
-    """Notes which keys DeepSpeed looks for."""
+class RecordingDict(dict[str, Any]):
+    """Records which keys DeepSpeed looks up."""
 
-    def __init__(self, keys: dict[str, Any], looked_for: set[str]):
+    def __init__(self, keys: dict[str, Any], looked_up: set[str]):
         super().__init__(keys)
-        self.looked_for = looked_for
+        self.looked_up = looked_up
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.looked_for.add(key)
+        self.looked_up.add(key)
         return super().get(key, default)
 
     def __contains__(self, key: object) -> bool:
-        self.looked_for.add(str(key))
+        self.looked_up.add(str(key))
         return super().__contains__(key)
 
     def keys(self) -> Any:
         return self
 
-    def __copy__(self) -> "Noting":
-        return Noting(self, self.looked_for)
+    def __copy__(self) -> "RecordingDict":
+        return RecordingDict(self, self.looked_up)
 
 
-def test_the_known_keys_are_those_that_deepspeed_looks_for():
-    looked_for: set[str] = set()
-    DeepSpeedConfig(Noting({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {}}, looked_for))
+def test_known_keys_are_those_that_deepspeed_looks_up():
+    looked_up: set[str] = set()
+    DeepSpeedConfig(RecordingDict({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {}}, looked_up))
     removed = _REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
-    looked_for -= {"sequence_parallel_size", "mics_shard_size"}
-    assert looked_for - removed - OWNED.keys() == ENGINE_KEYS
+    looked_up -= {"sequence_parallel_size", "mics_shard_size"}
+    assert looked_up - removed - OWNED.keys() == ENGINE_KEYS

@@ -1,4 +1,4 @@
-"""Steps by CUDA graphs, with a recording that computes again on a CPU: what autograd and a training see of them."""
+"""Training steps with CUDA graphs. On a CPU a fake recording recomputes them, to compare with plain autograd."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ def on_a_cpu() -> Iterator[None]:
 
 
 class Small(nn.Module):
-    """Has a parameter that the loss does not depend on, a buffer that counts calls, and a number to be logged."""
+    """Has a parameter that the loss does not depend on, a buffer that counts calls, and a second output to log."""
 
     calls: torch.Tensor
 
@@ -44,7 +44,7 @@ def batch(seed: int, size: int = 3) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 
 def captured(module: nn.Module) -> Any:
-    """The graphs with which a module trains from now on, captured by a first call."""
+    """Makes a module train with graphs, and returns them after a first call has captured them."""
     graph_steps(module, stage=0)
     forward = module.forward
     assert isinstance(forward, GraphedForward)
@@ -54,7 +54,7 @@ def captured(module: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_gradients_of_several_micro_batches_are_summed_and_scaled(stage: int):
+def test_gradients_of_micro_batches_are_accumulated_and_scaled(stage: int):
     module, plain = Small(), Small()
     plain.load_state_dict(module.state_dict())
     graph_steps(module, stage)
@@ -71,18 +71,18 @@ def test_gradients_of_several_micro_batches_are_summed_and_scaled(stage: int):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_zero_from_stage_1_on_is_told_of_each_gradient(stage: int):
+def test_gradient_hooks_are_called_from_stage_1_on(stage: int):
     module = Small()
     graph_steps(module, stage)
-    told: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     for parameter in module.used.parameters():
-        parameter.register_post_accumulate_grad_hook(told.append)
+        parameter.register_post_accumulate_grad_hook(seen.append)
     module(*batch(0))["loss"].backward()
-    assert len(told) == (2 if stage else 0)
+    assert len(seen) == (2 if stage else 0)
 
 
 class Odd(nn.Module):
-    """Autograd gives the first two parameters one gradient in common, and the last one a transposed one."""
+    """Autograd gives the first two parameters the same gradient tensor, and the last one a transposed gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Odd(nn.Module):
         return {"loss": ((self.a + self.b) * x + self.matrix.t() * x).pow(2).sum()}
 
 
-def test_gradients_have_memory_of_their_own_in_the_layout_of_their_parameters():
+def test_gradients_have_their_own_memory_and_their_parameters_layout():
     module, plain = Odd(), Odd()
     graph_steps(module, stage=0)
     x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
@@ -107,7 +107,7 @@ def test_gradients_have_memory_of_their_own_in_the_layout_of_their_parameters():
         assert torch.equal(mine, theirs)
 
 
-def test_numbers_are_those_of_their_own_call_and_need_no_gradient():
+def test_outputs_belong_to_their_call_and_only_the_loss_needs_a_gradient():
     module, plain = Small(), Small()
     plain.load_state_dict(module.state_dict())
     graph_steps(module, stage=0)
@@ -120,7 +120,7 @@ def test_numbers_are_those_of_their_own_call_and_need_no_gradient():
         assert not one["largest"].requires_grad
 
 
-def test_evaluation_and_other_shapes_are_computed_without_graphs():
+def test_evaluation_and_other_shapes_run_without_graphs():
     module = Small()
     graphs = captured(module)
     replays = graphs.forward.replays
@@ -142,14 +142,14 @@ def test_parameters_that_moved_in_memory_are_captured_again():
     assert torch.equal(module(*batch(1))["loss"], plain(*batch(1))["loss"])
 
 
-def test_the_capture_leaves_buffers_as_they_were():
+def test_capture_does_not_change_buffers():
     module = Small()
     captured(module)
-    # Computing again counts where a GPU's graph would: once for the step itself.
+    # The fake replay counts a call just as a replay on a GPU does: once, for the step itself.
     assert module.calls == 1
 
 
-def test_a_method_trains_as_without_graphs():
+def test_method_trains_the_same_with_and_without_graphs():
     results = []
     for graphed in (False, True):
         torch.manual_seed(0)
@@ -175,7 +175,7 @@ def test_a_method_trains_as_without_graphs():
         (["lut.alpha=1.0", "data.crop=simple"], 1, "LUT"),
     ],
 )
-def test_graphs_that_no_device_can_make_are_refused(overrides: list[str], stage: int, problem: str):
+def test_settings_that_graphs_do_not_support_are_rejected(overrides: list[str], stage: int, problem: str):
     config = load("mae_vitb16_224_1600e", ["data.shards=none", "model.cuda_graphs=on", *overrides])
     with pytest.raises(ValueError, match=rf"{problem}.*set model\.cuda_graphs=auto"):
         check_settings(config, stage)
@@ -187,7 +187,7 @@ def test_graphs_need_a_gpu():
         choose_numerics(config, torch.device("cpu"), 1)
 
 
-def test_what_cannot_be_captured_names_the_key(monkeypatch: pytest.MonkeyPatch):
+def test_failed_capture_names_the_key_to_change(monkeypatch: pytest.MonkeyPatch):
     def fails(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

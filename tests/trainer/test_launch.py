@@ -1,4 +1,4 @@
-"""What a process makes of its launcher's variables: its port and its share of the cores."""
+"""What a process derives from its launcher's variables: its port and its share of the cores."""
 
 import os
 from typing import Any
@@ -18,12 +18,12 @@ LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "1
     [
         (range(8), [], 8),
         (range(8), [range(8)], 4),  # deepspeed, torchrun: every rank may run on every core
-        (range(2, 4), [range(2), range(4, 6), range(6, 8)], 2),  # srun has bound each task to its own
+        (range(2, 4), [range(2), range(4, 6), range(6, 8)], 2),  # srun has bound each task to its own cores
         (range(8), [range(2)], 7),  # one of them is bound
         (range(3), [range(3), range(3), range(3)], 1),
     ],
 )
-def test_the_cores_of_a_machine_are_divided_among_its_ranks(mine: range, others: list[range], threads: int):
+def test_cores_of_a_machine_are_divided_among_its_ranks(mine: range, others: list[range], threads: int):
     assert share_of_cores(set(mine), [set(mine), *map(set, others)]) == threads
 
 
@@ -39,7 +39,7 @@ def test_ranks_of_other_machines_take_no_cores(monkeypatch: pytest.MonkeyPatch):
 
 
 class Launcher:
-    """What the parent of a rank is; all that `psutil.Process` is asked for."""
+    """The parent process of a rank, with the methods of `psutil.Process` that are used."""
 
     def __init__(self, command: str, pid: int = 100):
         self.pid, self._command = pid, command.split()
@@ -65,7 +65,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Any:
     return find
 
 
-def test_two_runs_on_one_machine_get_ports_of_their_own(port: Any):
+def test_two_runs_on_one_machine_get_different_ports(port: Any):
     deepspeed = "python -u -m deepspeed.launcher.launch --master_port=29500 pretrain/run.py"
     first, second = port(Launcher(deepspeed)), port(Launcher(deepspeed, pid=101))
     assert first == port(Launcher(deepspeed), RANK="0", LOCAL_RANK="0"), "the same on all ranks"
@@ -77,9 +77,9 @@ def test_two_runs_on_one_machine_get_ports_of_their_own(port: Any):
     ("parent", "variables"),
     [
         ("python -m deepspeed.launcher.launch", {"MASTER_PORT": "29643"}),  # chosen by the user
-        ("python -m deepspeed.launcher.launch", {"WORLD_SIZE": "4"}),  # two nodes: each has a launcher
-        ("bash wrapper.sh", {}),  # another for each rank
+        ("python -m deepspeed.launcher.launch", {"WORLD_SIZE": "4"}),  # two nodes: each has its own launcher
+        ("bash wrapper.sh", {}),  # a different parent for each rank
     ],
 )
-def test_a_port_that_all_ranks_know_stays(parent: str, variables: dict[str, str], port: Any):
+def test_port_that_all_ranks_already_share_is_kept(parent: str, variables: dict[str, str], port: Any):
     assert port(Launcher(parent), **variables) == variables.get("MASTER_PORT", "29500")

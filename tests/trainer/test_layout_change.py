@@ -1,4 +1,4 @@
-"""What a run says and refuses when its ranks or its ZeRO stage are others than its checkpoint's. Without engines."""
+"""Warnings and errors when a run resumes on other ranks or in another ZeRO stage. Tested without engines."""
 
 import logging
 from pathlib import Path
@@ -21,30 +21,30 @@ def check(tmp_path: Path, before: TrainState, now: TrainState) -> None:
     Checkpoints(tmp_path, World(0, 1, 0), CheckpointConfig())._check_numerics(before, now)
 
 
-def test_what_another_stage_computes_with_does_not_stop_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_numerics_change_caused_by_the_stage_only_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """`model.compile=auto` is off in stage 3."""
     before = TrainState(world_size=2, zero_stage=1, numerics=COMPILED)
     with caplog.at_level(logging.WARNING):
         check(tmp_path, before, TrainState(world_size=3, zero_stage=3, numerics=PLAIN))
-    (said,) = (record.getMessage() for record in caplog.records)
-    assert said == (
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning == (
         "the run continues with different bits: the number of ranks was 2 and is 3, the ZeRO stage (train.ds_config) "
         "was 1 and is 3, compile was True and is False"
     )
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_what_the_stage_does_not_decide_still_does(stage: int, tmp_path: Path):
+def test_other_numerics_changes_stop_the_run(stage: int, tmp_path: Path):
     from pretrain.trainer.checkpoint import CannotContinueError
 
     before = TrainState(world_size=2, zero_stage=1, numerics=COMPILED)
     now = TrainState(world_size=2, zero_stage=stage, numerics=PLAIN | {"residual": "bf16"})
-    with pytest.raises(CannotContinueError) as refused:
+    with pytest.raises(CannotContinueError) as error:
         check(tmp_path, before, now)
-    assert "residual was 'fp32' and is 'bf16'" in str(refused.value)
-    assert ("compile was True" in str(refused.value)) == (stage == 1)
+    assert "residual was 'fp32' and is 'bf16'" in str(error.value)
+    assert ("compile was True" in str(error.value)) == (stage == 1)
 
 
-def test_the_same_ranks_and_stage_are_no_change():
+def test_same_ranks_and_stage_are_no_layout_change():
     state = TrainState(world_size=2, zero_stage=3)
     assert layout_change(state, state) == []

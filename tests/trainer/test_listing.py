@@ -1,4 +1,4 @@
-"""--recipes, --keys and --show: what a command takes, on 120 columns."""
+"""The options --recipes, --keys and --show of a command, at a width of 120 columns."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize("catalog", [PRETRAIN, FINETUNE], ids=["pretrain",
 
 
 @BOTH
-def test_every_recipe_is_listed_with_what_it_is(catalog: Catalog):
+def test_every_recipe_is_listed_with_a_description(catalog: Catalog):
     lines = catalog.list_recipes().splitlines()
     heads = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if not line.startswith(" ")}
     assert heads.keys() == {path.stem for path in catalog.recipes.glob("*.yaml")}
@@ -31,7 +31,7 @@ def test_every_recipe_is_listed_with_what_it_is(catalog: Catalog):
 
 
 @BOTH
-def test_every_key_is_listed_with_what_it_does(catalog: Catalog):
+def test_every_key_is_listed(catalog: Catalog):
     lines = catalog.list_keys("").splitlines()
     keys = {line.split()[0] for line in lines if re.match("  [a-z]", line)}
     tags = {key for key in leaves(catalog.schema) if key in ("method.name", "target.name")}
@@ -46,7 +46,7 @@ def described(section: type[Section], name: str) -> bool:
 @BOTH
 def test_every_key_has_a_description(catalog: Catalog):
     sections, missing = [catalog.schema], []
-    for section in sections:  # which grows
+    for section in sections:  # grows while it is iterated
         for name, field in section.model_fields.items():
             inner = sections_in(field.annotation)
             sections += inner
@@ -55,7 +55,7 @@ def test_every_key_has_a_description(catalog: Catalog):
     assert not missing
 
 
-def test_the_engines_file_of_what_is_shown_is_checked(tmp_path: Path):
+def test_show_checks_the_engine_file(tmp_path: Path):
     (tmp_path / "engine.json").write_text('{"zero_optimisation": {}}')
     with pytest.raises(ValueError, match="zero_optimisation, which DeepSpeed does not know"):
         PRETRAIN.show("quickstart", [f"train.ds_config={tmp_path / 'engine.json'}"])
@@ -71,13 +71,13 @@ def test_the_engines_file_of_what_is_shown_is_checked(tmp_path: Path):
         ("optim.base_lr", ["optim.base_lr"]),
     ],
 )
-def test_a_part_of_the_keys(word: str, keys: list[str]):
+def test_list_keys_filters_by_name(word: str, keys: list[str]):
     listed = PRETRAIN.list_keys(word)
     assert all(key in listed for key in keys)
     assert "data.shards" not in listed
 
 
-def test_the_key_that_tells_methods_apart_lists_them():
+def test_method_name_lists_all_keys_of_the_methods():
     assert PRETRAIN.list_keys("method.name") == PRETRAIN.list_keys("method")
 
 
@@ -88,23 +88,23 @@ def test_the_key_that_tells_methods_apart_lists_them():
         (FINETUNE, "mae_vits16_224_small", "pretrain/run.py"),
     ],
 )
-def test_a_recipe_of_the_other_command_is_known(catalog: Catalog, recipe: str, command: str):
+def test_recipe_of_another_command_names_that_command(catalog: Catalog, recipe: str, command: str):
     with pytest.raises(ValueError, match=f"{recipe} is a recipe for {command}: run that instead"):
         catalog.show(recipe, [])
 
 
-def test_defaults_and_types_are_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "120")  # nothing is wrapped
+def test_types_and_defaults_are_shown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "120")  # no line is wrapped
     assert re.search(r"optim\.betas .*\(\[a number, a number\]; \[0\.9, 0\.95\]\)", PRETRAIN.list_keys("optim"))
     assert re.search(r"data\.shards (?s:.){,200}must be set\)", PRETRAIN.list_keys("data"))
 
 
-def test_an_unknown_word_is_answered_with_the_nearest():
+def test_unknown_word_suggests_the_nearest_name():
     with pytest.raises(ValueError, match=r"--keys lomra: nothing has this name; did you mean lomar\?"):
         PRETRAIN.list_keys("lomra")
 
 
-def test_a_recipe_is_shown_with_what_sets_each_key(tmp_path: Path):
+def test_show_names_the_source_of_each_key(tmp_path: Path):
     shown = PRETRAIN.show("mae_vits16_224_1600e", ["train.epochs=50", "data.shards=007"])
     sources = {line.split(":")[0].strip(): line.split("# ")[1] for line in shown.splitlines() if "# " in line}
     assert (sources["arch"], sources["mask_ratio"]) == ("mae_vits16_224_1600e.yaml", "mae_vitb16_224_1600e.yaml")
@@ -115,13 +115,13 @@ def test_a_recipe_is_shown_with_what_sets_each_key(tmp_path: Path):
     )
 
 
-def test_a_recipe_that_lacks_the_data_is_shown_too():
+def test_recipe_without_data_is_shown():
     lines = FINETUNE.show("finetune_small_vits16_224_100e", []).splitlines()
     assert sum("shards: (must be set)" in line for line in lines) == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says", "code"),
+    ("arguments", "message", "code"),
     [
         (["--recipes"], "quickstart ", 0),
         (["--keys", "log"], "log.every_steps", 0),
@@ -129,9 +129,9 @@ def test_a_recipe_that_lacks_the_data_is_shown_too():
         (["--keys", "lomra"], "did you mean lomar?", 1),
     ],
 )
-def test_the_command_prints_it_and_ends(
+def test_command_prints_the_listing_and_exits(
     arguments: list[str],
-    says: str,
+    message: str,
     code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -145,4 +145,4 @@ def test_the_command_prints_it_and_ends(
     with pytest.raises(SystemExit) as ended:
         entry.main("", pretrain.load, lambda config, world: pytest.fail("it trains"), catalog=PRETRAIN)
     assert ended.value.code == code
-    assert says in "".join(itertools.chain(*capsys.readouterr()))
+    assert message in "".join(itertools.chain(*capsys.readouterr()))

@@ -1,4 +1,4 @@
-"""Metrics reach every logger: one that somebody adds, JSON lines, TensorBoard, and lines or a bar."""
+"""Metrics reach every logger: a custom one, JSON lines, TensorBoard, and printed lines or a progress bar."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ METRICS = {"step": 3, "epoch": 0.75, "loss": 0.5, "lr": 1e-3, "images_per_s": 80
 
 
 class Recorder(MetricLogger):
-    """All that somebody has to write to send a run's metrics elsewhere."""
+    """A minimal custom logger."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
@@ -59,7 +59,7 @@ class FullRecorder(Recorder):
 
 
 class StubEngine:
-    """An engine without DeepSpeed: plain SGD on one number."""
+    """An engine without DeepSpeed: plain SGD on a single weight."""
 
     def __init__(self) -> None:
         self.module = nn.Linear(1, 1, bias=False)
@@ -94,7 +94,7 @@ class StubLoader:
 
 
 def stub_run(root: Path, measure: Any = None, state: TrainState | None = None) -> Any:
-    """Two epochs of four steps, logged at every second step and evaluated after each epoch."""
+    """Two epochs of four steps, logged every second step and evaluated after each epoch."""
     from pretrain.trainer.loop import Evaluation, Run  # imports DeepSpeed
 
     config = RunConfig(
@@ -114,7 +114,7 @@ def stub_run(root: Path, measure: Any = None, state: TrainState | None = None) -
     return Run(config, world, device, RunFolder(root), *parts)
 
 
-def test_a_logger_of_ones_own_sees_a_whole_training(process_group: None, tmp_path: Path):
+def test_custom_logger_sees_a_whole_training(process_group: None, tmp_path: Path):
     from pretrain.trainer.loop import train
 
     recorder, bare = FullRecorder(), Recorder()
@@ -134,10 +134,8 @@ def test_a_logger_of_ones_own_sees_a_whole_training(process_group: None, tmp_pat
     ]
 
 
-def test_no_logged_speed_is_of_two_sizes_of_images(
-    process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A line at the last step of each size, and each line says which it is."""
+def test_logged_speeds_never_mix_two_image_sizes(process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Metrics are also logged at the last step of each size, and always with the size."""
     from pretrain.trainer.loop import train
 
     monkeypatch.setattr(StubLoader, "sizes", [(0, (8, 8)), (3, (8, 16)), (6, (16, 16))])
@@ -149,7 +147,7 @@ def test_no_logged_speed_is_of_two_sizes_of_images(
     assert metrics == [(2, 8), (3, 8), (4, "8x16"), (6, "8x16"), (8, 16)]
 
 
-def test_loggers_are_closed_when_a_training_fails(process_group: None, tmp_path: Path):
+def test_loggers_are_closed_when_training_fails(process_group: None, tmp_path: Path):
     from pretrain.trainer.loop import train
 
     def fail(engine: Any, ema: NoEMA) -> dict[str, float]:
@@ -164,7 +162,7 @@ def test_loggers_are_closed_when_a_training_fails(process_group: None, tmp_path:
     assert recorder.calls[-1] == ("close", None)
 
 
-def test_a_run_has_all_loggers_on_the_main_rank_and_none_elsewhere(tmp_path: Path):
+def test_main_rank_has_all_loggers_and_other_ranks_none(tmp_path: Path):
     config = RunConfig.model_validate({"name": "tiny", "data": {"shards": "unused"}})
     loggers = build_loggers(config, RunFolder(tmp_path), 0, 10, is_main=True)
     assert [type(logger) for logger in loggers.loggers] == [JsonLines, TensorBoard, ProgressBar]
@@ -178,7 +176,7 @@ def test_a_run_has_all_loggers_on_the_main_rank_and_none_elsewhere(tmp_path: Pat
     assert not silent.exists()
 
 
-def test_json_lines_have_null_for_what_is_not_finite_and_forget_what_is_repeated(tmp_path: Path):
+def test_json_lines_write_null_for_nan_and_drop_steps_to_be_repeated(tmp_path: Path):
     folder = RunFolder(tmp_path)
     logger = JsonLines(folder, start=0)
     for step in range(1, 6):
@@ -204,8 +202,8 @@ def test_tensorboard_has_all_finite_values(tmp_path: Path):
     assert (loss.step, loss.value) == (1, 0.5)
 
 
-def test_without_a_terminal_the_first_steps_and_each_logged_one_are_lines(capsys: pytest.CaptureFixture[str]):
-    """After a resume at step 2; the time of the first step, in which things are compiled, is no measure of the rest."""
+def test_without_a_terminal_first_and_logged_steps_are_printed(capsys: pytest.CaptureFixture[str]):
+    """After a resume at step 2. The first step includes compilation, so the estimate leaves it out."""
     with patch("pretrain.trainer.loggers.time.monotonic", side_effect=itertools.count(0.0, 4.0)):
         bar = ProgressBar("tiny", start=2, total=10)
         bar.step()
@@ -223,8 +221,8 @@ def test_without_a_terminal_the_first_steps_and_each_logged_one_are_lines(capsys
     assert err == "step 5: top1 0.5\n"
 
 
-def test_without_a_terminal_no_minute_is_silent(capsys: pytest.CaptureFixture[str]):
-    """Steps that are logged rarely, of 25 seconds each."""
+def test_without_a_terminal_steps_are_printed_even_if_logged_rarely(capsys: pytest.CaptureFixture[str]):
+    """Steps of 25 seconds each, none of them logged."""
     with patch("pretrain.trainer.loggers.time.monotonic", side_effect=itertools.count(0.0, 12.5)):
         bar = ProgressBar("tiny", start=0, total=100)
         for _ in range(9):
@@ -235,9 +233,7 @@ def test_without_a_terminal_no_minute_is_silent(capsys: pytest.CaptureFixture[st
     assert steps[-1] >= 7
 
 
-def test_a_phase_that_takes_long_is_mentioned_and_a_quick_one_is_not(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+def test_only_slow_phases_are_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(phases, "SLOW", 0.01)
     with report_if_slow("building the index"):
@@ -256,7 +252,7 @@ def wait_forever(request: int) -> None:
     time.sleep(1000)
 
 
-def test_a_signal_ends_a_run_whose_data_never_comes(
+def test_signal_stops_a_run_whose_data_never_arrives(
     process_group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from pretrain.trainer.loop import train

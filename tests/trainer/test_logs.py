@@ -1,4 +1,4 @@
-"""Messages: the main rank's on the console, all in each rank's file, and the same for what ends a run."""
+"""Log messages on the console and in each rank's file, including the error or signal that ends a run."""
 
 import io
 import logging
@@ -45,12 +45,12 @@ def log_everything() -> None:
     OURS.info("resumes from step_00000010")
     OURS.warning("checkpoint step_00000020 is damaged")
     OURS.error("error on rank")
-    logging.getLogger("__main__").info("starts from a classifier")  # an entry that was started as a script
+    logging.getLogger("__main__").info("starts from a classifier")  # an entry point run as a script
     LIBRARY.info("chatter")
     LIBRARY.warning("deprecated")
 
 
-def test_the_main_rank_talks_and_the_others_only_complain(capsys: pytest.CaptureFixture[str]):
+def test_console_shows_the_main_rank_and_only_errors_of_others(capsys: pytest.CaptureFixture[str]):
     log_to_console(MAIN)
     log_everything()
     out, err = capsys.readouterr()
@@ -68,7 +68,7 @@ def warn_as_a_library() -> None:
 
 
 @pytest.mark.parametrize("verbose", ["", "1"])
-def test_what_libraries_say_is_in_the_file_and_on_the_console_only_if_asked(
+def test_library_messages_are_logged_but_printed_only_if_verbose(
     verbose: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv(VERBOSE, verbose)
@@ -82,9 +82,7 @@ def test_what_libraries_say_is_in_the_file_and_on_the_console_only_if_asked(
     assert ("it will change" in console, "it will change" in file) == (False, not verbose), "pytest takes the other"
 
 
-def test_a_rank_that_lost_another_says_so_in_one_line(
-    run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
-):
+def test_lost_rank_is_a_one_line_error(run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]):
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1\nframes")
     assert run_main(lost, rank=1) == 1
     err = capsys.readouterr().err
@@ -94,7 +92,7 @@ def test_a_rank_that_lost_another_says_so_in_one_line(
 
 @pytest.mark.parametrize("world", [MAIN, OTHER])
 def test_each_rank_has_a_file_with_all_messages(world: World, tmp_path: Path):
-    (tmp_path / "logs").mkdir()  # by the main rank
+    (tmp_path / "logs").mkdir()  # the main rank creates it
     log_to_console(world)
     log_to_file(tmp_path / "logs", world)
     log_everything()
@@ -112,7 +110,7 @@ def test_each_rank_has_a_file_with_all_messages(world: World, tmp_path: Path):
     ]
 
 
-def test_another_run_of_the_process_has_its_own_file(tmp_path: Path):
+def test_second_run_in_a_process_has_its_own_file(tmp_path: Path):
     log_to_console(MAIN)
     for name in ("first", "second"):
         log_to_file(tmp_path / name, MAIN)
@@ -121,7 +119,7 @@ def test_another_run_of_the_process_has_its_own_file(tmp_path: Path):
     assert len((tmp_path / "first" / "rank0.log").read_text().splitlines()) == 1
 
 
-def test_a_full_disk_does_not_disturb_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_full_disk_does_not_break_logging(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     if not Path("/dev/full").exists():
         pytest.skip("this machine has no /dev/full")
     (tmp_path / "rank0.log").symlink_to("/dev/full")
@@ -131,8 +129,8 @@ def test_a_full_disk_does_not_disturb_a_run(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == "the disk is full\n"
 
 
-def test_a_rank_that_speaks_after_its_folder_was_removed_does_not_bring_it_back(tmp_path: Path, capsys):
-    """The main rank removes the folder of a run whose settings are refused."""
+def test_logging_does_not_recreate_a_removed_folder(tmp_path: Path, capsys):
+    """The main rank removes the folder of a run whose settings are rejected."""
     log_to_console(OTHER)
     log_to_file(tmp_path / "refused" / "logs", OTHER)
     OURS.error("error on rank 1: unknown key")
@@ -145,7 +143,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_warning_does_not_break_the_progress_bar(monkeypatch: pytest.MonkeyPatch):
+def test_warning_does_not_break_the_progress_bar(monkeypatch: pytest.MonkeyPatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     log_to_console(MAIN)
@@ -160,7 +158,7 @@ def test_a_warning_does_not_break_the_progress_bar(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., object]:
-    """run_main(error, rank=0) -> the exit code of a command whose training raises the error, with its log file open."""
+    """run_main(error, rank=0) -> exit code of a command whose training opens its log file and raises the error."""
 
     def exit_process(code: int) -> NoReturn:
         raise SystemExit(code)
@@ -187,7 +185,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., o
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("error", [ValueError("too many images"), Diverged("no gradient"), OSError("disk full")])
-def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
+def test_error_is_one_line_on_the_console_and_in_the_log_file(
     error: Exception, rank: int, run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert run_main(error, rank) == 1
@@ -197,28 +195,28 @@ def test_an_error_is_one_line_on_the_console_and_in_the_log_file(
 
 
 @pytest.mark.parametrize("error", [ValueError("too many images"), torch.OutOfMemoryError("out of memory")])
-def test_a_single_process_says_an_error_as_it_says_those_of_the_recipe(
+def test_errors_of_a_single_process_do_not_name_a_rank(
     error: Exception, run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
 ):
     assert run_main(error, 0, world_size=1) == 1
     assert capsys.readouterr().err.startswith("error: t")
 
 
-def refuse(rank: int) -> float:
-    """The seconds after which a rank says what all of them refuse."""
+def seconds_to_raise(rank: int) -> float:
+    """The seconds after which a rank raises an error that all ranks share."""
     start = time.monotonic()
     with pytest.raises(ValueError, match="no shards"), entry.said_once(rank):
         raise ValueError("no shards")
     return time.monotonic() - start
 
 
-def test_what_all_ranks_find_is_said_by_the_first_and_by_others_only_if_they_are_left(monkeypatch: pytest.MonkeyPatch):
+def test_other_ranks_delay_an_error_that_all_ranks_share(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(entry, "PATIENCE", 0.3)
-    assert refuse(0) < 0.3
-    assert refuse(1) >= 0.3
+    assert seconds_to_raise(0) < 0.3
+    assert seconds_to_raise(1) >= 0.3
 
 
-def test_a_rank_that_its_launcher_ends_leaves_it_to_the_first(monkeypatch: pytest.MonkeyPatch):
+def test_rank_told_to_stop_leaves_the_error_to_the_first_rank(monkeypatch: pytest.MonkeyPatch):
     def exit_process(code: int) -> NoReturn:
         raise SystemExit(code)
 
@@ -229,16 +227,18 @@ def test_a_rank_that_its_launcher_ends_leaves_it_to_the_first(monkeypatch: pytes
     assert ended.value.code == 1
 
 
-CUDA_SAYS = (
+CUDA_MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.93 GiB is free."
 )
 
 
-@pytest.mark.parametrize(("said", "more"), [(CUDA_SAYS, " (tried to allocate 2.50 GiB more)"), ("out of memory", "")])
-def test_a_full_gpu_is_one_line_with_the_keys_to_change(
-    said: str, more: str, run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("message", "more"), [(CUDA_MESSAGE, " (tried to allocate 2.50 GiB more)"), ("out of memory", "")]
+)
+def test_gpu_out_of_memory_is_one_line_with_the_keys_to_change(
+    message: str, more: str, run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert run_main(torch.OutOfMemoryError(said), rank=1) == 1
+    assert run_main(torch.OutOfMemoryError(message), rank=1) == 1
     line = (
         f"error on rank 1: the GPU's memory is full{more}: set train.gradient_accumulation_steps higher than 4 (the "
         "micro-batch is 8), model.grad_checkpointing=true, or continue with a higher ZeRO stage (train.ds_config)\n"
@@ -247,18 +247,18 @@ def test_a_full_gpu_is_one_line_with_the_keys_to_change(
     assert (tmp_path / "logs" / "rank1.log").read_text().endswith(line)
 
 
-def test_the_advice_does_not_name_what_is_done_already():
+def test_memory_advice_omits_settings_already_made():
     config = CONFIG.model_copy(update={"model": ModelConfig(grad_checkpointing=True)})
     assert "grad_checkpointing" not in config.memory_advice(2)
 
 
-def test_a_full_gpu_in_detection_and_segmentation_names_their_keys():
+def test_memory_advice_for_dense_tasks_names_their_keys():
     cfg = {"train_dataloader": {"batch_size": 4}, "test_dataloader": {"batch_size": 3}}
     assert Job(cfg).memory_advice(2).startswith("lower train_dataloader.batch_size (it is 4) and raise ")
     assert Job(cfg, test="last.pth").memory_advice(2) == "lower test_dataloader.batch_size (it is 3)"
 
 
-def test_an_unexpected_error_leaves_its_traceback_in_both(
+def test_traceback_of_an_unexpected_error_is_printed_and_logged(
     run_main: Callable[..., object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert run_main(ZeroDivisionError("a bug"), rank=1) == 1
@@ -268,7 +268,7 @@ def test_an_unexpected_error_leaves_its_traceback_in_both(
 
 
 @pytest.mark.parametrize(("error", "rank", "marked"), [(Stopped("saved"), 0, True), (Stopped("saved"), 1, False)])
-def test_a_stopped_run_marks_itself_and_says_so(
+def test_stopped_run_is_marked_by_the_main_rank_and_logged(
     error: Exception, rank: int, marked: bool, run_main: Callable[..., object], tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempt0"))
@@ -278,13 +278,13 @@ def test_a_stopped_run_marks_itself_and_says_so(
     assert (tmp_path / "logs" / f"rank{rank}.log").read_text().endswith("saved\n")
 
 
-def test_a_complete_run_leaves_no_mark(run_main: Callable[..., object], tmp_path: Path, monkeypatch):
+def test_complete_run_leaves_no_mark(run_main: Callable[..., object], tmp_path: Path, monkeypatch):
     monkeypatch.setenv(ATTEMPT, str(tmp_path / "attempt0"))
     assert run_main(None) == 0
     assert not (tmp_path / "attempt0-stopped").exists()
 
 
-def test_a_mark_that_cannot_be_written_is_an_error(run_main: Callable[..., object], monkeypatch, capsys):
+def test_unwritable_mark_is_an_error(run_main: Callable[..., object], monkeypatch, capsys):
     monkeypatch.setenv(ATTEMPT, "/nowhere/attempt0")
     assert run_main(Stopped("saved")) == 1
     err = capsys.readouterr().err

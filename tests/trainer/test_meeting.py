@@ -1,4 +1,4 @@
-"""Ranks that meet, do not come, or find somebody else at their port."""
+"""Ranks that meet, are missing, or find another program at their port."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def port(monkeypatch: pytest.MonkeyPatch) -> int:
-    """That of two ranks, which do not wait long."""
+    """The port of a run with two ranks and short timeouts."""
     port = free_port()
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
@@ -34,8 +34,8 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture
-def silent(port: int) -> Iterator[None]:
-    """Something else listens, and does not answer."""
+def silent_listener(port: int) -> Iterator[None]:
+    """Another program listens on the port and does not answer."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", port))
         listening.listen()
@@ -46,7 +46,7 @@ def test_two_ranks_meet_at_one_store() -> None:
     hosted = meeting._host_store()
     found = meeting._find_store()
     waiting = threading.Thread(target=meeting._introduce, args=(found, 1))
-    waiting.start()  # before the main rank has said which run it is
+    waiting.start()  # before the main rank has published which run it is
     meeting._introduce(hosted, 0)
     waiting.join(10)
     both = [dist.PrefixStore(meeting._token(), store) for store in (hosted, found)]
@@ -57,8 +57,8 @@ def test_two_ranks_meet_at_one_store() -> None:
     assert not other.is_alive()
 
 
-@pytest.mark.usefixtures("silent")
-def test_a_port_that_is_taken_is_said_on_all_ranks(port: int) -> None:
+@pytest.mark.usefixtures("silent_listener")
+def test_port_in_use_is_reported_on_all_ranks(port: int) -> None:
     with pytest.raises(ValueError, match=f"port {port} is already in use by process {os.getpid()}"):
         meeting._host_store()
     with pytest.raises(
@@ -67,7 +67,7 @@ def test_a_port_that_is_taken_is_said_on_all_ranks(port: int) -> None:
         meeting._find_store()
 
 
-def test_the_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     store = meeting._host_store()
     meeting._introduce(store, 0)
     with pytest.raises(ValueError, match="another program or run"):
@@ -77,7 +77,7 @@ def test_the_store_of_another_run_is_not_joined(monkeypatch: pytest.MonkeyPatch)
         meeting._introduce(store, 1)
 
 
-def test_who_does_not_come_is_named_and_a_signal_ends_the_waiting(
+def test_missing_ranks_are_named_and_a_signal_ends_the_wait(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, asked = dist.HashStore(), iter([[], [], [], [int(signal.SIGTERM)]])
@@ -111,7 +111,7 @@ print("stops", flush=True)
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
 
 
-def test_ranks_whose_launcher_was_killed_stop(tmp_path: Path) -> None:
+def test_rank_stops_when_its_launcher_is_killed(tmp_path: Path) -> None:
     launcher = tmp_path / "torchrun"
     launcher.write_text(LAUNCHER)
     command = [sys.executable, str(launcher), ORPHAN]

@@ -1,4 +1,4 @@
-"""A loss of power at any moment of saving leaves a sound checkpoint, and each `fsync` is needed for that."""
+"""A power loss at any moment of a save leaves an intact checkpoint, and every `fsync` is needed for that."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from helpers.power_loss import Disk, Recorder, Step, Tree
 from pretrain.trainer.checkpoint_layout import LATEST, checkpoint_names, checkpoint_step, damage
 
 pytestmark = pytest.mark.usefixtures("process_group")
-SAVED = "saved"  # a step of the recording: the checkpoint of this step is written, says the program
+SAVED = "saved"  # a recorded step: from here on, the program takes this checkpoint for written
 
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """Two saves of a run that keeps one checkpoint."""
+    """The recorded steps of two saves of a run that keeps one checkpoint."""
     root = tmp_path / "disk"
     root.mkdir()
     recorder = Recorder(root, monkeypatch)
@@ -32,9 +32,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return recorder.steps
 
 
-def test_metrics_are_synced_before_the_checkpoint_of_their_step_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_metrics_are_synced_before_latest_names_their_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     training = Training(tmp_path / "checkpoints", keep_last=1)
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n')
     recorder = Recorder(tmp_path, monkeypatch)
@@ -44,26 +42,26 @@ def test_metrics_are_synced_before_the_checkpoint_of_their_step_is_named(
     assert ("sync", "metrics.jsonl") in recorder.steps[:named]
 
 
-def loss(steps: Sequence[Step], folder: Path, seen: dict[Any, str | None]) -> str | None:
-    """What a loss of power at some moment would have lost, if anything; `seen`: by what is left, what is lost."""
+def first_problem(steps: Sequence[Step], folder: Path, seen: dict[Any, str | None]) -> str | None:
+    """What the first harmful power loss would damage, or None. `seen` caches the problem of each state left behind."""
     disk, saved = Disk(), 0
     for number, step in enumerate(steps):
         if step[0] == SAVED:
             saved = int(step[1])
         else:
             disk.do(step)
-        if step[0] == "write":  # those before it are as if it had not been
+        if step[0] == "write":  # unsynced bytes are checked at the next step of another kind
             continue
         for tree in disk.after_power_loss():
             if (key := (saved, frozenset(tree.items()))) not in seen:
-                seen[key] = lost(tree, saved, folder)
+                seen[key] = problem_in(tree, saved, folder)
             if seen[key]:
                 return f"after step {number}, {step[:2]}: {seen[key]}"
     return None
 
 
-def lost(tree: Tree, saved: int, folder: Path) -> str | None:
-    """What is wrong with files that a loss of power has left."""
+def problem_in(tree: Tree, saved: int, folder: Path) -> str | None:
+    """What is wrong with the files that a power loss left behind, or None."""
     shutil.rmtree(folder, ignore_errors=True)
     for path, content in tree.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +78,12 @@ def lost(tree: Tree, saved: int, folder: Path) -> str | None:
     return None
 
 
-def test_power_may_be_lost_at_any_moment_and_each_sync_is_needed_for_that(recorded: list[Step], tmp_path: Path):
+def test_power_loss_is_harmless_and_every_sync_is_needed(recorded: list[Step], tmp_path: Path):
     seen: dict[Any, str | None] = {}
-    assert loss(recorded, tmp_path / "left", seen) is None
+    assert first_problem(recorded, tmp_path / "left", seen) is None
     assert len(seen) > 50
     syncs = [number for number, step in enumerate(recorded) if step[0].startswith("sync")]
     assert len(syncs) >= 2 * 6
     for number in syncs:
         without = recorded[:number] + recorded[number + 1 :]
-        assert loss(without, tmp_path / "left", seen), f"nothing is lost without {recorded[number]}"
+        assert first_problem(without, tmp_path / "left", seen), f"nothing is lost without {recorded[number]}"

@@ -1,4 +1,4 @@
-"""Micro-batches in order, one ahead of what is computed on a GPU, and never used before they have arrived there."""
+"""Prefetching yields micro-batches in order. On a GPU it copies one ahead, and none is used before it has arrived."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ def micro_batch(number: int) -> Batch:
 
 
 def loader(steps: int, read: list[int], seconds: float = 0.0) -> Iterator[list[Batch]]:
-    """Notes in `read` which steps were read, and -1 when it is closed."""
+    """Appends each step that is read to `read`, and -1 when it is closed."""
     try:
         for step in range(steps):
             time.sleep(seconds)
@@ -35,7 +35,7 @@ def numbers(batches: Iterator[tuple[Batch, float]]) -> list[int]:
     return [int(batch.images[0, 0, 0, 0]) for batch, _ in batches]
 
 
-def test_on_a_cpu_every_micro_batch_comes_once_and_none_is_read_before_it_is_asked_for():
+def test_cpu_yields_each_micro_batch_once_and_reads_none_early():
     read: list[int] = []
     batches = prefetch(loader(3, read), CPU)
     assert read == []
@@ -54,7 +54,7 @@ def test_leaving_early_closes_the_loader():
     assert read == [0, -1]
 
 
-def test_the_wait_is_for_the_loader_alone():
+def test_wait_counts_only_the_loader():
     waits = []
     for _, waited in prefetch(loader(3, [], seconds=0.05), CPU):
         waits.append(waited)
@@ -64,7 +64,7 @@ def test_the_wait_is_for_the_loader_alone():
 
 
 class FakeStream:
-    """Work that is queued on it, in order; nothing is done until a stream that waits for it is asked to."""
+    """A queue of work that runs only when another stream waits for it."""
 
     def __init__(self, device: Any = None):
         self.queue: list[Callable[[], None]] = []
@@ -78,7 +78,7 @@ class FakeStream:
 
 
 class FakeTensor:
-    """Wrong until the copy is done; remembers the streams that it was recorded on."""
+    """Has a wrong value until its copy is done, and remembers the streams it was recorded on."""
 
     def __init__(self, value: int):
         self.coming, self.value, self.streams = value, -1, []
@@ -91,7 +91,7 @@ class FakeTensor:
 
 
 class FakeBatch:
-    """Copied to the device by queueing the copy on the current stream."""
+    """Queues its copy to the device on the current stream."""
 
     def __init__(self, number: int):
         self.number = number
@@ -111,7 +111,7 @@ COPIED: list[int] = []
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
-    """torch.cuda's streams as bookkeeping; returns the one that computes."""
+    """Replaces torch.cuda's streams with fakes, and returns the compute stream."""
     computing = FakeStream()
     CURRENT[:], COPIED[:] = [computing], []
 
@@ -128,7 +128,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_on_a_gpu_the_next_copy_is_under_way_and_a_batch_has_arrived_before_it_is_used(count: int, gpu: FakeStream):
+def test_gpu_copies_one_batch_ahead_and_waits_for_each_copy(count: int, gpu: FakeStream):
     steps: Any = ([FakeBatch(number)] for number in range(count))
     got = []
     for batch, _ in prefetch(steps, torch.device("cuda", 0)):
@@ -141,7 +141,7 @@ def test_on_a_gpu_the_next_copy_is_under_way_and_a_batch_has_arrived_before_it_i
     assert len(got) == count
 
 
-def test_on_a_gpu_all_waiting_is_counted(gpu: FakeStream):
+def test_gpu_counts_all_waiting_for_the_loader(gpu: FakeStream):
     def slow() -> Iterator[list[Any]]:
         for number in range(4):
             time.sleep(0.05)

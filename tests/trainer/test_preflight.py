@@ -1,4 +1,4 @@
-"""Ranks that differ, and nodes that cannot train, are named before a training."""
+"""Checks before training name ranks that differ and nodes that cannot train."""
 
 import threading
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from pretrain.trainer.preflight import Facts, Fault, checked_start, find_fault, 
 FACTS = Facts(0, "n0", "c0de", "torch 2.5", "rec", "idx", gpus=2, only_gpu="", free=2**40)
 
 
-def of_ranks(**changes: dict[int, object]) -> list[Facts]:
-    """Three nodes of two ranks; `name={rank: value}` changes what some of them find."""
+def facts_of_ranks(**changes: dict[int, object]) -> list[Facts]:
+    """Facts of three nodes with two ranks each. `name={rank: value}` changes those of some ranks."""
     facts = [replace(FACTS, rank=rank, node=f"n{rank // 2}", code="" if rank % 2 else "c0de") for rank in range(6)]
     for name, values in changes.items():
         for rank, value in values.items():
@@ -27,12 +27,12 @@ def of_ranks(**changes: dict[int, object]) -> list[Facts]:
 
 
 def test_ranks_that_agree_have_no_fault() -> None:
-    assert find_fault(of_ranks()) is None
-    assert find_fault(of_ranks()[:1]) is None
+    assert find_fault(facts_of_ranks()) is None
+    assert find_fault(facts_of_ranks()[:1]) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "said", "nodes"),
+    ("changes", "message", "nodes"),
     [
         ({"code": {2: "old"}}, "different code on n1 (rank 2): old, but c0de elsewhere", ("n1",)),
         ({"code": {0: "old"}}, "different code on n0 (rank 0)", ("n0",)),
@@ -59,20 +59,20 @@ def test_ranks_that_agree_have_no_fault() -> None:
         ({"problem": dict.fromkeys(range(6), "no shards")}, "no shards", ()),
     ],
 )
-def test_what_differs_and_where_is_named(changes: dict, said: str, nodes: tuple[str, ...]) -> None:
-    fault = find_fault(of_ranks(**changes))
+def test_fault_names_the_difference_and_the_nodes(changes: dict, message: str, nodes: tuple[str, ...]) -> None:
+    fault = find_fault(facts_of_ranks(**changes))
     assert fault is not None
-    assert said in fault.problem
+    assert message in fault.problem
     assert fault.nodes == nodes
 
 
-def test_a_gpu_of_its_own_is_enough_for_each_rank() -> None:
+def test_one_gpu_per_rank_is_enough() -> None:
     own = {rank: str(rank % 2) for rank in range(6)}
-    assert find_fault(of_ranks(gpus=dict.fromkeys(range(6), 1), only_gpu=own)) is None
-    assert find_fault(of_ranks(gpus=dict.fromkeys(range(6), 0))) is None, "a training on CPUs"
+    assert find_fault(facts_of_ranks(gpus=dict.fromkeys(range(6), 1), only_gpu=own)) is None
+    assert find_fault(facts_of_ranks(gpus=dict.fromkeys(range(6), 0))) is None, "a training on CPUs"
 
 
-def test_a_node_that_is_twice_as_slow_is_named() -> None:
+def test_slow_node_is_named() -> None:
     speeds = [Speed(rank, f"n{rank}", 0.010, 0.020) for rank in range(4)]
     assert find_slow(speeds, 2) is None
     for slow, what in (
@@ -88,19 +88,19 @@ def test_a_node_that_is_twice_as_slow_is_named() -> None:
     assert find_slow([replace(speeds[0], exchange=0.0)], 2) is None, "alone there is nothing to exchange"
 
 
-def ask(worlds: int, monkeypatch: pytest.MonkeyPatch, mine: Callable[[int], Facts]) -> list[object]:
-    """What each of several ranks of one process gets, or is refused with."""
-    store, results = dist.HashStore(), [None] * worlds
+def refuse_on_ranks(size: int, monkeypatch: pytest.MonkeyPatch, mine: Callable[[int], Facts]) -> list[object]:
+    """Runs each rank in a thread, and returns what `refuse_faults` returned or raised on each of them."""
+    store, results = dist.HashStore(), [None] * size
     monkeypatch.setattr(preflight, "meeting_store", lambda: store)
-    monkeypatch.setattr(preflight, "_exchanges", iter([7] * worlds))
+    monkeypatch.setattr(preflight, "_exchanges", iter([7] * size))
 
     def rank(number: int) -> None:
         try:
-            results[number] = refuse_faults(World(number, worlds, number), mine(number), find_fault)
+            results[number] = refuse_faults(World(number, size, number), mine(number), find_fault)
         except ValueError as error:
             results[number] = str(error)
 
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(worlds)]
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -108,18 +108,18 @@ def ask(worlds: int, monkeypatch: pytest.MonkeyPatch, mine: Callable[[int], Fact
     return results
 
 
-def test_all_ranks_are_told_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_ranks_get_the_same_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOMAR_ATTEMPT", str(tmp_path / "attempt0"))
-    facts = of_ranks()
-    assert ask(6, monkeypatch, lambda rank: facts[rank]) == [facts, [], [], [], [], []]
+    facts = facts_of_ranks()
+    assert refuse_on_ranks(6, monkeypatch, lambda rank: facts[rank]) == [facts, [], [], [], [], []]
     assert not list(tmp_path.iterdir())
-    facts = of_ranks(code={4: "old"})
-    (said,) = set(ask(6, monkeypatch, lambda rank: facts[rank]))
-    assert "different code on n2 (rank 4)" in str(said)
+    facts = facts_of_ranks(code={4: "old"})
+    (message,) = set(refuse_on_ranks(6, monkeypatch, lambda rank: facts[rank]))
+    assert "different code on n2 (rank 4)" in str(message)
     assert [path.name for path in tmp_path.iterdir()] == ["attempt0-bad-n2"], "the job's script leaves it out"
 
 
-def test_one_rank_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_rank_checks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "meet", lambda rank, size: None)
     monkeypatch.setattr(preflight, "meeting_store", lambda: None)
     world, folder = World(0, 1, 0), tmp_path / "runs" / "new"
@@ -127,11 +127,11 @@ def test_one_rank_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert checked_start(world, folder, "recipe", lambda: None, lambda nothing: "") is None
     assert not folder.exists()
 
-    def refuse() -> int:
+    def fail() -> int:
         raise ValueError("no shards")
 
     with pytest.raises(ValueError, match="no shards"):
-        checked_start(world, folder, "recipe", refuse, str)
+        checked_start(world, folder, "recipe", fail, str)
     monkeypatch.setattr(preflight, "_LEAST_FREE", 2**70)
     with pytest.raises(ValueError, match="on the disk of the run's folder: make room"):
         checked_start(world, folder, "recipe", lambda: 5, str)
@@ -139,7 +139,7 @@ def test_one_rank_looks_at_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("size", "on_node"), [(2, 1), (3, 1), (8, 2), (6, 2), (16, 8), (4, 4), (5, 5)])
-def test_each_rank_has_a_neighbor_of_its_own(size: int, on_node: int) -> None:
+def test_ranks_are_paired_with_neighbors_on_other_nodes(size: int, on_node: int) -> None:
     for turn in (0, 1):
         peers = [neighbor(rank, size, on_node, turn) for rank in range(size)]
         for rank, peer in enumerate(peers):
@@ -151,7 +151,7 @@ def test_each_rank_has_a_neighbor_of_its_own(size: int, on_node: int) -> None:
     assert neighbor(0, 1, 1, 0) is None
 
 
-def test_a_rank_alone_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_rank_measures_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     speed = measure_speed(World(0, 1, 0), torch.device("cpu"))

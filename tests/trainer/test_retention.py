@@ -1,4 +1,4 @@
-"""Which checkpoints stay, which are set aside, and what is taken for damage."""
+"""Which checkpoints are kept, which are set aside, and what counts as damage."""
 
 import errno
 import json
@@ -19,33 +19,33 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def kept(newest: int, *others: int, damaged: tuple[int, ...] = (), bytes_beside: int = 0, **keys: Any) -> list[int]:
-    """The steps that stay, of checkpoints of a GB each."""
+    """The steps that are kept, of checkpoints of 1 GB each."""
     steps = sorted({newest, *others, *damaged}, reverse=True)
     found = [Stored(str(step), step, 10**9, "cut off" if step in damaged else None) for step in steps]
     sound = next(one for one in found if one.step == newest)
     return sorted(int(name) for name in why_kept(found, sound, CheckpointConfig(**keys), bytes_beside))
 
 
-def test_the_last_ones_and_multiples_stay():
+def test_last_checkpoints_and_multiples_are_kept():
     assert kept(40, 10, 20, 30, keep_last=1) == [40]
     assert kept(40, 10, 20, 30, keep_last=3) == [20, 30, 40]
     assert kept(40, 10, 20, 30, keep_last=1, keep_every_steps=20) == [20, 40]
     assert kept(40, 10, 30, damaged=(20, 35), keep_last=2, keep_every_steps=20) == [30, 40], "damaged ones do not count"
 
 
-def test_what_was_just_written_stays_whatever_is_of_later_steps():
+def test_checkpoint_just_written_is_kept_despite_damaged_later_ones():
     assert kept(15, 10, damaged=(20,), keep_last=1, keep_every_steps=10) == [10, 15, 20]
     assert kept(15, 10, damaged=(20,), keep_last=1, keep_every_steps=10, max_gb=0.5) == [15]
 
 
-def test_a_bound_in_gigabytes_lets_the_oldest_go_first():
+def test_max_gb_deletes_the_oldest_first():
     assert kept(40, 10, 20, 30, keep_last=4, max_gb=3) == [20, 30, 40]
     assert kept(40, 10, 20, 30, keep_last=4, max_gb=3, bytes_beside=10**9) == [30, 40]
     assert kept(40, 10, 20, 30, keep_last=4, max_gb=2.5) == [30, 40]
     assert kept(40, 10, 20, 30, keep_last=1, keep_every_steps=10, max_gb=2) == [30, 40]
 
 
-def test_damaged_ones_are_set_aside_and_go_first_where_there_is_a_bound(tmp_path: Path):
+def test_damaged_checkpoints_are_set_aside_and_deleted_to_meet_max_gb(tmp_path: Path):
     training = Training(tmp_path / "checkpoints", keep_last=2)
     training.save(10, 20)
     training.damage(20)
@@ -66,11 +66,11 @@ def test_damaged_ones_are_set_aside_and_go_first_where_there_is_a_bound(tmp_path
     assert not aside.exists()
 
 
-def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object], anew: bool = False) -> None:
-    """Changes a manifest; `anew`: as older ones are, without a checksum."""
+def edit(checkpoint: Path, change: Callable[[dict[str, Any]], object], without_checksum: bool = False) -> None:
+    """Changes a manifest; `without_checksum` also removes its checksum, as older manifests have none."""
     content = json.loads((checkpoint / MANIFEST).read_text())
     change(content)
-    if anew:
+    if without_checksum:
         del content["crc32"]
     (checkpoint / MANIFEST).write_text(json.dumps(content))
 
@@ -84,15 +84,15 @@ def saved(tmp_path: Path) -> Path:
     return checkpoint
 
 
-def test_a_manifest_that_was_changed_is_damaged(saved: Path):
+def test_changed_manifest_is_damaged(saved: Path):
     edit(saved, lambda content: content["state"].update(step=46))
     assert damage(saved) == f"{MANIFEST} differs from what was written"
     with pytest.raises(ValueError, match="differs from what was written"):
         read_state(saved)
 
 
-def test_a_manifest_of_before_there_were_checksums_of_it_is_read(saved: Path):
-    edit(saved, lambda content: None, anew=True)
+def test_older_manifest_without_a_checksum_is_read(saved: Path):
+    edit(saved, lambda content: None, without_checksum=True)
     assert damage(saved) is None
     assert read_state(saved) == TrainState(step=45)
     (saved / "weights.pt").write_bytes(b"")
@@ -100,7 +100,7 @@ def test_a_manifest_of_before_there_were_checksums_of_it_is_read(saved: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda content: content["files"].clear(), "lists no files"),
         (lambda content: content.pop("files"), "lists no files"),
@@ -110,18 +110,18 @@ def test_a_manifest_of_before_there_were_checksums_of_it_is_read(saved: Path):
         (lambda content: content["files"].update({"x": "1"}), "was not written by this project"),
     ],
 )
-def test_a_manifest_that_says_too_little_or_too_much_is_damaged(change: Any, said: str, saved: Path):
-    edit(saved, change, anew=True)
-    assert said in (damage(saved) or "")
+def test_manifest_with_missing_or_invalid_content_is_damaged(change: Any, message: str, saved: Path):
+    edit(saved, change, without_checksum=True)
+    assert message in (damage(saved) or "")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1]", b"{"])
-def test_rubbish_in_place_of_a_manifest_is_damaged(content: bytes, saved: Path):
+def test_garbage_in_place_of_a_manifest_is_damaged(content: bytes, saved: Path):
     (saved / MANIFEST).write_bytes(content)
     assert MANIFEST in (damage(saved) or "")
 
 
-def test_a_disk_that_cannot_be_read_is_damage_and_an_older_one_is_taken(
+def test_unreadable_checkpoint_is_skipped_for_an_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     training = Training(tmp_path / "checkpoints", keep_last=2)
@@ -138,14 +138,14 @@ def test_a_disk_that_cannot_be_read_is_damage_and_an_older_one_is_taken(
     assert "step_00000020 is damaged and skipped: weights.pt cannot be read: [Errno 5]" in caplog.text
 
 
-def test_a_copy_under_another_steps_name_is_not_sound(saved: Path):
+def test_checkpoint_under_the_name_of_another_step_is_damaged(saved: Path):
     copied = saved.with_name(checkpoint_name(99))
     saved.rename(copied)
     assert "says step 45: another checkpoint was copied here" in str(checkpoint_layout.damage(copied))
 
 
-def test_a_state_is_the_same_when_it_is_read_back(saved: Path):
-    """Checksums of JSON: keys become text, tuples lists."""
+def test_state_survives_a_round_trip_through_the_manifest(saved: Path):
+    """The manifest's checksum still matches, although JSON turns tuples into lists."""
     state = TrainState(step=1, shards={"b": [1, 2], "a": [3, 4]}, resume_signature={"é": 1e-3, "sizes": [(1, 2)]})
     text = checkpoint_layout.manifest_text(state, {"weights.pt": [1, 2]})
     (saved / MANIFEST).write_text(text)

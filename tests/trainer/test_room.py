@@ -11,9 +11,11 @@ from torch import nn
 from pretrain.trainer.assemble import _no_room
 
 
-@pytest.mark.parametrize(("free", "step", "refused"), [(12_000, 0, False), (11_999, 5, True), (0, 10, False)])
-def test_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, step: int, refused: bool):
-    """1,000 trained weights with two moments each; a run that is over saves nothing."""
+@pytest.mark.parametrize(("free", "step", "rejected"), [(12_000, 0, False), (11_999, 5, True), (0, 10, False)])
+def test_disk_needs_room_for_one_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, step: int, rejected: bool
+):
+    """1,000 trained weights with two moments each. A finished run saves nothing."""
     module = nn.ModuleList([nn.Linear(100, 10, bias=False), nn.Linear(3, 3).requires_grad_(False)])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     run: Any = SimpleNamespace(
@@ -22,5 +24,5 @@ def test_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         state=SimpleNamespace(step=step),
         total_steps=10,
     )
-    said = _no_room(run) or ""
-    assert ("a checkpoint takes at least" in said) == refused
+    message = _no_room(run) or ""
+    assert ("a checkpoint takes at least" in message) == rejected

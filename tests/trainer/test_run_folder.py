@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, what a refused one leaves, and where what is compiled goes."""
+"""The run folder: its lock, its cleanup after a failed start, and the location of compile caches."""
 
 import errno
 import fcntl
@@ -13,8 +13,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from pretrain.trainer.run_folder import RunFolder
 
 
-def test_what_is_compiled_goes_into_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also when an import has already set torch's default."""
+def test_compile_caches_go_into_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Even if an import has already set torch's default."""
     for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.delenv(variable, raising=False)
     assert cache_dir() == default_cache_dir(), "torch sets the variable itself"
@@ -23,7 +23,7 @@ def test_what_is_compiled_goes_into_the_runs_folder(tmp_path: Path, monkeypatch:
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "run/compiled/triton")
 
 
-def test_the_environments_own_caches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_caches_set_by_the_environment_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache/inductor")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/cache/triton")
     RunFolder(tmp_path / "run").cache_compiled()
@@ -31,17 +31,17 @@ def test_the_environments_own_caches_are_kept(tmp_path: Path, monkeypatch: pytes
     assert os.environ["TRITON_CACHE_DIR"] == "/cache/triton"
 
 
-def test_a_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = RunFolder(tmp_path / "mine"), RunFolder(tmp_path / "mine")
     for job, stop in ((None, f"`kill {os.getpid()}`"), ("77", "`scancel 77`")):
         monkeypatch.setenv("SLURM_JOB_ID", job or "")
         here = f"{socket.gethostname()} (process {os.getpid()}, since "
-        said = f"another run is writing to {tmp_path / 'mine'}: run {stop} on {here}"
+        expected = f"another run is writing to {tmp_path / 'mine'}: run {stop} on {here}"
         with (
             first.locked(),
             pytest.raises(
                 ValueError,
-                match=re.escape(said)
+                match=re.escape(expected)
                 + r".*to save and stop it, then the same command again to continue it.*another name=",
             ),
             second.locked(patience=0),
@@ -51,7 +51,7 @@ def test_a_second_run_is_told_how_to_stop_the_first(tmp_path: Path, monkeypatch:
         pass
 
 
-def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path: Path):
+def test_moved_or_replaced_folder_is_rejected(tmp_path: Path):
     folder = RunFolder(tmp_path / "mine")
     with folder.locked():
         folder.check_in_place()
@@ -62,19 +62,19 @@ def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path: Path):
             folder.check_in_place()
 
 
-def test_a_file_system_without_locks_is_said_and_the_run_goes_on(
+def test_file_system_without_locks_only_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def refuse(descriptor: int, how: int) -> None:
+    def fail(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", fail)
     with RunFolder(tmp_path / "mine").locked(patience=0):
         assert "has no locks ([Errno 38] Function not implemented)" in caplog.text
 
 
-def end(folder: RunFolder, error: Exception, *written: Path) -> None:
-    """A run that writes some files, and ends by an error."""
+def fail_run(folder: RunFolder, error: Exception, *written: Path) -> None:
+    """Simulates a run that writes some files and then fails."""
     with folder.locked():
         for path in written:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,28 +82,28 @@ def end(folder: RunFolder, error: Exception, *written: Path) -> None:
         raise error
 
 
-def test_refused_settings_leave_no_folder(tmp_path: Path):
+def test_rejected_settings_leave_no_folder(tmp_path: Path):
     folder = RunFolder(tmp_path / "runs" / "refused")
     with pytest.raises(ValueError, match="of the settings"):
-        end(folder, ValueError("of the settings"), folder.logs / "rank0.log")
+        fail_run(folder, ValueError("of the settings"), folder.logs / "rank0.log")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize("written", ["config.yaml", "checkpoints/step_00000001/manifest.json"])
-def test_what_a_run_has_written_stays(written: str, tmp_path: Path):
+def test_files_of_a_started_run_are_kept(written: str, tmp_path: Path):
     folder = RunFolder(tmp_path / "started")
     path = folder.root / written
     with pytest.raises(ValueError, match="after some steps"):
-        end(folder, ValueError("after some steps"), path)
+        fail_run(folder, ValueError("after some steps"), path)
     assert path.exists()
     path.unlink()
     with pytest.raises(ValueError, match="again"):
-        end(folder, ValueError("again"))
+        fail_run(folder, ValueError("again"))
     assert folder.root.exists(), "this command has not made it"
 
 
-def test_an_unexpected_error_leaves_its_traceback(tmp_path: Path):
+def test_log_of_an_unexpected_error_is_kept(tmp_path: Path):
     folder = RunFolder(tmp_path / "failed")
     with pytest.raises(RuntimeError, match="a bug"):
-        end(folder, RuntimeError("a bug"), folder.logs / "rank0.log")
+        fail_run(folder, RuntimeError("a bug"), folder.logs / "rank0.log")
     assert (folder.logs / "rank0.log").exists()

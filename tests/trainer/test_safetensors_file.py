@@ -1,4 +1,4 @@
-"""Files of safetensors: read by the library, the same bytes each time, and never half of one."""
+"""Our safetensors writer: its files load in the library, are deterministic and are replaced atomically."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ TENSORS = {
 }
 
 
-def test_the_library_reads_what_was_written(tmp_path: Path):
+def test_library_reads_the_written_file(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     save_state_dict(TENSORS, METADATA, path)
     read = load_file(path)
@@ -37,25 +37,25 @@ def test_the_library_reads_what_was_written(tmp_path: Path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_the_bytes_do_not_depend_on_the_order_of_names(tmp_path: Path):
+def test_bytes_do_not_depend_on_the_order_of_names(tmp_path: Path):
     for name, backwards in (("1", False), ("2", True)):
         tensors = {key: TENSORS[key] for key in sorted(TENSORS, reverse=backwards)}
         save_state_dict(tensors, dict(sorted(METADATA.items(), reverse=backwards)), tmp_path / name)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
-def test_a_file_that_is_there_stays_whole_until_the_new_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_existing_file_stays_intact_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "x.safetensors"
     save_state_dict(TENSORS, METADATA, path)
     before, write, left = path.read_bytes(), os.write, [3]
 
-    def killed_later(descriptor: int, data: memoryview) -> int:
+    def killed_on_third_write(descriptor: int, data: memoryview) -> int:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
         return write(descriptor, data)
 
-    monkeypatch.setattr(os, "write", killed_later)
+    monkeypatch.setattr(os, "write", killed_on_third_write)
     with pytest.raises(KeyboardInterrupt):
         save_state_dict({name: tensor + 1 for name, tensor in TENSORS.items()}, METADATA, path)
     assert path.read_bytes() == before

@@ -1,4 +1,4 @@
-"""Training goes on while a checkpoint is written, whatever becomes of it."""
+"""Training continues while a checkpoint is written, whether or not the write succeeds."""
 
 import errno
 import logging
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 
 class Blocked:
-    """Holds up whoever writes a file of torch's, until `go` is set."""
+    """Blocks every write of a torch file until `go` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.go, self.writes = threading.Event(), 0
@@ -36,10 +36,10 @@ class Blocked:
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int, data: Any) -> int:
+    def fail(descriptor: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "write", refuse)
+    monkeypatch.setattr(os, "write", fail)
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def saver(training: Training) -> Any:
     return Saver(training.checkpoints, is_main=True, saved=0)
 
 
-def test_what_is_written_is_what_was_when_the_save_began(
+def test_checkpoint_has_the_state_at_the_start_of_the_save(
     training: Training, saver: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """Weights and their average go on, and so does the run's state; a second save waits for the first."""
+    """Weights, their average and the run's state change in the meantime, and a second save waits for the first."""
     blocked, engine, state = Blocked(monkeypatch), StubEngine(), TrainState(step=10)
     model = torch.nn.Linear(2, 2)
     ema = EMA(model, [model], 0.9, 0.9, torch.device("cpu"))
@@ -88,7 +88,7 @@ def test_what_is_written_is_what_was_when_the_save_began(
     assert all(torch.equal(averaged[f"{name}"], tensor) for name, tensor in before.items())
 
 
-def test_a_save_that_fails_is_told_at_the_next_step_and_the_training_goes_on(
+def test_failed_save_is_reported_at_the_next_poll_and_training_continues(
     training: Training, saver: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     training.save(10)
@@ -109,7 +109,7 @@ def test_a_save_that_fails_is_told_at_the_next_step_and_the_training_goes_on(
     assert training.start() == 30
 
 
-def test_a_required_save_waits_and_one_that_is_done_is_not_repeated(training: Training, saver: Any):
+def test_required_save_waits_and_a_finished_one_is_not_repeated(training: Training, saver: Any):
     saver.save(StubEngine(), NoEMA(), TrainState(step=10), required=False)
     saver.save(StubEngine(), NoEMA(), TrainState(step=10), required=True)
     written = (training.folder / checkpoint_name(10)).stat().st_ino
@@ -118,26 +118,24 @@ def test_a_required_save_waits_and_one_that_is_done_is_not_repeated(training: Tr
     assert (training.folder / checkpoint_name(10)).stat().st_ino == written
 
 
-def test_latest_without_room_is_a_failure_after_which_the_same_step_is_saved_again(
-    training: Training, monkeypatch: pytest.MonkeyPatch
-):
+def test_step_is_saved_again_if_latest_could_not_be_written(training: Training, monkeypatch: pytest.MonkeyPatch):
     training.save(10)
     write = checkpoint_writer.write_durably
 
-    def refuse(path: Path, text: str) -> None:
+    def fail(path: Path, text: str) -> None:
         if path.name == LATEST:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, text)
 
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint_writer, "write_durably", refuse)
+        broken.setattr(checkpoint_writer, "write_durably", fail)
         assert training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
     assert training.steps == [10, 20], "it is there, and sound"
     training.save(20)
     assert sorted(path.name for path in training.folder.iterdir()) == [LATEST, checkpoint_name(10), checkpoint_name(20)]
 
 
-def unreadable_folder(training: Training) -> None:
+def blocked_folder(training: Training) -> None:
     (training.folder / "unfinished").write_text("a file")
 
 
@@ -148,10 +146,10 @@ def no_memory(training: Training) -> None:
     training.checkpoints._copies.copy = fail
 
 
-@pytest.mark.parametrize("breaks", [unreadable_folder, no_memory])
-def test_whatever_fails_is_a_problem_in_words(breaks: Callable[[Training], None], training: Training):
+@pytest.mark.parametrize("break_save", [blocked_folder, no_memory])
+def test_any_failure_is_returned_as_a_message(break_save: Callable[[Training], None], training: Training):
     training.save(10)
-    breaks(training)
+    break_save(training)
     problem = training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
     assert problem
     assert "step_00000020 could not be written" in problem
@@ -159,17 +157,17 @@ def test_whatever_fails_is_a_problem_in_words(breaks: Callable[[Training], None]
     assert (training.folder / LATEST).read_text() == checkpoint_name(10)
 
 
-def test_an_old_one_that_cannot_be_deleted_is_no_failure(
+def test_undeletable_old_checkpoint_only_warns(
     training: Training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     training.save(10, 20)
 
-    def refuse(folder: Path, *arguments: Any, **keys: Any) -> None:
+    def fail(folder: Path, *arguments: Any, **keys: Any) -> None:
         if "deleted" in str(folder):
             raise OSError(errno.EIO, "Input/output error")
 
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", fail)
     training.save(30)
     assert "the old checkpoint step_00000010 could not be deleted or renamed: [Errno 5]" in caplog.text
     assert training.steps == [20, 30]
@@ -178,7 +176,7 @@ def test_an_old_one_that_cannot_be_deleted_is_no_failure(
     assert not list(training.folder.glob("deleted_*")), "it is tried again"
 
 
-def test_memory_of_copies_is_used_again_and_shared_tensors_stay_shared():
+def test_copies_reuse_memory_and_keep_shared_tensors_shared():
     from pretrain.trainer.host_copy import HostCopies
 
     copies, weights = HostCopies(), torch.arange(6.0).view(2, 3)
@@ -189,9 +187,9 @@ def test_memory_of_copies_is_used_again_and_shared_tensors_stay_shared():
     assert torch.equal(first["list"][0], weights.t())
     assert first["row"].untyped_storage().data_ptr() == first["w"].untyped_storage().data_ptr()
     assert first["w"].data_ptr() != weights.data_ptr()
-    at = first["w"].data_ptr()
+    address = first["w"].data_ptr()
     second = copies.copy(tree)
     copies.wait()
-    assert second["w"].data_ptr() != at, "it is still read"
+    assert second["w"].data_ptr() != address, "it is still read"
     copies.release()
-    assert copies.copy(tree)["w"].data_ptr() in (at, second["w"].data_ptr())
+    assert copies.copy(tree)["w"].data_ptr() in (address, second["w"].data_ptr())

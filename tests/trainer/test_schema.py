@@ -1,4 +1,4 @@
-"""Overrides on the command line, and what of a configuration a run may not change when it continues."""
+"""Overrides on the command line, and the keys that a run may not change when it resumes."""
 
 from typing import Annotated, Any
 
@@ -38,24 +38,24 @@ from pretrain.trainer.schema import DEFAULT_AS_BEFORE, MAY_CHANGE, Section, near
         ("runs/lomar=2", "runs/lomar=2"),
         ("/data/{000..127}.tar", "/data/{000..127}.tar"),
         ("/data/{0,1}.tar", "/data/{0,1}.tar"),
-        ("nan", "nan"),  # a Section refuses it; YAML's own .nan is not finite either
+        ("nan", "nan"),  # a Section rejects it later, like YAML's own .nan
         ("rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
     ],
 )
-def test_a_value_is_a_python_literal_or_yaml(text: str, value: Any):
+def test_value_is_a_python_literal_or_yaml(text: str, value: Any):
     parsed = parse_value(text)
     assert parsed == value
     assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize("text", ["[224", "'a", "{a: 1", "(1, 2): [", "@x"])
-def test_a_value_that_is_neither_is_refused(text: str):
+def test_value_that_is_neither_python_nor_yaml_is_rejected(text: str):
     with pytest.raises(ValueError, match="is not a YAML value; are brackets or quotes closed"):
         parse_value(text)
 
 
 @pytest.mark.parametrize(
-    ("name", "names", "says"),
+    ("name", "names", "message"),
     [
         (
             "lomar_vitb16_400",
@@ -70,8 +70,8 @@ def test_a_value_that_is_neither_is_refused(text: str):
         ("qqq", ["b", "a"], "valid: a, b"),
     ],
 )
-def test_the_nearest_name_has_every_part_that_was_typed(name: str, names: list[str], says: str):
-    assert nearest(name, names) == says
+def test_nearest_names_contain_every_typed_part(name: str, names: list[str], message: str):
+    assert nearest(name, names) == message
 
 
 class Inner(Section):
@@ -86,12 +86,12 @@ class Outer(Section):
     younger: Annotated[int, DEFAULT_AS_BEFORE] = 1
 
 
-def test_the_resume_signature_is_all_that_is_not_marked():
+def test_resume_signature_has_all_keys_that_are_not_marked():
     assert Outer(other=Inner()).resume_signature() == {"inner": {"kept": 1}, "size": [3, 4]}
 
 
-def test_a_younger_key_is_compared_where_it_is_set():
-    def refusal(before: dict[str, Any], now: int) -> str:
+def test_newer_key_is_compared_only_where_it_is_set():
+    def resume_error(before: dict[str, Any], now: int) -> str:
         signature = Outer(younger=now).resume_signature()
         try:
             check_continues(TrainState(resume_signature=before), TrainState(resume_signature=signature))
@@ -99,16 +99,16 @@ def test_a_younger_key_is_compared_where_it_is_set():
             return str(error)
         return ""
 
-    older = {"inner": {"kept": 1}, "size": [3, 4]}  # of a run from before there was the key
+    older = {"inner": {"kept": 1}, "size": [3, 4]}  # of a run that is older than the key
     one, two = (Outer(younger=value).resume_signature() for value in (1, 2))
-    assert refusal(older, 1) == refusal(one, 1) == refusal(two, 2) == ""
-    assert "younger was 'unset' and is 2" in refusal(older, 2)
-    assert "younger was 'unset' and is 2" in refusal(one, 2)
-    assert "younger was 2 and is 'unset'" in refusal(two, 1)
+    assert resume_error(older, 1) == resume_error(one, 1) == resume_error(two, 2) == ""
+    assert "younger was 'unset' and is 2" in resume_error(older, 2)
+    assert "younger was 'unset' and is 2" in resume_error(one, 2)
+    assert "younger was 2 and is 'unset'" in resume_error(two, 1)
 
 
 def test_only_keys_that_do_not_change_the_weights_are_marked():
-    """A new key of a shared section is compared when a run continues, unless it is added here, too."""
+    """A new key of a shared section is compared when a run resumes, unless it is added here, too."""
 
     def marked(section: type[Section], prefix: str = "") -> set[str]:
         found = set()

@@ -1,4 +1,4 @@
-"""A signal that comes while data is waited for."""
+"""Signals: which of them stop a run, and how ranks that wait for data agree to stop."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ from pretrain.trainer.signals import StopRequest
 
 
 @pytest.mark.parametrize(("before", "watched"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
-def test_a_closed_terminal_stops_a_run_unless_nohup_started_it(
+def test_closed_terminal_stops_a_run_unless_nohup_started_it(
     before: signal.Handlers, watched: bool, monkeypatch: pytest.MonkeyPatch
 ):
     handlers = dict.fromkeys(signals._SIGNALS, signal.SIG_DFL) | {signal.SIGHUP: before}
@@ -23,8 +23,8 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_started_it(
     assert handlers[signal.SIGTERM] == signals._remember
 
 
-def test_only_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch):
-    """Neither SIGTERM before a Ctrl-C, nor what a launcher sends for the same one."""
+def test_only_a_second_ctrl_c_interrupts_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Neither a SIGTERM before the Ctrl-C nor the launcher's copy of it counts as a second one."""
     for name in ("_received", "_interrupted"):
         monkeypatch.setattr(signals, name, [])
     times = iter([100.0, 100.1, 100.1, 102.0, 102.0])
@@ -37,8 +37,8 @@ def test_only_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has got SIGTERM, and a round of agreement is short."""
+def sigterm_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has received SIGTERM, and a round of agreement is short."""
     monkeypatch.setattr(signals, "_received", [int(signal.SIGTERM)])
     monkeypatch.setattr(signals, "ROUND_SECONDS", 0.3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
@@ -47,14 +47,14 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 def ranks_of_one_run(count: int) -> list[StopRequest]:
     store, ranks = dist.HashStore(), []
     for _ in range(count):
-        rank = StopRequest.__new__(StopRequest)  # its group would need processes
+        rank = StopRequest.__new__(StopRequest)  # its process group would need several processes
         rank._store, rank._rounds = store, Counter()
         ranks.append(rank)
     return ranks
 
 
 def ask(ranks: list[StopRequest], step: int, times: int = 1) -> list[str | None]:
-    """What each rank's last of several questions is answered, all of them at once; none asks on after a stop."""
+    """Lets all ranks ask in parallel, each up to `times` times or until told to stop, and returns the last answers."""
     answers: list[str | None] = [None] * len(ranks)
 
     def wait(number: int) -> None:
@@ -69,26 +69,26 @@ def ask(ranks: list[StopRequest], step: int, times: int = 1) -> list[str | None]
     return answers
 
 
-def test_ranks_that_all_wait_stop_together(told: None):
+def test_ranks_that_all_wait_stop_together(sigterm_received: None):
     assert ask(ranks_of_one_run(3), step=7) == ["SIGTERM"] * 3
 
 
-def test_none_stops_while_one_does_not_wait_and_all_when_it_does(told: None):
-    """Two ranks wait after step 7; the third computes, and waits with them only after step 8."""
+def test_ranks_stop_only_once_all_of_them_wait(sigterm_received: None):
+    """Two ranks wait after step 7. The third one is computing, and waits with them only after step 8."""
     ranks = ranks_of_one_run(3)
     assert ask(ranks[:2], step=7, times=2) == [None, None]
     assert ask(ranks[1:2], step=8) == [None]
     assert ask(ranks, step=8, times=20) == ["SIGTERM"] * 3
 
 
-def test_a_rank_that_got_no_signal_is_told(told: None, monkeypatch: pytest.MonkeyPatch):
+def test_rank_without_a_signal_stops_with_the_others(sigterm_received: None, monkeypatch: pytest.MonkeyPatch):
     ranks = ranks_of_one_run(3)
     assert ask(ranks[:1], step=7) == [None]
     monkeypatch.setattr(signals, "_received", [])
     assert ask(ranks, step=7, times=20) == ["SIGTERM"] * 3
 
 
-def test_without_a_signal_nothing_is_waited_for(told: None, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_signal_ranks_do_not_wait_for_each_other(sigterm_received: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signals, "_received", [])
     monkeypatch.setattr(signals, "ROUND_SECONDS", 1000.0)
     assert ask(ranks_of_one_run(2), step=7) == [None, None]

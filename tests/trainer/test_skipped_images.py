@@ -1,4 +1,4 @@
-"""Images that could not be decoded, listed and counted by kind, and the number or share that may be."""
+"""Images that cannot be decoded are listed and counted by kind, up to a maximum number or share."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pretrain.trainer.skipped_images import SkippedImages
 CUT, EMPTY = Skipped("a\udcdf\nb", "damaged", "image file is truncated"), Skipped("c", "empty", "an empty file")
 
 
-def test_each_is_a_line_of_key_kind_and_reason(tmp_path: Path):
+def test_each_skipped_image_is_a_line_of_key_kind_and_reason(tmp_path: Path):
     path = tmp_path / "skipped_images.txt"
     skipped = SkippedImages(path, 3, 100)
     assert skipped.add([], 8) == 0
@@ -27,7 +27,7 @@ def test_each_is_a_line_of_key_kind_and_reason(tmp_path: Path):
         skipped.add([CUT], 8)
 
 
-def test_a_share_is_of_an_epoch_and_then_of_what_was_read(tmp_path: Path):
+def test_share_is_of_one_epoch_and_then_of_all_images_read(tmp_path: Path):
     skipped = SkippedImages(tmp_path / "list", 0.02, 100)
     assert skipped.add([CUT, CUT], 2) == 2  # two of the first epoch's hundred
     for _ in range(18):
@@ -37,13 +37,13 @@ def test_a_share_is_of_an_epoch_and_then_of_what_was_read(tmp_path: Path):
         skipped.add([EMPTY], 2)
 
 
-def test_none_is_allowed_by_either_zero(tmp_path: Path):
+def test_zero_as_number_or_share_allows_no_skipped_image(tmp_path: Path):
     for zero in (0, 0.0):
         with pytest.raises(ValueError, match="1 of 8 images"):
             SkippedImages(tmp_path / "list", zero, 100).add([CUT], 8)
 
 
-def test_the_key_takes_a_number_or_a_share():
+def test_key_takes_a_number_or_a_share():
     for value in (0, 1, 1000, 0.01):
         read = DataConfig(shards="x", max_skipped_images=value).max_skipped_images
         assert (read, type(read)) == (value, type(value))

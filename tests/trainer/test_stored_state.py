@@ -1,4 +1,4 @@
-"""Weights and moments out of files that are laid out here by hand, as DeepSpeed does in each stage."""
+"""Reads weights and moments from files that the tests lay out by hand, as DeepSpeed does in each ZeRO stage."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def draw() -> Kinds:
 
 
 def write(folder: Path, stage: int, files: Sequence[Any], model: dict[str, Any], ranks: int) -> Path:
-    """A manifest, the file of the module (of each rank, in stage 3) and those of the ranks' optimizers."""
+    """Writes a manifest, the module's file (one per rank in stage 3) and the optimizer file of each rank."""
     folder.mkdir()
     (folder / MANIFEST).write_text(json.dumps({"state": asdict(TrainState(world_size=ranks, zero_stage=stage))}))
     for rank in range(ranks):
@@ -46,14 +46,14 @@ def shapes(names: Sequence[str]) -> dict[str, torch.Size]:
 
 
 def cut(tensor: Tensor, ranks: int) -> list[Tensor]:
-    """Equal parts; what is behind the end is not a number."""
+    """Splits a tensor into equal parts, padded with NaN at the end."""
     length = math.ceil(tensor.numel() / ranks)
     padded = torch.cat([tensor.flatten(), torch.full((length * ranks - tensor.numel(),), torch.nan)])
     return list(padded.split(length))
 
 
 def write_flat(folder: Path, stage: int, ranks: int, drawn: Kinds, aligned: int = 1) -> Path:
-    """Stages 1 and 2: groups end to end, each parameter at a multiple of `aligned`."""
+    """Writes stage 1 or 2: flat groups in which each parameter starts at a multiple of `aligned`."""
     paddings = [[-math.prod(SHAPES[name]) % aligned for name in names] for names in GROUPS]
     files: list[dict[str, Any]] = [{"param_alignment_paddings": paddings} for _ in range(ranks)]
     for file in files:
@@ -71,7 +71,7 @@ def write_flat(folder: Path, stage: int, ranks: int, drawn: Kinds, aligned: int 
 
 
 def write_cut(folder: Path, ranks: int, drawn: Kinds) -> Path:
-    """Stage 3, with the first parameter group in two."""
+    """Writes stage 3, with the first parameter group split in two."""
     groups = (GROUPS[0][:2], GROUPS[0][2:], GROUPS[1])
     files: list[dict[str, Any]] = [
         {"fp32_flat_groups": [], "optimizer_state_dict": {"state": {}}} for _ in range(ranks)
@@ -104,14 +104,14 @@ def assert_reads(checkpoint: Path, drawn: Kinds) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 40])
 @pytest.mark.parametrize("aligned", [1, 4])
-def test_parameters_that_are_end_to_end(ranks: int, aligned: int, tmp_path: Path):
-    """With 40 ranks there are more than elements in a group: some have nothing but padding."""
+def test_flat_parameter_groups_are_read(ranks: int, aligned: int, tmp_path: Path):
+    """40 ranks are more than a group has elements, so some ranks have nothing but padding."""
     drawn = draw()
     assert_reads(write_flat(tmp_path / "flat", 1, ranks, drawn, aligned), drawn)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_parameters_that_are_cut_into_a_part_for_each_rank(ranks: int, tmp_path: Path):
+def test_partitioned_parameters_are_read(ranks: int, tmp_path: Path):
     drawn = draw()
     assert_reads(write_cut(tmp_path / "cut", ranks, drawn), drawn)
 
@@ -123,7 +123,7 @@ class Small(nn.Module):
 
 
 @pytest.mark.parametrize("decay_class_token", [True, False])
-def test_the_optimizer_of_stage_0_numbers_parameters_by_its_groups(decay_class_token: bool, tmp_path: Path):
+def test_stage_0_moments_are_found_by_parameter_group(decay_class_token: bool, tmp_path: Path):
     module, config = Small(), RunConfig(name="x", data={"shards": "unused"})
     optimizer = build_adamw(parameter_groups(module, 0.05, decay_class_token), config, 0)
     for parameter in module.parameters():
@@ -140,7 +140,7 @@ def test_the_optimizer_of_stage_0_numbers_parameters_by_its_groups(decay_class_t
         assert torch.equal(stored.moment(name, "exp_avg"), optimizer.state[parameter]["exp_avg"]), name
 
 
-def test_groups_that_nobody_names_are_refused(tmp_path: Path):
+def test_unnamed_parameter_groups_are_rejected(tmp_path: Path):
     module = Small()
     optimizer = torch.optim.AdamW(module.parameters()).state_dict()
     saved = {"module": module.state_dict(), "buffer_names": [], "optimizer": optimizer}
@@ -151,7 +151,7 @@ def test_groups_that_nobody_names_are_refused(tmp_path: Path):
     assert StoredState(checkpoint, names).trained == names
 
 
-def test_files_that_are_missing_or_too_short_are_named(tmp_path: Path):
+def test_missing_or_short_files_are_named(tmp_path: Path):
     short = write_cut(tmp_path / "short", 2, draw())
     path = short / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     file = torch.load(path)
@@ -164,15 +164,15 @@ def test_files_that_are_missing_or_too_short_are_named(tmp_path: Path):
         StoredState(short)
 
 
-class Runs:
+class RunsCode:
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("ran"),)
 
 
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_file_that_would_run_code_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = write_flat(tmp_path / "flat", 2, 2, draw())
-    torch.save({"optimizer_state_dict": Runs()}, checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    torch.save({"optimizer_state_dict": RunsCode()}, checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     with pytest.raises(ValueError, match="which could run code: it is refused"):
         StoredState(checkpoint)
     assert not Path("ran").exists()

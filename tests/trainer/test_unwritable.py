@@ -1,4 +1,4 @@
-"""A training outlives whoever reads its output, and a disk on which its lists have no room."""
+"""Training continues when its output pipe is closed or the disk for its metrics and lists is full."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.skipped_images import SkippedImages
 
-FULL = Path("/dev/full")  # takes no byte
+FULL = Path("/dev/full")  # every write fails with ENOSPC
 
 
-def test_a_full_disk_is_mentioned_once_and_lines_come_back_with_room(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_full_disk_warns_once_and_logging_recovers(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     folder = RunFolder(tmp_path)
     loggers = Loggers([JsonLines(folder, start=0)])
     loggers.log_metrics({"step": 1, "loss": 0.5})
@@ -35,12 +35,12 @@ def test_a_full_disk_is_mentioned_once_and_lines_come_back_with_room(tmp_path: P
     folder.metrics.unlink()
     (tmp_path / "kept").rename(folder.metrics)
     with folder.metrics.open("a") as file:
-        file.write('{"step": 3, "lo')  # as far as the disk took it
+        file.write('{"step": 3, "lo')  # a line cut off by the full disk
     loggers.log_metrics({"step": 4, "loss": 0.25})
     assert [row["step"] for row in read_metrics(folder.metrics)] == [1, 4]
 
 
-def test_images_that_are_skipped_count_without_their_list(caplog: pytest.LogCaptureFixture):
+def test_skipped_images_are_counted_even_if_their_list_is_unwritable(caplog: pytest.LogCaptureFixture):
     skipped = SkippedImages(FULL, 2, 100)
     assert skipped.add([Skipped("a", "empty", "an empty file")] * 2, 8) == 2
     with pytest.raises(ValueError, match="3 of 16 images"):
@@ -48,18 +48,18 @@ def test_images_that_are_skipped_count_without_their_list(caplog: pytest.LogCapt
     assert len(caplog.messages) == 1
 
 
-@pytest.mark.parametrize("rubbish", [b"\x00\xff\xfe" * 100, b"[1, 2]\n5\nnull\n", b'{"loss": 1}\n', b"\n\n"])
-def test_rubbish_in_a_file_of_metrics_is_left_out(rubbish: bytes, tmp_path: Path):
+@pytest.mark.parametrize("garbage", [b"\x00\xff\xfe" * 100, b"[1, 2]\n5\nnull\n", b'{"loss": 1}\n', b"\n\n"])
+def test_garbage_in_a_metrics_file_is_ignored(garbage: bytes, tmp_path: Path):
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step}).encode() + b"\n" for step in (1, 2, 3)]
-    folder.metrics.write_bytes(lines[0] + lines[1] + rubbish + b"\n" + lines[2])
+    folder.metrics.write_bytes(lines[0] + lines[1] + garbage + b"\n" + lines[2])
     assert [row["step"] for row in read_metrics(folder.metrics)] == [1, 2, 3]
     JsonLines(folder, start=2)
     assert folder.metrics.read_bytes() == lines[0] + lines[1]
 
 
 class Broken(MetricLogger):
-    """Prints to somebody who has ended."""
+    """Writes to a closed pipe."""
 
     def log_metrics(self, values: Values) -> None:
         raise BrokenPipeError(32, "Broken pipe")
@@ -70,9 +70,7 @@ class Broken(MetricLogger):
         raise BrokenPipeError(32, "Broken pipe")
 
 
-def test_a_logger_that_cannot_write_is_mentioned_once_and_the_others_go_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_failing_logger_warns_once_and_the_others_continue(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.WARNING)
     folder = RunFolder(tmp_path)
     loggers = Loggers([Broken(), JsonLines(folder, start=0)])
@@ -85,8 +83,8 @@ def test_a_logger_that_cannot_write_is_mentioned_once_and_the_others_go_on(
     assert "Broken cannot write: [Errno 32] Broken pipe; training continues" in caplog.messages[0]
 
 
-def test_the_exit_code_is_the_runs_when_nobody_reads_its_output(monkeypatch: pytest.MonkeyPatch):
-    """`| tee` that was killed: what is printed and not written yet cannot be."""
+def test_exit_code_is_kept_when_the_output_pipe_is_closed(monkeypatch: pytest.MonkeyPatch):
+    """As after `| tee` was killed: the buffered output can no longer be flushed."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     read, write = os.pipe()
@@ -101,7 +99,7 @@ def test_the_exit_code_is_the_runs_when_nobody_reads_its_output(monkeypatch: pyt
         stream.close()
 
 
-def test_append_ends_with_a_line_of_its_own(tmp_path: Path):
+def test_append_adds_lines(tmp_path: Path):
     append(tmp_path / "list", "a\n")
     append(tmp_path / "list", "b\n")
     assert (tmp_path / "list").read_text() == "a\nb\n"

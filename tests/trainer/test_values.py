@@ -1,4 +1,4 @@
-"""What is typed becomes what its key wants, on the command line and in a recipe alike."""
+"""Values are converted to the type of their key, on the command line as in a recipe."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -48,26 +48,26 @@ class Outer(Section):
 
 
 def given(tmp_path: Path, key: str, typed: str) -> Any:
-    """The value of a key that is given on the command line."""
+    """The value of a key set on the command line."""
     (tmp_path / "recipe.yaml").write_text("inner: {}\n")
     config = load_config(Outer, str(tmp_path / "recipe.yaml"), [f"inner.{key}={typed}"], tmp_path)
     return getattr(config.inner, key)
 
 
 def written(tmp_path: Path, key: str, typed: str) -> Any:
-    """The value of a key that stands in a recipe."""
+    """The value of a key set in a recipe."""
     (tmp_path / "recipe.yaml").write_text(f"inner:\n  {key}: {typed}\n")
     return getattr(load_config(Outer, str(tmp_path / "recipe.yaml"), [], tmp_path).inner, key)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_is_what_was_typed(text: str, tmp_path: Path):
+def test_text_is_kept_as_typed(text: str, tmp_path: Path):
     assert given(tmp_path, "text", text) == written(tmp_path, "text", text) == text
     assert written(tmp_path, "lines", f"[{text}, 007]") == given(tmp_path, "lines", f"[{text}, 007]") == (text, "007")
 
 
 @pytest.mark.parametrize("text", ON_THE_COMMAND_LINE)
-def test_so_are_signs_that_yaml_has_a_use_for(text: str, tmp_path: Path):
+def test_yaml_special_characters_are_kept_as_typed(text: str, tmp_path: Path):
     assert given(tmp_path, "text", text) == given(tmp_path, "maybe", text) == text
     quoted = "'" + text.replace("'", "''") + "'"
     assert written(tmp_path, "text", quoted) == text
@@ -113,39 +113,39 @@ def test_so_are_signs_that_yaml_has_a_use_for(text: str, tmp_path: Path):
         ("text", "", ""),
     ],
 )
-def test_numbers_lists_and_nothing_as_people_type_them(key: str, typed: str, value: Any, tmp_path: Path):
+def test_common_spellings_of_numbers_flags_lists_and_none(key: str, typed: str, value: Any, tmp_path: Path):
     for read in (given, written):
         read_back = read(tmp_path, key, typed)
         assert read_back == value
         assert type(read_back) is type(value)
 
 
-def test_a_quoted_number_in_a_recipe_is_a_number(tmp_path: Path):
+def test_quoted_number_in_a_recipe_is_a_number(tmp_path: Path):
     assert written(tmp_path, "count", '"100"') == 100
     assert written(tmp_path, "number", "'1e-3'") == 1e-3
 
 
-def test_names_of_runs_and_shards(tmp_path: Path):
+def test_names_that_look_like_numbers_stay_text(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: 0012\ndata: {shards: 2024-05-01}\n")
     config = load_config(RunConfig, str(recipe), [], tmp_path)
     assert (config.name, config.data.shards) == ("0012", "2024-05-01")
-    for name in ("007", "12e45", "1.50", "2024"):  # a commit's hash may look like a number
+    for name in ("007", "12e45", "1.50", "2024"):  # a commit hash may look like a number
         assert load_config(RunConfig, str(recipe), [f"name={name}", f"data.shards={name}"], tmp_path).name == name
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+def test_duplicate_key_is_rejected(tmp_path: Path):
     with pytest.raises(ValueError, match=r"recipe\.yaml is not YAML: duplicate key count"):
         written(tmp_path, "count", "1\n  count: 2")
 
 
-def test_a_value_that_needs_quotes_is_refused_with_that_advice(tmp_path: Path):
+def test_value_that_needs_quotes_is_rejected_with_advice(tmp_path: Path):
     for text in ("%x", "@x", "{000..010}.tar", "!x"):
         with pytest.raises(ValueError, match="a value with special characters needs quotes"):
             written(tmp_path, "text", text)
 
 
-def test_what_no_schema_knows_is_guessed():
+def test_types_are_guessed_without_a_schema():
     raw = read_yaml("{a: 1e-3, b: [true, x], c: null, d: '1'}")
     assert convert(raw, Any) == {"a": 1e-3, "b": [True, "x"], "c": None, "d": "1"}
     assert isinstance(raw["a"], Word)

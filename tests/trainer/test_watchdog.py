@@ -1,4 +1,4 @@
-"""A rank that hangs says where, and ends; what it says names the file that is being read."""
+"""The watchdog: a rank that hangs exits and reports where, including the file that it is reading."""
 
 import json
 import os
@@ -37,7 +37,7 @@ with Watchdog(WatchdogConfig(step_minutes=0.01), World(0, 1, 0)), limited("step 
 """
 
 
-def test_a_phase_is_the_innermost_and_ends_with_its_context():
+def test_current_phase_is_the_innermost_and_ends_with_its_context():
     assert current_phase() is None
     with report_if_slow("loading"), limited("step 1", "step_minutes"):
         assert current_phase()[:2] == ("step 1", "step_minutes")
@@ -46,10 +46,10 @@ def test_a_phase_is_the_innermost_and_ends_with_its_context():
     assert current_phase() is None
 
 
-def test_a_process_that_hangs_ends_with_what_it_was_doing(tmp_path: Path):
+def test_hung_process_exits_and_reports_what_it_was_doing(tmp_path: Path):
     pipe = tmp_path / "stalled.tar"
     os.mkfifo(pipe)
-    writer = os.open(pipe, os.O_RDWR)  # or it would wait for one rather than for bytes
+    writer = os.open(pipe, os.O_RDWR)  # otherwise the reader would block in open, not in read
     command = [sys.executable, "-c", HANGS.format(pipe=pipe)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOMAR_ATTEMPT": str(tmp_path / "attempt0")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
@@ -61,7 +61,7 @@ def test_a_process_that_hangs_ends_with_what_it_was_doing(tmp_path: Path):
     assert (tmp_path / "attempt0-hung").exists()
 
 
-def test_the_file_that_is_read_is_found_unless_the_process_does_something_else(tmp_path: Path):
+def test_file_being_read_is_found_only_while_a_process_reads(tmp_path: Path):
     pipe = tmp_path / "stalled.tar"
     os.mkfifo(pipe)
     writer = os.open(pipe, os.O_RDWR)
@@ -80,13 +80,13 @@ def test_the_file_that_is_read_is_found_unless_the_process_does_something_else(t
         os.close(writer)
 
 
-class Ended(Exception):  # noqa: N818 - a process's end, in a test
-    """In place of a process's end."""
+class Ended(Exception):  # noqa: N818 - not an error
+    """Raised instead of exiting the process."""
 
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watchdog]:
-    """watch(rank, minutes=...) -> the watchdog of a rank of three, whose store is shared and whose thread stands."""
+    """watch(rank, step_minutes=...) -> one of three ranks' watchdogs, which share a store and start no threads."""
     store = dist.HashStore()
 
     def end(code: int) -> None:
@@ -105,19 +105,21 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watchdog]:
     return make
 
 
-def test_a_rank_follows_one_that_failed_and_says_why(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+def test_rank_exits_after_another_failed_and_reports_its_cause(
+    watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture
+):
     failed, other = watch(1), watch(2)
     other._look_at_others()
     failed.tell("the disk is full")
-    watch(2).tell("connection closed")  # of it: the first cause stays
+    watch(2).tell("connection closed")  # a consequence: the first cause stays
     assert other.cause() == "the disk is full"
     with pytest.raises(Ended, match="1"):
         other._look_at_others()
     assert "error on rank 2: rank 1 has ended: the disk is full" in caplog.text
-    failed._look_at_others()  # it ends by itself
+    failed._look_at_others()  # it exits by itself
 
 
-def test_a_rank_that_hangs_takes_the_others_with_it(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+def test_hung_rank_makes_all_ranks_exit(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
     hangs, other = watch(1, step_minutes=1e-6), watch(2)
     with limited("step 7", "step_minutes"):
         time.sleep(0.01)
@@ -128,15 +130,15 @@ def test_a_rank_that_hangs_takes_the_others_with_it(watch: Callable[..., Watchdo
             assert f"rank {rank} on {os.uname().nodename} is at: step 7" in caplog.text
 
 
-def test_without_a_limit_nothing_ends(watch: Callable[..., Watchdog]):
+def test_limit_of_zero_is_no_limit(watch: Callable[..., Watchdog]):
     with limited("step 7", "step_minutes"):
         watch(1, step_minutes=0)._check_limit()
 
 
-def test_silence_is_noticed_by_the_main_rank(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+def test_main_rank_notices_a_silent_rank(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
     main, lively = watch(0, silent_minutes=1e-3), watch(1)
     for _ in range(3):
-        main._check_silence(main._store)  # rank 2 has never been heard of, and rank 1 is
+        main._check_silence(main._store)  # rank 2 never gives a sign of life, rank 1 does
         lively._store.set("alive/1", str(time.monotonic()))
     time.sleep(0.08)
     lively._store.set("alive/1", "again")
@@ -146,7 +148,7 @@ def test_silence_is_noticed_by_the_main_rank(watch: Callable[..., Watchdog], cap
     assert json.loads(main._store.get("ended"))["hung"]
 
 
-def test_a_store_that_does_not_answer_ends_the_rank(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+def test_rank_exits_if_the_store_keeps_failing(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
     lost = watch(1)
 
     class Gone:
@@ -154,7 +156,7 @@ def test_a_store_that_does_not_answer_ends_the_rank(watch: Callable[..., Watchdo
             raise RuntimeError("Connection reset by peer\nframes")
 
     lost._store = Gone()
-    lost._look_at_others()  # which may be short
+    lost._look_at_others()  # a short failure is tolerated
     time.sleep(0.06)
     lost._polls = 0
     with pytest.raises(Ended, match="1"):
@@ -162,8 +164,8 @@ def test_a_store_that_does_not_answer_ends_the_rank(watch: Callable[..., Watchdo
     assert "rank 0, or the launcher, has ended or does not answer (Connection reset by peer)" in caplog.text
 
 
-def test_a_store_that_is_stopped_ends_the_rank(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
-    """Its process is stopped, so that there is neither an answer nor an error."""
+def test_rank_exits_if_the_store_hangs(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
+    """Its process is stopped, so there is neither an answer nor an error."""
     lost, asked, ended = watch(1, silent_minutes=1e-3), threading.Event(), threading.Event()
 
     class Stopped:
@@ -172,7 +174,7 @@ def test_a_store_that_is_stopped_ends_the_rank(watch: Callable[..., Watchdog], c
             ended.wait(60)
             raise RuntimeError("gone on again")
 
-    lost._store, lost._is_orphan = Stopped(), True  # its listener does not end it
+    lost._store, lost._is_orphan = Stopped(), True  # so that the listener's error does not end the rank
     lost._listener.start()
     assert asked.wait(10)
     time.sleep(0.1)
@@ -191,7 +193,7 @@ def test_a_store_that_is_stopped_ends_the_rank(watch: Callable[..., Watchdog], c
         ("CUDA out of memory. Tried to allocate 2 GiB", False),
     ],
 )
-def test_a_node_whose_gpu_has_failed_is_named(
+def test_node_with_a_failed_gpu_is_marked_bad(
     problem: str, is_bad: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("LOMAR_ATTEMPT", str(tmp_path / "attempt0"))
