@@ -131,7 +131,7 @@ def _training(report: Report, run: RunFolder | None) -> str:
             f"- {last['step']} steps, {last['epoch']:g} of {recipe['train']['epochs']} epochs, "
             f"{last['step'] * recipe['train']['global_batch_size']} samples" + _of(environment.get("samples")),
             f"- last logged loss: {'not finite' if last['loss'] is None else format(last['loss'], '.4g')}",
-            f"- steps skipped because of a non-finite gradient: {last['refused_steps']}; "
+            f"- steps skipped because of a non-finite gradient: {last['skipped_steps']}; "
             f"images that could not be decoded: {last['skipped_images']}",
         ]
     if environment:

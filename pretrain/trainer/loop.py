@@ -231,7 +231,7 @@ def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> flo
 
 
 def _settle(run: Run) -> None:
-    """Counts the last step, if it is not counted yet; if the optimizer refused it, records its samples.
+    """Counts the last step, if it is not counted yet; if the optimizer skipped it, records its samples.
 
     Nothing waits for the device's answer before that. Called by all ranks together.
     """
@@ -264,7 +264,7 @@ def _metrics(run: Run, meter: Meter, lr: float) -> dict[str, Any]:
         **varying_size(run.loader, run.position - 1),
         "lr": lr,
         "grad_norm": float(run.engine.get_global_grad_norm()),
-        "refused_steps": state.step - state.updates,
+        "skipped_steps": state.step - state.updates,
     }
 
 

@@ -33,17 +33,17 @@ def list_samples(path: Path, step: int, keys: list[str], world: World) -> None:
 class NonfiniteGuard(torch.optim.Optimizer):
     """A mixin that gives an optimizer what DeepSpeed's ZeRO optimizers have and its stage 0 lacks.
 
-    It clips the gradient, records its norm before clipping, and refuses a step whose gradient is not finite: weights,
+    It clips the gradient, records its norm before clipping, and skips a step whose gradient is not finite: weights,
     moments and step counts keep their bits. Parameters without a gradient get a zero gradient, and decay. With a fused
     optimizer no step waits for the device; `applied_later` tells the host the outcome. DeepSpeed reads
     `_global_grad_norm` after `step`.
 
     Attributes:
-        refused: () float32 on the device, 1 if the last step was refused, else 0.
+        skipped: () float32 on the device, 1 if the last step was skipped, else 0.
     """
 
     clip_grad = 0.0
-    refused: Tensor
+    skipped: Tensor
     _global_grad_norm: float | Tensor = 0.0
 
     @torch.no_grad()
@@ -54,14 +54,14 @@ class NonfiniteGuard(torch.optim.Optimizer):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.clip_grad:  # a norm that is not finite spoils the gradient, which is refused anyway
+        if self.clip_grad:  # a norm that is not finite spoils the gradient, which is skipped anyway
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self._global_grad_norm = norm
-        self.refused = norm.isfinite().logical_not().float()
+        self.skipped = norm.isfinite().logical_not().float()
         if getattr(self, "_step_supports_amp_scaling", False):
-            self.found_inf = self.refused  # torch's fused kernels read it under this name, and do nothing if it is 1
+            self.found_inf = self.skipped  # torch's fused kernels read it under this name, and do nothing if it is 1
             super().step()
-        elif not self.refused:  # other optimizers wait for the device
+        elif not self.skipped:  # other optimizers wait for the device
             super().step()
 
 
@@ -75,12 +75,12 @@ def applied_later(engine: Any) -> Callable[[], bool]:
     if not isinstance(engine.optimizer, NonfiniteGuard):
         applied = bool(engine.was_step_applied())  # the next micro-batch forgets it
         return lambda: applied
-    refused = engine.optimizer.refused
-    if refused.device.type == "cpu":
-        return lambda: not refused
-    copied = torch.empty_like(refused, device="cpu", pin_memory=True)
-    copied.copy_(refused, non_blocking=True)
-    ready = torch.cuda.current_stream(refused.device).record_event()
+    skipped = engine.optimizer.skipped
+    if skipped.device.type == "cpu":
+        return lambda: not skipped
+    copied = torch.empty_like(skipped, device="cpu", pin_memory=True)
+    copied.copy_(skipped, non_blocking=True)
+    ready = torch.cuda.current_stream(skipped.device).record_event()
 
     def read() -> bool:
         ready.synchronize()

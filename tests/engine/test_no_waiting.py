@@ -1,4 +1,4 @@
-"""Waiting less keeps results bitwise identical: late reading of refused steps, bucket sizes and overlap."""
+"""Waiting less keeps results bitwise identical: late reading of skipped steps, bucket sizes and overlap."""
 
 import itertools
 import json
@@ -17,8 +17,8 @@ from pretrain.trainer.metrics import read_metrics
 
 pytestmark = pytest.mark.engine
 
-STEP = ("loss", "lr", "grad_norm", "refused_steps")
-NO_LOG = "log.every_steps=1000"  # whether a step was refused is read in the middle of the next one
+STEP = ("loss", "lr", "grad_norm", "skipped_steps")
+NO_LOG = "log.every_steps=1000"  # whether a step was skipped is read in the middle of the next one
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def read_late(
 
 @pytest.mark.parametrize("whole", ["whole", "resumed"])
 @pytest.mark.parametrize("job", ["zero0", "zero1", "teacher"])
-def test_learning_late_of_a_refused_step_changes_nothing(job: str, whole: str, read_late: Path):
-    """The second step is refused, and the checkpoint right after it must already record that."""
+def test_learning_late_of_a_skipped_step_changes_nothing(job: str, whole: str, read_late: Path):
+    """The second step is skipped, and the checkpoint right after it must already record that."""
     at_once, late = read_late / job / whole, read_late / f"{job}-late" / whole
     assert_same_bits(*(torch.load(run / "state.pt") for run in (at_once, late)))
     assert [row["step"] for row in read_metrics(late / "metrics.jsonl")] == [STEPS]
     last = [read_metrics(run / "metrics.jsonl")[-1] for run in (at_once, late)]
-    assert [row["refused_steps"] for row in last] == [1, 1]
+    assert [row["skipped_steps"] for row in last] == [1, 1]
     assert [row["lr"] for row in last] == [last[0]["lr"]] * 2
     assert [row["grad_norm"] for row in last] == [last[0]["grad_norm"]] * 2
     for step, updates in ((MIDDLE, MIDDLE - 1), (STEPS, STEPS - 1)):
@@ -61,7 +61,7 @@ def test_learning_late_of_a_refused_step_changes_nothing(job: str, whole: str, r
 
 
 def test_diverging_training_ends_even_without_logging(recipe: Path, start: Callable[..., Any], tmp_path: Path):
-    """Every step from the third on is refused. The third refusal is read in the sixth step, which then does nothing."""
+    """Every step from the third on is skipped. The third skip is read in the sixth step, which then does nothing."""
     run = start(
         recipe,
         "train.ds_config=zero0",

@@ -55,7 +55,7 @@ def moments(tree: Any) -> Iterator[torch.Tensor]:
 
 def assert_same_run(whole: Path, other: Path) -> None:
     """Losses, gradient norms, what was written at the end and all that the last checkpoint holds, bit for bit."""
-    keys = ("step", "epoch", "loss", "lr", "grad_norm", "refused_steps")
+    keys = ("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps")
     assert [[row[k] for k in keys] for row in read_metrics(whole / "metrics.jsonl")] == [
         [row[k] for k in keys] for row in read_metrics(other / "metrics.jsonl")
     ]
@@ -79,7 +79,7 @@ def assert_same_run(whole: Path, other: Path) -> None:
 def assert_same_steps(run: Path, plain: list[tuple[float, float]]) -> None:
     """The losses and gradient norms that a run of steps.py logged are those of plain torch."""
     rows = read_metrics(run / "metrics.jsonl")
-    assert [row["refused_steps"] for row in rows] == [int(step >= POISONED) for step in range(len(plain))]
+    assert [row["skipped_steps"] for row in rows] == [int(step >= POISONED) for step in range(len(plain))]
     for step, (row, (loss, norm)) in enumerate(zip(rows, plain, strict=True)):
         if step == POISONED:  # what is not finite is logged as null
             assert (row["loss"], row["grad_norm"]) == (None, None)

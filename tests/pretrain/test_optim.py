@@ -146,7 +146,7 @@ def test_guarded_optimizer_is_bitwise_identical_on_finite_gradients(kind: str):
         set_gradients(models, step)
         guarded.step()
         plain.step()
-        assert not guarded.refused
+        assert not guarded.skipped
     norm = torch.cat([p.grad.flatten() for p in models[0].parameters()]).norm()
     assert float(guarded._global_grad_norm) == pytest.approx(norm.item(), rel=1e-6)
     assert_same_weights(models)
@@ -181,7 +181,7 @@ def test_steps_with_non_finite_gradients_are_skipped(kind: str, skipped_step: in
             models[0][2].bias.grad[1] = bad
             weights, state = copy.deepcopy([list(models[0].parameters()), guarded.state_dict()["state"]])
             guarded.step()
-            assert guarded.refused
+            assert guarded.skipped
             assert not math.isfinite(guarded._global_grad_norm)
             assert all(torch.equal(a, b) for a, b in zip(weights, models[0].parameters(), strict=True))
             assert step == 0 or same_state(state, guarded.state_dict()["state"])
@@ -190,7 +190,7 @@ def test_steps_with_non_finite_gradients_are_skipped(kind: str, skipped_step: in
         if limit:
             clip(plain, limit)
         plain.step()
-        assert not guarded.refused
+        assert not guarded.skipped
     assert_same_weights(models)
     assert same_state(guarded.state_dict()["state"], plain.state_dict()["state"])
 
@@ -212,7 +212,7 @@ def test_only_a_fused_step_avoids_reading_from_the_device(kind: str, reads: int)
             guarded.step()
         assert mode.count == reads
     with HostReads() as mode:
-        assert not guarded.refused
+        assert not guarded.skipped
     assert mode.count == 1, "the mode sees what it is for"
 
 

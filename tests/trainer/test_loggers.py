@@ -127,7 +127,7 @@ def test_custom_logger_sees_a_whole_training(process_group: None, tmp_path: Path
     assert [call for call in recorder.calls if call[0] in (logged, evaluated)] == bare.calls
     metrics = [values for name, values in bare.calls if name == logged]
     assert [(values["step"], values["epoch"]) for values in metrics] == [(2, 0.5), (4, 1.0), (6, 1.5), (8, 2.0)]
-    assert all({*METRICS, "grad_norm", "refused_steps", "skipped_images"} <= values.keys() for values in metrics)
+    assert all({*METRICS, "grad_norm", "skipped_steps", "skipped_images"} <= values.keys() for values in metrics)
     assert [values for name, values in bare.calls if name == evaluated] == [
         {"step": 4, "epoch": 1.0, "top1": 0.5},
         {"step": 8, "epoch": 2.0, "top1": 0.5},

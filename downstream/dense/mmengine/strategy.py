@@ -40,7 +40,7 @@ class ZeroOptimWrapper(DeepSpeedOptimWrapper):
             norm = self.model.get_global_grad_norm()
             MessageHub.get_current_instance().update_scalar("train/grad_norm", float(norm))
         if last and not self.model.was_step_applied():
-            MessageHub.get_current_instance().update_scalar("train/refused_steps", 1)
+            MessageHub.get_current_instance().update_scalar("train/skipped_steps", 1)
 
 
 @MODEL_WRAPPERS.register_module()
