@@ -224,9 +224,8 @@ def test_outlier_detection_on_imagenet_o(tmp_path: Path):
     for number, name in enumerate(names):
         write_class_color(tmp_path / "o" / name / "1.png", 0 if number < 2 else 333)
     for number, name in enumerate(synsets()):
-        write_class_color(
-            tmp_path / "val" / name / "1.png", 111 if 300 <= number < 500 else 0
-        )  # only these are inliers
+        # Only images of the classes from 300 to 499 are inliers.
+        write_class_color(tmp_path / "val" / name / "1.png", 111 if 300 <= number < 500 else 0)
     (tmp_path / "o" / names[5] / "1.png").write_bytes(b"broken")
     (tmp_path / "val" / names[7] / "1.png").write_bytes(b"broken")
 
