@@ -165,14 +165,17 @@ def test_stopped_training_continues_bitwise_identically(folder: Path, name: str,
     """
     assert ended_with(folder, f"{name} stopped") == f"{message}; run the same command again to continue"
     assert ended_with(folder, f"{name} continued") == ""
-    whole, again = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
+    uninterrupted, resumed = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
     for scalar in ("loss", "loss_mask", "lr"):
-        assert logged(again, scalar) == logged(whole, scalar)
-    assert (again["meta"]["epoch"], again["meta"]["iter"]) == (whole["meta"]["epoch"], whole["meta"]["iter"])
-    assert ("ema_state_dict" in whole) == (name == "endless")
-    for part in whole.keys() & {"state_dict", "ema_state_dict"}:
-        for key, tensor in whole[part].items():
-            assert torch.equal(tensor, again[part][key]), key
+        assert logged(resumed, scalar) == logged(uninterrupted, scalar)
+    assert (resumed["meta"]["epoch"], resumed["meta"]["iter"]) == (
+        uninterrupted["meta"]["epoch"],
+        uninterrupted["meta"]["iter"],
+    )
+    assert ("ema_state_dict" in uninterrupted) == (name == "endless")
+    for part in uninterrupted.keys() & {"state_dict", "ema_state_dict"}:
+        for key, tensor in uninterrupted[part].items():
+            assert torch.equal(tensor, resumed[part][key]), key
     rows = evaluations(folder / f"{name}-stopped")
     # Each evaluation runs once, including the one that a stop at the end of an epoch prevented at first.
     assert [row["iter"] for row in rows] == ([6] if name == "endless" else [4, 8])
@@ -204,9 +207,9 @@ def test_zero3_predictions_match_those_of_its_checkpoint(folder: Path):
 def test_bf16_keeps_fp32_weights(folder: Path):
     content = last_checkpoint(folder / "bf16")
     assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
-    whole = logged(last_checkpoint(folder / "plain"), "loss")[0]
-    assert logged(content, "loss")[0] == pytest.approx(whole, rel=0.02)
-    assert logged(content, "loss")[0] != whole
+    fp32_loss = logged(last_checkpoint(folder / "plain"), "loss")[0]
+    assert logged(content, "loss")[0] == pytest.approx(fp32_loss, rel=0.02)
+    assert logged(content, "loss")[0] != fp32_loss
 
 
 @pytest.mark.parametrize("name", ["plain", "zero2"])
