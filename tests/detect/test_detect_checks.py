@@ -215,7 +215,7 @@ def test_boxes_without_masks_need_with_masks_false(cfg: Config, root: Path):
     assert "8 of 8 images" in check(cfg)[0]
 
 
-def test_annotation_ids_that_pycocotools_mishandles(cfg: Config, root: Path):
+def test_annotation_ids_that_pycocotools_mishandles_are_renumbered(cfg: Config, root: Path):
     """Our metric renumbers the annotations and scores every box. With mmdet's own metric, they are rejected."""
     from downstream.detect.coco_metric import AnyIdsCocoMetric
 

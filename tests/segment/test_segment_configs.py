@@ -1,4 +1,4 @@
-"""Compares every config of downstream/segment/configs with the published recipe and with its config_file docstring."""
+"""Compares every config of downstream/segment/configs with the published recipe and with its own docstring."""
 
 import copy
 import functools

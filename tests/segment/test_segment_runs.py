@@ -120,7 +120,7 @@ def test_bf16_keeps_fp32_weights(folder: Path):
 
 
 def test_checkpoint_evaluates_as_in_training(folder: Path):
-    """ZeRO-3's training evaluates a copy gathered from the ranks' partitions, here mmengine's Runner loads the file."""
+    """ZeRO-3's training evaluates a copy gathered from all ranks. Here, mmengine's Runner loads the checkpoint."""
     (log,) = (folder / "tested").glob("*/*.json")
     tested = json.loads(log.read_text().splitlines()[-1])
     (row,) = evaluations(folder / "zero3")
