@@ -1,4 +1,4 @@
-"""Encoders of other channels: what they become elsewhere, and what photographs' encoders become of them."""
+"""Tests of encoders with other channels than RGB: their use elsewhere, and conversions to and from RGB encoders."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def keys(pixels: Pixels) -> dict[str, Any]:
 
 
 def shards(folder: Path, pixels: Pixels) -> Path:
-    """Eight arrays of two classes."""
+    """Write a shard of eight arrays in two classes."""
     members = []
     for number in range(8):
         values = np.random.default_rng(number).random((20, 24, pixels.channels)) * pixels.format.white
@@ -67,7 +67,7 @@ def one_step(model: torch.nn.Module, **inputs: Any) -> None:
 
 @pytest.mark.parametrize("position", MODELS)
 @pytest.mark.parametrize("name", PIXELS)
-def test_pretraining_export_fine_tuning_prediction(name: str, position: str, tmp_path: Path):
+def test_other_channels_from_pretraining_to_prediction(name: str, position: str, tmp_path: Path):
     pixels, data = PIXELS[name], keys(PIXELS[name])
     method = {"name": "mae", "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
     sections: dict[str, Any] = {
@@ -92,7 +92,7 @@ def test_pretraining_export_fine_tuning_prediction(name: str, position: str, tmp
     assert difference < 1e-10
     assert f"in_chans={pixels.channels}" in usage
     assert f"divide the values by {pixels.format.white:g} first" in usage
-    exported = _created(usage)
+    exported = _create_from(usage)
     standardized = normalize_pixels(images, pixels).movedim(-1, 1)
     with torch.no_grad():
         torch.testing.assert_close(exported.forward_features(standardized), features(encoder, standardized))
@@ -115,14 +115,14 @@ def test_pretraining_export_fine_tuning_prediction(name: str, position: str, tmp
     assert export_classifier(tmp_path / "model.safetensors", tmp_path / "c.pt", "torchscript")[1] < 1e-4
 
 
-def _created(usage: str) -> torch.nn.Module:
+def _create_from(usage: str) -> torch.nn.Module:
     call = next(line for line in usage.splitlines() if line.startswith("timm.create_model"))
     model: torch.nn.Module = eval(call, {"timm": timm})
     return model.eval()
 
 
 @pytest.mark.parametrize("position", MODELS)
-def test_a_hub_folder_says_what_pixels_are(position: str, tmp_path: Path):
+def test_hub_folder_describes_the_pixels(position: str, tmp_path: Path):
     pixels = PIXELS["five"]
     path = encoder_file(tmp_path, pixels, position)
     assert export_encoder(path, tmp_path / "hub", "hf")[1] < 1e-10
@@ -148,7 +148,7 @@ def encoder_file(folder: Path, pixels: Pixels, position: str = "relative") -> Pa
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("rgb", "gray"), ("rgb", "five"), ("gray", "rgb"), ("five", "rgb")])
-def test_other_channels_follow_timms_rule_and_it_is_said(theirs: str, ours: str, tmp_path: Path):
+def test_other_channels_follow_timm_rule_and_are_reported(theirs: str, ours: str, tmp_path: Path):
     before, after = (PIXELS.get(name, IMAGENET) for name in (theirs, ours))
     path = encoder_file(tmp_path, before)
     kernel = load_file(path)[KERNEL]
@@ -158,14 +158,14 @@ def test_other_channels_follow_timms_rule_and_it_is_said(theirs: str, ours: str,
     if theirs == "rgb":
         torch.testing.assert_close(found, adapt_input_conv(after.channels, kernel))
     torch.testing.assert_close(encoder.patch_embed.proj.bias.detach(), load_file(path)[BIAS])
-    if "five" not in (theirs, ours):  # whose channels are not as often there
+    if "five" not in (theirs, ours):  # five channels do not repeat each color equally often
         torch.testing.assert_close(found.sum(1), kernel.sum(1), msg="gray in all channels stays what it was")
     assert f"{before.channels} -> {after.channels} channels" in str(report)
     assert "timm's rule" in str(report)
 
 
 @torch.no_grad()
-def test_other_statistics_of_as_many_channels_compute_the_same(tmp_path: Path):
+def test_other_mean_and_std_compute_the_same_features(tmp_path: Path):
     ours = Pixels((0.3, 0.5, 0.4), (0.2, 0.1, 0.3))
     path = encoder_file(tmp_path, ours)
     trained, _ = load_encoder(path)
@@ -176,7 +176,7 @@ def test_other_statistics_of_as_many_channels_compute_the_same(tmp_path: Path):
     assert match_pixels({}, IMAGENET, IMAGENET) == {}
 
 
-def test_what_reads_photographs_refuses_others_in_a_sentence(tmp_path: Path):
+def test_rgb_consumers_reject_other_channels(tmp_path: Path):
     path = encoder_file(tmp_path, PIXELS["five"])
     with pytest.raises(ValueError, match=r"5 channels of uint16, but mm's pipelines give RGB"):
         export_encoder(path, tmp_path / "x.pth", "mm")

@@ -1,4 +1,4 @@
-"""Published classifiers: their own logits, pooled as they were trained, and the order of their classes."""
+"""Tests of published classifiers: their logits, pooling and order of classes."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def saved(model: Any, folder: Path, **beside: Any) -> tuple[Path, Any]:
 
 
 def mae(folder: Path) -> tuple[Path, Any]:
-    """mae_finetuned_vit_base.pth: the pool's norm is the last one."""
+    """Like mae_finetuned_vit_base.pth, whose last norm follows the pooling."""
     return saved(originals.vit(num_classes=CLASSES, global_pool="avg"), folder, epoch=99)
 
 
@@ -77,13 +77,13 @@ def beit_with_a_shared_table(folder: Path) -> tuple[Path, Any]:
 
 
 def simmim(folder: Path) -> tuple[Path, Any]:
-    """With BEiT's names and ImageNet's pixels; a configuration is next to the weights."""
+    """Has BEiT's names and ImageNet's normalization, and a config beside the weights."""
     options = {"num_classes": CLASSES, "global_pool": "avg", "init_values": 0.1, "use_shared_rel_pos_bias": True}
     return saved(originals.beit(**options), folder, config={})
 
 
 def probe(folder: Path) -> tuple[Path, Any]:
-    """MAE's linear probe, with a batch norm without parameters before the matrix."""
+    """MAE's linear probe, with a batch norm without parameters before the linear layer."""
     model = originals.vit(num_classes=CLASSES)
     norm = torch.nn.BatchNorm1d(16, affine=False, eps=1e-6)
     norm.running_mean, norm.running_var = originals.noise(16), originals.noise(16).exp()
@@ -110,7 +110,7 @@ def without_class_token(folder: Path) -> tuple[Path, Any]:
         (mmpretrain_vit, "token"),
     ],
 )
-def test_logits_are_those_of_the_original(make: Any, pool: str, tmp_path: Path):
+def test_logits_match_the_original(make: Any, pool: str, tmp_path: Path):
     path, model = make(tmp_path)
     found = load(path)
     assert found.spec.pool == pool
@@ -127,7 +127,7 @@ def test_logits_are_those_of_the_original(make: Any, pool: str, tmp_path: Path):
         ("BeitForImageClassification", {"use_absolute_position_embeddings": True}),
     ],
 )
-def test_transformers_classifiers_have_their_logits_and_classes(name: str, options: dict[str, Any], tmp_path: Path):
+def test_transformers_classifiers_keep_logits_and_class_names(name: str, options: dict[str, Any], tmp_path: Path):
     names = {label: f"kind {label}" for label in range(CLASSES)}
     path, model = transformers_model(tmp_path, name, id2label=names, num_labels=CLASSES, **options)
     found = load(path)
@@ -135,7 +135,7 @@ def test_transformers_classifiers_have_their_logits_and_classes(name: str, optio
     assert found.spec.class_names == tuple(names.values())
 
 
-def test_timms_folder_tells_how_tokens_are_pooled(tmp_path: Path):
+def test_pooling_is_read_from_timm_hub_folder(tmp_path: Path):
     options = {"img_size": SIZE, "patch_size": PATCH, "num_classes": CLASSES, "global_pool": "avg", "fc_norm": False}
     model = originals.randomized(timm.create_model("vit_tiny_patch16_224", **options))
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
@@ -146,13 +146,13 @@ def test_timms_folder_tells_how_tokens_are_pooled(tmp_path: Path):
     assert_same_logits(found, model)
 
 
-def test_an_encoder_is_no_classifier(tmp_path: Path):
+def test_only_files_with_a_head_are_classifiers(tmp_path: Path):
     for make in (originals.mae, originals.lut, originals.dino, originals.beit_pretrained, mmpretrain_beit):
         found = load_classifier_weights(make(tmp_path).path)
         assert (found is None) == (make is not mmpretrain_beit)
 
 
-def test_heads_that_do_not_fit_are_refused(tmp_path: Path):
+def test_heads_that_do_not_fit_are_rejected(tmp_path: Path):
     state = originals.vit(num_classes=CLASSES).state_dict()
     norm = {"fc_norm.weight": originals.noise(16), "fc_norm.bias": originals.noise(16)}
     for change, message in (
@@ -169,7 +169,7 @@ def _with_classes(count: int, folder: Path) -> TrainedClassifier:
     return TrainedClassifier(folder, found.build(), (SIZE, SIZE), found.spec.num_classes, found.spec.class_names)
 
 
-def test_a_thousand_classes_are_imagenets_in_the_order_of_their_ids(tmp_path: Path):
+def test_1000_classes_are_imagenets_in_synset_order(tmp_path: Path):
     trained = _with_classes(1000, tmp_path)
     synsets = sorted(trained.class_names)
     assert list(trained.class_names) == synsets
@@ -186,7 +186,7 @@ def test_a_thousand_classes_are_imagenets_in_the_order_of_their_ids(tmp_path: Pa
     assert _with_classes(999, tmp_path).class_names == ()
 
 
-def test_other_words_for_imagenets_classes_are_its_ids(tmp_path: Path):
+def test_imagenet_labels_in_words_become_synsets(tmp_path: Path):
     words = {0: "tench, Tinca tinca", **dict.fromkeys(range(1, 999), "x"), 999: "toilet tissue"}
     path, _ = transformers_model(tmp_path, "ViTForImageClassification", id2label=words, num_labels=1000)
     assert load(path).spec.class_names[0] == "n01440764"
@@ -195,8 +195,8 @@ def test_other_words_for_imagenets_classes_are_its_ids(tmp_path: Path):
     assert load(path).spec.class_names[:2] == ("a", "x")
 
 
-def test_pixels_of_the_original_change_the_logits(tmp_path: Path):
-    """So that the bound above would find the wrong ones."""
+def test_wrong_pixel_normalization_changes_the_logits(tmp_path: Path):
+    """The tolerance of `assert_same_logits` is tight enough to notice it."""
     path, model = beit(tmp_path)
     model.__class__ = originals.Beit
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""What the comparison in float64 tells apart, and that models compute in float64 throughout."""
+"""Tests of the comparison in float64: what it detects, and that models compute in float64 throughout."""
 
 import math
 
@@ -21,7 +21,7 @@ def make(position: str) -> ViT:
 
 
 def in_timm(encoder: ViT) -> nn.Module:
-    """Other code for the same features; with absolute positions also timm's own attention."""
+    """Build the same encoder with timm's code, which includes timm's own attention for absolute positions."""
     name, options = "lomar_vit_tiny_patch16_224", {"position": encoder.position}
     if encoder.position == "sincos":
         name, options = "vit_tiny_patch16_224", {"num_classes": 0}
@@ -31,11 +31,11 @@ def in_timm(encoder: ViT) -> nn.Module:
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_rounding_passes_and_a_tensor_that_differs_in_its_last_bits_does_not(position: str):
+def test_last_bit_of_a_tensor_makes_a_difference_but_rounding_does_not(position: str):
     encoder = make(position)
     assert feature_difference(encoder, float64_copy(in_timm(encoder)).forward_features) < SAME_PARAMETERS
     for name, parameter in encoder.named_parameters():
-        if name.endswith("attn.qkv.bias"):  # its part for keys changes nothing
+        if name.endswith("attn.qkv.bias"):  # the bias of the keys has no effect
             continue
         before = parameter.detach().clone()
         parameter.data = torch.nextafter(before, torch.full_like(before, torch.inf))
@@ -44,7 +44,7 @@ def test_rounding_passes_and_a_tensor_that_differs_in_its_last_bits_does_not(pos
         assert feature_difference(encoder, changed.forward_features) > FLOAT64_TOLERANCE, name
 
 
-def test_the_difference_is_relative_to_the_largest_feature():
+def test_difference_is_relative_to_the_largest_feature():
     first = torch.tensor([100.0, 1.0], dtype=torch.float64)
     assert max_difference(first, first + torch.tensor([0.0, 0.5])) == pytest.approx(0.005)
     assert max_difference(first * 0, first * 0) == 0
@@ -60,12 +60,12 @@ def test_every_block_of_a_float64_copy_computes_in_float64(position: str):
     assert {tensor.dtype for tensor in encoder.state_dict().values()} == {torch.float32}
     found: list[torch.dtype] = []
 
-    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found.extend((inputs[0].dtype, output.dtype))
 
     for model in (copied, encoder):
         for block in model.blocks:
-            block.register_forward_hook(note)
+            block.register_forward_hook(record)
     exact = features(copied, images().double())
     assert set(found) == {exact.dtype} == {torch.float64}
     assert max_difference(features(encoder, images()).double(), exact) < 1e-5

@@ -1,4 +1,4 @@
-"""The frozen teacher of a run: read from a file of ours or of timm's, at the grid of the encoder that is trained."""
+"""Tests of a run's frozen teacher, read from our file or timm's, at the patch grid of the trained encoder."""
 
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ from pretrain.trainer.safetensors_file import save_state_dict
 
 @pytest.fixture
 def teacher_file(tmp_path: Path) -> Path:
-    """An encoder's file of ours: 14 px patches, 3 x 3 of them, tiny."""
+    """A tiny encoder file of ours, with 3 x 3 patches of 14 pixels."""
     torch.manual_seed(5)
     encoder = ViT("vit_tiny", 14, (3, 3), relative=False)
     spec = EncoderSpec("vit_tiny", 14, (42, 42), "sincos")
@@ -36,7 +36,7 @@ def teacher_file(tmp_path: Path) -> Path:
     return tmp_path / "teacher.safetensors"
 
 
-def test_a_teacher_is_read_and_gets_as_many_patches_as_the_encoder(teacher_file: Path):
+def test_teacher_sees_as_many_patches_as_the_encoder(teacher_file: Path):
     config = TeacherConfig(file=str(teacher_file), blocks=1, resize_images=True)
     teacher = read_feature_teacher(config, (2, 2), 16)
     assert isinstance(teacher, EncoderTeacher)
@@ -57,7 +57,7 @@ def test_images_of_the_right_size_are_not_resized():
     assert resize(images, (3, 4)).shape == (1, 3, 4, 3)
 
 
-def test_a_timm_model_reads_a_local_file(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_timm_model_reads_a_local_file(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     name = "vit_tiny_patch16_224"
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0).eval()
@@ -73,7 +73,7 @@ def test_a_timm_model_reads_a_local_file(tmp_path: Path, caplog: pytest.LogCaptu
     assert "interpolated" not in caplog.text
     images = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8)
     last = teacher(images, (1, 2))
-    pixels = (resize(images, (224, 224)).movedim(-1, 1) / 255 - 0.5) / 0.5  # what timm says of this model
+    pixels = (resize(images, (224, 224)).movedim(-1, 1) / 255 - 0.5) / 0.5  # timm's normalization for this model
     outputs = model.forward_intermediates(pixels, intermediates_only=True, output_fmt="NLC")
     torch.testing.assert_close(torch.stack(last), torch.stack(outputs))
     with caplog.at_level(logging.INFO):
@@ -85,30 +85,30 @@ def test_a_timm_model_reads_a_local_file(tmp_path: Path, caplog: pytest.LogCaptu
         read_feature_teacher(config, (6, 10), 8)
 
 
-def test_a_timm_model_that_is_not_that_of_the_file(tmp_path: Path):
+def test_timm_model_that_does_not_fit_the_file_is_rejected(tmp_path: Path):
     file = tmp_path / "timm.safetensors"
     save_file({"cls_token": torch.zeros(1, 1, 24), "pos_embed": torch.zeros(1, 3, 24)}, file)
 
-    def refusal(name: str) -> str:
+    def error_for(name: str) -> str:
         with pytest.raises(ValueError, match=f"target.file={file}: ") as error:
             read_feature_teacher(TeacherConfig(file=str(file), timm_model=name), (14, 14), 16)
         return str(error.value)
 
     name = "vit_tiny_patch16_224"
-    said = refusal(name)
+    message = error_for(name)
     assert (
         f"the weights of target.timm_model={name} under timm's names: cls_token is (1, 1, 24) in it, but (1, 1, "
-        in said
+        in message
     )
-    assert "other parameters do not fit; give the model that they belong to" in said
-    assert "is not one of timm's models: did you mean vit_base_patch16_224 or" in refusal("vit_base_patch16_224px")
-    assert "did you mean vit_base_patch16_224.orig_in21k" in refusal("vit_base_patch16_224.orig_21k")
-    assert "is not one of timm's models: timm.list_models('vit*') lists" in refusal("nothing")
-    assert "is not one of timm's models" in refusal("hf-hub:timm/anything"), "which would be downloaded"
-    assert "has no square patches of one size: give one of timm's Vision" in refusal("resnet18")
+    assert "other parameters do not fit; give the model that they belong to" in message
+    assert "is not one of timm's models: did you mean vit_base_patch16_224 or" in error_for("vit_base_patch16_224px")
+    assert "did you mean vit_base_patch16_224.orig_in21k" in error_for("vit_base_patch16_224.orig_21k")
+    assert "is not one of timm's models: timm.list_models('vit*') lists" in error_for("nothing")
+    assert "is not one of timm's models" in error_for("hf-hub:timm/anything"), "which would be downloaded"
+    assert "has no square patches of one size: give one of timm's Vision" in error_for("resnet18")
 
 
-def test_a_teacher_of_other_patches_is_refused_with_both_grids(teacher_file: Path, caplog: pytest.LogCaptureFixture):
+def test_teacher_with_another_patch_grid_is_rejected(teacher_file: Path, caplog: pytest.LogCaptureFixture):
     config = TeacherConfig(file=str(teacher_file), blocks=1)
     with pytest.raises(
         ValueError,
@@ -124,13 +124,13 @@ def test_a_teacher_of_other_patches_is_refused_with_both_grids(teacher_file: Pat
     assert "positions are interpolated: they were trained on 3x3 patches, and it sees 2x2" in caplog.text
 
 
-def test_to_resize_images_changes_nothing_that_a_run_depends_on(teacher_file: Path):
-    """Its teacher's grid is always the encoder's: a run from before there was the key continues with it."""
+def test_resize_images_does_not_change_the_resume_signature(teacher_file: Path):
+    """The teacher's grid always equals the encoder's, so older runs without this key can resume with it."""
     kept, resized = (TeacherConfig(file=str(teacher_file), resize_images=flag) for flag in (False, True))
     assert kept.resume_signature() == resized.resume_signature()
 
 
-def test_what_does_not_fit_is_refused(teacher_file: Path):
+def test_invalid_teachers_are_rejected(teacher_file: Path):
     file = str(teacher_file)
     digest = TeacherConfig(file=file).sha256
     assert digest is not None

@@ -1,4 +1,4 @@
-"""Checkpoints of others: our encoder computes the same features as their own modules."""
+"""Tests that our encoder computes the same features from published checkpoints as their own modules."""
 
 from pathlib import Path
 
@@ -26,11 +26,11 @@ def assert_same(first: Tensor, second: Tensor) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_features_are_those_of_the_original(name: str, tmp_path: Path):
+def test_features_match_the_original(name: str, tmp_path: Path):
     path, model = ORIGINALS[name](tmp_path)
     encoder, report = load_encoder(path)
     difference = feature_difference(encoder, model, images())
-    # Joining biases and padding tables round nothing.
+    # These round; joining biases and padding tables do not.
     rounded = {"LayerScale", "its position added to it, and zeros there", "their positions added to them"}
     folded = rounded & set(report.folded.values())
     assert difference < (SAME_TO_FP32 if folded else SAME_PARAMETERS)
@@ -51,14 +51,14 @@ def test_every_key_is_used_or_dropped_for_a_reason(name: str, tmp_path: Path):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("make", "weights"), [("dino", "online"), ("dino", "ema"), ("lut", "online"), ("lut", "ema")])
-def test_online_and_averaged_weights_are_told_apart(make: str, weights: str, tmp_path: Path):
+def test_online_or_averaged_weights_can_be_chosen(make: str, weights: str, tmp_path: Path):
     path, model = getattr(originals, make)(tmp_path, weights)
     encoder, report = load_encoder(path, weights=weights)
     assert feature_difference(encoder, model, images()) < SAME_TO_FP32
     assert f"({weights} weights)" in str(report)
 
 
-def test_the_default_is_what_the_authors_evaluate(tmp_path: Path):
+def test_default_weights_are_those_that_the_authors_evaluate(tmp_path: Path):
     assert load_encoder(originals.dino(tmp_path).path)[1].weights == "ema"  # the teacher
     assert load_encoder(originals.lut(tmp_path).path)[1].weights == "online"
     with pytest.raises(ValueError, match="no ema weights, only model"):
@@ -66,7 +66,7 @@ def test_the_default_is_what_the_authors_evaluate(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_safetensors_and_old_pickles_are_the_same(tmp_path: Path):
+def test_safetensors_and_old_pickles_give_the_same_features(tmp_path: Path):
     _, model = originals.dino_backbone(tmp_path)
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     originals.old_pickle({"model": model.state_dict()}, tmp_path / "a.pth")
@@ -74,7 +74,7 @@ def test_safetensors_and_old_pickles_are_the_same(tmp_path: Path):
         assert feature_difference(load_encoder(path)[0], model, images()) < SAME_TO_FP32
 
 
-def test_numbers_of_an_older_numpy_are_read(tmp_path: Path):
+def test_scalars_of_an_older_numpy_are_read(tmp_path: Path):
     path = tmp_path / "a.pth"
     originals.old_pickle({"model": originals.vit().state_dict(), "lr": np.float64(0.5)}, path)
     content = path.read_bytes()
@@ -108,7 +108,7 @@ def test_absolute_positions_resize_in_fp32_channel_by_channel(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_a_table_of_a_grid_that_is_not_square_resizes_by_rows_and_columns(tmp_path: Path):
+def test_non_square_position_table_resizes_by_rows_and_columns(tmp_path: Path):
     spec = EncoderSpec("vit_tiny", 4, (8, 20), "sincos")
     model = originals.vit(img_size=(8, 20))
     save_file(model.state_dict(), tmp_path / "a.safetensors", metadata=spec.to_metadata())
@@ -118,8 +118,8 @@ def test_a_table_of_a_grid_that_is_not_square_resizes_by_rows_and_columns(tmp_pa
     assert_same(encoder.pos_embed[0, 1:].T.reshape(1, 16, 4, 3), resized)
 
 
-def test_keys_have_no_bias_where_the_authors_had_none(tmp_path: Path):
-    """No feature tells: softmax does not see what all keys share."""
+def test_keys_have_no_bias_if_the_original_has_none(tmp_path: Path):
+    """Features cannot show this, because softmax cancels a bias that all keys share."""
     path, model = originals.simmim(tmp_path)
     bias = load_encoder(path)[0].blocks[1].attn.qkv.bias
     assert_same(bias, torch.cat([model.blocks[1].attn.q_bias, torch.zeros(16), model.blocks[1].attn.v_bias]))
@@ -147,7 +147,7 @@ def test_bias_tables_keep_near_offsets_and_stretch_far_ones():
     table = originals.noise(27 * 27 + 3, 2)
     resized = resize_bias(table, old, new)
     theirs = resize_rel_pos_bias_table(table, new, tuple(resized.shape), old_window_size=old)
-    torch.testing.assert_close(resized, theirs, atol=1e-3, rtol=1e-3)  # timm finds the progression to 1e-6
+    torch.testing.assert_close(resized, theirs, atol=1e-3, rtol=1e-3)  # timm computes the progression only to 1e-6
     before, after = table[:-3].reshape(27, 27, 2), resized[:-3].reshape(39, 47, 2)
     assert_same(after[18:21, 22:25], before[12:15, 12:15])
     assert_same(after[::38, ::46], before[::26, ::26])
@@ -157,7 +157,7 @@ def test_bias_tables_keep_near_offsets_and_stretch_far_ones():
 
 
 @torch.no_grad()
-def test_lomars_tables_serve_every_size(tmp_path: Path):
+def test_lomar_tables_work_at_every_image_size(tmp_path: Path):
     path, model = originals.lomar(tmp_path)
     larger = originals.lomar_model(grid=8)
     larger.load_state_dict(model.state_dict())
@@ -168,7 +168,7 @@ def test_lomars_tables_serve_every_size(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_a_resized_kernel_gives_resized_patches_the_same_tokens(tmp_path: Path):
+def test_resized_kernel_gives_resized_patches_the_same_tokens(tmp_path: Path):
     model = originals.vit(img_size=42, patch_size=14)
     save_file(model.state_dict(), tmp_path / "14.safetensors")
     encoder, report = load_encoder(tmp_path / "14.safetensors", image_size=48, patch_size=16)
@@ -182,7 +182,7 @@ def test_a_resized_kernel_gives_resized_patches_the_same_tokens(tmp_path: Path):
 
 @pytest.mark.parametrize(("old", "new"), [(14, 16), (16, 14)])
 def test_kernels_resize_by_least_squares(old: int, new: int, tmp_path: Path):
-    """FlexiViT's definition: the kernel whose tokens of resized patches are nearest to the old ones' of all patches."""
+    """As in FlexiViT, the new kernel's tokens of resized patches are as close as possible to the original tokens."""
     model = originals.vit(img_size=old, patch_size=old)
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     encoder, _ = load_encoder(tmp_path / "a.safetensors", image_size=new, patch_size=new)
@@ -195,7 +195,7 @@ def test_kernels_resize_by_least_squares(old: int, new: int, tmp_path: Path):
 
 
 @torch.no_grad()
-def test_load_into_leaves_nothing_as_it_was(tmp_path: Path):
+def test_load_into_replaces_every_tensor(tmp_path: Path):
     path, model = originals.mae(tmp_path)
     encoder = ViT("vit_tiny", PATCH, (3, 3), relative=False)
     load_into(encoder, path)

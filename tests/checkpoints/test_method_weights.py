@@ -1,4 +1,4 @@
-"""Weights that a pretraining starts from: encoder, decoder, heads and teacher, each taken whole or not at all."""
+"""Tests of starting weights of a pretraining: encoder, decoder, heads and teacher are taken whole or not at all."""
 
 import json
 from dataclasses import asdict
@@ -49,7 +49,7 @@ def configure(sections: dict[str, Any], size: int = 12, **more: Any) -> Pretrain
 
 def build(sections: dict[str, Any], size: int = 12, **more: Any) -> Any:
     method = build_method(configure(sections, size, **more))
-    randomize(method)  # so that nothing has its value by accident
+    randomize(method)  # so that no values are equal by accident
     return method
 
 
@@ -58,7 +58,7 @@ def state_of(method: Any) -> dict[str, Tensor]:
 
 
 def as_mae_file(method: Any, path: Path) -> dict[str, Tensor]:
-    """A method's weights by the names of MAE's authors, in a file as theirs."""
+    """Save a method's weights under the names of MAE's authors and return them."""
     state = {}
     for name, tensor in method.state_dict().items():
         name = name.removeprefix("method.").removeprefix("encoder.")
@@ -74,7 +74,7 @@ def as_mae_file(method: Any, path: Path) -> dict[str, Tensor]:
 
 
 def write_run(method: Any, sections: dict[str, Any], folder: Path, averages: dict[str, Tensor] | None = None) -> Path:
-    """A checkpoint of a run in ZeRO 0 to 2."""
+    """Write a checkpoint as a run with ZeRO stage 0, 1 or 2 does."""
     checkpoint = folder / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
     torch.save({"module": method.state_dict()}, checkpoint / MODEL_STATES)
@@ -86,12 +86,12 @@ def write_run(method: Any, sections: dict[str, Any], folder: Path, averages: dic
 
 
 def lines_of(report: str) -> dict[str, str]:
-    """The lines of the report that are about a part."""
+    """Return the report's lines about parts, by the name of the part."""
     return dict(line.strip().split(": ", 1) for line in report.splitlines() if line.startswith("  ") and ": " in line)
 
 
 @pytest.mark.parametrize("keys", [{}, {"decoder": "cross", "inter_block_attention": True}], ids=["mae", "crossmae"])
-def test_maes_file_fills_encoder_and_decoder_so_that_the_losses_are_the_same(keys: dict[str, Any], tmp_path: Path):
+def test_mae_file_fills_encoder_and_decoder_and_gives_the_same_loss(keys: dict[str, Any], tmp_path: Path):
     sections = {**MAE, "method": MAE["method"] | keys}
     source, method = build(sections), build(sections, seed=1)
     as_mae_file(source, tmp_path / "mae.pth")
@@ -115,7 +115,7 @@ def test_maes_file_fills_encoder_and_decoder_so_that_the_losses_are_the_same(key
         ({"decoder_embed_dim": 12}, {"decoder.embed": "decoder.embed.bias is (8,) in the file and is (12,) here"}),
     ],
 )
-def test_asked_for_what_fits_a_part_that_does_not_keeps_its_own_weights_and_the_reason_is_told(
+def test_load_fitting_keeps_initial_weights_of_unfitting_parts(
     keys: dict[str, Any], unfit: dict[str, str], tmp_path: Path
 ):
     as_mae_file(build(MAE), tmp_path / "mae.pth")
@@ -124,9 +124,9 @@ def test_asked_for_what_fits_a_part_that_does_not_keeps_its_own_weights_and_the_
     lines = lines_of(load_method(method, tmp_path / "mae.pth", load="fitting").report)
     for part, reason in unfit.items():
         assert reason in lines[part]
-        own = {name for name in before if name.startswith(f"{part}.")}
-        assert own
-        assert all(torch.equal(method.state_dict()[name], before[name]) for name in own)
+        names = {name for name in before if name.startswith(f"{part}.")}
+        assert names
+        assert all(torch.equal(method.state_dict()[name], before[name]) for name in names)
     assert not torch.equal(method.encoder.cls_token, before["encoder.cls_token"])
 
 
@@ -138,15 +138,15 @@ def test_asked_for_what_fits_a_part_that_does_not_keeps_its_own_weights_and_the_
         ({"decoder_embed_dim": 12}, r"decoder in .*mae\.pth has 2 blocks, 8 wide, but this run's has 2 blocks, 12"),
     ],
 )
-def test_a_decoder_of_another_size_is_refused_and_the_encoder_alone_is_not(
+def test_decoder_of_another_size_is_rejected_unless_only_the_encoder_loads(
     method: str, keys: dict[str, Any], sides: str, tmp_path: Path
 ):
     as_mae_file(build(MAE), tmp_path / "mae.pth")
     blocks = {"blocks": [1, 2]} if method == "mff" else {}
     other = build({**MAE, "method": MAE["method"] | {"name": method} | keys | blocks}, seed=1)
-    with pytest.raises(ValueError, match=sides) as refusal:
+    with pytest.raises(ValueError, match=sides) as error:
         load_method(other, tmp_path / "mae.pth")
-    assert "set method.decoder_depth=2 method.decoder_embed_dim=8, or start.load=encoder to" in str(refusal.value)
+    assert "set method.decoder_depth=2 method.decoder_embed_dim=8, or start.load=encoder to" in str(error.value)
     before = state_of(other)
     loaded = load_method(other, tmp_path / "mae.pth", load="encoder")
     assert "as initialized, since start.load=encoder" in loaded.report
@@ -159,7 +159,7 @@ def test_a_decoder_of_another_size_is_refused_and_the_encoder_alone_is_not(
 
 
 @pytest.mark.parametrize("keys", [{"decoder": "conv"}, {"decoder": "cross"}], ids=["conv", "cross"])
-def test_nothing_is_taken_of_a_decoder_of_another_kind(keys: dict[str, Any], tmp_path: Path):
+def test_nothing_is_taken_from_another_kind_of_decoder(keys: dict[str, Any], tmp_path: Path):
     as_mae_file(build(MAE), tmp_path / "mae.pth")
     name = {"name": "lc_mae"} if keys["decoder"] == "conv" else {}
     method = build({**MAE, "method": MAE["method"] | keys | name}, seed=1)
@@ -173,8 +173,8 @@ def test_nothing_is_taken_of_a_decoder_of_another_kind(keys: dict[str, Any], tmp
     )
 
 
-def test_what_a_target_needs_is_replaced_and_the_decoder_behind_it_is_kept(tmp_path: Path):
-    """Another number of values of a patch is another target, and no decoder that does not fit."""
+def test_another_target_replaces_only_the_prediction_layer(tmp_path: Path):
+    """Another number of values per patch means another target, not a decoder that does not fit."""
     as_mae_file(build(MAE), tmp_path / "mae.pth")
     method = build({**MAE, "target": {"name": "hog", "cell_sizes": [4]}}, seed=1)
     lines = lines_of(load_method(method, tmp_path / "mae.pth").report)
@@ -182,14 +182,14 @@ def test_what_a_target_needs_is_replaced_and_the_decoder_behind_it_is_kept(tmp_p
     assert "decoder.pred.bias is (48,) in the file and is (27,) here" in lines["decoder.pred"]
 
 
-def test_heads_of_lut_of_another_width_are_refused(tmp_path: Path):
+def test_lut_heads_of_another_width_are_rejected(tmp_path: Path):
     checkpoint = write_run(build(MAE | LUT), MAE | LUT, tmp_path)
     other = build(MAE | LUT | {"lut": {"hidden_dim": 48}})
     with pytest.raises(ValueError, match=r"LUT's projector in .* \(32,.* \(48,.*: set method\.\* or lut\.\* to match"):
         load_method(other, checkpoint)
 
 
-def test_a_table_of_positions_of_another_kind_is_told(tmp_path: Path):
+def test_another_kind_of_position_table_is_reported(tmp_path: Path):
     def note(file: dict[str, Any], run: dict[str, Any]) -> str:
         source = build_method(configure(file))
         if file is LEARNED:
@@ -207,7 +207,7 @@ def test_a_table_of_positions_of_another_kind_is_told(tmp_path: Path):
     assert "is fixed (sin-cos), and model.position=learned trains it" in note(MAE, LEARNED)
 
 
-def test_the_decoder_of_transformers_mae_predicts_the_same_here(tmp_path: Path):
+def test_decoder_of_transformers_mae_gives_the_same_predictions(tmp_path: Path):
     from transformers import ViTMAEConfig
     from transformers.models.vit_mae.modeling_vit_mae import ViTMAEDecoder
 
@@ -233,7 +233,7 @@ def test_the_decoder_of_transformers_mae_predicts_the_same_here(tmp_path: Path):
         torch.testing.assert_close(method.decoder(tokens, visible, masked, masked), expected)
 
 
-def test_a_file_of_the_lomar_authors_fills_head_and_mask_token(tmp_path: Path):
+def test_file_of_the_lomar_authors_fills_the_mask_token_but_not_the_head(tmp_path: Path):
     path, _ = originals.lomar(tmp_path)
     stored = torch.load(path, weights_only=False)["model"]
     method = build(LOMAR)
@@ -248,7 +248,7 @@ def test_a_file_of_the_lomar_authors_fills_head_and_mask_token(tmp_path: Path):
     [MAE, LEARNED, LOMAR, SIMMIM, AS_TRAINED, BEIT],
     ids=["mae", "mae-learned", "lomar", "simmim", "simmim-as-trained", "beit"],
 )
-def test_a_run_fills_every_method_whole(sections: dict[str, Any], tmp_path: Path):
+def test_run_fills_every_method_completely(sections: dict[str, Any], tmp_path: Path):
     source, method = build(sections), build(sections, seed=1)
     checkpoint = write_run(source, sections, tmp_path)
     loaded = load_method(method, checkpoint)
@@ -257,7 +257,7 @@ def test_a_run_fills_every_method_whole(sections: dict[str, Any], tmp_path: Path
     assert loaded.record()["path"] == str(checkpoint)
 
 
-def test_a_file_of_the_simmim_authors_fills_the_shared_table_and_the_scales(tmp_path: Path):
+def test_file_of_the_simmim_authors_fills_shared_table_and_layer_scale(tmp_path: Path):
     path, model = originals.simmim(tmp_path)
     method = build({**SIMMIM, "model": SIMMIM["model"] | {"position": "bias", "layer_scale": 0.1}})
     load_method(method, path)
@@ -272,7 +272,7 @@ def test_a_file_of_the_simmim_authors_fills_the_shared_table_and_the_scales(tmp_
         load_method(without, finetuned)
 
 
-def test_an_encoder_alone_fills_a_method_at_another_size_and_patch(tmp_path: Path):
+def test_encoder_file_fills_a_method_with_another_image_and_patch_size(tmp_path: Path):
     sections = {**MAE, "model": MAE["model"] | {"patch_size": 16}}
     source = build(sections, size=48)
     metadata = EncoderSpec("vit_tiny", 16, (48, 48), "sincos").to_metadata()
@@ -287,7 +287,7 @@ def test_an_encoder_alone_fills_a_method_at_another_size_and_patch(tmp_path: Pat
     assert "not in the file" in lines_of(loaded.report)["decoder.blocks"]
 
 
-def test_lut_takes_the_teacher_of_a_run_and_what_a_method_alone_has(tmp_path: Path):
+def test_lut_loads_runs_with_and_without_lut(tmp_path: Path):
     sections = LOMAR | LUT
     config = configure(sections)
     source, with_lut = build(sections), build(sections, seed=1)
@@ -312,7 +312,7 @@ def test_lut_takes_the_teacher_of_a_run_and_what_a_method_alone_has(tmp_path: Pa
     assert torch.equal(teacher.encoder.cls_token, alone.encoder.cls_token)
 
 
-def test_a_moving_average_starts_from_that_of_a_run(tmp_path: Path):
+def test_moving_average_starts_from_that_of_a_run(tmp_path: Path):
     sections = MAE | {"target": {"name": "ema", "blocks": 2}}
     source, method = build(sections), build(sections, seed=1)
     averages = {f"encoder.{name}": tensor + 1 for name, tensor in source.encoder.state_dict().items()}
@@ -325,7 +325,7 @@ def test_a_moving_average_starts_from_that_of_a_run(tmp_path: Path):
     assert method.target.teacher is teacher
 
 
-def test_a_file_of_the_lut_authors_fills_the_teacher_from_its_averages(tmp_path: Path):
+def test_file_of_the_lut_authors_fills_the_teacher_from_its_averages(tmp_path: Path):
     sections = MAE | LUT
     source = build(sections)
     state = as_mae_file(source, tmp_path / "lut.pth")
@@ -341,7 +341,7 @@ def test_a_file_of_the_lut_authors_fills_the_teacher_from_its_averages(tmp_path:
     assert torch.equal(teacher.projector[0].weight, averaged["head.0.weight"])
 
 
-def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_error_for_another_encoder_names_the_keys_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     as_mae_file(build(MAE), tmp_path / "mae.pth")
     monkeypatch.setitem(ARCHS, "vit_small", Arch(24, 2, 2))
     method = build(LOMAR | {"model": {"arch": "vit_small", "patch_size": 4}})
@@ -359,7 +359,7 @@ def test_another_encoder_is_refused_with_the_keys_to_set(tmp_path: Path, monkeyp
         load_method(build({**MAE, "model": MAE["model"] | {"patch_size": 6}}), tmp_path / "mae.pth")
 
 
-def test_the_class_token_of_a_run_of_tec_is_read_behind_its_adapter(tmp_path: Path):
+def test_encoder_of_a_tec_run_includes_the_adapter_of_the_class_token(tmp_path: Path):
     method = build_method(configure(TEC), EncoderTeacher(build(MAE).encoder))
     randomize(method)
     checkpoint = write_run(method, TEC, tmp_path)
@@ -372,7 +372,7 @@ def test_the_class_token_of_a_run_of_tec_is_read_behind_its_adapter(tmp_path: Pa
     torch.testing.assert_close(features(encoder, images), features(method.encoder.eval(), images))
 
 
-def test_tec_starts_from_an_encoder_with_an_adapter_of_its_own(tmp_path: Path):
+def test_tec_started_from_an_encoder_keeps_its_own_adapter(tmp_path: Path):
     as_mae_file(build(MAE), tmp_path / "mae.pth")
     method = build_method(configure(TEC), EncoderTeacher(build(MAE).encoder))
     before = state_of(method)
@@ -382,7 +382,7 @@ def test_tec_starts_from_an_encoder_with_an_adapter_of_its_own(tmp_path: Path):
     assert not any("adapter" in name for name in changed)
 
 
-def test_tec_continues_from_a_run_of_tec_with_all_that_it_has(tmp_path: Path):
+def test_tec_takes_everything_from_a_tec_run(tmp_path: Path):
     one, other = (build_method(configure(TEC, seed=seed), EncoderTeacher(build(MAE).encoder)) for seed in (0, 1))
     randomize(one)
     load_method(other, write_run(one, TEC, tmp_path))

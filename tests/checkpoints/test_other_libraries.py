@@ -1,4 +1,4 @@
-"""Weights under the names of transformers, mmpretrain, I-JEPA and MoCo v3: their own features, or a clear refusal."""
+"""Tests of weights named as in transformers, mmpretrain, I-JEPA and MoCo v3: same features, or a clear error."""
 
 import json
 import shutil
@@ -26,23 +26,23 @@ def test_transformers_models_are_read_from_their_folders(name: str, tmp_path: Pa
     assert "under transformers' names" in str(report)
     used = {key for keys in report.used.values() for key in keys}
     assert used | report.dropped.keys() == read_source(path).tensors.keys()
-    of_file, _ = load_encoder(path / "model.safetensors")
-    assert feature_difference(of_file, model, images()) < SAME_TO_FP32
+    from_file, _ = load_encoder(path / "model.safetensors")
+    assert feature_difference(from_file, model, images()) < SAME_TO_FP32
 
 
-def test_names_of_transformers_modules_are_read_too(tmp_path: Path):
-    """Since version 5 they differ from those in its files."""
+def test_module_names_of_transformers_are_recognized(tmp_path: Path):
+    """Since transformers 5, module names differ from those in its files."""
     _, model = transformers_model(tmp_path, "ViTModel", image_size=12)
     torch.save(model.model.state_dict(), tmp_path / "state.pth")
     assert any("layers.0.attention.q_proj" in name for name in model.model.state_dict())
     encoder, report = load_encoder(tmp_path / "state.pth")
-    model.half = False  # nothing next to the file says so
+    model.half = False  # no file next to the weights specifies the pixels
     assert feature_difference(encoder, model, images()) < SAME_TO_FP32
     assert "assumed" in report.pixels
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_weights_in_several_files_are_put_together(kind: str, tmp_path: Path):
+def test_sharded_weights_are_joined(kind: str, tmp_path: Path):
     path, model = transformers_model(tmp_path, "ViTModel")
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
@@ -63,7 +63,7 @@ def test_weights_in_several_files_are_put_together(kind: str, tmp_path: Path):
         load_encoder(path)
 
 
-def test_what_the_tensors_do_not_tell_is_compared_with_the_record(tmp_path: Path):
+def test_unsupported_settings_in_the_config_are_rejected(tmp_path: Path):
     path, _ = transformers_model(tmp_path, "ViTModel", num_attention_heads=4, hidden_act="relu")
     with pytest.raises(ValueError, match=r"num_attention_heads=4 \(here: 2\), hidden_act=relu"):
         load_encoder(path)
@@ -72,12 +72,12 @@ def test_what_the_tensors_do_not_tell_is_compared_with_the_record(tmp_path: Path
         load_encoder(path)
 
 
-def test_sizes_that_are_not_square_are_the_records(tmp_path: Path):
+def test_non_square_image_size_is_read_from_the_config(tmp_path: Path):
     path, _ = transformers_model(tmp_path, "ViTModel", image_size=[8, 20])
     assert load_encoder(path)[0].grid == (2, 5)
 
 
-def test_our_own_folders_are_read_back(tmp_path: Path):
+def test_exported_hub_folders_can_be_loaded(tmp_path: Path):
     for source in ("mae", "lomar"):
         path, model = originals.ORIGINALS[source](tmp_path)
         export_encoder(path, tmp_path / "hub", "hf")
@@ -87,7 +87,7 @@ def test_our_own_folders_are_read_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_features_are_those_of_the_original(name: str, tmp_path: Path):
+def test_features_match_the_original(name: str, tmp_path: Path):
     path, model = OTHERS[name](tmp_path)
     encoder, report = load_encoder(path)
     assert feature_difference(encoder, model, images()) < SAME_TO_FP32
@@ -108,7 +108,7 @@ def test_one_of_several_encoders_is_chosen_by_name(make: type, tmp_path: Path):
         load_encoder(path, weights="student")
 
 
-def test_an_encoder_without_class_token_fills_one_with_it(tmp_path: Path):
+def test_encoder_without_class_token_loads_into_one_with_it(tmp_path: Path):
     path, _ = ijepa(tmp_path)
     encoder = ViT("vit_tiny", originals.PATCH, (3, 3), relative=False)
     fresh = encoder.cls_token.clone()
@@ -119,7 +119,7 @@ def test_an_encoder_without_class_token_fills_one_with_it(tmp_path: Path):
     assert load_encoder(path, image_size=20)[1].resized.keys() == {"pos_embed"}
 
 
-def test_moco_v3s_small_encoder_has_other_heads(tmp_path: Path):
+def test_moco_v3_vit_small_is_rejected_for_its_number_of_heads(tmp_path: Path):
     path, _ = moco_v3(tmp_path)
     with (
         patch.dict(ARCHS, vit_small=ARCHS["vit_tiny"], clear=True),
@@ -132,31 +132,31 @@ def test_moco_v3s_small_encoder_has_other_heads(tmp_path: Path):
 @pytest.mark.parametrize(
     ("statistics", "mean"), [({"image_mean": 0.5, "image_std": 0.5}, 0.5), ({"do_normalize": False}, 0.0)]
 )
-def test_pixels_are_those_of_the_preprocessor(statistics: dict, mean: float, tmp_path: Path):
+def test_pixel_normalization_is_read_from_the_preprocessor(statistics: dict, mean: float, tmp_path: Path):
     path, model = transformers_model(tmp_path, "ViTModel")
     (path / "preprocessor_config.json").write_text(json.dumps(statistics))
     encoder, report = load_encoder(path)
-    pixels = originals.half_pixels(images())  # of mean and deviation 0.5, or in 0..1
+    pixels = originals.half_pixels(images())  # normalized with mean and std 0.5, or from 0 to 1
     expected = model.model(pixels if mean else pixels / 2 + 0.5).last_hidden_state
     assert f"mean {mean:g}" in report.pixels
     torch.testing.assert_close(features(encoder, images()), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_beside_the_encoder_is_known_under_a_common_prefix(tmp_path: Path):
-    """As in Lightning's files."""
+def test_other_modules_are_recognized_under_a_common_prefix(tmp_path: Path):
+    """Lightning's files have such a prefix."""
     state = originals.prefixed("model.encoder.", originals.vit().state_dict())
     torch.save({"state_dict": {**state, "model.decoder.0.weight": originals.noise(3)}}, tmp_path / "a.ckpt")
     assert load_encoder(tmp_path / "a.ckpt")[1].dropped == {"model.decoder.0.weight": "the pretraining decoder"}
 
 
-def test_names_of_what_is_elsewhere_say_how_to_get_it():
+def test_error_for_a_remote_name_explains_how_to_download_it():
     with pytest.raises(ValueError, match="hf download facebook/vit-mae-base --local-dir"):
         load_encoder("facebook/vit-mae-base")
     with pytest.raises(ValueError, match="download it first"):
         load_encoder("https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth")
 
 
-def test_the_norm_behind_a_pool_is_reported_where_it_becomes_the_last_one(tmp_path: Path):
+def test_norm_after_pooling_is_reported_if_it_becomes_the_last_norm(tmp_path: Path):
     path, model = transformers_model(
         tmp_path, "BeitForImageClassification", num_labels=5, use_relative_position_bias=True
     )

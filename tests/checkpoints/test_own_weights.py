@@ -1,4 +1,4 @@
-"""Our own runs: a real one of ZeRO-3 in two processes, and every other file that its encoder can be read from."""
+"""Tests of reading encoders of our own runs: a real ZeRO-3 run of two processes, and all other kinds of files."""
 
 import json
 import os
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _true_sizes():
-    """The run is a real ViT-Ti."""
+def _real_vit_tiny():
+    """The run trains a real ViT-Ti."""
     with patch.dict(ARCHS, vit_tiny=Arch(192, 12, 3)):
         yield
 
@@ -80,19 +80,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "secret-name"
 
 
-def assert_bits(encoder: ViT, run: Path) -> None:
+def assert_same_bits(encoder: ViT, run: Path) -> None:
     expected = load_file(run / "encoder.safetensors")
     assert expected.keys() == encoder.state_dict().keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in encoder.state_dict().items())
 
 
 @pytest.mark.engine
-def test_a_zero3_checkpoint_is_the_runs_encoder_bit_for_bit(run: Path):
+def test_zero3_checkpoint_is_bitwise_identical_to_the_saved_encoder(run: Path):
     (checkpoint,) = (run / "checkpoints").glob("step_*")
     assert not (checkpoint / MODEL_STATES).exists()
     for path in (run, checkpoint, checkpoint / STAGE3_MODEL_STATES):
         encoder, report = load_encoder(path)
-        assert_bits(encoder, run)
+        assert_same_bits(encoder, run)
         assert encoder.grid == (4, 5)
         assert read_encoder(path).spec == EncoderSpec("vit_tiny", 16, (64, 80), "relative", "lomar", epochs=1)
         assert not report.folded
@@ -100,11 +100,11 @@ def test_a_zero3_checkpoint_is_the_runs_encoder_bit_for_bit(run: Path):
     assert set(report.dropped.values()) == {"the pretraining predictor"}
     larger = ViT("vit_tiny", 16, (7, 7))
     load_into(larger, checkpoint)
-    assert_bits(larger, run)
+    assert_same_bits(larger, run)
 
 
 @pytest.mark.engine
-def test_a_checkpoint_that_lacks_a_rank_is_refused(run: Path, tmp_path: Path):
+def test_checkpoint_that_lacks_a_rank_is_rejected(run: Path, tmp_path: Path):
     (checkpoint,) = (run / "checkpoints").glob("step_*")
     for path in checkpoint.iterdir():
         if "rank_1" not in path.name:
@@ -117,12 +117,12 @@ def test_a_checkpoint_that_lacks_a_rank_is_refused(run: Path, tmp_path: Path):
 
 
 @pytest.mark.engine
-def test_the_card_tells_what_the_run_recorded(run: Path, tmp_path: Path):
+def test_model_card_has_the_records_of_the_run_but_no_private_names(run: Path, tmp_path: Path):
     export_encoder(run, tmp_path / "hf", "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     environment = json.loads((run / "environment.json").read_text())
-    for told in (
+    for text in (
         "library_name: timm",
         "vit_tiny_patch16, 64x80 pixels, lomar",
         "2 steps, 1 of 1 epochs, 8 samples of a data set of 8 images",
@@ -134,13 +134,13 @@ def test_the_card_tells_what_the_run_recorded(run: Path, tmp_path: Path):
         "num_windows: 2",
         "name: pixels",
     ):
-        assert told in card, told
+        assert text in card, text
     for private in (str(run.parent), "shards", "secret-name"):
         assert private not in card, private
 
 
 def _stage1(folder: Path, encoder: ViT, prefix: str) -> Path:
-    """What DeepSpeed writes in ZeRO 0 to 2, where one file has all of the module."""
+    """Write a checkpoint as DeepSpeed does with ZeRO 0 to 2, where one file has the whole module."""
     state = {f"{prefix}{name}": tensor for name, tensor in encoder.state_dict().items()}
     checkpoint = folder / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
@@ -154,7 +154,7 @@ def _stage1(folder: Path, encoder: ViT, prefix: str) -> Path:
 
 
 @pytest.mark.parametrize("prefix", ["encoder.", "method.encoder."])
-def test_a_run_without_an_export_is_read_from_its_newest_checkpoint(prefix: str, tmp_path: Path):
+def test_run_without_an_export_is_read_from_its_newest_checkpoint(prefix: str, tmp_path: Path):
     original = ViT("vit_tiny", 16, (3, 3), relative=False)
     checkpoint = _stage1(tmp_path, original, prefix)
     for path in (tmp_path, checkpoint, checkpoint / MODEL_STATES):
@@ -164,7 +164,7 @@ def test_a_run_without_an_export_is_read_from_its_newest_checkpoint(prefix: str,
         assert report.dropped == {"fill.novel": "the method's own"}
 
 
-def test_a_run_has_an_online_and_an_averaged_encoder(tmp_path: Path):
+def test_online_and_averaged_encoders_of_a_run_are_read(tmp_path: Path):
     encoders = {kind: ViT("vit_tiny", 16, (2, 3)) for kind in ("online", "ema")}
     metadata = EncoderSpec("vit_tiny", 16, (32, 48), "relative", "lomar", epochs=1).to_metadata()
     save_file(encoders["online"].state_dict(), tmp_path / "encoder.safetensors", metadata=metadata)
@@ -181,7 +181,7 @@ def test_a_run_has_an_online_and_an_averaged_encoder(tmp_path: Path):
         load_encoder(tmp_path / "encoder_ema.safetensors", weights="online")
 
 
-def test_the_average_of_a_checkpoint_is_read(tmp_path: Path):
+def test_moving_average_of_a_checkpoint_is_read(tmp_path: Path):
     online, averaged = (ViT("vit_tiny", 16, (3, 3), relative=False) for _ in range(2))
     checkpoint = _stage1(tmp_path, online, "method.encoder.")
     for path in (checkpoint, tmp_path):
@@ -197,7 +197,7 @@ def test_the_average_of_a_checkpoint_is_read(tmp_path: Path):
         assert torch.equal(load_encoder(path)[0].cls_token, online.cls_token)
 
 
-def test_an_empty_run_is_refused(tmp_path: Path):
+def test_empty_run_is_rejected(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("train: {epochs: 1}")
     with pytest.raises(ValueError, match=r"no encoder\.safetensors and no checkpoint yet"):
         load_encoder(tmp_path)

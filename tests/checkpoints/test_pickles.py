@@ -1,4 +1,4 @@
-"""What else pickles of others hold: harmless values are read, without their packages; other files are recognized."""
+"""Tests of other contents of pickles, which load without their packages if harmless, and of other file types."""
 
 import argparse
 import collections
@@ -46,16 +46,16 @@ def saved(beside: Any, folder: Path) -> Path:
     return folder / "a.pth"
 
 
-@pytest.mark.parametrize("what", HARMLESS)
-def test_harmless_values_beside_the_weights_are_read(what: str, tmp_path: Path):
-    path = saved(HARMLESS[what], tmp_path)
+@pytest.mark.parametrize("case", HARMLESS)
+def test_harmless_values_beside_the_weights_are_loaded(case: str, tmp_path: Path):
+    path = saved(HARMLESS[case], tmp_path)
     read = vars(read_pickle(path)["args"])["value"]
-    assert str(read) == str(HARMLESS[what]) or read in (HARMLESS[what], [1, 2])
+    assert str(read) == str(HARMLESS[case]) or read in (HARMLESS[case], [1, 2])
     assert load_encoder(path)[1].used
 
 
 def stand_in(name: str, base: type = object) -> Any:
-    """A class under the full name of one of another package, and that package in `sys.modules`, for `patch.dict`."""
+    """Return a class with another package's full class name, and fake modules to patch into `sys.modules`."""
     module, _, attribute = name.rpartition(".")
     kind = type(attribute, (base,), {"__module__": module})
     parents = [module.rsplit(".", count)[0] for count in range(module.count(".") + 1)]
@@ -74,7 +74,7 @@ def stand_in(name: str, base: type = object) -> Any:
         ("mmengine.logging.history_buffer.HistoryBuffer", object),
     ],
 )
-def test_configurations_are_read_without_their_packages(name: str, base: type, tmp_path: Path):
+def test_config_objects_are_loaded_without_their_packages(name: str, base: type, tmp_path: Path):
     kind, modules = stand_in(name, base)
     with patch.dict(sys.modules, modules):
         value = kind()
@@ -86,7 +86,7 @@ def test_configurations_are_read_without_their_packages(name: str, base: type, t
     assert load_encoder(path)[1].used
 
 
-def test_paths_of_python_3_13_are_read(tmp_path: Path):
+def test_paths_of_python_3_13_are_loaded(tmp_path: Path):
     originals.old_pickle({"model": originals.vit().state_dict(), "out": pathlib.PosixPath("/x")}, tmp_path / "a.pth")
     content = (tmp_path / "a.pth").read_bytes()
     assert b"cpathlib\nPosixPath" in content
@@ -95,14 +95,14 @@ def test_paths_of_python_3_13_are_read(tmp_path: Path):
 
 
 @pytest.mark.mm
-def test_logs_of_mmengine_are_read(tmp_path: Path):
+def test_logs_of_mmengine_are_loaded(tmp_path: Path):
     from mmengine.logging import HistoryBuffer
 
     path = saved({"loss": HistoryBuffer([0.5], [1])}, tmp_path)
     assert load_encoder(path)[1].used
 
 
-def test_getattr_is_for_the_logs_of_mmengine_alone(tmp_path: Path):
+def test_getattr_is_allowed_only_for_logs_of_mmengine(tmp_path: Path):
     class Reach:
         def __reduce__(self) -> Any:
             return getattr, (argparse.Namespace, "__init__")
@@ -111,7 +111,7 @@ def test_getattr_is_for_the_logs_of_mmengine_alone(tmp_path: Path):
         read_pickle(saved(Reach(), tmp_path))
 
 
-def test_an_unknown_type_is_named_with_what_to_do(tmp_path: Path):
+def test_error_for_an_unknown_type_names_it_and_a_remedy(tmp_path: Path):
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")
     with pytest.raises(
         ValueError, match=r"holds torch\.nn\.modules\.linear\.Linear, which could run code: .*state_dict"
@@ -148,9 +148,9 @@ OTHER_KINDS = {
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("what", OTHER_KINDS)
-def test_files_that_are_no_checkpoints_are_recognized(what: str, suffix: str, tmp_path: Path):
-    content, message = OTHER_KINDS[what]
+@pytest.mark.parametrize("case", OTHER_KINDS)
+def test_files_that_are_not_checkpoints_are_recognized(case: str, suffix: str, tmp_path: Path):
+    content, message = OTHER_KINDS[case]
     (tmp_path / f"file{suffix}").write_bytes(content)
     with pytest.raises(ValueError, match=f"not a checkpoint|is .*{message}") as raised:
         load_encoder(tmp_path / f"file{suffix}")
@@ -158,7 +158,7 @@ def test_files_that_are_no_checkpoints_are_recognized(what: str, suffix: str, tm
     assert "weights_only" not in str(raised.value)
 
 
-def test_safetensors_and_pickles_are_known_by_their_content(tmp_path: Path):
+def test_safetensors_and_pickles_are_recognized_by_content(tmp_path: Path):
     state = originals.vit().state_dict()
     save_file(state, tmp_path / "a.pth")
     torch.save(state, tmp_path / "a.safetensors")

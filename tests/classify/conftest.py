@@ -1,3 +1,3 @@
-"""Tiny encoders under the name of a known size."""
+"""Fixture that shrinks the named encoder sizes."""
 
 from helpers.tiny_archs import tiny_archs as tiny_archs

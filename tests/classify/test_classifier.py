@@ -1,4 +1,4 @@
-"""Classifiers without an engine: loaded weights, learning rates, losses and randomness."""
+"""Tests of the classifier without a training engine: loaded weights, learning rates, losses and randomness."""
 
 import re
 from pathlib import Path
@@ -31,10 +31,10 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # in float64
 )
 @pytest.mark.parametrize("frozen", [True, False])
 @torch.no_grad()
-def test_the_classifier_computes_with_the_whole_encoder(
+def test_classifier_uses_the_complete_encoder(
     position: str, registers: int, frozen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """timm's model gives the encoder's features. The pool gets a new norm, but a frozen encoder keeps its own."""
+    """timm's model reproduces the encoder's features, with a new norm after pooling unless the encoder is frozen."""
     path = encoder_file(tmp_path, position, registers)
     config = configure(
         tmp_path,
@@ -63,7 +63,7 @@ def test_the_classifier_computes_with_the_whole_encoder(
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize(("pool", "trained"), [("avg", None), ("token", None), ("avg", 1), ("avg", 0)])
-def test_every_trained_parameter_is_in_one_group_at_the_right_rate(
+def test_every_trained_parameter_is_in_one_group_with_the_right_rate(
     position: str, pool: str, trained: int | None, tmp_path: Path
 ):
     keys: dict[str, Any] = {"model__position": position, "head__pool": pool}
@@ -101,33 +101,33 @@ RANDOM = {
 }
 
 
-def lively(config: FinetuneConfig) -> Classifier:
-    """With a head that is not near zero."""
+def classifier_with_random_head(config: FinetuneConfig) -> Classifier:
+    """Build a classifier whose head is not near zero."""
     classifier, _ = build_classifier(config)
     torch.nn.init.normal_(classifier.vit.head.weight)
     return classifier
 
 
 @pytest.mark.parametrize("part", RANDOM)
-def test_randomness_depends_on_seed_step_micro_batch_and_rank_alone(part: str, tmp_path: Path):
-    classifier = lively(configure(tmp_path, **RANDOM[part]))
+def test_randomness_depends_only_on_seed_step_micro_batch_and_rank(part: str, tmp_path: Path):
+    classifier = classifier_with_random_head(configure(tmp_path, **RANDOM[part]))
     images, labels = batch()
 
     def loss(*where: int) -> float:
         seed_step(*where)
         return classifier(images.clone(), labels)["loss"].item()
 
-    here = [loss(0, 3, part, rank) for part in (0, 1) for rank in (0, 1)]
-    assert here == [loss(0, 3, part, rank) for part in (0, 1) for rank in (0, 1)]
+    here = [loss(0, 3, micro_batch, rank) for micro_batch in (0, 1) for rank in (0, 1)]
+    assert here == [loss(0, 3, micro_batch, rank) for micro_batch in (0, 1) for rank in (0, 1)]
     assert len({*here, *(loss(0, step, 0, 0) for step in range(4, 9))}) > 5
     assert not torch.equal(*(torch.rand(1) for _ in range(2)))
     classifier.eval()
     assert classifier(images)["logits"].equal(classifier(images)["logits"]), "evaluation draws nothing"
 
 
-def test_mixed_losses_are_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Erasing before mixing, as timm's loader does; the soft targets' cross entropy."""
-    classifier = lively(configure(tmp_path, **MIXED, augment__random_erasing=0.5))
+def test_mixup_and_cutmix_losses_match_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Random erasing comes before mixing, as in timm's loader, and the loss is soft-target cross-entropy."""
+    classifier = classifier_with_random_head(configure(tmp_path, **MIXED, augment__random_erasing=0.5))
     images, labels = batch()
     with everything_float64(monkeypatch):
         classifier.double()
@@ -141,8 +141,8 @@ def test_mixed_losses_are_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(ours, SoftTargetCrossEntropy()(classifier.vit(pixels), target), **CLOSE)
 
 
-def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    classifier = lively(configure(tmp_path, augment__label_smoothing=0.2))
+def test_loss_without_mixing_is_label_smoothed_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    classifier = classifier_with_random_head(configure(tmp_path, augment__label_smoothing=0.2))
     images, labels = batch()
     with everything_float64(monkeypatch):
         classifier.double()
@@ -152,13 +152,13 @@ def test_plain_losses_are_smoothed_cross_entropy(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("part", ["tuned", "probe", "lists"])
-def test_a_few_images_are_memorized(part: str, tmp_path: Path):
+def test_training_memorizes_a_few_images(part: str, tmp_path: Path):
     probe = {"start__trained_blocks": 0, "head__kind": "batchnorm"} if part == "probe" else {}
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), optim__base_lr=0.3, **probe)
     classifier, _ = build_classifier(config)
     optimizer = build_optimizer(classifier.vit, config, stage=0)
     images, labels = batch(10)
-    labels = lists_of_labels(10) if part == "lists" else labels
+    labels = multi_hot_labels(10) if part == "lists" else labels
     for _ in range(80):
         optimizer.zero_grad()
         classifier(images, labels)["loss"].backward()
@@ -167,57 +167,57 @@ def test_a_few_images_are_memorized(part: str, tmp_path: Path):
     assert ((logits > 0) == labels).all() if part == "lists" else (logits.argmax(1) == labels).all()
 
 
-def lists_of_labels(count: int = 8) -> torch.Tensor:
-    """float32 (B, 5) of 0 and 1, among them no class and all classes."""
+def multi_hot_labels(count: int = 8) -> torch.Tensor:
+    """float32 (B, 5) multi-hot labels, including an image without classes and one with all of them."""
     labels = torch.rand(count, 5, generator=torch.Generator().manual_seed(6)).lt(0.4).float()
     labels[0], labels[1] = 0, 1
     return labels
 
 
-def test_losses_of_lists_of_labels_are_binary_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By hand: -log of the sigmoid of each class, or of one minus it; smoothed towards a half."""
-    classifier = lively(configure(tmp_path, augment__label_smoothing=0.2))
-    images, labels = batch()[0], lists_of_labels()
+def test_multi_label_loss_is_binary_cross_entropy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The expected loss is written out from the sigmoid of each logit, with labels smoothed towards 0.5."""
+    classifier = classifier_with_random_head(configure(tmp_path, augment__label_smoothing=0.2))
+    images, labels = batch()[0], multi_hot_labels()
     with everything_float64(monkeypatch):
         classifier.double()
-        share = torch.sigmoid(classifier.vit(standardized(images)))
+        probability = torch.sigmoid(classifier.vit(standardized(images)))
         target = labels.double() * 0.8 + 0.1
-        expected = -(target * share.log() + (1 - target) * (1 - share).log()).mean()
+        expected = -(target * probability.log() + (1 - target) * (1 - probability).log()).mean()
         torch.testing.assert_close(classifier(images, labels.double())["loss"], expected, **CLOSE)
 
 
-def test_mixed_lists_of_labels_have_the_shares_of_the_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A batch of black and white images shows how each was mixed: its labels are mixed in the same shares."""
+def test_multi_label_targets_are_mixed_in_the_same_ratio_as_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In a batch of black and white images, the brightness of each shows the ratio in which it was mixed."""
     keys = {**MIXED, "augment__label_smoothing": 0.0}
-    classifier = lively(configure(tmp_path, **keys))
+    classifier = classifier_with_random_head(configure(tmp_path, **keys))
     seen: list[torch.Tensor] = []
     classifier.vit.register_forward_hook(lambda module, inputs, logits: seen.extend([inputs[0], logits]))
-    images, labels = torch.zeros((8, *SIZE, 3), dtype=torch.uint8), lists_of_labels().double()
+    images, labels = torch.zeros((8, *SIZE, 3), dtype=torch.uint8), multi_hot_labels().double()
     images[:4] = 255
     black, white = (standardized(torch.full((1, *SIZE, 3), value, dtype=torch.uint8)) for value in (0, 255))
     with everything_float64(monkeypatch):
         classifier.double()
-        shares = set()
+        ratios = set()
         for step in range(6):
             seen.clear()
             seed_step(step)
             loss = classifier(images, labels)["loss"]
             pixels, logits = seen
-            white_share = ((pixels - black) / (white - black)).mean((1, 2, 3))
-            own = torch.where(torch.arange(8) < 4, white_share, 1 - white_share)[:, None]
+            white_ratio = ((pixels - black) / (white - black)).mean((1, 2, 3))
+            own = torch.where(torch.arange(8) < 4, white_ratio, 1 - white_ratio)[:, None]
             expected = F.binary_cross_entropy_with_logits(logits, own * labels + (1 - own) * labels.flip(0))
             torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-            shares.add(round(own[0].item(), 3))
-        assert len(shares) > 3
+            ratios.add(round(own[0].item(), 3))
+        assert len(ratios) > 3
 
 
 @torch.no_grad()
-def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_linear_probe_norm_is_folded_into_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = encoder_file(tmp_path)
     config = configure(tmp_path, start__checkpoint=path, start__trained_blocks=0, head__kind="batchnorm")
     classifier, _ = build_classifier(config)
     for _ in range(3):
-        classifier(*batch(seed=4))  # moves the running statistics
+        classifier(*batch(seed=4))  # updates the running statistics
     images, _ = batch(seed=5)
     with everything_float64(monkeypatch):
         classifier.double().eval()
@@ -227,7 +227,7 @@ def test_a_probes_norm_is_folded_into_its_head(tmp_path: Path, monkeypatch: pyte
         torch.testing.assert_close(vit(standardized(images)), classifier(images)["logits"], **CLOSE)
 
 
-def test_positions_are_resized_to_the_images(tmp_path: Path):
+def test_position_table_is_resized_to_the_image_size(tmp_path: Path):
     path = encoder_file(tmp_path, "sincos")
     config = configure(tmp_path, start__checkpoint=path, model__position="sincos", data__image_size="[12,16]")
     classifier, report = build_classifier(config)

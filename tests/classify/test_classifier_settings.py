@@ -1,4 +1,4 @@
-"""Classifiers without an engine: what they start from, which settings are refused, the recipes."""
+"""Tests of classifier settings: starting checkpoints, rejected settings, classes of the data and recipes."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ NAMES = tuple("abcde")
 
 
 def trained_run(tmp_path: Path, **keys: Any) -> Path:
-    """The folder of a classifier's run, in which nothing is at a special value."""
+    """Write the run folder of a classifier whose parameters are all random."""
     config = configure(tmp_path, **keys)
     classifier, _ = build_classifier(config, NAMES)
     randomized(classifier)
@@ -42,7 +42,9 @@ def trained_run(tmp_path: Path, **keys: Any) -> Path:
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("pool", ["avg", "token"])
 @torch.no_grad()
-def test_a_classifier_starts_as_what_it_was(position: str, pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_start_from_a_run_gives_the_same_logits(
+    position: str, pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = trained_run(tmp_path, model__position=position, head__pool=pool)
     keys = {"model__position": position, "head__pool": pool, "start__checkpoint": run}
     classifier, report = build_classifier(configure(tmp_path, **keys), NAMES)
@@ -51,7 +53,7 @@ def test_a_classifier_starts_as_what_it_was(position: str, pool: str, tmp_path: 
     with everything_float64(monkeypatch):
         trained.model.double()
         logits = classifier.double().eval()(images)["logits"]
-        # The position of the class token is added to that token, which rounds it to fp32 once more.
+        # The class token's position is added to the token, which rounds it to fp32 once more.
         tolerance = SAME_TO_FP32 if position == "sincos" else 1e-10
         torch.testing.assert_close(logits, trained.predict(images), rtol=tolerance, atol=tolerance)
     assert "dropped" not in report
@@ -65,7 +67,7 @@ def test_a_classifier_starts_as_what_it_was(position: str, pool: str, tmp_path: 
     assert ("resized" in report) == (position != "relative")
 
 
-def test_other_classes_get_a_new_head(tmp_path: Path):
+def test_head_is_new_if_the_classes_differ(tmp_path: Path):
     run = trained_run(tmp_path)
     config = configure(tmp_path, start__checkpoint=run)
     trained = load_file(run / "model.safetensors")
@@ -81,7 +83,7 @@ def test_other_classes_get_a_new_head(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"model__position": "sincos"}, "is vit_tiny with relative positions; the encoder is vit_tiny with sincos"),
         ({"model__arch": "vit_small"}, "is vit_tiny with relative positions; the encoder is vit_small"),
@@ -93,16 +95,16 @@ def test_other_classes_get_a_new_head(tmp_path: Path):
         ({"start__checkpoint": "/nowhere"}, "start.checkpoint: no checkpoint /nowhere"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(keys: dict[str, Any], says: str, tmp_path: Path):
+def test_checkpoint_that_does_not_fit_is_rejected(keys: dict[str, Any], message: str, tmp_path: Path):
     config = configure(tmp_path, **({"start__checkpoint": encoder_file(tmp_path)} | keys))
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         build_classifier(config)
-    with pytest.raises(ValueError, match=re.escape(says)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check_start(config)
 
 
-def test_a_start_is_checked_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The data need not even exist."""
+def test_starting_checkpoint_is_checked_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint is reported although the data does not exist either."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), model__patch_size=2)
@@ -114,7 +116,7 @@ def test_a_start_is_checked_before_anything_else(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("keys", "message"),
     [
         ({"start__trained_blocks": 0}, "start.trained_blocks=0 would freeze random weights"),
         ({"head__kind": "batchnorm"}, "head.kind=batchnorm is for linear probes"),
@@ -130,12 +132,12 @@ def test_a_start_is_checked_before_anything_else(tmp_path: Path, monkeypatch: py
         ({"val__shards": ""}, "val.shards='': must be non-empty"),
     ],
 )
-def test_a_configuration_that_cannot_work_names_its_key(keys: dict[str, Any], says: str, tmp_path: Path):
-    with pytest.raises(ValueError, match=re.escape(says)):
+def test_error_for_an_invalid_configuration_names_the_key(keys: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=re.escape(message)):
         configure(tmp_path, **keys)
 
 
-def test_lars_is_refused_where_zero_cuts_its_matrices(tmp_path: Path):
+def test_lars_is_rejected_if_zero_partitions_matrices(tmp_path: Path):
     keys = {"start__trained_blocks": 0, "optim__name": "lars", "optim__weight_decay": 0}
     config = configure(tmp_path, start__checkpoint=encoder_file(tmp_path), **keys)
     vit = build_classifier(config)[0].vit
@@ -151,7 +153,7 @@ def shards(name: str, labels: list[int], classes: tuple[str, ...]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "says"),
+    ("labels", "classes", "message"),
     [
         (
             [0, -1, 2],
@@ -168,17 +170,17 @@ def shards(name: str, labels: list[int], classes: tuple[str, ...]) -> Any:
         ([0, 1, 2], ("cat", "dog", "owl"), "/shards has 3 classes (cat, ...), but head.num_classes=5 (by default"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(labels: list[int], classes: tuple[str, ...], says: str):
+def test_labels_outside_the_classes_are_rejected(labels: list[int], classes: tuple[str, ...], message: str):
     bad, good = shards("/shards", labels, classes), shards("/good", [0, 4], ())
     for key, train, val in (("data.shards", bad, good), ("val.shards", good, bad)):
-        with pytest.raises(ValueError, match=re.escape(f"{key}: {says}")):
+        with pytest.raises(ValueError, match=re.escape(f"{key}: {message}")):
             check_train_and_val(train, val, 5)
 
 
 @pytest.mark.parametrize(
     ("labels", "classes", "expected"), [([0, 1, 1], ("cat", "dog", "owl"), 3), ([0, 3, 1], (), 4), ([0, 0, 0], (), 5)]
 )
-def test_the_classes_of_the_data_are_the_default(
+def test_number_of_classes_defaults_to_that_of_the_data(
     labels: list[int], classes: tuple[str, ...], expected: int, tmp_path: Path
 ):
     unset = configure(tmp_path, head__num_classes="null")
@@ -190,7 +192,7 @@ def test_the_classes_of_the_data_are_the_default(
     assert with_classes_of_data(configure(tmp_path), train, val).head.num_classes == 5, "what was given counts"
 
 
-def test_data_without_classes_is_refused(tmp_path: Path):
+def test_unlabelled_or_one_class_data_is_rejected(tmp_path: Path):
     unset = configure(tmp_path, head__num_classes="null")
     with pytest.raises(ValueError, match=r"data\.shards: 1 of 2 samples in /train have no label, for example 'b'"):
         with_classes_of_data(unset, shards("/train", [0, -1], ()), shards("/val", [0, 1], ()))
@@ -198,13 +200,13 @@ def test_data_without_classes_is_refused(tmp_path: Path):
         with_classes_of_data(unset, shards("/train", [0, 0], ("cat",)), shards("/val", [0], ("cat",)))
 
 
-def test_classes_without_training_images_are_named(caplog: pytest.LogCaptureFixture):
+def test_classes_without_training_images_are_logged(caplog: pytest.LogCaptureFixture):
     train = shards("/train", [0, 2], ("cat", "dog", "owl"))
     check_train_and_val(train, shards("/val", [1], ("cat", "dog", "owl")), 3)
     assert "1 of 3 classes have no image in data.shards and will never be predicted: dog" in caplog.text
 
 
-def test_other_classes_under_the_same_labels_are_refused():
+def test_different_classes_of_train_and_val_are_rejected():
     train = shards("/train", [0, 1], ("cat", "dog"))
     with pytest.raises(
         ValueError, match=r"label 1 is 'dog' in data.shards \(/train\) and 'owl' in val.shards \(/val\)"
@@ -212,10 +214,10 @@ def test_other_classes_under_the_same_labels_are_refused():
         check_train_and_val(train, shards("/val", [0, 1], ("cat", "owl")), 2)
     check_train_and_val(train, shards("/val", [0, 1], ("cat", "dog")), 2)
     check_train_and_val(train, shards("/val", [0, 1], ()), 2)
-    check_same_classes(("cat", "dog", "owl"), "/train", ("cat", "dog"), "/val", "")  # one set has fewer classes
+    check_same_classes(("cat", "dog", "owl"), "/train", ("cat", "dog"), "/val", "")  # one set may have fewer classes
 
 
-def test_an_odd_micro_batch_cannot_be_mixed(tmp_path: Path):
+def test_mixup_rejects_an_odd_micro_batch(tmp_path: Path):
     config = configure(tmp_path, augment__mixup=0.8, train__global_batch_size=6)
     check_batches(config, World(0, 1, 0), 6)
     with pytest.raises(ValueError, match=r"each of 2 ranks has batches of 3 \(train.global_batch_size=6"):
@@ -226,7 +228,7 @@ def test_an_odd_micro_batch_cannot_be_mixed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_recipes_load_and_name_themselves(recipe: str):
+def test_recipe_loads_and_its_comment_matches_its_settings(recipe: str):
     start = [] if recipe.startswith("scratch") else ["start.checkpoint=runs/x"]
     config = load(recipe, ["data.shards=a", "val.shards=b", *start])
     assert config.name == recipe
@@ -243,7 +245,7 @@ def test_recipes_load_and_name_themselves(recipe: str):
     assert int(parts[1]) * int(parts[2] or 1) * int(parts[3]) == batch
 
 
-def test_the_resume_signature_holds_what_the_weights_depend_on(tmp_path: Path):
+def test_resume_signature_covers_settings_that_affect_the_weights(tmp_path: Path):
     before = configure(tmp_path).resume_signature()
     for keys in (
         {"head__num_classes": 6},
@@ -257,7 +259,7 @@ def test_the_resume_signature_holds_what_the_weights_depend_on(tmp_path: Path):
     assert configure(tmp_path, val__every_epochs=7, data__num_workers=0).resume_signature() == before
 
 
-def test_a_refusal_says_how_a_new_run_starts_from_this_ones_model(tmp_path: Path):
+def test_advice_for_a_new_run_includes_the_finished_model(tmp_path: Path):
     config = configure(tmp_path, runs=tmp_path, name="first")
     assert config.new_run_advice == "start a new run with another name=", "it has no model yet"
     (tmp_path / "first").mkdir()

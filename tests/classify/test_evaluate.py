@@ -1,4 +1,4 @@
-"""Accuracy, against sklearn and against counting by hand; test_evaluation_commands.py has it on two ranks."""
+"""Tests of accuracy against sklearn and hand-counted hits; test_evaluation_commands.py covers two ranks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ def run(predict: Any, samples: Samples, **settings: Any) -> dict[str, float]:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Samples:
-    """23 images of 7 classes, of which two cannot be decoded."""
+    """23 images, two of which cannot be decoded, in 7 classes."""
     write_classes(tmp_path / "photos", NAMES, 3, bad=2)
     write_photo(tmp_path / "photos" / "c0" / "more.jpg", 100)
     write_photo(tmp_path / "photos" / "c3" / "more.jpg", 101)
@@ -45,12 +45,12 @@ def photos(tmp_path: Path) -> Samples:
 
 
 def pixels_as_logits(images: Tensor) -> Tensor:
-    """Some pixels of the crop, made different from each other: a function of the image without any rounding."""
+    """Use pixels of the crop as logits, with offsets that avoid ties, so that nothing is rounded."""
     return images[:, 3:30:4, 5, 1] + torch.arange(7) / 8
 
 
 def naive_logits(samples: Samples) -> np.ndarray:
-    """Image by image, with PIL; zeros where one cannot be decoded."""
+    """Compute the same logits image by image with PIL, with black pixels for undecodable images."""
     logits = []
     for name in samples.names:
         try:
@@ -65,7 +65,7 @@ def naive_logits(samples: Samples) -> np.ndarray:
     return np.array(logits)
 
 
-def test_against_sklearn(photos: Samples, capsys: pytest.CaptureFixture[str]):
+def test_accuracies_and_confusion_matrix_match_sklearn(photos: Samples, capsys: pytest.CaptureFixture[str]):
     logits, labels = naive_logits(photos), photos.label
     readable = logits[:, 0] > 0
     assert readable.sum() == 21
@@ -88,27 +88,27 @@ def test_against_sklearn(photos: Samples, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("batch", [1, 5, 64])
-def test_neither_batches_nor_workers_matter(photos: Samples, batch: int):
+def test_results_do_not_depend_on_batch_size_or_workers(photos: Samples, batch: int):
     assert run(pixels_as_logits, photos, batch=batch, num_workers=1) == run(pixels_as_logits, photos)
 
 
-def test_padding_and_undecodable_images_are_never_right(photos: Samples):
-    """Class 0 is always predicted, also for black images and padding; it has 4 images, one of them undecodable."""
+def test_padding_and_undecodable_images_never_count_as_correct(photos: Samples):
+    """The model always predicts class 0, which has 4 images, one of them undecodable."""
     always = run(lambda images: -torch.arange(7.0).repeat(len(images), 1), photos, batch=20)
     assert always["top1"] == 3 / 23
     assert always["top5"] == (21 - 6) / 23  # classes 0 to 4
 
 
-def test_hits_by_hand():
+def test_topk_hits_match_hand_counted_ones():
     logits = torch.tensor([[0.1, 0.9, 0.3, 0.2, 0.5, 0.4, 0.6], [7, 6, 5, 4, 3, 2, 1.0], [float("nan")] * 7])
     assert topk_hits(logits[[0, 0, 0]], torch.tensor([1, 2, 0])).tolist() == [[1, 1], [0, 1], [0, 0]]
-    assert topk_hits(logits[[1, 1]], torch.tensor([4, 5])).tolist() == [[0, 1], [0, 0]]  # the fifth, the sixth
-    assert topk_hits(logits[[2, 2]], torch.tensor([0, 6])).tolist() == [[0, 0], [0, 0]]  # diverged
-    assert topk_hits(torch.tensor([[0.0, 1, 2]]), torch.tensor([0])).tolist() == [[0, 1]]  # of three classes
+    assert topk_hits(logits[[1, 1]], torch.tensor([4, 5])).tolist() == [[0, 1], [0, 0]]  # ranked fifth and sixth
+    assert topk_hits(logits[[2, 2]], torch.tensor([0, 6])).tolist() == [[0, 0], [0, 0]]  # a diverged model
+    assert topk_hits(torch.tensor([[0.0, 1, 2]]), torch.tensor([0])).tolist() == [[0, 1]]  # only three classes
 
 
 @pytest.mark.parametrize(("position", "pool"), [("relative", "token"), ("sincos", "avg"), ("sincos", "token")])
-def test_classifiers_load_strictly(tmp_path: Path, position: str, pool: str):
+def test_saved_classifier_loads_in_eval_mode_and_predicts(tmp_path: Path, position: str, pool: str):
     trained = load_classifier(write_classifier(tmp_path / "model.safetensors", 5, position, pool), CPU)
     assert (trained.num_classes, trained.image_size) == (5, (32, 32))
     assert not trained.model.training
@@ -117,7 +117,7 @@ def test_classifiers_load_strictly(tmp_path: Path, position: str, pool: str):
     assert logits.std() > 0
 
 
-def test_what_is_refused(tmp_path: Path, photos: Samples):
+def test_unsuitable_classifiers_and_data_are_rejected(tmp_path: Path, photos: Samples):
     checkpoint = write_classifier(tmp_path / "model.safetensors", 5)
     with pytest.raises(ValueError, match=r"model\.safetensors has 5 classes, .*photos has 7"):
         check_classes(load_classifier(checkpoint, CPU), photos)

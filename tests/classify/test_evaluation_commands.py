@@ -1,4 +1,4 @@
-"""The commands that evaluate: on two ranks they print what one process computes."""
+"""Tests that the evaluation commands give the same results on two ranks as in one process."""
 
 import json
 from pathlib import Path
@@ -32,14 +32,14 @@ NAMES = [f"c{number}" for number in range(7)]
 
 
 @pytest.fixture(autouse=True)
-def _whole_tiny(monkeypatch: pytest.MonkeyPatch):
-    """The ranks are other processes, with the real ViT-Ti."""
+def _real_vit_tiny(monkeypatch: pytest.MonkeyPatch):
+    """Restore the real ViT-Ti, which the ranks use because they are separate processes."""
     monkeypatch.setitem(ARCHS, "vit_tiny", Arch(192, 12, 3))
 
 
 @pytest.mark.slow
-def test_on_two_ranks(tmp_path: Path):
-    """With batches of 4 and 64 that two ranks do not fill, of shards and of folders."""
+def test_commands_on_two_ranks_match_one_process(tmp_path: Path):
+    """Reads shards and folders, with batch sizes of 4 and 64 that two ranks do not fill."""
     train = write_classes(tmp_path / "train", NAMES, 5, bad=1)
     val = write_classes(tmp_path / "val", NAMES, 3, bad=2, first=100)
     pack(list_source(train), tmp_path / "shards", samples_per_shard=13, bad="skip")
@@ -98,7 +98,7 @@ def test_on_two_ranks(tmp_path: Path):
     assert (tmp_path / "predictions.csv").read_text()[:200] == (tmp_path / "alone.csv").read_text()[:200]
 
 
-def test_an_error_of_the_user_is_one_line(tmp_path: Path):
+def test_user_error_is_printed_without_a_traceback(tmp_path: Path):
     write_classes(tmp_path / "val", ["x"], 1)
     missing = tmp_path / "none.safetensors"
     code, _, err = run_command("-m", "downstream.classify.evaluate", missing, "--data", tmp_path / "val")

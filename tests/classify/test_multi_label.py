@@ -1,4 +1,4 @@
-"""Shards whose images have lists of labels: the classes, what is trained on, what is measured and predicted."""
+"""Tests of multi-label shards: classes, training batches, metrics and predictions."""
 
 import csv
 import json
@@ -26,11 +26,11 @@ from pretrain.trainer.assemble import build_loader
 from pretrain.trainer.launch import World
 
 CPU = torch.device("cpu")
-NAMES = ("cat", "dog", "owl", "yak")  # nothing shows the last
+NAMES = ("cat", "dog", "owl", "yak")  # no image has the last
 
 
 def write_shards(folder: Path, count: int, seed: int) -> Path:
-    """`count` images with lists of names, some of them empty; the third cannot be decoded."""
+    """Write `count` images with lists of class names, some of them empty. The third image cannot be decoded."""
     rng = np.random.default_rng(seed)
     members = []
     for number in range(count):
@@ -50,7 +50,7 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
-    """The file of one that says something else about every image."""
+    """A saved classifier whose predictions differ from image to image."""
     config = configure(tmp_path, head__num_classes=4)
     torch.manual_seed(1)
     model, _ = build_classifier(config, NAMES)
@@ -61,7 +61,7 @@ def classifier(tmp_path: Path) -> Path:
 
 
 def logits(classifier: Path, data: Path) -> np.ndarray:
-    """Image by image; the lowest of all where one cannot be decoded."""
+    """Compute logits image by image, with -1e30 for undecodable images."""
     trained, found = load_classifier(classifier, CPU), []
     assert trained.multi_label
     for batch in EvalLoader(load_samples(data), size=SIZE, batch=1).batches():
@@ -70,7 +70,7 @@ def logits(classifier: Path, data: Path) -> np.ndarray:
     return np.array(found)
 
 
-def test_batches_have_lists_that_the_loss_takes(shards: Path, tmp_path: Path):
+def test_batches_have_multi_hot_labels_that_the_loss_accepts(shards: Path, tmp_path: Path):
     index = load_samples(shards)
     config = with_classes_of_data(configure(tmp_path, head__num_classes="null", data__num_workers=0), index, index)
     assert config.head.num_classes == 4
@@ -83,7 +83,7 @@ def test_batches_have_lists_that_the_loss_takes(shards: Path, tmp_path: Path):
     assert model(batch.images, **batch.model_inputs())["loss"].item() == pytest.approx(np.log(2), abs=0.01)
 
 
-def test_the_mean_average_precision_is_sklearns(shards: Path, classifier: Path, tmp_path: Path):
+def test_mean_average_precision_matches_sklearn(shards: Path, classifier: Path, tmp_path: Path):
     result = run_in_process(evaluate, classifier, "--data", shards, "--out", tmp_path / "report")
     index = load_samples(shards)
     truth, scores = index.multi_labels.rows(np.arange(16), 4), logits(classifier, shards)
@@ -98,23 +98,23 @@ def test_the_mean_average_precision_is_sklearns(shards: Path, classifier: Path, 
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["per_class.csv"]
 
 
-def test_a_sweep_compares_by_it(shards: Path, classifier: Path):
+def test_sweep_compares_multi_label_runs_by_map(shards: Path, classifier: Path):
     measured = run_in_process(evaluate, classifier, "--data", shards)
     assert find_metric({**measured, "ema_map": 1.0}) == "map"
     assert find_metric({"top1": 0.5, "top5": 1.0}) == "top1"
 
 
-def test_every_class_is_predicted_for_itself(shards: Path, classifier: Path, capsys: pytest.CaptureFixture[str]):
+def test_each_class_is_predicted_independently(shards: Path, classifier: Path, capsys: pytest.CaptureFixture[str]):
     run_in_process(predict, classifier, shards)
-    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
-    shares = 1 / (1 + np.exp(-logits(classifier, shards).clip(-500)))
-    assert {len(said[name].split(", ")) for name in said} > {1}, "several classes of one image"
-    for (name, text), row in zip(said.items(), shares, strict=True):
+    printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    probabilities = 1 / (1 + np.exp(-logits(classifier, shards).clip(-500)))
+    assert {len(printed[name].split(", ")) for name in printed} > {1}, "several classes of one image"
+    for (name, text), row in zip(printed.items(), probabilities, strict=True):
         expected = [f"{NAMES[label]} {row[label]:.1%}" for label in np.argsort(-row) if row[label] >= 0.5]
         assert text == (", ".join(expected) or "-"), name
 
 
-def test_the_table_of_features_has_all_classes(shards: Path, tmp_path: Path):
+def test_feature_table_lists_all_classes_of_an_image(shards: Path, tmp_path: Path):
     run_in_process(embed, encoder_file(tmp_path), shards, tmp_path / "features.npy")
     lists = load_samples(shards).multi_labels
     with (tmp_path / "features.csv").open(newline="") as file:
@@ -123,7 +123,7 @@ def test_the_table_of_features_has_all_classes(shards: Path, tmp_path: Path):
             assert row["class"] == ";".join(NAMES[label] for label in lists[sample])
 
 
-def test_what_needs_one_label_each_is_refused(shards: Path, tmp_path: Path):
+def test_multi_label_data_is_rejected_where_one_label_is_needed(shards: Path, tmp_path: Path):
     members = [("a.jpg", jpeg(0)), ("a.cls", b"1"), ("b.jpg", jpeg(1)), ("b.cls", b"0")]
     single = tmp_path / "single"
     single.mkdir()

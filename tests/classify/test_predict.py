@@ -1,4 +1,4 @@
-"""Predictions on unlabelled images: the most probable classes, by name, as text and as a table."""
+"""Tests of predictions on unlabelled images: the most probable classes by name, as text and as a table."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ def classifier(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Six photographs in folders of any depth, of which one cannot be decoded."""
+    """Six photographs at several folder depths, one of which cannot be decoded."""
     folder = tmp_path / "photos"
     for number, name in enumerate(["a.jpg", "trip/b.jpg", "trip/day 2/c.jpg", "trip/day 2/d.jpg", "x/y/z/e.jpg"]):
         write_photo(folder / name, number)
@@ -37,7 +37,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_table_of_unlabelled_photographs(
+def test_table_has_the_top_classes_of_every_image(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "out" / "predictions.csv"
@@ -60,26 +60,26 @@ def test_a_table_of_unlabelled_photographs(
             assert set(row.values()) == {"trip/bad.jpg", ""}
             continue
         with torch.no_grad():
-            shares = trained.predict(batch.images)[0].double().softmax(0)
-        best = shares.argsort(descending=True)[:3].tolist()
+            probabilities = trained.predict(batch.images)[0].double().softmax(0)
+        best = probabilities.argsort(descending=True)[:3].tolist()
         assert [row[f"class_{place}"] for place in (1, 2, 3)] == [NAMES[label] for label in best]
-        said = [float(row[f"probability_{place}"]) for place in (1, 2, 3)]
-        assert said == pytest.approx([shares[label].item() for label in best], abs=2e-6)
+        written = [float(row[f"probability_{place}"]) for place in (1, 2, 3)]
+        assert written == pytest.approx([probabilities[label].item() for label in best], abs=2e-6)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, str]:
-    """What is said of each image."""
+    """Run the command and return the text printed for each image."""
     run_in_process(predict, *arguments)
     return dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
 
 
-def test_one_image_is_printed(classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
-    said = printed(capsys, classifier, photos / "trip" / "day 2" / "c.jpg", "--top", 2)
-    assert list(said) == ["c.jpg"]
-    assert re.fullmatch(r"c\d \d+\.\d%, c\d \d+\.\d%", said["c.jpg"])
+def test_prediction_of_one_image_is_printed(classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    printed_texts = printed(capsys, classifier, photos / "trip" / "day 2" / "c.jpg", "--top", 2)
+    assert list(printed_texts) == ["c.jpg"]
+    assert re.fullmatch(r"c\d \d+\.\d%, c\d \d+\.\d%", printed_texts["c.jpg"])
 
 
-def test_a_name_of_other_bytes_is_written_as_text(
+def test_file_name_that_is_not_utf8_is_escaped(
     classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     os.rename(photos / "a.jpg", os.fsencode(photos) + b"/na\xefve, no.jpg")
@@ -89,32 +89,34 @@ def test_a_name_of_other_bytes_is_written_as_text(
         assert next(csv.DictReader(file))["key"] == r"na\xefve, no.jpg"
 
 
-def test_photographs_of_the_same_name_are_both_predicted(
+def test_images_that_differ_only_in_extension_are_both_predicted(
     classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """As cameras write them; shards could not hold both."""
+    """Cameras write such pairs. Shards could not hold both."""
     write_photo(photos / "a.png", 9)
     assert list(printed(capsys, classifier, photos))[:2] == ["a.jpg", "a.png"]
 
 
-def test_a_threshold_leaves_out_what_is_unlikely(classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
-    everything, likely, certain = (printed(capsys, classifier, photos, "--threshold", share) for share in (0, 0.3, 1))
+def test_threshold_leaves_out_unlikely_classes(classifier: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    everything, likely, certain = (
+        printed(capsys, classifier, photos, "--threshold", threshold) for threshold in (0, 0.3, 1)
+    )
     assert set(certain.values()) == {"-"}
-    for name, said in likely.items():
+    for name, text in likely.items():
         expected = [part for part in everything[name].split(", ") if "%" in part and float(part.split()[1][:-1]) >= 30]
-        assert said == (", ".join(expected) or "-")
+        assert text == (", ".join(expected) or "-")
     assert likely != everything
 
 
-def test_shards_without_class_names_are_called_by_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_classes_without_names_are_printed_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pack(list_source(write_classes(tmp_path / "classes", NAMES[:2], 2)), tmp_path / "shards")
     unnamed = write_classifier(tmp_path / "unnamed.safetensors", 7)
-    said = printed(capsys, unnamed, tmp_path / "shards", "--top", 1)
-    assert list(said) == ["c0/000", "c0/002", "c1/001", "c1/003"]
-    assert all(re.fullmatch(r"[0-6] \d+\.\d%", line) for line in said.values())
+    printed_texts = printed(capsys, unnamed, tmp_path / "shards", "--top", 1)
+    assert list(printed_texts) == ["c0/000", "c0/002", "c1/001", "c1/003"]
+    assert all(re.fullmatch(r"[0-6] \d+\.\d%", line) for line in printed_texts.values())
 
 
-def test_classes_of_imagenet_are_called_by_their_meaning(classifier: Path):
+def test_imagenet_classes_are_printed_with_readable_names(classifier: Path):
     trained = load_classifier(classifier, CPU)
     assert predict.name_classes(trained) == NAMES
     assert predict.name_classes(replace(trained, class_names=())) == list("0123456")
@@ -123,7 +125,7 @@ def test_classes_of_imagenet_are_called_by_their_meaning(classifier: Path):
     assert predict.name_classes(replace(trained, class_names=("n00000000",))) == ["n00000000"]
 
 
-def test_what_is_no_image_is_refused(tmp_path: Path):
+def test_paths_that_are_not_images_are_rejected(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("none")
     with pytest.raises(ValueError, match=r"notes\.txt is not an image \(jpg, .*give image files, one folder"):
         load_images(tmp_path / "notes.txt")

@@ -1,4 +1,4 @@
-"""The probe of an encoder, k-NN and ridge regression against sklearn; tests/pretrain has what is fitted."""
+"""Tests of encoder probes: k-NN and ridge regression against sklearn; tests/pretrain covers the trained probes."""
 
 import math
 import random
@@ -36,7 +36,7 @@ FEW = {"attentive_steps": 3, "finetune_epochs": 1}
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train: 48 images of which 3 cannot be decoded; val: 18, of which 1."""
+    """48 training images, 3 of them undecodable, and 18 validation images, 1 of them undecodable."""
     root = tmp_path_factory.mktemp("photos")
     write_classes(root / "train", NAMES, 8, bad=3)
     write_classes(root / "val", NAMES, 3, bad=1, first=100)
@@ -59,7 +59,7 @@ def sets(photos: Path, **settings: Any) -> list[EvalLoader]:
 
 
 def plain_features(encoder: ViT, loader: EvalLoader, pool: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Unit features and labels of the readable images, one by one, and the number of all images."""
+    """Compute normalized features and labels of the readable images one by one, and count all images."""
     found, labels = [], []
     for batch in EvalLoader(loader.samples, size=(32, 32), batch=1).batches():
         if batch.readable[0]:
@@ -72,23 +72,23 @@ def plain_features(encoder: ViT, loader: EvalLoader, pool: str) -> tuple[np.ndar
 
 
 def measure(encoder: ViT, train: EvalLoader, val: EvalLoader, **settings: Any) -> dict[str, Any]:
-    """By default without what is fitted."""
+    """Probe the encoder, by default without the trained probes."""
     return probe(encoder, train, val, ProbeSettings(**{"k": 20, "attentive_steps": 0, **settings}), device=CPU)
 
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
-@pytest.mark.parametrize("k", [1, 5, 48])  # 48: all that can be decoded
-def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
+@pytest.mark.parametrize("k", [1, 5, 48])  # 48: more than can be decoded
+def test_knn_and_ridge_accuracies_match_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
     train, val = sets(photos)
     measured = measure(encoder, train, val, k=k, pool=pool)
     (x, y, _), (q, t, count) = (plain_features(encoder, loader, pool) for loader in (train, val))
     assert (len(x), len(q), count) == (45, 17, 18)
     k = min(k, 45)
 
-    weighted = KNeighborsClassifier(k, weights=dino).fit(x, y)
+    weighted = KNeighborsClassifier(k, weights=dino_weights).fit(x, y)
     plain = KNeighborsClassifier(k).fit(x, y)
-    chances = weighted.predict_proba(q)
-    first_five = [label in np.argsort(-row)[:5] and row[label] > 0 for row, label in zip(chances, t, strict=True)]
+    probabilities = weighted.predict_proba(q)
+    first_five = [label in np.argsort(-row)[:5] and row[label] > 0 for row, label in zip(probabilities, t, strict=True)]
     linear = Ridge(alpha=RIDGE * x.var(0, ddof=0).mean() * len(x)).fit(x, np.eye(6)[y])
     assert measured == {
         "knn_top1": (weighted.predict(q) == t).sum() / 18,
@@ -100,30 +100,30 @@ def test_against_sklearn(photos: Path, encoder: ViT, pool: Any, k: int):
     }
 
 
-def dino(distances: np.ndarray) -> np.ndarray:
-    """exp(cosine / 0.07), of the Euclidean distance of unit vectors."""
+def dino_weights(distances: np.ndarray) -> np.ndarray:
+    """DINO's neighbor weights exp(cosine / 0.07), from Euclidean distances between unit vectors."""
     return np.exp((1 - distances**2 / 2) / 0.07)
 
 
-def test_votes_against_sklearn():
+def test_votes_match_sklearn():
     rng = np.random.default_rng(0)
     x, q = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (rng.normal(size=(n, 3)) for n in (200, 90)))
     y = rng.integers(0, 4, 200)
     weighted, plain = votes(*map(torch.from_numpy, (x, y, q)), 15, 4)
-    theirs = KNeighborsClassifier(15, weights=dino).fit(x, y).predict_proba(q)
+    theirs = KNeighborsClassifier(15, weights=dino_weights).fit(x, y).predict_proba(q)
     np.testing.assert_allclose((weighted / weighted.sum(1, keepdim=True)).numpy(), theirs, atol=1e-9)
     np.testing.assert_allclose((plain / 15).numpy(), KNeighborsClassifier(15).fit(x, y).predict_proba(q))
 
 
-def test_votes_are_weighted_by_hand():
-    """One near neighbor of class 1 outvotes two farther ones of class 0: exp(1/.07) > 2 exp(.9/.07)."""
+def test_one_near_neighbor_outvotes_two_farther_ones():
+    """The near neighbor is of class 1, the farther ones are of class 0: exp(1/.07) > 2 exp(.9/.07)."""
     known = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.9, -(0.19**0.5)]])
     weighted, plain = votes(known, torch.tensor([1, 0, 0]), torch.tensor([[1.0, 0.0]]), 3, 3)
     assert weighted[0].tolist() == pytest.approx([2 * math.exp(0.9 / 0.07), math.exp(1 / 0.07), 0])
     assert plain[0].tolist() == [2, 1, 0]
 
 
-def test_ridge_weights_are_sklearns():
+def test_ridge_weights_match_sklearn():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 6)) + 3, rng.integers(0, 4, 40)
     weight, bias = ridge(torch.from_numpy(x).float(), torch.from_numpy(y), 5)
@@ -133,7 +133,7 @@ def test_ridge_weights_are_sklearns():
     np.testing.assert_allclose(bias.numpy(), theirs.intercept_, rtol=1e-7, atol=1e-9)
 
 
-def test_encoders_that_collapsed_or_diverged(photos: Path, encoder: ViT):
+def test_collapsed_encoder_scores_low_and_diverged_one_gives_nan(photos: Path, encoder: ViT):
     train, val = sets(photos)
     torch.nn.init.zeros_(encoder.norm.weight)
     collapsed = measure(encoder, train, val, **FEW)
@@ -160,8 +160,8 @@ def recipe(photos: Path, folder: Path, **keys: Any) -> str:
     return str(folder / "recipe.yaml")
 
 
-def test_measuring_touches_nothing(photos: Path, tmp_path: Path):
-    """Neither weights nor mode of what is trained, nor any generator; and it sees the weights as they are now."""
+def test_probe_changes_neither_the_encoder_nor_random_state(photos: Path, tmp_path: Path):
+    """The probe measures the current weights, not those at its creation."""
     config = load(recipe(photos, tmp_path), [])
     encoder = ViT("vit_tiny", 16, (2, 2)).train()
     measured = Probe(config, encoder, World(0, 1, 0), CPU)
@@ -178,8 +178,8 @@ def test_measuring_touches_nothing(photos: Path, tmp_path: Path):
     assert values == measure(encoder.eval(), *sets(photos), k=5, **FEW)
 
 
-def test_a_run_in_bf16_measures_what_the_command_does(photos: Path, tmp_path: Path):
-    """Also where it keeps its residual stream in bf16."""
+def test_probe_of_a_bf16_run_matches_the_command(photos: Path, tmp_path: Path):
+    """This holds although the run keeps its residual stream in bf16."""
     encoder = ViT("vit_tiny", 16, (2, 2))
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -192,7 +192,7 @@ def test_a_run_in_bf16_measures_what_the_command_does(photos: Path, tmp_path: Pa
     assert in_the_run == run_in_process(command, tmp_path / "encoder.safetensors", *data)
 
 
-def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: Path):
+def test_probe_settings_are_checked_and_not_in_the_resume_signature(photos: Path, tmp_path: Path):
     config = load(recipe(photos, tmp_path), [])
     other = load(recipe(photos, tmp_path), ["probe.k=7", "probe.every_epochs=3"])
     assert config.resume_signature() == other.resume_signature()
@@ -202,7 +202,7 @@ def test_the_probe_is_not_part_of_the_resume_signature(photos: Path, tmp_path: P
         Probe(load(recipe(photos, tmp_path), ["probe.k=50"]), ViT("vit_tiny", 16, (2, 2)), World(0, 1, 0), CPU)
 
 
-def test_blocks_of_the_run_are_checked_before_it_starts(photos: Path, tmp_path: Path):
+def test_probe_blocks_are_checked_when_the_config_loads(photos: Path, tmp_path: Path):
     depth = ARCHS["vit_tiny"].depth
     assert load(recipe(photos, tmp_path), ["probe.block=1"]).probe.block == (1,)
     assert load(recipe(photos, tmp_path, block=[1, 2]), []).probe.block == (1, 2)
@@ -212,7 +212,7 @@ def test_blocks_of_the_run_are_checked_before_it_starts(photos: Path, tmp_path: 
         load(recipe(photos, tmp_path), ["probe.block=2,1"])
 
 
-def test_the_table_says_which_number_to_trust(photos: Path, encoder: ViT):
+def test_table_states_which_metric_to_compare_encoders_by(photos: Path, encoder: ViT):
     none, all_of_it = (
         describe(measure(encoder, *sets(photos), **settings))
         for settings in ({}, {"attentive_steps": 1, "finetune_epochs": 2})
@@ -240,13 +240,13 @@ def test_the_table_says_which_number_to_trust(photos: Path, encoder: ViT):
         ({"attentive_steps": 100}, 10_000, "attentive_top1", "^the attentive probe sees the patch tokens"),
     ],
 )
-def test_what_had_too_few_steps_is_not_trusted(settings: dict[str, int], images: int, name: str, reason: str):
+def test_probe_with_too_few_steps_is_not_trusted(settings: dict[str, int], images: int, name: str, reason: str):
     trusted_name, why = trusted(ProbeSettings(**settings), images)
     assert trusted_name == name
     assert re.search(reason, why), why
 
 
-def test_sets_that_do_not_fit(photos: Path, tmp_path: Path):
+def test_incompatible_train_and_val_sets_are_rejected(photos: Path, tmp_path: Path):
     train, val = (load_samples(photos / name) for name in ("train", "val"))
     with pytest.raises(ValueError, match=r"k=49 neighbors, but .*train has 48 images: lower k"):
         check_sets(train, val, 49)

@@ -1,4 +1,4 @@
-"""Scores of predictions, against sklearn and plain loops, and the tables and pictures of them."""
+"""Tests of classification scores against sklearn and plain loops, and of the report's tables and plots."""
 
 import csv
 import itertools
@@ -26,7 +26,7 @@ NAMES = ["cat", "dog", "owl $1 a_$", "unicorn"]
 
 @pytest.fixture
 def predictions() -> Predictions:
-    """50 images of three of four classes, of which one could not be decoded."""
+    """50 images with labels of three of the four classes. One image could not be decoded."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (50,), generator=generator)
     found = predict_one_label(torch.randn(50, 4, generator=generator) * 2, labels)
@@ -34,17 +34,17 @@ def predictions() -> Predictions:
     return Predictions(labels, found[:, :2].long(), found[:, 2].long(), found[:, 3], 4)
 
 
-def test_what_is_said_of_one_image():
+def test_hit_predicted_class_and_confidence_of_each_image():
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0], [float("nan"), 1.0, 0.0]])
     hit, _, predicted, confidence = predict_one_label(logits, torch.tensor([1, 2, 1])).T.tolist()
     assert hit == [1, 0, 0]
     assert predicted == [1, 0, NOTHING]
-    odds = [np.exp(2) / (1 + np.exp(2) + np.exp(1)), np.exp(3) / (np.exp(3) + 2), 0]
-    assert confidence == pytest.approx(odds)
+    expected = [np.exp(2) / (1 + np.exp(2) + np.exp(1)), np.exp(3) / (np.exp(3) + 2), 0]
+    assert confidence == pytest.approx(expected)
 
 
-def test_the_calibration_error_against_a_plain_loop(predictions: Predictions):
-    said = [
+def test_calibration_error_matches_a_plain_loop(predictions: Predictions):
+    decoded = [
         (confidence, hit)
         for confidence, hit, predicted in zip(
             predictions.confidence.tolist(),
@@ -54,14 +54,14 @@ def test_the_calibration_error_against_a_plain_loop(predictions: Predictions):
         )
         if predicted != NOTHING
     ]
-    assert len(said) == 49
+    assert len(decoded) == 49
     error, counts = 0.0, []
     for number in range(CALIBRATION_BINS):
-        inside = [pair for pair in said if number / CALIBRATION_BINS < pair[0] <= (number + 1) / CALIBRATION_BINS]
+        inside = [pair for pair in decoded if number / CALIBRATION_BINS < pair[0] <= (number + 1) / CALIBRATION_BINS]
         counts.append(len(inside))
         if inside:
-            sure, right = np.mean(inside, axis=0)
-            error += abs(right - sure) * len(inside) / len(said)
+            mean_confidence, accuracy = np.mean(inside, axis=0)
+            error += abs(accuracy - mean_confidence) * len(inside) / len(decoded)
     calibration = predictions.calibration()
     assert calibration[:, 0].tolist() == counts
     assert expected_calibration_error(calibration) == pytest.approx(error)
@@ -69,7 +69,7 @@ def test_the_calibration_error_against_a_plain_loop(predictions: Predictions):
     assert error > 0.05
 
 
-def test_a_class_without_images_does_not_count(predictions: Predictions):
+def test_mean_class_accuracy_ignores_a_class_without_images(predictions: Predictions):
     per_class = predictions.accuracy_per_class()
     assert per_class[3].isnan()
     assert predictions.summary()["mean_class_accuracy"] == pytest.approx(per_class[:3].mean().item())
@@ -80,7 +80,7 @@ def table(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_tables_and_pictures_hold_what_was_predicted(predictions: Predictions, tmp_path: Path):
+def test_report_matches_the_predictions(predictions: Predictions, tmp_path: Path):
     write_report(tmp_path / "new" / "report", predictions, NAMES)
     folder = tmp_path / "new" / "report"
     header, *rows = table(folder / "per_class.csv")
@@ -111,17 +111,17 @@ def test_tables_and_pictures_hold_what_was_predicted(predictions: Predictions, t
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
-def test_average_precision_against_sklearn_and_by_hand():
+def test_average_precision_matches_sklearn_and_a_hand_computed_value():
     rng = np.random.default_rng(0)
     truth = np.concatenate([np.ones(60), np.zeros(90)])
-    for decimals in (6, 1):  # 1: many scores are equal
+    for decimals in (6, 1):  # 1: many ties
         positives, negatives = np.round(rng.normal(0.4, 1, 60), decimals), np.round(rng.normal(0, 1, 90), decimals)
         ours = average_precision(torch.from_numpy(positives), torch.from_numpy(negatives))
         assert ours == pytest.approx(average_precision_score(truth, np.concatenate([positives, negatives])), rel=1e-12)
     assert average_precision(torch.tensor([3.0, 1.0]), torch.tensor([2.0])) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
-def test_the_mean_average_precision_is_over_classes_with_images():
+def test_mean_average_precision_ignores_a_class_without_images():
     rng = np.random.default_rng(1)
     labels, scores = rng.random((40, 5)) < 0.3, rng.normal(size=(40, 5))
     labels[:, 2] = False

@@ -1,4 +1,4 @@
-"""Grids of fine-tunings: their settings, what is refused before any training, the summary, and a real one."""
+"""Tests of hyperparameter grids: their settings, rejected grids, the summary and a real run."""
 
 import json
 import statistics
@@ -17,7 +17,7 @@ from downstream.classify.sweep import configure, main, parse_grid, summarize
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
-    """Two classes of eight images, two epochs from scratch."""
+    """A recipe that trains from scratch for two epochs on two classes of eight images."""
     rng = np.random.default_rng(0)
     for label, name in enumerate(("dark", "light")):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -40,7 +40,7 @@ def recipe(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_grid_is_every_combination(recipe: str):
+def test_grid_contains_every_combination(recipe: str):
     grid = parse_grid(["optim.base_lr=1e-4,5e-4", "optim.weight_decay=0.05,0.1,0.3"])
     assert len(grid) == 6
     configs = configure(recipe, [], grid)
@@ -52,14 +52,12 @@ def test_a_grid_is_every_combination(recipe: str):
 
 
 @pytest.mark.parametrize("argument", ["optim.base_lr", "optim.base_lr=", "optim.base_lr=1,,2"])
-def test_what_is_no_grid_is_refused(argument: str):
+def test_malformed_grid_is_rejected(argument: str):
     with pytest.raises(ValueError, match=r"write section\.key=value,value"):
         parse_grid([argument])
 
 
-def test_a_setting_that_cannot_work_is_refused_before_any_is_trained(
-    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_invalid_setting_is_rejected_before_any_training(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit) as ended:
         main([recipe, "--grid", "optim.base_lr=1e-4,-1"])
     assert ended.value.code == 1
@@ -67,7 +65,7 @@ def test_a_setting_that_cannot_work_is_refused_before_any_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_summary_is_best_mean_and_deviation():
+def test_summary_has_best_mean_and_standard_deviation():
     scores = [0.5, 0.75, 0.7]
     summary = summarize([["a=1"], ["a=2"], ["a=3"]], scores)
     assert (summary["best"], summary["setting"], summary["runs"]) == (0.75, ["a=2"], 3)
@@ -76,13 +74,13 @@ def test_the_summary_is_best_mean_and_deviation():
 
 
 @pytest.mark.engine
-def test_a_real_grid_runs_and_a_failing_run_is_named(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_real_grid_runs_and_a_failing_run_is_named(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     command = [recipe, "--launcher", sys.executable, "--grid", "optim.base_lr=1e-3,1e-9"]
     with pytest.raises(SystemExit) as ended:
         main(command)
-    said = capsys.readouterr()
-    assert ended.value.code == 0, said
-    summary = json.loads(said.out.splitlines()[-1])
+    printed = capsys.readouterr()
+    assert ended.value.code == 0, printed
+    summary = json.loads(printed.out.splitlines()[-1])
     assert summary["runs"] == 2
     assert 0 <= summary["mean"] <= summary["best"] <= 1
     rates = [

@@ -1,4 +1,4 @@
-"""The backbone: what it computes, and settings that it refuses."""
+"""Tests of the plain ViT backbone: what it computes, and which settings it rejects."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def _tiny() -> Iterator[None]:
 
 
 @torch.no_grad()
-def test_convolutions_leave_the_class_token_out():
+def test_convolutions_skip_the_class_token():
     x = torch.randn(2, 1 + 30, 16, generator=torch.Generator().manual_seed(2))
     out = on_grid(nn.Identity(), x, (5, 6))
     assert not out[:, 0].any()
@@ -44,19 +44,19 @@ def test_convolutions_leave_the_class_token_out():
         ({"conv_blocks": (-1,)}, "conv_blocks=(-1,)"),
     ],
 )
-def test_contradicting_settings(options: dict[str, Any], message: str):
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=re.escape(message)):
         build_backbone(**options)
 
 
-def test_image_size_is_a_multiple_of_the_patch_size():
+def test_image_size_must_be_a_multiple_of_the_patch_size():
     with pytest.raises(ValueError, match=r"image size 24x30 is not .* model\.backbone\.patch_size=4: set pad"):
         build_backbone()(images(24, 30))
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("height", [8, 20, 40])
-def test_maps_of_any_size(kind: str, height: int):
+def test_feature_maps_have_one_position_per_patch(kind: str, height: int):
     maps = build_backbone(position=kind, out_indices=(0, 3))(images(height, 28))
     assert [m.shape for m in maps] == [(2, 16, height // 4, 7)] * 2
 
@@ -72,8 +72,8 @@ def test_only_the_last_map_is_normalized():
 
 
 @torch.no_grad()
-def test_windows_limit_what_a_pixel_reaches():
-    """A pixel reaches the whole map through the global block only, and its own window without one."""
+def test_windows_limit_the_influence_of_a_pixel():
+    """A pixel affects the whole map only through global attention, and otherwise only its own window."""
     pixels = images(24, 32, 1)
     other = pixels.clone()
     other[0, :, 0, 0] += 1
@@ -86,7 +86,7 @@ def test_windows_limit_what_a_pixel_reaches():
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("options", [{"conv_blocks": (0, 2)}, {"parallel_conv": True}])
-def test_convolutions_are_zero_at_first_and_are_trained(kind: str, options: dict[str, Any]):
+def test_convolutions_start_at_zero_and_get_gradients(kind: str, options: dict[str, Any]):
     plain, convolved = build_backbone(position=kind), build_backbone(position=kind, **options)
     state = randomized(plain).state_dict()
     convolved.load_state_dict(state, strict=False)
@@ -98,22 +98,22 @@ def test_convolutions_are_zero_at_first_and_are_trained(kind: str, options: dict
     last = {"conv_blocks": "propagate.7.weight", "parallel_conv": "parallel.3.weight"}[next(iter(options))]
     learning = [name for name, p in convolved.named_parameters() if name.endswith(last) and p.grad.abs().max() > 0]
     assert len(learning) == (2 if "conv_blocks" in options else 4)
-    # Once they are not zero, a convolution carries a pixel across windows.
+    # Once its weights are not zero, a convolution carries information across windows.
     backbone = randomized(build_backbone(global_blocks=(), **options)).eval()
     other = pixels.clone()
     other[0, :, 11, 11] += 1  # at the corner of the first window
     assert (backbone(pixels)[0] != backbone(other)[0]).any(1)[0, 3, 3]
 
 
-def test_the_parallel_branch_is_torchs_convolutions_and_batch_norm():
-    """Of the block's input, added to attention."""
+def test_parallel_branch_matches_torch_convolutions_and_batch_norm():
+    """The block adds the branch's output for its input to the output of attention."""
     branch = randomized(parallel_branch(16)).double()
-    torchs = nn.Sequential(nn.Conv2d(16, 64, 3, 1, 1, groups=4), nn.BatchNorm2d(64), nn.SiLU(),
+    reference = nn.Sequential(nn.Conv2d(16, 64, 3, 1, 1, groups=4), nn.BatchNorm2d(64), nn.SiLU(),
                            nn.Conv2d(64, 16, 3, 1, 1, groups=4)).double()  # fmt: skip
-    torchs.load_state_dict(branch.state_dict(), strict=False)
+    reference.load_state_dict(branch.state_dict(), strict=False)
     x = torch.randn(2, 16, 5, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    torch.testing.assert_close(branch(x), torchs(x), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(branch[1].running_var, torchs[1].running_var)
+    torch.testing.assert_close(branch(x), reference(x), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(branch[1].running_var, reference[1].running_var)
     block = randomized(build_backbone(parallel_conv=True)).blocks[1].eval().double()
     tokens = x.flatten(2).transpose(1, 2)
     convolved = block.parallel(x).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Checkpoints in the backbone: everything is loaded, features are compared, other encoders are refused."""
+"""Tests of loading checkpoints into the backbone: loaded weights, compared features and rejected encoders."""
 
 import re
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def _tiny() -> Iterator[None]:
         yield
 
 
-def whole(**options: Any) -> PlainViT:
+def without_windows(**options: Any) -> PlainViT:
     return build_backbone(window_size=0, global_blocks=(), class_token=True, **options)
 
 
@@ -38,7 +38,7 @@ def start(path: Path, weights: str | None = None) -> dict[str, Any]:
 
 
 def encoder_features(encoder: ViT, height: int, width: int) -> Tensor:
-    """(2, D, rows, cols) float64 of `images`."""
+    """Compute the encoder's features of `images`, (2, D, rows, cols) in float64."""
     tokens = features(float64_copy(encoder), images(height, width).double())[:, max(encoder.num_prefix_tokens, 1) :]
     return tokens.transpose(1, 2).unflatten(2, (height // 4, width // 4))
 
@@ -55,10 +55,10 @@ def encoder_file(folder: Path, kind: str = "relative", grid: tuple[int, int] = (
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @torch.no_grad()
-def test_without_windows_it_is_the_pretrained_encoder(kind: str, tmp_path: Path):
-    """At the checkpoint's size, by `forward` and by `features`."""
+def test_backbone_without_windows_matches_the_encoder(kind: str, tmp_path: Path):
+    """At the checkpoint's image size, the backbone computes what `features` computes with the encoder."""
     path = encoder_file(tmp_path, kind)
-    backbone = whole(position=kind, img_size=(12, 16), init_cfg=start(path))
+    backbone = without_windows(position=kind, img_size=(12, 16), init_cfg=start(path))
     backbone.init_weights()
     encoder, _ = load_encoder(path)
     (found,) = float64_copy(backbone)(images(12, 16).double())
@@ -68,10 +68,10 @@ def test_without_windows_it_is_the_pretrained_encoder(kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @torch.no_grad()
-def test_registers_are_kept_with_the_class_token_and_left_out_without_it(kind: str, tmp_path: Path):
+def test_registers_are_loaded_only_with_the_class_token(kind: str, tmp_path: Path):
     path = encoder_file(tmp_path, kind, registers="2")
     encoder, _ = load_encoder(path)
-    backbone = whole(position=kind, img_size=(12, 16), registers=2, init_cfg=start(path))
+    backbone = without_windows(position=kind, img_size=(12, 16), registers=2, init_cfg=start(path))
     backbone.init_weights()
     (found,) = float64_copy(backbone)(images(12, 16).double())
     assert max_difference(found, encoder_features(encoder, 12, 16)) < 1e-12
@@ -79,12 +79,12 @@ def test_registers_are_kept_with_the_class_token_and_left_out_without_it(kind: s
     report = load_start(build_backbone(position=kind), str(path), None)
     assert report.dropped["reg_token"] == "registers: model.backbone.class_token=False"
     with pytest.raises(ValueError, match=r"has 2 registers, but model\.backbone\.registers is 1: set it to 2, or"):
-        whole(position=kind, registers=1, init_cfg=start(path)).init_weights()
+        without_windows(position=kind, registers=1, init_cfg=start(path)).init_weights()
     with pytest.raises(ValueError, match=r"set model\.backbone\.class_token=True, or registers=0"):
         build_backbone(registers=1)
 
 
-def test_encoders_that_do_not_fit_are_refused_before_data_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unsuitable_encoder_is_rejected_before_the_data_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from downstream.dense.job import Job
     from downstream.dense.mmengine import runner
     from pretrain.trainer.launch import World
@@ -96,7 +96,7 @@ def test_encoders_that_do_not_fit_are_refused_before_data_and_model(tmp_path: Pa
     path = encoder_file(tmp_path, patch=8)
     backbone = {"type": "PlainViT", "arch": "vit_tiny", "patch_size": 4, "init_cfg": start(path)}
     job = Job(Config({"model": {"backbone": backbone}, "work_dir": str(tmp_path)}))
-    for keys, words in (
+    for keys, message in (
         ({}, r"start\.checkpoint: .* patches of 8 pixels, the encoder of 4"),
         ({"patch_size": 8, "arch": "vit_small"}, "is vit_tiny, but model.backbone.arch is vit_small"),
         ({"patch_size": 8, "position": "sincos"}, "set model.backbone.position=relative"),
@@ -105,29 +105,29 @@ def test_encoders_that_do_not_fit_are_refused_before_data_and_model(tmp_path: Pa
         ({"patch_size": 8}, "the data are checked"),
     ):
         job.cfg.model.backbone = {**backbone, **keys}
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             runner.run(job, World(0, 1, 0), check)
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @torch.no_grad()
-def test_at_another_size_it_is_the_encoder_resized(kind: str, tmp_path: Path):
+def test_backbone_at_another_size_matches_the_resized_encoder(kind: str, tmp_path: Path):
     path = encoder_file(tmp_path, kind)
-    backbone = whole(position=kind, init_cfg=start(path))
+    backbone = without_windows(position=kind, init_cfg=start(path))
     backbone.init_weights()
     exact = float64_copy(backbone)
     encoder, _ = load_encoder(path, image_size=(24, 32))
     assert max_difference(exact(images(24, 32).double())[0], encoder_features(encoder, 24, 32)) < 1e-12
-    # And at a size that it was not built for, its own table is resized in the same way.
+    # At a size other than img_size, the backbone resizes its own table in the same way.
     larger = ViT("vit_tiny", 4, (5, 9), kind == "relative").eval()
     state = encoder.state_dict()
     if kind == "sincos":
-        own = torch.nn.functional.pad(backbone.pos_embed, (0, 0, 1, 0))
-        save_file({**state, "pos_embed": own.contiguous()}, tmp_path / "own.safetensors", facts("24x32"))
+        table = torch.nn.functional.pad(backbone.pos_embed, (0, 0, 1, 0))
+        save_file({**state, "pos_embed": table.contiguous()}, tmp_path / "own.safetensors", facts("24x32"))
         larger, _ = load_encoder(tmp_path / "own.safetensors", image_size=(20, 36))
     else:
         larger.load_state_dict(state)
-    # The encoder's table is resized in fp32 when it is loaded, the backbone's here in float64.
+    # The encoder's table is resized in fp32 on loading, the backbone's in float64 here.
     limit = 1e-5 if kind == "sincos" else 1e-12
     assert max_difference(exact(images(20, 36).double())[0], encoder_features(larger, 20, 36)) < limit
 
@@ -138,8 +138,8 @@ def facts(size: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("conv", [False, True])
-def test_loading_fills_everything_that_pretraining_has(kind: str, conv: bool, tmp_path: Path):
-    """Windows, no class token, convolutions: the parity check passes, and the report lists what was dropped."""
+def test_loading_fills_all_pretrained_weights(kind: str, conv: bool, tmp_path: Path):
+    """The backbone has windows, no class token and maybe convolutions; the report lists what was dropped."""
     path = encoder_file(tmp_path, kind)
     options = {"conv_blocks": (0, 3), "parallel_conv": True, "global_blocks": ()} if conv else {}
     backbone = build_backbone(position=kind, init_cfg=start(path), **options)
@@ -156,15 +156,15 @@ def test_loading_fills_everything_that_pretraining_has(kind: str, conv: bool, tm
     assert bool(fresh) == (conv or kind == "sincos")
 
 
-def test_the_class_token_is_compared(tmp_path: Path):
+def test_comparison_of_features_includes_the_class_token(tmp_path: Path):
     path = encoder_file(tmp_path)
-    backbone = whole()
+    backbone = without_windows()
     load_start(backbone, str(path), None)
-    backbone.cls_token.data[..., ::2] += 1  # norms remove the same number added to all channels
+    backbone.cls_token.data[..., ::2] += 1  # norms would cancel a constant added to all channels
     assert compare_features(backbone, load_encoder(path)[0]) > 1e-4
 
 
-def test_the_report_is_logged(tmp_path: Path):
+def test_loading_report_is_logged(tmp_path: Path):
     logger = MMLogger.get_instance("backbone", log_file=str(tmp_path / "log"))
     build_backbone(init_cfg=start(encoder_file(tmp_path))).init_weights()
     logger.handlers[-1].flush()
@@ -172,8 +172,8 @@ def test_the_report_is_logged(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_an_encoder_without_class_token_fills_a_backbone_without_it(tmp_path: Path):
-    """I-JEPA's; its features are those of the tokens alone."""
+def test_encoder_without_class_token_needs_a_backbone_without_one(tmp_path: Path):
+    """I-JEPA's encoders have no class token."""
     encoder = randomized(ViT("vit_tiny", 4, (3, 4), relative=False, class_token=False))
     spec = {"arch": "vit_tiny", "patch_size": "4", "image_size": "12x16", "position": "sincos", "class_token": "false"}
     save_file(encoder.state_dict(), tmp_path / "encoder.safetensors", spec)
@@ -183,10 +183,10 @@ def test_an_encoder_without_class_token_fills_a_backbone_without_it(tmp_path: Pa
     found = float64_copy(backbone)(images(12, 16).double())[-1]
     assert max_difference(found, encoder_features(encoder, 12, 16)) < 1e-12
     with pytest.raises(ValueError, match=r"no class token: set model\.backbone\.class_token=False"):
-        whole(img_size=(12, 16), **options).init_weights()
+        without_windows(img_size=(12, 16), **options).init_weights()
 
 
-def test_patches_of_14_pixels_become_16(tmp_path: Path):
+def test_14_pixel_patches_are_resized_to_16_pixels(tmp_path: Path):
     path = encoder_file(tmp_path, "relative", patch=14)
     backbone = build_backbone(patch_size=16, img_size=(96, 128), init_cfg=start(path))
     backbone.init_weights()
@@ -195,8 +195,8 @@ def test_patches_of_14_pixels_become_16(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
-def test_other_features_are_an_error(kind: str, tmp_path: Path):
-    """The backbone's own parameters are compared: one that changed after loading is found."""
+def test_comparison_of_features_notices_any_changed_parameter(kind: str, tmp_path: Path):
+    """A parameter that changes after loading changes the features, and NaN features raise an error."""
     path = encoder_file(tmp_path, kind)
     broken = build_backbone(position=kind)
     load_start(broken, str(path), None)
@@ -207,7 +207,7 @@ def test_other_features_are_an_error(kind: str, tmp_path: Path):
     assert len(parameters) >= 4 + 12
     for parameter in parameters:
         kept = parameter.detach().clone()
-        # Not by a constant, which keys and norms would remove.
+        # Random, because keys and norms would cancel a constant.
         parameter.data += torch.randn(kept.shape, generator=torch.Generator().manual_seed(1))
         changed = compare_features(broken, encoder)
         parameter.data.copy_(kept)
@@ -232,7 +232,7 @@ def test_other_features_are_an_error(kind: str, tmp_path: Path):
         ("relative", {"start.weights": "ema"}, "holds the online weights, not the ema ones"),
     ],
 )  # fmt: skip
-def test_other_checkpoints_are_refused(kind: str, options: dict[str, Any], message: str, tmp_path: Path):
+def test_unsuitable_checkpoints_are_rejected(kind: str, options: dict[str, Any], message: str, tmp_path: Path):
     with patch.dict(ARCHS, vit_small=Arch(8, 4, 2)):
         init_cfg = start(encoder_file(tmp_path, kind), options.get("start.weights"))
         backbone_options = {key: value for key, value in options.items() if key != "start.weights"}
@@ -241,19 +241,19 @@ def test_other_checkpoints_are_refused(kind: str, options: dict[str, Any], messa
             backbone.init_weights()
 
 
-def test_missing_checkpoint(tmp_path: Path):
+def test_missing_checkpoint_is_rejected(tmp_path: Path):
     with pytest.raises(ValueError, match=r"start\.checkpoint: no checkpoint"):
         build_backbone(init_cfg=start(tmp_path / "none.pth")).init_weights()
 
 
-def test_only_our_backbone_is_filled(tmp_path: Path):
+def test_checkpoint_cannot_initialize_another_module(tmp_path: Path):
     with pytest.raises(ValueError, match="EncoderCheckpoint fills a PlainViT, not a Linear"):
         EncoderCheckpoint(str(encoder_file(tmp_path)))(nn.Linear(2, 2))
 
 
-def test_photographs_of_other_statistics_and_no_other_channels(tmp_path: Path):
+def test_other_normalization_is_converted_and_other_channels_are_rejected(tmp_path: Path):
     path = encoder_file(tmp_path, mean="[0.3, 0.4, 0.5]", std="[0.1, 0.2, 0.3]")
-    backbone = whole(img_size=(12, 16))
+    backbone = without_windows(img_size=(12, 16))
     assert "computes the same from pixels with mean 0.485" in str(load_start(backbone, str(path), None))
     path = encoder_file(tmp_path, mean="[0.3, 0.4, 0.5]", std="[0.1, 0.2, 0.3]", dtype='"uint16"')
     with pytest.raises(ValueError, match=r"start.checkpoint: .* was trained on 3 channels of uint16, but detection"):

@@ -1,4 +1,4 @@
-"""The command line of trainings on mmengine, without any training."""
+"""Tests of the command line of mmengine trainings, without any training."""
 
 import re
 from pathlib import Path
@@ -45,11 +45,11 @@ def test_overrides_reach_the_configuration():
     assert (job.test, job.resume, cfg.load_from) == ("runs/x", False, "other.pth")
 
 
-def test_name_and_runs():
+def test_name_and_runs_set_the_run_folder():
     assert load_here("name=first").cfg.work_dir == "runs/first"
     assert load_here("name=007", "runs=/data/runs").cfg.work_dir == "/data/runs/007"
     assert load_here("runs=elsewhere").cfg.work_dir == "elsewhere/tiny_mask_rcnn"
-    assert load_here("name=null", "runs=@a").cfg.work_dir == "@a/null"  # text is taken as it is typed
+    assert load_here("name=null", "runs=@a").cfg.work_dir == "@a/null"  # text is taken literally
     assert load_here("start.checkpoint=null", "test=007").test == "007"
 
 
@@ -59,7 +59,7 @@ def test_dumped_configuration_keeps_its_folder(tmp_path: Path):
     assert load_here("name=second", name=str(tmp_path / "config.py")).cfg.work_dir == "runs/second"
 
 
-def test_start_becomes_the_backbones_init_cfg():
+def test_start_becomes_the_init_cfg_of_the_backbone():
     job = load_here("start.checkpoint=runs/mae", "start.weights=ema", name="vitdet_vitb_lomar_25ep")
     expected = {"type": "EncoderCheckpoint", "checkpoint": "runs/mae", "weights": "ema"}
     assert job.cfg.model.backbone.init_cfg == expected
@@ -72,7 +72,7 @@ def test_start_becomes_the_backbones_init_cfg():
     assert cfg.model.backbone.init_cfg is None
 
 
-def test_initializers_of_others_are_kept():
+def test_other_initializers_are_kept():
     cfg = load_here().cfg
     cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": "resnet.pth"}
     clear_start(cfg)
@@ -88,7 +88,7 @@ def test_defaults():
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "message"),
     [
         ("train_cfg.max_epoch=3", "unknown key train_cfg.max_epoch: in train_cfg, did you mean max_epochs?"),
         ("modl.neck=3", "unknown key modl.neck: did you mean model?"),
@@ -118,25 +118,25 @@ def test_defaults():
         ("optim_wrapper.type=ApexOptimWrapper", "must be OptimWrapper (fp32) or AmpOptimWrapper (bf16)"),
     ],
 )
-def test_refused_override(override: str, words: str):
-    with pytest.raises(ValueError, match=re.escape(words)):
+def test_invalid_override_is_rejected(override: str, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
         load_here(override)
 
 
-def test_weights_without_a_checkpoint():
+def test_start_weights_need_a_checkpoint():
     with pytest.raises(ValueError, match=r"start\.weights=ema .*: give start\.checkpoint=FILE as well"):
         load_here("start.weights=ema", name="vitdet_vitb_lomar_25ep")
 
 
 @pytest.mark.parametrize("text", ["7", "010", "2026-11-26", "true", "1e3"])
-def test_text_may_look_like_another_value(text: str):
+def test_text_that_looks_like_another_type_stays_text(text: str):
     assert load_here(f"data_root={text}").cfg.data_root == text
 
 
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [
-        ("train_dataloader.dataset.indices", "50", 50),  # of the class that mmdet's extends
+        ("train_dataloader.dataset.indices", "50", 50),  # an argument of the class that mmdet's extends
         ("val_dataloader.dataset.backend_args", "null", None),
         ("train_dataloader.dataset.pipeline.0.color_type", "color_ignore_orientation", "color_ignore_orientation"),
         ("train_dataloader.drop_last", "true", True),
@@ -151,7 +151,7 @@ def test_text_may_look_like_another_value(text: str):
         ("experiment_name", "x", "x"),
     ],
 )
-def test_keys_that_the_libraries_know_need_not_be_set(key: str, text: str, value: Any):
+def test_keys_of_the_libraries_can_be_overridden_if_unset(key: str, text: str, value: Any):
     tree: Any = load_here(f"{key}={text}").cfg
     for part in key.split("."):
         tree = tree[int(part)] if isinstance(tree, list) else tree[part]
@@ -159,22 +159,22 @@ def test_keys_that_the_libraries_know_need_not_be_set(key: str, text: str, value
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ('data_rot = "/data"', "nothing reads data_rot: did you mean data_root?"),
         ("train_pipeline = []", "Variables of inherited files are already resolved: set the keys that use them"),
     ],
 )
-def test_variables_that_nothing_reads(tmp_path: Path, line: str, words: str):
-    own = tmp_path / "own.py"
-    own.write_text(f'_base_ = "{TINY}"\n{line}\n')
-    with pytest.raises(ValueError, match=re.escape(words)):
-        load_here(name=str(own))
-    own.write_text(f'_base_ = "{TINY}"\nsteps = []\ntrain_dataloader = dict(dataset=dict(pipeline=steps))\n')
-    assert load_here(name=str(own)).cfg.train_dataloader.dataset.pipeline == []
+def test_unused_variables_are_rejected(tmp_path: Path, line: str, message: str):
+    config = tmp_path / "own.py"
+    config.write_text(f'_base_ = "{TINY}"\n{line}\n')
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_here(name=str(config))
+    config.write_text(f'_base_ = "{TINY}"\nsteps = []\ntrain_dataloader = dict(dataset=dict(pipeline=steps))\n')
+    assert load_here(name=str(config)).cfg.train_dataloader.dataset.pipeline == []
 
 
-def test_refused_configuration(tmp_path: Path):
+def test_unknown_or_unreadable_configuration_is_rejected(tmp_path: Path):
     with pytest.raises(ValueError, match="did you mean vitdet_vitb_lomar_25ep"):
         load_here(name="vitdet_vitb_lomar_25e")
     (tmp_path / "bad.py").write_text("model = dict(\n")
@@ -182,13 +182,13 @@ def test_refused_configuration(tmp_path: Path):
         load_here(name=str(tmp_path / "bad.py"))
 
 
-def test_configuration_of_mmseg_is_found(tmp_path: Path):
+def test_configuration_can_inherit_from_mmseg(tmp_path: Path):
     (tmp_path / "seg.py").write_text("_base_ = 'mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py'\n")
     assert load_here(name=str(tmp_path / "seg.py")).cfg.model.type == "EncoderDecoder"
 
 
 @pytest.mark.parametrize(("enable", "rate"), [("true", 1e-3 * 24 / 16), ("false", 1e-3)])
-def test_learning_rate_counts_accumulation(enable: str, rate: float):
+def test_learning_rate_scaling_counts_accumulation(enable: str, rate: float):
     from downstream.dense.mmengine.runner import _scale_lr
     from pretrain.trainer.launch import World
 
@@ -198,7 +198,7 @@ def test_learning_rate_counts_accumulation(enable: str, rate: float):
     line = _scale_lr(cfg, World(0, 2, 0))
     assert "2 ranks x train_dataloader.batch_size=3 x optim_wrapper.accumulative_counts=4 = 24 images a step" in line
     assert cfg.optim_wrapper.optimizer.lr == pytest.approx(rate)
-    assert not cfg.auto_scale_lr.enable  # mmengine would do it again
+    assert not cfg.auto_scale_lr.enable  # or mmengine would scale it again
 
 
 def samplers(count: int, batch: int, accumulation: int, **keys: Any) -> Any:
@@ -209,18 +209,18 @@ def samplers(count: int, batch: int, accumulation: int, **keys: Any) -> Any:
     return ResumableBatches(DefaultSampler(list(range(count)), seed=1), batch, accumulation, **keys)
 
 
-def test_batches_from_the_middle_on():
+def test_batches_can_start_in_the_middle_of_an_epoch():
     batches = samplers(23, 2, 3)
     batches.sampler.set_epoch(4)
-    whole = list(batches)
-    assert len(whole) == len(batches) == 12
-    assert {index.epoch for batch in whole for index in batch} == {4}
+    complete = list(batches)
+    assert len(complete) == len(batches) == 12
+    assert {index.epoch for batch in complete for index in batch} == {4}
     batches.start = 5
-    assert list(batches) == whole[5:]
-    assert list(batches) == whole  # the next pass is whole again
+    assert list(batches) == complete[5:]
+    assert list(batches) == complete  # the next pass is complete again
 
 
-def test_too_few_images_for_a_step():
+def test_too_few_images_for_a_step_are_rejected():
     with pytest.raises(ValueError, match="an epoch has 2 batches per rank, fewer than"):
         samplers(4, 2, 3)
 
@@ -241,7 +241,7 @@ def test_dumped_configuration_can_be_loaded(tmp_path: Path):
     assert isinstance(job.cfg, Config)
 
 
-def test_the_folder_of_another_kind_of_training_is_refused(tmp_path: Path):
+def test_folder_of_another_kind_of_training_is_rejected(tmp_path: Path):
     check_folder(RunFolder(tmp_path))
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ValueError, match="belongs to a pretraining run or a classifier: choose another name="):

@@ -1,4 +1,4 @@
-"""Attention over grids equals attention pair by pair under a mask, in any chunks, and never stores all logits."""
+"""Tests that grid attention matches masked pairwise attention in any chunk size and never stores all logits."""
 
 import pytest
 import torch
@@ -37,36 +37,36 @@ def with_gradients(function, x: Tensor, parameters: list[nn.Parameter]) -> list[
     ("grid", "window", "class_token", "table"),
     [
         ((4, 6), 2, False, None),
-        ((5, 7), 3, False, None),  # cut at both edges
-        ((3, 8), 3, False, None),  # and at one
+        ((5, 7), 3, False, None),  # windows are cut off at both edges
+        ((3, 8), 3, False, None),  # at one edge
         ((7, 3), 3, False, None),
         ((3, 2), 5, False, None),  # smaller than a window
-        ((9, 11), 9, False, None),  # far buckets
+        ((9, 11), 9, False, None),  # reaches the buckets of far positions
         ((5, 6), 0, False, None),
         ((5, 6), 0, True, None),
         ((6, 9), 0, False, (4, 5)),  # tables of another size
         ((3, 4), 0, True, (4, 5)),
     ],
 )
-def test_equals_attention_pair_by_pair(kind, grid, window, class_token, table, monkeypatch):
-    """Outputs and all gradients; at once, and in chunks of one and of two rows."""
+def test_matches_pairwise_attention(kind, grid, window, class_token, table, monkeypatch):
+    """Outputs and all gradients match, computed at once and in chunks of one and two rows."""
     attention = build(kind, table or ((window, window) if window else grid)).double()
     x = tokens(grid[0] * grid[1] + class_token)
     parameters = list(attention.parameters())
-    wanted = with_gradients(lambda x: naive_attention(attention, x, grid, window), x, parameters)
-    of_row = 2 * 2 * grid[1] * x.shape[1]
-    for limit in (2**22, 1, 2 * of_row):
+    expected = with_gradients(lambda x: naive_attention(attention, x, grid, window), x, parameters)
+    row_logits = 2 * 2 * grid[1] * x.shape[1]
+    for limit in (2**22, 1, 2 * row_logits):
         monkeypatch.setitem(module._MAX_LOGITS, "cpu", limit)
         found = with_gradients(lambda x: attention(x, grid, window), x, parameters)
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
         with torch.no_grad():
-            torch.testing.assert_close(attention(x, grid, window), wanted[0], rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(attention(x, grid, window), expected[0], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("grid", [(4, 5), (7, 3)])
-def test_fused_attention_is_the_same_and_torch_has_a_kernel_for_it(grid, class_token):
+def test_fused_attention_matches_and_has_a_flash_kernel(grid, class_token):
     shape = (3, 2, 2, grid[0] * grid[1] + class_token, 8)
     q, k, v = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     attention = build("decomposed", grid, dim=16).double()
@@ -86,8 +86,8 @@ def test_fused_attention_is_the_same_and_torch_has_a_kernel_for_it(grid, class_t
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     size = 0
 
@@ -100,7 +100,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_of_a_whole_image_are_never_stored(kind, monkeypatch):
+def test_logits_of_a_full_image_are_never_stored(kind, monkeypatch):
     side, heads = 32, 2
     monkeypatch.setitem(module._MAX_LOGITS, "cpu", 2 * heads * side**3)
     attention = build(kind, (side, side))
@@ -111,14 +111,14 @@ def test_logits_of_a_whole_image_are_never_stored(kind, monkeypatch):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
         return tensor
 
-    with Largest() as largest:
+    with LargestTensor() as largest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = attention(x, (side, side))
         out.sum().backward()
-    whole = heads * side**4
+    all_logits = heads * side**4
     assert largest.size == 2 * heads * side**3, "two rows of queries"
-    assert sum(kept.values()) < whole / 3
-    assert largest.size < whole / 15
+    assert sum(kept.values()) < all_logits / 3
+    assert largest.size < all_logits / 15
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,6 +140,6 @@ def test_bf16_is_close_and_deterministic(kind, window):
         assert (exact - rounded.float()).norm() < 0.05 * exact.norm() + 1e-6
 
 
-def test_a_class_token_has_no_window():
+def test_windows_reject_a_class_token():
     with pytest.raises(AssertionError, match="class token"):
         build("relative", (3, 3))(tokens(10).float(), (3, 3), 2)

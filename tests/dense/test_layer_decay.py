@@ -1,4 +1,4 @@
-"""Layer decay in mmengine's optimizer wrappers."""
+"""Tests of layer decay in mmengine's optimizer wrappers."""
 
 from collections.abc import Iterator
 from unittest.mock import patch
@@ -83,11 +83,11 @@ def test_every_parameter_is_in_one_group_with_the_scale_of_its_layer(position: s
 
 
 @pytest.mark.parametrize("kind", ["OptimWrapper", "AmpOptimWrapper"])
-def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
+def test_schedules_of_mmengine_keep_the_scales(kind: str):
     model = Detector()
     optimizer = {"type": "AdamW", "lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.2}
     options = {"dtype": "bfloat16"} if kind == "AmpOptimWrapper" else {}
-    # mmengine refuses AMP without a GPU.
+    # mmengine rejects AMP without a GPU.
     with patch.object(amp_optimizer_wrapper, "is_cuda_available", lambda: True):
         wrapper = build_optim_wrapper(
             model,
@@ -112,17 +112,17 @@ def test_mmengine_builds_it_and_its_schedules_keep_the_scales(kind: str):
 
 
 @pytest.mark.parametrize("paramwise", [None, {}, {"layer_decay": 0.5, "bias_lr_mult": 2}, {"decay_rate": 0.5}])
-def test_other_options_are_refused(paramwise):
+def test_other_options_are_rejected(paramwise):
     with pytest.raises(ValueError, match=r"needs optim_wrapper\.paramwise_cfg"):
         LayerDecayOptimWrapperConstructor({"optimizer": {"type": "AdamW", "lr": 1.0}}, paramwise)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5])
-def test_layer_decay_out_of_range(decay: float):
+def test_layer_decay_out_of_range_is_rejected(decay: float):
     with pytest.raises(ValueError, match="must be above 0, at most 1"):
         layer_decay_groups(Detector(), lr=1.0, weight_decay=0.0, layer_decay=decay)
 
 
-def test_a_model_without_the_backbone():
+def test_model_without_the_backbone_is_rejected():
     with pytest.raises(ValueError, match="needs a model with one PlainViT, but this one has 0"):
         layer_decay_groups(torch.nn.Linear(2, 2), lr=1.0, weight_decay=0.0, layer_decay=0.5)

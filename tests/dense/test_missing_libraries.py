@@ -1,4 +1,4 @@
-"""Commands where mmcv and what needs it are not installed: one line, which says what to do."""
+"""Tests that commands without mmcv and its dependents print one line that explains what to do."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ sys.exit(sum(importlib.import_module(name).main(arguments) for name, arguments i
 """
 
 
-def test_commands_say_what_is_missing():
+def test_each_command_points_to_the_doctor_in_one_line():
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT.format(commands=COMMANDS)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The MLP that recomputes its activation: equal to timm's, in less memory."""
+"""Tests of the MLP that recomputes its activation: it matches timm's and needs less memory."""
 
 import weakref
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def tokens(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def results(mlp: Mlp | TimmMlp, forward: Forward, bf16: bool) -> list[Tensor]:
-    """The output, and the gradients of the input and of each parameter."""
+    """Return the output and the gradients of the input and of each parameter."""
     x = tokens().requires_grad_() if bf16 else tokens(torch.float64).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = forward(x)
@@ -36,24 +36,24 @@ def results(mlp: Mlp | TimmMlp, forward: Forward, bf16: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("again", [False, True])
-def test_equals_timms_mlp(bf16: bool, again: bool):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_matches_timm(bf16: bool, recompute: bool):
     dtype = torch.float32 if bf16 else torch.float64
-    ours, timms = build(Mlp).to(dtype), build(TimmMlp).to(dtype)
-    assert ours.state_dict().keys() == timms.state_dict().keys()
-    found = results(ours, partial(recomputed, ours) if again else ours, bf16)
-    for a, b in zip(found, results(timms, timms, bf16), strict=True):
+    ours, reference = build(Mlp).to(dtype), build(TimmMlp).to(dtype)
+    assert ours.state_dict().keys() == reference.state_dict().keys()
+    found = results(ours, partial(recomputed, ours) if recompute else ours, bf16)
+    for a, b in zip(found, results(reference, reference, bf16), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_gradients_are_finite_differences():
+def test_gradients_match_finite_differences():
     mlp = build(Mlp, 4, 6).double()
     x = tokens(torch.float64)[..., :4].requires_grad_()
     assert torch.autograd.gradcheck(lambda x, *_: mlp(x), (x, *mlp.parameters()))
 
 
 @pytest.mark.parametrize(("kind", "kept"), [(Mlp, 1), (TimmMlp, 2)])
-def test_one_hidden_activation_and_no_copy_of_the_weights_are_saved(kind: type[Mlp] | type[TimmMlp], kept: int):
+def test_saves_one_hidden_activation_and_weight_copy_where_timm_saves_two(kind: type[Mlp] | type[TimmMlp], kept: int):
     mlp = build(kind)
     with torch.autocast("cpu", torch.bfloat16), saved_storages(mlp) as storages:
         out = mlp(tokens().requires_grad_())
@@ -68,5 +68,5 @@ def test_recomputation_saves_no_hidden_activation():
     seen = []
     mlp.fc1.register_forward_hook(lambda module, inputs, out: seen.append(weakref.ref(out)))
     out = recomputed(mlp, tokens().requires_grad_())
-    assert [wide() for wide in seen] == [None]
+    assert [hidden() for hidden in seen] == [None]
     del out

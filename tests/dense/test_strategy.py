@@ -1,4 +1,4 @@
-"""Real trainings of a small Mask R-CNN by two processes: mmengine's Runner and ZeRO are each other's reference."""
+"""Tests of real trainings of a small Mask R-CNN by two processes that compare ZeRO with mmengine's Runner."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from helpers.tiny_coco import make_coco
 
 pytestmark = pytest.mark.engine
 
-# Four optimiser steps of two micro-batches, in two epochs; clipped in all of them.
+# Four optimizer steps of two micro-batches each, in two epochs. Gradients are clipped in every step.
 STEPS = ["optim_wrapper.accumulative_counts=2", "optim_wrapper.clip_grad={'max_norm': 0.5}"]
 ENDLESS = [
     "train_cfg={'type': 'IterBasedTrainLoop', 'max_iters': 6, 'val_interval': 6}",
@@ -30,12 +30,12 @@ ENDLESS = [
     "train_dataloader.persistent_workers=False",
     "default_hooks.checkpoint.interval=6",
 ]
-# Half of the images have no object, so that ranks call different modules of the heads.
+# Half of the images have no objects, so the ranks call different modules of the heads.
 EMPTY = [
     "train_dataloader.dataset.ann_file=annotations/half.json",
     "train_dataloader.dataset.filter_cfg.filter_empty_gt=False",
 ]
-REFUSED = {
+REJECTED = {
     "engine": ("zero2", [], "was trained with train.ds_config=: continue it the same way"),
     "no engine": ("plain", ["train.ds_config=zero2"], "was trained without train.ds_config=: continue it the same way"),
     "another engine": ("zero2", ["train.ds_config=zero3"], "train.ds_config was 'ZeRO 2' and is 'ZeRO 3'"),
@@ -74,7 +74,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., Processes]) -> Path:
-    """The run folders of all jobs."""
+    """Run all jobs and return the parent of their run folders."""
     root = tmp_path_factory.mktemp("jobs")
     make_coco(root / "data")
     annotations = root / "data" / "annotations"
@@ -111,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
     keep = "default_hooks.checkpoint.max_keep_ckpts=1"
     jobs["plain full"] = ["train_cfg.max_epochs=3", keep, "full=8,0"]
     jobs["zero2 full"] = ["train_cfg.max_epochs=3", keep, "full=8,1", *engine["zero2"]]
-    for name, (run_name, overrides, _) in REFUSED.items():
+    for name, (run_name, overrides, _) in REJECTED.items():
         overrides = [override.replace("FOLDER", str(root)) for override in overrides]
         jobs[f"refused {name}"] = [*(STEPS if run_name != "new" else []), f"name={run_name}", *overrides]
     run_jobs(start_once, root, jobs)
@@ -119,7 +119,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
-def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
+def test_zero_trains_like_the_plain_runner(folder: Path, engine: str):
     plain, zero = last_checkpoint(folder / "plain"), last_checkpoint(folder / engine)
     assert len(logged(plain, "loss")) == 8
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
@@ -134,14 +134,14 @@ def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
 
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_zero_trains_on_images_without_objects(folder: Path, engine: str):
-    """Gradients become ready in one order on all ranks, though their images differ: ZeRO's buckets need that."""
+    """ZeRO's buckets need gradients to become ready in the same order on all ranks, whatever their images."""
     plain, zero = (logged(last_checkpoint(folder / f"{name}-empty"), "loss") for name in ("plain", engine))
     assert len(plain) == 4
     assert zero == pytest.approx(plain, rel=1e-5)
 
 
 def test_groups_keep_their_learning_rates(folder: Path):
-    """The heads' rate is half of the others' throughout; ZeRO has no group of frozen parameters."""
+    """The heads' learning rate is always half the base rate, and ZeRO has no group of frozen parameters."""
     for engine in ("plain", "zero1", "zero2", "zero3"):
         found = parameter_groups(folder / engine)
         scales = [1.0, 2.0, 0.5] if engine == "plain" else [1.0, 0.5]
@@ -150,7 +150,7 @@ def test_groups_keep_their_learning_rates(folder: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("plain", "SIGUSR1: saved and stopped after step 6 of 8"),
         ("zero2", "SIGUSR1: saved and stopped after step 6 of 8"),
@@ -158,33 +158,36 @@ def test_groups_keep_their_learning_rates(folder: Path):
         ("endless", "SIGUSR1: saved and stopped after step 3 of 6"),
     ],
 )
-def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str, words: str):
-    """Stopped within an epoch, at an epoch's end, and in an infinite order with a moving average of the weights.
+def test_stopped_training_continues_bitwise_identically(folder: Path, name: str, message: str):
+    """Runs stop within an epoch, at its end, and in an endless data order with a moving average of the weights.
 
-    Augmentation is random in all of them.
+    All of them use random augmentation.
     """
-    assert ended_with(folder, f"{name} stopped") == f"{words}; run the same command again to continue"
+    assert ended_with(folder, f"{name} stopped") == f"{message}; run the same command again to continue"
     assert ended_with(folder, f"{name} continued") == ""
-    whole, again = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
+    uninterrupted, resumed = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
     for scalar in ("loss", "loss_mask", "lr"):
-        assert logged(again, scalar) == logged(whole, scalar)
-    assert (again["meta"]["epoch"], again["meta"]["iter"]) == (whole["meta"]["epoch"], whole["meta"]["iter"])
-    assert ("ema_state_dict" in whole) == (name == "endless")
-    for part in whole.keys() & {"state_dict", "ema_state_dict"}:
-        for key, tensor in whole[part].items():
-            assert torch.equal(tensor, again[part][key]), key
+        assert logged(resumed, scalar) == logged(uninterrupted, scalar)
+    assert (resumed["meta"]["epoch"], resumed["meta"]["iter"]) == (
+        uninterrupted["meta"]["epoch"],
+        uninterrupted["meta"]["iter"],
+    )
+    assert ("ema_state_dict" in uninterrupted) == (name == "endless")
+    for part in uninterrupted.keys() & {"state_dict", "ema_state_dict"}:
+        for key, tensor in uninterrupted[part].items():
+            assert torch.equal(tensor, resumed[part][key]), key
     rows = evaluations(folder / f"{name}-stopped")
-    # Each evaluation once, also the one that a stop at an epoch's end prevented.
+    # Each evaluation runs once, including the one that a stop at the end of an epoch prevented at first.
     assert [row["iter"] for row in rows] == ([6] if name == "endless" else [4, 8])
 
 
 def test_augmentations_differ_between_epochs(folder: Path):
-    """Or equal bits would prove little."""
+    """Otherwise, bitwise identical results would prove little."""
     content = last_checkpoint(folder / "plain")
     assert len(set(logged(content, "loss_rpn_bbox"))) == 8
 
 
-def test_zero_and_the_runner_start_from_each_others_weights(folder: Path):
+def test_zero_and_the_plain_runner_load_each_others_weights(folder: Path):
     zero, plain = (last_checkpoint(folder / folder_name(job)) for job in ("zero2 from plain", "plain from zero3"))
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)  # the weights are nearly the same
     assert (
@@ -192,8 +195,8 @@ def test_zero_and_the_runner_start_from_each_others_weights(folder: Path):
     )  # and not the initial ones
 
 
-def test_zero3_predicts_as_its_checkpoint_does(folder: Path):
-    """In training by a copy that is filled from the ranks' parts; by mmengine's Runner from the file."""
+def test_zero3_predictions_match_those_of_its_checkpoint(folder: Path):
+    """Training evaluates a copy gathered from the ranks' partitions, and mmengine's Runner loads the checkpoint."""
     assert ended_with(folder, "zero3 tested") == ""
     for kind in ("bbox", "segm"):
         first, second = (json.loads((folder / f"{run}.{kind}.json").read_text()) for run in ("val", "test"))
@@ -204,24 +207,24 @@ def test_zero3_predicts_as_its_checkpoint_does(folder: Path):
 def test_bf16_keeps_fp32_weights(folder: Path):
     content = last_checkpoint(folder / "bf16")
     assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
-    whole = logged(last_checkpoint(folder / "plain"), "loss")[0]
-    assert logged(content, "loss")[0] == pytest.approx(whole, rel=0.02)
-    assert logged(content, "loss")[0] != whole
+    fp32_loss = logged(last_checkpoint(folder / "plain"), "loss")[0]
+    assert logged(content, "loss")[0] == pytest.approx(fp32_loss, rel=0.02)
+    assert logged(content, "loss")[0] != fp32_loss
 
 
 @pytest.mark.parametrize("name", ["plain", "zero2"])
-def test_full_disk_loses_no_older_checkpoint(folder: Path, name: str):
-    """`max_keep_ckpts=1`: the second checkpoint has replaced the first one, the third cannot be written."""
-    words = ended_with(folder, f"{name} full")
-    assert "epoch_3" in words
-    assert "could not be written" in words
+def test_full_disk_keeps_the_previous_checkpoint(folder: Path, name: str):
+    """With `max_keep_ckpts=1`, the second checkpoint replaces the first, and the third cannot be written."""
+    message = ended_with(folder, f"{name} full")
+    assert "epoch_3" in message
+    assert "could not be written" in message
     work_dir = folder / f"{name}-full"
     assert last_checkpoint(work_dir)["meta"]["epoch"] == 2
     assert sorted(p.name.removesuffix(".pth") for p in work_dir.glob("epoch_*")) == ["epoch_2"]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(folder: Path, name: str):
-    words = ended_with(folder, f"refused {name}")
-    assert REFUSED[name][2] in words
-    assert "\n" not in words
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected_job_prints_one_line(folder: Path, name: str):
+    message = ended_with(folder, f"refused {name}")
+    assert REJECTED[name][2] in message
+    assert "\n" not in message

@@ -1,4 +1,4 @@
-"""Bad data of every kind, planted in a correct data set: one error that names it, or a number in the line."""
+"""Tests of the checks of COCO data sets: defects planted in a correct set raise a clear error or are counted."""
 
 import json
 import os
@@ -35,10 +35,10 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cfg(config: Config, root: Path) -> Config:
-    own = Config(json.loads(json.dumps(config.to_dict())))
-    own.merge_from_dict({"data_root": str(root), "classes": ["disc", "box"]})
-    propagate_keys(own)
-    return own
+    copied = Config(json.loads(json.dumps(config.to_dict())))
+    copied.merge_from_dict({"data_root": str(root), "classes": ["disc", "box"]})
+    propagate_keys(copied)
+    return copied
 
 
 def change(root: Path, edit: Callable[[Content], object], file: str = TRAIN) -> None:
@@ -47,7 +47,7 @@ def change(root: Path, edit: Callable[[Content], object], file: str = TRAIN) -> 
     (root / file).write_text(json.dumps(content))
 
 
-def test_correct_data_set(cfg: Config, root: Path):
+def test_correct_data_set_passes(cfg: Config, root: Path):
     train, val = check(cfg)
     boxes = len(json.loads((root / TRAIN).read_text())["annotations"])
     assert train == f"train_dataloader.dataset: 8 of 8 images, {boxes} boxes"
@@ -59,7 +59,7 @@ def first(content: Content) -> Content:
     return content["annotations"][0]
 
 
-def run_length(content: Content, size: list[int] | None = None) -> None:
+def set_run_length_mask(content: Content, size: list[int] | None = None) -> None:
     height, width = content["images"][0]["height"], content["images"][0]["width"]
     coded = run_lengths.frPyObjects(first(content)["segmentation"], height, width)[0]
     first(content)["segmentation"] = {"size": size or coded["size"], "counts": coded["counts"].decode()}
@@ -101,14 +101,14 @@ BAD = {
     "fractions": (lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]], r"boxes are in pixels"),
     "another suffix": (lambda c: c["images"][5].update(file_name="000000000005.png"), r"there is 000000000005.jpg: "),
     "Windows' path": (lambda c: c["images"][5].update(file_name="a\\000000000005.jpg"), r"there is 000000000005.jpg: "),
-    "other mask": (lambda c: run_length(c, [5, 7]), r"annotations 1 have masks of a different size"),
+    "other mask": (lambda c: set_run_length_mask(c, [5, 7]), r"annotations 1 have masks of a different size"),
     "all outside": (lambda c: [a.update(bbox=[500, 500, 9, 9]) for a in c["annotations"]], r"no box of the classes"),
     "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], r"no box of the classes"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_data_is_an_error(cfg: Config, root: Path, name: str):
+def test_bad_data_raises_an_error_that_names_the_file(cfg: Config, root: Path, name: str):
     edit, message = BAD[name]
     change(root, edit)
     with pytest.raises(ValueError, match=message) as caught:
@@ -119,7 +119,7 @@ def test_bad_data_is_an_error(cfg: Config, root: Path, name: str):
     assert TRAIN in error
 
 
-def test_all_data_sets_are_reported_at_once(cfg: Config, root: Path):
+def test_errors_of_all_data_sets_are_reported_at_once(cfg: Config, root: Path):
     change(root, lambda c: c["images"][5].update(file_name="gone.jpg"))
     change(root, lambda c: c.update(annotations=[]), VAL)
     with pytest.raises(ValueError, match=r"gone\.jpg.*\nval_dataloader\.dataset\.ann_file: .*no annotations"):
@@ -141,20 +141,20 @@ UNUSUAL = {
     "0 as id": (lambda c: first(c).update(id=0), 0, ""),
     "no counts": (lambda c: first(c).update(segmentation={"size": [96, 128]}), 0, "1 masks without a polygon"),
     "two points": (lambda c: first(c).update(segmentation=[[1, 2, 3, 4]]), 0, "1 masks without a polygon"),
-    "run lengths": (run_length, 0, ""),
+    "run lengths": (set_run_length_mask, 0, ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_unused_annotations_are_counted_as_mmdet_does(cfg: Config, root: Path, name: str):
-    """The number of used boxes is compared with what mmdet's own loader keeps."""
+def test_used_boxes_are_counted_as_mmdet_does(cfg: Config, root: Path, name: str):
+    """The reported number of boxes matches what mmdet's own data set keeps."""
     from mmdet.datasets import CocoDataset
 
-    edit, change_of_count, note = UNUSUAL[name]
+    edit, count_change, note = UNUSUAL[name]
     before = len(json.loads((root / TRAIN).read_text())["annotations"])
     change(root, edit)
     line = check(cfg, ["train"])[0]
-    assert f" {before + change_of_count} boxes" in line
+    assert f" {before + count_change} boxes" in line
     assert (note in line) if note else line.endswith("boxes")
     loaded = CocoDataset(
         ann_file=TRAIN,
@@ -163,12 +163,12 @@ def test_unused_annotations_are_counted_as_mmdet_does(cfg: Config, root: Path, n
         metainfo={"classes": ("disc", "box")},
         serialize_data=False,
     )
-    instances = [one for number in range(len(loaded)) for one in loaded.get_data_info(number)["instances"]]
-    assert sum(not one["ignore_flag"] for one in instances) == before + change_of_count
+    instances = [instance for number in range(len(loaded)) for instance in loaded.get_data_info(number)["instances"]]
+    assert sum(not instance["ignore_flag"] for instance in instances) == before + count_change
 
 
-def test_images_are_counted_as_mmdet_keeps_them(cfg: Config, root: Path):
-    """Image 0 has one annotation and loses it; with filter_empty_gt=false it is trained on."""
+def test_used_images_are_counted_as_mmdet_does(cfg: Config, root: Path):
+    """Image 0 loses its only annotation, so it is used only with filter_empty_gt=false."""
     from mmdet.datasets import CocoDataset
 
     def load() -> int:
@@ -190,8 +190,8 @@ def test_classes_without_boxes_are_named(cfg: Config, root: Path):
     assert check(cfg)[0].endswith(", 1 classes without boxes: box")
 
 
-def test_part_of_a_set(cfg: Config, root: Path):
-    """Training on it is fine, but pycocotools would count what was not predicted as missed."""
+def test_only_training_can_use_part_of_a_data_set(cfg: Config, root: Path):
+    """In validation, pycocotools would count all objects in the other images as missed."""
     cfg.train_dataloader.dataset.indices = 3
     assert check(cfg)[0].endswith("limited by train_dataloader.dataset.indices=3")
     cfg.val_dataloader.dataset.indices = 2
@@ -199,12 +199,12 @@ def test_part_of_a_set(cfg: Config, root: Path):
         check(cfg)
 
 
-def test_boxes_of_two_corners_are_suspected(cfg: Config, root: Path):
+def test_boxes_given_as_two_corners_are_suspected(cfg: Config, root: Path):
     change(root, lambda c: [a.update(bbox=[a["bbox"][0], a["bbox"][1], 120, 110]) for a in c["annotations"]])
     assert "are they [x1, y1, x2, y2]?" in check(cfg)[0]
 
 
-def test_boxes_without_masks(cfg: Config, root: Path):
+def test_boxes_without_masks_need_with_masks_false(cfg: Config, root: Path):
     change(root, lambda c: [a.pop("segmentation") for a in c["annotations"]])
     change(root, lambda c: [a.pop("segmentation") for a in c["annotations"]], VAL)
     with pytest.raises(ValueError, match="give with_masks=false") as caught:
@@ -215,8 +215,8 @@ def test_boxes_without_masks(cfg: Config, root: Path):
     assert "8 of 8 images" in check(cfg)[0]
 
 
-def test_ids_that_pycocotools_would_measure_wrong(cfg: Config, root: Path):
-    """With mmdet's own metric they are refused; ours finds each box, whatever its id is."""
+def test_annotation_ids_that_pycocotools_mishandles_are_renumbered(cfg: Config, root: Path):
+    """Our metric renumbers the annotations and scores every box. With mmdet's own metric, they are rejected."""
     from downstream.detect.coco_metric import AnyIdsCocoMetric
 
     def renumber(content: Content) -> None:
@@ -248,7 +248,7 @@ def test_other_categories_of_the_file_are_skipped(cfg: Config, root: Path):
 
 
 def test_run_length_masks_need_bitmaps(cfg: Config, root: Path):
-    change(root, run_length)
+    change(root, set_run_length_mask)
     cfg.train_dataloader.dataset.pipeline[1].poly2mask = False
     with pytest.raises(ValueError, match=r"1 masks of .* give train_dataloader.dataset.pipeline.1.poly2mask=True"):
         check(cfg)
@@ -263,14 +263,14 @@ def test_classes_and_heads_must_agree(cfg: Config, config: Config, root: Path):
     ):
         check(cfg)
     cfg.classes = None
-    del cfg.train_dataloader.dataset.metainfo  # then they are COCO's
+    del cfg.train_dataloader.dataset.metainfo  # the default is COCO's classes
     with pytest.raises(
         ValueError, match=r"\(disc, box\), not the classes person, .* and 75 more: give classes='\[\"disc\", \"box\"\]'"
     ):
         check(cfg)
 
 
-def test_missing_files_and_folders(cfg: Config, root: Path):
+def test_missing_files_and_folders_are_reported(cfg: Config, root: Path):
     cfg.train_dataloader.dataset.data_prefix.img = "photos/"
     cfg.val_dataloader.dataset.ann_file = cfg.val_evaluator.ann_file = f"{root}/val.json"
     with pytest.raises(ValueError, match=r"train_dataloader.dataset.data_prefix.img: no folder .*/photos/ ") as caught:
@@ -278,21 +278,21 @@ def test_missing_files_and_folders(cfg: Config, root: Path):
     assert "\nval_dataloader.dataset.ann_file: no file" in str(caught.value)
 
 
-def test_evaluator_of_another_file(cfg: Config, root: Path):
+def test_evaluator_with_another_file_is_rejected(cfg: Config, root: Path):
     cfg.val_evaluator.ann_file = f"{root}/{TRAIN}"
     with pytest.raises(ValueError, match=r"val_evaluator.ann_file=.* is not the file of val_dataloader"):
         check(cfg)
 
 
 @pytest.mark.parametrize("content", ["{", '{"images": [1', "[]", '"text"', "\x80"])
-def test_truncated_and_other_files(cfg: Config, root: Path, content: str):
+def test_truncated_and_non_coco_files_are_rejected(cfg: Config, root: Path, content: str):
     (root / TRAIN).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=r"train_dataloader.dataset.ann_file: .*(not JSON|no images)"):
         check(cfg)
 
 
-def test_small_and_narrow_images(cfg: Config, root: Path):
-    """96 x 128 and 120 x 90 pixels fill windows of 224 when their long side is 2048; 12 x 120 do not."""
+def test_small_and_narrow_images_are_reported(cfg: Config, root: Path):
+    """Images of 96 x 128 and 120 x 90 pixels fill a 224-pixel window if their long side is 2048; 12 x 120 does not."""
     change(root, lambda c: c["images"][1].update(width=12, height=120, file_name="narrow.jpg"))
     Image.new("RGB", (12, 120)).save(root / "train2017" / "narrow.jpg")
     change(root, lambda c: [a.update(bbox=[1, 1, 9, 9]) for a in c["annotations"]])
@@ -311,25 +311,25 @@ def test_small_and_narrow_images(cfg: Config, root: Path):
         check(cfg)
 
 
-def turn(root: Path) -> None:
-    """Its first photograph of 128 x 96 pixels is to be shown as one of 96 x 128."""
+def rotate_first_image(root: Path) -> None:
+    """Set an EXIF orientation that turns the first training image of 128 x 96 pixels to 96 x 128."""
     path = root / "train2017" / f"{0:012d}.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.open(path).save(path, exif=exif)
 
 
-def test_rotated_photographs_have_the_size_that_mmcv_decodes(cfg: Config, root: Path):
-    turn(root)
+def test_rotated_images_must_have_the_size_that_mmcv_decodes(cfg: Config, root: Path):
+    rotate_first_image(root)
     with pytest.raises(ValueError, match=r"is 96 x 128 pixels, but .* says 128 x 96"):
         check(cfg)
     change(root, lambda c: c["images"][0].update(width=96, height=128))
     check(cfg)
 
 
-def test_boxes_that_were_drawn_without_the_orientation(cfg: Config, root: Path):
-    """The error names the key by which mmcv does not turn the image, and with that key the check reads as mmcv does."""
-    turn(root)
+def test_boxes_drawn_without_the_exif_orientation_are_reported(cfg: Config, root: Path):
+    """The error names the key that stops mmcv from rotating images. With this key, the check does not rotate either."""
+    rotate_first_image(root)
     key = "train_dataloader.dataset.pipeline.0.color_type"
     with pytest.raises(ValueError, match=f"the boxes were drawn without: give {key}=color_ignore_orientation"):
         check(cfg)
@@ -340,20 +340,20 @@ def test_boxes_that_were_drawn_without_the_orientation(cfg: Config, root: Path):
         check(cfg)
 
 
-def test_file_that_is_no_image(cfg: Config, root: Path):
+def test_file_that_is_not_an_image_is_rejected(cfg: Config, root: Path):
     (root / "train2017" / f"{0:012d}.jpg").write_text("oops")
     with pytest.raises(ValueError, match=r"000000000000.jpg cannot be read as an image"):
         check(cfg)
 
 
-def test_mmcv_without_operators(cfg: Config, monkeypatch: pytest.MonkeyPatch):
+def test_mmcv_without_operators_is_rejected(cfg: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "mmcv._ext", None)
     with pytest.raises(ValueError, match=r"operators cannot be loaded .*python -m downstream.doctor"):
         check(cfg)
 
 
 def test_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """COCO's size: 118,287 names in two folders, in well under a second, and each folder is listed once."""
+    """Each of two folders with as many names as COCO's, 118,287, is listed only once, and the search is fast."""
     listed = []
     names = [f"{half}/{number:012d}.jpg" for number in range(118_287) for half in "ab"]
     monkeypatch.setattr(
@@ -361,7 +361,7 @@ def test_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     for half in "ab":
         (tmp_path / half).mkdir()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     assert find_missing(str(tmp_path), names) == [f"{half}/000000118286.jpg" for half in "ab"]
     assert len(listed) == 2
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - start < 5

@@ -1,4 +1,4 @@
-"""Every config of downstream/detect/configs against ViTDet's published numbers, and against its own docstring."""
+"""Compares every config of downstream/detect/configs with ViTDet's published settings and with its own docstring."""
 
 import copy
 import functools
@@ -44,7 +44,7 @@ def test_every_promised_config_exists():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_vitdets(name: str):
+def test_recipe_matches_vitdet(name: str):
     cfg = load(name)
     backbone = cfg.model.backbone
     arch = {"b": "vit_base", "l": "vit_large", "h": "vit_huge"}[re.match(r"vit\w+_vit(\w)_", name)[1]]
@@ -53,12 +53,12 @@ def test_recipe_is_vitdets(name: str):
     assert backbone.position == ("sincos" if "_mae_" in name else "relative")
     assert (backbone.out_indices, cfg.model.neck.in_channels) == ((depth - 1,), width)
     quarters = tuple(depth * part // 4 - 1 for part in (1, 2, 3, 4))
-    globally = () if name.endswith(("_global", "_conv")) else quarters
-    assert (backbone.window_size, backbone.global_blocks) == (0 if name.endswith("_global") else 14, globally)
+    global_blocks = () if name.endswith(("_global", "_conv")) else quarters
+    assert (backbone.window_size, backbone.global_blocks) == (0 if name.endswith("_global") else 14, global_blocks)
     assert backbone.get("conv_blocks", ()) == (quarters if name.endswith("_conv") else ())
     assert backbone.get("parallel_conv", False) == name.startswith("vitae")
     assert backbone.grad_checkpointing == name.endswith("24gb")
-    assert backbone.init_cfg is None  # every command sets it
+    assert backbone.init_cfg is None  # set by the command
     assert backbone.drop_path_rate == DROP_PATH[arch]
     wrapper = cfg.optim_wrapper
     assert (wrapper.type, wrapper.dtype, wrapper.get("clip_grad")) == ("AmpOptimWrapper", "bfloat16", None)
@@ -91,13 +91,13 @@ def test_docstring_agrees_with_the_config(name: str):
     assert (batch, accumulation) == (cfg.train_dataloader.batch_size, cfg.optim_wrapper.accumulative_counts)
     assert images == (32 if name.endswith("24gb") else 64)
     assert "Not run by us" in " ".join(head.split())
-    # Published numbers are of 100 passes over COCO, even where a paper counts 25 epochs.
+    # Published results are from 100 passes over COCO, even if a paper counts them as 25 epochs.
     assert not re.search(r"\d\d\.\d", head) or cfg.train_cfg.max_epochs == 100
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_and_heads(name: str):
-    """1024 pixels with a jitter of 0.1 to 2, squares, ImageNet's mean and deviation in RGB, ViTDet's heads."""
+def test_image_size_normalization_and_heads(name: str):
+    """Images are square with ImageNet's mean and std in RGB, and all but the small configs use ViTDet's 1024 pixels."""
     cfg = load(name)
     size, jitter = {"vitdet_tiny_pennfudan": (256, (0.5, 1.5)), "vitdet_vits_lomar_small": (640, (0.5, 2.0))}.get(
         name, (1024, (0.1, 2.0))
@@ -123,8 +123,8 @@ def test_images_and_heads(name: str):
     assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
 
 
-def test_small_config_is_of_one_gpu():
-    """The arithmetic in its docstring, and that of the advice for less memory."""
+def test_docstring_of_the_small_config_is_right():
+    """Checks the arithmetic for one GPU and that of the advice for less memory."""
     cfg, head = load("vitdet_vits_lomar_small"), (CONFIGS / "vitdet_vits_lomar_small.py").read_text().split('"""')[1]
     images, ranks, batch, accumulation = map(int, re.search(r"(\d+) images: (\d+) rank x (\d+) x (\d+)", head).groups())
     assert images == ranks * batch * accumulation == cfg.auto_scale_lr.base_batch_size
@@ -138,8 +138,8 @@ def test_small_config_is_of_one_gpu():
 
 
 @pytest.mark.parametrize("keys", [{"with_masks": False}, {"model.roi_head.mask_head": None}])
-def test_detector_of_boxes_alone(keys: dict[str, object]):
-    """Nothing reads, predicts or measures masks, and a configuration that was saved means the same."""
+def test_box_only_detector_does_not_use_masks(keys: dict[str, object]):
+    """Masks are neither loaded, predicted nor measured, also after the keys are propagated a second time."""
     cfg = load("vitdet_vitb_lomar_25ep")
     cfg.merge_from_dict({"classes": ["robin"], **keys})
     for _ in range(2):
@@ -160,7 +160,7 @@ def test_detector_of_boxes_alone(keys: dict[str, object]):
 
 
 def test_size_reaches_images_batches_and_backbone():
-    """In place of 1024 x 1024; other sizes of an own pipeline are kept."""
+    """Only sizes of 1024 x 1024 are replaced; others in a custom pipeline are kept."""
     cfg = load("vitdet_vitb_lomar_25ep")
     cfg.val_dataloader.dataset.pipeline[1].scale = (1333, 800)
     cfg.size = 512
@@ -177,8 +177,8 @@ def test_size_reaches_images_batches_and_backbone():
         propagate_keys(cfg)
 
 
-def test_heads_of_other_detectors_get_their_number_of_classes(tmp_path: Path):
-    """One of one stage, and one whose head is a list."""
+def test_heads_of_other_detectors_get_the_number_of_classes(tmp_path: Path):
+    """Covers a one-stage detector and one with a list of heads."""
     for name, key in (
         ("retinanet/retinanet_r50_fpn_1x_coco.py", "model.bbox_head"),
         ("cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py", "model.roi_head.bbox_head.2"),
@@ -191,13 +191,13 @@ def test_heads_of_other_detectors_get_their_number_of_classes(tmp_path: Path):
         assert {head.num_classes for head in found.values()} == {2}
 
 
-def test_own_data_set_in_six_lines(tmp_path: Path):
-    """The example in the docstring of the base config."""
+def test_example_of_a_custom_data_set_in_the_base_config(tmp_path: Path):
+    """Loads the example in the docstring of the base config."""
     head = (CONFIGS / "_base_" / "vitdet.py").read_text().split('"""')[1]
     lines = re.search(r"( {4}_base_ = .*?)\n\n", head, re.DOTALL)[1]
-    own = tmp_path / "birds.py"
-    own.write_text(lines.replace("    ", "").replace("vitdet_vitb", f"{CONFIGS}/vitdet_vitb"))
-    cfg = Config.fromfile(own, import_custom_modules=False)
+    config_file = tmp_path / "birds.py"
+    config_file.write_text(lines.replace("    ", "").replace("vitdet_vitb", f"{CONFIGS}/vitdet_vitb"))
+    cfg = Config.fromfile(config_file, import_custom_modules=False)
     propagate_keys(cfg)
     assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 2
     for split, file in (("train", "train.json"), ("val", "val.json"), ("test", "val.json")):
@@ -207,14 +207,14 @@ def test_own_data_set_in_six_lines(tmp_path: Path):
         assert split == "train" or cfg[f"{split}_evaluator"].ann_file == "/data/birds/val.json"
 
 
-def test_own_photographs_as_in_the_docs(tmp_path: Path):
-    """The example for Roboflow's layout."""
+def test_example_of_custom_photographs_in_the_docs(tmp_path: Path):
+    """Loads the example for Roboflow's layout."""
     page = (CONFIGS.parents[2] / "docs" / "detection.md").read_text()
-    own = tmp_path / "birds.py"
-    own.write_text(
+    config_file = tmp_path / "birds.py"
+    config_file.write_text(
         re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace('["down', f'["{CONFIGS.parents[2]}/down')
     )
-    cfg = load_job(str(own), [], CONFIGS, propagate_keys).cfg
+    cfg = load_job(str(config_file), [], CONFIGS, propagate_keys).cfg
     assert cfg.work_dir == "runs/birds"
     assert cfg.model.roi_head.mask_head is None
     for split, folder in (("train", "train"), ("val", "valid"), ("test", "valid")):
@@ -224,7 +224,7 @@ def test_own_photographs_as_in_the_docs(tmp_path: Path):
         assert split == "train" or cfg[f"{split}_evaluator"].ann_file == f"/data/birds/{dataset.ann_file}"
 
 
-def test_keys_reach_wrapped_data_sets_and_keep_absolute_files():
+def test_keys_reach_wrapped_data_sets_and_keep_absolute_paths():
     cfg = load("vitdet_vitb_lomar_25ep")
     inner = cfg.train_dataloader.dataset.to_dict()
     cfg.train_dataloader.dataset = {
@@ -234,7 +234,7 @@ def test_keys_reach_wrapped_data_sets_and_keep_absolute_files():
     }
     cfg.merge_from_dict({"data_root": "/data/mine", "val_dataloader.dataset.ann_file": "/elsewhere/val.json"})
     propagate_keys(cfg)
-    assert [one.data_root for one in cfg.train_dataloader.dataset.dataset.datasets] == ["/data/mine"] * 2
+    assert [dataset.data_root for dataset in cfg.train_dataloader.dataset.dataset.datasets] == ["/data/mine"] * 2
     assert cfg.val_evaluator.ann_file == "/elsewhere/val.json"
     assert cfg.test_evaluator.ann_file == "/data/mine/annotations/instances_val2017.json"
 

@@ -1,4 +1,4 @@
-"""The small config as mmdet builds it: a training step, predictions and drawings, with mmcv's real operators."""
+"""Tests of the small detector as built by mmdet: training steps, predictions and drawings with mmcv's operators."""
 
 import json
 from pathlib import Path
@@ -50,12 +50,12 @@ def model(cfg: Config) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def _fp32_outputs(model: Any) -> None:
-    """As in a training under bf16; in fp32 it changes nothing."""
+    """Install the hook that bf16 trainings use. It changes nothing in fp32."""
     Fp32OutputsHook().before_train(SimpleNamespace(model=model))
 
 
 def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)  # for the sampled regions and drop path
+    torch.manual_seed(0)  # fixes the sampled regions and drop path
     model.train().zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         total, terms = model.parse_losses(model(**model.data_preprocessor(batch, True), mode="loss"))
@@ -64,13 +64,13 @@ def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, to
 
 
 def test_training_step_in_both_precisions(model: Any, cfg: Config):
-    """Every parameter gets a finite fp32 gradient; bf16 changes little."""
+    """Every parameter gets a finite fp32 gradient, and bf16 changes the loss only a little."""
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
-    whole, terms = losses(model, batch, autocast=False)
+    fp32_loss, terms = losses(model, batch, autocast=False)
     assert {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"} < terms.keys()
     assert all(term > 0 for name, term in terms.items() if "loss" in name)
-    half, _ = losses(model, batch, autocast=True)
-    assert half == pytest.approx(whole, rel=0.05)
+    bf16_loss, _ = losses(model, batch, autocast=True)
+    assert bf16_loss == pytest.approx(fp32_loss, rel=0.05)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32, name
@@ -86,8 +86,8 @@ def test_batches_are_padded_to_squares(model: Any, cfg: Config):
             assert {sample.gt_instances.masks.masks.shape[1:] for sample in data["data_samples"]} == {(256, 256)}
 
 
-def test_pixels_are_standardized_as_in_pretraining(model: Any, cfg: Config, root: Path):
-    """From a file's RGB, by ImageNet's mean and deviation; 128 x 96 pixels, resized to twice the size."""
+def test_pixels_are_normalized_as_in_pretraining(model: Any, cfg: Config, root: Path):
+    """An image of 128 x 96 pixels is resized to twice its size and normalized in RGB with ImageNet's mean and std."""
     batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
     pixels = mmcv.imresize(np.array(Image.open(root / "val2017" / f"{0:012d}.jpg")), (256, 192)) / 255.0
     expected = (pixels - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
@@ -97,25 +97,25 @@ def test_pixels_are_standardized_as_in_pretraining(model: Any, cfg: Config, root
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_roi_align_equals_torchvisions(model: Any, autocast: bool):
-    """mmcv's operator on the neck's maps against torchvision's, outputs and gradients."""
+def test_roi_align_matches_torchvision(model: Any, autocast: bool):
+    """Outputs and gradients of mmcv's operator on the neck's maps equal those of torchvision's."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        made = [m.detach().double() for m in model.neck([torch.randn(2, 192, 16, 16)])[:4]]
+        maps = [m.detach().double() for m in model.neck([torch.randn(2, 192, 16, 16)])[:4]]
     rois = torch.tensor([[0, 3, 5, 60, 70], [1, 100, 20, 250, 240], [1, 0, 0, 30, 30.0]]).double()
-    ours, theirs = ([m.clone(memory_format=torch.preserve_format).requires_grad_() for m in made] for _ in range(2))
+    ours, theirs = ([m.clone(memory_format=torch.preserve_format).requires_grad_() for m in maps] for _ in range(2))
     extractor = model.roi_head.bbox_roi_extractor
-    cut = extractor(ours, rois)
+    pooled = extractor(ours, rois)
     levels = extractor.map_roi_levels(rois, 4).tolist()
     assert len(set(levels)) > 1
-    cuts = [
+    expected = [
         roi_align(theirs[level], rois[[number]], 7, 1 / (4 * 2**level), 0, aligned=True)
         for number, level in enumerate(levels)
     ]
-    torch.testing.assert_close(cut, torch.cat(cuts))
+    torch.testing.assert_close(pooled, torch.cat(expected))
     weights = (
-        torch.randn_like(cut).transpose(1, 2).contiguous().transpose(1, 2)
-    )  # in the memory layout of a norm over the channels
-    for result in (cut, torch.cat(cuts)):
+        torch.randn_like(pooled).transpose(1, 2).contiguous().transpose(1, 2)
+    )  # the memory layout after a norm over channels
+    for result in (pooled, torch.cat(expected)):
         (result * weights).sum().backward()
     for level in set(levels):
         torch.testing.assert_close(ours[level].grad, theirs[level].grad)
@@ -130,7 +130,7 @@ def test_proposals_are_sorted_in_fp32(model: Any):
 
 @pytest.fixture(scope="module")
 def weights(model: Any, cfg: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A configuration and weights as a training writes them; the classifier prefers discs, to detect some."""
+    """A config and weights as a training saves them, biased towards discs so that some are detected."""
     folder = tmp_path_factory.mktemp("trained")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["roi_head.bbox_head.fc_cls.bias"] = torch.tensor([4.0, 0.0, -4.0])
@@ -143,7 +143,7 @@ def run_draw(*arguments: object) -> int:
     return draw.main([str(argument) for argument in arguments])
 
 
-def test_drawings_of_detections(weights: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_detections_are_drawn(weights: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     photos, out = tmp_path / "photos", tmp_path / "out"
     (photos / "below").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -168,8 +168,8 @@ def test_drawings_of_detections(weights: tuple[Path, Path], tmp_path: Path, capf
     assert (np.array(Image.open(tmp_path / "none" / "a.png")) == np.array(Image.open(photos / "a.png"))).all()
 
 
-def test_detector_of_boxes_alone(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """On annotations without masks: a training step, predictions and drawings."""
+def test_box_only_detector_trains_predicts_and_draws(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """The annotations have no masks."""
     (tmp_path / "annotations").mkdir()
     for split in ("train2017", "val2017"):
         (tmp_path / split).symlink_to(root / split)
@@ -197,10 +197,10 @@ train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
     assert run_draw(tmp_path / "own.py", tmp_path / "epoch_1.pth", photo, tmp_path / "out", "--score", 0.2) == 0
     assert "1 drawings written to" in capfd.readouterr().out
     before, after = (np.array(Image.open(path)).astype(int) for path in (photo, tmp_path / "out" / photo.name))
-    assert (abs(before - after).max(-1) > 50).mean() > 0.01  # lines, which compression does not explain
+    assert (abs(before - after).max(-1) > 50).mean() > 0.01  # drawn lines, more than compression artifacts
 
 
-def test_predictions_are_those_of_the_images(weights: tuple[Path, Path], cfg: Config):
+def test_predictions_lie_within_the_images(weights: tuple[Path, Path], cfg: Config):
     detector = load_model(Config.fromfile(weights[0]), str(weights[1]), "mmdet", torch.device("cpu"))
     assert not detector.training
     batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
@@ -220,7 +220,9 @@ class Malicious:
         return (print, ("I was run",))
 
 
-def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, root: Path, capfd: pytest.CaptureFixture[str]):
+def test_draw_rejects_bad_arguments(
+    weights: tuple[Path, Path], tmp_path: Path, root: Path, capfd: pytest.CaptureFixture[str]
+):
     config, trained = weights
     photos = root / "val2017"
     state = torch.load(trained, weights_only=True)

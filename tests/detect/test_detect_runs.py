@@ -1,6 +1,6 @@
-"""`downstream/detect/train_detector.py` as a user types it, under each launcher; tests/slurm tests srun.
+"""Tests of `downstream/detect/train_detector.py` as users run it with each launcher; tests/slurm covers srun.
 
-The shipped configuration of the smallest encoder, from a checkpoint, on ZeRO 3 with every parameter partitioned.
+They train the shipped config of the smallest encoder from a checkpoint, on ZeRO-3 with all parameters partitioned.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def run(*command: str, overrides: list[str], cwd: Path) -> subprocess.CompletedP
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trained in `work`, by `deepspeed`."""
+    """A folder with a training in `work`, started with `deepspeed`."""
     folder = tmp_path_factory.mktemp("detect")
     make_coco(folder / "coco", train=4, val=2)
     torch.manual_seed(0)
@@ -54,16 +54,16 @@ def test_deepspeed_trains(trained: Path):
     assert len(list((trained / "work/epoch_1").glob("*_optim_states.pt"))) == 2
 
 
-def test_the_main_rank_has_a_log_file_and_the_console_what_matters(trained: Path):
+def test_log_files_have_details_that_the_console_leaves_out(trained: Path):
     assert "2 images a step" in (trained / "work/logs/rank0.log").read_text()
-    said = (trained / "work.txt").read_text()
-    for words in ("System environment:", "Config:", "before_train_iter"):
-        assert words not in said
-        assert words in next((trained / "work").glob("2*/*.log")).read_text()  # mmengine's
+    console = (trained / "work.txt").read_text()
+    for detail in ("System environment:", "Config:", "before_train_iter"):
+        assert detail not in console
+        assert detail in next((trained / "work").glob("2*/*.log")).read_text()  # mmengine's log
 
 
 def test_training_starts_from_the_encoder(trained: Path):
-    """After two steps of the warm-up the weights have changed, but little."""
+    """After two warm-up steps, the weights differ only slightly from the encoder's."""
     weights = last_checkpoint(trained / "work")["state_dict"]
     torch.manual_seed(0)
     encoder = randomized(ViT("vit_tiny", 16, (4, 4), True)).state_dict()
@@ -72,7 +72,7 @@ def test_training_starts_from_the_encoder(trained: Path):
         assert not weights[f"backbone.{name}"].equal(encoder[name]), name
 
 
-def test_python_evaluates_what_was_trained(trained: Path):
+def test_plain_python_evaluates_the_trained_model(trained: Path):
     done = run(sys.executable, overrides=["data_root=coco/", "name=tested", "test=work"], cwd=trained)
     assert done.returncode == 0, done.stdout + done.stderr
     tested = json.loads(done.stdout.splitlines()[-1])
@@ -83,19 +83,19 @@ def test_python_evaluates_what_was_trained(trained: Path):
 
 
 def test_torchrun_ends_when_one_rank_fails(trained: Path):
-    """The rank that gets the damaged image, of which the check of the data reads no more than the header."""
+    """One rank gets a truncated image, which the data check misses because it reads only the header."""
     make_coco(trained / "damaged", train=4)
     path = trained / "damaged/train2017/000000000001.jpg"
     path.write_bytes(path.read_bytes().partition(b"\xff\xda")[0])
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     done = run(*launcher, overrides=["data_root=damaged/", "runs=.", "name=failed"], cwd=trained)
     assert done.returncode == 1
-    assert "starts" in done.stdout  # it had passed the checks
+    assert "starts" in done.stdout  # the checks have passed
     assert not list((trained / "failed").glob("epoch_*"))
 
 
-def test_a_signal_to_all_processes_saves(trained: Path):
-    """`scancel` sends it to the data workers as well."""
+def test_signal_to_all_processes_saves_and_stops(trained: Path):
+    """`scancel` signals the data workers, too."""
     entry = str(ROOT / "downstream/detect/train_detector.py")
     overrides = [*OVERRIDES, "train_cfg.max_epochs=1000", "default_hooks.logger.interval=1", "train.precision=fp32"]
     overrides += ["train_dataloader.num_workers=2", "data_root=coco/", "runs=.", "name=cancelled"]

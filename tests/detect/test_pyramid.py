@@ -1,4 +1,4 @@
-"""ViTDet's feature pyramid: strides, layers, and its norm for the heads of mmdet."""
+"""Tests of ViTDet's feature pyramid: strides, layers, and its norm in mmdet's heads."""
 
 import pytest
 import torch
@@ -22,13 +22,13 @@ def test_strides_and_shapes(size: tuple[int, int]):
 
 
 def test_scales_are_aligned():
-    """A change at one position of the map changes only what is near it in every scale."""
+    """A change at one position of the map affects only nearby positions at every scale."""
     neck = SimpleFeaturePyramid(16, 8).eval()
     x = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     other = x.clone()
     other[0, :, 8, 4] += 1
     for number, (a, b) in enumerate(zip(neck((x,)), neck((other,)), strict=True)):
-        stride = 2.0 ** (2 - number)  # positions of this map for one of the backbone's
+        stride = 2.0 ** (2 - number)  # positions of this map per position of the backbone's map
         rows, cols = (a != b).any(1)[0].nonzero().T
         assert len(rows)
         assert rows.min() >= 8 * stride - 1 - stride
@@ -37,14 +37,14 @@ def test_scales_are_aligned():
         assert cols.max() <= 5 * stride + 1
 
 
-def test_layers_are_vitdets():
+def test_layers_match_vitdet():
     kinds = [[type(layer).__name__ for layer in scale] for scale in SimpleFeaturePyramid(16, 8).scales]
     out = ["Conv2d", "LayerNorm2d", "Conv2d", "LayerNorm2d"]
     up = "ConvTranspose2d"
     assert kinds == [[up, "LayerNorm2d", "GELU", up, *out], [up, *out], out, ["MaxPool2d", *out]]
 
 
-def test_ln2d_is_a_norm_for_heads():
+def test_ln2d_works_as_a_norm_in_heads():
     norm = build_norm_layer({"type": "LN2d"}, 6)[1].double()
     x = torch.randn(2, 6, 3, 4, dtype=torch.float64)
     expected = F.layer_norm(x.permute(0, 2, 3, 1), (6,), eps=norm.eps).permute(0, 3, 1, 2)

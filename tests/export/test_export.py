@@ -1,4 +1,4 @@
-"""Every export, loaded by the library it is for, computes its source's features; a wrong one fails, leaving nothing."""
+"""Tests that exports compute their source's features in the library they are for, and that wrong exports fail."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ NAMES = {"timm": "out.safetensors", "mm": "out.pth", "hf": "out"}
 @torch.no_grad()
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("size", [None, (16, 8)])
-def test_timm_loads_and_computes_the_originals_features(source: str, size: Any, tmp_path: Path):
+def test_timm_export_computes_the_original_features(source: str, size: Any, tmp_path: Path):
     path, model = ORIGINALS[source](tmp_path)
     out = tmp_path / "new" / "out.safetensors"
     report, difference, usage = export_encoder(path, out, "timm", image_size=size)
@@ -53,7 +53,7 @@ def test_timm_loads_and_computes_the_originals_features(source: str, size: Any, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", SOURCES)
-def test_mm_file_has_plain_names_and_says_how_to_rebuild(source: str, tmp_path: Path):
+def test_mm_export_has_plain_names_and_rebuilds_the_encoder(source: str, tmp_path: Path):
     path, _ = ORIGINALS[source](tmp_path)
     export_encoder(path, tmp_path / "out.pth", "mm", image_size=(12, 20))
     stored = torch.load(tmp_path / "out.pth", weights_only=True)
@@ -64,13 +64,13 @@ def test_mm_file_has_plain_names_and_says_how_to_rebuild(source: str, tmp_path: 
         "arch": "vit_tiny", "patch_size": "4", "image_size": "12x20", "weights": "",
         "position": {"lomar": "relative", "simmim": "bias"}.get(source, "sincos"),
     }  # fmt: skip
-    again, _ = load_encoder(tmp_path / "out.pth")
-    assert torch.equal(features(again, images((12, 20))), features(encoder, images((12, 20))))
+    reloaded, _ = load_encoder(tmp_path / "out.pth")
+    assert torch.equal(features(reloaded, images((12, 20))), features(encoder, images((12, 20))))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", ["dinov2", "mae"])
-def test_transformers_loads_absolute_positions(source: str, tmp_path: Path):
+def test_transformers_export_computes_the_original_features(source: str, tmp_path: Path):
     from transformers import AutoImageProcessor, ViTModel
 
     path, model = ORIGINALS[source](tmp_path)
@@ -99,7 +99,7 @@ def test_transformers_loads_absolute_positions(source: str, tmp_path: Path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", ["lomar", "simmim", "dinov2_registers"])
-def test_timm_loads_the_folder_of_what_transformers_does_not_have(source: str, tmp_path: Path):
+def test_timm_loads_hub_folders_that_transformers_cannot(source: str, tmp_path: Path):
     path, model = ORIGINALS[source](tmp_path)
     export_encoder(path, tmp_path / "out", "hf")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -122,16 +122,16 @@ def test_timm_builds_every_size(arch: str, position: str):
             assert (options == {}) == (position == "relative" and (arch, patch, patch * grid[0]) in SIZES)
 
 
-ERROR = 1e-6  # of one parameter: smaller than what rounding does to features in fp32
+ERROR = 1e-6  # added to one parameter; rounding in fp32 changes features more
 
 
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("source", ["lomar", "mae"])
-def test_a_wrong_export_fails_and_leaves_nothing(
+def test_wrong_export_fails_and_leaves_no_files(
     kind: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path, _ = ORIGINALS[source](tmp_path)
-    (tmp_path / "made" / f"unfinished-{NAMES[kind]}").mkdir(parents=True)  # of an export that was killed
+    (tmp_path / "made" / f"unfinished-{NAMES[kind]}").mkdir(parents=True)  # left by a killed export
 
     class Broken(downstream.checkpoints.export.Export):
         def __init__(self, *arguments: Any):
@@ -146,7 +146,7 @@ def test_a_wrong_export_fails_and_leaves_nothing(
     assert not list((tmp_path / "made").iterdir())
 
 
-def test_features_that_are_not_numbers_fail(tmp_path: Path):
+def test_export_with_nan_features_fails(tmp_path: Path):
     path, model = originals.dino_backbone(tmp_path)
     state = model.state_dict()
     state["norm.bias"][0] = torch.nan
@@ -156,7 +156,7 @@ def test_features_that_are_not_numbers_fail(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_nothing_is_overwritten(kind: str, tmp_path: Path):
+def test_existing_files_are_not_overwritten(kind: str, tmp_path: Path):
     path, _ = originals.mae(tmp_path)
     out = tmp_path / NAMES[kind]
     out.write_text("precious")
@@ -168,7 +168,7 @@ def test_nothing_is_overwritten(kind: str, tmp_path: Path):
             export_encoder(path, tmp_path / "out.bin", kind)
 
 
-def test_command_says_what_was_used_and_how_to_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_prints_what_was_used_and_how_to_load_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path, _ = originals.lut(tmp_path)
     arguments = [str(path), str(tmp_path / "out.safetensors"), "--format", "timm"]
     with pytest.raises(SystemExit) as ended:

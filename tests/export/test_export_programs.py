@@ -1,4 +1,4 @@
-"""Programs run without our code, at any batch size, and compute what the source does; classifiers export too."""
+"""Tests of exported programs, which run without our code at any batch size, and of exported classifiers."""
 
 import importlib.util
 import json
@@ -33,13 +33,13 @@ def images(batch: int, seed: int = 0) -> Tensor:
 
 
 def encoder(folder: Path, source: str) -> Path:
-    """For images that are not square."""
+    """Export an encoder for images that are not square."""
     export_encoder(ORIGINALS[source](folder).path, folder / "encoder.pth", "mm", image_size=(2 * PATCH, 3 * PATCH))
     return folder / "encoder.pth"
 
 
 def classifier(folder: Path, position: str, pool: str, fc_norm: bool) -> Path:
-    """One of this project's."""
+    """Save a classifier of this project."""
     spec = ClassifierSpec(EncoderSpec("vit_tiny", PATCH, (2 * PATCH, 3 * PATCH), position), 3, pool, NAMES)
     model = randomized(build_vit(spec.encoder, 3, pool, fc_norm=fc_norm))
     save_file(model.state_dict(), folder / "model.safetensors", spec.to_metadata())
@@ -65,7 +65,7 @@ SUFFIXES = {"torchscript": ".pt", "torch_export": ".pt2", "onnx": ".onnx"}
     ("kind", "source"),
     [("torchscript", "mae"), ("torchscript", "lomar"), ("torchscript", "simmim"), ("torch_export", "lomar")],
 )
-def test_programs_compute_features_of_batches_of_any_size(kind: str, source: str, tmp_path: Path):
+def test_programs_compute_features_at_any_batch_size(kind: str, source: str, tmp_path: Path):
     path = encoder(tmp_path, source)
     out = tmp_path / f"program{SUFFIXES[kind]}"
     _, difference, usage = export_encoder(path, out, kind)
@@ -82,7 +82,7 @@ def test_programs_compute_features_of_batches_of_any_size(kind: str, source: str
 @pytest.mark.parametrize(
     ("kind", "position", "pool"), [("torchscript", "sincos", "token"), ("torch_export", "relative", "avg")]
 )
-def test_programs_compute_logits_of_batches_of_any_size(kind: str, position: str, pool: str, tmp_path: Path):
+def test_programs_compute_logits_at_any_batch_size(kind: str, position: str, pool: str, tmp_path: Path):
     path = classifier(tmp_path, position, pool, fc_norm=pool == "avg")
     out = tmp_path / f"program{SUFFIXES[kind]}"
     assert export_classifier(path, out, kind)[1] < FP32
@@ -94,7 +94,7 @@ def test_programs_compute_logits_of_batches_of_any_size(kind: str, position: str
 
 @torch.no_grad()
 @pytest.mark.skipif(not HAS_ONNX, reason="onnx and onnxscript are not installed")
-def test_onnx_computes_features_of_batches_of_any_size(tmp_path: Path):
+def test_onnx_computes_features_at_any_batch_size(tmp_path: Path):
     import onnx
 
     path = encoder(tmp_path, "lomar")
@@ -107,14 +107,14 @@ def test_onnx_computes_features_of_batches_of_any_size(tmp_path: Path):
     assert [output.name for output in stored.graph.output] == ["features"]
 
 
-def test_onnx_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_onnx_without_its_packages_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"needs: pip install -e '\.\[onnx\]'; torch_export needs nothing more"):
         export_encoder(originals.mae(tmp_path).path, tmp_path / "out.onnx", "onnx")
     assert not (tmp_path / "out.onnx").exists()
 
 
-def test_a_program_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_program_with_other_features_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Broken(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
             return load_encoder(path)[0].norm(torch.zeros(len(pixels), 10, 16))
@@ -131,7 +131,7 @@ def test_a_program_that_computes_something_else_is_refused(tmp_path: Path, monke
     ("position", "pool", "fc_norm"),
     [("sincos", "token", False), ("sincos", "avg", True), ("sincos", "avg", False), ("relative", "avg", True)],
 )
-def test_timm_loads_classifiers(position: str, pool: str, fc_norm: bool, tmp_path: Path):
+def test_timm_loads_exported_classifiers(position: str, pool: str, fc_norm: bool, tmp_path: Path):
     path = classifier(tmp_path, position, pool, fc_norm)
     for out, kind in ((tmp_path / "out.safetensors", "timm"), (tmp_path / "folder", "hf")):
         report, difference, usage = export_classifier(path, out, kind)
@@ -145,31 +145,31 @@ def test_timm_loads_classifiers(position: str, pool: str, fc_norm: bool, tmp_pat
         assert found is not None
         expected = found.build().double()(images(2).double())
         assert max_difference(scope["model"].double().eval()(images(2).double()), expected) < SAME_PARAMETERS
-        again = load_classifier_weights(out)
-        assert again is not None
-        assert again.spec == found.spec
+        reloaded = load_classifier_weights(out)
+        assert reloaded is not None
+        assert reloaded.spec == found.spec
     assert ("transformers" in usage) == (position == "sincos" and pool == "token")
 
 
 @torch.no_grad()
-def test_transformers_loads_classifiers_with_their_names(tmp_path: Path):
+def test_transformers_loads_exported_classifiers_with_class_names(tmp_path: Path):
     from transformers import AutoModelForImageClassification
 
     path = classifier(tmp_path, "sincos", "token", fc_norm=False)
     export_classifier(path, tmp_path / "out", "hf")
     model = AutoModelForImageClassification.from_pretrained(str(tmp_path / "out")).double().eval()
-    found, again = load_classifier_weights(path), load_classifier_weights(tmp_path / "out")
+    found, reloaded = load_classifier_weights(path), load_classifier_weights(tmp_path / "out")
     assert found is not None
-    assert again is not None
+    assert reloaded is not None
     expected = found.build().double()(images(2).double())
     assert max_difference(model(images(2).double()).logits, expected) < SAME_PARAMETERS
-    assert tuple(model.config.id2label[label] for label in range(3)) == NAMES == again.spec.class_names
+    assert tuple(model.config.id2label[label] for label in range(3)) == NAMES == reloaded.spec.class_names
     card = (tmp_path / "out" / "README.md").read_text()
     assert "classifier of 3 classes, on the class token" in card
     assert "image-classification" in card
 
 
-def test_timms_folder_names_the_classes(tmp_path: Path):
+def test_timm_hub_folder_has_the_class_names(tmp_path: Path):
     export_classifier(classifier(tmp_path, "relative", "avg", True), tmp_path / "out", "hf")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["label_names"] == list(NAMES)
@@ -177,18 +177,18 @@ def test_timms_folder_names_the_classes(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_encoders_without_class_token_export(tmp_path: Path):
+def test_encoder_without_class_token_can_be_exported(tmp_path: Path):
     from helpers.other_libraries import ijepa
 
     path, model = ijepa(tmp_path)
     for kind, out in (("timm", "a.safetensors"), ("hf", "folder"), ("mm", "a.pth"), ("torchscript", "a.pt")):
         export_encoder(path, tmp_path / out, kind)
         if kind != "torchscript":
-            again = load_encoder(tmp_path / out)[0]
-            assert originals.feature_difference(again, model, originals.images()) < SAME_PARAMETERS
+            reloaded = load_encoder(tmp_path / out)[0]
+            assert originals.feature_difference(reloaded, model, originals.images()) < SAME_PARAMETERS
 
 
-def test_the_command_exports_classifiers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_exports_classifiers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = classifier(tmp_path, "sincos", "avg", fc_norm=True)
     with pytest.raises(SystemExit) as ended:
         main([str(path), str(tmp_path / "out.safetensors"), "--format", "timm", "--classifier"])
@@ -206,8 +206,8 @@ def test_the_command_exports_classifiers(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @torch.no_grad()
-def test_pixels_can_be_given(tmp_path: Path):
-    """BEiT v2's file, whose names are BEiT's."""
+def test_pixel_normalization_can_be_overridden(tmp_path: Path):
+    """BEiT v2's files use BEiT's names, but ImageNet's normalization."""
     path, model = originals.beit_finetuned(tmp_path)
     with pytest.raises(SystemExit):
         main([str(path), str(tmp_path / "out.safetensors"), "--format", "timm", "--pixels", "imagenet"])

@@ -1,4 +1,4 @@
-"""The configuration that `downstream.checkpoints.export --format mm` prints builds the exported encoder."""
+"""Tests that the config printed by `downstream.checkpoints.export --format mm` builds the exported encoder."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pretrain.models.vit import ViT
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["relative", "sincos"])
-def test_the_printed_backbone_is_the_encoder(kind: str, tmp_path: Path):
+def test_printed_backbone_computes_the_features_of_the_encoder(kind: str, tmp_path: Path):
     torch.manual_seed(3)
     encoder = randomized(ViT("vit_tiny", 8, (3, 4), kind == "relative"))
     spec = EncoderSpec.of(encoder)
@@ -26,7 +26,7 @@ def test_the_printed_backbone_is_the_encoder(kind: str, tmp_path: Path):
     _, _, usage = export_encoder(tmp_path / "encoder.safetensors", tmp_path / "out.pth", "mm")
 
     config = eval(usage.removeprefix("backbone="))
-    assert downstream.dense.backbone.loading.__name__ in usage  # what a configuration imports
+    assert downstream.dense.backbone.loading.__name__ in usage  # the module that a config imports
     last_block = encoder.arch.depth - 1
     as_pretrained = {"img_size": (24, 32), "window_size": 0, "class_token": True, "out_indices": (last_block,)}
     backbone = MODELS.build({**config, **as_pretrained}).eval()

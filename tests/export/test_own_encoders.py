@@ -1,4 +1,4 @@
-"""What a pretraining with registers, learned positions, a shared bias or LayerScale writes is read by everything."""
+"""Tests that encoders with registers, learned positions, a shared bias or LayerScale can be loaded and exported."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ ENCODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def pretrained(name: str, folder: Path) -> tuple[ViT, Path]:
-    """An encoder as it is trained, for images that are not square, and its file."""
+    """Build an encoder as pretraining does, for images that are not square, and save it."""
     method, model = ENCODERS[name]
     config = PretrainConfig.model_validate(
         {
@@ -52,7 +52,7 @@ def images() -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ENCODERS)
-def test_loads_and_exports_with_the_features_that_it_was_trained_with(name: str, tmp_path: Path):
+def test_loading_and_exporting_preserves_features(name: str, tmp_path: Path):
     encoder, path = pretrained(name, tmp_path)
     loaded, report = load_encoder(path)
     found, expected = (features(float64_copy(model), images()) for model in (loaded, encoder))
@@ -77,6 +77,6 @@ def test_loads_and_exports_with_the_features_that_it_was_trained_with(name: str,
 
 
 @pytest.mark.parametrize(("kind", "name"), [("torchscript", "sincos-registers"), ("torch_export", "bias-registers")])
-def test_programs(kind: str, name: str, tmp_path: Path):
+def test_encoders_can_be_exported_as_programs(kind: str, name: str, tmp_path: Path):
     _, path = pretrained(name, tmp_path)
     assert export_encoder(path, tmp_path / f"program{SUFFIXES[kind]}", kind)[1] < 1e-5

@@ -1,4 +1,4 @@
-"""`lomar_vit_*` in timm does what downstream code expects of a timm ViT."""
+"""Tests that `lomar_vit_*` in timm does what downstream code expects of a timm ViT."""
 
 from typing import Any
 
@@ -33,20 +33,20 @@ def test_names_are_registered_with_their_sizes():
 
 
 @torch.no_grad()
-def test_other_image_sizes():
+def test_other_image_sizes_give_the_same_features():
     fixed, dynamic = model(img_size=(8, 20)), model(dynamic_img_size=True)
     dynamic.load_state_dict(fixed.state_dict())
     encoder = ViT("vit_tiny", 4, (2, 5))
     encoder.load_state_dict(fixed.state_dict())
     pixels = images((8, 20))
-    for made in (fixed, dynamic):
-        assert originals.feature_difference(encoder, made, pixels) < originals.SAME_PARAMETERS
+    for vit in (fixed, dynamic):
+        assert originals.feature_difference(encoder, vit, pixels) < originals.SAME_PARAMETERS
     biased = model(position="bias", dynamic_img_size=True)
     with pytest.raises(ValueError, match=r"tables are for \(3, 3\) patches, but the images have \(2, 5\)"):
         biased(pixels)
 
 
-def test_unsupported_options_are_refused():
+def test_unsupported_options_are_rejected():
     with pytest.raises(ValueError, match="position='sincos'"):
         model(position="sincos")
     with pytest.raises(ValueError, match="drop_path_rate"):
@@ -54,7 +54,7 @@ def test_unsupported_options_are_refused():
 
 
 @pytest.mark.parametrize("position", ["relative", "bias"])
-def test_fine_tuning_groups(position: str):
+def test_layer_decay_groups(position: str):
     tuned = model(position=position, num_classes=5)
     names = {id(parameter): name for name, parameter in tuned.named_parameters()}
     groups = param_groups_layer_decay(
@@ -68,7 +68,7 @@ def test_fine_tuning_groups(position: str):
     assert scale[f"blocks.0.attn.{table}"] == (0.25, 0.05 if position == "relative" else 0.0)
 
 
-def test_recomputing_blocks_changes_no_gradient():
+def test_recomputing_blocks_does_not_change_gradients():
     tuned = model(num_classes=5).train()
     gradients = []
     for enable in (False, True):
@@ -82,7 +82,7 @@ def test_recomputing_blocks_changes_no_gradient():
 
 
 @torch.no_grad()
-def test_features_only_and_pooled():
+def test_features_only_and_average_pooling():
     backbone = model(features_only=True, out_indices=[0, 1])
     assert [tuple(level.shape) for level in backbone(images())] == [(2, 16, 3, 3)] * 2
     pooled = model(num_classes=5, global_pool="avg")
@@ -91,13 +91,13 @@ def test_features_only_and_pooled():
     torch.testing.assert_close(pooled(images()), expected)
 
 
-def test_offset_buckets_are_beits():
+def test_offset_buckets_match_beit():
     for height, width in ((3, 3), (2, 5), (1, 4)):
         theirs = timm.models.beit.gen_relative_position_index((height, width))
         assert torch.equal(offset_buckets(height, width), theirs)
 
 
-def test_a_model_evaluated_in_inference_mode_can_be_trained():
+def test_model_can_be_trained_after_inference_mode():
     tuned = model(img_size=(12, 8), num_classes=5)
     with torch.inference_mode():
         tuned(images((12, 8)))

@@ -1,4 +1,4 @@
-"""A run of which only the checkpoints exist, without DeepSpeed."""
+"""Stubs of a run that only writes and resumes checkpoints, without DeepSpeed."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from pretrain.trainer.launch import World
 
 
 class StubEngine:
-    """Saves one file, and loads nothing."""
+    """Saves one file and loads nothing."""
 
     _config = None
     basic_optimizer = SimpleNamespace(param_groups=[], defaults={})
@@ -31,14 +31,14 @@ class StubEngine:
 
 
 class Training:
-    """A run of which only the checkpoints exist."""
+    """A run that only writes and resumes checkpoints."""
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int = 0):
         self.folder, self.keys = folder, {"keep_last": keep_last, "keep_every_steps": keep_every}
         self.start()
 
     def start(self) -> int:
-        """The command is given again; returns the step at which it goes on."""
+        """Resume as if the command were run again; returns the step from which it continues."""
         from pretrain.trainer.checkpoint import Checkpoints  # imports DeepSpeed
 
         self.checkpoints = Checkpoints(self.folder, World(0, 1, 0), CheckpointConfig(**self.keys))

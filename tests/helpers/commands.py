@@ -1,6 +1,6 @@
-"""`python pretrain/run.py ...` as a user starts it: a process of its own from the beginning.
+"""Runs `python pretrain/run.py ...` as a user does, in a new process.
 
-Unlike the ranks of processes.py it is not forked: one that has asked for a GPU hands no usable CUDA to its children.
+Unlike the ranks of processes.py, it is not forked: CUDA cannot be used in children of a process that has queried a GPU.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ import pytest
 from helpers.processes import RUN
 from helpers.waiting import SECONDS
 
-# Of the environment: what a launcher sets, and where to keep compiled code, which importing torch's compiler sets.
+# Environment variables set by launchers, and cache folders of compiled code, set by importing torch's compiler.
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 class Command:
-    """A run of pretrain/run.py, for whoever waits for `Processes` as well."""
+    """A run of pretrain/run.py that can be waited for like `Processes`."""
 
     def __init__(self, arguments: list[str], said: Path):
         self.arguments, self._said = arguments, said
@@ -45,13 +45,13 @@ class Command:
         return self._process.poll()
 
     def kill(self) -> None:
-        """SIGKILL to it and its loader's workers."""
+        """Send SIGKILL to the process and its loader's workers."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(60)
 
     def outputs(self, timeout: float = SECONDS) -> list[str]:
-        """Waits; what it said. If it takes longer it is killed, and the test fails with what it said."""
+        """Wait and return the output. On timeout, kill the process and fail the test with the output."""
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -60,7 +60,7 @@ class Command:
         return [self._said.read_text()]
 
     def finish(self, timeout: float = SECONDS) -> str:
-        """Waits; what it said. Fails the test unless it ended well."""
+        """Wait and return the output. Fails the test unless the process exits with 0."""
         (output,) = self.outputs(timeout)
         assert self.returncode == 0, output
         return output

@@ -1,4 +1,4 @@
-"""Runs several of our commands in one process of a rank, each as `python -m` would."""
+"""Runs several of our commands one after the other in one process per rank, each as `python -m` would."""
 
 import json
 import runpy

@@ -1,6 +1,6 @@
-"""`compiled_gradients.py OUT STAGE ...`: norms of a small LoMaR's gradients in DeepSpeed's engines, compiled or not.
+"""`compiled_gradients.py OUT STAGE ...`: gradient norms of a small LoMaR in DeepSpeed engines, eager and compiled.
 
-Stage 3 in a process of its own, since it patches torch for good.
+Run stage 3 in a separate process, since it permanently patches torch.
 """
 
 import json
@@ -25,7 +25,7 @@ OVERRIDES = (
 
 
 class GuardedSGD(NonfiniteGuard, torch.optim.SGD):
-    """For stage 0. A step at rate 1 subtracts the gradient, which so can be read in every stage."""
+    """SGD for stage 0. A step with learning rate 1 subtracts the gradient, so it can be read in every stage."""
 
 
 def gradient_norms(stage: int, compiled: bool) -> dict[str, float]:

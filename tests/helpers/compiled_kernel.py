@@ -1,4 +1,4 @@
-"""`python -m helpers.compiled_kernel`: what the window kernels need on sm_90, as JSON; compiled without a GPU."""
+"""`python -m helpers.compiled_kernel`: prints the resources of the window kernels on sm_90 as JSON, without a GPU."""
 
 import json
 import re
@@ -20,7 +20,7 @@ TYPES = {"dtable": "*fp32", "scale": "fp32", "H": "i32", "stride_place": "i32", 
 
 
 def resources(kernel: Any, constants: dict[str, Any], warps: int, stages: int) -> dict[str, float]:
-    """Registers of a thread, bytes that it spills onto the stack, and bytes of shared memory."""
+    """Return registers per thread, bytes spilled to the stack, and bytes of shared memory."""
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in constants else "*i8" if name in INT8 else TYPES.get(name, "*bf16")

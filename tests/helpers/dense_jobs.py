@@ -1,8 +1,8 @@
-"""Trainings of tiny models, one after the other in the ranks of one launch: a start costs more than a training.
+"""Trains tiny models one after the other in the ranks of one launch, since starting takes longer than training.
 
-As a script this is one rank. A job is a list of overrides, as a user types them after CONFIG. Among them may be
-`config=FILE`, `signal=N,R`, which rank R gets before iteration N, and `full=N,R`, from which on it cannot write large
-files. The error or message that a job ended with is in `<name>-rank<N>.txt`.
+As a script, this is one rank. A job is a list of overrides, as a user types them after CONFIG. They may include
+`config=FILE`, `signal=N,R` (rank R gets a signal before iteration N) and `full=N,R` (from then on, it cannot write
+large files). The error or message that a job ends with is written to `<name>-rank<N>.txt`.
 """
 
 import gc
@@ -27,14 +27,14 @@ MODULES = {
 def run_jobs(
     start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]], config: Path = CONFIG, task: str = "detect"
 ) -> None:
-    """Each job in the run folder `folder`/<name>, unless it gives another `name=`.
+    """Run each job in the run folder `folder`/<name>, unless it sets another `name=`.
 
     Args:
-        start: of `processes.starter`.
-        folder: of the data, and parent of the run folders.
-        jobs: by their names.
-        config: of those that do not name another.
-        task: the package in downstream.
+        start: from `processes.starter`.
+        folder: contains the data, and is the parent of the run folders.
+        jobs: name -> overrides.
+        config: used by jobs that do not set `config=`.
+        task: name of the package in downstream.
     """
     jobs = {name: [f"config={config}", *overrides] for name, overrides in jobs.items()}
     (folder / "jobs.json").write_text(json.dumps({"task": task, "jobs": jobs}))
@@ -60,12 +60,12 @@ def main(folder: Path) -> None:
     plan = json.loads((folder / "jobs.json").read_text())
     keys, checks = MODULES[plan["task"]]
     propagate, check = importlib.import_module(keys).propagate_keys, importlib.import_module(checks).check
-    # A configuration is formatted for readers whenever it is logged or saved, which takes longer than these trainings.
+    # Formatting configs, which happens whenever one is logged or saved, would take longer than these trainings.
     yapf_api.FormatCode = lambda text, **style: (text, False)
 
     @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
     class TwoRates:
-        """The heads have half the learning rate, and a group between the others and theirs is not trained."""
+        """The heads have half the learning rate; the group between them and the other parameters is frozen."""
 
         def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):
             self.wrapper = dict(optim_wrapper_cfg)
@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
 
     @HOOKS.register_module()
     class Accident(Hook):
-        """What happens to one rank before an iteration: a scheduler's signal, or a full disk."""
+        """Sends a scheduler's signal to one rank before an iteration, or makes its disk full."""
 
         priority = "VERY_HIGH"
 
@@ -105,7 +105,7 @@ def main(folder: Path) -> None:
         overrides = [override for override in typed if not override.startswith((*ACCIDENTS, "config="))]
         overrides = [f"data_root={folder}/data/", f"runs={folder}", f"name={folder_name(name)}", *overrides]
         job = load_job(config, overrides, CONFIG.parent, propagate)
-        job.cfg.experiment_name = name  # mmengine keeps what one run logged for the next of that name
+        job.cfg.experiment_name = name  # mmengine keeps logged values for the next run of the same name
         job.cfg.custom_hooks = [*job.cfg.get("custom_hooks", []), *map(accident_hook, accidents)]
         ended_with = Path(folder / f"{name}-rank{world.rank}.txt")
         ended_with.write_text("")
@@ -116,13 +116,13 @@ def main(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         end_workers()
         gc.collect()
-        gc.freeze()  # mmengine collects before each data set, through all that has been imported
+        gc.freeze()  # mmengine collects garbage before each data set, and would go through all imported modules
         torch.distributed.barrier()
     exit_process(0)
 
 
 def end_workers() -> None:
-    """The garbage collector would end them too, but closes their queues first, and then waits 5 s for each worker."""
+    """Shut down loader workers. The garbage collector would close their queues first and wait 5 s for each worker."""
     from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
     for iterator in [thing for thing in gc.get_objects() if isinstance(thing, _MultiProcessingDataLoaderIter)]:
@@ -130,7 +130,7 @@ def end_workers() -> None:
 
 
 def folder_name(job: str) -> str:
-    """The name of a job's run folder."""
+    """Return the name of a job's run folder."""
     return job.replace(" ", "-")
 
 

@@ -1,4 +1,4 @@
-"""For the tests of real trainings of detectors and of segmentors: engines, launches, and results."""
+"""Engines, launches and results for the tests of real trainings of detectors and segmentors."""
 
 import json
 import os
@@ -16,15 +16,15 @@ BIN = Path(sys.executable).parent
 
 
 def write_engines(folder: Path) -> dict[str, list[str]]:
-    """Writes files of DeepSpeed's keys; returns the override that takes each; `plain` is mmengine's Runner.
+    """Write DeepSpeed config files; returns the override that selects each. `plain` is mmengine's Runner.
 
-    They are the shipped ones, but for buckets of which a small model fills several.
+    They equal the shipped ones, except that buckets are so small that a small model fills several.
     """
     engines: dict[str, list[str]] = {"plain": []}
     for stage in (1, 2, 3):
         zero: dict[str, Any] = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())["zero_optimization"]
         zero["reduce_bucket_size"] = 30_000
-        if stage == 3:  # by default all parameters of so small a model would stay gathered
+        if stage == 3:  # by default, all parameters of such a small model would stay gathered
             for key in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
                 zero[f"stage3_{key}"] = 0
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
@@ -33,27 +33,27 @@ def write_engines(folder: Path) -> dict[str, list[str]]:
 
 
 def launch(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A command as a user types it, `deepspeed` and `torchrun` among them."""
+    """Run a command as a user types it, including `deepspeed` and `torchrun`."""
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TORCH_EXTENSIONS_DIR": str(cwd)}
     return subprocess.run(command, cwd=cwd, env=environment, timeout=SECONDS, capture_output=True, text=True)
 
 
 def ended_with(folder: Path, job: str) -> str:
-    """The message that a job of `run_jobs` ended with, the same on both ranks."""
+    """Return the message that a job of `run_jobs` ended with, which must be the same on both ranks."""
     first, second = ((folder / f"{job}-rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     return first
 
 
 def last_checkpoint(work_dir: Path) -> dict[str, Any]:
-    """The content of the newest checkpoint."""
+    """Load the newest checkpoint."""
     path = Path((work_dir / "last_checkpoint").read_text())
     content: dict[str, Any] = torch.load(path / "weights.pth" if path.is_dir() else path, weights_only=False)
     return content
 
 
 def parameter_groups(work_dir: Path) -> list[dict[str, Any]]:
-    """The optimizer's groups in the newest checkpoint; of ZeRO in DeepSpeed's files."""
+    """Return the optimizer's parameter groups in the newest checkpoint; with ZeRO, from DeepSpeed's files."""
     path = Path((work_dir / "last_checkpoint").read_text())
     if path.is_file():
         return last_checkpoint(work_dir)["optimizer"]["param_groups"]
@@ -62,10 +62,10 @@ def parameter_groups(work_dir: Path) -> list[dict[str, Any]]:
 
 
 def logged(content: dict[str, Any], name: str) -> list[float]:
-    """A scalar of each iteration."""
+    """Return a logged scalar of each iteration."""
     return list(content["message_hub"]["log_scalars"][f"train/{name}"].data[0])
 
 
 def evaluations(work_dir: Path) -> list[dict[str, Any]]:
-    """The results of all evaluations."""
+    """Return the results of all evaluations."""
     return [json.loads(line) for line in (work_dir / "evaluation.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""An HTTP server of a folder's files, with ranges and ETags, that fails when it is told to."""
+"""An HTTP server of a folder's files, with ranges and ETags, that fails on request."""
 
 import hashlib
 import socket
@@ -16,17 +16,17 @@ from typing import Any
 
 @dataclass
 class FileServer:
-    """What is served, and how.
+    """The state of the server: what it serves, its faults, and the requests it got.
 
     Attributes:
         folder: the files.
-        faults: by the name of a file, what happens to its next requests, one each: a status such as 503, `reset`,
-            `truncate` (half of the body), `stall` (half of it, and then nothing for a long time), `short` (a whole file
-            that is shorter than it was), `redirect`.
-        seconds: of a stall; and of each file, to be slow.
-        ranges, tags: whether there are ranges and ETags.
-        gets: how many requests there were for the bytes of each file.
-        requests: their headers.
+        faults: file name (or `*`) -> what happens to its next requests, one each: a status such as 503, `reset`,
+            `truncate` (half of the body), `stall` (half of the body, then nothing for a long time), or `short` (a
+            complete file that is shorter than before).
+        stall, delay: seconds that a stall lasts, and seconds before each file is sent.
+        ranges, tags: whether range requests and ETags are supported.
+        gets: number of GET requests for each file.
+        requests: method, path and headers of each request.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class FileServer:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next_fault(self, name: str) -> int | str | None:
-        """Takes the next one of a file's."""
+        """Remove and return the next fault of a file."""
         with self.lock:
             faults = self.faults.get(name) or self.faults.get("*")
             return faults.pop(0) if faults else None
@@ -49,7 +49,7 @@ class FileServer:
 
 @contextmanager
 def serve(folder: Path) -> Iterator[FileServer]:
-    """Serves a folder at `url`; puts are written into it."""
+    """Serve a folder at `url`; PUT requests write into it."""
     state = FileServer(folder)
     handler = type("Handler", (_Handler,), {"state": state})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _reset(self) -> None:
-        """Closes without the end that TCP has for it."""
+        """Reset the connection instead of closing it in the regular way."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True

@@ -1,7 +1,7 @@
-"""Four optimizer steps of small classifiers on fixed random batches, by our loop in DeepSpeed or by plain torch.
+"""Four optimizer steps of small classifiers on fixed random batches, with our loop on DeepSpeed or in plain torch.
 
-As a script this is one rank of a launch that goes through many jobs, as steps.py is for pretraining: each trains to its
-end, and once more from the checkpoint in its middle. The plain version spells out groups, LARS and average by itself.
+As a script, this is one rank of a launch that runs many jobs, like steps.py for pretraining: each trains to the end and
+again from the checkpoint in the middle. The plain version has its own parameter groups, LARS and moving average.
 """
 
 import itertools
@@ -25,11 +25,11 @@ from pretrain.trainer.optim import learning_rate
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.seed import seed_step
 
-CLASSES = 6  # even: what ZeRO-3 fills parts of an odd number up with is whatever was in memory
+CLASSES = 6  # even, because ZeRO-3 pads odd partitions with uninitialized memory
 
 
 def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]) -> None:
-    """As of steps.py, with `state.pt` and `model.safetensors` in each run's folder."""
+    """Like `steps.run_jobs`, with `state.pt` and `model.safetensors` in each run folder."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     start(folder, script=__file__).finish()
 
@@ -51,19 +51,19 @@ def draw_label(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def plain_groups(vit: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """A group for each trained parameter: BEiT's rule, as MAE's and LoMaR's authors wrote it down."""
+    """Return one group per trained parameter, by BEiT's rule as implemented by the authors of MAE and LoMaR."""
     groups = []
     depth = len(vit.blocks)
     for name, parameter in vit.named_parameters():
         if not parameter.requires_grad:
             continue
         block = re.match(r"blocks\.(\d+)\.", name)
-        layer = depth + 1  # the head, and the norm of a pool
+        layer = depth + 1  # the head, and the norm after pooling
         if block:
             layer = int(block[1]) + 1
         elif name.startswith(("patch_embed", "cls_token", "pos_embed")):
             layer = 0
-        elif name.startswith("norm."):  # timm counts it to the last block
+        elif name.startswith("norm."):  # timm counts it as part of the last block
             layer = depth
         decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed") and "rpe_bias" not in name
         scale = config.optim.layer_decay ** (depth + 1 - layer)
@@ -72,7 +72,7 @@ def plain_groups(vit: Any, config: FinetuneConfig) -> list[dict[str, Any]]:
 
 
 class PlainLars:
-    """MAE's LARS: matrices are scaled by |weight| / |gradient| and 0.001, vectors are not; momentum after that."""
+    """MAE's LARS: gradients of matrices, not vectors, are scaled by 0.001 |weight| / |gradient| before the momentum."""
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float):
         self.param_groups, self.momentum = groups, momentum
@@ -95,10 +95,10 @@ class PlainLars:
 
 
 def plain_steps(config: FinetuneConfig) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """One process without DeepSpeed: (loss, gradient norm) of each step, and the average in float64 if there is one.
+    """Train in one process without DeepSpeed; returns (loss, gradient norm) of each step and float64 moving averages.
 
-    Where something is drawn at random it plays the two ranks, one after the other; else they are one, which for batch
-    normalisation over ranks is the same.
+    If mixing draws random numbers, it simulates the two ranks one after the other. Otherwise, one rank takes the whole
+    batch, which is the same for batch normalization that is synchronized across ranks.
     """
     classifier, parts = build_small(config), config.train.gradient_accumulation_steps
     ranks = 2 if config.augment.mixes else 1
@@ -146,7 +146,7 @@ class NoIndex:
 def train_small(
     classifier: Classifier, config: FinetuneConfig, world: World, device: torch.device, folder: RunFolder
 ) -> int:
-    """What downstream/classify/finetune.py does, on fixed batches; returns the step that it continued from."""
+    """Do what downstream/classify/finetune.py does, on fixed batches; returns the step from which it continued."""
     from downstream.classify.build import build_ema
     from downstream.classify.finish import finish
     from downstream.classify.optimizers import build_optimizer

@@ -1,4 +1,4 @@
-"""One step of every method, on a device and in a precision: what the tests of a GPU compare."""
+"""One step of every method on any device and in any precision, compared by the GPU tests."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from pretrain.models import vit
 from pretrain.numerics import apply_numerics, choose_numerics
 
 BATCH = 8
-ARCH = vit.Arch(128, 2, 2)  # heads of 64 channels, as in the larger ones
+ARCH = vit.Arch(128, 2, 2)  # heads of 64 channels, as in the larger architectures
 DECODER = {"decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}
 SINCOS, RELATIVE = {"position": "sincos"}, {"position": "relative"}
 LEARNED = {"position": "learned", "registers": 2}
@@ -28,7 +28,7 @@ ADD_ONS: dict[str, dict[str, Any]] = {
     "lut": {"alpha": 1.0, "hidden_dim": 64},
 }
 
-# Each variant runs alone and with every set of the add-ons that its method allows.
+# Each variant runs alone and with every combination of the add-ons that its method supports.
 VARIANTS: dict[str, dict[str, Any]] = {
     "lomar": {"method": LOMAR, "model": RELATIVE},
     "lomar-late": {"method": LOMAR | {"mask_token_block": 1}, "model": RELATIVE},
@@ -59,26 +59,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model": SINCOS,
         "target": {"name": "ema", "blocks": 2},
     },
-    # The attention of all patches: which of them have the largest may depend on a rounding.
+    # Queries for all 80 patches: a selection of those with the largest attention could depend on rounding.
     "tec": {"method": {"name": "tec", "num_queries": 80, **DECODER}, "model": SINCOS, "target": {"name": "teacher"}},
 }
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """Sections of the configuration, by name."""
+    """Return the config sections of each case, by name."""
     found = {}
     for name, sections in VARIANTS.items():
         add_ons = sorted(METHODS[sections["method"]["name"]].add_ons)
         for count in range(len(add_ons) + 1):
             for some in itertools.combinations(add_ons, count):
                 if "lut" in some and {sections["method"].get("mask_type"), name} & {"block", "mae-num_masks-ema"}:
-                    continue  # refused: LUT needs masks of which two are disjoint, and has an average of its own
+                    continue  # rejected: LUT needs pairs of disjoint masks, and has a moving average of its own
                 found["-".join([name, *some])] = sections | {add_on: ADD_ONS[add_on] for add_on in some}
     return found
 
 
 def configure(sections: dict[str, Any], precision: str = "bf16", **model: str) -> PretrainConfig:
-    """Of 8x10 patches; `model` adds keys to its section."""
+    """Build a config for 8x10 patches; `model` adds keys to the model section."""
     keys = {
         "name": "step",
         "data": {"shards": "unused", "image_size": [128, 160]},
@@ -86,7 +86,7 @@ def configure(sections: dict[str, Any], precision: str = "bf16", **model: str) -
         **sections,
         "model": {"arch": "vit_tiny", **sections["model"], **model},
     }
-    with patch.dict(vit.ARCHS, vit_tiny=ARCH):  # keys that number the encoder's blocks are checked against it
+    with patch.dict(vit.ARCHS, vit_tiny=ARCH):  # block numbers in keys are checked against the architecture
         return PretrainConfig.model_validate(keys)
 
 
@@ -98,7 +98,7 @@ class Step(NamedTuple):
 
 
 def build(config: PretrainConfig, device: torch.device) -> nn.Module:
-    """The method with the numerics that its configuration asks for; no parameter keeps a special value."""
+    """Build the method with the numerics of its config and randomized parameters."""
     with patch.dict(vit.ARCHS, vit_tiny=ARCH):
         method = build_method(config, untrained_teacher(config))
         numerics = choose_numerics(config, device, stage=0)
@@ -114,7 +114,7 @@ def build(config: PretrainConfig, device: torch.device) -> nn.Module:
 def inputs(
     method: Any, config: PretrainConfig, device: torch.device, step: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same images and masks on every device; images differ, or LUT's batch norms would enlarge every rounding."""
+    """Draw the same images and masks on every device. LUT's batch norms would amplify rounding if images were alike."""
     rng, sampler = np.random.default_rng(step), method.mask_sampler()
     height, width = (side // 32 for side in config.data.height_width)
     coarse = rng.integers(0, 256, (BATCH, len(config.augmentations), height, 1, width, 1, 3))
@@ -127,7 +127,7 @@ def inputs(
 
 
 def run_step(method: Any, config: PretrainConfig, device: torch.device, bf16: bool, step: int = 0) -> Step:
-    """Forward and backward, under autocast or in fp32."""
+    """Run forward and backward, under autocast or in fp32."""
     images, mask_indices = inputs(method, config, device, step)
     method.zero_grad()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

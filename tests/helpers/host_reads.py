@@ -1,8 +1,8 @@
-"""What the host waits for in each step of a real stage-0 run on one rank: numbers read off tensors, and synchronizing.
+"""Counts what the host waits for in each step of a real stage-0 run on one rank: tensor reads and synchronizations.
 
-On a CPU both cost nothing, so they are counted instead: `aten::_local_scalar_dense` is what `item()`, `bool()` and
-`float()` of a tensor become. As a script: `host_reads.py FOLDER RECIPE [key=value ...]` trains, and writes the counts
-of each step to FOLDER/counts.json.
+They are counted because both cost nothing on a CPU: `item()`, `bool()` and `float()` of a tensor call
+`aten::_local_scalar_dense`. As a script, `host_reads.py FOLDER RECIPE [key=value ...]` trains and writes the counts of
+each step to FOLDER/counts.json.
 """
 
 import json
@@ -20,7 +20,7 @@ from pretrain.trainer.run_folder import RunFolder
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the numbers that are read off tensors within it."""
+    """Counts the numbers that are read from tensors while it is active."""
 
     count = 0
 

@@ -1,6 +1,7 @@
-"""`python -m helpers.interpreted_kernel`, with TRITON_INTERPRET=1: the window kernel on the CPU, as JSON errors.
+"""`python -m helpers.interpreted_kernel` with TRITON_INTERPRET=1: errors of the window kernel on the CPU, as JSON.
 
-In a process of its own, since Triton decides on import whether it interprets. In fp32: its bf16 products are wrong.
+It needs its own process, since Triton decides on import whether to interpret. It runs in fp32, because interpreted
+bf16 products are wrong.
 """
 
 import json
@@ -15,17 +16,17 @@ from pretrain.methods.pr_mim import PRMIMConfig
 from pretrain.models.vit import Arch
 from pretrain.models.window_attention import window_attention, window_tokens, worst_error
 
-# size of a window, patches that are tokens (None: all), channels of a head, and perhaps prefix tokens, if not one
+# window size, number of patches that are tokens (None: all), channels per head, number of prefix tokens (default: one)
 CASES: tuple[tuple[int | None, ...], ...] = (
     *((7, None, 64), (7, 25, 64), (7, 10, 64), (7, None, 80)),  # LoMaR, PR-MIM, visible patches only; ViT-H
-    *((7, 15, 16), (7, 31, 16)),  # as many tokens as a power of two
+    *((7, 15, 16), (7, 31, 16)),  # the number of tokens is a power of two
     *((6, None, 32), (5, None, 16), (2, 3, 16)),
     *((7, None, 16, 4), (7, 20, 16, 9)),  # registers
 )
 
 
 def naive(qkv: Tensor, table: Tensor, patches: Tensor, size: int, prefix: int) -> Tensor:
-    """The formula, with the bucket of every pair made by hand: qkv (G, L, 3, H, C) -> (G, L, H, C)."""
+    """Compute the formula with a bucket for every pair: qkv (G, L, 3, H, C) -> (G, L, H, C)."""
     G, L, _, _, C = qkv.shape
     ids = torch.full((G, L, L), 49)
     for g in range(G):
@@ -67,7 +68,7 @@ def kernel_errors(size: int, count: int | None, channels: int, prefix: int = 1) 
 
 
 def method_errors(**keys: Any) -> dict[str, float]:
-    """Loss and gradients of LoMaR with the kernel against those without."""
+    """Compare loss and gradients of LoMaR with and without the kernel."""
     results = []
     for kernel in (True, False):
         method = tiny_lomar(grid=(5, 6), arch=Arch(32, 2, 2), **keys)

@@ -1,4 +1,4 @@
-"""Labeled images to evaluate on, classifiers to evaluate, and commands on several ranks."""
+"""Labeled images, random classifiers, and commands on one or several ranks."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_photo(path: Path, seed: int, size: tuple[int, int] = (48, 40), kind: int = 0) -> None:
-    """Blocks of color, so that crops of different images differ; images of one kind resemble each other a little."""
+    """Write an image of smooth color blocks; images of the same kind are slightly alike, and all crops differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse, shared = (np.random.default_rng(s).integers(0, 256, (4, 5, 3)) for s in (seed, 10**6 + kind))
     image = Image.fromarray(((coarse + shared) // 2).astype(np.uint8))
@@ -33,9 +33,9 @@ def write_photo(path: Path, seed: int, size: tuple[int, int] = (48, 40), kind: i
 
 
 def write_classes(root: Path, names: list[str], images: int, bad: int = 0, first: int = 0) -> Path:
-    """`images` JPEGs in a folder for each name, of which the first `bad` ones cannot be decoded.
+    """Write `images` JPEGs into a folder for each name; the first `bad` ones cannot be decoded.
 
-    Another number for the `first` image gives other images of the same classes.
+    Another `first` number gives other images of the same classes.
     """
     for number in range(len(names) * images):
         kind = number % len(names)
@@ -49,7 +49,7 @@ def write_classes(root: Path, names: list[str], images: int, bad: int = 0, first
 def write_classifier(
     path: Path, num_classes: int, position: str = "relative", pool: str = "avg", class_names: Sequence[str] = ()
 ) -> Path:
-    """A file with a random ViT-Ti classifier for images of 32 pixels."""
+    """Write a random ViT-Ti classifier for images of 32 pixels."""
     torch.manual_seed(0)
     name = "lomar_vit_tiny_patch16_224" if position == "relative" else "vit_tiny_patch16_224"
     model = timm.create_model(name, img_size=32, num_classes=num_classes, global_pool=pool)
@@ -60,7 +60,7 @@ def write_classifier(
 
 
 def run_in_process(module: Any, *arguments: object) -> dict[str, Any]:
-    """What the command of a module that evaluates returns, on one rank, without a process of its own."""
+    """Run an evaluation module's command on one rank in this process and return its result."""
     results = []
 
     def run_here(command: Any, options: Any) -> None:
@@ -72,7 +72,7 @@ def run_in_process(module: Any, *arguments: object) -> dict[str, Any]:
 
 
 def run_command(*arguments: object, ranks: int = 1) -> tuple[int, str, str]:
-    """Runs `python ARGUMENTS` on each rank; returns the exit code, stdout and stderr of the main one."""
+    """Run `python ARGUMENTS` on each rank; returns the exit code, stdout and stderr of the main rank."""
     port = str(free_port())
     started = []
     for rank in range(ranks):

@@ -1,7 +1,7 @@
-"""One rank of a leg of some small trainings: each continues, and after a given step is stopped as by a signal.
+"""One rank of a leg of several small trainings: each resumes, and is stopped by a signal after a given step.
 
-`python legs.py FOLDER STEP`: FOLDER has jobs.json, name -> kind and arguments of its configuration, and a run's folder
-for each. A STEP at the end of training lets them end.
+`python legs.py FOLDER STEP`: FOLDER has jobs.json (name -> kind and config arguments) and a run folder for each job. If
+STEP is the last step, the trainings run to their end.
 """
 
 import gc
@@ -20,13 +20,13 @@ from pretrain.trainer import signals
 from pretrain.trainer.launch import exit_process, find_world, init_distributed
 from pretrain.trainer.run_folder import RunFolder
 
-EPOCHS, BATCH = 3, 12  # 12 divides among 1 to 4 ranks
+EPOCHS, BATCH = 3, 12  # divisible by 1 to 4 ranks
 END = EPOCHS * steps.STEPS
 KEYS = [f"train.epochs={EPOCHS}", f"train.global_batch_size={BATCH}", "checkpoint.every_steps=1000"]
 
 
 def stop_after(module: torch.nn.Module, forwards: int) -> None:
-    """A signal comes in a forward pass, so the run is saved and stopped after its step."""
+    """Send a signal in the given forward pass, so that the run saves and stops after that step."""
     calls = itertools.count(1)
 
     def send(*_: Any) -> None:
@@ -58,7 +58,7 @@ def main() -> None:
         except signals.Stopped as stopped:
             print(f"job {name}, from {began}: {stopped}", flush=True)
         signals._received.clear()
-        gc.collect()  # an engine's hooks hold it in cycles
+        gc.collect()  # the hooks of an engine form reference cycles
     exit_process(0)
 
 

@@ -1,4 +1,4 @@
-"""Attention over grids pair by pair, in float64, from the papers' formulas: what the backbone's must equal."""
+"""Reference for the backbone's attention: pairwise over grids, in float64, from the papers' formulas."""
 
 import math
 
@@ -17,13 +17,13 @@ def piecewise(offset: int) -> int:
 
 
 def bucket(i: int, j: int, width: int) -> int:
-    """Of two patches in raster order, query minus key."""
+    """Return the bucket of two patches in raster order, by the offset query minus key."""
     rows, cols = i // width - j // width, i % width - j % width
     return (piecewise(rows) + 3) * 7 + piecewise(cols) + 3
 
 
 def stretched(table: Tensor, side: int) -> Tensor:
-    """A table of offsets, linearly interpolated: centres of entries on centres, the ends held."""
+    """Interpolate a table of offsets linearly, with aligned centers and constant ends."""
     old, new = len(table), 2 * side - 1
     rows = []
     for place in range(new):
@@ -34,9 +34,9 @@ def stretched(table: Tensor, side: int) -> Tensor:
 
 
 def naive_attention(attention: GridAttention, x: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """(B, L, D) tokens -> (B, L, D), every pair's bias made by hand, and a mask for the windows.
+    """(B, L, D) tokens -> (B, L, D), with an explicit bias for every pair and a mask for the windows.
 
-    Autograd sees the module's own parameters.
+    Gradients reach the module's own parameters.
     """
     height, width = grid
     count, first = height * width, x.shape[1] - height * width
@@ -70,7 +70,7 @@ def naive_attention(attention: GridAttention, x: Tensor, grid: tuple[int, int], 
 
 
 def randomized(module: nn.Module, seed: int = 1) -> nn.Module:
-    """No parameter keeps a special value."""
+    """Add noise to all parameters, so that none keeps a special value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Image files that are malformed or odd, each with what must become of it; small, and the same bytes every time."""
+"""Malformed or unusual image files, each with the expected outcome; they are small and deterministic."""
 
 import gzip
 import struct
@@ -14,7 +14,7 @@ from data.image_file import DAMAGED, EMPTY, MAX_PIXELS, NO_IMAGE, READS_HEIC, TO
 from helpers.shard_tools import encode, smooth_image
 
 READ = ""
-EITHER = "either"  # read or refused, as the decoder finds: but by all alike
+EITHER = "either"  # read or rejected, as the decoder decides, but the same in all places
 HUGE = 60_000
 FORMATS = {
     "jpg": ("JPEG", {"quality": 90}),
@@ -44,7 +44,7 @@ MODES = {
 
 
 class OddImage(NamedTuple):
-    """One file."""
+    """A file and its expected outcome."""
 
     name: str
     data: bytes
@@ -53,7 +53,7 @@ class OddImage(NamedTuple):
 
 
 def photo(mode: str = "RGB", width: int = 64, height: int = 48) -> Image.Image:
-    """A picture of any of Pillow's modes that files have."""
+    """Make an image in any of Pillow's modes that files can have."""
     image = smooth_image(7, width, height)
     if mode == "I;16":
         return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
@@ -65,7 +65,7 @@ def photo(mode: str = "RGB", width: int = 64, height: int = 48) -> Image.Image:
 
 
 def odd_images() -> Iterator[OddImage]:
-    """All of them; their names are unique, also without suffix, and none needs more than a few megabytes."""
+    """Yield all files; names are unique even without suffix, and none needs more than a few megabytes."""
     for part in (_modes, _truncated, _no_images, _sizes, _pictures, _turned, _png, _jpeg, _tiff, _others, _flipped):
         for name, (data, kind) in part().items():
             key, _, suffix = name.rpartition(".")
@@ -104,7 +104,7 @@ def _truncated() -> Files:
     files = {}
     for suffix, (format, options) in FORMATS.items():
         data = encode(photo(), format, **options)
-        first = DAMAGED if format in ("JPEG", "PNG", "TIFF", "GIF") else NO_IMAGE  # four bytes say what it was to be
+        first = DAMAGED if format in ("JPEG", "PNG", "TIFF", "GIF") else NO_IMAGE  # four bytes identify the format
         cuts = {0: EMPTY, 1: NO_IMAGE, 4: first if format != "PNG" else NO_IMAGE, 24: DAMAGED}
         cuts |= {len(data) * part // 8: DAMAGED for part in (2, 4, 6)}
         files |= {f"{cut}.{suffix}": (data[:cut], kind) for cut, kind in cuts.items()}
@@ -125,7 +125,7 @@ def _no_images() -> Files:
         "utf-16.jpg": ("no image".encode("utf-16") * 20, NO_IMAGE),
         "lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n", NO_IMAGE),
         "gzip.jpg": (gzip.compress(jpeg, mtime=0), NO_IMAGE),
-        "line-ends.png": (encode(photo(), "PNG").replace(b"\r\n", b"\n"), NO_IMAGE),  # as FTP's text mode leaves it
+        "line-ends.png": (encode(photo(), "PNG").replace(b"\r\n", b"\n"), NO_IMAGE),  # as left by FTP's text mode
         "zip.png": (b"PK\x03\x04" + bytes(200), NO_IMAGE),
         "pdf.jpg": (b"%PDF-1.7\n" + jpeg, NO_IMAGE),
         "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg' width='64' height='64'/>", NO_IMAGE),
@@ -144,7 +144,7 @@ def _no_images() -> Files:
 
 
 def _sizes() -> Files:
-    """Bombs: huge by their header, of some hundred bytes; and small or thin ones."""
+    """Decompression bombs, which are huge according to their header, and tiny or thin images."""
     jpeg, png, gif, bmp = (encode(photo(), format) for format in ("JPEG", "PNG", "GIF", "BMP"))
     webp, tif, jp2, avif = (encode(photo(), format) for format in ("WEBP", "TIFF", "JPEG2000", "AVIF"))
     sof = jpeg.index(b"\xff\xc0") + 5
@@ -187,7 +187,7 @@ def _sizes() -> Files:
 
 
 def _pictures() -> Files:
-    """Several pictures in a file, of which the first counts."""
+    """Files with several pictures, of which the first counts."""
     files = {}
     others = [smooth_image(seed, 64, 48) for seed in (1, 2)]
     for suffix, format in {"gif": "GIF", "webp": "WEBP", "png": "PNG", "tif": "TIFF", "avif": "AVIF"}.items():
@@ -203,7 +203,7 @@ def _pictures() -> Files:
 
 
 def _turned() -> Files:
-    """By EXIF, and EXIF that is damaged."""
+    """Images rotated by EXIF, and images with damaged EXIF."""
     files = {}
     for suffix in ("jpg", "png", "webp", "tif", "avif"):
         for orientation in (3, 6, 8, 99):
@@ -340,7 +340,7 @@ def _others() -> Files:
 
 
 def _flipped() -> Files:
-    """Bits that storage turned."""
+    """Files with flipped bits."""
     rng, files = np.random.default_rng(0), {}
     for suffix, (format, options) in FORMATS.items():
         data = encode(photo(), format, **options)
@@ -353,28 +353,28 @@ def _flipped() -> Files:
 
 
 def ramp_16(channels: int, white: int = 65535) -> np.ndarray:
-    """uint16 (48, 64, channels), from 0 to `white`, whose lower bytes matter."""
+    """Return uint16 (48, 64, channels) from 0 to `white` with varying low bytes."""
     values = np.linspace(0, white, 48 * 64 * channels).astype(np.uint16)
     return values.reshape(48, 64, channels)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG."""
+    """Encode a PNG chunk."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def ihdr(width: int, height: int, depth: int = 8, color: int = 2, interlaced: int = 0) -> bytes:
-    """The content of a PNG's header."""
+    """Encode the content of a PNG header."""
     return struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
 
 
 def png_of(*chunks: bytes) -> bytes:
-    """A PNG of these chunks and the last one."""
+    """Encode a PNG of these chunks and the end chunk."""
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
 
 
 def png_16(values: np.ndarray) -> bytes:
-    """A PNG of uint16 (H, W, 2 to 4), which Pillow does not write."""
+    """Encode uint16 (H, W, 2 to 4) as PNG, which Pillow cannot do."""
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = ihdr(width, height, 16, {2: 4, 3: 2, 4: 6}[channels])
@@ -382,17 +382,17 @@ def png_16(values: np.ndarray) -> bytes:
 
 
 def with_ihdr(png: bytes, width: int, height: int) -> bytes:
-    """A PNG whose header gives another size."""
+    """Replace the size in a PNG's header."""
     return png[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + png[24:29]) + png[33:]
 
 
 def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
-    """A PNG with another chunk behind its header."""
+    """Insert a chunk after a PNG's header."""
     return png[:33] + chunk(kind, content) + png[33:]
 
 
 def tiff_16(values: np.ndarray, order: str = "<") -> bytes:
-    """An uncompressed TIFF of uint16 (H, W, 3 or 4), which Pillow does not write."""
+    """Encode uint16 (H, W, 3 or 4) as uncompressed TIFF, which Pillow cannot do."""
     height, width, channels = values.shape
     pixels = values.astype(f"{order}u2").tobytes()
     depths = 8 + len(pixels)
@@ -411,7 +411,7 @@ def tiff_16(values: np.ndarray, order: str = "<") -> bytes:
 
 
 def without_times(avif: bytes) -> bytes:
-    """Without the second at which a sequence was written; ISO/IEC 14496-12, version 1 of the three boxes."""
+    """Clear the timestamps of an AVIF sequence (ISO/IEC 14496-12, version 1 of the three boxes)."""
     changed = bytearray(avif)
     for box in (b"mvhd", b"tkhd", b"mdhd") if avif[8:12] == b"avis" else ():
         place = avif.index(box) + 8
@@ -420,7 +420,7 @@ def without_times(avif: bytes) -> bytes:
 
 
 def with_tags(tif: bytes, values: dict[int, int], count: int = 1) -> bytes:
-    """A little-endian TIFF with other values in entries of its first directory."""
+    """Replace values in the first directory of a little-endian TIFF."""
     changed = bytearray(tif)
     ifd = struct.unpack("<I", tif[4:8])[0]
     for number in range(struct.unpack("<H", tif[ifd : ifd + 2])[0]):

@@ -1,4 +1,4 @@
-"""Tars that are malformed or odd, each with what must become of it; written by hand, as no tool writes most of them."""
+"""Malformed or unusual tars, each with the expected outcome; handwritten, since no tool writes most of them."""
 
 import bz2
 import gzip
@@ -12,11 +12,11 @@ from helpers.shard_tools import jpeg
 BLOCK = 512
 PHOTO = jpeg(0)
 END = bytes(2 * BLOCK)
-Part = tuple[bytes, tuple[str, ...], str]  # content, keys that are read, and what the refusal says, '' if it is read
+Part = tuple[bytes, tuple[str, ...], str]  # content, keys that are read, and a pattern of the error ('' if it is read)
 
 
 class OddTar(NamedTuple):
-    """One tar."""
+    """A tar and its expected outcome."""
 
     name: str
     data: bytes
@@ -29,7 +29,7 @@ class OddTar(NamedTuple):
 
 
 def odd_tars() -> Iterator[OddTar]:
-    """All of them; names are unique."""
+    """Yield all tars; names are unique."""
     for part in (_names, _samples, _links, _headers, _sizes, _extensions, _sparse, _ends, _no_tars):
         for name, (data, keys, refused) in part().items():
             yield OddTar(f"{part.__name__[1:]}-{name}.tar", data, keys, refused)
@@ -46,7 +46,7 @@ def block(
     checksum: bytes | None = None,
     prefix: bytes = b"",
 ) -> bytes:
-    """A header, with anything in its fields; POSIX 1003.1, ustar."""
+    """Encode a ustar header (POSIX 1003.1) with arbitrary fields."""
     size = b"%011o\0" % size if isinstance(size, int) else size
     fields = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size.ljust(12, b"\0") + b"00000000000\0"
     rest = kind + link.ljust(100, b"\0") + magic.ljust(8, b"\0") + bytes(64 + 16) + prefix.ljust(155, b"\0") + bytes(12)
@@ -55,41 +55,41 @@ def block(
 
 
 def padded(content: bytes) -> bytes:
-    """Up to the next whole block."""
+    """Pad to a multiple of the block size."""
     return content + bytes(-len(content) % BLOCK)
 
 
 def photo(name: bytes, content: bytes = PHOTO, **fields: object) -> bytes:
-    """A member."""
+    """Encode a member."""
     return block(name, **({"size": len(content)} | fields)) + padded(content)  # type: ignore[arg-type]
 
 
 def pax(*records: tuple[bytes, bytes], kind: bytes = b"x") -> bytes:
-    """A pax header of records, whose lengths are right."""
+    """Encode a pax header of records with correct lengths."""
     content = b"".join(record(key, value) for key, value in records)
     return block(b"pax", len(content), kind) + padded(content)
 
 
 def record(key: bytes, value: bytes) -> bytes:
-    """One record of a pax header: its own length, and key=value."""
+    """Encode one record of a pax header: its own length and key=value."""
     rest = len(key) + len(value) + 3
     length = rest + len(str(rest))
-    length = rest + len(str(length))  # its own digits count, and may be one more
+    length = rest + len(str(length))  # includes its own digits, of which there may now be one more
     return b"%d %s=%s\n" % (length, key, value)
 
 
 def gnu_name(name: bytes, size: bytes | int | None = None) -> bytes:
-    """A name of any length in front of a member, as GNU tar writes it."""
+    """Encode a name of any length in front of a member, as GNU tar does."""
     return block(b"././@LongLink", len(name) + 1 if size is None else size, b"L") + padded(name + b"\0")
 
 
 def good(*names: bytes) -> bytes:
-    """Some members."""
+    """Encode members with valid photos."""
     return b"".join(map(photo, names))
 
 
 def _names() -> dict[str, Part]:
-    """Whatever a name is, nothing is written by it, and it is the sample's key."""
+    """Any name is the sample's key, and nothing is ever written under it."""
     names = {
         "traversal": b"../../../../tmp/evil.jpg",
         "traversal-within": b"a/../../b/evil.jpg",
@@ -160,7 +160,7 @@ def _links() -> dict[str, Part]:
     files: dict[str, Part] = {}
     for kind, name in types.items():
         member = good(b"a.jpg") + block(b"b.jpg", kind=kind, link=b"/etc/passwd")
-        if kind == b"7":  # as a plain file, says POSIX
+        if kind == b"7":  # a regular file according to POSIX
             files[name] = good(b"a.jpg") + photo(b"b.jpg", kind=kind) + END, ("a", "b"), ""
             continue
         files[name] = member + END, (), "whose bytes are not in the tar"
@@ -222,7 +222,7 @@ def _headers() -> dict[str, Part]:
 
 
 def _sizes() -> dict[str, Part]:
-    """That are not those of the content."""
+    """Sizes in headers that do not match the content."""
     lie = "write the shard again|no readable tar header|after the end"
     binary = b"\x80" + bytes(3) + struct.pack(">Q", len(PHOTO))
     return {
@@ -261,7 +261,7 @@ def _sizes() -> dict[str, Part]:
 
 
 def _extensions() -> dict[str, Part]:
-    """Names and pax headers in front of members, that lie."""
+    """GNU names and pax headers in front of members, most of them wrong."""
     lie = "write the shard again|no readable tar header|after the end"
     size = b"%d" % len(PHOTO)
     content = record(b"path", b"a.jpg")
@@ -403,7 +403,7 @@ def _no_tars() -> dict[str, Part]:
 
 
 def _labels() -> dict[str, tuple[bytes, tuple[str, ...], tuple[int, ...]]]:
-    """Whatever it is, pretraining does not need it."""
+    """Any label is accepted, since pretraining does not need it."""
     labels = {
         "missing": (None, -1),
         "right": (b"3", 3),

@@ -1,7 +1,7 @@
-"""Small models of others, each computing in its own module, and files of them under their authors' key names.
+"""Small published models in their original modules, and checkpoint files with their authors' key names.
 
-The modules are timm's (MAE, LUT, DINO and DINOv2 use its VisionTransformer, BEiT and SimMIM its Beit) and, for LoMaR, a
-slow one written from the paper and iRPE's rule.
+The modules are timm's (VisionTransformer for MAE, LUT, DINO and DINOv2, Beit for BEiT and SimMIM). LoMaR's is a slow
+one, written from the paper and iRPE's rule.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from downstream.checkpoints.compare import float64_copy, max_difference
 from pretrain.models.features import features
 from pretrain.models.vit import Arch, ViT, sincos_positions
 
-# Bounds of `feature_difference`. The same parameters compute the same but for float64's rounding. What is folded or
-# resized is rounded to fp32 once more, by 6e-8 of a parameter, and a few such roundings add up in a feature.
+# Bounds of `feature_difference`. With the same parameters, features differ only by float64 rounding. Folded or resized
+# parameters are rounded to fp32 once more, by a relative 6e-8, and several such errors add up in a feature.
 SAME_PARAMETERS, SAME_TO_FP32 = 1e-12, 1e-6
 
 TINY = Arch(dim=16, depth=2, heads=2)
@@ -34,14 +34,14 @@ SHAPE = {"img_size": PATCH * GRID, "patch_size": PATCH, "embed_dim": 16, "depth"
 
 
 class Original(NamedTuple):
-    """A file, and the module whose features an encoder loaded from it must have."""
+    """A file, and the module whose features an encoder loaded from it must reproduce."""
 
     path: Path
     model: Any
 
 
 def randomized(model: Any, seed: int = 1) -> Any:
-    """No parameter keeps a special value: biases, gammas and tables start at zero or one."""
+    """Add noise to all parameters, since biases, gammas and tables start at the special values zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,22 +54,22 @@ def vit(seed: int = 1, kind: type[VisionTransformer] = VisionTransformer, **opti
 
 
 class HalfPixels:
-    """As it was trained: given pixels of ImageNet's statistics, it makes them those of mean and deviation 0.5."""
+    """Converts pixels normalized with ImageNet's statistics to mean and std 0.5, with which the model was trained."""
 
     def forward_features(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         return super().forward_features(half_pixels(x), *arguments, **options)  # type: ignore[misc]
 
 
 class HalfBeit(HalfPixels, Beit):
-    """BEiT's."""
+    """BEiT, trained with mean and std 0.5."""
 
 
 class HalfViT(HalfPixels, VisionTransformer):
-    """Google's."""
+    """Google's ViT, trained with mean and std 0.5."""
 
 
 class NoClassToken(VisionTransformer):
-    """I-JEPA's; as our features, with the mean of the tokens in front of them."""
+    """I-JEPA's encoder. Like our features, it puts the mean of the tokens in front of them."""
 
     def forward_features(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         tokens = super().forward_features(x, *arguments, **options)
@@ -77,7 +77,7 @@ class NoClassToken(VisionTransformer):
 
 
 def half_pixels(images: Tensor) -> Tensor:
-    """(B, 3, H, W) pixels standardized by ImageNet's statistics -> by mean and deviation 0.5."""
+    """Convert (B, 3, H, W) pixels from ImageNet's normalization to mean and std 0.5."""
     statistics = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=images.dtype)
     mean, std = statistics[:, :, None, None]
     return (images * std + mean - 0.5) / 0.5
@@ -98,7 +98,7 @@ def images(size: int | tuple[int, int] = PATCH * GRID) -> Tensor:
 
 
 def feature_difference(encoder: ViT, model: Any, pixels: Tensor) -> float:
-    """`max_difference` of an encoder and a model with timm's `forward_features` on (B, 3, H, W) pixels, in float64."""
+    """Return `max_difference` in float64 between an encoder and a model's `forward_features` on (B, 3, H, W) pixels."""
     pixels = pixels.double()
     with torch.no_grad():
         expected = float64_copy(model).forward_features(pixels)
@@ -133,7 +133,7 @@ def mae(folder: Path) -> Original:
 
 
 def crossmae(folder: Path) -> Original:
-    """With inter-block attention, for which it trains no last norm: ours only standardizes."""
+    """With inter-block attention, CrossMAE trains no last norm, so ours has unit weights and zero biases."""
     model = _mae_model()
     torch.nn.init.ones_(model.norm.weight)
     torch.nn.init.zeros_(model.norm.bias)
@@ -160,7 +160,7 @@ def lut(folder: Path, weights: str = "online") -> Original:
 
 
 def simmim(folder: Path) -> Original:
-    """With a configuration of yacs, a package that need not be installed where the file is loaded."""
+    """Contains a yacs config, although that package need not be installed where the file is loaded."""
     model = beit(init_values=0.1, use_shared_rel_pos_bias=True)
     state = prefixed("encoder.", {**model.state_dict(), "mask_token": noise(1, 1, 16)})
     state["encoder.rel_pos_bias.relative_position_index"] = torch.zeros(10, 10, dtype=torch.int64)
@@ -218,7 +218,7 @@ def dinov2(folder: Path) -> Original:
 
 
 def dinov2_registers(folder: Path) -> Original:
-    """Its table has a row for the class token and none for registers."""
+    """Its position table has a row for the class token and none for the registers."""
     model = vit(init_values=1e-5, reg_tokens=2, no_embed_class=True)
     state, row = dict(model.state_dict()), noise(1, 1, 16)
     state |= {"cls_token": state["cls_token"] - row, "pos_embed": torch.cat([row, state["pos_embed"]], dim=1)}
@@ -228,14 +228,14 @@ def dinov2_registers(folder: Path) -> Original:
 
 
 def timm_registers(folder: Path) -> Original:
-    """A table with rows for registers, too."""
+    """Its position table has rows for the registers, too."""
     model = vit(reg_tokens=2)
     torch.save(model.state_dict(), folder / "timm_reg.pth")
     return Original(folder / "timm_reg.pth", model)
 
 
 def dinov2_training(folder: Path) -> Original:
-    """Its blocks are in chunks, but numbered throughout."""
+    """Its blocks are in chunks, but numbered consecutively."""
     model = vit(init_values=1e-5)
     state = {name.replace("blocks.", "blocks.0.", 1): tensor for name, tensor in model.state_dict().items()}
     state = prefixed("backbone.", {**state, "mask_token": noise(1, 16)})
@@ -250,14 +250,14 @@ def timm_classifier(folder: Path) -> Original:
 
 
 def deit3(folder: Path) -> Original:
-    """A table without a row for the class token."""
+    """Its position table has no row for the class token."""
     model = vit(init_values=1e-5, no_embed_class=True)
     torch.save({"model": model.state_dict()}, folder / "deit3.pth")
     return Original(folder / "deit3.pth", model)
 
 
 class _LoMaRAttention(nn.Module):
-    """iRPE, contextual, product, on keys; entry by entry."""
+    """Contextual product iRPE on keys, entry by entry."""
 
     def __init__(self, grid: int):
         super().__init__()
@@ -330,7 +330,7 @@ ORIGINALS: dict[str, Callable[[Path], Original]] = {
 
 
 class Bomb:
-    """Its pickle calls `open`, which creates a file, when it is loaded."""
+    """When its pickle is loaded, it calls `open` and creates a file."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -340,7 +340,7 @@ class Bomb:
 
 
 def old_pickle(value: Any, path: Path) -> None:
-    """In the format of torch before 1.6, or by pickle alone."""
+    """Save in the format of torch before 1.6, or with plain pickle."""
     if isinstance(value, dict):
         torch.save(value, path, _use_new_zipfile_serialization=False)
     else:

@@ -1,7 +1,7 @@
-"""Small files of transformers, mmpretrain, I-JEPA and MoCo v3, and the modules whose features they must give.
+"""Small files of transformers, mmpretrain, I-JEPA and MoCo v3, and modules whose features they must reproduce.
 
-Transformers' are its own modules. mmpretrain cannot be installed with what this project needs, so its files are timm's
-modules under mmpretrain's names, written from its code.
+For transformers, they are its own modules. mmpretrain conflicts with this project's dependencies, so its files are made
+from timm's modules, with mmpretrain's names taken from its code.
 """
 
 import re
@@ -33,13 +33,13 @@ _DECODER = {
 
 
 class Transformers(nn.Module):
-    """A model of transformers with timm's methods; where it has no class token, the tokens' mean stands first.
+    """A transformers model with timm's methods; without a class token, the mean of the tokens comes first.
 
     Args:
         model: the base model.
-        half: whether its pixels are of mean and deviation 0.5.
-        norm: the last one, where the base model does not have it.
-        whole: pixels -> logits, of a classifier.
+        half: whether its pixels are normalized with mean and std 0.5.
+        norm: the last norm, if the base model lacks it.
+        whole: a classifier, pixels -> logits.
     """
 
     def __init__(self, model: nn.Module, half: bool, norm: nn.Module, whole: nn.Module):
@@ -48,7 +48,7 @@ class Transformers(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         options = {}
-        if type(self.model).__name__ == "ViTMAEModel":  # all patches, in their order
+        if type(self.model).__name__ == "ViTMAEModel":  # keep all patches, in order
             options["noise"] = torch.arange(GRID**2, dtype=images.dtype).expand(len(images), -1)
         tokens = self.norm(self.model(self._pixels(images), **options).last_hidden_state)
         without_class_token = tokens.shape[1] == GRID**2
@@ -62,7 +62,7 @@ class Transformers(nn.Module):
 
 
 def transformers_model(folder: Path, name: str, **options: Any) -> Original:
-    """A folder of the hub with a model of the class `name`, whose pixels its preprocessor's file tells."""
+    """Save a hub folder with a model of class `name` and, for mean and std 0.5, a preprocessor config."""
     import transformers
 
     kind = re.sub(r"(Model|For.*)$", "", name)
@@ -97,7 +97,7 @@ def _to_mmpretrain(name: str) -> str:
 
 
 def mmpretrain_state(state: dict[str, Tensor], head: str = "head.fc.") -> dict[str, Tensor]:
-    """timm's names -> mmpretrain's."""
+    """Rename timm's keys to mmpretrain's."""
     backbone = {_to_mmpretrain(name): tensor for name, tensor in state.items() if not name.startswith("head.")}
     heads = {name.replace("head.", head, 1): tensor for name, tensor in state.items() if name.startswith("head.")}
     return {**prefixed("backbone.", backbone), **heads}
@@ -111,7 +111,7 @@ def mmpretrain_mae(folder: Path) -> Original:
 
 
 def mmpretrain_vit(folder: Path) -> Original:
-    """A classifier with LayerScale, trained on pixels that the configuration in the file tells."""
+    """A classifier with LayerScale; the config in its file defines the pixel normalization."""
     model = originals.vit(kind=originals.HalfViT, init_values=1e-5, num_classes=5)
     config = (
         "model = dict(type='ImageClassifier')\n"

@@ -1,16 +1,16 @@
-"""Ports for ranks to meet at."""
+"""Free ports for rendezvous of ranks."""
 
 import itertools
 import os
 import socket
 
-# Below the ports that the kernel gives out to whatever connects, and those that `deepspeed` gets from us.
+# Below the kernel's ephemeral ports and those that we give to `deepspeed`.
 _FIRST, _COUNT = 10_000, 10_000
-_places = itertools.count(os.getpid() * 101)  # test processes run beside each other
+_places = itertools.count(os.getpid() * 101)  # test processes run in parallel
 
 
 def free_port() -> int:
-    """Each once."""
+    """Return a free port that was not returned before."""
     for place in itertools.islice(_places, _COUNT):
         port = _FIRST + place % _COUNT
         with socket.socket() as probe:

@@ -1,7 +1,7 @@
-"""What a loss of power leaves of a folder: the calls that change it are recorded, and replayed up to any moment.
+"""Simulates what a power loss leaves of a folder: calls that change it are recorded and replayed up to any point.
 
-A file has the bytes of its last `fsync`, or those of the moment, since the disk may be quicker than it must. A folder
-has the names of its last `fsync`, and of the changes since then any part, in any order: renames are atomic.
+A file has the bytes of its last `fsync` or its current ones, since a disk may write earlier than it must. A folder has
+the names of its last `fsync`, plus any subset of later changes, in any order. Renames are atomic.
 """
 
 import os
@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-Step = tuple[str, ...]  # of a recording: the call and its paths, or for a write its bytes as Latin-1
-Tree = dict[str, bytes]  # path -> content; folders without files are left out
+Step = tuple[str, ...]  # a recorded call and its paths, and for a write its bytes as Latin-1
+Tree = dict[str, bytes]  # path -> content; empty folders are left out
 
 
 class Recorder:
-    """Records what is done below `root` by functions of `os`, in `steps`."""
+    """Records in `steps` what functions of `os` do below `root`."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch):
         self.steps: list[Step] = []
@@ -80,7 +80,7 @@ class _Folder:
 
 @dataclass(eq=False)
 class _Change:
-    """Of names, not synced yet: each of them gets a node, or is removed, all or none of it."""
+    """An unsynced change of names: each gets a node or is removed, and all of them change or none."""
 
     names: list[tuple[_Folder, str, Any]]
 
@@ -94,7 +94,7 @@ class _Change:
 
 
 class Disk:
-    """A file system after the steps of a recording."""
+    """A file system to which recorded steps are applied."""
 
     def __init__(self) -> None:
         self._root, self._changes = _Folder(), list[_Change]()
@@ -125,7 +125,7 @@ class Disk:
             self._change((path, node))
 
     def after_power_loss(self) -> Iterator[Tree]:
-        """What may be left: no change that was not synced, all of them, each alone, all but each."""
+        """Yield possible remains: none of the unsynced changes, all of them, each alone, and all but each."""
         every = self._changes
         chosen: list[Sequence[_Change]] = [[], every]
         for number in range(len(every)):

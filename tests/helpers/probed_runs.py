@@ -1,4 +1,4 @@
-"""One rank that goes through whole runs of `pretrain/run.py`, with encoders of two narrow blocks."""
+"""One rank that goes through complete runs of `pretrain/run.py`, with encoders of two narrow blocks."""
 
 import gc
 import json
@@ -17,7 +17,7 @@ if __name__ == "__main__":
         for arguments in json.loads(Path(sys.argv[1]).read_text()):
             with SMALL:
                 pretrain(load(arguments[0], arguments[1:]), world)
-            gc.collect()  # an engine's hooks hold it in cycles
+            gc.collect()  # the hooks of an engine form reference cycles
     except Exception:
         traceback.print_exc()
         exit_process(1)

@@ -1,4 +1,4 @@
-"""The ranks of a real run of `pretrain/run.py`, or of another entry."""
+"""The ranks of a real run of `pretrain/run.py` or of another script."""
 
 import contextlib
 import gc
@@ -24,11 +24,10 @@ TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 RUN = str(ROOT / "pretrain" / "run.py")
 CLASSIFY = str(ROOT / "downstream" / "classify" / "finetune.py")
-SMALL = patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2))  # within it, the smallest encoder has two narrow blocks
+SMALL = patch.dict(vit.ARCHS, vit_tiny=vit.Arch(32, 2, 2))  # gives the smallest encoder two narrow blocks
 
-# Ranks are forked from a server that has imported what takes long, and then are processes like any other: a start
-# costs tenths of a second instead of seconds. DeepSpeed is not among it: it chooses its accelerator when imported.
-# The launchers' own tests start everything from nothing.
+# Ranks are forked from a server that has imported slow modules, so a start takes tenths of a second instead of seconds.
+# DeepSpeed is not preloaded, because it chooses its accelerator on import. Tests of launchers start new processes.
 _SERVER = multiprocessing.get_context("forkserver")
 _COMPILED = ["torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]  # DeepSpeed uses torch.compile on import
 _PRELOADED = ["torch", "timm.layers", "torchvision", "torch.utils.tensorboard", "matplotlib.pyplot", *_COMPILED]
@@ -36,12 +35,12 @@ _SERVER.set_forkserver_preload(_PRELOADED)
 
 
 def preload(*modules: str) -> None:
-    """More modules that all ranks have imported; before the first of them is started."""
+    """Preload more modules for all ranks; must be called before the first rank starts."""
     _SERVER.set_forkserver_preload([*_PRELOADED, *modules])
 
 
 class Rank:
-    """A process and what it says."""
+    """A process and its output."""
 
     def __init__(self, process: BaseProcess, said: Path):
         self._process, self._said = process, said
@@ -66,10 +65,10 @@ class Rank:
 
 
 def _become(script: str, arguments: list[str], environment: dict[str, str], cwd: Path, said: Path) -> None:
-    """This process turns into `python script arguments`, the leader of a session."""
+    """Turn this process into `python script arguments` as a session leader."""
     os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # a loader's workers would come from servers of their own
-    gc.freeze()  # DeepSpeed collects garbage often, which need not look through all that has been imported
+    multiprocessing.set_start_method(None, force=True)  # or loader workers would start from their own servers
+    gc.freeze()  # DeepSpeed collects garbage often, and would go through all preloaded modules
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -83,7 +82,7 @@ def _become(script: str, arguments: list[str], environment: dict[str, str], cwd:
 
 
 class Processes:
-    """The ranks of one run, started as a launcher would, without a launcher's seconds."""
+    """The ranks of one run, started as by a launcher, but faster."""
 
     _numbers = itertools.count()
 
@@ -106,7 +105,7 @@ class Processes:
             self.all.append(Rank(process, said))
 
     def kill(self) -> None:
-        """SIGKILL to every rank and its loader's workers."""
+        """Send SIGKILL to every rank and its loader's workers."""
         for rank in self.all:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)
@@ -114,7 +113,7 @@ class Processes:
             rank.ended(time.monotonic() + 60)
 
     def outputs(self, timeout: float = SECONDS) -> list[str]:
-        """Waits; what each rank said. A run that takes longer is killed, and fails the test with what it said."""
+        """Wait and return the output of each rank. On timeout, kill the run and fail the test with the output."""
         deadline = time.monotonic() + timeout
         if not all(rank.ended(deadline) for rank in self.all):
             self.kill()
@@ -122,7 +121,7 @@ class Processes:
         return [rank.said() for rank in self.all]
 
     def finish(self, timeout: float = SECONDS) -> str:
-        """Waits; the main rank's output. Fails the test, with all output, unless every rank ended well."""
+        """Wait and return the main rank's output. Fails the test with all output unless every rank exits with 0."""
         outputs = self.outputs(timeout)
         assert all(rank.returncode == 0 for rank in self.all), "\n".join(outputs)
         return outputs[0]
@@ -130,9 +129,9 @@ class Processes:
 
 @contextlib.contextmanager
 def starter(cwd: Path) -> Iterator[Callable[..., Processes]]:
-    """start(recipe, 'key=value', ...) -> Processes of run.py; what is left running at the end is killed.
+    """Yield start(recipe, 'key=value', ...) -> Processes of run.py; runs that are still active at the end are killed.
 
-    The smallest encoder is `SMALL` in them; launchers' own tests train what is shipped.
+    Their smallest encoder is that of `SMALL`. Tests of launchers train the shipped one.
     """
     started: list[Processes] = []
 

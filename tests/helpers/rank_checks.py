@@ -1,4 +1,4 @@
-"""What runs are waited for and compared by."""
+"""Functions that wait for runs and compare them."""
 
 import time
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def wait_for(path: Path, processes: Any, seconds: float = SECONDS) -> None:
 
 
 def newest(run: Path) -> str:
-    """The last checkpoint of a run that is whole."""
+    """Return the last complete checkpoint of a run."""
     return max(manifest.parent.name for manifest in run.glob("checkpoints/step_*/manifest.json"))
 
 
@@ -39,13 +39,13 @@ def assert_same_bits(first: Any, second: Any) -> None:
         assert len(first) == len(second)
         for a, b in zip(first, second, strict=True):
             assert_same_bits(a, b)
-    elif first != second:  # DeepSpeed's own objects, which know no equality
+    elif first != second:  # DeepSpeed's own objects, which define no equality
         assert first is not second
         assert_same_bits(vars(first), vars(second))
 
 
 def moments(tree: Any) -> Iterator[torch.Tensor]:
-    """Adam's first moments or LARS's momentum, anywhere in a checkpoint's file."""
+    """Yield Adam's first moments or LARS's momentum from anywhere in a checkpoint file."""
     if isinstance(tree, dict):
         yield from (value for key, value in tree.items() if key in ("exp_avg", "momentum_buffer"))
     if isinstance(tree, dict | list | tuple):
@@ -54,7 +54,7 @@ def moments(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def assert_same_run(whole: Path, other: Path) -> None:
-    """Losses, gradient norms, what was written at the end and all that the last checkpoint holds, bit for bit."""
+    """Check that losses, gradient norms, final files and the last checkpoint are bitwise identical."""
     keys = ("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps")
     assert [[row[k] for k in keys] for row in read_metrics(whole / "metrics.jsonl")] == [
         [row[k] for k in keys] for row in read_metrics(other / "metrics.jsonl")
@@ -77,11 +77,11 @@ def assert_same_run(whole: Path, other: Path) -> None:
 
 
 def assert_same_steps(run: Path, plain: list[tuple[float, float]]) -> None:
-    """The losses and gradient norms that a run of steps.py logged are those of plain torch."""
+    """Check that the losses and gradient norms logged by a run of steps.py match plain torch."""
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [int(step >= POISONED) for step in range(len(plain))]
     for step, (row, (loss, norm)) in enumerate(zip(rows, plain, strict=True)):
-        if step == POISONED:  # what is not finite is logged as null
+        if step == POISONED:  # non-finite values are logged as null
             assert (row["loss"], row["grad_norm"]) == (None, None)
         else:
             assert row["loss"] == pytest.approx(loss, rel=1e-5), step

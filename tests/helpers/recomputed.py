@@ -1,4 +1,4 @@
-"""In place of CUDA graphs on a CPU: recordings that compute again, on what their inputs are by then."""
+"""A substitute for CUDA graphs on a CPU: recordings that recompute on the current values of their inputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,7 @@ from pretrain.trainer import cuda_graphs
 
 
 class Recomputed:
-    """`cuda_graphs.Recording`, but that `result` holds new tensors after a replay."""
+    """Like `cuda_graphs.Recording`, except that `result` holds new tensors after a replay."""
 
     def __init__(self, function: Callable[[], Any], before: "Recomputed | None" = None):
         self.function, self.replays = function, 0

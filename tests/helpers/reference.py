@@ -1,7 +1,7 @@
-"""The methods spelled out: loops over images, windows, queries and keys, in float64, in the papers' order.
+"""Reference implementations of the methods: loops over images, windows, queries and keys in float64.
 
-It shares no code with `pretrain`: only the names of the weights and the index arrays that say what was drawn. It is
-slow and meant to be read together with the papers; `test_lomar.py` and `test_methods.py` compare the models with it.
+They share no code with `pretrain`, only the names of the weights and the index arrays of what was drawn. They are slow
+and meant to be read with the papers. `test_lomar.py` and `test_methods.py` compare the models with them.
 """
 
 import math
@@ -26,12 +26,12 @@ def axis_bucket(offset: float) -> int:
 
 
 def bucket(query: tuple[int, int], key: tuple[int, int]) -> int:
-    """The "product" bucket of two patches at (row, column)."""
+    """Return the "product" bucket of two patches at (row, column)."""
     return (axis_bucket(query[0] - key[0]) + 3) * 7 + axis_bucket(query[1] - key[1]) + 3
 
 
 def cut_patch(image: Tensor, row: int, col: int, patch: int) -> Tensor:
-    """Pixels of one patch as a vector: rows, then columns, then RGB; each channel standardized."""
+    """Return the pixels of one patch as a vector: rows, then columns, then RGB, with normalized channels."""
     square = image[row * patch : (row + 1) * patch, col * patch : (col + 1) * patch]
     return torch.stack(
         [(value.double() / 255 - PIXEL_MEAN[c]) / PIXEL_STD[c] for line in square for pixel in line
@@ -75,7 +75,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attention(tokens: list[Tensor], buckets: list[list[int]] | None, weights: Weights, name: str, heads: int):
-    """Every query against every key; the relative term meets the query before its scaling."""
+    """Every query against every key; the relative term uses the query before scaling."""
     dim = len(tokens[0])
     head_dim = dim // heads
     qkv = [linear(token, weights, f"{name}.qkv") for token in tokens]
@@ -101,7 +101,7 @@ def attention(tokens: list[Tensor], buckets: list[list[int]] | None, weights: We
 
 
 def block(tokens: list[Tensor], buckets: list[list[int]] | None, weights: Weights, name: str, heads: int):
-    """Pre-norm: each half adds to the residual stream its output for the normalized stream."""
+    """Pre-norm: each half adds its output for the normalized stream to the residual stream."""
     attended = attention(
         [layer_norm(x, weights, f"{name}.norm1") for x in tokens], buckets, weights, f"{name}.attn", heads
     )
@@ -115,13 +115,13 @@ def block(tokens: list[Tensor], buckets: list[list[int]] | None, weights: Weight
 
 
 def relative_buckets(patches: list[tuple[int, int]], prefix: int = 1) -> list[list[int]]:
-    """Of a class token, perhaps registers, and patches at these (row, column)."""
+    """Buckets of `prefix` tokens (a class token, perhaps registers) and patches at these (row, column)."""
     inner = [[CLASS_BUCKET] * prefix + [bucket(query, key) for key in patches] for query in patches]
     return [[CLASS_BUCKET] * (prefix + len(patches))] * prefix + inner
 
 
 def bias_rows(patches: list[tuple[int, int]], prefix: int, grid: tuple[int, int]) -> list[list[int]]:
-    """BEiT's numbering: offsets in raster order, then three kinds of pairs with a class token."""
+    """BEiT's numbering: offsets in raster order, then the three kinds of pairs with a class token."""
     rows, cols = grid
     offsets = (2 * rows - 1) * (2 * cols - 1)
     inner = [
@@ -150,13 +150,13 @@ def encode_sequence(
     image: Tensor, patches: list[tuple[int, int]], masked: list[int], kept: list[int], mask_token_block: int,
     weights: Weights, heads: int,
 ) -> tuple[list[Tensor], dict[int, Tensor]]:  # fmt: skip
-    """One window or image: prefix tokens, visible patches, and from `mask_token_block` on mask tokens of the kept ones.
+    """Encode a window or image: prefix tokens, visible patches, and kept mask tokens from `mask_token_block` on.
 
     Args:
         image: (H, W, 3) uint8.
         patches: (row, column) of the sequence's patches in the image's grid, in raster order.
-        masked: which of them are masked.
-        kept: which of the masked ones enter the encoder.
+        masked: indices of the masked patches.
+        kept: indices of the masked patches that enter the encoder.
 
     Returns:
         The encoded prefix tokens, and the encoded patches that entered, by their index in the sequence.
@@ -193,7 +193,7 @@ def encode_sequence(
 def encoder_streams(
     image: Tensor, patches: list[tuple[int, int]], visible: list[int], weights: Weights, heads: int
 ) -> list[list[Tensor]]:
-    """The prefix tokens and the visible patches before the first block and behind each block."""
+    """Return the prefix tokens and visible patches before the first block and after each block."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
     tokens, columns = prefix_tokens(weights), image.shape[1] // patch
@@ -214,7 +214,7 @@ def depth_of(weights: Weights, name: str) -> int:
 def aggregate(
     tokens: dict[int, Tensor], columns: int, rows: int, weights: Weights, name: str, heads: int
 ) -> dict[int, Tensor]:
-    """PR-MIM's spatial aggregation, Table 12's kinds: a thrown token is computed from the tokens around it."""
+    """PR-MIM's spatial aggregation, of the kinds in Table 12: a thrown token is computed from its neighbors."""
     zero = torch.zeros_like(next(iter(tokens.values())))
     grid = [tokens.get(i, zero) for i in range(rows * columns)]
     if f"{name}.aggregate.block.norm1.weight" in weights:
@@ -235,7 +235,7 @@ def aggregate(
 
 
 def convolve(grid: list[Tensor], columns: int, rows: int, weights: Weights, name: str) -> list[Tensor]:
-    """Channel by channel; zeros outside the grid."""
+    """Depthwise convolution with zeros outside the grid."""
     kernel, output = weights[f"{name}.weight"], []
     reach = kernel.shape[-1] // 2
     for row in range(rows):
@@ -249,7 +249,7 @@ def convolve(grid: list[Tensor], columns: int, rows: int, weights: Weights, name
 
 
 def average(tokens: dict[int, Tensor], columns: int, rows: int, zero: Tensor) -> list[Tensor]:
-    """Of the given tokens among 3 x 3 neighbors; zero where there are none."""
+    """Average the given tokens among 3 x 3 neighbors; zero if there are none."""
     output = []
     for row in range(rows):
         for col in range(columns):
@@ -259,7 +259,7 @@ def average(tokens: dict[int, Tensor], columns: int, rows: int, zero: Tensor) ->
 
 
 def predict(encoded: dict[int, Tensor], columns: int, rows: int, weights: Weights, heads: int) -> dict[int, Tensor]:
-    """The head on every token of a sequence, thrown ones included."""
+    """Apply the head to every token of a sequence, including thrown ones."""
     if "predictor.norm.weight" not in weights:
         return {i: linear(token, weights, "predictor.head") for i, token in encoded.items()}
     filled = aggregate(encoded, columns, rows, weights, "predictor.aggregation", heads)
@@ -269,7 +269,7 @@ def predict(encoded: dict[int, Tensor], columns: int, rows: int, weights: Weight
 def transformer(
     tokens: list[Tensor], buckets: list[list[int]] | None, weights: Weights, name: str, heads: int, start: int = 0
 ):
-    """The blocks of an encoder or decoder from `start` on, then its last norm."""
+    """Apply the blocks of an encoder or decoder from `start` on, then its last norm."""
     depth = len({key.split(".")[2] for key in weights if key.startswith(f"{name}.blocks.")})
     for n in range(start, depth):
         tokens = block(tokens, buckets, weights, f"{name}.blocks.{n}", heads)
@@ -280,9 +280,9 @@ def transformer_decoder(
     prefix: list[Tensor], encoded: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights,
     heads: int, name: str = "decoder", fill: bool = True,
 ) -> dict[int, Tensor]:  # fmt: skip
-    """The prefix tokens, the encoded tokens and mask tokens where they are kept; the prediction of every patch.
+    """Decode prefix tokens, encoded tokens and mask tokens of kept patches; returns the prediction of every patch.
 
-    Without `fill`, of the patches that got a token alone.
+    Without `fill`, returns only the predictions of patches that have a token.
     """
     narrow = {i: linear(x, weights, f"{name}.embed") for i, x in encoded.items()}
     if f"{name}.mask_token" in weights:
@@ -317,10 +317,10 @@ def lomar_loss(
         images: (B, H, W, 3) uint8.
         mask_indices: `positions` (B, W, K*K) in the grid, `masked` (B, W, M) and `kept` (B, W, K) in the window.
         weights: the state dict of `LoMaR`, in float64.
-        heads: of the encoder.
+        heads: number of heads of the encoder.
         norm_pix: predict normalized patches.
         mask_token_block: the block before which mask tokens enter.
-        decoder_heads: of the decoder, where the weights have one, into which mask tokens enter instead.
+        decoder_heads: number of heads of the decoder; if the weights have one, mask tokens enter it instead.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = images.shape[2] // patch
@@ -344,7 +344,7 @@ def lomar_loss(
 
 
 def simmim_loss(images: Tensor, mask_indices: dict[str, Tensor], weights: Weights, heads: int) -> Tensor:
-    """One window that is the whole image; mean absolute error of the masked patches' pixels."""
+    """Mean absolute error of the masked patches' pixels, with the whole image as one window."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     rows, columns = images.shape[1] // patch, images.shape[2] // patch
     patches = [divmod(i, columns) for i in range(rows * columns)]

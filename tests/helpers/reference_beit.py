@@ -1,4 +1,4 @@
-"""BEiT and its random-projection tokenizer spelled out in float64 loops; the encoder is that of `reference.py`.
+"""Reference of BEiT and its random-projection tokenizer in float64 loops, with the encoder of `reference.py`.
 
 It shares no code with `pretrain`.
 """
@@ -13,7 +13,7 @@ from helpers.reference import Weights, cut_patch, encode_sequence, predict, targ
 
 
 def random_projection_codes(image: Tensor, patch: int, seed: int, vocab_size: int, code_dim: int) -> list[int]:
-    """For each patch of an image (H, W, 3) uint8, the code nearest to its projection, both of length one."""
+    """Return the code nearest to the projection of each patch of an image (H, W, 3) uint8, both with unit length."""
     generator = np.random.RandomState(seed)
     codebook = torch.from_numpy(generator.standard_normal((vocab_size, code_dim)))
     projection = torch.from_numpy(generator.standard_normal((patch * patch * 3, code_dim)))
@@ -38,12 +38,12 @@ def beit_loss(
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask_indices: `positions` (B, W, L) in the grid, `masked` (B, W, M) and `kept` (B, W, K) in the window; or of
+        mask_indices: `positions` (B, W, L) in the grid, `masked` (B, W, M) and `kept` (B, W, K) in the window; for
             whole images, `masked` (B, M) and `kept` (B, K).
-        codes: of each patch of each image.
+        codes: code of each patch of each image.
         weights: the state dict of `BEiT` or `LoMaR`, in float64.
-        heads: of the encoder.
-        patch: its side in pixels.
+        heads: number of heads of the encoder.
+        patch: side of a patch in pixels.
     """
     rows, columns = images.shape[1] // patch, images.shape[2] // patch
     whole = torch.arange(rows * columns).expand(len(images), 1, -1)

@@ -1,4 +1,4 @@
-"""CrossMAE's decoder spelled out as in `reference.py`: loops over queries, heads and encoded tokens in float64.
+"""Reference of CrossMAE's decoder, as in `reference.py`: loops over queries, heads and encoded tokens in float64.
 
 It shares no code with `pretrain`.
 """
@@ -23,7 +23,7 @@ from helpers.reference import (
 
 
 def contexts_of(streams: list[list[Tensor]], weights: Weights, name: str) -> list[list[Tensor]]:
-    """What each block of the decoder attends to."""
+    """Return the tokens that each block of the decoder attends to."""
     depth = depth_of(weights, name)
     if f"{name}.inter_block.weight" not in weights:
         return [[layer_norm(token, weights, "encoder.norm") for token in streams[-1]]] * depth
@@ -57,16 +57,16 @@ def cross_predict(
     image: Tensor, patches: list[tuple[int, int]], visible: list[int], kept: list[int], grid: tuple[int, int],
     weights: Weights, heads: int, decoder_heads: int, name: str,
 ) -> dict[int, Tensor]:  # fmt: skip
-    """The predictions of the kept patches, or of all that PR-MIM computes, of an image or a window.
+    """Return the predictions of an image's or a window's kept patches, or of all patches that PR-MIM computes.
 
     Args:
         image: (H, W, 3) uint8.
-        patches: (row, column) in the image of the patches of the sequence.
-        visible, kept: which of them are encoded, and which are queries.
+        patches: (row, column) of the sequence's patches in the image.
+        visible, kept: indices of the patches that are encoded, and of those that are queries.
         grid: rows and columns of the sequence.
         weights: in float64.
-        heads, decoder_heads: of the encoder and the decoder.
-        name: of the decoder.
+        heads, decoder_heads: numbers of heads of the encoder and the decoder.
+        name: prefix of the decoder's weights.
     """
     contexts = contexts_of(encoder_streams(image, patches, visible, weights, heads), weights, name)
     decoded = {}
@@ -90,7 +90,7 @@ def cross_predict(
 def lomar_loss(
     images: Tensor, mask_indices: dict[str, Tensor], weights: Weights, heads: int, decoder_heads: int
 ) -> Tensor:
-    """As `reference.lomar_loss`, of normalized pixels, where the decoder is this one."""
+    """Like `reference.lomar_loss` with normalized pixels, but with this decoder."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     side, columns = math.isqrt(mask_indices["positions"].shape[-1]), images.shape[2] // patch
     errors = []

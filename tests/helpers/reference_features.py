@@ -1,4 +1,4 @@
-"""Features of a teacher as targets, spelled out as in `reference.py`: loops over blocks, channels and patches.
+"""Reference of a teacher's features as targets, as in `reference.py`: loops over blocks, channels and patches.
 
 It shares no code with `pretrain`.
 """
@@ -14,7 +14,7 @@ Grid = list[Tensor]  # a vector for each patch, in raster order
 
 
 def block_outputs(image: Tensor, weights: Weights, heads: int) -> list[list[Tensor]]:
-    """The class token and all patches of a whole image behind each block; of a teacher called `encoder`."""
+    """Return the class token and all patches of an image after each block of a teacher named `encoder`."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     places = [(row, col) for row in range(image.shape[0] // patch) for col in range(image.shape[1] // patch)]
     relative = "encoder.blocks.0.attn.rpe_k.lookup_table_weight" in weights
@@ -31,7 +31,7 @@ def block_outputs(image: Tensor, weights: Weights, heads: int) -> list[list[Tens
 
 
 def standardized(vectors: Grid) -> Grid:
-    """Each channel by its own mean and unbiased variance over the patches."""
+    """Normalize each channel by its mean and unbiased variance over the patches."""
     channels = []
     for values in zip(*vectors, strict=True):
         mean = sum(values) / len(values)
@@ -45,12 +45,12 @@ def average(grids: list[Grid]) -> Grid:
 
 
 def teacher_target(image: Tensor, weights: Weights, heads: int, blocks: int) -> Grid:
-    """TEC's: the mean of the last blocks, then standardized."""
+    """TEC's target: the mean of the last blocks, then standardized."""
     return standardized(average([tokens[1:] for tokens in block_outputs(image, weights, heads)[-blocks:]]))
 
 
 def ema_target(image: Tensor, weights: Weights, heads: int, blocks: int) -> Grid:
-    """data2vec 2.0's: each of the last blocks standardized, their mean, and a layer norm without parameters."""
+    """data2vec 2.0's target: the mean of the standardized last blocks, then a layer norm without parameters."""
     target = []
     for vector in average([standardized(tokens[1:]) for tokens in block_outputs(image, weights, heads)[-blocks:]]):
         centered = vector - sum(vector) / len(vector)

@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients spelled out, pixel by pixel in float64, of the standardized images of the papers."""
+"""Reference of histograms of oriented gradients: pixel by pixel in float64, for normalized images as in the papers."""
 
 import math
 
@@ -11,12 +11,12 @@ SOBEL = ((1, 0, -1), (2, 0, -2), (1, 0, -1))
 
 
 def _inside(i: int, length: int) -> int:
-    """Reflected at the border, without repeating the outermost pixel."""
+    """Reflect an index at the border without repeating the outermost pixel."""
     return -i if i < 0 else 2 * (length - 1) - i if i >= length else i
 
 
 def gradients(image: Tensor, channel: int, standardized: bool = True) -> list[list[tuple[float, float]]]:
-    """(gx, gy) of every pixel of one channel of an (H, W, 3) uint8 image."""
+    """Return (gx, gy) of every pixel of one channel of an (H, W, 3) uint8 image."""
     height, width = image.shape[:2]
     mean, std = (PIXEL_MEAN[channel], PIXEL_STD[channel]) if standardized else (0.0, 1.0)
     pixel = [[(int(image[y, x, channel]) / 255 - mean) / std for x in range(width)] for y in range(height)]
@@ -33,7 +33,7 @@ def gradients(image: Tensor, channel: int, standardized: bool = True) -> list[li
 
 
 def hog(image: Tensor, cell: int, bins: int, window: int = 0) -> dict[tuple[int, int], Tensor]:
-    """The normalized histograms (3 * bins,) of each cell, by its (row, column)."""
+    """Return the normalized histograms (3 * bins,) of each cell by (row, column)."""
     height, width = image.shape[:2]
     cells = {(row, col): [] for row in range(height // cell) for col in range(width // cell)}
     for channel in range(3):
@@ -44,7 +44,7 @@ def hog(image: Tensor, cell: int, bins: int, window: int = 0) -> dict[tuple[int,
                 for x in range(col * cell, (col + 1) * cell):
                     gx, gy = slopes[y][x]
                     if math.hypot(gx, gy) < 1e-9:
-                        continue  # flat: float64's rounding has a direction, and no magnitude
+                        continue  # flat: the direction would only be rounding error
                     weight = 1.0
                     if window:
                         down, right = (i % window - (window - 1) / 2 for i in (y, x))
@@ -57,7 +57,7 @@ def hog(image: Tensor, cell: int, bins: int, window: int = 0) -> dict[tuple[int,
 
 
 def hog_of_patch(image: Tensor, position: int, patch: int, cell: int, bins: int, window: int = 0) -> Tensor:
-    """All cells of one patch, in raster order; of a cell that is larger than the patch, the one that it lies in."""
+    """Return all cells of one patch in raster order, or the cell that contains it if cells are larger than patches."""
     row, col = divmod(position, image.shape[1] // patch)
     found = hog(image, cell, bins, window)
     if cell > patch:

@@ -1,6 +1,6 @@
-"""LC-MAE spelled out as in `reference.py`, from the paper's equations 1, 5 and 6 and its Tables 2 and 3.
+"""Reference of LC-MAE, as in `reference.py`, from the paper's equations 1, 5 and 6 and its Tables 2 and 3.
 
-Loops over images, views, patches and pairs in float64; nothing of `pretrain` is used.
+It loops over images, views, patches and pairs in float64, and shares no code with `pretrain`.
 """
 
 import math
@@ -33,7 +33,7 @@ def filled_grid(encoded: dict[int, Tensor], grid: tuple[int, int], weights: Weig
 
 
 def average_decoder(encoded: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
-    """Table 2: Gaussian weights of those 5 x 5 neighbors that lie in the grid, then an MLP."""
+    """Table 2: Gaussian weights over the 5 x 5 neighbors inside the grid, then an MLP."""
     tokens, predictions = filled_grid(encoded, grid, weights), []
     for row in range(grid[0]):
         for col in range(grid[1]):
@@ -49,7 +49,7 @@ def average_decoder(encoded: dict[int, Tensor], grid: tuple[int, int], weights: 
 
 
 def conv_decoder(encoded: dict[int, Tensor], grid: tuple[int, int], weights: Weights) -> list[Tensor]:
-    """Table 2: one 5 x 5 convolution; zeros outside the grid."""
+    """Table 2: one 5 x 5 convolution with zeros outside the grid."""
     tokens, predictions = filled_grid(encoded, grid, weights), []
     kernel = weights["decoder.conv.weight"]
     for row in range(grid[0]):
@@ -75,13 +75,13 @@ def predict(
 
 
 def cross_view(v1: dict[int, Tensor], v2: dict[int, Tensor]) -> Tensor:
-    """Eq. 5 of one image: vectors by the position of their patch; zero where the views share none."""
+    """Eq. 5 for one image, with vectors by patch position; zero if the views share no patch."""
     distances = [1 - cosine(v1[i], v2[i]) for i in v1 if i in v2]
     return sum(distances) / len(distances) if distances else torch.zeros((), dtype=torch.float64)
 
 
 def in_view(v: dict[int, Tensor], x: dict[int, Tensor]) -> Tensor:
-    """Eq. 6 of one view."""
+    """Eq. 6 for one view."""
     differences = [(cosine(v[i], v[j]) - cosine(x[i], x[j])).abs() for i in v for j in v if i != j]
     return sum(differences) / len(differences)
 
@@ -102,7 +102,7 @@ def lc_mae_loss(
         images: (B, H, W, 3) uint8.
         mask_indices: `visible` (B, 2, V), `masked` (B, 2, M) and `kept` (B, 2, K) grid positions.
         weights: the state dict of `LCMAE`, in float64.
-        factors: of the three losses; the projector exists if one of the last two is not zero.
+        factors: weights of the three losses; the projector exists if one of the last two is not zero.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = images.shape[2] // patch
@@ -124,12 +124,12 @@ def lc_mae_loss(
 
 
 def mirrored(i: int, length: int) -> int:
-    """A position outside 0..length-1, reflected at the first or last pixel."""
+    """Reflect a position outside 0..length-1 at the first or last pixel."""
     return -i if i < 0 else 2 * (length - 1) - i if i >= length else i
 
 
 def block_around(image: Tensor, row: int, col: int, patch: int, size: int) -> Tensor:
-    """The size x size pixels around the center of a patch: rows, then columns, then RGB."""
+    """Return the size x size pixels around the center of a patch: rows, then columns, then RGB."""
     height, width, _ = image.shape
     top, left = row * patch - (size - patch) // 2, col * patch - (size - patch) // 2
     return torch.stack(

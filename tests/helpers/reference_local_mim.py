@@ -1,7 +1,7 @@
-"""LocalMIM spelled out in float64, as in `reference.py`: loops over images or windows, blocks, patches and cells.
+"""Reference of LocalMIM in float64, as in `reference.py`: loops over images or windows, blocks, patches and cells.
 
-It shares no code with `pretrain`. Transposed convolutions are those of the paper, cell by cell; a coarse cell is
-weighted by the share of its patches that is masked, as in the authors' code, and decoders decode all patches.
+It shares no code with `pretrain`. Transposed convolutions are those of the paper, computed cell by cell. As in the
+authors' code, a coarse cell is weighted by the fraction of its patches that are masked, and all patches are decoded.
 """
 
 import torch
@@ -23,11 +23,11 @@ from helpers.reference_hog import hog
 def hidden_streams(
     image: Tensor, patches: list[tuple[int, int]], visible: list[int], blocks: list[int], weights: Weights, heads: int
 ) -> list[tuple[Tensor, dict[int, Tensor]]]:
-    """Behind each of `blocks`: the class token and the visible patches by their index, each under its own norm.
+    """Return the class token and the visible patches by index after each of `blocks`, each with its own norm.
 
     Args:
-        patches: (row, column) in the image's grid of those of a sequence.
-        visible: indices among them.
+        patches: (row, column) of the sequence's patches in the image's grid.
+        visible: indices of the visible patches in the sequence.
     """
     streams, found = encoder_streams(image, patches, visible, weights, heads), []
     for number in blocks:
@@ -41,7 +41,7 @@ def decode(
     class_token: Tensor, encoded: dict[int, Tensor], kept: list[int], grid: tuple[int, int], weights: Weights,
     heads: int, name: str,
 ) -> dict[int, Tensor]:  # fmt: skip
-    """A decoder's normed output at every position of the grid."""
+    """Return a decoder's normalized output at every position of the grid."""
     tokens = {i: linear(x, weights, f"{name}.embed") for i, x in encoded.items()}
     tokens |= dict.fromkeys(kept, weights[f"{name}.mask_token"][0, 0])
     order = sorted(tokens)
@@ -58,7 +58,7 @@ def decode(
 
 
 def transposed_convolution(image: dict[tuple[int, int], Tensor], weights: Weights, name: str):
-    """Kernel and stride 2: every place becomes four."""
+    """Kernel size and stride 2: every position becomes four."""
     kernel, result = weights[f"{name}.weight"], {}
     for (row, col), x in image.items():
         for i in range(2):
@@ -68,7 +68,7 @@ def transposed_convolution(image: dict[tuple[int, int], Tensor], weights: Weight
 
 
 def cells_of(decoded: dict[int, Tensor], grid: tuple[int, int], ratio: float, weights: Weights, name: str):
-    """The predicted histograms by (row, column) of the cell; `ratio` cells lie along a patch's side."""
+    """Return the predicted histograms by (row, column) of the cell, with `ratio` cells along a patch's side."""
     image = {divmod(i, grid[1]): x for i, x in decoded.items()}
     if ratio == 0.5:
         image = {
@@ -92,11 +92,11 @@ def local_mim_loss(
     images: Tensor, mask_indices: dict[str, Tensor], weights: Weights, heads: int, decoder_heads: int,
     blocks: list[int], sizes: list[int], bins: int,
 ) -> Tensor:  # fmt: skip
-    """The sum over sizes of cells of the weighted mean of squared errors over all cells of all images.
+    """Sum over cell sizes of the weighted mean squared error over all cells of all images.
 
     Args:
         images: (B, H, W, 3) uint8.
-        mask_indices: `visible`, `masked` and `kept` (B, ...), or (B, W, ...) with `positions` (B, W, L) of windows.
+        mask_indices: `visible`, `masked` and `kept` (B, ...), or for windows (B, W, ...) with `positions` (B, W, L).
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns, rows = images.shape[2] // patch, images.shape[1] // patch

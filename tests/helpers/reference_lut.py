@@ -1,4 +1,4 @@
-"""LUT spelled out in float64, image by image; see reference.py."""
+"""Reference of LUT in float64, image by image; see reference.py."""
 
 import math
 
@@ -12,7 +12,7 @@ from helpers.reference_mae import encode
 def visible_tokens(
     image: Tensor, mask_indices: dict[str, Tensor], weights: Weights, heads: int, mask_token_block: int
 ) -> dict[tuple[int, int], Tensor]:
-    """(window, position in the image) -> encoded visible token; of MAE, SimMIM or LoMaR, by the weights and indices."""
+    """Return (window, position in the image) -> encoded visible token, for MAE, SimMIM or LoMaR."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     rows, columns = image.shape[0] // patch, image.shape[1] // patch
     visible, kept = mask_indices["visible"], mask_indices["kept"]
@@ -34,7 +34,7 @@ def visible_tokens(
 
 
 def head(inputs: list[Tensor], weights: Weights, name: str, training: bool) -> list[Tensor]:
-    """Linear, batch normalization over the inputs (or by running statistics), ReLU, linear."""
+    """Linear, batch normalization over the inputs (or with running statistics), ReLU, linear."""
     hidden = [weights[f"{name}.0.weight"] @ x for x in inputs]
     if training:
         mean = sum(hidden) / len(hidden)
@@ -47,7 +47,7 @@ def head(inputs: list[Tensor], weights: Weights, name: str, training: bool) -> l
 
 
 def teacher_features(image: Tensor, weights: Weights, heads: int, pooled: bool) -> list[Tensor]:
-    """The projected tokens of a whole view, or their mean."""
+    """Return the projected tokens of a complete view, or the projection of their mean."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     rows, columns = image.shape[0] // patch, image.shape[1] // patch
     patches = [divmod(i, columns) for i in range(rows * columns)]
@@ -76,7 +76,7 @@ def context_loss(
     images: Tensor, mask_indices: dict[str, Tensor], weights: Weights, teacher: Weights, heads: int, pooled: bool,
     loss: str, temperature: float, mask_token_block: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Averaged over both directions: images (B, 2, H, W, 3), mask_indices (B, 2, ...)."""
+    """LUT's loss averaged over both directions, for images (B, 2, H, W, 3) and mask_indices (B, 2, ...)."""
     method = {name.removeprefix("method."): w for name, w in weights.items() if name.startswith("method.")}
     terms = []
     for view in (0, 1):

@@ -1,4 +1,4 @@
-"""MAE and its reconstruction targets spelled out as in `reference.py`: loops over images and patches in float64.
+"""Reference of MAE and its reconstruction targets, as in `reference.py`: loops over images and patches in float64.
 
 It shares no code with `pretrain`.
 """
@@ -30,9 +30,9 @@ def encode(
     image: Tensor, visible: list[int], weights: Weights, heads: int, mask_tokens: list[int] | None = None,
     fused: list[int] | None = None,
 ) -> tuple[list[Tensor], dict[int, Tensor]]:  # fmt: skip
-    """The prefix tokens, and by position the visible patches and, at `mask_tokens`, mask tokens; in raster order.
+    """Encode prefix tokens, visible patches and mask tokens at `mask_tokens`; patches are returned by position.
 
-    With `fused`, MFF's numbers of blocks, what is encoded is the weighted sum of their projected outputs.
+    With `fused`, the numbers of MFF's blocks, the result is the weighted sum of their projected outputs.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = image.shape[1] // patch
@@ -68,15 +68,15 @@ def mae_loss(
     images: Tensor, mask_indices: dict[str, Tensor], weights: Weights, heads: int, decoder_heads: int, error: Error,
     fused: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Mean over all masked patches of all images.
+    """Mean error over all masked patches of all images.
 
     Args:
         images: (B, H, W, 3) uint8.
         mask_indices: `visible` (B, V), `masked` (B, M) and `kept` (B, K) grid positions.
-        weights: the state dict of `MAE`, in float64; with `mask_tokens` they enter the encoder.
-        heads, decoder_heads: of the encoder and the decoder.
-        error: of a prediction.
-        fused: of MFF, the blocks.
+        weights: the state dict of `MAE`, in float64; if it has `mask_tokens`, they enter the encoder.
+        heads, decoder_heads: numbers of heads of the encoder and the decoder.
+        error: the error of a prediction.
+        fused: the blocks of MFF.
     """
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     grid = images.shape[1] // patch, images.shape[2] // patch
@@ -108,7 +108,7 @@ def pixel_error(patch: int, norm_pix: bool) -> Error:
 
 
 def pca_error(patch: int, mean: Tensor, components: Tensor) -> Error:
-    """Mean squared error of the coefficients of the patch's pixels, without their mean, along each component."""
+    """Mean squared error of the coefficients of the patch's centered pixels along the components."""
 
     def error(prediction: Tensor, image: Tensor, position: int) -> Tensor:
         pixels = cut_patch(image, *divmod(position, image.shape[1] // patch), patch) - mean.double()

@@ -1,4 +1,4 @@
-"""TEC spelled out as in `reference.py`: loops over images, heads and patches in float64.
+"""Reference of TEC, as in `reference.py`: loops over images, heads and patches in float64.
 
 It shares no code with `pretrain`.
 """
@@ -23,7 +23,7 @@ from helpers.reference_features import block_outputs, teacher_target
 
 
 def norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    """With PyTorch's epsilon, as the adapter's."""
+    """Layer norm with PyTorch's epsilon, as in the adapter."""
     mean = sum(x) / len(x)
     variance = sum((x - mean) ** 2) / len(x)
     return (x - mean) / torch.sqrt(variance + 1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
@@ -34,7 +34,7 @@ def mlp(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 
 def encode(image: Tensor, visible: list[int], weights: Weights, heads: int, groups: list[list[int]]) -> list[Tensor]:
-    """The class token, behind its MLP, and the visible patches, encoded and adapted; `groups` of 0-based blocks."""
+    """Encode and adapt the class token, after its MLP, and the visible patches; `groups` has 0-based blocks."""
     patch = weights["encoder.patch_embed.proj.weight"].shape[-1]
     columns = image.shape[1] // patch
     tokens = [mlp(weights["encoder.cls_token"][0, 0], weights, "encoder.class_adapter")]
@@ -64,7 +64,7 @@ def decode(
     encoded: list[Tensor], visible: list[int], kept: list[int], grid: tuple[int, int], weights: Weights, heads: int,
     end: int,
 ) -> list[Tensor]:  # fmt: skip
-    """The class token and all patches in raster order, behind the decoder's norm; `end` 0 features, 1 attention."""
+    """Predict the class token and all patches in raster order; `end` is 0 for features and 1 for attention."""
     tokens = [linear(x, weights, f"decoder.entries.{end}.embed") for x in encoded]
     dim = len(tokens[0])
 
@@ -87,7 +87,7 @@ def decode(
 
 
 def teacher_attention(image: Tensor, teacher: Weights, heads: int) -> list[list[list[Tensor]]]:
-    """[head][query][key], class token first, before the softmax, of the last block."""
+    """Return the last block's attention [head][query][key] before the softmax, class token first."""
     outputs = block_outputs(image, teacher, heads)
     name = f"encoder.blocks.{len(outputs) - 1}"
     normed = [layer_norm(x, teacher, f"{name}.norm1") for x in outputs[-2]]
@@ -105,7 +105,7 @@ def teacher_attention(image: Tensor, teacher: Weights, heads: int) -> list[list[
 
 
 def attention_error(predicted: list[Tensor], attention: list, heads: int, queries: int, temperature: float) -> Tensor:
-    """Of one image: mean over rows and heads of the cross-entropy over patches."""
+    """Mean cross-entropy over patches for one image, averaged over rows and heads."""
     count, dim = len(predicted) - 1, len(predicted[0]) // 2
     means = [sum(attention[h][0][1 + i] for h in range(heads)) / heads for i in range(count)]
     rows = [0, *(1 + i for i in sorted(range(count), key=lambda i: -float(means[i]))[:queries])]

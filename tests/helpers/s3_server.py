@@ -1,4 +1,4 @@
-"""An S3-compatible server in this process, with one bucket, empty at first."""
+"""An S3-compatible server in this process, with one bucket that is initially empty."""
 
 import os
 import urllib.request
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ENVIRONMENT = {  # what a user of such a server sets
+ENVIRONMENT = {  # set by a user of such a server
     "AWS_ACCESS_KEY_ID": "AKIATESTHUNTER22",
     "AWS_SECRET_ACCESS_KEY": "secrethunter22secrethunter22",
     "AWS_REGION": "us-east-1",
@@ -16,7 +16,7 @@ BUCKET = "bucket"
 
 @contextmanager
 def serve_s3() -> Iterator[dict[str, str]]:
-    """Yields the environment in which ``s3://bucket`` is that server's."""
+    """Yield the environment variables with which ``s3://bucket`` is on that server."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -38,19 +38,19 @@ def serve_s3() -> Iterator[dict[str, str]]:
 
 
 def client() -> object:
-    """boto3's, to look at the bucket from outside."""
+    """Return a boto3 client, to inspect the bucket independently."""
     import boto3
 
     return boto3.client("s3", region_name="us-east-1")
 
 
 def put_folder(folder: Path, prefix: str) -> None:
-    """Copies the files right in a folder."""
+    """Upload the files directly in a folder."""
     for path in sorted(folder.iterdir()):
         client().put_object(Bucket=BUCKET, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
 
 
 def names(prefix: str) -> list[str]:
-    """What is there."""
+    """Return the keys with a prefix."""
     found = client().list_objects_v2(Bucket=BUCKET, Prefix=prefix)
     return sorted(entry["Key"] for entry in found.get("Contents", ()))

@@ -1,4 +1,4 @@
-"""A running Slurm and its jobs, as the tests use them."""
+"""A running Slurm cluster and its jobs, as used by the tests."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ _OVER = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
 
 class Cluster:
-    """A running Slurm, seen from a project's folder in which jobs are submitted."""
+    """A running Slurm cluster, seen from the project folder in which jobs are submitted."""
 
     def __init__(self, shell: int, folder: Path, project: Path):
         self.folder, self.project = folder, project
@@ -26,14 +26,14 @@ class Cluster:
         self._environment["CUDA_VISIBLE_DEVICES"] = ""  # two nodes on one machine must not share its GPU
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """A command on the login node; its exit code is for the caller to judge."""
+        """Run a command on the login node without checking its exit code."""
         place = ["env", "-C", str(cwd)] if cwd else []
         return subprocess.run(
             [*self._enter, *place, *command], env=self._environment, capture_output=True, text=True, timeout=SECONDS
         )
 
     def ask(self, *command: str) -> str:
-        """The output of a command that must succeed."""
+        """Return the output of a command that must succeed."""
         done = self.run(*command)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
@@ -43,7 +43,7 @@ class Cluster:
         return Job(self, self.ask("sbatch", "--parsable", *options))
 
     def restart_daemons(self, node: str) -> None:
-        """Slurm's own on the main node and on one of the others; what runs goes on meanwhile."""
+        """Restart Slurm's daemons on the main node and on one other node, while jobs keep running."""
         self.ask("bash", "-c", f"kill $(cat {self.folder}/slurmctld.pid) && sleep 1 && slurmctld")
         daemon = f"{self.folder}/slurmd.{node}.pid"
         self.ask(
@@ -57,7 +57,7 @@ class Cluster:
             time.sleep(0.25)
 
     def wait_empty(self, seconds: float = SECONDS) -> None:
-        """Waits until no process of any job is left."""
+        """Wait until the job queue is empty."""
         deadline = time.monotonic() + seconds
         while queue := self.ask("squeue", "--noheader"):
             assert time.monotonic() < deadline, queue
@@ -71,12 +71,12 @@ class Job:
         self.cluster, self.number = cluster, number
 
     def show(self) -> dict[str, str]:
-        """What `scontrol show job` says."""
+        """Return the fields of `scontrol show job`."""
         words = self.cluster.ask("scontrol", "show", "job", "--oneliner", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = SECONDS) -> None:
-        """Polls; when it does not happen in time, or the job ends without it, the test fails with all logs."""
+        """Poll until it happens; fails the test with all logs on timeout or if the job ends without it."""
         deadline = time.monotonic() + seconds
         while not happened():
             state = self.show()["JobState"]
@@ -86,12 +86,12 @@ class Job:
             time.sleep(0.25)
 
     def wait_end(self, seconds: float = SECONDS) -> dict[str, str]:
-        """Waits until the job is over for good; returns its last `show`."""
+        """Wait until the job is finally over and return its last `show`."""
         self.wait_for("at its end", lambda: self.show()["JobState"] in _OVER, seconds)
         return self.show()
 
     def logs(self) -> str:
-        """Everything that the job has written, each file under its name."""
+        """Return all logs of the job, each under its file name."""
         project = self.cluster.project
         files = [*project.glob(f"*-{self.show()['JobId']}.out"), *sorted(project.glob(f"slurm/logs/*-{self.number}/*"))]
         return "\n".join(f"--- {path.relative_to(project)}\n{path.read_text()}" for path in files)

@@ -1,4 +1,4 @@
-"""Jobs on a Slurm that train, and what they are compared by."""
+"""Training jobs on Slurm, and comparisons of them."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from helpers.slurm_cluster import Cluster, Job
 
 STEPS = 8 * 7
-ODD = "data.image_size=[64, 80]"  # with its space and brackets it must reach the trainer as one argument
+ODD = "data.image_size=[64, 80]"  # must reach the trainer as one argument despite space and brackets
 
 
 def submit(
@@ -25,14 +25,14 @@ def submit(
     script: str = "slurm/pretrain_vitb.sh",
     **variables: object,
 ) -> Job:
-    """Nodes without GPUs, two of them unless told otherwise; `ranks` is the tasks of a node."""
+    """Submit a job on nodes without GPUs, by default two of them; `ranks` is the number of tasks per node."""
     shape = [f"--nodes={nodes}", f"--ntasks-per-node={ranks}", "--gpus-per-node=0", "--cpus-per-task=1", *options]
     exported = ",".join(f"{name}={value}" for name, value in {"RECIPE": recipe, **variables}.items())
     return cluster.submit(*shape, f"--export=ALL,{exported}", script, ODD, *overrides)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, without a line that is just being written."""
+    """Read metrics.jsonl, without a line that is still being written."""
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -59,7 +59,7 @@ def check_same_end(job: Job, folder: Path, whole: Path, restarts: int) -> None:
 
 
 def rank_process(rank: int, argument: str) -> int:
-    """The process of a rank: its loader's workers have its command line too, and are its children."""
+    """Return the process of a rank, not its loader workers, which are children with the same command line."""
     parents = {}
     for process in psutil.process_iter(["cmdline", "environ", "ppid"]):
         command, environment = process.info["cmdline"] or [""], process.info["environ"] or {}

@@ -1,4 +1,4 @@
-"""One rank of a launch: weights, buffers and moments go from engines of every ZeRO stage into another's, exactly."""
+"""One rank of a launch that moves weights, buffers and moments exactly between engines of different ZeRO stages."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ def step(engine: Any, config: Any, number: int, world: World) -> None:
 
 
 def live_moments(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """Whole, as DeepSpeed itself finds them."""
+    """Return the complete moments, as found by DeepSpeed itself."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     def find(parameter: Tensor, kind: str) -> Tensor:
@@ -58,7 +58,7 @@ def live_moments(engine: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def live_weights(engine: Any) -> dict[str, Tensor]:
-    """What the optimizer trains, as DeepSpeed finds it, and buffers."""
+    """Return the weights that the optimizer trains, as found by DeepSpeed, and the buffers."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     stage = engine.zero_optimization_stage()
@@ -72,7 +72,7 @@ def counts(engine: Any) -> set[float]:
 
 
 def check(recipe: str, first: str, second: str, folder: Path, world: World) -> None:
-    """From an engine into another that has begun elsewhere, which then goes on as Adam does."""
+    """Move the state to an engine that started with another seed, and check that Adam continues from there."""
     from pretrain.trainer.checkpoint import Checkpoints
     from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_name
     from pretrain.trainer.engine import gather_state_dict
@@ -118,7 +118,7 @@ def check(recipe: str, first: str, second: str, folder: Path, world: World) -> N
 
 
 def check_order(recipe: str, folder: Path, world: World) -> None:
-    """The same stage and ranks, with parameters in another order, and back; DeepSpeed cannot find them there."""
+    """Resume the same stage and ranks with another parameter order, and back, which DeepSpeed cannot do itself."""
     from pretrain.trainer.checkpoint import Checkpoints
     from pretrain.trainer.checkpoint_layout import TrainState, checkpoint_name
     from pretrain.trainer.elastic import has_other_parts

@@ -1,8 +1,8 @@
-"""Four optimizer steps of small methods on fixed random batches: by our loop in DeepSpeed engines, or by plain torch.
+"""Four optimizer steps of small methods on fixed random batches, with our loop on DeepSpeed or in plain torch.
 
-As a script this is one rank of a launch that goes through many jobs, since starting processes costs more than steps.
-A job trains to its end, and then once more from the checkpoint in its middle, by an engine that began elsewhere. The
-second step's loss is made infinite on one rank, in one micro-batch: there are fewer updates than steps.
+As a script, this is one rank of a launch that runs many jobs, since starting processes takes longer than steps. A job
+trains to the end, and again from the checkpoint in the middle with an engine that started with another seed. The second
+step's loss is made infinite on one rank, in one micro-batch, so there are fewer updates than steps.
 """
 
 import gc
@@ -36,19 +36,19 @@ STEPS, MIDDLE, POISONED, BATCH = 4, 2, 1, 16
 
 
 def run_jobs(start: Callable[..., Any], folder: Path, jobs: dict[str, list[str]]) -> None:
-    """Launches two ranks that go through `jobs` (name -> recipe and overrides) in one process group.
+    """Launch two ranks that run `jobs` (name -> recipe and overrides) in one process group.
 
-    Each job leaves the run folders `<folder>/<name>/whole` and `<folder>/<name>/resumed`, with the method's whole
-    state and the engine's settings in them.
+    Each job leaves the run folders `<folder>/<name>/whole` and `<folder>/<name>/resumed`, with the method's complete
+    state and the engine's settings.
     """
     (folder / "jobs.json").write_text(json.dumps(jobs))
     start(folder, script=__file__).finish()
 
 
 def configure(recipe: str, *overrides: str) -> PretrainConfig:
-    """Without a warm-up, whose first learning rate is 0: every update moves the weights."""
+    """Load a config without warm-up, whose first learning rate would be 0, so that every update changes the weights."""
     keys = [f"train.global_batch_size={BATCH}", f"checkpoint.every_steps={MIDDLE}", "optim.warmup_epochs=0"]
-    with SMALL:  # keys that number the encoder's blocks are checked against it
+    with SMALL:  # block numbers in keys are checked against the architecture
         return load(recipe, [*keys, *overrides])
 
 
@@ -58,7 +58,7 @@ def build_small(config: PretrainConfig) -> Any:
 
 
 def global_batch(step: int, draw: Callable[..., dict[str, Any]], config: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Random images, and what `draw` draws for each from a generator."""
+    """Return random images, and what `draw` returns for each of them, given a generator."""
     rng, batch = np.random.default_rng(step), config.train.global_batch_size
     shape = (batch, len(config.augmentations), 64, 80, 3)
     images = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).squeeze(1)
@@ -67,10 +67,10 @@ def global_batch(step: int, draw: Callable[..., dict[str, Any]], config: RunConf
 
 
 def plain_steps(config: PretrainConfig) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """One process without DeepSpeed, and a moving average spelled out in float64.
+    """Train in one process without DeepSpeed, with a moving average in float64.
 
     Returns:
-        (loss, gradient norm) of each step; the poisoned one moves nothing. And the teacher's weights, if there is one.
+        (loss, gradient norm) of each step, of which the poisoned one changes nothing, and a teacher's weights, if any.
     """
     method, parts = build_small(config), config.train.gradient_accumulation_steps
     optimizer = torch.optim.AdamW(parameter_groups(method, config.optim.weight_decay), betas=config.optim.betas)
@@ -99,7 +99,7 @@ def plain_steps(config: PretrainConfig) -> tuple[list[tuple[float, float]], dict
 
 
 class PlainTeacher:
-    """m * average + (1 - m) * weight in float64, m from its first to its last value by half a cosine."""
+    """m * average + (1 - m) * weight in float64; m goes from its first to its last value along half a cosine."""
 
     def __init__(self, method: Any, config: PretrainConfig):
         section = config.lut or config.target
@@ -115,7 +115,7 @@ class PlainTeacher:
 
 
 class FixedBatches:
-    """What the loop takes for its loader: the ranks' parts of `global_batch`."""
+    """A stand-in for the loader that returns each rank's part of `global_batch`."""
 
     steps_per_epoch = STEPS
     sizes = ((0, (64, 80)),)
@@ -139,7 +139,7 @@ class FixedBatches:
 
 
 def begin_elsewhere(config: PretrainConfig) -> Any:
-    """The method with another seed's weights and wrong buffers, so that only loading can make them right."""
+    """Build the method with another seed's weights and wrong buffers, so that only loading can correct them."""
     method = build_small(config.model_copy(update={"seed": config.seed + 1}))
     saved = method.state_dict()
     for name, buffer in method.named_buffers():
@@ -149,7 +149,7 @@ def begin_elsewhere(config: PretrainConfig) -> Any:
 
 
 def poison(method: Any, config: PretrainConfig) -> None:
-    """Makes the loss of the poisoned step's first micro-batch infinite, on the rank that calls this."""
+    """Make the loss of the poisoned step's first micro-batch infinite on the rank that calls this."""
     calls = itertools.count()
 
     def spoil(module: Any, inputs: Any, losses: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -161,7 +161,7 @@ def poison(method: Any, config: PretrainConfig) -> None:
 
 
 def small_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """`ds_settings`, and in stage 3 everything is partitioned: by default all of so small a model stays gathered."""
+    """Return `ds_settings`; in stage 3, everything is partitioned, since such a small model would stay gathered."""
     from pretrain.trainer.engine import ds_settings, zero_stage
 
     settings = ds_settings(config, world_size)
@@ -174,7 +174,7 @@ def small_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 def train_small(
     method: Any, config: PretrainConfig, world: World, device: torch.device, folder: RunFolder
 ) -> str | None:
-    """What pretrain/run.py does, on fixed batches; returns the checkpoint that it continued from."""
+    """Do what pretrain/run.py does, on fixed batches; returns the checkpoint from which it continued."""
     from pretrain.finish import encoder_state_dict, save_encoder
     from pretrain.trainer.checkpoint import Checkpoints
     from pretrain.trainer.checkpoint_layout import TrainState
@@ -223,7 +223,7 @@ def do_job(config: PretrainConfig, world: World, device: torch.device, root: Pat
 
 
 def do_jobs(configure: Callable[..., Any], do_job: Callable[..., None]) -> None:
-    """One rank of a launch: `do_job` for each of the jobs in the folder that the command names."""
+    """Run one rank of a launch: `do_job` for each job in the folder given on the command line."""
     folder = Path(sys.argv[1])
     world = find_world()
     device = init_distributed(world)
@@ -231,8 +231,8 @@ def do_jobs(configure: Callable[..., Any], do_job: Callable[..., None]) -> None:
         for name, arguments in json.loads((folder / "jobs.json").read_text()).items():
             print(f"job {name}", flush=True)
             do_job(configure(*arguments), world, device, folder / name)
-            gc.collect()  # an engine's hooks hold it in cycles
-            gc.freeze()  # what DeepSpeed's import has added
+            gc.collect()  # the hooks of an engine form reference cycles
+            gc.freeze()  # objects created by importing DeepSpeed
     except Exception:
         traceback.print_exc()
         exit_process(1)

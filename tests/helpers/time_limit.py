@@ -1,4 +1,4 @@
-"""A test that hangs fails instead."""
+"""A time limit, with which a hanging test fails instead."""
 
 import signal
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from types import FrameType
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in the main thread, wherever it is, after so many seconds."""
+    """Raise TimeoutError in the main thread, wherever it is, after this many seconds."""
 
     def give_up(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"still running after {seconds} s")

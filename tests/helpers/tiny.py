@@ -37,7 +37,7 @@ def tiny_vit(
 
 
 def tiny_target(method: type[Method], keys: dict[str, Any]) -> TargetConfig:
-    """A `target` section, whose keys are completed as in a recipe."""
+    """Return a `target` section whose keys are completed as in a recipe."""
     default = method.default_target
     if keys.get("name", default.name) == default.name:
         keys = {"name": default.name, **default.model_dump(exclude_unset=True), **keys}
@@ -52,7 +52,7 @@ def tiny_method(
     pr_mim: PRMIMConfig | None = None,
     **encoder: Any,
 ) -> Any:
-    """A freshly initialized method; `keys` are those of its section and, under `target`, those of its target's."""
+    """Build a freshly initialized method; `keys` are those of its section and, under `target`, of its target."""
     torch.manual_seed(0)
     kind = METHODS[keys["name"]]
     config = kind.Config(**{name: value for name, value in keys.items() if name != "target"})
@@ -78,14 +78,14 @@ def tiny_lomar(
     registers: int = 0,
     **keys: Any,
 ) -> LoMaR:
-    """Freshly initialized; `keys` change its section: three windows of 3x3 patches, five of them masked."""
+    """Build a freshly initialized LoMaR: three windows of 3x3 patches, five of them masked, unless `keys` change it."""
     keys = {"name": "lomar", "num_windows": 3, "window_size": 3, "mask_ratio": 0.6} | keys
     encoder = {"grad_checkpointing": grad_checkpointing, "arch": arch, "registers": registers}
     return tiny_method(keys, grid, patch_size, relative, pr_mim, **encoder)
 
 
 def randomize(model: nn.Module) -> None:
-    """No parameter keeps a special value: biases and relative tables start at zero, norms at one."""
+    """Add noise to all parameters, since biases and relative tables start at zero and norms at one."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,7 +105,7 @@ def random_mask_indices(model: Any, count: int = 2, seed: int = 3) -> dict[str, 
 
 @contextmanager
 def everything_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within it `pretrain` computes in float64, so comparisons can be far stricter than fp32 allows."""
+    """Make `pretrain` compute in float64, so that comparisons can be far stricter than fp32 allows."""
     with monkeypatch.context() as patched:
         patched.setattr(Tensor, "float", Tensor.double)
         patches._pixel_statistics.cache_clear()
@@ -131,10 +131,10 @@ def assert_equals_reference(
     naive_loss: Callable[[Any, Tensor, dict[str, Tensor], dict[str, Tensor]], Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Loss and every parameter's gradient are those of a naive loop: strictly in float64, closely in fp32.
+    """Check that loss and all gradients match a naive loop: strictly in float64, closely in fp32.
 
     Args:
-        build: the model, freshly made.
+        build: builds the model.
         naive_loss: (model, images, mask_indices, weights) -> the loss, from float64 weights.
     """
     model = build()
@@ -146,7 +146,7 @@ def assert_equals_reference(
     single, single_gradients = loss_and_gradients(model, images, mask_indices)
     with everything_float64(monkeypatch):
         exact_model = build()
-        # Not the buffers: the float64 model computes its own positions.
+        # Buffers are left out: the float64 model computes its own positions.
         exact_model.load_state_dict(dict(model.named_parameters()), strict=False)
         exact, exact_gradients = loss_and_gradients(exact_model, images, mask_indices)
     assert exact.dtype == torch.float64
@@ -163,7 +163,7 @@ def assert_equals_reference(
 def train(
     model: nn.Module, images: Tensor, mask_indices: dict[str, Tensor] | None, steps: int = 200, lr: float = 3e-3
 ) -> list[float]:
-    """The loss of every step on one batch; without `mask_indices` every step draws new masks."""
+    """Train on one batch and return the loss of every step; without `mask_indices`, every step draws new masks."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=lr, fused=True)
     losses = []
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""A segmentation set in ADE20K's layout, made here: real JPEGs of discs and boxes, masks with a margin of nothing."""
+"""A generated segmentation set in ADE20K's layout: JPEGs of discs and boxes, and masks with an unlabeled margin."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ COLOURS = ((110, 110, 110), (220, 40, 30), (30, 60, 220))
 def make_ade(
     root: Path, train: int = 8, val: int = 4, sizes: tuple[tuple[int, int], ...] = ((96, 128), (120, 70), (64, 150))
 ) -> Path:
-    """`root` with `images/` and `annotations/`, of `training/` and `validation/`.
+    """Fill `root` with `images/` and `annotations/`, each with `training/` and `validation/`.
 
     Args:
-        train, val: how many images.
-        sizes: their (height, width), in turn.
+        train, val: numbers of images.
+        sizes: (height, width) of the images, in turn.
     """
     rng = np.random.default_rng(0)
     for split, count in (("training", train), ("validation", val)):

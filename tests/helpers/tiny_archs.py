@@ -1,4 +1,4 @@
-"""vit_tiny made tiny, ours and timm's: the tests of a folder whose conftest imports `tiny_archs` use it."""
+"""Shrinks our and timm's vit_tiny in the tests of every folder whose conftest imports `tiny_archs`."""
 
 import functools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from pretrain.models.vit import ARCHS
 
 @pytest.fixture(autouse=True)
 def tiny_archs() -> Iterator[None]:
-    """Within it, `vit_tiny` and timm's `vit_tiny_patch16_224` have the sizes of `originals.TINY`."""
+    """Give `vit_tiny` and timm's `vit_tiny_patch16_224` the size of `originals.TINY`."""
     name = "vit_tiny_patch16_224"
     tiny = functools.partial(
         timm.models.model_entrypoint(name), embed_dim=TINY.dim, depth=TINY.depth, num_heads=TINY.heads

@@ -1,4 +1,4 @@
-"""A backbone of four narrow blocks, for the tests of the backbone and of loading."""
+"""A backbone of four narrow blocks for the tests of the backbone and its loading."""
 
 from typing import Any
 

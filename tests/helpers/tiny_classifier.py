@@ -1,4 +1,4 @@
-"""A tiny classifier of five classes, its encoder, and a batch for it."""
+"""A tiny classifier of five classes, its encoder, and a batch."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ DEPTH = TINY.depth
 
 
 def configure(tmp_path: Path, **sections: Any) -> FinetuneConfig:
-    """A tiny classifier of five classes from scratch; `sections` are overrides, with `__` for the dot."""
+    """Configure a tiny classifier of five classes from scratch; `sections` are overrides, with `__` for the dot."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in sections.items()]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -43,13 +43,13 @@ def encoder_file(folder: Path, position: str = "relative", registers: int = 0) -
 
 
 def batch(count: int = 8, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, H, W, 3) uint8 images and (B,) labels."""
+    """Return (B, H, W, 3) uint8 images and (B,) labels."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, *SIZE, 3), generator=generator, dtype=torch.uint8)
     return images, torch.randint(0, 5, (count,), generator=generator)
 
 
 def standardized(images: torch.Tensor) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W), by the statistics of ImageNet."""
+    """(B, H, W, 3) uint8 -> (B, 3, H, W), normalized with ImageNet's statistics."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((images / 255 - mean) / std).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""A detection set in COCO's layout, made here: real JPEGs of discs and boxes, with polygons around them."""
+"""A generated detection set in COCO's layout: JPEGs of discs and boxes, with polygons around them."""
 
 import json
 import math
@@ -13,11 +13,11 @@ CLASSES = ("disc", "box")
 def make_coco(
     root: Path, train: int = 8, val: int = 4, sizes: tuple[tuple[int, int], ...] = ((96, 128), (120, 90))
 ) -> Path:
-    """`root` with `train2017/`, `val2017/` and `annotations/instances_{train,val}2017.json`.
+    """Fill `root` with `train2017/`, `val2017/` and `annotations/instances_{train,val}2017.json`.
 
     Args:
-        train, val: how many images.
-        sizes: their (height, width), in turn.
+        train, val: numbers of images.
+        sizes: (height, width) of the images, in turn.
     """
     (root / "annotations").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def make_coco(
 
 
 def _draw_shape(rng: np.random.Generator, height: int, width: int) -> tuple[int, list[tuple[float, float]]]:
-    """Its class, and its corners (x, y) in pixels."""
+    """Return the shape's class and its corners (x, y) in pixels."""
     kind, radius = int(rng.integers(2)), float(rng.uniform(10, min(height, width) / 3.5))
     x, y = float(rng.uniform(radius, width - radius)), float(rng.uniform(radius, height - radius))
     if kind == 1:

@@ -1,4 +1,4 @@
-"""mmdet's Mask R-CNN, shrunk until two CPU processes train it in no time; its data is tiny_coco's."""
+"""mmdet's Mask R-CNN, shrunk so that two CPU processes train it quickly on the data of tiny_coco."""
 
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 

@@ -1,4 +1,4 @@
-"""The shipped tiny UperNet, shrunk until two CPU processes train it in no time; its data is tiny_ade's."""
+"""The shipped tiny UperNet, shrunk so that two CPU processes train it quickly on the data of tiny_ade."""
 
 _base_ = ["../../downstream/segment/configs/upernet_tiny_camvid.py"]
 
@@ -12,7 +12,7 @@ model = dict(decode_head=dict(channels=width), auxiliary_head=dict(channels=widt
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False)
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
-# Not 1e-8: a gradient that is rounding alone, as that of a bias before a norm, would make steps of the whole rate.
+# With 1e-8, gradients that are only rounding errors, as of a bias before a norm, would cause steps of full size.
 optim_wrapper = dict(optimizer=dict(lr=1e-3, eps=1e-3))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=2),

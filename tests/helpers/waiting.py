@@ -1,6 +1,6 @@
-"""How long tests wait."""
+"""The timeout of tests."""
 
 import torch
 
-# What a test waits for takes seconds, or minutes where other tests keep the cores busy: this only ends what hangs.
+# Tests wait for seconds, or minutes if other tests keep the cores busy. The timeout only ends what hangs.
 SECONDS = 240.0 if torch.cuda.is_available() else 900.0

@@ -1,4 +1,4 @@
-"""A tiny data set in ADE20K's layout and a tiny segmentor."""
+"""Fixtures: a tiny data set in ADE20K's layout and a tiny segmentor."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ CONFIG = Path(__file__).parents[1] / "helpers" / "tiny_upernet.py"
 
 @pytest.fixture(scope="module")
 def ade(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two images to train on, three to test with."""
+    """A data set of two training and three validation images."""
     return make_ade(tmp_path_factory.mktemp("ade") / "set", train=2, val=3)
 
 
@@ -30,7 +30,7 @@ def cfg(ade: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def model(cfg: Config) -> Any:
-    """With running statistics and a classifier that are not those of a new model."""
+    """A model whose running statistics and classifier differ from those of a new one."""
     init_default_scope("mmseg")
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)

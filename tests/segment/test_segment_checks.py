@@ -1,4 +1,4 @@
-"""Bad data of every kind, planted in a correct data set: one error that names it, or a number in the line."""
+"""Tests of the checks of masks: defects planted in a correct data set raise a clear error or are counted."""
 
 import copy
 import functools
@@ -49,7 +49,7 @@ def paint(root: Path, number: int, label: int, rows: slice = slice(10, 12)) -> N
     Image.fromarray(mask).save(path)
 
 
-def test_correct_data_set(root: Path):
+def test_correct_data_set_passes(root: Path):
     cfg = config(root)
     train, val = check(cfg)
     assert train == "train_dataloader.dataset: 8 images, 8 masks read"
@@ -76,7 +76,7 @@ def two_images(root: Path) -> None:
 
 
 def white(root: Path) -> None:
-    """Two classes, the second one drawn as 255."""
+    """Reduce the masks to two classes, the second one drawn as 255."""
     for path in (root / "annotations").glob("*/*.png"):
         mask = np.array(Image.open(path))
         Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).save(path)
@@ -142,7 +142,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_data_is_an_error(root: Path, kind: str):
+def test_bad_data_raises_a_one_line_error(root: Path, kind: str):
     damage, message = BAD[kind]
     damage(root)
     with pytest.raises(ValueError, match=message) as caught:
@@ -151,15 +151,15 @@ def test_bad_data_is_an_error(root: Path, kind: str):
     assert "\n" not in str(caught.value)
 
 
-def test_values_of_classes(root: Path):
-    """Masks of 0 and 255, as most tools draw two classes, are read as 0 and 1 by check and by mmseg."""
+def test_mask_values_are_mapped_to_classes(root: Path):
+    """Masks of 0 and 255, the values that most tools use for two classes, are read as 0 and 1 by check and mmseg."""
     from mmseg.registry import DATASETS
 
     white(root)
     two = {"classes": ["background", "lesion"]}
     with pytest.raises(ValueError, match=r"if it means lesion, give mask_values=\[0,255\]"):
         check(config(root, **two))
-    cfg = config(root, **two, mask_values=[0, 255], reduce_zero_label=True)  # of which the first counts
+    cfg = config(root, **two, mask_values=[0, 255], reduce_zero_label=True)  # mask_values has precedence
     assert check(cfg)[0] == "train_dataloader.dataset: 8 images, 8 masks read"
     pipeline = [{"type": "LoadAnnotations"}]
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": pipeline})
@@ -173,7 +173,7 @@ def test_values_of_classes(root: Path):
 
 
 def test_images_of_any_suffix_are_used(root: Path):
-    """Paired as by mmseg's data set; with a suffix that is set, the others are counted."""
+    """Images are paired with masks as in mmseg's data set. If a suffix is set, images with other ones are counted."""
     from mmseg.registry import DATASETS
 
     for number, suffix in enumerate((".JPG", ".png", ".jpeg")):
@@ -194,7 +194,7 @@ def test_images_of_any_suffix_are_used(root: Path):
     assert len(DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": []})) == 5
 
 
-def test_classes_without_pixels_are_named(root: Path):
+def test_classes_without_pixels_are_reported(root: Path):
     four = ["ground", "disc", "box", "star"]
     assert "masks read, 1 classes without a pixel in them: star" in check(config(root, classes=four))[0]
     line = check(config(root, classes=["disc", "box", "star"], reduce_zero_label=True))[0]
@@ -203,7 +203,7 @@ def test_classes_without_pixels_are_named(root: Path):
 
 
 def test_rare_classes_are_searched_in_all_masks(root: Path):
-    """Where the masks that were opened are of one class, those of another may be elsewhere."""
+    """If all sampled masks have the same class, the remaining masks are searched for others."""
     for path in (root / MASKS).iterdir():
         Image.new("L", Image.open(path).size, 0).save(path)
     with pytest.raises(ValueError, match=r"all labeled pixels .* are ground"):
@@ -212,7 +212,7 @@ def test_rare_classes_are_searched_in_all_masks(root: Path):
     assert "8 images, 8 masks read, 1 classes without a pixel in them: disc" in check(config(root), opened=2)[0]
 
 
-def test_more_classes_than_8_bits_can_tell(root: Path):
+def test_more_classes_than_fit_in_8_bits_are_rejected(root: Path):
     """mmseg would read label 300 as 44."""
     names = [f"class {number}" for number in range(256)]
     with pytest.raises(ValueError, match=r"256 classes: mmseg reads masks as 8 bits, .* at most 255"):
@@ -220,15 +220,15 @@ def test_more_classes_than_8_bits_can_tell(root: Path):
     check(config(root, classes=names[:255]))
 
 
-def test_all_data_sets_are_reported_at_once(root: Path):
+def test_errors_of_all_data_sets_are_reported_at_once(root: Path):
     no_mask(root)
     (root / "images" / "validation" / "00000001.jpg").write_text("oops")
     with pytest.raises(ValueError, match=r"00000005.png.*\nval_dataloader.dataset: .*00000001.jpg"):
         check(config(root))
 
 
-def test_labels_from_one(root: Path):
-    """With `reduce_zero_label` 0 and 255 are ignored, and labels begin at 1."""
+def test_reduce_zero_label_expects_labels_from_one(root: Path):
+    """With `reduce_zero_label`, 0 and 255 are ignored, and labels start at 1."""
     from_one(root)
     train, _ = check(config(root, reduce_zero_label=True))
     assert train.endswith("8 masks read")
@@ -238,7 +238,7 @@ def test_labels_from_one(root: Path):
 
 
 def test_checks_read_masks_as_mmseg_does(root: Path):
-    """Compared with its own loader: names, labels and classes, of masks with a palette and labels from 1."""
+    """Compares names, labels and classes with mmseg's own loader, for masks with a palette and labels from 1."""
     from mmseg.registry import DATASETS
 
     from downstream.segment.mask_counts import count_masks
@@ -246,7 +246,7 @@ def test_checks_read_masks_as_mmseg_does(root: Path):
     from_one(root)
     for path in (root / MASKS).iterdir():
         mask = Image.open(path)
-        mask.putpalette(list(range(255, -1, -1)) * 3)  # colors of the labels, which are not read
+        mask.putpalette(list(range(255, -1, -1)) * 3)  # colors of the labels, which must not be read
         mask.save(path)
     cfg = config(root, reduce_zero_label=True)
     loaded = DATASETS.build({**cfg.train_dataloader.dataset, "pipeline": [{"type": "LoadAnnotations"}]})
@@ -266,13 +266,13 @@ def test_unused_masks_and_small_images_are_counted(root: Path):
     (root / IMAGES / "._00000000.jpg").write_text("hidden")
     train, _ = check(config(root, scale=(256, 48)))
     assert train.endswith("1 masks have no image (not used), 1 masks without a labeled pixel")
-    # The short side is resized to at most 2 * 40 > 64; with long sides of at most 2 * 64 the images of 64 x 150 have
-    # 54 rows.
+    # With (256, 40), short sides become up to 2 * 40 > 64. With (64, 64), long sides are limited to 2 * 64, so images
+    # of 64 x 150 get only 54 rows.
     assert "never fill" not in check(config(root, scale=(256, 40)))[0]
     assert "2 images never fill a crop of 64 x 64 pixels and are padded" in check(config(root, scale=(64, 64)))[0]
 
 
-def test_crops_larger_than_every_image(root: Path):
+def test_crops_larger_than_every_image_are_rejected(root: Path):
     with pytest.raises(ValueError, match=r"no image fills a crop of 512 x 512 .* give a smaller size, or a larger"):
         check(config(root, size=512))
     cfg = config(root)
@@ -296,7 +296,7 @@ def test_heads_and_classes_must_agree(root: Path):
         check(cfg)
 
 
-def test_settings_that_mmseg_would_refuse_later(root: Path):
+def test_settings_that_would_fail_later_in_mmseg_are_rejected(root: Path):
     cfg = config(root)
     cfg.val_dataloader.batch_size = 2
     with pytest.raises(ValueError, match=r"val_dataloader.batch_size=2: evaluated images differ in size: give 1"):
@@ -314,30 +314,30 @@ def test_settings_that_mmseg_would_refuse_later(root: Path):
     check(cfg)
 
 
-def test_small_config_is_for_sets_of_ones_own(root: Path):
-    """Without names of classes it does not take ADE20K's; labels are numbered from 0."""
+def test_small_config_needs_the_classes_of_a_custom_data_set(root: Path):
+    """It does not default to ADE20K's classes, and its labels start at 0."""
     with pytest.raises(ValueError, match=r"train_dataloader.dataset: name the classes, in the order of their labels"):
         check(config(root, "upernet_vits_lomar_small", classes=None))
     assert check(config(root, "upernet_vits_lomar_small"))[0] == "train_dataloader.dataset: 8 images, 8 masks read"
 
 
-def test_defaults_of_a_data_set_type(root: Path):
-    """Suffixes and `reduce_zero_label` of mmseg's data set types, which a config need not repeat."""
+def test_defaults_of_a_data_set_type_apply(root: Path):
+    """A config need not repeat the suffixes and `reduce_zero_label` of mmseg's data set types."""
     cfg = config(root, reduce_zero_label=None)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.pop("reduce_zero_label", None)
     cfg.train_dataloader.dataset.type = "CityscapesDataset"
     with pytest.raises(ValueError, match=r"no image \*_leftImg8bit.png in .*only .jpg"):
         check(cfg)
-    cfg.train_dataloader.dataset.type = "ADE20KDataset"  # it has 150 other classes
+    cfg.train_dataloader.dataset.type = "ADE20KDataset"  # has 150 classes of its own
     assert "masks read" in check(cfg, ["val"])[0]
     paint(root, 0, 200)
     with pytest.raises(ValueError, match=r"labels 200 in .* with 150 classes .*=True they must be 1 to 150"):
         check(cfg, ["train"])
 
 
-def test_lists_of_names(root: Path):
-    """mmseg's `ann_file`: other masks are not reported as unused, missing images are an error."""
+def test_list_of_image_names_selects_a_subset(root: Path):
+    """With mmseg's `ann_file`, other masks are not reported as unused, and missing images are an error."""
     (root / "train.txt").write_text("00000001\n00000003\n")
     cfg = config(root)
     cfg.train_dataloader.dataset.ann_file = "train.txt"
@@ -347,8 +347,8 @@ def test_lists_of_names(root: Path):
         check(cfg)
 
 
-def test_a_training_reads_some_masks_and_the_command_reads_all(root: Path, capfd: pytest.CaptureFixture[str]):
-    paint(root, 3, 9)  # of eight masks the even ones are read
+def test_training_reads_some_masks_and_the_command_reads_all(root: Path, capfd: pytest.CaptureFixture[str]):
+    paint(root, 3, 9)  # only the even ones of eight masks are read
     assert "8 images, 4 masks read" in check(config(root), opened=4)[0]
     sizes = [f"data_root={root}", "size=64", "stride=43", "scale=[256,64]"]
     assert checks.main(["upernet_tiny_camvid", *sizes, 'classes=["ground", "disc", "box"]']) == 1

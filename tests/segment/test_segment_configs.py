@@ -1,4 +1,4 @@
-"""Every config of downstream/segment/configs against the published recipe, and against its own docstring."""
+"""Compares every config of downstream/segment/configs with the published recipe and with its own docstring."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ def test_every_promised_config_exists():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_the_published_one(name: str):
+def test_recipe_matches_the_published_one(name: str):
     cfg = load(name)
     backbone, linear = cfg.model.backbone, name.startswith("linear")
     arch = {"b": "vit_base", "l": "vit_large", "h": "vit_huge"}[re.match(r"\w+_vit(\w)_", name)[1]]
@@ -57,7 +57,7 @@ def test_recipe_is_the_published_one(name: str):
     assert backbone.out_indices == ((11,) if linear else OUT_BLOCKS[arch])
     assert backbone.frozen == (linear or name.endswith("frozen"))
     assert backbone.grad_checkpointing == name.endswith("24gb")
-    assert backbone.init_cfg is None  # every command sets it
+    assert backbone.init_cfg is None  # set by the command
     wrapper = cfg.optim_wrapper
     assert (wrapper.type, wrapper.dtype, wrapper.get("clip_grad")) == ("AmpOptimWrapper", "bfloat16", None)
     assert (wrapper.constructor, wrapper.paramwise_cfg.layer_decay) == (
@@ -93,8 +93,8 @@ def test_docstring_agrees_with_the_config(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_images_and_tests(name: str):
-    """Published crops and windows, ratios of both evaluations, ImageNet's mean and deviation in RGB."""
+def test_image_sizes_and_evaluation(name: str):
+    """Checks crops, sliding windows, scales of both evaluations, and ImageNet's mean and std in RGB."""
     cfg = load(name)
     size = 256 if "tiny" in name else 640 if name.endswith("640") else 512
     scale, stride = (4 * size, size), {256: 170, 512: 341, 640: 426}[size]
@@ -121,8 +121,8 @@ def test_images_and_tests(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_heads_fit_their_maps(name: str):
-    """Built on the meta device; four maps for UperNet or one for a linear head, at 512 pixels."""
+def test_heads_fit_their_feature_maps(name: str):
+    """UperNet gets four maps and a linear head one, at 512 pixels. Models are built on the meta device."""
     cfg = load(name)
     import_modules_from_strings(**cfg.custom_imports)
     init_default_scope("mmseg")
@@ -141,13 +141,13 @@ def test_heads_fit_their_maps(name: str):
         assert model.decode_head(maps).shape == (2, classes, 128, 128)
         assert model.auxiliary_head(maps).shape == (2, classes, 32, 32)
     norms = {type(module).__name__ for module in model.modules() if "BatchNorm" in type(module).__name__}
-    assert norms == {"ChannelBatchNorm"}  # of all ranks, on CPUs too
+    assert norms == {"ChannelBatchNorm"}  # synchronized across ranks, on CPUs too
     trained = {part for part, p in ((n.split(".")[0], p) for n, p in model.named_parameters()) if p.requires_grad}
     assert ("backbone" in trained) != cfg.model.backbone.frozen
 
 
 @pytest.mark.parametrize("name", ["upernet_vitb_lomar_160k", "linear_vitb_mae_40k"])
-def test_ade20k_is_as_in_mmseg(name: str):
+def test_ade20k_settings_match_mmseg(name: str):
     cfg = load(name)
     for split, folder in (("train", "training"), ("val", "validation"), ("test", "validation")):
         dataset = cfg[f"{split}_dataloader"].dataset
@@ -156,13 +156,13 @@ def test_ade20k_is_as_in_mmseg(name: str):
     assert cfg.val_evaluator.type == cfg.test_evaluator.type == "IoUMetric"
 
 
-def test_own_data_set_in_a_few_lines(tmp_path: Path):
-    """The example in the docstring of the base config."""
+def test_example_of_a_custom_data_set_in_the_base_config(tmp_path: Path):
+    """Loads the example in the docstring of the base config."""
     head = (CONFIGS / "_base_" / "upernet.py").read_text().split('"""')[1]
     lines = re.search(r"( {4}_base_ = .*?)\n\n", head, re.DOTALL)[1]
-    own = tmp_path / "fields.py"
-    own.write_text(lines.replace("    ", "").replace("upernet_vitb", f"{CONFIGS}/upernet_vitb"))
-    cfg = Config.fromfile(own, import_custom_modules=False)
+    config_file = tmp_path / "fields.py"
+    config_file.write_text(lines.replace("    ", "").replace("upernet_vitb", f"{CONFIGS}/upernet_vitb"))
+    cfg = Config.fromfile(config_file, import_custom_modules=False)
     propagate_keys(cfg)
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 2
     for split, folder in (("train", "train"), ("val", "val"), ("test", "val")):
@@ -215,7 +215,7 @@ def test_sizes_reach_every_key():
         ("tta=true", "tta=true applies only to evaluation: give test=FILE as well"),
     ],
 )
-def test_refused_override(override: str, message: str):
+def test_invalid_override_is_rejected(override: str, message: str):
     classes = [] if override.startswith("classes") else ['classes=["a", "b"]']
     with pytest.raises(ValueError, match=re.escape(message)):
         command(*classes, override)

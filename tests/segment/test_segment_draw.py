@@ -1,4 +1,4 @@
-"""Drawings of what the tiny config predicts."""
+"""Tests of drawing the predictions of the tiny config."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from downstream.segment import draw_segments as draw
 
 @pytest.fixture(scope="module")
 def weights(model: Any, cfg: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A configuration and weights as a training writes them."""
+    """A config and weights as a training saves them."""
     folder = tmp_path_factory.mktemp("trained")
     torch.save({"state_dict": model.state_dict(), "meta": {"iter": 1}}, folder / "iter_1.pth")
     cfg.dump(folder / "config.py")
@@ -26,9 +26,7 @@ def run_draw(*arguments: object) -> int:
     return draw.main([str(argument) for argument in arguments])
 
 
-def test_drawings_of_segments(
-    weights: tuple[Path, Path], model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-):
+def test_segments_are_drawn(weights: tuple[Path, Path], model: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     photos, out = tmp_path / "photos", tmp_path / "out"
     (photos / "below").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -48,12 +46,16 @@ def test_drawings_of_segments(
     drawn = np.array(Image.open(out / "a.png")).reshape(64 * 64, 3)
     colors = [np.median(drawn[(predicted == label).flatten().numpy()], axis=0) for label in predicted.unique()]
     assert len(colors) > 1
-    assert len({tuple(color) for color in colors}) == len(colors)  # a color for each class, where the class is
+    assert len({tuple(color) for color in colors}) == len(colors)  # a different color for each class
     for label, color in zip(predicted.unique(), colors, strict=True):
-        assert (drawn[(predicted == label).flatten().numpy()] == color).all(1).mean() > 0.7  # the rest is its name
+        assert (drawn[(predicted == label).flatten().numpy()] == color).all(
+            1
+        ).mean() > 0.7  # the rest is the class name
 
 
-def test_draw_refuses(weights: tuple[Path, Path], tmp_path: Path, ade: Path, capfd: pytest.CaptureFixture[str]):
+def test_draw_rejects_bad_arguments(
+    weights: tuple[Path, Path], tmp_path: Path, ade: Path, capfd: pytest.CaptureFixture[str]
+):
     config, trained = weights
     photos = ade / "images" / "validation"
     state = torch.load(trained, weights_only=True)

@@ -1,4 +1,4 @@
-"""The tiny config as mmseg builds it: its maps, its windows, its metrics."""
+"""Tests of the tiny segmentor as built by mmseg: feature maps, sliding windows, metrics and training steps."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def images(height: int, width: int, count: int = 1) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_strides_of_the_maps(model: Any):
+def test_feature_maps_have_strides_of_4_to_32(model: Any):
     for height, width in ((64, 64), (64, 160), (96, 32)):
         maps = model.extract_feat(images(height, width))
         assert [tuple(m.shape[2:]) for m in maps] == [(height // s, width // s) for s in (4, 8, 16, 32)]
@@ -43,7 +43,7 @@ def test_strides_of_the_maps(model: Any):
 
 @torch.no_grad()
 def test_each_scale_comes_from_its_block_and_is_aligned(model: Any):
-    """The map of stride 16 is the third block's output itself; resizing shifts none of the others."""
+    """The map of stride 16 is the third returned block's output, and resizing does not shift the other maps."""
     maps = [m.requires_grad_(False) for m in model.backbone(images(64, 64))]
     assert torch.equal(model.neck(maps)[2], maps[2])
     for number, stride in enumerate((4, 8, 16, 32)):
@@ -57,7 +57,7 @@ def test_each_scale_comes_from_its_block_and_is_aligned(model: Any):
 
 
 def slide_naively(model: Any, image: torch.Tensor, crop: int, stride: int) -> np.ndarray:
-    """(3, H, W) -> (classes, H, W): the float64 mean over all windows with a pixel; the last ones end at the border."""
+    """(3, H, W) -> (classes, H, W): float64 means over all windows that cover a pixel; the last end at the border."""
     _, height, width = image.shape
     total, seen = np.zeros((len(CLASSES), height, width)), np.zeros((height, width))
     tops = {min(number * stride, max(height - crop, 0)) for number in range(math.ceil(height / stride))}
@@ -75,8 +75,8 @@ def slide_naively(model: Any, image: torch.Tensor, crop: int, stride: int) -> np
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 129), (107, 150), (150, 64), (33, 200)])
 @torch.no_grad()
-def test_sliding_windows_equal_a_naive_loop(model: Any, size: tuple[int, int]):
-    """With the preprocessor, which pads to strides of 32; of any aspect ratio, and smaller than a window."""
+def test_sliding_windows_match_a_naive_loop(model: Any, size: tuple[int, int]):
+    """Covers images of any aspect ratio and smaller than a window, which the preprocessor pads to multiples of 32."""
     height, width = size
     image = images(height, width)[0]
     sample = SegDataSample(metainfo={"ori_shape": size, "img_shape": size})
@@ -90,8 +90,8 @@ def test_sliding_windows_equal_a_naive_loop(model: Any, size: tuple[int, int]):
 
 
 @torch.no_grad()
-def test_whole_images_of_any_aspect(model: Any, cfg: Config):
-    """Without windows; logits have the size of the file."""
+def test_evaluation_on_whole_images(model: Any, cfg: Config):
+    """Without sliding windows, logits are resized to the size of the file."""
     model.test_cfg.mode = "whole"
     try:
         batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
@@ -108,13 +108,13 @@ def test_whole_images_of_any_aspect(model: Any, cfg: Config):
         model.test_cfg.mode = "slide"
 
 
-def test_metrics_equal_a_loop_over_pixels():
+def test_metrics_match_a_loop_over_pixels():
     rng = np.random.default_rng(0)
     metric = IoUMetric()
     metric.dataset_meta = {"classes": ("a", "b", "c", "d")}
     hits, truth, guess, labeled = np.zeros(4), np.zeros(4), np.zeros(4), 0
     for size in ((7, 9), (5, 4)):
-        label = rng.integers(0, 3, size)  # no pixel is a d: it has no IoU and no accuracy, and is left out
+        label = rng.integers(0, 3, size)  # class d never occurs, so it is left out of the means
         label[0] = 255
         predicted = rng.integers(0, 3, size)
         sample = {"pred_sem_seg": {"data": torch.tensor(predicted)}, "gt_sem_seg": {"data": torch.tensor(label)}}
@@ -135,8 +135,8 @@ def test_metrics_equal_a_loop_over_pixels():
 
 @pytest.mark.parametrize("kind", ["relative", "sincos"])
 @torch.no_grad()
-def test_every_map_equals_the_encoders(kind: str, tmp_path: Path):
-    """At 224 and at 512 pixels, of each returned block."""
+def test_every_map_matches_the_encoder(kind: str, tmp_path: Path):
+    """Compares the output of each returned block, at 224 and at 512 pixels."""
     torch.manual_seed(0)
     encoder = ViT("vit_tiny", 16, (14, 14), kind == "relative")
     for name, parameter in encoder.named_parameters():
@@ -149,18 +149,18 @@ def test_every_map_equals_the_encoders(kind: str, tmp_path: Path):
         load_start(backbone, str(tmp_path / "encoder.safetensors"), None)
         expected = float64_copy(load_encoder(tmp_path / "encoder.safetensors", image_size=size)[0])
         maps = float64_copy(backbone)(images(size, size).double())
-        made: dict[torch.nn.Module, torch.Tensor] = {}
+        outputs: dict[torch.nn.Module, torch.Tensor] = {}
         for block in expected.blocks:
-            block.register_forward_hook(lambda block, given, out, made=made: made.update({block: out}))
+            block.register_forward_hook(lambda block, given, out, outputs=outputs: outputs.update({block: out}))
         last = features(expected, images(size, size).double())
         for number, found in zip(OUT, maps, strict=True):
-            tokens = last if number == 11 else made[expected.blocks[number]]
+            tokens = last if number == 11 else outputs[expected.blocks[number]]
             on_grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (size // 16, size // 16))
             torch.testing.assert_close(found, on_grid, rtol=1e-9, atol=1e-9)
 
 
-def test_a_wrong_early_map_is_found(tmp_path: Path):
-    """One map is that of another block than `out_indices` says."""
+def test_comparison_of_features_notices_a_wrong_early_map(tmp_path: Path):
+    """One map is from another block than `out_indices` requests."""
     torch.manual_seed(0)
     encoder = ViT("vit_tiny", 16, (2, 2))
     facts = {"arch": "vit_tiny", "patch_size": "16", "image_size": "32x32", "position": "relative"}
@@ -179,7 +179,7 @@ def test_a_wrong_early_map_is_found(tmp_path: Path):
 
 
 def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)  # for dropout and drop path
+    torch.manual_seed(0)  # fixes dropout and drop path
     model.train().zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         total, terms = model.parse_losses(model(**model.data_preprocessor(copy.deepcopy(batch), True), mode="loss"))
@@ -188,28 +188,28 @@ def losses(model: Any, batch: dict, autocast: bool) -> tuple[float, dict[str, to
 
 
 def test_training_step_in_both_precisions(model: Any, cfg: Config):
-    """Every parameter gets a finite fp32 gradient; under bf16 neck and logits return fp32."""
-    own = copy.deepcopy(model)
-    Fp32OutputsHook().before_train(SimpleNamespace(model=own))
-    handed = {}
-    for name, module in own.named_modules():
+    """Every parameter gets a finite fp32 gradient, and the neck and the logits return fp32 even under bf16."""
+    segmentor = copy.deepcopy(model)
+    Fp32OutputsHook().before_train(SimpleNamespace(model=segmentor))
+    outputs = {}
+    for name, module in segmentor.named_modules():
         if name == "neck" or name.endswith("conv_seg"):
-            module.register_forward_hook(lambda module, given, out, name=name: handed.update({name: out}))
+            module.register_forward_hook(lambda module, given, out, name=name: outputs.update({name: out}))
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
-    whole, terms = losses(own, batch, autocast=False)
+    fp32_loss, terms = losses(segmentor, batch, autocast=False)
     assert {"decode.loss_ce", "aux.loss_ce", "decode.acc_seg"} < terms.keys()
-    half, _ = losses(own, batch, autocast=True)
-    assert half == pytest.approx(whole, rel=0.05)
-    assert half != whole
-    assert {m.dtype for m in handed["neck"]} == {torch.float32}
-    assert handed["decode_head.conv_seg"].dtype == handed["auxiliary_head.conv_seg"].dtype == torch.float32
-    for name, parameter in own.named_parameters():
+    bf16_loss, _ = losses(segmentor, batch, autocast=True)
+    assert bf16_loss == pytest.approx(fp32_loss, rel=0.05)
+    assert bf16_loss != fp32_loss
+    assert {m.dtype for m in outputs["neck"]} == {torch.float32}
+    assert outputs["decode_head.conv_seg"].dtype == outputs["auxiliary_head.conv_seg"].dtype == torch.float32
+    for name, parameter in segmentor.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32, name
         assert parameter.grad.isfinite().all(), name
 
 
-def test_pixels_are_standardized_as_in_pretraining(model: Any, cfg: Config, ade: Path):
+def test_pixels_are_normalized_as_in_pretraining(model: Any, cfg: Config, ade: Path):
     batch = next(iter(Runner.build_dataloader(cfg.val_dataloader, seed=0)))
     seen = model.data_preprocessor(batch, False)["inputs"][0]
     image = Image.open(ade / "images/validation/00000000.jpg").resize((85, 64), Image.BILINEAR)

@@ -1,4 +1,4 @@
-"""Real trainings of a tiny UperNet by two processes, and `downstream/segment/train_segmentor.py` as a user types it."""
+"""Tests of real trainings of a tiny UperNet by two processes, and of train_segmentor.py as users run it."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 HELPERS = Path(__file__).parents[1] / "helpers"
 CONFIG, LINEAR = HELPERS / "tiny_upernet.py", HELPERS / "tiny_linear.py"
 ENGINES = ("plain", "zero1", "zero2", "zero3")
-REFUSED = {
+REJECTED = {
     "tta": (["test=FOLDER/plain", "tta=true", "tta_model=None"], "tta=true needs tta_model and tta_pipeline"),
     "another model": (["test=FOLDER/plain", "model.decode_head.channels=8"], "does not match the model: decode_head."),
     "frozen noise": (["model.backbone.frozen=true"], "would freeze random weights: give start.checkpoint=FILE"),
@@ -40,7 +40,11 @@ REFUSED = {
 }  # fmt: skip
 
 
-STILL = ["model.decode_head.dropout_ratio=0", "model.auxiliary_head.dropout_ratio=0", "model.backbone.drop_path_rate=0"]
+WITHOUT_DROPOUT = [
+    "model.decode_head.dropout_ratio=0",
+    "model.auxiliary_head.dropout_ratio=0",
+    "model.backbone.drop_path_rate=0",
+]
 
 
 def encoder_file(folder: Path) -> Path:
@@ -53,14 +57,14 @@ def encoder_file(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., Processes]) -> Path:
-    """The run folders of all jobs."""
+    """Run all jobs and return the parent of their run folders."""
     root = tmp_path_factory.mktemp("jobs")
     make_ade(root / "data")
     encoder = f"start.checkpoint={encoder_file(root)}"
     engine = write_engines(root)
     short = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
-    jobs: dict[str, list[str]] = {"two": [*STILL, *short, *engine["zero2"]]}
-    # In this order: ZeRO-3 replaces torch's linear layer in a process for good, by one that rounds differently.
+    jobs: dict[str, list[str]] = {"two": [*WITHOUT_DROPOUT, *short, *engine["zero2"]]}
+    # ZeRO-3 is last: it permanently replaces torch's linear layer in a process by one that rounds differently.
     for name, rank in (("plain", 1), ("zero1", None), ("zero2", None), ("zero3", 0)):
         jobs[name] = [encoder, *engine[name]]
         if rank is not None:
@@ -72,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, start_once: Callable[..., P
     for name in ("plain", "zero3"):
         jobs[f"frozen {name}"] = [encoder, *short, *engine[name], "model.backbone.frozen=true"]
     jobs["linear"] = [f"config={LINEAR}", encoder, *short, *engine["zero2"]]
-    for name, (overrides, _) in REFUSED.items():
+    for name, (overrides, _) in REJECTED.items():
         jobs[f"refused {name}"] = [override.replace("FOLDER", str(root)) for override in overrides]
     run_jobs(start_once, root, jobs, CONFIG, "segment")
     return root
@@ -85,7 +89,7 @@ def assert_same_weights(first: dict[str, Any], second: dict[str, Any], rtol: flo
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:])
-def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
+def test_zero_trains_like_the_plain_runner(folder: Path, engine: str):
     plain, zero = last_checkpoint(folder / "plain"), last_checkpoint(folder / engine)
     for name in ("loss", "decode.loss_ce", "aux.loss_ce"):
         assert len(logged(plain, name)) == 4
@@ -98,25 +102,25 @@ def test_zero_trains_as_the_plain_runner(folder: Path, engine: str):
 
 
 @pytest.mark.parametrize("name", ["plain", "zero3"])
-def test_stopped_training_continues_with_the_same_bits(folder: Path, name: str):
-    words = "SIGUSR1: saved and stopped after step 3 of 4; run the same command again to continue"
-    assert ended_with(folder, f"{name} stopped") == words
+def test_stopped_training_continues_bitwise_identically(folder: Path, name: str):
+    message = "SIGUSR1: saved and stopped after step 3 of 4; run the same command again to continue"
+    assert ended_with(folder, f"{name} stopped") == message
     assert ended_with(folder, f"{name} continued") == ""
-    whole, again = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
-    assert logged(again, "loss") == logged(whole, "loss")
-    assert_same_weights(again, whole, rtol=0, atol=0)
+    uninterrupted, resumed = last_checkpoint(folder / name), last_checkpoint(folder / f"{name}-stopped")
+    assert logged(resumed, "loss") == logged(uninterrupted, "loss")
+    assert_same_weights(resumed, uninterrupted, rtol=0, atol=0)
     assert evaluations(folder / f"{name}-stopped") == evaluations(folder / name)
 
 
 def test_bf16_keeps_fp32_weights(folder: Path):
-    content, whole = last_checkpoint(folder / "bf16"), logged(last_checkpoint(folder / "plain"), "loss")[0]
+    content, fp32_loss = last_checkpoint(folder / "bf16"), logged(last_checkpoint(folder / "plain"), "loss")[0]
     assert {tensor.dtype for tensor in content["state_dict"].values() if tensor.is_floating_point()} == {torch.float32}
-    assert logged(content, "loss")[0] == pytest.approx(whole, rel=0.02)
-    assert logged(content, "loss")[0] != whole
+    assert logged(content, "loss")[0] == pytest.approx(fp32_loss, rel=0.02)
+    assert logged(content, "loss")[0] != fp32_loss
 
 
-def test_a_checkpoint_evaluates_as_in_training(folder: Path):
-    """In ZeRO-3's training by a copy that is filled from the ranks' parts; here by mmengine's Runner from the file."""
+def test_checkpoint_evaluates_as_in_training(folder: Path):
+    """ZeRO-3's training evaluates a copy gathered from all ranks. Here, mmengine's Runner loads the checkpoint."""
     (log,) = (folder / "tested").glob("*/*.json")
     tested = json.loads(log.read_text().splitlines()[-1])
     (row,) = evaluations(folder / "zero3")
@@ -134,7 +138,7 @@ def test_test_time_augmentation_changes_the_result(folder: Path):
 
 @pytest.mark.parametrize("name", ["frozen plain", "frozen zero3", "linear"])
 def test_frozen_encoder_does_not_change(folder: Path, name: str):
-    """It is saved as it was loaded, and the optimizer has only the other parameters."""
+    """The encoder is saved as it was loaded, and the optimizer has only the other parameters."""
     content = last_checkpoint(folder / folder_name(name))
     encoder = load_file(folder / "encoder.safetensors")
     state = content["state_dict"]
@@ -146,25 +150,25 @@ def test_frozen_encoder_does_not_change(folder: Path, name: str):
     assert len(set(logged(content, "loss"))) == 2
 
 
-def test_zero_trains_a_frozen_encoders_head_as_the_plain_runner(folder: Path):
+def test_zero_trains_the_head_of_a_frozen_encoder_like_the_plain_runner(folder: Path):
     plain, zero = last_checkpoint(folder / "frozen-plain"), last_checkpoint(folder / "frozen-zero3")
     assert logged(zero, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
     assert_same_weights(zero, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(folder: Path, name: str):
-    words = ended_with(folder, f"refused {name}")
-    assert REFUSED[name][1] in words
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected_job_reports_the_reason(folder: Path, name: str):
+    message = ended_with(folder, f"refused {name}")
+    assert REJECTED[name][1] in message
 
 
 def test_one_and_two_ranks_train_alike(folder: Path):
-    """Two ranks with two images each train as one with all four, since norms are over all ranks.
+    """Two ranks with two images each train like one with all four, because norms are synchronized across ranks.
 
-    Dropout and drop path, which are drawn for each rank, are off. The one is the script as a user types it.
+    Dropout and drop path, which are random on each rank, are off. The single rank runs the script as a user would.
     """
     short = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"]
-    overrides = [*STILL, *short, "data_root=data", "runs=.", "name=one", "train_dataloader.batch_size=4"]
+    overrides = [*WITHOUT_DROPOUT, *short, "data_root=data", "runs=.", "name=one", "train_dataloader.batch_size=4"]
     script = str(ROOT / "downstream/segment/train_segmentor.py")
     done = launch(sys.executable, script, str(CONFIG), *overrides, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
