@@ -9,7 +9,7 @@ PROCESSES = $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_av
 # The fast tests start no processes of several ranks, so they run on all cores. The others mostly wait for a rank: two
 # files at a time, as the tests of a file share runs, and beside them those on Slurm, which share one cluster.
 SLOW := engine or slurm or slow or mm
-FAST := -n logical --maxprocesses 8 -m "not ($(SLOW) or cuda)"
+FAST := -n logical --maxprocesses 8 --dist worksteal -m "not ($(SLOW) or cuda)"
 NEED_MM := tests/dense tests/detect tests/segment tests/export/test_export_to_mm.py tests/slurm/test_dense_jobs.py
 
 .PHONY: help pretrain check test test-ranks test-slurm test-avx2 lint install hooks clean
