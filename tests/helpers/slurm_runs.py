@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from helpers.slurm_cluster import Cluster, Job
 
-STEPS = 8 * 7
+STEPS = 5 * 7
 ODD = "data.image_size=[64, 80]"  # must reach the trainer as one argument despite space and brackets
 
 

@@ -138,7 +138,7 @@ def recipe(write_recipe: Callable[..., Path]) -> Path:
     return write_recipe(
         "tiny",
         method={"name": "lomar", "num_windows": 2, "window_size": 3},
-        train={"epochs": 8, "global_batch_size": 8, "precision": "fp32"},
+        train={"epochs": 5, "global_batch_size": 8, "precision": "fp32"},
         log={"every_steps": 1, "num_reconstructions": 2},
     )
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slurm
 # Slurm checks every half minute, so it warns up to 30 seconds early and ends a job up to 30 seconds late.
 LIMIT = ("--time=2", "--signal=B:USR1@1")
 
-# For ranks that import this, while the marker files exist: reading an image takes half a second, and syncing a file of
+# For ranks that import this, while the marker files exist: reading an image takes a second, and syncing a file of
 # a checkpoint takes ten minutes.
 SLOW = """
 import os, time
@@ -23,7 +23,7 @@ def slowed(call, file, seconds, part):
         return call(descriptor, *arguments)
     return slow
 
-os.pread = slowed(os.pread, "{folder}/reading", 0.5, ".tar")
+os.pread = slowed(os.pread, "{folder}/reading", 1.0, ".tar")
 os.fsync = slowed(os.fsync, "{folder}/saving", 600, "step_00000020")
 """
 
