@@ -20,7 +20,7 @@ def test_detector_is_requeued_and_evaluated_once_per_epoch(cluster: Cluster, tmp
     changes += ["train_cfg.max_epochs=2", "train_cfg.val_interval=1", "train_dataloader.batch_size=1"]
     export = "--export=ALL,RECIPE=vitdet_tiny_pennfudan"
     job = cluster.submit(
-        *NODES, export, "slurm/finetune_coco.sh", *changes, "train.ds_config=zero1", "train.precision=bf16"
+        *NODES, export, "slurm/finetune_coco.sh", *changes, "train.ds_config=zero1", "train.precision=fp32"
     )
     job.wait_for("the first epoch", lambda: (work_dir / "last_checkpoint").exists())
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
