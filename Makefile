@@ -19,8 +19,8 @@ help:  ## list the targets
 
 pretrain: install  ## the quick start: MAE on photographs, a few minutes on two cores
 	python -m data.samples shards/samples
-	epochs=$$(python -m pretrain.quickstart) && \
-		deepspeed $(PROCESSES) pretrain/run.py pretrain/recipes/quickstart.yaml $$epochs
+	overrides=$$(python -m pretrain.quickstart) && \
+		deepspeed $(PROCESSES) pretrain/run.py pretrain/recipes/quickstart.yaml $$overrides
 
 check: lint  ## lint and the fast tests: under three minutes on two cores, without mmcv
 	python -m pytest $(FAST) $(NEED_MM:%=--ignore=%)

@@ -14,6 +14,7 @@ from pretrain.config import PretrainConfig, load
 from pretrain.methods.base import Method
 from pretrain.models.vit import ARCHS
 from pretrain.numerics import apply_numerics, choose_numerics
+from pretrain.trainer.cautions import has_fast_bf16
 from pretrain.trainer.cuda_graphs import graph_steps
 from pretrain.trainer.optim import build_adamw, parameter_groups
 
@@ -89,6 +90,7 @@ class Trainee:
         model: what `loss` calls.
         loss: the forward pass on the batch, without autocast.
         images: number of images in the batch.
+        needs_bf16: whether it computes in bf16 even on a CPU that is slow in it.
     """
 
     model: nn.Module
@@ -96,9 +98,11 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     images: int
     device: torch.device
+    needs_bf16: bool = False
 
     def autocast_loss(self) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
+        enabled = self.needs_bf16 or has_fast_bf16(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
             return self.loss()
 
     def step(self) -> None:
@@ -125,4 +129,5 @@ def trainee(config: PretrainConfig, images: int, device: torch.device, fused: bo
         optimizer = build_adamw(groups, config, stage=1)
     else:
         optimizer = torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.optim.betas, foreach=True)
-    return Trainee(method, lambda: method(*batch)["loss"], optimizer, images, device)
+    needs_bf16 = config.model.residual == "bf16"
+    return Trainee(method, lambda: method(*batch)["loss"], optimizer, images, device, needs_bf16)

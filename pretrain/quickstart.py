@@ -1,8 +1,8 @@
-"""Finds how many epochs of the quick start fit into minutes on this machine: ``python -m pretrain.quickstart``.
+"""Finds what the quick start needs on this machine to take minutes: ``python -m pretrain.quickstart``.
 
 Takes a few steps of the recipe like one of its processes, but without data and engine. It prints the time of a step on
-stderr, and the overrides for `make pretrain` on stdout: none if all epochs of the recipe fit. A run that has begun
-keeps its epochs.
+stderr, and the overrides for `make pretrain` on stdout: fewer epochs if not all of the recipe's fit, and fp32 on a CPU
+that is slow in bf16. A run that has begun keeps both.
 """
 
 import os
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.batch import draw_masks
 from pretrain.config import PretrainConfig, load
+from pretrain.trainer.cautions import has_fast_bf16
 from pretrain.trainer.launch import choose_accelerator
 from pretrain.trainer.run_folder import RunFolder
 
@@ -63,24 +64,29 @@ def choose_epochs(step: float, most: int) -> int:
 
 def main() -> int:
     """The command line; returns the exit code."""
-    config = load(RECIPE, [])
-    begun = RunFolder(Path(config.runs) / config.name).config
+    recipe = load(RECIPE, [])
+    begun = RunFolder(Path(recipe.runs) / recipe.name).config
     if begun.is_file():
         keys = yaml.safe_load(begun.read_text())
         epochs, warmup = keys["train"]["epochs"], keys["optim"]["warmup_epochs"]
+        precision = keys["train"]["precision"]
         print(f"{begun.parent} continues with its {epochs} epochs", file=sys.stderr)
     else:
-        step = measure_step(config)
-        epochs = choose_epochs(step, config.train.epochs)
-        warmup = config.optim.warmup_epochs * epochs / config.train.epochs
+        slow = not torch.cuda.is_available() and not has_fast_bf16(torch.device("cpu"))
+        precision = "fp32" if slow else recipe.train.precision
+        step = measure_step(load(RECIPE, [f"train.precision={precision}"]))
+        epochs = choose_epochs(step, recipe.train.epochs)
+        warmup = recipe.optim.warmup_epochs * epochs / recipe.train.epochs
         minutes = max(step * ENGINE * STEPS_PER_EPOCH * epochs / 60, 1)
-        less = "" if epochs == config.train.epochs else f" instead of the recipe's {config.train.epochs}"
+        less = "" if epochs == recipe.train.epochs else f" instead of the recipe's {recipe.train.epochs}"
         print(
-            f"a step takes about {step * ENGINE:.2f} s here: {epochs} epochs{less}, about {minutes:.0f} minutes",
+            f"a step takes about {step * ENGINE:.2f} s here in {precision}: {epochs} epochs{less}, about {minutes:.0f} "
+            "minutes",
             file=sys.stderr,
         )
-    if (epochs, warmup) != (config.train.epochs, config.optim.warmup_epochs):
-        print(f"train.epochs={epochs} optim.warmup_epochs={warmup:g}")
+    chosen = {"train.epochs": epochs, "optim.warmup_epochs": warmup, "train.precision": precision}
+    shipped = (recipe.train.epochs, recipe.optim.warmup_epochs, recipe.train.precision)
+    print(*(f"{key}={value}" for (key, value), old in zip(chosen.items(), shipped, strict=True) if value != old))
     return 0
 
 

@@ -137,7 +137,7 @@ def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str
         _log.info("%s", describe_change(change))
     if index.shrunk:
         _log.info("%s: %s", index.root, index.shrunk)
-    for caution in cautions(config, len(index), run.loader.steps_per_epoch):
+    for caution in cautions(config, len(index), run.loader.steps_per_epoch, run.device):
         _log.warning("%s", caution)
 
 

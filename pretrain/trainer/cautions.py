@@ -2,19 +2,30 @@
 
 from collections.abc import Iterator
 
+import torch
+
 from pretrain.trainer.config import RunConfig
 
 TINY_RATE = 1e-4  # at a batch of 256; scales with the square root of the batch, by which AdamW's noise falls
 FEW_STEPS = 8  # per epoch
 
 
-def cautions(config: RunConfig, samples: int, steps_per_epoch: int) -> Iterator[str]:
-    """One sentence for each setting that trains next to nothing, with what to set instead.
+def has_fast_bf16(device: torch.device) -> bool:
+    """False for a CPU without AVX-512 or the like, which takes ten times as long in bf16 as in fp32."""
+    mkldnn = torch.backends.mkldnn.is_available()
+    return device.type != "cpu" or not mkldnn or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cautions(config: RunConfig, samples: int, steps_per_epoch: int, device: torch.device) -> Iterator[str]:
+    """One sentence for each setting that trains next to nothing or very slowly, with what to set instead.
 
     Args:
         samples: the size of the training set.
         steps_per_epoch: the number of whole batches in it.
+        device: where the run computes.
     """
+    if config.train.precision == "bf16" and not has_fast_bf16(device):
+        yield "this CPU has no fast bf16 arithmetic: train.precision=fp32 is about ten times faster here"
     optim, batch = config.optim, config.train.global_batch_size
     base = optim.lr_batch_size
     if config.peak_lr < TINY_RATE * (batch / 256) ** 0.5 and batch < base:

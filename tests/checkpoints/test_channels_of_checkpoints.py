@@ -67,7 +67,7 @@ def one_step(model: torch.nn.Module, **inputs: Any) -> None:
 
 @pytest.mark.parametrize("position", MODELS)
 @pytest.mark.parametrize("name", PIXELS)
-def test_other_channels_from_pretraining_to_prediction(name: str, position: str, tmp_path: Path):
+def test_gray_and_multispectral_images_from_pretraining_to_prediction(name: str, position: str, tmp_path: Path):
     pixels, data = PIXELS[name], keys(PIXELS[name])
     method = {"name": "mae", "decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
     sections: dict[str, Any] = {

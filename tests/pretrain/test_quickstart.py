@@ -23,8 +23,11 @@ def test_epochs_fit_the_time_budget(step: float, epochs: int):
     assert epochs in (FEWEST, MOST) or 0.8 * MINUTES < step * 1.3 * 10 * epochs / 60 <= MINUTES
 
 
-def run_main(step: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+def run_main(
+    step: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bf16: bool = True
+) -> tuple[str, str]:
     monkeypatch.setattr(quickstart, "measure_step", lambda config: step)
+    monkeypatch.setattr(quickstart, "has_fast_bf16", lambda device: bf16)
     assert main() == 0
     out, err = capsys.readouterr()
     return out, err
@@ -32,8 +35,16 @@ def run_main(step: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 def test_fast_machine_trains_the_full_recipe(monkeypatch, capsys):
     out, err = run_main(0.2, monkeypatch, capsys)
-    assert out == ""
-    assert err == f"a step takes about 0.26 s here: {MOST} epochs, about 3 minutes\n"
+    assert out == "\n"
+    assert err == f"a step takes about 0.26 s here in bf16: {MOST} epochs, about 3 minutes\n"
+
+
+def test_cpu_without_fast_bf16_trains_in_fp32(monkeypatch, capsys):
+    monkeypatch.setattr(quickstart.torch.cuda, "is_available", lambda: False)
+    out, err = run_main(0.2, monkeypatch, capsys, bf16=False)
+    assert out == "train.precision=fp32\n"
+    assert "here in fp32" in err
+    assert load("quickstart", out.split()).train.precision == "fp32"
 
 
 def test_busy_machine_trains_fewer_epochs_and_reports_it(monkeypatch, capsys):
@@ -49,7 +60,7 @@ def test_existing_run_keeps_its_epochs(monkeypatch, capsys):
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/config.yaml").write_text(load("quickstart", ["train.epochs=20"]).to_yaml())
     out, err = run_main(0.01, monkeypatch, capsys)
-    assert out == "train.epochs=20 optim.warmup_epochs=6\n"
+    assert out == "train.epochs=20\n"
     assert err == "runs/quickstart continues with its 20 epochs\n"
 
 

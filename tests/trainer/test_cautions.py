@@ -1,17 +1,22 @@
 """A run warns at its start about settings that would hardly train anything."""
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from downstream.classify.config import load as load_finetune
 from pretrain.config import RECIPES, load
-from pretrain.trainer.cautions import cautions
+from pretrain.trainer import cautions as module
+from pretrain.trainer.cautions import cautions, has_fast_bf16
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def warnings_for(*overrides: str, recipe: str = "mae_vitb16_224_1600e", samples: int = 1_281_167) -> str:
     config = load(recipe, ["data.shards=/nowhere", *overrides])
-    return "\n".join(cautions(config, samples, samples // config.train.global_batch_size))
+    return "\n".join(cautions(config, samples, samples // config.train.global_batch_size, GPU))
 
 
 def test_learning_rate_too_small_for_a_small_batch_suggests_base_lr():
@@ -51,4 +56,20 @@ def test_fine_tuning_with_one_image_per_step_is_reported():
     config = load_finetune(
         "finetune_small_vits16_224_100e", ["data.shards=x", "val.shards=x", "train.global_batch_size=1"]
     )
-    assert [text.split(":")[0] for text in cautions(config, 5000, 5000)] == ["the learning rate is only 2e-06"]
+    assert [text.split(":")[0] for text in cautions(config, 5000, 5000, GPU)] == ["the learning rate is only 2e-06"]
+
+
+@pytest.mark.parametrize(("fast", "precision", "expected"), [(False, "bf16", 1), (False, "fp32", 0), (True, "bf16", 0)])
+def test_bf16_on_a_cpu_without_it_is_reported(
+    fast: bool, precision: str, expected: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "has_fast_bf16", lambda device: fast)
+    config = load("mae_vitb16_224_1600e", ["data.shards=/nowhere", f"train.precision={precision}"])
+    found = [text for text in cautions(config, 1_281_167, 312, CPU) if "train.precision=fp32" in text]
+    assert len(found) == expected
+
+
+def test_cpus_with_avx_512_and_gpus_have_fast_bf16():
+    assert has_fast_bf16(GPU)
+    flags = Path("/proc/cpuinfo").read_text()
+    assert "avx512bw" not in flags or has_fast_bf16(CPU)
