@@ -22,7 +22,7 @@ pretrain: install  ## the quick start: MAE on photographs, a few minutes on two 
 	overrides=$$(python -m pretrain.quickstart) && \
 		deepspeed $(PROCESSES) pretrain/run.py pretrain/recipes/quickstart.yaml $$overrides
 
-check: lint  ## lint and the fast tests: under three minutes on two cores, without mmcv
+check: lint  ## lint and the fast tests, without mmcv
 	python -m pytest $(FAST) $(NEED_MM:%=--ignore=%)
 
 test: check .venv/mm  ## lint and all tests
