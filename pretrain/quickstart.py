@@ -72,8 +72,8 @@ def main() -> int:
         precision = keys["train"]["precision"]
         print(f"{begun.parent} continues with its {epochs} epochs", file=sys.stderr)
     else:
-        slow = not torch.cuda.is_available() and not has_fast_bf16(torch.device("cpu"))
-        precision = "fp32" if slow else recipe.train.precision
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = recipe.train.precision if has_fast_bf16(device) else "fp32"
         step = measure_step(load(RECIPE, [f"train.precision={precision}"]))
         epochs = choose_epochs(step, recipe.train.epochs)
         warmup = recipe.optim.warmup_epochs * epochs / recipe.train.epochs
@@ -84,9 +84,13 @@ def main() -> int:
             "minutes",
             file=sys.stderr,
         )
-    chosen = {"train.epochs": epochs, "optim.warmup_epochs": warmup, "train.precision": precision}
-    shipped = (recipe.train.epochs, recipe.optim.warmup_epochs, recipe.train.precision)
-    print(*(f"{key}={value}" for (key, value), old in zip(chosen.items(), shipped, strict=True) if value != old))
+    overrides = []
+    if (epochs, warmup) != (recipe.train.epochs, recipe.optim.warmup_epochs):
+        overrides += [f"train.epochs={epochs}", f"optim.warmup_epochs={warmup:g}"]
+    if precision != recipe.train.precision:
+        overrides.append(f"train.precision={precision}")
+    if overrides:
+        print(*overrides)
     return 0
 
 

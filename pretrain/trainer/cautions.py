@@ -12,8 +12,9 @@ FEW_STEPS = 8  # per epoch
 
 def has_fast_bf16(device: torch.device) -> bool:
     """False for a CPU without AVX-512 or the like, which takes ten times as long in bf16 as in fp32."""
-    mkldnn = torch.backends.mkldnn.is_available()
-    return device.type != "cpu" or not mkldnn or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def cautions(config: RunConfig, samples: int, steps_per_epoch: int, device: torch.device) -> Iterator[str]:

@@ -83,9 +83,9 @@ def killed(recipes: dict[str, Path], command: Callable[..., Command], stages: di
     return {name: runs / name for name in recipes}
 
 
-def kill_after_a_checkpoint(running: dict[Path, Command], seconds: float = SECONDS) -> None:
+def kill_after_a_checkpoint(running: dict[Path, Command]) -> None:
     """Kills each run as soon as its folder has a checkpoint."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while running:
         assert time.monotonic() < deadline, f"no checkpoint in {list(running)}"
         for folder, run in list(running.items()):

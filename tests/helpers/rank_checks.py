@@ -14,8 +14,8 @@ from helpers.waiting import SECONDS
 from pretrain.trainer.metrics import read_metrics
 
 
-def wait_for(path: Path, processes: Any, seconds: float = SECONDS) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(path: Path, processes: Any) -> None:
+    deadline = time.monotonic() + SECONDS
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
         assert all(p.returncode is None for p in processes.all), processes.outputs()

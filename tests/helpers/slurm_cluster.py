@@ -56,9 +56,9 @@ class Cluster:
             assert time.monotonic() < deadline
             time.sleep(0.25)
 
-    def wait_empty(self, seconds: float = SECONDS) -> None:
+    def wait_empty(self) -> None:
         """Wait until the job queue is empty."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + SECONDS
         while queue := self.ask("squeue", "--noheader"):
             assert time.monotonic() < deadline, queue
             time.sleep(0.25)
@@ -75,9 +75,9 @@ class Job:
         words = self.cluster.ask("scontrol", "show", "job", "--oneliner", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, what: str, happened: Callable[[], bool], seconds: float = SECONDS) -> None:
+    def wait_for(self, what: str, happened: Callable[[], bool]) -> None:
         """Poll until it happens; fails the test with all logs on timeout or if the job ends without it."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + SECONDS
         while not happened():
             state = self.show()["JobState"]
             over = state in _OVER
@@ -85,9 +85,9 @@ class Job:
                 pytest.fail(f"job {self.number} is {state}, and not: {what}\n{self.logs()}")
             time.sleep(0.25)
 
-    def wait_end(self, seconds: float = SECONDS) -> dict[str, str]:
+    def wait_end(self) -> dict[str, str]:
         """Wait until the job is finally over and return its last `show`."""
-        self.wait_for("at its end", lambda: self.show()["JobState"] in _OVER, seconds)
+        self.wait_for("at its end", lambda: self.show()["JobState"] in _OVER)
         return self.show()
 
     def logs(self) -> str:
