@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.shard_tools import encode, jpeg, smooth_image, write_tar
+from helpers.waiting import SECONDS
 from PIL import Image
 
 from data.batch import Batch, SizedUntil
@@ -274,7 +275,7 @@ def test_crash_with_running_workers_exits(shards: Path, index: Index) -> None:
         "next(steps)\n"
         "raise KeyError('crash')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(shards)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, str(shards)], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith("KeyError: 'crash'")
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers.waiting import SECONDS
 
 import data.handover
 import data.workers
@@ -157,9 +158,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_workers_die_with_their_process() -> None:
     """At once, because they would keep its connections to other ranks open."""
     command = [sys.executable, "-c", RANK]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, timeout=SECONDS)
     assert done.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 30
     while psutil.pid_exists(worker := int(done.stdout)) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.05)

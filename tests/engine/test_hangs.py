@@ -37,12 +37,12 @@ def test_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path
 
 
 def test_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
-    run = train(start, recipe, tmp_path, "watchdog.step_minutes=0.1")
+    run = train(start, recipe, tmp_path, "watchdog.step_minutes=0.25")
     (worker,) = psutil.Process(run.all[1].pid).children()
     os.kill(worker.pid, signal.SIGSTOP)
     main, other = run.outputs(60)
     assert [rank.returncode for rank in run.all] == [HUNG, HUNG]
-    assert "has taken longer than watchdog.step_minutes=0.1 minutes" in main
+    assert "has taken longer than watchdog.step_minutes=0.25 minutes" in main
     assert f"process {worker.pid} (stopped): it was stopped (SIGSTOP)" in other
     assert psutil.wait_procs([worker], 10)[1] == []
 

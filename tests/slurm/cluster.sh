@@ -41,7 +41,6 @@ PreemptMode=REQUEUE
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
-KillWait=5
 MinJobAge=3600
 NodeName=node[1-4] NodeAddr=$net.[1-4] CPUs=96 RealMemory=262144 Gres=gpu:8
 PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=30

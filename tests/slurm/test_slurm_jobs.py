@@ -63,7 +63,7 @@ def test_killed_rank_fails_the_job_and_the_same_command_continues(cluster: Clust
 
 
 def test_hung_job_reports_where_and_continues(cluster: Cluster, recipe: Path, whole: Path) -> None:
-    job, folder = submit(cluster, recipe, "name=hung", "watchdog.step_minutes=0.2"), cluster.project / "runs" / "hung"
+    job, folder = submit(cluster, recipe, "name=hung", "watchdog.step_minutes=0.5"), cluster.project / "runs" / "hung"
     wait_step(job, folder, 12)
     (worker,) = psutil.Process(rank_process(1, "name=hung")).children()
     os.kill(worker.pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Jobs that are slowed down until they run into Slurm's time limit of two minutes."""
+"""Jobs that are slowed down until they run into Slurm's time limit of three minutes."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from helpers.slurm_runs import STEPS, check_same_end, rows, submit
 pytestmark = pytest.mark.slurm
 
 # Slurm checks every half minute, so it warns up to 30 seconds early and ends a job up to 30 seconds late.
-LIMIT = ("--time=2", "--signal=B:USR1@1")
+LIMIT = ("--time=3", "--signal=B:USR1@1")
 
-# For ranks that import this, while the marker files exist: reading an image takes a second, and syncing a file of
+# For ranks that import this, while the marker files exist: reading an image takes two seconds, and syncing a file of
 # a checkpoint takes ten minutes.
 SLOW = """
 import os, time
@@ -23,7 +23,7 @@ def slowed(call, file, seconds, part):
         return call(descriptor, *arguments)
     return slow
 
-os.pread = slowed(os.pread, "{folder}/reading", 1.0, ".tar")
+os.pread = slowed(os.pread, "{folder}/reading", 2.0, ".tar")
 os.fsync = slowed(os.fsync, "{folder}/saving", 600, "step_00000020")
 """
 
