@@ -186,20 +186,11 @@ def _with_earlier(plan: Plan, traces: Sequence[Trace]) -> Plan:
 
 
 def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
-    """Raises the ValueError of `make_plan` about GPUs, naming GPU counts and accumulations that divide the batch."""
-    train, gpus = config.train, cluster.gpus
+    """Raises the ValueError of `make_plan` about GPUs."""
+    train = config.train
     if train.precision == "bf16" and not cluster.gpu.bf16:
         raise ValueError("this GPU does not support bf16: set train.precision=fp32, or use an a100, l40s or newer")
-    try:
-        check_divisible(train.global_batch_size, gpus, train.gradient_accumulation_steps)
-    except ValueError as error:
-        batch, accumulation = train.global_batch_size, train.gradient_accumulation_steps
-        counts = [n for n in range(1, 4 * gpus + 1) if batch % (n * accumulation) == 0]
-        times = [n for n in range(1, batch // gpus + 1) if batch % (n * gpus) == 0]
-        others = [f"--gpus may be {', '.join(map(str, counts))}"] if counts else []
-        if times:
-            others.append(f"train.gradient_accumulation_steps may be {', '.join(map(str, times))}")
-        raise ValueError(f"{error}" + (f"; with this batch {', or '.join(others)}" if others else "")) from None
+    check_divisible(train.global_batch_size, cluster.gpus, train.gradient_accumulation_steps)
 
 
 def own_zero(config: PretrainConfig, gpus: int) -> Zero:

@@ -123,6 +123,8 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
                 cause = watchdog.cause()
                 why = f": {cause}" if cause else f": its log says why, unless it was killed ({_first_line(error)})"
                 _log.error("%s: another rank has ended%s", world.error, why)
+                if not cause and (lost := watchdog.find_lost()):
+                    _log.error("no sign of life from %s: killed, or lost with its node", ", ".join(lost))
                 return 1
             problem = _describe(error, config, world)
             if isinstance(error, RuntimeError) and _BROKEN_GPU.search(str(error)):

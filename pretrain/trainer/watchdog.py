@@ -34,6 +34,7 @@ from pretrain.trainer.phases import current_phase
 HUNG = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry": slurm/_train.sh requeues
 POLL = 1.0  # seconds between checks
 _HEARTBEAT = 5  # polls between a rank's signs of life
+_LEFT = b"left"  # a rank's last sign of life
 _GRACE = 10.0  # seconds in which a rank may end by itself, with its own error, once another has ended
 _LAST_WORDS = 30.0  # seconds after which a rank that cannot even report that it hangs ends all the same
 _READING = {"x86_64": {0, 17, 19, 295}, "aarch64": {63, 65, 67, 69}}  # system calls read, pread64, readv, preadv
@@ -88,6 +89,21 @@ class Watchdog:
             if store := self._join():
                 self._listen(store)
         return "" if self._told is None else str(self._told["problem"])
+
+    def find_lost(self) -> list[str]:
+        """Names the ranks that give no sign of life, on the main rank after its connection to another one broke.
+
+        Every other rank that was left says here that it is not the lost one, and gets an empty list.
+        """
+        with contextlib.suppress(RuntimeError):
+            if store := self._join():
+                if self._world.is_main:
+                    before = self._signs(store)
+                    time.sleep(1.5 * _HEARTBEAT * POLL)
+                    after = self._signs(store)
+                    return [_name(rank, sign) for rank, sign in after.items() if _LEFT != sign == before[rank]]
+                store.set(f"alive/{self._world.rank}", _LEFT.decode())
+        return []
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL):
@@ -159,19 +175,20 @@ class Watchdog:
     def _check_silence(self, store: dist.Store) -> None:
         """On the main rank alone, so that requests to the store grow with the number of ranks, not its square."""
         limit, now = self._config.silent_minutes, time.monotonic()
-        for rank in range(1, self._world.size):
-            key = f"alive/{rank}"
-            sign = store.get(key) if store.check([key]) else b""
+        for rank, sign in self._signs(store).items():
             if self._heard.get(rank, (None, 0.0))[0] != sign:
                 self._heard[rank] = (sign, now)
             elif limit and now - self._heard[rank][1] > 60 * limit:
-                node = sign.decode().partition(" ")[2]
-                who = f"rank {rank} on {node}" if node else f"rank {rank}"
-                if node:
+                if node := _node(sign):
                     with contextlib.suppress(OSError):
                         mark_bad_node(node)
-                silence = f"nothing was heard from {who} for watchdog.silent_minutes={limit:g} minutes"
+                silence = f"nothing was heard from {_name(rank, sign)} for watchdog.silent_minutes={limit:g} minutes"
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
+
+    def _signs(self, store: dist.Store) -> dict[int, bytes]:
+        """The last sign of life of each rank but the main one, empty before its first."""
+        keys = {rank: f"alive/{rank}" for rank in range(1, self._world.size)}
+        return {rank: store.get(key) if store.check([key]) else b"" for rank, key in keys.items()}
 
     def _follow(self, rank: int, problem: str, hung: bool) -> None:
         """Ends like another rank, unless this one ends by itself in time."""
@@ -205,6 +222,14 @@ class Watchdog:
             if tell:
                 time.sleep(2 * POLL)  # let all read it before a broken connection tells them less
             exit_process(code)
+
+
+def _node(sign: bytes) -> str:
+    return sign.decode().partition(" ")[2]
+
+
+def _name(rank: int, sign: bytes) -> str:
+    return f"rank {rank} on {_node(sign)}" if _node(sign) else f"rank {rank}"
 
 
 def _position() -> str:

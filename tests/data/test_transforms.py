@@ -148,13 +148,18 @@ def test_color_jitter_has_torchvisions_distribution() -> None:
 
 def test_three_augment_applies_each_augmentation_equally_often() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    gray = solarized = 0
+    rough = abs(np.diff(pixels.astype(int), axis=0)).mean()
+    gray = solarized = blurred = 0
     for seed in range(600):
         changed = three_augment(np.random.default_rng(seed), pixels).astype(int)
-        gray += bool((changed == changed[..., :1]).all())
-        solarized += np.array_equal(changed, np.where(pixels < 128, pixels, 255 - pixels))
-    assert 150 < gray < 250
-    assert 150 < solarized < 250
+        if (changed == changed[..., :1]).all():
+            gray += 1
+        elif np.array_equal(changed, np.where(pixels < 128, pixels, 255 - pixels)):
+            solarized += 1
+        else:
+            blurred += abs(np.diff(changed, axis=0)).mean() < rough
+    assert gray + solarized + blurred == 600
+    assert all(150 < count < 250 for count in (gray, solarized, blurred))
 
 
 @pytest.mark.parametrize(

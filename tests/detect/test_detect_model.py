@@ -70,6 +70,7 @@ def test_training_step_in_both_precisions(model: Any, cfg: Config):
     assert {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"} < terms.keys()
     assert all(term > 0 for name, term in terms.items() if "loss" in name)
     bf16_loss, _ = losses(model, batch, autocast=True)
+    assert bf16_loss != fp32_loss
     assert bf16_loss == pytest.approx(fp32_loss, rel=0.05)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers.rank_checks import wait_for
+from helpers.waiting import SECONDS
 
 from pretrain.trainer.attempt import node_name
 from pretrain.trainer.watchdog import HUNG
@@ -29,7 +30,7 @@ def test_stopped_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path
     run = train(start, recipe, tmp_path, "watchdog.silent_minutes=0.25")
     main, stopped = run.all
     stopped.send_signal(signal.SIGSTOP)
-    assert main.ended(time.monotonic() + 60)
+    assert main.ended(time.monotonic() + SECONDS)
     assert main.returncode == HUNG
     assert f"nothing was heard from rank 1 on {node_name()} for watchdog.silent_minutes=0.25 minutes" in main.said()
     assert "rank 0 on " in main.said()
@@ -40,18 +41,27 @@ def test_stopped_data_worker_is_named(start: Callable[..., Any], recipe: Path, t
     run = train(start, recipe, tmp_path, "watchdog.step_minutes=0.25")
     (worker,) = psutil.Process(run.all[1].pid).children()
     os.kill(worker.pid, signal.SIGSTOP)
-    main, other = run.outputs(60)
+    main, other = run.outputs()
     assert [rank.returncode for rank in run.all] == [HUNG, HUNG]
     assert "has taken longer than watchdog.step_minutes=0.25 minutes" in main
     assert f"process {worker.pid} (stopped): it was stopped (SIGSTOP)" in other
-    assert psutil.wait_procs([worker], 10)[1] == []
+    assert psutil.wait_procs([worker], SECONDS)[1] == []
+
+
+def test_killed_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path: Path):
+    run = train(start, recipe, tmp_path)
+    main, killed = run.all
+    killed.send_signal(signal.SIGKILL)
+    assert main.ended(time.monotonic() + SECONDS)
+    assert main.returncode == 1
+    assert f"no sign of life from rank 1 on {node_name()}: killed, or lost with its node" in main.said()
 
 
 def test_failing_rank_tells_the_others_why(start: Callable[..., Any], recipe: Path, tmp_path: Path):
     run = train(start, recipe, tmp_path)
     (worker,) = psutil.Process(run.all[1].pid).children()
     worker.kill()
-    main, other = run.outputs(60)
+    main, other = run.outputs()
     assert [rank.returncode for rank in run.all] == [1, 1]
     why = f"a data worker (process {worker.pid}) was killed by SIGKILL"
     assert f"error on rank 1: {why}" in other

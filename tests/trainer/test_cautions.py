@@ -1,5 +1,6 @@
 """A run warns at its start about settings that would hardly train anything."""
 
+import platform
 import re
 from pathlib import Path
 
@@ -38,12 +39,10 @@ def test_too_few_steps_per_epoch_suggest_a_smaller_batch():
     assert warnings_for(suggestion[0], "optim.base_lr=1e-3", samples=5000) == ""
 
 
-@pytest.mark.parametrize("samples", [1, 7, 16, 40])
-def test_very_few_samples_are_reported(samples: int):
-    assert (
-        f"{samples} samples in batches of 1 make only" in warnings_for("train.global_batch_size=1", samples=samples)
-        or samples > 7
-    )
+@pytest.mark.parametrize("samples", [1, 7, 8])
+def test_too_few_samples_for_eight_steps_are_reported(samples: int):
+    text = warnings_for("train.global_batch_size=1", samples=samples)
+    assert (f"{samples} samples in batches of 1 make only" in text) == (samples < 8)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if "beit" not in path.stem))
@@ -69,7 +68,10 @@ def test_bf16_on_a_cpu_without_it_is_reported(
     assert len(found) == expected
 
 
-def test_cpus_with_avx_512_and_gpus_have_fast_bf16():
+def test_gpus_have_fast_bf16():
     assert has_fast_bf16(GPU)
-    flags = Path("/proc/cpuinfo").read_text()
-    assert "avx512bw" not in flags or has_fast_bf16(CPU)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").is_file(), reason="needs Linux on x86")
+def test_only_cpus_with_avx_512_have_fast_bf16():
+    assert has_fast_bf16(CPU) == ("avx512bw" in Path("/proc/cpuinfo").read_text())

@@ -119,6 +119,14 @@ def test_rank_exits_after_another_failed_and_reports_its_cause(
     failed._look_at_others()  # it exits by itself
 
 
+def test_lost_rank_is_named_by_the_main_rank(watch: Callable[..., Watchdog]):
+    main, other, lost = watch(0), watch(1), watch(2)
+    for dog in (main, other, lost):
+        dog._look_at_others()
+    assert other.find_lost() == []
+    assert main.find_lost() == [f"rank 2 on {os.uname().nodename}"]
+
+
 def test_hung_rank_makes_all_ranks_exit(watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture):
     hangs, other = watch(1, step_minutes=1e-6), watch(2)
     with limited("step 7", "step_minutes"):
