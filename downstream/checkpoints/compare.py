@@ -8,14 +8,10 @@ the processor, and it detects a tensor that differs.
 """
 
 import copy
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from pretrain.models.features import features
-from pretrain.models.vit import ViT
 
 FLOAT64_TOLERANCE = 1e-10  # relative to the largest feature
 
@@ -43,17 +39,3 @@ def random_images(height: int, width: int, channels: int = 3) -> Tensor:
     """(2, channels, height, width) standard normal float64, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
-
-
-@torch.no_grad()
-def feature_difference(encoder: ViT, compute: Callable[[Tensor], Tensor]) -> float:
-    """`max_difference` of an encoder and another model on random images of the encoder's size, in float64.
-
-    Args:
-        encoder: in any precision; a copy is used.
-        compute: the other model, already in float64: (B, C, H, W) images -> (B, 1+N, D) features, the class token
-            first.
-    """
-    images = random_images(*encoder.image_size, encoder.pixels.channels)
-    expected = features(float64_copy(encoder), images)
-    return max_difference(compute(images), expected)
