@@ -29,10 +29,6 @@ class Communication:
     seconds: float = 0.0
     exposed: float = 0.0
 
-    @property
-    def slower_link_is_network(self) -> bool:
-        return self.network_seconds > self.node_seconds
-
 
 def step_communication(
     parameters: int, zero: Zero, cluster: Cluster, micro_batches: int, forward: float, backward: float
