@@ -268,10 +268,13 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def print_stacks_of_workers() -> list[int]:
-    """Makes the workers of this process print their stacks to stderr; returns the process IDs of all that are alive."""
-    alive = [worker.pid for worker in list(_RUNNING) if worker.pid is not None and worker.is_alive()]
-    for pid in alive:
+def running_workers() -> list[int]:
+    """The process IDs of the workers of this process that are alive."""
+    return [worker.pid for worker in list(_RUNNING) if worker.pid is not None and worker.is_alive()]
+
+
+def print_stacks_of_workers() -> None:
+    """Makes the workers of this process print their stacks to stderr."""
+    for pid in running_workers():
         with suppress(ProcessLookupError):
             os.kill(pid, _STACKS)
-    return alive

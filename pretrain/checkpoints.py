@@ -27,7 +27,6 @@ from pretrain.trainer.checkpoint_layout import (
     UNFINISHED,
     checkpoint_name,
     damage,
-    latest_checkpoint,
 )
 from pretrain.trainer.config import CheckpointConfig
 from pretrain.trainer.durable import remove_folder, write_durably
@@ -56,6 +55,10 @@ def describe(run: RunFolder, read: bool) -> tuple[list[str], bool]:
         for one in found
     ]
     lines += [f"{path.name:28}  {_written(path):16}  {folder_size(path) / 1e9:8.2f} GB  set aside" for path in aside]
+    lines += [
+        f"{UNFINISHED}/{path.name:17}  {'':16}  {folder_size(path) / 1e9:8.2f} GB  being written, or left by a kill"
+        for path in sorted((run.checkpoints / UNFINISHED).glob("*"))
+    ]
     total = (others + sum(one.size for one in found)) / 1e9
     lines.append(f"{counted(len(found), 'checkpoint')}, {total:.2f} GB in all" if found else "no checkpoint yet")
     return lines, not any(one.damage for one in found)
@@ -100,22 +103,31 @@ def export(run: RunFolder, step: str, out: Path) -> int:
     """Writes the encoder of a checkpoint; returns the exit code of the export command.
 
     Args:
-        step: a number, a checkpoint's name, or `latest`.
+        step: a number, a checkpoint's name, or `latest`, the newest sound one.
 
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
     read_config(run)
     name = checkpoint_name(int(step)) if step.isdigit() else step
-    checkpoint = latest_checkpoint(run.checkpoints) if step == LATEST else run.checkpoints / name
+    checkpoint = newest_sound(run.checkpoints) if step == LATEST else run.checkpoints / name
     if checkpoint is None or not checkpoint.is_dir():
         there = ", ".join(str(one.step) for one in stored(run.checkpoints)) or "none"
         raise ValueError(f"--export {step}: no such checkpoint; steps in {run.checkpoints}: {there}")
     if problem := damage(checkpoint):
-        raise ValueError(f"--export {step}: {checkpoint} is damaged: {problem}")
+        raise ValueError(f"--export {step}: {checkpoint} is damaged: {problem}; `--export latest` takes a sound one")
     # In a separate process: the package that reads all kinds of weights depends on this one.
     command = [sys.executable, "-m", "downstream.checkpoints.export", str(checkpoint), str(out), "--format", "timm"]
     return subprocess.run(command).returncode
+
+
+def newest_sound(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that is not damaged, after a warning about each newer one."""
+    for one in stored(checkpoints):
+        if not (problem := one.damage or damage(checkpoints / one.name)):
+            return checkpoints / one.name
+        print(f"{one.name} is damaged and skipped: {problem}", file=sys.stderr)
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
 Start it like `pretrain/run.py` on all nodes, with deepspeed (and --module), torchrun, srun or python. In seconds it
 finds nodes whose code, environment, recipe or index differs from the others', and nodes that have too few GPUs or no
-space on the disk of the run's folder, cannot read the shards, or are slow at a matrix product or an all-reduce.
+space on the disk of the run's folder, cannot read the shards, or are slow at a matrix product or an all-reduce; and
+whether the disk has room for a checkpoint.
 """
 
 import os
@@ -22,11 +23,19 @@ from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.main import main
 from pretrain.trainer.node_speed import Speed, check_speed
 from pretrain.trainer.phases import report_if_slow
-from pretrain.trainer.preflight import checked_start
+from pretrain.trainer.preflight import checked_start, room_problem
 
 
 def preflight(config: PretrainConfig, world: World) -> None:
-    """Runs all checks; called on every rank. Raises ValueError as `checked_start` and `check_speed`."""
+    """Runs all checks; called on every rank.
+
+    Raises:
+        ValueError: as `checked_start` and `check_speed`, or there is no room for a checkpoint.
+    """
+    # These import DeepSpeed, which chooses its accelerator on import.
+    from pretrain.plan.trace import trace_method
+    from pretrain.trainer.checkpoint import first_problem
+
     folder, shards = Path(config.runs) / config.name, config.data.shards
     with report_if_slow(f"reading or building the index of {shards}"):
         index = checked_start(
@@ -39,6 +48,9 @@ def preflight(config: PretrainConfig, world: World) -> None:
     device = init_distributed(world)
     # On CPUs, other load would decide the result.
     speeds = check_speed(world, device, config.watchdog.slow_factor if device.type == "cuda" else 0)
+    # Exchanged between all ranks: the main rank, which may have the store, does not leave before the others are done.
+    if problem := first_problem(room_problem(folder, trace_method(config).parameters) if world.is_main else None):
+        raise ValueError(problem)
     if world.is_main:
         print(f"{len(index)} samples; code, versions, recipe, shards, disk and GPUs are fine on all ranks")
         print(describe_speeds(speeds, torch.cuda.is_available()))

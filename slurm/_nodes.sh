@@ -32,7 +32,7 @@ choose_excluded() { # LOGS ATTEMPT
         if [ "$count" -ge "${MAX_EXCLUDED_NODES:-2}" ]; then
             echo "$node seems to be bad but is not excluded: $count nodes already are, the limit of MAX_EXCLUDED_NODES" >&2
         elif [ "$(nodes_left "${list:+$list,}$node")" -lt "$SLURM_JOB_NUM_NODES" ]; then
-            echo "$node seems to be bad but is not excluded: partition $SLURM_JOB_PARTITION has no node to spare" >&2
+            echo "$node seems to be bad but is not excluded: partition $SLURM_JOB_PARTITION has no node to spare; submit the same command again to continue" >&2
         else
             list=${list:+$list,}$node
             excluded=$list

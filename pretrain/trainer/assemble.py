@@ -1,7 +1,6 @@
 """Assembles the parts of a run, and resumes it if it has a checkpoint."""
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from pretrain.trainer.launch import World
 from pretrain.trainer.loop import Evaluation, Run
 from pretrain.trainer.moments import Moments, set_moments
 from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.preflight import room_problem
 from pretrain.trainer.report import describe_run
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 from pretrain.trainer.shard_record import ChangedShards, describe_change, record_shards
@@ -107,17 +107,10 @@ def assemble(
 
 
 def _no_room(run: Run) -> str | None:
-    """Why no checkpoint can be saved, if so: fp32 weights and AdamW's two moments, and a moving average on top."""
     if run.state.step >= run.total_steps:
-        return None
-    elements = sum(getattr(p, "ds_numel", p.numel()) for p in run.engine.module.parameters() if p.requires_grad)
-    needed, free = 12 * elements, shutil.disk_usage(run.folder.root).free
-    if needed <= free:
-        return None
-    return (
-        f"{run.folder.root}: a checkpoint takes at least {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB "
-        "free: make room, or choose another folder by runs="
-    )
+        return None  # a finished run saves nothing
+    parameters = (p for p in run.engine.module.parameters() if p.requires_grad)
+    return room_problem(run.folder.root, sum(getattr(p, "ds_numel", p.numel()) for p in parameters))
 
 
 def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str | None) -> None:

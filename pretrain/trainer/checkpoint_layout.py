@@ -156,7 +156,9 @@ def damage(checkpoint: Path, read: bool = True, part: int = 0, parts: int = 1) -
             if not path.is_file():
                 return f"{name} is missing"
             size, crc = files[name]
-            if path.stat().st_size != size or (read and size_and_crc(path) != [size, crc]):
+            if (found := path.stat().st_size) != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if read and size_and_crc(path) != [size, crc]:
                 return f"{name} differs from what was written"
         except OSError as error:
             return f"{name} cannot be read: {error}"

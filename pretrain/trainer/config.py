@@ -120,6 +120,19 @@ class WatchdogConfig(Section):
         2, ge=0, description="refuse at the start nodes that take more than this many times the median; 0: refuse none"
     )
 
+    def problems(self) -> Iterator[str]:
+        """Limits that a healthy run would exceed: one sentence each."""
+        if 0 < self.silent_minutes < 0.2:
+            yield (
+                f"watchdog.silent_minutes={self.silent_minutes:g}: ranks give a sign of life every five seconds; "
+                "set at least 0.2, or 0 for no limit"
+            )
+        if 0 < self.slow_factor < 1.1:
+            yield (
+                f"watchdog.slow_factor={self.slow_factor:g}: every node takes about 1 times the median; "
+                "set at least 1.1, or 0 to refuse none"
+            )
+
 
 class LogConfig(Section):
     """What is logged."""
@@ -198,6 +211,7 @@ class RunConfig(Section):
         if self.optim.warmup_epochs >= self.train.epochs:
             yield f"optim.warmup_epochs={self.optim.warmup_epochs:g} must be less than train.epochs={self.train.epochs}"
         yield from self._problems_of_steps()
+        yield from self.watchdog.problems()
         epochs, repeats = self.train.epochs, self.data.repeats
         if epochs % repeats:
             near = max(epochs // repeats, 1) * repeats

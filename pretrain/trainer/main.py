@@ -120,11 +120,11 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
             return _mark_stopped() if world.is_main else 0
         except Exception as error:
             if world.size > 1 and _LOST_RANK.search(str(error)):
-                cause = watchdog.cause()
-                why = f": {cause}" if cause else f": its log says why, unless it was killed ({_first_line(error)})"
-                _log.error("%s: another rank has ended%s", world.error, why)
-                if not cause and (lost := watchdog.find_lost()):
-                    _log.error("no sign of life from %s: killed, or lost with its node", ", ".join(lost))
+                if not (why := watchdog.cause()):
+                    lost = ", ".join(watchdog.find_lost())
+                    why = f"{lost} was killed, or lost with its node" if lost else "see its log, unless it was killed"
+                    why += f" ({_first_line(error)})"
+                _log.error("%s: another rank has ended: %s", world.error, why)
                 return 1
             problem = _describe(error, config, world)
             if isinstance(error, RuntimeError) and _BROKEN_GPU.search(str(error)):

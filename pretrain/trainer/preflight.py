@@ -125,8 +125,7 @@ def checked_start(
 
 def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> Facts:
     versions = {name: package_version(name) for name in ("torch", "deepspeed", "triton")}
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = 0
+    existing, free = _existing(folder), 0
     with suppress(OSError):  # a disk that is gone has no room
         free = shutil.disk_usage(existing).free
     if not problem and not os.access(existing, os.W_OK):
@@ -142,6 +141,26 @@ def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> 
         only_gpu=str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.device_count() == 1 else "",
         free=free,
         problem=problem,
+    )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def room_problem(folder: Path, parameters: int) -> str | None:
+    """Why a run's disk has no room for a checkpoint, if so: fp32 weights and AdamW's two moments.
+
+    Args:
+        folder: of the run; it need not exist.
+        parameters: that are trained; a moving average comes on top.
+    """
+    needed, free = 12 * parameters, shutil.disk_usage(_existing(folder)).free
+    if needed <= free:
+        return None
+    return (
+        f"{folder}: a checkpoint takes at least {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free: make "
+        "room, or choose another folder by runs="
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from pretrain.trainer.schema import Section, leaves, nearest, of_name, optional, sections_in
+from pretrain.trainer.schema import Section, leaves, nearest, of_name, optional, sections_in, similar
 
 _LIMITS = {
     "greater_than": "more than {gt}",
@@ -121,7 +121,7 @@ def _wanted(problem: Any, section: type[BaseModel], path: list[str], annotation:
     if kind == "string_pattern_mismatch" and field is not None:
         return f"{field.description}"
     words = [word for word in _choices(annotation) if isinstance(word, str)]
-    if words and isinstance(problem["input"], str) and nearest(problem["input"], words).startswith("did"):
+    if words and isinstance(problem["input"], str) and similar(problem["input"], words):
         return f"{describe(annotation)}: {nearest(problem['input'], words)}"
     said = field.description or "" if field is not None and words else ""
     if re.search(rf"\b{re.escape(str(problem['input']))}\b", said):  # it gives the valid word for what was typed
@@ -183,17 +183,14 @@ def _nearest_key(unknown: str, section: type[BaseModel], schema: type[BaseModel]
     *above, name = unknown.split(".")
     prefix = "".join(f"{part}." for part in above)
     here = list(section.model_fields)
-    near = nearest(name, here)
-    if near.startswith("did"):
-        return re.sub(r"\b(" + "|".join(map(re.escape, here)) + r")\b", lambda found: prefix + found[0], near)
+    if close := similar(name, here):
+        return f"did you mean {' or '.join(prefix + known for known in close)}?"
     by_name: dict[str, list[str]] = {}
     for key in dict.fromkeys(leaves(schema)):
         by_name.setdefault(key.rpartition(".")[2], []).append(key)
-    elsewhere = nearest(name, list(by_name))
-    if elsewhere.startswith("did"):
-        found = [key for known, keys in by_name.items() if re.search(rf"\b{known}\b", elsewhere) for key in keys]
+    if found := [key for known in similar(name, list(by_name)) for key in by_name[known]]:
         return f"did you mean {' or '.join(found[:3])}?"
-    return near
+    return nearest(name, here)
 
 
 def locate(location: tuple[int | str, ...], schema: type[BaseModel]) -> tuple[type[BaseModel], list[str], Any]:

@@ -79,7 +79,13 @@ def leaves(schema: type[BaseModel], raw: Any = None, prefix: str = "") -> Iterat
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """'did you mean x?', or all valid names if none is close.
+    """'did you mean x?', or all valid names if none is close."""
+    close = similar(name, names)
+    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(sorted(names))}"
+
+
+def similar(name: str, names: list[str]) -> list[str]:
+    """At most three names that were probably meant, none if none is close.
 
     `windows` gives `num_windows` rather than `window_size`, and `lomar_vitb16_400` gives `lomar_vitb16_224_400e`: a
     name that has every typed part, and the fewest others, comes before one with similar letters.
@@ -88,8 +94,7 @@ def nearest(name: str, names: list[str]) -> str:
     close = close or [known for known in names if _has_parts(known, name, ".*")]
     fewest = min((len(known.split("_")) for known in close), default=0)
     close = [known for known in close if len(known.split("_")) == fewest][:3]
-    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(sorted(names))}"
+    return close or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
 
 
 def _has_parts(known: str, typed: str, rest: str) -> bool:

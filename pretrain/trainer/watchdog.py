@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from data.workers import print_stacks_of_workers
+from data.workers import print_stacks_of_workers, running_workers
 from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process, has_ended, launchers
@@ -214,14 +214,30 @@ class Watchdog:
             if tell and self._store is not None and not self._waits_for_answer(_GRACE):
                 with contextlib.suppress(RuntimeError):
                     self._publish(self._store, problem, hung=code == HUNG)
-            where = "" if code != HUNG else f"\n{self._name} is at: {_position()}"
-            _log.error("%s: %s%s", self._world.error, problem, where)
+            _log.error("%s: %s", self._world.error, problem)
             if code == HUNG:
+                self._report_position(problem)
                 with contextlib.suppress(OSError):
                     mark_attempt("hung")
             if tell:
                 time.sleep(2 * POLL)  # let all read it before a broken connection tells them less
             exit_process(code)
+
+    def _report_position(self, problem: str) -> None:
+        for name in self._quiet():
+            if name not in problem:
+                _log.error("no sign of life from %s either: it was killed or stopped, or its node is lost", name)
+        _log.error("%s is at: %s", self._name, _position())
+        if workers := ", ".join(map(str, running_workers())):
+            _log.error("the stacks of the data workers of %s, processes %s, follow on stderr", self._name, workers)
+            sys.stderr.flush()
+            print_stacks_of_workers()
+            time.sleep(POLL)
+
+    def _quiet(self) -> list[str]:
+        """The ranks that have missed several signs of life; only the main rank knows."""
+        late = time.monotonic() - 3 * _HEARTBEAT * POLL
+        return [_name(rank, sign) for rank, (sign, since) in sorted(self._heard.items()) if since < late]
 
 
 def _node(sign: bytes) -> str:
@@ -233,7 +249,7 @@ def _name(rank: int, sign: bytes) -> str:
 
 
 def _position() -> str:
-    """The phase, the files being read, and the stacks of all threads; data workers print theirs to stderr."""
+    """The phase, the files being read, and the stacks of all threads."""
     phase = current_phase()
     lines = [phase.name if phase else "an unnamed phase"]
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
@@ -246,10 +262,6 @@ def _position() -> str:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         lines.append(file.read())
-    sys.stderr.flush()
-    if workers := print_stacks_of_workers():
-        time.sleep(POLL)
-        lines.append(f"the stacks of the data workers {', '.join(map(str, workers))} are on stderr")
     return "\n".join(lines)
 
 

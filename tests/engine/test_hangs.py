@@ -54,7 +54,7 @@ def test_killed_rank_is_named(start: Callable[..., Any], recipe: Path, tmp_path:
     killed.send_signal(signal.SIGKILL)
     assert main.ended(time.monotonic() + SECONDS)
     assert main.returncode == 1
-    assert f"no sign of life from rank 1 on {node_name()}: killed, or lost with its node" in main.said()
+    assert f"another rank has ended: rank 1 on {node_name()} was killed, or lost with its node" in main.said()
 
 
 def test_failing_rank_tells_the_others_why(start: Callable[..., Any], recipe: Path, tmp_path: Path):

@@ -93,11 +93,17 @@ def test_export_runs_the_export_module(
         assert checkpoints.main([run, "--export", step, out]) == 0
         checkpoint = str(training.folder / name)
         assert commands.pop() == ["-m", "downstream.checkpoints.export", checkpoint, out, "--format", "timm"]
-    training.damage(20)
+    for step in (20, 40):
+        training.damage(step)
+    (training.folder / "step_00000050").mkdir()
+    assert checkpoints.main([run, "--export", "latest", out]) == 0
+    assert commands.pop()[2] == str(training.folder / "step_00000030")
     assert checkpoints.main([run, "--export", "20", out]) == 1
     assert checkpoints.main([run, "--export", "25", out]) == 1
     stderr = capsys.readouterr().err
-    assert "step_00000020 is damaged: weights.pt differs" in stderr
+    assert "step_00000050 is damaged and skipped: manifest.json is missing" in stderr
+    assert "step_00000040 is damaged and skipped: weights.pt differs" in stderr
+    assert "step_00000020 is damaged: weights.pt differs from what was written; `--export latest` takes" in stderr
     assert "--export 25: no such checkpoint; steps in " in stderr
-    assert "/checkpoints: 40, 30, 20, 10" in stderr
+    assert "/checkpoints: 50, 40, 30, 20, 10" in stderr
     assert checkpoints.main([str(tmp_path / "nothing")]) == 1

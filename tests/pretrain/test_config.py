@@ -18,6 +18,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     ("override", "message_parts"),
     [
         ("optimizer.base_lr=1", ["unknown key optimizer", "did you mean optim?"]),
+        ("data.shardz=x", ["unknown key data.shardz: did you mean data.shards?"]),
         ("optim.base_lrr=1", ["unknown key optim.base_lrr", "did you mean optim.base_lr?"]),
         ("method.window_sise=3", ["unknown key method.window_sise", "did you mean method.window_size?"]),
         ("pr_mim.throw_ration=0.5", ["unknown key pr_mim.throw_ration", "did you mean pr_mim.throw_ratio?"]),
@@ -47,6 +48,8 @@ def test_unknown_name_error_suggests_a_valid_name(recipe: str, override: str, me
         ("train.epochs=abc", "train.epochs=abc: must be a whole number"),
         ("train.epochs=1.5", "train.epochs=1.5: must be a whole number"),
         ("train.epochs=0", "train.epochs=0: must be at least 1"),
+        ("watchdog.silent_minutes=0.1", "watchdog.silent_minutes=0.1: ranks give a sign of life every five seconds"),
+        ("watchdog.slow_factor=1", "watchdog.slow_factor=1: every node takes about 1 times the median; set at least"),
         ("train.epochs=", "train.epochs=None: must be a whole number"),
         ("train=5", "train=5: must be a section with keys such as epochs and global_batch_size"),
         ("data.image_size=abc", "data.image_size=abc: must be a whole number, or [a whole number, a whole number]"),

@@ -86,7 +86,7 @@ def test_lost_rank_is_a_one_line_error(run_main: Callable[..., object], capsys: 
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1\nframes")
     assert run_main(lost, rank=1) == 1
     err = capsys.readouterr().err
-    assert err.startswith("error on rank 1: another rank has ended: its log says why, unless it was killed ([gloo")
+    assert err.startswith("error on rank 1: another rank has ended: see its log, unless it was killed ([gloo")
     assert len(err.splitlines()) == 1
 
 

@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from pretrain.trainer.assemble import _no_room
+from pretrain.trainer.preflight import room_problem
 
 
 @pytest.mark.parametrize(("free", "step", "rejected"), [(12_000, 0, False), (11_999, 5, True), (0, 10, False)])
@@ -26,3 +27,8 @@ def test_disk_needs_room_for_one_checkpoint(
     )
     message = _no_room(run) or ""
     assert ("a checkpoint takes at least" in message) == rejected
+
+
+def test_folder_that_does_not_exist_yet_is_on_its_parents_disk(tmp_path: Path):
+    assert room_problem(tmp_path / "runs" / "new", 1000) is None
+    assert str(tmp_path / "runs" / "new") in (room_problem(tmp_path / "runs" / "new", 10**18) or "")

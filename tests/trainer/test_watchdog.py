@@ -138,6 +138,21 @@ def test_hung_rank_makes_all_ranks_exit(watch: Callable[..., Watchdog], caplog: 
             assert f"rank {rank} on {os.uname().nodename} is at: step 7" in caplog.text
 
 
+def test_main_rank_names_ranks_that_are_silent_when_a_limit_is_exceeded(
+    watch: Callable[..., Watchdog], caplog: pytest.LogCaptureFixture
+):
+    main = watch(0, step_minutes=1e-6)
+    main._heard = {1: (b"1 node1", time.monotonic() + 60), 2: (b"1 node2", 0.0)}
+    with limited("step 7", "step_minutes"):
+        time.sleep(0.01)
+        with pytest.raises(Ended, match=str(HUNG)):
+            main._check_limit()
+    said = [record.getMessage() for record in caplog.records]
+    assert "step 7 has taken longer" in said[0]
+    assert said[1].startswith("no sign of life from rank 2 on node2 either")
+    assert "is at: step 7" in said[2]
+
+
 def test_limit_of_zero_is_no_limit(watch: Callable[..., Watchdog]):
     with limited("step 7", "step_minutes"):
         watch(1, step_minutes=0)._check_limit()
