@@ -26,6 +26,8 @@ from pretrain.trainer.checkpoint_layout import (
     MANIFEST,
     UNFINISHED,
     checkpoint_name,
+    checkpoint_names,
+    checkpoint_step,
     damage,
 )
 from pretrain.trainer.config import CheckpointConfig
@@ -109,25 +111,30 @@ def export(run: RunFolder, step: str, out: Path) -> int:
         ValueError: there is no such checkpoint, or it is damaged.
     """
     read_config(run)
-    name = checkpoint_name(int(step)) if step.isdigit() else step
-    checkpoint = newest_sound(run.checkpoints) if step == LATEST else run.checkpoints / name
-    if checkpoint is None or not checkpoint.is_dir():
-        there = ", ".join(str(one.step) for one in stored(run.checkpoints)) or "none"
-        raise ValueError(f"--export {step}: no such checkpoint; steps in {run.checkpoints}: {there}")
-    if problem := damage(checkpoint):
-        raise ValueError(f"--export {step}: {checkpoint} is damaged: {problem}; `--export latest` takes a sound one")
+    checkpoint = newest_sound(run.checkpoints) if step == LATEST else sound(run.checkpoints, step)
     # In a separate process: the package that reads all kinds of weights depends on this one.
     command = [sys.executable, "-m", "downstream.checkpoints.export", str(checkpoint), str(out), "--format", "timm"]
     return subprocess.run(command).returncode
 
 
-def newest_sound(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is not damaged, after a warning about each newer one."""
-    for one in stored(checkpoints):
-        if not (problem := one.damage or damage(checkpoints / one.name)):
-            return checkpoints / one.name
-        print(f"{one.name} is damaged and skipped: {problem}", file=sys.stderr)
-    return None
+def sound(checkpoints: Path, step: str) -> Path:
+    """The checkpoint of a step, given as a number or name; raises ValueError if there is none or it is damaged."""
+    checkpoint = checkpoints / (checkpoint_name(int(step)) if step.isdigit() else step)
+    if not checkpoint.is_dir():
+        there = ", ".join(str(checkpoint_step(name)) for name in checkpoint_names(checkpoints)) or "none"
+        raise ValueError(f"--export {step}: no such checkpoint; steps in {checkpoints}: {there}")
+    if problem := damage(checkpoint):
+        raise ValueError(f"--export {step}: {checkpoint} is damaged: {problem}; `--export latest` takes a sound one")
+    return checkpoint
+
+
+def newest_sound(checkpoints: Path) -> Path:
+    """The newest checkpoint that is not damaged, after a warning about each newer one; raises ValueError if none is."""
+    for name in checkpoint_names(checkpoints):
+        if not (problem := damage(checkpoints / name)):
+            return checkpoints / name
+        print(f"{name} is damaged and skipped: {problem}", file=sys.stderr)
+    raise ValueError(f"{checkpoints} has no sound checkpoint: nothing was exported")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

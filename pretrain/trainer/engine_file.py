@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pretrain.trainer.problems import problem_words
-from pretrain.trainer.schema import nearest
+from pretrain.trainer.schema import nearest, similar
 
 _ROOT = Path(__file__).parents[2]
 _SHIPPED = _ROOT / "ds_configs"
@@ -118,8 +118,8 @@ def _problem(key: str, value: Any, owned: dict[str, str]) -> str | None:
 
 
 def _nearest_key(key: str, owned: dict[str, str]) -> str:
-    near = nearest(key, sorted(ENGINE_KEYS | owned.keys()))
-    return near if near.startswith("did") else "delete it, or look it up in DeepSpeed's documentation"
+    known = sorted(ENGINE_KEYS | owned.keys())
+    return nearest(key, known) if similar(key, known) else "delete it, or look it up in DeepSpeed's documentation"
 
 
 def _is_auto(value: Any) -> bool:

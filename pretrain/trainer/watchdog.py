@@ -101,7 +101,7 @@ class Watchdog:
                     before = self._signs(store)
                     time.sleep(1.5 * _HEARTBEAT * POLL)
                     after = self._signs(store)
-                    return [_name(rank, sign) for rank, sign in after.items() if _LEFT != sign == before[rank]]
+                    return [_rank_name(rank, sign) for rank, sign in after.items() if _LEFT != sign == before[rank]]
                 store.set(f"alive/{self._world.rank}", _LEFT.decode())
         return []
 
@@ -150,11 +150,11 @@ class Watchdog:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _look_at_others(self) -> None:
-        self._polls += 1
         try:
             store = self._join()
             if store is None:
                 return
+            self._polls += 1  # the first sign of life comes at once
             if self._polls % _HEARTBEAT == 1:
                 store.set(f"alive/{self._world.rank}", f"{self._polls} {node_name()}")
             self._listen(store)
@@ -182,7 +182,8 @@ class Watchdog:
                 if node := _node(sign):
                     with contextlib.suppress(OSError):
                         mark_bad_node(node)
-                silence = f"nothing was heard from {_name(rank, sign)} for watchdog.silent_minutes={limit:g} minutes"
+                who = _rank_name(rank, sign)
+                silence = f"nothing was heard from {who} for watchdog.silent_minutes={limit:g} minutes"
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
 
     def _signs(self, store: dist.Store) -> dict[int, bytes]:
@@ -237,14 +238,14 @@ class Watchdog:
     def _quiet(self) -> list[str]:
         """The ranks that have missed several signs of life; only the main rank knows."""
         late = time.monotonic() - 3 * _HEARTBEAT * POLL
-        return [_name(rank, sign) for rank, (sign, since) in sorted(self._heard.items()) if since < late]
+        return [_rank_name(rank, sign) for rank, (sign, since) in sorted(self._heard.items()) if since < late]
 
 
 def _node(sign: bytes) -> str:
     return sign.decode().partition(" ")[2]
 
 
-def _name(rank: int, sign: bytes) -> str:
+def _rank_name(rank: int, sign: bytes) -> str:
     return f"rank {rank} on {_node(sign)}" if _node(sign) else f"rank {rank}"
 
 

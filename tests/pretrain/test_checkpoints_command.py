@@ -106,4 +106,8 @@ def test_export_runs_the_export_module(
     assert "step_00000020 is damaged: weights.pt differs from what was written; `--export latest` takes" in stderr
     assert "--export 25: no such checkpoint; steps in " in stderr
     assert "/checkpoints: 50, 40, 30, 20, 10" in stderr
+    for step in (10, 30):
+        training.damage(step)
+    assert checkpoints.main([run, "--export", "latest", out]) == 1
+    assert "has no sound checkpoint: nothing was exported" in capsys.readouterr().err
     assert checkpoints.main([str(tmp_path / "nothing")]) == 1
