@@ -9,6 +9,7 @@ from helpers.tiny_ade import make_ade
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+import downstream.dense.mmengine.config_file  # noqa: F401 - tells mmengine what mmseg's package is called
 from downstream.segment.segmentor_keys import propagate_keys
 
 CONFIG = Path(__file__).parents[1] / "helpers" / "tiny_upernet.py"

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from helpers.tiny_ade import CLASSES
 from mmengine.config import Config
-from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
 from mmseg.structures import SegDataSample
@@ -24,6 +23,7 @@ from downstream.checkpoints.weights import features, load_encoder
 from downstream.dense.backbone.loading import compare_features, load_start
 from downstream.dense.backbone.plain_vit import PlainViT
 from downstream.dense.mmengine.hooks import Fp32OutputsHook, plain_numbers
+from downstream.segment.linear_head import LinearHead
 from pretrain.models.vit import ViT
 
 CONFIG = Path(__file__).parents[1] / "helpers" / "tiny_upernet.py"
@@ -233,10 +233,7 @@ def test_frozen_encoder_is_always_in_eval_mode(cfg: Config):
 
 @torch.no_grad()
 def test_linear_head_is_a_norm_and_a_linear_layer():
-    Config.fromfile(CONFIG)  # registers the head
-    head = MODELS.build({
-        "type": "LinearHead", "in_channels": 8, "in_index": 0, "num_classes": 3, "norm_cfg": {"type": "RankBN"},
-    })  # fmt: skip
+    head = LinearHead(in_channels=8, norm_cfg={"type": "RankBN"}, in_index=0, num_classes=3)
     head.norm.running_mean.normal_()
     head.norm.running_var.uniform_(0.5, 2)
     head.conv_seg.weight.normal_()
