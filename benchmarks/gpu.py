@@ -26,6 +26,7 @@ import torch
 from benchmarks.gpu_ceilings import attention_choice, ceilings, environment
 from benchmarks.gpu_convolution import NAME as CONVOLUTION
 from benchmarks.gpu_convolution import convolution
+from benchmarks.gpu_engine import Run, engine
 from benchmarks.gpu_goals import print_goals
 from benchmarks.gpu_kernel import RIGHT, against_torch, right, sweep
 from benchmarks.gpu_profile import profiled
@@ -54,22 +55,9 @@ def cells(wanted: list[Cell], checkouts: dict[str, Path]) -> list[Section]:
     ]
 
 
-def engine_sections(*runs: tuple[str, bool, bool]) -> list[Section]:
-    """Sections of real runs, given as (DeepSpeed file, whether the fast variant, whether with CUDA graphs)."""
-
-    def section(arguments: tuple[str, bool, bool]) -> Section:
-        # Builds the name without importing webdataset, which not every machine has.
-        ds_config, fast, graphs = arguments
-        name = f"engine: {'fast' if fast else 'lomar'}, {ds_config}{'' if graphs else ', without CUDA graphs'}"
-
-        def run(session: Session) -> None:
-            from benchmarks.gpu_engine import Run, engine
-
-            engine(Run(*arguments))(session)
-
-        return Section(name, "engine", 100, run)
-
-    return [section(arguments) for arguments in runs]
+def engine_sections(*runs: Run) -> list[Section]:
+    """Sections of real runs."""
+    return [Section(run.name, "engine with checkpoints" if run.saves else "engine", 100, engine(run)) for run in runs]
 
 
 def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
@@ -98,7 +86,8 @@ def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
     if dry:
         tried = [*first_cells(), Cell("vit_base", 448, "fast", "now"), Cell("vit_base", 224, "lomar", BF16)]
         tried += theirs[: len(checkouts)]
-        return [*start, *kernel, *profiles, *sweeps, *cells(tried, checkouts), *engine_sections(("zero0", True, True))]
+        runs = engine_sections(Run("zero0", fast=True), Run("zero0", saves=True))
+        return [*start, *kernel, *profiles, *sweeps, *cells(tried, checkouts), *runs]
     return [
         *start,
         *cells([*first_cells(), *theirs[: len(checkouts)]], checkouts),
@@ -107,7 +96,12 @@ def sections(dry: bool, checkouts: dict[str, Path]) -> list[Section]:
         *profiles,
         *sweeps[:1],
         *engine_sections(
-            ("zero0", True, True), ("zero1", False, True), ("zero0", True, False), ("zero1", False, False)
+            Run("zero0", fast=True),
+            Run("zero0", saves=True),
+            Run("zero1"),
+            Run("zero0", arch="vit_large", saves=True),
+            Run("zero0", fast=True, cuda_graphs=False),
+            Run("zero1", cuda_graphs=False),
         ),
         *sweeps[1:],
         *cells([*further_cells(), *theirs[len(checkouts) :]], checkouts),
