@@ -1,4 +1,6 @@
-"""Fixtures of the GPU tests: `pytest -m cuda`, a few minutes on one GPU.
+"""Fixtures of the GPU tests: `pytest -m cuda -n 8 --dist loadfile`, a few minutes on one GPU.
+
+The tests of a file share fixtures, in test_cuda_runs.py many real runs, so a file should not be split over processes.
 
 Without a GPU all of them are skipped. With `CUDA_TESTS_DEVICE=cpu`, those that can run on a CPU do so, so that changes
 to the tests can be tried without a GPU.
