@@ -162,7 +162,7 @@ def check_memory(quick: bool) -> list[Row]:
                 *(f"train.global_batch_size={2 * ranks}", "train.gradient_accumulation_steps=2"),
             ],
         )
-        trace, zero = trace_method(config), own_zero(config, ranks)
+        trace, zero = trace_method(config), own_zero(config)
         measured = measure_step(config, ranks)
         memory = step_memory(trace, ON_CPU, zero, ranks, images=1)
         assumed = CONTEXT + FRAGMENTATION * memory.activations if memory.activations else CONTEXT

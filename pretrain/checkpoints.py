@@ -32,7 +32,7 @@ from pretrain.trainer.checkpoint_layout import (
 )
 from pretrain.trainer.config import CheckpointConfig
 from pretrain.trainer.durable import remove_folder, write_durably
-from pretrain.trainer.retention import Stored, folder_size, set_aside, stored, why_kept
+from pretrain.trainer.retention import Stored, folder_size, leftovers, set_aside, stored, why_kept
 from pretrain.trainer.run_folder import RunFolder
 
 
@@ -90,8 +90,7 @@ def prune(run: RunFolder) -> list[str]:
         for one in (one for one in found if one.damage or one.name not in reasons):
             remove_folder(run.checkpoints / one.name, run.checkpoints / f"{DELETED}{one.name}")
             gone.append(_described(one))
-        left = [run.checkpoints / UNFINISHED, *run.checkpoints.glob(f"{DELETED}*")]
-        for path in [*set_aside(run.checkpoints), *filter(Path.is_dir, left)]:
+        for path in [*set_aside(run.checkpoints), *leftovers(run.checkpoints)]:
             shutil.rmtree(path)
             gone.append(path.name)
     return gone

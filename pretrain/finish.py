@@ -34,9 +34,9 @@ def encoder_state_dict(method: nn.Module, state: dict[str, Tensor]) -> dict[str,
     return encoder
 
 
-def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path, epochs: int | None = None) -> None:
-    """Writes a safetensors file with the `EncoderSpec` as metadata; `epochs` is how many were trained, if not all."""
-    spec = EncoderSpec.from_signature(config.resume_signature(), config.train.epochs if epochs is None else epochs)
+def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path, epochs: int) -> None:
+    """Writes a safetensors file with the `EncoderSpec` as metadata; `epochs` is how many were trained."""
+    spec = EncoderSpec.from_signature(config.resume_signature(), epochs)
     save_state_dict(encoder, spec.to_metadata(), path)
 
 

@@ -16,14 +16,14 @@ if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it on impor
 
 import torch
 
-from data.index import load_index
 from pretrain.config import PretrainConfig, load
+from pretrain.start import load_data
 from pretrain.trainer.engine import check_engine
 from pretrain.trainer.launch import World, init_distributed
 from pretrain.trainer.main import main
 from pretrain.trainer.node_speed import Speed, check_speed
-from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.preflight import checked_start, room_problem
+from pretrain.trainer.run_folder import RunFolder
 
 
 def preflight(config: PretrainConfig, world: World) -> None:
@@ -36,20 +36,15 @@ def preflight(config: PretrainConfig, world: World) -> None:
     from pretrain.plan.trace import trace_method
     from pretrain.trainer.checkpoint import first_problem
 
-    folder, shards = Path(config.runs) / config.name, config.data.shards
-    with report_if_slow(f"reading or building the index of {shards}"):
-        index = checked_start(
-            world,
-            folder,
-            config.to_yaml(),
-            lambda: load_index(shards, config.data.cache),
-            lambda index: index.fingerprint,
-        )
+    folder = RunFolder(Path(config.runs) / config.name)
+    index = checked_start(
+        world, folder.root, config.to_yaml(), lambda: load_data(config, folder), lambda index: index.fingerprint
+    )
     device = init_distributed(world)
     # On CPUs, other load would decide the result.
     speeds = check_speed(world, device, config.watchdog.slow_factor if device.type == "cuda" else 0)
     # Exchanged between all ranks: the main rank, which may have the store, does not leave before the others are done.
-    if problem := first_problem(room_problem(folder, trace_method(config).parameters) if world.is_main else None):
+    if problem := first_problem(room_problem(folder.root, trace_method(config).parameters) if world.is_main else None):
         raise ValueError(problem)
     if world.is_main:
         print(f"{len(index)} samples; code, versions, recipe, shards, disk and GPUs are fine on all ranks")

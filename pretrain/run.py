@@ -16,7 +16,7 @@ if os.environ.get("LOMAR_VERBOSE", "0") in ("", "0"):  # torch reads it on impor
 
 import torch
 
-from data.index import Index, load_index
+from data.index import Index
 from downstream.checkpoints.feature_teachers import read_feature_teacher
 from downstream.checkpoints.method_weights import LoadedMethod, load_method, load_teacher
 from pretrain.config import ELSEWHERE, RECIPES, PretrainConfig, load
@@ -24,7 +24,7 @@ from pretrain.methods import METHODS
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
 from pretrain.methods.targets.features import EncoderTeacher, FeatureTeacher
-from pretrain.start import check_start, find_start
+from pretrain.start import find_start, load_data
 from pretrain.trainer.engine import check_engine, check_engine_file
 from pretrain.trainer.launch import World, init_distributed, ranks_on_node
 from pretrain.trainer.listing import Catalog
@@ -32,7 +32,7 @@ from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
 from pretrain.trainer.moments import Moments, read_moments
 from pretrain.trainer.node_speed import check_speed
-from pretrain.trainer.phases import report_if_slow
+from pretrain.trainer.phases import UNLIMITED, report_if_slow
 from pretrain.trainer.preflight import checked_start
 from pretrain.trainer.run_folder import RunFolder, file_digest
 from pretrain.trainer.signals import Stopped
@@ -44,14 +44,11 @@ def pretrain(config: PretrainConfig, world: World) -> None:
     """Does a whole run; called on every rank."""
     folder = RunFolder(Path(config.runs) / config.name)
 
-    def load() -> Index:
-        check_start(config, folder)
-        with report_if_slow(f"reading or building the index of {config.data.shards}"):
-            return load_index(config.data.shards, config.data.cache)
-
     # Before the process group exists: indexing many shards takes long.
-    index = checked_start(world, folder.root, config.to_yaml(), load, lambda index: index.fingerprint)
-    device = init_distributed(world)
+    index = checked_start(
+        world, folder.root, config.to_yaml(), lambda: load_data(config, folder), lambda index: index.fingerprint
+    )
+    device = init_distributed(world, UNLIMITED)
     if ranks_on_node(world) < world.size and device.type == "cuda":
         check_speed(world, device, config.watchdog.slow_factor)
     with folder.locked(world.is_main):
@@ -82,32 +79,31 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         with report_if_slow("compiling and checking the window attention kernel"):
             for _, one in [*config.earlier, (0, config)]:
                 check_window_kernel(one, device)
-    method = build_method(config, _read_teacher(config))
-    start = find_start(config, folder, world)
-    loaded = _load_start(config, method, start) if start else None
-    ema = build_ema(config, method, device)
-    if start and isinstance(ema.model, TeacherModel | EncoderTeacher):
-        assert config.start
-        _log.info("%s", load_teacher(ema.model, start, config.start.load))
+    with report_if_slow("building the model and loading the weights that it starts from"):
+        method = build_method(config, _read_teacher(config))
+        start = find_start(config, folder, world)
+        loaded = _load_start(config, method, start) if start else None
+        ema = build_ema(config, method, device)
+        if start and isinstance(ema.model, TeacherModel | EncoderTeacher):
+            assert config.start
+            _log.info("%s", load_teacher(ema.model, start, config.start.load))
+        moments = _load_moments(config, loaded)
     for module in filter(None, dict.fromkeys((method, ema.model, feature_teacher(method)))):
         apply_numerics(module, numerics)
     if numerics.cuda_graphs:
         graph_steps(method, zero_stage(settings))
     earlier = build_sizes(config, method, ema, numerics, _read_teacher)
+    groups = parameter_groups(method, config.optim.weight_decay, config.optim.decay_class_token)
     parts = Parts(
         method,
-        build_adamw(
-            parameter_groups(method, config.optim.weight_decay, config.optim.decay_class_token),
-            config,
-            zero_stage(settings),
-        ),
+        build_adamw(groups, config, zero_stage(settings)),
         ema,
         build_loader(config, index, world, mask_sampler=method.mask_sampler(), earlier=earlier),
-        build_evaluation(config, method, world, device),
-        numerics.signature(),
-        loaded.record() if loaded else {},
-        _load_moments(config, loaded),
-        {"method.module": file_digest(getfile(METHODS[config.method.name]))} if config.method.module else {},
+        evaluation=build_evaluation(config, method, world, device),
+        numerics=numerics.signature(),
+        start=loaded.record() if loaded else {},
+        moments=moments,
+        code={"method.module": file_digest(getfile(METHODS[config.method.name]))} if config.method.module else {},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     try:

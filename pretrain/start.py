@@ -1,13 +1,15 @@
-"""Finds and checks what `start` names, for a new run that does not begin from scratch. `run.py` loads it."""
+"""Checks early what a run begins with: its images, and what `start` names, which `run.py` loads."""
 
 import logging
 from pathlib import Path
 
 import torch.distributed as dist
 
+from data.index import Index, load_index
 from pretrain.config import PretrainConfig
 from pretrain.trainer.checkpoint_layout import checkpoint_names
 from pretrain.trainer.launch import World
+from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -38,6 +40,17 @@ def find_start(config: PretrainConfig, folder: RunFolder, world: World) -> Path 
         return _newest_checkpoint(start.run, config, world)
     assert start.checkpoint
     return Path(start.checkpoint)
+
+
+def load_data(config: PretrainConfig, folder: RunFolder) -> Index:
+    """The index of the training images; checks the start first, since indexing many shards takes long.
+
+    Raises:
+        ValueError: as `check_start` and `load_index`.
+    """
+    check_start(config, folder)
+    with report_if_slow(f"reading or building the index of {config.data.shards}"):
+        return load_index(config.data.shards, config.data.cache)
 
 
 def check_start(config: PretrainConfig, folder: RunFolder) -> None:

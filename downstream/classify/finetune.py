@@ -31,6 +31,7 @@ from pretrain.trainer.listing import Catalog
 from pretrain.trainer.logs import log_to_file
 from pretrain.trainer.main import main
 from pretrain.trainer.node_speed import check_speed
+from pretrain.trainer.phases import UNLIMITED, report_if_slow
 from pretrain.trainer.preflight import checked_start
 from pretrain.trainer.run_folder import RunFolder
 
@@ -57,7 +58,7 @@ def finetune(config: FinetuneConfig, world: World) -> None:
 
     # Before joining the process group, because reading many shards takes time.
     config, index, val = checked_start(world, folder.root, config.to_yaml(), load, lambda loaded: loaded[1].fingerprint)
-    device = init_distributed(world)
+    device = init_distributed(world, UNLIMITED)
     if ranks_on_node(world) < world.size and device.type == "cuda":
         check_speed(world, device, config.watchdog.slow_factor)
     with folder.locked(world.is_main):
@@ -95,7 +96,8 @@ def _train(
 
     settings = ds_settings(config, world.size)
     set_deterministic(config.train.deterministic)
-    classifier, loaded = build_classifier(config, index.classes, load_start=is_new)
+    with report_if_slow("building the classifier and loading the weights that it starts from"):
+        classifier, loaded = build_classifier(config, index.classes, load_start=is_new)
     if world.is_main and is_new:
         _log.info("%s", loaded)
     parts = Parts(
@@ -103,8 +105,8 @@ def _train(
         build_optimizer(classifier.vit, config, zero_stage(settings)),
         build_ema(config, classifier, device),
         build_loader(config, index, world, labels=True, num_classes=config.head.num_classes),
-        build_evaluation(config, val, world, device),
-        {"device": device.type, "deterministic": config.train.deterministic, "decoder": DECODER},
+        evaluation=build_evaluation(config, val, world, device),
+        numerics={"device": device.type, "deterministic": config.train.deterministic, "decoder": DECODER},
     )
     run = assemble(config, world, device, folder, index, settings, parts)
     train(run)

@@ -162,7 +162,7 @@ def make_plan(
     numerics = replace(numerics, hopper=cluster.gpu.hopper)
     train = config.train
     steps_per_epoch(images, train.global_batch_size)
-    zero = own_zero(config, cluster.gpus)
+    zero = own_zero(config)
     micro_batch = train.global_batch_size // (cluster.gpus * train.gradient_accumulation_steps)
     step, communication = step_time(config, cluster, numerics, zero, trace, micro_batch, photographs)
     stages = tuple(
@@ -193,9 +193,9 @@ def check_gpus(config: PretrainConfig, cluster: Cluster) -> None:
     check_divisible(train.global_batch_size, cluster.gpus, train.gradient_accumulation_steps)
 
 
-def own_zero(config: PretrainConfig, gpus: int) -> Zero:
+def own_zero(config: PretrainConfig) -> Zero:
     """The recipe's engine keys, with `auto` chosen as in a run: an existing run keeps its stage."""
-    return Zero.of(read_ds_config(choose_ds_config(config, gpus)))
+    return Zero.of(read_ds_config(choose_ds_config(config)))
 
 
 def shipped_zero(stage: int) -> Zero:
@@ -220,7 +220,7 @@ def choose_numerics(config: PretrainConfig, cluster: Cluster) -> Numerics:
     Raises:
         ValueError: a setting cannot work; the message names the key to change.
     """
-    model, stage = config.model, own_zero(config, cluster.gpus).stage
+    model, stage = config.model, own_zero(config).stage
     check_settings(config, stage)
     obstacle = unserved_by_window_kernel(config)
     if model.attention == "triton" and obstacle:

@@ -17,6 +17,7 @@ from pretrain.trainer.cautions import cautions
 from pretrain.trainer.checkpoint import CannotContinueError, Checkpoints, first_problem
 from pretrain.trainer.checkpoint_layout import TrainState
 from pretrain.trainer.config import RunConfig
+from pretrain.trainer.durable import write_durably
 from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.engine import build_engine, effective_settings
 from pretrain.trainer.launch import World
@@ -25,6 +26,7 @@ from pretrain.trainer.moments import Moments, set_moments
 from pretrain.trainer.phases import report_if_slow
 from pretrain.trainer.preflight import room_problem
 from pretrain.trainer.report import describe_run
+from pretrain.trainer.retention import remove_leftovers
 from pretrain.trainer.run_folder import RunFolder, device_name, versions
 from pretrain.trainer.shard_record import ChangedShards, describe_change, record_shards
 
@@ -42,8 +44,8 @@ class Parts:
         evaluation: what is measured during training, if anything.
         numerics: how a step is computed, beyond the configuration; a run resumes with the same.
         start: the file that a new run starts from and its digest, for the record.
-        code: digests of code outside this project; other code may give other bits.
         moments: what a new run's optimizer starts with, if not with zeros.
+        code: digests of code outside this project; other code may give other bits.
     """
 
     module: nn.Module
@@ -99,6 +101,8 @@ def assemble(
     except CannotContinueError as error:
         raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
+    if world.is_main:
+        remove_leftovers(folder.checkpoints)
     if problem := first_problem(_no_room(run) if world.is_main else None):
         raise ValueError(problem)
     if world.is_main:
@@ -116,7 +120,7 @@ def _no_room(run: Run) -> str | None:
 def _record_start(run: Run, index: Index, numerics: dict[str, Any], resumed: str | None) -> None:
     """Logs what is trained, how and from where, and records it in the run's folder."""
     config, folder, state, effective = run.config, run.folder, run.state, effective_settings(run.engine)
-    folder.config.write_text(config.to_yaml())
+    write_durably(folder.config, config.to_yaml())
     folder.write_environment(
         deepspeed=effective,
         numerics=numerics,

@@ -7,7 +7,6 @@ kept.
 import logging
 from copy import deepcopy
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from pretrain.trainer.ema import NoEMA
 from pretrain.trainer.host_copy import HostCopies
 from pretrain.trainer.launch import World
 from pretrain.trainer.optim import keep_fused
+from pretrain.trainer.phases import UNLIMITED
 from pretrain.trainer.shard_record import ChangedShards, has_other_samples, shard_difference
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
@@ -67,31 +67,27 @@ class Checkpoints:
         engine.checkpoint_engine = files = TakingEngine(engine._config, self._copies)
         engine._copy_recovery_script = lambda folder: None  # it would bypass our checkpoint engine
         if self._group is None and self.world.size > 1:
-            # In effect without a timeout: the watchdog limits the wait for a checkpoint.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            self._group = dist.new_group(backend="gloo", timeout=UNLIMITED)
         engine.save_checkpoint(
             str(self.folder / UNFINISHED), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False
         )
         if self.world.is_main and ema.model is not None:
             files.save(dict(ema.model.state_dict()), EMA_FILE)
         self._copies.wait()
-        damaged, self._damaged = self._damaged, set()
+        # With its type, since a MemoryError has no text.
+        failure = f"{type(files.failure).__name__}: {files.failure}" if files.failure else None
         return CheckpointWriter(
             self.folder,
             name,
             files.taken,
             deepcopy(state),
-            str(files.failure) if files.failure else None,
-            damaged=damaged,
+            failure,
+            damaged=self._damaged,
             config=self.config,
             world=self.world,
             group=self._group,
             copies=self._copies,
         )
-
-    def save(self, engine: Any, ema: NoEMA, state: TrainState) -> str | None:
-        """Like `begin`, but waits; returns the problem in words if the checkpoint could not be written."""
-        return self.begin(engine, ema, state).wait()
 
     def newest_intact(self) -> tuple[str, TrainState] | None:
         """The newest checkpoint whose files all match what was written; None if there are no checkpoints.

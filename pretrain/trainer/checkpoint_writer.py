@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pretrain.trainer.deepspeed_files import write_torch
 from pretrain.trainer.durable import DurableFile, rename, sync_all, sync_folder, write_durably
 from pretrain.trainer.host_copy import HostCopies
 from pretrain.trainer.launch import World
-from pretrain.trainer.retention import make_way, retain
+from pretrain.trainer.retention import make_way, remove_leftovers, retain
 from pretrain.trainer.safetensors_file import write_safetensors
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class CheckpointWriter:
         taken: what this rank writes, by file name, in memory that nothing changes.
         state: of the run.
         failure: why this rank could not take the checkpoint, if so.
-        damaged: the checkpoints that the run could not continue from; they are set aside when this one is written.
+        damaged: the checkpoints that the run could not continue from; they are set aside when this one is written,
+            and no longer listed here.
         group: of the ranks' threads; None if there is one rank.
         copies: their memory is released afterwards.
     """
@@ -49,7 +50,7 @@ class CheckpointWriter:
         state: TrainState,
         failure: str | None,
         *,
-        damaged: Set[str],
+        damaged: set[str],
         config: CheckpointConfig,
         world: World,
         group: dist.ProcessGroup | None,
@@ -57,7 +58,7 @@ class CheckpointWriter:
     ):
         self._folder, self._name, self._taken, self._manifest_state, self._failure = folder, name, taken, state, failure
         self._damaged, self._config, self._world, self._group, self._copies = damaged, config, world, group, copies
-        self._problem: str | None = None
+        self._problem: str | None = "an unexpected error"  # unless `_run` gets to its end; its traceback is printed
         self._thread = threading.Thread(target=self._run, name=f"writes {name}", daemon=True)
         self._thread.start()
 
@@ -126,7 +127,8 @@ class CheckpointWriter:
         rename(written, final)
         write_durably(self._folder / LATEST, self._name)
         retain(self._folder, self._name, self._damaged, self._config)
-        shutil.rmtree(written.parent, ignore_errors=True)
+        self._damaged.clear()
+        remove_leftovers(self._folder)
 
     def _attempt(self, action: Any, *arguments: Any) -> str | None:
         """Returns the problem in words: if this rank alone raised, the others would wait for it."""

@@ -71,7 +71,7 @@ class TrainConfig(Section):
     ds_config: Annotated[str, MAY_CHANGE] = Field(
         AUTO,
         description="DeepSpeed's engine keys: a name in ds_configs/, or a JSON file; auto: the ZeRO stage of the "
-        "run's newest checkpoint; for a new run, zero0 on one rank, zero1 on more",
+        "run's newest checkpoint; zero0 for a new run",
     )
     max_nonfinite_steps: Annotated[int, MAY_CHANGE] = Field(
         10, ge=1, description="consecutive steps with a non-finite gradient before the run stops"
@@ -190,10 +190,14 @@ class RunConfig(Section):
         """What to do if a GPU's memory is full: the keys to change."""
         accumulation = self.train.gradient_accumulation_steps
         micro_batch = self.train.global_batch_size // (ranks * accumulation)
-        advice = [f"train.gradient_accumulation_steps higher than {accumulation} (the micro-batch is {micro_batch})"]
+        advice = []
+        if micro_batch > 1:
+            higher = f"train.gradient_accumulation_steps higher than {accumulation}"
+            advice += [f"{higher} (the micro-batch is {micro_batch})"]
         if not self.model.grad_checkpointing:
-            advice.append("model.grad_checkpointing=true")
-        return f"set {', '.join(advice)}, or continue with a higher ZeRO stage (train.ds_config)"
+            advice += ["model.grad_checkpointing=true"]
+        settings = f"set {', '.join(advice)}, or " if advice else ""
+        return f"{settings}continue with a higher ZeRO stage (train.ds_config)"
 
     def problems(self) -> Iterator[str]:
         """Values that do not fit together: one sentence each, with the key to change."""

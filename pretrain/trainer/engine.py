@@ -16,19 +16,18 @@ from pretrain.trainer.nonfinite import NonfiniteGuard
 from pretrain.trainer.run_folder import RunFolder
 
 
-def choose_ds_config(config: RunConfig, world_size: int) -> str:
+def choose_ds_config(config: RunConfig) -> str:
     """`train.ds_config`; for `auto`, the name in ds_configs/ that it stands for.
 
-    `auto` keeps the ZeRO stage of the run's newest checkpoint, even on another number of ranks. A new run gets stage 1
-    on two ranks or more, where communication overlaps with the backward pass, and stage 0 on one rank, which never
-    waits for the device. All ranks of a process group call it together; the first one's choice counts.
+    `auto` keeps the ZeRO stage of the run's newest checkpoint; a new run gets stage 0, which never waits for the GPU.
+    All ranks of a process group call it together; the first one's choice counts.
     """
     if config.train.ds_config != AUTO:
         return config.train.ds_config
     stage = [_checkpoint_stage(RunFolder(Path(config.runs) / config.name).checkpoints)]
     if dist.is_initialized():
         dist.broadcast_object_list(stage)  # a shared disk may not look the same to all ranks
-    return f"zero{int(world_size > 1) if stage[0] is None else stage[0]}"
+    return f"zero{stage[0] or 0}"
 
 
 def _checkpoint_stage(checkpoints: Path) -> int | None:
@@ -36,7 +35,7 @@ def _checkpoint_stage(checkpoints: Path) -> int | None:
     for name in checkpoint_names(checkpoints):
         try:
             return read_state(checkpoints / name).zero_stage
-        except (OSError, ValueError, KeyError, TypeError):
+        except ValueError:
             continue  # `Checkpoints.resume` reports damage
     return None
 
@@ -53,7 +52,7 @@ def ds_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     accumulation = train.gradient_accumulation_steps
     check_divisible(train.global_batch_size, world_size, accumulation)
     return complete_settings(
-        read_ds_config(choose_ds_config(config, world_size)),
+        read_ds_config(choose_ds_config(config)),
         micro_batch=train.global_batch_size // (world_size * accumulation),
         accumulation=accumulation,
         world_size=world_size,

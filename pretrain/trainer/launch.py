@@ -19,8 +19,7 @@ import torch
 from pretrain.trainer.meeting import free_port, meet
 from pretrain.trainer.phases import report_if_slow
 
-# Longer than any step or collective, shorter than a wasted night.
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=30)  # of collectives: longer than any step, shorter than a wasted night
 _DEEPSPEED_PORT = "29500"  # of every run, unless --master_port says otherwise
 
 
@@ -138,8 +137,11 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def init_distributed(world: World) -> torch.device:
+def init_distributed(world: World, timeout: timedelta = TIMEOUT) -> torch.device:
     """Joins the process group and picks this rank's device.
+
+    Args:
+        timeout: of collectives; a training with a watchdog needs none.
 
     Raises:
         ValueError: as `import_deepspeed` and `meet`.
@@ -156,7 +158,7 @@ def init_distributed(world: World) -> torch.device:
         torch.cuda.set_device(gpu)
     meet(world.rank, world.size)
     with report_if_slow(f"connecting the {world.size} ranks"):
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if "OMP_NUM_THREADS" not in os.environ:  # not all launchers set it: share the cores

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pretrain.trainer.append import append
 from pretrain.trainer.config import RunConfig
+from pretrain.trainer.durable import write_durably
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
 
@@ -87,7 +88,7 @@ class JsonLines(MetricLogger):
 
     def __init__(self, folder: RunFolder, start: int):
         self.metrics, self.evaluation = folder.metrics, folder.evaluation
-        for path in (self.metrics, self.evaluation):
+        for path in (self.metrics, self.evaluation, folder.nonfinite):
             drop_after(path, start)
 
     def log_metrics(self, values: Values) -> None:
@@ -174,6 +175,4 @@ def drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     records = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    temporary.replace(path)
+    write_durably(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -119,7 +119,7 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
             _log.info("%s", stopped)
             return _mark_stopped() if world.is_main else 0
         except Exception as error:
-            if world.size > 1 and _LOST_RANK.search(str(error)):
+            if world.size > 1 and not isinstance(error, ValueError) and _LOST_RANK.search(str(error)):
                 if not (why := watchdog.cause()):
                     lost = ", ".join(watchdog.find_lost())
                     why = f"{lost} was killed, or lost with its node" if lost else "see its log, unless it was killed"

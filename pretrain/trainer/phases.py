@@ -5,10 +5,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+UNLIMITED = timedelta(days=1)  # timeout of collectives whose phase has a limit: the watchdog says what took so long
 SLOW = 10.0  # seconds after which a phase is reported; then after twice as many more, and so on
 _log = logging.getLogger(__name__)
 

@@ -27,7 +27,8 @@ from pretrain.trainer.launch import World
 from pretrain.trainer.main import said_once
 from pretrain.trainer.meeting import meet, meeting_store
 from pretrain.trainer.phases import report_if_slow
-from pretrain.trainer.run_folder import package_version
+from pretrain.trainer.retention import folder_size, leftovers
+from pretrain.trainer.run_folder import RunFolder, package_version
 from pretrain.trainer.signals import stop_if_told
 
 _ROOT = Path(__file__).parents[2]
@@ -127,7 +128,7 @@ def _look(world: World, folder: Path, recipe: str, index: str, problem: str) -> 
     versions = {name: package_version(name) for name in ("torch", "deepspeed", "triton")}
     existing, free = _existing(folder), 0
     with suppress(OSError):  # a disk that is gone has no room
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(folder)
     if not problem and not os.access(existing, os.W_OK):
         problem = f"{existing} cannot be written to"
     return Facts(
@@ -148,6 +149,12 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
+def free_bytes(folder: Path) -> int:
+    """What is free for a run on its disk, including what the run deletes before it saves anything."""
+    left = sum(folder_size(path) for path in leftovers(RunFolder(folder).checkpoints))
+    return shutil.disk_usage(_existing(folder)).free + left
+
+
 def room_problem(folder: Path, parameters: int) -> str | None:
     """Why a run's disk has no room for a checkpoint, if so: fp32 weights and AdamW's two moments.
 
@@ -155,7 +162,7 @@ def room_problem(folder: Path, parameters: int) -> str | None:
         folder: of the run; it need not exist.
         parameters: that are trained; a moving average comes on top.
     """
-    needed, free = 12 * parameters, shutil.disk_usage(_existing(folder)).free
+    needed, free = 12 * parameters, free_bytes(folder)
     if needed <= free:
         return None
     return (

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.trainer.checkpoint_layout import ASIDE, DELETED, checkpoint_names, checkpoint_step, damage
+from pretrain.trainer.checkpoint_layout import ASIDE, DELETED, UNFINISHED, checkpoint_names, checkpoint_step, damage
 from pretrain.trainer.config import CheckpointConfig
 from pretrain.trainer.durable import remove_folder, rename
 
@@ -45,8 +45,8 @@ def set_aside(folder: Path) -> list[Path]:
 
 
 def folder_size(folder: Path) -> int:
-    """The size in bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """The size in bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def why_kept(
@@ -87,10 +87,19 @@ def retain(folder: Path, written: str, damaged: Collection[str], config: Checkpo
         _log.warning("old checkpoints could not be checked: %s", error)
 
 
+def leftovers(folder: Path) -> list[Path]:
+    """Folders of half a checkpoint, left by a save or a deletion that was killed, or by a save under way."""
+    return [path for path in (folder / UNFINISHED, *folder.glob(f"{DELETED}*")) if path.is_dir()]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what no checkpoint needs, when no save is under way; what cannot be deleted is logged."""
+    for path in leftovers(folder):
+        with _logged(path.name):
+            shutil.rmtree(path)
+
+
 def _retain(folder: Path, written: str, damaged: Collection[str], config: CheckpointConfig) -> None:
-    for left in folder.glob(f"{DELETED}*"):  # from a deletion that was killed
-        with _logged(left.name):
-            shutil.rmtree(left)
     found = stored(folder)
     for one in found:
         if one.name != written and (one.damage or one.name in damaged):

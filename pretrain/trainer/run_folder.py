@@ -24,7 +24,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from data.storage.location import without_secrets
 from pretrain.trainer.checkpoint_layout import checkpoint_name
-from pretrain.trainer.durable import make_folder
+from pretrain.trainer.durable import make_folder, write_durably
 
 _PACKAGES = (
     "lomar-deepspeed",
@@ -162,7 +162,7 @@ class RunFolder:
             "host": socket.gethostname(),
             "command": sys.argv,
         }
-        self.environment.write_text(without_secrets(json.dumps(environment, indent=2, default=str)) + "\n")
+        write_durably(self.environment, without_secrets(json.dumps(environment, indent=2, default=str)) + "\n")
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

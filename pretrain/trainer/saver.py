@@ -51,7 +51,7 @@ class Saver:
         self._stall = {"checkpoint_stall_s": stall, "checkpoint_stall_share": stall / max(start - self._since, stall)}
         self._since = start
         if problem:
-            raise OSError(f"{problem}; make room and run the same command again: it continues from step {self._saved}")
+            raise OSError(f"{problem}; mend that and run the same command again: it continues from step {self._saved}")
 
     def poll(self) -> None:
         """Reports how the last save ended, if it has; called after each step, and waits for nothing."""

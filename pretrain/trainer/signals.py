@@ -8,6 +8,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from pretrain.trainer.phases import UNLIMITED
+
 # Slurm's warning before the time limit (--signal), termination by a scheduler or launcher, Ctrl-C, a closed terminal.
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -55,7 +57,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         # On the CPU, so that agreeing never waits for the device.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=UNLIMITED)
         self._store = dist.distributed_c10d._get_default_store()
         self._rounds: Counter[int] = Counter()  # of `agreed_while_waiting`, by step
 

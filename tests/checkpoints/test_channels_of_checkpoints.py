@@ -86,7 +86,7 @@ def test_gray_and_multispectral_images_from_pretraining_to_prediction(name: str,
     images = computable(batch.images)
     one_step(model, images=images, mask_indices=batch.mask_indices)
     encoder = model.encoder.eval()
-    save_encoder(encoder.state_dict(), config, tmp_path / "encoder.safetensors")
+    save_encoder(encoder.state_dict(), config, tmp_path / "encoder.safetensors", config.train.epochs)
 
     _, difference, usage = export_encoder(tmp_path / "encoder.safetensors", tmp_path / "timm.safetensors", "timm")
     assert difference < 1e-10

@@ -159,7 +159,7 @@ def test_full_disk_while_saving_loses_nothing(recipe: Path, start: Callable[...,
         assert all(process.returncode == 1 for process in run.all), output
         assert "checkpoint step_00000006 could not be written" in output
         assert "training continues and will try the next checkpoint" in output
-        assert "make room and run the same command again: it continues from step 3" in output
+        assert "mend that and run the same command again: it continues from step 3" in output
         assert sorted(p.name for p in (disk / "tiny" / "checkpoints").iterdir()) == ["latest", "step_00000003"]
         subprocess.run(["mount", "-o", "remount,size=600m", str(disk)], check=True)
         assert "resumes from step_00000003" in start(recipe, "checkpoint.every_steps=3").finish()

@@ -52,7 +52,8 @@ def tuning(tmp_path_factory: pytest.TempPathFactory, write_recipe: Callable[...,
     folder = tmp_path_factory.mktemp("tuning")
     pretraining = load(str(write_recipe(folder, "pretraining")), ["data.image_size=[64,96]"])
     with SMALL:
-        save_encoder(build_method(pretraining).encoder.state_dict(), pretraining, folder / "encoder.safetensors")
+        encoder = build_method(pretraining).encoder.state_dict()
+        save_encoder(encoder, pretraining, folder / "encoder.safetensors", pretraining.train.epochs)
     keys = {
         "name": "tuned",
         "runs": "runs",

@@ -42,7 +42,7 @@ def pretrained(name: str, folder: Path) -> tuple[ViT, Path]:
         }
     )
     encoder = randomized(build_method(config).encoder)
-    save_encoder(encoder.state_dict(), config, folder / "encoder.safetensors")
+    save_encoder(encoder.state_dict(), config, folder / "encoder.safetensors", config.train.epochs)
     return encoder, folder / "encoder.safetensors"
 
 

@@ -47,7 +47,7 @@ class Training:
 
     def save(self, *steps: int) -> None:
         for step in steps:
-            assert self.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=step)) is None
+            assert self.checkpoints.begin(StubEngine(), NoEMA(), TrainState(step=step)).wait() is None
             latest = (self.folder / LATEST).read_text()
             assert latest == checkpoint_name(step), "the newest in time"
             assert (self.folder / latest / "weights.pt").is_file()

@@ -86,7 +86,7 @@ def check(recipe: str, first: str, second: str, folder: Path, world: World) -> N
     moments, weights, whole = live_moments(engine), live_weights(engine), gather_state_dict(engine, world)
     state = TrainState(step=UPDATES, updates=UPDATES, world_size=world.size, zero_stage=stage)
     checkpoints = Checkpoints(folder, world, config.checkpoint)
-    assert checkpoints.save(engine, NoEMA(), state) is None
+    assert checkpoints.begin(engine, NoEMA(), state).wait() is None
     engine.destroy()
     stored = StoredState(folder / checkpoint_name(UPDATES))
     assert stored.step == UPDATES
@@ -130,7 +130,7 @@ def check_order(recipe: str, folder: Path, world: World) -> None:
         step(engine, config, number, world)
     moments, weights = live_moments(engine), live_weights(engine)
     plain, ordered = (Checkpoints(folder / name, world, config.checkpoint) for name in ("plain", "ordered"))
-    assert plain.save(engine, NoEMA(), state) is None
+    assert plain.begin(engine, NoEMA(), state).wait() is None
     engine.destroy()
     ordered_file = folder / "ordered.json"
     if world.is_main:
@@ -138,7 +138,7 @@ def check_order(recipe: str, folder: Path, world: World) -> None:
     dist.barrier()
     _, engine = build(recipe, str(ordered_file), world, elsewhere=True)
     plain.resume(engine, NoEMA(), state)
-    assert ordered.save(engine, NoEMA(), state) is None
+    assert ordered.begin(engine, NoEMA(), state).wait() is None
     engine.destroy()
     stored = StoredState(folder / "ordered" / checkpoint_name(UPDATES))
     for kind, average in moments.items():

@@ -200,7 +200,7 @@ def train_small(
         train(Run(config, world, device, folder, loader, engine, ema, checkpoints, state))
     weights, effective = gather_state_dict(engine, world), effective_settings(engine)
     if world.is_main:
-        save_encoder(encoder_state_dict(method, weights), config, folder.encoder)
+        save_encoder(encoder_state_dict(method, weights), config, folder.encoder, config.train.epochs)
         torch.save(weights, folder.root / "state.pt")
         (folder.root / "effective.json").write_text(json.dumps(effective))
     engine.destroy()

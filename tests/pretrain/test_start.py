@@ -9,7 +9,7 @@ from helpers.ports import free_port
 
 from pretrain.config import PretrainConfig, load
 from pretrain.run import pretrain
-from pretrain.start import check_start, find_start
+from pretrain.start import check_start, find_start, load_data
 from pretrain.trainer.checkpoint import check_continues
 from pretrain.trainer.checkpoint_layout import MANIFEST, TrainState, manifest_text
 from pretrain.trainer.durable import DurableFile
@@ -67,7 +67,7 @@ def test_missing_start_is_reported_before_shards_are_read(tmp_path: Path, monkey
     def error_of(override: str) -> str:
         config = configure(tmp_path, override)
         with pytest.raises(ValueError, match=override.split("=")[0]) as error:
-            check_start(config, own_folder(config))
+            load_data(config, own_folder(config))
         return str(error.value)
 
     assert "no such file or folder" in error_of(f"start.checkpoint={tmp_path}/mae.pth")

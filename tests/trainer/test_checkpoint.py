@@ -3,13 +3,18 @@
 from pathlib import Path
 
 import pytest
-from helpers.checkpoint_stubs import Training
+from helpers.checkpoint_stubs import StubEngine, Training
 
 from pretrain.trainer.checkpoint_layout import (
+    DELETED,
     LATEST,
+    UNFINISHED,
+    TrainState,
     checkpoint_name,
     latest_checkpoint,
 )
+from pretrain.trainer.ema import NoEMA
+from pretrain.trainer.retention import folder_size, leftovers, remove_leftovers
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -68,6 +73,28 @@ def test_damaged_checkpoint_stays_until_the_next_save(folder: Path):
     assert (training.start(), training.steps) == (10, [10, 20])
     training.damage(20)  # reverses the damage, as if someone had restored the file
     assert training.start() == 20
+
+
+def test_damage_is_remembered_until_a_save_succeeds(folder: Path):
+    training = Training(folder, keep_last=2)
+    training.save(10, 20)
+    training.damage(20)
+    training.start()
+    (folder / UNFINISHED).write_text("blocks a save")
+    assert training.checkpoints.begin(StubEngine(), NoEMA(), TrainState(step=15)).wait()
+    (folder / UNFINISHED).unlink()
+    training.save(16)
+    assert training.steps == [10, 16], "two sound ones"
+
+
+def test_leftovers_of_killed_saves_and_deletions_are_deleted(folder: Path):
+    for left in (folder / UNFINISHED / checkpoint_name(30), folder / f"{DELETED}{checkpoint_name(10)}"):
+        left.mkdir(parents=True)
+        (left / "weights.pt").write_bytes(bytes(1000))
+    assert [folder_size(path) for path in leftovers(folder)] == [1000, 1000]
+    (folder / "notes.txt").touch()
+    remove_leftovers(folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_truncated_checkpoint_does_not_count_as_kept(folder: Path):

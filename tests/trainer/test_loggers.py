@@ -186,9 +186,11 @@ def test_json_lines_write_null_for_nan_and_drop_steps_to_be_repeated(tmp_path: P
         file.write('{"step": 6, "lo')  # killed while writing
     assert json.loads(folder.metrics.read_text().splitlines()[1]) == {"step": 2, "loss": None}
     assert read_metrics(folder.evaluation) == [{"step": 4, "top1": None}]
+    folder.nonfinite.write_text('{"step": 2, "samples": ["a"]}\n{"step": 4, "samples": ["b"]}\n')
     JsonLines(folder, start=3)
     assert [record["step"] for record in read_metrics(folder.metrics)] == [1, 2, 3]
     assert read_metrics(folder.evaluation) == []
+    assert [record["step"] for record in read_metrics(folder.nonfinite)] == [2]
 
 
 def test_tensorboard_has_all_finite_values(tmp_path: Path):

@@ -90,6 +90,15 @@ def test_lost_rank_is_a_one_line_error(run_main: Callable[..., object], capsys: 
     assert len(err.splitlines()) == 1
 
 
+def test_own_error_about_a_connection_is_not_a_lost_rank(
+    run_main: Callable[..., object], capsys: pytest.CaptureFixture[str]
+):
+    assert run_main(ValueError("hf://datasets/x cannot be read: [Errno 111] Connection refused"), rank=1) == 1
+    assert capsys.readouterr().err == (
+        "error on rank 1: hf://datasets/x cannot be read: [Errno 111] Connection refused\n"
+    )
+
+
 @pytest.mark.parametrize("world", [MAIN, OTHER])
 def test_each_rank_has_a_file_with_all_messages(world: World, tmp_path: Path):
     (tmp_path / "logs").mkdir()  # the main rank creates it
@@ -250,6 +259,7 @@ def test_gpu_out_of_memory_is_one_line_with_the_keys_to_change(
 def test_memory_advice_omits_settings_already_made():
     config = CONFIG.model_copy(update={"model": ModelConfig(grad_checkpointing=True)})
     assert "grad_checkpointing" not in config.memory_advice(2)
+    assert config.memory_advice(16) == "continue with a higher ZeRO stage (train.ds_config)", "one image at a time"
 
 
 def test_memory_advice_for_dense_tasks_names_their_keys():

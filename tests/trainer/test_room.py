@@ -29,6 +29,16 @@ def test_disk_needs_room_for_one_checkpoint(
     assert ("a checkpoint takes at least" in message) == rejected
 
 
+def test_what_a_killed_save_left_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The run deletes it before it saves."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    left = tmp_path / "checkpoints" / "unfinished" / "step_00000010"
+    left.mkdir(parents=True)
+    (left / "weights.pt").write_bytes(bytes(12_000))
+    assert room_problem(tmp_path, 1000) is None
+    assert room_problem(tmp_path, 1001)
+
+
 def test_folder_that_does_not_exist_yet_is_on_its_parents_disk(tmp_path: Path):
     assert room_problem(tmp_path / "runs" / "new", 1000) is None
     assert str(tmp_path / "runs" / "new") in (room_problem(tmp_path / "runs" / "new", 10**18) or "")

@@ -101,7 +101,7 @@ def test_failed_save_is_reported_at_the_next_poll_and_training_continues(
         assert "checkpoint step_00000020 could not be written" in message
         assert "No space left on device; training continues" in message
         assert training.steps == [10]
-        with pytest.raises(OSError, match=r"step_00000020 could not .* make room .* continues from step 0"):
+        with pytest.raises(OSError, match=r"step_00000020 could not .* mend that and .* continues from step 0"):
             saver.save(StubEngine(), NoEMA(), TrainState(step=20), required=True)
     saver.save(StubEngine(), NoEMA(), TrainState(step=30), required=True)
     saver.close()
@@ -129,7 +129,7 @@ def test_step_is_saved_again_if_latest_could_not_be_written(training: Training, 
 
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint_writer, "write_durably", fail)
-        assert training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
+        assert training.checkpoints.begin(StubEngine(), NoEMA(), TrainState(step=20)).wait()
     assert training.steps == [10, 20], "it is there, and sound"
     training.save(20)
     assert sorted(path.name for path in training.folder.iterdir()) == [LATEST, checkpoint_name(10), checkpoint_name(20)]
@@ -146,11 +146,23 @@ def no_memory(training: Training) -> None:
     training.checkpoints._copies.copy = fail
 
 
-@pytest.mark.parametrize("break_save", [blocked_folder, no_memory])
+def no_words(training: Training) -> None:
+    def fail(tree: Any) -> Any:
+        raise MemoryError
+
+    training.checkpoints._copies.copy = fail
+
+
+def unexpected_error(training: Training) -> None:
+    training.checkpoints._group = object()  # which the writing thread cannot use
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("break_save", [blocked_folder, no_memory, no_words, unexpected_error])
 def test_any_failure_is_returned_as_a_message(break_save: Callable[[Training], None], training: Training):
     training.save(10)
     break_save(training)
-    problem = training.checkpoints.save(StubEngine(), NoEMA(), TrainState(step=20))
+    problem = training.checkpoints.begin(StubEngine(), NoEMA(), TrainState(step=20)).wait()
     assert problem
     assert "step_00000020 could not be written" in problem
     assert training.steps == [10]
