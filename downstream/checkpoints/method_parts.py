@@ -13,7 +13,7 @@ from torch import Tensor
 
 from downstream.checkpoints.files import Source
 from downstream.checkpoints.formats import Report
-from pretrain.config import Load
+from pretrain.sections import Load
 
 # Prefixes of the names below, for a method in LUT; LUT's own heads have none. A method alone gets the same names.
 METHOD = "method."

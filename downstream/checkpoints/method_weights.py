@@ -17,12 +17,12 @@ from downstream.checkpoints.files import Source, Weights, read_source
 from downstream.checkpoints.formats import EncoderWeights, Report, translate
 from downstream.checkpoints.method_parts import ENCODER, METHOD, fill_parts
 from downstream.checkpoints.weights import fill_encoder
-from pretrain.config import Load
 from pretrain.methods.base import Method
 from pretrain.methods.lut import LUT, TeacherModel
 from pretrain.methods.targets.features import EncoderTeacher
 from pretrain.models.encoder_spec import EncoderSpec
 from pretrain.models.vit import ViT, sincos_positions
+from pretrain.sections import Load
 from pretrain.trainer.checkpoint_layout import MANIFEST
 from pretrain.trainer.run_folder import file_digest
 

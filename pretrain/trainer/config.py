@@ -47,7 +47,6 @@ class OptimConfig(Section):
     step_epochs: tuple[float, ...] = Field((), description="for schedule=steps: epochs after which the rate falls")
     step_factor: Share = Field(0.1, description="for schedule=steps: factor by which it falls each time")
     weight_decay: float = Field(0.05, ge=0, description="for matrices, tokens and relative tables, not for vectors")
-    decay_class_token: bool = Field(True, description="false: no weight decay for the class token, as in SimMIM's code")
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's decay of first and second moments")
     clip_grad: float = Field(0.0, ge=0, description="maximum gradient norm; 0: no clipping")
 
@@ -138,7 +137,6 @@ class LogConfig(Section):
     """What is logged."""
 
     every_steps: int = Field(20, ge=1, description="optimizer steps between lines of metrics.jsonl")
-    num_reconstructions: int = Field(8, ge=1, description="rows of reconstructions.png")
     samples: bool = Field(False, description="true: samples.jsonl lists the images of each step, to compare runs")
 
 
