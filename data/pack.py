@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source", metavar="SOURCE", type=Path, help="image folder, or a list file of path[<TAB>label] lines"
     )
-    parser.add_argument("out", metavar="OUT", type=parse_location, help="folder for the shards, local or at a URL")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards, local or at a URL")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
     parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
     parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do with unreadable files")
@@ -267,13 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
+        out = parse_location(args.out)  # not by argparse, which would repeat a URL with a password
         format = given_format(args)
-        source = _list(args.source, args.out, args.classes, not args.no_labels, arrays=args.channels is not None)
-        remote = args.out if isinstance(args.out, Remote) else None
+        source = _list(args.source, out, args.classes, not args.no_labels, arrays=args.channels is not None)
         index = pack(
             source,
-            upload_folder(remote) if remote else args.out,
-            remote=remote,
+            upload_folder(out) if isinstance(out, Remote) else out,
+            remote=out if isinstance(out, Remote) else None,
             prefix=args.prefix,
             samples_per_shard=args.samples_per_shard,
             workers=args.num_workers,
@@ -285,9 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         left_out = len(source.files) - len(index)
         if empty := empty_classes(index):
             note([f"classes without images: {shown(empty)}"])
-        print(_summary(index, args.out), *class_table(index), sep="\n")
+        print(_summary(index, out), *class_table(index), sep="\n")
         if left_out:
-            print(f"{left_out} unreadable files left out, see {args.out / REJECTED_FILE}")
+            print(f"{left_out} unreadable files left out, see {out / REJECTED_FILE}")
         return 0
 
     return report_errors(command)
