@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.class_list import CLASSES_FILE
+from data.cores import available_cores
 from data.file_lock import lock_now
 from data.index import Index, build_index, index_paths, load_index
 from data.index_file import digest_of
 from data.names import shown, write_lines
 from data.pack_report import PackReport, class_table, empty_classes, note, summary
-from data.parallel import default_workers, report_errors
+from data.parallel import report_errors
 from data.pixel_format import RGB, PixelFormat, add_format, given_format
 from data.remote_index import build_remote_index
 from data.shard_writer import ShardTask, report_path, without_unreadable_classes, write_shards
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", metavar="OUT", help="folder for the shards, local or at a URL")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
-    parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
+    parser.add_argument("--num-workers", type=int, default=available_cores(), metavar="N")
     parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do with unreadable files")
     parser.add_argument("--prefix", default="train", help="shards are called PREFIX-000000.tar")
     labels = parser.add_mutually_exclusive_group()

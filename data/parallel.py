@@ -19,11 +19,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def default_workers() -> int:
-    """The number of CPU cores that this process may use; under a scheduler, fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
-
-
 def print_any_name() -> None:
     """Makes stdout and stderr print escapes for characters that their encoding lacks, which file names may have."""
     for stream in (sys.stdout, sys.stderr):

@@ -15,9 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from data.cores import available_cores
 from data.index import load_index
 from data.loader import Loader
-from data.parallel import default_workers, report_errors
+from data.parallel import report_errors
 from pretrain.methods.targets.pca import principal_components
 from pretrain.models.patches import normalize_pixels, patchify, values_per_patch
 
@@ -101,7 +102,7 @@ def main() -> int:
         "--image-size", type=int, default=224, help="side of a crop in pixels: the run's data.image_size"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
-    parser.add_argument("--num-workers", type=int, default=default_workers(), help="number of decoding processes")
+    parser.add_argument("--num-workers", type=int, default=available_cores(), help="number of decoding processes")
     options = vars(parser.parse_args())
     out: Path = options.pop("out")
 
