@@ -1,4 +1,4 @@
-"""How many processes can decode for a rank: its share of the cores available on the node."""
+"""How many cores there are to use, and how many processes can decode for a rank: its share of them."""
 
 import os
 from pathlib import Path
@@ -17,9 +17,14 @@ def count_workers(wish: int | str) -> int:
     return min(max(cores_of_a_rank() - 1, 1), MOST_WORKERS)
 
 
+def available_cores() -> int:
+    """The number of CPU cores that this process may use: under a scheduler or in a container, not all of them."""
+    return min(len(os.sched_getaffinity(0)), _quota())
+
+
 def cores_of_a_rank() -> int:
     """Returns this rank's share of the cores that this process may use, or that Slurm gave this task."""
-    cores, task = min(len(os.sched_getaffinity(0)), _quota()), os.environ.get("SLURM_CPUS_PER_TASK")
+    cores, task = available_cores(), os.environ.get("SLURM_CPUS_PER_TASK")
     if task:
         cores = min(cores, int(task))
     # If the launcher does not say: a Slurm task is one rank; without Slurm all ranks are here.

@@ -11,11 +11,30 @@ from pathlib import Path
 
 from data.waiting import POLL, look_while_waiting
 
+# What a file system without locks answers: a network file system that does not support them, Lustre without -o flock,
+# or an NFS server whose lock daemon is missing.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 TIMEOUT = 3600.0  # seconds to wait for another process; the headers of a million shards take less
 
 
 class NotWritableError(Exception):
     """The folder is read-only."""
+
+
+def lock_now(descriptor: int) -> OSError | None:
+    """Locks an open file until it is closed; returns what a file system without locks answers, which locks nothing.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: any other failure.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return error
+    return None
 
 
 @contextmanager
@@ -36,12 +55,11 @@ def locked(path: Path) -> Iterator[None]:
         raise
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Without locks, two processes may build the same index, and both are correct.
+            lock_now(descriptor)
         except BlockingIOError:
             print(f"waiting for another process that is writing {path}", file=sys.stderr)
             _wait_for(descriptor, lock)
-        except OSError:
-            pass  # a file system without locks: two processes may build the same index, and both are correct
         yield
         # The index is published before its lock is removed: whoever waits for the lock, or makes a new one, sees it.
         if path.exists():
@@ -55,7 +73,8 @@ def _wait_for(descriptor: int, lock: Path) -> None:
     deadline = time.monotonic() + TIMEOUT
     while True:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(descriptor)
+            return
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise TimeoutError(

@@ -105,7 +105,12 @@ def warn_of_pipes(problem: str, megabytes: float, workers: int) -> None:
     _log.warning(
         "batches of %.0f MiB go through pipes, which are slower than shared memory (%s; %s %s): enlarge it with docker "
         "run --shm-size=%dg or --ipc=host, or lower data.num_workers (%d)",
-        *(megabytes, problem, SHARED_MEMORY, free, max(1, round(3 * workers * megabytes / 1024 + 0.5)), workers),
+        megabytes,
+        problem,
+        SHARED_MEMORY,
+        free,
+        max(1, round(3 * workers * megabytes / 1024 + 0.5)),
+        workers,
     )
 
 

@@ -116,9 +116,15 @@ class Loader:
 
     def _requests(self, steps: range) -> Iterator[Views]:
         return rank_views(
-            *(len(self._index), self._seed, steps, self._batch, self._accumulation, self._rank, self._world_size),
-            self._repeats,
-            self._groups if self._groups.size else None,
+            len(self._index),
+            self._seed,
+            steps,
+            self._batch,
+            accumulation=self._accumulation,
+            rank=self._rank,
+            world_size=self._world_size,
+            repeats=self._repeats,
+            groups=self._groups if self._groups.size else None,
         )
 
 

@@ -7,7 +7,6 @@ shards.
 """
 
 import argparse
-import fcntl
 import functools
 import json
 import os
@@ -18,14 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.class_list import CLASSES_FILE
+from data.cores import available_cores
+from data.file_lock import lock_now
 from data.index import Index, build_index, index_paths, load_index
 from data.index_file import digest_of
 from data.names import shown, write_lines
-from data.pack_report import PackReport, class_table, empty_classes, note
-from data.parallel import default_workers, report_errors
+from data.pack_report import PackReport, class_table, empty_classes, note, summary
+from data.parallel import report_errors
 from data.pixel_format import RGB, PixelFormat, add_format, given_format
 from data.remote_index import build_remote_index
-from data.scan import NO_LABEL
 from data.shard_writer import ShardTask, report_path, without_unreadable_classes, write_shards
 from data.shrink import PLAN_FILE, Shrink
 from data.sources import Source, describe_ignored, list_source
@@ -141,9 +141,11 @@ def _plan(out: Path, plan: dict[str, str | int]) -> Iterator[None]:
     """Holds the plan file as a lock on ``out``; refuses an ``out`` with another plan."""
     with open(out / PLAN_FILE, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            no_locks = lock_now(file.fileno())
         except BlockingIOError as error:
             raise ValueError(f"{out}: another process is packing into this folder: wait for it to end") from error
+        if no_locks:
+            note([f"{out}: its file system has no locks ({no_locks}): make sure that nothing else packs into it"])
         file.seek(0)
         text = file.read()
         if text and text != json.dumps(plan):
@@ -213,17 +215,6 @@ def _list(path: Path, out: Location, classes_file: Path | None, labels: bool, ar
     return source
 
 
-def _summary(index: Index, out: Location) -> str:
-    labels = index.label[index.label != NO_LABEL]
-    if index.classes:
-        what = f"of {len(index.classes)} classes"
-    else:
-        what = f"with labels from {labels.min()} to {labels.max()}" if len(labels) else "without labels"
-    if 0 < len(labels) < len(index):
-        what += f" ({len(index) - len(labels)} without a label)"
-    return f"{len(index)} samples {what} in {len(index.shards)} shards in {out}"
-
-
 def _shrink(short_side: int | None, quality: int | None) -> Shrink | None:
     if short_side is not None:
         return Shrink(short_side, DEFAULT_QUALITY if quality is None else quality)
@@ -238,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "source", metavar="SOURCE", type=Path, help="image folder, or a list file of path[<TAB>label] lines"
     )
-    parser.add_argument("out", metavar="OUT", type=parse_location, help="folder for the shards, local or at a URL")
+    parser.add_argument("out", metavar="OUT", help="folder for the shards, local or at a URL")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
-    parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
+    parser.add_argument("--num-workers", type=int, default=available_cores(), metavar="N")
     parser.add_argument("--bad", choices=("refuse", "skip"), default="refuse", help="what to do with unreadable files")
     parser.add_argument("--prefix", default="train", help="shards are called PREFIX-000000.tar")
     labels = parser.add_mutually_exclusive_group()
@@ -267,13 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
+        out = parse_location(args.out)  # not by argparse, which would repeat a URL with a password
         format = given_format(args)
-        source = _list(args.source, args.out, args.classes, not args.no_labels, arrays=args.channels is not None)
-        remote = args.out if isinstance(args.out, Remote) else None
+        source = _list(args.source, out, args.classes, not args.no_labels, arrays=args.channels is not None)
         index = pack(
             source,
-            upload_folder(remote) if remote else args.out,
-            remote=remote,
+            upload_folder(out) if isinstance(out, Remote) else out,
+            remote=out if isinstance(out, Remote) else None,
             prefix=args.prefix,
             samples_per_shard=args.samples_per_shard,
             workers=args.num_workers,
@@ -285,9 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         left_out = len(source.files) - len(index)
         if empty := empty_classes(index):
             note([f"classes without images: {shown(empty)}"])
-        print(_summary(index, args.out), *class_table(index), sep="\n")
+        print(summary(index, out), *class_table(index), sep="\n")
         if left_out:
-            print(f"{left_out} unreadable files left out, see {args.out / REJECTED_FILE}")
+            print(f"{left_out} unreadable files left out, see {out / REJECTED_FILE}")
         return 0
 
     return report_errors(command)

@@ -13,6 +13,7 @@ from data.image_facts import ImageFacts
 from data.image_file import count_kinds
 from data.index import Index
 from data.scan import NO_LABEL
+from data.storage.location import Location
 
 DARK_BITS = 14  # an image that uses so few of 16 bits keeps at most a quarter of the gray levels
 SHOWN_CLASSES = 20
@@ -118,6 +119,18 @@ class PackReport:
             + (f"\n  ... and {left} more" if left > 0 else "")
             + f"\nrun again with --bad skip to leave them out, or fix them, delete {out} and pack again"
         )
+
+
+def summary(index: Index, out: Location) -> str:
+    """One line: how many samples, classes and shards."""
+    labels = index.label[index.label != NO_LABEL]
+    if index.classes:
+        what = f"of {len(index.classes)} classes"
+    else:
+        what = f"with labels from {labels.min()} to {labels.max()}" if len(labels) else "without labels"
+    if 0 < len(labels) < len(index):
+        what += f" ({len(index) - len(labels)} without a label)"
+    return f"{len(index)} samples {what} in {len(index.shards)} shards in {out}"
 
 
 def class_table(index: Index) -> list[str]:

@@ -13,13 +13,10 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from data.storage.location import without_secrets
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def default_workers() -> int:
-    """The number of CPU cores that this process may use; under a scheduler, fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
 
 
 def print_any_name() -> None:
@@ -30,14 +27,17 @@ def print_any_name() -> None:
 
 
 def report_errors(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code; errors that a user can fix become one line on stderr and code 1."""
+    """Runs a command and returns its exit code; errors that a user can fix become one line on stderr and code 1.
+
+    The line has no passwords or tokens, whichever library's error repeats them.
+    """
     print_any_name()
     try:
         return command()
     except BrokenProcessPool:
         print("error: a worker process was killed, perhaps out of memory: lower --num-workers", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
     return 1
 
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data.channels import read_pixels
+from data.cores import available_cores
 from data.image_file import BadImage, count_kinds
 from data.image_folder import Samples, load_samples, reader_of
-from data.parallel import default_workers, report_errors, run_parallel
+from data.parallel import report_errors, run_parallel
 from data.pixel_format import PixelFormat, add_format, given_format
 
 _IMAGES_OF_A_TASK = 32
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_format(parser)
     parser.add_argument("--images", type=int, metavar="N", help="read only N images, evenly spaced (default: all)")
-    parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
+    parser.add_argument("--num-workers", type=int, default=available_cores(), metavar="N")
     args = parser.parse_args(argv)
 
     def command() -> int:

@@ -11,13 +11,14 @@ from itertools import islice
 import numpy as np
 
 from data.class_list import read_classes_of_shards
+from data.cores import available_cores
 from data.image_facts import check_image
 from data.image_file import OTHER_CHANNELS, OTHER_TYPE, BadImage, check_length
 from data.index import build_index, index_paths, load_index
 from data.index_file import Index, check_names, is_current, read_index
 from data.multi_labels import MultiLabels
 from data.names import readable
-from data.parallel import default_workers, report_errors, run_parallel
+from data.parallel import report_errors, run_parallel
 from data.pixel_format import RGB, PixelFormat, add_format, given_format
 from data.remote_index import build_remote_index, read_remote_index
 from data.scan import NO_LABEL, ShardContent, describe_unused, scan_shard
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     add_format(parser)
     parser.add_argument("--reindex", action="store_true", help="delete and rebuild the index first")
-    parser.add_argument("--num-workers", type=int, default=default_workers(), metavar="N")
+    parser.add_argument("--num-workers", type=int, default=available_cores(), metavar="N")
     args = parser.parse_args(argv)
 
     def command() -> int:

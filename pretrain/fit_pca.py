@@ -6,20 +6,21 @@ float64. The same shards and options give the same components, whatever the numb
 
 import argparse
 import hashlib
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from data.cores import available_cores
 from data.index import load_index
 from data.loader import Loader
-from data.parallel import default_workers, report_errors
+from data.parallel import report_errors
 from pretrain.methods.targets.pca import principal_components
 from pretrain.models.patches import normalize_pixels, patchify, values_per_patch
+from pretrain.trainer.safetensors_file import save_state_dict
 
 REMOTE_SHARDS = 8  # shards of a store that are fetched and shuffled together
 BATCH = 32  # limits memory: 32 crops of 224 px are 6272 patches, 38 MB in float64
@@ -88,7 +89,8 @@ def fit(
     return {name: tensor.float().contiguous() for name, tensor in tensors.items()}, explained
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", metavar="SHARDS", help="a folder of tar shards, one tar, or a brace pattern")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, for example pca16.safetensors")
@@ -101,16 +103,14 @@ def main() -> int:
         "--image-size", type=int, default=224, help="side of a crop in pixels: the run's data.image_size"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
-    parser.add_argument("--num-workers", type=int, default=default_workers(), help="number of decoding processes")
-    options = vars(parser.parse_args())
+    parser.add_argument("--num-workers", type=int, default=available_cores(), help="number of decoding processes")
+    options = vars(parser.parse_args(argv))
     out: Path = options.pop("out")
 
     def write() -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         tensors, explained = fit(**options)
-        temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(save(tensors))  # save_file makes files that only their owner can read
-        temporary.replace(out)
+        save_state_dict(tensors, {}, out)
         print(
             f"{out}: {options['components']} of {values_per_patch(options['patch_size'])} components, "
             f"{explained:.1%} of the variance"

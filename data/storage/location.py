@@ -105,9 +105,12 @@ def credentials_advice(scheme: str) -> str:
 
 
 def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """A client's message without query strings, users, passwords, and keys from the environment."""
-    text = re.sub(r"(://[^\s?#/]*)@", "://...@", text)
-    text = re.sub(r"(://[^\s?\"')]*)[?][^\s\"')]*", r"\1?...", text)
+    """A message without the query strings, users and passwords of URLs, and without keys from the environment.
+
+    A URL that was made a ``Path`` has only one slash after its scheme.
+    """
+    text = re.sub(r"(:/{1,2})[^\s?#/]*@", r"\1...@", text)
+    text = re.sub(r"(:/{1,2}[^\s?\"')]*)[?][^\s\"')]*", r"\1?...", text)
     for name, value in environment.items():
         if _SECRET.search(name) and len(value) >= 8:
             text = text.replace(value, "...")

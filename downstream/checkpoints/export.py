@@ -27,6 +27,7 @@ import timm
 import torch
 
 from data.pixel_format import IMAGENET, Pixels
+from data.storage.location import without_secrets
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.classifiers import load_classifier_weights
 from downstream.checkpoints.export_hub import timm_usage, to_hf
@@ -185,7 +186,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
                 options.source, options.out, options.format, image_size=size, **which
             )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     what = "logits" if options.classifier else "features"
     precision = "float32" if options.format in PROGRAMS else "float64"

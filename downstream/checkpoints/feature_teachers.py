@@ -111,7 +111,12 @@ def _timm_teacher(config: TeacherConfig, grid: Grid, patch_size: int) -> Feature
     _log.info(
         "the teacher is timm's %s, %d blocks, %d wide; it sees images of %dx%d, normalized with timm's mean (%s) and "
         "standard deviation (%s) for it, of red, green and blue in 0..1",
-        *(name, teacher.depth, teacher.dim, *size, mean, std),
+        name,
+        teacher.depth,
+        teacher.dim,
+        *size,
+        mean,
+        std,
     )
     if old != grid and getattr(model, "pos_embed", None) is not None:
         _say_interpolated(old, grid)

@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from data.cores import available_cores
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples
-from data.parallel import default_workers
 from data.pixel_format import PixelFormat
+from data.storage.location import without_secrets
 from pretrain.trainer.launch import World, exit_process, find_world, init_distributed
 
 Command = Callable[[argparse.Namespace, World, torch.device], dict[str, Any]]
@@ -23,7 +24,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     """Adds --batch-size and --num-workers."""
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch on each rank")
     ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # of this node: torchrun, deepspeed
-    workers = max(default_workers() // int(ranks), 1)
+    workers = max(available_cores() // int(ranks), 1)
     parser.add_argument("--num-workers", type=int, default=workers, metavar="N", help="decoding processes per rank")
 
 
@@ -61,7 +62,7 @@ def run_on_ranks(command: Command, options: argparse.Namespace) -> NoReturn:
             print(json.dumps(result), flush=True)
         torch.distributed.barrier()  # a launcher may kill the other ranks when the first one exits
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         exit_process(1)
     except Exception:
         traceback.print_exc()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.parallel import default_workers
+from data.cores import available_cores
 from downstream.dense.data_checks import applies_orientation, check_exists, find_missing, first_names, read_image_size
 
 OPENED_IMAGES = 5000
@@ -37,7 +37,7 @@ def check_images(key: str, dataset: Any, folder: str, file: str, images: Sequenc
     oriented = applies_orientation(dataset.pipeline)
     opened = images[:: -(-len(images) // OPENED_IMAGES)]
     paths = [os.path.join(folder, image["file_name"]) for image in opened]
-    with ThreadPoolExecutor(default_workers()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         sizes = pool.map(lambda path: read_image_size(key, path, oriented), paths)
         bar = tqdm(sizes, "reading sizes", len(paths), unit=" images", disable=None, delay=3, leave=False)
         wrong = [

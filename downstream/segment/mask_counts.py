@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data.parallel import default_workers
+from data.cores import available_cores
 from downstream.dense.data_checks import read_image_size
 
 IGNORED = 255
@@ -50,7 +50,7 @@ def count_masks(
     """
     valid, ignored = {*labels, *ignored}, {*ignored}
     counts = MaskCounts()
-    with ThreadPoolExecutor(default_workers()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         read = pool.map(lambda pair: _read(key, pair[0], pair[1], oriented), pairs)
         bar = tqdm(read, "reading masks", len(pairs), unit=" masks", disable=None, delay=3, leave=False)
         for (_, mask), found in zip(pairs, bar, strict=True):

@@ -146,13 +146,19 @@ def check_sections(settings: dict[str, Any]) -> None:
 
 
 def _problems_of_sections(settings: dict[str, Any]) -> list[str]:
-    """What DeepSpeed refuses; it stops at the first bad section, so each is then also read alone."""
-    lines = _refusals(settings)
-    if lines:
-        micro_batch = {"train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"]}
-        for name in _SECTIONS & settings.keys():
-            lines += _refusals({**micro_batch, name: settings[name]})
-    return list(dict.fromkeys(lines))
+    """What DeepSpeed refuses.
+
+    It stops at the first bad section and does not say which one that is, so each section, and what is outside all of
+    them, is then read alone. What it refuses of the whole only counts if it accepts these parts.
+    """
+    whole = _refusals(settings)
+    if not whole:
+        return []
+    names = sorted(_SECTIONS & settings.keys())  # in the same order in every process
+    outside = {key: value for key, value in settings.items() if key not in names}
+    micro_batch = {"train_micro_batch_size_per_gpu": settings["train_micro_batch_size_per_gpu"]}
+    parts = [outside, *({**micro_batch, name: settings[name]} for name in names)]
+    return list(dict.fromkeys(line for part in parts for line in _refusals(part))) or whole
 
 
 def _refusals(settings: dict[str, Any]) -> list[str]:
@@ -207,7 +213,7 @@ def _models(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
 def _refused(problem: Any, model: type[BaseModel] | None, settings: dict[str, Any]) -> str:
     """A line about a key within a section."""
     location = [str(part) for part in problem["loc"]]
-    section = next((key for key in _SECTIONS if location and location[0] in (settings.get(key) or ())), "")
+    section = next((key for key in sorted(_SECTIONS) if location and location[0] in (settings.get(key) or ())), "")
     key = ".".join(filter(None, [section, *location]))
     if problem["type"] == "extra_forbidden":
         names = list(model.model_fields) if model is not None and len(location) == 1 else []

@@ -1,8 +1,6 @@
 """The folder of a run: its layout, its lock, and the record of its environment. See docs/pretraining.md."""
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from data.file_lock import lock_now
 from data.storage.location import without_secrets
 from pretrain.trainer.checkpoint_layout import checkpoint_name
 from pretrain.trainer.durable import make_folder, write_durably
@@ -232,11 +231,11 @@ def _agree(problem: str | None) -> None:
 
 def _try_lock(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        no_locks = lock_now(descriptor)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            raise
-        _log.warning("the run folder's file system has no locks (%s): make sure that no second run writes there", error)
+    if no_locks:
+        _log.warning(
+            "the run folder's file system has no locks (%s): make sure that no second run writes there", no_locks
+        )
     return True

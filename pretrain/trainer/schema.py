@@ -1,13 +1,11 @@
 """Typed sections of a recipe, marks for their keys, and the nearest valid name. No specific key is known here."""
 
-import ast
 import difflib
 import re
 from collections.abc import Iterator
 from types import NoneType
 from typing import Annotated, Any, ClassVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 # Marks a key, as in `Annotated[int, MAY_CHANGE]`, whose value may change when a run continues: the weights do not
@@ -103,43 +101,13 @@ def _has_parts(known: str, typed: str, rest: str) -> bool:
     return all(any(re.fullmatch(re.escape(given) + rest, part) for part in parts) for given in typed.split("_"))
 
 
-def split_override(argument: str, form: str) -> tuple[str, str, Any]:
-    """The key, the text after it, and its value; `form` shows what an override looks like, for the error.
+def split_argument(argument: str, form: str) -> tuple[str, str]:
+    """The key of an override and the text after it; `form` shows what one looks like, for the error.
 
     Raises:
         ValueError: an argument that is not `key=value`.
     """
-    key, text = split_argument(argument, form)
-    try:
-        return key, text, parse_value(text)
-    except ValueError as error:
-        raise ValueError(f"{argument!r}: {error}") from None
-
-
-def split_argument(argument: str, form: str) -> tuple[str, str]:
-    """The key and the text after it, as in `split_override`."""
     key, equals, text = argument.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"{argument!r} is not an override: write {form}")
     return key, text
-
-
-def parse_value(text: str) -> Any:
-    """The value that was typed after `key=`: a Python literal, such as `(1333, 800)`, `1e-4` or `None`, or else YAML.
-
-    YAML reads these three as strings, and Python cannot read `true`, `[random, simple]` or words without quotes.
-
-    Raises:
-        ValueError: neither of the two.
-    """
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass
-    else:
-        if isinstance(value, str | int | float | list | tuple | dict | None):
-            return value
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"{text!r} is not a YAML value; are brackets or quotes closed?") from None

@@ -1,11 +1,11 @@
-"""The number of data workers of a rank, mostly with `data.num_workers=auto`."""
+"""The number of data workers of a rank, mostly with `data.num_workers=auto`, and that of a command."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from data import cores
+from data import cores, statistics
 from data.cores import count_workers
 
 
@@ -51,3 +51,20 @@ def test_auto_is_the_ranks_share_of_the_node(
 def test_auto_respects_the_quota_of_a_container(quota: str, workers: int, node: Path) -> None:
     node.write_text(quota)
     assert count_workers("auto") == workers
+
+
+@pytest.mark.parametrize(("quota", "workers"), [("max 100000", 96), ("400000 100000", 4), ("50000 100000", 1)])
+def test_commands_respect_the_quota_of_a_container(
+    quota: str, workers: int, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More processes would only wait for each other, and each of them needs memory."""
+    given = []
+
+    def measure(shards: str, format: object, images: int | None, workers: int) -> None:
+        given.append(workers)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(statistics, "measure", measure)
+    node.write_text(quota)
+    assert statistics.main(["shards"]) == 1
+    assert given == [workers]

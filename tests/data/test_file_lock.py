@@ -1,5 +1,6 @@
-"""A file lock that another process holds and does not release."""
+"""File locks: one that another process holds and does not release, and file systems that have none."""
 
+import errno
 import fcntl
 from pathlib import Path
 
@@ -32,4 +33,28 @@ def test_waiting_for_the_lock_can_be_interrupted(held: Path) -> None:
         raise ToldToStopError
 
     with pytest.raises(ToldToStopError), while_waiting(look), file_lock.locked(held):
+        pass
+
+
+def refuse_with(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int, how: int) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_index_is_built_without_a_lock_where_the_file_system_has_none(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_with(number, monkeypatch)
+    with file_lock.locked(tmp_path / "index.npz"):
+        pass
+
+
+def test_other_failures_of_a_lock_are_not_taken_for_missing_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_with(errno.EIO, monkeypatch)
+    with pytest.raises(OSError, match="refused"), file_lock.locked(tmp_path / "index.npz"):
         pass

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import io
 import os
 import shutil
@@ -205,6 +207,18 @@ def test_second_packer_in_the_same_folder_is_rejected(
     with pack_module._plan(out, {}):
         assert main([str(classes), str(out)]) == 1
     assert "another process is packing" in capsys.readouterr().err
+
+
+def test_file_system_without_locks_only_gets_a_note(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre without -o flock
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    assert main([str(classes), str(tmp_path / "out"), "--num-workers", "1"]) == 0
+    note = "its file system has no locks ([Errno 38] Function not implemented): make sure that nothing else packs into"
+    assert note in capsys.readouterr().err
 
 
 def test_short_side_shrinks_large_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from downstream.dense.backbone.loading import EncoderCheckpoint
 from downstream.dense.entry import check_folder
 from downstream.dense.job import Job
-from downstream.dense.mmengine.config_file import load_job
+from downstream.dense.mmengine.config_file import load_job, parse_value
 from downstream.dense.mmengine.encoder_start import clear_start, set_start
 from downstream.detect.train_detector import CONFIGS
 from pretrain.trainer.engine_file import read_ds_config
@@ -246,3 +246,47 @@ def test_folder_of_another_kind_of_training_is_rejected(tmp_path: Path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ValueError, match="belongs to a pretraining run or a classifier: choose another name="):
         check_folder(RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("100", 100),
+        ("1.5", 1.5),
+        ("1e-4", 1e-4),
+        ("-2E3", -2000.0),
+        ("(1333, 800)", (1333, 800)),
+        ("[(1333, 800), (1000, 600)]", [(1333, 800), (1000, 600)]),
+        ("[224, 160]", [224, 160]),
+        ("[0.9, 1e-3]", [0.9, 1e-3]),
+        ("['disc', 'box']", ["disc", "box"]),
+        ("[disc, box]", ["disc", "box"]),
+        ("{'lr': 1e-3}", {"lr": 1e-3}),
+        ("{name: lars}", {"name": "lars"}),
+        ("None", None),
+        ("null", None),
+        ("", None),
+        ("true", True),
+        ("True", True),
+        ("false", False),
+        ("zero1", "zero1"),
+        ("'100'", "100"),
+        ('"a b"', "a b"),
+        ("a b", "a b"),
+        ("runs/lomar=2", "runs/lomar=2"),
+        ("/data/{000..127}.tar", "/data/{000..127}.tar"),
+        ("/data/{0,1}.tar", "/data/{0,1}.tar"),
+        ("nan", "nan"),
+        ("rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_value_is_a_python_literal_or_yaml(text: str, value: Any):
+    parsed = parse_value(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("text", ["[224", "'a", "{a: 1", "(1, 2): [", "@x"])
+def test_value_that_is_neither_python_nor_yaml_is_rejected(text: str):
+    with pytest.raises(ValueError, match="is not a YAML value; are brackets or quotes closed"):
+        parse_value(text)

@@ -1,5 +1,6 @@
 """Principal components of patches: the fitting command compared with NumPy, its output file, and the PCA target."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.index import load_index
 from data.loader import Loader
 from data.pack import pack
 from data.sources import list_source
+from pretrain import fit_pca
 from pretrain.config import PretrainConfig, load
 from pretrain.fit_pca import Covariance, fit
 from pretrain.methods.targets.pca import PCAConfig, PCATarget, principal_components, read_components
@@ -130,6 +132,20 @@ def test_command_writes_the_same_file_with_and_without_workers(shards: str, comp
     assert mae(out).target.sha256 in output
     assert sorted(tmp_path.iterdir()) == [out, components_file]
     assert out.read_bytes() == components_file.read_bytes()
+
+
+def test_components_survive_a_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both the bytes and the name are synced: a run refuses a file with other bytes."""
+    synced, sync = [], os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(fit_pca, "fit", lambda **options: ({"mean": torch.zeros(3)}, 1.0))
+    assert fit_pca.main(["shards", str(tmp_path / "out" / "pca.safetensors")]) == 0
+    assert synced[-2:] == ["unfinished-pca.safetensors", "out"]
 
 
 def mae(file: Path, *overrides: str) -> PretrainConfig:

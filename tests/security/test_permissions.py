@@ -1,10 +1,8 @@
 """Files are created with the permissions of the user's umask."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -46,8 +44,7 @@ def test_shards_index_and_pca_components_follow_the_umask(tmp_path: Path):
     load_index(tmp_path / "shards")
     out = tmp_path / "pca" / "pca.safetensors"
     arguments = ["--patch-size", "4", "--components", "4", "--images", "20", "--image-size", "16", "--num-workers", "0"]
-    with patch.object(sys, "argv", ["fit_pca", str(tmp_path / "shards"), str(out), *arguments]):
-        assert fit_pca.main() == 0
+    assert fit_pca.main([str(tmp_path / "shards"), str(out), *arguments]) == 0
     assert_follows_umask(tmp_path)
 
 

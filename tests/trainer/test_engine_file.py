@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 
+from pretrain.trainer import engine_file
 from pretrain.trainer.engine import complete_settings
 from pretrain.trainer.engine_file import ENGINE_KEYS, OWNED, read_ds_config
 
@@ -84,6 +85,26 @@ def test_problems_within_sections_are_reported_with_the_others(read: Read):
             *above,
         ):
             assert key in str(error.value)
+
+
+@pytest.mark.parametrize("is_last_first", [False, True])
+def test_the_bad_one_of_two_sections_with_the_same_key_is_named(
+    is_last_first: bool, read: Read, monkeypatch: pytest.MonkeyPatch
+):
+    """DeepSpeed names only the key within it. The names of the sections are a set, of another order in each process."""
+    names = dict.fromkeys(sorted(engine_file._SECTIONS, reverse=is_last_first)).keys()
+    monkeypatch.setattr(engine_file, "_SECTIONS", names)
+    with pytest.raises(ValueError, match="enabled") as error:
+        read(comms_logger={"enabled": "maybe"}, tensorboard={"enabled": True})
+    assert str(error.value) == "train.ds_config sets comms_logger.enabled=maybe: must be true or false"
+
+
+def test_problems_outside_the_sections_are_reported_with_those_in_them(read: Read):
+    with pytest.raises(ValueError, match="enabled") as error:
+        read(communication_data_type="fp64", tensorboard={"enabled": "maybe"})
+    outside, inside = str(error.value).splitlines()
+    assert "Invalid communication_data_type" in outside
+    assert "tensorboard.enabled=maybe" in inside
 
 
 def test_auto_is_the_recipes_value_or_deepspeeds_default(read: Read):

@@ -1,17 +1,19 @@
 """The command line for training on mmengine: a configuration, overrides of its keys, and keys of the run."""
 
+import ast
 import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import Config, ConfigDict, utils
 
 from downstream.dense.job import Job
 from downstream.dense.mmengine.encoder_start import set_start
 from downstream.dense.mmengine.known_keys import READ, check_variables, explain_variable, known_keys
-from pretrain.trainer.schema import nearest, split_override
+from pretrain.trainer.schema import nearest, split_argument
 
 # If a configuration inherits "mmseg::...", mmengine looks for the package under its original name.
 utils.MODULE2PACKAGE["mmseg"] = "onedl-mmsegmentation"
@@ -67,7 +69,7 @@ def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable
         if key in _TEXT and equals:
             run[key] = _check_text(key, text)
             continue
-        key, text, value = split_override(override, "KEY=value, for example train_cfg.max_epochs=25")
+        key, text, value = _split_override(override)
         if key in run:
             run[key] = _check_run_key(key, value)
         else:
@@ -80,6 +82,36 @@ def load_job(name: str, overrides: list[str], configs: Path, propagate: Callable
     propagate(cfg)
     _check_overridden(cfg, overridden)
     return Job(cfg, run["train.ds_config"], run["resume"], run["test"], run["tta"])
+
+
+def _split_override(argument: str) -> tuple[str, str, Any]:
+    """The key, the text after it, and its value; raises ValueError for an argument that is not `KEY=value`."""
+    key, text = split_argument(argument, "KEY=value, for example train_cfg.max_epochs=25")
+    try:
+        return key, text, parse_value(text)
+    except ValueError as error:
+        raise ValueError(f"{argument!r}: {error}") from None
+
+
+def parse_value(text: str) -> Any:
+    """The value that was typed after `key=`: a Python literal, such as `(1333, 800)`, `1e-4` or `None`, or else YAML.
+
+    YAML reads these three as strings, and Python cannot read `true`, `[random, simple]` or words without quotes.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    else:
+        if isinstance(value, str | int | float | list | tuple | dict | None):
+            return value
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a YAML value; are brackets or quotes closed?") from None
 
 
 def _find(name: str, configs: Path) -> Path:
