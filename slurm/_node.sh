@@ -29,11 +29,15 @@ for pid in "${started[@]}"; do
         code=$?
     done
     [ "$code" -le "$highest" ] || highest=$code
+    mark=
     case $((code - 128)) in
-        4 | 7 | 9 | 11) # illegal instruction, bus error, killed, segmentation fault: as in slurm/_nodes.sh
-            echo "a rank on $SLURMD_NODENAME was killed by signal $((code - 128))"
-            compgen -G "$attempt-bad-*" > /dev/null || touch "$attempt-bad-$SLURMD_NODENAME"
-            ;;
+        4 | 7 | 11) mark=bad ;; # illegal instruction, bus error, segmentation fault: as in slurm/_nodes.sh
+        9) mark=killed ;;       # perhaps for exceeding the memory limit, which srun reports after this script has ended
     esac
+    if [ "$mark" ]; then
+        echo "a rank on $SLURMD_NODENAME was killed by signal $((code - 128))"
+        compgen -G "$attempt-bad-*" > /dev/null || compgen -G "$attempt-killed-*" > /dev/null ||
+            touch "$attempt-$mark-$SLURMD_NODENAME"
+    fi
 done
 exit "$highest"

@@ -5,9 +5,15 @@
 # training), or else the one on which a rank was killed first, and nodes that Slurm reports as failed. Ranks that srun
 # kills after that are not to blame, nor is a node on which a rank exceeded its memory limit.
 bad_nodes() { # ATTEMPT
-    local names=("$1"-bad-*)
+    local names=("$1"-bad-*) killed=("$1"-killed-*)
     if [ -e "${names[0]}" ]; then
         printf '%s\n' "${names[@]#"$1-bad-"}"
+        return
+    fi
+    # With one task per node, slurm/_node.sh sees a rank die, but not why. If a process of a task exceeded the memory
+    # limit, srun says so whatever the task's exit code, but only of the first such task: the node may be another one.
+    if [ -e "${killed[0]}" ] && ! grep -q '^srun: error: .*: Out Of Memory' "$1-srun.log"; then
+        printf '%s\n' "${killed[@]#"$1-killed-"}"
         return
     fi
     sed -E '/^srun: (First task exited|Job step aborted|Force Terminated)/q' "$1-srun.log" |

@@ -18,7 +18,7 @@ attempt=$logs/attempt${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs" || exit
 previous=$logs/attempt$((${SLURM_RESTART_COUNT:-0} - 1))
 # Ranks create $attempt-saved after a checkpoint, -stopped if a signal stopped the training, -hung if the watchdog did,
-# and -bad-NODE if something is wrong with a node.
+# and -bad-NODE if something is wrong with a node. slurm/_node.sh creates -killed-NODE if a rank was killed.
 export LOMAR_ATTEMPT=$PWD/$attempt
 
 # With one task per GPU, each task is a rank. With one task per node, it starts a rank for each of its GPUs, or

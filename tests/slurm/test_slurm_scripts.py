@@ -147,13 +147,37 @@ def test_node_script_handles_logs_signals_and_exit_codes(tmp_path: Path) -> None
         assert log == f"{2 + local} {local} 20077\n{2 + local} of 4: USR1\n"
 
 
-def test_node_with_a_killed_rank_is_marked_bad(tmp_path: Path) -> None:
+def run_node_with_killed_rank(signal: int, folder: Path) -> None:
+    """Runs the only task of node7, whose second of two ranks gets a signal, as attempt0 in `folder`."""
     job = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURMD_NODENAME": "node7"}
-    kill = "[ $RANK = 0 ] || kill -KILL $$; exit 1"
-    command = ["bash", str(FOLDER / "_node.sh"), "2", str(tmp_path / "attempt0"), "bash", "-c", kill]
+    kill = f"[ $RANK = 0 ] || kill -{signal} $$; exit 1"
+    command = ["bash", str(FOLDER / "_node.sh"), "2", str(folder / "attempt0"), "bash", "-c", kill]
     done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 128 + 9
-    assert (tmp_path / "attempt0-bad-node7").exists()
+    assert done.returncode == 128 + signal
+
+
+def find_bad_nodes(folder: Path) -> list[str]:
+    command = f". {FOLDER / '_nodes.sh'}; bad_nodes {folder / 'attempt0'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("signal", "reason", "bad"),
+    [
+        (9, "Exited with exit code 137", ["node7"]),
+        (9, "Out Of Memory", []),  # the memory limit kills one rank, and srun says this of the whole task
+        (7, "Exited with exit code 135", ["node7"]),
+        (7, "Out Of Memory", ["node7"]),
+    ],
+)
+def test_only_task_of_a_node_is_blamed_unless_memory_ran_out(
+    signal: int, reason: str, bad: list[str], tmp_path: Path
+) -> None:
+    run_node_with_killed_rank(signal, tmp_path)
+    (tmp_path / "attempt0-srun.log").write_text(f"srun: error: node7: task 0: {reason}\n")
+    assert find_bad_nodes(tmp_path) == bad
 
 
 @pytest.mark.parametrize(
@@ -174,16 +198,18 @@ def test_node_with_a_killed_rank_is_marked_bad(tmp_path: Path) -> None:
             "",
         ),
         ("srun: error: Node failure on n3\n", [], "n3"),
-        ("srun: error: n1: task 0: Killed\n", ["n4", "n5"], "n4 n5"),
+        ("srun: error: n1: task 0: Killed\n", ["bad-n4", "bad-n5"], "n4 n5"),
+        ("srun: error: n1: task 0: Exited with exit code 137\n", ["killed-n1"], "n1"),
+        ("srun: error: n1: task 0: Out Of Memory\n", ["killed-n1"], ""),
+        ("srun: error: n1: task 0: Out Of Memory\n", ["killed-n2"], ""),  # srun reports one of several tasks
+        ("srun: error: n1: task 0: Out Of Memory\n", ["bad-n2", "killed-n1"], "n2"),
     ],
 )
 def test_bad_nodes_are_found(tmp_path: Path, srun_log: str, files: list[str], bad: str) -> None:
     (tmp_path / "attempt0-srun.log").write_text(srun_log)
-    for node in files:
-        (tmp_path / f"attempt0-bad-{node}").touch()
-    command = f". {FOLDER / '_nodes.sh'}; bad_nodes {tmp_path / 'attempt0'}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=SECONDS)
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, bad.split(), "")
+    for name in files:
+        (tmp_path / f"attempt0-{name}").touch()
+    assert find_bad_nodes(tmp_path) == bad.split()
 
 
 def test_array_job_exits_at_once_if_the_run_is_finished(tmp_path: Path) -> None:
