@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data.index import Index
@@ -20,7 +19,9 @@ from pretrain.trainer.figures import draw_loss
 from pretrain.trainer.loop import Run
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.phases import limited
+from pretrain.trainer.report import wait_for_all
 from pretrain.trainer.safetensors_file import save_state_dict
+from pretrain.trainer.signals import Stopped
 
 _log = logging.getLogger(__name__)
 
@@ -41,10 +42,13 @@ def save_encoder(encoder: dict[str, Tensor], config: PretrainConfig, path: Path,
 
 
 @limited("writing the encoder, the loss curve and reconstructions", "evaluation_minutes")
-def finish(run: Run, index: Index) -> None:
+def finish(run: Run, index: Index, draw_images: bool = True) -> None:
     """Writes the encoder, the teacher's encoder if there is one, and the figures; called by all ranks together.
 
     If the run was stopped before its end, the encoders' files have the step in their names.
+
+    Args:
+        draw_images: whether to draw reconstructions, for which training images are read.
     """
     config, folder, epochs = run.config, run.folder, int(run.epoch)
     assert isinstance(config, PretrainConfig)
@@ -63,18 +67,21 @@ def finish(run: Run, index: Index) -> None:
     try:
         metrics = read_metrics(folder.metrics)
         draw_loss(metrics, folder.loss_curve)
-        _draw_training_images(run, state, config, index, metrics)
-    except (OSError, ValueError) as error:  # the run is complete without them
-        _log.warning("the figures could not be drawn: %s; run the same command again to draw them", error)
+        if draw_images:
+            _draw_training_images(run, state, config, index, metrics)
+    except Exception as error:  # the run is complete without them, even if the GPU's memory is full
+        text = "the figures could not be drawn: %s; run the same command again to draw them"
+        _log.warning(text, error, exc_info=not isinstance(error, OSError | ValueError))
 
 
-def finish_stopped(run: Run, index: Index) -> None:
-    """Like `finish`, after a signal: a failed write is only logged, since the checkpoint is complete."""
+def finish_stopped(run: Run, index: Index, stopped: Stopped) -> None:
+    """Like `finish`, after a signal: what fails is only logged, since the checkpoint is complete."""
     try:
-        finish(run, index)
-    except (OSError, ValueError) as error:
-        _log.warning("the stopped run's encoder and figures are incomplete: %s", error)
-    torch.distributed.barrier()  # a launcher may kill this rank as soon as another one exits
+        finish(run, index, draw_images=not stopped.lacks_data)
+    except Exception as error:
+        text = "the stopped run's encoder and figures are incomplete: %s"
+        _log.warning(text, error, exc_info=not isinstance(error, OSError | ValueError))
+    wait_for_all()
 
 
 def _draw_training_images(

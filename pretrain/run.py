@@ -110,7 +110,7 @@ def _train(config: PretrainConfig, world: World, device: torch.device, index: In
         train(run)
     except Stopped as stopped:
         _log.info("%s", stopped)  # at once: the sender of the signal may not wait for what follows
-        finish_stopped(run, index)
+        finish_stopped(run, index, stopped)
         raise Stopped(describe_outputs(run)) from None
     finish(run, index)
     log_outputs(run)

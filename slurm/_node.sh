@@ -6,7 +6,7 @@ ranks=$1
 attempt=$2
 shift 2
 export WORLD_SIZE=$((SLURM_STEP_NUM_TASKS * ranks)) LOCAL_WORLD_SIZE=$ranks
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # a port for each job
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # one for each job, below those that the kernel assigns
 started=()
 interrupted=
 forward() {

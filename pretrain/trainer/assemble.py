@@ -101,12 +101,13 @@ def assemble(
     except CannotContinueError as error:
         raise ValueError(f"{error}, or {config.new_run_advice}") from None
     run = Run(config, world, device, folder, parts.loader, engine, parts.ema, checkpoints, state, parts.evaluation)
-    if world.is_main:
-        remove_leftovers(folder.checkpoints)
-    if problem := first_problem(_no_room(run) if world.is_main else None):
-        raise ValueError(problem)
-    if world.is_main:
-        _record_start(run, index, parts.numerics, resumed)
+    with report_if_slow("recording the start in the run's folder"):
+        if world.is_main:
+            remove_leftovers(folder.checkpoints)
+        if problem := first_problem(_no_room(run) if world.is_main else None):
+            raise ValueError(problem)
+        if world.is_main:
+            _record_start(run, index, parts.numerics, resumed)
     return run
 
 

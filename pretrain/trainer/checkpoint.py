@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from pretrain.trainer.attempt import node_name
 from pretrain.trainer.checkpoint_layout import (
     EMA_FILE,
     LATEST,
@@ -36,6 +37,8 @@ from pretrain.trainer.phases import UNLIMITED
 from pretrain.trainer.shard_record import ChangedShards, has_other_samples, shard_difference
 
 _CLIENT_KEY = "lomar"  # ours, inside DeepSpeed's own dictionary
+# Keys that no longer exist, with the value that every run had that is still the same without them.
+_REMOVED = {"optim.decay_class_token": True}
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +69,7 @@ class Checkpoints:
         name = checkpoint_name(state.step)
         engine.checkpoint_engine = files = TakingEngine(engine._config, self._copies)
         engine._copy_recovery_script = lambda folder: None  # it would bypass our checkpoint engine
-        if self._group is None and self.world.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=UNLIMITED)
+        self._connect_writers()
         engine.save_checkpoint(
             str(self.folder / UNFINISHED), tag=name, client_state={_CLIENT_KEY: asdict(state)}, save_latest=False
         )
@@ -89,6 +91,11 @@ class Checkpoints:
             copies=self._copies,
         )
 
+    def _connect_writers(self) -> None:
+        """Makes the process group of the threads that write; later, the store that this needs may have died."""
+        if self._group is None and self.world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=UNLIMITED)
+
     def newest_intact(self) -> tuple[str, TrainState] | None:
         """The newest checkpoint whose files all match what was written; None if there are no checkpoints.
 
@@ -99,7 +106,8 @@ class Checkpoints:
         dist.broadcast_object_list(names)  # a shared disk may not look the same to all ranks
         for name in names[0]:
             checkpoint = self.folder / name
-            problem = first_problem(damage(checkpoint, part=self.world.rank, parts=self.world.size))
+            mine = damage(checkpoint, part=self.world.rank, parts=self.world.size)
+            problem = first_problem(mine and f"{mine} (found by rank {self.world.rank} on {node_name()})")
             if problem is None:
                 return name, read_state(checkpoint)
             self._damaged.add(name)
@@ -128,6 +136,7 @@ class Checkpoints:
             CannotContinueError: the newest checkpoint is from a different training, or other bits are refused.
             ValueError: all checkpoints are damaged, or other shards cannot be accepted at this step.
         """
+        self._connect_writers()
         found = self.newest_intact()
         if found is None:
             return fresh, None
@@ -194,6 +203,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key} was {before.get(key, 'unset')!r} and is {after.get(key, 'unset')!r}"
         for key in sorted(before.keys() | after.keys())
+        if (key in after or before[key] != _REMOVED.get(key))
         if (before[key] != after.get(key) if key in before else after[key])
     ]
 

@@ -9,15 +9,22 @@ checkpoints/
     deleted_step_*/     a checkpoint that was being deleted when the run was killed
 """
 
+import functools
 import json
 import pickle
 import re
+import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+from data.reader import RETRY_AFTER, TRANSIENT
+
+Content = TypeVar("Content")
 
 MANIFEST = "manifest.json"
 EMA_FILE = "ema.safetensors"
@@ -91,10 +98,22 @@ def _crc(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+def _patiently(read: Callable[[], Content]) -> Content:
+    """Reads, and again after errors of a network file system that pass: they do not mean that a file is damaged."""
+    for pause in RETRY_AFTER:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            time.sleep(pause)
+    return read()
+
+
 def _read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises ValueError if it is missing, unreadable or was changed; older ones have no CRC that would show it."""
     try:
-        content = json.loads((checkpoint / MANIFEST).read_bytes())
+        content = json.loads(_patiently((checkpoint / MANIFEST).read_bytes))
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
@@ -158,7 +177,7 @@ def damage(checkpoint: Path, read: bool = True, part: int = 0, parts: int = 1) -
             size, crc = files[name]
             if (found := path.stat().st_size) != size:
                 return f"{name} has {found} bytes instead of {size}"
-            if read and size_and_crc(path) != [size, crc]:
+            if read and _patiently(functools.partial(size_and_crc, path)) != [size, crc]:
                 return f"{name} differs from what was written"
         except OSError as error:
             return f"{name} cannot be read: {error}"

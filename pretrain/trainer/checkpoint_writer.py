@@ -9,6 +9,7 @@ import contextlib
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,21 @@ from pretrain.trainer.durable import DurableFile, rename, sync_all, sync_folder,
 from pretrain.trainer.host_copy import HostCopies
 from pretrain.trainer.launch import World
 from pretrain.trainer.retention import make_way, remove_leftovers, retain
+from pretrain.trainer.run_folder import SHARED_SECONDS
 from pretrain.trainer.safetensors_file import write_safetensors
 
 _log = logging.getLogger(__name__)
+
+
+def _check_seen(written: Path, files: Mapping[str, list[int]]) -> None:
+    """Raises OSError unless the files of all ranks are here: nodes may not share the folder."""
+    deadline = time.monotonic() + SHARED_SECONDS
+    for name, (size, _) in files.items():
+        path = written / name
+        while not (path.is_file() and path.stat().st_size == size):
+            if time.monotonic() > deadline:
+                raise OSError(f"{name}, which another rank has written, is not here: runs= must be shared by all nodes")
+            time.sleep(0.1)
 
 
 class CheckpointWriter:
@@ -120,6 +133,7 @@ class CheckpointWriter:
         for lines in self._folder.parent.glob("*.jsonl"):
             with contextlib.suppress(OSError):  # not worth losing a checkpoint; `append` logs what cannot be written
                 sync_all(lines)
+        _check_seen(written, files)
         write_durably(written / MANIFEST, manifest_text(self._manifest_state, files))
         final = self._folder / self._name
         if final.exists():  # saved before the run fell back to an older one, or when there was no room for `latest`

@@ -134,8 +134,9 @@ def train(run: Run) -> None:
         OSError: the last checkpoint, at the end or on a signal, could not be written.
     """
     config, state, total = run.config, run.state, run.total_steps
-    stop, meter, saver = StopRequest(), Meter(), Saver(run.checkpoints, run.world.is_main, state.step)
-    loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
+    with report_if_slow("starting the step loop"):
+        stop, meter, saver = StopRequest(), Meter(), Saver(run.checkpoints, run.world.is_main, state.step)
+        loggers = build_loggers(config, run.folder, state.step, total, run.world.is_main)
     batches = prefetch(run.loader.batches(run.position, run.end), run.device)
     look = while_waiting(lambda: _stop_while_waiting(run, stop, saver))
     with (
@@ -162,11 +163,12 @@ def train(run: Run) -> None:
             # No logged speed mixes two sizes.
             logs = last or state.step % config.log.every_steps == 0 or run.size_changes
             saves = last or state.step % config.checkpoint.every_steps == 0
-            if logs or saves or _evaluates(run) or run.ema.model is not None:
-                _settle(run)
-            if logs:
-                loggers.log_metrics({**_metrics(run, meter, lr), **saver.metrics()})
-                meter.reset()
+            with limited(f"the outcome and metrics of step {state.step}", "step_minutes"):
+                if logs or saves or _evaluates(run) or run.ema.model is not None:
+                    _settle(run)
+                if logs:
+                    loggers.log_metrics({**_metrics(run, meter, lr), **saver.metrics()})
+                    meter.reset()
             if saves:
                 _save(run, saver, required=last)
             if signal and state.step < total:
@@ -184,7 +186,9 @@ def _stop_while_waiting(run: Run, stop: StopRequest, saver: Saver) -> None:
     if signal:
         _settle(run)
         _save(run, saver, required=True)
-        raise _stopped(run, f"{signal} while waiting for data")
+        stopped = _stopped(run, f"{signal} while waiting for data")
+        stopped.lacks_data = True
+        raise stopped
 
 
 def _save(run: Run, saver: Saver, required: bool) -> None:
@@ -194,8 +198,9 @@ def _save(run: Run, saver: Saver, required: bool) -> None:
 
 
 def _stopped(run: Run, why: str) -> Stopped:
-    step = f"step {run.state.step} of {run.total_steps}"
-    return Stopped(f"{why}: saved and stopped after {step}; run the same command again to continue")
+    step = f"saved and stopped after step {run.state.step} of {run.total_steps}"
+    done = step if run.state.step else "stopped before the first step, with nothing to save"
+    return Stopped(f"{why}: {done}; run the same command again to continue")
 
 
 def _step(run: Run, batches: Iterator[tuple[Batch, float]], meter: Meter) -> float:

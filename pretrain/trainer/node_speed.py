@@ -41,13 +41,22 @@ def measure_speed(world: World, device: torch.device) -> Speed:
     product = _best_time(lambda: torch.mm(matrix, matrix), device)
     mine = torch.ones(2**24 if on_gpu else 2**18, device=device)
     dist.all_reduce(mine)
-    other, times = torch.empty_like(mine), []
+    other, times, on_node = torch.empty_like(mine), [], _agreed_ranks_on_node(world)
     for turn in (0, 1):
-        peer = neighbor(world.rank, world.size, ranks_on_node(world), turn)
+        peer = neighbor(world.rank, world.size, on_node, turn)
         if peer is not None:
             times.append(_best_time(functools.partial(_add_up, mine, other, peer), device))
     dist.barrier()
     return Speed(world.rank, node_name(), product, min(times, default=0.0))
+
+
+def _agreed_ranks_on_node(world: World) -> int:
+    """How many ranks each node has; 1 if nodes differ, since all ranks must find the same pairs."""
+    if world.size == 1:
+        return 1
+    counts = [0] * world.size
+    dist.all_gather_object(counts, ranks_on_node(world))
+    return counts[0] if len(set(counts)) == 1 else 1
 
 
 def neighbor(rank: int, size: int, on_node: int, turn: int) -> int | None:

@@ -8,6 +8,7 @@ import torch
 
 from data.pixel_format import RGB
 from pretrain.trainer.loop import Run
+from pretrain.trainer.phases import limited
 from pretrain.trainer.run_folder import git_state, versions
 
 _log = logging.getLogger(__name__)
@@ -64,12 +65,18 @@ def log_outputs(run: Run) -> None:
     """Lists the files that the run has written, and waits for all ranks."""
     if run.world.is_main:
         _log.info("%s", describe_outputs(run))
-    torch.distributed.barrier()  # a launcher may kill the other ranks as soon as one exits
+    wait_for_all()
+
+
+def wait_for_all() -> None:
+    """Waits for all ranks at the end: a launcher may kill the others as soon as one exits."""
+    with limited("waiting for the other ranks at the end", "evaluation_minutes"):
+        torch.distributed.barrier()
 
 
 def describe_outputs(run: Run) -> str:
     """The files that the run has written, at its end or until it was stopped."""
-    folder, newest = run.folder, run.checkpoints.names()[0]
+    folder, newest = run.folder, next(iter(run.checkpoints.names()), "none yet")
     step = None if run.state.step == run.total_steps else run.state.step
     written = {
         folder.metrics: "loss, learning rate and speed",
@@ -84,6 +91,6 @@ def describe_outputs(run: Run) -> str:
         folder.model_ema: "its moving average",
     }
     written = {path: what for path, what in written.items() if path.exists()}
-    width = max(len(str(path)) for path in written)
+    width = max((len(str(path)) for path in written), default=0)
     heading = "done:" if step is None else f"so far, after step {step} of {run.total_steps}:"
     return f"{heading}\n" + "\n".join(f"  {path!s:{width}}  {what}" for path, what in written.items())

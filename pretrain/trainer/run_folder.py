@@ -25,6 +25,7 @@ from data.storage.location import without_secrets
 from pretrain.trainer.checkpoint_layout import checkpoint_name
 from pretrain.trainer.durable import make_folder, write_durably
 
+SHARED_SECONDS = 10.0  # after which a network file system shows what another node has written
 _PACKAGES = (
     "lomar-deepspeed",
     "torch",
@@ -93,10 +94,11 @@ class RunFolder:
         refused inside and nothing has been written yet, it removes a folder that it created.
 
         Raises:
-            ValueError: another run is writing to this folder; on all ranks.
+            ValueError: another run is writing to this folder, or a node has a folder of its own; on all ranks.
         """
         if not is_main:
             _agree(None)
+            self._check_shared(None)
             yield
             return
         is_new = not self.root.exists()
@@ -104,15 +106,37 @@ class RunFolder:
         with self.lock.open("a+") as lock:
             _agree(self._wait_for(lock, patience))
             lock.truncate(0)
-            lock.write(_describe_process())
+            lock.write(described := _describe_process())
             lock.flush()
+            os.fsync(lock.fileno())  # for other nodes to see
             self._locked = _identity(os.fstat(lock.fileno()))
             try:
+                self._check_shared(described)
                 yield
             except ValueError:
                 if is_new and self._is_in_place() and self._is_empty():
                     shutil.rmtree(self.root)
                 raise
+
+    def _check_shared(self, written: str | None) -> None:
+        """Raises ValueError on all ranks if one does not see what the main rank has `written` to its lock file."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        told = [written]
+        dist.broadcast_object_list(told)
+        deadline = time.monotonic() + SHARED_SECONDS
+        while told[0] and not self._has(told[0]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seen = [True] * dist.get_world_size()
+        dist.all_gather_object(seen, not told[0] or self._has(told[0]))
+        if False in seen:
+            raise ValueError(
+                f"rank {seen.index(False)} does not see {self.lock}, which rank 0 has written: all nodes must share "
+                "the folder that runs= names"
+            )
+
+    def _has(self, written: str) -> bool:
+        return self.lock.is_file() and self.lock.read_text() == written
 
     def check_in_place(self) -> None:
         """Called by the main rank before anything is created in the folder.

@@ -15,7 +15,13 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal stopped the run at a step boundary; everything is saved."""
+    """A signal stopped the run at a step boundary; everything is saved.
+
+    Attributes:
+        lacks_data: whether the run was waiting for images, which may never come.
+    """
+
+    lacks_data = False
 
 
 ROUND_SECONDS = 5.0  # how long a rank that waits for data waits for the others to say that they do, too
@@ -76,6 +82,12 @@ class StopRequest:
         Returns:
             The signal on all ranks, or None on all of them.
         """
+        try:
+            return self._agree_by_store(step)
+        except RuntimeError:  # the launcher was killed, and its store with it: with the data, `agreed` will do
+            return None
+
+    def _agree_by_store(self, step: int) -> str | None:
         store, told = self._store, "stop/signal"
         if _received:
             store.set(told, str(_received[0]))

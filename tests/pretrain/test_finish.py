@@ -14,15 +14,16 @@ from pretrain.trainer.launch import World
 from pretrain.trainer.run_folder import RunFolder
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("out of memory")])
 def test_run_finishes_with_a_warning_if_figures_cannot_be_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def disk_full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def fail(*_: Any) -> None:
+        raise error
 
     monkeypatch.setattr(finish, "gather_state_dict", lambda engine, world: {})
     monkeypatch.setattr(finish, "encoder_state_dict", lambda method, state: {"w": torch.ones(2)})
-    monkeypatch.setattr(finish, "draw_loss", disk_full)
+    monkeypatch.setattr(finish, "draw_loss", fail)
     config, module = load("quickstart", ["data.shards=unused"]), SimpleNamespace(module=None)
     run: Any = SimpleNamespace(
         config=config,
@@ -37,4 +38,4 @@ def test_run_finishes_with_a_warning_if_figures_cannot_be_drawn(
     no_index: Any = None
     finish.finish(run, no_index)
     assert (tmp_path / "encoder.safetensors").is_file()
-    assert "the figures could not be drawn: [Errno 28] No space left on device" in caplog.text
+    assert f"the figures could not be drawn: {error}" in caplog.text

@@ -31,8 +31,10 @@ class Meeting:
         return parts
 
 
-def write(folder: Path, failing: int | None = None, failure: str | None = None) -> list[str | None]:
-    """Returns each rank's result. Rank `failing` cannot write, or could not copy because of `failure`."""
+def write(
+    folder: Path, failing: int | None = None, failure: str | None = None, elsewhere: Path | None = None
+) -> list[str | None]:
+    """Returns each rank's result. Rank `failing` cannot write, could not copy because of `failure`, or is elsewhere."""
     from pretrain.trainer.checkpoint_writer import CheckpointWriter  # imports DeepSpeed
     from pretrain.trainer.host_copy import HostCopies
 
@@ -44,11 +46,11 @@ def write(folder: Path, failing: int | None = None, failure: str | None = None) 
 
     writers = []
     for rank in range(RANKS):
-        fails = rank == failing
+        fails = rank == failing and elsewhere is None
         name = "no/such/folder.pt" if fails and failure is None else f"rank{rank}.pt"
         writers.append(
             ThreeRankWriter(
-                folder,
+                elsewhere if elsewhere and rank == failing else folder,
                 NAME,
                 {name: {"w": torch.full((3,), float(rank))}},
                 TrainState(step=10),
@@ -69,6 +71,15 @@ def test_manifest_has_the_files_of_all_ranks(tmp_path: Path):
     assert sorted(read_files(tmp_path / NAME)) == ["rank0.pt", "rank1.pt", "rank2.pt"]
     assert damage(tmp_path / NAME) is None
     assert not (tmp_path / "unfinished").exists()
+
+
+def test_folder_that_nodes_do_not_share_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from pretrain.trainer import checkpoint_writer  # imports DeepSpeed
+
+    monkeypatch.setattr(checkpoint_writer, "SHARED_SECONDS", 0.2)
+    for problem in write(tmp_path / "shared", failing=2, elsewhere=tmp_path / "own"):
+        assert "rank2.pt, which another rank has written, is not here: runs= must be shared" in str(problem)
+    assert checkpoint_names(tmp_path / "shared") == []
 
 
 @pytest.mark.parametrize("failing", range(RANKS))

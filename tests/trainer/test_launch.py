@@ -38,6 +38,16 @@ def test_ranks_of_other_machines_take_no_cores(monkeypatch: pytest.MonkeyPatch):
     assert launch._gather_cores(World(2, 4, 0)) == 4
 
 
+@pytest.mark.parametrize("job", [1, 12_767, 19_999, 123_456_789])
+def test_port_of_a_slurm_job_is_below_those_that_the_kernel_assigns(job: int, monkeypatch: pytest.MonkeyPatch):
+    task = {"PROCID": "0", "LOCALID": "0", "STEP_NUM_TASKS": "2", "STEP_ID": "0", "STEP_NODELIST": "node[0-1]"}
+    environment = {f"SLURM_{name}": value for name, value in {**task, "JOB_ID": str(job)}.items()}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(launch, "_first_host", lambda nodes: "node0")
+    find_world()
+    assert 20_000 <= int(environment["MASTER_PORT"]) < 32_768
+
+
 class Launcher:
     """The parent process of a rank, with the methods of `psutil.Process` that are used."""
 

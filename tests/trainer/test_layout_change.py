@@ -48,3 +48,15 @@ def test_other_numerics_changes_stop_the_run(stage: int, tmp_path: Path):
 def test_same_ranks_and_stage_are_no_layout_change():
     state = TrainState(world_size=2, zero_stage=3)
     assert layout_change(state, state) == []
+
+
+def test_key_that_no_longer_exists_only_matters_if_it_was_changed():
+    """Fine-tunings once recorded a key that they did not use."""
+    from pretrain.trainer.checkpoint import check_continues  # imports DeepSpeed
+
+    now = TrainState(resume_signature={"optim": {"weight_decay": 0.05}})
+    old = {"optim": {"weight_decay": 0.05, "decay_class_token": True}}
+    check_continues(TrainState(resume_signature=old), now)
+    old["optim"]["decay_class_token"] = False
+    with pytest.raises(ValueError, match=r"optim\.decay_class_token was False and is 'unset'"):
+        check_continues(TrainState(resume_signature=old), now)

@@ -267,7 +267,10 @@ def test_signal_stops_a_run_whose_data_never_arrives(
     run.loader.batches = lambda start, end: itertools.chain(one, never)
     monkeypatch.setattr(signals, "_received", [])
     threading.Timer(0.5, signals._received.append, [int(signal.SIGTERM)]).start()
-    with pytest.raises(signals.Stopped, match="SIGTERM while waiting for data: saved and stopped after step 5 of 8"):
+    with pytest.raises(
+        signals.Stopped, match="SIGTERM while waiting for data: saved and stopped after step 5 of 8"
+    ) as stopped:
         train(run)
+    assert stopped.value.lacks_data, "so that no images are drawn"
     assert saved == [5]
     assert not multiprocessing.active_children()

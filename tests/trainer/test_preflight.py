@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.trainer import preflight
+from pretrain.trainer import node_speed, preflight
 from pretrain.trainer.launch import World
 from pretrain.trainer.node_speed import Speed, find_slow, measure_speed, neighbor
 from pretrain.trainer.preflight import Facts, Fault, checked_start, find_fault, project_digest, refuse_faults
@@ -136,6 +136,15 @@ def test_single_rank_checks_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="on the disk of the run's folder: make room"):
         checked_start(world, folder, "recipe", lambda: 5, str)
     assert len(project_digest()) == 12
+
+
+def test_nodes_with_different_numbers_of_ranks_count_each_rank_as_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_gather_object(counts: list[int], mine: int) -> None:
+        counts[:] = [6] * 6 + [2] * 2
+
+    monkeypatch.setattr(node_speed.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(node_speed, "ranks_on_node", lambda world: 6)
+    assert node_speed._agreed_ranks_on_node(World(0, 8, 0)) == 1
 
 
 @pytest.mark.parametrize(("size", "on_node"), [(2, 1), (3, 1), (8, 2), (6, 2), (16, 8), (4, 4), (5, 5)])

@@ -135,8 +135,24 @@ def test_unreadable_checkpoint_is_skipped_for_an_older_one(
         return read(path)
 
     monkeypatch.setattr(checkpoint_layout, "size_and_crc", fail)
+    monkeypatch.setattr(checkpoint_layout, "RETRY_AFTER", (0.0, 0.0))
     assert training.start() == 10
     assert "step_00000020 is damaged and skipped: weights.pt cannot be read: [Errno 5]" in caplog.text
+
+
+def test_error_that_passes_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    training = Training(tmp_path / "checkpoints", keep_last=2)
+    training.save(10, 20)
+    read, errors = checkpoint_layout.size_and_crc, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def fail_once(path: Path) -> list[int]:
+        if errors:
+            raise errors.pop()
+        return read(path)
+
+    monkeypatch.setattr(checkpoint_layout, "size_and_crc", fail_once)
+    monkeypatch.setattr(checkpoint_layout, "RETRY_AFTER", (0.0, 0.0))
+    assert training.start() == 20
 
 
 def test_checkpoint_under_the_name_of_another_step_is_damaged(saved: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
+from pretrain.trainer import run_folder
 from pretrain.trainer.run_folder import RunFolder
 
 
@@ -107,3 +108,23 @@ def test_log_of_an_unexpected_error_is_kept(tmp_path: Path):
     with pytest.raises(RuntimeError, match="a bug"):
         fail_run(folder, RuntimeError("a bug"), folder.logs / "rank0.log")
     assert (folder.logs / "rank0.log").exists()
+
+
+def test_folder_that_a_node_does_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_folder, "SHARED_SECONDS", 0.2)
+    monkeypatch.setattr(run_folder.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(run_folder.dist, "get_world_size", lambda: 2)
+
+    def broadcast(told: list[str | None]) -> None:
+        told[0] = told[0] or "written by rank 0"
+
+    def gather(seen: list[bool], mine: bool) -> None:
+        seen[:] = [True, mine]
+
+    monkeypatch.setattr(run_folder.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(run_folder.dist, "all_gather_object", gather)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"rank 1 does not see .*: all nodes must share the folder that runs= names"):
+        folder._check_shared(None)
+    folder.lock.write_text("written by rank 0")
+    folder._check_shared(None)

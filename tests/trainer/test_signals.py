@@ -88,6 +88,18 @@ def test_rank_without_a_signal_stops_with_the_others(sigterm_received: None, mon
     assert ask(ranks, step=7, times=20) == ["SIGTERM"] * 3
 
 
+def test_without_a_store_a_signal_is_agreed_on_later(sigterm_received: None):
+    """The launcher was killed, and its store with it."""
+
+    class DeadStore:
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Broken pipe")
+
+    (rank,) = ranks_of_one_run(1)
+    rank._store = DeadStore()
+    assert rank.agreed_while_waiting(7) is None
+
+
 def test_without_a_signal_ranks_do_not_wait_for_each_other(sigterm_received: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(signals, "_received", [])
     monkeypatch.setattr(signals, "ROUND_SECONDS", 1000.0)
