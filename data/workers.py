@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import errno
 import faulthandler
 import os
 import resource
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from multiprocessing.process import BaseProcess, active_children
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -90,7 +91,7 @@ def in_workers(
 
 def _start(make: Callable[[Request], Result], requests: Iterator[Request], workers: int) -> Any:
     """Starts the workers; returns DataLoader's iterator."""
-    before = signal.getsignal(signal.SIGCHLD)
+    before, others = signal.getsignal(signal.SIGCHLD), set(active_children())
     loader = DataLoader(
         _Results(make),
         sampler=_Requests(requests),
@@ -105,14 +106,29 @@ def _start(make: Callable[[Request], Result], requests: Iterator[Request], worke
     )
     try:
         return iter(loader)
-    except OSError as error:
-        raise OSError(
-            f"data workers cannot be started ({error}): they need semaphores in {SHARED_MEMORY}, so make it writable "
-            f"(docker run --shm-size=8g), or set data.num_workers=0"
-        ) from error
+    except BaseException as error:
+        _kill(set(active_children()) - others - _RUNNING)  # those that did start are not in `_RUNNING` yet
+        if isinstance(error, OSError):
+            raise OSError(_why_not_started(error)) from error
+        raise
     finally:
         if _in_main_thread():  # DataLoader's handler would raise wherever the main process is when a worker dies
             signal.signal(signal.SIGCHLD, before)
+
+
+def _why_not_started(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"data workers cannot be started: {_too_many_files()}"
+    why = f"data workers cannot be started ({error}): "
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return (
+            f"{why}there is no room for more processes, or no memory: lower data.num_workers, or raise `ulimit -u` or "
+            f"the container's limit of processes (docker run --pids-limit)"
+        )
+    return (
+        f"{why}they need semaphores in {SHARED_MEMORY}, so make it writable (docker run --shm-size=8g), or set "
+        f"data.num_workers=0"
+    )
 
 
 def _waited_for(

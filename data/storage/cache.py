@@ -127,7 +127,9 @@ class ShardCache:
                 if stopped():
                     part.unlink()
                     return True
-                position += os.pwrite(descriptor, chunk, position)
+                position = _write(descriptor, chunk, position)
+            if position != what.size:  # the part has the final size from the start, so nobody would notice later
+                raise StoreError(f"{remote}: {position} bytes arrived instead of {what.size}")
             os.fsync(descriptor)
             os.replace(part, path)
         except BaseException as error:
@@ -209,6 +211,18 @@ def unpin(descriptor: int) -> None:
     with _fork_lock:
         _held.discard(descriptor)
         os.close(descriptor)
+
+
+def _write(descriptor: int, chunk: bytes, position: int) -> int:
+    """Writes all of a chunk at a position, and returns the position after it.
+
+    A nearly full disk takes only the first bytes; the next call then raises, unless there is room again.
+    """
+    left = memoryview(chunk)
+    while left:
+        written = os.pwrite(descriptor, left, position)
+        position, left = position + written, left[written:]
+    return position
 
 
 def _lock(path: Path, how: int, flags: int) -> int | None:

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -116,6 +117,48 @@ def test_workers_that_cannot_start_are_a_clear_error(index: Index, monkeypatch: 
     monkeypatch.setattr(data.workers.DataLoader, "__iter__", no_semaphores)
     with pytest.raises(OSError, match=r"cannot be started .*Read-only.*/dev/shm.*data\.num_workers=0"):
         batches(index, 2)
+
+
+THIRD_FORK_FAILS = """
+import errno, os, signal, time
+from pathlib import Path
+import data.workers
+from data.parallel import report_errors
+def make(request):
+    return request
+def ignores_sigterm(pid):
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("SigIgn:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1
+fork, children = os.fork, []
+def failing_fork():
+    if len(children) == 2:
+        while not all(map(ignores_sigterm, children)):  # from then on, Python's way of ending children has no effect
+            time.sleep(0.02)
+        raise OSError(errno.ERRNO, os.strerror(errno.ERRNO))
+    children.append(fork())
+    return children[-1]
+os.fork = failing_fork
+raise SystemExit(report_errors(lambda: list(data.workers.in_workers(make, iter(range(9)), 4)) and 0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (
+            "EAGAIN",
+            r"cannot be started .*temporarily unavailable.*lower data\.num_workers, or raise `ulimit -u`",
+        ),
+        ("EMFILE", "cannot be started: too many open files: .*`ulimit -n 65536`"),
+    ],
+)
+def test_process_ends_if_only_some_workers_can_start(number: str, says: str) -> None:
+    """Workers that did start ignore the SIGTERM with which Python ends children before it waits for them."""
+    command = [sys.executable, "-c", THIRD_FORK_FAILS.replace("ERRNO", number)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert re.search(says, done.stderr), done.stderr
+    assert "/dev/shm" not in done.stderr
 
 
 def many_arrays(request: int) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.file_server import FileServer
 
+import data.storage.cache
 from data.storage import client, fetch
 from data.storage.cache import CacheSettings, ShardCache, unpin
 from data.storage.client import Object, StoreError
@@ -182,6 +183,34 @@ def test_full_disk_is_reported(
     with pytest.raises(StoreError, match=r"the disk or quota is full while fetching .*t-0.tar"):
         ShardCache(cache).pin(*stored[0])
     assert not shard_names(Path(cache.folder))
+
+
+def test_short_write_loses_nothing(
+    server: FileServer, stored: list[Shard], cache: CacheSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A nearly full disk takes a part of the bytes, and then another process may free some room."""
+    monkeypatch.setattr(client, "CHUNK", 1000)  # several chunks, so that those after the short write could be shifted
+    write, asked = os.pwrite, list[int]()
+
+    def short_once(descriptor: int, content: memoryview, position: int) -> int:
+        asked.append(len(content))
+        return write(descriptor, content[: len(content) // 2] if len(asked) == 1 else content, position)
+
+    monkeypatch.setattr(os, "pwrite", short_once)
+    node = ShardCache(cache)
+    unpin(pin(node, stored[0]))
+    assert len(asked) > 2
+    assert node.path(*stored[0]).read_bytes() == (server.folder / "shards" / "t-0.tar").read_bytes()
+
+
+def test_incomplete_shard_is_not_cached(
+    stored: list[Shard], cache: CacheSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.storage.cache, "download", lambda *_: iter([b"x" * 100]))
+    with pytest.raises(StoreError, match=r"t-0\.tar: 100 bytes arrived instead of \d+"):
+        ShardCache(cache).pin(*stored[0])
+    assert not list(Path(cache.folder).glob("*.tar"))
+    assert not list(Path(cache.folder).glob(".*.part"))
 
 
 def test_folder_that_cannot_be_created_is_reported(stored: list[Shard], tmp_path: Path) -> None:
