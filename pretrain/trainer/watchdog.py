@@ -25,7 +25,7 @@ import psutil
 import torch.distributed as dist
 
 from data.workers import print_stacks_of_workers, running_workers
-from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
+from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name, try_briefly
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process, has_ended, launchers
 from pretrain.trainer.meeting import connect, meeting_store
@@ -180,8 +180,7 @@ class Watchdog:
                 self._heard[rank] = (sign, now)
             elif limit and now - self._heard[rank][1] > 60 * limit:
                 if node := _node(sign):
-                    with contextlib.suppress(OSError):
-                        mark_bad_node(node)
+                    try_briefly(mark_bad_node, node)
                 who = _rank_name(rank, sign)
                 silence = f"nothing was heard from {who} for watchdog.silent_minutes={limit:g} minutes"
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
@@ -212,14 +211,14 @@ class Watchdog:
         """Reports why, and where this rank is; the process ends even if it can neither tell the others nor write."""
         with self._ending:  # only one thread, or the other would end the process before all ranks have been told
             faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
+            if code == HUNG:  # first: whatever comes next may hang, and without the mark the job is not requeued
+                try_briefly(mark_attempt, "hung")
             if tell and self._store is not None and not self._waits_for_answer(_GRACE):
                 with contextlib.suppress(RuntimeError):
                     self._publish(self._store, problem, hung=code == HUNG)
-            _log.error("%s: %s", self._world.error, problem)
+            _say("%s: %s", self._world.error, problem)
             if code == HUNG:
-                self._report_position(problem)
-                with contextlib.suppress(OSError):
-                    mark_attempt("hung")
+                try_briefly(self._report_position, problem, seconds=_LAST_WORDS / 3)
             if tell:
                 time.sleep(2 * POLL)  # let all read it before a broken connection tells them less
             exit_process(code)
@@ -227,10 +226,13 @@ class Watchdog:
     def _report_position(self, problem: str) -> None:
         for name in self._quiet():
             if name not in problem:
-                _log.error("no sign of life from %s either: it was killed or stopped, or its node is lost", name)
-        _log.error("%s is at: %s", self._name, _position())
+                _say("no sign of life from %s either: it was killed or stopped, or its node is lost", name)
+        try:
+            _say("%s is at: %s", self._name, _position())
+        except OSError as error:  # there is no folder for temporary files
+            _say("%s cannot tell where it is: %s", self._name, error)
         if workers := ", ".join(map(str, running_workers())):
-            _log.error("the stacks of the data workers of %s, processes %s, follow on stderr", self._name, workers)
+            _say("the stacks of the data workers of %s, processes %s, follow on stderr", self._name, workers)
             sys.stderr.flush()
             print_stacks_of_workers()
             time.sleep(POLL)
@@ -239,6 +241,11 @@ class Watchdog:
         """The ranks that have missed several signs of life; only the main rank knows."""
         late = time.monotonic() - 3 * _HEARTBEAT * POLL
         return [_rank_name(rank, sign) for rank, (sign, since) in sorted(self._heard.items()) if since < late]
+
+
+def _say(message: str, *arguments: object) -> None:
+    """Logs an error. Each has its own thread: it reaches the console even if an earlier one hangs at the log file."""
+    try_briefly(_log.error, message, *arguments)
 
 
 def _node(sign: bytes) -> str:
