@@ -30,11 +30,12 @@ from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process, has_ended, launchers
 from pretrain.trainer.meeting import connect, meeting_store
 from pretrain.trainer.phases import current_phase
+from pretrain.trainer.signals import told_to_stop
 
 HUNG = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry": slurm/_train.sh requeues
 POLL = 1.0  # seconds between checks
 _HEARTBEAT = 5  # polls between a rank's signs of life
-_LEFT = b"left"  # a rank's last sign of life
+_LEFT = b"left"  # the last sign of life of a rank that ends by itself
 _GRACE = 10.0  # seconds in which a rank may end by itself, with its own error, once another has ended
 _LAST_WORDS = 30.0  # seconds after which a rank that cannot even report that it hangs ends all the same
 _READING = {"x86_64": {0, 17, 19, 295}, "aarch64": {63, 65, 67, 69}}  # system calls read, pread64, readv, preadv
@@ -96,14 +97,22 @@ class Watchdog:
         Every other rank that was left says here that it is not the lost one, and gets an empty list.
         """
         with contextlib.suppress(RuntimeError):
-            if store := self._join():
-                if self._world.is_main:
-                    before = self._signs(store)
-                    time.sleep(1.5 * _HEARTBEAT * POLL)
-                    after = self._signs(store)
-                    return [_rank_name(rank, sign) for rank, sign in after.items() if _LEFT != sign == before[rank]]
-                store.set(f"alive/{self._world.rank}", _LEFT.decode())
+            if self._world.is_main and (store := self._join()):
+                before = self._signs(store)
+                time.sleep(1.5 * _HEARTBEAT * POLL)
+                after = self._signs(store)
+                return [_rank_name(rank, sign) for rank, sign in after.items() if _LEFT != sign == before[rank]]
+        self.leave()
         return []
+
+    def leave(self) -> None:
+        """Tells the main rank that this one ends by itself: it is not lost, and its silence is no fault of its node."""
+        self._closed.set()  # no more signs of life, which would replace this one
+        if self._listener.is_alive():
+            self._listener.join(POLL)
+        with contextlib.suppress(RuntimeError):
+            if not self._listener.is_alive() and (store := self._join()):  # otherwise the store does not answer
+                store.set(f"alive/{self._world.rank}", _LEFT.decode())
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL):
@@ -166,7 +175,9 @@ class Watchdog:
         except RuntimeError as error:  # torch's network errors
             # torchrun's store ends with torchrun, and then a checkpoint must still be saved.
             if time.monotonic() - self._answered > _GRACE and not self._is_orphan:
-                self._end(f"rank 0, or the launcher, has ended or does not answer ({str(error).splitlines()[0]})", 1)
+                # Rank 0 may have stopped at the signal that this rank, which is still busy, has received, too.
+                stopped, why = told_to_stop() and not self._world.is_main, str(error).splitlines()[0]
+                self._end(f"rank 0, or the launcher, has ended or does not answer ({why})", 0 if stopped else 1)
 
     def _listen(self, store: dist.Store) -> None:
         if self._told is None and store.check(["ended"]):
@@ -176,7 +187,9 @@ class Watchdog:
         """On the main rank alone, so that requests to the store grow with the number of ranks, not its square."""
         limit, now = self._config.silent_minutes, time.monotonic()
         for rank, sign in self._signs(store).items():
-            if self._heard.get(rank, (None, 0.0))[0] != sign:
+            if sign == _LEFT and told_to_stop():  # at the same signal, at which this rank is going to stop as well
+                self._heard.pop(rank, None)
+            elif self._heard.get(rank, (None, 0.0))[0] != sign:
                 self._heard[rank] = (sign, now)
             elif limit and now - self._heard[rank][1] > 60 * limit:
                 if node := _node(sign):
