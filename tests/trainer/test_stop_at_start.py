@@ -14,7 +14,7 @@ from helpers.ports import free_port
 from helpers.waiting import SECONDS
 
 from pretrain.trainer import main as entry
-from pretrain.trainer import watchdog
+from pretrain.trainer import signals, watchdog
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World
 from pretrain.trainer.signals import Stopped
@@ -92,7 +92,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     monkeypatch.setattr(watchdog, "exit_process", end)
     monkeypatch.setattr(watchdog, "POLL", 0.01)
     monkeypatch.setattr(watchdog, "_GRACE", 0.05)
-    monkeypatch.setattr(watchdog, "told_to_stop", lambda: True)
+    monkeypatch.setattr(signals, "_received", [signal.SIGUSR1])
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *arguments, **keys: None)
     monkeypatch.setattr(Watchdog, "_join", lambda self: shared)
     return shared
@@ -122,7 +122,7 @@ def test_main_rank_that_no_signal_has_reached_does_not_wait_forever_for_a_stoppe
     store: dist.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("LOMAR_ATTEMPT", str(tmp_path / "attempt0"))
-    monkeypatch.setattr(watchdog, "told_to_stop", lambda: False)
+    monkeypatch.setattr(signals, "_received", [])
     main = Watchdog(CONFIG.watchdog, World(0, 2, 0))
     assert entry._exit_code(stop, CONFIG, World(1, 2, 1)) == 0
     main._check_silence(store)
