@@ -111,8 +111,8 @@ def test_main_rank_that_is_still_busy_does_not_take_stopped_ranks_for_silent(
     store.set("alive/1", "1 node1")
     main._check_silence(store)
     assert entry._exit_code(stop, CONFIG, World(1, 2, 1)) == 0
-    time.sleep(0.1)
     main._check_silence(store)
+    time.sleep(0.1)
     main._check_silence(store)
     assert main._quiet() == []
     assert list(tmp_path.iterdir()) == []
