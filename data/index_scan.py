@@ -22,6 +22,7 @@ from data.shrink import read_shrink
 from data.storage.client import Object
 from data.storage.files import look_up
 from data.storage.location import Location, Remote
+from data.waiting import look_while_waiting
 
 SCAN_THREADS = 8  # the work is mostly waiting for storage, and threads start much faster than processes
 
@@ -56,11 +57,13 @@ def scan_shards(
         except (ValueError, OSError) as error:
             return str(error)
 
+    scanned: list[ShardContent | str] = []
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
         try:
-            scanned = list(
-                tqdm(pool.map(scan, names, known), "indexing", len(names), unit="shard", disable=None, delay=1)
-            )
+            results = pool.map(scan, names, known)
+            for content in tqdm(results, "indexing", len(names), unit="shard", disable=None, delay=1):
+                scanned.append(content)
+                look_while_waiting()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for a thousand shards
             raise

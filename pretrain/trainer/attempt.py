@@ -5,6 +5,9 @@ The environment variable `ATTEMPT` holds the prefix of their paths. If it is not
 
 import os
 import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +22,18 @@ def mark_attempt(how: Literal["saved", "stopped", "hung"]) -> None:
 def mark_bad_node(node: str) -> None:
     """Creates the file `ATTEMPT`-bad-`node`, so that a requeued job excludes that node; raises OSError, too."""
     _create(f"bad-{node}")
+
+
+def try_briefly(action: Callable[..., object], *arguments: object, seconds: float = 2.0) -> None:
+    """Does something that may fail, or hang with a disk or a lock, and waits no longer than that for its end."""
+
+    def attempt() -> None:
+        with suppress(Exception):
+            action(*arguments)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def node_name() -> str:

@@ -117,11 +117,17 @@ def _exit_code(train: Callable[[AnyConfig, World], None], config: AnyConfig, wor
             train(config, world)
         except Stopped as stopped:
             _log.info("%s", stopped)
-            return _mark_stopped() if world.is_main else 0
+            if world.is_main:
+                return _mark_stopped()
+            watchdog.leave()
+            return 0
         except Exception as error:
             if world.size > 1 and not isinstance(error, ValueError) and _LOST_RANK.search(str(error)):
                 if not (why := watchdog.cause()):
                     lost = ", ".join(watchdog.find_lost())
+                    if told_to_stop() and not world.is_main:  # rank 0, which has the store, has stopped first
+                        _log.info("stopped by a signal, as were other ranks (%s)", _first_line(error))
+                        return 0
                     why = f"{lost} was killed, or lost with its node" if lost else "see its log, unless it was killed"
                     why += f" ({_first_line(error)})"
                 _log.error("%s: another rank has ended: %s", world.error, why)

@@ -25,16 +25,17 @@ import psutil
 import torch.distributed as dist
 
 from data.workers import print_stacks_of_workers, running_workers
-from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
+from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name, try_briefly
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process, has_ended, launchers
 from pretrain.trainer.meeting import connect, meeting_store
 from pretrain.trainer.phases import current_phase
+from pretrain.trainer.signals import told_to_stop
 
 HUNG = 75  # EX_TEMPFAIL of sysexits.h, "the user is invited to retry": slurm/_train.sh requeues
 POLL = 1.0  # seconds between checks
 _HEARTBEAT = 5  # polls between a rank's signs of life
-_LEFT = b"left"  # a rank's last sign of life
+_LEFT = b"left"  # the last sign of life of a rank that ends by itself
 _GRACE = 10.0  # seconds in which a rank may end by itself, with its own error, once another has ended
 _LAST_WORDS = 30.0  # seconds after which a rank that cannot even report that it hangs ends all the same
 _READING = {"x86_64": {0, 17, 19, 295}, "aarch64": {63, 65, 67, 69}}  # system calls read, pread64, readv, preadv
@@ -96,14 +97,22 @@ class Watchdog:
         Every other rank that was left says here that it is not the lost one, and gets an empty list.
         """
         with contextlib.suppress(RuntimeError):
-            if store := self._join():
-                if self._world.is_main:
-                    before = self._signs(store)
-                    time.sleep(1.5 * _HEARTBEAT * POLL)
-                    after = self._signs(store)
-                    return [_rank_name(rank, sign) for rank, sign in after.items() if _LEFT != sign == before[rank]]
-                store.set(f"alive/{self._world.rank}", _LEFT.decode())
+            if self._world.is_main and (store := self._join()):
+                before = self._signs(store)
+                time.sleep(1.5 * _HEARTBEAT * POLL)
+                after = self._signs(store)
+                return [_rank_name(rank, sign) for rank, sign in after.items() if _LEFT != sign == before[rank]]
+        self.leave()
         return []
+
+    def leave(self) -> None:
+        """Tells the main rank that this one ends by itself: it is not lost, and its silence is no fault of its node."""
+        self._closed.set()  # no more signs of life, which would replace this one
+        if self._listener.is_alive():
+            self._listener.join(POLL)
+        with contextlib.suppress(RuntimeError):
+            if not self._listener.is_alive() and (store := self._join()):  # otherwise the store does not answer
+                store.set(f"alive/{self._world.rank}", _LEFT.decode())
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL):
@@ -166,7 +175,9 @@ class Watchdog:
         except RuntimeError as error:  # torch's network errors
             # torchrun's store ends with torchrun, and then a checkpoint must still be saved.
             if time.monotonic() - self._answered > _GRACE and not self._is_orphan:
-                self._end(f"rank 0, or the launcher, has ended or does not answer ({str(error).splitlines()[0]})", 1)
+                # Rank 0 may have stopped at the signal that this rank, which is still busy, has received, too.
+                stopped, why = told_to_stop() and not self._world.is_main, str(error).splitlines()[0]
+                self._end(f"rank 0, or the launcher, has ended or does not answer ({why})", 0 if stopped else 1)
 
     def _listen(self, store: dist.Store) -> None:
         if self._told is None and store.check(["ended"]):
@@ -176,12 +187,13 @@ class Watchdog:
         """On the main rank alone, so that requests to the store grow with the number of ranks, not its square."""
         limit, now = self._config.silent_minutes, time.monotonic()
         for rank, sign in self._signs(store).items():
-            if self._heard.get(rank, (None, 0.0))[0] != sign:
+            if sign == _LEFT and told_to_stop():  # at the same signal, at which this rank is going to stop as well
+                self._heard.pop(rank, None)
+            elif self._heard.get(rank, (None, 0.0))[0] != sign:
                 self._heard[rank] = (sign, now)
             elif limit and now - self._heard[rank][1] > 60 * limit:
                 if node := _node(sign):
-                    with contextlib.suppress(OSError):
-                        mark_bad_node(node)
+                    try_briefly(mark_bad_node, node)
                 who = _rank_name(rank, sign)
                 silence = f"nothing was heard from {who} for watchdog.silent_minutes={limit:g} minutes"
                 self._end(f"{silence}: it was killed or stopped, or its node is lost", HUNG, tell=True)
@@ -212,14 +224,14 @@ class Watchdog:
         """Reports why, and where this rank is; the process ends even if it can neither tell the others nor write."""
         with self._ending:  # only one thread, or the other would end the process before all ranks have been told
             faulthandler.dump_traceback_later(_LAST_WORDS, exit=True)
+            if code == HUNG:  # first: whatever comes next may hang, and without the mark the job is not requeued
+                try_briefly(mark_attempt, "hung")
             if tell and self._store is not None and not self._waits_for_answer(_GRACE):
                 with contextlib.suppress(RuntimeError):
                     self._publish(self._store, problem, hung=code == HUNG)
-            _log.error("%s: %s", self._world.error, problem)
+            _say("%s: %s", self._world.error, problem)
             if code == HUNG:
-                self._report_position(problem)
-                with contextlib.suppress(OSError):
-                    mark_attempt("hung")
+                try_briefly(self._report_position, problem, seconds=_LAST_WORDS / 3)
             if tell:
                 time.sleep(2 * POLL)  # let all read it before a broken connection tells them less
             exit_process(code)
@@ -227,10 +239,13 @@ class Watchdog:
     def _report_position(self, problem: str) -> None:
         for name in self._quiet():
             if name not in problem:
-                _log.error("no sign of life from %s either: it was killed or stopped, or its node is lost", name)
-        _log.error("%s is at: %s", self._name, _position())
+                _say("no sign of life from %s either: it was killed or stopped, or its node is lost", name)
+        try:
+            _say("%s is at: %s", self._name, _position())
+        except OSError as error:  # there is no folder for temporary files
+            _say("%s cannot tell where it is: %s", self._name, error)
         if workers := ", ".join(map(str, running_workers())):
-            _log.error("the stacks of the data workers of %s, processes %s, follow on stderr", self._name, workers)
+            _say("the stacks of the data workers of %s, processes %s, follow on stderr", self._name, workers)
             sys.stderr.flush()
             print_stacks_of_workers()
             time.sleep(POLL)
@@ -239,6 +254,11 @@ class Watchdog:
         """The ranks that have missed several signs of life; only the main rank knows."""
         late = time.monotonic() - 3 * _HEARTBEAT * POLL
         return [_rank_name(rank, sign) for rank, (sign, since) in sorted(self._heard.items()) if since < late]
+
+
+def _say(message: str, *arguments: object) -> None:
+    """Logs an error. Each has its own thread: it reaches the console even if an earlier one hangs at the log file."""
+    try_briefly(_log.error, message, *arguments)
 
 
 def _node(sign: bytes) -> str:

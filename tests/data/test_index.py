@@ -20,6 +20,7 @@ import data.index_scan
 from data.index import Index, index_paths, load_index
 from data.reader import ShardReader
 from data.scan import split_name
+from data.waiting import while_waiting
 
 FORK = multiprocessing.get_context("fork")
 
@@ -138,6 +139,23 @@ def test_concurrent_processes_build_the_index_once(shards: Path, tmp_path: Path)
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "log").read_text() == "scanned\n"
     assert sorted(path.name for path in shards.iterdir() if path.suffix != ".tar") == ["index.npz"]
+
+
+def test_builder_of_the_index_looks_for_signals_after_each_shard(shards: Path) -> None:
+    class ToldToStopError(Exception):
+        pass
+
+    looks: list[None] = []
+
+    def look() -> None:
+        looks.append(None)
+        if len(looks) == 2:
+            raise ToldToStopError
+
+    with pytest.raises(ToldToStopError), while_waiting(look):
+        load_index(shards)
+    assert not (shards / "index.npz").exists()
+    assert len(load_index(shards)) == 53, "its lock does not remain"
 
 
 def _hang_while_building(shards: Path, building: Path) -> None:

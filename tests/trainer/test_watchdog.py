@@ -36,6 +36,27 @@ with Watchdog(WatchdogConfig(step_minutes=0.01), World(0, 1, 0)), limited("step 
     wait_for_ever()
 """
 
+DISK_HANGS = """
+import logging, sys, threading, time
+from pathlib import Path
+from pretrain.trainer import watchdog
+from pretrain.trainer.config import WatchdogConfig
+from pretrain.trainer.launch import World
+from pretrain.trainer.logs import _RankFileHandler
+from pretrain.trainer.phases import limited
+
+class Hanging(_RankFileHandler):
+    def emit(self, record):
+        time.sleep(1000)
+
+watchdog._LAST_WORDS = 20.0
+logging.basicConfig(level=logging.INFO)  # the console, which does not hang
+logging.getLogger().addHandler(Hanging(Path("unused")))
+with watchdog.Watchdog(WatchdogConfig(checkpoint_minutes=0.01), World(0, 1, 0)):
+    with limited("saving step 500", "checkpoint_minutes"):
+        {main_thread}
+"""
+
 
 def test_current_phase_is_the_innermost_and_ends_with_its_context():
     assert current_phase() is None
@@ -59,6 +80,43 @@ def test_hung_process_exits_and_reports_what_it_was_doing(tmp_path: Path):
     assert "in wait_for_ever" in done.stderr
     assert f"is reading {pipe}" in done.stderr
     assert (tmp_path / "attempt0-hung").exists()
+
+
+@pytest.mark.parametrize("main_thread", ["time.sleep(1000)", "logging.getLogger().info('saves')"])
+def test_process_hung_at_the_disk_of_its_log_still_marks_the_attempt_and_asks_for_a_requeue(
+    main_thread: str, tmp_path: Path
+):
+    command = [sys.executable, "-c", DISK_HANGS.format(main_thread=main_thread)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOMAR_ATTEMPT": str(tmp_path / "attempt0")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == HUNG
+    assert (tmp_path / "attempt0-hung").exists()
+    assert "is at: saving step 500" in done.stderr, "the console still gets the later messages"
+
+
+def test_hung_process_ends_even_if_it_cannot_mark_the_attempt(
+    watch: Callable[..., Watchdog], monkeypatch: pytest.MonkeyPatch
+):
+    freed, start = threading.Event(), time.monotonic()
+    monkeypatch.setattr(watchdog, "mark_attempt", lambda how: freed.wait(60))
+    with pytest.raises(Ended, match=str(HUNG)):
+        watch(1)._end("step 7 hangs", HUNG)
+    assert time.monotonic() - start < 30
+    freed.set()
+
+
+def test_hung_process_without_temporary_files_is_marked_too(
+    watch: Callable[..., Watchdog], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def refuse(mode: str) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setenv("LOMAR_ATTEMPT", str(tmp_path / "attempt0"))
+    monkeypatch.setattr(watchdog.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(Ended, match=str(HUNG)):
+        watch(1)._end("step 7 hangs", HUNG)
+    assert (tmp_path / "attempt0-hung").exists()
+    assert "cannot tell where it is: no usable temporary directory" in caplog.text
 
 
 def test_file_being_read_is_found_only_while_a_process_reads(tmp_path: Path):
