@@ -337,7 +337,7 @@ def test_size_schedule_sums_hours_and_takes_the_largest_memory(
     assert planned["hours"] == pytest.approx(sum(hours))
     assert planned["steps"] == alone[224].steps
     assert planned["step_seconds"] == alone[224].step.total
-    assert planned["memory"][1]["plain"]["total"] == alone[256].memory.total > alone[224].memory.total
+    assert planned["memory"][0]["plain"]["total"] == alone[256].memory.total > alone[224].memory.total
     cores = [alone[size].loader_cores for size in alone]
     assert planned["node"]["loader_cores"] == pytest.approx(max(cores))
 

@@ -73,7 +73,8 @@ def test_hung_job_reports_where_and_continues(cluster: Cluster, recipe: Path, wh
 
 
 def test_job_without_progress_is_requeued_once(cluster: Cluster, recipe: Path) -> None:
-    job = submit(cluster, recipe, "name=stuck", "watchdog.start_minutes=0.001")
+    limits = (f"watchdog.{phase}_minutes=0.0001" for phase in ("start", "first_step", "step"))
+    job = submit(cluster, recipe, "name=stuck", *limits)
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "1", "75:0"), job.logs()
     assert "neither this attempt nor the one before it has saved a checkpoint" in job.logs()
