@@ -29,6 +29,12 @@ from pretrain.trainer.safetensors_file import write_safetensors
 _log = logging.getLogger(__name__)
 
 
+def _make_folder(written: Path) -> None:
+    """Makes a folder and its parent, but none above: a run's folder that somebody moves is not to appear again."""
+    for folder in (written.parent, written):
+        folder.mkdir(exist_ok=True)
+
+
 def _check_seen(written: Path, files: Mapping[str, list[int]]) -> None:
     """Raises OSError unless the files of all ranks are here: nodes may not share the folder."""
     deadline = time.monotonic() + SHARED_SECONDS
@@ -114,10 +120,10 @@ class CheckpointWriter:
     def _make(self, written: Path) -> None:
         if written.parent.exists():
             shutil.rmtree(written.parent)
-        written.mkdir(parents=True)
+        _make_folder(written)
 
     def _write_files(self, written: Path, files: dict[str, list[int]]) -> None:
-        written.mkdir(parents=True, exist_ok=True)  # another node may not see it yet
+        _make_folder(written)  # another node may not see it yet
         for name, content in self._taken.items():
             if name == EMA_FILE:
                 with DurableFile(written / name) as file:

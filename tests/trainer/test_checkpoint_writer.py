@@ -77,9 +77,12 @@ def test_folder_that_nodes_do_not_share_fails_the_save(tmp_path: Path, monkeypat
     from pretrain.trainer import checkpoint_writer  # imports DeepSpeed
 
     monkeypatch.setattr(checkpoint_writer, "SHARED_SECONDS", 0.2)
-    for problem in write(tmp_path / "shared", failing=2, elsewhere=tmp_path / "own"):
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    shared.mkdir()
+    own.mkdir()
+    for problem in write(shared, failing=2, elsewhere=own):
         assert "rank2.pt, which another rank has written, is not here: runs= must be shared" in str(problem)
-    assert checkpoint_names(tmp_path / "shared") == []
+    assert checkpoint_names(shared) == []
 
 
 @pytest.mark.parametrize("failing", range(RANKS))

@@ -139,6 +139,11 @@ def blocked_folder(training: Training) -> None:
     (training.folder / "unfinished").write_text("a file")
 
 
+def moved_folder(training: Training) -> None:
+    training.folder.rename(training.folder.with_name("moved"))
+    training.folder = training.folder.with_name("moved")
+
+
 def no_memory(training: Training) -> None:
     def fail(tree: Any) -> Any:
         raise RuntimeError("CUDA error: out of memory")
@@ -158,13 +163,14 @@ def unexpected_error(training: Training) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("break_save", [blocked_folder, no_memory, no_words, unexpected_error])
+@pytest.mark.parametrize("break_save", [blocked_folder, moved_folder, no_memory, no_words, unexpected_error])
 def test_any_failure_is_returned_as_a_message(break_save: Callable[[Training], None], training: Training):
     training.save(10)
     break_save(training)
     problem = training.checkpoints.begin(StubEngine(), NoEMA(), TrainState(step=20)).wait()
     assert problem
     assert "step_00000020 could not be written" in problem
+    assert break_save is not moved_folder or not training.checkpoints.folder.exists(), "it is not made again"
     assert training.steps == [10]
     assert (training.folder / LATEST).read_text() == checkpoint_name(10)
 
