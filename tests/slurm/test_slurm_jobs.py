@@ -73,8 +73,9 @@ def test_hung_job_reports_where_and_continues(cluster: Cluster, recipe: Path, wh
 
 
 def test_job_without_progress_is_requeued_once(cluster: Cluster, recipe: Path) -> None:
+    """Its limits are so low that the watchdog ends it in whatever phase it is, and it is not to save until then."""
     limits = (f"watchdog.{phase}_minutes=0.0001" for phase in ("start", "first_step", "step"))
-    job = submit(cluster, recipe, "name=stuck", *limits)
+    job = submit(cluster, recipe, "name=stuck", "train.epochs=1000", "checkpoint.every_steps=7000", *limits)
     end = job.wait_end()
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "1", "75:0"), job.logs()
     assert "neither this attempt nor the one before it has saved a checkpoint" in job.logs()
