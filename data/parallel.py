@@ -26,18 +26,20 @@ def print_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def report_errors(command: Callable[[], int]) -> int:
-    """Runs a command and returns its exit code; errors that a user can fix become one line on stderr and code 1.
+def print_error(error: Exception) -> None:
+    """Prints an error on stderr, without passwords and tokens, whichever library's message repeats them."""
+    print(without_secrets(f"error: {error}"), file=sys.stderr)
 
-    The line has no passwords or tokens, whichever library's error repeats them.
-    """
+
+def report_errors(command: Callable[[], int]) -> int:
+    """Runs a command and returns its exit code; errors that a user can fix become one line on stderr and code 1."""
     print_any_name()
     try:
         return command()
     except BrokenProcessPool:
         print("error: a worker process was killed, perhaps out of memory: lower --num-workers", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(without_secrets(f"error: {error}"), file=sys.stderr)
+        print_error(error)
     return 1
 
 

@@ -70,8 +70,7 @@ def finish(run: Run, index: Index, draw_images: bool = True) -> None:
         if draw_images:
             _draw_training_images(run, state, config, index, metrics)
     except Exception as error:  # the run is complete without them, even if the GPU's memory is full
-        text = "the figures could not be drawn: %s; run the same command again to draw them"
-        _log.warning(text, error, exc_info=not isinstance(error, OSError | ValueError))
+        _warn("the figures could not be drawn: %s; run the same command again to draw them", error)
 
 
 def finish_stopped(run: Run, index: Index, stopped: Stopped) -> None:
@@ -79,9 +78,13 @@ def finish_stopped(run: Run, index: Index, stopped: Stopped) -> None:
     try:
         finish(run, index, draw_images=not stopped.lacks_data)
     except Exception as error:
-        text = "the stopped run's encoder and figures are incomplete: %s"
-        _log.warning(text, error, exc_info=not isinstance(error, OSError | ValueError))
+        _warn("the stopped run's encoder and figures are incomplete: %s", error)
     wait_for_all()
+
+
+def _warn(message: str, error: Exception) -> None:
+    """Logs what failed, with a traceback if it is not an error that a user can fix."""
+    _log.warning(message, error, exc_info=not isinstance(error, OSError | ValueError))
 
 
 def _draw_training_images(

@@ -26,8 +26,8 @@ from typing import NoReturn
 import timm
 import torch
 
+from data.parallel import print_error
 from data.pixel_format import IMAGENET, Pixels
-from data.storage.location import without_secrets
 from downstream.checkpoints.choose import Weights
 from downstream.checkpoints.classifiers import load_classifier_weights
 from downstream.checkpoints.export_hub import timm_usage, to_hf
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
                 options.source, options.out, options.format, image_size=size, **which
             )
     except (ValueError, OSError) as error:
-        print(without_secrets(f"error: {error}"), file=sys.stderr)
+        print_error(error)
         sys.exit(1)
     what = "logits" if options.classifier else "features"
     precision = "float32" if options.format in PROGRAMS else "float64"

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -13,8 +12,8 @@ import torch
 from data.cores import available_cores
 from data.eval_loader import EvalLoader
 from data.image_folder import Samples
+from data.parallel import print_error
 from data.pixel_format import PixelFormat
-from data.storage.location import without_secrets
 from pretrain.trainer.launch import World, exit_process, find_world, init_distributed
 
 Command = Callable[[argparse.Namespace, World, torch.device], dict[str, Any]]
@@ -62,7 +61,7 @@ def run_on_ranks(command: Command, options: argparse.Namespace) -> NoReturn:
             print(json.dumps(result), flush=True)
         torch.distributed.barrier()  # a launcher may kill the other ranks when the first one exits
     except (ValueError, OSError) as error:
-        print(without_secrets(f"error: {error}"), file=sys.stderr)
+        print_error(error)
         exit_process(1)
     except Exception:
         traceback.print_exc()

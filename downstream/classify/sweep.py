@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data.storage.location import without_secrets
+from data.parallel import print_error
 from downstream.classify.config import FinetuneConfig, load
 from pretrain.trainer.metrics import read_metrics
 from pretrain.trainer.run_folder import RunFolder
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             scores.append(measured[metric])
             print(f"{config.name} {' '.join(setting)}: {metric} {scores[-1]:.2%}", flush=True)
     except (ValueError, OSError) as error:
-        print(without_secrets(f"error: {error}"), file=sys.stderr)
+        print_error(error)
         sys.exit(1)
     summary = summarize(grid, scores)
     print(f"best {summary['best']:.2%} ({summary['mean']:.2%} ± {summary['std']:.2%} over {summary['runs']} runs)")

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from data.storage.location import without_secrets
+from data.parallel import print_error
 from pretrain.plan.hardware import GPUS, build_cluster
 
 IMAGES = 1_281_167  # images of ImageNet-1K
@@ -42,7 +42,7 @@ def main() -> int:
         (*earlier, trace), numerics = trace_sizes(config), choose_numerics(config, cluster)
         plan = make_plan(config, cluster, options.images or images, numerics, trace, earlier, photographs)
     except ValueError as error:
-        print(without_secrets(f"error: {error}"), file=sys.stderr)
+        print_error(error)
         return 1
     advice = advise(plan)
     print(json.dumps(as_json(plan, options.gpu, advice)) if options.json else render(plan, options.gpu, advice))

@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import logging
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn, Protocol, TypeVar
 
 import torch
 
-from data.storage.location import without_secrets
+from data.parallel import print_error
 from pretrain.trainer.attempt import mark_attempt, mark_bad_node, node_name
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World, exit_process, find_world
@@ -105,7 +104,7 @@ def main(
             if check is not None:
                 check(config, world)
     except ValueError as error:
-        print(without_secrets(f"error: {error}"), file=sys.stderr)
+        print_error(error)
         exit_process(1)
     exit_process(_exit_code(train, config, world))
 

@@ -76,7 +76,7 @@ def wait_for_all() -> None:
 
 def describe_outputs(run: Run) -> str:
     """The files that the run has written, at its end or until it was stopped."""
-    folder, newest = run.folder, next(iter(run.checkpoints.names()), "none yet")
+    folder, newest = run.folder, run.checkpoints.names()[:1]  # none if stopped before the first step
     step = None if run.state.step == run.total_steps else run.state.step
     written = {
         folder.metrics: "loss, learning rate and speed",
@@ -84,7 +84,7 @@ def describe_outputs(run: Run) -> str:
         folder.loss_curve: "the loss curve",
         folder.evaluation: "evaluations during training",
         folder.reconstructions: "reconstructed images",
-        folder.checkpoints / newest: "the last checkpoint: resumes this run",
+        **{folder.checkpoints / name: "the last checkpoint: resumes this run" for name in newest},
         folder.result(folder.encoder, step): "the encoder: fp32, timm's parameter names",
         folder.result(folder.encoder_ema, step): "the teacher's encoder, a moving average",
         folder.model: "the classifier: fp32, timm's parameter names",

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from helpers.ending import Ended
 from helpers.ports import free_port
 from helpers.waiting import SECONDS
 
 from pretrain.trainer import main as entry
-from pretrain.trainer import signals, watchdog
+from pretrain.trainer import signals
 from pretrain.trainer.config import WatchdogConfig
 from pretrain.trainer.launch import World
 from pretrain.trainer.signals import Stopped
@@ -77,23 +78,11 @@ def test_ranks_stop_without_an_error_if_one_still_reads_data_when_the_main_rank_
     assert (tmp_path / "attempt0-stopped").exists()
 
 
-class Ended(Exception):  # noqa: N818 - not an error
-    """Raised instead of exiting the process."""
-
-
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> dist.Store:
+def store(ends_by_raising: None, monkeypatch: pytest.MonkeyPatch) -> dist.Store:
     """The store of the watchdogs of a test, whose processes have received a signal."""
     shared = dist.HashStore()
-
-    def end(code: int) -> None:
-        raise Ended(code)
-
-    monkeypatch.setattr(watchdog, "exit_process", end)
-    monkeypatch.setattr(watchdog, "POLL", 0.01)
-    monkeypatch.setattr(watchdog, "_GRACE", 0.05)
     monkeypatch.setattr(signals, "_received", [signal.SIGUSR1])
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *arguments, **keys: None)
     monkeypatch.setattr(Watchdog, "_join", lambda self: shared)
     return shared
 

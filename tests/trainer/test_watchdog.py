@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from helpers.ending import Ended
 from helpers.waiting import SECONDS
 
 from pretrain.trainer import watchdog
@@ -138,22 +139,10 @@ def test_file_being_read_is_found_only_while_a_process_reads(tmp_path: Path):
         os.close(writer)
 
 
-class Ended(Exception):  # noqa: N818 - not an error
-    """Raised instead of exiting the process."""
-
-
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watchdog]:
+def watch(ends_by_raising: None) -> Callable[..., Watchdog]:
     """watch(rank, step_minutes=...) -> one of three ranks' watchdogs, which share a store and start no threads."""
     store = dist.HashStore()
-
-    def end(code: int) -> None:
-        raise Ended(code)
-
-    monkeypatch.setattr(watchdog, "exit_process", end)
-    monkeypatch.setattr(watchdog, "POLL", 0.01)
-    monkeypatch.setattr(watchdog, "_GRACE", 0.05)
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *arguments, **keys: None)
 
     def make(rank: int, **minutes: float) -> Watchdog:
         made = Watchdog(WatchdogConfig(**minutes), World(rank, 3, rank))
